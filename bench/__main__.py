@@ -14,13 +14,12 @@ import dataclasses
 import math
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, run_bench
+from bench.cli import Json, check_out, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -89,12 +88,7 @@ def check_flags(flags: StageTableFlags) -> float:
             "--batch must be even and at least 2, for preferences come in pairs, and --context a multiple of 64, the tokens of "
             f"a prefill: got {flags.batch} and {flags.context}."
         )
-    if flags.out is not None:
-        try:
-            flags.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=flags.out).close()
-        except OSError as error:
-            raise UserError(f"--out {flags.out} cannot be written: {error.strerror}. Choose another folder.") from None
+    check_out(flags.out)
     return price
 
 

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
@@ -76,6 +78,16 @@ def check_rounds(rounds: int, least: int = 3) -> None:
     """Raises UserError for fewer rounds than show a spread."""
     if rounds < least:
         raise UserError(f"--rounds must be at least {least}, not {rounds}.")
+
+
+def check_out(folder: Path | None) -> None:
+    """Makes the folder of --out, if one is given. Raises UserError when it cannot be written."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}. Choose another folder.") from None
 
 
 def describe_error(error: Exception) -> str:

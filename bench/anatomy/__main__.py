@@ -4,21 +4,19 @@
     python -m bench.anatomy --preset tiny --out DIR   also writes DIR/anatomy.html, the same as pictures
     python -m bench.anatomy --model RUN               the shape of a run folder, a file or smollm2-135m-instruct
 
-Nothing is allocated and nothing timed: the bytes are those of the buffers in the program's schedule, and their peak is
-checked against XLA's own figure.
+The bytes are those of the buffers in the program's schedule, and their peak is checked against XLA's own figure. The NumPy
+model of `engine/by_hand` then runs once, and what it holds is measured after each half of a block.
 """
 
 import dataclasses
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, print_table, progress, run_bench
+from bench.cli import Json, check_out, print_table, progress, run_bench
 from engine.device import start_jax
-from engine.errors import UserError
 from engine.format import percent, si
 
 
@@ -34,21 +32,17 @@ class AnatomyFlags:
 
 def measure_anatomy(flags: AnatomyFlags) -> Json:
     """Prints the summary, writes the page and returns the document."""
-    if flags.out is not None:
-        try:
-            flags.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=flags.out).close()
-        except OSError as error:
-            raise UserError(f"--out {flags.out} cannot be written: {error.strerror}. Choose another folder.") from None
+    check_out(flags.out)
     start_jax()
+    from bench.anatomy.by_hand import by_hand_memory
     from bench.anatomy.memory import KINDS, memory_over_time, thin
     from bench.anatomy.page import write_page
-    from bench.anatomy.programs import compile_drawn
-    from bench.models import load
+    from bench.anatomy.programs import B, T, compile_drawn
+    from bench.models import load, random_model, tokens_for
     from engine.model.config import preset
 
-    cfg = load(flags.model).cfg if flags.model else preset(flags.preset)
-    name = flags.model or flags.preset
+    model = load(flags.model) if flags.model else random_model(flags.preset, preset(flags.preset))
+    name, cfg = model.name, model.cfg
     rows, cells = [], []
     progress(f"compiling the steps of {name}")
     for program, work, compiled in compile_drawn(cfg):
@@ -65,7 +59,11 @@ def measure_anatomy(flags: AnatomyFlags) -> Json:
         by_kind = [si(memory.bytes[kind][top], "B") if memory.bytes[kind][top] else "–" for kind in KINDS]
         cells.append([program, si(alive[0], "B"), si(alive[top], "B"), *by_kind, percent(memory.error, signed=True)])
     print_table(f"What a step of {name} holds", ("program", "before", "peak", *KINDS, "off XLA's"), cells)
-    document = {"model": name, "config": cfg.to_json(), "rows": rows}
+    progress("running the NumPy model, forward and backward", replace=True)
+    by_hand = by_hand_memory(cfg, model.params, tokens_for(model, B, T + 1))
+    for row in by_hand:
+        print(f"By hand, measured: {row['program']} holds at most {si(row['peak_bytes'], 'B')}.")
+    document = {"model": name, "config": cfg.to_json(), "rows": rows, "by_hand": by_hand}
     if flags.out:
         print(f"the page: {write_page(flags.out, document)}", file=sys.stderr)
     return document

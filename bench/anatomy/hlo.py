@@ -6,8 +6,7 @@ import math
 import re
 
 _BYTES = {
-    "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-    "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _RESULT = re.compile(r"\s*(ROOT )?%([\w.\-]+) = ")
@@ -32,7 +31,7 @@ class Operation:
     def label(self) -> str:
         """The scopes of the source that it comes from, such as `jit(train_step)/jvp(head)/dot_general`; '' if unknown."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match[1].replace("\\'", "'") if match else ""
+        return match[1] if match else ""
 
     def called(self, attribute: str) -> str:
         """Returns the computation that it calls as `calls`, `to_apply`, `body` or `condition`; '' for none."""
@@ -89,20 +88,20 @@ def read_program(text: str) -> ScheduledProgram:
 
 def _operation(name: str, text: str, is_root: bool) -> Operation:
     is_tuple = text.startswith("(")
-    cut = _closing(text, 0) + 1 if is_tuple else text.index(" ")
+    cut = _closing(text) + 1 if is_tuple else text.index(" ")
     shapes = tuple(match[0] for match in _ARRAY.finditer(text[:cut]))
     opcode, _, rest = text[cut:].strip().partition("(")
-    end = _closing("(" + rest, 0) - 1
+    end = _closing("(" + rest) - 1
     argument = rest[:end]
     operands = tuple(re.findall(r"%([\w.\-]+)", argument))
     return Operation(name, opcode, shapes, is_tuple, operands, argument, rest[end + 1 :], is_root)
 
 
-def _closing(text: str, start: int) -> int:
-    """Returns the place of the parenthesis that closes the one at `start`."""
+def _closing(text: str) -> int:
+    """Returns the place of the parenthesis that closes the first."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if depth == 0:
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
             return place
-    raise ValueError(f"A parenthesis does not close: {text[start : start + 80]}")
+    raise ValueError(f"A parenthesis does not close: {text[:80]}")

@@ -1,13 +1,12 @@
 """Finds the buffers of a scheduled program: which operation makes each, how large it is, and when it is last read.
 
-The positions are those of the schedule, with a loop's body once in the place of the loop. Three things make memory other
-than the sum of what is alive, and all three are XLA's own rules:
+Positions are those of the schedule, with a loop's body once. Three rules of XLA make memory other than the sum of results:
 
 - views (a bitcast, a tuple and its elements) are their operand's buffer, a loop's body writes into the buffers that the loop
   carries, and a donated result into its argument;
 - an operation that reads an operand element by element, for the last time, may write over it;
-- a heap has holes. XLA places the largest buffer first, each at the smallest gap that it fits (or the longest-lived first,
-  where that packs closer), and what lies between counts as taken.
+- a heap has holes: XLA places the largest buffer first, each in the smallest gap that it fits, or the longest-lived first
+  where that packs closer.
 """
 
 import dataclasses
@@ -17,13 +16,11 @@ from typing import Any
 from bench.anatomy.hlo import Operation, ScheduledProgram, array_bytes
 
 ALIGNMENT = 64  # bytes, of each place in the heap
-_VIEWS = {"bitcast", "optimization-barrier", "copy-done", "domain"}
+_VIEWS = {"bitcast", "optimization-barrier"}
 _UPDATES = {"dynamic-update-slice", "scatter"}
 _ELEMENTWISE = {
-    "abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "compare", "convert", "copy", "cosine", "divide", "erf",
-    "exponential", "exponential-minus-one", "floor", "is-finite", "log", "log-plus-one", "logistic", "maximum", "minimum",
-    "multiply", "negate", "not", "or", "power", "remainder", "rsqrt", "select", "sign", "sine", "sqrt", "subtract", "tanh",
-    "xor",
+    "abs", "add", "and", "compare", "convert", "copy", "cosine", "divide", "exponential", "is-finite", "log", "maximum",
+    "minimum", "multiply", "negate", "not", "or", "power", "rsqrt", "select", "sine", "sqrt", "subtract", "tanh",
 }  # fmt: skip
 
 
@@ -91,7 +88,7 @@ class _Walk:
                 buffer.end = self.position
 
     def _route(self, computation: str, name: str, target: Any, targets: dict[str, Any]) -> None:
-        """Notes where the operation that makes a result must write: through views, and a loop's first values."""
+        """Notes where the operation that makes a result must write."""
         operations = self.program.by_name(computation)
         operation = operations[name]
         if operation.opcode in _VIEWS:
@@ -121,8 +118,7 @@ class _Walk:
             return target
         made = []
         for shape in operation.shapes:
-            constant = operation.opcode in ("constant", "partition-id", "replica-id")
-            size = 0 if constant else array_bytes(shape)
+            size = 0 if operation.opcode == "constant" else array_bytes(shape)
             place = "result" if target == "result" else "heap"
             buffer = Buffer(
                 shape, size, self.position, self.position, operation.label, place, origins, origins, operation.label
@@ -138,17 +134,12 @@ class _Walk:
 
     def _updates_in_place(self, operation: Operation) -> bool:
         """Returns whether an operation, or the last one of a fusion, writes a part of its first operand."""
-        while operation.opcode == "fusion":
-            called = operation.called("calls")
-            inside, last = self.program.by_name(called), self.program.root(called)
-            while last.opcode in _VIEWS:
-                last = inside[last.operands[0]]
-            first = inside[last.operands[0]] if last.operands else last
-            while first.opcode in _VIEWS:
-                first = inside[first.operands[0]]
-            if last.opcode in _UPDATES and not (first.opcode == "parameter" and first.number == 0):
-                return False
-            operation = last
+        if operation.opcode == "fusion":
+            inside = self.program.by_name(operation.called("calls"))
+            operation = self.program.root(operation.called("calls"))
+            if operation.opcode in _UPDATES:
+                first = inside[operation.operands[0]]
+                return first.opcode == "parameter" and first.number == 0
         return operation.opcode in _UPDATES
 
     def _may_overwrite(self, operation: Operation, number: int) -> bool:
@@ -201,8 +192,6 @@ class _Walk:
                 self._read(inputs, operation.label)
                 views = ["".join(operations[name].shapes) for name in operation.operands]
                 value = self._make(operation, targets.get(operation.name), inputs, views)
-                for branch, argument in zip(_branches(operation), inputs[1:]):
-                    self._run(branch, [argument], {})
             for buffer in self.buffers[first:]:
                 buffer.order = buffer.order or order[operation.name]
             values[operation.name] = value
@@ -226,14 +215,6 @@ class _Walk:
                 stack.append((name, True))
                 stack += [(operand, False) for operand in reversed(operations[name].operands)]
         return {name: order.get(name, len(order)) for name in operations}
-
-
-def _branches(operation: Operation) -> list[str]:
-    if operation.opcode != "conditional":
-        return []
-    names = [operation.called("true_computation"), operation.called("false_computation")]
-    _, _, listed = operation.attributes.partition("branch_computations={")
-    return [name for name in names if name] or [name.strip(" %") for name in listed.partition("}")[0].split(",")]
 
 
 def find_buffers(program: ScheduledProgram) -> tuple[list[Buffer], int]:

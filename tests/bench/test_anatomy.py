@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from bench.anatomy.__main__ import AnatomyFlags, measure_anatomy
+from bench.anatomy.by_hand import by_hand_memory
 from bench.anatomy.drawing import stacked_areas
 from bench.anatomy.hlo import array_bytes, read_program
 from bench.anatomy.liveness import find_buffers, heap_bytes
 from bench.anatomy.memory import KINDS, memory_over_time, thin
 from bench.anatomy.programs import drawn_programs
 from bench.cli import run_bench
+from bench.models import random_model, tokens_for
+from engine.by_hand.model import residual_count
 from engine.model.config import PRESETS, ModelConfig
 
 TOLERANCE = 0.05
@@ -108,7 +111,7 @@ def test_the_page_draws_each_program_to_scale(tmp_path, capsys):
     assert main(["--preset", "tiny", "--out", str(tmp_path)]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     page = (tmp_path / "anatomy.html").read_text()
-    assert page.count("<svg") == len(document["rows"]) == 6
+    assert page.count("<svg") == len(document["rows"]) + 2 == 8
     assert "None" not in page
     assert "http" not in page
     top = max(row["peak_bytes"] for row in document["rows"])
@@ -119,6 +122,23 @@ def test_the_page_draws_each_program_to_scale(tmp_path, capsys):
         assert (picture["lower"] - min(heights)) / (picture["lower"] - picture["upper"]) == pytest.approx(
             row["peak_bytes"] / top, abs=0.001
         )
+
+
+def test_by_hand_training_climbs_and_comes_down():
+    """By hand the sum is measured: beside it stand the bytes that `residual_count` and the gradients' shapes say."""
+    model = random_model("uneven", ModelConfig(300, 96, 4, 6, 160, 64, 3, 16, dtype="float32"))
+    training, inference = by_hand_memory(model.cfg, model.params, tokens_for(model, 3, 41))
+    kinds, layers = training["bytes"], model.cfg.layers
+    assert training["backward"] == 2 * layers + 1
+    forward, backward = kinds["residuals"][: 2 * layers], kinds["residuals"][2 * layers + 1 :]
+    assert forward == sorted(set(forward))
+    assert backward == sorted(backward, reverse=True)
+    assert forward[-1] == 4 * (residual_count(model.cfg, 3, 40) - 2 * 3 * 40 * model.cfg.width)
+    assert kinds["gradients"][-1] == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params["blocks"]))
+    held = [sum(kinds[kind][place] for kind in ("residuals", "gradients", "temporaries")) for place in range(len(forward))]
+    assert held == pytest.approx(forward, abs=0.1 * forward[-1])
+    rest = inference["bytes"]["temporaries"]
+    assert max(rest) - min(rest) < 0.02 * forward[-1]
 
 
 def test_bad_input_is_a_sentence(tmp_path, capsys):
