@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from engine.errors import UserError
+from engine.files import write_problem
 
 Json = dict[str, Any]  # a JSON object
 PIPED_WIDTH = 140  # of a pipe: the widest table fits
@@ -81,13 +81,9 @@ def check_rounds(rounds: int, least: int = 3) -> None:
 
 
 def check_out(folder: Path | None) -> None:
-    """Makes the folder of --out, if one is given. Raises UserError when it cannot be written."""
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}. Choose another folder.") from None
+    """Raises UserError when the folder of --out, if one is given, cannot be written."""
+    if folder and (problem := write_problem(folder)):
+        raise UserError(f"--out {folder} cannot be written: {problem}. Choose another folder.")
 
 
 def describe_error(error: Exception) -> str:

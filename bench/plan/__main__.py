@@ -18,9 +18,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench.cli import Json, run_bench
+from bench.cli import Json, check_out, run_bench
 from engine.errors import UserError
-from engine.files import write_problem
 
 Text = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
@@ -118,8 +117,7 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError("--served belongs to --budget or --days.")
     if flags.out and (flags.validate or flags.calibrate):
         raise UserError("--out writes the page of a question, with all validation on it; --validate and --calibrate ask none.")
-    if flags.out and (problem := write_problem(flags.out)):
-        raise UserError(f"--out {flags.out} cannot be written: {problem}. Choose another folder.")
+    check_out(flags.out)
 
 
 def answer(flags: PlanFlags) -> Json:

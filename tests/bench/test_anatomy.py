@@ -133,6 +133,7 @@ def test_by_hand_training_climbs_and_comes_down():
     forward, backward = kinds["residuals"][: 2 * layers], kinds["residuals"][2 * layers + 1 :]
     assert forward == sorted(set(forward))
     assert backward == sorted(backward, reverse=True)
+    assert backward[-1] < 0.3 * forward[-1]
     assert forward[-1] == 4 * (residual_count(model.cfg, 3, 40) - 2 * 3 * 40 * model.cfg.width)
     assert kinds["gradients"][-1] == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params["blocks"]))
     held = [sum(kinds[kind][place] for kind in ("residuals", "gradients", "temporaries")) for place in range(len(forward))]
