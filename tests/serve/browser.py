@@ -10,7 +10,7 @@ from selenium.webdriver import Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-SLOW = 0.05  # seconds a piece of a reply: the answers of a tiny model come too fast to be stopped
+SLOW = 0.15  # seconds a piece of a reply: the answers of a tiny model come too fast to be stopped
 
 
 def make_browser(chromium: str, driver: str, folder: Path) -> Chrome:
