@@ -60,10 +60,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> ModelConfig:
     """Returns the architecture of a run."""
+    fields = read_json(path := folder / "config.json")
     try:
-        return ModelConfig.from_json(read_json(folder / "config.json"))
-    except TypeError as error:
-        raise UserError(f"{folder / 'config.json'} does not describe a model: {error}.") from None
+        return ModelConfig.from_json(fields)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path} does not describe a model. {error}") from None
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...], dict[str, Any]]:

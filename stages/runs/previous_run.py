@@ -59,7 +59,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
         )
     try:
         loop_state = LoopState.from_json(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
-    except (KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         loop_state = LoopState()  # damaged: `restore` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state)
 

@@ -127,13 +127,22 @@ def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
     for step in checkpoint.steps(folder):
-        (folder / "checkpoints" / str(step) / "state.json").write_text("{}")
+        (state := folder / "checkpoints" / str(step) / "state.json").write_text("{}")
+    state.unlink()
+    state.mkdir()
     for main, args in (
         (train.main, tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 30)),
         (generate.main, ["--model", folder]),
         (evaluate.main, ["--model", folder]),
     ):
-        assert "state.json" in failing(main, args)
+        error = failing(main, args)
+        assert f"{state} is missing" in error, error
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"tied"', '"tmed"'))
+    assert "config.json does not describe a model. ModelConfig has no field 'tmed'" in failing(
+        generate.main, ["--model", folder]
+    )
+    (folder / "config.json").write_text(config)
     (folder / "run.json").write_text("{")
     args = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64, "--steps", 1)
     assert "run.json is damaged" in failing(train.main, args)
