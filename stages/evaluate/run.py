@@ -26,7 +26,9 @@ from engine.text.packing import evaluation_batches, evaluation_pairs
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import EvaluateFlags
-from stages.runs import conversation_data, text_data, validation
+from stages.runs import validation
+from stages.runs.data.conversations import EVALUATION_ROWS, digest_examples, prepare_conversations, tokenize_examples
+from stages.runs.data.text import TEXTS, Source, digest_tokens, encode_text, evaluation_source, find_sources, source_name
 from stages.runs.mesh import device_with_mesh, make_mesh_here, mesh_shape
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
@@ -83,8 +85,8 @@ def evaluate_text(
 ) -> Rows:  # fmt: skip
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     with distributed.process_0_first():
-        source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
-        text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
+        source = evaluation_source(data, console) if data else _validation_source(model, record, console)
+        text, cfg = encode_text(source, model.tokenizer, console), model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
@@ -92,8 +94,8 @@ def evaluate_text(
     beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
     batch = batch or validation.rows_in_memory(cfg, seq)
     window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch * sharding.row_shards()} at a time"
-    distributed.refuse_differences({"text": text_data.digest_tokens(text)})
-    console.print_rows([("text", text_data.source_name(source)), ("window", window)])
+    distributed.refuse_differences({"text": digest_tokens(text)})
+    console.print_rows([("text", source_name(source)), ("window", window)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
         nats = validation.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
@@ -110,12 +112,12 @@ def evaluate_text(
     ]
 
 
-def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> text_data.Source:
+def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> Source:
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
         raise UserError(f"{model.name} does not say what it was validated on; give --data.")
     held_out = Path(text["validation"]) if text.get("validation") else None
-    if (source := text_data.find_sources(text["data"], held_out, console)[1]) is None:
+    if (source := find_sources(text["data"], held_out, console)[1]) is None:
         raise UserError("The run was validated on the end of a .bin; give a text with --data.")
     return source
 
@@ -128,14 +130,14 @@ def evaluate_conversations(
     chat = ChatTokenizer(model.tokenizer)
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     if data:
-        examples, outcome = conversation_data.tokenize_examples(data, model, chat, seq)
+        examples, outcome = tokenize_examples(data, model, chat, seq)
         name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
-        split = conversation_data.prepare_conversations(*names, objective, seq, model, chat, console)
+        split = prepare_conversations(*names, objective, seq, model, chat, console)
         examples, name, lines = split.held_out, split.held_out_name, []
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
-    distributed.refuse_differences({"data": conversation_data.digest_examples(examples)})
+    distributed.refuse_differences({"data": digest_examples(examples)})
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
         measure = _score_pairs if isinstance(examples[0], Pair) else _score_answers
@@ -147,7 +149,7 @@ def evaluate_conversations(
 
 
 def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
-    batches = list(evaluation_batches(examples, seq, conversation_data.EVALUATION_ROWS * sharding.row_shards()))
+    batches = list(evaluation_batches(examples, seq, EVALUATION_ROWS * sharding.row_shards()))
     nats = 0.0
     for number, batch in enumerate(batches, 1):
         nats += float(score(model.cfg, model.params, batch))
@@ -164,7 +166,7 @@ def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, re
 
 def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
     margin = np.empty(0)
-    for part in evaluation_pairs(pairs, seq, conversation_data.EVALUATION_ROWS * sharding.row_shards()):
+    for part in evaluation_pairs(pairs, seq, EVALUATION_ROWS * sharding.row_shards()):
         batch = process_allgather(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)), tiled=True)
         margin = np.append(margin, batch[part.pair >= 0])
         report(len(margin), len(pairs))
@@ -181,7 +183,7 @@ def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Cons
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []
-    if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
+    if before.get("general") is None or not (text in TEXTS or Path(text).exists()):
         return rows
     cfg, params, context = model.cfg, model.params, record["recipe"]["context"]
     now = validation.general_bits_per_byte(cfg, params, model.tokenizer, text, context, console)

@@ -34,7 +34,7 @@ from stages.cli.console import Console, ReportProgress
 from stages.cli.sampling import choose_sampling
 from stages.export.flags import ExportFlags
 from stages.runs import validation
-from stages.runs.text_data import TEXTS, Source, evaluation_source
+from stages.runs.data.text import TEXTS, Source, evaluation_source
 
 EXPORT_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

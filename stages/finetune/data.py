@@ -16,7 +16,7 @@ from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, evaluation_pairs, pair_batch
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
-from stages.runs.conversation_data import EVALUATION_ROWS
+from stages.runs.data.conversations import EVALUATION_ROWS
 from stages.runs.loop import Evaluator
 
 

@@ -23,7 +23,8 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.answers import Answer, ask, compare, describe_faults
-from stages.runs.conversation_data import digest_examples, prepare_conversations
+from stages.runs.data.conversations import digest_examples, prepare_conversations
+from stages.runs.data.text import check_text_name
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
@@ -31,7 +32,6 @@ from stages.runs.loop_state import LoopState
 from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
 from stages.runs.model_stage import ModelStage
 from stages.runs.run import RunReport, execute
-from stages.runs.text_data import check_text_name
 from stages.runs.trainable import choose_trainable
 from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte

@@ -17,8 +17,8 @@ from engine.sharding import current_mesh, group_columns, sharded_shapes
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
+from stages.runs.data.text import TextData
 from stages.runs.estimate import RunPlan, memory_limit
-from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program, compile_step
 from stages.train.trainer import Trainer
 

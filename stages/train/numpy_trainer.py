@@ -23,8 +23,8 @@ from engine.training.optimizer import make_schedule
 from engine.training.step import StepMetrics, TrainState
 from stages.cli.command import command_line
 from stages.cli.console import Console
+from stages.runs.data.text import TextData
 from stages.runs.estimate import RunPlan, memory_limit
-from stages.runs.text_data import TextData
 from stages.runs.training_steps import Program
 from stages.runs.validation import quick_evaluator
 from stages.train.trainer import Trainer

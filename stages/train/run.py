@@ -17,6 +17,7 @@ from engine.model.config import preset
 from engine.text.windows import TextBatches
 from engine.training.step import TrainState
 from stages.cli.console import Console
+from stages.runs.data.text import prepare_text
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, remeasure_ceilings
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
@@ -24,7 +25,6 @@ from stages.runs.loop_state import LoopState
 from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
 from stages.runs.previous_run import recorded_batch
 from stages.runs.run import RunReport, Stage, execute
-from stages.runs.text_data import prepare_text
 from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import MeshBatches, TrainingSteps
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text

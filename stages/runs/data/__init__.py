@@ -1,0 +1,1 @@
+"""Reads and tokenizes what `--data` and `--validation` name: texts, or conversations."""
