@@ -142,7 +142,7 @@ class ContinuationPrinter:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("generate", __doc__, GenerateFlags, generate, args)
+    return run_command("generate", __doc__, GenerateFlags, generate, args, one_arena=False)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def chat(flags: ChatFlags) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("chat", __doc__, ChatFlags, chat, args)
+    return run_command("chat", __doc__, ChatFlags, chat, args, one_arena=False)
 
 
 if __name__ == "__main__":

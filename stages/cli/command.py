@@ -30,17 +30,18 @@ LESS_MEMORY = {
     "group": "a smaller --group", "slots": "fewer --slots", "capacity": "a smaller --capacity",
     "max_tokens": "fewer --max-tokens",
 }  # fmt: skip
-DECODING = ("serve", "chat", "generate")  # commands whose threads have heaps of their own, see `keep_freed_memory`
 _arguments: list[str] = []
 
 
 def run_command[Flags](
-    name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None
-) -> int:
+    name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None,
+    one_arena: bool = True,
+) -> int:  # fmt: skip
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
-    `name` is the stage's; `about` heads its help. The code is MISTAKE for an error that `explain_error` explains (on stderr,
-    with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody reads the output any more.
+    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. The code is MISTAKE for an error that
+    `explain_error` explains (on stderr, with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody
+    reads the output any more.
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
@@ -52,7 +53,7 @@ def run_command[Flags](
         )  # fmt: skip
         gc.enable()
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-        if name not in DECODING:
+        if one_arena:
             from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
 
             keep_freed_memory()  # before the thread that reads signals starts: it would have a second heap made

@@ -33,7 +33,7 @@ def serve(flags: ServeFlags) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("serve", __doc__, ServeFlags, serve, args)
+    return run_command("serve", __doc__, ServeFlags, serve, args, one_arena=False)
 
 
 if __name__ == "__main__":
