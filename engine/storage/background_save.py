@@ -15,7 +15,7 @@ import numpy as np
 
 from engine import distributed
 from engine.counting.hardware import free_host_bytes
-from engine.storage import checkpoint
+from engine.storage import checkpoint, orbax_arrays
 
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
 ALIGNMENT = 64  # bytes
@@ -45,7 +45,7 @@ class BackgroundSaver:
 
     def _map_memory(self, size: int) -> None:
         if distributed.process_count() > 1:  # whose steps would wait for it at the first save
-            checkpoint.import_orbax()
+            orbax_arrays.import_orbax()
         try:
             memory = mmap.mmap(-1, max(size, 1))
         except OSError:  # a limit on memory that is not the machine's
@@ -106,7 +106,7 @@ def _lower_priority() -> None:
 
 def _copied_bytes(leaf: Any) -> int:
     """Returns the bytes that `_copy_arrays` takes for an array: of this process's distinct parts of it."""
-    if not checkpoint.is_shared(leaf):
+    if not orbax_arrays.is_shared(leaf):
         return _aligned(leaf.nbytes)
     parts = {shard.index: shard.data.nbytes for shard in leaf.addressable_shards}
     return sum(map(_aligned, parts.values())) if jax.default_backend() == "cpu" else 0
@@ -133,7 +133,7 @@ def _copy_arrays(tree: Any, memory: mmap.mmap) -> Any:
                 place[shard.index] = np.asarray(shard.data)
         return place
 
-    copies = [_copy_shared(leaf, copy) if checkpoint.is_shared(leaf) else copy(leaf) for leaf in leaves]
+    copies = [_copy_shared(leaf, copy) if orbax_arrays.is_shared(leaf) else copy(leaf) for leaf in leaves]
     return jax.block_until_ready(jax.tree.unflatten(structure, copies))
 
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save_model, save_tiny, tiny
 
 from engine.errors import UserError
-from engine.storage import background_save, checkpoint
+from engine.storage import background_save, orbax_arrays
 from engine.storage.background_save import BackgroundSaver
 from engine.storage.checkpoint import load_params, save, steps
 from engine.storage.manifest import verify
@@ -23,8 +23,8 @@ from engine.storage.manifest import verify
 @pytest.fixture
 def held(monkeypatch):
     """An event that each write of arrays waits for."""
-    event, write = threading.Event(), checkpoint._write_arrays
-    monkeypatch.setattr(checkpoint, "_write_arrays", lambda *args: (event.wait(60), write(*args)))
+    event, write = threading.Event(), orbax_arrays.write
+    monkeypatch.setattr(orbax_arrays, "write", lambda *args: (event.wait(60), write(*args)))
     yield event
     event.set()
 
@@ -103,7 +103,7 @@ def test_a_failure_is_raised_at_the_next_step_or_at_the_end(tmp_path, monkeypatc
         held.wait(60)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", refuse)
+    monkeypatch.setattr(orbax_arrays, "write", refuse)
     sentence = rf"{tmp_path}/checkpoints/2 could not be written \(0\.0 MB wanted\): No space left on device. .*untouched"
     with BackgroundSaver(tmp_path, 1) as saver:
         saver.reserve(*tiny(0))
@@ -128,13 +128,13 @@ def test_a_failure_is_raised_at_the_next_step_or_at_the_end(tmp_path, monkeypatc
 
 def test_the_only_checkpoint_stays_until_the_next_was_read_back(tmp_path, monkeypatch):
     save_tiny(tmp_path, 1)
-    seen, compare = [], checkpoint._compare_arrays
+    seen, compare = [], orbax_arrays.compare
 
     def watch(building: Path, trees):
         compare(building, trees)
         seen.append((steps(tmp_path), (building / "manifest.json").exists()))
 
-    monkeypatch.setattr(checkpoint, "_compare_arrays", watch)
+    monkeypatch.setattr(orbax_arrays, "compare", watch)
     save_tiny(tmp_path, 2, keep=1)
     assert seen == [([1], True)]
     assert steps(tmp_path) == [2]
@@ -143,7 +143,7 @@ def test_the_only_checkpoint_stays_until_the_next_was_read_back(tmp_path, monkey
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monkeypatch, damage):
     save_model(tmp_path, 1)
-    write = checkpoint._write_arrays
+    write = orbax_arrays.write
 
     def write_wrong(building, *args):
         write(building, *args)
@@ -154,7 +154,7 @@ def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monk
         if damage == "delete":
             file.unlink()
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", write_wrong)
+    monkeypatch.setattr(orbax_arrays, "write", write_wrong)
     reason = {"flip": "params/embedding was read back with other bits than"}.get(damage, "params cannot be read back")
     with pytest.raises(UserError, match=f"checkpoints/2 could not be written .*: {reason}"):
         save_model(tmp_path, 2, keep=1)
@@ -163,9 +163,9 @@ def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monk
 
 
 def test_large_trees_are_compared_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 8)
+    monkeypatch.setattr(orbax_arrays, "GROUP_BYTES", 8)
     compared = []
-    monkeypatch.setattr(checkpoint, "_bytes", lambda leaf: (compared.append(leaf.nbytes), [leaf])[1])
+    monkeypatch.setattr(orbax_arrays, "_bytes", lambda leaf: (compared.append(leaf.nbytes), [leaf])[1])
     save(tmp_path, 1, {"a": np.arange(4, dtype=np.int8), "b": [np.arange(3.0, dtype=np.float32), np.float32(2)]}, {}, {})
     assert sorted(compared) == [4, 4, 4, 4, 12, 12]
 
