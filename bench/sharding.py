@@ -32,7 +32,8 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     """Measures steps on one device and on the mesh; prints the comparison and returns the document."""
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
-    from engine.sharding import check_mesh, make_mesh, parse_mesh
+    from engine.mesh_shape import check_mesh, parse_mesh
+    from engine.placement import make_mesh
 
     size = parse_mesh(flags.mesh)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={size.devices}"
@@ -44,7 +45,8 @@ def measure_sharding(flags: ShardingFlags) -> Json:
     from bench.timing import describe_noise, measure, ratio
     from engine.counting.collectives import read_collectives
     from engine.counting.mesh_traffic import step_collectives
-    from engine.sharding import global_batch, group_columns, init_sharded, sharded_shapes, ungroup_columns
+    from engine.placement import global_batch, init_sharded, sharded_shapes
+    from engine.sharding import group_columns, ungroup_columns
     from engine.training.optimizer import OptimizerConfig, make_optimizer
     from engine.training.step import init_state, train_step
 

@@ -46,7 +46,7 @@ def measure_lowering(flags: LoweringFlags) -> Json:
     from bench.lowering.exported import aliased_arguments, export, kernels, largest_temporary
     from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN3, B, lay_out, weights_of
     from engine.model.config import preset
-    from engine.sharding import make_mesh
+    from engine.placement import make_mesh
 
     cfg = preset(flags.preset) if flags.preset else PAIRED if shape.tensor > 1 else QWEN3
     check_mesh(shape, cfg, B, 2)

@@ -4,8 +4,8 @@ from collections import Counter
 from typing import Literal
 
 from engine.counting.params import MATRICES, leaf_shapes
+from engine.mesh_shape import MeshShape
 from engine.model.config import LoraConfig, ModelConfig
-from engine.sharding import MeshShape
 
 
 def step_collectives(

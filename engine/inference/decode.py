@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine import sharding
+from engine import placement, sharding
 from engine.errors import UserError
 from engine.inference.request import Event, Request
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
@@ -154,7 +154,7 @@ def generate(
     rows = padded_rows(len(prompts))
     arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
-    cache = sharding.make_sharded_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
+    cache = placement.make_sharded_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
     logits, cache = _pad_rows(_prefill_all(cfg, params, prompts, cache), rows)
     token = _sample(logits, cache.length, arrays)
     fresh = np.asarray(token)[:, None]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine import sharding
+from engine import placement, sharding
 from engine.inference.sampling import (
     PenaltyArrays,
     SamplingArrays,
@@ -124,7 +124,7 @@ def idle_calls(
 
     Of `params`, `segments` and `counts` only the shapes are read.
     """
-    params, (segments, counts) = sharding.inference_shapes(params, (segments, counts))
+    params, (segments, counts) = placement.inference_shapes(params, (segments, counts))
     R = segments.slots
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
     rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
@@ -139,7 +139,7 @@ def idle_calls(
     calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
     calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
     for size in {chunk, tail} if prefix_cache else ():
-        computed = sharding.inference_shapes((), read_chunk.eval_shape(segments, start, start, size))[1]
+        computed = placement.inference_shapes((), read_chunk.eval_shape(segments, start, start, size))[1]
         calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
         calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
     return calls
@@ -147,7 +147,7 @@ def idle_calls(
 
 def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
     """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
-    pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(sharding.current_mesh(),))
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(placement.current_mesh(),))
     compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:
         futures = {pool.submit(compile_call, *call): name for name, call in calls.items()}

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from engine import sharding
+from engine import placement
 from engine.errors import UserError
 from engine.inference import programs
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
@@ -85,10 +85,10 @@ class Slots:
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
-        self._mesh = sharding.current_mesh()
+        self._mesh = placement.current_mesh()
         rows = max(slots, MIN_ROWS)
         make_state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
-        state = (params, *sharding.make_sharded_cache(make_state))
+        state = (params, *placement.make_sharded_cache(make_state))
         # On a named device: for an unnamed one a program would be compiled once more.
         self.params, self._segments, self._counts = state if self._mesh else jax.device_put(state, jax.devices()[0])
 

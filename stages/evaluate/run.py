@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from engine import distributed, sharding
+from engine import distributed, placement, sharding
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_count
@@ -42,13 +42,13 @@ def run(flags: EvaluateFlags, device: Device) -> None:
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
         with distributed.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            model = load_model(flags.model, on_config=lambda cfg: sharding.check_inference(cfg, mesh))
+            model = load_model(flags.model, on_config=lambda cfg: placement.check_inference(cfg, mesh))
         console.print_notes(model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])
         if distributed.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             distributed.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
-        model = dataclasses.replace(model, params=sharding.place(model.cfg, model.params))
+        model = dataclasses.replace(model, params=placement.place(model.cfg, model.params))
         before = _digest(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):

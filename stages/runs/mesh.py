@@ -12,18 +12,11 @@ from engine import distributed
 from engine.counting.hardware import device_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
+from engine.mesh_shape import MeshShape, parse_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.sharding import (
-    MeshShape,
-    column_shards,
-    group_columns,
-    init_sharded,
-    make_mesh,
-    parse_mesh,
-    shardings,
-    ungroup_columns,
-)  # fmt: skip
+from engine.placement import init_sharded, make_mesh, shardings
+from engine.sharding import column_shards, group_columns, ungroup_columns
 
 OWN = ("command", "device")  # entries of run.json in which processes may differ
 

@@ -13,7 +13,7 @@ from engine import distributed
 from engine.counting.params import count_params
 from engine.device import host_memory
 from engine.model.config import LoraConfig, ModelConfig
-from engine.sharding import place
+from engine.placement import place
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.sharding import place, sharded_shapes
+from engine.placement import place, sharded_shapes
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.training.step import TrainState

@@ -14,7 +14,7 @@ from engine import distributed
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
-from engine.sharding import init_sharded
+from engine.placement import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer
 from engine.text.skipped_batches import format_ranges, replace_unread

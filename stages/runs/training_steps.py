@@ -9,7 +9,7 @@ from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
-from engine.sharding import batch_share, global_batch
+from engine.placement import batch_share, global_batch
 from engine.text.epoch_order import EpochOrder
 from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule

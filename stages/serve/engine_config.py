@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from engine import sharding
+from engine import placement
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
@@ -104,7 +104,7 @@ class CompileAhead:
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, config: EngineConfig, cfg: ModelConfig) -> None:
-        arguments = config, config.model_config(cfg), sharding.current_mesh()
+        arguments = config, config.model_config(cfg), placement.current_mesh()
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="ahead")
         self._thread.start()
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 
-from engine import sharding
+from engine import placement, sharding
 from engine.counting.hardware import free_memory_bytes
 from engine.device import Device, host_memory
 from engine.errors import UserError
@@ -103,7 +103,7 @@ def load_state(
     UserError.
     """
     source = read_template(template)
-    ahead, mesh = CompileAhead(), sharding.current_mesh()
+    ahead, mesh = CompileAhead(), placement.current_mesh()
 
     def on_config(cfg: ModelConfig) -> None:
         with jax.set_mesh(mesh):
@@ -111,7 +111,7 @@ def load_state(
 
     def configure(cfg: ModelConfig) -> None:
         nonlocal engine_config
-        sharding.check_inference(cfg, mesh)
+        placement.check_inference(cfg, mesh)
         devices = sharding.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
         engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
@@ -164,11 +164,11 @@ def load_state(
 
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
     cfg = engine_config.model_config(model.cfg)
-    is_whole = sharding.current_mesh() is None
+    is_whole = placement.current_mesh() is None
     with host_memory(not is_whole):
         params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
         params = engine_config.prepare_params(cfg, params, is_whole)
-    params = jax.block_until_ready(sharding.place(cfg, params))
+    params = jax.block_until_ready(placement.place(cfg, params))
     try:
         return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options)
     except RuntimeError as error:

@@ -13,7 +13,8 @@ from engine.inference.decode import complete, prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
-from engine.sharding import current_mesh, group_columns, sharded_shapes
+from engine.placement import current_mesh, sharded_shapes
+from engine.sharding import group_columns
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console

@@ -42,7 +42,7 @@ def facts_of(weights, tied):
     import numpy as np
     from tiny import lively_params
 
-    from engine import sharding
+    from engine import placement
     from engine.device import host_memory
     from engine.inference.decode import generate, prepare_params
     from engine.inference.sampling_params import SamplingParams
@@ -61,10 +61,10 @@ def facts_of(weights, tied):
     greedy = lambda params: [[event.id, *event.tokens] for event in generate(cfg, params, texts, greedy_sampling)]
     one, slots_of_one = greedy(prepared), make(prepared)
     slots_of_one.warm()
-    with jax.set_mesh(sharding.make_inference_mesh(f"tensor={DEVICES}")):
+    with jax.set_mesh(placement.make_inference_mesh(f"tensor={DEVICES}")):
         with host_memory(True):
             waiting = prepare_params(cfg, quantize(params) if weights == "int8" else params, whole=False)
-        placed = sharding.place(cfg, waiting)
+        placed = placement.place(cfg, waiting)
         before, three, slots = digest(placed), greedy(placed), make(placed)
     slots.warm()
     compiles = CompileCounter()

@@ -15,6 +15,7 @@ errors format
 files allocator model.config model.paths
 model.column_groups mesh_shape
 sharding
+placement
 device distributed model.layers model.fused_attention model.cache.contiguous by_hand
 model.native
 model.ops

@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bench.lowering.exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary
 from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out, weights_of
+from engine.mesh_shape import AXES
 from engine.model.attention import QUERY_BLOCK
-from engine.sharding import AXES
 
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError
+from engine.mesh_shape import AXES, MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
-from engine.sharding import AXES, MeshShape, check_mesh, leaf_spec, make_mesh, parse_mesh
+from engine.placement import make_mesh
+from engine.sharding import leaf_spec
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
 CASES = ("adamw", "muon", "lora", "int8")
