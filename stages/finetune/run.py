@@ -31,7 +31,8 @@ from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
 from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
 from stages.runs.model_stage import ModelStage
-from stages.runs.run import RunReport, execute
+from stages.runs.run import execute
+from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
 from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte

@@ -32,7 +32,8 @@ from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
 from stages.runs.model_stage import ModelStage
-from stages.runs.run import RunReport, execute
+from stages.runs.run import execute
+from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
 
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length

@@ -3,17 +3,16 @@
 import contextlib
 import dataclasses
 import sys
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 
 from engine import distributed
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
-from engine.format import duration, format_bytes, quantity
+from engine.format import duration, quantity
 from engine.placement import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer
@@ -21,7 +20,7 @@ from engine.text.skipped_batches import format_ranges, replace_unread
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
 from stages.cli import signals
-from stages.cli.command import command_line, resume_command
+from stages.cli.command import resume_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
@@ -29,17 +28,8 @@ from stages.runs.loop import Loop, RunOptions, Steps
 from stages.runs.loop_state import LoopState
 from stages.runs.mesh import device_with_mesh, make_mesh_here, mesh_shape, refuse_different_runs
 from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
+from stages.runs.summary import RunReport, print_summary
 from stages.runs.trainable import TrainableSplit
-
-
-class RunReport(NamedTuple):
-    """The stage's part of run.json's result and of the summary."""
-
-    result: dict[str, Any]
-    texts: list[tuple[str, str]]  # under headings
-    rows: list[tuple[str, str]]  # the first is the result in short
-    saved: str
-    next_stages: list[str]  # that take the model
 
 
 class Stage(Protocol):
@@ -113,7 +103,6 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
     facts = run_facts(options, plan, stage.facts)
     stage.place()
-    first = distributed.is_first()
     distributed.describe_saved_by(lambda: _newest_checkpoint(folder, resume))
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     intervals = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
@@ -121,38 +110,18 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if previous and options.skip_batches is None:
         facts["skipped_batches"] = format_ranges(previous.loop_state.skipped)
     _print_plan(options, stage, console)
-    done = previous.loop_state if previous else LoopState()
-    if previous and plan.progress(done.step, done.seconds) >= 1 and previous.has_result:
-        summary = previous.record["result"].get("summary", "measured")
-        console.print(
-            f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
-            f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
-        )
-        for line in describe_changes(changed_fields(previous, facts, plan.cfg)):
-            console.print(f"changed, which trains nothing: {line}", style="yellow")
+    if previous and plan.progress(previous.loop_state.step, previous.loop_state.seconds) >= 1 and previous.has_result:
+        _print_finished(previous, plan, facts, console)
         return 0
     stage.begin_compiling()
-    if previous:
-        state, loop_state = restore(previous, plan.cfg, stage.initial_state, stage.split, console)
-        facts["changes"] = previous.record.get("changes", []) + _record_changes(
-            previous, options, facts, plan, loop_state, console
-        )
-    else:
-        with console.task("initialising"):
-            state = init_sharded(stage.initial_state, stage.split.trainable)
-            loop_state = LoopState(skipped=options.skip_batches or ())
-        if first:
-            clear_run(folder)
-    if first:
+    state, loop_state = _first_state(options, stage, previous, facts, console)
+    if distributed.is_first():
         write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's
         save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
         write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.split.trainable)
-    record = {
-        "seed": plan.seed,
-        "digests": {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts},
-    }
-    loop = Loop(plan, options, record, stage.split.to_saved, loop_state, console)
+    digests = {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts}
+    loop = Loop(plan, options, {"seed": plan.seed, "digests": digests}, stage.split.to_saved, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To begin again: {resume}")
@@ -165,32 +134,41 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             )
             return 128 + signal
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
-    report, peak, refused = stage.finish(state, loop, before), peak_rss_bytes(), loop_state.refused
+    report, peak = stage.finish(state, loop, before), peak_rss_bytes()
     result = report.result | {
-        f"{plan.noun}s": loop_state.step, "refused_steps": refused, "peak_rss_bytes": peak,
+        f"{plan.noun}s": loop_state.step, "refused_steps": loop_state.refused, "peak_rss_bytes": peak,
         "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
     }  # fmt: skip
-    if first:
+    if distributed.is_first():
         write_json(folder / "run.json", facts | {"result": result})
-    trained = f"{quantity(loop_state.step, plan.noun)} in {duration(loop_state.seconds)}"
-    if refused:
-        trained += f"; {quantity(refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
-    for heading, text in report.texts:
-        console.print(f"\n{heading}", style="bold")
-        console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
-    console.print()
-    at = folder / "checkpoints" / str(loop_state.best_step)
-    measured = "quick validation" if plan.noun == "step" else "reward"
-    best = [("best", f"{measured} {loop_state.best:.3f}: {at}")] if loop_state.best_step is not None else []
-    rows = [*report.rows, ("trained", trained), *best, ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)]
-    console.print_rows(rows)
-    console.print("\nnext", style="bold")
-    more: dict[str, tuple[object, ...]] = {"export": ("--out", Path("exported", folder.name))}
-    if facts["text"]["data"] == "shakespeare":
-        more["generate"] = ("--prompt", "ROMEO:")
-    for name in report.next_stages:
-        console.print(f"  {command_line(name, '--model', folder, *more.get(name, ()))}")
+    print_summary(report, plan.noun, loop_state, peak, folder, facts["text"]["data"], console)
     return 0
+
+
+def _print_finished(previous: PreviousRun, plan: RunPlan, facts: dict[str, Any], console: Console) -> None:
+    done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
+    console.print(
+        f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
+        f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
+    )
+    for line in describe_changes(changed_fields(previous, facts, plan.cfg)):
+        console.print(f"changed, which trains nothing: {line}", style="yellow")
+
+
+def _first_state(
+    options: RunOptions, stage: Stage, previous: PreviousRun | None, facts: dict[str, Any], console: Console
+) -> tuple[TrainState, LoopState]:
+    """Returns the state to train from: the newest checkpoint's, with what changed noted in `facts`, or a new one."""
+    if previous:
+        state, loop_state = restore(previous, stage.plan.cfg, stage.initial_state, stage.split, console)
+        changes = _record_changes(previous, options, facts, stage.plan, loop_state, console)
+        facts["changes"] = previous.record.get("changes", []) + changes
+        return state, loop_state
+    with console.task("initialising"):
+        state = init_sharded(stage.initial_state, stage.split.trainable)
+    if distributed.is_first():
+        clear_run(options.folder)
+    return state, LoopState(skipped=options.skip_batches or ())
 
 
 def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
 from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
 from stages.runs.previous_run import recorded_batch
-from stages.runs.run import RunReport, Stage, execute
+from stages.runs.run import Stage, execute
+from stages.runs.summary import RunReport
 from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import MeshBatches, TrainingSteps
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
