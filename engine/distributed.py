@@ -29,10 +29,10 @@ from engine.errors import UserError
 MISTAKE, RESTART = 2, 75  # exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
 HEARTBEAT = 8  # seconds without one until JAX gives a process up
 TICK = 1.0  # seconds between looks at the watchdog
-FAREWELL = 1.0  # seconds that process 0 stays: the service, by which the others hear why, ends with it
-SAME = 2.0  # seconds in which process 0 meets a mistake of all
+LINGER_SECONDS = 1.0  # that process 0 stays: the service, by which the others hear why, ends with it
+SAME_MISTAKE_SECONDS = 2.0  # in which process 0 meets a mistake of all
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: process 0 may read a large corpus first
-LOST = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
+PEER_IS_GONE = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
 
 
 class _Group:
@@ -61,7 +61,7 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
     import jax
     from jax._src import distributed
 
-    # Its notice is SIGTERM, whose handler it would replace; `exchange` carries our own, and Ctrl-C too.
+    # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
     if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:
         raise UserError(
@@ -145,13 +145,13 @@ def process_count() -> int:
 def process_0_first() -> Iterator[None]:
     """Lets process 0 through the block before all others, which find in their caches what it fetched and made."""
     if not is_first():
-        share()
+        gather_strings()
     yield
     if is_first():
-        share()
+        gather_strings()
 
 
-def share(value: str = "", topic: str = "run") -> list[str]:
+def gather_strings(value: str = "", topic: str = "run") -> list[str]:
     """Returns every process's value, in every process, once all have called this. Threads need a topic each."""
     if _group.client is None:
         return [value]
@@ -167,7 +167,7 @@ def share(value: str = "", topic: str = "run") -> list[str]:
 
 def refuse_differences(facts: dict[str, str]) -> None:
     """Raises the same UserError in every process when the facts of one differ from process 0's, naming which and where."""
-    first, *others = map(json.loads, share(json.dumps(facts)))
+    first, *others = map(json.loads, gather_strings(json.dumps(facts)))
     for process, theirs in enumerate(others, 1):
         if names := [name for name in first | theirs if theirs.get(name) != first.get(name)]:
             more = f", and another {', '.join(names[1:4])}" if names[1:] else ""
@@ -181,12 +181,12 @@ def refuse_unshared(folder: Path) -> None:
     """Raises UserError in every process when one does not see what process 0 writes in `folder`."""
     if _group.client is None:
         return
-    where = share(str(folder.absolute()))[0]
-    mark = folder / share(f".shared-{os.getpid()}-{time.time_ns()}")[0]
+    where = gather_strings(str(folder.absolute()))[0]
+    mark = folder / gather_strings(f".shared-{os.getpid()}-{time.time_ns()}")[0]
     if is_first():
         mark.touch()
-    share()
-    blind = [str(process) for process, seen in enumerate(share("seen" * mark.exists())) if not seen]
+    gather_strings()
+    blind = [str(process) for process, seen in enumerate(gather_strings("seen" * mark.exists())) if not seen]
     if is_first():
         mark.unlink()
     if blind:
@@ -209,7 +209,7 @@ def _gather_program() -> tuple[Any, Any]:
     return rows, jax.jit(lambda rows: rows, out_shardings=whole)
 
 
-def exchange(*numbers: float) -> list[list[float]]:
+def gather_numbers(*numbers: float) -> list[list[float]]:
     """Returns the float32 `numbers` of every process, (processes, numbers), in every process. One collective."""
     if _group.client is None:
         return [[*numbers]]
@@ -251,12 +251,12 @@ def _watch(client: Any) -> None:
             return
 
 
-def end_with(error: Exception) -> None:
+def end_for_error(error: Exception) -> None:
     """Ends all processes for an unexpected error in this one: with RESTART where it says that another one is gone."""
     if _group.client is None:
         return
     text = (str(error).splitlines() or [""])[0][:200]
-    if isinstance(error, RuntimeError | ValueError) and LOST.search(text):
+    if isinstance(error, RuntimeError | ValueError) and PEER_IS_GONE.search(text):
         during = _group.activity or "its start"
         end(RESTART, f"Process {_group.process} lost another one in {during} ({text}). {_group.describe_saved()}")
     traceback.print_exc()
@@ -269,7 +269,7 @@ def end(code: int, sentence: str) -> None:
         return
     if code == MISTAKE and _group.process:
         _group.mistake = sentence
-        time.sleep(SAME)  # in which `_watch` ends this process if others met the same
+        time.sleep(SAME_MISTAKE_SECONDS)  # in which `_watch` ends this process if others met the same
     with contextlib.suppress(Exception):  # another has said why before, or the service is gone
         _group.client.key_value_set("thrice/ended", json.dumps([_group.process, code, sentence]))
     _exit(code, f"Process {_group.process}: {sentence}" if _group.mistake else sentence)
@@ -278,11 +278,11 @@ def end(code: int, sentence: str) -> None:
 def _exit(code: int, sentence: str = "") -> None:
     """Prints the sentence, if any, and leaves past Python's and JAX's own way out, which waits for the other processes."""
     if not _group.ending.acquire(blocking=False):
-        time.sleep(FAREWELL + 60)  # another thread leaves
+        time.sleep(LINGER_SECONDS + 60)  # another thread leaves
     with contextlib.suppress(OSError):
         os.write(_group.error_output, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n" * bool(sentence)).encode())
     if is_first():
-        time.sleep(FAREWELL)
+        time.sleep(LINGER_SECONDS)
     os._exit(code)
 
 

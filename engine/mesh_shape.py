@@ -50,12 +50,14 @@ def parse_mesh(text: str) -> MeshShape:
 def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
     """Raises UserError when an axis does not divide what it cuts, naming the sizes that would fit."""
     rows = batch // microbatches
-    whole = f"batch of {batch}" if microbatches == 1 else f"microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
+    whole = (
+        f"a batch of {batch}" if microbatches == 1 else f"a microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
+    )
     for axes, size, what in (
-        (ROWS, rows, f"rows of a {whole}"),
-        (("tensor",), cfg.kv_heads, "key heads"),
-        (("tensor",), cfg.ff, "columns of the MLP"),
-        (("fsdp", "tensor"), cfg.width, "numbers of the model's width"),
+        (ROWS, rows, f"the {rows} rows of {whole}"),
+        (("tensor",), cfg.kv_heads, f"the {cfg.kv_heads} key heads"),
+        (("tensor",), cfg.ff, f"the {cfg.ff} columns of the MLP"),
+        (("fsdp", "tensor"), cfg.width, f"the model's width of {cfg.width}"),
     ):
         count = math.prod(getattr(shape, axis) for axis in axes)
         if size % count:
@@ -63,7 +65,7 @@ def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int
             fitting = divisors(size)
             near = sorted({max(n for n in fitting if n < count), *[n for n in fitting if n > count][:1]})
             raise UserError(
-                f"{names} of the mesh {shape} does not divide the {size} {what}: "
+                f"{names} of the mesh {shape} does not divide {what}: "
                 f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
             )
 

@@ -22,7 +22,7 @@ from engine.mesh_shape import AXES, ROWS
 from engine.model.column_groups import LEAF, join_groups, regroup, split_groups
 from engine.model.config import ModelConfig
 
-DEAL_ORDER = ("fsdp", "tensor", "data")  # of axes that whole matrices are dealt out along; `data` has them all already
+SPREAD_ORDER = ("fsdp", "tensor", "data")  # of axes that whole matrices are dealt out along; `data` has them all already
 RULES = (  # a parameter's path -> the axes that cut its own; the first match wins
     (r"embed", P(None, ("tensor", "fsdp"))),
     (r"head", P(("tensor", "fsdp"), None)),
@@ -157,7 +157,7 @@ def pin(tree: Any) -> Any:
     return tree if mesh.empty else map_specs(lambda spec, x: jax.lax.with_sharding_constraint(x, spec), tree, mesh.shape)
 
 
-def gather_again(weights: Any, *others: Any) -> tuple[Any, ...]:
+def regather(weights: Any, *others: Any) -> tuple[Any, ...]:
     """Returns trees as they came, the weights to be gathered anew: what forward gathered need not wait for backward."""
     return (weights, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weights, *others))
 
@@ -215,7 +215,7 @@ def join_cuts(parts: Sequence[Array]) -> Array:
     return join_groups(parts, 0, spread_shards(sum(map(len, parts))))
 
 
-def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
+def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
     """Returns a tree of f(matrix), each computed whole by one device; f returns a matrix of the same shape.
 
     Matrices of one shape and place are stacked and exchanged, as many to every device (some may get zeros), first along
@@ -224,14 +224,16 @@ def deal_out(f: Callable[[Array], Array], tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.tree.map(f, tree)
-    each = jax.shard_map(lambda share: jax.lax.map(f, share), in_specs=P(DEAL_ORDER), out_specs=P(DEAL_ORDER), check_vma=False)
+    each = jax.shard_map(
+        lambda share: jax.lax.map(f, share), in_specs=P(SPREAD_ORDER), out_specs=P(SPREAD_ORDER), check_vma=False
+    )
     specs = map_specs(lambda spec, _: spec, tree, mesh.shape)
     leaves, treedef = jax.tree.flatten(tree)
     kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(specs)))
     results: dict[int, Array] = {}
     for kind in dict.fromkeys(kinds):
         places = [place for place, other in enumerate(kinds) if other == kind]
-        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(DEAL_ORDER[:2])]
+        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(SPREAD_ORDER[:2])]
         stack = jnp.stack([leaves[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
         for spec in between:

@@ -28,7 +28,7 @@ def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], st
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper copy."""
     x, w = residuals
-    w, g = sharding.gather_again(w, g.astype(x.dtype))
+    w, g = sharding.regather(w, g.astype(x.dtype))
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
     if x.shape[1] <= g.shape[1]:
         dw = layers.dot32(transpose(x), g)
@@ -53,7 +53,7 @@ def _halves(x: Array) -> list[Array]:
 
 def _matmul_two_backward(dtype: DTypeLike, residuals: tuple[Array, Array], gs: tuple[Array, Array]):
     x, w = residuals
-    w, left, right = sharding.gather_again(w, gs[0].astype(x.dtype), gs[1].astype(x.dtype))
+    w, left, right = sharding.regather(w, gs[0].astype(x.dtype), gs[1].astype(x.dtype))
     w_left, w_right = _halves(w.astype(x.dtype))
     dx = layers.einsum32("mf,df->md", left, w_left)
     dx = dx + layers.einsum32("mf,df->md", right, w_right)
@@ -68,7 +68,7 @@ matmul_two.defvjp(lambda x, w, dtype: (matmul_two(x, w, dtype), (x, w)), _matmul
 def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     """dx = g w and dw = g^T x."""
     x, w = residuals
-    w, g = sharding.gather_again(w, g.astype(x.dtype))
+    w, g = sharding.regather(w, g.astype(x.dtype))
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
     dw = transpose(layers.dot32(transpose(x), g))
     return dx, dw.astype(w.dtype)

@@ -86,7 +86,7 @@ def save_in_parts(
                 sync_and_drop(building)  # so that the disk is read, not what memory still holds of the files
                 write_manifest(building)
             orbax_arrays.compare(building, trees)
-        distributed.share(topic=orbax_arrays.TOPIC)  # until process 0 has committed
+        distributed.gather_strings(topic=orbax_arrays.TOPIC)  # until process 0 has committed
     except (OSError, ValueError) as error:
         # TensorStore tells the operating system's error in a ValueError.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -107,7 +107,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
     Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
     """
     if not distributed.is_first():
-        yield Path(distributed.share(topic=orbax_arrays.TOPIC)[0])
+        yield Path(distributed.gather_strings(topic=orbax_arrays.TOPIC)[0])
         return
     root, step = target.parent, int(target.name)
     make_folder(root)
@@ -117,7 +117,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
             raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
         with atomic_folder(target) as building:
-            distributed.share(str(building), orbax_arrays.TOPIC)
+            distributed.gather_strings(str(building), orbax_arrays.TOPIC)
             yield building
         for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
@@ -139,7 +139,7 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     if distributed.is_first():
         remove_incomplete(folder)
         chosen = json.dumps(_newest_intact(folder), default=str)
-    name, damaged = json.loads(distributed.share(chosen)[0])
+    name, damaged = json.loads(distributed.gather_strings(chosen)[0])
     record, settings = _read_state(newest := Path(name)), _prng_settings()
     if (trained := record["prng"]) != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))

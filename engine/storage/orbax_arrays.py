@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.storage.digest import leaves_by_path
 
 GROUP_BYTES = 2**28  # of arrays that are read at once
-TOPIC = "save"  # a thread's own, see `share`
+TOPIC = "save"  # a thread's own, see `gather_strings`
 INNER = "orbax"  # Orbax wants to make the folder itself
 
 
@@ -105,7 +105,7 @@ def compare(building: Path, trees: dict[str, Any]) -> None:
 
     Each of several processes compares its own parts; all wait for process 0 before, and for one another after.
     """
-    distributed.share(topic=TOPIC)
+    distributed.gather_strings(topic=TOPIC)
     for part, tree in trees.items():
         leaves = jax.tree.leaves(tree)
         for group in _in_groups(jax.tree.map(lambda leaf: (_as_abstract if is_shared(leaf) else _on_host)(leaf), tree)):
@@ -117,7 +117,7 @@ def compare(building: Path, trees: dict[str, Any]) -> None:
                 if back is not ... and not all(map(np.array_equal, _bytes(leaf), _bytes(back))):
                     name = next("/".join(path) for path, other in leaves_by_path(tree).items() if other is leaf)
                     raise OSError(errno.EIO, f"{part}/{name} was read back with other bits than it has in memory")
-    distributed.share(topic=TOPIC)
+    distributed.gather_strings(topic=TOPIC)
 
 
 def _in_groups(like: Any) -> Iterator[Any]:

@@ -23,7 +23,7 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any) -> tuple[Any, Any]:
-        return sharding.deal_out(lambda matrix: orthogonal(matrix, dtype), updates), state
+        return sharding.map_whole_matrices(lambda matrix: orthogonal(matrix, dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 

@@ -82,7 +82,7 @@ def loss_and_gradient(
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
         # Gathered anew for each part: XLA would else gather the whole model before the loop, and hold that.
-        weights, part = sharding.gather_again((trainable, frozen), part)
+        weights, part = sharding.regather((trainable, frozen), part)
         return jax.tree.map(jnp.add, sums, differentiate(*weights, part)), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))

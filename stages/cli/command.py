@@ -74,7 +74,7 @@ def run_command[Flags](
     except Exception as error:
         sentence = explain_error(error, options)
         if sentence is None:
-            distributed.end_with(error)
+            distributed.end_for_error(error)
             raise
         if getattr(options, "verbose", False):
             traceback.print_exc()

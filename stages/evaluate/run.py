@@ -29,7 +29,7 @@ from stages.evaluate.flags import EvaluateFlags
 from stages.runs import validation
 from stages.runs.data.conversations import EVALUATION_ROWS, digest_examples, prepare_conversations, tokenize_examples
 from stages.runs.data.text import TEXTS, Source, digest_tokens, encode_text, evaluation_source, find_sources, source_name
-from stages.runs.mesh import device_with_mesh, make_mesh_here, mesh_shape
+from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
@@ -37,7 +37,7 @@ Rows = list[tuple[str, str]]  # to print
 
 def run(flags: EvaluateFlags, device: Device) -> None:
     """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
-    shape = mesh_shape(flags.mesh.mesh)
+    shape = choose_mesh(flags.mesh.mesh)
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None

@@ -29,7 +29,7 @@ from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
+from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
@@ -94,7 +94,7 @@ class FineTuning(ModelStage):
             least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
             self.plan = RunPlan(
                 flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
-                least_steps=least_steps, mesh=mesh_shape(options.mesh) or ONE_DEVICE,
+                least_steps=least_steps, mesh=choose_mesh(options.mesh) or ONE_DEVICE,
             )  # fmt: skip
             check_mesh(self.plan.mesh, cfg, tuning.batch, flags.microbatches)
             self.plan.require_step_memory(tuning.batch, is_lora=lora is not None)

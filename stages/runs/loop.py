@@ -144,7 +144,7 @@ class Loop:
         self.has_evaluated = False
         self.signal: int | None = None  # that all processes know of
         self.logged_step = loop_state.step
-        saved = json.loads(distributed.share(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
+        saved = json.loads(distributed.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
         self.saved_step = max(saved, default=None)
         self.failure: OSError | None = None  # to be raised when all processes have saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
@@ -173,7 +173,7 @@ class Loop:
                 end = time.perf_counter()
                 # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
                 own = signal_state.received or (SIGPIPE if self.failure else 0)
-                numbers = distributed.exchange(end - begin, own)
+                numbers = distributed.gather_numbers(end - begin, own)
                 self.signal = int(max(number for _, number in numbers)) or None
                 self._count(refused, numbers[0][0])
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
@@ -306,8 +306,9 @@ class Loop:
         saves = sound and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
         if saves:
             loop_state.begin("save")
-        # A stop may have saved this step before the restart, and then without this evaluation.
-        if evaluates if self.saved_step == loop_state.step else saves:
+        is_saved = self.saved_step == loop_state.step  # perhaps by a stop before the restart, without this evaluation
+        unsaved = evaluates if is_saved else saves
+        if unsaved:
             self.save(state)
         return bool(evaluates or saves)
 
@@ -333,7 +334,7 @@ class Loop:
         if math.isfinite(value) and (loop_state.best is None or value < loop_state.best):
             loop_state.best, loop_state.best_step = value, loop_state.step
         if self.has_evaluated:  # the first one also compiled
-            seconds = distributed.exchange(time.perf_counter() - begin)[0][0]
+            seconds = distributed.gather_numbers(time.perf_counter() - begin)[0][0]
             loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)
         self.has_evaluated = True
         self._log({evaluator.key: value})

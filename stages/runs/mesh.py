@@ -21,7 +21,7 @@ from engine.sharding import column_shards, group_columns, ungroup_columns
 OWN = ("command", "device")  # entries of run.json in which processes may differ
 
 
-def mesh_shape(text: str | None) -> MeshShape | None:
+def choose_mesh(text: str | None) -> MeshShape | None:
     """Returns the shape that `--mesh` asks for; without one `fsdp` over all devices of several processes, None for one."""
     if text is None:
         return MeshShape(fsdp=jax.device_count()) if distributed.process_count() > 1 else None
@@ -70,7 +70,7 @@ def fits_one_device(tree: Any) -> bool:
     copies = len(jax.local_devices()) if device.platform == "cpu" else 1  # which share the host's memory
     free = device_memory_bytes() - (device.memory_stats() or {}).get("bytes_in_use", 0)
     fits = 1.5 * copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) <= free
-    return all(process_fits for [process_fits] in distributed.exchange(fits))
+    return all(process_fits for [process_fits] in distributed.gather_numbers(fits))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.mesh import mesh_shape, on_one_device
+from stages.runs.mesh import choose_mesh, on_one_device
 from stages.runs.run import Stage
 from stages.runs.trainable import split_trainable
 
@@ -37,7 +37,7 @@ class ModelStage(Stage):
         on_config: Callable[[ModelConfig], None] = lambda cfg: None, mesh: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.lora, self.folder, self.console = name, lora, folder, console
-        self.on_mesh = mesh_shape(mesh) is not None
+        self.on_mesh = choose_mesh(mesh) is not None
         with console.task(f"loading {name}") as report, host_memory(self.on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
         console.print_notes(self.model.notes)

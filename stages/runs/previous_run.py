@@ -133,7 +133,7 @@ def restore(
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
     if (best := loop_state.best_step) not in (None, loop_state.step):
         faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if distributed.is_first() else []
-        if faults := json.loads(distributed.share(json.dumps(faults))[0]):
+        if faults := json.loads(distributed.gather_strings(json.dumps(faults))[0]):
             lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
             loop_state.best = loop_state.best_step = None
     for line in lines:

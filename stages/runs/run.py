@@ -26,7 +26,7 @@ from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, RunOptions, Steps
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import device_with_mesh, make_mesh_here, mesh_shape, refuse_different_runs
+from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
 from stages.runs.summary import RunReport, print_summary
 from stages.runs.trainable import TrainableSplit
@@ -85,7 +85,7 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
             _print_plan(options, make_stage(console), console)
             console.print("A dry run: nothing was trained.")
             return 0
-        shape = mesh_shape(options.mesh)
+        shape = choose_mesh(options.mesh)
         mesh = make_mesh_here(shape) if shape else None
         options = dataclasses.replace(options, device=device_with_mesh(options.device, shape))
         holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation

@@ -1,5 +1,6 @@
 """Compiles a training step, and runs it on one batch after another."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -32,10 +33,11 @@ class MeshBatches:
     """Batches over the mesh of `jax.set_mesh`: each process reads its own rows alone."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches, self.order, self.epoch = batches, batches.order, batches.epoch
+        self.batches, self.order, self.epoch = copy.copy(batches), copy.copy(batches.order), batches.epoch
         shares, share = batch_share(self.order.batch)
         rows = self.order.batch // shares
         self.order.rows = slice(share * rows, (share + 1) * rows)
+        self.batches.order = self.order
 
     def at(self, step: int) -> Any:
         return global_batch(self.batches.at(step))

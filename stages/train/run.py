@@ -22,7 +22,7 @@ from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
-from stages.runs.mesh import fits_one_device, mesh_shape, on_one_device
+from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
 from stages.runs.previous_run import recorded_batch
 from stages.runs.run import Stage, execute
 from stages.runs.summary import RunReport
@@ -62,7 +62,7 @@ def chosen_recipe(flags: TrainFlags, backend: str, resumed_batch: int | None = N
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
-    shape = mesh_shape(flags.mesh.mesh)
+    shape = choose_mesh(flags.mesh.mesh)
     shards = shape.row_shards if shape else 1
     batch = step.batch or resumed_batch or -(-base.batch // shards) * shards
     kind = optimizer.pop("optimizer")
@@ -98,7 +98,7 @@ class Training(Stage):
         self.default_length = not (length.max_time or length.steps)
         default = SECONDS_BY_HAND if flags.by_hand else SECONDS
         seconds = default if self.default_length else length.max_time
-        mesh = mesh_shape(options.mesh) or ONE_DEVICE
+        mesh = choose_mesh(options.mesh) or ONE_DEVICE
         self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds, mesh=mesh)
         check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
         self.trainer: Trainer = NumPyTrainer(plan, data) if flags.by_hand else JaxTrainer(plan, data)

@@ -125,7 +125,7 @@ def test_a_mesh_that_cannot_be_read(text, message):
         (MeshShape(tensor=2), 8, 1, "tensor=2 .* the 3 key heads: tensor may be 1 or 3"),
         (MeshShape(fsdp=8), 12, 1, "data=1 x fsdp=8 .* the 12 rows of a batch of 12: data times fsdp may be 6 or 12"),
         (MeshShape(data=4), 8, 4, r"the 2 rows of a microbatch of 2 \(a batch of 8 in 4 parts\): data times fsdp may be 2"),
-        (MeshShape(fsdp=5), 10, 1, "the 576 numbers of the model's width: fsdp times tensor may be 4 or 6"),
+        (MeshShape(fsdp=5), 10, 1, "the model's width of 576: fsdp times tensor may be 4 or 6"),
     ],
 )
 def test_a_mesh_that_does_not_fit_says_which_would(shape, batch, parts, message):
