@@ -1,5 +1,6 @@
 """Shared by every test: a compilation cache, a throw-away user cache, and the model of `tiny.py`."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from tiny import lively_params, tiny_config
 
 hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
 hypothesis.settings.load_profile("thrice")
+
+LONGEST = ("test_readme.py", "test_stage_finetune.py", "test_many_processes.py", "test_sharding.py")
 
 _folders: list[str] = []
 
@@ -29,6 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "THRICE_CACHE" not in os.environ:  # xdist's workers inherit the first process's
         os.environ["THRICE_CACHE"] = _fresh("thrice-tests-")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files that take longest: a worker gets whole files, and none is to be left alone with one at the end."""
+    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: commands that collect garbage need not look through it each time
 
 
 def _fresh(prefix: str) -> str:
