@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from engine.counting.hardware import require_memory
@@ -14,8 +15,6 @@ from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.digest import digest
-from engine.storage.gguf import file as gguf
-from engine.storage.huggingface import folder as huggingface
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
 from engine.storage.untrusted import build_tokenizer
@@ -108,7 +107,7 @@ def read_config(name: str | None) -> ModelConfig:
     location = locate(name)
     if location.run:
         return run_folder.read_config(location.run)
-    return (gguf if location.format == "gguf" else huggingface).read_config(location.path)
+    return _reader(location.path).read_config(location.path)
 
 
 OnConfig = Callable[[ModelConfig], None]
@@ -157,7 +156,18 @@ def load_model(
 
 
 def _open(path: Path) -> StoredModel:
-    return huggingface.open_folder(path) if path.is_dir() else gguf.open_gguf(path)
+    return _reader(path).open_model(path)
+
+
+def _reader(path: Path) -> ModuleType:
+    """Imports the module that reads a Hugging Face folder or a GGUF file; a run folder needs neither's library."""
+    if path.is_dir():
+        from engine.storage.huggingface import folder
+
+        return folder
+    from engine.storage.gguf import file
+
+    return file
 
 
 def _make_tokenizer(stored: StoredModel, path: Path) -> Tokenizer:

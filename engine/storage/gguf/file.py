@@ -36,7 +36,7 @@ LINES = 256  # of the numbers read at a time
 MAX_NAME = 96  # characters
 
 
-def open_gguf(path: Path) -> StoredModel:
+def open_model(path: Path) -> StoredModel:
     """Opens a file: checks its architecture, tensors and tokenizer against one another; reads no weights."""
     header = read_header(path)
     for name, tensor in header.tensors.items():

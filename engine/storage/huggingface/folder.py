@@ -29,7 +29,7 @@ TENSOR_NAMES = tensor_names("model.layers.{}.", {
 })  # fmt: skip
 
 
-def open_folder(path: Path) -> StoredModel:
+def open_model(path: Path) -> StoredModel:
     """Opens a folder: checks its architecture, tensors and tokenizer against one another; reads no weights."""
     fields = read_json_object(path / "config.json")
     cfg = config_from(fields, path / "config.json")
