@@ -1,5 +1,7 @@
 """Estimates the memory and time of the stage table before it is measured."""
 
+from bisect import bisect
+
 from bench.table.training_rows import training_kinds
 from engine.counting.flops import forward_flops, train_flops
 from engine.counting.hardware import Ceilings, device_memory_bytes, require_memory
@@ -19,8 +21,10 @@ def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     if needed <= limit:
         return
     presets = sorted(PRESETS.items(), key=lambda item: count_params(item[1]).total, reverse=True)
+    batches = range(2, batch, 2)
+    fitting = batches[: bisect(batches, limit, key=lambda rows: table_bytes(cfg, rows, context))]
     smaller = [
-        *((f"--batch {fewer}", cfg, fewer, context) for fewer in reversed(range(2, batch, 2))),
+        *((f"--batch {fewer}", cfg, fewer, context) for fewer in fitting[-1:]),
         *((f"--batch 2 --context {size}", cfg, 2, size) for part in range(1, 40) if (size := context >> part >> 6 << 6)),
         *((f"--preset {name}", other, batch, context) for name, other in presets),
     ]
