@@ -15,9 +15,9 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, check_out, print_table, progress, run_bench
+from bench.cli import Json, check_out, print_table, run_bench
 from engine.device import start_jax
-from engine.format import percent, si
+from engine.format import ABSENT, percent, si
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,39 +34,39 @@ def measure_anatomy(flags: AnatomyFlags) -> Json:
     """Prints the summary, writes the page and returns the document."""
     check_out(flags.out)
     start_jax()
-    from bench.anatomy.by_hand import by_hand_memory
-    from bench.anatomy.memory import KINDS, memory_over_time, thin
+    from bench.anatomy.measure import anatomy
     from bench.anatomy.page import write_page
-    from bench.anatomy.programs import B, T, compile_drawn
-    from bench.models import load, random_model, tokens_for
+    from bench.models import load, random_model
     from engine.model.config import preset
 
-    model = load(flags.model) if flags.model else random_model(flags.preset, preset(flags.preset))
-    name, cfg = model.name, model.cfg
-    rows, cells = [], []
-    progress(f"compiling the steps of {name}")
-    for program, work, compiled in compile_drawn(cfg):
-        progress(f"compiled: {program}", replace=True)
-        memory = memory_over_time(compiled)
-        alive, positions = memory.alive, thin(memory, 240)
-        top = alive.index(max(alive))
-        rows.append({
-            "program": program, "work": work, "positions": len(alive), "backward": memory.backward, "update": memory.update,
-            "start_bytes": alive[0], "peak_bytes": alive[top], "allocated_bytes": memory.allocated, "xla_bytes": memory.xla,
-            "error": memory.error, "peak": {kind: memory.bytes[kind][top] for kind in KINDS}, "drawn_positions": positions,
-            "bytes": {kind: [memory.bytes[kind][place] for place in positions] for kind in KINDS},
-        })  # fmt: skip
-        by_kind = [si(memory.bytes[kind][top], "B") if memory.bytes[kind][top] else "–" for kind in KINDS]
-        cells.append([program, si(alive[0], "B"), si(alive[top], "B"), *by_kind, percent(memory.error, signed=True)])
-    print_table(f"What a step of {name} holds", ("program", "before", "peak", *KINDS, "off XLA's"), cells)
-    progress("running the NumPy model, forward and backward", replace=True)
-    by_hand = by_hand_memory(cfg, model.params, tokens_for(model, B, T + 1))
-    for row in by_hand:
-        print(f"By hand, measured: {row['program']} holds at most {si(row['peak_bytes'], 'B')}.")
-    document = {"model": name, "config": cfg.to_json(), "rows": rows, "by_hand": by_hand}
+    document = anatomy(load(flags.model) if flags.model else random_model(flags.preset, preset(flags.preset)))
+    print_summary(document)
     if flags.out:
         print(f"the page: {write_page(flags.out, document)}", file=sys.stderr)
     return document
+
+
+def print_summary(document: Json) -> None:
+    """Prints what each step holds and how fast it is, what a block keeps, and which weights moved."""
+    rates = {point["name"]: point["flops"] / point["seconds"] for point in document["roofline"]["points"]}
+    size = lambda bytes: si(bytes, "B") if bytes else ABSENT
+    rows = document["rows"]
+    held = []
+    for row in rows:
+        bytes = row["start_bytes"], row["peak_bytes"], *row["peak"].values()
+        held.append([row["program"], *map(size, bytes), percent(row["error"], signed=True)])
+    kinds = ("parameters", "optimizer", "KV cache", "gradients", "residuals", "temporaries")
+    print_table(f"What a step of {document['model']} holds", ("program", "before", "peak", *kinds, "off XLA's"), held)
+    speeds = [[row["program"], row["work"], si(row["seconds"], "s"), si(rates[row["program"]], "FLOP/s")] for row in rows]
+    print_table("How fast it is", ("program", "on", "a call", "speed"), speeds, left=2)
+    for row in document["by_hand"]:
+        print(f"By hand, measured: {row['program']} holds at most {si(row['peak_bytes'], 'B')}.")
+    for way, kept in document["residuals"]["kept"].items():
+        print(f"By hand, a block keeps {si(kept, 'B')} for its backward pass: {way}.")
+    for stage in document["moved"]:
+        moved = [change for change in stage["changes"].values() if change]
+        most = f", by at most {100 * max(moved):.2g}%" if moved else ""
+        print(f"{stage['stage']}, {stage['work']}: {len(moved)} of {len(stage['changes'])} weights moved{most}.")
 
 
 if __name__ == "__main__":

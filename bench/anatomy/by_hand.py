@@ -47,7 +47,7 @@ def _point(residuals: int = 0, gradients: int = 0) -> dict[str, int]:
     return dict.fromkeys(KINDS, 0) | {"residuals": residuals, "gradients": gradients, "temporaries": rest}
 
 
-def _array_bytes(fields: Any) -> int:
+def held_bytes(fields: Any) -> int:
     """Returns the bytes of all arrays inside; those that share memory count once."""
     owners: dict[int, int] = {}
 
@@ -78,7 +78,7 @@ def _watch(stack: contextlib.ExitStack, name: str, after: Callable[[Any], None])
 def _train(stack: contextlib.ExitStack, points: Any, cfg: ModelConfig, params: Any, inputs: Any, targets: Any) -> int:
     tuples: list[Any] = []
     gradients: list[Any] = []
-    note = lambda: points.append(_point(_array_bytes(tuples), _array_bytes(gradients)))
+    note = lambda: points.append(_point(held_bytes(tuples), held_bytes(gradients)))
 
     def after_forward(result: Any) -> None:
         tuples.append(result[1])

@@ -1,33 +1,40 @@
 """Writes the anatomy of a model's steps as one self-contained page, for any screen, light or dark."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from bench.anatomy.drawing import COLOURS, stacked_areas
+from bench.anatomy.drawing import COLOURS, heat_map, roofline, stacked_areas
 from bench.cli import Json
-from bench.report.charts import svg_number
+from bench.report.templates import environment
 from engine.files import atomic_file
-from engine.format import si
+
+HERE = Path(__file__).parent
 
 
 def write_page(folder: Path, document: Json) -> Path:
     """Writes `folder`/anatomy.html and returns its path."""
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here, here.parent / "report"]), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        finalize=svg_number,
-    )  # fmt: skip
-    environment.filters |= {"si": si}
-    pictures = {part: _pictures(document[part]) for part in ("rows", "by_hand")}
-    text = environment.get_template("page.html.j2").render(document, pictures=pictures, colours=COLOURS)
+    text = environment(HERE).get_template("page.html.j2").render(document, pictures=layouts(document))
     with atomic_file(folder / "anatomy.html") as file:
         file.write(text.encode())
     return folder / "anatomy.html"
 
 
-def _pictures(rows: list[Json]) -> list[tuple[Json, dict[str, Any]]]:
+def layouts(document: Json) -> dict[str, Any]:
+    """Returns what the macros of pictures.html.j2 draw, from the document of `measure.anatomy`."""
+    roof, moved = document["roofline"], document["moved"]
+    changes = [change for stage in moved for change in stage["changes"].values() if change]
+    scale = min(changes), max(changes)
+    return {
+        "rows": document["rows"], "memory": _areas(document["rows"]), "by_hand": _areas(document["by_hand"]),
+        "colours": COLOURS,
+        "residuals": document["residuals"], "operations": document["operations"], "tied": document["config"]["tied"],
+        "roof": roof, "roofline": [roofline(roof["flops"], roof["bytes"], roof["points"], width) for width in (560.0, 360.0)],
+        "moved": [stage | heat_map(stage["changes"], scale) for stage in moved], "scale": scale,
+    }  # fmt: skip
+
+
+def _areas(rows: Sequence[Json]) -> list[tuple[Json, dict[str, Any]]]:
     """Returns (row, layout of its picture), all to one scale."""
     top, pictures = max(row["peak_bytes"] for row in rows) * 1.02, []
     for row in rows:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from bench.lowering.programs import CAPACITY, CHUNK, ROWS, B, Make, T, decode_program, prefill_program, step_program
+from bench.lowering.programs import CAPACITY, CHUNK, ROWS, B, Make, Program, T, decode_program, prefill_program, step_program
 from engine.inference.decode import decode_step
 from engine.model.config import ModelConfig
 
@@ -26,8 +26,8 @@ def drawn_programs(cfg: ModelConfig) -> dict[str, tuple[str, Make]]:
     return programs
 
 
-def compile_drawn(cfg: ModelConfig) -> Iterator[tuple[str, str, jax.stages.Compiled]]:
-    """Yields (name, what it works on, the compiled program)."""
+def compile_drawn(cfg: ModelConfig) -> Iterator[tuple[str, str, Program, jax.stages.Compiled]]:
+    """Yields (name, what it works on, the program, the same compiled)."""
     for name, (work, make) in drawn_programs(cfg).items():
         program = make(cfg)
-        yield name, work, program.function.lower(*program.arguments).compile(program.options)
+        yield name, work, program, program.function.lower(*program.arguments).compile(program.options)

@@ -10,17 +10,15 @@ from typing import Any
 import jinja2
 
 from bench.cli import Json
-from bench.report.charts import svg_number
 from bench.report.figures import Figure, Rows, decode_rows, figures, first_training_row, flops_figure
+from bench.report.templates import HERE, environment
 from bench.table.claims import GENERATED_CHEAPER
-from engine import format
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import Column, column, finite, percent, times
 
 Document = Mapping[str, Any]
 Note = tuple[str, str, str]  # row, what is off, why
-HERE = Path(__file__).parent
 DEVIATION = 0.15  # of measured from predicted time, above which it is explained
 KINDS = {"true": "holds", "false": "fails", "undecided": "open"}  # by a verdict's first word; else "partly"
 
@@ -71,15 +69,10 @@ def figure_svg(figure: Figure) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """Returns the templates of this folder: text is escaped in HTML and SVG, numbers are written by engine/format.py."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: not (name or "").endswith(".md.j2"), trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, finalize=svg_number, undefined=jinja2.ChainableUndefined,
-    )  # fmt: skip
-    names = ("finite", "si", "in_words", "money", "times", "percent")
-    environment.filters |= {name: getattr(format, name) for name in names} | {"deviation": deviation, "kind": _kind}
-    environment.tests["measured"] = lambda value: bool(finite(value))
-    return environment
+    templates = environment()
+    templates.filters |= {"deviation": deviation, "kind": _kind}
+    templates.tests["measured"] = lambda value: bool(finite(value))
+    return templates
 
 
 def _style() -> str:

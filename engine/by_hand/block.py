@@ -45,23 +45,23 @@ class AttentionResiduals(NamedTuple):
     """The arrays that attention saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
-    h: ndarray  # (B, T, D)         dweight of qkv
-    raw: list[ndarray] | None  # q and k before their norms, if any, for those norms' dx and dgain
-    q: ndarray  # (B, K, G T, H)    dk
-    k: ndarray  # (B, K, T, H)      dq
-    v: ndarray  # (B, K, T, H)      the derivative by the attention weights
+    h: ndarray  # (B, T, D)         dweight of qkv, whose input it was
+    raw: list[ndarray] | None  # (B, T, N + K, H)   dx and dgain of the norms of q and k, if any
+    q: ndarray  # (B, K, G T, H)    dk, which is a sum of queries
+    k: ndarray  # (B, K, T, H)      dq, which is a sum of keys
+    v: ndarray  # (B, K, T, H)      the derivative by the attention weights that it was mixed with
     weights: ndarray  # (B, K, G T, T)   the softmax's ds, and dv; the largest of all where T is large
-    mixed: ndarray  # (B, T, N H)   dweight of out
+    mixed: ndarray  # (B, T, N H)   dweight of out, whose input it was
 
 
 class SwigluResiduals(NamedTuple):
     """The arrays that the feed-forward half saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)       the norm's dx and dgain
-    h: ndarray  # (B, T, D)       dweight of gate_up
-    gate: ndarray  # (B, T, F)    dup, and the slope of silu
-    up: ndarray  # (B, T, F)      dgate
-    hidden: ndarray  # (B, T, F)  dweight of down
+    h: ndarray  # (B, T, D)       dweight of gate_up, whose input it was
+    gate: ndarray  # (B, T, F)    dup, which it was multiplied with, and the slope of silu
+    up: ndarray  # (B, T, F)      dgate, which it was multiplied with
+    hidden: ndarray  # (B, T, F)  dweight of down, whose input it was
 
 
 def attention(cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables) -> ndarray:

@@ -12,7 +12,8 @@
 import dataclasses
 import operator
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from engine.counting.params import MATRICES, leaf_shapes
 from engine.counting.trainable_paths import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
@@ -61,11 +62,25 @@ class Flops:
         return Flops({name: part * times for name, part in self.parts.items()})
 
 
-def train_flops(
+def train_flops(cfg: ModelConfig, tokens: int, **options: Any) -> Flops:
+    """Returns the sum of `flops_by_layer`; arguments and errors as there."""
+    return add_layers(flops_by_layer(cfg, tokens, **options))
+
+
+def add_layers(layers: Iterable[Flops]) -> Flops:
+    """Returns the sum of the parts of layers; one that no layer has is 0."""
+    parts = dict.fromkeys((*MATRICES, "attention", "head", "lora"), PassFlops())
+    for layer in layers:
+        parts |= {name: parts[name] + part for name, part in layer.parts.items()}
+    return Flops(parts)
+
+
+def flops_by_layer(
     cfg: ModelConfig, tokens: int, *, attention: Attention, rows: int = 1, trainable: TrainablePaths | None = None,
     remat: Literal["none", "block", "full"] | None = None, loss_chunk: int | None = None, as_run: bool = False,
-) -> Flops:  # fmt: skip
-    """Returns the FLOPs of a training step **per token** (or for `rows` tokens) of sequences of `tokens`.
+) -> list[Flops]:  # fmt: skip
+    """Returns the FLOPs of a training step **per token** (or for `rows` tokens) of sequences of `tokens`: of each block from
+    the bottom up, and last of the head.
 
     By default everything trains and `remat` is the config's: `block` repeats the forward pass of each block that has a
     backward pass, except its last product, `down`, whose result no gradient reads; `full` repeats all of it once anything
@@ -87,15 +102,15 @@ def train_flops(
         )
         trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
-    counter = _Counter(cfg, trainable, rows, as_run, live, dict.fromkeys((*MATRICES, "attention", "head", "lora"), PassFlops()))
+    counter = _Counter(cfg, trainable, rows, as_run, live)
     square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
     remat = remat or cfg.remat
-    for layer in range(cfg.layers):
-        counter.block(f"blocks/{layer}/", square, remat == "block")
-    counter.head(loss_chunk)
+    tallies = [counter.block(f"blocks/{layer}/", square, remat == "block") for layer in range(cfg.layers)]
+    tallies.append(counter.head(loss_chunk))
     if counter.live and remat == "full":
-        counter.tally = {name: part + PassFlops(recompute=part.forward) for name, part in counter.tally.items()}
-    return Flops(counter.tally)
+        again = lambda tally: {name: part + PassFlops(recompute=part.forward) for name, part in tally.items()}
+        tallies = list(map(again, tallies))
+    return list(map(Flops, tallies))
 
 
 @dataclasses.dataclass
@@ -105,11 +120,14 @@ class _Counter:
     rows: int
     as_run: bool
     live: bool  # something below trains, so the gradient must reach here
-    tally: dict[str, PassFlops]
+    tally: dict[str, PassFlops] = dataclasses.field(default_factory=dict)  # of this layer so far
+
+    def add(self, name: str, flops: PassFlops) -> None:
+        self.tally[name] = self.tally.get(name, PassFlops()) + flops
 
     def multiply(self, name: str, path: str, inputs: int, columns: int) -> None:
         size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
-        self.tally[name] += PassFlops(forward=size, dx=size * self.live, dw=size * trains)
+        self.add(name, PassFlops(forward=size, dx=size * self.live, dw=size * trains))
         adapted = self.adapted(path)
         if adapted:
             # da needs g bᵀ even where no gradient goes further down.
@@ -119,7 +137,7 @@ class _Counter:
                 # The backward pass computes x a for db, and merges again the weight that dX goes through.
                 merge = 2 * inputs * self.trainable.rank * sum(adapted)
                 pairs = PassFlops(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
-            self.tally["lora"] += pairs
+            self.add("lora", pairs)
         self.live |= trains or bool(adapted)
 
     def is_merged(self, inputs: int, columns: int) -> bool:
@@ -136,34 +154,38 @@ class _Counter:
         parts = self.cfg.parts.get(matrix, {})
         return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trainable.adapted]
 
-    def block(self, prefix: str, square: int, remat: bool) -> None:
-        cfg, before, weights = self.cfg, dict(self.tally), self.trainable.weights
+    def block(self, prefix: str, square: int, remat: bool) -> dict[str, PassFlops]:
+        cfg, weights = self.cfg, self.trainable.weights
+        self.tally = {}
         self.live |= self.gain_needs_dx(prefix + "attn_norm", prefix + "qkv", cfg.qkv_width)
         self.multiply("qkv", prefix + "qkv", cfg.width, cfg.qkv_width)
         values = self.live or prefix + "qkv_bias" in weights
         queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
         self.live = queries or keys
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
-        self.tally["attention"] += PassFlops(square, dx=square // 2 * sum((values, self.live, queries, keys)))
+        self.add("attention", PassFlops(square, dx=square // 2 * sum((values, self.live, queries, keys))))
         self.multiply("out", prefix + "out", cfg.heads * cfg.head_dim, cfg.width)
         self.live |= self.gain_needs_dx(prefix + "mlp_norm", prefix + "gate_up", 2 * cfg.ff)
         self.multiply("gate_up", prefix + "gate_up", cfg.width, 2 * cfg.ff)
         self.multiply("down", prefix + "down", cfg.ff, cfg.width)
         if not (remat and self.live):
-            return
+            return self.tally
         unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
         if self.adapted(prefix + "down"):
             rows = cfg.ff if self.is_merged(cfg.ff, cfg.width) else self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * cfg.width
-        for name, part in before.items():
-            self.tally[name] += PassFlops(recompute=self.tally[name].forward - part.forward - unread.get(name, 0))
+        for name, part in self.tally.items():
+            self.tally[name] += PassFlops(recompute=part.forward - unread.get(name, 0))
+        return self.tally
 
-    def head(self, loss_chunk: int | None) -> None:
+    def head(self, loss_chunk: int | None) -> dict[str, PassFlops]:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
+        self.tally = {}
         self.live |= "norm" in self.trainable.weights
         self.multiply("head", "embed" if self.cfg.tied else "head", self.cfg.width, columns)
         if loss_chunk and self.live:
-            self.tally["head"] += PassFlops(recompute=self.tally["head"].forward)
+            self.add("head", PassFlops(recompute=self.tally["head"].forward))
+        return self.tally
 
 
 def twice_mean_keys(tokens: int, attention: Attention) -> int:

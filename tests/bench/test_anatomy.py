@@ -1,27 +1,39 @@
-"""The anatomy of a step: the buffers found in a scheduled program, and their kinds."""
+"""The anatomy of a step: the buffers found in a scheduled program, what a block keeps, what is computed, and what moves."""
 
+import contextlib
 import functools
+import inspect
+import io
 import itertools
 import json
+import math
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench.anatomy.__main__ import AnatomyFlags, measure_anatomy
 from bench.anatomy.by_hand import by_hand_memory
-from bench.anatomy.drawing import stacked_areas
+from bench.anatomy.drawing import roofline, stacked_areas
 from bench.anatomy.hlo import array_bytes, read_program
 from bench.anatomy.liveness import find_buffers, heap_bytes
 from bench.anatomy.memory import KINDS, memory_over_time, thin
+from bench.anatomy.operations import count_ways, operation_rows
 from bench.anatomy.programs import drawn_programs
+from bench.anatomy.real_steps import relative_change
+from bench.anatomy.residuals import HALVES, block_residuals, field_reasons
 from bench.cli import run_bench
 from bench.models import random_model, tokens_for
+from engine.by_hand.block import SwigluResiduals
 from engine.by_hand.model import residual_count
+from engine.counting.jaxpr import jaxpr_cost
 from engine.model.config import PRESETS, ModelConfig
+from engine.training.step import loss_and_gradient
 
 TOLERANCE = 0.05
+UNEVEN = {"vocab": 300, "width": 96, "layers": 4, "heads": 6, "ff": 160, "context": 64, "head_dim": 16, "dtype": "float32"}
 main = functools.partial(run_bench, "bench.anatomy", None, AnatomyFlags, measure_anatomy)
 
 
@@ -107,13 +119,26 @@ def test_a_program_without_an_order_is_refused():
     assert [array_bytes(shape) for shape in ("bf16[4,3]{1,0}", "pred[]", "token[]")] == [24, 1, 0]
 
 
-def test_the_page_draws_each_program_to_scale(tmp_path, capsys):
-    assert main(["--preset", "tiny", "--out", str(tmp_path)]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    page = (tmp_path / "anatomy.html").read_text()
-    assert page.count("<svg") == len(document["rows"]) + 2 == 8
-    assert "None" not in page
-    assert "http" not in page
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The folder of --out, and what the command printed."""
+    folder, printed = tmp_path_factory.mktemp("page"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["--preset", "tiny", "--out", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def document(page):
+    return json.loads(page[1].splitlines()[-1])
+
+
+def test_the_page_draws_each_program_to_scale(page, document):
+    source = (page[0] / "anatomy.html").read_text()
+    assert source.count("Memory over time") == len(document["rows"]) + 2 == 8
+    assert "None" not in source
+    assert "http" not in source
+    assert "<script" not in source
     top = max(row["peak_bytes"] for row in document["rows"])
     for row in document["rows"]:
         phases = [("forward", 0)]
@@ -122,6 +147,24 @@ def test_the_page_draws_each_program_to_scale(tmp_path, capsys):
         assert (picture["lower"] - min(heights)) / (picture["lower"] - picture["upper"]) == pytest.approx(
             row["peak_bytes"] / top, abs=0.001
         )
+    assert "bottom half frozen, 10 steps on 4 sequences of 256 tokens: 9 of 18 weights moved" in page[1]
+
+
+def test_the_switches_of_the_page_work_by_keyboard(page, chrome):
+    from selenium.webdriver import Keys
+
+    chrome.get((page[0] / "anatomy.html").as_uri())
+    shown = lambda css: [each.text for each in chrome.find_elements("css selector", css) if each.is_displayed()]
+    assert [text.split(":")[0] for text in shown(".way > p")] == ["Training"]
+    chrome.find_element("id", "o-1").send_keys(Keys.ARROW_RIGHT)
+    assert [text.split(":")[0] for text in shown(".way > p")] == ["LoRA"]
+    assert shown(".kept em") == []
+    chrome.find_element("id", "k-1").send_keys(Keys.ARROW_LEFT)  # round to the last: gradient checkpointing
+    assert shown(".kept em") == ["not kept"] * 12
+    for width in (390, 1280):
+        chrome.set_window_size(width, 900)
+        assert chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth"), width
+    assert [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"] == []
 
 
 def test_by_hand_training_climbs_and_comes_down():
@@ -140,6 +183,95 @@ def test_by_hand_training_climbs_and_comes_down():
     assert held == pytest.approx(forward, abs=0.1 * forward[-1])
     rest = inference["bytes"]["temporaries"]
     assert max(rest) - min(rest) < 0.02 * forward[-1]
+
+
+def test_the_reason_of_each_residual_is_read_from_its_code():
+    reasons = [field_reasons(inspect.getsource(kind)) for kind, *_ in HALVES.values()]
+    assert [len(each) for each in reasons] == [8, 5]
+    assert reasons[0]["mixed"] == ("(B, T, N H)", "dweight of out, whose input it was")
+    with pytest.raises(ValueError, match="up does not say"):
+        field_reasons(inspect.getsource(SwigluResiduals).replace("    up: ndarray  # (B, T, F)", "    up: ndarray  #"))
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "kv_heads": 2}, {"qkv_bias": True}], ids=str)
+def test_what_a_block_keeps_is_what_its_derivatives_need(options):
+    """By rule, beside the experiment: a matrix needs its input, and nothing else is for a weight alone."""
+    model = random_model("uneven", ModelConfig(**{"kv_heads": 6} | options, **UNEVEN))
+    table = block_residuals(model.cfg, model.params, tokens_for(model, 2, 7))
+    rows = {(row["half"], row["name"]): row for row in table["rows"]}
+    inputs = {("attention", "h"): "qkv", ("attention", "mixed"): "out"}
+    inputs |= {("feed-forward", "h"): "gate_up", ("feed-forward", "hidden"): "down"}
+    for place, row in rows.items():
+        assert row["lines"], place
+        assert ("dx" in row["needed_for"]) == (place not in inputs)
+        if place in inputs:
+            assert row["needed_for"] == [inputs[place]]
+            assert ("LoRA on q and v" in row["kept_by"]) == (inputs[place] == "qkv")
+            assert "frozen" not in row["kept_by"]
+        assert row["bytes"] == 4 * math.prod(row["shapes"][0]) or place[1] == "raw"
+    count = residual_count(model.cfg, 2, 7) - 2 * 2 * 7 * model.cfg.width
+    assert table["kept"]["all weights"] == 4 * count // model.cfg.layers
+    assert table["kept"]["gradient checkpointing"] == 4 * 2 * 7 * model.cfg.width
+    assert (("attention", "raw") in rows) == bool(options.get("qk_norm"))
+
+
+def test_the_operations_drawn_are_those_of_the_programs():
+    cfg = PRESETS["tiny"]
+    ways = count_ways(cfg)
+    for name in ("training", "bottom half frozen", "LoRA", "prefill", "decode"):
+        program = drawn_programs(cfg)[name][1](cfg)
+        if name in ("prefill", "decode"):
+            function, arguments = functools.partial(program.function, cfg), program.arguments[1:]
+        else:
+            _, _, state, frozen, batch, *_ = program.arguments
+            function, arguments = functools.partial(loss_and_gradient, cfg), (state.trainable, frozen, batch)
+        assert jaxpr_cost(function, *arguments).matmul == ways[name].flops, name
+    for row in operation_rows(cfg):
+        assert sum(map(sum, row["by_layer"])) == pytest.approx(row["flops_per_token"])
+        assert sum(map(sum, row["by_product"].values())) == pytest.approx(row["flops_per_token"])
+        assert row["by_layer"][0][0] > 0
+    frozen, top = (np.array(operation_rows(cfg)[n]["by_layer"]) for n in (2, 3))
+    assert not frozen[0, 1:].any()
+    assert frozen[1].all()
+    assert top[1, 2] == 0
+    assert top[1, 1] > 0
+
+
+def test_a_change_is_0_exactly_where_every_bit_is_the_same():
+    x = np.float32([3, 0, 4])
+    assert relative_change(x, x.copy()) == 0
+    assert relative_change(x, x + np.float32([0, 5, 0])) == pytest.approx(1)
+    assert relative_change(x, np.float32([3, -0.0, 4])) > 0
+
+
+def test_weights_move_where_they_train_and_nowhere_else(document):
+    stages = {stage["stage"]: stage["changes"] for stage in document["moved"]}
+    still = lambda changes: {path for path, change in changes.items() if change == 0}
+    lower = {path for path in stages["trained"] if path.startswith(("embed", "blocks/0"))}
+    assert still(stages["trained"]) == set()
+    assert still(stages["bottom half frozen"]) == lower
+    for stage in ("LoRA", "serving"):
+        assert still(stages[stage]) == {*stages["trained"]}
+    assert {*stages["trained"]} - still(stages["LoRA with its pairs"]) == {
+        f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")
+    }
+    assert max(map(max, (changes.values() for changes in stages.values()))) < 0.1
+
+
+def test_the_roofline_draws_the_points_to_scale():
+    points = [
+        {"name": name, "flops": flops, "bytes": 1e6, "seconds": seconds, "backward": False}
+        for name, flops, seconds in (("left", 1e6, 0.001), ("right", 1e9, 0.01), ("near", 1.1e9, 0.02))
+    ]
+    chart = roofline(200e9, 4e9, points, 360.0)
+    assert [point["name"] for point in chart["points"]] == ["left", "right", "near"]
+    assert [point["share"] for point in chart["points"]] == pytest.approx([0.25, 0.5, 0.275])
+    left, right, near = chart["points"]
+    decade = abs(right["y"] - left["y"]) / 2  # 1e9 to 1e11 operations a second
+    assert near["y"] - right["y"] == pytest.approx(decade * math.log10(100 / 55))
+    assert (right["x"] - left["x"]) / 3 == pytest.approx((near["x"] - right["x"]) / math.log10(1.1))
+    assert near["at"] - right["at"] >= 16
+    assert all(chart["left"] <= point["x"] <= chart["right"] for point in chart["points"])
 
 
 def test_bad_input_is_a_sentence(tmp_path, capsys):

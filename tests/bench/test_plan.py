@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,24 +262,11 @@ SERVED = {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver (on Debian: apt-get install chromium chromium-driver)")
+def page(tmp_path_factory, chrome):
     folder = tmp_path_factory.mktemp("plan")
     plan(PlanFlags(model="llama-3.2-1b", tokens="100B", devices=8, out=folder))
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", f"user-data-dir={folder / 'user'}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = Chrome(options, Service(driver))
     chrome.get((folder / "plan.html").as_uri())
-    yield chrome
-    chrome.quit()
+    return chrome
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state["model"])

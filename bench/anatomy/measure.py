@@ -1,0 +1,77 @@
+"""Measures the anatomy of a model's steps: what they hold, keep and compute, how fast they run, and which weights they move."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from bench.anatomy import real_steps
+from bench.anatomy.by_hand import by_hand_memory
+from bench.anatomy.memory import KINDS, memory_over_time, thin
+from bench.anatomy.operations import count_ways, operation_rows
+from bench.anatomy.programs import B, T, compile_drawn
+from bench.anatomy.residuals import block_residuals
+from bench.cli import Json, progress
+from bench.models import BenchModel, tokens_for
+from engine.counting.hardware import Ceilings, measure_ceilings
+from engine.counting.params import leaf_shapes
+from engine.inference.decode import prepare_params
+from engine.model.config import ModelConfig
+
+TRAINED = {"training": "trained", "bottom half frozen": "bottom half frozen", "LoRA": "LoRA"}  # name of a program -> of a stage
+
+
+def anatomy(model: BenchModel, ceilings: Ceilings | None = None) -> Json:
+    """Measures a model's programs in about a minute on two cores, and the machine's ceilings if none are given."""
+    cfg, rows, moved, served = model.cfg, list[Json](), list[Json](), None
+    progress(f"compiling the steps of {model.name}, and taking some")
+    ceilings = ceilings or measure_ceilings()
+    for name, work, program, compiled in compile_drawn(cfg):
+        progress(f"compiled: {name}", replace=True)
+        row = _memory_row(name, work, memory_over_time(compiled))
+        if name in ("prefill", "decode"):
+            served = served or prepare_params(cfg, model.params)
+            row["seconds"] = real_steps.infer(name, compiled, model, served)
+        else:
+            row["seconds"], changes = real_steps.train(program, compiled, model)
+            work = f"{real_steps.steps_of(model)} steps on {work}"
+            stages = ((f"{TRAINED[name]} {words}".rstrip(), each) for words, each in changes.items() if name in TRAINED)
+            moved += [{"stage": stage, "work": work, "changes": each} for stage, each in stages]
+        rows.append(row)
+    progress("answering requests", replace=True)
+    given, held = real_steps.answer(model, served)
+    work = f"{real_steps.REQUESTS} requests, {given:,} tokens of answers"
+    moved.append({"stage": "serving", "work": work, "changes": held})
+    for stage in moved:  # in the order of the forward pass
+        stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}
+    progress("running the NumPy model, forward and backward", replace=True)
+    tokens = tokens_for(model, B, T + 1)
+    return {
+        "model": model.name, "config": cfg.to_json(), "rows": rows, "by_hand": by_hand_memory(cfg, model.params, tokens),
+        "residuals": block_residuals(cfg, model.params, tokens[:, :-1]), "operations": operation_rows(cfg), "moved": moved,
+        "roofline": {
+            "flops": ceilings.peak_flops(cfg.dtype), "bytes": 1e9 * ceilings.read_gbs, "points": list(_points(cfg, rows)),
+        },
+    }  # fmt: skip
+
+
+def _memory_row(name: str, work: str, memory: Any) -> Json:
+    alive, positions = memory.alive, thin(memory, 240)
+    top = alive.index(max(alive))
+    return {
+        "program": name, "work": work, "positions": len(alive), "backward": memory.backward, "update": memory.update,
+        "start_bytes": alive[0], "peak_bytes": alive[top], "allocated_bytes": memory.allocated, "xla_bytes": memory.xla,
+        "error": memory.error, "peak": {kind: memory.bytes[kind][top] for kind in KINDS}, "drawn_positions": positions,
+        "bytes": {kind: [memory.bytes[kind][place] for place in positions] for kind in KINDS},
+    }  # fmt: skip
+
+
+def _points(cfg: ModelConfig, rows: list[Json]) -> Iterator[Json]:
+    """Yields each program's point of the roofline: operations and bytes by formula, seconds measured."""
+    ways = count_ways(cfg)
+    ways["gradient checkpointing"] = count_ways(dataclasses.replace(cfg, remat="block"))["training"]
+    for row in rows:
+        way = ways[row["program"]]
+        yield {
+            "name": row["program"], "flops": way.flops, "bytes": way.bytes, "seconds": row["seconds"],
+            "backward": row["backward"] is not None,
+        }  # fmt: skip
