@@ -147,8 +147,8 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
-    params = orbax_arrays.read(newest, "params", params_like)
-    optimizer = orbax_arrays.read(newest, "optimizer", optimizer_like)
+    params = orbax_arrays.read(newest / "params", params_like)
+    optimizer = orbax_arrays.read(newest / "optimizer", optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
@@ -166,7 +166,7 @@ def load_params(path: Path) -> LoadedCheckpoint:
     elif lines := verify(newest, skip=("optimizer",)):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
     record = _read_state(newest)
-    return LoadedCheckpoint(newest, record["step"], orbax_arrays.read(newest, "params"), None, record["state"], damaged)
+    return LoadedCheckpoint(newest, record["step"], orbax_arrays.read_alone(newest / "params"), None, record["state"], damaged)
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
