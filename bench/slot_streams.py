@@ -20,7 +20,7 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import Slots
 from engine.model.native.library import native_problem
 from engine.model.paths import map_paths
-from engine.model.weights.int8 import Int8, quantize
+from engine.model.weights.int8 import Int8, quantize, store_transposed
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
 
@@ -59,8 +59,10 @@ def measure_streams(
     if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     model = load_model(model_name)
-    weights = prepare_params(model.cfg, quantize(model.params))
-    by_xla = map_paths(lambda _, leaf: dataclasses.replace(leaf, native=False) if isinstance(leaf, Int8) else leaf, weights)
+    int8 = quantize(model.params)
+    weights = prepare_params(model.cfg, int8)
+    transpose = lambda _, leaf: store_transposed(leaf) if isinstance(leaf, Int8) else leaf
+    by_xla = prepare_params(model.cfg, map_paths(transpose, int8), whole=False)  # as where there is no kernel
     if problem := native_problem():
         print(f"without the kernel in C: {problem}", flush=True)
     # 32 passages of 512 tokens, evenly spaced in the held-out plays.

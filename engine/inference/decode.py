@@ -30,7 +30,7 @@ from engine.model.native.library import native_problem
 from engine.model.ops import ops, platform
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
-from engine.model.weights.int8 import Int8, store_transposed
+from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
 
@@ -49,7 +49,7 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
     def lay_out(_: str, leaf: Any) -> Any:
         if not (transposes and isinstance(leaf, Int8) and leaf.activations != "full"):
             return leaf
-        return dataclasses.replace(store_transposed(leaf), native=not native_problem())
+        return store_transposed(leaf) if native_problem() else pack_for_kernel(leaf)
 
     return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
 

@@ -13,7 +13,6 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from engine.model import fused_attention
-from engine.model.native.library import int8_products
 
 
 def _transpose_in_memory(x: Array) -> Array:
@@ -39,12 +38,11 @@ class Ops(NamedTuple):
     pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
     fused_attention: fused_attention.Kernel | None  # causal, of whole texts
     fused_prefill: fused_attention.Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
-    int8_products: Callable[[Array, Array, int], tuple[Array, Array]] | None = None  # of few rows, with `Int8.native` weights
 
 
 PLATFORMS = {
     # jax.nn.dot_product_attention is two to three times slower than the plain products on a CPU.
-    "cpu": Ops(_transpose_in_memory, True, None, int8_products=int8_products),
+    "cpu": Ops(_transpose_in_memory, True, None),
     "gpu": Ops(_transpose_by_name, False, fused_attention.cudnn, fused_attention.cudnn_masked),
     "tpu": Ops(_transpose_by_name, False, fused_attention.splash),
 }

@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         # 256 tokens at TIED_STD start more than 1% from ln 256 for every fourth key, and are 0.04 bits per byte ahead later.
         std = min(TIED_STD, 0.011 * cfg.vocab**0.5) * cfg.width**-0.5 if cfg.tied else EMBED_STD
-        embed = self.param("embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
+        embed = matrix(self, "embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
             x = sharding.look_up(lookup, embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)

@@ -1,6 +1,5 @@
 """The kernel in C: the bits of XLA's products, wherever it can be built; elsewhere a reason, and XLA's products."""
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -20,9 +19,18 @@ from engine.inference.slots import Slots
 from engine.model.native import library
 from engine.model.native.library import build_library, native_problem
 from engine.model.paths import leaf_paths, map_paths
-from engine.model.weights.int8 import NATIVE_ROWS, Int8, int8_matmul, quantize, quantize_matrix, store_transposed
+from engine.model.weights.int8 import (
+    Int8,
+    int8_matmul,
+    lookup_rows,
+    pack_for_kernel,
+    quantize,
+    quantize_matrix,
+    slice_columns,
+    store_transposed,
+)
 
-SHAPES = [(64, 3), (1, 70), (190, 701)]  # whole cache lines and others; one part and several
+SHAPES = [(64, 16), (4, 70), (188, 701)]  # whole strips of columns and others; one part and several
 multiply = jax.jit(int8_matmul, static_argnames="dtype")
 
 
@@ -51,18 +59,29 @@ def rows_of(seed: int, rows: int, width: int, spoil: float) -> jax.Array:
 @settings(max_examples=30)
 @given(
     st.sampled_from(SHAPES),
-    st.sampled_from([1, 3, 7, NATIVE_ROWS]),
+    st.sampled_from([1, 3, 7, 29, 100]),
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, np.nan, np.inf]),
 )
 def test_products_have_the_bits_that_xla_gives_them(kernel, activations, shape, rows, seed, spoil):
     leaf, x = weight(shape, activations), rows_of(seed, rows, shape[0], spoil)
-    ours = multiply(x, dataclasses.replace(leaf, native=True), jnp.float32)
+    ours = multiply(x, pack_for_kernel(leaf), jnp.float32)
     np.testing.assert_array_equal(ours, multiply(x, leaf, jnp.float32))
 
 
+@settings(max_examples=10)
+@given(st.integers(0, 2**32 - 1))
+def test_a_packed_head_gives_the_same_rows_and_columns(kernel, seed):
+    leaf = quantize_matrix(normal(seed, 53, 12), axis=0)  # an embedding (V, D)
+    packed, rows = pack_for_kernel(leaf), jnp.asarray([[0, 52, 16], [15, 17, 0]])
+    assert packed.shape == leaf.shape
+    np.testing.assert_array_equal(lookup_rows(packed, rows), lookup_rows(leaf, rows))
+    part, x = slice_columns(packed, 32, 64), normal(seed + 1, 5, 12)
+    np.testing.assert_array_equal(int8_matmul(x, part, jnp.float32), int8_matmul(x, slice_columns(leaf, 32, 64), jnp.float32))
+
+
 def uses_kernel(params) -> bool:
-    return any(leaf.native for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
+    return any(leaf.packed for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
 
 
 def test_a_model_samples_the_same_with_and_without(kernel):
@@ -70,7 +89,8 @@ def test_a_model_samples_the_same_with_and_without(kernel):
     cfg = tiny_config(dtype="bfloat16", tied=True)
     params = prepare_params(cfg, quantize(lively_params(cfg)))
     assert uses_kernel(params)
-    without = map_paths(lambda _, leaf: dataclasses.replace(leaf, native=False) if isinstance(leaf, Int8) else leaf, params)
+    transpose = lambda _, leaf: store_transposed(leaf) if isinstance(leaf, Int8) else leaf
+    without = prepare_params(cfg, map_paths(transpose, quantize(lively_params(cfg))), whole=False)
 
     def completions(params) -> list[str]:
         slots = Slots(cfg, params, slots=3, capacity=16, chunk=16, tail=16, speculate=False)

@@ -1,10 +1,11 @@
-// The product of a few rows with an int8 weight, called by XLA: rounds each row as int8.py's round_rows or two_digit_rows do,
+// The product of some rows with an int8 weight, called by XLA: rounds each row as int8.py's round_rows or two_digit_rows do,
 // and sums integers, exactly, so that results have the bits that XLA's own products have.
 //
-//     x (M, in) float32, weight (out, in) int8 -> sums (digits * M, out) int32, scales (M, 1) float32
+//     x (M, in) float32, weight (out / 16, in / 4, 16, 4) int8 -> sums (digits * M, out) int32, scales (M, 1) float32
 //
-// A decode step reads every weight once and does little with it, so this is a loop over memory in order. Threads of XLA's own
-// pool help. One that comes late finds no part left, so nobody waits for a thread that has not begun.
+// Weights lie as a dot-product instruction takes them: 4 inputs of 16 columns side by side, read once, in order. Few rows
+// wait for that reading, many for the instruction. Threads of XLA's own pool help. One that comes late finds no part left, so
+// nobody waits for a thread that has not begun.
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -14,94 +15,123 @@
 
 #include "xla/ffi/api/c_api.h"
 
-// Dot-product instructions of x86 multiply an unsigned byte by a signed one: weights are taken 128 too high.
-#if defined(__x86_64__)
-typedef uint8_t Weight;
-enum { TOO_HIGH = 128 };
+enum { COLUMNS = 16, INPUTS = 4, STEP = COLUMNS * INPUTS };  // of a step: the bytes of weight side by side, a cache line
+enum { FINE = 254 };                                         // as in int8.py
+enum { ROWS = 6 };                                           // that share one reading of a strip's weights, at most
+enum { PART = 64 * 1024 };                                   // bytes of weight that a thread takes at a time, about
+enum { ROUNDED = 16 * 1024 };                                // numbers that a thread rounds at a time, about
+enum { PATIENCE = 10000 };                                   // looks at the others' parts before giving them the processor
+
+// Sums: 16 int32, a column each. Weights: a step. Inputs: 4 of one row, for each column. STRIPS of 16 columns share one
+// reading of the rows: as many as leave ROWS * STRIPS sums in registers.
+#if defined(__AVX512VNNI__)
 #include <immintrin.h>
+enum { STRIPS = 4, TOO_HIGH = 128 };  // the instruction takes weights without a sign: 128 too high
+typedef __m512i Sums, Weights, Inputs;
 #define pause() _mm_pause()
+static inline Sums filled(int32_t value) { return _mm512_set1_epi32(value); }
+static inline Weights read_weights(const int8_t *w) { return _mm512_xor_si512(_mm512_load_si512(w), _mm512_set1_epi8(-128)); }
+static inline Inputs spread(int32_t inputs) { return _mm512_set1_epi32(inputs); }
+// gcc 12 copies each sum before its intrinsic adds to it, and takes 1.8 times as long.
+#define add_products(sums, weights, inputs) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(inputs))
+static inline void write_sums(int32_t *to, Sums sums) { _mm512_storeu_si512(to, sums); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+enum { STRIPS = 1, TOO_HIGH = 0 };
+typedef int32x4x4_t Sums;
+typedef int8x16x4_t Weights;
+typedef int8x16_t Inputs;
+#define pause() __asm__ volatile("yield")
+static inline Sums filled(int32_t value) {
+  const int32x4_t four = vdupq_n_s32(value);
+  return (Sums){{four, four, four, four}};
+}
+static inline Weights read_weights(const int8_t *w) { return vld1q_s8_x4(w); }
+static inline Inputs spread(int32_t inputs) { return vreinterpretq_s8_s32(vdupq_n_s32(inputs)); }
+#define add_products(sums, weights, inputs) \
+  for (int i = 0; i < 4; i++) (sums).val[i] = vdotq_s32((sums).val[i], (weights).val[i], inputs)
+static inline void write_sums(int32_t *to, Sums sums) { vst1q_s32_x4(to, sums); }
 #else
-typedef int8_t Weight;
-enum { TOO_HIGH = 0 };
-#define pause()
+#error "this processor has no dot products of int8"
 #endif
 
-enum { LINE = 64, GROUP = 6, FINE = 254 };  // bytes of a cache line; rows that share one reading; as in int8.py
-enum { PART = 64 * 1024 };                  // bytes of weight that a thread takes at a time, at most
-enum { PATIENCE = 10000 };                  // looks at the others' parts before giving them the processor
-
-typedef struct {
+typedef struct Task Task;
+struct Task {
+  void (*part)(const Task *, int64_t);
+  const float *x;
   const int8_t *weight;
-  int8_t *rows;       // (count, stride), rounded; each begins a cache line, and ends one in zeros
-  int32_t **sums;     // (count), where a row's results go
-  int32_t *surplus;   // (count), what TOO_HIGH adds to them
-  int64_t in, columns, stride, part_columns, parts;
-  int count;
+  int8_t *rows;       // (M * digits, stride), rounded; each begins a cache line, and ends a step in zeros
+  float *scales;      // (M)
+  int32_t *sums;      // (digits * M, out)
+  int32_t *surplus;   // (M * digits), what TOO_HIGH adds to each sum, taken off from the start
+  int64_t *active;    // (count), the rounded rows to multiply: those whose scale is a number
+  int64_t M, in, out, stride, digits, count;
+  int64_t size, parts;  // of a part, in rows of x or in strips
   _Atomic int64_t next, done;  // parts
   _Atomic int holders;         // threads that still read this
-} Product;
+};
 
 #define UNROLL _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
 
-// Rows first .. first + rows - 1 times columns start .. stop - 1. `rows` is a constant wherever this is inlined.
-static inline __attribute__((always_inline)) void multiply(const Product *p, int first, const int rows, int64_t start,
-                                                           int64_t stop) {
-  const int64_t in = p->in, stride = p->stride;
-  const int8_t *restrict x = p->rows + first * stride;
-  for (int64_t column = start; column < stop; column++) {
-    const int8_t *restrict w = p->weight + column * in;
-    int32_t sums[GROUP] = {0};
-#ifdef __AVX512VNNI__  // gcc makes the same of the loop below; clang 22 takes 2.6 to 6 times as long without
-    __m512i wide[GROUP];
-    UNROLL for (int row = 0; row < rows; row++) wide[row] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < in; i += LINE) {
-      const __mmask64 inside = in - i < LINE ? ((__mmask64)1 << (in - i)) - 1 : ~(__mmask64)0;
-      const __m512i values = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, w + i), _mm512_set1_epi8((char)TOO_HIGH));
-      UNROLL for (int row = 0; row < rows; row++)
-        wide[row] = _mm512_dpbusd_epi32(wide[row], values, _mm512_load_si512(x + row * stride + i));
-    }
-    UNROLL for (int row = 0; row < rows; row++) sums[row] = _mm512_reduce_add_epi32(wide[row]);
-#else
-    for (int64_t i = 0; i < in; i++) {
-      const Weight value = w[i] ^ TOO_HIGH;
-      UNROLL for (int row = 0; row < rows; row++) sums[row] += value * x[row * stride + i];
-    }
-#endif
-    UNROLL for (int row = 0; row < rows; row++) p->sums[first + row][column] = sums[row] - p->surplus[first + row];
+// `rows` active rows from the given one on, times 16 * strips columns. Both are constants wherever this is inlined.
+INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip, const int strips) {
+  const int64_t steps = t->stride / INPUTS, *active = t->active + first;
+  const int8_t *w = t->weight + strip * steps * STEP, *x[ROWS];
+  Sums sums[ROWS][STRIPS];
+  UNROLL for (int row = 0; row < rows; row++) {
+    x[row] = t->rows + active[row] * t->stride;
+    UNROLL for (int s = 0; s < strips; s++) sums[row][s] = filled(-t->surplus[active[row]]);
   }
-}
-
-static void multiply_part(const Product *p, int64_t part) {
-  const int64_t start = part * p->part_columns, end = start + p->part_columns, stop = end < p->columns ? end : p->columns;
-  for (int first = 0; first < p->count; first += GROUP) {
-    switch (p->count - first) {
-      case 1: multiply(p, first, 1, start, stop); break;
-      case 2: multiply(p, first, 2, start, stop); break;
-      case 3: multiply(p, first, 3, start, stop); break;
-      case 4: multiply(p, first, 4, start, stop); break;
-      case 5: multiply(p, first, 5, start, stop); break;
-      default: multiply(p, first, GROUP, start, stop);
+  for (int64_t i = 0; i < steps; i++) {
+    Weights weights[STRIPS];
+    UNROLL for (int s = 0; s < strips; s++) weights[s] = read_weights(w + (s * steps + i) * STEP);
+    UNROLL for (int row = 0; row < rows; row++) {
+      int32_t four;
+      memcpy(&four, x[row] + i * INPUTS, sizeof four);
+      const Inputs inputs = spread(four);
+      UNROLL for (int s = 0; s < strips; s++) add_products(sums[row][s], weights[s], inputs);
+    }
+  }
+  UNROLL for (int row = 0; row < rows; row++) {
+    const int64_t place = active[row] % t->digits * t->M + active[row] / t->digits;
+    UNROLL for (int s = 0; s < strips; s++) {
+      const int64_t column = (strip + s) * COLUMNS, left = t->out - column;
+      int32_t *to = t->sums + place * t->out + column;
+      if (left >= COLUMNS) {
+        write_sums(to, sums[row][s]);
+      } else {
+        int32_t all[COLUMNS];
+        write_sums(all, sums[row][s]);
+        memcpy(to, all, left * sizeof *to);
+      }
     }
   }
 }
 
-static void release(Product *p) {
-  if (atomic_fetch_sub(&p->holders, 1) == 1) free(p);
-}
-
-static void take_parts(Product *p) {
-  for (int64_t part; (part = atomic_fetch_add(&p->next, 1)) < p->parts;) {
-    multiply_part(p, part);
-    atomic_fetch_add(&p->done, 1);
+// All active rows times 16 * strips columns.
+INLINE void multiply_rows(const Task *t, int64_t strip, const int strips) {
+  for (int64_t first = 0; first < t->count; first += ROWS) {
+    switch (t->count - first) {
+      case 1: multiply(t, first, 1, strip, strips); break;
+      case 2: multiply(t, first, 2, strip, strips); break;
+      case 3: multiply(t, first, 3, strip, strips); break;
+      case 4: multiply(t, first, 4, strip, strips); break;
+      case 5: multiply(t, first, 5, strip, strips); break;
+      default: multiply(t, first, ROWS, strip, strips);
+    }
   }
 }
 
-static void help(void *p) {
-  take_parts(p);
-  release(p);
+static void multiply_part(const Task *t, int64_t part) {
+  const int64_t strips = (t->out + COLUMNS - 1) / COLUMNS, end = (part + 1) * t->size, stop = end < strips ? end : strips;
+  int64_t strip = part * t->size;
+  if (t->count > ROWS)  // fewer are faster in one strip at a time, read in order
+    for (; strip + STRIPS <= stop; strip += STRIPS) multiply_rows(t, strip, STRIPS);
+  for (; strip < stop; strip++) multiply_rows(t, strip, 1);
 }
 
-// Returns the scale of x (in), and writes its digits: 1, or 2 that lie `stride` apart. Rounds where int8.py rounds.
+// Rounds one row of x (in) to its digits, and returns its scale. Rounds where int8.py rounds.
 static float round_row(const float *x, int64_t in, int digits, int8_t *rows, int64_t stride) {
   uint32_t largest = 0;  // bits of a magnitude sort as it does, and those of a NaN come last
   for (int64_t i = 0; i < in; i++) {
@@ -115,6 +145,7 @@ static float round_row(const float *x, int64_t in, int digits, int8_t *rows, int
   scale *= 1.0f / 127;
   if (scale == 0) scale = 1;
   const float inverse = 1 / scale;
+  if (isnan(scale)) return scale;
   if (digits == 1) {
     for (int64_t i = 0; i < in; i++) rows[i] = (int32_t)rintf(x[i] * inverse);
   } else {
@@ -127,7 +158,41 @@ static float round_row(const float *x, int64_t in, int digits, int8_t *rows, int
   return scale;
 }
 
-static size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+static void round_part(const Task *t, int64_t part) {
+  const int64_t end = (part + 1) * t->size, stop = end < t->M ? end : t->M;
+  for (int64_t row = part * t->size; row < stop; row++) {
+    int8_t *rounded = t->rows + row * t->digits * t->stride;
+    t->scales[row] = round_row(t->x + row * t->in, t->in, t->digits, rounded, t->stride);
+    for (int digit = 0; digit < t->digits; digit++, rounded += t->stride) {
+      int32_t total = 0;
+      for (int64_t i = 0; i < t->in; i++) total += rounded[i];
+      memset(rounded + t->in, 0, t->stride - t->in);
+      t->surplus[row * t->digits + digit] = TOO_HIGH * total;
+    }
+  }
+}
+
+static void release(Task *t) {
+  if (atomic_fetch_sub(&t->holders, 1) == 1) free(t);
+}
+
+static void take_parts(Task *t) {
+  for (int64_t part; (part = atomic_fetch_add(&t->next, 1)) < t->parts;) {
+    t->part(t, part);
+    atomic_fetch_add(&t->done, 1);
+  }
+}
+
+static void help(void *t) {
+  take_parts(t);
+  release(t);
+}
+
+static XLA_FFI_Error *out_of_memory(const XLA_FFI_Api *xla) {
+  XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "out of memory",
+                                     XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+  return xla->XLA_FFI_Error_Create(&error);
+}
 
 // Returns 0 after dropping XLA's error.
 static int failed(const XLA_FFI_Api *xla, XLA_FFI_Error *error) {
@@ -135,6 +200,34 @@ static int failed(const XLA_FFI_Api *xla, XLA_FFI_Error *error) {
   if (error) xla->XLA_FFI_Error_Destroy(&drop);
   return error != NULL;
 }
+
+// Does all of `like`'s parts, with the threads of XLA's pool. Threads that come late still read the task, so it is a copy.
+static XLA_FFI_Error *run(XLA_FFI_CallFrame *call, int64_t threads, const Task *like) {
+  const XLA_FFI_Api *xla = call->api;
+  if (like->parts < 2) {
+    if (like->parts) like->part(like, 0);
+    return NULL;
+  }
+  Task *t = malloc(sizeof *t);
+  if (!t) return out_of_memory(xla);
+  *t = *like;
+  const int helpers = threads < t->parts ? threads - 1 : t->parts - 1;
+  atomic_store(&t->holders, 1 + helpers);
+  for (int i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, call->ctx, help, t};
+    if (failed(xla, xla->XLA_FFI_ThreadPool_Schedule(&task))) release(t);
+  }
+  take_parts(t);
+  for (int spins = 0; atomic_load(&t->done) < t->parts; spins++) {
+    if (spins < PATIENCE) pause();
+    else sched_yield();  // to a thread that was interrupted within its part
+  }
+  release(t);
+  return NULL;
+}
+
+static int64_t ceiling(int64_t count, int64_t size) { return (count + size - 1) / size; }
+static size_t lines(size_t bytes) { return ceiling(bytes, STEP) * STEP; }
 
 XLA_FFI_Error *thrice_int8_matmul(XLA_FFI_CallFrame *call) {
   const XLA_FFI_Api *xla = call->api;
@@ -146,54 +239,36 @@ XLA_FFI_Error *thrice_int8_matmul(XLA_FFI_CallFrame *call) {
     return NULL;
   }
   XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
-  const float *x = arguments[0]->data;
-  const int64_t M = arguments[0]->dims[0], in = arguments[0]->dims[1], columns = arguments[1]->dims[0];
-  const int digits = results[0]->dims[0] / M;
-  int32_t *sums = results[0]->data;
-  float *scales = results[1]->data;
-
-  const size_t stride = lines(in), count = M * digits, head = lines(sizeof(Product));
-  const size_t pointers = lines(count * sizeof(int32_t *)), surplus = lines(count * sizeof(int32_t));
-  char *memory = aligned_alloc(LINE, head + pointers + surplus + count * stride);
-  if (!memory) {
-    XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "out of memory",
-                                       XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
-    return xla->XLA_FFI_Error_Create(&error);
-  }
-  Product *p = (Product *)memory;
-  *p = (Product){.weight = arguments[1]->data, .rows = (int8_t *)memory + head + pointers + surplus,
-                 .sums = (int32_t **)(memory + head), .surplus = (int32_t *)(memory + head + pointers), .in = in,
-                 .columns = columns, .stride = stride};
-  for (int64_t row = 0; row < M; row++) {
-    int8_t *rounded = p->rows + p->count * stride;
-    scales[row] = round_row(x + row * in, in, digits, rounded, stride);
-    if (isnan(scales[row])) continue;  // as of rows not in use: their results are NaN whatever the sums are
-    for (int digit = 0; digit < digits; digit++) {
-      int32_t total = 0;
-      for (int64_t i = 0; i < in; i++) total += rounded[digit * stride + i];
-      memset(rounded + digit * stride + in, 0, stride - in);
-      p->surplus[p->count] = TOO_HIGH * total;
-      p->sums[p->count++] = sums + (digit * M + row) * columns;
-    }
-  }
+  Task t = {.x = arguments[0]->data, .weight = arguments[1]->data, .sums = results[0]->data, .scales = results[1]->data,
+            .M = arguments[0]->dims[0], .in = arguments[0]->dims[1], .out = results[0]->dims[1]};
+  t.digits = results[0]->dims[0] / t.M;
+  t.stride = arguments[1]->dims[1] * INPUTS;
+  const int64_t all = t.M * t.digits;
+  const size_t rounded = lines(all * t.stride), surplus = lines(all * sizeof *t.surplus);
+  char *memory = aligned_alloc(STEP, rounded + surplus + lines(all * sizeof *t.active));
+  if (!memory) return out_of_memory(xla);
+  t.rows = (int8_t *)memory;
+  t.surplus = (int32_t *)(memory + rounded);
+  t.active = (int64_t *)(memory + rounded + surplus);
 
   int64_t threads = 1;
   XLA_FFI_ThreadPool_NumThreads_Args pool = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, call->ctx, &threads};
   if (failed(xla, xla->XLA_FFI_ThreadPool_NumThreads(&pool)) || threads < 1) threads = 1;
-  const int64_t rounds = (in * columns + threads * PART - 1) / (threads * PART);  // in which each thread takes a part
-  p->part_columns = (columns + threads * rounds - 1) / (threads * rounds);
-  p->parts = p->count ? (columns + p->part_columns - 1) / p->part_columns : 0;
-  const int helpers = threads < p->parts ? threads - 1 : p->parts ? p->parts - 1 : 0;
-  atomic_store(&p->holders, 1 + helpers);
-  for (int i = 0; i < helpers; i++) {
-    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, call->ctx, help, p};
-    if (failed(xla, xla->XLA_FFI_ThreadPool_Schedule(&task))) release(p);
+
+  t.part = round_part;
+  t.size = ceiling(ROUNDED, t.in);
+  t.parts = ceiling(t.M, t.size);
+  XLA_FFI_Error *error = run(call, threads, &t);
+  if (!error) {
+    for (int64_t row = 0; row < all; row++)
+      if (!isnan(t.scales[row / t.digits])) t.active[t.count++] = row;
+    const int64_t strips = ceiling(t.out, COLUMNS);
+    const int64_t rounds = ceiling(strips * t.stride * COLUMNS, threads * PART);  // in which each thread takes a part
+    t.part = multiply_part;
+    t.size = ceiling(strips, threads * rounds);
+    t.parts = t.count ? ceiling(strips, t.size) : 0;
+    error = run(call, threads, &t);
   }
-  take_parts(p);
-  for (int spins = 0; atomic_load(&p->done) < p->parts; spins++) {
-    if (spins < PATIENCE) pause();
-    else sched_yield();  // to a thread that was interrupted within its part
-  }
-  release(p);
-  return NULL;
+  free(memory);
+  return error;
 }

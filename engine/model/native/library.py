@@ -29,6 +29,7 @@ from engine.device import processor
 from engine.files import atomic_file, cache_folder
 
 SOURCE = Path(__file__).with_name("int8_matmul.c")
+COLUMNS, INPUTS = 16, 4  # of a step, as in the C file
 TARGET = "thrice_int8_matmul"  # as XLA knows it, and the C function's name
 # Sums in float32 are nowhere; without contraction a rounding is XLA's, and without traps it is done for many numbers at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -42,15 +43,26 @@ class _Unavailable(Exception):
     """Why there is no kernel here: the end of a sentence."""
 
 
-def int8_products(x: Array, values: Array, digits: int) -> tuple[Array, Array]:
-    """x (M, in), values (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
+@jax.jit(static_argnames="axis")
+def pack(values: Array, axis: int) -> Array:
+    """values int8, inputs along `axis`, a multiple of 4 of them -> (out / 16, in / 4, 16, 4), as the kernel reads them.
+
+    Columns of zeros fill the last 16.
+    """
+    columns = jnp.moveaxis(values, axis, 1)
+    columns = jnp.pad(columns, ((0, -len(columns) % COLUMNS), (0, 0)))
+    return columns.reshape(-1, COLUMNS, columns.shape[1] // INPUTS, INPUTS).swapaxes(1, 2)
+
+
+def int8_products(x: Array, packed: Array, out: int, digits: int) -> tuple[Array, Array]:
+    """x (M, in), `pack` of (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
 
     To the bit what `int8.round_rows` or, with 2 digits, `int8.two_digit_rows` and a product give, on one CPU where
     `native_problem` is empty. Rows whose scale is NaN give any numbers.
     """
-    M, out = len(x), len(values)
+    M = len(x)
     shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
-    products, scale = jax.ffi.ffi_call(TARGET, shapes)(x.astype(jnp.float32), values)
+    products, scale = jax.ffi.ffi_call(TARGET, shapes)(x.astype(jnp.float32), packed)
     return products, scale
 
 

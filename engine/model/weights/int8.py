@@ -21,13 +21,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.errors import UserError
-from engine.model.ops import ops
+from engine.model.native.library import COLUMNS, INPUTS, int8_products, pack
 from engine.model.paths import Params, first_match, leaf_paths, map_paths
 
 Activations = Literal["int8", "int16", "full"]
 Rule = tuple[str, Activations | None]
 FINE = 254  # steps of x's second digit in one of the first
-NATIVE_ROWS = 16  # up to which the kernel of `native/` is the faster
 FEW = 16  # rows up to which a product takes as long as reading the weight
 MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
@@ -35,15 +34,15 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed", "native"],
+    data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed", "packed"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
     The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied
-    head multiplies. `transposed` values lie as (out, in); shape and matrix are the same. `native`: few rows are multiplied
-    by the kernel of `native/`, to the same bits.
+    head multiplies. `transposed` values lie as (out, in); shape and matrix are the same. `packed` values lie as the kernel
+    of `native/` reads them, which then multiplies, to the same bits.
     """
 
     values: Array
@@ -51,10 +50,13 @@ class Int8:
     activations: Activations = "int8"
     axis: int = 1
     transposed: bool = False
-    native: bool = False
+    packed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.packed:
+            shape = self.values.shape[1] * INPUTS, len(self.scale)
+            return shape if self.axis else shape[::-1]
         return self.values.shape[::-1] if self.transposed else self.values.shape
 
     @property
@@ -87,8 +89,28 @@ def store_transposed(leaf: Int8) -> Int8:
     return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
 
 
+def pack_for_kernel(leaf: Int8) -> Int8:
+    """Returns the leaf laid out for the kernel of `native/`, or transposed where it has no multiple of 4 inputs."""
+    axis = leaf.contracting_axis
+    if leaf.values.shape[axis] % INPUTS:
+        return store_transposed(leaf)
+    return dataclasses.replace(leaf, values=pack(leaf.values, axis), transposed=False, packed=True)
+
+
+def lookup_rows(leaf: Int8, rows: Array) -> Array:
+    """leaf of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
+    if leaf.packed:
+        values = leaf.values[rows // COLUMNS, :, rows % COLUMNS].reshape(*rows.shape, -1)
+    else:
+        values = leaf.values[rows]
+    return values.astype(jnp.float32) * leaf.scale[rows][..., None]
+
+
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales."""
+    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales; start a multiple of 16."""
+    if leaf.packed:
+        values = leaf.values[start // COLUMNS : -(-stop // COLUMNS)]
+        return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
     along = 1 - leaf.contracting_axis
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
@@ -156,7 +178,9 @@ def join_digits(products: Array) -> Array:
 def _scale_rows(x: Array) -> tuple[Array, Array]:
     """x (..., M, D) -> x / scale and scale (..., M, 1), float32."""
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1) * (1 / LARGEST)
+    # The largest by its bits, which sort as magnitudes do, and a NaN's come last: XLA's maximum on a CPU loses some NaNs.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32).max(axis=-1)
+    scale = jax.lax.bitcast_convert_type(bits, jnp.float32) * (1 / LARGEST)
     scale = jnp.where(scale == 0, 1, scale)[..., None]
     # Written as multiplications: XLA makes them of divisions in some programs and not in others.
     return x * (1 / scale), scale
@@ -178,9 +202,8 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
-    kernel = ops().int8_products
-    if kernel and weight.native and len(x) <= NATIVE_ROWS:
-        product, row_scale = kernel(x, weight.values, 2 if fine else 1)
+    if weight.packed:
+        product, row_scale = int8_products(x, weight.values, len(weight.scale), 2 if fine else 1)
         product = join_digits(product) if fine else product.astype(jnp.float32)
         return (product * row_scale * weight.scale).astype(dtype)
     rows, row_scale = two_digit_rows(x) if fine else round_rows(x)

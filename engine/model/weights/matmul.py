@@ -16,7 +16,7 @@ from engine import sharding
 from engine.model import backward
 from engine.model.ops import ops
 from engine.model.paths import Params, map_paths
-from engine.model.weights.int8 import Int8, int8_matmul
+from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
 from engine.model.weights.lora import LoRA, innermost_base, over_groups
 from engine.model.weights.lora_matmul import Cuts, merged_matmul
 
@@ -71,7 +71,7 @@ def unembed(x: Array, embed: Array | Int8, dtype: DTypeLike) -> Array:
 def lookup(embed: Array | Int8, tokens: Array) -> Array:
     """embed (V, D), tokens (...) int32 -> (..., D) float32."""
     if isinstance(embed, Int8):
-        return embed.values[tokens].astype(jnp.float32) * embed.scale[tokens][..., None]
+        return lookup_rows(embed, tokens)
     return backward.lookup(embed, tokens).astype(jnp.float32)
 
 
