@@ -1,6 +1,5 @@
 """Times prefill and decoding of streams through our `Slots` beside the same streams through llama.cpp."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from operator import itemgetter
