@@ -227,10 +227,10 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),
-    "sample": lambda cfg: Program(
-        decode._sample, (shape_of(jnp.float32, ROWS, cfg.vocab), shape_of(jnp.int32, ROWS), sampling_shapes())
+    "first tokens": lambda cfg: Program(
+        decode._first_tokens,
+        (shape_of(jnp.float32, 1, cfg.vocab), jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), sampling_shapes()),
     ),
-    "pad rows": lambda cfg: Program(decode._pad_rows, (jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), ROWS)),
     **{
         name: slots_program(name)
         for name in ("clear_slot", "copy_slot", "set_token_counts", f"read_chunk {CHUNK}", f"write_chunk {CHUNK}")

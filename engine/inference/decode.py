@@ -96,14 +96,16 @@ def decode_steps(
     return tokens.T, sharding.pin_cache(cache)
 
 
-_sample = jax.jit(sample)
+@jax.jit
+def _first_tokens(logits: Array, cache: KVCache, sampling: SamplingArrays) -> tuple[Array, KVCache]:
+    """Pads logits and cache with empty rows, up to those of `sampling`, and samples each row's first token.
 
-
-@jax.jit(static_argnames="rows")
-def _pad_rows(state: tuple[Array, KVCache], rows: int) -> tuple[Array, KVCache]:
-    """Pads logits and cache with empty rows; a lone prompt is prefilled alone, for its chunks have rows enough."""
+    A lone prompt is prefilled alone, for its chunks have rows enough.
+    """
+    rows = len(sampling.seed)
     pad = lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
-    return sharding.pin_cache(jax.tree.map(pad, state))
+    logits, cache = sharding.pin_cache(jax.tree.map(pad, (logits, cache)))
+    return sample(logits, cache.length, sampling), cache
 
 
 def padded_rows(prompts: int) -> int:
@@ -155,8 +157,7 @@ def generate(
     arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
     cache = placement.make_sharded_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
-    logits, cache = _pad_rows(_prefill_all(cfg, params, prompts, cache), rows)
-    token = _sample(logits, cache.length, arrays)
+    token, cache = _first_tokens(*_prefill_all(cfg, params, prompts, cache), arrays)
     fresh = np.asarray(token)[:, None]
     while running:
         for sequence in running.copy():
@@ -171,7 +172,7 @@ def generate(
 
 
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
-    after = jnp.zeros((len(prompts), cfg.vocab), jnp.float32)
+    after: Any = np.zeros((len(prompts), cfg.vocab), np.float32)  # JAX would compile a program for zeros
     for start in range(0, max(map(len, prompts)), CHUNK):
         chunks = [prompt[start : start + CHUNK] for prompt in prompts]
         lengths = np.array([len(chunk) for chunk in chunks], np.int32)
