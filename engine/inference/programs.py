@@ -139,7 +139,8 @@ def idle_calls(
     calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
     calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
     for size in {chunk, tail} if prefix_cache else ():
-        computed = placement.inference_shapes((), read_chunk.eval_shape(segments, start, start, size))[1]
+        shape = lambda leaf, size=size: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
+        computed = placement.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
         calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
         calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
     return calls

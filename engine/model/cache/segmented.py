@@ -118,6 +118,7 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
     edges = segments.edges
 
     def read(segment: int) -> KVArray:
+        @jax.jit(inline=True)  # traced once for all layers
         def cut(array: Array) -> Array:
             sizes = (1, array.shape[1], length, *array.shape[3:])
             return jax.lax.dynamic_slice(array, (slot, 0, start - edges[segment], *[0] * (array.ndim - 3)), sizes)[0]
@@ -132,11 +133,9 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
 def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array, count: Array) -> KVSegments:
     """Writes the first `count` positions of a chunk of `read_chunk` into a slot from `start` on, and zeros for the others."""
     destinations, L = _destinations(segments.edges, slot[None], start[None]), len(segments.k)
-
-    def of_layer(i: int) -> KVArray:
-        first = lambda array: jnp.arange(array.shape[1]).reshape(-1, *[1] * (array.ndim - 2)) < count
-        return jax.tree.map(lambda array: jnp.where(first(array[i]), array[i], 0)[None], chunk)
-
+    is_first = lambda array: jnp.arange(array.shape[2]).reshape(-1, *[1] * (array.ndim - 3)) < count
+    chunk = jax.tree.map(lambda array: jnp.where(is_first(array), array, 0), chunk)
+    of_layer = lambda i: jax.tree.map(lambda array: array[i : i + 1], chunk)
     layers = [_write(layer, of_layer(i), destinations) for i, layer in enumerate((*segments.k, *segments.v))]
     return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
 
@@ -250,15 +249,21 @@ def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) 
 def _set_slots(segments: KVSegments, slots: Array, reach: Array, content: Callable[[Array], Array]) -> KVSegments:
     """Replaces slots (X,) by content(array) (X, K, C, ...) in segments that hold a position below `reach`."""
 
-    def set_segment(segment: KVArray, start: int) -> KVArray:
+    def place(start: int) -> Array:
         to = jnp.where(start < reach, slots, segments.slots)
-        at = jnp.stack([to, jnp.zeros_like(to)], axis=1)
-        return jax.tree.map(lambda array: _scatter(array, content(array), at), segment)
+        return jnp.stack([to, jnp.zeros_like(to)], axis=1)
 
-    set_layer = lambda layer: tuple(map(set_segment, layer, segments.edges))
+    @jax.jit(inline=True)  # traced once for the many arrays of a shape
+    def set_array(array: Array, at: Array) -> Array:
+        return _scatter(array, content(array), at)
+
+    places = [place(start) for start in segments.edges[:-1]]
+    set_segment = lambda segment, at: jax.tree.map(lambda array: set_array(array, at), segment)
+    set_layer = lambda layer: tuple(map(set_segment, layer, places))
     return KVSegments(*(tuple(map(set_layer, layers)) for layers in segments))
 
 
+@jax.jit(inline=True)
 def _scatter(array: Array, new: Array, at: Array) -> Array:
     """Writes new (U, K, T, ...) into array (B, K, C, ...) at slot and start, `at` (U, 2); drops what does not fit."""
     window = tuple(range(1, new.ndim))
