@@ -69,7 +69,7 @@ class TinyServer:
         return self.slots.running, self.state.engine.waiting, self.state.admission.reserved
 
     def client(self, **options: Any) -> "Client":
-        return Client(**{"base_url": self.url, "timeout": 60, **options})
+        return Client(**{"base_url": self.url, "timeout": 60, "verify": False, **options})
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), 10)
