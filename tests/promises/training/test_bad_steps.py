@@ -10,7 +10,7 @@ from engine.storage import checkpoint
 from stages.runs.loop import REFUSED_IN_A_ROW
 
 STEPS, FIRST = 20, 3
-# Runs before the command: the batches of steps BAD begin with a negative token, by which the loss or the gradient is spoilt;
+# Runs before the command: the batches of steps BAD begin with a negative token, by which the loss or the gradient is corrupted;
 # after each step a line has the digests of weights and optimizer.
 PATCH = """
 import jax, jax.numpy as jnp, optax
@@ -31,7 +31,7 @@ def marked(self, number):
     tokens = batch.tokens.copy()
     tokens[0, 0] = -1 if number in {bad} and "{place}" != "update" else tokens[0, 0]
     return batch._replace(tokens=tokens)
-def spoilt(cfg, params, batch):
+def corrupted_loss(cfg, params, batch):
     bad = jnp.where(batch.tokens[0, 0] < 0, 1.0, 0.0)
     batch = batch._replace(tokens=jnp.maximum(batch.tokens, 0))
     value, embed = {value}, params["embed"]
@@ -45,7 +45,7 @@ def spoilt(cfg, params, batch):
         slope = jnp.sqrt(jnp.where(bad, 0.0, 1.0) * x**2) if value != value else x * value
         whole += bad * (slope - jax.lax.stop_gradient(slope))
     return whole
-def make_spoilt(config):
+def make_faulty_optimizer(config):
     tx = make(config)
     def update(gradient, state, params=None, *, progress, dtype):
         updates, state = tx.update(gradient, state, params, progress=progress, dtype=dtype)
@@ -53,9 +53,9 @@ def make_spoilt(config):
         return jax.tree.map(lambda x: jnp.where(bad, {value}, x), updates), state
     return optax.GradientTransformationExtraArgs(tx.init, update)
 TextBatches.at = marked
-object.__setattr__(step.NEXT_TOKEN, "summed_loss", spoilt)
+object.__setattr__(step.NEXT_TOKEN, "summed_loss", corrupted_loss)
 if "{place}" == "update":
-    training_steps.make_optimizer = make_spoilt
+    training_steps.make_optimizer = make_faulty_optimizer
 """
 KINDS = [("loss", "jnp.nan"), ("gradient", "jnp.nan"), ("gradient", "1e30"), ("update", "jnp.inf"), ("data", "jnp.nan")]
 
@@ -69,7 +69,7 @@ def test_steps_that_are_not_finite(make_run, side_by_side, quick, expect):
     cases = list(itertools.product(KINDS, ("muon", "adamw"), (2, 99)))
     cases = cases[::7] if quick else cases
 
-    def spoil(half: int) -> list[str]:
+    def inject_faults(half: int) -> list[str]:
         wrong = []
         for (place, value), optimizer, count in cases[half::2]:
             bad = tuple(range(FIRST, FIRST + count))
@@ -91,7 +91,7 @@ def test_steps_that_are_not_finite(make_run, side_by_side, quick, expect):
                 wrong.append(f"{place} {value} {optimizer} {count}: {code}, {len(different)} other states, {text[-400:]}")
         return wrong
 
-    wrong = [*itertools.chain(*side_by_side(spoil, (0, 1)))]
+    wrong = [*itertools.chain(*side_by_side(inject_faults, (0, 1)))]
     print(*wrong, sep="\n")
     kinds = ", ".join(dict.fromkeys(place for (place, _), _, _ in cases))
     expect(exactly("runs in which one changed something or passed", len(wrong), 0), over=f"{len(cases)} runs; {kinds}")

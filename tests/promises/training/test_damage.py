@@ -22,7 +22,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "delete": Path.unlink,
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "empty": lambda path: os.truncate(path, 0),
@@ -34,25 +34,25 @@ DAMAGE = {
 
 
 @pytest.mark.promises("T2", "a damaged newest checkpoint is named, and the one before it is used; no damage passes for data")
-def test_every_damage_to_every_file(make_run, reference, side_by_side, quick, expect):
-    """Each file of a run folder, and of what is cached, damaged in each way; then the same command again."""
+def test_every_file_corrupted_in_every_way(make_run, reference, side_by_side, quick, expect):
+    """Each file of a run folder, and of what is cached, corrupted in each way; then the same command again."""
     wanted = reference(BY_HAND)
     runs = [make_run(BY_HAND, server=server) for server in (0, 1)]
     assert runs[0].live() == 0
     whole = shutil.copytree(runs[0].work, runs[0].work.with_name("whole"))
     parts = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
-    cases = [(part, way) for part in parts if "hardware" not in part.parts for way in DAMAGE][:: 40 if quick else 1]
+    cases = [(part, way) for part in parts if "hardware" not in part.parts for way in CORRUPTIONS][:: 40 if quick else 1]
     earlier, last = checkpoint.steps(whole / "run")
     newest = f"run/checkpoints/{last}/"
 
-    def damage(half: int) -> list[str]:
+    def corrupt(half: int) -> list[str]:
         run, wrong = runs[half], []
         for part, way in cases[half::2]:
             shutil.rmtree(run.work)
             shutil.copytree(whole, run.work)
             if part.parts[0] == "cache":  # read by a new run
                 shutil.rmtree(run.folder)
-            DAMAGE[way](run.work / part)
+            CORRUPTIONS[way](run.work / part)
             code, text = run.live(), run.output.read_text()
             named = f"damaged: {run.work / part}" in text and f"resumed at step {earlier}" in text
             # A damaged log is not noticed: no run computes with it.
@@ -64,7 +64,7 @@ def test_every_damage_to_every_file(make_run, reference, side_by_side, quick, ex
                 wrong.append(f"{way} {part}: {code} {named=} {same=} {text[-300:]}")
         return wrong
 
-    wrong = [*itertools.chain(*side_by_side(damage, (0, 1)))]
+    wrong = [*itertools.chain(*side_by_side(corrupt, (0, 1)))]
     print(*wrong, sep="\n")
     inside = sum(str(part).startswith(newest) for part, _ in cases)
     over = f"{inside} damages to the newest checkpoint, {len(cases) - inside} to other files of the run and its cache"
