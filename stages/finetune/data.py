@@ -1,7 +1,7 @@
 """Preference batches with reference margins, and the held-out evaluators of both fine-tuning objectives."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,25 +11,32 @@ from jax.experimental.multihost_utils import process_allgather
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
+from engine.sharding import row_shards
 from engine.text.epoch_order import EpochOrder
 from engine.text.examples import Pair
-from engine.text.packing import evaluation_batches, evaluation_pairs, pair_batch
+from engine.text.packing import PairBatch, evaluation_batches, evaluation_pairs, pair_batch
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.runs.data.conversations import EVALUATION_ROWS
 from stages.runs.loop import Evaluator
 
 
+def with_reference(
+    cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, rows: int
+) -> Iterator[tuple[PairBatch, np.ndarray]]:
+    """Yields batches of `rows` pairs in order, each with its margins by the reference: the `initial` params."""
+    for part in evaluation_pairs(pairs, seq, rows):
+        reference = margins(cfg, initial, Preferences(part.chosen, part.rejected))
+        yield part, process_allgather(reference, tiled=True)
+
+
 class PreferenceBatches:
-    """Batches of pairs, with their margins by the reference, the model before training (`initial` params)."""
+    """Batches of pairs, with their margins by the reference (`initial` params)."""
 
     def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
         self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
-        self._reference = np.zeros(len(pairs), np.float32)
-        for part in evaluation_pairs(pairs, seq, batch):
-            real = part.pair >= 0
-            reference = margins(cfg, initial, Preferences(part.chosen, part.rejected))
-            self._reference[part.pair[real]] = process_allgather(reference, tiled=True)[real]
+        parts = [reference for _, reference in with_reference(cfg, initial, pairs, seq, batch)]
+        self._reference = np.concatenate(parts)[: len(pairs)]
 
     def epoch(self, step: int) -> float:
         return self.order.epoch(step)
@@ -38,10 +45,6 @@ class PreferenceBatches:
         part = pair_batch(self.pairs, self.order.at(step), self.seq)
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
 
-    def once(self) -> list[Preferences]:
-        """Returns the batches of one epoch, whole ones; at least one."""
-        return [self.at(step) for step in range(max(1, len(self.pairs) // self.order.batch))]
-
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
@@ -49,20 +52,23 @@ def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> 
 
 
 def held_out_evaluator(
-    cfg: ModelConfig, frozen: Any, initial: Any, examples: Sequence[Any], objective: Objective, seq: int, seed: int
+    cfg: ModelConfig, frozen: Any, initial: Any, examples: Sequence[Any], objective: Objective, seq: int
 ) -> Evaluator:
     """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean preference loss).
 
-    `initial`: the params before training.
+    `initial`: the params before training. On a mesh its devices share the rows, EVALUATION_ROWS each.
     """
+    rows = EVALUATION_ROWS * row_shards()
     batches: Sequence[Any]
     summed: Callable[..., Any]
     if objective is NEXT_TOKEN:
-        batches, unit, key = list(evaluation_batches(examples, seq, EVALUATION_ROWS)), "nats/token", "val_nats_per_token"
-        summed = score
+        batches, unit, key = list(evaluation_batches(examples, seq, rows)), "nats/token", "val_nats_per_token"
+        summed, size = score, max(sum(int(batch.mask.sum()) for batch in batches), 1)
     else:
-        pairs = PreferenceBatches(cfg, initial, examples, seq, min(EVALUATION_ROWS, len(examples)), seed)
-        batches, unit, key = pairs.once(), "preference loss", "val_preference_loss"
-        summed = functools.partial(_summed, objective)
-    size = max(sum(float(objective.count(batch)) for batch in batches), 1)
+        # Rows behind the last pair lie infinitely above the reference, and so have a loss of 0.
+        batches = [
+            Preferences(part.chosen, part.rejected, np.where(part.pair >= 0, reference, -np.inf))
+            for part, reference in with_reference(cfg, initial, examples, seq, rows)
+        ]
+        unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
     return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)

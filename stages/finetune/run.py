@@ -203,7 +203,7 @@ class FineTuning(ModelStage):
     def _evaluator(self, limit: int | None = None) -> Any:
         plan, split, examples = self.plan, self.split, self.dataset.held_out[:limit]
         initial, seq = split.initial_params(), plan.recipe.context
-        return held_out_evaluator(plan.cfg, split.frozen, initial, examples, self.objective, seq, plan.seed)
+        return held_out_evaluator(plan.cfg, split.frozen, initial, examples, self.objective, seq)
 
     def measure(self, trainable: Any) -> Scores:
         """Scores the held-out set and general text, and answers the questions."""

@@ -12,22 +12,32 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from tiny import lively_params, tiny_config, tokens_of
 from tiny_runs import WORDS, command, metrics
 
 from engine.errors import UserError
+from engine.mesh_shape import AXES
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
+from engine.text.chat_tokenizer import Example
+from engine.text.examples import Pair
 from engine.text.packing import PackedBatches
+from engine.training.preference import dpo
+from engine.training.step import NEXT_TOKEN
 from stages import generate
 from stages.chat import __main__ as chat
 from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
+from stages.finetune.data import held_out_evaluator
+from stages.runs.data.conversations import EVALUATION_ROWS
 
 WORD = WORDS.split()
 STEPS = 45
@@ -355,3 +365,22 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
         error = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))
         assert re.search(r"A step would need about .*, and .* are available", error)
         assert remedy in error
+
+
+def test_the_devices_of_a_mesh_share_the_held_out_set():
+    """An odd number of examples and of pairs: each counts once, and four devices have no more rows each than one."""
+    cfg = tiny_config()
+    params, rng = lively_params(cfg), np.random.default_rng(0)
+    examples = [Example(tokens_of(size, size), rng.random(size) < 0.8, "") for size in (5, 7, 8, 6, 8, 3)]
+    pairs = [*map(Pair, examples[::2], examples[1::2])]
+    one = held_out_evaluator(cfg, {}, params, examples, NEXT_TOKEN, 7)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)):
+        many = held_out_evaluator(cfg, {}, params, examples, NEXT_TOKEN, 7)
+    assert [len(batch.tokens) for batch in one.batches] == len(one.batches) * [EVALUATION_ROWS]
+    assert {len(batch.tokens) for batch in many.batches} == {4 * EVALUATION_ROWS}
+    assert len(many.batches) == -(-len(one.batches) // 4)
+    assert many.size == one.size == sum(int(example.mask[1:].sum()) for example in examples)
+    assert many.evaluate(params) == pytest.approx(one.evaluate(params), rel=1e-6)
+    preferences = held_out_evaluator(cfg, {}, params, pairs, dpo(), 7)
+    assert preferences.size == len(pairs) == 3
+    assert preferences.evaluate(params) == pytest.approx(math.log(2), rel=1e-6)
