@@ -16,13 +16,15 @@ def step_collectives(
     optimizer: Literal["adamw", "muon"] = "adamw",
     microbatches: int = 1,
     lora: LoraConfig | None = None,
+    matrix_bytes: int = 4,
 ) -> Counter[str]:
     """Returns kind -> bytes of the arrays that collectives make (all-reduce: take) for each device, in float32.
 
     For a step on rows that divide all devices, which trains an untied model whole, or the pairs of `lora`, merged with their
-    base; an int8 base is gathered once converted. Each microbatch gathers a matrix along `fsdp` forward, backward and for
-    remat of its block, and adds its gradient up over the rows; where a gradient is cut as well, an accelerator makes one
-    reduce-scatter of its all-reduce, at half the cost, and sends 16 bits of a bfloat16 weight where a CPU sends 32.
+    base; a number of the matrices has `matrix_bytes` where it is gathered: 1 in an int8 base. Each microbatch gathers a
+    matrix along `fsdp` forward, backward and for remat of its block, and adds its gradient up over the rows; where a gradient
+    is cut as well, an accelerator makes one reduce-scatter of its all-reduce, at half the cost, and sends 16 bits of a
+    bfloat16 weight where a CPU sends 32.
     """
     data, fsdp, tensor = mesh
     shapes, devices = leaf_shapes(cfg), mesh.devices
@@ -32,13 +34,14 @@ def step_collectives(
     again = cfg.remat == "block"  # all of a block but `down`, of which backward needs no result
     weights: Counter[str] = Counter()  # in each microbatch: weights and gradients
     numbers: Counter[str] = Counter()  # others, in a step
+    matrices = 0  # gathered in each microbatch
     if fsdp > 1:
         passes = cfg.layers * (2 * block + again * (block - size("down")))
-        weights["all-gather"] += (passes - (lora is not None) * size("qkv")) // tensor  # the lowest input has no gradient
+        matrices += (passes - (lora is not None) * size("qkv")) // tensor  # the lowest input has no gradient
         numbers["all-gather"] += batch // data * tokens  # the ids of all whose rows are looked up
         numbers["all-to-all"] += (1 if lora else 2) * stream // tensor  # of the embedding, and of its gradient
     if fsdp * tensor > 1:
-        weights["all-gather"] += 2 * head
+        matrices += 2 * head
     if tensor > 1:
         numbers["all-gather"] += 2 * stream  # the embedding's result; the gradient of the head's input
         # Of out and down; backward of qkv, gate and up. With pairs gate and up are one, and the lowest qkv has none.
@@ -59,7 +62,8 @@ def step_collectives(
                 share = -(-cfg.layers // devices) * devices * size(name) // (fsdp * tensor)
                 numbers["all-to-all"] += 2 * share * ((fsdp > 1) + (tensor > 1))
                 numbers["all-gather"] += share * (data > 1)
-    return Counter({kind: 4 * (numbers[kind] + microbatches * weights[kind]) for kind in (numbers | weights)})
+    exchanged = {kind: 4 * (numbers[kind] + microbatches * weights[kind]) for kind in (numbers | weights)}
+    return Counter(exchanged) + Counter({"all-gather": matrix_bytes * microbatches * matrices})
 
 
 def _pair_numbers(cfg: ModelConfig, mesh: MeshShape, lora: LoraConfig) -> Counter[str]:

@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from engine import sharding
 from engine.errors import UserError
+from engine.mesh_shape import AXES
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.transformer import Params
+from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import LoRA, make_adapter
 
 
@@ -44,16 +46,23 @@ def init_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) ->
     return unflatten(adapters)
 
 
-def gather_pairs(params: Params) -> Params:
-    """Pins pairs, thin as they are, whole on a mesh but for an axis that `tensor` cuts: gathered once, not in each product,
-    where XLA would exchange slices of them with the merged weights."""
+def gather_frozen(params: Params) -> Params:
+    """Says on a mesh where what is thin or narrow is gathered, before XLA widens it; `tensor` still cuts it.
+
+    Pairs are gathered once, not in each product, where XLA would exchange slices of them with the merged weights; the
+    integers of an Int8 in each product.
+    """
 
     def gather(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, LoRA):
+        if not isinstance(leaf, LoRA | Int8):
             return leaf
-        spec = sharding.leaf_spec(path, (1, 1), dict.fromkeys(sharding.AXES, 1))
+        spec = sharding.leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
         rows, columns = (axis if axis == "tensor" else None for axis in spec)
+        if isinstance(leaf, Int8):
+            return dataclasses.replace(leaf, gathered=P(rows, columns))
         pin = jax.lax.with_sharding_constraint
-        return dataclasses.replace(leaf, a=pin(leaf.a, P(rows, None)), b=pin(leaf.b, P(None, columns)))
+        return dataclasses.replace(
+            leaf, a=pin(leaf.a, P(rows, None)), b=pin(leaf.b, P(None, columns)), base=gather(path, leaf.base)
+        )
 
     return params if jax.sharding.get_abstract_mesh().empty else map_paths(gather, params)

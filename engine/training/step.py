@@ -13,7 +13,7 @@ from engine import sharding
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
-from engine.training.lora import gather_pairs
+from engine.training.lora import gather_frozen
 from engine.training.loss import summed_loss
 
 
@@ -73,7 +73,7 @@ def loss_and_gradient(
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
     def share(trainable: Params, frozen: Params, part: Any) -> Array:
-        return objective.summed_loss(cfg, merge(gather_pairs(trainable), frozen), part) / total
+        return objective.summed_loss(cfg, gather_frozen(merge(trainable, frozen)), part) / total
 
     differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
     if microbatches == 1:

@@ -113,7 +113,8 @@ def on_mesh(text, weights, case, cfg=CFG, microbatches=1, **options):
         found, others = train(case, cfg, microbatches, **options)
     found["apart"] = max(float(np.abs(a - b).max()) for a, b in zip(weights, others))
     lora = LORA if case in ("lora", "int8") else None
-    found["formula"] = step_collectives(cfg, shape, BATCH, TOKENS, optimizer, microbatches, lora)
+    matrix_bytes = 1 if case == "int8" else 4
+    found["formula"] = step_collectives(cfg, shape, BATCH, TOKENS, optimizer, microbatches, lora, matrix_bytes)
     found["plain"] = step_collectives(CFG, shape, BATCH, TOKENS, optimizer)
     return found
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from engine.errors import UserError
@@ -34,7 +35,7 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed", "packed"],
+    data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed", "packed", "gathered"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Int8:
@@ -42,7 +43,8 @@ class Int8:
 
     The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied
     head multiplies. `transposed` values lie as (out, in); shape and matrix are the same. `packed` values lie as the kernel
-    of `native/` reads them, which then multiplies, to the same bits.
+    of `native/` reads them, which then multiplies, to the same bits. `gathered`: the axes of a mesh that still cut the
+    values where "full" reads them, so that integers are exchanged and not what is made of them; None: as they lie.
     """
 
     values: Array
@@ -51,6 +53,7 @@ class Int8:
     axis: int = 1
     transposed: bool = False
     packed: bool = False
+    gathered: P | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,8 +81,12 @@ def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int 
 
 def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
     """Returns values * scale, (in, out), rounded once to `dtype`."""
-    values = leaf.values.T if leaf.transposed else leaf.values
+    values = leaf.values.T if leaf.transposed else _gather(leaf)
     return (values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)).astype(dtype)
+
+
+def _gather(leaf: Int8) -> Array:
+    return leaf.values if leaf.gathered is None else jax.lax.with_sharding_constraint(leaf.values, leaf.gathered)
 
 
 def store_transposed(leaf: Int8) -> Int8:
@@ -229,7 +236,7 @@ _multiply_integers.defvjp(lambda x, weight, dtype: (_multiply_integers(x, weight
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after."""
-    product = _contract(x, weight.values.astype(x.dtype), weight.contracting_axis, preferred_element_type=jnp.float32)
+    product = _contract(x, _gather(weight).astype(x.dtype), weight.contracting_axis, preferred_element_type=jnp.float32)
     return (product * weight.scale).astype(dtype)
 
 
@@ -241,6 +248,7 @@ def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) 
     weight, like = residuals
     scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
     values, scaled = jax.lax.optimization_barrier((weight.values, scaled))
+    values = _gather(dataclasses.replace(weight, values=values))
     dx = _contract(scaled, values.astype(like.dtype), 1 - weight.contracting_axis, preferred_element_type=like.dtype)
     return dx, None
 

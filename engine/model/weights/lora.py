@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from engine.model.paths import Params, map_paths
@@ -88,15 +89,21 @@ def over_groups(f: Callable[[LoRA], Any], weight: LoRA) -> Any:
 
 def _grouped(weight: Any, groups: int) -> Any:
     if not isinstance(weight, LoRA):
-        return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], groups, -1), weight)
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], groups, -1), _in_group(weight))
     columns = tuple((start // groups, stop // groups) for start, stop in weight.columns)
     b = weight.b.reshape(len(weight.b), groups, -1)
     return dataclasses.replace(weight, base=_grouped(weight.base, groups), b=b, columns=columns, groups=1)
 
 
+def _in_group(base: Any) -> Any:
+    """Returns a base as one of its groups reads it, which no axis of a mesh cuts."""
+    is_gathered = isinstance(base, Int8) and base.gathered is not None
+    return dataclasses.replace(base, gathered=P()) if is_gathered else base
+
+
 def _group_axes(weight: Any) -> Any:
     if not isinstance(weight, LoRA):
-        return jax.tree.map(lambda x: x.ndim - 1, weight)
+        return jax.tree.map(lambda x: x.ndim - 1, _in_group(weight))
     columns = tuple((start // weight.groups, stop // weight.groups) for start, stop in weight.columns)
     return LoRA(_group_axes(weight.base), None, 1, weight.scale, columns)  # type: ignore[arg-type]
 
