@@ -39,7 +39,7 @@ class _Group:
     """This process's place among the others. `client`: of JAX's service, None with one process."""
 
     client: Any = None
-    process, processes = 0, 1
+    process, processes, machines = 0, 1, 1
     mistake = ""  # of this process, which may be that of all
     joining = ""  # the sentence for an abort while it waits for the others
     error_output = 2
@@ -95,6 +95,7 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
     state = distributed.global_state
     _group.client, _group.process, _group.processes, _group.joining = state.client, state.process_id, state.num_processes, ""
     threading.Thread(target=_watch, args=(state.client,), daemon=True, name="peers").start()
+    _group.machines = len({*gather_strings(socket.gethostname())})
     if _group.process:  # the console is process 0's; errors go to everyone's stderr
         os.dup2(nowhere, 1)
 
@@ -139,6 +140,11 @@ def is_first() -> bool:
 
 def process_count() -> int:
     return _group.processes
+
+
+def machine_count() -> int:
+    """Returns the number of machines that the processes run on, by their names."""
+    return _group.machines
 
 
 @contextlib.contextmanager

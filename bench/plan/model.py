@@ -68,12 +68,14 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         raise UserError(
             f"--method is {', '.join(METHODS)}, with numbers for K and R, not {method!r}.{did_you_mean(name, METHODS)}"
         )
-    trainable = all_trainable(cfg)
+    trainable, pairs = all_trainable(cfg), target_shapes(cfg)
     if name == "freeze":
         trainable = bottom_frozen(cfg, int(number or cfg.layers // 2))
     elif takes_number:
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
-    count, pairs = count_params(cfg), target_shapes(cfg)
+        if trainable.rank >= (least := min(map(min, pairs.values()))):
+            raise UserError(f"The rank of --method {method} must be below {least}, the least side of this model's matrices.")
+    count = count_params(cfg)
     trained = sum(math.prod(shape) for path, shape in leaf_shapes(cfg).items() if path in trainable.weights)
     frozen = count.total - trained
     trained += trainable.rank * sum(sum(pairs[path]) for path in trainable.adapted)

@@ -211,8 +211,8 @@ def _measure_in_subprocess() -> Ceilings | None:
 
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
-    """Returns what all devices of a mesh reach together, of which one has `ceilings`: a process's CPUs share its cores."""
-    count = mesh.devices if jax.default_backend() != "cpu" else distributed.process_count()
+    """Returns what all devices of a mesh reach together, of which one has `ceilings`: a machine's CPUs share its cores."""
+    count = mesh.devices if jax.default_backend() != "cpu" else distributed.machine_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
@@ -220,7 +220,9 @@ def memory_limit(mesh: MeshShape = ONE_DEVICE) -> int:
     """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES."""
     if jax.default_backend() != "cpu":
         return device_memory_bytes()
-    return max(device_memory_bytes() - PROCESS_BYTES, 0) // min(mesh.devices, jax.local_device_count())
+    processes = distributed.process_count() // distributed.machine_count()
+    sharing = min(mesh.devices, processes * jax.local_device_count())
+    return max(device_memory_bytes() - processes * PROCESS_BYTES, 0) // sharing
 
 
 def memory_estimate(plan: RunPlan, needed: int) -> str:

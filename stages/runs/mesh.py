@@ -67,7 +67,8 @@ def fits_one_device(tree: Any) -> bool:
     if shardings(tree) is None:
         return True
     device = jax.local_devices()[0]
-    copies = len(jax.local_devices()) if device.platform == "cpu" else 1  # which share the host's memory
+    shared = device.platform == "cpu"  # memory, by all devices of a machine
+    copies = jax.device_count() // distributed.machine_count() if shared else 1
     free = device_memory_bytes() - (device.memory_stats() or {}).get("bytes_in_use", 0)
     fits = 1.5 * copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) <= free
     return all(process_fits for [process_fits] in distributed.gather_numbers(fits))

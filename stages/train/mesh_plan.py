@@ -54,19 +54,20 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
         sizes[one.kind] += one.times * one.bytes
     kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
     sent = format_bytes(sum(one.wire_bytes for one in collectives))
+    widened = "; bfloat16 counts as the 32 bits that a CPU sends, twice an accelerator's" * (plan.cfg.dtype == "bfloat16")
     seconds = _predict_seconds(plan, mesh, device, collectives)
     least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
         ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(compiled['seconds'])}, not run"),
         ("holds", holds),
-        ("sends", f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}"),
+        ("sends", f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}{widened}"),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
         (
             "assumed",
             f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, memory at {device.memory_gbs:g} GB/s, rings at "
             f"{device.node_gbs:g} GB/s in a node of {device.node} and {device.network_gbs:g} GB/s a device beyond, no latency; "
-            "a CPU's program: more temporaries than others, all-reduces where they reduce-scatter, bfloat16 sent as float32",
+            "a CPU's program: more temporaries than others, and all-reduces where they reduce-scatter",
         ),
     ]
 

@@ -144,7 +144,12 @@ def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     with pytest.raises(UserError, match=r"on each of 4 devices, and"):
         need(mesh)
     assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE, "and its cores"
-    monkeypatch.setattr(distributed._group, "processes", 2, raising=False)  # each on a machine of its own
+    monkeypatch.setattr(distributed._group, "processes", 2, raising=False)  # on one machine
+    assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"on each of 4 devices, and"):
+        need(mesh)
+    monkeypatch.setattr(distributed._group, "machines", 2, raising=False)  # each on its own
     assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 2 * HERE.bf16_gflops
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 4 * HERE.bf16_gflops
