@@ -58,8 +58,9 @@ def gather_frozen(params: Params) -> Params:
             return leaf
         spec = sharding.leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
         rows, columns = (axis if axis == "tensor" else None for axis in spec)
-        if isinstance(leaf, Int8):
-            return dataclasses.replace(leaf, gathered=P(rows, columns))
+        if isinstance(leaf, Int8):  # cut until then, or a loop would hold what forward gathered for backward
+            values = sharding.pin({path: leaf.values})[path]
+            return dataclasses.replace(leaf, values=values, gathered=P(rows, columns))
         pin = jax.lax.with_sharding_constraint
         return dataclasses.replace(
             leaf, a=pin(leaf.a, P(rows, None)), b=pin(leaf.b, P(None, columns)), base=gather(path, leaf.base)
