@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_runs import tiny
 
 from engine import distributed
+from engine.counting import accelerators
 from engine.counting.accelerators import find_accelerator
 from engine.counting.collectives import Collective
 from engine.counting.hardware import Ceilings
@@ -118,8 +119,9 @@ def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
     shapes = leaf_shapes(dataclasses.replace(preset("tiny"), vocab=258)).values()
     held = 12 * sum(math.prod(shape) // (8 if len(shape) > 1 else 1) for shape in shapes)
     small = dataclasses.replace(find_accelerator("tpu-v5e"), memory_gb=held / 4e9)
-    monkeypatch.setattr(train_run, "find_accelerator", lambda name: small)
-    plan = plan_of(monkeypatch, capsys, *tiny_plan)
+    known = {"h100": find_accelerator("h100"), "tpu-v5e": small}
+    monkeypatch.setattr(accelerators, "read_accelerators", lambda: known)
+    plan = plan_of(monkeypatch, capsys, *tiny_plan, "--accelerator", "tpu-v5e")
     assert plan["holds"].startswith(f"a device: {format_bytes(held)} of state, ")
     assert re.search(r"tpu-v5e has .* too little: about fsdp=\d+ or --remat would fit", plan["holds"])
     assert "all-gather of " in plan["sends"]
