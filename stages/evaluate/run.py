@@ -22,12 +22,17 @@ from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import SHIPPED, Conversations, read_conversations
 from engine.text.examples import Pair
-from engine.text.packing import evaluation_batches, evaluation_pairs
-from engine.training.preference import Preferences, margins
+from engine.text.packing import evaluation_batches
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.flags import EvaluateFlags
 from stages.runs import validation
-from stages.runs.data.conversations import EVALUATION_ROWS, digest_examples, prepare_conversations, tokenize_examples
+from stages.runs.data.conversations import (
+    EVALUATION_ROWS,
+    digest_examples,
+    pair_margins,
+    prepare_conversations,
+    tokenize_examples,
+)
 from stages.runs.data.text import TEXTS, Source, digest_tokens, encode_text, evaluation_source, find_sources, source_name
 from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
 
@@ -166,8 +171,7 @@ def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, re
 
 def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
     margin = np.empty(0)
-    for part in evaluation_pairs(pairs, seq, EVALUATION_ROWS * sharding.row_shards()):
-        batch = process_allgather(margins(model.cfg, model.params, Preferences(part.chosen, part.rejected)), tiled=True)
+    for part, batch in pair_margins(model.cfg, model.params, pairs, seq, EVALUATION_ROWS * sharding.row_shards()):
         margin = np.append(margin, batch[part.pair >= 0])
         report(len(margin), len(pairs))
     won = format_count(100 * float((margin > 0).mean()))

@@ -1,12 +1,11 @@
 """Preference batches with reference margins, and the held-out evaluators of both fine-tuning objectives."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from engine.inference.score import score
 from engine.model.config import ModelConfig
@@ -14,28 +13,19 @@ from engine.model.paths import merge
 from engine.sharding import row_shards
 from engine.text.epoch_order import EpochOrder
 from engine.text.examples import Pair
-from engine.text.packing import PairBatch, evaluation_batches, evaluation_pairs, pair_batch
-from engine.training.preference import Preferences, margins
+from engine.text.packing import evaluation_batches, pair_batch
+from engine.training.preference import Preferences
 from engine.training.step import NEXT_TOKEN, Objective
-from stages.runs.data.conversations import EVALUATION_ROWS
+from stages.runs.data.conversations import EVALUATION_ROWS, pair_margins
 from stages.runs.loop import Evaluator
 
 
-def with_reference(
-    cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, rows: int
-) -> Iterator[tuple[PairBatch, np.ndarray]]:
-    """Yields batches of `rows` pairs in order, each with its margins by the reference: the `initial` params."""
-    for part in evaluation_pairs(pairs, seq, rows):
-        reference = margins(cfg, initial, Preferences(part.chosen, part.rejected))
-        yield part, process_allgather(reference, tiled=True)
-
-
 class PreferenceBatches:
-    """Batches of pairs, with their margins by the reference (`initial` params)."""
+    """Batches of pairs, with their margins by the reference, the model before training (`initial` params)."""
 
     def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
         self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
-        parts = [reference for _, reference in with_reference(cfg, initial, pairs, seq, batch)]
+        parts = [reference for _, reference in pair_margins(cfg, initial, pairs, seq, batch)]
         self._reference = np.concatenate(parts)[: len(pairs)]
 
     def epoch(self, step: int) -> float:
@@ -68,7 +58,7 @@ def held_out_evaluator(
         # Rows behind the last pair lie infinitely above the reference, and so have a loss of 0.
         batches = [
             Preferences(part.chosen, part.rejected, np.where(part.pair >= 0, reference, -np.inf))
-            for part, reference in with_reference(cfg, initial, examples, seq, rows)
+            for part, reference in pair_margins(cfg, initial, examples, seq, rows)
         ]
         unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
     return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)

@@ -3,17 +3,21 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from engine.errors import UserError
+from engine.model.config import ModelConfig
 from engine.storage.model_loader import LoadedModel
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import SHIPPED, Conversations, Preference, Text, read_conversations
 from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
+from engine.text.packing import PairBatch, evaluation_pairs
 from engine.text.template import Message
+from engine.training.preference import Preferences, margins
 from stages.cli.console import Console, ReportProgress
 
 HELD_OUT = 0.1
@@ -107,3 +111,11 @@ def tokenize_examples(
     if conversations.kind == "preference":
         return make_pairs(conversations, chat, seq, report=report)
     return make_examples(conversations, chat, seq, bos_ids=model.tokenizer.bos_ids, report=report)
+
+
+def pair_margins(
+    cfg: ModelConfig, params: Any, pairs: Sequence[Pair], seq: int, rows: int
+) -> Iterator[tuple[PairBatch, np.ndarray]]:
+    """Yields batches of `rows` pairs in order, each with its margins (rows,) by a model; rows behind the last are padding."""
+    for part in evaluation_pairs(pairs, seq, rows):
+        yield part, process_allgather(margins(cfg, params, Preferences(part.chosen, part.rejected)), tiled=True)
