@@ -16,7 +16,7 @@ SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
     "bench.commands": ["--max-time", "1s"],
-    "bench": ["--quick", "--preset", "demo", "--batch", "2", "--context", "64"],
+    "bench": ["--quick", "--preset", "tiny", "--batch", "2", "--context", "64"],
     # What these do is tested in tests/serve and tests/bench; here that they are there and explain themselves.
     "stages.serve": ["--help"],
     "bench.serving": ["--help"],
@@ -59,7 +59,7 @@ def test_every_command_of_the_readme(tmp_path):
         name = command[1]
         extra = list(SHORT.get(name, []))
         if name == "stages.train" and "--steps" in command:
-            extra = extra[2:]
+            extra = ["tiny", *extra[2:]]
         if name in ("stages.train", "bench.commands") and "--data" not in command:
             extra += ["--data", str(text)]
         elif name == "stages.train":
