@@ -21,6 +21,14 @@ def trained(text, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_stay():
+    """Fine-tuning drops compiled programs, for they take memory; here the next run needs them again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.finetune.run._clear_programs", lambda: None)
+        yield
+
+
 @pytest.fixture
 def failing(capsys):
     """Calls a command that must refuse: exit code 2, a sentence, no traceback. Returns stderr."""
