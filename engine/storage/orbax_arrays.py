@@ -65,7 +65,8 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
         context.array.saving.use_compression = False  # weights do not compress: zstd doubles the time and saves 8%
         context.asynchronous.create_directories_asynchronously = False  # one that fails is noticed after twenty minutes
         context.memory.deepcopy_host_arrays = False  # nobody changes an array while we wait
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax raises each error that it logs, also in its own threads
+        for logger in ("absl", "asyncio"):  # Orbax raises each error that it logs, and one of several that fail side by side
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         report = sys.unraisablehook
         # After an error, which is raised, TensorStore still calls into event loops that Orbax has closed.
         sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else report(late)

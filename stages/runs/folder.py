@@ -7,6 +7,7 @@ with files but no run.json is never written to.
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -90,12 +91,21 @@ class MetricsLog:
             file.writelines(lines)
 
     def add(self, **fields: Any) -> None:
-        """Adds a line, with null for numbers that are not finite."""
+        """Adds a line, with null for numbers that are not finite. A refused line is tried once more, and then raises OSError."""
         if not distributed.is_first():
             return
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+            size = self._path.stat().st_size
+            try:
+                self._append(clean)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._path, size)
+                self._append(clean)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error  # a full disk does not name the file
+
+    def _append(self, fields: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")

@@ -1,6 +1,7 @@
 """What a restart must not change: rows of validation, the best, the batches that are skipped; and what it must not ignore."""
 
 import dataclasses
+import errno
 import functools
 import io
 import json
@@ -31,6 +32,7 @@ from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
+from stages.runs.folder import MetricsLog
 from stages.runs.loop import RunOptions
 from stages.runs.loop_state import LoopState
 from stages.runs.previous_run import PreviousRun, _differences, changed_fields
@@ -204,6 +206,22 @@ def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp
     assert checkpoint.steps(folder) == [3]
     (folder / "metrics.jsonl").unlink()
     assert train.main(words) == 0
+
+
+def test_a_line_of_metrics_that_is_refused_once_is_whole(tmp_path, monkeypatch):
+    log, append = MetricsLog(tmp_path, 0), MetricsLog._append
+    log.add(step=1, loss=2.5)
+
+    def half(self: MetricsLog, fields: dict[str, Any]) -> None:
+        monkeypatch.setattr(MetricsLog, "_append", append)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "lo')
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(MetricsLog, "_append", half)
+    log.add(step=2, loss=2.25)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
 
 
 # Other values for fields of which no arithmetic makes one; what happens beside training; and what is in another field too.
