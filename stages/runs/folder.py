@@ -91,7 +91,7 @@ class MetricsLog:
             file.writelines(lines)
 
     def add(self, **fields: Any) -> None:
-        """Adds a line, with null for numbers that are not finite. A refused line is tried once more, and then raises OSError."""
+        """Adds a line, with null for numbers that are not finite. A refused line is tried once more; then raises OSError."""
         if not distributed.is_first():
             return
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
