@@ -20,6 +20,7 @@ SHORT = {
     # What these do is tested in tests/serve and tests/bench; here that they are there and explain themselves.
     "stages.serve": ["--help"],
     "bench.serving": ["--help"],
+    "bench.life": ["--help"],
     "bench.inference": ["--help"],
     "bench.quantisation": ["--help"],
     "bench.peers": ["--help"],

@@ -1,0 +1,108 @@
+"""The life of a model: what runs and a server's log say of weights, data, cost and time."""
+
+import functools
+import json
+
+import pytest
+
+from bench.cli import run_bench
+from bench.life.__main__ import LifeFlags, cells, even_tokens, measure_life
+from bench.life.planned import planned_rows
+from bench.life.stages import serving_row
+from engine.errors import UserError
+from stages.finetune import __main__ as finetune
+from stages.train import __main__ as train
+
+main = functools.partial(run_bench, "bench.life", None, LifeFlags, measure_life)
+
+
+def entry(time, seconds, status=200, **fields):
+    return json.dumps(
+        {"time": f"2026-11-26T12:00:{time:06.3f}+00:00", "status": status, "seconds": seconds}
+        | {"prompt_tokens": 7, "completion_tokens": 5}
+        | fields
+    )
+
+
+LOG = "\n".join([
+    "weights   int8, 93 MB, SHA-256 0123456789abcdef",
+    entry(10, 2), entry(11, 0.5), entry(11.5, 1), entry(20, 1), entry(30, 9, status=400), '{"completion_tokens": 5, "sta',
+    "Stopped. Weights unchanged: SHA-256 0123456789abcdef; 0 programs compiled after the start.",
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of a training run and of a fine-tuning run on it, and a log."""
+    folder = tmp_path_factory.mktemp("life")
+    (folder / "text.txt").write_text("The sea is wide, and ships go down to it in the morning.\n" * 200)
+    row = {"messages": [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "is wide."}]}
+    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    (folder / "server.log").write_text(LOG)
+    few = ["--steps", "6", "--context", "32", "--batch", "2"]
+    text = ["--data", str(folder / "text.txt"), "--out-dir", str(folder / "trained"), "--tokenizer", "bpe:300"]
+    assert train.main(["tiny", *text, *few]) == 0
+    chats = ["--model", str(folder / "trained"), "--data", str(folder / "chats.jsonl"), "--out-dir", str(folder / "tuned")]
+    assert finetune.main([*chats, *few, "--general", "none", "--lora", "rank=2,targets=q"]) == 0
+    return folder
+
+
+def life(runs, *more):
+    return main(["--trained", str(runs / "trained"), "--tuned", str(runs / "tuned"), "--log", str(runs / "server.log"), *more])
+
+
+def test_each_stage_is_told_from_its_own_files(runs, capsys):
+    assert life(runs, "--watts", "100", "--price", "3.6", "--out", str(runs / "page")) == 0
+    printed = capsys.readouterr().out
+    document = json.loads(printed.splitlines()[-1])
+    training, tuning, serving = document["rows"]
+    assert (training["moved"], tuning["moved"], serving["moved"]) == (training["leaves"], 0, 0)
+    assert tuning["pairs"] == 2  # q of each of two layers
+    assert training["before"] != training["after"] == tuning["before"] == tuning["after"]
+    assert training["tokens"] == pytest.approx(6 * 2 * 32)
+    for row in document["rows"]:
+        assert row["joules"] == pytest.approx(100 * row["seconds"])
+        assert row["usd"] == pytest.approx(row["seconds"] / 1000)
+    assert "Energy: --watts 100." in printed
+    source = (runs / "page" / "life.html").read_text()
+    for row in document["rows"]:
+        assert all(cell in source for cell in cells(row)[2:])
+    assert "http" not in source
+    assert "<script" not in source
+
+
+def test_a_log_says_what_was_answered(tmp_path):
+    (tmp_path / "log").write_text(LOG)
+    row = serving_row(tmp_path / "log")
+    assert (row["requests"], row["tokens"], row["prompt_tokens"], row["moved"]) == (4, 20, 28, 0)
+    assert row["seconds"] == pytest.approx(2.5 + 1)  # those under way together count once
+    assert row["before"] == row["after"] == "0123456789abcdef"
+    (tmp_path / "log").write_text(LOG.replace("unchanged", "CHANGED from 0123456789abcdef"))
+    assert serving_row(tmp_path / "log")["moved"] == 1
+    (tmp_path / "log").write_text(LOG.splitlines()[1])  # still running
+    assert serving_row(tmp_path / "log")["moved"] is None
+    (tmp_path / "log").write_text("ready\n")
+    with pytest.raises(UserError, match="holds no answered request"):
+        serving_row(tmp_path / "log")
+
+
+def test_serving_costs_as_much_as_training_after_so_many_tokens():
+    rows = [{"seconds": 60.0}, {"seconds": 9.0}, {"seconds": 3.0, "tokens": 100}]
+    assert even_tokens(rows) == 2000
+    large = planned_rows()
+    hours = large["rows"][0]["hours"]
+    assert hours[0] < large["published_hours"] < hours[2]
+    assert [row["trained"] for row in large["rows"]][2] == 0
+
+
+def test_what_cannot_be_read_is_one_sentence(runs, tmp_path, capsys):
+    for flags, words in (
+        (["--price", "0"], "--price must be"), (["--watts", "nan"], "--watts must be"),
+        (["--log", str(tmp_path / "no")], "is not there"), (["--trained", str(tmp_path)], "is no finished run"),
+        (["--trained", str(runs / "tuned")], "give it as --tuned"),
+        (["--trained", str(runs / "trained"), "--tuned", str(runs / "trained")], "give it as --trained"),
+    ):  # fmt: skip
+        assert main(flags) == 2, flags
+        error = capsys.readouterr().err
+        assert words in error
+        assert "Traceback" not in error
