@@ -1,7 +1,7 @@
 """Measures the stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes, money.
 
     python -m bench                                one model, one run, about two minutes on two cores
-    python -m bench --out report                   also writes report.html, with plots, and stages.svg and .md
+    python -m bench --out report                   a minute more: report.html, with pictures, and stages.svg and .md
     python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
     python -m bench --quick --json                 fewer rounds; nothing but the JSON document on stdout
     python -m bench --list                         the other measurements
@@ -57,6 +57,7 @@ def measure(flags: StageTableFlags) -> Json:
         return {"measurements": names}
     price = check_flags(flags)
     start_jax()
+    from bench.models import find_model
     from bench.report.page import write_report
     from bench.table.measure import stage_table
     from bench.table.terminal import print_stages
@@ -66,6 +67,10 @@ def measure(flags: StageTableFlags) -> Json:
         fewest_rounds=flags.quick,
     )  # fmt: skip
     document["command"] = command(flags)
+    if flags.out:
+        from bench.anatomy.measure import anatomy
+
+        document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
     if not flags.json:
         print_stages(document)
     if flags.out:

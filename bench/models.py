@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.cli import Shape
 from engine.errors import UserError
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, preset
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import init_params
 from engine.storage.model_loader import load_model, locate
@@ -56,6 +56,11 @@ def load(name: str) -> BenchModel:
         )
     model = load_model(name, dtype="float32")
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
+
+
+def find_model(preset_name: str, name: str | None) -> BenchModel:
+    """Loads the model of this name, if there is one, else returns the preset's with random weights."""
+    return load(name) if name else random_model(preset_name, preset(preset_name))
 
 
 def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:

@@ -36,10 +36,9 @@ def measure_anatomy(flags: AnatomyFlags) -> Json:
     start_jax()
     from bench.anatomy.measure import anatomy
     from bench.anatomy.page import write_page
-    from bench.models import load, random_model
-    from engine.model.config import preset
+    from bench.models import find_model
 
-    document = anatomy(load(flags.model) if flags.model else random_model(flags.preset, preset(flags.preset)))
+    document = anatomy(find_model(flags.preset, flags.model))
     print_summary(document)
     if flags.out:
         print(f"the page: {write_page(flags.out, document)}", file=sys.stderr)

@@ -86,7 +86,7 @@ def heat_map(changes: dict[str, float], scale: tuple[float, float]) -> dict[str,
     before = ["embed"]
     after = [path for path in changes if path in ("norm", "head")]
     left, gap, tall, top = 72.0, 8.0, 18.0, 2.0
-    own = 16.0  # width of a column of its own
+    own = 26.0  # width of a column of its own
     right = WIDTH - len(after) * (own + gap)
     first = left + len(before) * (own + gap)
     wide = (right - first) / blocks

@@ -19,7 +19,7 @@ _PARTS = (
     ("optimizer", "optimizer", "grey"),
 )  # fmt: skip
 _MEMORY = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber", "cache": "teal"}
-_CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # other number types have the bfloat16 one
+CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # other number types have the bfloat16 one
 
 Rows = Sequence[Json]
 
@@ -174,6 +174,6 @@ def _memory_floor(rows: Rows, ceilings: Json) -> Callable[[float], float] | None
 
 def _compute_floor(rows: Rows, ceilings: Json, model: Json) -> tuple[float, float] | None:
     """Returns the seconds of a token's products at the number type's ceiling, and that ceiling in GFLOP/s."""
-    rate = above_zero(ceilings.get(_CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
+    rate = above_zero(ceilings.get(CEILING_OF.get(str(model.get("dtype")), "bf16_gflops")))
     work = [flops for row in rows if (flops := _flops(row, "formula"))]
     return (min(work) / (rate * 1e9), rate) if rate and work else None

@@ -9,8 +9,9 @@ from typing import Any
 
 import jinja2
 
+from bench.anatomy.page import layouts
 from bench.cli import Json
-from bench.report.figures import Figure, Rows, decode_rows, figures, first_training_row, flops_figure
+from bench.report.figures import CEILING_OF, Figure, Rows, decode_rows, figures, first_training_row, flops_figure
 from bench.report.templates import HERE, environment
 from bench.table.claims import GENERATED_CHEAPER
 from engine.errors import UserError
@@ -48,14 +49,31 @@ def page(document: Document) -> str:
     """Returns the page as HTML."""
     rows = document.get("rows") or []
     groups, notes = lines_and_notes(rows)
+    pictures = layouts(document["anatomy"] | {"roofline": _roof(document)}) if document.get("anatomy") else None
     numbers = {claim.get("claim"): claim.get("numbers") or {} for claim in document.get("claims") or []}
     return _environment().get_template("page.html.j2").render(
         document, style=_style(), trained=first_training_row(rows) or {}, groups=groups, notes=notes, columns=columns(rows),
         figures=figures(rows, document.get("ceilings") or {}, document.get("model") or {}), limit=DEVIATION,
         served=sorted((row for row in decode_rows(rows) if finite(row.get("slots"))), key=lambda row: row["slots"]),
         lone=(numbers.get(GENERATED_CHEAPER, {}).get("time") or {}).get("ratio"), agreement=flops_agreement(rows),
-        json=json.dumps(document, indent=1, ensure_ascii=False, default=str),
+        json=json.dumps(dict(document) | {"anatomy": None}, indent=1, ensure_ascii=False, default=str), pictures=pictures,
     )  # fmt: skip
+
+
+def _roof(document: Document) -> Json:
+    """Returns the rows of the table as points of the roofline: those whose products are of the model's own type."""
+    rates = (
+        (row, row["flops_per_token"]) for row in document["rows"] if row["stage"] != "by hand" and not row.get("series")
+    )  # fmt: skip
+    return {
+        "flops": 1e9 * document["ceilings"][CEILING_OF.get(document["model"]["dtype"], "bf16_gflops")],
+        "bytes": 1e9 * document["ceilings"]["read_gbs"],
+        "points": [
+            {"name": row["name"], "flops": flops["formula"], "bytes": row["bytes_per_token"],
+             "seconds": row["seconds_per_token"], "backward": bool(flops["dx"] or flops["dw"])}
+            for row, flops in rates if flops["formula"]
+        ],
+    }  # fmt: skip
 
 
 def figure_svg(figure: Figure) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cli import progress
-from bench.models import load, next_token_batch, random_model, tokens_for
+from bench.models import find_model, next_token_batch, tokens_for
 from bench.table.arithmetic import check_arithmetic
 from bench.table.by_hand_rows import by_hand_rows
 from bench.table.claims import Evidence, claims
@@ -56,7 +56,7 @@ def stage_table(
     check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
     progress("measuring this machine's ceilings, which utilisation is a share of ...")
     ceilings = measure_ceilings()
-    model = load(model_name) if model_name else random_model(preset_name, preset(preset_name))
+    model = find_model(preset_name, model_name)
     cfg = model.cfg
     if warning := duration_warning(cfg, batch, context, max_time - AFTERWARDS, MIN_ROUNDS, ceilings):
         progress(warning)

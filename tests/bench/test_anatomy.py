@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_report import TABLE, Reader
 
 from bench.anatomy.__main__ import AnatomyFlags, measure_anatomy
 from bench.anatomy.by_hand import by_hand_memory
@@ -26,6 +27,7 @@ from bench.anatomy.real_steps import relative_change
 from bench.anatomy.residuals import HALVES, block_residuals, field_reasons
 from bench.cli import run_bench
 from bench.models import random_model, tokens_for
+from bench.report.page import page as report_page
 from engine.by_hand.block import SwigluResiduals
 from engine.by_hand.model import residual_count
 from engine.counting.jaxpr import jaxpr_cost
@@ -165,6 +167,20 @@ def test_the_switches_of_the_page_work_by_keyboard(page, chrome):
         chrome.set_window_size(width, 900)
         assert chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth"), width
     assert [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_the_report_opens_with_these_pictures(document):
+    """And its roofline has the points of the table."""
+    table = json.loads(TABLE)
+    reader = Reader(report_page(table | {"anatomy": document}))
+    assert (reader.faults, reader.open) == ([], [])
+    names = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    order = ["memory", "operations", "roofline", "moved", "kept", "by-hand", "figures", "stages", "claims", "method"]
+    assert [name for name in names if name in order] == order
+    drawn = [row["name"] for row in table["rows"] if row["stage"] != "by hand" and not row.get("series")]
+    text = reader.page_text()
+    assert [name for name in drawn if not re.search(rf"\d+\. {name} ", text)] == []
 
 
 def test_by_hand_training_climbs_and_comes_down():

@@ -17,7 +17,7 @@ from engine.format import in_words
 # A made-up stage table with every kind of row: the shape of what `python -m bench` measures, not a measurement.
 TABLE = (Path(__file__).parent / "stage_table.json").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 
 
 def document():
