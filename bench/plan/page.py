@@ -29,6 +29,7 @@ def write_page(folder: Path, document: Json, models: dict[str, ModelConfig], dev
         "models": {
             name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in METHODS} for name, cfg in models.items()
         },
+        "contexts": {name: cfg.context for name, cfg in models.items()},
         "hardware": {name: vars(device) for name, device in devices.items()},
         "serving": fit_serving()._asdict(), "precisions": PRECISIONS, "slots": SLOTS, "power": POWER, "memory": MEMORY,
         "adapter": ADAPTER_BOUND, "state": state, "law": vars(LAW),

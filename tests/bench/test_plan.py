@@ -312,6 +312,23 @@ def test_the_sliders_change_the_answer_by_keyboard_and_say_where_it_comes_from(p
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_the_page_refuses_what_the_terminal_does(page, capsys):
+    """A prompt beyond the model's context, in one and the same sentence."""
+    page.refresh()
+    read = lambda name: page.find_element("id", name).text
+    assert page.find_element("id", "plot").is_displayed()
+    page.find_element("name", "model").send_keys("tinyllama-1.1b")
+    page.execute_script(
+        "const field = document.querySelector('[name=prompt]'); field.value = 3.6; field.dispatchEvent(new Event('input'))"
+    )
+    with pytest.raises(UserError) as refused:
+        answer(PlanFlags(model="tinyllama-1.1b", requests="20", prompt="4000"))
+    assert read("served-binds") == str(refused.value)
+    assert read("served") == ""
+    assert "has a context of 2,048" in read("manager")
+    assert not page.find_element("id", "plot").is_displayed()
+
+
 def test_the_translator_refuses_what_it_cannot_write(tmp_path):
     (tmp_path / "looping.py").write_text("def f(x):\n    'Doc.'\n    for y in x:\n        pass\n")
     spec = importlib.util.spec_from_file_location("looping", tmp_path / "looping.py")
