@@ -172,11 +172,12 @@ def generate(
 
 
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:
-    after: Any = np.zeros((len(prompts), cfg.vocab), np.float32)  # JAX would compile a program for zeros
+    after: Any = None
     for start in range(0, max(map(len, prompts)), CHUNK):
         chunks = [prompt[start : start + CHUNK] for prompt in prompts]
         lengths = np.array([len(chunk) for chunk in chunks], np.int32)
         tokens = np.array([chunk + [0] * (CHUNK - len(chunk)) for chunk in chunks], np.int32)
         logits, cache = prefill(cfg, params, tokens, lengths, cache)
-        after = jnp.where((lengths > 0)[:, None], logits, after)
+        # In NumPy where prompts differ in chunks: for JAX it would be one more program to load, which most do without.
+        after = logits if lengths.all() else np.where((lengths > 0)[:, None], logits, after)
     return after, cache

@@ -20,16 +20,16 @@ from stages.serve.flags import ServeFlags
 
 @contextlib.contextmanager
 def _quick_threads() -> Iterator[None]:
-    """Within the block, threads take turns sooner, for weights are read beside compilation, and less garbage is collected,
-    for tracing makes many objects and nearly all stay."""
-    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    """Within the block, threads take turns sooner, for weights are read beside compilation. What they made then stays:
+    garbage is looked for among the objects of requests alone."""
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)
-    gc.set_threshold(100_000, *thresholds[1:])
     try:
         yield
     finally:
         sys.setswitchinterval(interval)
-        gc.set_threshold(*thresholds)
+        gc.freeze()
+        gc.set_threshold(2_000)  # as Python has it
 
 
 def run(flags: ServeFlags) -> int:
