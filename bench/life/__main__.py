@@ -68,7 +68,9 @@ def measure_life(flags: LifeFlags) -> Json:
     for row, read_joules in zip(rows, joules.values()):
         row["usd"] = row["seconds"] / 3600 * flags.price
         row["joules"] = read_joules or (flags.watts and flags.watts * row["seconds"])
-        row["joules_by"] = "RAPL, of the processor" if read_joules else f"--watts {flags.watts:g}" if flags.watts else None
+        row["joules_by"] = (
+            "RAPL, of the processor" if read_joules else f"{flags.watts:g} W, as --watts says" if flags.watts else None
+        )
     document: Json = {"rows": rows, "price": flags.price, "even": even_tokens(rows), "large": planned_rows()}
     large = document["large"]["rows"]
     document["even_large"] = 1e6 * large[0]["hours"][1] / large[2]["hours"][1]
@@ -97,8 +99,9 @@ def cells(row: Json) -> list[str]:
         weights = f"{row['moved']} of {row['leaves']} changed" + f", and {row['pairs']} pairs beside them" * bool(row["pairs"])
         data = f"{in_words(row['tokens'])} tokens of {row['data']}"
     before, after = (digest[:8] if digest else "?" for digest in (row["before"], row["after"]))
+    served = " as served" * (row["stage"] == "serving")
     cost = f"{money(row['usd'])}, {si(row['joules'], 'J') if row['joules'] else ABSENT + ' J'}"
-    return [row["stage"], f"{weights} ({before} → {after})", data, cost, duration(row["seconds"])]
+    return [row["stage"], f"{weights}; SHA-256 {before} → {after}{served}", data, cost, duration(row["seconds"])]
 
 
 def planned_cells(row: Json, params: float) -> list[str]:

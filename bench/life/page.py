@@ -33,7 +33,7 @@ def write_page(folder: Path, document: Json, words: Json) -> Path:
 
 def _chart(training: float, tuning: float, each: float, even: float, wide: bool) -> dict[str, Any]:
     """Lays out dollars against tokens of answers, both logarithmic: paid once, paid once, and paid for `each` token."""
-    low, high = 10.0 ** math.floor(math.log10(even / 3000)), 10.0 ** math.ceil(math.log10(even * 20))
+    low, high = 10.0 ** math.floor(math.log10(even / 300)), 10.0 ** math.ceil(math.log10(even * 20))
     lines = [
         Line(((low, training), (high, training)), "paid", "training", f"once: {money(training)}"),
         Line(((low, tuning), (high, tuning)), "reference", "fine-tuning", f"each time: {money(tuning)}"),

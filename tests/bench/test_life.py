@@ -63,7 +63,7 @@ def test_each_stage_is_told_from_its_own_files(runs, capsys):
     for row in document["rows"]:
         assert row["joules"] == pytest.approx(100 * row["seconds"])
         assert row["usd"] == pytest.approx(row["seconds"] / 1000)
-    assert "Energy: --watts 100." in printed
+    assert "Energy: 100 W, as --watts says." in printed
     source = (runs / "page" / "life.html").read_text()
     for row in document["rows"]:
         assert all(cell in source for cell in cells(row)[2:])
