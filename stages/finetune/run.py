@@ -34,7 +34,7 @@ from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
-from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
+from stages.runs.training_steps import MeshBatches, TrainingSteps, lower_step
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
@@ -152,9 +152,10 @@ class FineTuning(ModelStage):
         batches = MeshBatches(self._batches())
         with self.console.task("compiling", always=True):
             narrow = INT8_COMPILER_OPTIONS if plan.base == "int8" else None
-            compiled = compile_step(
-                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective, narrow
+            lowered = lower_step(
+                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective
             )
+            compiled = lowered.compile(narrow)
         _clear_programs()
         analysis = compiled.memory_analysis()
         return TrainingSteps(

@@ -56,8 +56,11 @@ class Stage(Protocol):
         """Prints an example of the data below the banner, if the stage has any."""
         return
 
-    def begin_compiling(self) -> None:
-        """Begins to compile what `prepare_steps` returns, where that can be done before there is a state."""
+    def begin_compiling(self, beside_reading: bool) -> None:
+        """Begins to compile what `prepare_steps` returns, where that can be done before there is a state.
+
+        `beside_reading`: whether a checkpoint is read next.
+        """
         return
 
     def initial_state(self, trainable: Any) -> TrainState:
@@ -113,7 +116,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if previous and plan.progress(previous.loop_state.step, previous.loop_state.seconds) >= 1 and previous.has_result:
         _print_finished(previous, plan, facts, console)
         return 0
-    stage.begin_compiling()
+    stage.begin_compiling(beside_reading=previous is not None)
     state, loop_state = _first_state(options, stage, previous, facts, console)
     if distributed.is_first():
         write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.stages import Compiled
+from jax.stages import Lowered
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
@@ -46,15 +46,14 @@ class MeshBatches:
 Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, batch, progress) -> (state, metrics)
 
 
-def compile_step(
+def lower_step(
     cfg: ModelConfig, optimizer: OptimizerConfig, microbatches: int, state: TrainState, frozen: Any, batch: Any,
-    objective: Objective = NEXT_TOKEN, options: dict[str, str] | None = None,
-) -> Compiled:  # fmt: skip
-    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); `options` are XLA's."""
-    lowered = train_step.lower(
+    objective: Objective = NEXT_TOKEN,
+) -> Lowered:  # fmt: skip
+    """Traces `train_step`, to be compiled to (state, frozen, batch, progress) -> (state, metrics)."""
+    return train_step.lower(
         cfg, make_optimizer(optimizer), state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
     )  # fmt: skip
-    return lowered.compile(options)
 
 
 class TrainingSteps:

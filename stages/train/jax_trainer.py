@@ -20,7 +20,7 @@ from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.data.text import TextData
 from stages.runs.estimate import RunPlan, memory_limit
-from stages.runs.training_steps import Program, compile_step
+from stages.runs.training_steps import Program, lower_step
 from stages.train.trainer import Trainer
 
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
@@ -61,15 +61,22 @@ class JaxTrainer(Trainer):
     def initial_state(self) -> TrainState:
         return self.begin()
 
-    def begin_compiling(self, batch: Any) -> None:
-        """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to it."""
+    def begin_compiling(self, batch: Any, beside_reading: bool) -> None:
+        """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to it.
+
+        Making a state does not: it waits until the step is traced, and goes on beside XLA.
+        """
         plan, state, mesh = self.plan, sharded_shapes(self.begin), current_mesh()
 
-        def compile_on_mesh() -> Any:
+        def lower_on_mesh() -> Any:
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                return compile_step(plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, {}, batch)
+                return lower_step(plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, {}, batch)
 
-        self.compiling = concurrent.futures.ThreadPoolExecutor(1).submit(compile_on_mesh)
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        lowering = thread.submit(lower_on_mesh)
+        self.compiling = thread.submit(lambda: lowering.result().compile())
+        if not beside_reading:
+            lowering.result()
 
     def make_program(self, console: Console) -> Program:
         with console.task("compiling", always=True):

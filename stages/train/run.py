@@ -160,8 +160,8 @@ class Training(Stage):
     def initial_state(self, trainable: Any) -> TrainState:
         return self.trainer.initial_state()
 
-    def begin_compiling(self) -> None:
-        self.trainer.begin_compiling(MeshBatches(self.batches).at(0))
+    def begin_compiling(self, beside_reading: bool) -> None:
+        self.trainer.begin_compiling(MeshBatches(self.batches).at(0), beside_reading)
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         cfg, data, trainer = self.plan.cfg, self.data, self.trainer

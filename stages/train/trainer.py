@@ -29,8 +29,8 @@ class Trainer(Protocol):
     def initial_state(self) -> TrainState:
         """Returns the state before the first step."""
 
-    def begin_compiling(self, batch: Any) -> None:
-        """Begins to compile a step for batches of these shapes, beside what makes or loads the first state."""
+    def begin_compiling(self, batch: Any, beside_reading: bool) -> None:
+        """Begins to compile a step for batches of these shapes, beside what makes or reads the first state."""
         return
 
     def make_program(self, console: Console) -> Program:
