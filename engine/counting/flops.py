@@ -217,10 +217,21 @@ def decode_flops(cfg: ModelConfig, length: int) -> Flops:
     return forward_flops(cfg, length, attention="full")
 
 
+NEARLY_SQUARE = 1.5  # long over short side: below, Muon steps the matrix itself, which costs as little and is more exact
+
+
 def muon_flops(cfg: ModelConfig) -> int:
-    """Returns the FLOPs of Muon's products in **a step**: five Newton-Schulz iterations on each matrix of a block."""
-    sides = [sorted(leaf_shapes(cfg)[f"blocks/0/{name}"]) for name in MATRICES]
-    return 5 * cfg.layers * sum(4 * short * short * long + 2 * short**3 for short, long in sides)
+    """Returns the FLOPs of Muon's products in **a step**: Newton-Schulz iterations on each matrix of a block.
+
+    On a nearly square one there are four of its Gram matrix, of that squared, and of both times it; on a wide one nine of
+    Gram matrices, after the first and before the last.
+    """
+    total = 0
+    for name in MATRICES:
+        short, long = sorted(leaf_shapes(cfg)[f"blocks/0/{name}"])
+        times, squares = (4, 4) if long < NEARLY_SQUARE * short else (1, 9)
+        total += times * 4 * short * short * long + squares * 2 * short**3
+    return cfg.layers * total
 
 
 def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:

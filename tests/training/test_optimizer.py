@@ -14,7 +14,8 @@ from engine.counting.flops import muon_flops
 from engine.counting.jaxpr import jaxpr_cost
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, map_paths
-from engine.training.muon import orthogonal
+from engine.training import muon
+from engine.training.muon import SECOND_BEGINS, STEPS, orthogonal
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 MATRICES = {"qkv", "out", "gate_up", "down"}
@@ -132,13 +133,31 @@ SHAPES = pytest.mark.parametrize("shape", [(20, 48), (48, 20), (24, 20), (20, 20
 
 
 @SHAPES
-def test_orthogonalizing_is_optaxs(shape):
-    matrix = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
-    expected = optaxs_muon(matrix)
-    np.testing.assert_allclose(orthogonal(matrix, jnp.dtype("float32")), expected, rtol=0, atol=2e-4)
-    actual = orthogonal(matrix, jnp.dtype("bfloat16"))
+def test_singular_values_go_through_the_polynomials(shape):
+    """In float64 by a singular value decomposition: those of a wide matrix begin at the second step."""
+    matrix = np.random.default_rng(0).standard_normal(shape, np.float32)
+    u, values, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    values /= (1.01 * np.sqrt(np.sum(values**8))) ** 0.25
+    steps = STEPS
+    if max(shape) > 2 * min(shape):
+        values, steps = values * SECOND_BEGINS, STEPS[1:]
+    for a, b, c in steps:
+        values = a * values + b * values**3 + c * values**5
+    expected = (u * values) @ v * max(1, shape[1] / shape[0]) ** 0.5
+    np.testing.assert_allclose(orthogonal(jnp.asarray(matrix), jnp.dtype("float32")), expected, rtol=0, atol=2e-4)
+    actual = orthogonal(jnp.asarray(matrix), jnp.dtype("bfloat16"))
     assert actual.dtype == jnp.float32
     assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_each_polynomial_begins_where_those_before_it_end():
+    """Also above the largest that they make: there the next would grow, and rounding gets there."""
+    values = np.linspace(0.003, 1, 9999)
+    for at, (a, b, c) in enumerate(STEPS):
+        values = a * values + b * values**3 + c * values**5
+        if at == 0:
+            assert values.max() == pytest.approx(SECOND_BEGINS, abs=1e-3)
+    assert 0.73 < values.min() < values.max() < 1.14
 
 
 @SHAPES
@@ -158,11 +177,12 @@ def test_what_comes_out_is_nearly_orthogonal_whatever_the_size(shape, dtype, siz
     np.testing.assert_allclose(np.linalg.svd(out, compute_uv=False), np.sort(np.abs(after))[::-1], atol=0.03)
 
 
-def test_muons_momentum_is_optaxs(params):
-    """Theirs corrects the momentum's early bias and ours leaves it: after many steps no difference is left."""
+def test_muons_momentum_is_optaxs(params, monkeypatch):
+    """With their iteration. They correct the momentum's early bias and we leave it: after many steps no difference is left."""
     cfg = OptimizerConfig(
         kind="muon", momentum=0.5, weight_decay=0.0, clip=float("inf"), matrix_learning_rate=1.0, schedule="wsd", warmup=0.1
     )
+    monkeypatch.setattr(muon, "orthogonal", lambda matrix, dtype: optaxs_muon(matrix))
     matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("qkv", "down")}}}
     ours, theirs = make_optimizer(cfg), optax.contrib.muon(1.0, beta=0.5)
     states = ours.init(matrices), theirs.init(matrices)
