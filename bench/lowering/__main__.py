@@ -43,7 +43,7 @@ def measure_lowering(flags: LoweringFlags) -> Json:
     start_jax()
     import jax
 
-    from bench.lowering.exported import aliased_arguments, export, kernels, largest_temporary
+    from bench.lowering.exported import aliased_arguments, export, kernels, largest_temporary, make_for
     from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN3, B, lay_out, weights_of
     from engine.model.config import preset
     from engine.placement import make_mesh
@@ -59,7 +59,8 @@ def measure_lowering(flags: LoweringFlags) -> Json:
         for platform in flags.platform:
             progress(f"lowering {name} for {platform}", replace=True)
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                function, arguments, _ = lay_out(make(cfg), mesh) if mesh else make(cfg)
+                program = make_for(platform, make, cfg)
+                function, arguments, _ = lay_out(program, mesh) if mesh else program
                 exported = export(function, arguments, platform)
             called, largest = kernels(exported), largest_temporary(exported)
             aliased = len(aliased_arguments(exported) & weights_of(arguments)) if name in INFERENCE else None

@@ -3,10 +3,13 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
+
+from engine.model.config import ModelConfig
 
 TARGETS = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # as the compiler calls them, and as JAX's default device is called
 _BYTES = {"f64": 8, "i64": 8, "ui64": 8, "f32": 4, "i32": 4, "ui32": 4, "bf16": 2, "f16": 2, "i8": 1, "ui8": 1, "i1": 1}
@@ -46,6 +49,12 @@ class _TracedFor:
     def trace(self, *args: Any) -> Any:
         with jax.default_device(self.device):
             return self.function.trace(*args)
+
+
+def make_for[T](platform: str, make: Callable[[ModelConfig], T], cfg: ModelConfig) -> T:
+    """Returns make(cfg), a program whose weights lie as they do on a platform of TARGETS."""
+    with jax.default_device(TARGETS[platform]):
+        return make(cfg)
 
 
 def export(function: Any, arguments: tuple[Any, ...], platform: str) -> jax.export.Exported:

@@ -21,9 +21,12 @@ from engine.inference import programs as slot_programs
 from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
 from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.inference.score import score
+from engine.model.cache import segmented
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.native import library
+from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params
 from engine.model.weights import int8
@@ -73,9 +76,14 @@ def params_shapes(cfg: ModelConfig) -> Any:
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
-@functools.cache
 def serving_params(cfg: ModelConfig, weights: Any = "plain") -> Any:
     """Returns shapes of weights as served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
+    return _serving_params(cfg, weights, platform())
+
+
+@functools.cache
+def _serving_params(cfg: ModelConfig, weights: Any, _: str) -> Any:
+    """By platform, because each has its own layout of int8 weights."""
     rules = lambda params: matmul_rules(params, weights)
     make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)))
     return jax.eval_shape(make, params_shapes(cfg))
@@ -227,6 +235,10 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),
+    "pack": lambda cfg: Program(library.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
+    "scatter": lambda cfg: Program(
+        segmented._scatter, (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2))
+    ),
     "first tokens": lambda cfg: Program(
         decode._first_tokens,
         (shape_of(jnp.float32, 1, cfg.vocab), jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), sampling_shapes()),

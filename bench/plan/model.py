@@ -74,7 +74,7 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
     elif takes_number:
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
         if trainable.rank >= (least := min(map(min, pairs.values()))):
-            raise UserError(f"The rank of --method {method} must be below {least}, the least side of this model's matrices.")
+            raise UserError(f"The rank of --method {method} must be at most {least}, the least side of this model's matrices.")
     count = count_params(cfg)
     trained = sum(math.prod(shape) for path, shape in leaf_shapes(cfg).items() if path in trainable.weights)
     frozen = count.total - trained

@@ -163,7 +163,7 @@ def test_models_are_read_from_files(tmp_path):
         ({"model": "nano", "tokens": "1M", "price": math.nan}, "--price must be above 0"),
         ({"model": "nano", "tokens": "1M", "method": "freeze:99"}, "Cannot freeze 99"),
         ({"model": "nano", "tokens": "1M", "method": "lorra"}, "Did you mean 'lora"),
-        ({"model": "nano", "tokens": "1M", "method": "qlora:384"}, "must be below 384"),
+        ({"model": "nano", "tokens": "1M", "method": "qlora:385"}, "must be at most 384"),
         ({"model": "nano", "tokens": "1M", "context": 9999}, "--context 9999 is beyond"),
         ({"model": "nano", "params": "1B", "tokens": "1M"}, "two models"),
         ({"params": "3", "tokens": "1M"}, "--params must be from"),

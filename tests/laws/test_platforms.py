@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from bench.lowering.exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary
+from bench.lowering.exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary, make_for
 from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out, weights_of
 from engine.mesh_shape import AXES
 from engine.model.attention import QUERY_BLOCK
@@ -21,7 +21,7 @@ PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "chunk
 
 
 def exported(name: str, platform: str, cfg=QWEN3):
-    function, arguments, _ = PROGRAMS[name](cfg)
+    function, arguments, _ = make_for(platform, PROGRAMS[name], cfg)
     return export(function, arguments, platform)
 
 
@@ -42,7 +42,7 @@ def test_every_program_lowers_and_no_weight_is_given_away(platform):
         program = exported(name, platform)
         assert program.platforms == (platform,)
         if name in INFERENCE:
-            assert not aliased_arguments(program) & weights_of(PROGRAMS[name](QWEN3).arguments), name
+            assert not aliased_arguments(program) & weights_of(make_for(platform, PROGRAMS[name], QWEN3).arguments), name
         assert set(kernels(program)) <= ({"tpu_custom_call"} if platform == "tpu" else set()), name
 
 
@@ -77,7 +77,7 @@ def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, plat
     trains, tensor = name not in INFERENCE, 2
     mesh = AbstractMesh((1, 2 if trains else 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     with jax.sharding.use_abstract_mesh(mesh):
-        function, arguments, _ = lay_out(PROGRAMS[name](PAIRED), mesh)
+        function, arguments, _ = lay_out(make_for(platform, PROGRAMS[name], PAIRED), mesh)
         program = export(function, arguments, platform)
     text, called = program.mlir_module(), sum(kernels(program).values())
     assert program.nr_devices == mesh.size
