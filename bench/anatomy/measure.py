@@ -12,7 +12,7 @@ from bench.anatomy.programs import B, T, compile_drawn
 from bench.anatomy.residuals import block_residuals
 from bench.cli import Json, progress
 from bench.models import BenchModel, tokens_for
-from engine.counting.hardware import Ceilings, measure_ceilings
+from engine.counting.hardware import best_ceilings, measure_ceilings, saved_ceilings
 from engine.counting.params import leaf_shapes
 from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig
@@ -20,11 +20,11 @@ from engine.model.config import ModelConfig
 TRAINED = {"training": "trained", "bottom half frozen": "bottom half frozen", "LoRA": "LoRA"}  # name of a program -> of a stage
 
 
-def anatomy(model: BenchModel, ceilings: Ceilings | None = None) -> Json:
-    """Measures a model's programs in about a minute on two cores, and the machine's ceilings if none are given."""
+def anatomy(model: BenchModel) -> Json:
+    """Measures a model's programs in about a minute on two cores, and before and after them the machine's ceilings."""
     cfg, rows, moved, served = model.cfg, list[Json](), list[Json](), None
     progress(f"compiling the steps of {model.name}, and taking some")
-    ceilings = ceilings or measure_ceilings()
+    ceilings = measure_ceilings()
     for name, work, program, compiled in compile_drawn(cfg):
         progress(f"compiled: {name}", replace=True)
         row = _memory_row(name, work, memory_over_time(compiled))
@@ -43,6 +43,9 @@ def anatomy(model: BenchModel, ceilings: Ceilings | None = None) -> Json:
     moved.append({"stage": "serving", "work": work, "changes": held})
     for stage in moved:  # in the order of the forward pass
         stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}
+    ceilings = best_ceilings(ceilings, measure_ceilings())
+    if saved := saved_ceilings()[0]:  # others' work only lowers them
+        ceilings = best_ceilings(ceilings, saved)
     progress("running the NumPy model, forward and backward", replace=True)
     tokens = tokens_for(model, B, T + 1)
     return {
