@@ -189,7 +189,7 @@ def test_a_model_that_takes_longer_than_asked_gets_a_warning_with_a_shape_that_d
 def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, capsys, monkeypatch):
     huge = dataclasses.replace(PRESETS["llama-2-7b"], layers=400)
     (tmp_path / "config.json").write_text(json.dumps(config_to(huge, "bfloat16", {})))
-    monkeypatch.setattr("bench.table.measure.load", None)
+    monkeypatch.setattr("bench.table.measure.find_model", None)
     assert main(["--model", str(tmp_path)]) == 2
     assert "B are available; --preset" in capsys.readouterr().err
 
