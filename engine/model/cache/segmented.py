@@ -8,7 +8,7 @@ not reached it is discarded, so a row's numbers depend, to the bit, on its own l
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -142,7 +142,15 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array,
 
 def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
     """Zeros a slot's segments that hold a position below `reach`, so that no NaN of another text is left there."""
-    return _set_slots(segments, slot[None], reach, lambda array: jnp.zeros((1, *array.shape[1:]), array.dtype))
+    places = [jnp.stack([jnp.where(start < reach, slot, segments.slots), 0])[None] for start in segments.edges[:-1]]
+
+    @jax.jit(inline=True)  # traced once for the many arrays of a shape
+    def cleared(array: Array, at: Array) -> Array:
+        return _scatter(array, jnp.zeros((1, *array.shape[1:]), array.dtype), at)
+
+    clear = lambda segment, at: jax.tree.map(lambda array: cleared(array, at), segment)
+    clear_layer = lambda layer: tuple(map(clear, layer, places))
+    return KVSegments(*(tuple(map(clear_layer, layers)) for layers in segments))
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
@@ -150,9 +158,18 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -
 
     A target of no slot is skipped.
     """
-    content = lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0)
-    copies = lambda array: jnp.broadcast_to(content(array), (len(targets), *array.shape[1:]))
-    return _set_slots(segments, targets, reach, copies)
+    at, L = jnp.stack([targets, jnp.zeros_like(targets)], axis=1), len(segments.k)
+
+    @jax.jit(inline=True)
+    def copied(array: Array) -> Array:
+        content = jax.lax.dynamic_index_in_dim(array, slot, 0)
+        return _scatter(array, jnp.broadcast_to(content, (len(targets), *array.shape[1:])), at)
+
+    def copy_segment(layers: tuple[KVArray, ...], start: int) -> Any:
+        return jax.lax.cond(start < reach, lambda layers: jax.tree.map(copied, layers), lambda layers: layers, layers)
+
+    layers = tuple(zip(*map(copy_segment, zip(*segments.k, *segments.v), segments.edges)))
+    return KVSegments(layers[:L], layers[L:])
 
 
 def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
@@ -244,23 +261,6 @@ def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) 
     """Writes new (U, K, T, H), whose T tokens lie in one segment, at its destinations."""
     scatter = lambda at: lambda array, part: _scatter(array, part.astype(array.dtype), at)
     return tuple(jax.tree.map(scatter(at), segment, new) for segment, at in zip(layer, destinations))
-
-
-def _set_slots(segments: KVSegments, slots: Array, reach: Array, content: Callable[[Array], Array]) -> KVSegments:
-    """Replaces slots (X,) by content(array) (X, K, C, ...) in segments that hold a position below `reach`."""
-
-    def place(start: int) -> Array:
-        to = jnp.where(start < reach, slots, segments.slots)
-        return jnp.stack([to, jnp.zeros_like(to)], axis=1)
-
-    @jax.jit(inline=True)  # traced once for the many arrays of a shape
-    def set_array(array: Array, at: Array) -> Array:
-        return _scatter(array, content(array), at)
-
-    places = [place(start) for start in segments.edges[:-1]]
-    set_segment = lambda segment, at: jax.tree.map(lambda array: set_array(array, at), segment)
-    set_layer = lambda layer: tuple(map(set_segment, layer, places))
-    return KVSegments(*(tuple(map(set_layer, layers)) for layers in segments))
 
 
 @jax.jit(inline=True)
