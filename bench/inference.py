@@ -1,13 +1,13 @@
-"""Measures serving on a CPU beside llama.cpp, in one run: prefill, and decoding of 1, 8 and 32 streams.
+"""Measures serving on a CPU beside llama.cpp, in one run: prefill, decoding of 1, 8 and 32 streams, and chat.
 
     python -m bench.inference                                 with the peer of this Python (the extra `peers`)
     python -m bench.inference --peer-python peers/bin/python  a peer that lives in an environment of its own
     python -m bench.inference --quick                         fewer tokens and rounds, about a minute
 
 Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
-int8 weights. A ratio is our tokens a second over the peer's, both of the median round. `decode_1` alone has speculative
-decoding, as a lone stream has by default; `decode_1_plain` is timed without the kernel in C too. Each row has the slots that
-it can use, and is timed while all its streams are under way.
+int8 weights. A ratio is our tokens a second over the peer's, both of the median round. Each row has the slots that it can use,
+and is timed while all its streams are under way; `decode_1` is timed without the kernel in C too. The rows `ordinary` and
+`repeating` are one stream of chat on the prompts of `prompts.toml`, with speculative decoding, the default, and without.
 """
 
 import dataclasses

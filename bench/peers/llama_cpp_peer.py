@@ -1,6 +1,6 @@
 """Runs llama.cpp, the peer of `bench.inference`, through `llama-cpp-python`, on the same GGUF file.
 
-One context decodes all rows together, each a sequence of its own, greedily.
+One context decodes all rows together, each a sequence of its own, greedily; or one prompt after another, each to its end.
 """
 
 import ctypes
@@ -15,12 +15,14 @@ UBATCH = 512  # tokens a call, its own default
 def make(spec: dict[str, Any]) -> Run:
     """Returns a run that prefills the prompts one by one, then decodes `new` tokens of all rows together.
 
-    The run returns the seconds of both, and the tokens of each row. `spec`: file, threads, prompts (lists of ids), new.
+    The run returns the seconds of both, and the tokens of each row. `spec`: file, threads, prompts (lists of ids, of one
+    length), new; with `ends`, tokens that end an answer, each prompt is a run of its own, and lengths may differ.
     """
     import llama_cpp as llama
 
-    prompts, new = spec["prompts"], spec["new"]
-    rows, length = len(prompts), len(prompts[0])
+    new, ends = spec["new"], spec.get("ends", ())
+    groups = [[prompt] for prompt in spec["prompts"]] if ends else [spec["prompts"]]
+    rows, longest = len(groups[0]), max(map(len, spec["prompts"]))
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama.llama_log_set(quiet, None)
     llama.llama_backend_init()
@@ -30,7 +32,7 @@ def make(spec: dict[str, Any]) -> Run:
     if not model:
         raise ValueError(f"llama.cpp cannot read {spec['file']}")
     options = llama.llama_context_default_params()
-    options.n_ctx, options.n_seq_max = rows * (length + new + 8), rows
+    options.n_ctx, options.n_seq_max = rows * (longest + new + 8), rows
     options.n_batch, options.n_ubatch = max(UBATCH, rows), UBATCH
     options.n_threads = options.n_threads_batch = spec["threads"]
     context = llama.llama_init_from_model(model, options)
@@ -53,22 +55,27 @@ def make(spec: dict[str, Any]) -> Run:
         logits = llama.llama_get_logits_ith(context, place)
         return int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
 
-    def run() -> dict[str, Any]:
+    def run_group(prompts: list[list[int]]) -> tuple[float, float, list[list[int]]]:
         llama.llama_memory_clear(memory, True)
-        begin = time.perf_counter()
-        last = []
+        begin, length = time.perf_counter(), len(prompts[0])
+        output: list[list[int]] = []
         for row, prompt in enumerate(prompts):
             for start in range(0, length, UBATCH):
                 piece = prompt[start : start + UBATCH]
                 feed([(token, start + i, row, start + i == length - 1) for i, token in enumerate(piece)])
-            last.append(best(batch.n_tokens - 1))
+            output.append([best(batch.n_tokens - 1)])
         prefilled = time.perf_counter()
-        output = [[token] for token in last]
         for step in range(new - 1):
+            if output[0][-1] in ends:
+                break
             feed([(output[row][-1], length + step, row, True) for row in range(rows)])
             for row in range(rows):
                 output[row].append(best(row))
-        return {"prefill": prefilled - begin, "decode": time.perf_counter() - prefilled, "tokens": output}
+        return prefilled - begin, time.perf_counter() - prefilled, output
+
+    def run() -> dict[str, Any]:
+        prefills, decodes, outputs = zip(*map(run_group, groups))
+        return {"prefill": sum(prefills), "decode": sum(decodes), "tokens": [tokens for output in outputs for tokens in output]}
 
     return run
 

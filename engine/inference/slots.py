@@ -85,6 +85,7 @@ class Slots:
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
+        self.decode_steps = 0  # so far, each of all rows at once
         self._mesh = placement.current_mesh()
         rows = max(slots, MIN_ROWS)
         make_state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
@@ -285,6 +286,7 @@ class Slots:
             self.cfg, self.params, self._segments, self._counts, token, programs.make_rows(position, batch.draft_writes),
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
+        self.decode_steps += batch.steps
         # As NumPy arrays: indexing a JAX array would compile a program.
         fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])
         sampled = sampled._replace(**dict(zip(sampled._fields, fetched)))
