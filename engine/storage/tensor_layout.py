@@ -142,17 +142,21 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
 def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
     """Reads one leaf, as `read_params` does."""
     value = np.empty(leaf.shape, jnp.dtype(dtype) if len(leaf.shape) == 2 else np.float32)
-    view, at = value.T if leaf.transposed else value, 0
+    bits = np.dtype(f"u{value.itemsize}")  # NumPy copies bfloat16 one number at a time, and integers quickly
+    view, at = value.view(bits), 0
+    view = view.T if leaf.transposed else view
     for part in leaf.parts:
         unit = part.paired or 1  # a head's rows belong together
         step = max(1, CHUNK // math.prod(part.shape[1:]) // unit) * unit
         for start in range(0, part.shape[0], step):
             stop = min(start + step, part.shape[0])
             with np.errstate(all="ignore"):  # what is not finite is named below
-                values = model.rows(part.name, start, stop).astype(value.dtype, copy=False)
-            if not np.isfinite(values).all():
+                values = model.rows(part.name, start, stop)
+                extremes = np.array([values.min(), values.max()]).astype(value.dtype)  # of a NaN, both are NaN
+                values = values.astype(value.dtype, copy=False)
+            if not np.isfinite(extremes).all():
                 raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
-            view[at + start : at + stop] = values  # after the cast, which halves it
+            view[at + start : at + stop] = values.view(bits)  # after the cast, which halves it
         at += part.shape[0]
     return value
 
