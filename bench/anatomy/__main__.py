@@ -17,7 +17,7 @@ import tyro
 
 from bench.cli import Json, check_out, print_table, run_bench
 from engine.device import start_jax
-from engine.format import ABSENT, percent, si
+from engine.format import ABSENT, si
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +46,17 @@ def measure_anatomy(flags: AnatomyFlags) -> Json:
 
 
 def print_summary(document: Json) -> None:
-    """Prints what each step holds and how fast it is, what a block keeps, and which weights moved."""
-    rates = {point["name"]: point["flops"] / point["seconds"] for point in document["roofline"]["points"]}
+    """Prints what each step holds at its peak, how long it takes, what a block keeps, and which weights moved."""
+    from bench.report.templates import environment
+
     size = lambda bytes: si(bytes, "B") if bytes else ABSENT
-    rows = document["rows"]
-    held = []
-    for row in rows:
-        bytes = row["start_bytes"], row["peak_bytes"], *row["peak"].values()
-        held.append([row["program"], *map(size, bytes), percent(row["error"], signed=True)])
-    kinds = ("parameters", "optimizer", "KV cache", "gradients", "residuals", "temporaries")
-    print_table(f"What a step of {document['model']} holds", ("program", "before", "peak", *kinds, "off XLA's"), held)
-    speeds = [[row["program"], row["work"], si(row["seconds"], "s"), si(rates[row["program"]], "FLOP/s")] for row in rows]
-    print_table("How fast it is", ("program", "on", "a call", "speed"), speeds, left=2)
-    for row in document["by_hand"]:
-        print(f"By hand, measured: {row['program']} holds at most {si(row['peak_bytes'], 'B')}.")
-    for way, kept in document["residuals"]["kept"].items():
-        print(f"By hand, a block keeps {si(kept, 'B')} for its backward pass: {way}.")
-    for stage in document["moved"]:
-        moved = [change for change in stage["changes"].values() if change]
-        most = f", by at most {100 * max(moved):.2g}%" if moved else ""
-        print(f"{stage['stage']}, {stage['work']}: {len(moved)} of {len(stage['changes'])} weights moved{most}.")
+    held = [
+        [row["program"], *map(size, (row["start_bytes"], row["peak_bytes"], *row["peak"].values())), f"{row['error']:+.1%}"]
+        for row in document["rows"]
+    ]  # fmt: skip
+    heads = "program before peak parameters optimizer cache gradients residuals temporaries off"
+    print_table(f"What a step of {document['model']} holds; off: from what XLA says", heads.split(), held)
+    print(environment().get_template("summary.md.j2").render(document))
 
 
 if __name__ == "__main__":

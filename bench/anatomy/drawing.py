@@ -1,6 +1,5 @@
 """Lays out the pictures of a model's anatomy, in units of a phone's pixels."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,41 +72,4 @@ def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], wi
         "roof": svg_path([(x(start), y(start * bandwidth)), (x(corner), y(peak)), (right, y(peak))]),
         "levels": [(y(value), si(value, "", short=True)) for value in decade_ticks(bottom_rate, top_rate, 8)],
         "ticks": [(x(value), f"{value:g}") for value in decade_ticks(low, high, 6)],
-    }  # fmt: skip
-
-
-def heat_map(changes: dict[str, float], scale: tuple[float, float]) -> dict[str, Any]:
-    """Returns the layout of the relative change of each weight: blocks from left to right, their weights from top to bottom.
-
-    What is in no block stands as a column of its own. `scale`: the smallest and the largest change that is not 0.
-    """
-    kinds = list(dict.fromkeys(path.split("/")[2] for path in changes if path.startswith("blocks/")))
-    blocks = 1 + max(int(path.split("/")[1]) for path in changes if path.startswith("blocks/"))
-    before = ["embed"]
-    after = [path for path in changes if path in ("norm", "head")]
-    left, gap, tall, top = 72.0, 8.0, 18.0, 2.0
-    own = 26.0  # width of a column of its own
-    right = WIDTH - len(after) * (own + gap)
-    first = left + len(before) * (own + gap)
-    wide = (right - first) / blocks
-    shade = linear(math.log(scale[0]), math.log(scale[1]), 0.3, 1.0)
-    bottom, cells = top + tall * len(kinds), []
-    for path, change in changes.items():
-        at = {"path": path, "change": change, "shade": shade(math.log(change)) if change else 0.0}
-        if path.startswith("blocks/"):
-            _, block, kind = path.split("/")
-            space = 2 if wide > 6 else 1
-            cells.append(at | {
-                "x": first + int(block) * wide, "y": top + kinds.index(kind) * tall, "width": wide - space, "height": tall - 3,
-            })  # fmt: skip
-        else:
-            x = left if path in before else right + gap + after.index(path) * (own + gap)
-            cells.append(at | {"x": x, "y": top, "width": own, "height": bottom - top - 3})
-    last = f"blocks 0 to {blocks - 1}" if blocks > 1 else "block 0"
-    return {
-        "cells": cells, "height": bottom + 20, "names": [(top + tall * n + 12, kind) for n, kind in enumerate(kinds)],
-        "feet": [
-            (left + own / 2, "embed"), ((first + right) / 2, last),
-            *((right + gap + n * (own + gap) + own / 2, path) for n, path in enumerate(after)),
-        ],
     }  # fmt: skip

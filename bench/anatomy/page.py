@@ -1,10 +1,11 @@
 """Writes the anatomy of a model's steps as one self-contained page, for any screen, light or dark."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.anatomy.drawing import COLOURS, heat_map, roofline, stacked_areas
+from bench.anatomy.drawing import COLOURS, roofline, stacked_areas
 from bench.cli import Json
 from bench.report.templates import environment
 from engine.files import atomic_file
@@ -24,13 +25,14 @@ def layouts(document: Json) -> dict[str, Any]:
     """Returns what the macros of pictures.html.j2 draw, from the document of `measure.anatomy`."""
     roof, moved = document["roofline"], document["moved"]
     changes = [change for stage in moved for change in stage["changes"].values() if change]
-    scale = min(changes), max(changes)
+    low, high = math.log(min(changes)), math.log(max(changes))
+    shades = {change: 0.3 + 0.7 * (math.log(change) - low) / ((high - low) or 1) for change in changes}
     return {
         "rows": document["rows"], "memory": _areas(document["rows"]), "by_hand": _areas(document["by_hand"]),
         "colours": COLOURS,
         "residuals": document["residuals"], "operations": document["operations"], "tied": document["config"]["tied"],
         "roof": roof, "roofline": [roofline(roof["flops"], roof["bytes"], roof["points"], width) for width in (560.0, 360.0)],
-        "moved": [stage | heat_map(stage["changes"], scale) for stage in moved], "scale": scale,
+        "moved": moved, "shades": shades, "layers": document["config"]["layers"],
     }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from engine.format import in_words, money, si
 HERE = Path(__file__).parent
 
 
-def write_page(folder: Path, document: Json, words: Json) -> Path:
-    """Writes `folder`/life.html and returns its path. `words`: what both tables and the sentences say."""
+def write_page(folder: Path, document: Json) -> Path:
+    """Writes `folder`/life.html and returns its path."""
     training, tuning, serving = document["rows"]
     here = [training["usd"], tuning["usd"], serving["usd"] / serving["tokens"]]
     large = [row["money"][1] for row in document["large"]["rows"]]
@@ -25,7 +25,7 @@ def write_page(folder: Path, document: Json, words: Json) -> Path:
             ((large[0], large[1], large[2] / 1e6), document["even_large"]),
         )
     ]
-    text = environment(HERE).get_template("life.html.j2").render(words, charts=charts)
+    text = environment(HERE).get_template("life.html.j2").render(document, charts=charts)
     with atomic_file(folder / "life.html") as file:
         file.write(text.encode())
     return folder / "life.html"

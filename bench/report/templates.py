@@ -17,5 +17,8 @@ def environment(*folders: Path) -> jinja2.Environment:
         autoescape=lambda name: not (name or "").endswith(".md.j2"), trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, finalize=svg_number, undefined=jinja2.ChainableUndefined,
     )  # fmt: skip
-    found.filters |= {name: getattr(format, name) for name in ("finite", "si", "in_words", "money", "times", "percent")}
+    found.filters |= {
+        name: getattr(format, name)
+        for name in ("duration", "finite", "si", "in_words", "money", "times", "percent", "quantity")
+    }
     return found
