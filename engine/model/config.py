@@ -163,7 +163,7 @@ _LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, or
 # vocab, width, layers, heads, ff, context, kv_heads, head_dim; those of published models are from their own config.json.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(256, 32, 2, 4, 88, 64, 2, qk_norm=True, tied=True),
-    "demo": ModelConfig(2048, 256, 4, 4, 704, 256, qk_norm=True),
+    "demo": ModelConfig(2048, 192, 3, 3, 512, 256, qk_norm=True),
     "nano": ModelConfig(4096, 384, 6, 6, 1024, 256, qk_norm=True),
     "gpt2-124m": ModelConfig(50304, 768, 12, 12, 2048, 1024, qk_norm=True, tied=True),
     "smollm2-135m": ModelConfig(49152, 576, 30, 9, 1536, 8192, 3, rope_theta=1e5, tied=True),

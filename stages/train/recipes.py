@@ -12,7 +12,7 @@ _MUON = OptimizerConfig(
 
 RECIPES = {
     "tiny": Recipe("bytes", context=64, batch=8, optimizer=_MUON),
-    "demo": Recipe("bpe:2048", context=256, batch=16, optimizer=_MUON),
+    "demo": Recipe("bpe:2048", context=256, batch=8, optimizer=_MUON),
     "nano": Recipe("bpe:4096", context=256, batch=16, optimizer=_MUON),
 }
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.recipes import __main__ as recipes
 from bench.timing import Ratio, Timing, describe_noise, measure, ratio
 
 ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=3, max_size=15)
@@ -124,3 +125,9 @@ def test_calls_that_do_different_amounts_are_compared_for_each_thing_they_did():
     assert ratio(few.scaled(1), many.scaled(1 / 16)).ratio == 4.0
     assert many.scaled(1 / 16).spread == 0.0
     assert (str(Ratio(4.0, 0.0)), Ratio(4.0, 0.0).fields()) == ("4.00 ± 0.00", {"ratio": 4.0, "spread": 0.0})
+
+
+def test_the_record_of_experiments_holds_figures(capsys):
+    rows = recipes.show(recipes.RecipesFlags())["experiments"]
+    assert all(1 < float(row["bits per byte"]) < 8 and int(row["steps"]) > 0 for row in rows)
+    assert all(row["change"] in capsys.readouterr().out for row in rows[:1])
