@@ -7,6 +7,7 @@ Jordan's five steps, and as near. On a CPU each product reads its operands along
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -31,7 +32,8 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any) -> tuple[Any, Any]:
-        return sharding.map_whole_matrices(lambda matrix: orthogonal(matrix, dtype), updates), state
+        traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)  # for the matrices of a shape
+        return sharding.map_whole_matrices(traced_once, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
