@@ -17,7 +17,7 @@ LETTER = 6.7  # an average letter's width at 13 units
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One stacked bar: (colour, name, size) from left to right, two `labels` at its end, a tick at `mark`.
+    """One stacked bar: (colour, name, size) from left to right, two `labels` at its end.
 
     A gap, without a heading, divides bars of different `group`.
     """
@@ -26,7 +26,6 @@ class Bar:
     group: str | None
     parts: tuple[tuple[str, str, float], ...]
     labels: tuple[str, str]
-    mark: float | None = None
 
     @property
     def length(self) -> float:
@@ -71,7 +70,7 @@ def stacked_bars(
     left = min(280.0, 16 + LETTER * max(len(bar.name) for bar in bars)) if wide else 1.0
     right = width - (165 if wide else 1)
     step, thick, drop = (27.0, 17.0, 4.0) if wide else (41.0, 13.0, 20.0)
-    top = max(max(bar.length, bar.mark or 0) for bar in bars)
+    top = max(bar.length for bar in bars)
     x = linear(0, top, left, right)
     legend = _legend(key, left, width)
     begin = at = legend[-1]["y"] + 34
@@ -81,7 +80,7 @@ def stacked_bars(
         starts = itertools.accumulate((size for _, _, size in bar.parts), initial=0.0)
         room = left - 12 if wide else right - LETTER * (sum(map(len, bar.labels)) + 3)
         rows.append({
-            "bar": bar, "y": at, "top": at + drop, "name": truncate(bar.name, room), "mark": bar.mark and x(bar.mark),
+            "bar": bar, "y": at, "top": at + drop, "name": truncate(bar.name, room),
             "parts": [
                 (colour, name, size / bar.length, x(start), max(0.6, x(start + size) - x(start)))
                 for start, (colour, name, size) in zip(starts, bar.parts) if size > 0

@@ -1,4 +1,4 @@
-"""Makes the four figures of the report: operations by stage, time by batch, memory by stage, and cost over a model's life.
+"""Makes the three figures of the report: operations by stage, time by batch, and cost over a model's life.
 
 Each is laid out for a page and for a phone, so that text keeps its size. A figure without numbers is None. Captions are in
 `page.html.j2`.
@@ -18,7 +18,6 @@ _PARTS = (
     ("forward", "forward", "blue"), ("dx", "backward, dX", "amber"), ("dw", "backward, dW", "rust"),
     ("optimizer", "optimizer", "grey"),
 )  # fmt: skip
-_MEMORY = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber", "cache": "teal"}
 CEILING_OF = {"float32": "f32_gflops", "int8": "int8_gflops"}  # other number types have the bfloat16 one
 
 Rows = Sequence[Json]
@@ -34,8 +33,8 @@ class Figure:
 
 
 def figures(rows: Rows, ceilings: Json, model: Json) -> list[Figure]:
-    """Returns those of the four figures that the rows have numbers for."""
-    every = flops_figure(rows), decode_figure(rows, ceilings, model), memory_figure(rows), lifetime_cost_figure(rows, model)
+    """Returns those of the three figures that the rows have numbers for."""
+    every = flops_figure(rows), decode_figure(rows, ceilings, model), lifetime_cost_figure(rows, model)
     return list(filter(None, every))
 
 
@@ -49,30 +48,11 @@ def flops_figure(rows: Rows) -> Figure | None:
             parts = tuple((colour, name, (_flops(row, key) or 0.0) / unit) for key, name, colour in _PARTS)
             if products := sum(size for _, _, size in parts[:3]):
                 bars.append(Bar(row["name"], row.get("stage"), parts, (times(products), si(products * unit, "FLOP"))))
-    return _stacked("flops", bars, [(colour, name) for _, name, colour in _PARTS], lambda value: f"{value:g}×")
-
-
-def memory_figure(rows: Rows) -> Figure | None:
-    """Draws the bytes of each stage, stacked by content, with the peak as a mark."""
-    bars, colours = [], dict(_MEMORY)
-    for row in rows:
-        if sizes := {name: size for name, value in (row.get("memory") or {}).items() if (size := above_zero(value))}:
-            colours |= {name: "violet" for name in sizes if name not in colours}
-            peak = above_zero(row.get("peak_bytes"))
-            parts = tuple((colour, name, sizes[name]) for name, colour in colours.items() if name in sizes)
-            words = (si(sum(sizes.values()), "B"), f"peak {si(peak, 'B')}" if peak else "")
-            bars.append(Bar(row["name"], row.get("stage"), parts, words, peak))
-    shown = {name for bar in bars for _, name, _ in bar.parts}
-    key = [(colour, name) for name, colour in colours.items() if name in shown]
-    key += [("mark", "peak, as compiled")] if any(bar.mark for bar in bars) else []
-    return _stacked("memory", bars, key, lambda value: si(value, "B", short=True))
-
-
-def _stacked(id: str, bars: list[Bar], key: list[tuple[str, str]], tick: Callable[[float], str]) -> Figure | None:
     if not bars:
         return None
+    key = [(colour, name) for _, name, colour in _PARTS]
     longest = max(bars, key=lambda bar: bar.length)
-    return Figure(id, {"longest": longest}, lambda wide: stacked_bars(bars, key, tick, wide))
+    return Figure("flops", {"longest": longest}, lambda wide: stacked_bars(bars, key, lambda value: f"{value:g}×", wide))
 
 
 def decode_figure(rows: Rows, ceilings: Json, model: Json) -> Figure | None:

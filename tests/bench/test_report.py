@@ -89,7 +89,7 @@ def test_a_phone_and_a_dark_screen_are_thought_of():
     assert "prefers-color-scheme: dark" in source
     assert "@media print" in source
     kinds = [root.get("class") for root in drawings(source)]
-    assert kinds == ["wide", "narrow"] * 4
+    assert kinds == ["wide", "narrow"] * 3
 
 
 def test_every_row_claim_note_and_command_is_said():
@@ -104,7 +104,7 @@ def test_every_row_claim_note_and_command_is_said():
         assert claim["claim"] in page_text
         assert claim["verdict"] in page_text
         assert claim["value"] is None or str(claim["value"]) in page_text
-    assert page_text.count(f"Regenerate: {doc['command']}") == 2 + 4 + 1  # table and claims, four figures, method
+    assert page_text.count(f"Regenerate: {doc['command']}") == 2 + 3 + 1  # table and claims, three figures, method
     assert doc["noise"] in page_text
     assert doc["arithmetic"]["sentence"] in page_text
 
@@ -121,16 +121,12 @@ def test_every_number_of_a_row_stands_in_its_line():
         assert page_text in line, page_text
 
 
-@pytest.mark.parametrize(
-    "place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "memory", "series"]
-)
+@pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "series"])
 def test_text_from_outside_stays_text(place):
     doc, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
     row, decode = doc["rows"][0], doc["rows"][10]
     if place == "row":
         row["name"] = decode["name"] = nasty
-    elif place == "memory":
-        row["memory"][nasty] = 5e7
     elif place == "model":
         doc["model"]["name"] = nasty
     else:
@@ -139,15 +135,15 @@ def test_text_from_outside_stays_text(place):
     reader = Reader(page(doc))
     assert reader.faults == []
     assert not any(tag == "b" and attributes for tag, attributes in reader.tags)
-    assert nasty in reader.page_text() or place in ("memory", "series", "command")
+    assert nasty in reader.page_text() or place in ("series", "command")
     texts = "".join("".join(root.itertext()) for root in drawings(page(doc)))
-    assert nasty in texts or place not in ("row", "memory", "series")
+    assert nasty in texts or place not in ("row", "series")
 
 
 def test_each_drawing_is_xml_that_names_and_describes_itself_and_stays_within_its_frame():
     numbers = {"x", "y", "x1", "x2", "y1", "y2", "cx", "cy"}
     result = drawings(page(document()))
-    assert len(result) == 8
+    assert len(result) == 6
     for root in result:
         title, description = root[0], root[1]
         assert (title.tag, description.tag) == (f"{SVG}title", f"{SVG}desc")
@@ -185,19 +181,6 @@ def test_bars_are_as_long_as_their_numbers():
     assert set(bars["decode, 8 slots"]) == {"blue"}
 
 
-def test_memory_bars_and_peaks_share_one_scale():
-    root = drawings(page(document()))[4]
-    bars = bar_widths(root)
-    row = document()["rows"][0]
-    colours = {"params": "blue", "gradients": "rust", "optimizer": "grey", "activations": "amber"}
-    shares = {bars[row["name"]][colour] / row["memory"][name] for name, colour in colours.items()}
-    assert max(shares) == pytest.approx(min(shares), rel=1e-3)
-    groups = [group for group in root.iter(f"{SVG}g") if any(text.text == row["name"] for text in group.findall(f"{SVG}text"))]
-    mark = groups[0].find(f"{SVG}line")
-    begin = float(groups[0].find(f"{SVG}rect").get("x"))
-    assert (float(mark.get("x1")) - begin) / row["peak_bytes"] == pytest.approx(min(shares), rel=1e-3)
-
-
 def test_ceilings_lie_where_bytes_and_operations_put_them():
     """A machine on which 8 slots take exactly what reading takes: dot and line meet."""
     doc = document()
@@ -224,7 +207,7 @@ def test_a_dot_below_the_ceilings_is_owned_up_to():
 
 def test_lines_of_a_life_cross_where_the_costs_are_equal():
     doc = document()
-    root = drawings(page(doc))[6]
+    root = drawings(page(doc))[4]
     trained, alone = doc["rows"][0], next(row for row in doc["rows"] if row["slots"] == 1)
     tokens = 20 * doc["model"]["params"]
     crossing = tokens * trained["usd_per_million_tokens"] / alone["usd_per_million_tokens"]
