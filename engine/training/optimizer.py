@@ -88,6 +88,19 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
+def clip_by_norm(most: float) -> optax.GradientTransformation:
+    """Scales updates down to a global norm of `most`, as `optax.clip_by_global_norm` does, without its division at each number.
+
+    XLA would keep its result, and those that depend on it, rather than divide again in each loop over them.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda u: u * factor, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 @functools.cache
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Returns the chain for `cfg`, one object for each, so that a compiled step is found again."""
@@ -99,7 +112,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     momentum = optax.trace(cfg.momentum, nesterov=True)
     muon = optax.chain(momentum, orthogonalize(), decay, optax.scale(-cfg.matrix_learning_rate))
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip) if cfg.clip != math.inf else optax.identity(),
+        clip_by_norm(cfg.clip) if cfg.clip != math.inf else optax.identity(),
         optax.partition({"adamw": adamw, "muon": muon}, functools.partial(map_paths, label)),
         scale_by_progress(make_schedule(cfg)),
     )

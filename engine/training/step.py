@@ -110,6 +110,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype)
+        updates = jax.lax.optimization_barrier(updates)  # or XLA would keep their squares too
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(
