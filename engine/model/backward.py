@@ -90,7 +90,9 @@ lookup = _with_backward(layers.lookup, _lookup_backward, ())
 def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array], g: Array):
     """With y = x / rms(x) and g the gradient times the gain: dx = (g - y mean(g y)) / rms(x)."""
     x, gain = residuals
-    x32, g32, inverse = _widen_with_inverse(x, g, eps)
+    # Without the barrier XLA would keep float32 values of the forward pass: a sixth more memory for a step.
+    x32, g32 = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
+    inverse = _inverse_rms(x32, eps)
     dgain = None
     if gain is not None:
         dgain = _gain_backward(x, g, gain, eps)
@@ -100,16 +102,19 @@ def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Arr
 
 
 def _gain_backward(x: Array, g: Array, gain: Array, eps: float) -> Array:
-    """The sum of g x / rms(x) over all but the gain's axes. Apart from dx: both would else share float32 copies of x and g."""
-    x32, g32, inverse = _widen_with_inverse(x, g, eps)
-    columns = (g32 * x32 * jax.lax.optimization_barrier(inverse)).reshape(-1, gain.size)
-    return jnp.sum(columns, axis=0).reshape(gain.shape).astype(gain.dtype)
+    """The sum of g x / rms(x) over all but the gain's axes.
 
-
-def _widen_with_inverse(x: Array, g: Array, eps: float) -> tuple[Array, Array, Array]:
-    # Without the barrier XLA would keep float32 values of the forward pass: a sixth more memory for a step.
+    Each barrier keeps XLA from making one float32 copy of x or g for two loops, which each would rather read as they are: half
+    of the time of the norm's backward pass.
+    """
+    x, g = jax.lax.optimization_barrier((x, g))
+    inverse = jax.lax.optimization_barrier(_inverse_rms(jax.lax.optimization_barrier(x).astype(jnp.float32), eps))
     x32, g32 = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
-    return x32, g32, jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return jnp.sum(g32 * x32 * inverse, axis=tuple(range(x.ndim - gain.ndim))).astype(gain.dtype)
+
+
+def _inverse_rms(x: Array, eps: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 rms_norm = _with_backward(layers.rms_norm, _rms_norm_backward, (2, 3))
