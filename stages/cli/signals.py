@@ -133,6 +133,10 @@ def handle_signals() -> Iterator[None]:
     thread.start()
     try:
         yield
+    except Exception:  # jaxlib makes an ImportError of a signal that comes while it is being imported
+        if state.received and state.answer is None:
+            raise Stopped(state.received) from None
+        raise
     finally:
         if sys.unraisablehook is hear_again:  # storage replaces it where an error leaves callbacks to come
             sys.unraisablehook = report

@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import ROOT, tiny, typed
 
 from engine.storage import checkpoint, manifest
+from stages.cli import signals
 from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
@@ -173,3 +174,17 @@ with signals.handle_signals(), signals.defer_signals("Finishing.", unread):
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
+
+
+def test_a_signal_that_a_library_makes_another_error_of_is_a_signal():
+    """As jaxlib does of one that comes while it is being imported."""
+
+    def imported() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(1)
+        except signals.Stopped:
+            raise ImportError("Encountered an error while initializing the extension.") from None
+
+    with pytest.raises(signals.Stopped, match="SIGTERM"), signals.handle_signals():
+        imported()

@@ -83,7 +83,7 @@ def carry_out(job: dict[str, Any]) -> NoReturn:
     folder, at, error, once, log = job["fault"]
     arm = ctypes.CDLL(os.environ["FAULTS"]).fault_arm
     arm(folder.encode(), ctypes.c_long(at), error, int(once), log.encode())
-    sys.exit(stage.main())
+    importlib.import_module("stages.cli.process").leave(stage.main())
 
 
 if __name__ == "__main__":
