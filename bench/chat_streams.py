@@ -35,7 +35,7 @@ def our_chats(
 ) -> dict[str, Callable[[], Json]]:
     """Returns the calls `plain` and `speculative`, each with its seconds of decoding, its tokens, and its decoding steps.
 
-    Each has the slots that it can use: one stream, in two rows, and one for each draft token.
+    Both have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
     """
     capacity = max(map(len, prompts)) + new
 
@@ -55,8 +55,7 @@ def our_chats(
         return {"decode": seconds, "tokens": output, "steps": slots.decode_steps - before - len(prompts)}
 
     def call(speculate: bool) -> Callable[[], Json]:
-        rows = 1 + DRAFT_ROWS if speculate else 2
-        slots = Slots(cfg, weights, slots=rows, capacity=capacity, kv_dtype=kv_dtype, speculate=speculate)
+        slots = Slots(cfg, weights, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=kv_dtype, speculate=speculate)
         slots.warm()
         return lambda: run(slots)
 
