@@ -73,7 +73,7 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         trainable = bottom_frozen(cfg, int(number or cfg.layers // 2))
     elif takes_number:
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
-        if trainable.rank >= (least := min(map(min, pairs.values()))):
+        if trainable.rank > (least := min(map(min, pairs.values()))):
             raise UserError(f"The rank of --method {method} must be at most {least}, the least side of this model's matrices.")
     count = count_params(cfg)
     trained = sum(math.prod(shape) for path, shape in leaf_shapes(cfg).items() if path in trainable.weights)

@@ -50,7 +50,7 @@ def test_float64(name, seed):
     np.testing.assert_allclose(logits, expected[0], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(loss, expected[1], rtol=1e-12)
     assert_trees_close(gradient, expected[2], rtol=1e-9)
-    assert all(np.abs(leaf).max() > 1e-4 for leaf in leaves(gradient)), "every leaf is felt"
+    assert all(np.abs(leaf).max() > 1e-6 for leaf in leaves(gradient)), "every leaf is felt"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2"])
