@@ -7,7 +7,7 @@
 Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
 int8 weights. A ratio is our tokens a second over the peer's, both of the median round. Each row has the slots that it can use,
 and is timed while all its streams are under way; `decode_1` is timed without the kernel in C too. The rows `ordinary` and
-`repeating` are one stream of chat on the prompts of `prompts.toml`, with speculative decoding, the default, and without.
+`repeating` are one stream of chat on the prompts of `streams/prompts.toml`, speculative (the default) and not.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def measure_inference(flags: InferenceFlags) -> Json:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {flags.new}.")
     check_rounds(flags.rounds)
     start_jax(one_arena=False)
-    from bench.slot_streams import measure_streams
+    from bench.streams.slot_streams import measure_streams
 
     return measure_streams(
         flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds, price=flags.price, keys_values=flags.keys_values

@@ -6,9 +6,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.chat_streams import MOST_TOKENS, held_to, measure_chats, our_chats, read_prompts
 from bench.cli import Json, progress
 from bench.peers.process import Peer, PeerError, start_peer
+from bench.streams.chat_streams import MOST_TOKENS, held_to, measure_chats, our_chats, read_prompts
 from bench.timing import measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores, device_name
