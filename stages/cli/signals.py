@@ -125,6 +125,12 @@ def handle_signals() -> Iterator[None]:
         else:
             report(ignored)
 
+    def print_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """Prints no Stopped: NumPy's import prints what it catches, when jaxlib begins it."""
+        if not issubclass(kind, Stopped):
+            print_before(kind, error, trace)
+
+    print_before, sys.excepthook = sys.excepthook, print_error
     sys.unraisablehook = hear_again
     heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     before = [(number, signal.signal(number, _now.handle)) for number in heard]
@@ -138,6 +144,7 @@ def handle_signals() -> Iterator[None]:
             raise Stopped(state.received) from None
         raise
     finally:
+        sys.excepthook = print_before
         if sys.unraisablehook is hear_again:  # storage replaces it where an error leaves callbacks to come
             sys.unraisablehook = report
         signal.set_wakeup_fd(wakeup)

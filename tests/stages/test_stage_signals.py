@@ -176,15 +176,17 @@ with signals.handle_signals(), signals.defer_signals("Finishing.", unread):
     assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
 
 
-def test_a_signal_that_a_library_makes_another_error_of_is_a_signal():
-    """As jaxlib does of one that comes while it is being imported."""
+def test_a_signal_that_a_library_makes_another_error_of_is_a_signal(capsys):
+    """As jaxlib does of one that comes while it is being imported, and prints it first where NumPy's import was stopped."""
 
     def imported() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
             time.sleep(1)
-        except signals.Stopped:
+        except signals.Stopped as stopped:
+            sys.excepthook(type(stopped), stopped, None)
             raise ImportError("Encountered an error while initializing the extension.") from None
 
     with pytest.raises(signals.Stopped, match="SIGTERM"), signals.handle_signals():
         imported()
+    assert capsys.readouterr().err == ""

@@ -55,8 +55,8 @@ class ForkServer:
 def serve() -> None:
     """Forks a process for each line of stdin, which carries out its command and exits."""
     os.environ.pop("LD_PRELOAD")  # whatever a command starts is not counted
-    for heard in (signal.SIGINT, signal.SIGHUP):  # behind nohup or & they are ignored, and a command leaves that so
-        signal.signal(heard, signal.default_int_handler if heard == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as under `python -m`, and behind nohup too
+        signal.signal(number, importlib.import_module("stages").stop)
     importlib.import_module("stages.train.run")
     getattr(importlib.import_module("orbax.checkpoint"), "v1")  # noqa: B009, which imports it
     for line in sys.stdin:
