@@ -38,8 +38,8 @@ def anatomy(model: BenchModel) -> Json:
             moved += [{"stage": stage, "work": work, "changes": each} for stage, each in stages]
         rows.append(row)
     progress("answering requests", replace=True)
-    given, held = real_steps.answer(model, served)
-    work = f"{real_steps.REQUESTS} requests, {given:,} tokens of answers"
+    answer_tokens, held = real_steps.answer(model, served)
+    work = f"{real_steps.REQUESTS} requests, {answer_tokens:,} tokens of answers"
     moved.append({"stage": "serving", "work": work, "changes": held})
     for stage in moved:  # in the order of the forward pass
         stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}

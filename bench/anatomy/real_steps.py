@@ -100,10 +100,10 @@ def answer(model: BenchModel, params: Any) -> tuple[int, Changes]:
     slots = Slots(model.cfg, params, slots=8, capacity=CHUNK // 2, chunk=CHUNK // 2, tail=PROMPT + 4)
     for prompt in tokens_for(model, REQUESTS, PROMPT).tolist():
         slots.submit(Request(tuple(prompt), SamplingParams(max_tokens=ANSWER, temperature=1.0)))
-    given = 0
+    answer_tokens = 0
     while slots.busy:
-        given += sum(len(event.tokens) for event in slots.step())
-    return given, {path: relative_change(before[path], leaf) for path, leaf in leaf_paths(slots.params).items()}
+        answer_tokens += sum(len(event.tokens) for event in slots.step())
+    return answer_tokens, {path: relative_change(before[path], leaf) for path, leaf in leaf_paths(slots.params).items()}
 
 
 def relative_change(before: Any, after: Any) -> float:
