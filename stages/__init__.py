@@ -13,7 +13,10 @@ phase = "before anything was begun."  # printed after "Stopped" by `stop`
 
 def stop(number: int, _: object) -> None:
     """Ends the process at a signal before its command is running (`stages.cli.signals`) or after it is over."""
-    os.write(2, f"\nStopped {phase}\n".encode())
+    try:
+        os.write(2, f"\nStopped {phase}\n".encode())
+    except OSError:  # the terminal is closed
+        pass
     os._exit(128 + number)
 
 

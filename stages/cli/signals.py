@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import stages
 from engine import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,7 +101,7 @@ class SignalState:
         os._exit(code)
 
 
-_now = SignalState(phase="before anything was begun.")
+_now = SignalState(phase=stages.phase)
 
 
 @contextlib.contextmanager
@@ -144,6 +145,7 @@ def handle_signals() -> Iterator[None]:
             raise Stopped(state.received) from None
         raise
     finally:
+        stages.phase = state.phase  # for a signal that comes from here on
         sys.excepthook = print_before
         if sys.unraisablehook is hear_again:  # storage replaces it where an error leaves callbacks to come
             sys.unraisablehook = report

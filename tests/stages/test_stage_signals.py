@@ -190,3 +190,25 @@ def test_a_signal_that_a_library_makes_another_error_of_is_a_signal(capsys):
     with pytest.raises(signals.Stopped, match="SIGTERM"), signals.handle_signals():
         imported()
     assert capsys.readouterr().err == ""
+
+
+def test_a_signal_after_the_terminal_closed_while_the_first_is_answered():
+    """A terminal that closes sends two; the second may come once the block is left, and nothing can be printed then."""
+    code = """
+import os, signal, sys
+import stages
+from stages.cli import signals
+signal.signal(signal.SIGHUP, stages.stop)
+screen, terminal = os.openpty()
+os.dup2(terminal, 2), os.close(terminal)
+try:
+    with signals.handle_signals():
+        signals.set_phase("while it tried.")
+        os.close(screen)
+        signal.raise_signal(signal.SIGHUP)
+except signals.Stopped:
+    print(stages.phase, flush=True)
+    signal.raise_signal(signal.SIGHUP)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (129, "while it tried.\n")
