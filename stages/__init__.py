@@ -4,6 +4,7 @@
 """
 
 import _signal as signal  # signal.py takes milliseconds to import, in which Ctrl-C would be a traceback
+import contextlib
 import gc
 import os
 import sys
@@ -13,10 +14,8 @@ phase = "before anything was begun."  # printed after "Stopped" by `stop`
 
 def stop(number: int, _: object) -> None:
     """Ends the process at a signal before its command is running (`stages.cli.signals`) or after it is over."""
-    try:
+    with contextlib.suppress(OSError):  # the terminal may be closed
         os.write(2, f"\nStopped {phase}\n".encode())
-    except OSError:  # the terminal is closed
-        pass
     os._exit(128 + number)
 
 
