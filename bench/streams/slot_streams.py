@@ -36,10 +36,10 @@ class StreamRow(NamedTuple):
 
 StreamResult = Json  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
 ROWS = (
-    StreamRow("prefill_512", 1, 512, 2.0),
+    StreamRow("prefill_512", 1, 512, 3.0),
     StreamRow("decode_1", 1, 64, 0.65),
-    StreamRow("decode_8", 8, 64, 1.3),
-    StreamRow("decode_32", 32, 64, 2.0),
+    StreamRow("decode_8", 8, 64, 1.7),
+    StreamRow("decode_32", 32, 64, 2.6),
 )
 CAPACITY = 1024  # tokens of a stream
 MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"

@@ -13,6 +13,7 @@ from engine.inference.sequence import STEPS, Sequence
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
+STEPS_BETWEEN_DRAFTS = 2  # of a dispatch of a lone sequence whose text may soon repeat itself, and be drafted again
 OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
 DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
 
@@ -106,7 +107,8 @@ class Scheduler:
         if not self.decoding:
             return None
         rows = [DecodeRow(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in self.decoding]
-        if drafts := self._draft_tokens():
+        drafts = self._draft_tokens()
+        if drafts:
             copies_are_new = not self.copies
             if copies_are_new:
                 self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
@@ -119,6 +121,8 @@ class Scheduler:
             steps = 1  # a request waits for its first token
         elif self.prefilling:
             steps = STEPS_BESIDE_PREFILL
+        elif drafts is not None:
+            steps = STEPS_BETWEEN_DRAFTS
         else:
             steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
         steps = min(steps, max(sequence.remaining for sequence in self.decoding))
@@ -145,14 +149,15 @@ class Scheduler:
                 return True
         return False
 
-    def _draft_tokens(self) -> list[int]:
-        """Returns draft tokens for a lone sequence, at most as many as rows are free to check them."""
+    def _draft_tokens(self) -> list[int] | None:
+        """Returns draft tokens for a lone sequence, at most as many as rows are free to check them; None when it has none to
+        expect: it is not alone, or checking them has not paid lately."""
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
-            return []
+            return None
         (sequence,) = self.decoding
         count = min(DRAFT_ROWS, len(self.free) + len(self.copies), sequence.remaining - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
-            return []
+            return None
         return sequence.draft_tokens(count)
 
     def _free_copies(self) -> None:

@@ -58,10 +58,10 @@ class Sequence:
         start = self.prefilled_tokens - done
         return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
 
-    def draft_tokens(self, count: int) -> list[int]:
-        """Returns up to `count` draft tokens; none when checking them has not paid lately."""
+    def draft_tokens(self, count: int) -> list[int] | None:
+        """Returns up to `count` draft tokens; None when checking them has not paid lately."""
         self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
-        return self.drafter.draft(count) if self.drafter.pays else []
+        return self.drafter.draft(count) if self.drafter.pays else None
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from tiny import request_of
 
-from engine.inference.scheduler import DRAFT_ROWS, OLDEST_EVERY, Decode, Prefill, Scheduler
+from engine.inference.scheduler import DRAFT_ROWS, OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
 from engine.inference.sequence import STEPS, Sequence
 
 SLOTS, CHUNK = 5, 16
@@ -152,6 +152,18 @@ def test_outputs_go_on_while_a_prompt_is_prefilled():
         before = model.output(first)
         model.step(), model.step()  # one that prefills, one that decodes
         assert model.output(first) > before
+
+
+def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_dispatches():
+    def steps(speculate: bool, sequences: int) -> int:
+        tokens = iter(range(100, 999))  # no text that repeats itself
+        model = Model(speculate=speculate, next_token=lambda _: next(tokens))
+        for _ in range(sequences):
+            model.submit(1, 60)
+        model.step(), model.step()
+        return model.steps[1].steps
+
+    assert steps(True, 1) == STEPS_BETWEEN_DRAFTS < steps(True, 2) == steps(False, 1)
 
 
 def test_drafts_that_come_true_are_all_accepted_and_a_wrong_one_ends_what_counts():
