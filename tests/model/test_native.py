@@ -81,7 +81,7 @@ def test_a_packed_head_gives_the_same_rows_and_columns(kernel, seed):
 
 
 def uses_kernel(params) -> bool:
-    return any(leaf.packed for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
+    return any(leaf.layout == "packed" for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
 
 
 def test_a_model_samples_the_same_with_and_without(kernel):

@@ -26,6 +26,7 @@ from engine.model.native.library import COLUMNS, INPUTS, int8_products, pack
 from engine.model.paths import Params, first_match, leaf_paths, map_paths
 
 Activations = Literal["int8", "int16", "full"]
+Layout = Literal["plain", "transposed", "packed"]
 Rule = tuple[str, Activations | None]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows up to which a product takes as long as reading the weight
@@ -35,15 +36,15 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale"], meta_fields=["activations", "axis", "transposed", "packed", "gathered"],
+    data_fields=["values", "scale"], meta_fields=["activations", "axis", "layout", "gathered"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
     The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied
-    head multiplies. `transposed` values lie as (out, in); shape and matrix are the same. `packed` values lie as the kernel
-    of `native/` reads them, which then multiplies, to the same bits. `gathered`: the axes of a mesh that still cut the
+    head multiplies. With the `layout` "transposed" values lie as (out, in), and "packed" as the kernel of `native/` reads
+    them, which then multiplies; shape, matrix and bits are the same. `gathered`: the axes of a mesh that still cut the
     values where "full" reads them, so that integers are exchanged and not what is made of them; None: as they lie.
     """
 
@@ -51,21 +52,20 @@ class Int8:
     scale: Array
     activations: Activations = "int8"
     axis: int = 1
-    transposed: bool = False
-    packed: bool = False
+    layout: Layout = "plain"
     gathered: P | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.packed:
+        if self.layout == "packed":
             shape = self.values.shape[1] * INPUTS, len(self.scale)
             return shape if self.axis else shape[::-1]
-        return self.values.shape[::-1] if self.transposed else self.values.shape
+        return self.values.shape[::-1] if self.layout == "transposed" else self.values.shape
 
     @property
     def contracting_axis(self) -> int:
         """The axis of `values` that a product sums over; it has no scale."""
-        return self.axis if self.transposed else 1 - self.axis
+        return self.axis if self.layout == "transposed" else 1 - self.axis
 
 
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
@@ -81,7 +81,7 @@ def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int 
 
 def dequantize(leaf: Int8, dtype: DTypeLike = jnp.float32) -> Array:
     """Returns values * scale, (in, out), rounded once to `dtype`."""
-    values = leaf.values.T if leaf.transposed else _gather(leaf)
+    values = leaf.values.T if leaf.layout == "transposed" else _gather(leaf)
     return (values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)).astype(dtype)
 
 
@@ -91,9 +91,9 @@ def _gather(leaf: Int8) -> Array:
 
 def store_transposed(leaf: Int8) -> Int8:
     """Returns the leaf with `values` transposed in memory: on a CPU a few rows of x then take half the time."""
-    if leaf.transposed or leaf.contracting_axis == 1:
+    if leaf.contracting_axis == 1:
         return leaf
-    return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
+    return dataclasses.replace(leaf, values=leaf.values.T, layout="transposed")
 
 
 def pack_for_kernel(leaf: Int8) -> Int8:
@@ -101,12 +101,12 @@ def pack_for_kernel(leaf: Int8) -> Int8:
     axis = leaf.contracting_axis
     if leaf.values.shape[axis] % INPUTS:
         return store_transposed(leaf)
-    return dataclasses.replace(leaf, values=pack(leaf.values, axis), transposed=False, packed=True)
+    return dataclasses.replace(leaf, values=pack(leaf.values, axis), layout="packed")
 
 
 def lookup_rows(leaf: Int8, rows: Array) -> Array:
     """leaf of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
-    if leaf.packed:
+    if leaf.layout == "packed":
         values = leaf.values[rows // COLUMNS, :, rows % COLUMNS].reshape(*rows.shape, -1)
     else:
         values = leaf.values[rows]
@@ -115,7 +115,7 @@ def lookup_rows(leaf: Int8, rows: Array) -> Array:
 
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
     """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales; start a multiple of 16."""
-    if leaf.packed:
+    if leaf.layout == "packed":
         values = leaf.values[start // COLUMNS : -(-stop // COLUMNS)]
         return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
     along = 1 - leaf.contracting_axis
@@ -209,7 +209,7 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
-    if weight.packed:
+    if weight.layout == "packed":
         product, row_scale = int8_products(x, weight.values, len(weight.scale), 2 if fine else 1)
         product = join_digits(product) if fine else product.astype(jnp.float32)
         return (product * row_scale * weight.scale).astype(dtype)
