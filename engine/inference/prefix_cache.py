@@ -62,5 +62,5 @@ class PrefixCache:
             dropped, (_, size, _, beginnings) = self._chunks.popitem(last=False)
             self.bytes -= size
             for beginning in beginnings:
-                if self._beginnings[beginning] == dropped:
+                if self._beginnings.get(beginning) == dropped:  # else another chunk's, which may be gone
                     del self._beginnings[beginning]

@@ -83,6 +83,9 @@ def test_a_chunk_is_found_by_its_beginnings_as_long_as_it_is_there():
     assert [cache.get(key)["v"][0] for key in (b"abd", b"ab", b"abc", b"a")] == [2, 2, 1, 1]
     cache.put(b"x", chunk(3), None)
     assert [cache.get(key) is not None for key in (b"abc", b"a", b"abd", b"ab", b"x")] == [True, True, False, False, True]
+    for key in (b"y", b"z"):  # drives the other chunk that began with "ab" out too
+        cache.put(key, chunk(4), None)
+    assert [cache.get(key) is not None for key in (b"abc", b"a", b"ab", b"x", b"y", b"z")] == [False] * 4 + [True] * 2
 
 
 def test_what_was_used_longest_ago_leaves_first():
