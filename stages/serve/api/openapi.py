@@ -42,7 +42,8 @@ def document(vocab: int, version: str) -> bytes:
     components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ID
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": "string"}}}
+        kind = "object" if route.media == "application/json" else "string"
+        success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
         if route.streams:
             success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
         responses: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
