@@ -8,7 +8,7 @@ from engine.format import si
 
 WIDTH, HEIGHT = 360.0, 230.0
 COLOURS = {
-    "parameters": "blue", "optimizer state": "grey", "KV cache": "teal", "gradients": "rust", "residuals": "amber",
+    "parameters": "green", "optimizer state": "grey", "KV cache": "teal", "gradients": "rust", "residuals": "pink",
     "temporaries": "violet",
 }  # fmt: skip
 
@@ -33,9 +33,11 @@ def stacked_areas(
             ]
             areas.append({"kind": kind, "colour": COLOURS[kind], "path": svg_path(steps(above) + steps(below)[::-1]) + "Z"})
         below = above
+    top_place = below.index(max(below))
     bounds = [*(start for _, start in phases), count]
     return {
         "width": WIDTH, "height": HEIGHT, "left": left, "right": right, "upper": upper, "lower": lower, "areas": areas,
+        "peak": ((x(starts[top_place]) + x(ends[top_place])) / 2, y(below[top_place])),
         "levels": [(y(value), si(value, "B", short=True)) for value in even_ticks(top, 4)],
         "phases": [
             (name, x(start), (x(start) + x(end)) / 2, x(end) - x(start) > 7.5 * len(name))
@@ -51,13 +53,14 @@ def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], wi
     """
     placed = [
         {"name": point["name"], "intensity": point["flops"] / point["bytes"], "rate": point["flops"] / point["seconds"],
-         "colour": "rust" if point["backward"] else "blue"}
+         "colour": "ink" if point["backward"] else "blue"}
         for point in points
     ]  # fmt: skip
     placed.sort(key=lambda point: point["intensity"])
     corner = peak / bandwidth
     low, high = min(placed[0]["intensity"], corner) / 3, max(placed[-1]["intensity"], corner) * 3
-    bottom_rate, top_rate = min(bandwidth * low, *(point["rate"] for point in placed)) / 4, peak * 2
+    rates = [point["rate"] for point in placed]
+    bottom_rate, top_rate = min(bandwidth * low, *rates) / 4, max(peak, *rates) * 2
     left, right, top, bottom = 58.0, width - 8, 26.0, 0.66 * width if width < 400 else 330.0
     x, y = logarithmic(low, high, left, right), logarithmic(bottom_rate, top_rate, bottom, top)
     numbers = separate([x(point["intensity"]) for point in placed], 16, left + 10, right - 10)

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from bench.anatomy.hlo import Operation, ScheduledProgram, array_bytes
 
 ALIGNMENT = 64  # bytes, of each place in the heap
@@ -263,13 +265,15 @@ def heap_bytes(buffers: Sequence[Buffer]) -> int:
 
 
 def _pack(spans: Sequence[_Span]) -> int:
-    placed: list[tuple[int, int, _Span]] = []
-    for span in spans:
+    starts, ends = (np.array([getattr(span, name) for span in spans]) for name in ("start", "end"))
+    placed: list[tuple[int, int]] = []
+    for count, span in enumerate(spans):
         at, best = 0, None
-        for low, high in sorted((low, high) for low, high, each in placed if each.start <= span.end and span.start <= each.end):
+        together = np.flatnonzero((starts[:count] <= span.end) & (ends[:count] >= span.start))
+        for low, high in sorted(placed[each] for each in together):
             if low - at >= span.bytes and (best is None or low - at < best[0]):
                 best = low - at, at
             at = max(at, -(-high // ALIGNMENT) * ALIGNMENT)
         place = best[1] if best else at
-        placed.append((place, place + span.bytes, span))
-    return max((high for _, high, _ in placed), default=0)
+        placed.append((place, place + span.bytes))
+    return max((high for _, high in placed), default=0)

@@ -12,30 +12,30 @@ from bench.anatomy.programs import B, T, compile_drawn
 from bench.anatomy.residuals import block_residuals
 from bench.cli import Json, progress
 from bench.models import BenchModel, tokens_for
-from engine.counting.hardware import best_ceilings, measure_ceilings, saved_ceilings
+from engine.counting.hardware import best_ceilings, ceiling_rounds, saved_ceilings
 from engine.counting.params import leaf_shapes
 from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig
 
-TRAINED = {"training": "trained", "bottom half frozen": "bottom half frozen", "LoRA": "LoRA"}  # name of a program -> of a stage
+MOVING = "training", "bottom half frozen", "LoRA"  # programs whose weights are looked at
 
 
 def anatomy(model: BenchModel) -> Json:
-    """Measures a model's programs in about a minute on two cores, and before and after them the machine's ceilings."""
+    """Measures a model's programs, in turns with the machine's ceilings."""
     cfg, rows, moved, served = model.cfg, list[Json](), list[Json](), None
     progress(f"compiling the steps of {model.name}, and taking some")
-    ceilings = measure_ceilings()
+    rounds = ceiling_rounds()
     for name, work, program, compiled in compile_drawn(cfg):
         progress(f"compiled: {name}", replace=True)
         row = _memory_row(name, work, memory_over_time(compiled))
         if name in ("prefill", "decode"):
             served = served or prepare_params(cfg, model.params)
-            row["seconds"] = real_steps.infer(name, compiled, model, served)
+            row["seconds"] = real_steps.infer(name, compiled, model, served, rounds)
         else:
-            row["seconds"], changes = real_steps.train(program, compiled, model)
+            row["seconds"], changes = real_steps.train(program, compiled, model, rounds)
             work = f"{real_steps.steps_of(model)} steps on {work}"
-            stages = ((f"{TRAINED[name]} {words}".rstrip(), each) for words, each in changes.items() if name in TRAINED)
-            moved += [{"stage": stage, "work": work, "changes": each} for stage, each in stages]
+            stages = changes.items() if name in MOVING else ()
+            moved += [{"stage": f"{name} {words}".rstrip(), "work": work, "changes": each} for words, each in stages]
         rows.append(row)
     progress("answering requests", replace=True)
     answer_tokens, held = real_steps.answer(model, served)
@@ -43,7 +43,7 @@ def anatomy(model: BenchModel) -> Json:
     moved.append({"stage": "serving", "work": work, "changes": held})
     for stage in moved:  # in the order of the forward pass
         stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}
-    ceilings = best_ceilings(ceilings, measure_ceilings())
+    ceilings = next(rounds)
     if saved := saved_ceilings()[0]:  # others' work only lowers them
         ceilings = best_ceilings(ceilings, saved)
     progress("running the NumPy model, forward and backward", replace=True)

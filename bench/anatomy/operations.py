@@ -20,7 +20,7 @@ PRODUCTS = {
 
 
 class Way(NamedTuple):
-    """A way of running a model on `tokens` tokens: its operations by layer, the head last, and the bytes that it must move."""
+    """A way of running a model on `tokens` tokens: its FLOPs by layer, the head last, and the bytes that it must move."""
 
     layers: list[Flops]
     tokens: int
@@ -57,10 +57,8 @@ def count_ways(cfg: ModelConfig) -> dict[str, Way]:
 
 def _by_layer(cfg: ModelConfig, flops: Flops) -> list[Flops]:
     """Divides what runs forward alone: all blocks do the same."""
-    share = {
-        name: PassFlops(part.forward // cfg.layers) for name, part in flops.parts.items() if name in (*MATRICES, "attention")
-    }
-    return [*[Flops(share)] * cfg.layers, Flops({"head": flops.parts["head"]})]
+    of_block = {name: PassFlops(flops.parts[name].forward // cfg.layers) for name in (*MATRICES, "attention")}
+    return [Flops(of_block)] * cfg.layers + [Flops({"head": flops.parts["head"]})]
 
 
 def operation_rows(cfg: ModelConfig) -> list[Json]:
@@ -70,11 +68,7 @@ def operation_rows(cfg: ModelConfig) -> list[Json]:
     """
     rows = []
     for name, way in count_ways(cfg).items():
-        passes = lambda part, way=way: [
-            (part.forward + part.recompute) / way.tokens,
-            part.dx / way.tokens,
-            part.dw / way.tokens,
-        ]
+        passes = lambda part, n=way.tokens: [(part.forward + part.recompute) / n, part.dx / n, part.dw / n]
         parts = add_layers(way.layers).parts
         rows.append({
             "way": name, "flops_per_token": way.flops / way.tokens,

@@ -29,10 +29,11 @@ def layouts(document: Json) -> dict[str, Any]:
     shades = {change: 0.3 + 0.7 * (math.log(change) - low) / ((high - low) or 1) for change in changes}
     return {
         "rows": document["rows"], "memory": _areas(document["rows"]), "by_hand": _areas(document["by_hand"]),
-        "colours": COLOURS,
-        "residuals": document["residuals"], "operations": document["operations"], "tied": document["config"]["tied"],
+        "by_hand_rows": document["by_hand"],
+        "colours": COLOURS, "config": document["config"],
+        "residuals": document["residuals"], "operations": document["operations"],
         "roof": roof, "roofline": [roofline(roof["flops"], roof["bytes"], roof["points"], width) for width in (560.0, 360.0)],
-        "moved": moved, "shades": shades, "layers": document["config"]["layers"],
+        "moved": moved, "shades": shades,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def drawn_programs(cfg: ModelConfig) -> dict[str, tuple[str, Make]]:
         "LoRA": (batch, step_program(lora="plain")),
         "gradient checkpointing": (batch, with_remat),
         "prefill": (f"{ROWS} prompts of {CHUNK} tokens", prefill_program()),
-        "decode": (f"one token for each of {ROWS} requests, {CAPACITY} places each", decode_program(decode_step)),
+        "decode": (f"one token for each of {ROWS} requests, caches of {CAPACITY} tokens", decode_program(decode_step)),
     }
     return programs
 

@@ -34,13 +34,16 @@ Changes = dict[str, float]  # path -> relative change
 
 def steps_of(model: BenchModel) -> int:
     """Returns how many steps each stage takes, within seconds on two cores."""
-    return 3 if count_params(model.cfg).total > 5e7 else 10
+    return 2 if count_params(model.cfg).total > 5e7 else 10
 
 
-def train(program: Program, compiled: jax.stages.Compiled, model: BenchModel) -> tuple[float, dict[str, Changes]]:
-    """Takes training steps; returns the seconds of the fastest but the first, and the changes of the model's weights.
+def train(
+    program: Program, compiled: jax.stages.Compiled, model: BenchModel, rounds: Iterator[Any]
+) -> tuple[float, dict[str, Changes]]:
+    """Takes training steps, in turns with `rounds` of the machine's ceilings.
 
-    Under LoRA those are the base's, and "with its pairs" those of the weights with the pairs added.
+    Returns the seconds of the fastest but the first, and the changes of the model's weights. Under LoRA those are the base's,
+    and "with its pairs" those of the weights with the pairs added.
     """
     _, tx, shapes, frozen_shapes, *_ = program.arguments
     paths = leaf_paths(shapes.trainable)
@@ -59,7 +62,7 @@ def train(program: Program, compiled: jax.stages.Compiled, model: BenchModel) ->
         state, metrics = compiled(state, frozen, next(batches), jnp.float32(PROGRESS))
         return metrics.loss
 
-    seconds = _fastest(step, steps_of(model))
+    seconds = _fastest(step, steps_of(model), rounds)
     changes = {path: relative_change(before[path], leaf) for path, leaf in leaf_paths(frozen).items()}
     if has_pairs:
         merged = leaf_paths(merge(state.trainable, model.params))
@@ -77,7 +80,7 @@ def _batches(model: BenchModel) -> Iterator[Batch]:
         yield next_token_batch(rows)._replace(segments=jnp.zeros((B, T), jnp.int32))
 
 
-def infer(name: str, compiled: jax.stages.Compiled, model: BenchModel, params: Any) -> float:
+def infer(name: str, compiled: jax.stages.Compiled, model: BenchModel, params: Any, rounds: Iterator[Any]) -> float:
     """Returns the seconds of the fastest call of prefill or decode, with weights of `prepare_params`."""
     text = jnp.asarray(tokens_for(model, ROWS, CHUNK))
     cache = make_cache(model.cfg, ROWS, CAPACITY)
@@ -91,7 +94,7 @@ def infer(name: str, compiled: jax.stages.Compiled, model: BenchModel, params: A
         logits, cache = compiled(params, *inputs, cache._replace(length=read + 0))
         return logits
 
-    return _fastest(call, 10)
+    return _fastest(call, 10, rounds)
 
 
 def answer(model: BenchModel, params: Any) -> tuple[int, Changes]:
@@ -116,10 +119,13 @@ def relative_change(before: Any, after: Any) -> float:
     return change / (size or 1.0) or math.ulp(0.0)
 
 
-def _fastest(call: Callable[[], Any], calls: int) -> float:
-    """Returns the seconds of the fastest call but the first: noise only ever slows."""
+def _fastest(call: Callable[[], Any], calls: int, rounds: Iterator[Any]) -> float:
+    """Returns the seconds of the fastest call but the first, for noise only ever slows; every third follows a round of
+    `rounds`, so that no quiet moment is the calls' alone."""
     seconds = []
-    for _ in range(calls):
+    for number in range(calls):
+        if number % 3 == 0:
+            next(rounds)
         begin = clock()
         jax.block_until_ready(call())
         seconds.append(clock() - begin)

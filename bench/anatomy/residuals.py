@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.anatomy.by_hand import held_bytes
 from bench.cli import Json
 from engine.by_hand import block, layers
 from engine.by_hand.tree import to_numpy
@@ -67,17 +66,14 @@ def _run(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
         for name in kind._fields:
             if (value := getattr(residuals, name)) is None:
                 continue
-            arrays = value if isinstance(value, list) else [value]
             needed_for: list[str] = []
             if T <= 3:
-                absent: Any = [np.full_like(array, math.nan) for array in arrays]
-                absent = residuals._replace(**{name: absent if isinstance(value, list) else absent[0]})
+                absent = residuals._replace(**{name: np.full_like(value, math.nan)})
                 dx, d = backward(cfg, w, absent, np.ones_like(x), *with_tables)
                 needed_for = [of for of, array in (("dx", dx), *d.items()) if np.isnan(array).any()]
             rows.append({
                 "half": half, "name": name, "axes": reasons[name][0], "reason": reasons[name][1],
-                "shapes": [list(array.shape) for array in arrays],
-                "bytes": held_bytes(value) if isinstance(value, list) else value.nbytes,  # raw holds its values, too
+                "shape": list(value.shape), "bytes": value.nbytes,
                 "lines": [line.strip() for line in reading if re.search(rf" = .*residuals\.{name}\b", line)],
                 "needed_for": needed_for,
             })  # fmt: skip

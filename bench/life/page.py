@@ -35,8 +35,8 @@ def _chart(training: float, tuning: float, each: float, even: float, wide: bool)
     """Lays out dollars against tokens of answers, both logarithmic: paid once, paid once, and paid for `each` token."""
     low, high = 10.0 ** math.floor(math.log10(even / 300)), 10.0 ** math.ceil(math.log10(even * 20))
     lines = [
-        Line(((low, training), (high, training)), "paid", "training", f"once: {money(training)}"),
-        Line(((low, tuning), (high, tuning)), "reference", "fine-tuning", f"each time: {money(tuning)}"),
+        Line(((low, training), (high, training)), "training", "training", f"once: {money(training)}"),
+        Line(((low, tuning), (high, tuning)), "tuning", "fine-tuning", f"each time: {money(tuning)}"),
         Line(((low, each * low), (high, each * high)), "way0", "answers", f"{money(each * 1e6)} a million tokens"),
     ]
     heights = [y for line in lines for _, y in line.points]

@@ -31,11 +31,9 @@ def planned_rows() -> dict[str, Any]:
         ("fine-tuning", "lora:16", TUNING_TOKENS, 1),
     ):
         m = job(cfg, method, 4096)
-        lines = plan_training(NAME, method, m, d, tokens, devices).lines
-        rows.append(_row(stage, tokens, m.trained, lines["device-hours"], d))
-    m, fit = job(cfg, "pretrain", 4096), fit_serving()
-    rate = serving(m, d, *PRECISIONS["bfloat16"], 1, SLOTS, PROMPT, ANSWER, 0)["tokens"]
-    rows.append(_row("serving", 1e6, 0, around(1e6 / rate / 3600, fit.spread, "hours", fit.origin), d))
+        rows.append(_row(stage, tokens, m.trained, plan_training(NAME, method, m, d, tokens, devices).lines["device-hours"], d))
+    rate = serving(job(cfg, "pretrain", 4096), d, *PRECISIONS["bfloat16"], 1, SLOTS, PROMPT, ANSWER, 0)["tokens"]
+    rows.append(_row("serving", 1e6, 0, around(1e6 / rate / 3600, fit_serving().spread, "hours", ""), d))
     return {
         "model": PUBLISHED, "params": m.params, "hardware": device.name, "rows": rows, "published_hours": run.device_hours,
         "source": run.source,

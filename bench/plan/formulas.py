@@ -58,8 +58,8 @@ def serving(
     """Returns the middle of the answer for a replica of the devices, with as many requests at once as fit, at most `slots`.
 
     A step reads the weights once and each request's keys and values, multiplies, and starts each layer's kernels: the
-    times add up. Requests are half through their answers, in a cache of pages. `cached`: the share of a prompt that the
-    prefix cache holds.
+    times add up. Prefill needs no head: the first token's logits are a step's. Requests are half through their answers, in a
+    cache of pages. `cached`: the share of a prompt that the prefix cache holds.
     """
     weights = m.params * bits / 8
     cache = 2 * m.layers * m.kv_width * kv_bits / 8
@@ -70,7 +70,8 @@ def serving(
     flow = devices * d.bandwidth * d.bandwidth_use
     speed = devices * (d.eight if bits == 8 else d.peak) * d.compute_use
     computed = prompt * (1 - cached)
-    prefill = computed * (2 * m.matmul + 4 * m.layers * m.query_width * (prompt - computed / 2)) / speed
+    blocks = m.matmul - m.vocab * m.width
+    prefill = computed * (2 * blocks + 4 * m.layers * m.query_width * (prompt - computed / 2)) / speed
     reading = weights / flow
     attending = batch * length * cache / flow
     multiplying = batch * (2 * m.matmul + 4 * m.layers * m.query_width * length) / speed
@@ -94,7 +95,8 @@ def longer_prompt(m: Any, d: Any, bits: float, kv_bits: float, extra: float, pro
     speed = (d.eight if bits == 8 else d.peak) * d.compute_use
     reading = m.layers * m.kv_width * kv_bits / 4 / (d.bandwidth * d.bandwidth_use)
     attending = answer * extra * (reading + 4 * m.layers * m.query_width / speed)
-    computing = extra * (2 * m.matmul + 2 * m.layers * m.query_width * (extra + 2 * prompt)) / speed
+    blocks = m.matmul - m.vocab * m.width
+    computing = extra * (2 * blocks + 2 * m.layers * m.query_width * (extra + 2 * prompt)) / speed
     return {"cached": attending, "computed": computing + attending}
 
 

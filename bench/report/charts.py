@@ -118,7 +118,9 @@ def curves(
     room = min(290.0, LETTER * max(max(len(line.name), len(line.note)) for line in lines))
     rises = [36 if line.note else 20 for line in lines]
     top = 28.0 if wide else 42.0 + sum(rises)
-    left, right = (72.0, width - room - 34) if wide else (58.0, width - 4)
+    levels = [(value, y_axis.write(value)) for value in y_axis.ticks or decade_ticks(y_axis.low, y_axis.high, 8)]
+    left = max(72.0 if wide else 58.0, 12 + LETTER * max((len(text) for _, text in levels), default=0))
+    right = width - (room + 34 if wide else 4)
     bottom = top + (380 if wide else 300)
     x, y = logarithmic(x_axis.low, x_axis.high, left, right), logarithmic(y_axis.low, y_axis.high, bottom, top)
     place = lambda points: [(x(a), y(b)) for a, b in points]
@@ -147,7 +149,7 @@ def curves(
             }
             for line, at, leader in zip(lines, heights, leaders)
         ],
-        "levels": [(y(value), y_axis.write(value)) for value in y_axis.ticks or decade_ticks(y_axis.low, y_axis.high, 8)],
+        "levels": [(y(value), text) for value, text in levels],
         "ticks": [
             (x(value), x_axis.write(value), anchor(x(value)))
             for value in x_axis.ticks or decade_ticks(x_axis.low, x_axis.high, 9 if wide else 4)

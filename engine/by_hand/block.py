@@ -46,7 +46,7 @@ class AttentionResiduals(NamedTuple):
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
     h: ndarray  # (B, T, D)         dweight of qkv, whose input it was
-    raw: list[ndarray] | None  # (B, T, N + K, H)   dx and dgain of the norms of q and k, if any
+    raw: ndarray | None  # (B, T, N + 2 K, H)   dx and dgain of the norms of q and k, if any; v lies in the same array
     q: ndarray  # (B, K, G T, H)    dk, which is a sum of queries
     k: ndarray  # (B, K, T, H)      dq, which is a sum of keys
     v: ndarray  # (B, K, T, H)      the derivative by the attention weights that it was mixed with
@@ -80,7 +80,7 @@ def attention_with_residuals(
     q, k, v = _rotate(cfg, w, raw, tables)
     weights = attention_weights(q, k, tables.mask)
     mixed = merge_heads(ungroup_heads(weighted_values(weights, v), x.shape[1]))
-    return x + project(mixed, w["out"]), AttentionResiduals(x, h, raw[:2] if cfg.qk_norm else None, q, k, v, weights, mixed)
+    return x + project(mixed, w["out"]), AttentionResiduals(x, h, raw if cfg.qk_norm else None, q, k, v, weights, mixed)
 
 
 def attention_backward(
@@ -96,8 +96,9 @@ def attention_backward(
     dq, dk, dv = ungroup_heads(dq, T), ungroup_heads(dk, T), ungroup_heads(dv, T)
     dq, dk = rope_backward(dq, tables.cos, tables.sin), rope_backward(dk, tables.cos, tables.sin)
     if residuals.raw is not None:
-        dq, d["q_norm"] = rms_norm_backward(dq, residuals.raw[0], w["q_norm"], cfg.eps)
-        dk, d["k_norm"] = rms_norm_backward(dk, residuals.raw[1], w["k_norm"], cfg.eps)
+        q, k, _ = np.split(residuals.raw, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+        dq, d["q_norm"] = rms_norm_backward(dq, q, w["q_norm"], cfg.eps)
+        dk, d["k_norm"] = rms_norm_backward(dk, k, w["k_norm"], cfg.eps)
     dqkv = merge_heads(np.concatenate([dq, dk, dv], axis=2))
     if cfg.qkv_bias:
         d["qkv_bias"] = bias_backward(dqkv)
@@ -135,17 +136,17 @@ def merge_heads(heads: ndarray) -> ndarray:
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> list[ndarray]:
-    """h (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H)."""
+def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> ndarray:
+    """h (B, T, D) -> q, k and v as heads (B, T, N + 2 K, H)."""
     qkv = project(h, w["qkv"])
     if cfg.qkv_bias:
         qkv = qkv + w["qkv_bias"]
-    return np.split(qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim), [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+    return qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim)
 
 
-def _rotate(cfg: ModelConfig, w: Weights, heads: list[ndarray], tables: PositionTables) -> list[ndarray]:
-    """q (B, T, N, H), k and v (B, T, K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed and rotated."""
-    q, k, v = heads
+def _rotate(cfg: ModelConfig, w: Weights, heads: ndarray, tables: PositionTables) -> list[ndarray]:
+    """heads (B, T, N + 2 K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed and rotated."""
+    q, k, v = np.split(heads, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
     if cfg.qk_norm:
         q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
     q, k = rope(q, tables.cos, tables.sin), rope(k, tables.cos, tables.sin)

@@ -22,6 +22,7 @@ from bench.anatomy.hlo import array_bytes, read_program
 from bench.anatomy.liveness import find_buffers, heap_bytes
 from bench.anatomy.memory import KINDS, memory_over_time, thin
 from bench.anatomy.operations import count_ways, operation_rows
+from bench.anatomy.page import write_page
 from bench.anatomy.programs import drawn_programs
 from bench.anatomy.real_steps import relative_change
 from bench.anatomy.residuals import HALVES, block_residuals, field_reasons
@@ -146,6 +147,7 @@ def test_the_page_draws_each_program_to_scale(page, document):
         phases = [("forward", 0)]
         picture = stacked_areas(row["bytes"], row["drawn_positions"], row["positions"], top, phases)
         heights = [float(y) for area in picture["areas"] for y in re.findall(r" ([\d.]+)", area["path"])]
+        assert picture["peak"][1] == pytest.approx(min(heights), abs=0.01)
         assert (picture["lower"] - min(heights)) / (picture["lower"] - picture["upper"]) == pytest.approx(
             row["peak_bytes"] / top, abs=0.001
         )
@@ -215,6 +217,8 @@ def test_what_a_block_keeps_is_what_its_derivatives_need(options):
     model = random_model("uneven", ModelConfig(**{"kv_heads": 6} | options, **UNEVEN))
     table = block_residuals(model.cfg, model.params, tokens_for(model, 2, 7))
     rows = {(row["half"], row["name"]): row for row in table["rows"]}
+    K = model.cfg.kv_heads
+    sizes = dict(zip("BTDNKGHF", (2, 7, 96, 6, K, 6 // K, 16, 160)))
     inputs = {("attention", "h"): "qkv", ("attention", "mixed"): "out"}
     inputs |= {("feed-forward", "h"): "gate_up", ("feed-forward", "hidden"): "down"}
     for place, row in rows.items():
@@ -224,7 +228,9 @@ def test_what_a_block_keeps_is_what_its_derivatives_need(options):
             assert row["needed_for"] == [inputs[place]]
             assert ("LoRA on q and v" in row["kept_by"]) == (inputs[place] == "qkv")
             assert "frozen" not in row["kept_by"]
-        assert row["bytes"] == 4 * math.prod(row["shapes"][0]) or place[1] == "raw"
+        axes = row["axes"].replace(" + ", "+").replace(", ", ",").replace(" ", "*")
+        assert row["shape"] == [*eval(axes, sizes)]
+        assert row["bytes"] == 4 * math.prod(row["shape"])
     count = residual_count(model.cfg, 2, 7) - 2 * 2 * 7 * model.cfg.width
     assert table["kept"]["all weights"] == 4 * count // model.cfg.layers
     assert table["kept"]["gradient checkpointing"] == 4 * 2 * 7 * model.cfg.width
@@ -263,12 +269,12 @@ def test_a_change_is_0_exactly_where_every_bit_is_the_same():
 def test_weights_move_where_they_train_and_nowhere_else(document):
     stages = {stage["stage"]: stage["changes"] for stage in document["moved"]}
     still = lambda changes: {path for path, change in changes.items() if change == 0}
-    lower = {path for path in stages["trained"] if path.startswith(("embed", "blocks/0"))}
-    assert still(stages["trained"]) == set()
+    lower = {path for path in stages["training"] if path.startswith(("embed", "blocks/0"))}
+    assert still(stages["training"]) == set()
     assert still(stages["bottom half frozen"]) == lower
     for stage in ("LoRA", "serving"):
-        assert still(stages[stage]) == {*stages["trained"]}
-    assert {*stages["trained"]} - still(stages["LoRA with its pairs"]) == {
+        assert still(stages[stage]) == {*stages["training"]}
+    assert {*stages["training"]} - still(stages["LoRA with its pairs"]) == {
         f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")
     }
     assert max(map(max, (changes.values() for changes in stages.values()))) < 0.1
@@ -288,6 +294,12 @@ def test_the_roofline_draws_the_points_to_scale():
     assert (right["x"] - left["x"]) / 3 == pytest.approx((near["x"] - right["x"]) / math.log10(1.1))
     assert near["at"] - right["at"] >= 16
     assert all(chart["left"] <= point["x"] <= chart["right"] for point in chart["points"])
+
+
+def test_a_stage_above_its_limit_is_said(document, tmp_path):
+    roofs = [document["roofline"] | {"flops": flops, "bytes": flops} for flops in (1e18, 1)]
+    sources = [write_page(tmp_path, document | {"roofline": roof}).read_text() for roof in roofs]
+    assert [source.count("is above its limit") for source in sources] == [0, 6]
 
 
 def test_bad_input_is_a_sentence(tmp_path, capsys):
