@@ -69,10 +69,10 @@ def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], wi
         point["share"] = point["rate"] / min(peak, point["intensity"] * bandwidth)
         point["drop"] = svg_path([(point["x"], point["y"] + 5), (number, bottom - 20)])
     start = max(low, bottom_rate / bandwidth)
+    foot, knee = (x(start), y(start * bandwidth)), (x(corner), y(peak))
     return {
         "width": width, "height": bottom + 42, "left": left, "right": right, "top": top, "bottom": bottom, "points": placed,
-        "corner": (x(corner), y(peak)),
-        "roof": svg_path([(x(start), y(start * bandwidth)), (x(corner), y(peak)), (right, y(peak))]),
+        "start": foot, "corner": knee, "roof": svg_path([foot, knee, (right, y(peak))]),
         "levels": [(y(value), si(value, "", short=True)) for value in decade_ticks(bottom_rate, top_rate, 8)],
         "ticks": [(x(value), f"{value:g}") for value in decade_ticks(low, high, 6)],
     }  # fmt: skip
