@@ -108,14 +108,6 @@ def test_a_loop_carries_its_buffers():
     assert heap_bytes(buffers) == pytest.approx(compiled.memory_analysis().temp_size_in_bytes, rel=TOLERANCE)
 
 
-def test_a_donated_argument_takes_no_second_place():
-    x = jax.ShapeDtypeStruct((300, 70), jnp.float32)
-    add = lambda x: x + 1
-    for donated, size in (((), 2), ((0,), 1)):
-        program = read_program(jax.jit(add, donate_argnums=donated).lower(x).compile().as_text())
-        assert sum(buffer.bytes for buffer in find_buffers(program)[0]) == size * 4 * 300 * 70
-
-
 def test_a_program_without_an_order_is_refused():
     with pytest.raises(ValueError, match="not scheduled"):
         read_program("HloModule m\nENTRY %e () -> f32[] {\n}")
