@@ -17,8 +17,9 @@ SHORT = {
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
     "bench.commands": ["--max-time", "1s"],
     "bench": ["--quick", "--preset", "tiny", "--batch", "2", "--context", "64"],
-    # What these do is tested in tests/serve and tests/bench; here that they are there and explain themselves.
+    # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
     "stages.serve": ["--help"],
+    "stages.draft": ["--help"],
     "bench.serving": ["--help"],
     "bench.life": ["--help"],
     "bench.inference": ["--help"],

@@ -1,4 +1,5 @@
-"""Times one stream of chat at a time through our `Slots`, with speculative decoding and without, beside llama.cpp.
+"""Times one stream of chat at a time through our `Slots`, without speculative decoding, with it, and with a trained draft,
+where the model has one, beside llama.cpp.
 
 Each prompt of a set is answered greedily, to its end or for MOST_TOKENS, one after another. Speeds are of decoding, in
 each side's own tokens: after a near-tie the two answer differently.
@@ -16,6 +17,7 @@ from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import Slots
+from engine.text.ngrams import NGrams
 
 PROMPTS = Path(__file__).with_name("prompts.toml")
 ROUNDS, MOST_TOKENS = 3, 48  # of a whole set; of an answer
@@ -31,11 +33,13 @@ def read_prompts() -> dict[str, list[str]]:
 
 
 def our_chats(
-    cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int], kv_dtype: Any
-) -> dict[str, Callable[[], Json]]:
-    """Returns the calls `plain` and `speculative`, each with its seconds of decoding, its tokens, and its decoding steps.
+    cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int], kv_dtype: Any,
+    ngrams: NGrams | None = None,
+) -> dict[str, Callable[[], Json]]:  # fmt: skip
+    """Returns the calls `plain`, `speculative` and, with `ngrams`, `trained`, each with its seconds of decoding, its tokens,
+    and its decoding steps.
 
-    Both have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
+    All have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
     """
     capacity = max(map(len, prompts)) + new
 
@@ -54,16 +58,17 @@ def our_chats(
             output.append(tokens)
         return {"decode": seconds, "tokens": output, "steps": slots.decode_steps - before - len(prompts)}
 
-    def call(speculate: bool) -> Callable[[], Json]:
-        slots = Slots(cfg, weights, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=kv_dtype, speculate=speculate)
+    def call(**options: Any) -> Callable[[], Json]:
+        slots = Slots(cfg, weights, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=kv_dtype, **options)
         slots.warm()
         return lambda: run(slots)
 
-    return {"plain": call(False), "speculative": call(True)}
+    calls = {"plain": call(speculate=False), "speculative": call()}
+    return calls | {"trained": call(ngrams=ngrams)} if ngrams else calls
 
 
 def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float) -> list[Json]:
-    """Times the calls in turns on one set of prompts; prints a row for plain and one for speculative decoding, and returns
+    """Times the calls in turns on one set of prompts; prints a row for plain and each kind of speculative decoding, and returns
     them. Raises ValueError when speculation changes a token."""
     results: dict[str, Json] = {}
 
@@ -78,9 +83,10 @@ def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: fl
         {name: keep(name, call) for name, call in calls.items()}, rounds=ROUNDS, warmups=0, seconds_of=float,
         report=lambda done, total: progress(f"{set_name} prompts: round {done} of {total}"),
     )  # fmt: skip
-    if results["plain"]["tokens"] != results["speculative"]["tokens"]:
+    kinds = [kind for kind in results if kind != "peer"]
+    if any(results[kind]["tokens"] != results["plain"]["tokens"] for kind in kinds):
         raise ValueError("speculative decoding has changed a token")
-    return [_row(set_name, kind, timings, results, price) for kind in ("plain", "speculative")]
+    return [_row(set_name, kind, timings, results, price) for kind in kinds]
 
 
 def _decoded(result: Json) -> int:
@@ -89,7 +95,7 @@ def _decoded(result: Json) -> int:
 
 
 def _row(set_name: str, kind: str, timings: dict[str, Timing], results: dict[str, Json], price: float) -> Json:
-    speculative = kind == "speculative"
+    speculative = kind != "plain"
     rate, least = 1 / timings[kind].median, REQUIRED[set_name][speculative]
     fields: Json = {
         "name": f"{set_name}_{kind}", "streams": 1, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,

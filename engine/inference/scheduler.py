@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from engine.inference.request import Request
 from engine.inference.sequence import STEPS, Sequence
+from engine.text.ngrams import NGrams
 
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-STEPS_BETWEEN_DRAFTS = 2  # of a dispatch of a lone sequence whose text may soon repeat itself, and be drafted again
+STEPS_BETWEEN_DRAFTS = 2  # of a dispatch of a lone sequence that has no draft here, and may have one soon
 OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
 DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
 
@@ -61,8 +62,8 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free."""
 
-    def __init__(self, slots: int, speculate: bool) -> None:
-        self.slots, self.speculate = slots, speculate
+    def __init__(self, slots: int, speculate: bool, ngrams: NGrams | None = None) -> None:
+        self.slots, self.speculate, self.ngrams = slots, speculate, ngrams
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -158,7 +159,7 @@ class Scheduler:
         count = min(DRAFT_ROWS, len(self.free) + len(self.copies), sequence.remaining - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
-        return sequence.draft_tokens(count)
+        return sequence.draft_tokens(count, self.ngrams)
 
     def _free_copies(self) -> None:
         self.free += self.copies

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
+from engine.text.ngrams import NGrams
 
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
@@ -58,10 +59,13 @@ class Sequence:
         start = self.prefilled_tokens - done
         return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
 
-    def draft_tokens(self, count: int) -> list[int] | None:
-        """Returns up to `count` draft tokens; None when checking them has not paid lately."""
-        self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
-        return self.drafter.draft(count) if self.drafter.pays else None
+    def draft_tokens(self, count: int, ngrams: NGrams | None) -> list[int] | None:
+        """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately.
+
+        `ngrams`: the model's trained draft.
+        """
+        self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens), ngrams)
+        return self.drafter.draft(count) or ([] if self.drafter.pays else None)
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
@@ -82,6 +86,6 @@ class Sequence:
             if drafts and drafts[place : place + 1] != [token]:
                 break
         if self.drafter:
-            self.drafter.extend(accepted, drafts or self.drafter.draft(len(sampled)))
+            self.drafter.extend(accepted)
         self.output_tokens += accepted
         return accepted, reason

@@ -6,6 +6,7 @@ from tiny import lively_params, tiny_config
 from bench.streams.chat_streams import measure_chats, our_chats, read_prompts
 from engine.inference.decode import prepare_params
 from engine.text.conversations import SHIPPED, read_conversations
+from engine.text.ngrams import count_ngrams
 
 
 def test_the_prompts_are_two_sets_and_nobody_trains_on_them():
@@ -19,9 +20,10 @@ def test_the_prompts_are_two_sets_and_nobody_trains_on_them():
 def test_chats_are_answered_with_and_without_speculation_by_the_same_tokens(capsys):
     cfg = tiny_config()
     prompts = [[1, 2, 3] * 5, [4, 5, 6, 7, 4, 5], [8]]
-    calls = our_chats(cfg, prepare_params(cfg, lively_params(cfg)), prompts, 9, {3}, "float32")
-    plain, speculative = calls["plain"](), calls["speculative"]()
-    assert plain["tokens"] == speculative["tokens"]
+    ngrams = count_ngrams([(prompt * 2, 1) for prompt in prompts] * 2, cfg.vocab)
+    calls = our_chats(cfg, prepare_params(cfg, lively_params(cfg)), prompts, 9, {3}, "float32", ngrams)
+    plain, speculative, trained = calls["plain"](), calls["speculative"](), calls.pop("trained")()
+    assert plain["tokens"] == speculative["tokens"] == trained["tokens"]
     assert [len(tokens) for tokens in plain["tokens"] if 3 not in tokens] == [9] * 3
     assert 0 < speculative["steps"] <= plain["steps"]
     rows = measure_chats("repeating", {**calls, "peer": lambda: {"decode": 1.0, "tokens": [[0] * 9] * 3}}, 0.1)

@@ -1,11 +1,13 @@
 """Slots: whatever requests come and go, whenever, each completion has the bits that it has alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from slot_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, Log, complete_alone, make_slots, poison
+from slot_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, TRAINED, Log, complete_alone, make_slots, poison
 from test_scheduler import check_slots
 from tiny import request_of
 
@@ -13,6 +15,7 @@ from engine.errors import InvalidField
 from engine.inference.request import Request
 
 requests = st.sampled_from(REQUESTS)
+SPECULATION = ({"speculate": False}, {}, {"ngrams": TRAINED})
 
 
 class Company(RuleBasedStateMachine):
@@ -22,9 +25,9 @@ class Company(RuleBasedStateMachine):
     ids = Bundle("ids")
     dtype = "float32"
 
-    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), speculate=st.booleans())
-    def begin(self, cache: int, speculate: bool) -> None:
-        self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, speculate=speculate)
+    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), options=st.sampled_from(SPECULATION))
+    def begin(self, cache: int, options: dict[str, Any]) -> None:
+        self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, **options)
         self.slots.tails_agree = True  # as test_slots finds
         self.log, self.cancelled = Log(self.slots), set()
 
