@@ -23,7 +23,7 @@ from engine.model.column_groups import LEAF, join_groups, regroup, split_groups
 from engine.model.config import ModelConfig
 
 SPREAD_ORDER = ("fsdp", "tensor", "data")  # of axes that whole matrices are dealt out along; `data` has them all already
-RULES = (  # a parameter's path -> the axes that cut its own; the first match wins
+RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
     (r"embed", P(None, ("tensor", "fsdp"))),
     (r"head", P(("tensor", "fsdp"), None)),
     (r"blocks/\d+/(qkv|gate_up)", P("fsdp", "tensor")),
@@ -114,8 +114,11 @@ def shard_rows(x: Array) -> Array:
 
 
 def look_up(f: Callable[[Any, Array], Array], table: Any, tokens: Array) -> Array:
-    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`: each device looks up its columns of the table for the
-    tokens of all that hold the others, and these exchange their results. No table moves, and no gradient of one."""
+    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`.
+
+    Each device looks up its columns of the table for the tokens of all devices that hold the other columns, and these exchange
+    their results: no table moves, and no gradient of one.
+    """
     x = _pin(f(table, _pin(tokens, "data")), "data", None, ("tensor", "fsdp"))
     return shard_rows(_pin(x, ROWS, None, "tensor"))
 
@@ -158,7 +161,7 @@ def pin(tree: Any) -> Any:
 
 
 def regather(weights: Any, *others: Any) -> tuple[Any, ...]:
-    """Returns trees as they came, the weights to be gathered anew: what forward gathered need not wait for backward."""
+    """Returns the trees unchanged; XLA gathers the weights anew for backward, and need not keep what forward gathered."""
     return (weights, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weights, *others))
 
 
@@ -245,16 +248,23 @@ def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
     return jax.tree.unflatten(treedef, [results[place] for place in range(len(leaves))])
 
 
-def group_columns(cfg: ModelConfig, tree: Any) -> Any:
-    """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis."""
-    return _change_groups(cfg, tree, 1, column_shards())
+def group_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] | None = None) -> Any:
+    """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis.
+
+    `change(x, widths, before, after)` gives what stands for an array whose columns are to be grouped; None: the array.
+    """
+    return _change_groups(cfg, tree, 1, column_shards(), change or change_array)
 
 
-def ungroup_columns(cfg: ModelConfig, tree: Any) -> Any:
+def ungroup_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] | None = None) -> Any:
     """The inverse of `group_columns`: parameters ordered as in files."""
-    return _change_groups(cfg, tree, column_shards(), 1)
+    return _change_groups(cfg, tree, column_shards(), 1, change or change_array)
 
 
-def _change_groups(cfg: ModelConfig, tree: Any, before: int, after: int) -> Any:
-    change = lambda x, widths: join_groups(split_groups(x, widths, -1, before), -1, after)
-    return tree if before == after else regroup(cfg, tree, change, after)
+def change_array(x: Array, widths: Sequence[int], before: int, after: int) -> Array:
+    """Returns x with its columns, of parts of these widths, in `after` groups for `before`."""
+    return join_groups(split_groups(x, widths, -1, before), -1, after)
+
+
+def _change_groups(cfg: ModelConfig, tree: Any, before: int, after: int, change: Callable[..., Any]) -> Any:
+    return tree if before == after else regroup(cfg, tree, lambda x, widths: change(x, widths, before, after), after)

@@ -58,14 +58,17 @@ class BackgroundSaver:
         self._memory = memory
 
     def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
-        """Waits for the write before this one, copies the arrays, and begins to write them as `checkpoint.save` does.
+        """Waits for the write before this one, copies the arrays, and begins to write them as `checkpoint.save_in_parts` does.
 
-        The arrays may be donated or changed as soon as this returns. Without room for the copy it returns when they are
-        written. Raises the UserError of the write before.
+        For an array may stand a call that makes it: one is held at a time, if there is room for the copy. The arrays may be
+        donated or changed as soon as this returns. Without that room it returns when they are written. Raises the UserError
+        of the write before.
         """
         self.wait()
         if self._memory is not None:
             trainable, optimizer = _copy_arrays((trainable, optimizer), self._memory)
+        else:
+            trainable, optimizer = jax.tree.map(_made, (trainable, optimizer))
         params = self.to_saved(trainable)
         parts = checkpoint.save_in_parts(self.folder, step, params, optimizer, state, keep=self.keep, best=best)
         self._pool.submit(next, parts).result()  # there, so that Orbax's own threads have its priority
@@ -116,6 +119,10 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def _made(leaf: Any) -> Any:
+    return leaf() if callable(leaf) else leaf
+
+
 def _copy_arrays(tree: Any, memory: mmap.mmap) -> Any:
     """Returns the tree with copies of its arrays, one after another in `memory`: NumPy's, or JAX's of several processes."""
     leaves, structure = jax.tree.flatten(tree)
@@ -133,7 +140,11 @@ def _copy_arrays(tree: Any, memory: mmap.mmap) -> Any:
                 place[shard.index] = np.asarray(shard.data)
         return place
 
-    copies = [_copy_shared(leaf, copy) if orbax_arrays.is_shared(leaf) else copy(leaf) for leaf in leaves]
+    def copy_leaf(leaf: Any) -> Any:
+        leaf = _made(leaf)
+        return _copy_shared(leaf, copy) if orbax_arrays.is_shared(leaf) else copy(leaf)
+
+    copies = [copy_leaf(leaf) for leaf in leaves]
     return jax.block_until_ready(jax.tree.unflatten(structure, copies))
 
 

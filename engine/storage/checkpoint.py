@@ -43,28 +43,20 @@ class LoadedCheckpoint(NamedTuple):
     damaged: list[str]
 
 
-def save(
-    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int = 3, best: int | None = None
-) -> Path:  # fmt: skip
-    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns the path.
+def save_in_parts(
+    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int, best: int | None = None
+) -> Iterator[Path]:  # fmt: skip
+    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`.
 
-    params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text). A checkpoint
-    of the same step is replaced; those of later steps are neither counted nor removed.
+    Yields the path when that has begun, and again when it is done, perhaps in another thread; the arrays must stay as they
+    are until then. params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text).
+    A checkpoint of the same step is replaced; those of later steps are neither counted nor removed.
 
     Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
     then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
     written, for a leaf that could not be restored or a state that is not JSON.
-    """
-    *_, path = save_in_parts(folder, step, params, optimizer, state, keep=keep, best=best)
-    return path
 
-
-def save_in_parts(
-    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int, best: int | None = None
-) -> Iterator[Path]:  # fmt: skip
-    """Does what `save` does: yields the path when that has begun, and again when it is done, perhaps in another thread.
-
-    The arrays must stay as they are until then. Orbax begins a save of several processes with a collective, so all must begin
+    Orbax begins a save of several processes with a collective, so all must begin
     at the same place in their programs; afterwards they only exchange keys. Where one process fails, the others wait for more
     of them until it ends all.
     """
@@ -102,7 +94,7 @@ def save_in_parts(
 
 @contextlib.contextmanager
 def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterator[Path]:
-    """Gives all processes a folder to write in, which then appears at `target`; removes what `save` does not keep.
+    """Gives all processes a folder to write in, which then appears at `target`; removes what is not kept.
 
     Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
     """

@@ -43,8 +43,8 @@ def check_leaves(part: str, tree: Any) -> Any:
         if (other := names.setdefault(".".join(path), name)) != name:
             raise ValueError(f"save: {other} and {name} would have one name on disk.")
     # Orbax takes an array of one of several processes for a mistake; process 0 writes NumPy's.
-    alone = lambda leaf: isinstance(leaf, np.generic) or (distributed.process_count() > 1 and not is_shared(leaf))
-    return jax.tree.map(lambda leaf: np.asarray(leaf) if alone(leaf) else leaf, tree)
+    is_local = lambda leaf: isinstance(leaf, np.generic) or (distributed.process_count() > 1 and not is_shared(leaf))
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if is_local(leaf) else leaf, tree)
 
 
 def import_orbax() -> None:
@@ -69,7 +69,7 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         report = sys.unraisablehook
         # After an error, which is raised, TensorStore still calls into event loops that Orbax has closed.
-        sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else report(late)
+        sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else report(error)
         with context:
             result = work(ocp)
         sys.unraisablehook = report
@@ -188,10 +188,10 @@ def _read_groups(folder: Path, like: Any, load: Callable[[Any], Any]) -> Any:
 
     JAX copies NumPy's arrays, for a step cannot donate what only lies in their memory.
     """
-    own = lambda new: jax.device_put(new, may_alias=False) if isinstance(new, np.ndarray) else new
+    to_jax = lambda new: jax.device_put(new, may_alias=False) if isinstance(new, np.ndarray) else new
     tree = like
     for group in _in_groups(like):
-        arrays = jax.tree.map(own, load(group))
+        arrays = jax.tree.map(to_jax, load(group))
         tree = jax.block_until_ready(jax.tree.map(lambda leaf, new: leaf if new is ... else new, tree, arrays))
     _refuse_difference(folder, _kinds(like), _kinds(tree))  # without x64, JAX makes 32 bits of 64 in silence
     return tree

@@ -175,7 +175,8 @@ class ReinforcementLearning(ModelStage):
 
     def _logged(self) -> list[dict[str, Any]]:
         """Returns the metrics of all rounds, of those before an interruption too."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_bytes().splitlines()]
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_bytes().splitlines())
+        return [line for line in lines if "reward" in line]  # others name a refused batch
 
     def measure(self, trainable: Any) -> tuple[Rollout, float]:
         """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.

@@ -82,7 +82,7 @@ class StepTimer:
         return (self.count - 1) / self.warm_seconds if self.count > 1 else None
 
 
-Stopped = Callable[[], int | None]  # the signal that ends the loop, once there is one
+StopSignal = Callable[[], int | None]  # returns the signal that ends the loop, once there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Loop:
         self.logged_step = loop_state.step
         saved = json.loads(distributed.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
         self.saved_step = max(saved, default=None)
-        self.failure: OSError | None = None  # to be raised when all processes have saved
+        self.failure: OSError | None = None  # of a line that could not be written, which ends the run once it is saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
             loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
         self.last_sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
@@ -161,7 +161,8 @@ class Loop:
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
-            stopped = lambda: self.signal if distributed.process_count() > 1 else signal_state.received
+            own = lambda: signal_state.received or (SIGPIPE if self.failure else None)
+            stopped = lambda: self.signal if distributed.process_count() > 1 else own()
             self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not stopped():
@@ -172,27 +173,24 @@ class Loop:
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
                 # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
-                own = signal_state.received or (SIGPIPE if self.failure else 0)
-                numbers = distributed.gather_numbers(end - begin, own)
+                numbers = distributed.gather_numbers(end - begin, own() or 0)
                 self.signal = int(max(number for _, number in numbers)) or None
                 self._count(refused, numbers[0][0])
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
                     self.saver.reserve(state.trainable, state.opt_state)
                 begin = end
-                with self._saving_before_errors(state):
-                    self._report(steps, refused, done())
-                    if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
-                        self._stop_after_refusals(steps, state)
-                    if self._evaluate_and_save(steps, state, stopped, done()):
-                        begin = time.perf_counter()
+                self._report(steps, refused, done())
+                if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
+                    self._stop_after_refusals(steps, state)
+                if self._evaluate_and_save(steps, state, stopped, done()):
+                    begin = time.perf_counter()
             if self.logged_step != loop_state.step:
-                with self._saving_before_errors(state):
-                    self._log_step(steps)
+                self._log_step(steps)
+            if self.failure:
+                self._stop_after_failure(state, self.failure)
             if self.saved_step != loop_state.step:
                 self.save(state)
             distributed.expect_progress("the end")
-        if self.failure:
-            raise self.failure
         return state, stopped()
 
     def save(self, state: TrainState) -> None:
@@ -205,23 +203,25 @@ class Loop:
         self.saved_step = loop_state.step
 
     @contextlib.contextmanager
-    def _saving_before_errors(self, state: TrainState) -> Iterator[None]:
-        """Saves when metrics.jsonl cannot be written, or nobody reads on, before that ends the run."""
+    def _noting_failure(self) -> Iterator[None]:
+        """Has the run end, saved, when a line cannot be written, or nobody reads on: the other processes must hear of it."""
         try:
             yield
         except OSError as error:
-            if distributed.process_count() > 1:
-                self.failure = error
-                return
-            at = f"{self.plan.noun} {self.loop_state.step:,}"
-            try:
+            self.failure = self.failure or error
+
+    def _stop_after_failure(self, state: TrainState, error: OSError) -> None:
+        """Saves, then raises what `_noting_failure` noted."""
+        at = f"{self.plan.noun} {self.loop_state.step:,}"
+        try:
+            if self.saved_step != self.loop_state.step:
                 self.save(state)
-                self.saver.wait()
-            except UserError as failure:
-                raise UserError(f"{explain_error(error)} {at} could not be saved either: {failure}") from error
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise UserError(f"{explain_error(error)} The run was saved at {at} before it ended.") from error
+            self.saver.wait()
+        except UserError as failure:
+            raise UserError(f"{explain_error(error)} {at} could not be saved either: {failure}") from error
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise UserError(f"{explain_error(error)} The run was saved at {at} before it ended.") from error
 
     def _count(self, refused: list[bool], seconds: float) -> None:
         loop_state = self.loop_state
@@ -244,7 +244,7 @@ class Loop:
         important = steps.lines_stay and (loop_state.is_due("line", LINE_INTERVAL) or self.timer.count == 1 or done)
         if important:
             loop_state.begin("line")
-        self.console.show_live(lambda: self._live_line(steps), important)
+        self._show(steps, important)
         if any(refused):
             self._log({"refused_batch": loop_state.refused_batch})
         if loop_state.is_due("log", self.options.log_every):
@@ -292,9 +292,14 @@ class Loop:
         self._log(steps.metrics(self.loop_state, self.timer.mean()))
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
+        with self._noting_failure():
+            self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
 
-    def _evaluate_and_save(self, steps: Steps, state: TrainState, stopped: Stopped, done: bool) -> bool:
+    def _show(self, steps: Steps, important: bool) -> None:
+        with self._noting_failure():
+            self.console.show_live(lambda: self._live_line(steps), important)
+
+    def _evaluate_and_save(self, steps: Steps, state: TrainState, stopped: StopSignal, done: bool) -> bool:
         """Evaluates and saves, where due; saves the best evaluated too. Returns whether it did either."""
         loop_state = self.loop_state
         # Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
@@ -322,7 +327,7 @@ class Loop:
             least = math.ceil(least / max(loop_state.seconds / loop_state.step, 1e-9))
         return max(length, least)
 
-    def _evaluate(self, steps: Steps, state: TrainState, stopped: Stopped) -> None:
+    def _evaluate(self, steps: Steps, state: TrainState, stopped: StopSignal) -> None:
         """Evaluates quickly; a signal in between leaves it due."""
         begin, loop_state, evaluator = time.perf_counter(), self.loop_state, steps.evaluator
         assert evaluator is not None
@@ -338,7 +343,7 @@ class Loop:
             loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)
         self.has_evaluated = True
         self._log({evaluator.key: value})
-        self.console.show_live(lambda: self._live_line(steps), important=True)
+        self._show(steps, important=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ from engine.errors import UserError
 from engine.mesh_shape import MeshShape, parse_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.placement import init_sharded, make_mesh, shardings
-from engine.sharding import column_shards, group_columns, ungroup_columns
+from engine.placement import make_mesh, shardings
+from engine.sharding import change_array, group_columns, ungroup_columns
 
-OWN = ("command", "device")  # entries of run.json in which processes may differ
+PER_PROCESS_ENTRIES = ("command", "device")  # of run.json, in which processes may differ
 
 
 def choose_mesh(text: str | None) -> MeshShape | None:
@@ -47,19 +48,31 @@ def device_with_mesh(device: Device, shape: MeshShape | None) -> Device:
 
 def refuse_different_runs(facts: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
     """Raises UserError in every process when their run.json, architecture, intervals or checkpoints differ."""
-    everything = {name: value for name, value in facts.items() if name not in OWN}
-    everything |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
-    distributed.refuse_differences({name: str(value) for name, value in leaf_paths(everything).items()})
+    shared = {name: value for name, value in facts.items() if name not in PER_PROCESS_ENTRIES}
+    shared |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
+    distributed.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})
 
 
 def to_file_order(cfg: ModelConfig, tree: Any) -> Any:
-    """Returns parameters or a state with their columns in the order of files, on the devices where they are."""
-    return tree if column_shards() == 1 else init_sharded(lambda tree: ungroup_columns(cfg, tree), tree)
+    """Returns parameters or a state with their columns in the order of files, on the devices where they are.
+
+    For an array that changes stands a call that makes it: a second copy of the whole state might not fit.
+    """
+    return ungroup_columns(cfg, tree, lambda *args: functools.partial(_reordered(), *args))
 
 
 def from_file_order(cfg: ModelConfig, tree: Any) -> Any:
-    """The inverse of `to_file_order`."""
-    return tree if column_shards() == 1 else init_sharded(lambda tree: group_columns(cfg, tree), tree)
+    """Returns the tree with columns grouped as in memory, one array after another, each in place of the one given."""
+    return group_columns(cfg, tree, lambda *args: _reordered(donate_argnums=0)(*args))
+
+
+def _reordered(**options: Any) -> Callable[..., Any]:
+    """Returns `change_array`, compiled, with a result that lies over the mesh as its argument does."""
+
+    def change(x: Any, widths: list[int], before: int, after: int) -> Any:
+        return jax.jit(change_array, static_argnums=(1, 2, 3), out_shardings=x.sharding, **options)(x, tuple(widths), before, after)
+
+    return change
 
 
 def fits_one_device(tree: Any) -> bool:

@@ -108,8 +108,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.place()
     distributed.describe_saved_by(lambda: _newest_checkpoint(folder, resume))
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
-    intervals = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
-    refuse_different_runs(facts, plan.cfg, intervals, previous.loop_state.step if previous else 0)
+    shared = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
+    refuse_different_runs(facts, plan.cfg, shared, previous.loop_state.step if previous else 0)
     if previous and options.skip_batches is None:
         facts["skipped_batches"] = format_ranges(previous.loop_state.skipped)
     _print_plan(options, stage, console)

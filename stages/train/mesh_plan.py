@@ -33,7 +33,7 @@ from stages.runs.estimate import RunPlan
 from stages.runs.training_steps import lower_step
 
 COMMAND = ("-m", __name__)  # of the process that compiles
-LIMIT = 900.0  # seconds
+COMPILE_SECONDS = 900.0  # at most
 EFFICIENCY = 0.5  # of the peak, by products; whole published runs reach 0.2 to 0.6
 
 
@@ -42,25 +42,25 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
     compiled = _compile_in_subprocess(plan, mesh, console)
     collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in compiled["collectives"]]
     held, limit = compiled["state"] + compiled["temporaries"], 1e9 * device.memory_gb
-    holds = f"a device: {format_bytes(compiled['state'])} of state, {format_bytes(compiled['temporaries'])} of temporaries; "
-    holds += f"{device.name} has {format_bytes(limit)}"
+    memory = f"a device: {format_bytes(compiled['state'])} of state, {format_bytes(compiled['temporaries'])} of temporaries; "
+    memory += f"{device.name} has {format_bytes(limit)}"
     if held > limit:
-        larger = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
+        enough = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
         accumulate = " or more --accumulate" * (plan.recipe.accumulate * mesh.row_shards < plan.recipe.batch)
-        holds += f"  ** too little: about {larger}{accumulate}{' or --remat' * (plan.cfg.remat == 'none')} would fit **"
+        memory += f"  ** too little: about {enough}{accumulate}{' or --remat' * (plan.cfg.remat == 'none')} would fit **"
     times, sizes = Counter[str](), Counter[str]()
-    for one in collectives:
-        times[one.kind] += one.times
-        sizes[one.kind] += one.times * one.bytes
+    for collective in collectives:
+        times[collective.kind] += collective.times
+        sizes[collective.kind] += collective.times * collective.bytes
     kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
-    sent = format_bytes(sum(one.wire_bytes for one in collectives))
+    sent = format_bytes(sum(collective.wire_bytes for collective in collectives))
     widened = "; bfloat16 counts as the 32 bits that a CPU sends, twice an accelerator's" * (plan.cfg.dtype == "bfloat16")
     seconds = _predict_seconds(plan, mesh, device, collectives)
     least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
         ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(compiled['seconds'])}, not run"),
-        ("holds", holds),
+        ("holds", memory),
         ("sends", f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}{widened}"),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
         (
@@ -104,8 +104,8 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
                 output, errors = process.communicate(request, timeout=0.2)
             except subprocess.TimeoutExpired:
                 request, seconds = b"", time.monotonic() - begin
-                if seconds > LIMIT:
-                    raise UserError(f"Compiling for {mesh} took over {duration(LIMIT)} and was given up.") from None
+                if seconds > COMPILE_SECONDS:
+                    raise UserError(f"Compiling for {mesh} took over {duration(COMPILE_SECONDS)} and was given up.") from None
                 console.show_live([f"compiling for {mesh.devices} virtual devices", f"{seconds:.0f} s"].copy)
     finally:
         process.kill()

@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     """A run folder with two checkpoints of different weights."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     for step in (1, 2):
-        checkpoint.save(folder, step, lively_params(CFG, step), {}, {})
+        _ = [*checkpoint.save_in_parts(folder, step, lively_params(CFG, step), {}, {}, keep=3)]
     (folder / "config.json").write_text(json.dumps(CFG.to_json()))
     (folder / "run.json").write_text("{}")
     byte_tokenizer().save(folder / "tokenizer")

@@ -71,6 +71,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert "another text" in capsys.readouterr().err  # the seed orders the prompts
 
 
+def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, monkeypatch):
+    run = Rounds.run
+
+    def refused_first(self, state, loop_state):
+        state, refused = run(self, state, loop_state)
+        return state, [loop_state.step == 0] * len(refused)
+
+    monkeypatch.setattr(Rounds, "run", refused_first)
+    assert reinforce.main(args(trained, tmp_path / "run")) == 0
+    assert [("refused_batch" in line, "reward" in line) for line in metrics(tmp_path / "run")] == [
+        (True, False), (False, True), (False, True),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("task", "reward", "advice"),
     [

@@ -188,8 +188,9 @@ def digests_of(folder: Path) -> str:
 
 
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
+    """What all processes do together, as saving, process 0 does too though it could not write its line."""
     folder = tmp_path / "run"
-    count = loop.Loop._count
+    count, evaluate_and_save, together = loop.Loop._count, loop.Loop._evaluate_and_save, []
 
     def counting(self: loop.Loop, *args: Any) -> None:
         count(self, *args)
@@ -200,7 +201,10 @@ def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp
     words = tiny(text, folder, "--steps", 5, "--log-every", 1, "--save-every", 100, "--eval-every", 100)
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_count", counting)
+        noted = lambda self, *args: together.append(self.loop_state.step) or evaluate_and_save(self, *args)
+        patch.setattr(loop.Loop, "_evaluate_and_save", noted)
         error = failing(train.main, words)
+    assert together == [0, 1, 2, 3]
     assert f"{folder / 'metrics.jsonl'}: the disk is full" in error
     assert "The run was saved at step 3" in error
     assert checkpoint.steps(folder) == [3]

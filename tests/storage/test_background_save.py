@@ -1,22 +1,25 @@
 """Saving runs beside training (T11): the state at the time of `save` is written and read back, and no failure is lost."""
 
 import errno
+import functools
+import gc
 import mmap
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save_model, save_tiny, tiny
+from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save, save_model, save_tiny, tiny
 
 from engine.errors import UserError
 from engine.storage import background_save, orbax_arrays
 from engine.storage.background_save import BackgroundSaver
-from engine.storage.checkpoint import load_params, save, steps
+from engine.storage.checkpoint import load_params, steps
 from engine.storage.manifest import verify
 
 
@@ -53,6 +56,28 @@ def test_save_returns_before_anything_is_written(tmp_path, held):
         assert steps(tmp_path)[-1] == 2
     assert is_step(load_tiny(tmp_path), 3)
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_arrays_that_calls_make_are_saved_and_held_one_at_a_time_where_there_is_room(tmp_path, room):
+    params, optimizer = tiny(1)
+    alive: list[weakref.ref] = []
+
+    def made(leaf):
+        if room:
+            gc.collect()
+            assert not any(array() is not None for array in alive)
+        array = jnp.array(leaf)
+        alive.append(weakref.ref(array))
+        return array
+
+    later = jax.tree.map(lambda leaf: functools.partial(made, np.asarray(leaf)), params)
+    with BackgroundSaver(tmp_path, 1) as saver:
+        if room:
+            saver.reserve(params, optimizer)
+        saver.save(1, later, optimizer, {"at": 1})
+    assert is_step(load_tiny(tmp_path), 1)
+    assert alive
 
 
 @pytest.mark.parametrize("refused", ["mmap", "madvise"])

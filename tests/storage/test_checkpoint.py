@@ -23,13 +23,14 @@ from tiny_checkpoints import (
     make_optimizer,
     make_params,
     same_bits,
+    save,
     save_model,
     save_tiny,
     tiny,
 )
 
 from engine.storage import checkpoint
-from engine.storage.checkpoint import load, load_params, save, steps
+from engine.storage.checkpoint import load, load_params, steps
 from engine.storage.digest import digest
 from engine.storage.manifest import verify
 

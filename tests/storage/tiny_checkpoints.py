@@ -9,8 +9,13 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from engine.storage.checkpoint import LoadedCheckpoint, load, save
+from engine.storage.checkpoint import LoadedCheckpoint, load, save_in_parts
 from engine.storage.digest import digest
+
+
+def save(folder: Path, step: int, params, optimizer, state, *, keep: int = 3, best: int | None = None) -> Path:
+    """Saves at once; returns the path."""
+    return [*save_in_parts(folder, step, params, optimizer, state, keep=keep, best=best)][-1]
 
 
 @jax.tree_util.register_dataclass

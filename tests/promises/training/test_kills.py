@@ -47,7 +47,7 @@ def work_lost(runs: list[TinyRun]) -> tuple[Figure, Figure]:
 
 
 def survive_each(make_run, reference, side_by_side, strides, code: int, faults) -> tuple[list[TinyRun], int, str]:
-    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended otherwise, and what struck."""
+    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended otherwise, and what happened."""
     for words in strides:
         reference(*words)
     runs = [[make_run(*words, server=half) for words in strides] for half in (0, 1)]
@@ -56,22 +56,22 @@ def survive_each(make_run, reference, side_by_side, strides, code: int, faults) 
         ranges = [range(1 + half * stride, LAST, 2 * stride) for stride in strides.values()]
         return sum(run.survive(map(faults, ks), [code]) for run, ks in zip(runs[half], ranges))
 
-    struck = sum(side_by_side(survive, (0, 1)))
+    happened = sum(side_by_side(survive, (0, 1)))
     different = sum(differing(run, reference(*words)) for half in runs for words, run in zip(strides, half))
     every = runs[0] + runs[1]
     kinds = sum((run.kinds for run in every), Counter()).most_common()
-    return every, different, f"{struck}: {', '.join(f'{count} at {kind}' for kind, count in kinds)}"
+    return every, different, f"{happened}: {', '.join(f'{count} at {kind}' for kind, count in kinds)}"
 
 
 @pytest.mark.promises(*T1)
 def test_ends_at_every_change_on_disk(make_run, reference, side_by_side, quick, expect):
     """The process ends at its k-th change on disk, for each k (in NumPy) and each eighth (in JAX); the next one goes on."""
     strides = {BY_HAND: 90} if quick else {BY_HAND: 1, JAX: 8}
-    runs, different, struck = survive_each(make_run, reference, side_by_side, strides, ENDED, Fault)
-    conclude(expect, runs, different, f"ends {struck}", *work_lost(runs))
+    runs, different, happened = survive_each(make_run, reference, side_by_side, strides, ENDED, Fault)
+    conclude(expect, runs, different, f"ends {happened}", *work_lost(runs))
 
 
-@pytest.mark.promises("T8", "a disk that is full, broken or read-only is told of within a step, and harms no older checkpoint")
+@pytest.mark.promises("T8", "a disk that is full, broken or read-only is reported within a step, and harms no older checkpoint")
 def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick, expect):
     """The k-th change fails: no space or read-only, as all after it do, or an error once."""
 
@@ -80,9 +80,9 @@ def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick
         return Fault(k, error, error == errno.EIO)
 
     strides = {BY_HAND: 90} if quick else {BY_HAND: 1, JAX: 8}
-    runs, different, struck = survive_each(make_run, reference, side_by_side, strides, 2, fault)
+    runs, different, happened = survive_each(make_run, reference, side_by_side, strides, 2, fault)
     late = at_most("steps after it", max(max(run.losses) for run in runs) - MOST_LOST, 1)
-    conclude(expect, runs, different, f"refusals {struck}", late)
+    conclude(expect, runs, different, f"refusals {happened}", late)
 
 
 @pytest.mark.promises(*T1)

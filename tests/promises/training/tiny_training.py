@@ -53,7 +53,7 @@ class TinyRun:
         self.words = [*map(str, words), "--out-dir", str(self.folder)]
         self.finished: list[Path] = []
         self.problems: list[str] = []
-        self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault struck
+        self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault happened
         self.losses = [0]  # steps since the newest checkpoint, at each end
         self.newest = self.unsaved = 0  # unsaved: the most steps from a checkpoint until the save after it began
         self.cache.mkdir(parents=True)
@@ -117,21 +117,21 @@ class TinyRun:
             shutil.rmtree(self.cache / name, ignore_errors=True)
 
     def survive(self, faults: Iterable[Fault], wanted: Iterable[int]) -> int:
-        """Runs the command with one fault after another, then to its end; returns how many struck.
+        """Runs the command with one fault after another, then to its end; returns how many happened.
 
         Each process goes on from what the one before left. A new run that a fault comes too late for is the last.
         """
-        struck = 0
+        happened = 0
         for fault in faults:
             new = not self.folder.exists()
             self.examine(self.live(fault), {0, *wanted}, fault)
             if len(changes := self.changes()) >= fault.at:
-                struck += 1
+                happened += 1
                 self.kinds[changes[fault.at - 1][0]] += 1
             elif new:
                 break
         self.finish()
-        return struck
+        return happened
 
     def finish(self) -> None:
         if self.folder.exists():
@@ -142,8 +142,8 @@ def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
     """What a run logged, as hex, and the digests of the newest (or a) checkpoint's arrays."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     value = lambda row, name: row[name].hex() if isinstance(row[name], float) else row[name]
-    lasting = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
-    values = [(row["step"], name, value(row, name)) for row in rows for name in lasting(row)]
+    compared = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
+    values = [(row["step"], name, value(row, name)) for row in rows for name in compared(row)]
     return {"rows": values, **saved_bits(folder, step)}
 
 
