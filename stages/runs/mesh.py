@@ -70,7 +70,9 @@ def _reordered(**options: Any) -> Callable[..., Any]:
     """Returns `change_array`, compiled, with a result that lies over the mesh as its argument does."""
 
     def change(x: Any, widths: list[int], before: int, after: int) -> Any:
-        return jax.jit(change_array, static_argnums=(1, 2, 3), out_shardings=x.sharding, **options)(x, tuple(widths), before, after)
+        return jax.jit(change_array, static_argnums=(1, 2, 3), out_shardings=x.sharding, **options)(
+            x, tuple(widths), before, after
+        )
 
     return change
 
