@@ -47,7 +47,7 @@ def work_lost(runs: list[TinyRun]) -> tuple[Figure, Figure]:
 
 
 def survive_each(make_run, reference, side_by_side, strides, code: int, faults) -> tuple[list[TinyRun], int, str]:
-    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended otherwise, and what happened."""
+    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended otherwise, and the faults."""
     for words in strides:
         reference(*words)
     runs = [[make_run(*words, server=half) for words in strides] for half in (0, 1)]
