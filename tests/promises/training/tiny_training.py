@@ -53,7 +53,7 @@ class TinyRun:
         self.words = [*map(str, words), "--out-dir", str(self.folder)]
         self.finished: list[Path] = []
         self.problems: list[str] = []
-        self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault faults
+        self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault happened
         self.losses = [0]  # steps since the newest checkpoint, at each end
         self.newest = self.unsaved = 0  # unsaved: the most steps from a checkpoint until the save after it began
         self.cache.mkdir(parents=True)
@@ -117,21 +117,21 @@ class TinyRun:
             shutil.rmtree(self.cache / name, ignore_errors=True)
 
     def survive(self, faults: Iterable[Fault], wanted: Iterable[int]) -> int:
-        """Runs the command with one fault after another, then to its end; returns how many faults.
+        """Runs the command with one fault after another, then to its end; returns how many happened.
 
         Each process goes on from what the one before left. A new run that a fault comes too late for is the last.
         """
-        faults = 0
+        count = 0
         for fault in faults:
             new = not self.folder.exists()
             self.examine(self.live(fault), {0, *wanted}, fault)
             if len(changes := self.changes()) >= fault.at:
-                faults += 1
+                count += 1
                 self.kinds[changes[fault.at - 1][0]] += 1
             elif new:
                 break
         self.finish()
-        return faults
+        return count
 
     def finish(self) -> None:
         if self.folder.exists():
