@@ -1,27 +1,14 @@
-"""Headless Chromium, and what a person does in it on the chat page."""
+"""What a person does in a browser on the chat page."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from line import Line
-from selenium.webdriver import Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 SLOW = 0.15  # seconds a piece of a reply: the answers of a tiny model come too fast to be stopped
-
-
-def make_browser(chromium: str, driver: str, folder: Path) -> Chrome:
-    """A browser that speaks with nobody but the server, fetches nothing, and keeps what it keeps in `folder`."""
-    options = ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking disable-component-update"
-    for flag in (*flags.split(), "no-first-run", "window-size=1200,800", f"user-data-dir={folder}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return Chrome(options, Service(driver))
 
 
 class Visit:

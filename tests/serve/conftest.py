@@ -1,6 +1,5 @@
 """One tiny server for all tests of the routes, and one browser for all of the page."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 
+from chromium import chromium
 from line import Line
 from tiny_server import TinyServer
 
@@ -26,14 +26,7 @@ def client(tiny_server):
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    from browser import make_browser
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver (on Debian: apt-get install chromium chromium-driver)")
-    chrome = make_browser(chromium, driver, tmp_path_factory.mktemp("browser"))
-    yield chrome
-    chrome.quit()
+    yield from chromium(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture(scope="session")
