@@ -21,8 +21,9 @@ import httpx
 import jax
 import numpy as np
 import pytest
+from chat_models import save_chat_model
 from tiny import lively_params, tiny_config
-from tiny_server import ask, tiny_model, until
+from tiny_server import ask, until
 
 from engine.counting import hardware
 from engine.device import start_jax
@@ -33,7 +34,6 @@ from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
-from engine.storage.huggingface.folder import save_folder
 from engine.training.lora import init_lora
 from stages.cli.console import Console
 from stages.serve import engine_config, lifecycle, server
@@ -56,10 +56,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny model in Hugging Face's layout."""
-    model, place = tiny_model(), tmp_path_factory.mktemp("models") / "sea"
-    place.mkdir()
-    save_folder(place, model.cfg, model.params, {"eos_token_id": [model.tokenizer.eos_id]}, dtype="float32")
-    model.tokenizer.save(place)
+    save_chat_model(place := tmp_path_factory.mktemp("models") / "sea")
     return place
 
 
@@ -135,9 +132,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
 
 
 def test_a_mesh_of_devices_serves_the_same_text(tmp_path):
-    tokenizer = tiny_model().tokenizer
-    save_folder(tmp_path, cfg := tiny_config(vocab=tokenizer.vocab, width=24, ff=36), lively_params(cfg), {}, dtype="float32")
-    tokenizer.save(tmp_path)
+    save_chat_model(tmp_path, width=24, ff=36)
     texts, environment = [], {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     for flags in ((), ("--mesh", "tensor=3")):
         with Started(tmp_path, "--weights", "float32", "--keys-values", "float32", *flags, env=environment) as server:

@@ -1,9 +1,11 @@
 """Tokenizers with control tokens, and templates as models bring them, for the tests of chat."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tiny import lively_params, tiny_config
 from tokenizers import AddedToken
 
 from engine.text.tokenizer import Tokenizer, train_bpe
@@ -37,6 +39,17 @@ def chat_tokenizer(template: str | None = None) -> Tokenizer:
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (START, END, "<s>", "</s>")])
     config: dict[str, Any] = {"eos_token": END, "bos_token": "<s>"} | ({"chat_template": template} if template else {})
     return Tokenizer(inner, config)
+
+
+def save_chat_model(folder: Path, **sizes: Any) -> None:
+    """Saves the tiny model with ChatML's control tokens, as `--model` takes it."""
+    from engine.storage.huggingface.folder import save_folder
+
+    folder.mkdir(exist_ok=True)
+    tokenizer = chat_tokenizer()
+    cfg = tiny_config(vocab=tokenizer.vocab, **sizes)
+    save_folder(folder, cfg, lively_params(cfg), {"eos_token_id": [tokenizer.eos_id]}, dtype="float32")
+    tokenizer.save(folder)
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
