@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 B, T = 2, 7
+# A program that is `python -m`, but measures this machine's ceilings on small matrices: not as true, and seconds sooner.
+QUICKLY_MEASURED = """
+import runpy, sys, engine.counting.hardware as hardware
+hardware._CPU_SIDE, hardware._CPU_NUMBERS, hardware._SECONDS = 512, 2**20, 0.0
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 def tiny_config(**changes: Any) -> Any:
@@ -53,6 +60,15 @@ def normal(seed: int, *shape: int, dtype: Any = "float32") -> Any:
     import jax.numpy as jnp
 
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def assert_near(actual: Any, expected: Any, tolerance: float) -> None:
+    """Each leaf is that of the other tree, within so much of the other's largest number."""
+    import jax
+
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.shape(ours) == np.shape(theirs)
+        np.testing.assert_allclose(np.asarray(ours, float), theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 def equations(jaxpr: Any) -> Any:

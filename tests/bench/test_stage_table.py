@@ -9,7 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import lively_params, tiny_config
+from tiny import QUICKLY_MEASURED, lively_params, tiny_config
 
 from bench.__main__ import main, measurements
 from bench.table.estimate import duration_warning, round_seconds, table_bytes
@@ -34,7 +34,7 @@ KEYS = {
 def table(tmp_path_factory):
     """The document of one small run, and the reports it wrote, in HTML and Markdown."""
     folder = tmp_path_factory.mktemp("report")
-    command = [sys.executable, "-m", "bench", *SMALL, "--json", "--price", "3.6", "--out", str(folder)]
+    command = [sys.executable, "-c", QUICKLY_MEASURED, "bench", *SMALL, "--json", "--price", "3.6", "--out", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1, "--json prints the document and nothing else"

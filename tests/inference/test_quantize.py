@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, sampling_of, tiny_config, tokens_of
+from tiny import assert_near, lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference.decode import decode_step, prepare_params
 from engine.inference.programs import decode_slots
@@ -48,7 +48,7 @@ def test_logits_stay_near(tied, kind):
     assert 0 < error < 0.05
     if kind == "full":
         written_out = run(map_paths(lambda _, leaf: to_dense(leaf), small))
-        np.testing.assert_allclose(rounded, written_out, atol=1e-4 * np.abs(written_out).max())
+        assert_near(rounded, written_out, 1e-4)
 
 
 def made_of_a_weights_size(params, program) -> list[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, tokens_of
+from tiny import assert_near, lively_params, positions_of, tokens_of
 
 from engine.by_hand import layers as by_hand
 from engine.by_hand import loss_and_gradient as by_hand_gradient
@@ -39,12 +39,6 @@ def numbers(seed: int, *shape: int, dtype=F32, scale: float = 1.0) -> jax.Array:
 
 def exact(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def assert_near(actual, expected, tolerance: float) -> None:
-    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.shape(ours) == np.shape(theirs)
-        np.testing.assert_allclose(exact(ours), theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 def compare(ours, forward, gradients, arguments, dtype) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, normal, positions_of, tiny_config, tokens_of
+from tiny import assert_near, lively_params, normal, positions_of, tiny_config, tokens_of
 
 from engine.model import attention, fused_attention, layers, ops
 from engine.model.config import RopeScaling
@@ -65,8 +65,7 @@ def test_splash_attention_is_attention(T, K, packed):
     plain = lambda *qkv: layers.causal_attention(*qkv, segments)
     slope = lambda f: jax.jit(jax.value_and_grad(lambda *qkv: (f(*qkv) * mixing).sum(), (0, 1, 2)))(q, k, v)
     results = slope(splash), slope(plain)
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    assert_near(*results, 1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -99,8 +98,7 @@ def test_a_model_on_a_tpu_computes_what_a_cpu_computes(monkeypatch):
         batch = Batch(tokens_of(1, *rows), tokens_of(2, *rows), segments > 0, positions_of(*rows), segments)
         step = jax.jit(lambda params, cfg=cfg, batch=batch: loss_and_gradient(cfg, params, {}, batch))
         results.append(step(lively_params(cfg)))
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    assert_near(*results, 1e-5)
 
 
 def test_a_kernel_leaves_what_it_cannot_serve():

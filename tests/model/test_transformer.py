@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
+from tiny import B, T, assert_near, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import RopeScaling
@@ -83,7 +83,7 @@ def test_the_logits_are_those_on_paper(cfg, reads):
     logits, cache = reads(cfg, params, tokens, positions)
     assert (logits.dtype, cache) == (jnp.float32, None)
     expected = np.stack([on_paper(cfg, params, *row) for row in zip(tokens, positions)])
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert_near(logits, expected, 2e-5)
 
 
 def test_bfloat16_is_the_same_model_less_precisely(cfg, params):
@@ -138,7 +138,7 @@ def assert_cached_is_uncached(reads, cfg, tolerance: float) -> None:
         assert cache.length.tolist() == [start] * B, "how many tokens were real is for the caller to say"
         cache = cache._replace(length=cache.length + (end - start))
         actual.append(logits)
-    np.testing.assert_allclose(np.concatenate(actual, 1), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    assert_near(np.concatenate(actual, 1), expected, tolerance)
 
 
 @FAMILY

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import equations, positions_of, tiny_config, tokens_of
+from tiny import assert_near, equations, positions_of, tiny_config, tokens_of
 
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.trainable_paths import lora_only
@@ -67,7 +67,7 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     for rows in (1, 9):
         tokens = tokens_of(1, rows, T)
         actual, expected = logits(CFG, adapted, tokens), logits(CFG, folded, tokens)
-        np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+        assert_near(actual, expected, 1e-5)
         assert np.abs(actual - logits(CFG, base, tokens)).max() > 0.1, "the adapter does nothing"
     assert digest(base) == before
 
@@ -134,8 +134,7 @@ def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
 
     expected, reference = jax.jit(jax.value_and_grad(folded_loss))(adapters)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    assert_near(gradient, reference, 1e-4)
 
 
 def products(jaxpr):

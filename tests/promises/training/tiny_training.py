@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import errno
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from fork_server import ForkServer
 from engine.storage import checkpoint, manifest
 
 ENDED = 77  # the exit code of a process that faults.c ended
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 SAVE_EVERY = 3
 # Runs before each command: a save that begins leaves its step.
 NOTE_SAVES = """
