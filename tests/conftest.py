@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from typing import Any
 
@@ -22,16 +23,23 @@ def pytest_configure(config: pytest.Config) -> None:
     """Sets the cache folders, before JAX is imported; whatever a test starts inherits them.
 
     Compiled programs lie beside pytest's own notes on the last run: a second run compiles nothing. They are loaded as
-    code, so they lie in the checkout and not in a folder that other users may write.
+    code, so they lie in the checkout and not in a folder that other users may write. So does bytecode, where Python is told
+    to leave none beside its sources: else each process that a test starts compiles JAX's.
     """
     os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
+    notes = getattr(config, "cache", None)  # there are none under `-p no:cacheprovider`
+    folder = lambda name: str(notes.mkdir(name)) if notes else _fresh(f"thrice-{name}-")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        notes = getattr(config, "cache", None)  # there are none under `-p no:cacheprovider`
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(notes.mkdir("compiled")) if notes else _fresh("thrice-compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder("compiled")
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        sys.dont_write_bytecode, sys.pycache_prefix = False, folder("bytecode")
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "THRICE_CACHE" not in os.environ:  # xdist's workers inherit the first process's
-        os.environ["THRICE_CACHE"] = _fresh("thrice-tests-")
+        os.environ["THRICE_CACHE"] = cache = _fresh("thrice-tests-")
+        for name in ("hardware", "native"):  # this machine's speed and its library in C are found again too
+            os.symlink(folder(name), f"{cache}/{name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
