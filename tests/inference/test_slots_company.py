@@ -87,7 +87,7 @@ class CompanyAsServed(Company):
     dtype = AS_SERVED
 
 
-SOME = settings(max_examples=25, stateful_step_count=30, deadline=None)
+SOME = settings(max_examples=15, stateful_step_count=30, deadline=None)
 Company.TestCase.settings = CompanyOfInt8.TestCase.settings = CompanyAsServed.TestCase.settings = SOME
 TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyOfInt8.TestCase, CompanyAsServed.TestCase
 

@@ -49,20 +49,23 @@ def loaded_libraries(modules: list[str], *libraries: str) -> set[str]:
     return {*result.stdout.split()}
 
 
-@pytest.mark.parametrize(
-    ("names", "libraries"),
-    [
-        ("engine.by_hand*", ("jax", "tokenizers")), ("engine.inference.scheduler", ("jax", "numpy", "tokenizers")),
-        ("stages.*.flags", ("jax", "numpy", "tokenizers")), ("stages.*.__main__", ("jax", "numpy", "tokenizers")),
-        ("engine.inference.*", ("optax", "engine.training")),
-    ],
-)  # fmt: skip
-def test_loads_without(names, libraries):
+LIGHT = {
+    "engine.by_hand*": ("jax", "tokenizers"), "engine.inference.scheduler": ("jax", "numpy", "tokenizers"),
+    "stages.*.__main__": ("jax", "numpy", "tokenizers"), "engine.inference.*": ("optax", "engine.training"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", LIGHT)
+def test_loads_without(names):
     """By hand needs NumPy alone, the scheduler is plain Python, --help is there within 0.3 s, and inference does not train."""
     modules = fnmatch.filter(SOURCES, names)
     assert modules
-    assert loaded_libraries(modules, *libraries) == set()
-    assert loaded_libraries(["engine.training.step", "tokenizers"], *libraries) == {*libraries}
+    assert loaded_libraries(modules, *LIGHT[names]) == set()
+
+
+def test_what_is_loaded_is_seen():
+    libraries = {library for libraries in LIGHT.values() for library in libraries}
+    assert loaded_libraries(["engine.training.step", "tokenizers"], *libraries) == libraries
 
 
 def outside_training() -> Trees:

@@ -1,5 +1,6 @@
 """Every program lowers for CUDA, ROCm and TPU, on a machine that has none, and gives no weight away there either."""
 
+import functools
 import importlib
 import math
 import re
@@ -20,19 +21,27 @@ ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss",
 PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "chunk" not in name]
 
 
-def exported(name: str, platform: str, cfg=QWEN3):
-    function, arguments, _ = make_for(platform, PROGRAMS[name], cfg)
-    return export(function, arguments, platform)
+@functools.cache
+def make(name: str, device: str, cfg):
+    """A program as a kind of device gets it, made once: JAX finds what it has traced by its arguments' identity."""
+    with jax.default_device(device):
+        return PROGRAMS[name](cfg)
 
 
-@pytest.fixture
-def cudnn(monkeypatch):
-    """From here on JAX believes that cuDNN is here, with a GPU that it serves: enough to lower, not to run."""
-    monkeypatch.setattr(CUDNN, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(CUDNN, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(CUDNN, "is_cuda_compute_capability_equal", lambda _: False)
-    jax.clear_caches()
-    yield
+@functools.cache
+def exported(name: str, platform: str, cfg=QWEN3, with_cudnn=False):
+    return export(*make(name, TARGETS[platform], cfg)[:2], platform)
+
+
+@pytest.fixture(scope="module")
+def cudnn():
+    """From here to the end of this file JAX believes that cuDNN is here, with a GPU that it serves: enough to lower."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CUDNN, "check_cudnn_version", lambda: 91000)
+        patch.setattr(CUDNN, "check_compute_capability", lambda _: True)
+        patch.setattr(CUDNN, "is_cuda_compute_capability_equal", lambda _: False)
+        jax.clear_caches()
+        yield
     jax.clear_caches()
 
 
@@ -42,8 +51,28 @@ def test_every_program_lowers_and_no_weight_is_given_away(platform):
         program = exported(name, platform)
         assert program.platforms == (platform,)
         if name in INFERENCE:
-            assert not aliased_arguments(program) & weights_of(make_for(platform, PROGRAMS[name], QWEN3).arguments), name
+            assert not aliased_arguments(program) & weights_of(make(name, TARGETS[platform], QWEN3).arguments), name
         assert set(kernels(program)) <= ({"tpu_custom_call"} if platform == "tpu" else set()), name
+
+
+def test_the_check_sees_what_is_given_away():
+    params = PROGRAMS["decode_step"](QWEN3).arguments[1]
+    updating = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
+    assert aliased_arguments(export(updating, (params,), "tpu")) == set(range(len(jax.tree.leaves(params))))
+    returning = jax.jit(lambda params: (params["norm"] + 1, params["head"]))
+    head = [path for path, _ in jax.tree.leaves_with_path(params)].index((jax.tree_util.DictKey("head"),))
+    assert aliased_arguments(export(returning, (params,), "tpu")) == {head}
+
+
+def test_the_largest_temporary_is_found():
+    big = Program(jax.jit(lambda x: (x[:, None] * x[None]).sum()), (jax.ShapeDtypeStruct((70,), jnp.bfloat16),))
+    assert largest_temporary(export(*big[:2], "cuda")) in (Temporary("f32", (70, 70)), Temporary("bf16", (70, 70)))
+
+
+def test_the_other_family_lowers_too():
+    for name in ("train step, Muon", "decode_slots", "prefill"):
+        for platform in TARGETS:
+            assert exported(name, platform, QWEN2).platforms == (platform,)
 
 
 @pytest.mark.parametrize("name", ATTENDING)
@@ -53,7 +82,7 @@ def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
 
     Splash attention keeps LANES numbers a query and head, here as many.
     """
-    program = exported(name, platform)
+    program = exported(name, platform, with_cudnn=platform == "cuda")
     assert kernels(program), "blocks that are alike may share one call"
     rows = B * (2 if "preference" in name or name == "margins" else 1)
     block = 4 * rows * QWEN3.heads * QUERY_BLOCK * T
@@ -62,7 +91,7 @@ def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
 
 @pytest.mark.parametrize("name", PREFILLING)
 def test_a_gpu_prefills_by_a_kernel_too(name, cudnn):
-    assert kernels(exported(name, "cuda"))
+    assert kernels(exported(name, "cuda", with_cudnn=True))
 
 
 MESHED = ["train step, AdamW", "train step, LoRA", "train step, preference", "train step, scan and remat"]
@@ -93,23 +122,3 @@ def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, plat
         around = "".join(re.findall(r"sdy.manual_computation.*?\n(.*?)sdy.return", text, re.DOTALL))
         sizes = [math.prod(map(int, sides[:-1].split("x"))) for sides in re.findall(r"tensor<((?:\d+x)+)", around)]
         assert max(sizes) < limit / mesh.size
-
-
-def test_the_check_sees_what_is_given_away():
-    params = PROGRAMS["decode_step"](QWEN3).arguments[1]
-    updating = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
-    assert aliased_arguments(export(updating, (params,), "tpu")) == set(range(len(jax.tree.leaves(params))))
-    returning = jax.jit(lambda params: (params["norm"] + 1, params["head"]))
-    head = [path for path, _ in jax.tree.leaves_with_path(params)].index((jax.tree_util.DictKey("head"),))
-    assert aliased_arguments(export(returning, (params,), "tpu")) == {head}
-
-
-def test_the_largest_temporary_is_found():
-    big = Program(jax.jit(lambda x: (x[:, None] * x[None]).sum()), (jax.ShapeDtypeStruct((70,), jnp.bfloat16),))
-    assert largest_temporary(export(*big[:2], "cuda")) in (Temporary("f32", (70, 70)), Temporary("bf16", (70, 70)))
-
-
-def test_the_other_family_lowers_too():
-    for name in ("train step, Muon", "decode_slots", "prefill"):
-        for platform in TARGETS:
-            assert exported(name, platform, QWEN2).platforms == (platform,)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from mesh_cases import CASES
 
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError
@@ -18,15 +19,15 @@ from engine.model.config import preset
 from engine.placement import make_mesh
 from engine.sharding import leaf_spec
 
-MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
-CASES = ("adamw", "muon", "lora", "int8")
+MESHES = [(case, mesh) for case, meshes in CASES.items() for mesh in meshes]
+MESHED = pytest.mark.parametrize(("case", "mesh"), MESHES)
 # Of a step: its name, the case of one device with its losses, and bytes it exchanges at most, in those of a plain step.
-VARIANTS = (
+VARIANTS = [
     ("adamw in pieces", "adamw", 3.1),
     ("int8 in pieces", "int8", 3.0),
     ("preference", "preference", 3.1),
     ("splash", "splash", 1.5),
-)
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +44,21 @@ def trained():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", CASES)
-def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
-    one, many = trained[f"{case} one device"], trained[f"{case} {mesh}"]
+@pytest.mark.parametrize(
+    ("name", "alone", "times"), [*VARIANTS, *((f"{case} {mesh}", case, math.inf) for case, mesh in MESHES)]
+)
+def test_losses_and_weights_are_those_of_one_device(trained, name, alone, times):
+    """Variants are on all three axes: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, a TPU's kernel."""
+    one, many = trained[f"{alone} one device"], trained[name]
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert one["losses"][0] > one["losses"][-1], "it learns something"
     assert many["apart"] < 3e-4
     assert many["donated"]
     assert many["kept"], "the state comes back as it went in"
-
-
-@pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
-def test_variants_of_a_step_compute_what_one_device_does(trained, name, alone, times):
-    """On all three axes: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, and a TPU's kernel."""
-    one, many = trained[f"{alone} one device"], trained[name]
-    assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    assert len({*one["losses"]}) == len(one["losses"]), "it learns something"
-    assert many["apart"] < 3e-4
-    assert many["donated"]
-    assert many["kept"]
     assert sum(many["collectives"].values()) < times * sum(many["plain"].values())
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", CASES)
+@MESHED
 def test_a_device_holds_its_share_of_the_state(trained, case, mesh):
     one, many, shape = trained[f"{case} one device"]["held"], trained[f"{case} {mesh}"]["held"], parse_mesh(mesh)
     for name, (whole, vectors) in one.items():
@@ -78,7 +69,7 @@ def test_a_device_holds_its_share_of_the_state(trained, case, mesh):
 def test_a_share_is_the_nth_part_but_for_2_percent(name):
     for mesh in (MeshShape(fsdp=8), MeshShape(fsdp=8, tensor=1 if name == "smollm2-135m" else 4)):
         cut = lambda path, shape, mesh=mesh: math.prod(
-            NamedSharding(_abstract(mesh), leaf_spec(path, shape, mesh._asdict())).shard_shape(shape)
+            NamedSharding(AbstractMesh(tuple(mesh), AXES), leaf_spec(path, shape, mesh._asdict())).shard_shape(shape)
         )
         shapes = leaf_shapes(preset(name))
         assert sum(cut(*leaf) for leaf in shapes.items()) == pytest.approx(
@@ -86,12 +77,7 @@ def test_a_share_is_the_nth_part_but_for_2_percent(name):
         )
 
 
-def _abstract(mesh):
-    return AbstractMesh(tuple(mesh), AXES)
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", CASES)
+@MESHED
 def test_the_compiled_step_exchanges_what_the_formula_says(trained, case, mesh):
     """Muon with remat, int8 in two microbatches. Gains, their gradients and scalars are below 1%; XLA would move many times
     more without the pins."""
