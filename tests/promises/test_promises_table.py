@@ -10,11 +10,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 
-from chat_models import chat_tokenizer
+from chat_models import save_chat_model
 from figures import at_least, at_most, exactly, milliseconds
-from tiny import lively_params, tiny_config
-
-from engine.storage.huggingface import folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,27 +32,18 @@ def test_a_figure_meets_its_bar_or_not(figure, met, wanted, measured):
     assert (figure.met, figure.wanted, str(figure)) == (met, wanted, measured)
 
 
-@pytest.fixture
-def tiny_folder(tmp_path):
-    """A model that `--model` takes: the tiny one, with a tokenizer that has ChatML's control tokens."""
-    tokenizer = chat_tokenizer()
-    cfg = tiny_config(vocab=tokenizer.vocab)
-    folder.save_folder(tmp_path, cfg, lively_params(cfg), {"eos_token_id": tokenizer.eos_id}, dtype="float32")
-    tokenizer.save(tmp_path)
-    return tmp_path
-
-
-def run_promises(model, *options):
-    """Exit code and output of `pytest -m promises` in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "tests/promises", "-m", "promises", "--quick", "--promises-slots", "2"]
-    command += ["--promises-model", model, "-p", "no:cacheprovider", *options]
+def run_promises(model, files, *options):
+    """Exit code and output of `pytest -m promises` in a process of its own, on files of this folder or, for "", all."""
+    command = [sys.executable, "-m", "pytest", *(f"tests/promises/{file}" for file in files.split(",")), "-m", "promises"]
+    command += ["--quick", "--promises-slots", "2", "--promises-model", model, "-p", "no:cacheprovider", *options]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     return run.returncode, run.stdout + run.stderr
 
 
-def test_promises_of_a_real_server(tiny_folder):
-    code, output = run_promises(str(tiny_folder), "-n", "0", "--promise", "x4,S3")
+def test_promises_of_a_real_server(tmp_path):
+    save_chat_model(tmp_path)
+    code, output = run_promises(str(tmp_path), "test_access.py,test_weights_unchanged.py", "-n", "0", "--promise", "x4,S3")
     assert code == 0, output
     assert "2 of 2 promises kept. With --quick" in output
     rows = [line.split() for line in output.splitlines() if line.rstrip().endswith(" yes")]
@@ -63,14 +51,14 @@ def test_promises_of_a_real_server(tiny_folder):
 
 
 def test_a_promise_that_cannot_be_tried_is_not_kept_whichever_worker_tries_it():
-    code, output = run_promises("no-such-model", "-n", "1", "--promise", "S1,S8")
+    code, output = run_promises("no-such-model", "test_same_bytes.py,test_lifecycle.py", "-n", "1", "--promise", "S1,S8")
     assert code == 1, output
     assert "0 of 2 promises kept" in output
     assert "There is no model at no-such-model" in output
 
 
 def test_a_promise_is_chosen_by_its_name():
-    code, output = run_promises("no-such-model", "-n", "0", "--promise", "S99")
+    code, output = run_promises("no-such-model", "", "-n", "0", "--promise", "S99")
     assert code == 4, output
     serving = "S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11"
     training = "T1, T2, T3, T4, T5, T6, T7, T8, T9, T10, T11"
