@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     code, so they lie in the checkout and not in a folder that other users may write. So does bytecode, where Python is told
     to leave none beside its sources: else each process that a test starts compiles JAX's.
     """
+    gc.set_threshold(300_000)  # tracing makes many objects and little garbage: see stages/cli/command.py
     os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
     notes = getattr(config, "cache", None)  # there are none under `-p no:cacheprovider`
     folder = lambda name: str(notes.mkdir(name)) if notes else _fresh(f"thrice-{name}-")
@@ -48,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was imported stays: commands that collect garbage need not look through it each time
+    gc.freeze()  # what was imported stays: commands that collect garbage need not look through it
 
 
 def _fresh(prefix: str) -> str:
