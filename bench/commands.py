@@ -10,6 +10,7 @@ Start-up figures are the second of two starts, when compiled programs are in the
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,6 +34,8 @@ class CommandsFlags:
     """Which commands."""
     max_time: str | None = None
     """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of reinforcement learning."""
+    preset: str = "demo"
+    """The architecture of the training run, whose bars are the demo's."""
     data: str = "shakespeare"
     """The corpus of the training run."""
     model: str = "smollm2-135m-instruct"
@@ -53,10 +57,12 @@ Measurements = tuple[list[Measurement], Json]  # and the document's other entrie
 
 def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
-    measure, subject, usual_time = {
-        "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
-        "reinforcing": (reinforcing, flags.model, "2m"), "resuming": (resuming, flags.data, "0"),
-    }[flags.of]  # fmt: skip
+    commands: dict[str, tuple[Callable[[Path, str, str], Measurements], str, str]] = {
+        "training": (functools.partial(training, flags.preset), flags.data, "3m"),
+        "finetuning": (finetuning, flags.model, "30s"), "reinforcing": (reinforcing, flags.model, "2m"),
+        "resuming": (resuming, flags.data, "0"),
+    }  # fmt: skip
+    measure, subject, usual_time = commands[flags.of]
     with tempfile.TemporaryDirectory() as folder:
         figures, document = measure(Path(folder), subject, flags.max_time or usual_time)
     document["figures"] = []
@@ -68,9 +74,9 @@ def measure_commands(flags: CommandsFlags) -> Json:
     return document
 
 
-def training(folder: Path, data: str, max_time: str) -> Measurements:
+def training(preset: str, folder: Path, data: str, max_time: str) -> Measurements:
     """Measures a training run, its start-up, and the start-up of generation from it."""
-    train = ["stages.train", "--data", data, "--max-time"]
+    train = ["stages.train", preset, "--data", data, "--max-time"]
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     cold = _result([*train, "1s"], folder / "cold")
     result = _result([*train, max_time], folder / "run")

@@ -9,22 +9,19 @@ from pathlib import Path
 
 import pytest
 import tyro
+from tiny import QUICKLY_MEASURED
 
 ROOT = Path(__file__).parent.parent
 # Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
-    "bench.commands": ["--max-time", "1s"],
-    "bench": ["--quick", "--preset", "tiny", "--batch", "2", "--context", "64"],
+    "bench.commands": ["--preset", "tiny", "--max-time", "1s"],
     # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
+    **{f"bench.{name}": ["--help"] for name in ("anatomy", "inference", "life", "peers", "quantisation", "serving")},
+    "bench": ["--help"],
     "stages.serve": ["--help"],
     "stages.draft": ["--help"],
-    "bench.serving": ["--help"],
-    "bench.life": ["--help"],
-    "bench.inference": ["--help"],
-    "bench.quantisation": ["--help"],
-    "bench.peers": ["--help"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
     "stages.reinforce": ["--rounds", "1", "--max-tokens", "8"],
     "stages.chat": ["--max-tokens", "8"],
@@ -59,21 +56,23 @@ def test_every_command_of_the_readme(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     for command in commands():
         name = command[1]
-        extra = list(SHORT.get(name, []))
+        extra = [] if "--list" in command else list(SHORT.get(name, []))
         if name == "stages.train" and "--steps" in command:
             extra = ["tiny", *extra[2:]]
         if name in ("stages.train", "bench.commands") and "--data" not in command:
             extra += ["--data", str(text)]
         elif name == "stages.train":
-            extra += ["--out-dir", "runs/python", "--dry-run"]  # the whole library is more than a test should read twice
+            # The whole library is more than a test should read twice, or learn a tokenizer of.
+            extra += ["--out-dir", "runs/python", "--dry-run", "--tokenizer", "bytes"]
         if name != "stages.generate":
             # A test fetches no model: the one trained a few lines above stands in for it.
             command = [word if word != "smollm2-135m-instruct" else "runs/short" for word in command]
             extra += ["--out-dir", "runs/smollm2-135m-instruct-voice"] if command[-2:] == ["--data", "voice"] else []
             extra += ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] if "--adapter" in command else []
-        arguments = [sys.executable, *command, *extra]
+        start = ["-c", QUICKLY_MEASURED] if name == "bench.training" else ["-m"]
+        words = [sys.executable, *start, *command[1:], *extra]
         run = subprocess.run(
-            arguments, cwd=tmp_path, env=environment, input="Hello\n", capture_output=True, text=True, timeout=300, check=False
+            words, cwd=tmp_path, env=environment, input="Hello\n", capture_output=True, text=True, timeout=300, check=False
         )
         assert run.returncode == 0, f"{command} {extra}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
         assert run.stdout, command
