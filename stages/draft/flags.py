@@ -14,7 +14,7 @@ class DraftFlags:
     model: ModelFlag = None
     adapter: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
     """The adapter with which the model will be served."""
-    max_time: Annotated[float, parser(seconds, "TIME"), default("10m")] = 600.0
+    max_time: Annotated[float, parser(seconds, "TIME"), default("3m")] = 180.0
     """How long the model answers, once it is loaded and compiled."""
     seed: Annotated[int, parser(integer(0, 2**32 - 1), "N")] = 0
     """Of the questions and of half the answers."""
