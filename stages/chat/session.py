@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from engine.errors import UserError, did_you_mean
-from engine.inference import decode
-from engine.inference.request import Event
+from engine.inference.request import Event, Request
 from engine.inference.sampling_params import RANGES, SamplingParams
+from engine.inference.scheduler import DRAFT_ROWS
+from engine.inference.slots import Slots
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
 from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.ngrams import NGrams
 from stages.cli.flags import CompletionFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(CompletionFlags))  # that can be changed between turns
@@ -53,6 +55,8 @@ class ChatSession:
     sampling: SamplingParams
     system: str = ""
     turns: list[Turn] = dataclasses.field(default_factory=list)
+    ngrams: NGrams | None = None  # the model's trained draft
+    _slots: Slots | None = None
 
     def messages(self, message: str, skip: int = 0) -> list[dict[str, str]]:
         """Returns the messages that the model reads to answer, without the first `skip` turns."""
@@ -111,7 +115,18 @@ class ChatSession:
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, self.cfg.context - len(prompt)))
         capacity = MIN_CAPACITY
         while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2
-        return decode.generate(self.cfg, self.params, [prompt], [sampling], capacity=min(capacity, self.cfg.context))
+        capacity = min(capacity, self.cfg.context)
+        if self._slots is None or self._slots.capacity != capacity:
+            self._slots = Slots(
+                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype, ngrams=self.ngrams
+            )
+        id = self._slots.submit(Request(tuple(prompt), sampling))
+        try:
+            while self._slots.busy:
+                yield from self._slots.step()
+        finally:
+            self._slots.cancel(id)

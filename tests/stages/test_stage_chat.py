@@ -232,9 +232,9 @@ def test_a_person_at_a_terminal(trained):
 
 SLOW = """
 import sys, time
-from engine.inference import decode
-steps = decode.decode_steps
-decode.decode_steps = lambda *a: (time.sleep(0.5), steps(*a))[1]
+from engine.inference.slots import Slots
+step = Slots.step
+Slots.step = lambda self: (time.sleep(0.5), step(self))[1]
 from stages.chat.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
