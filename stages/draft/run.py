@@ -88,7 +88,7 @@ def _count(answers: Answers, vocab: int, path: Path, base: str, console: Console
         ngrams = count_ngrams(answers, vocab)
         save_draft(path, ngrams, base)
         what = f"{len(ngrams.keys):,} entries, {path.stat().st_size / 1e6:.1f} MB, counted in"
-        rows += [("saved", f"{path}: {what} {duration(time.perf_counter() - begin)}; `serve` takes it from there")]
+        rows += [("saved", f"{path}: {what} {duration(time.perf_counter() - begin)}; `serve` and `chat` take it from there")]
     else:
         rows += [("saved", "nothing, for the draft would gain nothing: give more --max-time")]
     console.print_rows(rows)
