@@ -3,10 +3,8 @@
 The shapes of `generate`'s programs depend on the number of rows, the capacity and the vocabulary, never on a request, so
 nothing is compiled while text is generated. They donate the cache, and no parameter.
 
-`slots.Slots`, for requests that come and go, takes 1.10 times as long for eight rows, 0.84 times for one, and 1.4 times
-the CPU seconds to compile (2 CPU cores, 6 layers of width 384, bfloat16 cache, prompts of 64 tokens, 40 new ones, best of
-28 interleaved rounds). Both sample the same tokens in float32; in bfloat16 they sum in another order, and 6 of 8 greedy
-texts of 33 tokens agreed.
+`slots.Slots`, for requests that come and go and for a lone stream with draft tokens, takes 1.4 times the CPU seconds to
+compile. Both sample the same tokens in float32; in bfloat16 they sum in another order.
 """
 
 import dataclasses

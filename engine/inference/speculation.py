@@ -1,8 +1,8 @@
 """Speculative decoding: draft tokens from the text itself and from what the model usually says, checked by idle rows.
 
 A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena 2023; after Leviathan et al.
-2023, 2211.17192), or in the model's answers that a draft was trained on (`engine/text/ngrams.py`): whichever comes true more
-often, as measured in this text. Each idle row samples the token after one draft token, with the key of its position. If the
+2023, 2211.17192), or in the answers that a draft was trained on (`engine/text/ngrams.py`): whichever is right more often in
+this text. Each idle row samples the token after one draft token, with the key of its position. If the
 drafts before it were right, it is the token that decoding one by one would give, greedy or not.
 """
 
@@ -20,13 +20,13 @@ Candidate = tuple[int, int, float]  # a source, its token, and how often that is
 
 
 class Drafter:
-    """Drafts the next tokens of one text; measures how often each of its sources is right."""
+    """Drafts the next tokens of one text; measures how often each source is right."""
 
     def __init__(self, text: Sequence[int], ngrams: NGrams | None = None) -> None:
         self._text: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the place after them, the last time
         self._ngrams = ngrams
-        self._measured = [[2.0, 2.0] for _ in (TRAINED, *CHANCES)]  # of each source: tokens that were right, and expected so
+        self._measured = [[2.0, 2.0] for _ in (TRAINED, *CHANCES)]  # of each source: tokens right, and expected to be
         self._share = 2 * MIN_SHARE
         for token in text:
             self._append(token)

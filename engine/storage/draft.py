@@ -3,8 +3,7 @@
     MODEL.draft.safetensors    beside MODEL.gguf
     FOLDER/draft.safetensors   in the folder of a run, of an adapter or of a Hugging Face model
 
-Its tensor `ngrams` (E, 5) float32 has a row for each entry of `NGrams`: the three tokens before, -1 for those it leaves
-open, the token that follows, and how often it does.
+Its tensor `ngrams` (E, 5) float32 holds each entry's context, as `NGrams.contexts`, its token and its chance.
 """
 
 from pathlib import Path
@@ -33,8 +32,8 @@ def save_draft(path: Path, ngrams: NGrams, base: str) -> None:
 
 
 def find_draft(model: Path, vocab: int, params: Any) -> tuple[NGrams | None, str]:
-    """Returns the draft beside a model, if it is for these params, as loaded; else None, and a sentence where there is one
-    that cannot be used."""
+    """Returns the draft beside a model, if it is for these params, as loaded; else None, and why one that is there is left
+    out."""
     path = draft_path(model)
     if not path.is_file():
         return None, ""

@@ -3,9 +3,9 @@
     ngrams = count_ngrams(answers, vocab)
     ngrams.next_token([17, 4, 99])   # (312, 0.64): token 312 follows, as it did in 64 of 100 such places
 
-A drafter for speculative decoding (He et al. 2024, REST, 2311.08252, with counts in the place of a text) that takes no time
-on the device. How often an entry comes true is not its share of what was counted, by which whatever was seen once is certain:
-entries seen as often and with a like share are measured together, in answers that were left out.
+They draft tokens for speculative decoding without a program of the device (as REST does, He et al. 2024, 2311.08252). An
+entry's chance is no share of its counts, by which whatever was seen once is certain: entries with like counts and shares are
+measured together, in answers that were left out.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def count_ngrams(answers: Answers, vocab: int) -> NGrams:
 class _Entries(NamedTuple):
     keys: np.ndarray
     tokens: np.ndarray
-    rank: tuple[np.ndarray, ...]  # (E,) of length, count and share: entries that come true as often, about
+    rank: tuple[np.ndarray, ...]  # (E,) of length, count and share
 
 
 def _places(answers: Answers, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

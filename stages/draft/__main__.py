@@ -3,9 +3,8 @@
     python -m stages.draft --model smollm2-135m-instruct
     python -m stages.draft --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --max-time 5m
 
-The model asks itself questions and answers them, until the time is up. Which token follows the last one to three in its answers
-is counted, and saved beside the model or the adapter, from where `serve` and
-`chat` take it.
+The model asks itself questions and answers them until the time is up. Which token follows the last one to three is counted and
+saved beside the model or the adapter, from where `serve` and `chat` take it.
 """
 
 from collections.abc import Sequence

@@ -20,10 +20,8 @@ class SelfChat:
     without control tokens for turns goes on from the beginning of a text instead, as it is sampled.
     """
 
-    def __init__(
-        self, slots: Slots, chat: ChatTokenizer, end_ids: Collection[int], answering: SamplingParams, seed: int
-    ) -> None:
-        self.slots, self.chat, self.answering, self.seed = slots, chat, answering, seed
+    def __init__(self, slots: Slots, chat: ChatTokenizer, end_ids: Collection[int], answering: SamplingParams) -> None:
+        self.slots, self.chat, self.answering, self.seed = slots, chat, answering, 0
         self.ends = frozenset({*end_ids, *chat.eot_ids})
         if chat.eot_ids:
             one, other = (chat.prompt([{"role": "user", "content": text}]).tolist() for text in ("apple", "Zebras?"))

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser, path, seconds
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, parser, path, seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,5 @@ class DraftFlags:
     """The adapter with which the model will be served."""
     max_time: Annotated[float, parser(seconds, "TIME"), default("3m")] = 180.0
     """How long the model answers, once it is loaded and compiled."""
-    seed: Annotated[int, parser(integer(0, 2**32 - 1), "N")] = 0
-    """Of the questions and of half the answers."""
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False

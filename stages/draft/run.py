@@ -1,4 +1,4 @@
-"""Trains a draft: lets the model answer, counts its answers, and saves the draft if it gains anything."""
+"""Trains a draft: lets the model answer, counts its answers, and saves a draft that gains."""
 
 import time
 from pathlib import Path
@@ -47,7 +47,7 @@ def run(flags: DraftFlags, device: Device) -> None:
         with console.task("compiling"):
             slots = _make_slots(model.cfg, params, int8=device.backend == "cpu")
         chat = ChatTokenizer(model.tokenizer)
-        conversation = SelfChat(slots, chat, model.eos_ids, SamplingParams(**fields), flags.seed)
+        conversation = SelfChat(slots, chat, model.eos_ids, SamplingParams(**fields))
         with console.task("answering", always=True) as report:
             begin = time.perf_counter()
 
@@ -68,8 +68,7 @@ def run(flags: DraftFlags, device: Device) -> None:
 
 def _make_slots(cfg: ModelConfig, params: Any, int8: bool) -> Slots:
     served = prepare_params(cfg, quantize(merge_lora(params, cfg.dtype)) if int8 else params)
-    capacity, prefix_cache_bytes = min(CAPACITY, cfg.context), 64 * 10**6
-    slots = Slots(cfg, served, slots=SLOTS, capacity=capacity, prefix_cache_bytes=prefix_cache_bytes, speculate=False)
+    slots = Slots(cfg, served, slots=SLOTS, capacity=min(CAPACITY, cfg.context), prefix_cache_bytes=64 * 10**6, speculate=False)
     slots.warm()
     return slots
 
@@ -87,8 +86,10 @@ def _count(answers: Answers, vocab: int, path: Path, base: str, console: Console
     if trained > lookup:
         ngrams = count_ngrams(answers, vocab)
         save_draft(path, ngrams, base)
-        what = f"{len(ngrams.keys):,} entries, {path.stat().st_size / 1e6:.1f} MB, counted in"
-        rows += [("saved", f"{path}: {what} {duration(time.perf_counter() - begin)}; `serve` and `chat` take it from there")]
+        seconds = duration(time.perf_counter() - begin)
+        rows += [
+            ("saved", f"{path}: {len(ngrams.keys):,} entries, counted in {seconds}; `serve` and `chat` take it from there")
+        ]
     else:
         rows += [("saved", "nothing, for the draft would gain nothing: give more --max-time")]
     console.print_rows(rows)

@@ -166,7 +166,7 @@ def load_state(
 
 
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Slots, str]:
-    """Returns the slots, with the model's draft if it has one, and why not if it has one that cannot be used."""
+    """Returns the slots, and why a draft beside the model is left out, if it is."""
     cfg, ngrams, note = engine_config.model_config(model.cfg), None, ""
     is_whole = placement.current_mesh() is None
     with host_memory(not is_whole):
