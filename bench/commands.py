@@ -10,7 +10,6 @@ Start-up figures are the second of two starts, when compiled programs are in the
 """
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,8 +32,6 @@ class CommandsFlags:
     """Which commands."""
     max_time: str | None = None
     """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of reinforcement learning."""
-    preset: str = "demo"
-    """The architecture of the training run, whose bars are the demo's."""
     data: str = "shakespeare"
     """The corpus of the training run."""
     model: str = "smollm2-135m-instruct"
@@ -57,12 +53,10 @@ Measurements = tuple[list[Measurement], Json]  # and the document's other entrie
 
 def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
-    commands: dict[str, tuple[Callable[[Path, str, str], Measurements], str, str]] = {
-        "training": (functools.partial(training, flags.preset), flags.data, "3m"),
-        "finetuning": (finetuning, flags.model, "30s"), "reinforcing": (reinforcing, flags.model, "2m"),
-        "resuming": (resuming, flags.data, "0"),
-    }  # fmt: skip
-    measure, subject, usual_time = commands[flags.of]
+    measure, subject, usual_time = {
+        "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
+        "reinforcing": (reinforcing, flags.model, "2m"), "resuming": (resuming, flags.data, "0"),
+    }[flags.of]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         figures, document = measure(Path(folder), subject, flags.max_time or usual_time)
     document["figures"] = []
@@ -74,9 +68,9 @@ def measure_commands(flags: CommandsFlags) -> Json:
     return document
 
 
-def training(preset: str, folder: Path, data: str, max_time: str) -> Measurements:
+def training(folder: Path, data: str, max_time: str) -> Measurements:
     """Measures a training run, its start-up, and the start-up of generation from it."""
-    train = ["stages.train", preset, "--data", data, "--max-time"]
+    train = ["stages.train", "--data", data, "--max-time"]
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     cold = _result([*train, "1s"], folder / "cold")
     result = _result([*train, max_time], folder / "run")
