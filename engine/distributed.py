@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -27,7 +26,6 @@ from typing import Any
 from engine.errors import UserError
 
 MISTAKE, RESTART = 2, 75  # exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
-HEARTBEAT = 8  # seconds without one until JAX gives a process up
 TICK = 1.0  # seconds between looks at the watchdog
 LINGER_SECONDS = 1.0  # that process 0 stays: the service, by which the others hear why, ends with it
 SAME_MISTAKE_SECONDS = 2.0  # in which process 0 meets a mistake of all
@@ -53,53 +51,6 @@ _group = _Group()
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
 
 
-def connect(processes: int | None, process: int | None, coordinator: str | None, seconds: float) -> None:
-    """Joins the processes of a run within `seconds`; None: as the cluster says. Must come before JAX's backend starts.
-
-    Raises UserError when the cluster says nothing, or nobody listens at the coordinator's `host:port`.
-    """
-    import jax
-    from jax._src import distributed
-
-    # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
-    jax.config.update("jax_enable_preemption_service", False)
-    if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:
-        raise UserError(
-            "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE and JAX_MTLS_CA_FILE."
-        )
-    for name in ("CERT", "KEY", "CA"):
-        path = getattr(jax.config, f"jax_mtls_{name.lower()}_file")
-        if path and not os.access(path, os.R_OK):
-            raise UserError(f"JAX_MTLS_{name}_FILE names {path}, which is not there or cannot be read.")
-    where = coordinator or "the cluster's coordinator"
-    if coordinator and process:
-        _reach(coordinator, seconds)
-    _group.joining = (
-        f"Not all {processes or ''} processes met at {where} within {seconds:g} s: start each, with its own --process."
-    )
-    _handle_abort()
-    nowhere, _group.error_output = os.open(os.devnull, os.O_WRONLY), os.dup(2)
-    os.dup2(nowhere, 2)  # JAX prints a stack trace before it aborts
-    try:
-        jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=round(seconds), heartbeat_timeout_seconds=HEARTBEAT
-        )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
-        if "must be defined" in str(error) or "should be defined" in str(error):
-            raise UserError(
-                "No cluster says how many processes there are: give --coordinator HOST:PORT --processes N --process I."
-            ) from error
-        raise UserError(f"Process {process} cannot start at {where}: {error}. Give another address or port.") from error
-    finally:
-        os.dup2(_group.error_output, 2)
-    state = distributed.global_state
-    _group.client, _group.process, _group.processes, _group.joining = state.client, state.process_id, state.num_processes, ""
-    threading.Thread(target=_watch, args=(state.client,), daemon=True, name="peers").start()
-    _group.machines = len({*gather_strings(socket.gethostname())})
-    if _group.process:  # the console is process 0's; errors go to everyone's stderr
-        os.dup2(nowhere, 1)
-
-
 def in_cluster() -> bool:
     """Whether SLURM, Open MPI or a TPU slice started several processes, of which this is one."""
     if any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
@@ -114,23 +65,6 @@ def refuse_cluster(what: str) -> None:
     """Raises UserError for a command of one process when a cluster started several."""
     if in_cluster():
         raise UserError(f"{what} runs in one process and the cluster started several: ask it for one, as in srun --ntasks=1.")
-
-
-def _reach(coordinator: str, seconds: float) -> None:
-    """Waits until the coordinator listens: JAX would abort the process instead of raising an error."""
-    host, _, port = coordinator.rpartition(":")
-    begin, reason = time.monotonic(), ""
-    while (passed := time.monotonic() - begin) < seconds:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        time.sleep(0.2)
-    raise UserError(
-        f"The coordinator at {coordinator} could not be reached for {passed:.0f} s: {reason}. Process 0 listens there: check "
-        "that it runs, and the address."
-    )
 
 
 def is_first() -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from engine import distributed
+from engine.coordinator import connect
 from engine.errors import UserError
 from engine.model.config import LoraConfig
 from engine.text.skipped_batches import Ranges, parse_ranges
@@ -85,7 +86,7 @@ class MeshFlags:
     def connect(self) -> None:
         """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or distributed.in_cluster()):
-            distributed.connect(self.processes or None, self.process, self.coordinator, self.join_within)
+            connect(self.processes or None, self.process, self.coordinator, self.join_within)
 
 
 def parse_lora(text: str) -> LoraConfig:

@@ -17,7 +17,7 @@ model.column_groups mesh_shape
 sharding
 placement
 device distributed model.layers model.fused_attention model.cache.contiguous by_hand
-model.native
+coordinator model.native
 model.ops
 model.weights.int8
 model.attention model.backward model.weights.lora model.cache.segmented

@@ -16,7 +16,7 @@ import pytest
 from many_processes import FLAGS, STEPS, finish, until, until_saved
 from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
-from engine import distributed
+from engine import coordinator, distributed
 from engine.distributed import RESTART
 from engine.errors import UserError
 from engine.storage import checkpoint
@@ -176,7 +176,7 @@ def test_a_certificate_that_is_not_there_is_named(tmp_path):
     jax.config.update("jax_mtls_key_file", str(tmp_path / "key.pem"))
     try:
         with pytest.raises(UserError, match=r"JAX_MTLS_KEY_FILE names .*key.pem"):
-            distributed.connect(2, 0, "127.0.0.1:1", 1.0)
+            coordinator.connect(2, 0, "127.0.0.1:1", 1.0)
     finally:
         jax.config.update("jax_mtls_key_file", None)
 
