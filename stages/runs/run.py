@@ -95,6 +95,7 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
         first = distributed.is_first()
         with lock_run(options.folder) if first else contextlib.nullcontext():
             distributed.refuse_unshared(options.folder)
+            distributed.describe_saved_by(lambda: _newest_checkpoint(options.folder, resume_command(options.stage)))
             with distributed.process_0_first():
                 stage = make_stage(console)
                 stage.load_weights()
@@ -106,7 +107,6 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
     facts = run_facts(options, plan, stage.facts)
     stage.place()
-    distributed.describe_saved_by(lambda: _newest_checkpoint(folder, resume))
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     shared = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
     refuse_different_runs(facts, plan.cfg, shared, previous.loop_state.step if previous else 0)

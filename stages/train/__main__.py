@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 
 from engine.device import start_jax
+from engine.distributed import refuse_cluster
 from engine.model.config import PRESETS
 from stages.cli import signals
 from stages.cli.command import run_command
@@ -26,7 +27,8 @@ def train(flags: TrainFlags) -> int:
     signals.set_phase("before anything was trained.")
     if flags.by_hand and PRESETS[flags.preset].width < NARROW:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported; JAX is not concerned
-    device = start_jax("cpu" if flags.by_hand else flags.device, connect=flags.mesh.connect)
+    connect = (lambda: refuse_cluster("--by-hand")) if flags.by_hand else flags.mesh.connect
+    device = start_jax("cpu" if flags.by_hand else flags.device, connect=connect)
     from stages.train.run import run  # imports JAX, which must be started first
 
     return run(flags, device)
