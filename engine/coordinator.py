@@ -1,8 +1,8 @@
-"""Meets the other processes of a run at the coordinator, the service of JAX in process 0. It loads without JAX."""
+"""Joins the processes of a run at the coordinator, the service of JAX in process 0. It loads without JAX."""
 
+import math
 import os
 import socket
-import threading
 import time
 
 from engine import distributed
@@ -14,9 +14,11 @@ HEARTBEAT = 8  # seconds without one until JAX gives a process up
 def connect(processes: int | None, process: int | None, coordinator: str | None, seconds: float) -> None:
     """Joins the processes of a run within `seconds`; None: as the cluster says. Must come before JAX's backend starts.
 
-    Raises UserError when the cluster says nothing, or nobody listens at the coordinator's `host:port`.
+    Raises UserError when the cluster says nothing, the coordinator's `host:port` is taken or nobody listens there, and when
+    processes count themselves differently.
     """
     import jax
+    from jax._src import clusters
     from jax._src import distributed as jax_distributed
 
     # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
@@ -29,45 +31,44 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         path = getattr(jax.config, f"jax_mtls_{name.lower()}_file")
         if path and not os.access(path, os.R_OK):
             raise UserError(f"JAX_MTLS_{name}_FILE names {path}, which is not there or cannot be read.")
-    where = coordinator or "the cluster's coordinator"
-    if coordinator and process:
-        _reach(coordinator, seconds)
-    distributed._group.joining = (
-        f"Not all {processes or ''} processes met at {where} within {seconds:g} s: start each, with its own --process."
+    timeout = math.ceil(seconds)  # 0 would be for ever
+    try:
+        address, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process, None, None, timeout
+        )
+    except RuntimeError as error:
+        if "mpi4py" in str(error):
+            raise UserError(
+                "Open MPI 5 says which process this is only through mpi4py: install it in this environment, or use Open MPI 4."
+            ) from error
+        raise UserError(f"The cluster does not say which process this is: {error}") from error
+    if address is None or processes is None or process is None:
+        raise UserError("No cluster says how many processes there are: give --coordinator HOST:PORT --processes N --process I.")
+    if not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"The coordinator {address} has no port: JAX_COORDINATOR_ADDRESS wants HOST:PORT.")
+    if process:
+        _reach(address, seconds)
+    else:
+        _refuse_taken(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or f"[::]:{address.rpartition(':')[2]}")
+    distributed.hide_library_errors(
+        f"Not all {processes} processes met at {address} within {seconds:g} s: start each once, with its own --process and the "
+        "same --processes."
     )
-    distributed._handle_abort()
-    nowhere, distributed._group.error_output = os.open(os.devnull, os.O_WRONLY), os.dup(2)
-    os.dup2(nowhere, 2)  # JAX prints a stack trace before it aborts
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=round(seconds), heartbeat_timeout_seconds=HEARTBEAT
+            address, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        if "must be defined" in str(error) or "should be defined" in str(error):
-            raise UserError(
-                "No cluster says how many processes there are: give --coordinator HOST:PORT --processes N --process I."
-            ) from error
-        raise UserError(f"Process {process} cannot start at {where}: {error}. Give another address or port.") from error
-    finally:
-        os.dup2(distributed._group.error_output, 2)
-    state = jax_distributed.global_state
-    distributed._group.client, distributed._group.process, distributed._group.processes, distributed._group.joining = (
-        state.client,
-        state.process_id,
-        state.num_processes,
-        "",
-    )
-    threading.Thread(target=distributed._watch, args=(state.client,), daemon=True, name="peers").start()
-    distributed._group.machines = len({*distributed.gather_strings(socket.gethostname())})
-    if distributed._group.process:  # the console is process 0's; errors go to everyone's stderr
-        os.dup2(nowhere, 1)
+        raise UserError(f"Process {process} cannot start at {address}: {error}. Give another address or port.") from error
+    distributed.begin(jax_distributed.global_state.client, process, processes)
+    distributed.refuse_differences({"--processes": str(processes)})
 
 
 def _reach(coordinator: str, seconds: float) -> None:
     """Waits until the coordinator listens: JAX would abort the process instead of raising an error."""
     host, _, port = coordinator.rpartition(":")
     begin, reason = time.monotonic(), ""
-    while (passed := time.monotonic() - begin) < seconds:
+    while (waited := time.monotonic() - begin) < seconds:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
             return
@@ -75,6 +76,25 @@ def _reach(coordinator: str, seconds: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise UserError(
-        f"The coordinator at {coordinator} could not be reached for {passed:.0f} s: {reason}. Process 0 listens there: check "
+        f"The coordinator at {coordinator} could not be reached for {waited:.0f} s: {reason}. Process 0 listens there: check "
         "that it runs, and the address."
     )
+
+
+def _refuse_taken(address: str) -> None:
+    """Raises UserError when process 0 cannot listen at `host:port`: JAX would end it with SIGSEGV."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    host = "0.0.0.0" if host == "::" and not socket.has_dualstack_ipv6() else host  # as gRPC has it
+    try:
+        version, kind, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(version, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended is no obstacle
+            if version == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(where)
+    except OSError as error:
+        raise UserError(
+            f"Process 0 cannot listen at {address}: {error.strerror}. Give all processes another port, by --coordinator or, "
+            "under a cluster, by JAX_COORDINATOR_PORT."
+        ) from error

@@ -1,4 +1,4 @@
-"""Several processes that train one model: they start together, agree on what they do, and end together.
+"""Several processes that train one model: they agree on what they do, and end together.
 
 A process that ends says why under a key that all others wait for, so they end within a second. One that is killed says
 nothing: its peers' collectives fail, or JAX's coordination service misses its heartbeats and aborts them; either becomes one
@@ -7,6 +7,7 @@ sentence and the exit code RESTART. A mistake of all is printed by process 0 alo
 It loads without JAX, whose key-value store has no public name; Orbax uses the same private one.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -15,6 +16,9 @@ import json
 import os
 import re
 import signal
+import socket
+import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -32,6 +36,8 @@ SAME_MISTAKE_SECONDS = 2.0  # in which process 0 meets a mistake of all
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: process 0 may read a large corpus first
 PEER_IS_GONE = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
 
+SERVICE_FAILS = re.compile("coordination_service|JAX distributed service")  # abort() follows, after a second of stack trace
+
 
 class _Group:
     """This process's place among the others. `client`: of JAX's service, None with one process."""
@@ -40,7 +46,8 @@ class _Group:
     process, processes, machines = 0, 1, 1
     mistake = ""  # of this process, which may be that of all
     joining = ""  # the sentence for an abort while it waits for the others
-    error_output = 2
+    error_output, library_errors = 2, -1  # file descriptors: the person's stderr; what libraries write to theirs
+    held = ""  # of what they wrote, for the abort
     describe_saved: Callable[[], str] = staticmethod(lambda: "Nothing was saved yet.")
     ending = threading.Lock()
     activity, patience, waited = "", float("inf"), 0.0  # seconds without progress until the watchdog ends it; and so far
@@ -49,6 +56,32 @@ class _Group:
 
 _group = _Group()
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
+
+
+def hide_library_errors(joining: str) -> None:
+    """Has file descriptor 2 write to a file, which `_watch` copies to stderr, and makes one sentence of JAX's abort().
+
+    JAX writes a stack trace before it aborts a process. `joining`: the sentence for an abort before `begin`.
+    """
+    _group.joining, _group.error_output = joining, os.dup(2)
+    sys.stderr = os.fdopen(_group.error_output, "w", buffering=1, errors="backslashreplace", closefd=False)
+    written, path = tempfile.mkstemp()
+    _group.library_errors = os.open(path, os.O_RDONLY)
+    os.unlink(path)
+    os.dup2(written, 2)
+    os.close(written)
+    atexit.register(_show_library_errors)
+    _handle_abort()
+
+
+def begin(client: Any, process: int, processes: int) -> None:
+    """Makes this process one of those that the client of JAX's service has joined."""
+    _take_library_errors()  # of waiting for the others
+    _group.client, _group.process, _group.processes, _group.joining = client, process, processes, ""
+    threading.Thread(target=_watch, args=(client,), daemon=True, name="peers").start()
+    _group.machines = len({*gather_strings(socket.gethostname())})
+    if _group.process:  # the console is process 0's; errors go to everyone's stderr
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def in_cluster() -> bool:
@@ -73,6 +106,7 @@ def is_first() -> bool:
 
 
 def process_count() -> int:
+    """Returns the number of processes of this run."""
     return _group.processes
 
 
@@ -108,11 +142,11 @@ def gather_strings(value: str = "", topic: str = "run") -> list[str]:
 def refuse_differences(facts: dict[str, str]) -> None:
     """Raises the same UserError in every process when the facts of one differ from process 0's, naming which and where."""
     first, *others = map(json.loads, gather_strings(json.dumps(facts)))
-    for process, theirs in enumerate(others, 1):
-        if names := [name for name in first | theirs if theirs.get(name) != first.get(name)]:
+    for process, other in enumerate(others, 1):
+        if names := [name for name in first | other if other.get(name) != first.get(name)]:
             more = f", and another {', '.join(names[1:4])}" if names[1:] else ""
             raise UserError(
-                f"Process {process} has another {names[0]} ({theirs.get(names[0])}) than process 0 ({first.get(names[0])})"
+                f"Process {process} has another {names[0]} ({other.get(names[0])}) than process 0 ({first.get(names[0])})"
                 f"{more}. All processes of a run must have the same flags and data."
             )
 
@@ -126,12 +160,12 @@ def refuse_unshared(folder: Path) -> None:
     if is_first():
         mark.touch()
     gather_strings()
-    blind = [str(process) for process, seen in enumerate(gather_strings("seen" * mark.exists())) if not seen]
+    unshared = [str(process) for process, seen in enumerate(gather_strings("seen" * mark.exists())) if not seen]
     if is_first():
         mark.unlink()
-    if blind:
+    if unshared:
         raise UserError(
-            f"{where} is not shared: process {', '.join(blind)} does not see what process 0 writes there. Give an "
+            f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 writes there. Give an "
             "--out-dir on a file system that all hosts mount."
         )
 
@@ -180,6 +214,7 @@ def _watch(client: Any) -> None:
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 return  # this process has left the service
+            _show_library_errors()
             _group.waited += TICK
             if _group.waited > _group.patience:
                 end(RESTART, f"{_group.activity} made no progress for {_group.waited:.0f} s. {_group.describe_saved()}")
@@ -199,6 +234,7 @@ def end_for_error(error: Exception) -> None:
     if isinstance(error, RuntimeError | ValueError) and PEER_IS_GONE.search(text):
         during = _group.activity or "its start"
         end(RESTART, f"Process {_group.process} lost another one in {during} ({text}). {_group.describe_saved()}")
+    _show_library_errors()
     traceback.print_exc()
     end(1, f"Process {_group.process} met an error, which it shows: {text}")
 
@@ -220,10 +256,30 @@ def _exit(code: int, sentence: str = "") -> None:
     if not _group.ending.acquire(blocking=False):
         time.sleep(LINGER_SECONDS + 60)  # another thread leaves
     with contextlib.suppress(OSError):
-        os.write(_group.error_output, ("\x1b[?25h\n" * os.isatty(2) + f"error: {sentence}\n" * bool(sentence)).encode())
+        cursor = "\x1b[?25h\n" * os.isatty(_group.error_output)
+        os.write(_group.error_output, (cursor + f"error: {sentence}\n" * bool(sentence)).encode())
     if is_first():
         time.sleep(LINGER_SECONDS)
     os._exit(code)
+
+
+def _take_library_errors() -> str:
+    """Returns what libraries have written and nobody has read."""
+    if _group.library_errors < 0:
+        return ""
+    text = b"".join(iter(lambda: os.read(_group.library_errors, 2**16), b"")).decode(errors="replace")
+    text, _group.held = _group.held + text, ""
+    return text
+
+
+def _show_library_errors() -> None:
+    """Copies to stderr what libraries have written, unless JAX's service fails."""
+    text = _take_library_errors()
+    if SERVICE_FAILS.search(text):
+        _group.held = text
+    elif text and not _group.joining:
+        with contextlib.suppress(OSError):
+            os.write(_group.error_output, text.encode())
 
 
 def _handle_abort() -> None:
@@ -234,13 +290,25 @@ def _handle_abort() -> None:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handle(_: int) -> None:
-        if _group.joining:
-            _exit(MISTAKE, _group.joining)
-        _exit(
-            RESTART,
-            f"Process {_group.process} was ended by JAX, most likely because another one is gone (see above). "
-            f"{_group.describe_saved()}",
-        )
+        text = _take_library_errors()
+        _exit(*((MISTAKE, _group.joining) if _group.joining else _explain_abort(text)))
 
     _group.abort_handler = handle
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handle)
+
+
+def _explain_abort(text: str) -> tuple[int, str]:
+    """Returns the exit code and the sentence for an abort, of which a library wrote `text`."""
+    if again := re.search(r"(\d+) unexpectedly tried to connect", text):
+        # A mistake, where the one that had the number lives; others cannot know, and before the first step take it for one.
+        code = MISTAKE if int(again[1]) == _group.process or not _group.activity else RESTART
+        return code, f"Process {again[1]} was started twice: start each once, with its own --process. {_group.describe_saved()}"
+    if silent := re.search(r"stopped sending heartbeats\):\s+(\d+(?:\s+\d+)*)", text):
+        other = f"process {', '.join(silent[1].split())}"
+    elif re.search("Failed to send RPC to coordination service|CoordinationService/Heartbeat", text):
+        other = "process 0"
+    elif PEER_IS_GONE.search(text):
+        other = "another one"
+    else:
+        return RESTART, f"Process {_group.process} was aborted by a library: {text.strip()}\n{_group.describe_saved()}"
+    return RESTART, f"Process {_group.process} lost {other}, which is gone or does not answer. {_group.describe_saved()}"

@@ -24,12 +24,6 @@ SHOW_CURSOR = "\x1b[?25h"
 NUDGE, PATIENCE = 0.1, 1.0  # seconds for the main thread to hear of a signal, and to end
 
 
-def _print(sentence: str) -> None:
-    """Writes past `print`: the main thread may be in the middle of one."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{sentence}\n".encode())
-
-
 class Stopped(KeyboardInterrupt):
     """Raised in the main thread by a signal, where nothing has to be finished first."""
 
@@ -46,7 +40,7 @@ class SignalState:
     """
 
     answer: str | None = None
-    print: Callable[[str], None] = _print
+    print: Callable[[str], None] = stages.print_error
     received: int | None = None
     seen: bool = False
     phase: str = ""
@@ -96,7 +90,7 @@ class SignalState:
 
     def end_now(self, sentence: str) -> None:
         code = 128 + (self.received or signal.SIGINT)
-        _print(f"{SHOW_CURSOR if os.isatty(2) else ''}Stopped {sentence}")
+        stages.print_error(f"{SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ''}Stopped {sentence}")
         distributed.end(code, "it was stopped by a signal.")  # if process 0 only left, JAX would abort the others
         os._exit(code)
 

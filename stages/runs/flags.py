@@ -11,6 +11,7 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig
 from engine.text.skipped_batches import Ranges, parse_ranges
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
+from stages.cli.process import outlive_terminal
 
 SkipBatchesFlag = Annotated[
     Ranges | None, parser(parse_ranges, "A..B"),
@@ -61,7 +62,7 @@ class MeshFlags:
     processes: Annotated[
         int | None,
         parser(lambda text: 0 if text == "auto" else integer(1)(text), "N|auto"),
-        default("as SLURM, Open MPI or a TPU slice started"),
+        default("as SLURM, Open MPI 4, or 5 with mpi4py, or a TPU slice started"),
     ] = None
     """`auto` asks Kubernetes too (with JAX's k8s extra); for N give --process and --coordinator."""
     process: Annotated[int | None, parser(integer(0), "I"), default("the cluster's")] = None
@@ -87,6 +88,7 @@ class MeshFlags:
         """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or distributed.in_cluster()):
             connect(self.processes or None, self.process, self.coordinator, self.join_within)
+            outlive_terminal()  # by the stderr that is now another
 
 
 def parse_lora(text: str) -> LoraConfig:

@@ -1,0 +1,119 @@
+"""How processes join, and the sentences for each way in which that fails; one that aborts says one sentence."""
+
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax._src.clusters.mpi4py_cluster import Mpi4pyCluster
+from tiny_runs import ROOT, tiny
+
+from engine import distributed
+from engine.coordinator import connect
+from engine.distributed import MISTAKE, RESTART, _explain_abort
+from engine.errors import UserError
+from stages.train import __main__ as train
+from stages.train.run import Training
+
+
+@pytest.fixture
+def initializations(monkeypatch):
+    """Lists the keyword arguments of each start of JAX's service, and starts none."""
+    arguments: list[dict] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: arguments.append(options))
+    for name in ("hide_library_errors", "begin"):
+        monkeypatch.setattr(distributed, name, lambda *_: None)
+    return arguments
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])
+def test_a_port_that_is_taken(initializations, address):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as taken:
+        taken.bind((address, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot listen at \[::\]:{port}: Address already in use"):
+            connect(2, 0, f"127.0.0.1:{port}", 1.0)
+
+
+def test_processes_that_count_themselves_differently(monkeypatch, initializations):
+    monkeypatch.setattr(distributed, "gather_strings", lambda own: [own, own.replace("2", "3")])
+    with pytest.raises(UserError, match=r"Process 1 has another --processes \(3\) than process 0 \(2\)"):
+        connect(2, 0, "127.0.0.1:0", 0.4)
+    assert initializations[0]["initialization_timeout"] == 1, "rounded up: 0 would be for ever"
+
+
+def test_a_coordinator_without_a_port(monkeypatch, initializations):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host")
+    with pytest.raises(UserError, match="The coordinator host has no port"):
+        connect(2, 1, None, 1.0)
+
+
+def test_open_mpi_5_wants_mpi4py(monkeypatch):
+    monkeypatch.setattr(Mpi4pyCluster, "is_env_present", lambda: False)
+    for name, value in {"WORLD_SIZE": 2, "WORLD_RANK": 0, "WORLD_LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(f"OMPI_COMM_{name}", str(value))
+    with pytest.raises(UserError, match="Open MPI 5 says which process this is only through mpi4py"):
+        connect(None, None, None, 1.0)
+
+
+def test_by_hand_there_is_one_process(monkeypatch, failing, text, tmp_path):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert "--by-hand runs in one process" in failing(
+        train.main, ["--by-hand", "--data", str(text), "--out-dir", str(tmp_path)]
+    )
+
+
+def test_a_process_that_ends_before_it_has_loaded_says_how_to_go_on(monkeypatch, failing, text, tmp_path):
+    def end(*_):
+        raise UserError(distributed._group.describe_saved())
+
+    monkeypatch.setattr(Training, "__init__", end)
+    assert "To go on: python -m stages.train" in failing(train.main, tiny(text, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("written", "activity", "code", "sentence"),
+    [
+        (
+            "tasks are unhealthy (stopped sending heartbeats):\n1\n12\nThe tasks",
+            "step 3",
+            RESTART,
+            "Process 2 lost process 1, 12,",
+        ),
+        ("UNAVAILABLE: Failed to send RPC to coordination service.", "step 3", RESTART, "Process 2 lost process 0,"),
+        ("terminate called: gloo::IoException", "step 3", RESTART, "Process 2 lost another one,"),
+        ("ABORTED: 1 unexpectedly tried to connect with", "", MISTAKE, "Process 1 was started twice"),
+        ("ABORTED: 1 unexpectedly tried to connect with", "step 3", RESTART, "Process 1 was started twice"),
+        ("ABORTED: 2 unexpectedly tried to connect with", "step 3", MISTAKE, "Process 2 was started twice"),
+        ("corrupted size vs. prev_size\n", "step 3", RESTART, "aborted by a library: corrupted size vs. prev_size\nNothing"),
+    ],
+)
+def test_an_abort_is_explained_by_what_the_library_wrote(monkeypatch, written, activity, code, sentence):
+    for name, value in {"process": 2, "activity": activity, "describe_saved": lambda: "Nothing."}.items():
+        monkeypatch.setattr(distributed._group, name, value, raising=False)
+    found, printed = _explain_abort(written)
+    assert (found, sentence in printed) == (code, True), printed
+
+
+ABORT = """
+import os, sys
+from engine import distributed
+distributed.hide_library_errors("Not all met.")
+os.write(2, b"of joining\\n")
+distributed._group.joining = distributed._take_library_errors()[:0]
+os.write(2, b"a warning\\n")
+distributed._show_library_errors()
+print("our own", file=sys.stderr)
+os.write(2, b"coordination_service.cc:1518] stopped sending heartbeats):\\n1\\n")
+distributed._show_library_errors()
+os.write(2, b"*** stack trace ***\\n")
+os.abort()
+"""
+
+
+def test_an_abort_prints_one_sentence_and_no_stack_trace():
+    run = subprocess.run([sys.executable, "-c", ABORT], cwd=ROOT, capture_output=True, text=True, check=False)
+    lost = "error: Process 0 lost process 1, which is gone or does not answer. Nothing was saved yet.\n"
+    assert (run.returncode, run.stderr) == (RESTART, f"a warning\nour own\n{lost}")
