@@ -12,7 +12,7 @@ import sys
 phase = "before anything was begun."  # printed after "Stopped" by `stop`
 
 
-def print_error(sentence: str) -> None:
+def write_stderr(sentence: str) -> None:
     """Writes past `print`, which the main thread may be in the middle of, to where stderr is now (`engine.distributed`)."""
     with contextlib.suppress(OSError):  # the terminal may be closed
         os.write(sys.stderr.fileno() if sys.stderr else 2, f"\n{sentence}\n".encode())
@@ -20,7 +20,7 @@ def print_error(sentence: str) -> None:
 
 def stop(number: int, _: object) -> None:
     """Ends the process at a signal before its command is running (`stages.cli.signals`) or after it is over."""
-    print_error(f"Stopped {phase}")
+    write_stderr(f"Stopped {phase}")
     os._exit(128 + number)
 
 

@@ -40,7 +40,7 @@ class SignalState:
     """
 
     answer: str | None = None
-    print: Callable[[str], None] = stages.print_error
+    print: Callable[[str], None] = stages.write_stderr
     received: int | None = None
     seen: bool = False
     phase: str = ""
@@ -90,7 +90,7 @@ class SignalState:
 
     def end_now(self, sentence: str) -> None:
         code = 128 + (self.received or signal.SIGINT)
-        stages.print_error(f"{SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ''}Stopped {sentence}")
+        stages.write_stderr(f"{SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ''}Stopped {sentence}")
         distributed.end(code, "it was stopped by a signal.")  # if process 0 only left, JAX would abort the others
         os._exit(code)
 
