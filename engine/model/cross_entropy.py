@@ -49,7 +49,8 @@ def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> A
     else:
         rows = sharding.spread_rows(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
         head = sharding.replicate(head_weight(cfg, params))
-        losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+        with jax.named_scope("head"):
+            losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 
 

@@ -1,6 +1,7 @@
 """The anatomy of a step: the buffers found in a scheduled program, what a block keeps, what is computed, and what moves."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -76,6 +77,12 @@ def test_a_way_of_training_holds_what_it_needs(memories):
     state = {name: memory.bytes["optimizer state"][0] for name, memory in memories.items()}
     assert state["LoRA"] < state["bottom half frozen"] < state["training"]
     assert state["decode"] == 0
+
+
+def test_backward_is_found_where_a_frozen_head_makes_logits_in_parts():
+    memory = drawn(dataclasses.replace(PRESETS["tiny"], vocab=16384), "LoRA")
+    assert 0 < memory.backward < memory.update
+    assert max(memory.bytes["residuals"]) > 1e6
 
 
 def test_inference_keeps_nothing(memories):
