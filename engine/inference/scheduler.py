@@ -5,11 +5,13 @@
 
 import bisect
 from collections import deque
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.inference.request import Request
 from engine.inference.sequence import STEPS, Sequence
-from engine.text.ngrams import NGrams
+
+if TYPE_CHECKING:
+    from engine.text.ngrams import NGrams
 
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
@@ -62,7 +64,7 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free."""
 
-    def __init__(self, slots: int, speculate: bool, ngrams: NGrams | None = None) -> None:
+    def __init__(self, slots: int, speculate: bool, ngrams: "NGrams | None" = None) -> None:
         self.slots, self.speculate, self.ngrams = slots, speculate, ngrams
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
-from engine.text.ngrams import NGrams
+
+if TYPE_CHECKING:
+    from engine.text.ngrams import NGrams
 
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
@@ -59,7 +62,7 @@ class Sequence:
         start = self.prefilled_tokens - done
         return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
 
-    def draft_tokens(self, count: int, ngrams: NGrams | None) -> list[int] | None:
+    def draft_tokens(self, count: int, ngrams: "NGrams | None") -> list[int] | None:
         """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately.
 
         `ngrams`: the model's trained draft.

@@ -7,8 +7,11 @@ drafts before it were right, it is the token that decoding one by one would give
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from engine.text.ngrams import Answers, NGrams
+if TYPE_CHECKING:
+    from engine.text.ngrams import Answers, NGrams
+
 
 # How often the token that followed the last 1, 2, ... tokens of a text follows again: where measuring begins.
 CHANCES = (0.1, 0.35, 0.5, 0.6)
@@ -22,7 +25,7 @@ Candidate = tuple[int, int, float]  # a source, its token, and how often that is
 class Drafter:
     """Drafts the next tokens of one text; measures how often each source is right."""
 
-    def __init__(self, text: Sequence[int], ngrams: NGrams | None = None) -> None:
+    def __init__(self, text: Sequence[int], ngrams: "NGrams | None" = None) -> None:
         self._text: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the place after them, the last time
         self._ngrams = ngrams
@@ -81,7 +84,7 @@ class Drafter:
         return min(chance * right / expected, 1.0)
 
 
-def tokens_per_step(answers: Answers, ngrams: NGrams | None, count: int) -> float:
+def tokens_per_step(answers: "Answers", ngrams: "NGrams | None", count: int) -> float:
     """Returns how many tokens a step of a lone sequence gives on these answers, at most 1 + `count`."""
     steps = tokens = 0
     for text, at in answers:
