@@ -11,18 +11,16 @@ from engine.errors import UserError
 HEARTBEAT = 8  # seconds without one until JAX gives a process up
 
 
-def connect(processes: int | None, process: int | None, coordinator: str | None, seconds: float) -> None:
-    """Joins the processes of a run within `seconds`; None: as the cluster says. Must come before JAX's backend starts.
+def find_coordinator(
+    processes: int | None, process: int | None, coordinator: str | None, seconds: float
+) -> tuple[str, int, int]:
+    """Returns the coordinator's `host:port`, the number of processes and of this one; None: as the cluster says.
 
-    Raises UserError when the cluster says nothing, the coordinator's `host:port` is taken or nobody listens there, and when
-    processes count themselves differently.
+    Raises UserError when the cluster says nothing, when the port is taken, and when nobody listens there within `seconds`.
     """
     import jax
     from jax._src import clusters
-    from jax._src import distributed as jax_distributed
 
-    # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
-    jax.config.update("jax_enable_preemption_service", False)
     if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:
         raise UserError(
             "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE and JAX_MTLS_CA_FILE."
@@ -31,10 +29,9 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         path = getattr(jax.config, f"jax_mtls_{name.lower()}_file")
         if path and not os.access(path, os.R_OK):
             raise UserError(f"JAX_MTLS_{name}_FILE names {path}, which is not there or cannot be read.")
-    timeout = math.ceil(seconds)  # 0 would be for ever
     try:
         address, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process, None, None, timeout
+            coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process, None, None, math.ceil(seconds)
         )
     except RuntimeError as error:
         if "mpi4py" in str(error):
@@ -50,10 +47,24 @@ def connect(processes: int | None, process: int | None, coordinator: str | None,
         _reach(address, seconds)
     else:
         _refuse_taken(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or f"[::]:{address.rpartition(':')[2]}")
-    distributed.hide_library_errors(
+    return address, processes, process
+
+
+def join(address: str, processes: int, process: int, seconds: float) -> None:
+    """Joins the processes of a run within `seconds`. Must come before JAX's backend starts.
+
+    Raises UserError when JAX's service cannot start, and when processes count themselves differently.
+    """
+    import jax
+    from jax._src import distributed as jax_distributed
+
+    # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
+    jax.config.update("jax_enable_preemption_service", False)
+    distributed.handle_abort(
         f"Not all {processes} processes met at {address} within {seconds:g} s: start each once, with its own --process and the "
         "same --processes."
     )
+    timeout = math.ceil(seconds)  # 0 would be for ever
     try:
         jax.distributed.initialize(
             address, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT

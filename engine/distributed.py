@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -58,20 +57,19 @@ _group = _Group()
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
 
 
-def hide_library_errors(joining: str) -> None:
-    """Has file descriptor 2 write to a file, which `_watch` copies to stderr, and makes one sentence of JAX's abort().
+def hide_library_errors() -> int:
+    """Has file descriptor 2 write to a file, which `_watch` copies to where it wrote before; returns a descriptor of that.
 
-    JAX writes a stack trace before it aborts a process. `joining`: the sentence for an abort before `begin`.
+    JAX writes a stack trace before it aborts a process, for which there is one sentence.
     """
-    _group.joining, _group.error_output = joining, os.dup(2)
-    sys.stderr = os.fdopen(_group.error_output, "w", buffering=1, errors="backslashreplace", closefd=False)
+    _group.error_output = os.dup(2)
     written, path = tempfile.mkstemp()
     _group.library_errors = os.open(path, os.O_RDONLY)
     os.unlink(path)
     os.dup2(written, 2)
     os.close(written)
     atexit.register(_show_library_errors)
-    _handle_abort()
+    return _group.error_output
 
 
 def begin(client: Any, process: int, processes: int) -> None:
@@ -282,11 +280,12 @@ def _show_library_errors() -> None:
             os.write(_group.error_output, text.encode())
 
 
-def _handle_abort() -> None:
+def handle_abort(joining: str) -> None:
     """Makes one sentence of JAX's abort(), by which it ends a process when the coordinator or a heartbeat is gone.
 
-    A handler in Python would run too late.
+    Before `begin` it is `joining`. A handler in Python would run too late.
     """
+    _group.joining = joining
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handle(_: int) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from engine import distributed
-from engine.coordinator import connect
+from engine.coordinator import find_coordinator, join
 from engine.errors import UserError
 from engine.model.config import LoraConfig
 from engine.text.skipped_batches import Ranges, parse_ranges
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
-from stages.cli.process import outlive_terminal
+from stages.cli.process import print_errors_on
 
 SkipBatchesFlag = Annotated[
     Ranges | None, parser(parse_ranges, "A..B"),
@@ -87,8 +87,9 @@ class MeshFlags:
     def connect(self) -> None:
         """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or distributed.in_cluster()):
-            connect(self.processes or None, self.process, self.coordinator, self.join_within)
-            outlive_terminal()  # by the stderr that is now another
+            place = find_coordinator(self.processes or None, self.process, self.coordinator, self.join_within)
+            print_errors_on(distributed.hide_library_errors())
+            join(*place, self.join_within)
 
 
 def parse_lora(text: str) -> LoraConfig:

@@ -10,44 +10,38 @@ from jax._src.clusters.mpi4py_cluster import Mpi4pyCluster
 from tiny_runs import ROOT, tiny
 
 from engine import distributed
-from engine.coordinator import connect
+from engine.coordinator import find_coordinator, join
 from engine.distributed import MISTAKE, RESTART, _explain_abort
 from engine.errors import UserError
 from stages.train import __main__ as train
 from stages.train.run import Training
 
 
-@pytest.fixture
-def initializations(monkeypatch):
-    """Lists the keyword arguments of each start of JAX's service, and starts none."""
-    arguments: list[dict] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: arguments.append(options))
-    for name in ("hide_library_errors", "begin"):
-        monkeypatch.setattr(distributed, name, lambda *_: None)
-    return arguments
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])
-def test_a_port_that_is_taken(initializations, address):
+def test_a_port_that_is_taken(address):
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as taken:
         taken.bind((address, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot listen at \[::\]:{port}: Address already in use"):
-            connect(2, 0, f"127.0.0.1:{port}", 1.0)
+            find_coordinator(2, 0, f"127.0.0.1:{port}", 1.0)
 
 
-def test_processes_that_count_themselves_differently(monkeypatch, initializations):
+def test_processes_that_count_themselves_differently(monkeypatch):
+    starts: list[dict] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: starts.append(options))
+    for name in ("handle_abort", "begin"):
+        monkeypatch.setattr(distributed, name, lambda *_: None)
     monkeypatch.setattr(distributed, "gather_strings", lambda own: [own, own.replace("2", "3")])
     with pytest.raises(UserError, match=r"Process 1 has another --processes \(3\) than process 0 \(2\)"):
-        connect(2, 0, "127.0.0.1:0", 0.4)
-    assert initializations[0]["initialization_timeout"] == 1, "rounded up: 0 would be for ever"
+        join("127.0.0.1:0", 2, 0, 0.4)
+    assert starts[0]["initialization_timeout"] == 1, "rounded up: 0 would be for ever"
 
 
-def test_a_coordinator_without_a_port(monkeypatch, initializations):
+def test_a_coordinator_without_a_port(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host")
     with pytest.raises(UserError, match="The coordinator host has no port"):
-        connect(2, 1, None, 1.0)
+        find_coordinator(2, 1, None, 1.0)
 
 
 def test_open_mpi_5_wants_mpi4py(monkeypatch):
@@ -55,7 +49,7 @@ def test_open_mpi_5_wants_mpi4py(monkeypatch):
     for name, value in {"WORLD_SIZE": 2, "WORLD_RANK": 0, "WORLD_LOCAL_RANK": 0}.items():
         monkeypatch.setenv(f"OMPI_COMM_{name}", str(value))
     with pytest.raises(UserError, match="Open MPI 5 says which process this is only through mpi4py"):
-        connect(None, None, None, 1.0)
+        find_coordinator(None, None, None, 1.0)
 
 
 def test_by_hand_there_is_one_process(monkeypatch, failing, text, tmp_path):
@@ -100,7 +94,9 @@ def test_an_abort_is_explained_by_what_the_library_wrote(monkeypatch, written, a
 ABORT = """
 import os, sys
 from engine import distributed
-distributed.hide_library_errors("Not all met.")
+from stages.cli.process import print_errors_on
+print_errors_on(distributed.hide_library_errors())
+distributed.handle_abort("Not all met.")
 os.write(2, b"of joining\\n")
 distributed._group.joining = distributed._take_library_errors()[:0]
 os.write(2, b"a warning\\n")

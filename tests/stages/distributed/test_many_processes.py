@@ -17,7 +17,8 @@ import pytest
 from many_processes import FLAGS, STEPS, finish, until, until_saved
 from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
-from engine import coordinator, distributed
+from engine import distributed
+from engine.coordinator import find_coordinator
 from engine.distributed import RESTART
 from engine.errors import UserError
 from engine.storage import checkpoint
@@ -176,7 +177,7 @@ def test_a_certificate_that_is_not_there_is_named(tmp_path):
     jax.config.update("jax_mtls_key_file", str(tmp_path / "key.pem"))
     try:
         with pytest.raises(UserError, match=r"JAX_MTLS_KEY_FILE names .*key.pem"):
-            coordinator.connect(2, 0, "127.0.0.1:1", 1.0)
+            find_coordinator(2, 0, "127.0.0.1:1", 1.0)
     finally:
         jax.config.update("jax_mtls_key_file", None)
 
