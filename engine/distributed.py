@@ -301,7 +301,8 @@ def _explain_abort(text: str) -> tuple[int, str]:
     if again := re.search(r"(\d+) unexpectedly tried to connect", text):
         # A mistake, where the one that had the number lives; others cannot know, and before the first step take it for one.
         code = MISTAKE if int(again[1]) == _group.process or not _group.activity else RESTART
-        return code, f"Process {again[1]} was started twice: start each once, with its own --process. {_group.describe_saved()}"
+        saved = f" {_group.describe_saved()}" if code == RESTART else ""
+        return code, f"Process {again[1]} was started twice: start each once, with its own --process.{saved}"
     if silent := re.search(r"stopped sending heartbeats\):\s+(\d+(?:\s+\d+)*)", text):
         other = f"process {', '.join(silent[1].split())}"
     elif re.search("Failed to send RPC to coordination service|CoordinationService/Heartbeat", text):
