@@ -9,7 +9,7 @@ from engine.errors import UserError, did_you_mean
 from engine.inference.request import Event, Request
 from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
-from engine.inference.slots import Slots
+from engine.inference.slots import CHUNK, Slots
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -122,8 +122,9 @@ class ChatSession:
         capacity = min(capacity, self.cfg.context)
         if self._slots is None or self._slots.capacity != capacity:
             self._slots = Slots(
-                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype, ngrams=self.ngrams
-            )
+                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype, ngrams=self.ngrams,
+                tail=CHUNK,  # one program for prompts of any length, which `warm` has compiled
+            )  # fmt: skip
         id = self._slots.submit(Request(tuple(prompt), sampling))
         try:
             while self._slots.busy:
