@@ -17,7 +17,7 @@ def write_page(folder: Path, document: Json) -> Path:
     """Writes `folder`/life.html and returns its path."""
     training, tuning, serving = document["rows"]
     here = [training["usd"], tuning["usd"], serving["usd"] / serving["tokens"]]
-    large = [row["money"][1] for row in document["large"]["rows"]]
+    large = [row["dollars"][1] for row in document["large"]["rows"]]
     charts = [
         [_chart(once, each_time, of_token, even, wide) for wide in (True, False)]
         for (once, each_time, of_token), even in (

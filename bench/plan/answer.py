@@ -65,10 +65,10 @@ def around(middle: float, spread: float, unit: str, origin: str) -> Interval:
 
 
 def costs(hours: Interval, d: Any) -> dict[str, Interval]:
-    """Returns money and energy of device-hours, where the device has a price and watts."""
+    """Returns dollars and energy of device-hours, where the device has a price and watts."""
     lines = {}
     for name, unit, low, high, origin in (
-        ("money", "dollars", d.low, d.high, f"${d.low:g} to ${d.high:g} a device-hour: {d.price}"),
+        ("dollars", "dollars", d.low, d.high, f"${d.low:g} to ${d.high:g} a device-hour: {d.price}"),
         ("energy", "kWh", *(share * d.watts / 1000 for share in POWER), f"{d.watts:g} W, of which runs draw 89% to 110%"),
     ):
         if high:

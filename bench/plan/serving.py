@@ -80,15 +80,15 @@ def plan_serving(
             f"{format_bytes(cache)}, and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
             f"Give --devices {enough}{', or --precision int8' if bits == 16 else ''}."
         )
-    rate = around(most["requests"], fit.spread, "requests", fit.origin)
+    rate = around(most["requests"], fit.spread, "requests a second", f"of a replica; {fit.origin}")
     replicas = [math.ceil(requests / each) for each in (rate.high, rate.middle, rate.low)]
     # At this load no more requests are under way than keep up with it.
     loads = (load(2**power) for power in range(int(most["batch"]).bit_length()))
     loaded = next((each for each in loads if each["requests"] >= requests / replicas[1]), most)
     at_once = f"at this load: {loaded['batch']:g} at once"
     lines = {
-        "tokens a second": around(most["tokens"], fit.spread, "tokens", f"of a replica at its most; {fit.origin}"),
-        "requests a second": rate,
+        "can serve at most": rate,
+        "answer tokens at most": around(most["tokens"], fit.spread, "a second", f"of a replica at its most; {fit.origin}"),
         "replicas": interval(replicas, "replicas", "for the requests asked for"),
         "first token": around(loaded["first_token"], fit.spread, "seconds", "without waiting in a queue"),
         "between tokens": around(loaded["token_seconds"], fit.spread, "seconds", at_once),
@@ -97,12 +97,13 @@ def plan_serving(
     for label, line in costs(interval((count * devices for count in replicas), "hours", ""), d).items():
         lines[f"{label} a day"] = interval((24 * bound for bound in line[:3]), line.unit, line.origin)
         per_million = (bound / (3600 * requests * answer) * 1e6 for bound in line[:3])
-        lines[f"{label} a million tokens"] = interval(per_million, line.unit, "all replicas, over the tokens asked for")
+        lines[f"{label} a million answer tokens"] = interval(per_million, line.unit, "all replicas, over the tokens asked for")
     parts = {
-        "prefilling": "prefill: compute", "reading": "reading the weights: memory bandwidth",
-        "attending": "reading the KV cache: memory bandwidth", "multiplying": "products of decoding: compute",
-        "launching": "starting kernels, for few requests run at once",
+        "prefilling": "prefill, by compute", "reading": "reading the weights, by memory bandwidth",
+        "attending": "reading the KV cache, by memory bandwidth", "multiplying": "products of decoding, by compute",
+        "launching": f"launching kernels, because only {loaded['batch']:g} requests run at once",
     }  # fmt: skip
     slowest = max(parts, key=lambda part: loaded[part])
     question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
-    return Answer(question, lines, f"{parts[slowest]}, {loaded[slowest] / loaded['token_seconds']:.0%} of the time")
+    share = loaded[slowest] / loaded["token_seconds"]
+    return Answer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
