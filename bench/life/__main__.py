@@ -69,7 +69,7 @@ def measure_life(flags: LifeFlags) -> Json:
         row["usd"] = row["seconds"] / 3600 * flags.price
         row["joules"] = read_joules or (flags.watts and flags.watts * row["seconds"])
         row["joules_by"] = (
-            "RAPL, of the processor" if read_joules else f"{flags.watts:g} W, as --watts says" if flags.watts else None
+            "RAPL, of the processor" if read_joules else f"assumed {flags.watts:g} W (--watts)" if flags.watts else None
         )
     document: Json = {"rows": rows, "price": flags.price, "even": even_tokens(rows), "large": planned_rows()}
     large = document["large"]["rows"]

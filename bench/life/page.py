@@ -42,5 +42,5 @@ def _chart(training: float, tuning: float, each: float, even: float, wide: bool)
     heights = [y for line in lines for _, y in line.points]
     x_axis = Axis("tokens of answers", low, high, lambda value: in_words(value, short=True))
     dollars = lambda value: f"${si(value, '', short=True) if value >= 1000 else f'{value:.9f}'.rstrip('0').rstrip('.')}"
-    y_axis = Axis("cost, dollars", min(heights) / 1.5, max(heights) * 1.5, dollars)
+    y_axis = Axis("cost, dollars", 10.0 ** math.floor(math.log10(min(heights))), max(heights) * 1.5, dollars)
     return curves(lines, x_axis, y_axis, wide, rings=[(even, training)])

@@ -63,10 +63,10 @@ def test_each_stage_is_told_from_its_own_files(runs, capsys):
     for row in document["rows"]:
         assert row["joules"] == pytest.approx(100 * row["seconds"])
         assert row["usd"] == pytest.approx(row["seconds"] / 1000)
-    assert "Energy: 100 W, as --watts says." in printed
+    assert "Energy: assumed 100 W (--watts)." in printed
     source = (runs / "page" / "life.html").read_text()
     said = [line[11:] for line in printed.splitlines() if line.startswith("  ")]
-    assert len(said) == 6 * 4
+    assert len(said) == 6 * 5
     assert [words for words in said if words not in source] == []
     assert "http" not in source
     assert "<script" not in source
