@@ -1,9 +1,10 @@
 """Lays out the pictures of a model's anatomy, in units of a phone's pixels."""
 
-from collections.abc import Sequence
+import cmath
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.report.charts import decade_ticks, even_ticks, linear, logarithmic, separate, svg_path
+from bench.report.charts import decade_ticks, even_ticks, linear, logarithmic, svg_path
 from engine.format import si
 
 WIDTH, HEIGHT = 360.0, 230.0
@@ -49,7 +50,7 @@ def stacked_areas(
 def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], width: float) -> dict[str, Any]:
     """Returns the layout of points (name, flops, bytes, seconds, whether it runs backward) under the two lines of a machine.
 
-    `peak` in FLOP/s, `bandwidth` in bytes/s. Points are numbered from left to right, the numbers at the foot.
+    `peak` in FLOP/s, `bandwidth` in bytes/s. Points are numbered from left to right, each number beside its dot.
     """
     placed = [
         {"name": point["name"], "intensity": point["flops"] / point["bytes"], "rate": point["flops"] / point["seconds"],
@@ -63,11 +64,12 @@ def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], wi
     bottom_rate, top_rate = min(bandwidth * low, *rates) / 4, max(peak, *rates) * 2
     left, right, top, bottom = 58.0, width - 8, 26.0, 0.66 * width if width < 400 else 330.0
     x, y = logarithmic(low, high, left, right), logarithmic(bottom_rate, top_rate, bottom, top)
-    numbers = separate([x(point["intensity"]) for point in placed], 16, left + 10, right - 10)
-    for point, number in zip(placed, numbers):
-        point |= {"x": x(point["intensity"]), "y": y(point["rate"]), "at": number}
+    dots = [complex(x(point["intensity"]), y(point["rate"])) for point in placed]
+    inside = lambda place: left + 8 < place.real < right - 8 and top + 8 < place.imag < bottom - 8
+    for point, dot, number in zip(placed, dots, _beside(dots, inside)):
+        point |= {"x": dot.real, "y": dot.imag, "at": (number.real, number.imag)}
         point["share"] = point["rate"] / min(peak, point["intensity"] * bandwidth)
-        point["drop"] = svg_path([(point["x"], point["y"] + 5), (number, bottom - 20)])
+        point["drop"] = svg_path([(point["x"], point["y"]), point["at"]]) if abs(number - dot) > 14 else ""
     start = max(low, bottom_rate / bandwidth)
     foot, knee = (x(start), y(start * bandwidth)), (x(corner), y(peak))
     return {
@@ -76,3 +78,14 @@ def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], wi
         "levels": [(y(value), si(value, "", short=True)) for value in decade_ticks(bottom_rate, top_rate, 8)],
         "ticks": [(x(value), f"{value:g}") for value in decade_ticks(low, high, 6)],
     }  # fmt: skip
+
+
+def _beside(dots: Sequence[complex], inside: Callable[[complex], bool]) -> list[complex]:
+    """Returns a place for each dot's number: the nearest inside that covers no dot and no number before it."""
+    numbers: list[complex] = []
+    for dot in dots:
+        tried = (dot + cmath.rect(radius, turn * cmath.pi / 8) for radius in range(13, 400, 6) for turn in range(16))
+        taken = [(other, 12) for other in dots] + [(other, 16) for other in numbers]
+        apart = lambda place: all(abs((place - at).real) >= wide or abs((place - at).imag) >= 12 for at, wide in taken)  # noqa: B023
+        numbers.append(next((place for place in tried if inside(place) and apart(place)), dot))
+    return numbers

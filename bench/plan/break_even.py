@@ -40,7 +40,7 @@ def plan_break_even(
     method = next(iter(investments))
     computed, cached = (lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with"))
     note = (
-        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} with a prefix cache). By the bounds: "
+        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} cached). By the bounds: "
         f"put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} requests are to come, and into "
         f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, {in_words(cached.low)} and "
         f"{in_words(cached.high)}. That is computing alone: examples cost too, and how good answers are must be measured."

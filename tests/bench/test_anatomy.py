@@ -291,7 +291,10 @@ def test_the_roofline_draws_the_points_to_scale():
     decade = abs(right["y"] - left["y"]) / 2  # 1e9 to 1e11 operations a second
     assert near["y"] - right["y"] == pytest.approx(decade * math.log10(100 / 55))
     assert (right["x"] - left["x"]) / 3 == pytest.approx((near["x"] - right["x"]) / math.log10(1.1))
-    assert near["at"] - right["at"] >= 16
+    number = {point["name"]: complex(*point["at"]) for point in chart["points"]}
+    assert abs(number["near"] - number["right"]) >= 12
+    for name, place in number.items():  # beside its own dot
+        assert min(chart["points"], key=lambda point: abs(place - complex(point["x"], point["y"])))["name"] == name
     assert all(chart["left"] <= point["x"] <= chart["right"] for point in chart["points"])
 
 
