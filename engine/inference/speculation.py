@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # How often the token that followed the last 1, 2, ... tokens of a text follows again: where measuring begins.
 CHANCES = (0.1, 0.35, 0.5, 0.6)
-MIN_CHANCE = 0.06  # that a draft token and those before it are right, for checking it to pay: a row's share of a step
+MIN_CHANCE = 0.15  # that a draft token and those before it are right, for checking it to pay: what a row adds to a step
 MIN_SHARE = 0.12  # of places whose first draft token is right, for looking again soon to pay
 DECAY = 0.95  # weight of the past in what is measured
 TRAINED = 0  # the trained draft among the sources; the others are lengths in a text

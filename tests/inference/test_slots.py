@@ -143,7 +143,7 @@ def test_a_trained_draft_changes_when_tokens_come_and_not_which(dtype, temperatu
     """One that has seen this very completion, and one that has seen others."""
     request = request_of(text(5, 9), 29, temperature=temperature, seed=2, logprobs=3)
     expected, steps = complete_alone(dtype, request), []
-    right = [([*request.prompt, *expected.tokens], len(request.prompt))] * 4
+    right = [([*request.prompt, *expected.tokens], len(request.prompt))] * 40
     for ngrams in (None, TRAINED, count_ngrams(right, 41)):
         slots = make_slots(dtype, ngrams=ngrams)
         assert complete(slots, [request]) == [expected]
