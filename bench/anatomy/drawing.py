@@ -81,11 +81,14 @@ def roofline(peak: float, bandwidth: float, points: Sequence[dict[str, Any]], wi
 
 
 def _beside(dots: Sequence[complex], inside: Callable[[complex], bool]) -> list[complex]:
-    """Returns a place for each dot's number: the nearest inside that covers no dot and no number before it."""
+    """Returns a place for each dot's number: the nearest inside that covers no dot and no number before it, and
+    is no more than 4 nearer to another dot."""
     numbers: list[complex] = []
     for dot in dots:
         tried = (dot + cmath.rect(radius, turn * cmath.pi / 8) for radius in range(13, 400, 6) for turn in range(16))
         taken = [(other, 12) for other in dots] + [(other, 16) for other in numbers]
         apart = lambda place: all(abs((place - at).real) >= wide or abs((place - at).imag) >= 12 for at, wide in taken)  # noqa: B023
-        numbers.append(next((place for place in tried if inside(place) and apart(place)), dot))
+        free = [place for place in tried if inside(place) and apart(place)]
+        own = [place for place in free if abs(place - dot) < 4 + min(abs(place - other) for other in dots)]
+        numbers.append((own or free or [dot])[0])
     return numbers
