@@ -248,22 +248,22 @@ def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
     return jax.tree.unflatten(treedef, [results[place] for place in range(len(leaves))])
 
 
-def group_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] | None = None) -> Any:
-    """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis.
-
-    `change(x, widths, before, after)` gives what stands for an array whose columns are to be grouped; None: the array.
-    """
-    return _change_groups(cfg, tree, 1, column_shards(), change or change_array)
-
-
-def ungroup_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] | None = None) -> Any:
-    """The inverse of `group_columns`: parameters ordered as in files."""
-    return _change_groups(cfg, tree, column_shards(), 1, change or change_array)
-
-
 def change_array(x: Array, widths: Sequence[int], before: int, after: int) -> Array:
     """Returns x with its columns, of parts of these widths, in `after` groups for `before`."""
     return join_groups(split_groups(x, widths, -1, before), -1, after)
+
+
+def group_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] = change_array) -> Any:
+    """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis.
+
+    `change(x, widths, before, after)` gives what stands for an array whose columns are to be grouped.
+    """
+    return _change_groups(cfg, tree, 1, column_shards(), change)
+
+
+def ungroup_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] = change_array) -> Any:
+    """The inverse of `group_columns`: parameters ordered as in files."""
+    return _change_groups(cfg, tree, column_shards(), 1, change)
 
 
 def _change_groups(cfg: ModelConfig, tree: Any, before: int, after: int, change: Callable[..., Any]) -> Any:

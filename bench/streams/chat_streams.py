@@ -17,7 +17,7 @@ from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import Slots
-from engine.text.ngrams import NGrams
+from engine.ngrams import NGrams
 
 PROMPTS = Path(__file__).with_name("prompts.toml")
 ROUNDS, MOST_TOKENS = 3, 48  # of a whole set; of an answer

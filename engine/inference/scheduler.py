@@ -11,7 +11,7 @@ from engine.inference.request import Request
 from engine.inference.sequence import STEPS, Sequence
 
 if TYPE_CHECKING:
-    from engine.text.ngrams import NGrams
+    from engine.ngrams import NGrams
 
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end

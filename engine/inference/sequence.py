@@ -8,7 +8,7 @@ from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
 
 if TYPE_CHECKING:
-    from engine.text.ngrams import NGrams
+    from engine.ngrams import NGrams
 
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
 

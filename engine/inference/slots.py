@@ -31,7 +31,7 @@ from engine.inference.sequence import Sequence
 from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
-from engine.text.ngrams import NGrams
+from engine.ngrams import NGrams
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most

@@ -1,7 +1,7 @@
 """Speculative decoding: draft tokens from the text itself and from what the model usually says, checked by idle rows.
 
 A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena 2023; after Leviathan et al.
-2023, 2211.17192), or in the answers that a draft was trained on (`engine/text/ngrams.py`): whichever is right more often in
+2023, 2211.17192), or in the answers that a draft was trained on (`engine/ngrams.py`): whichever is right more often in
 this text. Each idle row samples the token after one draft token, with the key of its position. If the
 drafts before it were right, it is the token that decoding one by one would give, greedy or not.
 """
@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.text.ngrams import Answers, NGrams
-
+    from engine.ngrams import Answers, NGrams
 
 # How often the token that followed the last 1, 2, ... tokens of a text follows again: where measuring begins.
 CHANCES = (0.1, 0.35, 0.5, 0.6)

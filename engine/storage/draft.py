@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
+from engine.ngrams import LENGTHS, NGrams
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.untrusted import quote
-from engine.text.ngrams import LENGTHS, NGrams
 
 BASE, ROWS = "thrice.base", "ngrams"
 

@@ -12,8 +12,8 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import CHUNK, Slots
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
+from engine.ngrams import NGrams
 from engine.text.chat_tokenizer import ChatTokenizer
-from engine.text.ngrams import NGrams
 from stages.cli.flags import CompletionFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(CompletionFlags))  # that can be changed between turns

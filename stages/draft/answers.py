@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
+from engine.ngrams import Answers
 from engine.text.chat_tokenizer import ChatTokenizer
-from engine.text.ngrams import Answers
 
 MAX_QUESTION, MAX_ANSWER = 64, 200  # tokens
 QUESTIONS = SamplingParams(temperature=1.0, top_k=64)

@@ -15,11 +15,11 @@ from engine.inference.speculation import tokens_per_step
 from engine.model.config import ModelConfig
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
+from engine.ngrams import Answers, count_ngrams
 from engine.storage.digest import digest
 from engine.storage.draft import draft_path, save_draft
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
-from engine.text.ngrams import Answers, count_ngrams
 from stages.cli.console import Console
 from stages.cli.sampling import choose_sampling
 from stages.draft.answers import SelfChat

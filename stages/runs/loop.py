@@ -161,8 +161,8 @@ class Loop:
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
-            own = lambda: signal_state.received or (SIGPIPE if self.failure else None)
-            stopped = lambda: self.signal if distributed.process_count() > 1 else own()
+            own_signal = lambda: signal_state.received or (SIGPIPE if self.failure else None)
+            stopped = lambda: self.signal if distributed.process_count() > 1 else own_signal()
             self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not stopped():
@@ -173,7 +173,7 @@ class Loop:
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
                 # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
-                numbers = distributed.gather_numbers(end - begin, own() or 0)
+                numbers = distributed.gather_numbers(end - begin, own_signal() or 0)
                 self.signal = int(max(number for _, number in numbers)) or None
                 self._count(refused, numbers[0][0])
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step

@@ -5,8 +5,8 @@ from tiny import lively_params, tiny_config
 
 from bench.streams.chat_streams import measure_chats, our_chats, read_prompts
 from engine.inference.decode import prepare_params
+from engine.ngrams import count_ngrams
 from engine.text.conversations import SHIPPED, read_conversations
-from engine.text.ngrams import count_ngrams
 
 
 def test_the_prompts_are_two_sets_and_nobody_trains_on_them():

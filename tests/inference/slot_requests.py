@@ -12,7 +12,7 @@ from engine.inference.decode import prepare_params
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
 from engine.model.weights.int8 import quantize
-from engine.text.ngrams import count_ngrams
+from engine.ngrams import count_ngrams
 
 SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache

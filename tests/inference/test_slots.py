@@ -33,7 +33,7 @@ from engine.inference.sequence import STEPS
 from engine.inference.slots import Slots, compile_ahead
 from engine.inference.speculation import Drafter
 from engine.model.transformer import forward
-from engine.text.ngrams import count_ngrams
+from engine.ngrams import count_ngrams
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 forward_ = jax.jit(forward, static_argnums=0)

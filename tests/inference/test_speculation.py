@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.inference.speculation import CHANCES, MIN_CHANCE, Drafter, tokens_per_step
-from engine.text.ngrams import count_ngrams
+from engine.ngrams import count_ngrams
 
 texts = st.lists(st.integers(0, 2), max_size=40)
 

@@ -18,8 +18,8 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.weights.int8 import matmul_rules, quantize
+from engine.ngrams import count_ngrams
 from engine.storage.digest import digest
-from engine.text.ngrams import count_ngrams
 
 ROWS, CAPACITY, CHUNK, MAX_TOKENS = 5, 64, 7, 11
 

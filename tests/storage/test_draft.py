@@ -5,10 +5,10 @@ import pytest
 from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
+from engine.ngrams import count_ngrams
 from engine.storage.digest import digest
 from engine.storage.draft import draft_path, find_draft, load_draft, save_draft
 from engine.storage.huggingface import safetensors
-from engine.text.ngrams import count_ngrams
 
 CFG = tiny_config()
 NGRAMS = count_ngrams([([n % 7, 2 * n % 40, 0, 3, n % 40], 1) for n in range(30)], CFG.vocab)

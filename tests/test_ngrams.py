@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.ngrams import FOLDS, NGrams, count_ngrams
+from engine.ngrams import FOLDS, NGrams, count_ngrams
 
 V = 5
 tokens = st.integers(0, V - 1)
