@@ -170,5 +170,5 @@ def defer_signals(answer: str, print: Callable[[str], None]) -> Iterator[SignalS
 
 def report_stop(stopped: Stopped) -> int:
     """Prints in which phase the command was stopped; returns the exit code."""
-    print(f"\nStopped {_now.phase}", file=sys.stderr, flush=True)
+    print(f"\nStopped {stages.phase}", file=sys.stderr, flush=True)
     return 128 + stopped.number

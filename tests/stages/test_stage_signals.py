@@ -206,9 +206,10 @@ try:
         signals.set_phase("while it tried.")
         os.close(screen)
         signal.raise_signal(signal.SIGHUP)
-except signals.Stopped:
-    print(stages.phase, flush=True)
+except signals.Stopped as stopped:
+    sys.stderr = sys.stdout
+    signals.report_stop(stopped)
     signal.raise_signal(signal.SIGHUP)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (129, "while it tried.\n")
+    assert (ended.returncode, ended.stdout) == (129, "\nStopped while it tried.\n")
