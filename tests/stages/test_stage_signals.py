@@ -195,7 +195,7 @@ def test_a_signal_that_a_library_makes_another_error_of_is_a_signal(capsys):
 def test_a_signal_after_the_terminal_closed_while_the_first_is_answered():
     """A terminal that closes sends two; the second may come once the block is left, and nothing can be printed then."""
     code = """
-import os, signal, sys
+import contextlib, os, signal, sys
 import stages
 from stages.cli import signals
 signal.signal(signal.SIGHUP, stages.stop)
@@ -207,8 +207,8 @@ try:
         os.close(screen)
         signal.raise_signal(signal.SIGHUP)
 except signals.Stopped as stopped:
-    sys.stderr = sys.stdout
-    signals.report_stop(stopped)
+    with contextlib.redirect_stderr(sys.stdout):
+        signals.report_stop(stopped)
     signal.raise_signal(signal.SIGHUP)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
