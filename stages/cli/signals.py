@@ -155,7 +155,7 @@ def handle_signals() -> Iterator[None]:
 
 def set_phase(phase: str) -> None:
     """Sets what is printed after "Stopped" when a signal comes."""
-    _now.phase = phase
+    _now.phase = stages.phase = phase
 
 
 @contextlib.contextmanager
