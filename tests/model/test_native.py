@@ -140,7 +140,7 @@ def test_a_compiler_that_fails(fresh, tmp_path):
 
 def test_another_processor(fresh):
     fresh.setattr(library, "processor", lambda: ("486", "fpu"))
-    without_kernel("this processor is not known to have dot products")
+    without_kernel("this processor is not known to multiply int8 fast")
 
 
 def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh):

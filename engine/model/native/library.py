@@ -33,7 +33,7 @@ COLUMNS, INPUTS = 16, 4  # of a step, as in the C file
 TARGET = "thrice_int8_matmul"  # as XLA knows it, and the C function's name
 # Sums in float32 are nowhere; without contraction a rounding is XLA's, and without traps it is done for many numbers at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-DOT_PRODUCTS = {"x86_64": {"avx512_vnni"}, "aarch64": {"asimddp"}}  # as /proc/cpuinfo calls the instructions
+INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 SECONDS = 60  # that a compiler may take; it takes one
 _lock = threading.Lock()
@@ -85,8 +85,8 @@ def _load() -> str:
 def build_library() -> Path:
     """Returns the shared library of this machine, built if need be. Raises _Unavailable or OSError."""
     machine, instructions = platform.machine(), processor()[1]
-    if not DOT_PRODUCTS.get(machine, set()) & {*instructions.split()}:
-        raise _Unavailable("this processor is not known to have dot products of int8")
+    if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
+        raise _Unavailable("this processor is not known to multiply int8 fast")
     problem = "there is no C compiler; install one, or the extra `native`"
     for compiler in _compilers():
         key = [SOURCE.read_text(), jaxlib.__version__, *FLAGS, machine, instructions, *compiler, *_stamp(compiler[0])]
