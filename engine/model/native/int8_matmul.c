@@ -62,19 +62,23 @@ static inline void write_sums(int32_t *to, Sums sums) {
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 enum { STRIPS = 1, TOO_HIGH = 0 };
-typedef int32x4x4_t Sums;
-typedef int8x16x4_t Weights;
+typedef struct { int32x4_t val[4]; } Sums;  // not int32x4x4_t, whose registers clang keeps next to one another, by moving them
+typedef struct { int8x16_t val[4]; } Weights;
 typedef int8x16_t Inputs;
 #define pause() __asm__ volatile("yield")
 static inline Sums filled(int32_t value) {
   const int32x4_t four = vdupq_n_s32(value);
   return (Sums){{four, four, four, four}};
 }
-static inline Weights read_weights(const int8_t *w) { return vld1q_s8_x4(w); }
+static inline Weights read_weights(const int8_t *w) {
+  return (Weights){{vld1q_s8(w), vld1q_s8(w + 16), vld1q_s8(w + 32), vld1q_s8(w + 48)}};
+}
 static inline Inputs spread(int32_t inputs) { return vreinterpretq_s8_s32(vdupq_n_s32(inputs)); }
 #define add_products(sums, weights, inputs) \
   for (int i = 0; i < 4; i++) (sums).val[i] = vdotq_s32((sums).val[i], (weights).val[i], inputs)
-static inline void write_sums(int32_t *to, Sums sums) { vst1q_s32_x4(to, sums); }
+static inline void write_sums(int32_t *to, Sums sums) {
+  for (int i = 0; i < 4; i++) vst1q_s32(to + 4 * i, sums.val[i]);
+}
 #else
 #error "this processor is not known to multiply int8 fast"
 #endif
@@ -170,6 +174,10 @@ static float round_row(const float *x, int64_t in, int digits, int8_t *rows, int
   if (scale == 0) scale = 1;
   const float inverse = 1 / scale;
   if (isnan(scale)) return scale;
+  if (isinf(scale)) {  // 0 or NaN, of which XLA makes 0 as well, and C anything
+    memset(rows, 0, digits * stride);
+    return scale;
+  }
   if (digits == 1) {
     for (int64_t i = 0; i < in; i++) rows[i] = (int32_t)rintf(x[i] * inverse);
   } else {
