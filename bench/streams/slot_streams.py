@@ -39,6 +39,7 @@ StreamResult = Json  # seconds of `prefill` and of `decode`, and the `tokens` of
 ROWS = (
     StreamRow("prefill_512", 1, 512, 3.0),
     StreamRow("decode_1", 1, 64, 0.65),
+    StreamRow("decode_1_after_512", 1, 512, None),
     StreamRow("decode_8", 8, 64, 1.7),
     StreamRow("decode_32", 32, 64, 2.6),
 )
