@@ -23,7 +23,7 @@ enum { ROUNDED = 16 * 1024 };                                // numbers that a t
 enum { PATIENCE = 10000 };                                   // looks at the others' parts before giving them the processor
 
 // Sums: 16 int32, a column each. Weights: a step. Inputs: 4 of one row, for each column. STRIPS of 16 columns share one
-// reading of the rows: as many as leave ROWS * STRIPS sums in registers.
+// reading of the rows: as many as leave ROWS * STRIPS sums in registers, or nearly.
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
 enum { STRIPS = 4, TOO_HIGH = 128 };  // the instruction takes weights without a sign: 128 too high
