@@ -152,7 +152,7 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], n
         "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
         "spread": None, "must": least, "usd_per_million_tokens": usd,
     }  # fmt: skip
-    line = f"{row.name:<17} {rate:7.0f} tokens/s, ${usd:.3f} a million"
+    line = f"{row.name:<18} {rate:7.0f} tokens/s, ${usd:.3f} a million"
     if "peer" in calls:
         # The share of tokens before each stream's first difference: our int8 and their four bits differ at a near-tie.
         pairs = zip(tokens["ours"], tokens["peer"])

@@ -161,7 +161,7 @@ def load_state(
     ])  # fmt: skip
     console.print_notes([note] if note else [])
     if engine_config.weights == "int8" and device.backend == "cpu" and slots.devices == 1 and (problem := native_problem()):
-        console.print_notes([f"A lone stream would be decoded two to three times as fast with the kernel in C, but {problem}."])
+        console.print_notes([f"A lone stream would be decoded about twice as fast with the kernel in C, but {problem}."])
     return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, make_chat, queue, price), ahead
 
 
