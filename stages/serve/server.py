@@ -93,6 +93,8 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Passes the data on, and starts the time limit when it begins a later head."""
+        if self.conn.their_state is h11.ERROR:
+            return  # refused
         super().data_received(data)
         if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()  # a head has begun, or a refused body goes on
@@ -100,11 +102,14 @@ class HttpProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Ends the time limit when a head is complete."""
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected:
             self._stop_waiting()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses in JSON what h11 cannot read, such as TLS, and hangs up."""
+        """Refuses in JSON what h11 cannot read, such as TLS, and lets the client hang up within the time limit.
+
+        A socket closed with data unread is reset, and a reset discards the refusal before the client has read it.
+        """
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = ApiError(400, "This is no HTTP request, or its head is too large.", code="bad_request").body
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
@@ -112,7 +117,11 @@ class HttpProtocol(H11Protocol):
             with contextlib.suppress(h11.LocalProtocolError):
                 for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        if self.cycle is not None:  # its reply goes nowhere now
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.write_eof()
+        self._wait()
 
     def _wait(self) -> None:
         self._stop_waiting()
