@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from engine.inference import decode
 from engine.inference import programs as slot_programs
-from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
+from engine.inference.decode import LONE_ROWS, decode_alone, decode_step, decode_steps, prefill, prepare_params
 from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.inference.score import score
 from engine.model.cache import segmented
@@ -186,15 +186,21 @@ def prefill_program(weights: str = "plain", rows: int = ROWS) -> Make:
 def decode_program(function: Any, weights: str = "plain") -> Make:
     def make(cfg: ModelConfig) -> Program:
         cache = jax.eval_shape(lambda: make_cache(cfg, ROWS, CAPACITY))
-        options = [sampling_shapes()] if function is decode_steps else []
+        options = [sampling_shapes(ROWS)] if function is decode_steps else []
         return Program(function, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, ROWS), cache, *options))
 
     return make
 
 
-def sampling_shapes() -> SamplingArrays:
-    number = shape_of(jnp.float32, ROWS)
-    return SamplingArrays(number, shape_of(jnp.int32, ROWS), number, number, shape_of(jnp.uint32, ROWS))
+def decode_alone_program(cfg: ModelConfig) -> Program:
+    cache, tokens = jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), shape_of(jnp.int32, 1, LONE_ROWS)
+    arguments = cfg, serving_params(cfg), tokens, cache, sampling_shapes(LONE_ROWS), shape_of(jnp.int32)
+    return Program(decode_alone, arguments)
+
+
+def sampling_shapes(rows: int) -> SamplingArrays:
+    number = shape_of(jnp.float32, rows)
+    return SamplingArrays(number, shape_of(jnp.int32, rows), number, number, shape_of(jnp.uint32, rows))
 
 
 def slots_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16") -> Make:
@@ -225,6 +231,7 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "decode_step, int8": decode_program(decode_step, "int8"),
     "decode_step, int8 widened": decode_program(decode_step, "full"),
     "decode_steps": decode_program(decode_steps),
+    "decode_alone": decode_alone_program,
     f"prefill_chunk {CHUNK}": slots_program(f"prefill_chunk {CHUNK}"),
     f"prefill_chunk {TAIL}": slots_program(f"prefill_chunk {TAIL}"),
     f"prefill_chunk {CHUNK}, int8": slots_program(f"prefill_chunk {CHUNK}", "int8", "int8"),
@@ -240,8 +247,7 @@ WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
         segmented._scatter, (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2))
     ),
     "first tokens": lambda cfg: Program(
-        decode._first_tokens,
-        (shape_of(jnp.float32, 1, cfg.vocab), jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), sampling_shapes()),
+        decode._first_tokens, (shape_of(jnp.float32, 1, cfg.vocab), shape_of(jnp.int32, 1), sampling_shapes(1))
     ),
     **{
         name: slots_program(name)

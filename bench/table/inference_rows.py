@@ -14,7 +14,7 @@ from engine.counting.flops import Flops, PassFlops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.program_flops import decode_program_flops, prefill_program_flops, score_program_flops
 from engine.counting.traffic import inference_bytes
-from engine.inference.decode import CHUNK, STEPS, decode_steps, padded_rows, prefill
+from engine.inference.decode import CHUNK, LONE_ROWS, STEPS, decode_steps, prefill
 from engine.inference.programs import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams
@@ -114,9 +114,9 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
     """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
 
-    On a CPU a lone request runs in a program of two rows, as in serving. `weights`: the type of matrices if not the config's.
+    A lone request's program has LONE_ROWS, as `generate`'s. `weights`: the type of matrices if not the config's.
     """
-    rows = padded_rows(requests)
+    rows = max(requests, LONE_ROWS)
     cache = random_cache(cfg, rows, length + STEPS)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))

@@ -1,15 +1,16 @@
 """Prefill and decode for rows that start together, in one contiguous KV cache of just their size.
 
 The shapes of `generate`'s programs depend on the number of rows, the capacity and the vocabulary, never on a request, so
-nothing is compiled while text is generated. They donate the cache, and no parameter.
+nothing is compiled while text is generated. They donate the cache, and no parameter. A lone prompt's program has a row for
+a draft token, whether there is one or not: its completion is the same to the bit.
 
-`slots.Slots`, for requests that come and go and for a lone stream with draft tokens, takes 1.4 times the CPU seconds to
-compile. Both sample the same tokens in float32; in bfloat16 they sum in another order.
+`slots.Slots`, for requests that come and go, takes 1.4 times the CPU seconds to compile. Both sample the same tokens in
+float32; in bfloat16 they sum in another order.
 """
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +22,23 @@ from engine.errors import UserError
 from engine.inference.request import Event, Request
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
+from engine.inference.scheduler import STEPS_BETWEEN_DRAFTS
 from engine.inference.sequence import STEPS, Sequence
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
-from engine.model.ops import ops, platform
+from engine.model.ops import platform
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
 
+if TYPE_CHECKING:
+    from engine.ngrams import NGrams
+
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
+LONE_ROWS = 2  # of a lone prompt's program, the second for a draft token: with one a CPU's products take a slower path
 
 
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
@@ -94,21 +100,29 @@ def decode_steps(
     return tokens.T, sharding.pin_cache(cache)
 
 
-@jax.jit
-def _first_tokens(logits: Array, cache: KVCache, sampling: SamplingArrays) -> tuple[Array, KVCache]:
-    """Pads logits and cache with empty rows, up to those of `sampling`, and samples each row's first token.
+@jax.jit(static_argnames="cfg", donate_argnames="cache")
+def decode_alone(
+    cfg: ModelConfig, params: Params, tokens: Array, cache: KVCache, sampling: SamplingArrays, steps: Array
+) -> tuple[Array, KVCache]:
+    """tokens (1, T) int32, the last one, then draft tokens or padding -> what is sampled after each, and the cache with them.
 
-    A lone prompt is prefilled alone, for its chunks have rows enough.
+    (STEPS, T) int32, of which the first `steps` rows are real; a step after the first one follows what was sampled after the
+    first token before. One program does one step or several: a token's numbers are the same to the bit.
     """
-    rows = len(sampling.seed)
-    pad = lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
-    logits, cache = sharding.pin_cache(jax.tree.map(pad, (logits, cache)))
-    return sample(logits, cache.length, sampling), cache
+
+    def step(i: Array, carry: Any) -> Any:
+        tokens, cache, sampled = carry
+        positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        logits, cache = forward(cfg, params, tokens, positions, cache)
+        new = sample(logits[0], positions[0] + 1, sampling)
+        return tokens.at[0, 0].set(new[0]), cache._replace(length=cache.length + 1), sampled.at[i].set(new)
+
+    sampled = jnp.zeros((STEPS, tokens.shape[1]), jnp.int32)
+    _, cache, sampled = jax.lax.fori_loop(0, steps, step, (tokens, cache, sampled))
+    return sampled, sharding.pin_cache(cache)
 
 
-def padded_rows(prompts: int) -> int:
-    """Returns the rows of a program for so many prompts: on a CPU at least two."""
-    return max(prompts, 2 if ops().pads_lone_row else 1)
+_first_tokens = jax.jit(sample)
 
 
 def complete(
@@ -124,11 +138,11 @@ def complete(
 
 def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
-    *, capacity: int | None = None,
+    *, capacity: int | None = None, ngrams: "NGrams | None" = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Yields each prompt's new tokens until a stop token, `max_tokens`, or `capacity` (default: the model's context) in all.
 
-    The first token comes after the prefill, then up to STEPS at a time.
+    The first token comes after the prefill, then up to STEPS at a time. `ngrams`: the model's trained draft, for a lone prompt.
 
     `params` are those of `prepare_params`, placed on the mesh if there is one. A prompt ends with 'stop' when it samples one
     of its `stop_token_ids` (which is not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves
@@ -151,22 +165,40 @@ def generate(
     fits = [dataclasses.replace(row, max_tokens=min(row.max_tokens, capacity - len(p))) for p, row in zip(prompts, sampling)]
     running = [Sequence(index, Request(tuple(prompt), row)) for index, (prompt, row) in enumerate(zip(prompts, fits))]
 
-    rows = padded_rows(len(prompts))
-    arrays = jax.device_put(sampling_arrays([*fits, *[fits[0]] * (rows - len(prompts))]))
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
     cache = placement.make_sharded_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
-    token, cache = _first_tokens(*_prefill_all(cfg, params, prompts, cache), arrays)
-    fresh = np.asarray(token)[:, None]
+    logits, cache = _prefill_all(cfg, params, prompts, cache)
+    arrays = jax.device_put(sampling_arrays(fits))
+    token = _first_tokens(logits, cache.length, arrays)
+    fresh, drafts = np.asarray(token)[:, None].tolist(), None
+    if len(prompts) == 1:  # each of its rows samples as it does
+        arrays = jax.device_put(sampling_arrays(fits * LONE_ROWS))
     while running:
         for sequence in running.copy():
-            tokens, reason = sequence.accept(fresh[sequence.id].tolist())
+            tokens, reason = sequence.accept(fresh[sequence.id], drafts)
             if reason:
                 running.remove(sequence)
             if tokens or reason:
                 yield Event(sequence.id, tokens, reason)
-        if running:
+        if running and len(prompts) == 1:
+            fresh[0], drafts, cache = _decode_lone(cfg, params, running[0], cache, arrays, ngrams)
+        elif running:
             sampled, cache = decode_steps(cfg, params, token, cache, arrays)
-            token, fresh = sampled[:, -1], np.asarray(sampled)
+            token, fresh = sampled[:, -1], np.asarray(sampled).tolist()
+
+
+def _decode_lone(
+    cfg: ModelConfig, params: Params, sequence: Sequence, cache: KVCache, sampling: SamplingArrays, ngrams: "NGrams | None"
+) -> tuple[list[int], list[int] | None, KVCache]:
+    """Returns the tokens sampled in one dispatch, the draft tokens after which all but the first were, and the cache."""
+    drafts = sequence.draft_tokens(min(LONE_ROWS, sequence.remaining) - 1, ngrams)
+    steps = 1 if drafts else STEPS if drafts is None else STEPS_BETWEEN_DRAFTS
+    tokens: Any = np.full((1, LONE_ROWS), sequence.last_token, np.int32)
+    if drafts:
+        tokens[0, 1:] = drafts
+    cache = cache._replace(length=np.array([sequence.position], np.int32))  # without a draft token that was wrong
+    sampled, cache = decode_alone(cfg, params, tokens, cache, sampling, np.int32(steps))
+    return (np.asarray(sampled)[0] if drafts else np.asarray(sampled)[:steps, 0]).tolist(), drafts, cache
 
 
 def _prefill_all(cfg: ModelConfig, params: Params, prompts: Collection[list[int]], cache: KVCache) -> tuple[Array, KVCache]:

@@ -4,7 +4,7 @@
     python -m stages.draft --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --max-time 5m
 
 The model asks itself questions and answers them until the time is up. Which token follows the last one to three is counted and
-saved beside the model or the adapter, from where `serve` and `chat` take it.
+saved beside the model or the adapter, where `serve`, `chat` and `generate` find it.
 """
 
 from collections.abc import Sequence

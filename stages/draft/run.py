@@ -88,7 +88,7 @@ def _count(answers: Answers, vocab: int, path: Path, base: str, console: Console
         save_draft(path, ngrams, base)
         seconds = duration(time.perf_counter() - begin)
         rows += [
-            ("saved", f"{path}: {len(ngrams.keys):,} entries, counted in {seconds}; `serve` and `chat` take it from there")
+            ("saved", f"{path}: {len(ngrams.keys):,} entries, counted in {seconds}; `serve`, `chat` and `generate` take it")
         ]
     else:
         rows += [("saved", "nothing, for the draft would gain nothing: give more --max-time")]

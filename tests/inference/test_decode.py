@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slot_requests import served_model
 from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
-from engine.inference import decode
 from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, generate, prefill, prepare_params
 from engine.inference.sampling import sample
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
+from engine.inference.sequence import Sequence
 from engine.model.cache.contiguous import make_cache
 from engine.model.transformer import forward
 from engine.text.batch import Batch
@@ -142,19 +145,31 @@ def test_tokens_come_as_they_are_sampled(cfg, params):
     ]  # fmt: skip
 
 
-def test_a_lone_prompt_is_prefilled_alone_and_decoded_beside_an_empty_row(cfg, params, monkeypatch):
-    """The two rows do not see each other."""
+def test_a_lone_prompt_is_completed_as_beside_others(cfg, params):
     prompts = texts(CHUNK + 3)
     beside = continuations(cfg, params, [*prompts, [3]], temperature=1.0, seed=8)[0]
-    rows = {"prefill": set(), "decode_steps": set()}
-    for name, program in (("prefill", prefill), ("decode_steps", decode_steps)):
-        note = lambda cfg, params, tokens, *rest, name=name, program=program: (
-            rows[name].add(len(tokens)) or program(cfg, params, tokens, *rest)
-        )
-        monkeypatch.setattr(decode, name, note)
     assert continuations(cfg, params, prompts, temperature=1.0, seed=8)[0] == beside[:1]
     assert continuations(cfg, params, prompts)[0] == read_anew(cfg, params, prompts, 20)
-    assert rows == {"prefill": {1}, "decode_steps": {2}}
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@settings(max_examples=15)
+@given(st.data(), st.sampled_from([0.0, 1.0]), st.integers(0, 9))
+def test_drafts_change_no_bit_of_a_lone_completion(weights, data, temperature, seed):
+    """Whatever is drafted wherever: nothing, a wrong token, or the right one."""
+    cfg, params = served_model(weights)
+    sampling, at = {"temperature": temperature, "seed": seed, "max_tokens": 14}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sequence, "draft_tokens", lambda self, count, ngrams: None)
+        plain = continuations(cfg, params, texts(5), **sampling)
+
+        def draft(sequence, count, ngrams):
+            at.append(len(sequence.output_tokens))
+            return data.draw(st.sampled_from([None, [], [3][:count], plain[0][0][at[-1] :][:count]]))
+
+        patch.setattr(Sequence, "draft_tokens", draft)
+        assert continuations(cfg, params, texts(5), **sampling) == plain
+    assert at
 
 
 def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
@@ -164,8 +179,8 @@ def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
     before = len(count_compiles)
     assert before > 2, "the count counts"
     for prompts in (texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, CHUNK + 1, 7)):
-        for settings in (sampling, changed):
-            continuations(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **settings)
+        for options in (sampling, changed):
+            continuations(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **options)
     assert len(count_compiles) == before
 
 

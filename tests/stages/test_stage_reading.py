@@ -10,6 +10,7 @@ import pytest
 from tiny_runs import command
 
 from engine.device import Device
+from engine.inference.sequence import Sequence
 from engine.inference.stop_strings import CompletionText
 from engine.storage.draft import draft_path, find_draft
 from engine.storage.model_loader import load_model
@@ -161,7 +162,7 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
         assert sum(len(batch.tokens) for batch in others) < len(windows) + len(others[0].tokens)
 
 
-def test_a_draft_is_trained_saved_and_served(trained, tmp_path, capsys):
+def test_a_draft_is_trained_saved_and_served(trained, tmp_path, capsys, monkeypatch):
     run = shutil.copytree(trained, tmp_path / "sea")
     assert draft.main(["--model", str(run), "--max-time", "2s", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
@@ -176,6 +177,15 @@ def test_a_draft_is_trained_saved_and_served(trained, tmp_path, capsys):
     state.tokenizer.close()
     assert (state.engine.slots.scheduler.ngrams.keys == ngrams.keys).all()
     assert f"{len(ngrams.keys):,} entries" in capsys.readouterr().out
+
+    used, plain = [], Sequence.draft_tokens
+    monkeypatch.setattr(Sequence, "draft_tokens", lambda *args: used.append(args[-1]) or plain(*args))
+    text, _ = generated(capsys, run)
+    assert (used[0].keys == ngrams.keys).all()
+    draft_path(run).write_bytes(b"damaged")
+    without, notes = generated(capsys, run)
+    assert (without, used[-1]) == (text, None)
+    assert "The draft is left out" in notes
 
 
 def test_too_few_answers_are_refused(trained, failing, tmp_path):
