@@ -23,23 +23,26 @@ class NGrams(NamedTuple):
     """Entries in the order of `keys`, one for each context of 1 to 3 tokens.
 
     keys (E,) uint64: the context, as digits of base `vocab` + 1; tokens (E,) int32: what follows it most often; chances (E,)
-    float32: how often that comes true.
+    float32: how often that comes true. `seconds`: what the answers took.
     """
 
     vocab: int
     keys: np.ndarray
     tokens: np.ndarray
     chances: np.ndarray
+    seconds: float = 0.0
 
     @classmethod
-    def from_contexts(cls, vocab: int, contexts: np.ndarray, tokens: np.ndarray, chances: np.ndarray) -> "NGrams":
+    def from_contexts(
+        cls, vocab: int, contexts: np.ndarray, tokens: np.ndarray, chances: np.ndarray, seconds: float = 0.0
+    ) -> "NGrams":
         """Makes it of contexts (3, E), the last token first and -1 where there is none, and what follows each."""
         keys = sum(
             (context.astype(np.int64) + 1).astype(np.uint64) * np.uint64((vocab + 1) ** place)
             for place, context in enumerate(contexts)
         )
         order = np.argsort(keys)
-        return cls(vocab, keys[order], tokens[order].astype(np.int32), chances[order].astype(np.float32))
+        return cls(vocab, keys[order], tokens[order].astype(np.int32), chances[order].astype(np.float32), seconds)
 
     def contexts(self) -> list[np.ndarray]:
         """Returns the contexts, (3, E), as `from_contexts` takes them."""

@@ -53,7 +53,7 @@ def test_contexts_make_the_same_again(answers):
     ngrams = count_ngrams(answers, V)
     order = np.random.default_rng(0).permutation(len(ngrams.keys))
     again = NGrams.from_contexts(V, np.array(ngrams.contexts())[:, order], ngrams.tokens[order], ngrams.chances[order])
-    for one, other in zip(ngrams[1:], again[1:]):
+    for one, other in zip(ngrams[1:4], again[1:4]):
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype
 

@@ -13,6 +13,7 @@ from typing import Any
 from bench.cli import Json, progress
 from bench.timing import Ratio, Timing, measure, ratio
 from engine.counting.hardware import clock
+from engine.format import duration
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
@@ -67,9 +68,9 @@ def our_chats(
     return calls | {"trained": call(ngrams=ngrams)} if ngrams else calls
 
 
-def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float) -> list[Json]:
+def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float, paid: float) -> list[Json]:
     """Times the calls in turns on one set of prompts; prints a row for plain and each kind of speculative decoding, and returns
-    them. Raises ValueError when speculation changes a token."""
+    them. `paid`: the seconds that training the draft took. Raises ValueError when speculation changes a token."""
     results: dict[str, Json] = {}
 
     def keep(name: str, call: Callable[[], Json]) -> Callable[[], float]:
@@ -86,7 +87,13 @@ def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: fl
     kinds = [kind for kind in results if kind != "peer"]
     if any(results[kind]["tokens"] != results["plain"]["tokens"] for kind in kinds):
         raise ValueError("speculative decoding has changed a token")
-    return [_row(set_name, kind, timings, results, price) for kind in kinds]
+    rows = [_row(set_name, kind, timings, results, price) for kind in kinds]
+    if "trained" in timings:
+        saved = timings["speculative"].median - timings["trained"].median  # seconds a token
+        rows[-1] |= {"paid_seconds": paid, "paid_back_after_tokens": paid / saved if saved > 0 else None}
+        after = f"are paid back after {paid / saved:,.0f} tokens" if saved > 0 else "are not paid back on this text"
+        print(f"{'':<21} {duration(paid)} of training the draft {after}", flush=True)
+    return rows
 
 
 def _decoded(result: Json) -> int:

@@ -196,7 +196,8 @@ def _decode_lone(
     tokens: Any = np.full((1, LONE_ROWS), sequence.last_token, np.int32)
     if drafts:
         tokens[0, 1:] = drafts
-    cache = cache._replace(length=np.array([sequence.position], np.int32))  # without a draft token that was wrong
+    length: Any = np.array([sequence.position], np.int32)  # without a draft token that was wrong
+    cache = cache._replace(length=length)
     sampled, cache = decode_alone(cfg, params, tokens, cache, sampling, np.int32(steps))
     return (np.asarray(sampled)[0] if drafts else np.asarray(sampled)[:steps, 0]).tolist(), drafts, cache
 

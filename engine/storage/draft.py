@@ -1,4 +1,4 @@
-"""Saves and finds the draft of a model: one safetensors file beside it, whose metadata hold that model's digest.
+"""Saves and finds the draft of a model: one safetensors file beside it. Its metadata hold the model's digest and what it took.
 
     MODEL.draft.safetensors    beside MODEL.gguf
     FOLDER/draft.safetensors   in the folder of a run, of an adapter or of a Hugging Face model
@@ -6,6 +6,7 @@
 Its tensor `ngrams` (E, 5) float32 holds each entry's context, as `NGrams.contexts`, its token and its chance.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.untrusted import quote
 
-BASE, ROWS = "thrice.base", "ngrams"
+BASE, SECONDS, ROWS = "thrice.base", "thrice.seconds", "ngrams"
 
 
 def draft_path(model: Path) -> Path:
@@ -28,7 +29,7 @@ def draft_path(model: Path) -> Path:
 def save_draft(path: Path, ngrams: NGrams, base: str) -> None:
     """Writes a draft, atomically. `base`: the digest of the params, as loaded, of the model whose answers were counted."""
     rows = np.column_stack([*ngrams.contexts(), ngrams.tokens, ngrams.chances]).astype(np.float32)
-    safetensors.write_file(path, {ROWS: rows.shape}, "F32", [rows], {BASE: base})
+    safetensors.write_file(path, {ROWS: rows.shape}, "F32", [rows], {BASE: base, SECONDS: f"{ngrams.seconds:.3f}"})
 
 
 def find_draft(model: Path, vocab: int, params: Any) -> tuple[NGrams | None, str]:
@@ -59,4 +60,7 @@ def load_draft(path: Path, vocab: int) -> tuple[NGrams, str]:
         raise UserError(f"{path} is damaged: it holds a number that is no token of {vocab:,}.")
     if not (chances <= 1).all() or not len(rows):
         raise UserError(f"{path} is damaged: it holds a chance above 1, or nothing at all.")
-    return NGrams.from_contexts(vocab, numbers[:, : len(LENGTHS)].T, numbers[:, -1], chances), metadata.get(BASE, "")
+    if not re.fullmatch(r"\d+(\.\d+)?", seconds := metadata.get(SECONDS, "0")):
+        raise UserError(f"{path} is damaged: {quote(seconds)} is no number of seconds.")
+    ngrams = NGrams.from_contexts(vocab, numbers[:, : len(LENGTHS)].T, numbers[:, -1], chances, float(seconds))
+    return ngrams, metadata.get(BASE, "")

@@ -61,7 +61,8 @@ def run(flags: DraftFlags, device: Device) -> None:
             raise UserError(
                 f"In {duration(flags.max_time)} there were {len(answers)} answers, too few to count: give more --max-time."
             )
-        _count(answers, model.cfg.vocab, draft_path(flags.adapter or model.run or model.checkpoint), before, console)
+        path = draft_path(flags.adapter or model.run or model.checkpoint)
+        _count(answers, time.perf_counter() - begin, model.cfg.vocab, path, before, console)
         if digest(params) != before:
             raise RuntimeError("Training the draft changed the weights.")
 
@@ -73,8 +74,11 @@ def _make_slots(cfg: ModelConfig, params: Any, int8: bool) -> Slots:
     return slots
 
 
-def _count(answers: Answers, vocab: int, path: Path, base: str, console: Console) -> None:
-    """Counts answers, measures the draft on those left out, and saves one of all. `base`: the digest of the model's params."""
+def _count(answers: Answers, paid: float, vocab: int, path: Path, base: str, console: Console) -> None:
+    """Counts answers that took `paid` seconds, measures the draft on those left out, and saves one of all.
+
+    `base`: the digest of the model's params.
+    """
     begin = time.perf_counter()
     first = len(answers) // LEFT_OUT * (LEFT_OUT - 1)
     counted = count_ngrams(answers[:first], vocab)
@@ -84,7 +88,7 @@ def _count(answers: Answers, vocab: int, path: Path, base: str, console: Console
         ("gain", f"{trained:.2f} tokens a step of a lone stream on a tenth left out, {lookup:.2f} by prompt lookup alone"),
     ]
     if trained > lookup:
-        ngrams = count_ngrams(answers, vocab)
+        ngrams = count_ngrams(answers, vocab)._replace(seconds=paid)
         save_draft(path, ngrams, base)
         seconds = duration(time.perf_counter() - begin)
         rows += [
