@@ -23,18 +23,18 @@ class NGrams(NamedTuple):
     """Entries in the order of `keys`, one for each context of 1 to 3 tokens.
 
     keys (E,) uint64: the context, as digits of base `vocab` + 1; tokens (E,) int32: what follows it most often; chances (E,)
-    float32: how often that comes true. `seconds`: what the answers took.
+    float32: how often that comes true. `answer_seconds`: what the answers took.
     """
 
     vocab: int
     keys: np.ndarray
     tokens: np.ndarray
     chances: np.ndarray
-    seconds: float = 0.0
+    answer_seconds: float | None = None
 
     @classmethod
     def from_contexts(
-        cls, vocab: int, contexts: np.ndarray, tokens: np.ndarray, chances: np.ndarray, seconds: float = 0.0
+        cls, vocab: int, contexts: np.ndarray, tokens: np.ndarray, chances: np.ndarray, answer_seconds: float | None = None
     ) -> "NGrams":
         """Makes it of contexts (3, E), the last token first and -1 where there is none, and what follows each."""
         keys = sum(
@@ -42,7 +42,7 @@ class NGrams(NamedTuple):
             for place, context in enumerate(contexts)
         )
         order = np.argsort(keys)
-        return cls(vocab, keys[order], tokens[order].astype(np.int32), chances[order].astype(np.float32), seconds)
+        return cls(vocab, keys[order], tokens[order].astype(np.int32), chances[order].astype(np.float32), answer_seconds)
 
     def contexts(self) -> list[np.ndarray]:
         """Returns the contexts, (3, E), as `from_contexts` takes them."""

@@ -83,18 +83,18 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""
-    rows = [("sampling", source)]
+    settings = [("sampling", source)]
     if before:
-        rows += [("device", str(device)), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
-    notes.print_rows(rows)
+        settings += [("device", str(device)), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
+    notes.print_rows(settings)
 
     begin = time.perf_counter()
     compiles = CompileCounter()
     printer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
-    each = sampling.per_row(flags.count)
-    stream = decode.generate(model.cfg, params, [prompt] * flags.count, each, capacity=capacity, ngrams=ngrams)
+    rows = sampling.per_row(flags.count)
+    stream = decode.generate(model.cfg, params, [prompt] * flags.count, rows, capacity=capacity, ngrams=ngrams)
     first = settled = last = begin
     early = total = 0
     cut = ""

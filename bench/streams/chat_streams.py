@@ -68,9 +68,12 @@ def our_chats(
     return calls | {"trained": call(ngrams=ngrams)} if ngrams else calls
 
 
-def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float, paid: float) -> list[Json]:
+def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float, paid: float | None) -> list[Json]:
     """Times the calls in turns on one set of prompts; prints a row for plain and each kind of speculative decoding, and returns
-    them. `paid`: the seconds that training the draft took. Raises ValueError when speculation changes a token."""
+    them.
+
+    `paid`: the seconds of answers that the draft was trained on, if known. Raises ValueError when speculation changes a token.
+    """
     results: dict[str, Json] = {}
 
     def keep(name: str, call: Callable[[], Json]) -> Callable[[], float]:
@@ -88,11 +91,15 @@ def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: fl
     if any(results[kind]["tokens"] != results["plain"]["tokens"] for kind in kinds):
         raise ValueError("speculative decoding has changed a token")
     rows = [_row(set_name, kind, timings, results, price) for kind in kinds]
-    if "trained" in timings:
+    if "trained" in timings and paid:
         saved = timings["speculative"].median - timings["trained"].median  # seconds a token
-        rows[-1] |= {"paid_seconds": paid, "paid_back_after_tokens": paid / saved if saved > 0 else None}
-        after = f"are paid back after {paid / saved:,.0f} tokens" if saved > 0 else "are not paid back on this text"
-        print(f"{'':<21} {duration(paid)} of training the draft {after}", flush=True)
+        is_faster = ratio(timings["speculative"], timings["trained"]).exceeds(1.0)
+        rows[-1] |= {"paid_seconds": paid, "paid_back_after_tokens": paid / saved if is_faster else None}
+        if is_faster:
+            after = f"after {paid / saved:,.0f} tokens"
+        else:
+            after = "undecided, within the noise" if is_faster is None else "never"
+        print(f"{'':<21} the draft's {duration(paid)} of answers are paid back: {after}", flush=True)
     return rows
 
 

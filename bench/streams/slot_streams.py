@@ -89,7 +89,7 @@ def measure_streams(
             calls = our_chats(model.cfg, weights, prompts, most, ends, keys_values, ngrams)
             if peer:
                 calls["peer"] = _peer_run(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
-            rows += measure_chats(name, calls, price, ngrams.seconds if ngrams else 0.0)
+            rows += measure_chats(name, calls, price, ngrams and ngrams.answer_seconds)
         chat.close()
     return {
         "device": device_name(), "cores": cores(), "model": model.name, "weights": "int8", "keys_values": keys_values,

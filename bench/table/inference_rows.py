@@ -23,6 +23,7 @@ from engine.inference.slots import CHUNK as SLOT_CHUNK
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.cache.segmented import make_kv_segments
 from engine.model.config import ModelConfig
+from engine.model.ops import ops
 from engine.model.paths import leaf_paths
 from engine.model.transformer import Params, hidden_states, logits_of
 from engine.model.weights.int8 import Int8
@@ -114,9 +115,10 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
     """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
 
-    A lone request's program has LONE_ROWS, as `generate`'s. `weights`: the type of matrices if not the config's.
+    On a CPU a lone request has LONE_ROWS, as in `generate`, here with a cache each. `weights`: the type of matrices if not the
+    config's.
     """
-    rows = max(requests, LONE_ROWS)
+    rows = max(requests, LONE_ROWS if ops().pads_lone_row else 1)
     cache = random_cache(cfg, rows, length + STEPS)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))

@@ -1,8 +1,8 @@
 """Prefill and decode for rows that start together, in one contiguous KV cache of just their size.
 
 The shapes of `generate`'s programs depend on the number of rows, the capacity and the vocabulary, never on a request, so
-nothing is compiled while text is generated. They donate the cache, and no parameter. A lone prompt's program has a row for
-a draft token, whether there is one or not: its completion is the same to the bit.
+nothing is compiled while text is generated. They donate the cache, and no parameter. On a CPU a lone prompt's program has a
+second row for a draft token, whether there is one or not: its completion is the same to the bit.
 
 `slots.Slots`, for requests that come and go, takes 1.4 times the CPU seconds to compile. Both sample the same tokens in
 float32; in bfloat16 they sum in another order.
@@ -27,7 +27,7 @@ from engine.inference.sequence import STEPS, Sequence
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
-from engine.model.ops import platform
+from engine.model.ops import ops, platform
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from engine.ngrams import NGrams
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
-LONE_ROWS = 2  # of a lone prompt's program, the second for a draft token: with one a CPU's products take a slower path
+LONE_ROWS = 2  # of a lone prompt's program on a CPU, whose products of one row take a slower path
 
 
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
@@ -104,10 +104,10 @@ def decode_steps(
 def decode_alone(
     cfg: ModelConfig, params: Params, tokens: Array, cache: KVCache, sampling: SamplingArrays, steps: Array
 ) -> tuple[Array, KVCache]:
-    """tokens (1, T) int32, the last one, then draft tokens or padding -> what is sampled after each, and the cache with them.
+    """Decodes a lone sequence for `steps` steps. tokens (1, T) int32: its last one, then draft tokens or padding.
 
-    (STEPS, T) int32, of which the first `steps` rows are real; a step after the first one follows what was sampled after the
-    first token before. One program does one step or several: a token's numbers are the same to the bit.
+    Returns the token sampled after each, (STEPS, T) int32, of which the rows from `steps` on mean nothing, and the cache, whose
+    length counts no draft token. One program does one step or several: a token's numbers are the same to the bit.
     """
 
     def step(i: Array, carry: Any) -> Any:
@@ -142,7 +142,8 @@ def generate(
 ) -> Iterator[Event]:  # fmt: skip
     """Yields each prompt's new tokens until a stop token, `max_tokens`, or `capacity` (default: the model's context) in all.
 
-    The first token comes after the prefill, then up to STEPS at a time. `ngrams`: the model's trained draft, for a lone prompt.
+    The first token comes after the prefill, then up to STEPS at a time. `ngrams`: the model's trained draft; a CPU drafts for a
+    lone prompt.
 
     `params` are those of `prepare_params`, placed on the mesh if there is one. A prompt ends with 'stop' when it samples one
     of its `stop_token_ids` (which is not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves
@@ -171,7 +172,8 @@ def generate(
     arrays = jax.device_put(sampling_arrays(fits))
     token = _first_tokens(logits, cache.length, arrays)
     fresh, drafts = np.asarray(token)[:, None].tolist(), None
-    if len(prompts) == 1:  # each of its rows samples as it does
+    is_alone = len(prompts) == 1 and ops().pads_lone_row
+    if is_alone:  # the draft token's row samples with the same parameters
         arrays = jax.device_put(sampling_arrays(fits * LONE_ROWS))
     while running:
         for sequence in running.copy():
@@ -180,7 +182,7 @@ def generate(
                 running.remove(sequence)
             if tokens or reason:
                 yield Event(sequence.id, tokens, reason)
-        if running and len(prompts) == 1:
+        if running and is_alone:
             fresh[0], drafts, cache = _decode_lone(cfg, params, running[0], cache, arrays, ngrams)
         elif running:
             sampled, cache = decode_steps(cfg, params, token, cache, arrays)
@@ -192,11 +194,11 @@ def _decode_lone(
 ) -> tuple[list[int], list[int] | None, KVCache]:
     """Returns the tokens sampled in one dispatch, the draft tokens after which all but the first were, and the cache."""
     drafts = sequence.draft_tokens(min(LONE_ROWS, sequence.remaining) - 1, ngrams)
-    steps = 1 if drafts else STEPS if drafts is None else STEPS_BETWEEN_DRAFTS
+    steps = 1 if drafts else min(sequence.remaining, STEPS if drafts is None else STEPS_BETWEEN_DRAFTS)
     tokens: Any = np.full((1, LONE_ROWS), sequence.last_token, np.int32)
     if drafts:
         tokens[0, 1:] = drafts
-    length: Any = np.array([sequence.position], np.int32)  # without a draft token that was wrong
+    length: Any = np.array([sequence.position], np.int32)  # drops a rejected draft token
     cache = cache._replace(length=length)
     sampled, cache = decode_alone(cfg, params, tokens, cache, sampling, np.int32(steps))
     return (np.asarray(sampled)[0] if drafts else np.asarray(sampled)[:steps, 0]).tolist(), drafts, cache

@@ -1,4 +1,4 @@
-"""Saves and finds the draft of a model: one safetensors file beside it. Its metadata hold the model's digest and what it took.
+"""Saves and finds the draft of a model: one safetensors file beside it, with the model's digest and the answers' seconds.
 
     MODEL.draft.safetensors    beside MODEL.gguf
     FOLDER/draft.safetensors   in the folder of a run, of an adapter or of a Hugging Face model
@@ -18,7 +18,7 @@ from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.untrusted import quote
 
-BASE, SECONDS, ROWS = "thrice.base", "thrice.seconds", "ngrams"
+BASE, SECONDS, ROWS = "thrice.base", "thrice.answer_seconds", "ngrams"
 
 
 def draft_path(model: Path) -> Path:
@@ -29,7 +29,7 @@ def draft_path(model: Path) -> Path:
 def save_draft(path: Path, ngrams: NGrams, base: str) -> None:
     """Writes a draft, atomically. `base`: the digest of the params, as loaded, of the model whose answers were counted."""
     rows = np.column_stack([*ngrams.contexts(), ngrams.tokens, ngrams.chances]).astype(np.float32)
-    safetensors.write_file(path, {ROWS: rows.shape}, "F32", [rows], {BASE: base, SECONDS: f"{ngrams.seconds:.3f}"})
+    safetensors.write_file(path, {ROWS: rows.shape}, "F32", [rows], {BASE: base, SECONDS: f"{ngrams.answer_seconds or 0:.3f}"})
 
 
 def find_draft(model: Path, vocab: int, params: Any) -> tuple[NGrams | None, str]:
@@ -60,7 +60,10 @@ def load_draft(path: Path, vocab: int) -> tuple[NGrams, str]:
         raise UserError(f"{path} is damaged: it holds a number that is no token of {vocab:,}.")
     if not (chances <= 1).all() or not len(rows):
         raise UserError(f"{path} is damaged: it holds a chance above 1, or nothing at all.")
-    if not re.fullmatch(r"\d+(\.\d+)?", seconds := metadata.get(SECONDS, "0")):
+    seconds = metadata.get(SECONDS)
+    if seconds and not re.fullmatch(r"[0-9]{1,9}\.[0-9]{3}", seconds):
         raise UserError(f"{path} is damaged: {quote(seconds)} is no number of seconds.")
-    ngrams = NGrams.from_contexts(vocab, numbers[:, : len(LENGTHS)].T, numbers[:, -1], chances, float(seconds))
+    ngrams = NGrams.from_contexts(
+        vocab, numbers[:, : len(LENGTHS)].T, numbers[:, -1], chances, float(seconds) if seconds else None
+    )
     return ngrams, metadata.get(BASE, "")

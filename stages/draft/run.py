@@ -74,8 +74,8 @@ def _make_slots(cfg: ModelConfig, params: Any, int8: bool) -> Slots:
     return slots
 
 
-def _count(answers: Answers, paid: float, vocab: int, path: Path, base: str, console: Console) -> None:
-    """Counts answers that took `paid` seconds, measures the draft on those left out, and saves one of all.
+def _count(answers: Answers, answer_seconds: float, vocab: int, path: Path, base: str, console: Console) -> None:
+    """Counts answers that took so many seconds, measures the draft on those left out, and saves one of all.
 
     `base`: the digest of the model's params.
     """
@@ -88,7 +88,7 @@ def _count(answers: Answers, paid: float, vocab: int, path: Path, base: str, con
         ("gain", f"{trained:.2f} tokens a step of a lone stream on a tenth left out, {lookup:.2f} by prompt lookup alone"),
     ]
     if trained > lookup:
-        ngrams = count_ngrams(answers, vocab)._replace(seconds=paid)
+        ngrams = count_ngrams(answers, vocab)._replace(answer_seconds=answer_seconds)
         save_draft(path, ngrams, base)
         seconds = duration(time.perf_counter() - begin)
         rows += [

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import UserError
 from stages.serve.errors import ApiError
 
-HEAD_SECONDS = 20.0  # for a request line and headers
+HEAD_SECONDS = 20.0  # for a request line and headers, and for a client that sent no HTTP to hang up
 BACKLOG = 1024
 
 
@@ -92,7 +92,7 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Passes the data on, and starts the time limit when it begins a later head."""
+        """Passes the data on, and starts the time limit when it begins a later head. Drops what a refused client sends."""
         if self.conn.their_state is h11.ERROR:
             return  # refused
         super().data_received(data)
@@ -102,26 +102,27 @@ class HttpProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Ends the time limit when a head is complete."""
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses in JSON what h11 cannot read, such as TLS, and lets the client hang up within the time limit.
+        """Refuses in JSON what h11 cannot read, such as TLS. After a head the client hangs up, within the time limit.
 
-        A socket closed with data unread is reset, and a reset discards the refusal before the client has read it.
+        A socket closed while data comes is reset, and a reset discards the refusal that the client has not read.
         """
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        is_head = self.conn.our_state is h11.IDLE
+        if is_head or self.conn.our_state is h11.SEND_RESPONSE:
             body = ApiError(400, "This is no HTTP request, or its head is too large.", code="bad_request").body
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
             response = h11.Response(status_code=400, headers=head, reason=b"Bad Request")
             with contextlib.suppress(h11.LocalProtocolError):
                 for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None:  # its reply goes nowhere now
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        self.transport.write_eof()
-        self._wait()
+        if is_head:
+            self.transport.write_eof()
+            self._wait()
+        else:
+            self.transport.close()
 
     def _wait(self) -> None:
         self._stop_waiting()

@@ -12,7 +12,17 @@ from slot_requests import served_model
 from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
-from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, generate, prefill, prepare_params
+from engine.inference.decode import (
+    CHUNK,
+    LONE_ROWS,
+    STEPS,
+    decode_alone,
+    decode_step,
+    decode_steps,
+    generate,
+    prefill,
+    prepare_params,
+)
 from engine.inference.sampling import sample
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
@@ -152,6 +162,27 @@ def test_a_lone_prompt_is_completed_as_beside_others(cfg, params):
     assert continuations(cfg, params, prompts)[0] == read_anew(cfg, params, prompts, 20)
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_token_has_the_bits_it_has_beside_any_draft_and_in_a_longer_dispatch(weights):
+    cfg, params = served_model(weights)
+    prompt, sampling = padded(texts(9), 9), sampling_of(LONE_ROWS, temperature=0.0)
+
+    def decode(*dispatches: tuple[int, int]) -> tuple[list[int], list[bytes]]:
+        """Decodes a token with a draft beside it, or several in one dispatch; the keys and values of those alone."""
+        logits, cache = prefill(cfg, params, prompt, np.array([9], np.int32), make_cache(cfg, 1, 20))
+        out = [int(logits.argmax())]
+        for draft, steps in dispatches:
+            cache = cache._replace(length=np.array([8 + len(out)], np.int32))
+            sampled, cache = decode_alone(cfg, params, np.array([[out[-1], draft]], np.int32), cache, sampling, np.int32(steps))
+            out += np.asarray(sampled)[:steps, 0].tolist()
+        return out, [layer[:, :, : 8 + len(out)].tobytes() for layer in cached(cache)]
+
+    expected = decode((3, 4))
+    for drafts in ((3, 3, 3, 3), (7, 0, 40, 11), [*expected[0][2:], 5]):
+        assert decode(*((draft, 1) for draft in drafts)) == expected
+    assert decode((5, 2), (9, 1), (6, 1)) == expected
+
+
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @settings(max_examples=15)
 @given(st.data(), st.sampled_from([0.0, 1.0]), st.integers(0, 9))
@@ -173,15 +204,19 @@ def test_drafts_change_no_bit_of_a_lone_completion(weights, data, temperature, s
 
 
 def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
-    """Lengths of one chunk or three, any sampling, any stop token. (No other test asks four at once.)"""
+    """Lengths of one chunk or three, any sampling, any stop token, with draft tokens and without. (No other has its room.)"""
     sampling, changed = {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 99}
-    continuations(cfg, params, texts(3, 2, 4, 1), max_tokens=12, **sampling)
-    before = len(count_compiles)
-    assert before > 2, "the count counts"
-    for prompts in (texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, CHUNK + 1, 7)):
-        for options in (sampling, changed):
-            continuations(cfg, params, prompts, max_tokens=30, stop_token_ids=[7], **options)
-    assert len(count_compiles) == before
+    four = [texts(3, 2, 4, 1), texts(1, 1, 1, 1), texts(CHUNK, 3, 5, 1), texts(2 * CHUNK + 9, 1, 9, 7)]
+    alone = [texts(3), texts(CHUNK), texts(2 * CHUNK + 9), [[5, 6] * 9]]
+    for first, *others in (four, alone):
+        before = len(count_compiles)
+        continuations(cfg, params, first, max_tokens=12, capacity=200, **sampling)
+        compiled = len(count_compiles)
+        assert compiled > before + 1, "the count counts"
+        for prompts in others:
+            for options in (sampling, changed, {"temperature": 0.0}):
+                continuations(cfg, params, prompts, max_tokens=30, capacity=200, stop_token_ids=[7], **options)
+        assert len(count_compiles) == compiled
 
 
 @pytest.mark.parametrize(

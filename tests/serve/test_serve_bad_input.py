@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -274,6 +275,24 @@ def test_malformed_http(tiny_server, request_):
         head, _, rest = answer.partition(b"\r\n\r\n")
         assert head.split()[1] in (b"400", b"415"), answer
         assert json.JSONDecoder().raw_decode(rest.decode())[0]["error"]["message"]
+
+
+def test_a_client_that_sends_no_http_reads_why_and_is_dropped_in_time(tiny_server, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    with tiny_server.connect() as connection:
+        connection.sendall(b"hello\r\n\r\n")
+        assert b" 400 " in read_all(connection)  # to the end of what the server sends
+        begin = time.monotonic()
+        assert until(lambda: is_reset(connection))
+        assert time.monotonic() - begin > 0.15
+
+
+def is_reset(connection: socket.socket) -> bool:
+    """Whether the server no longer takes what is sent."""
+    try:
+        return not connection.send(b"more")
+    except OSError:
+        return True
 
 
 def test_slow_clients(tiny_server, monkeypatch):

@@ -11,7 +11,7 @@ from engine.storage.draft import draft_path, find_draft, load_draft, save_draft
 from engine.storage.huggingface import safetensors
 
 CFG = tiny_config()
-NGRAMS = count_ngrams([([n % 7, 2 * n % 40, 0, 3, n % 40], 1) for n in range(30)], CFG.vocab)._replace(seconds=2.5)
+NGRAMS = count_ngrams([([n % 7, 2 * n % 40, 0, 3, n % 40], 1) for n in range(30)], CFG.vocab)._replace(answer_seconds=2.5)
 
 
 def test_it_comes_back_to_the_bit_for_its_own_model(tmp_path):
@@ -54,6 +54,6 @@ def test_a_damaged_one_is_refused_and_left_out(name, rows, problem, tmp_path):
 
 def test_seconds_that_are_no_number_are_refused(tmp_path):
     path = draft_path(tmp_path)
-    safetensors.write_file(path, {"ngrams": (1, 5)}, "F32", [np.ones((1, 5), np.float32)], {"thrice.seconds": "nan"})
+    safetensors.write_file(path, {"ngrams": (1, 5)}, "F32", [np.ones((1, 5), np.float32)], {"thrice.answer_seconds": "nan"})
     with pytest.raises(UserError, match="'nan' is no number of seconds"):
         load_draft(path, CFG.vocab)
