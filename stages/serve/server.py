@@ -120,6 +120,7 @@ class HttpProtocol(H11Protocol):
                     self.transport.write(self.conn.send(event) or b"")
         if is_head:
             self.transport.write_eof()
+            self._wait()
         else:
             self.transport.close()
 

@@ -277,10 +277,11 @@ def test_malformed_http(tiny_server, request_):
         assert json.JSONDecoder().raw_decode(rest.decode())[0]["error"]["message"]
 
 
-def test_a_client_that_sends_no_http_reads_why_and_is_dropped_in_time(tiny_server, monkeypatch):
+@pytest.mark.parametrize("before", [b"", b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_client_that_sends_no_http_reads_why_and_is_dropped_in_time(tiny_server, monkeypatch, before):
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     with tiny_server.connect() as connection:
-        connection.sendall(b"hello\r\n\r\n")
+        connection.sendall(before + b"hello\r\n\r\n")
         assert b" 400 " in read_all(connection)  # to the end of what the server sends
         begin = time.monotonic()
         assert until(lambda: is_reset(connection))
