@@ -3,8 +3,9 @@
     python -m bench.recipes
 
 `to`: the recipe that was changed, layers x width. Runs of 180 s on a quiet machine are what counts; runs of equal steps, half
-as long, compare changes that cost no time on a busy one, but mislead: 3 x 128 and a momentum of 0.9 were ahead in them and behind
-in whole runs. Two seeds of one recipe differ by up to 0.03. The recipe of today is that of `demo` in stages/train/recipes.py and engine/model/config.py.
+as long, compare changes that cost no time on a busy one, but mislead: 3 x 128 and a momentum of 0.9 were ahead in them, and
+behind in whole runs. Two seeds of one recipe differ by up to 0.03. The recipe of today is that of `demo` in
+stages/train/recipes.py and engine/model/config.py.
 """
 
 import csv
