@@ -76,9 +76,9 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     with host_memory(mesh is not None):
-        drafts = flags.count == 1 and device.backend == "cpu"  # else none is used, and finding one hashes the weights
+        uses_draft = flags.count == 1 and device.backend == "cpu"  # else none is used, and finding one hashes the weights
         path = model.run or model.checkpoint
-        ngrams, note = find_draft(path, model.cfg.vocab, model.params) if drafts else (None, "")
+        ngrams, note = find_draft(path, model.cfg.vocab, model.params) if uses_draft else (None, "")
         params = decode.prepare_params(model.cfg, model.params, mesh is None)
     notes.print_notes([note] if note else [])
     params = placement.place(model.cfg, params)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -178,7 +179,7 @@ async def gains(server: Server, model: str, flags: list[str], slots: int, rounds
     for part, more, figure, measure in parts:
         progress(f"with and without {part}")
         async with Server(model, [*flags, *more]) as other:
-            turns = await in_turns(lambda: measure(server), lambda: measure(other), rounds)  # noqa: B023
+            turns = await in_turns(functools.partial(measure, server), functools.partial(measure, other), rounds)
         rows.append(_gain(part, figure, *turns))
     return rows
 

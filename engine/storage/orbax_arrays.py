@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import logging
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,7 +110,7 @@ def compare(building: Path, trees: dict[str, Any]) -> None:
         leaves = jax.tree.leaves(tree)
         for group in _in_groups(jax.tree.map(lambda leaf: (_as_abstract if is_shared(leaf) else _on_host)(leaf), tree)):
             try:
-                read = _run_orbax(lambda ocp: ocp.load(building, group, checkpointable_name=part))  # noqa: B023
+                read = _run_orbax(operator.methodcaller("load", building, group, checkpointable_name=part))
             except ValueError as error:
                 raise OSError(errno.EIO, f"{part} cannot be read back") from error
             for leaf, back in zip(leaves, jax.tree.leaves(read)):

@@ -186,7 +186,7 @@ def test_a_token_has_the_bits_it_has_beside_any_draft_and_in_a_longer_dispatch(w
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @settings(max_examples=15)
 @given(st.data(), st.sampled_from([0.0, 1.0]), st.integers(0, 9))
-def test_drafts_change_no_bit_of_a_lone_completion(weights, data, temperature, seed):
+def test_drafts_change_no_token_of_a_lone_completion(weights, data, temperature, seed):
     """Whatever is drafted wherever: nothing, a wrong token, or the right one."""
     cfg, params = served_model(weights)
     sampling, at = {"temperature": temperature, "seed": seed, "max_tokens": 14}, []
