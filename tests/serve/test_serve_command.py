@@ -97,12 +97,9 @@ def in_background(work: Any) -> threading.Thread:
     return thread
 
 
-def running(server: Started, count: int) -> bool:
-    return until(lambda: server.client.get("/health").json()["running"] >= count, 20)
-
-
-def draining(server: Started) -> bool:
-    return until(lambda: server.client.get("/health").json()["status"] == "draining", 20)
+def running(server: Started, count: int, status: str = "ok") -> bool:
+    is_so = lambda health: health["running"] >= count and health["status"] == status
+    return until(lambda: is_so(server.client.get("/health").json()), 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -118,7 +115,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         ]
         assert running(server, 2)
         server.process.send_signal(number)
-        assert draining(server)
+        assert running(server, 1, "draining")
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
             late = server.client.post(path, json=ask(model="sea"))
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
@@ -162,7 +159,7 @@ def test_a_second_signal_ends_it_at_once(folder):
         thread = in_background(asks)
         assert running(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        assert draining(server)
+        assert running(server, 1, "draining")
         begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.ends() == 143
