@@ -99,16 +99,18 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     stream = decode.generate(model.cfg, params, [prompt] * flags.count, rows, capacity=capacity, ngrams=ngrams)
     first = settled = last = begin
     early = total = 0
-    cut = ""
+    cut, dispatch, previous = "", -1, flags.count
     for index, tokens, finish_reason, *_ in stream:
         last = time.perf_counter()
         first = last if first == begin else first
+        dispatch += index <= previous  # each gives tokens to the continuations in their order
+        previous = index
         length = printer.write(index, tokens, finish_reason)
         total += len(tokens)
         if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
             cut = f"; the context of {model.cfg.context} tokens is full"
-        if settled == begin and total > flags.count:
-            # Prefill, sampling and decoding have each run once: from here on nothing may compile.
+        if dispatch <= 1:
+            # Prefill, sampling and decoding each run once: after that nothing may compile.
             settled, early = last, total
             compiles.reset()
     speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""

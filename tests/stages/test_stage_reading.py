@@ -55,9 +55,11 @@ def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tm
 
 def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys):
     flags = ("--max-tokens", 20, "--temperature", 1.0)
-    together, _ = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
+    together, notes = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
+    assert "tokens/s" in notes
     alone = [generated(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
     assert together == f"{alone[0]}\n--- 2 of 2\n{alone[1]}"
+    assert "/s" not in generated(capsys, trained, "--max-tokens", 8, "--count", 2)[1]  # one dispatch
 
 
 def test_generation_stops_where_the_context_is_full(trained, capsys):
