@@ -79,7 +79,7 @@ def _reach(coordinator: str, seconds: float) -> None:
     """Waits until the coordinator listens: JAX would abort the process instead of raising an error."""
     host, _, port = coordinator.rpartition(":")
     begin, reason = time.monotonic(), ""
-    while (waited := time.monotonic() - begin) < seconds:
+    while time.monotonic() - begin < seconds:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
             return
@@ -87,7 +87,7 @@ def _reach(coordinator: str, seconds: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise UserError(
-        f"The coordinator at {coordinator} could not be reached for {waited:.0f} s: {reason}. Process 0 listens there: check "
+        f"The coordinator at {coordinator} could not be reached for {seconds:.0f} s: {reason}. Process 0 listens there: check "
         "that it runs, and the address."
     )
 

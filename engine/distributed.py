@@ -244,8 +244,10 @@ def end(code: int, sentence: str) -> None:
     if code == MISTAKE and _group.process:
         _group.mistake = sentence
         time.sleep(SAME_MISTAKE_SECONDS)  # in which `_watch` ends this process if others met the same
-    with contextlib.suppress(Exception):  # another has said why before, or the service is gone
+    try:
         _group.client.key_value_set("thrice/ended", json.dumps([_group.process, code, sentence]))
+    except Exception:  # another has said why before, which `_watch` repeats and ends this process; or the service is gone
+        time.sleep(TICK)
     _exit(code, f"Process {_group.process}: {sentence}" if _group.mistake else sentence)
 
 

@@ -162,7 +162,7 @@ def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
 
 def test_the_focus_is_never_lost(visit):
     press = lambda css: visit.chrome.find_elements("css selector", css)[-1].send_keys(Keys.ENTER)
-    visit.line.pace = 0.05
+    visit.line.pace = 1
     visit.type(MORE)
     press("#send")
     visit.until(lambda: visit.answering)

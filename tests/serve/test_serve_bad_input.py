@@ -279,13 +279,13 @@ def test_malformed_http(tiny_server, request_):
 
 @pytest.mark.parametrize("before", [b"", b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_a_client_that_sends_no_http_reads_why_and_is_dropped_in_time(tiny_server, monkeypatch, before):
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 1.5)
     with tiny_server.connect() as connection:
         begin = time.monotonic()
         connection.sendall(before + b"hello\r\n\r\n")
         assert b" 400 " in read_all(connection)  # to the end of what the server sends
         assert until(lambda: is_reset(connection))
-        assert time.monotonic() - begin > 0.15
+        assert time.monotonic() - begin > 0.75
 
 
 def is_reset(connection: socket.socket) -> bool:
@@ -297,8 +297,8 @@ def is_reset(connection: socket.socket) -> bool:
 
 
 def test_slow_clients(tiny_server, monkeypatch):
-    monkeypatch.setattr(body, "BODY_SECONDS", 0.3)
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(body, "BODY_SECONDS", 1.5)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 1.5)
     head = post_head("/tokenize", 20)
     with tiny_server.connect() as connection:
         connection.sendall(head + b'{"prompt"')

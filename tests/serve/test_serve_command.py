@@ -152,19 +152,20 @@ def test_a_second_signal_ends_it_at_once(folder):
         assert "2 API keys" in server.output
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
 
+        replies = []
+
         def asks():
             with contextlib.suppress(httpx.HTTPError):
-                server.client.post("/v1/completions", json=ask(most=100, ignore_eos=True, model="default"))
+                replies.append(server.client.post("/v1/completions", json=ask(most=100, ignore_eos=True, model="default")))
 
         thread = in_background(asks)
         assert running(server, 1)
         server.process.send_signal(signal.SIGTERM)
         assert running(server, 1, "draining")
-        begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.ends() == 143
-        assert time.monotonic() - begin < 2
         thread.join()
+        assert replies == []
 
 
 def test_ctrl_c_while_it_compiles(folder):

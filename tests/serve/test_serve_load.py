@@ -148,8 +148,7 @@ def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monk
     monkeypatch.setattr(generation, "PLACE_SECONDS", 0.002)
     slowed(0.02)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
-        for _ in range(SLOTS):
-            pool.submit(client.complete, most=100, ignore_eos=True)
+        pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
         assert until(lambda: tiny_server.slots.running == SLOTS)
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
         assert until(lambda: tiny_server.slots.waiting == SLOTS)
@@ -164,19 +163,21 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, m
     """Requests of 1 to 8 answers on three slots: none is refused or overtaken, and each answer has its own bits.
 
     Ahead of an answer are those of earlier requests, and earlier ones of its own. It waits at most twice the mean service
-    time of what was ahead: their seconds in slots, over the number of slots. The first request's text becomes tokens last.
+    time of what was ahead: their steps in slots, over the number of slots. The first request's text becomes tokens last.
     """
     state, scheduler = tiny_server.state, tiny_server.slots.scheduler
     wishes = [1, 2, 4, 8] * 15
     random.Random(2).shuffle(wishes)
     options: Any = {"most": 5, "temperature": 1, "logprobs": 1, "ignore_eos": True}
-    begun: dict[Sequence, float] = {}
-    ended: dict[Sequence, float] = {}
+    begun: dict[Sequence, int] = {}
+    ended: dict[Sequence, int] = {}
+    step, steps = tiny_server.slots.step, [0]
     admit, finish, work = scheduler.admit, scheduler.finish, state.engine._work
     with tiny_server.client(limits=httpx.Limits(max_connections=60)) as client, ThreadPoolExecutor(60) as pool:
         alone = [good(client.complete(seed=7 + n, **options))["choices"][0] | {"index": n} for n in range(8)]
-        monkeypatch.setattr(scheduler, "admit", lambda: [each for each in admit() if begun.setdefault(each, time.monotonic())])
-        monkeypatch.setattr(scheduler, "finish", lambda each: finish(each) or ended.setdefault(each, time.monotonic()))
+        monkeypatch.setattr(tiny_server.slots, "step", lambda: steps.append(len(steps)) or step())
+        monkeypatch.setattr(scheduler, "admit", lambda: [each for each in admit() if begun.setdefault(each, steps[-1])])
+        monkeypatch.setattr(scheduler, "finish", lambda each: finish(each) or ended.setdefault(each, steps[-1]))
         monkeypatch.setattr(state.admission, "limit", 60)
         monkeypatch.setattr(tokenizer_pool, "SHORT_CHARACTERS", len("Hello there"))
         engine_free, long_texts_free = threading.Event(), threading.Event()
@@ -195,7 +196,7 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, m
     tickets = [sequence.ticket for sequence in begun]
     assert len(tickets) == sum(wishes)
     assert tickets == sorted(tickets)
-    begin, service = min(begun.values()), 0.0
+    begin, service = min(begun.values()), 0
     for place, (sequence, moment) in enumerate(begun.items()):
         assert place < SLOTS or moment - begin <= 2 * service / SLOTS
         service += ended[sequence] - moment
@@ -203,9 +204,9 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, m
 
 def test_health_tells_that_the_engine_is_stuck(client, tiny_server, monkeypatch):
     assert state.STUCK_SECONDS + 0.5 < 5  # seconds, as promised
+    assert client.get("/health").json()["status"] == "ok"
     monkeypatch.setattr(state, "STUCK_SECONDS", 0.4)
     freed = threading.Event()
-    assert client.get("/health").json()["status"] == "ok"
     tiny_server.state.engine._work.put(lambda: freed.wait(30) and None)
     assert until(lambda: client.get("/health").status_code == 503, 5)
     assert client.get("/health").json()["status"] == "stuck"

@@ -234,7 +234,7 @@ SLOW = """
 import sys, time
 from engine.inference.slots import Slots
 step = Slots.step
-Slots.step = lambda self: (time.sleep(0.5), step(self))[1]
+Slots.step = lambda self: (print("step", flush=True), time.sleep(0.5), step(self))[-1]
 from stages.chat.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -245,7 +245,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(trained):
         terminal.wait_for(PROMPT)
         for _ in range(2):
             terminal.type("the king\n", "the king\r\n")
-            time.sleep(0.7)
+            terminal.wait_for("step")
             terminal.interrupt()
             terminal.wait_for("[stopped]", seconds=10)
             terminal.type("/clear\n", "forgotten", PROMPT)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -161,9 +162,7 @@ def test_sigkill_of_a_real_process_at_random_times(tmp_path):
 
 def test_an_interrupt_at_any_time_leaves_older_checkpoints(tmp_path, capfd):
     save_tiny(tmp_path, 1)
-    started = time.perf_counter()
-    save_tiny(tmp_path, 2)
-    span = time.perf_counter() - started
+    span = min(timeit.repeat(lambda: save_tiny(tmp_path, 2), number=1, repeat=3))
 
     def interrupt(*_):
         raise KeyboardInterrupt

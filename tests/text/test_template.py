@@ -2,9 +2,9 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,12 +79,12 @@ LOOPS = "{% for i in range(99999) %}{% for i in range(99999) %}{% for i in range
     ],
 )
 def test_no_template_stalls_or_fills_the_memory(source):
-    """Within the second of X2 on an idle machine; five leave room for a busy one."""
+    """It computes for two seconds at most."""
     template = Template(source)
-    begin = time.monotonic()
+    begin = sum(os.times()[2:4])  # of processes that have ended
     with pytest.raises(UserError, match=r"The chat template (ran|failed|needed|wrote|calls)"):
         render(template)
-    assert time.monotonic() - begin < 5
+    assert sum(os.times()[2:4]) - begin < 2
 
 
 @pytest.mark.parametrize(
