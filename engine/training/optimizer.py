@@ -32,12 +32,14 @@ UNDECAYED = r".*(norm|bias)"  # gains and biases
 class OptimizerConfig:
     """The optimizer's settings. `learning_rate` is AdamW's, `matrix_learning_rate` Muon's, per unit of spectral norm.
 
+    The embedding's is `embedding_factor` times AdamW's: a row of it has a gradient only where its token is read.
     Raises UserError for a value out of range.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     matrix_learning_rate: float = 0.02
+    embedding_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup: float = 0.02
     decay: float = 0.5
@@ -49,7 +51,8 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        most = {"learning_rate": 10.0, "matrix_learning_rate": 10.0, "weight_decay": 10.0, "clip": math.inf}
+        most = {"learning_rate": 10.0, "matrix_learning_rate": 10.0, "embedding_factor": 1000.0, "weight_decay": 10.0}
+        most |= {"clip": math.inf}
         for name, value in vars(self).items():
             if name not in ("kind", "schedule") and not 0 <= value <= most.get(name, 1.0):
                 raise UserError(f"{name} must lie between 0 and {most.get(name, 1.0):g}, not {value!r}.")
@@ -108,7 +111,10 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     is_matrix = lambda path, leaf: re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA)
     label = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
-    adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, optax.scale(-cfg.learning_rate))
+    rate = lambda path: cfg.learning_rate * (cfg.embedding_factor if path == "embed" else 1.0)
+    by_rate = lambda path, update: jax.tree.map(lambda u: -rate(path) * u, update)
+    descend = optax.stateless(lambda updates, _: map_paths(by_rate, updates))
+    adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, descend)
     momentum = optax.trace(cfg.momentum, nesterov=True)
     muon = optax.chain(momentum, orthogonalize(), decay, optax.scale(-cfg.matrix_learning_rate))
     return optax.chain(

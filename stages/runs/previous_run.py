@@ -78,6 +78,7 @@ MUST_MATCH = {
     "choice of trainable parameters": "learns", "objective": "objective", "packing": "pack", "stage": "stage",
 }  # fmt: skip
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}
+ADDED = {"recipe/optimizer/embedding_factor": 1.0}  # what a run did whose run.json is older than the field
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 
@@ -106,6 +107,7 @@ def changed_fields(previous: PreviousRun, facts: dict[str, Any], cfg: ModelConfi
         leaf_paths({**fields, "config": config.to_json()})
         for fields, config in ((previous.record, read_config(previous.folder)), (json.loads(json.dumps(facts)), cfg))
     )
+    before = {name: value for name, value in ADDED.items() if name in now} | before
     same = lambda name: name not in before or NOT_COMPARED.fullmatch(name) or before[name] == now.get(name)
     return {name: (before.get(name), now.get(name)) for name in before if not same(name)}
 

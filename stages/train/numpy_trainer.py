@@ -78,8 +78,9 @@ class NumPyTrainer(Trainer):
         cfg, optimizer = self.plan.cfg, self.plan.recipe.optimizer
         schedule = jax.jit(make_schedule(optimizer))
         settings = adamw.AdamWConfig(
-            optimizer.learning_rate, optimizer.beta1, optimizer.beta2, weight_decay=optimizer.weight_decay, clip=optimizer.clip
-        )
+            optimizer.learning_rate, optimizer.beta1, optimizer.beta2, weight_decay=optimizer.weight_decay, clip=optimizer.clip,
+            embedding_factor=optimizer.embedding_factor,
+        )  # fmt: skip
 
         def step(state: Any, batch: Any, progress: Any) -> tuple[TrainState, StepMetrics]:
             state = jax.tree.map(np.asarray, state)  # the first one comes from JAX

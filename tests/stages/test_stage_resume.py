@@ -1,5 +1,6 @@
 """What a restart must not change: rows of validation, the best, the batches that are skipped; and what it must not ignore."""
 
+import copy
 import dataclasses
 import errno
 import functools
@@ -295,10 +296,13 @@ def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, t
     assert not notices(tmp_path, before, before)
     rest = {name: value for name, value in facts.items() if name != "recipe"}  # which is the plan's too
     planned = facts_of(options, plan, rest)
+    older = copy.deepcopy(planned[0])
+    assert older["recipe"]["optimizer"].pop("embedding_factor") == 1
     unnoticed = [
         f"plan's {name}"
         for name, changed in variants(plan, OTHER | ({} if stage == "train" else {"kind": "muon", "schedule": "wsd"}))
         if not notices(tmp_path, planned, facts_of(options, changed, rest))
+        or (name == "embedding_factor" and not notices(tmp_path, (older, plan.cfg), facts_of(options, changed, rest)))
     ]
     for name, changed in variants(flags, values):
         try:
