@@ -18,6 +18,7 @@ class AdamWConfig(NamedTuple):
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient; inf for no clipping
     embedding_factor: float = 1.0  # on the embedding's learning rate
+    head_factor: float = 1.0  # on the head's
 
 
 class Moments(NamedTuple):
@@ -45,7 +46,7 @@ def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, f
     count = int(moments.taken) + 1
     correction1, correction2 = 1 - cfg.beta1**count, 1 - cfg.beta2**count
     rate = cfg.learning_rate * float(factor)
-    rates = tree_map(lambda _: rate, params) | {"embed": rate * cfg.embedding_factor}
+    rates = tree_map(lambda _: rate, params) | {"embed": rate * cfg.embedding_factor, "head": rate * cfg.head_factor}
 
     first = tree_map(lambda m, g: cfg.beta1 * m + (1 - cfg.beta1) * shrink * g, moments.first, gradient)
     second = tree_map(lambda v, g: cfg.beta2 * v + (1 - cfg.beta2) * (shrink * g) ** 2, moments.second, gradient)

@@ -32,7 +32,8 @@ UNDECAYED = r".*(norm|bias)"  # gains and biases
 class OptimizerConfig:
     """The optimizer's settings. `learning_rate` is AdamW's, `matrix_learning_rate` Muon's, per unit of spectral norm.
 
-    The embedding's is `embedding_factor` times AdamW's: a row of it has a gradient only where its token is read.
+    `embedding_factor` and `head_factor` multiply AdamW's for these two: a row of the embedding has a gradient only where its
+    token is read, a column of the head at each token.
     Raises UserError for a value out of range.
     """
 
@@ -40,6 +41,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     matrix_learning_rate: float = 0.02
     embedding_factor: float = 1.0
+    head_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup: float = 0.02
     decay: float = 0.5
@@ -51,8 +53,8 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        most = {"learning_rate": 10.0, "matrix_learning_rate": 10.0, "embedding_factor": 1000.0, "weight_decay": 10.0}
-        most |= {"clip": math.inf}
+        most = dict.fromkeys(("learning_rate", "matrix_learning_rate", "weight_decay"), 10.0)
+        most |= {"embedding_factor": 1000.0, "head_factor": 1000.0, "clip": math.inf}
         for name, value in vars(self).items():
             if name not in ("kind", "schedule") and not 0 <= value <= most.get(name, 1.0):
                 raise UserError(f"{name} must lie between 0 and {most.get(name, 1.0):g}, not {value!r}.")
@@ -111,8 +113,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     is_matrix = lambda path, leaf: re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA)
     label = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
-    rate = lambda path: cfg.learning_rate * (cfg.embedding_factor if path == "embed" else 1.0)
-    by_rate = lambda path, update: jax.tree.map(lambda u: -rate(path) * u, update)
+    factors = {"embed": cfg.embedding_factor, "head": cfg.head_factor}
+    by_rate = lambda path, update: jax.tree.map(lambda u: -cfg.learning_rate * factors.get(path, 1.0) * u, update)
     descend = optax.stateless(lambda updates, _: map_paths(by_rate, updates))
     adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, descend)
     momentum = optax.trace(cfg.momentum, nesterov=True)

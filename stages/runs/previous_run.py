@@ -78,7 +78,7 @@ MUST_MATCH = {
     "choice of trainable parameters": "learns", "objective": "objective", "packing": "pack", "stage": "stage",
 }  # fmt: skip
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}
-ADDED = {"recipe/optimizer/embedding_factor": 1.0}  # what a run did whose run.json is older than the field
+ADDED = dict.fromkeys(("recipe/optimizer/embedding_factor", "recipe/optimizer/head_factor"), 1.0)  # in a run.json without
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 

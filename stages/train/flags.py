@@ -53,7 +53,7 @@ class OptimizerFlags:
     optimizer: Annotated[str | None, one_of("muon", "adamw"), RECIPE] = None
     """`muon` (on the matrices inside blocks, AdamW on the rest) or `adamw`."""
     learning_rate: Annotated[float | None, positive(10), RECIPE] = None
-    """AdamW's."""
+    """AdamW's; the demo's embedding has 10 times it, its head half."""
     matrix_learning_rate: Annotated[float | None, positive(10), RECIPE] = None
     """Muon's."""
     schedule: Annotated[str | None, one_of("cosine", "wsd"), RECIPE] = None

@@ -79,7 +79,7 @@ class NumPyTrainer(Trainer):
         schedule = jax.jit(make_schedule(optimizer))
         settings = adamw.AdamWConfig(
             optimizer.learning_rate, optimizer.beta1, optimizer.beta2, weight_decay=optimizer.weight_decay, clip=optimizer.clip,
-            embedding_factor=optimizer.embedding_factor,
+            embedding_factor=optimizer.embedding_factor, head_factor=optimizer.head_factor,
         )  # fmt: skip
 
         def step(state: Any, batch: Any, progress: Any) -> tuple[TrainState, StepMetrics]:

@@ -60,13 +60,14 @@ def test_a_cancelled_request_frees_its_slot(tiny_server, slowed):
 
     asyncio.run(all_leave())
     steps.clear()
+    slowed(0.1)
     assert until(lambda: tiny_server.load == (0, 0, 0))
-    assert len(steps) < 45  # of the 90 that an answer has
+    assert len(steps) < 10
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_how_soon_a_slot_is_free(tiny_server, slowed, stream):
-    slowed(0.02)
+    slowed(0.05)
     durations = []
     for _ in range(5):
         connection = tiny_server.connect()
@@ -78,6 +79,7 @@ def test_how_soon_a_slot_is_free(tiny_server, slowed, stream):
         assert until(lambda: tiny_server.load[0] == 0)
         durations.append(time.monotonic() - begin)
     assert sorted(durations)[2] < 0.25  # a busy machine can hold up one
+    assert max(durations) < 1.2  # an answer takes longer
 
 
 def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
@@ -146,7 +148,7 @@ def test_retry_after_is_the_time_in_which_the_queue_empties():
 def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monkeypatch):
     """In comments, which clients leave out. A request that wants several answers is one in the queue."""
     monkeypatch.setattr(generation, "PLACE_SECONDS", 0.002)
-    slowed(0.02)
+    slowed(0.1)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
         assert until(lambda: tiny_server.slots.running == SLOTS)
@@ -208,7 +210,7 @@ def test_health_tells_that_the_engine_is_stuck(client, tiny_server, monkeypatch)
     monkeypatch.setattr(state, "STUCK_SECONDS", 0.4)
     freed = threading.Event()
     tiny_server.state.engine._work.put(lambda: freed.wait(30) and None)
-    assert until(lambda: client.get("/health").status_code == 503, 5)
+    assert until(lambda: client.get("/health").status_code == 503, 2)
     assert client.get("/health").json()["status"] == "stuck"
     assert client.get("/live").status_code == 200
     freed.set()

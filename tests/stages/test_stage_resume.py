@@ -235,6 +235,7 @@ OTHER = {
     "lora": LoraConfig(2), "train": ("head",), "freeze": ("bottom:1",), "base": "int8", "general": "none", "clip": 0.5,
     "skip_batches": ((1, 2),), "objective": "preference", "batch": 6, "rope_scaling": RopeScaling(2.0, 1.0, 4.0, 32),
 }  # fmt: skip
+FACTORS = {"embedding_factor", "head_factor"}  # not in run.json before
 BESIDE = {"out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose"}
 BESIDE |= {"mesh", "processes", "process", "coordinator", "join_within", "accelerator"}  # run.json's `device` shows them
 ELSEWHERE = {"preset", "model", "name", "noun", "trainable"}  # in the architecture, the base's digest, the stage, and `learns`
@@ -297,12 +298,12 @@ def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, t
     rest = {name: value for name, value in facts.items() if name != "recipe"}  # which is the plan's too
     planned = facts_of(options, plan, rest)
     older = copy.deepcopy(planned[0])
-    assert older["recipe"]["optimizer"].pop("embedding_factor") == 1
+    assert {older["recipe"]["optimizer"].pop(name) for name in FACTORS} == {1}
     unnoticed = [
         f"plan's {name}"
         for name, changed in variants(plan, OTHER | ({} if stage == "train" else {"kind": "muon", "schedule": "wsd"}))
         if not notices(tmp_path, planned, facts_of(options, changed, rest))
-        or (name == "embedding_factor" and not notices(tmp_path, (older, plan.cfg), facts_of(options, changed, rest)))
+        or (name in FACTORS and not notices(tmp_path, (older, plan.cfg), facts_of(options, changed, rest)))
     ]
     for name, changed in variants(flags, values):
         try:

@@ -100,13 +100,13 @@ def test_without_a_gradient_only_what_is_ruled_decays(kind):
     from tiny import lively_params, tiny_config
 
     params = lively_params(tiny_config(qkv_bias=True))
-    rates = {"learning_rate": 0.1, "matrix_learning_rate": 0.2, "embedding_factor": 3.0}
+    rates = {"learning_rate": 0.1, "matrix_learning_rate": 0.2, "embedding_factor": 3.0, "head_factor": 5.0}
     tx = make_optimizer(OptimizerConfig(kind=kind, **rates, weight_decay=0.5, warmup=0.0, schedule="wsd"))
     nothing = jax.tree.map(jnp.zeros_like, params)
     step = lambda params: tx.update(nothing, tx.init(params), params, progress=jnp.float32(0.01), dtype="float32")[0]
     for path, update in leaf_paths(jax.jit(step)(params)).items():
         leaf = leaf_paths(params)[path]
-        rate = 0.2 if kind == "muon" and path.split("/")[-1] in MATRICES else 0.3 if path == "embed" else 0.1
+        rate = 0.2 if kind == "muon" and path.split("/")[-1] in MATRICES else 0.1 * {"embed": 3, "head": 5}.get(path, 1)
         undecayed = path.endswith(("norm", "bias"))
         np.testing.assert_allclose(update, 0 * leaf if undecayed else -rate * 0.5 * leaf, rtol=1e-5, err_msg=path)
 
@@ -204,6 +204,7 @@ def test_one_config_is_one_object():
     ("field", "value"),
     [
         ("learning_rate", -1.0), ("learning_rate", float("nan")), ("matrix_learning_rate", 11.0), ("warmup", 1.5),
+        ("head_factor", -1.0),
         ("decay", -0.1), ("final", 2.0), ("beta1", -0.5), ("beta2", 1.01), ("momentum", float("inf")),
         ("weight_decay", -1e-9), ("clip", 0.0), ("clip", -1.0),
     ],

@@ -31,7 +31,7 @@ from stages.train import __main__ as train
 SLOW = """
 import time, stages.runs.loop as loop
 count = loop.Loop._count
-loop.Loop._count = lambda *given: (time.sleep(0.1), count(*given))[1]
+loop.Loop._count = lambda *arguments: (time.sleep(0.1), count(*arguments))[1]
 """
 
 
