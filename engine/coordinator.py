@@ -7,6 +7,7 @@ import time
 
 from engine import distributed
 from engine.errors import UserError
+from engine.format import duration
 
 HEARTBEAT = 8  # seconds without one until JAX gives a process up
 
@@ -87,8 +88,8 @@ def _reach(coordinator: str, seconds: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise UserError(
-        f"The coordinator at {coordinator} could not be reached for {seconds:.0f} s: {reason}. Process 0 listens there: check "
-        "that it runs, and the address."
+        f"The coordinator at {coordinator} could not be reached for {duration(seconds)}: {reason}. Process 0 listens there: "
+        "check that it runs, and the address."
     )
 
 

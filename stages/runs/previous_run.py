@@ -78,7 +78,8 @@ MUST_MATCH = {
     "choice of trainable parameters": "learns", "objective": "objective", "packing": "pack", "stage": "stage",
 }  # fmt: skip
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}
-ADDED = dict.fromkeys(("recipe/optimizer/embedding_factor", "recipe/optimizer/head_factor"), 1.0)  # in a run.json without
+# Fields that an older run.json does not have, and what its run did.
+ADDED = {"recipe/optimizer/embedding_factor": 1.0, "recipe/optimizer/head_factor": 1.0}
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 

@@ -235,7 +235,7 @@ OTHER = {
     "lora": LoraConfig(2), "train": ("head",), "freeze": ("bottom:1",), "base": "int8", "general": "none", "clip": 0.5,
     "skip_batches": ((1, 2),), "objective": "preference", "batch": 6, "rope_scaling": RopeScaling(2.0, 1.0, 4.0, 32),
 }  # fmt: skip
-FACTORS = {"embedding_factor", "head_factor"}  # not in run.json before
+FACTORS = {"embedding_factor", "head_factor"}  # which an older run.json does not have
 BESIDE = {"out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose"}
 BESIDE |= {"mesh", "processes", "process", "coordinator", "join_within", "accelerator"}  # run.json's `device` shows them
 ELSEWHERE = {"preset", "model", "name", "noun", "trainable"}  # in the architecture, the base's digest, the stage, and `learns`
