@@ -13,7 +13,7 @@ from bench.models import load
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
 from engine.inference.score import score
-from engine.model.cache.segmented import CacheRows, KVDtype, make_kv_segments, segmented_cache
+from engine.model.cache.segmented import CacheRows, KVDtype, make_kv_segments, segment_edges, segmented_cache
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
@@ -84,7 +84,7 @@ def _cached_nats(cfg: ModelConfig, params: Any, batches: Sequence[Any], seq: int
 
     The error is against a cache in float32: root mean square, over that of the logits around their mean.
     """
-    empty = [make_kv_segments(cfg, len(batches[0].tokens), seq, CHUNK, kind) for kind in CACHES]
+    empty = [make_kv_segments(cfg, len(batches[0].tokens), segment_edges(seq, CHUNK), kind) for kind in CACHES]
 
     @jax.jit
     def read(params: Any, caches: Any, batch: Any, start: Any) -> Any:

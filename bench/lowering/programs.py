@@ -23,7 +23,7 @@ from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.inference.score import score
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import make_cache
-from engine.model.cache.segmented import KVDtype, make_kv_segments
+from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.native import library
 from engine.model.ops import platform
@@ -207,7 +207,7 @@ def slots_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat
     """Makes a program of `Slots` by its name in `programs.idle_calls`."""
 
     def make(cfg: ModelConfig) -> Program:
-        segments = jax.eval_shape(lambda: make_kv_segments(cfg, ROWS, CAPACITY, CHUNK, kv_dtype))
+        segments = jax.eval_shape(lambda: make_kv_segments(cfg, ROWS, segment_edges(CAPACITY, CHUNK), kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, ROWS))
         calls = slot_programs.idle_calls(cfg, serving_params(cfg, weights), segments, counts, CHUNK, TAIL, True)
         function, arguments = calls[name]

@@ -18,10 +18,10 @@ START_SECONDS = 300.0  # for a first start, compiling included
 
 
 class Server:
-    """Runs `python -m stages.serve` with `flags`, ready when the block begins and gone when it ends.
+    """Runs `python -m stages.serve` with `flags`, all its programs compiled when the block begins and gone when it ends.
 
-    `ready_seconds`: from its start until /health says so. Raises UserError, with the end of the server's output, when it
-    does not become ready.
+    `ready_seconds`: from its start until /health says that it is ready. Raises UserError, with the end of the server's
+    output, when it does not become ready.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None) -> None:
@@ -38,7 +38,12 @@ class Server:
             self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output, env=os.environ | extra
         )
         try:
-            while (await self.client.get("/health", timeout=5)).status != 200:
+            while True:
+                reply = await self.client.get("/health", timeout=5)
+                if reply.status == 200:
+                    self.ready_seconds = self.ready_seconds or clock() - begin
+                    if reply.json()["complete"]:
+                        return self
                 ended, late = self.process.poll(), clock() - begin > START_SECONDS
                 if late or ended is not None:
                     why = f"was not ready after {START_SECONDS:.0f} s" if ended is None else f"ended with {ended}"
@@ -47,8 +52,6 @@ class Server:
         except BaseException:
             await self.__aexit__()
             raise
-        self.ready_seconds = clock() - begin
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         self.client.close()

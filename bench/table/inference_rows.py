@@ -21,7 +21,7 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.slots import CHUNK as SLOT_CHUNK
 from engine.model.cache.contiguous import KVCache, make_cache
-from engine.model.cache.segmented import make_kv_segments
+from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths
@@ -75,7 +75,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     starts = [np.int32(start) for start in range(0, T, size)]
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     slot = np.int32(SLOTS - 1)
-    cache = make_kv_segments(cfg, SLOTS, T, size, "float32" if cfg.dtype == "float32" else "bfloat16")
+    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size), "float32" if cfg.dtype == "float32" else "bfloat16")
     S = cache.edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
     chunks = len(pieces)

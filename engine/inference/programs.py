@@ -135,7 +135,7 @@ def idle_calls(
     }
     for size in {chunk, tail}:
         calls[f"prefill_chunk {size}"] = prefill_chunk, (*state, np.zeros((1, size), np.int32), nowhere, start)
-    calls["clear_slot"] = clear_slot, (segments, nowhere, step)
+    calls["clear_slot"] = clear_slot, (segments, nowhere, start, step)
     calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
     calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
     for size in {chunk, tail} if prefix_cache else ():

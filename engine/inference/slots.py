@@ -11,48 +11,42 @@ its request alone, to the bit: chunks of prompts begin at fixed positions, all r
 another, and keys come from the request's own seed and positions.
 """
 
-import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from engine import placement
 from engine.errors import UserError
 from engine.inference import programs
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Event, LogProb, Request, check_request
-from engine.inference.sampling import TokenCounts, count_prompt, make_token_counts, penalty_arrays, sampling_arrays
+from engine.inference.sampling import count_prompt, penalty_arrays, sampling_arrays
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
-from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments
+from engine.inference.slot_state import SlotShapes, SlotState
+from engine.model.cache.segmented import KVDtype
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.ngrams import NGrams
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
+SHORT = 512  # positions of a text for which there are programs of their own
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
 MAX_TAILS = 2  # computed after a cached beginning to complete its chunk: more take longer than the whole chunk
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
-MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 
 
 def compile_ahead(
     cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kv_dtype: KVDtype, prefix_cache_bytes: int,
-    chunk: int = CHUNK, tail: int = TAIL,
+    chunk: int = CHUNK, tail: int = TAIL, short: int = SHORT,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
-    """Compiles the programs of `Slots` with these options, as it is iterated, from the shapes of `params` alone.
+    """Compiles the programs of `Slots` with these options for short texts, as it is iterated.
 
-    To be iterated while weights load; programs left out are compiled when needed.
+    Of `params` only the shapes are read. To be iterated while weights load; programs left out are compiled when needed.
     """
-    rows = max(slots, MIN_ROWS)
-    state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
-    segments, counts = jax.eval_shape(state)
-    calls = programs.idle_calls(cfg, params, segments, counts, chunk, tail, prefix_cache_bytes > 0)
-    return programs.compile_programs(calls)
+    return SlotShapes(slots, capacity, kv_dtype, chunk, tail, short, prefix_cache_bytes > 0).compile_ahead(cfg, params)
 
 
 class Slots:
@@ -61,13 +55,15 @@ class Slots:
     `params` are those of `decode.prepare_params`, placed on the mesh of this thread if it has one, which then holds the KV
     cache too. `slots`: requests at once. `capacity`: tokens of prompt and completion
     together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none. `speculate`:
-    whether a lone sequence checks draft tokens in idle rows; `ngrams`: the model's trained draft. Completions depend on the
-    model, `kv_dtype` and the shapes of programs (`slots`, `capacity`, `chunk`, `tail`) alone.
+    whether a lone sequence checks draft tokens in idle rows; `ngrams`: the model's trained draft. `short`: positions of a text
+    for which there are programs of their own, see `SlotState`. Completions depend on the model, `kv_dtype` and the shapes of
+    programs (`slots`, `capacity`, `chunk`, `tail`) alone.
     """
 
     def __init__(
         self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kv_dtype: KVDtype = "bfloat16",
         prefix_cache_bytes: int = 0, speculate: bool = True, ngrams: NGrams | None = None, chunk: int = CHUNK, tail: int = TAIL,
+        short: int = SHORT,
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
         for is_right, message in (
@@ -87,12 +83,12 @@ class Slots:
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once
-        self._mesh = placement.current_mesh()
-        rows = max(slots, MIN_ROWS)
-        make_state = lambda: (make_kv_segments(cfg, rows, capacity, chunk, kv_dtype), make_token_counts(cfg, rows))
-        state = (params, *placement.make_sharded_cache(make_state))
-        # On a named device: for an unnamed one a program would be compiled once more.
-        self.params, self._segments, self._counts = state if self._mesh else jax.device_put(state, jax.devices()[0])
+        self.state = SlotState(cfg, params, SlotShapes(slots, capacity, kv_dtype, chunk, tail, short, prefix_cache_bytes > 0))
+
+    @property
+    def params(self) -> Params:
+        """The weights on the device."""
+        return self.state.params
 
     @property
     def busy(self) -> bool:
@@ -112,7 +108,7 @@ class Slots:
     @property
     def devices(self) -> int:
         """Devices that the weights and the KV cache are spread over."""
-        return self._mesh.size if self._mesh else 1
+        return self.state.mesh.size if self.state.mesh else 1
 
     @property
     def used_positions(self) -> int:
@@ -122,7 +118,7 @@ class Slots:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache, in use or not."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._segments))
+        return self.state.cache_bytes
 
     def submit(self, request: Request, ticket: int = 0) -> int:
         """Queues a request and returns its id. Slots go to the lowest ticket, among equal ones to the first that came.
@@ -146,52 +142,43 @@ class Slots:
 
         Returns when the device is done.
         """
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self.state.mesh):
             return self._step()
 
     def _step(self) -> list[Event]:
         for sequence in self.scheduler.admit():
-            slot, request = np.int32(sequence.slot), sequence.request
+            request = sequence.request
             sequence.prefix_key = root_key(request.namespace)
-            self._segments = programs.clear_slot(self._segments, slot, np.int32(sequence.reach))
             if request.sampling.adjusts_logits:
                 counts = count_prompt(request.prompt, request.sampling.logit_bias, self.cfg.vocab)
-                self._counts = programs.set_token_counts(self._counts, slot, *counts)
+                self.state.counts = programs.set_token_counts(self.state.counts, np.int32(sequence.slot), *counts)
         match self.scheduler.schedule():
             case Prefill(sequence):
                 self._prefill(sequence)
-                jax.block_until_ready(self._segments)
+                jax.block_until_ready(self.state.segments)
             case Decode() as batch:
                 return self._decode(batch)
         return []
 
-    def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
+    def warm(
+        self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = (), *, rest: bool = True
+    ) -> None:
         """Compiles every program and runs each once with no row in use. Nothing is compiled afterwards. Sets `tails_agree`.
 
-        `ahead` is what `compile_ahead` yields: a program that it compiled runs while the next is compiled.
-        `report(ready, total)` counts programs. Raises ValueError while there are requests.
+        `ahead` and `report`, of the programs for short texts, as `SlotState.warm` has them. Those for longer ones can be left
+        to `state.complete` with `rest` False. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
-        with jax.set_mesh(self._mesh):
-            self._warm(report, ahead)
-
-    def _warm(self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]]) -> None:
-        # Compiled from shapes: a program that runs donates arrays while others are being compiled.
-        calls = programs.idle_calls(
-            self.cfg, self.params, self._segments, self._counts, self.chunk, self.tail, self.prefix_cache.limit > 0
+        has_tails = self.prefix_cache.limit > 0 and self.chunk % self.tail == 0
+        compared = (
+            (f"prefill_chunk {self.chunk}", f"prefill_chunk {self.tail}", f"read_chunk {self.chunk}") if has_tails else ()
         )
-        pending = set(calls)
-        with contextlib.closing(programs.compile_programs(calls)) as compiled:
-            for name, count in itertools.chain(ahead, compiled):
-                if name in pending:
-                    pending.remove(name)
-                    self._run_idle(*calls[name])
-                    if report:
-                        report(count - len(pending), count)
-                if not pending:
-                    break
-        self.tails_agree = self.prefix_cache.limit > 0 and self.chunk % self.tail == 0 and self._compare_tails()
+        self.state.warm(report, ahead, compared)
+        with jax.set_mesh(self.state.mesh):
+            self.tails_agree = has_tails and self._compare_tails()
+        if rest:
+            self.state.complete()
 
     def _compare_tails(self) -> bool:
         """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same."""
@@ -200,65 +187,65 @@ class Slots:
         for size in (self.chunk, self.tail):
             for at in range(0, self.chunk, size):
                 part = tokens[:, at : at + size]
-                self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, part, zero, np.int32(at))
-            chunk = jax.device_get(programs.read_chunk(self._segments, zero, zero, self.chunk))
+                segments = self.state.reaching(self.chunk)
+                self.state.keep(programs.prefill_chunk(self.cfg, self.params, segments, part, zero, np.int32(at)))
+            chunk = jax.device_get(programs.read_chunk(self.state.reaching(self.chunk), zero, zero, self.chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(chunk)])
         return results[0] == results[1]
 
-    def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
-        """Runs a program on this state, with zeros for the other arrays, and keeps the state it returns."""
-        state = {dict: self.params, KVSegments: self._segments, TokenCounts: self._counts}
-        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
-        results = program(*(state.get(type(value)) or jax.tree.map(real, value) for value in arguments))
-        # Only tuples: iterating over a JAX array would compile a program.
-        for result in results if type(results) is tuple else (results,):
-            if isinstance(result, KVSegments):
-                self._segments = result
-            elif isinstance(result, TokenCounts):
-                self._counts = result
-        jax.block_until_ready((results, self._segments))
+    def _make_room(self, sequence: Sequence, stop: int) -> bool:
+        """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it; False when
+        that was done before."""
+        if min(stop, self.state.positions) <= sequence.room:
+            return False
+        sequence.room = self.state.clear(sequence.slot, sequence.room, stop, sequence.reach)
+        return True
 
     def _prefill(self, sequence: Sequence) -> None:
         """Computes one chunk of a prompt, or a tail, after copying up to HITS_AT_ONCE from the prefix cache."""
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.chunk)
-            cached = 0 if done else self._copy_cached(sequence, tokens)
-            count = cached or self._compute(sequence, tokens, done)
+            stop = sequence.prefilled_tokens - done + self.chunk
+            self._make_room(sequence, stop)
+            cached = 0 if done else self._copy_cached(sequence, tokens, stop)
+            count = cached or self._compute(sequence, tokens, done, stop)
             if done + count == len(tokens):
                 if not cached and self.prefix_cache.limit:
-                    self._cache(sequence, tokens)
+                    self._cache(sequence, tokens, stop)
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
             self.scheduler.record_prefill(sequence, count)
             if not cached or not sequence.to_prefill:
                 return
 
-    def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
-        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns how many tokens that are."""
+    def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
+        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns how many tokens that are.
+
+        `stop`: where the chunk ends, here and below.
+        """
         for count in (len(tokens), *self._beginnings(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
                 place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-                self._segments = programs.write_chunk(self._segments, chunk, *place, np.int32(count))
+                self.state.keep(programs.write_chunk(self.state.reaching(stop), chunk, *place, np.int32(count)))
                 sequence.cached_tokens += count
                 return count
         return 0
 
-    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
+    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int, stop: int) -> int:
         """Computes the next chunk of a prompt, or a tail of one that is begun; returns how many tokens that are."""
         size = self.tail if done or len(tokens) <= self.tail else self.chunk
         part = tokens[done : done + size]
         padded: Any = np.zeros((1, size), np.int32)
         padded[0, : len(part)] = part
         place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-        self._segments = programs.prefill_chunk(self.cfg, self.params, self._segments, padded, *place)
+        self.state.keep(programs.prefill_chunk(self.cfg, self.params, self.state.reaching(stop), padded, *place))
         return len(part)
 
-    def _cache(self, sequence: Sequence, tokens: tuple[int, ...]) -> None:
+    def _cache(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> None:
         """Puts the chunk that has just been computed into the prefix cache."""
-        start = sequence.prefilled_tokens // self.chunk * self.chunk
+        start = stop - self.chunk
         size = self.tail if len(tokens) <= self.tail else self.chunk
-        chunk = programs.read_chunk(self._segments, np.int32(sequence.slot), np.int32(start), size)
+        chunk = programs.read_chunk(self.state.reaching(stop), np.int32(sequence.slot), np.int32(start), size)
         counts: Iterable[int] = self._beginnings(tokens)
         # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
         last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
@@ -273,20 +260,23 @@ class Slots:
 
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""
-        R, lone = self._segments.slots, batch.sequences[0]
-        if batch.copies_are_new:
+        R, lone = self.state.segments.slots, batch.sequences[0]
+        room_was_made = [self._make_room(row.sequence, row.position + batch.steps) for row in batch.rows]
+        segments = self.state.reaching(max(row.position for row in batch.rows) + batch.steps)
+        if batch.copies and (batch.copies_are_new or any(room_was_made)):
             targets = np.array([*batch.copies, *[R] * (DRAFT_ROWS - len(batch.copies))], np.int32)
-            self._segments = programs.copy_slot(self._segments, np.int32(lone.slot), targets, np.int32(lone.reach))
+            segments = programs.copy_slot(segments, np.int32(lone.slot), targets, np.int32(lone.reach))
         token: Any = np.zeros(R, np.int32)
         position: Any = np.full(R, -1, np.int32)
         sampling = [IDLE] * R
         for row in batch.rows:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled, self._segments, self._counts = programs.decode_slots(
-            self.cfg, self.params, self._segments, self._counts, token, programs.make_rows(position, batch.draft_writes),
+        sampled, segments, self.state.counts = programs.decode_slots(
+            self.cfg, self.params, segments, self.state.counts, token, programs.make_rows(position, batch.draft_writes),
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
+        self.state.keep(segments)
         self.decode_steps += batch.steps
         # As NumPy arrays: indexing a JAX array would compile a program.
         fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])

@@ -13,7 +13,8 @@ from engine import placement
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
-from engine.inference.slots import CHUNK, MIN_ROWS, compile_ahead
+from engine.inference.slot_state import MIN_ROWS
+from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
@@ -88,7 +89,7 @@ class EngineConfig:
         return max(self.slots, MIN_ROWS) * slot + prefix + count_params(cfg).total * weights
 
     def _slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        chunk = jax.eval_shape(lambda: make_kv_segments(cfg, 1, CHUNK, CHUNK, self.kv_dtype))
+        chunk = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, CHUNK), self.kv_dtype))
         return -(-capacity // CHUNK) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chunk))
 
 

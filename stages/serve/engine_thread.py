@@ -26,6 +26,7 @@ class EngineThread:
         self.slots, self._compiles = slots, CompileCounter()
         self.cfg, self.capacity = slots.cfg, slots.capacity
         self.ready = False
+        self.is_complete = False  # whether longer texts have their programs too
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
         self.kv_cache_usage = 0.0  # share of the KV cache that is filled
@@ -36,8 +37,8 @@ class EngineThread:
 
     @property
     def compiles_after_ready(self) -> int:
-        """Programs compiled since the engine was ready: there should be none."""
-        return self._compiles.count if self.ready else 0
+        """Programs compiled since the engine had all, soon after it was ready: there should be none."""
+        return self._compiles.count if self.is_complete else 0
 
     @property
     def waiting(self) -> int:
@@ -50,9 +51,10 @@ class EngineThread:
         return time.monotonic() - self.last_tick
 
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
-        """Starts the thread, which compiles every program and then serves. To be called on the event loop.
+        """Starts the thread, which compiles the programs for short texts and then serves. To be called on the event loop.
 
-        `on_change` is called there once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Slots.warm`.
+        Those for longer ones are compiled in another thread meanwhile. `on_change` is called on the loop once the engine is
+        `ready` and if it has an `error`. `warm_arguments`: of `Slots.warm`.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
@@ -89,22 +91,32 @@ class EngineThread:
 
     def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
         try:
-            self.slots.warm(*warm_arguments)
-            self._compiles.reset()
+            self.slots.warm(*warm_arguments, rest=False)
             self.ready, self.last_tick = True, time.monotonic()
             self._post(on_change)
+            rest = threading.Thread(target=self._prepare_rest, daemon=True, name="rest")
+            rest.start()
             while not self._stopping:
                 self._take_work()
                 self.last_tick = time.monotonic()
                 self.kv_cache_usage = self.slots.used_positions / (self.slots.slots * self.capacity)
                 if self.slots.busy:
                     self._deliver(self.slots.step())
+                elif not rest.is_alive():
+                    self.slots.state.complete()
+                if self.slots.state.is_complete and not self.is_complete:
+                    self._compiles.reset()
+                    self.is_complete = True
         except BaseException as error:
             self.error = error
             self._post(on_change)
             self._deliver([Event(id, [], "error") for id in self._listeners])
             while not self._stopping:  # later requests get the same event
                 self._work.get()()
+
+    def _prepare_rest(self) -> None:
+        with contextlib.suppress(Exception):  # what is missing is compiled when needed
+            self.slots.state.prepare_rest()
 
     def _take_work(self) -> None:
         """Runs all work in the queue; without requests, waits up to IDLE_SECONDS for some."""

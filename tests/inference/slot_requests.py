@@ -14,7 +14,7 @@ from engine.inference.slots import Slots
 from engine.model.weights.int8 import quantize
 from engine.ngrams import count_ngrams
 
-SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4
+SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache
 AS_SERVED = "int8/bfloat16"  # weights in the one, KV cache in the other: a server's defaults
 
@@ -38,7 +38,7 @@ def served_model(dtype: str) -> tuple[Any, Any]:
 
 def make_slots(dtype: str, **options: Any) -> Slots:
     cfg, params = served_model(dtype)
-    shape = {"params": params, "slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL}
+    shape = {"params": params, "slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL, "short": SHORT}
     return Slots(cfg, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
 
 
@@ -145,6 +145,6 @@ def poison(slots: Slots, rubbish: float) -> None:
         array[free] = rubbish if array.dtype.kind != "i" and array.dtype != np.int8 else 99
         return array
 
-    slots._segments, slots._counts = jax.tree.map(
-        lambda array: jax.device_put(jnp.asarray(spoil(array)), jax.devices()[0]), (slots._segments, slots._counts)
+    slots.state.segments, slots.state.counts = jax.tree.map(
+        lambda array: jax.device_put(jnp.asarray(spoil(array)), jax.devices()[0]), (slots.state.segments, slots.state.counts)
     )

@@ -72,10 +72,27 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
         for slot in range(SLOTS):
             for company in (0, SLOTS + 2):
                 slots = make_slots(dtype)
+                if company:
+                    slots.state.complete()
                 poison(slots, np.nan if slot % 2 else np.inf)
                 slots.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
                 outputs.add(complete(slots, [request, *REQUESTS[slot : slot + company]])[0])
         assert len(outputs) == 1
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("speculate", [False, True])
+def test_what_counts_as_a_short_text_changes_no_bit(dtype, speculate):
+    """Texts that begin short and grow beyond it, alone and beside others, with another's rubbish where they grow."""
+    requests = [request_of(REPEATING[:12], 45, temperature=0.0, logprobs=3), request_of(text(4, 3), 50, seed=9, logprobs=20)]
+    for short in (1, CHUNK, 2 * CHUNK, CAPACITY):
+        slots = make_slots(dtype, short=short, speculate=speculate)
+        slots.state.complete()
+        poison(slots, np.nan)
+        assert complete(slots, requests) == [complete_alone(dtype, request) for request in requests]
+        poison(slots, np.nan)
+        for request in requests:
+            assert complete(slots, [request]) == [complete_alone(dtype, request)]
 
 
 @EVERY_DTYPE
@@ -213,7 +230,7 @@ def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
     for chunk in range(2):
         slots.step()
         assert len(waited) == chunk + 1
-        assert waited[-1] is slots._segments
+        assert waited[-1] is slots.state.segments
 
 
 @EVERY_DTYPE

@@ -45,8 +45,9 @@ class TinyServer:
         self.model = model = tiny_model()
         params = decode.prepare_params(model.cfg, model.params)
         self.slots = slots = Slots(
-            model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8
-        )
+            model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8,
+            short=32,
+        )  # fmt: skip
         make_chat = lambda: ChatTokenizer(model.tokenizer, None, FIXED_DAY)
         self.state = ServerState("tiny", model, SamplingParams(), slots, digest(params), make_chat(), make_chat, QUEUE, 0.25)
         self._started = threading.Event()

@@ -8,6 +8,7 @@ not reached it is discarded, so a row's numbers depend, to the bit, on its own l
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -48,6 +49,14 @@ class KVSegments(NamedTuple):
     def edges(self) -> tuple[int, ...]:
         """The position at which each segment starts, and S."""
         return _edges(self.k[0])
+
+    def part(self, start: int, stop: int | None) -> "KVSegments":
+        """Returns segments start .. stop - 1 of each layer, or all from `start` on."""
+        return KVSegments(*(tuple(layer[start:stop] for layer in side) for side in self))
+
+    def join(self, rest: "KVSegments") -> "KVSegments":
+        """Returns these segments and those that come after them."""
+        return KVSegments(*(tuple(map(operator.add, *sides)) for sides in zip(self, rest, strict=True)))
 
 
 class CacheRows(NamedTuple):
@@ -94,14 +103,19 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
     return SegmentedCache(segments, rows, jax.lax.optimization_barrier(destinations))
 
 
-def make_kv_segments(cfg: ModelConfig, slots: int, capacity: int, first: int, dtype: KVDtype = "bfloat16") -> KVSegments:
-    """Makes empty segments, from the second on each as long as all before it, for `slots` texts of `capacity` tokens.
+def segment_edges(capacity: int, first: int) -> tuple[int, ...]:
+    """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `first`.
 
-    The first has `first` positions; the last ends at the capacity, rounded up to a multiple of `first`.
+    The first has `first` positions, each other one as many as all before it.
     """
     edges = [0, first]
     while edges[-1] < capacity:
         edges.append(min(2 * edges[-1], -(-capacity // first) * first))
+    return tuple(edges)
+
+
+def make_kv_segments(cfg: ModelConfig, slots: int, edges: Sequence[int], dtype: KVDtype = "bfloat16") -> KVSegments:
+    """Makes empty segments between `edges`, for as many texts as there are slots."""
 
     def empty(length: int) -> KVArray:
         shape = (slots, cfg.kv_heads, length, cfg.head_dim)
@@ -140,9 +154,10 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array,
     return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
 
 
-def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
-    """Zeros a slot's segments that hold a position below `reach`, so that no NaN of another text is left there."""
-    places = [jnp.stack([jnp.where(start < reach, slot, segments.slots), 0])[None] for start in segments.edges[:-1]]
+def clear_slot(segments: KVSegments, slot: Array, start: Array, stop: Array) -> KVSegments:
+    """Zeros a slot's segments that begin in positions start .. stop - 1, so that no NaN of another text is left there."""
+    is_meant = lambda edge: (start <= edge) & (edge < stop)
+    places = [jnp.stack([jnp.where(is_meant(edge), slot, segments.slots), 0])[None] for edge in segments.edges[:-1]]
 
     @jax.jit(inline=True)  # traced once for the many arrays of a shape
     def cleared(array: Array, at: Array) -> Array:

@@ -163,9 +163,13 @@ class DetokenizeReply(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """The reply of GET /health: whether requests are answered, or why not."""
+    """The reply of GET /health: whether requests are answered, or why not.
+
+    `complete`: whether the programs for long texts are compiled too, which such a text waits for.
+    """
 
     status: Status
+    complete: bool
     running: int
     waiting: int
     compiles_after_ready: int
