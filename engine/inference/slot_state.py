@@ -1,7 +1,7 @@
 """SlotState: what the programs of `slots.Slots` work on, the weights, the KV cache and the token counts, and their warm-up.
 
-As long as no text is longer than `short`, programs get only the segments below: they are half as large to load, and a little
-faster. The programs for longer texts, which have the same numbers to the bit, are compiled later, in any thread.
+As long as no text is longer than `short`, programs get only the segments below, and are half as large to load. The programs for
+longer texts, which have the same numbers to the bit, are compiled later, in any thread.
 """
 
 import contextlib
