@@ -1,7 +1,7 @@
 """The compiled programs of `slots.Slots`: prefill a chunk of one prompt, decode a few tokens for all, move chunks.
 
-Their shapes depend on the model, the slots and the capacity, never on a request, so all can be compiled before the first
-one. They donate the KV cache and the token counts, and no parameter.
+Their shapes depend on the model, the slots and the segments they get, never on a request, so all can be compiled before the
+first one. They donate the KV cache and the token counts, and no parameter.
 """
 
 import functools

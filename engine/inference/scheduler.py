@@ -4,6 +4,7 @@
 """
 
 import bisect
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,7 +63,10 @@ class Decode(NamedTuple):
 
 
 class Scheduler:
-    """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free."""
+    """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
+
+    `limit`: positions that may be computed for now, whole chunks; a sequence that has come so far is held.
+    """
 
     def __init__(self, slots: int, speculate: bool, ngrams: "NGrams | None" = None) -> None:
         self.slots, self.speculate, self.ngrams = slots, speculate, ngrams
@@ -71,12 +75,18 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self.free = list(range(slots))
         self.copies: list[int] = []
+        self.limit = sys.maxsize
         self._submitted = self._chunks = 0
         self._last_was_prefill = False
 
     @property
     def running(self) -> list[Sequence]:
         return [*self.prefilling, *self.decoding]
+
+    @property
+    def has_step(self) -> bool:
+        """Whether `admit` or `schedule` has anything to do: not while every sequence is held or waits for a slot."""
+        return bool(self.waiting and (self.free or self.copies)) or any(self._not_held())
 
     def submit(self, request: Request, ticket: int = 0) -> Sequence:
         """Queues a request behind those of the same or a lower ticket."""
@@ -98,18 +108,19 @@ class Scheduler:
 
     def schedule(self) -> Prefill | Decode | None:
         """Chooses the next step, or None; prefill and decode take turns when there is work for both."""
+        prefilling, decoding = self._not_held()
         # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
-        if self.prefilling and not (self.decoding and self._last_was_prefill):
+        if prefilling and not (decoding and self._last_was_prefill):
             self._last_was_prefill = True
             self._chunks += 1
             oldest = self._chunks % OLDEST_EVERY == 0
-            return Prefill(self.prefilling[0] if oldest else min(self.prefilling, key=lambda sequence: sequence.to_prefill))
+            return Prefill(prefilling[0] if oldest else min(prefilling, key=lambda sequence: sequence.to_prefill))
 
         # decode: a few tokens for every sequence whose prompt is prefilled
         self._last_was_prefill = False
-        if not self.decoding:
+        if not decoding:
             return None
-        rows = [DecodeRow(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in self.decoding]
+        rows = [DecodeRow(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in decoding]
         drafts = self._draft_tokens()
         if drafts:
             copies_are_new = not self.copies
@@ -120,15 +131,16 @@ class Scheduler:
                 DecodeRow(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)
             ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
-        if any(not sequence.output_tokens for sequence in self.decoding):
+        if any(not sequence.output_tokens for sequence in decoding):
             steps = 1  # a request waits for its first token
-        elif self.prefilling:
+        elif prefilling:
             steps = STEPS_BESIDE_PREFILL
         elif drafts is not None:
             steps = STEPS_BETWEEN_DRAFTS
         else:
             steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
-        steps = min(steps, max(sequence.remaining for sequence in self.decoding))
+        room = self.limit - max(sequence.position for sequence in decoding)
+        steps = min(steps, room, max(sequence.remaining for sequence in decoding))
         return Decode(rows, steps, [], self.copies, False)
 
     def record_prefill(self, sequence: Sequence, count: int) -> None:
@@ -152,13 +164,19 @@ class Scheduler:
                 return True
         return False
 
+    def _not_held(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Returns the sequences that prefill and that decode below the limit."""
+        prefilling = [sequence for sequence in self.prefilling if sequence.prefilled_tokens < self.limit]
+        return prefilling, [sequence for sequence in self.decoding if sequence.position < self.limit]
+
     def _draft_tokens(self) -> list[int] | None:
         """Returns draft tokens for a lone sequence, at most as many as rows are free to check them; None when it has none to
         expect: it is not alone, or checking them has not paid lately."""
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
             return None
         (sequence,) = self.decoding
-        count = min(DRAFT_ROWS, len(self.free) + len(self.copies), sequence.remaining - 1)
+        room = min(sequence.remaining, self.limit - sequence.position)
+        count = min(DRAFT_ROWS, len(self.free) + len(self.copies), room - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
         return sequence.draft_tokens(count, self.ngrams)

@@ -1,7 +1,7 @@
 """SlotState: what the programs of `slots.Slots` work on, the weights, the KV cache and the token counts, and their warm-up.
 
-As long as no text is longer than `short`, programs get only the segments below, and are half as large to load. The programs for
-longer texts, which have the same numbers to the bit, are compiled later, in any thread.
+On a CPU a call on positions below `short` gets only the segments there: such programs load in half the time. Those for longer
+texts, which have the same numbers to the bit, are compiled later, in any thread.
 """
 
 import contextlib
@@ -45,9 +45,10 @@ class SlotShapes(NamedTuple):
 
     @property
     def short_edges(self) -> tuple[int, ...]:
-        """The edges of the segments of short texts, at least one."""
+        """The edges of the segments of short texts, at least one. An accelerator has no other texts: its memory is taken at
+        once or not at all, and that another program has the same bits was never seen there."""
         edges = self.edges
-        return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))]
+        return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))] if platform() == "cpu" else edges
 
     def make_segments(self, cfg: ModelConfig, edges: tuple[int, ...]) -> KVSegments:
         return make_kv_segments(cfg, self.rows, edges, self.kv_dtype)
@@ -64,22 +65,19 @@ class SlotShapes(NamedTuple):
 class SlotState:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
-    A program gets the segments of `reaching`, and `keep` takes what it returns for them. `is_complete`: whether texts beyond
-    `short` have their segments and programs.
+    A program gets the segments of `reaching`, and `keep` takes what it returns for them. `limit`: the positions of short texts.
+    `is_complete`: whether longer ones have their segments and programs.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
         self.cfg, self.shapes, self.mesh = cfg, shapes, placement.current_mesh()
         edges, short = shapes.edges, shapes.short_edges
-        self._short, self.positions = len(short) - 1, edges[-1]
+        self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
         self.is_complete = short == edges
         self._preparing = threading.Lock()
         self._rest: tuple[KVSegments, dict[str, programs.Call]] | None = None  # of `prepare_rest`
-        # An accelerator's memory is taken at once or not at all; a CPU's, which the kernel clears page by page, later.
-        made = short if platform() == "cpu" else edges
-        self._unmade = edges[len(made) - 1 :]
         self.params = self._device_put(params)
-        self.segments, self.counts = self._make(lambda: (shapes.make_segments(cfg, made), make_token_counts(cfg, shapes.rows)))
+        self.segments, self.counts = self._make(lambda: (shapes.make_segments(cfg, short), make_token_counts(cfg, shapes.rows)))
 
     @property
     def cache_bytes(self) -> int:
@@ -88,9 +86,8 @@ class SlotState:
 
     def reaching(self, stop: int) -> KVSegments:
         """Returns the segments for a call on positions below `stop`: those of short texts, or all."""
-        short = self.segments.part(0, self._short)
-        if stop <= short.edges[-1]:
-            return short
+        if stop <= self.limit:
+            return self.segments.part(0, self._short)
         self.complete()
         return self.segments
 
@@ -135,7 +132,8 @@ class SlotState:
         with self._preparing, jax.set_mesh(self.mesh):
             if self.is_complete or self._rest:
                 return
-            segments = self._make(lambda: self.shapes.make_segments(self.cfg, self._unmade))
+            edges = self.shapes.edges[self._short :]
+            segments = self._make(lambda: self.shapes.make_segments(self.cfg, edges))
             calls = self._idle_calls(self.segments.join(segments))
             for _ in programs.compile_programs(calls):
                 pass

@@ -11,6 +11,7 @@ its request alone, to the bit: chunks of prompts begin at fixed positions, all r
 another, and keys come from the request's own seed and positions.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -140,7 +141,7 @@ class Slots:
     def step(self) -> list[Event]:
         """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for all, in turns.
 
-        Returns when the device is done.
+        Returns when the device is done, and at once while all are held, see `warm`.
         """
         with jax.set_mesh(self.state.mesh):
             return self._step()
@@ -166,19 +167,24 @@ class Slots:
         """Compiles every program and runs each once with no row in use. Nothing is compiled afterwards. Sets `tails_agree`.
 
         `ahead` and `report`, of the programs for short texts, as `SlotState.warm` has them. Those for longer ones can be left
-        to `state.complete` with `rest` False. Raises ValueError while there are requests.
+        to `complete` with `rest` False: texts that get so long are held until then. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
         has_tails = self.prefix_cache.limit > 0 and self.chunk % self.tail == 0
-        compared = (
-            (f"prefill_chunk {self.chunk}", f"prefill_chunk {self.tail}", f"read_chunk {self.chunk}") if has_tails else ()
-        )
-        self.state.warm(report, ahead, compared)
+        compared = [f"prefill_chunk {self.chunk}", f"prefill_chunk {self.tail}", f"read_chunk {self.chunk}"]
+        self.state.warm(report, ahead, compared if has_tails else [])
         with jax.set_mesh(self.state.mesh):
             self.tails_agree = has_tails and self._compare_tails()
         if rest:
-            self.state.complete()
+            self.complete()
+        else:
+            self.scheduler.limit = self.state.limit
+
+    def complete(self) -> None:
+        """Runs each program for longer texts once, compiled by `state.prepare_rest` or now. No text is held any longer."""
+        self.state.complete()
+        self.scheduler.limit = sys.maxsize
 
     def _compare_tails(self) -> bool:
         """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same."""
@@ -194,8 +200,10 @@ class Slots:
         return results[0] == results[1]
 
     def _make_room(self, sequence: Sequence, stop: int) -> bool:
-        """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it; False when
-        that was done before."""
+        """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it.
+
+        Returns whether there was anything to clear.
+        """
         if min(stop, self.state.positions) <= sequence.room:
             return False
         sequence.room = self.state.clear(sequence.slot, sequence.room, stop, sequence.reach)
@@ -262,8 +270,10 @@ class Slots:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""
         R, lone = self.state.segments.slots, batch.sequences[0]
         room_was_made = [self._make_room(row.sequence, row.position + batch.steps) for row in batch.rows]
-        segments = self.state.reaching(max(row.position for row in batch.rows) + batch.steps)
-        if batch.copies and (batch.copies_are_new or any(room_was_made)):
+        is_to_copy = batch.copies and (batch.copies_are_new or any(room_was_made))
+        stop = max(row.position for row in batch.rows) + batch.steps
+        segments = self.state.reaching(max(stop, lone.room) if is_to_copy else stop)
+        if is_to_copy:
             targets = np.array([*batch.copies, *[R] * (DRAFT_ROWS - len(batch.copies))], np.int32)
             segments = programs.copy_slot(segments, np.int32(lone.slot), targets, np.int32(lone.reach))
         token: Any = np.zeros(R, np.int32)

@@ -26,7 +26,7 @@ class EngineThread:
         self.slots, self._compiles = slots, CompileCounter()
         self.cfg, self.capacity = slots.cfg, slots.capacity
         self.ready = False
-        self.is_complete = False  # whether longer texts have their programs too
+        self.is_complete = False  # whether longer texts have their programs too, and compiling is counted
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
         self.kv_cache_usage = 0.0  # share of the KV cache that is filled
@@ -34,6 +34,7 @@ class EngineThread:
         self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._failure: Exception | None = None  # of the thread that prepares for longer texts
 
     @property
     def compiles_after_ready(self) -> int:
@@ -53,8 +54,8 @@ class EngineThread:
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
         """Starts the thread, which compiles the programs for short texts and then serves. To be called on the event loop.
 
-        Those for longer ones are compiled in another thread meanwhile. `on_change` is called on the loop once the engine is
-        `ready` and if it has an `error`. `warm_arguments`: of `Slots.warm`.
+        Those for longer ones are compiled in another thread meanwhile, and such texts held. `on_change` is called on the loop
+        once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Slots.warm`.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
@@ -97,16 +98,13 @@ class EngineThread:
             rest = threading.Thread(target=self._prepare_rest, daemon=True, name="rest")
             rest.start()
             while not self._stopping:
+                if not (self.is_complete or rest.is_alive()):
+                    self._complete()
                 self._take_work()
                 self.last_tick = time.monotonic()
                 self.kv_cache_usage = self.slots.used_positions / (self.slots.slots * self.capacity)
                 if self.slots.busy:
                     self._deliver(self.slots.step())
-                elif not rest.is_alive():
-                    self.slots.state.complete()
-                if self.slots.state.is_complete and not self.is_complete:
-                    self._compiles.reset()
-                    self.is_complete = True
         except BaseException as error:
             self.error = error
             self._post(on_change)
@@ -115,13 +113,22 @@ class EngineThread:
                 self._work.get()()
 
     def _prepare_rest(self) -> None:
-        with contextlib.suppress(Exception):  # what is missing is compiled when needed
+        try:
             self.slots.state.prepare_rest()
+        except Exception as error:
+            self._failure = error
+
+    def _complete(self) -> None:
+        if self._failure:
+            raise self._failure
+        self.slots.complete()
+        self._compiles.reset()
+        self.is_complete = True
 
     def _take_work(self) -> None:
-        """Runs all work in the queue; without requests, waits up to IDLE_SECONDS for some."""
+        """Runs all work in the queue; without requests that a step would further, waits up to IDLE_SECONDS for some."""
         with contextlib.suppress(queue.Empty):
-            if not self.slots.busy:
+            if not self.slots.scheduler.has_step:
                 self._work.get(timeout=IDLE_SECONDS)()
             while True:
                 self._work.get_nowait()()

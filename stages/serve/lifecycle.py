@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.format import duration
 from engine.storage.digest import digest
 from stages.cli import signals
+from stages.cli.command import explain_error
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.serve import server
@@ -58,7 +59,9 @@ async def serve(
         console.print(
             f"Stopped. Weights {same}: SHA-256 {now[:16]}; {engine.compiles_after_ready} programs compiled after the start."
         )
-        if engine.error:
+        if engine.error and (sentence := explain_error(engine.error)):
+            print(f"error: {sentence}", file=sys.stderr)
+        elif engine.error:
             traceback.print_exception(engine.error, file=sys.stderr)
         return int(bool(engine.error) or now != state.digest)
 

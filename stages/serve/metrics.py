@@ -1,4 +1,4 @@
-"""Counts Prometheus metrics under vLLM's names, and the number of programs compiled after start-up."""
+"""Counts Prometheus metrics under vLLM's names, and the number of programs compiled since all were there."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ class Metrics(Collector):
 
     def collect(self) -> list[CounterMetricFamily]:
         """Returns the one counter that is read from the engine at each scrape: programs compiled after start-up."""
-        about = "Programs compiled since the server was ready."
+        about = "Programs compiled since all were there, soon after the server was ready."
         return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)]
 
     def count_response(self, status: int) -> None:

@@ -1,6 +1,6 @@
 """Scheduler: in plain Python, without a model: every slot has one owner, and every request is served in time."""
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from tiny import request_of
@@ -164,6 +164,31 @@ def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_d
         return model.steps[1].steps
 
     assert steps(True, 1) == STEPS_BETWEEN_DRAFTS < steps(True, 2) == steps(False, 1)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=9), st.sampled_from([CHUNK, 2 * CHUNK]))
+def test_texts_that_reach_the_limit_are_held_until_it_is_lifted_and_no_other(sizes, limit):
+    model = Model(next_token=lambda sequence: len(sequence.output_tokens) // 3 % 2)
+    scheduler = model.scheduler
+    scheduler.limit = limit
+    ids = [model.submit(*size) for size in sizes]
+    scheduler.admit()
+    while scheduler.has_step:
+        model.step()
+        match model.steps[-1]:
+            case Prefill(sequence):
+                assert sequence.prefilled_tokens <= limit
+            case Decode(rows, steps):
+                assert max(row.position for row in rows) + steps <= limit
+        scheduler.admit()
+    held = scheduler.running
+    assert all(max(sequence.prefilled_tokens, sequence.position) >= limit for sequence in held)
+    assert not scheduler.waiting or len(held) == SLOTS
+    scheduler.limit = 99
+    while scheduler.has_step:
+        model.step()
+    assert [model.output(id) for id in ids] == [count for _, count in sizes]
 
 
 def test_drafts_that_come_true_are_all_accepted_and_a_wrong_one_ends_what_counts():

@@ -11,6 +11,7 @@ from slot_requests import (
     DTYPES,
     REPEATING,
     REQUESTS,
+    SHORT,
     SLOTS,
     TRAINED,
     Log,
@@ -73,7 +74,7 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
             for company in (0, SLOTS + 2):
                 slots = make_slots(dtype)
                 if company:
-                    slots.state.complete()
+                    slots.complete()
                 poison(slots, np.nan if slot % 2 else np.inf)
                 slots.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
                 outputs.add(complete(slots, [request, *REQUESTS[slot : slot + company]])[0])
@@ -87,12 +88,42 @@ def test_what_counts_as_a_short_text_changes_no_bit(dtype, speculate):
     requests = [request_of(REPEATING[:12], 45, temperature=0.0, logprobs=3), request_of(text(4, 3), 50, seed=9, logprobs=20)]
     for short in (1, CHUNK, 2 * CHUNK, CAPACITY):
         slots = make_slots(dtype, short=short, speculate=speculate)
-        slots.state.complete()
+        slots.complete()
         poison(slots, np.nan)
         assert complete(slots, requests) == [complete_alone(dtype, request) for request in requests]
         poison(slots, np.nan)
         for request in requests:
             assert complete(slots, [request]) == [complete_alone(dtype, request)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
+    """A lone text reaches long segments with wrong drafts, loses its copies to others, and makes new ones as a short text."""
+    request = request_of(text(5, 9), 45, temperature=0.0, logprobs=3)
+    expected, drafts_at = complete_alone(dtype, request), {}
+    right = [*request.prompt, *expected.tokens]
+
+    def draft(self, count: int) -> list[int]:
+        many, are_right = drafts_at.get(len(self._text) - 1, (1, False) if len(self._text) < 30 else (0, True))
+        return [(token + (not are_right)) % 41 for token in right[len(self._text) :][: min(many, count)]]
+
+    monkeypatch.setattr(Drafter, "draft", draft)
+    slots = make_slots(dtype)
+    slots.complete()
+    poison(slots, np.nan)
+    log = Log(slots)
+    id = log.submit(request)
+    drafts_at[SHORT - 3] = 3, False
+    while not slots.scheduler.decoding or slots.scheduler.decoding[0].position < SHORT - 2:
+        log.step()
+    assert slots.scheduler.decoding[0].room > SHORT
+    others = [log.submit(request_of(text(seed, 40), 5)) for seed in (1, 2)]
+    log.step()
+    for other in others:
+        slots.cancel(other)
+    drafts_at |= {SHORT - 2: (1, False)} | dict.fromkeys(range(SHORT - 1, 60), (3, True))
+    log.drain()
+    assert log.completion(id) == expected
 
 
 @EVERY_DTYPE

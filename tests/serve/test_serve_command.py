@@ -29,9 +29,7 @@ from engine.counting import hardware
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
-from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.slots import Slots
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
@@ -343,52 +341,6 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
         asyncio.run(lifecycle.start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
     assert stopped == [True]
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_long_text_is_answered_before_its_programs_are_compiled_ahead(fails, monkeypatch):
-    """The engine is ready with the programs for short texts; who needs the others waits, or has them compiled."""
-    cfg = tiny_config()
-    slots = Slots(
-        cfg, prepare_params(cfg, lively_params(cfg)), slots=2, capacity=60, kv_dtype="float32", chunk=16, tail=4, short=16
-    )
-    may_prepare, prepare, calls, events = threading.Event(), slots.state.prepare_rest, [], []
-
-    def prepare_later() -> None:
-        calls.append(threading.current_thread().name)
-        if len(calls) == 1:
-            assert may_prepare.wait(60)
-            if fails:
-                raise RuntimeError("no memory for a compiler")
-        prepare()
-
-    monkeypatch.setattr(slots.state, "prepare_rest", prepare_later)
-
-    async def ask_engine() -> None:
-        engine, changed = EngineThread(slots), asyncio.Event()
-        engine.start(changed.set)
-        await changed.wait()
-        for prompt, is_short in ((5, True), (40, False)):
-            done = asyncio.Event()
-
-            def listen(event: Any, done: asyncio.Event = done) -> None:
-                events.append(event)
-                if event.finish_reason:
-                    done.set()
-
-            assert (engine.ready, engine.error, engine.is_complete) == (True, None, False)
-            engine.submit(Request(tuple(range(prompt)), SamplingParams(max_tokens=3, temperature=0.0)), 0, listen)
-            if not is_short:
-                may_prepare.set()
-            await done.wait()
-        assert until(lambda: engine.is_complete)
-        engine.stop()
-        assert engine.compiles_after_ready == 0
-
-    asyncio.run(asyncio.wait_for(ask_engine(), 120))
-    assert [event.finish_reason for event in events if event.finish_reason] == ["length"] * 2
-    assert calls[0] == "rest"
-    assert "engine" in calls
 
 
 @pytest.mark.parametrize("foreseen", [True, False])

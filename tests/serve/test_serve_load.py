@@ -276,6 +276,7 @@ def test_the_same_request_has_the_same_bits_under_any_load(tiny_server):
     path = lambda body: "/v1/chat/completions" if "messages" in body else "/v1/completions"
     with tiny_server.client() as client:
         alone = [completion_of(client.post(path(body), json=body)) for body in REPEATED]
+        assert until(lambda: client.get("/health").json()["complete"], 60)
         compiled = client.get("/health").json()["compiles_after_ready"]
     rng = random.Random(1)
     different = []

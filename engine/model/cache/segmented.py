@@ -106,7 +106,7 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
 def segment_edges(capacity: int, first: int) -> tuple[int, ...]:
     """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `first`.
 
-    The first has `first` positions, each other one as many as all before it.
+    The first has `first` positions, each other one as many as all before it, but the last perhaps fewer.
     """
     edges = [0, first]
     while edges[-1] < capacity:
@@ -154,9 +154,9 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array,
     return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
 
 
-def clear_slot(segments: KVSegments, slot: Array, start: Array, stop: Array) -> KVSegments:
-    """Zeros a slot's segments that begin in positions start .. stop - 1, so that no NaN of another text is left there."""
-    is_meant = lambda edge: (start <= edge) & (edge < stop)
+def clear_slot(segments: KVSegments, slot: Array, start: Array, reach: Array) -> KVSegments:
+    """Zeros a slot's segments that begin in positions start .. reach - 1, so that no NaN of another text is left there."""
+    is_meant = lambda edge: (start <= edge) & (edge < reach)
     places = [jnp.stack([jnp.where(is_meant(edge), slot, segments.slots), 0])[None] for edge in segments.edges[:-1]]
 
     @jax.jit(inline=True)  # traced once for the many arrays of a shape

@@ -1,0 +1,65 @@
+"""The engine's thread: short texts are answered before the programs for long ones are there."""
+
+import asyncio
+import queue
+import threading
+from typing import Any
+
+import pytest
+from tiny import lively_params, tiny_config
+from tiny_server import until
+
+from engine.inference.decode import prepare_params
+from engine.inference.request import Request
+from engine.inference.sampling_params import SamplingParams
+from engine.inference.slots import Slots
+from stages.serve.engine_thread import EngineThread
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, monkeypatch):
+    """The engine is ready with the programs for short texts; the others are compiled beside it."""
+    cfg = tiny_config()
+    slots = Slots(
+        cfg, prepare_params(cfg, lively_params(cfg)), slots=3, capacity=60, kv_dtype="float32", chunk=16, tail=4, short=16
+    )
+    may_prepare, prepare, finished = threading.Event(), slots.state.prepare_rest, queue.SimpleQueue()
+
+    def prepare_later() -> None:
+        if not may_prepare.is_set():
+            assert may_prepare.wait(60)
+            if fails:
+                raise RuntimeError("no memory for a compiler")
+        prepare()
+
+    monkeypatch.setattr(slots.state, "prepare_rest", prepare_later)
+
+    async def ask_engine() -> None:
+        engine, changed = EngineThread(slots), asyncio.Event()
+        engine.start(changed.set)
+        await changed.wait()
+
+        def submit(name: str, prompt: int) -> None:
+            def listen(event: Any) -> None:
+                if event.finish_reason:
+                    finished.put((name, event.finish_reason))
+
+            engine.submit(Request(tuple(range(prompt)), SamplingParams(max_tokens=3, temperature=0.0)), 0, listen)
+
+        submit("long", 40), submit("grows long", 15), submit("short", 10)
+        while finished.empty():
+            await asyncio.sleep(0.01)
+        assert finished.get() == ("short", "length")
+        assert (engine.ready, engine.error, engine.is_complete, slots.running) == (True, None, False, 2)
+        assert until(lambda: engine.seconds_since_tick < 0.3), "it is not stuck"
+        assert not slots.scheduler.has_step
+        may_prepare.set()
+        while finished.qsize() < 2:
+            await asyncio.sleep(0.01)
+        assert engine.is_complete == (not fails)
+        engine.stop()
+        assert engine.compiles_after_ready == 0
+
+    asyncio.run(asyncio.wait_for(ask_engine(), 120))
+    reason = "error" if fails else "length"
+    assert {finished.get(), finished.get()} == {("long", reason), ("grows long", reason)}
