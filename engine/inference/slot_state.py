@@ -11,16 +11,25 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from engine import placement
 from engine.inference import programs
 from engine.inference.sampling import TokenCounts, make_token_counts
-from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments, segment_edges
+from engine.model.cache.segmented import (
+    KVDtype,
+    KVSegments,
+    attention,
+    make_kv_segments,
+    segment_edges,
+    segmented_cache,
+)
 from engine.model.config import ModelConfig
-from engine.model.ops import platform
+from engine.model.ops import ops, platform
 from engine.model.transformer import Params
 
+FEW = 3 / 8  # of all rows: so many that have reached a segment read it in turn, for which more would take longer
 MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 
 
@@ -66,7 +75,8 @@ class SlotState:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
     A program gets the segments of `reaching`, and `keep` takes what it returns for them. `limit`: the positions of short texts.
-    `is_complete`: whether longer ones have their segments and programs.
+    `is_complete`: whether longer ones have their segments and programs. `few`: rows that read a segment in turn, as `CacheRows`
+    says, which `complete` finds out.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
@@ -74,6 +84,7 @@ class SlotState:
         edges, short = shapes.edges, shapes.short_edges
         self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
         self.is_complete = short == edges
+        self.few, self._has_compared = 0, False
         self._preparing = threading.Lock()
         self._rest: tuple[KVSegments, dict[str, programs.Call]] | None = None  # of `prepare_rest`
         self.params = self._device_put(params)
@@ -140,17 +151,42 @@ class SlotState:
             self._rest = segments, calls
 
     def complete(self) -> None:
-        """Runs each program for longer texts once with no row in use, prepared before or now."""
-        if self.is_complete:
-            return
-        self.prepare_rest()
-        assert self._rest
-        segments, calls = self._rest
-        self.segments = self.segments.join(segments)
-        with jax.set_mesh(self.mesh):
-            for call in calls.values():
-                self._run_idle(*call)
-        self.is_complete, self._rest = True, None
+        """Runs each program for longer texts once with no row in use, prepared before or now, and finds out `few`."""
+        if not self.is_complete:
+            self.prepare_rest()
+            assert self._rest
+            segments, calls = self._rest
+            self.segments = self.segments.join(segments)
+            with jax.set_mesh(self.mesh):
+                for call in calls.values():
+                    self._run_idle(*call)
+            self.is_complete, self._rest = True, None
+        if not self._has_compared:
+            self._has_compared = True
+            if self.mesh is None and ops().attends_in_turn and self._agrees_in_turn():
+                self.few = max(1, int(FEW * self.shapes.rows))
+
+    def _agrees_in_turn(self) -> bool:
+        """Computes attention of one layer to random numbers, in turn and at once, and returns whether the bits are the same."""
+        cfg, R, rng = self.cfg, self.shapes.rows, np.random.default_rng(0)
+
+        def randomized(like: Any) -> Any:
+            if like.dtype == np.int8:
+                return rng.integers(-127, 128, like.shape, np.int8)
+            return (rng.standard_normal(like.shape, np.float32) * (0.01 if like.ndim == 3 else 1)).astype(like.dtype)
+
+        segments = jax.tree.map(randomized, KVSegments(self.segments.k[:1], self.segments.v[:1]))
+        new = (rng.standard_normal((R, 1, heads, cfg.head_dim), np.float32) for heads in (cfg.heads, *[cfg.kv_heads] * 2))
+        q, k, v = (jnp.asarray(part, cfg.dtype) for part in new)
+        position = np.linspace(0, self.positions - 1, R).astype(np.int32)
+
+        @jax.jit
+        def attend(segments: KVSegments, few: Any) -> Any:
+            rows = programs.make_rows(position)._replace(few=few)
+            return attention(q * cfg.head_dim**-0.5, k, v, segmented_cache(segments, rows).layer(0))[0]
+
+        at_once, in_turn = (np.asarray(attend(segments, np.int32(few))).tobytes() for few in (0, R))
+        return at_once == in_turn
 
     def _make(self, make: Callable[[], Any]) -> Any:
         return self._device_put(placement.make_sharded_cache(make))

@@ -281,9 +281,10 @@ class Slots:
         sampling = [IDLE] * R
         for row in batch.rows:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
+        rows = programs.make_rows(position, batch.draft_writes, self.state.few)
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
         sampled, segments, self.state.counts = programs.decode_slots(
-            self.cfg, self.params, segments, self.state.counts, token, programs.make_rows(position, batch.draft_writes),
+            self.cfg, self.params, segments, self.state.counts, token, rows,
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
         self.state.keep(segments)
