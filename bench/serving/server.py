@@ -21,7 +21,7 @@ class Server:
     """Runs `python -m stages.serve` with `flags`, all its programs compiled when the block begins and gone when it ends.
 
     `ready_seconds`: from its start until /health says that it is ready. Raises UserError, with the end of the server's
-    output, when it does not become ready.
+    output, when it does not get so far.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None) -> None:
@@ -42,11 +42,13 @@ class Server:
                 reply = await self.client.get("/health", timeout=5)
                 if reply.status == 200:
                     self.ready_seconds = self.ready_seconds or clock() - begin
-                    if reply.json()["complete"]:
+                    if reply.json()["long_texts_ready"]:
                         return self
                 ended, late = self.process.poll(), clock() - begin > START_SECONDS
                 if late or ended is not None:
-                    why = f"was not ready after {START_SECONDS:.0f} s" if ended is None else f"ended with {ended}"
+                    why = (
+                        f"had not compiled its programs after {START_SECONDS:.0f} s" if ended is None else f"ended with {ended}"
+                    )
                     raise UserError(f"stages.serve {why}: {self.output()[-600:]}")
                 await asyncio.sleep(0.02)
         except BaseException:

@@ -116,12 +116,12 @@ def _our_run(
 ) -> Callable[[], StreamResult]:
     """Returns a call of `Slots` with a slot for each stream and `idle` ones, without draft tokens.
 
-    `in_turn`: whether the long segments of few rows are read in turn, as the server does, or in all slots at once.
+    `in_turn`: whether segments that few rows have reached are read in turn, as the server does, or in all slots at once.
     """
     slots = Slots(cfg, weights, slots=len(prompts) + idle, capacity=CAPACITY, kv_dtype=kv_dtype, speculate=False)
     slots.warm()
     if not in_turn:
-        slots.state.few = 0
+        slots.state.max_in_turn = 0
 
     def run() -> StreamResult:
         # The first streams decode while later prompts are prefilled, and go on past `new`: decoding is timed with all
@@ -180,7 +180,9 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], n
         line += f"; without the kernel in C {count / timings['by_xla'].median:.0f}: {over} times"
     if "at_once" in calls:
         over = ratio(timings["at_once"], timings["ours"])
-        fields |= {"in_turn_ratio": over.ratio, "in_turn_same": tokens["at_once"] == tokens["ours"]}
+        if tokens["at_once"] != tokens["ours"]:
+            raise ValueError("reading in turn changes a token")
+        fields["in_turn_ratio"] = over.ratio
         line += f"; reading all slots at once {count / timings['at_once'].median:.0f}: {over} times"
     print(line, flush=True)
     return fields

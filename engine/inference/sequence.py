@@ -18,8 +18,8 @@ class Sequence:
     """A request, its ticket (the lowest is served first), its slot (-1 while it waits for one), the number of its prompt's
     prefilled tokens, and its output so far.
 
-    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `room`: positions
-    of its slot, from the first on, that hold nothing of another text. `drafter` is made when draft tokens are first asked for.
+    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `clean_positions`
+    of its slot, from the first on, hold nothing of another text. `drafter` is made when draft tokens are first asked for.
     """
 
     id: int
@@ -29,7 +29,7 @@ class Sequence:
     prefilled_tokens: int = 0
     cached_tokens: int = 0
     prefix_key: bytes = b""
-    room: int = 0
+    clean_positions: int = 0
     output_tokens: list[int] = dataclasses.field(default_factory=list)
     drafter: Drafter | None = None
 

@@ -11,25 +11,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from engine import placement
 from engine.inference import programs
+from engine.inference.in_turn import same_bits_in_turn
 from engine.inference.sampling import TokenCounts, make_token_counts
-from engine.model.cache.segmented import (
-    KVDtype,
-    KVSegments,
-    attention,
-    make_kv_segments,
-    segment_edges,
-    segmented_cache,
-)
+from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
 from engine.model.ops import ops, platform
 from engine.model.transformer import Params
 
-FEW = 3 / 8  # of all rows: so many that have reached a segment read it in turn, for which more would take longer
+IN_TURN = 3 / 8  # of the rows: where more have reached a segment, reading it in turn takes longer than all slots at once
 MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 
 
@@ -55,7 +48,7 @@ class SlotShapes(NamedTuple):
     @property
     def short_edges(self) -> tuple[int, ...]:
         """The edges of the segments of short texts, at least one. An accelerator has no other texts: its memory is taken at
-        once or not at all, and that another program has the same bits was never seen there."""
+        once or not at all, and equal bits of two programs were never tested there."""
         edges = self.edges
         return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))] if platform() == "cpu" else edges
 
@@ -74,19 +67,18 @@ class SlotShapes(NamedTuple):
 class SlotState:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
-    A program gets the segments of `reaching`, and `keep` takes what it returns for them. `limit`: the positions of short texts.
-    `is_complete`: whether longer ones have their segments and programs. `few`: rows that read a segment in turn, as `CacheRows`
-    says, which `complete` finds out.
+    A program gets the segments of `segments_below`, and `store` takes what it returns for them. `limit`: the
+    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs. `max_in_turn`: of
+    `CacheRows.few`, 0 before that.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
         self.cfg, self.shapes, self.mesh = cfg, shapes, placement.current_mesh()
         edges, short = shapes.edges, shapes.short_edges
         self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
-        self.is_complete = short == edges
-        self.few, self._has_compared = 0, False
+        self.has_long_programs, self.max_in_turn = False, 0
         self._preparing = threading.Lock()
-        self._rest: tuple[KVSegments, dict[str, programs.Call]] | None = None  # of `prepare_rest`
+        self._prepared: tuple[KVSegments, dict[str, programs.Call], int] | None = None
         self.params = self._device_put(params)
         self.segments, self.counts = self._make(lambda: (shapes.make_segments(cfg, short), make_token_counts(cfg, shapes.rows)))
 
@@ -95,14 +87,14 @@ class SlotState:
         """Bytes of the KV cache, in use or not; those of segments that are still to be made count."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.segments)) * self.positions // self.segments.edges[-1]
 
-    def reaching(self, stop: int) -> KVSegments:
-        """Returns the segments for a call on positions below `stop`: those of short texts, or all."""
-        if stop <= self.limit:
+    def segments_below(self, stop: int) -> KVSegments:
+        """Returns the segments for a call on positions below `stop`: short texts', or all, after loading their programs."""
+        if min(stop, self.positions) <= self.limit:
             return self.segments.part(0, self._short)
-        self.complete()
+        self.load_long_programs()
         return self.segments
 
-    def keep(self, segments: KVSegments) -> None:
+    def store(self, segments: KVSegments) -> None:
         """Keeps what a program returned for the segments that it got."""
         self.segments = segments.join(self.segments.part(len(segments.k[0]), None))
 
@@ -111,8 +103,8 @@ class SlotState:
 
         Returns where the call's segments end.
         """
-        segments = self.reaching(stop)
-        self.keep(programs.clear_slot(segments, np.int32(slot), np.int32(start), np.int32(reach)))
+        segments = self.segments_below(stop)
+        self.store(programs.clear_slot(segments, np.int32(slot), np.int32(start), np.int32(reach)))
         return segments.edges[-1]
 
     def warm(
@@ -138,55 +130,32 @@ class SlotState:
                     if not pending:
                         break
 
-    def prepare_rest(self) -> None:
-        """Makes the segments and compiles the programs for longer texts, in any thread; others may use the state meanwhile."""
+    def compile_long_programs(self) -> None:
+        """Prepares what `load_long_programs` needs, in any thread; others may use the state meanwhile."""
         with self._preparing, jax.set_mesh(self.mesh):
-            if self.is_complete or self._rest:
+            if self.has_long_programs or self._prepared:
                 return
             edges = self.shapes.edges[self._short :]
             segments = self._make(lambda: self.shapes.make_segments(self.cfg, edges))
-            calls = self._idle_calls(self.segments.join(segments))
+            whole = self.segments.join(segments)
+            calls = self._idle_calls(whole) if len(edges) > 1 else {}
             for _ in programs.compile_programs(calls):
                 pass
-            self._rest = segments, calls
+            may_choose = self.mesh is None and ops().attends_in_turn and same_bits_in_turn(self.cfg, whole)
+            self._prepared = segments, calls, max(1, int(IN_TURN * self.shapes.rows)) if may_choose else 0
 
-    def complete(self) -> None:
-        """Runs each program for longer texts once with no row in use, prepared before or now, and finds out `few`."""
-        if not self.is_complete:
-            self.prepare_rest()
-            assert self._rest
-            segments, calls = self._rest
-            self.segments = self.segments.join(segments)
-            with jax.set_mesh(self.mesh):
-                for call in calls.values():
-                    self._run_idle(*call)
-            self.is_complete, self._rest = True, None
-        if not self._has_compared:
-            self._has_compared = True
-            if self.mesh is None and ops().attends_in_turn and self._agrees_in_turn():
-                self.few = max(1, int(FEW * self.shapes.rows))
-
-    def _agrees_in_turn(self) -> bool:
-        """Computes attention of one layer to random numbers, in turn and at once, and returns whether the bits are the same."""
-        cfg, R, rng = self.cfg, self.shapes.rows, np.random.default_rng(0)
-
-        def randomized(like: Any) -> Any:
-            if like.dtype == np.int8:
-                return rng.integers(-127, 128, like.shape, np.int8)
-            return (rng.standard_normal(like.shape, np.float32) * (0.01 if like.ndim == 3 else 1)).astype(like.dtype)
-
-        segments = jax.tree.map(randomized, KVSegments(self.segments.k[:1], self.segments.v[:1]))
-        new = (rng.standard_normal((R, 1, heads, cfg.head_dim), np.float32) for heads in (cfg.heads, *[cfg.kv_heads] * 2))
-        q, k, v = (jnp.asarray(part, cfg.dtype) for part in new)
-        position = np.linspace(0, self.positions - 1, R).astype(np.int32)
-
-        @jax.jit
-        def attend(segments: KVSegments, few: Any) -> Any:
-            rows = programs.make_rows(position)._replace(few=few)
-            return attention(q * cfg.head_dim**-0.5, k, v, segmented_cache(segments, rows).layer(0))[0]
-
-        at_once, in_turn = (np.asarray(attend(segments, np.int32(few))).tobytes() for few in (0, R))
-        return at_once == in_turn
+    def load_long_programs(self) -> None:
+        """Adds the segments for longer texts, and runs each of their programs once with no row in use. Sets `max_in_turn`."""
+        if self.has_long_programs:
+            return
+        self.compile_long_programs()
+        assert self._prepared
+        segments, calls, self.max_in_turn = self._prepared
+        self.segments = self.segments.join(segments)
+        with jax.set_mesh(self.mesh):
+            for call in calls.values():
+                self._run_idle(*call)
+        self.has_long_programs, self._prepared = True, None
 
     def _make(self, make: Callable[[], Any]) -> Any:
         return self._device_put(placement.make_sharded_cache(make))
@@ -212,7 +181,7 @@ class SlotState:
         # Only tuples: iterating over a JAX array would compile a program.
         for result in results if type(results) is tuple else (results,):
             if isinstance(result, KVSegments):
-                self.keep(result)
+                self.store(result)
             elif isinstance(result, TokenCounts):
                 self.counts = result
         jax.block_until_ready((results, self.segments))

@@ -162,12 +162,16 @@ class Slots:
         return []
 
     def warm(
-        self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = (), *, rest: bool = True
+        self,
+        report: Callable[[int, int], None] | None = None,
+        ahead: Iterable[tuple[str, int]] = (),
+        *,
+        long_programs: bool = True,
     ) -> None:
-        """Compiles every program and runs each once with no row in use. Nothing is compiled afterwards. Sets `tails_agree`.
+        """Compiles every program and runs each once with no row in use; then nothing is compiled any more. Sets `tails_agree`.
 
         `ahead` and `report`, of the programs for short texts, as `SlotState.warm` has them. Those for longer ones can be left
-        to `complete` with `rest` False: texts that get so long are held until then. Raises ValueError while there are requests.
+        to `load_long_programs`: texts that get so long are held until then. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
@@ -176,14 +180,14 @@ class Slots:
         self.state.warm(report, ahead, compared if has_tails else [])
         with jax.set_mesh(self.state.mesh):
             self.tails_agree = has_tails and self._compare_tails()
-        if rest:
-            self.complete()
+        if long_programs:
+            self.load_long_programs()
         else:
             self.scheduler.limit = self.state.limit
 
-    def complete(self) -> None:
-        """Runs each program for longer texts once, compiled by `state.prepare_rest` or now. No text is held any longer."""
-        self.state.complete()
+    def load_long_programs(self) -> None:
+        """Loads the programs for longer texts, compiled by `state.compile_long_programs` or now. No text is held any longer."""
+        self.state.load_long_programs()
         self.scheduler.limit = sys.maxsize
 
     def _compare_tails(self) -> bool:
@@ -193,20 +197,20 @@ class Slots:
         for size in (self.chunk, self.tail):
             for at in range(0, self.chunk, size):
                 part = tokens[:, at : at + size]
-                segments = self.state.reaching(self.chunk)
-                self.state.keep(programs.prefill_chunk(self.cfg, self.params, segments, part, zero, np.int32(at)))
-            chunk = jax.device_get(programs.read_chunk(self.state.reaching(self.chunk), zero, zero, self.chunk))
+                segments = self.state.segments_below(self.chunk)
+                self.state.store(programs.prefill_chunk(self.cfg, self.params, segments, part, zero, np.int32(at)))
+            chunk = jax.device_get(programs.read_chunk(self.state.segments_below(self.chunk), zero, zero, self.chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(chunk)])
         return results[0] == results[1]
 
-    def _make_room(self, sequence: Sequence, stop: int) -> bool:
+    def _clean(self, sequence: Sequence, stop: int) -> bool:
         """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it.
 
         Returns whether there was anything to clear.
         """
-        if min(stop, self.state.positions) <= sequence.room:
+        if min(stop, self.state.positions) <= sequence.clean_positions:
             return False
-        sequence.room = self.state.clear(sequence.slot, sequence.room, stop, sequence.reach)
+        sequence.clean_positions = self.state.clear(sequence.slot, sequence.clean_positions, stop, sequence.reach)
         return True
 
     def _prefill(self, sequence: Sequence) -> None:
@@ -214,7 +218,7 @@ class Slots:
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.chunk)
             stop = sequence.prefilled_tokens - done + self.chunk
-            self._make_room(sequence, stop)
+            self._clean(sequence, stop)
             cached = 0 if done else self._copy_cached(sequence, tokens, stop)
             count = cached or self._compute(sequence, tokens, done, stop)
             if done + count == len(tokens):
@@ -222,7 +226,7 @@ class Slots:
                     self._cache(sequence, tokens, stop)
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
             self.scheduler.record_prefill(sequence, count)
-            if not cached or not sequence.to_prefill:
+            if not cached or not sequence.to_prefill or sequence.prefilled_tokens >= self.scheduler.limit:
                 return
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
@@ -234,7 +238,7 @@ class Slots:
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
                 place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-                self.state.keep(programs.write_chunk(self.state.reaching(stop), chunk, *place, np.int32(count)))
+                self.state.store(programs.write_chunk(self.state.segments_below(stop), chunk, *place, np.int32(count)))
                 sequence.cached_tokens += count
                 return count
         return 0
@@ -246,14 +250,14 @@ class Slots:
         padded: Any = np.zeros((1, size), np.int32)
         padded[0, : len(part)] = part
         place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-        self.state.keep(programs.prefill_chunk(self.cfg, self.params, self.state.reaching(stop), padded, *place))
+        self.state.store(programs.prefill_chunk(self.cfg, self.params, self.state.segments_below(stop), padded, *place))
         return len(part)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> None:
         """Puts the chunk that has just been computed into the prefix cache."""
         start = stop - self.chunk
         size = self.tail if len(tokens) <= self.tail else self.chunk
-        chunk = programs.read_chunk(self.state.reaching(stop), np.int32(sequence.slot), np.int32(start), size)
+        chunk = programs.read_chunk(self.state.segments_below(stop), np.int32(sequence.slot), np.int32(start), size)
         counts: Iterable[int] = self._beginnings(tokens)
         # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
         last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
@@ -269,10 +273,10 @@ class Slots:
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""
         R, lone = self.state.segments.slots, batch.sequences[0]
-        room_was_made = [self._make_room(row.sequence, row.position + batch.steps) for row in batch.rows]
+        room_was_made = [self._clean(row.sequence, row.position + batch.steps) for row in batch.rows]
         is_to_copy = batch.copies and (batch.copies_are_new or any(room_was_made))
         stop = max(row.position for row in batch.rows) + batch.steps
-        segments = self.state.reaching(max(stop, lone.room) if is_to_copy else stop)
+        segments = self.state.segments_below(max(stop, lone.clean_positions) if is_to_copy else stop)
         if is_to_copy:
             targets = np.array([*batch.copies, *[R] * (DRAFT_ROWS - len(batch.copies))], np.int32)
             segments = programs.copy_slot(segments, np.int32(lone.slot), targets, np.int32(lone.reach))
@@ -281,13 +285,13 @@ class Slots:
         sampling = [IDLE] * R
         for row in batch.rows:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
-        rows = programs.make_rows(position, batch.draft_writes, self.state.few)
+        rows = programs.make_rows(position, batch.draft_writes, self.state.max_in_turn)
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
         sampled, segments, self.state.counts = programs.decode_slots(
             self.cfg, self.params, segments, self.state.counts, token, rows,
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
-        self.state.keep(segments)
+        self.state.store(segments)
         self.decode_steps += batch.steps
         # As NumPy arrays: indexing a JAX array would compile a program.
         fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])

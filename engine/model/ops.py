@@ -36,9 +36,7 @@ class Ops(NamedTuple):
 
     transpose: Callable[[Array], Array]
     pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
-    attends_in_turn: (
-        bool  # to the few slots that have come far, and not to all at once: a CPU's products are no faster together
-    )
+    attends_in_turn: bool  # to the slots that few rows have come far in: a CPU's products are no faster together
     fused_attention: fused_attention.Kernel | None  # causal, of whole texts
     fused_prefill: fused_attention.Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
 

@@ -26,7 +26,7 @@ class EngineThread:
         self.slots, self._compiles = slots, CompileCounter()
         self.cfg, self.capacity = slots.cfg, slots.capacity
         self.ready = False
-        self.is_complete = False  # whether longer texts have their programs too, and compiling is counted
+        self.has_long_programs = False  # whether longer texts have their programs too, and compiling is counted
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
         self.kv_cache_usage = 0.0  # share of the KV cache that is filled
@@ -39,7 +39,7 @@ class EngineThread:
     @property
     def compiles_after_ready(self) -> int:
         """Programs compiled since the engine had all, soon after it was ready: there should be none."""
-        return self._compiles.count if self.is_complete else 0
+        return self._compiles.count if self.has_long_programs else 0
 
     @property
     def waiting(self) -> int:
@@ -92,14 +92,14 @@ class EngineThread:
 
     def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
         try:
-            self.slots.warm(*warm_arguments, rest=False)
+            self.slots.warm(*warm_arguments, long_programs=False)
             self.ready, self.last_tick = True, time.monotonic()
             self._post(on_change)
-            rest = threading.Thread(target=self._prepare_rest, daemon=True, name="rest")
-            rest.start()
+            compiling = threading.Thread(target=self._compile_long_programs, daemon=True, name="long programs")
+            compiling.start()
             while not self._stopping:
-                if not (self.is_complete or rest.is_alive()):
-                    self._complete()
+                if not (self.has_long_programs or compiling.is_alive()):
+                    self._load_long_programs()
                 self._take_work()
                 self.last_tick = time.monotonic()
                 self.kv_cache_usage = self.slots.used_positions / (self.slots.slots * self.capacity)
@@ -112,18 +112,18 @@ class EngineThread:
             while not self._stopping:  # later requests get the same event
                 self._work.get()()
 
-    def _prepare_rest(self) -> None:
+    def _compile_long_programs(self) -> None:
         try:
-            self.slots.state.prepare_rest()
+            self.slots.state.compile_long_programs()
         except Exception as error:
             self._failure = error
 
-    def _complete(self) -> None:
+    def _load_long_programs(self) -> None:
         if self._failure:
             raise self._failure
-        self.slots.complete()
+        self.slots.load_long_programs()
         self._compiles.reset()
-        self.is_complete = True
+        self.has_long_programs = True
 
     def _take_work(self) -> None:
         """Runs all work in the queue; without requests that a step would further, waits up to IDLE_SECONDS for some."""

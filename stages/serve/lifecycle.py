@@ -12,7 +12,6 @@ from engine.errors import UserError
 from engine.format import duration
 from engine.storage.digest import digest
 from stages.cli import signals
-from stages.cli.command import explain_error
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.serve import server
@@ -57,17 +56,18 @@ async def serve(
         now = digest(engine.slots.params)
         same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
         console.print(
-            f"Stopped. Weights {same}: SHA-256 {now[:16]}; {engine.compiles_after_ready} programs compiled after the start."
+            f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
+            f"{engine.compiles_after_ready} programs compiled since all were there."
         )
-        if engine.error and (sentence := explain_error(engine.error)):
-            print(f"error: {sentence}", file=sys.stderr)
+        if engine.error and isinstance(error := _named(engine.error), UserError):
+            print(f"error: {error}", file=sys.stderr)
         elif engine.error:
             traceback.print_exception(engine.error, file=sys.stderr)
         return int(bool(engine.error) or now != state.digest)
 
 
 async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio.Event, console: Console) -> None:
-    """Starts the engine and waits until its programs are compiled and have run once. Raises the error that ended it.
+    """Starts the engine and waits until its programs for short texts have run once. Raises the error that ended it.
 
     `changed` is set when the engine is ready, and again should it fail.
     """
@@ -76,6 +76,11 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
         await changed.wait()
     if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(f"There is not enough memory to answer in so many slots; {REMEDY}")
-        raise error
+        raise _named(error)
+
+
+def _named(error: BaseException) -> BaseException:
+    """Returns a UserError when memory ran out, else the error."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return UserError(f"There is not enough memory to answer in so many slots; {REMEDY}")
+    return error

@@ -57,7 +57,7 @@ class Metrics(Collector):
         prometheus.ProcessCollector(registry=registry)
 
     def collect(self) -> list[CounterMetricFamily]:
-        """Returns the one counter that is read from the engine at each scrape: programs compiled after start-up."""
+        """Returns the one counter that is read from the engine at each scrape: programs compiled since all were there."""
         about = "Programs compiled since all were there, soon after the server was ready."
         return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)]
 

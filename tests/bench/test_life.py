@@ -27,7 +27,7 @@ def entry(time, seconds, status=200, **fields):
 LOG = "\n".join([
     "weights   int8, 93 MB, SHA-256 0123456789abcdef",
     entry(10, 2), entry(11, 0.5), entry(11.5, 1), entry(20, 1), entry(30, 9, status=400), '{"completion_tokens": 5, "sta',
-    "Stopped. Weights unchanged: SHA-256 0123456789abcdef; 0 programs compiled after the start.",
+    "Stopped. Weights unchanged: SHA-256 0123456789abcdef; 0 programs compiled since all were there.",
 ])  # fmt: skip
 
 

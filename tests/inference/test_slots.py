@@ -25,6 +25,7 @@ from slot_requests import (
 from tiny import lively_params, positions_of, request_of, tiny_config
 
 from engine.errors import UserError
+from engine.inference import slot_state
 from engine.inference.decode import generate, prepare_params
 from engine.inference.prefix_cache import PrefixCache
 from engine.inference.request import Request
@@ -74,7 +75,7 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
             for company in (0, SLOTS + 2):
                 slots = make_slots(dtype)
                 if company:
-                    slots.complete()
+                    slots.load_long_programs()
                 poison(slots, np.nan if slot % 2 else np.inf)
                 slots.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
                 outputs.add(complete(slots, [request, *REQUESTS[slot : slot + company]])[0])
@@ -88,12 +89,39 @@ def test_what_counts_as_a_short_text_changes_no_bit(dtype, speculate):
     requests = [request_of(REPEATING[:12], 45, temperature=0.0, logprobs=3), request_of(text(4, 3), 50, seed=9, logprobs=20)]
     for short in (1, CHUNK, 2 * CHUNK, CAPACITY):
         slots = make_slots(dtype, short=short, speculate=speculate)
-        slots.complete()
+        slots.load_long_programs()
         poison(slots, np.nan)
         assert complete(slots, requests) == [complete_alone(dtype, request) for request in requests]
         poison(slots, np.nan)
         for request in requests:
             assert complete(slots, [request]) == [complete_alone(dtype, request)]
+
+
+@EVERY_DTYPE
+def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
+    """A long prompt twice, whose first half then comes from the prefix cache, and texts that grow long."""
+    slots = make_slots(dtype, prefix_cache_bytes=10**6)
+    slots.warm(long_programs=False)
+    assert slots.state.max_in_turn == 0
+    requests = [request_of(text(1, 50), 9, seed=3), request_of(text(1, 50), 9, seed=4), request_of(text(4, 30), 20, seed=5)]
+    requests.append(request_of(text(6, 5), 8, temperature=0.0))
+    log = Log(slots)
+    ids = [log.submit(request) for request in requests]
+    while slots.scheduler.has_step:
+        log.step()
+    assert (list(log.finished), slots.running, slots.state.has_long_programs) == (ids[3:], 3, False)
+    slots.cancel(ids.pop(1)), requests.pop(1)
+    slots.load_long_programs()
+    assert slots.state.max_in_turn == 1, "on this machine a token's bits do not depend on which slots are read"
+    log.drain()
+    assert [log.completion(id) for id in ids] == [complete_alone(dtype, request) for request in requests]
+
+
+def test_where_bits_would_differ_no_slot_is_read_in_turn(monkeypatch):
+    monkeypatch.setattr(slot_state, "same_bits_in_turn", lambda *_: False)
+    slots = make_slots("float32")
+    slots.load_long_programs()
+    assert slots.state.max_in_turn == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -109,14 +137,14 @@ def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
 
     monkeypatch.setattr(Drafter, "draft", draft)
     slots = make_slots(dtype)
-    slots.complete()
+    slots.load_long_programs()
     poison(slots, np.nan)
     log = Log(slots)
     id = log.submit(request)
     drafts_at[SHORT - 3] = 3, False
     while not slots.scheduler.decoding or slots.scheduler.decoding[0].position < SHORT - 2:
         log.step()
-    assert slots.scheduler.decoding[0].room > SHORT
+    assert slots.scheduler.decoding[0].clean_positions > SHORT
     others = [log.submit(request_of(text(seed, 40), 5)) for seed in (1, 2)]
     log.step()
     for other in others:

@@ -23,7 +23,7 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
     slots = Slots(
         cfg, prepare_params(cfg, lively_params(cfg)), slots=3, capacity=60, kv_dtype="float32", chunk=16, tail=4, short=16
     )
-    may_prepare, prepare, finished = threading.Event(), slots.state.prepare_rest, queue.SimpleQueue()
+    may_prepare, prepare, finished = threading.Event(), slots.state.compile_long_programs, queue.SimpleQueue()
 
     def prepare_later() -> None:
         if not may_prepare.is_set():
@@ -32,7 +32,7 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
                 raise RuntimeError("no memory for a compiler")
         prepare()
 
-    monkeypatch.setattr(slots.state, "prepare_rest", prepare_later)
+    monkeypatch.setattr(slots.state, "compile_long_programs", prepare_later)
 
     async def ask_engine() -> None:
         engine, changed = EngineThread(slots), asyncio.Event()
@@ -50,13 +50,14 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
         while finished.empty():
             await asyncio.sleep(0.01)
         assert finished.get() == ("short", "length")
-        assert (engine.ready, engine.error, engine.is_complete, slots.running) == (True, None, False, 2)
-        assert until(lambda: engine.seconds_since_tick < 0.3), "it is not stuck"
+        assert (engine.ready, engine.error, engine.has_long_programs, slots.running) == (True, None, False, 2)
+        tick = engine.last_tick
+        assert until(lambda: engine.last_tick > tick + 0.3), "it is not stuck"
         assert not slots.scheduler.has_step
         may_prepare.set()
         while finished.qsize() < 2:
             await asyncio.sleep(0.01)
-        assert engine.is_complete == (not fails)
+        assert engine.has_long_programs == (not fails)
         engine.stop()
         assert engine.compiles_after_ready == 0
 

@@ -127,7 +127,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         assert sum(reply.text.count("[DONE]") for reply in replies) == 1
         assert sum('"completion_tokens":100' in reply.text for reply in replies) == 1
         assert "Finishing what is under way" in server.output
-        assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the start", server.output)
+        assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled since all were there", server.output)
         assert "Traceback" not in server.output
 
 
@@ -142,7 +142,7 @@ def test_a_mesh_of_devices_serves_the_same_text(tmp_path):
             server.process.send_signal(signal.SIGTERM)
             assert server.ends() == 0
             assert "Weights unchanged" in server.output
-            assert "0 programs compiled after the start" in server.output
+            assert "0 programs compiled since all were there" in server.output
             assert ("3 of them along tensor" in server.output) == bool(flags)
     assert texts[0] == texts[1] != ""
 

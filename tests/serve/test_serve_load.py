@@ -225,7 +225,7 @@ def test_health_before_and_after_its_time():
         for reply in (client.complete(), client.chat()):
             assert refused(reply, 503)["code"] == "warming"
         assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
-        server.slots.warm = lambda: 1 / 0
+        server.slots.warm = lambda **_: 1 / 0
         changed = threading.Event()
         server.loop.call_soon_threadsafe(server.state.engine.start, changed.set)
         assert changed.wait(10)
@@ -276,7 +276,7 @@ def test_the_same_request_has_the_same_bits_under_any_load(tiny_server):
     path = lambda body: "/v1/chat/completions" if "messages" in body else "/v1/completions"
     with tiny_server.client() as client:
         alone = [completion_of(client.post(path(body), json=body)) for body in REPEATED]
-        assert until(lambda: client.get("/health").json()["complete"], 60)
+        assert until(lambda: client.get("/health").json()["long_texts_ready"], 60)
         compiled = client.get("/health").json()["compiles_after_ready"]
     rng = random.Random(1)
     different = []

@@ -3,7 +3,8 @@
 Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
 whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
 (Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone.
+not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone. A segment that few rows have
+reached may be read for these alone.
 """
 
 import functools
@@ -64,7 +65,7 @@ class CacheRows(NamedTuple):
 
     Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r, a lone row the slot it writes.
     Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment. With `few`
-    (), for rows of one token, a segment that no more rows have reached is read for each in turn, and not in all slots.
+    (), for rows of one token, a segment that at most so many have reached is read row by row, any other in all slots at once.
     """
 
     position: Array
@@ -73,9 +74,12 @@ class CacheRows(NamedTuple):
     few: Array | None = None
 
 
+SKIP, IN_TURN, AT_ONCE = range(3)
+
+
 class Readers(NamedTuple):
     """The rows that have reached a segment: `order` (R,), in which they come first, their `number` (), and the `way` () to
-    attend: 0 for none, 1 one after the other, 2 all slots at once."""
+    attend: SKIP, IN_TURN or AT_ONCE."""
 
     way: Array
     order: Array
@@ -123,7 +127,8 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
 def _readers(position: Array, few: Array, start: int) -> Readers:
     has_reached = position >= start
     number = has_reached.sum()
-    way = jnp.where(number == 0, 0, jnp.where(number <= few, 1, 2))
+    way = jnp.where(number == 0, SKIP, jnp.where(number <= few, IN_TURN, AT_ONCE))
+    # Unsigned, for JAX would look at each whether it counts from the end.
     return Readers(way, jnp.argsort(~has_reached, stable=True).astype(jnp.uint32), number)
 
 
@@ -251,8 +256,8 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
             if not start:
                 state = _add(operands, state)
             elif layer.readers:
-                readers = layer.readers[place - 1]
-                ways = (lambda _, state: state, functools.partial(_add_in_turn, readers), _add)
+                readers = layer.readers[place - 1]  # every row reads the first segment
+                ways = lambda _, state: state, functools.partial(_add_in_turn, readers), _add  # SKIP, IN_TURN, AT_ONCE
                 state = jax.lax.switch(readers.way, ways, operands, state)
             else:
                 state = jax.lax.cond(longest >= start, _add, lambda _, state: state, operands, state)
@@ -264,7 +269,8 @@ State = tuple[Array, Array, Array]  # of a running softmax: the best score, the 
 
 
 def _add(operands: Any, state: State) -> State:
-    """Adds a segment: operands q, keys, values and `last` (R, M), the last position of it that each query sees."""
+    """Adds a segment. operands: q (R, K, M, H), keys and values (R, K, C, H), and `last` (R, M), the last position of the
+    segment that each query sees."""
     (queries, keys, values, last), (best, total, mixed) = operands, state
     length = jax.tree.leaves(keys)[0].shape[2]
     mask = (jnp.arange(length) <= last[:, :, None])[:, None]

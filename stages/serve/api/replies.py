@@ -165,11 +165,11 @@ class DetokenizeReply(msgspec.Struct):
 class Health(msgspec.Struct):
     """The reply of GET /health: whether requests are answered, or why not.
 
-    `complete`: whether the programs for long texts are compiled too, which such a text waits for.
+    `long_texts_ready`: whether the programs for texts over 512 tokens are there too; such a text waits for them.
     """
 
     status: Status
-    complete: bool
+    long_texts_ready: bool
     running: int
     waiting: int
     compiles_after_ready: int
