@@ -264,7 +264,7 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkey
     programs, reports = list(ahead), []
     assert len(programs) == len(dict(programs)) == programs[0][1] == 10
     count_compiles.clear()
-    state.engine.slots.warm(lambda done, total: reports.append((done, total)), programs)
+    state.engine.slots.warm(lambda done, total: reports.append((done, total)), programs, long_programs=False)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
     assert reports == [(n, 10) for n in range(1, 11)]
 
