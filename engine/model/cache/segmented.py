@@ -99,7 +99,8 @@ class SegmentedLayer(NamedTuple):
 class SegmentedCache(NamedTuple):
     """The cache of one call of `forward`.
 
-    `destinations`: for each segment (U, 2) int32, slot and position of each write. `readers`: of each but the first, if `few`.
+    `destinations`: for each segment (U, 2) int32, slot and position of each write. `readers`: of each but the first two,
+    which are short, if there is `few`.
     """
 
     segments: KVSegments
@@ -119,7 +120,7 @@ class SegmentedCache(NamedTuple):
 def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
     """Makes the cache of one call."""
     destinations = _destinations(segments.edges, rows.target, rows.position[rows.source])
-    readers = () if rows.few is None else tuple(_readers(rows.position, rows.few, start) for start in segments.edges[1:-1])
+    readers = () if rows.few is None else tuple(_readers(rows.position, rows.few, start) for start in segments.edges[2:-1])
     # The same in every layer; without the barrier XLA would compute them for each.
     return SegmentedCache(segments, rows, *jax.lax.optimization_barrier((destinations, readers)))
 
@@ -255,8 +256,8 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
         with jax.named_scope(f"segment_{start}"):
             if not start:
                 state = _add(operands, state)
-            elif layer.readers:
-                readers = layer.readers[place - 1]  # every row reads the first segment
+            elif layer.readers and place > 1:
+                readers = layer.readers[place - 2]
                 ways = lambda _, state: state, functools.partial(_add_in_turn, readers), _add  # SKIP, IN_TURN, AT_ONCE
                 state = jax.lax.switch(readers.way, ways, operands, state)
             else:
