@@ -27,13 +27,12 @@ from engine.text.chat_tokenizer import ChatTokenizer
 
 
 class StreamRow(NamedTuple):
-    """A row: tokens of each prompt, the least ratio to the peer's speed, and slots without a stream."""
+    """A row: tokens of each prompt, and the least ratio to the peer's speed."""
 
     name: str
     streams: int
     prompt: int
     required_ratio: float | None
-    idle_slots: int = 0
 
 
 StreamResult = Json  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
@@ -41,7 +40,6 @@ ROWS = (
     StreamRow("prefill_512", 1, 512, 3.0),
     StreamRow("decode_1", 1, 64, 0.65),
     StreamRow("decode_1_after_512", 1, 512, None),
-    StreamRow("decode_1_of_8", 1, 512, None, idle_slots=7),
     StreamRow("decode_8", 8, 64, 1.7),
     StreamRow("decode_32", 32, 64, 2.6),
 )
@@ -78,11 +76,8 @@ def measure_streams(
             progress(f"compiling {row.name}")
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
             tokens = 2 if row.name.startswith("prefill") else new
-            our_run = functools.partial(_our_run, model.cfg, weights, prompts, tokens, keys_values, row.idle_slots)
-            calls = {"ours": our_run()}
-            if row.idle_slots:
-                calls["at_once"] = our_run(in_turn=False)
-            elif row.streams == 1 and tokens == new and not problem:
+            calls = {"ours": _our_run(model.cfg, weights, prompts, tokens, keys_values)}
+            if row.streams == 1 and tokens == new and not problem:
                 calls["by_xla"] = _our_run(model.cfg, by_xla, prompts, tokens, keys_values)
             if peer:
                 calls["peer"] = _peer_run(peer, location.path, prompts=prompts, new=tokens)
@@ -111,17 +106,10 @@ def _peer_run(peer: Peer, file: Path, **spec: Any) -> Callable[[], StreamResult]
     return functools.partial(peer.ask, run="llama")
 
 
-def _our_run(
-    cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any, idle: int = 0, in_turn: bool = True
-) -> Callable[[], StreamResult]:
-    """Returns a call of `Slots` with a slot for each stream and `idle` ones, without draft tokens.
-
-    `in_turn`: whether segments that few rows have reached are read in turn, as the server does, or in all slots at once.
-    """
-    slots = Slots(cfg, weights, slots=len(prompts) + idle, capacity=CAPACITY, kv_dtype=kv_dtype, speculate=False)
+def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any) -> Callable[[], StreamResult]:
+    """Returns a call of `Slots` with a slot for each stream, without draft tokens."""
+    slots = Slots(cfg, weights, slots=len(prompts), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=False)
     slots.warm()
-    if not in_turn:
-        slots.state.max_in_turn = 0
 
     def run() -> StreamResult:
         # The first streams decode while later prompts are prefilled, and go on past `new`: decoding is timed with all
@@ -178,11 +166,5 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], n
         over = ratio(timings["by_xla"], timings["ours"])
         fields |= {"native_ratio": over.ratio, "native_same": tokens["by_xla"] == tokens["ours"]}
         line += f"; without the kernel in C {count / timings['by_xla'].median:.0f}: {over} times"
-    if "at_once" in calls:
-        over = ratio(timings["at_once"], timings["ours"])
-        if tokens["at_once"] != tokens["ours"]:
-            raise ValueError("reading in turn changes a token")
-        fields["in_turn_ratio"] = over.ratio
-        line += f"; reading all slots at once {count / timings['at_once'].median:.0f}: {over} times"
     print(line, flush=True)
     return fields

@@ -32,7 +32,6 @@ from engine.inference.sequence import STEPS
 from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVSegments, segmented_cache
 from engine.model.config import ModelConfig
-from engine.model.ops import ops
 from engine.model.transformer import Params, forward, hidden_states
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
@@ -160,11 +159,11 @@ def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = (), few: int = 0) -> CacheRows:
+def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
     """Makes the CacheRows of R slots, row r at position[r] (R,) int32 in slot r; `draft_writes`: of speculative decoding.
 
     Row r is written to slot r, and each (row, slot) of `draft_writes` too: there is room for a lone sequence's rows in
-    the slots of all its copies. `few`: as CacheRows has it.
+    the slots of all its copies.
     """
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, R, np.int32)
@@ -172,5 +171,4 @@ def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = (), few: 
     target[:R] = np.arange(R)
     for write, (row, slot) in enumerate(draft_writes, R):
         source[write], target[write] = row, slot
-    in_turn: Any = np.int32(few) if ops().attends_in_turn else None
-    return CacheRows(position, source, target, in_turn)
+    return CacheRows(position, source, target)

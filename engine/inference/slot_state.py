@@ -15,14 +15,12 @@ import numpy as np
 
 from engine import placement
 from engine.inference import programs
-from engine.inference.in_turn import same_bits_in_turn
 from engine.inference.sampling import TokenCounts, make_token_counts
 from engine.model.cache.segmented import KVDtype, KVSegments, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
-from engine.model.ops import ops, platform
+from engine.model.ops import platform
 from engine.model.transformer import Params
 
-IN_TURN = 3 / 8  # of the rows: where more have reached a segment, reading it in turn takes longer than all slots at once
 MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 
 
@@ -68,17 +66,16 @@ class SlotState:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
     A program gets the segments of `segments_below`, and `store` takes what it returns for them. `limit`: the
-    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs. `max_in_turn`: of
-    `CacheRows.few`, 0 before that.
+    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
         self.cfg, self.shapes, self.mesh = cfg, shapes, placement.current_mesh()
         edges, short = shapes.edges, shapes.short_edges
         self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
-        self.has_long_programs, self.max_in_turn = False, 0
+        self.has_long_programs = False
         self._preparing = threading.Lock()
-        self._prepared: tuple[KVSegments, dict[str, programs.Call], int] | None = None
+        self._prepared: tuple[KVSegments, dict[str, programs.Call]] | None = None
         self.params = self._device_put(params)
         self.segments, self.counts = self._make(lambda: (shapes.make_segments(cfg, short), make_token_counts(cfg, shapes.rows)))
 
@@ -137,20 +134,18 @@ class SlotState:
                 return
             edges = self.shapes.edges[self._short :]
             segments = self._make(lambda: self.shapes.make_segments(self.cfg, edges))
-            whole = self.segments.join(segments)
-            calls = self._idle_calls(whole) if len(edges) > 1 else {}
+            calls = self._idle_calls(self.segments.join(segments)) if len(edges) > 1 else {}
             for _ in programs.compile_programs(calls):
                 pass
-            may_choose = self.mesh is None and ops().attends_in_turn and same_bits_in_turn(self.cfg, whole)
-            self._prepared = segments, calls, max(1, int(IN_TURN * self.shapes.rows)) if may_choose else 0
+            self._prepared = segments, calls
 
     def load_long_programs(self) -> None:
-        """Adds the segments for longer texts, and runs each of their programs once with no row in use. Sets `max_in_turn`."""
+        """Adds the segments for longer texts, and runs each of their programs once with no row in use."""
         if self.has_long_programs:
             return
         self.compile_long_programs()
         assert self._prepared
-        segments, calls, self.max_in_turn = self._prepared
+        segments, calls = self._prepared
         self.segments = self.segments.join(segments)
         with jax.set_mesh(self.mesh):
             for call in calls.values():

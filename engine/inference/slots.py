@@ -285,7 +285,7 @@ class Slots:
         sampling = [IDLE] * R
         for row in batch.rows:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
-        rows = programs.make_rows(position, batch.draft_writes, self.state.max_in_turn)
+        rows = programs.make_rows(position, batch.draft_writes)
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
         sampled, segments, self.state.counts = programs.decode_slots(
             self.cfg, self.params, segments, self.state.counts, token, rows,

@@ -36,16 +36,15 @@ class Ops(NamedTuple):
 
     transpose: Callable[[Array], Array]
     pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
-    attends_in_turn: bool  # to the slots that few rows have come far in: a CPU's products are no faster together
     fused_attention: fused_attention.Kernel | None  # causal, of whole texts
     fused_prefill: fused_attention.Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
 
 
 PLATFORMS = {
     # jax.nn.dot_product_attention is two to three times slower than the plain products on a CPU.
-    "cpu": Ops(_transpose_in_memory, True, True, None),
-    "gpu": Ops(_transpose_by_name, False, False, fused_attention.cudnn, fused_attention.cudnn_masked),
-    "tpu": Ops(_transpose_by_name, False, False, fused_attention.splash),
+    "cpu": Ops(_transpose_in_memory, True, None),
+    "gpu": Ops(_transpose_by_name, False, fused_attention.cudnn, fused_attention.cudnn_masked),
+    "tpu": Ops(_transpose_by_name, False, fused_attention.splash),
 }
 
 

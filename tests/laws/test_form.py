@@ -10,7 +10,7 @@ from collections import Counter
 from source_tree import PACKAGES, ROOT, SOURCES, Trees, files, imported, package_of, read
 
 LINES, FILES = 400, 15  # of a file; beside each other in a folder, `__init__.py` not counted
-BYTES = {"the product": 1_492_000, "the tests": 1_143_500}  # of Python
+BYTES = {"the product": 1_486_000, "the tests": 1_141_700}  # of Python
 
 
 def too_large() -> set[str]:

@@ -3,8 +3,7 @@
 Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
 whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
 (Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone. A segment that few rows have
-reached may be read for these alone.
+not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone.
 """
 
 import functools
@@ -64,26 +63,12 @@ class CacheRows(NamedTuple):
     """The positions of a call's R rows, and the slots that their keys and values are written to.
 
     Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r, a lone row the slot it writes.
-    Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment. With `few`
-    (), for rows of one token, a segment that at most so many have reached is read row by row, any other in all slots at once.
+    Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
     """
 
     position: Array
     source: Array
     target: Array
-    few: Array | None = None
-
-
-SKIP, IN_TURN, AT_ONCE = range(3)
-
-
-class Readers(NamedTuple):
-    """The rows that have reached a segment: `order` (R,), in which they come first, their `number` (), and the `way` () to
-    attend: SKIP, IN_TURN or AT_ONCE."""
-
-    way: Array
-    order: Array
-    number: Array
 
 
 class SegmentedLayer(NamedTuple):
@@ -93,23 +78,17 @@ class SegmentedLayer(NamedTuple):
     v: LayerSegments
     rows: CacheRows
     destinations: tuple[Array, ...]
-    readers: tuple[Readers, ...]
 
 
 class SegmentedCache(NamedTuple):
-    """The cache of one call of `forward`.
-
-    `destinations`: for each segment (U, 2) int32, slot and position of each write. `readers`: of each but the first two,
-    which are short, if there is `few`.
-    """
+    """The cache of one call of `forward`. `destinations`: for each segment (U, 2) int32, slot and position of each write."""
 
     segments: KVSegments
     rows: CacheRows
     destinations: tuple[Array, ...]
-    readers: tuple[Readers, ...]
 
     def layer(self, i: int) -> SegmentedLayer:
-        return SegmentedLayer(self.segments.k[i], self.segments.v[i], self.rows, self.destinations, self.readers)
+        return SegmentedLayer(self.segments.k[i], self.segments.v[i], self.rows, self.destinations)
 
     def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
         """Returns this cache with the segments of these layers."""
@@ -120,17 +99,8 @@ class SegmentedCache(NamedTuple):
 def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
     """Makes the cache of one call."""
     destinations = _destinations(segments.edges, rows.target, rows.position[rows.source])
-    readers = () if rows.few is None else tuple(_readers(rows.position, rows.few, start) for start in segments.edges[2:-1])
     # The same in every layer; without the barrier XLA would compute them for each.
-    return SegmentedCache(segments, rows, *jax.lax.optimization_barrier((destinations, readers)))
-
-
-def _readers(position: Array, few: Array, start: int) -> Readers:
-    has_reached = position >= start
-    number = has_reached.sum()
-    way = jnp.where(number == 0, SKIP, jnp.where(number <= few, IN_TURN, AT_ONCE))
-    # Unsigned, for JAX would look at each whether it counts from the end.
-    return Readers(way, jnp.argsort(~has_reached, stable=True).astype(jnp.uint32), number)
+    return SegmentedCache(segments, rows, jax.lax.optimization_barrier(destinations))
 
 
 def segment_edges(capacity: int, first: int) -> tuple[int, ...]:
@@ -250,53 +220,26 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     edges, longest = _edges(layer.k), positions.max()
     state = (jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
-    for place, (keys, values, start) in enumerate(zip(layer.k, layer.v, edges)):
-        # `last`: the last position of the segment that each query sees.
-        operands = queries, pick(keys), pick(values), positions - start
+    for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
+        last = positions - start  # the last position of the segment that each query sees
+
+        def add(best: Array, total: Array, mixed: Array, keys=keys, values=values, last=last, length=stop - start):
+            mask = (jnp.arange(length) <= last[:, :, None])[:, None]
+            scores = jnp.where(mask, _scores(queries, pick(keys)), MASKED)
+            higher = jnp.maximum(best, scores.max(-1))
+            weights, factor = jnp.exp(scores - higher[..., None]), jnp.exp(best - higher)
+            more = mixed * factor[..., None] + _mix(weights, pick(values), mask)
+            reached = (last >= 0)[:, None]
+            return (
+                jnp.where(reached, higher, best),
+                jnp.where(reached, total * factor + weights.sum(-1), total),
+                jnp.where(reached[..., None], more, mixed),
+            )
+
         with jax.named_scope(f"segment_{start}"):
-            if not start:
-                state = _add(operands, state)
-            elif layer.readers and place > 1:
-                readers = layer.readers[place - 2]
-                ways = lambda _, state: state, functools.partial(_add_in_turn, readers), _add  # SKIP, IN_TURN, AT_ONCE
-                state = jax.lax.switch(readers.way, ways, operands, state)
-            else:
-                state = jax.lax.cond(longest >= start, _add, lambda _, state: state, operands, state)
+            state = jax.lax.cond(longest >= start, add, lambda *state: state, *state) if start else add(*state)
     _, total, mixed = state
     return mixed / total[..., None]
-
-
-State = tuple[Array, Array, Array]  # of a running softmax: the best score, the sum of weights (R, K, M), mixed (R, K, M, H)
-
-
-def _add(operands: Any, state: State) -> State:
-    """Adds a segment. operands: q (R, K, M, H), keys and values (R, K, C, H), and `last` (R, M), the last position of the
-    segment that each query sees."""
-    (queries, keys, values, last), (best, total, mixed) = operands, state
-    length = jax.tree.leaves(keys)[0].shape[2]
-    mask = (jnp.arange(length) <= last[:, :, None])[:, None]
-    scores = jnp.where(mask, _scores(queries, keys), MASKED)
-    higher = jnp.maximum(best, scores.max(-1))
-    weights, factor = jnp.exp(scores - higher[..., None]), jnp.exp(best - higher)
-    more = mixed * factor[..., None] + _mix(weights, values, mask)
-    reached = (last >= 0)[:, None]
-    return (
-        jnp.where(reached, higher, best),
-        jnp.where(reached, total * factor + weights.sum(-1), total),
-        jnp.where(reached[..., None], more, mixed),
-    )
-
-
-def _add_in_turn(readers: Readers, operands: Any, state: State) -> State:
-    """Does what `_add` does for one row after the other, of those that have reached the segment."""
-
-    def add_one(i: Array, state: State) -> State:
-        row = readers.order[i]
-        of_row = lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, 0), tree)
-        new = _add(of_row(operands), of_row(state))
-        return jax.tree.map(lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, row, 0), state, new)
-
-    return jax.lax.fori_loop(0, readers.number, add_one, state)
 
 
 def _scores(q: Any, keys: KVArray) -> Array:
