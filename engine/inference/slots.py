@@ -273,8 +273,8 @@ class Slots:
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""
         R, lone = self.state.segments.slots, batch.sequences[0]
-        room_was_made = [self._clean(row.sequence, row.position + batch.steps) for row in batch.rows]
-        is_to_copy = batch.copies and (batch.copies_are_new or any(room_was_made))
+        were_cleared = [self._clean(row.sequence, row.position + batch.steps) for row in batch.rows]
+        is_to_copy = batch.copies and (batch.copies_are_new or any(were_cleared))
         stop = max(row.position for row in batch.rows) + batch.steps
         segments = self.state.segments_below(max(stop, lone.clean_positions) if is_to_copy else stop)
         if is_to_copy:

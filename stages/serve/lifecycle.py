@@ -59,7 +59,7 @@ async def serve(
             f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
             f"{engine.compiles_after_ready} programs compiled since all were there."
         )
-        if engine.error and isinstance(error := _named(engine.error), UserError):
+        if engine.error and isinstance(error := _explained(engine.error), UserError):
             print(f"error: {error}", file=sys.stderr)
         elif engine.error:
             traceback.print_exception(engine.error, file=sys.stderr)
@@ -76,10 +76,10 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
         await changed.wait()
     if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
-        raise _named(error)
+        raise _explained(error)
 
 
-def _named(error: BaseException) -> BaseException:
+def _explained(error: BaseException) -> BaseException:
     """Returns a UserError when memory ran out, else the error."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return UserError(f"There is not enough memory to answer in so many slots; {REMEDY}")
