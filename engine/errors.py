@@ -1,6 +1,9 @@
 """Exceptions for bad input, with messages that say how to correct it."""
 
 import difflib
+import importlib.util
+
+SERVE_PACKAGES = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")  # of the extra `serve`
 
 
 class UserError(ValueError):
@@ -22,3 +25,12 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Returns ` Did you mean 'demo'?`, with the closest of the known names, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_serve_packages(command: str) -> None:
+    """Raises UserError when a package of the extra `serve` is missing; `command` follows `python -m`."""
+    if missing := [name.replace("_", "-") for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m {command}`, or install the "
+            "extra with `pip install -e '.[serve]'`."
+        )

@@ -1,15 +1,17 @@
 """Shows the life of a model in four columns, weights, data, cost and time, from real runs; and planned for a large model.
 
     python -m bench.life                                    makes short runs: trains, tunes, serves; two minutes
-    python -m bench.life --trained RUN --tuned RUN --log FILE   takes those that are there, and makes what is not given
+    python -m bench.life --trained RUN --tuned RUN --log FILE   one life: RUN, a run tuned from it, a server of either
     python -m bench.life --watts 90 --price 0.20 --out DIR  what the machine draws and costs; also writes DIR/life.html
 
-The log is what `stages.serve --log json` prints, kept in a file. Energy is read from the processor (RAPL) for runs that are
-made here, where the machine lets it be read, else it is --watts times seconds.
+What is not given is made from RUN. Serving needs the extra `serve`; the log is what `stages.serve --log json` prints, kept in
+a file. Energy is read from the processor (RAPL) for runs that are made here, where the machine lets it be read, else it is
+--watts times seconds.
 """
 
 import dataclasses
 import math
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +21,7 @@ import tyro
 
 from bench.cli import Json, check_out, run_bench
 from engine.device import start_jax
-from engine.errors import UserError
+from engine.errors import UserError, require_serve_packages
 
 Folder = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: a short one is made)")]
 
@@ -29,9 +31,9 @@ class LifeFlags:
     trained: Folder = None
     """A run folder of stages.train."""
     tuned: Folder = None
-    """A run folder of stages.finetune."""
+    """A run folder of stages.finetune, from --trained."""
     log: Folder = None
-    """What a server printed with --log json."""
+    """What a server of either printed with --log json."""
     price: float = 0.10
     """Dollars an hour of this machine."""
     watts: float | None = None
@@ -48,16 +50,21 @@ def measure_life(flags: LifeFlags) -> Json:
     for name in ("trained", "tuned", "log"):
         if (path := getattr(flags, name)) and not path.exists():
             raise UserError(f"--{name} {path} is not there.")
+    if not flags.trained and (other := "tuned" if flags.tuned else "log" if flags.log else None):
+        raise UserError(f"--{other} is a later part of one model's life: give the run that it came from as --trained.")
+    if not flags.log:
+        require_serve_packages(shlex.join(["bench.life", *sys.argv[1:]]))
     check_out(flags.out)
     start_jax()
     from bench.life.page import HERE, write_page
     from bench.life.planned import planned_rows
-    from bench.life.stages import serving_row, training_row, tuning_row
+    from bench.life.stages import check_one_life, serving_row, training_row, tuning_row
     from bench.report.templates import environment
 
     readers = {"trained": training_row, "tuned": tuning_row, "log": serving_row}
     paths: dict[str, Path] = {name: path for name in readers if (path := getattr(flags, name))}
     found = {name: readers[name](path) for name, path in paths.items()}  # before minutes are spent on the others
+    check_one_life(paths, found)
     with tempfile.TemporaryDirectory() as name:
         from bench.life import short_runs
 

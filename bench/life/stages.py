@@ -1,8 +1,10 @@
 """Reads what happened in each stage of a model's life: from a run folder, or from the log of a server."""
 
+import dataclasses
 import datetime
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import jax
 
 from bench.cli import Json
 from engine.errors import UserError
+from engine.inference.decode import prepare_params
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import init_params
-from engine.model.weights.lora import LoRA
+from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import LoRA, merge_lora
 from engine.storage.digest import digest
-from engine.storage.model_loader import load_model, locate
+from engine.storage.model_loader import LoadedModel, load_model, locate
 from engine.storage.run_folder import read_config, read_json
 
 
@@ -38,6 +42,36 @@ def tuning_row(run: Path) -> Json:
     if (found := digest(base)) != record["base"]["digest"]:
         raise UserError(f"{run} was trained from other weights than {name} holds now: its SHA-256 is {found[:16]}.")
     return _row("fine-tuning", record, base, load_model(str(run)).params)
+
+
+def check_one_life(paths: Mapping[str, Path], rows: Mapping[str, Json]) -> None:
+    """Raises UserError unless the tuned run began with the weights that the trained one ended with, and one of them was served.
+
+    `paths` and `rows` are those of `trained`, `tuned` and `log` that are there.
+    """
+    training, tuning, serving = (rows.get(name) for name in ("trained", "tuned", "log"))
+    if training and tuning and tuning["before"] != training["after"]:
+        raise UserError(
+            f"{paths['tuned']} was not tuned from {paths['trained']}: it began with the SHA-256 {tuning['before'][:16]}, "
+            f"and that run ended with {training['after'][:16]}. Give the run it was tuned from as --trained."
+        )
+    runs = [path for name, path in paths.items() if name != "log"]
+    if serving and not any(serving["before"] in _served_digests(load_model(str(run)), serving["weights"]) for run in runs):
+        raise UserError(
+            f"{paths['log']} is of a server of another model: its weights had SHA-256 {serving['before']}, which neither "
+            f"{' nor '.join(map(str, runs))} has in {serving['weights']}. Give the log of a server of --trained or --tuned."
+        )
+
+
+def _served_digests(model: LoadedModel, weights: str) -> Iterator[str]:
+    """Yields 16 digits of the SHA-256 of the weights as stages.serve prepares them: on this machine, and without its layout."""
+    params, cfg = model.params, model.cfg
+    if weights == "int8":
+        params = quantize(merge_lora(params, cfg.dtype))
+    else:
+        cfg = dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
+    for whole in (True, False):
+        yield digest(prepare_params(cfg, params, whole))[:16]
 
 
 def _finished(run: Path) -> Json:
@@ -82,9 +116,14 @@ def serving_row(log: Path) -> Json:
     for begin, until in sorted(spans):
         busy += max(0.0, until - max(begin, end))
         end = max(end, until)
-    first, last = re.search(r"SHA-256 (\w{16})", text), re.search(r"Stopped\. Weights (\w+).*?SHA-256 (\w{16})", text)
+    first, last = (
+        re.search(r"weights +(\w+),.*?SHA-256 (\w{16})", text),
+        re.search(r"Stopped\. Weights (\w+).*?SHA-256 (\w{16})", text),
+    )
+    if not first:
+        raise UserError(f"{log} does not say which weights were served: keep all that stages.serve prints, from its start.")
     return {
         "stage": "serving", "command": f"--log {log}", "seconds": busy, "requests": len(spans), "tokens": tokens,
-        "prompt_tokens": prompts, "before": first and first[1], "after": last and last[2],
+        "prompt_tokens": prompts, "weights": first[1], "before": first[2], "after": last and last[2],
         "moved": None if last is None else 0 if last[1] == "unchanged" else 1,
     }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import write_json
+from engine.format import quantity
 from engine.model.config import ModelConfig
 from engine.storage.huggingface.generation_config import read_sampling, write_sampling
 from engine.storage.untrusted import read_json_object
@@ -21,33 +22,49 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 ROOT = Path("runs")
 ADAPTER = "adapter"
 MAX_JSON_BYTES = 16 * 2**20
+TOY_STEPS = 100
+UNFINISHED = "not finished"
 
 
 def newest_run() -> tuple[Path, tuple[str, ...]]:
     """Returns the newest finished run's folder, and a note that names it and the newer ones that are passed over.
 
-    Raises UserError when no run in ROOT has finished.
+    A toy (see `_reason_against`) is used only when there is nothing else. Raises UserError when no run in ROOT has finished.
     """
-    passed: list[Path] = []
+    passed: dict[Path, str] = {}
     runs = [file.parent for file in ROOT.glob("*/run.json")]
     for run in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
-        if _is_finished(run):
-            if not passed:
-                return run, (f"using {run}, the newest run",)
-            are = f"and {len(passed) - 1} more are" if len(passed) > 1 else "is"
-            return run, (f"{passed[0]} {are} not finished; using {run}; --model {passed[0]} takes that one",)
-        passed.append(run)
+        if reason := _reason_against(run):
+            passed[run] = reason
+            continue
+        names = [f"{newer} ({reason})" for newer, reason in passed.items()]
+        more = f" and {len(names) - 2} more" * (len(names) > 2)
+        why = f"; passed over {', '.join(names[:2])}{more}: --model takes any" if names else ", the newest run"
+        return run, (f"using {run}{why}",)
+    for run, reason in passed.items():
+        if reason != UNFINISHED:
+            return run, (f"using {run} ({reason}), as no other run is finished",)
     if passed:
-        raise UserError(f"No run in {ROOT}/ is finished. Finish {passed[0]}, or take it as it is with --model {passed[0]}.")
+        first = next(iter(passed))
+        raise UserError(f"No run in {ROOT}/ is finished. Finish {first}, or take it as it is with --model {first}.")
     raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
 
 
-def _is_finished(run: Path) -> bool:
-    """Whether a run has its result, which is written last, and what it trained can be there."""
+def _reason_against(run: Path) -> str:
+    """Returns why a run is passed over, or "": it has no result, which is written last, or no weights; or it is a toy.
+
+    Toys are runs by hand, and those of fewer than TOY_STEPS from random weights: they show how training works.
+    """
     try:
-        return bool(read_json(run / "run.json").get("result") and read_config(run) and any(run.glob("checkpoints/[0-9]*")))
-    except (UserError, OSError):
-        return False
+        record = read_json(run / "run.json")
+        if not (record.get("result") and read_config(run) and any(run.glob("checkpoints/[0-9]*"))):
+            return UNFINISHED
+        if "--by-hand" in record.get("command", ""):
+            return "trained by hand"
+        steps = record["result"].get("steps", TOY_STEPS) if record.get("stage") == "train" else TOY_STEPS
+        return f"only {quantity(steps, 'step')}" if steps < TOY_STEPS else ""
+    except (UserError, OSError, AttributeError, TypeError):
+        return UNFINISHED
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,25 +8,17 @@ else is asked meanwhile; weights are only read, and GET /v1/attestation shows it
 end; a second one ends at once.
 """
 
-import importlib.util
 from collections.abc import Sequence
 
-from engine.errors import UserError
+from engine.errors import require_serve_packages
 from stages.cli.command import run_command, typed_arguments
 from stages.cli.process import leave
 from stages.serve.flags import ServeFlags
 
-NEEDS = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")
-
 
 def serve(flags: ServeFlags) -> int:
     """Serves until a signal stops it. Raises UserError, before anything else, when the packages of its extra are missing."""
-    missing = [name.replace("_", "-") for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m stages.serve "
-            f"{' '.join(typed_arguments())}`, or install the extra with `pip install -e '.[serve]'`."
-        )
+    require_serve_packages(f"stages.serve {' '.join(typed_arguments())}")
     from stages.serve.run import run  # after the flags are parsed: --help needs none of it
 
     return run(flags)

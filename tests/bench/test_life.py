@@ -2,16 +2,24 @@
 
 import functools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench.cli import run_bench
 from bench.life.__main__ import LifeFlags, even_tokens, measure_life
 from bench.life.planned import planned_rows
-from bench.life.stages import serving_row
+from bench.life.stages import check_one_life, serving_row
 from engine.errors import UserError
+from engine.storage.digest import digest
+from engine.storage.model_loader import load_model
 from stages.finetune import __main__ as finetune
+from stages.serve.engine_config import EngineConfig
 from stages.train import __main__ as train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 main = functools.partial(run_bench, "bench.life", None, LifeFlags, measure_life)
 
@@ -36,14 +44,16 @@ def runs(tmp_path_factory):
     """The folders of a training run and of a fine-tuning run on it, and a log."""
     folder = tmp_path_factory.mktemp("life")
     (folder / "text.txt").write_text("The sea is wide, and ships go down to it in the morning.\n" * 200)
-    row = {"messages": [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "is wide."}]}
-    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
-    (folder / "server.log").write_text(LOG)
+    row = '{"prompt": "the sea of %d", "completion": "is wide."}\n'
+    (folder / "chats.jsonl").write_text("".join(row % number for number in range(8)))
     few = ["--steps", "6", "--context", "32", "--batch", "2"]
     text = ["--data", str(folder / "text.txt"), "--out-dir", str(folder / "trained"), "--tokenizer", "bpe:300"]
     assert train.main(["tiny", *text, *few]) == 0
     chats = ["--model", str(folder / "trained"), "--data", str(folder / "chats.jsonl"), "--out-dir", str(folder / "tuned")]
     assert finetune.main([*chats, *few, "--general", "none", "--lora", "rank=2,targets=q"]) == 0
+    model = load_model(str(folder / "tuned"))
+    served = digest(EngineConfig("int8", 1, 32, "bfloat16", 0, False).prepare_params(model.cfg, model.params))
+    (folder / "server.log").write_text(LOG.replace("0123456789abcdef", served[:16]))
     return folder
 
 
@@ -80,11 +90,27 @@ def test_a_log_says_what_was_answered(tmp_path):
     assert row["before"] == row["after"] == "0123456789abcdef"
     (tmp_path / "log").write_text(LOG.replace("unchanged", "CHANGED from 0123456789abcdef"))
     assert serving_row(tmp_path / "log")["moved"] == 1
-    (tmp_path / "log").write_text(LOG.splitlines()[1])  # still running
+    (tmp_path / "log").write_text("\n".join(LOG.splitlines()[:2]))  # still running
     assert serving_row(tmp_path / "log")["moved"] is None
+    (tmp_path / "log").write_text(LOG.splitlines()[1])
+    with pytest.raises(UserError, match="does not say which weights were served"):
+        serving_row(tmp_path / "log")
     (tmp_path / "log").write_text("ready\n")
     with pytest.raises(UserError, match="holds no answered request"):
         serving_row(tmp_path / "log")
+
+
+@pytest.mark.journeys
+def test_without_the_extra_of_the_server_nothing_begins():
+    program = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'starlette' else find(name, *a)\n"
+        "import runpy; runpy.run_module('bench.life', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", program, "--watts", "90"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert "needs starlette: start it with `uv run --extra serve python -m bench.life --watts 90`" in line
 
 
 def test_serving_costs_as_much_as_training_after_so_many_tokens():
@@ -97,7 +123,14 @@ def test_serving_costs_as_much_as_training_after_so_many_tokens():
 
 
 def test_what_cannot_be_read_is_one_sentence(runs, tmp_path, capsys):
+    trained, tuned, log = (str(runs / name) for name in ("trained", "tuned", "server.log"))
+    with pytest.raises(UserError, match="was not tuned from"):
+        check_one_life({"trained": runs, "tuned": runs}, {"trained": {"after": "a" * 64}, "tuned": {"before": "b" * 64}})
+    (tmp_path / "log").write_text(LOG)
     for flags, words in (
+        (["--trained", trained, "--tuned", tuned, "--log", str(tmp_path / "log")], "had SHA-256 0123456789abcdef, which"),
+        (["--trained", trained, "--log", log], "is of a server of another model"),
+        (["--tuned", tuned], "as --trained"), (["--log", log], "as --trained"),
         (["--price", "0"], "--price must be"), (["--watts", "nan"], "--watts must be"),
         (["--log", str(tmp_path / "no")], "is not there"), (["--trained", str(tmp_path)], "is no finished run"),
         (["--trained", str(runs / "tuned")], "give it as --tuned"),

@@ -120,21 +120,33 @@ def test_evaluation_counts_every_byte_of_a_text(trained, tmp_path, capsys):
 
 def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    unfinished = json.dumps({name: value for name, value in read_json(trained / "run.json").items() if name != "result"})
-    for hour, (name, record) in enumerate({"new": "", "broken": "{", "stopped": unfinished}.items()):
+    toy = read_json(trained / "run.json")
+    unfinished, long = json.dumps(toy | {"result": None}), toy | {"result": toy["result"] | {"steps": 1471}}
+    by_hand = long | {"command": "python -m stages.train tiny --by-hand --steps 1471"}
+    records = {"new": long, "hand": by_hand, "short": toy, "broken": "{", "stopped": unfinished}
+    for hour, (name, record) in enumerate(records.items()):
         folder = shutil.copytree(trained, Path("runs", name), ignore=shutil.ignore_patterns("optimizer"))
-        if record:
-            (folder / "run.json").write_text(record)
+        (folder / "run.json").write_text(record if isinstance(record, str) else json.dumps(record))
         os.utime(folder / "run.json", (hour, hour))
 
     def note(*flags: str, code: int = 0) -> str:
         assert generate.main(["--max-tokens", "2", *flags]) == code
         return capsys.readouterr().err.splitlines()[0]
 
-    assert note() == "runs/stopped and 1 more are not finished; using runs/new; --model runs/stopped takes that one"
+    passed = "runs/stopped (not finished), runs/broken (not finished) and 2 more"
+    assert note() == f"using runs/new; passed over {passed}: --model takes any"
     assert "using" not in note("--model", "runs/stopped")
     for name in ("broken", "stopped"):
         shutil.rmtree(f"runs/{name}")
+    steps = toy["result"]["steps"]
+    assert (
+        note() == f"using runs/new; passed over runs/short (only {steps} steps), runs/hand (trained by hand): --model takes any"
+    )
+    shutil.move("runs/new", "new")
+    assert note() == f"using runs/short (only {steps} steps), as no other run is finished"
+    for name in ("short", "hand"):
+        shutil.rmtree(f"runs/{name}")
+    shutil.move("new", "runs/new")
     assert note() == "using runs/new, the newest run"
     Path("runs/new/run.json").write_text(unfinished)
     assert "No run in runs/ is finished. Finish runs/new" in note(code=2)
