@@ -39,7 +39,7 @@ class StageTableFlags:
     max_time: float = 120.0
     """Seconds the whole may take, compiling included; rounds are added while they fit."""
     quick: bool = False
-    """The fewest rounds that show a spread."""
+    """The fewest rounds that a verdict needs."""
     json: bool = False
     """Print nothing but the JSON document."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None

@@ -74,8 +74,8 @@ def parse_shape(flag: str, text: str) -> Shape:
     return Shape(*map(int, parts))
 
 
-def check_rounds(rounds: int, least: int = 3) -> None:
-    """Raises UserError for fewer rounds than show a spread."""
+def check_rounds(rounds: int, least: int = 6) -> None:
+    """Raises UserError for fewer rounds than give a ratio its interval."""
     if rounds < least:
         raise UserError(f"--rounds must be at least {least}, not {rounds}.")
 

@@ -29,7 +29,7 @@ class FinetuningFlags:
     rank: int = 8
     """Of each LoRA pair."""
     rounds: int = 9
-    """Interleaved rounds, at least 3; the medians count."""
+    """Interleaved rounds, at least 6; the medians count."""
 
 
 def measure_finetuning(flags: FinetuningFlags) -> Json:

@@ -58,7 +58,7 @@ def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: 
             f"{step['optimizer_bytes'] / 1e6:.2f}", f"{step['predicted_bytes'] / 1e9:.2f}", f"{step['xla_bytes'] / 1e9:.2f}",
         ])  # fmt: skip
         rows.append({
-            "name": way, "ms_per_step": milliseconds, "over_full": over.ratio, "spread": over.spread,
+            "name": way, "ms_per_step": milliseconds, "over_full": over.fields(),
             "flops_over_full": flops, "tokens_per_second": speed, "fraction_of_bf16_ceiling": share.ratio, **step,
         })  # fmt: skip
     title = f"{name}, rank {rank}, {batch} x {tokens} tokens, {device_name()}; the ceiling is {ceiling:,.0f} GFLOP/s"

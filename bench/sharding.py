@@ -24,7 +24,7 @@ class ShardingFlags:
     """LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    rounds: int = 7
+    rounds: int = 9
     """Interleaved rounds; the median counts."""
 
 

@@ -1,8 +1,10 @@
-"""Times calls in turns; gives their ratios, with the noise.
+"""Times calls in interleaved rounds, and judges the ratio of two by one rule.
 
-A ratio is the quotient of two medians, so that it agrees with the times printed beside it. A shared machine's speed drifts by
-more than most effects worth knowing; so calls that are compared run in turns, and the spread of a ratio is that of the rounds'
-own ratios, in which the drift is common to both.
+A shared machine's speed drifts by more than most effects worth knowing. Calls that are compared therefore run in the same
+rounds, and each round gives one ratio, in which the drift is common to both calls. The ratio reported is the median of the
+rounds' ratios. Its 95% interval is that of order statistics, which assumes nothing of how the noise is distributed: the
+median lies below the k-th smallest of n ratios only if fewer than k of them fall below it, so a binomial distribution of n
+fair coins gives k (David and Nagaraja, Order Statistics, 2003, section 7.1). A verdict needs MIN_ROUNDS rounds.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """The interquartile range, in seconds."""
+        """The interquartile range, in seconds: it describes the machine's noise and judges nothing."""
         return _interquartile(self.seconds)
 
     def scaled(self, factor: float) -> "Timing":
@@ -37,25 +39,38 @@ class Timing:
         return Timing(self.name, tuple(seconds * factor for seconds in self.seconds))
 
 
+MIN_ROUNDS = 6  # with fewer, not even the lowest and the highest ratio enclose the median with 95% certainty
+
+
 class Ratio(NamedTuple):
-    """The quotient of two medians, and the spread of the rounds' own; None where noise hides it, with a sentence on why."""
+    """The median of the rounds' ratios and its 95% interval; the interval, or all three, are None where `noisy` says why."""
 
     ratio: float | None
-    spread: float | None
+    low: float | None = None
+    high: float | None = None
     noisy: str | None = None
 
     def exceeds(self, threshold: float) -> bool | None:
-        """Whether it is above a threshold; None where noise hides it or the threshold lies within ratio ± spread."""
-        if self.ratio is None or self.spread is None or abs(self.ratio - threshold) <= self.spread:
+        """Whether the ratio is above a threshold; None where the interval holds the threshold or is not known."""
+        if self.low is None or self.high is None or self.low <= threshold <= self.high:
             return None
-        return self.ratio > threshold
+        return self.low > threshold
 
     def scaled(self, factor: float) -> "Ratio":
-        """Returns it times a factor above 0."""
-        return self if self.ratio is None or self.spread is None else Ratio(self.ratio * factor, self.spread * factor)
+        """Returns the ratio times a factor above 0."""
+        ratio, low, high = (None if number is None else number * factor for number in self[:3])
+        return Ratio(ratio, low, high, self.noisy)
+
+    def format(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
+        """Formats the ratio and its interval, each number by `write`: `1.14 (1.10 to 1.18)`."""
+        if self.ratio is None:
+            return "not measured"
+        if self.low is None or self.high is None:
+            return f"{write(self.ratio)} (too few rounds to judge)"
+        return f"{write(self.ratio)} ({write(self.low)} to {write(self.high)})"
 
     def __str__(self) -> str:
-        return "noisy" if self.ratio is None else f"{self.ratio:.2f} ± {self.spread:.2f}"
+        return self.format()
 
     def fields(self) -> dict[str, Any]:
         """Returns the fields for a JSON row, `noisy` only if set."""
@@ -71,7 +86,8 @@ def measure(
 
     A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same
     one. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls that time a part
-    of themselves. `until`, a time of `clock`, ends the rounds after the third. Raises ValueError without calls or rounds.
+    of themselves. `until`, a time of `clock`, ends the rounds after the MIN_ROUNDS-th. Raises ValueError without
+    calls or rounds.
     """
     if not calls or rounds < 1:
         raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")
@@ -81,7 +97,7 @@ def measure(
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
-        if done >= 3 and clock() > until:
+        if done >= MIN_ROUNDS and clock() > until:
             break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
@@ -94,29 +110,24 @@ def measure(
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """Returns a's median over b's, from timings of one `measure`; no number when its spread exceeds it, or below 3 rounds.
+    """Returns a's time over b's, from timings of one `measure`: the median of the rounds' ratios, and its 95% interval.
 
-    Its spread is the middle half of the rounds' own ratios, stretched to hold the quotient.
-    Raises ValueError when the timings are not of the same rounds.
+    The interval is None below MIN_ROUNDS rounds. Raises ValueError when the timings are not of the same rounds.
     """
+    from scipy.stats import binom  # here: it takes a second to import
+
     rounds = len(a.seconds)
     if rounds != len(b.seconds):
         raise ValueError(f"{a.name} has {rounds} rounds, {b.name} has {len(b.seconds)}: not measured together")
-    noisy = lambda why: Ratio(None, None, f"{a.name} / {b.name}: {why}.")
-    if rounds < 3:
-        return noisy(f"{rounds} rounds say nothing about noise; measure 3 or more")
-    if min(b.seconds) <= 0:
-        return noisy(f"{b.name} is too short for the clock; repeat it inside one call")
-    each = [x / y for x, y in zip(a.seconds, b.seconds)]
-    low, _, high = statistics.quantiles(each, n=4, method="inclusive")
-    result = a.median / b.median
-    spread = max(high, result) - min(low, result)
-    if spread > result:
-        return noisy(
-            f"the ratio {Ratio(result, spread)} is less than its own spread over {rounds} rounds; measure on a quieter machine "
-            "or for more rounds"
-        )
-    return Ratio(result, spread)
+    if min(*a.seconds, *b.seconds) <= 0:
+        return Ratio(None, noisy=f"{a.name} / {b.name}: too short for the clock; repeat it inside one call.")
+    ratios = sorted(x / y for x, y in zip(a.seconds, b.seconds))
+    middle = math.exp(statistics.median(map(math.log, ratios)))
+    if rounds < MIN_ROUNDS:
+        few = f"{a.name} / {b.name}: {rounds} rounds are too few to judge; measure {MIN_ROUNDS} or more."
+        return Ratio(middle, noisy=few)
+    rank = int(binom.ppf(0.025, rounds, 0.5))  # at most 2.5% of medians lie below the ratio of this rank, counted from 1
+    return Ratio(middle, ratios[rank - 1], ratios[-rank])
 
 
 def describe_noise(timings: Mapping[str, Timing]) -> str:

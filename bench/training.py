@@ -22,7 +22,7 @@ class TrainingFlags:
     shapes: tuple[str, ...] = ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8")
     """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    rounds: int = 7
+    rounds: int = 9
     """Interleaved rounds; the median counts."""
     allocator: Literal["keep", "default"] = "keep"
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
-    "bench.finetuning": ["--shape", "1x64x16x2", "--rounds", "3"],
+    "bench.finetuning": ["--shape", "1x64x16x2", "--rounds", "6"],
     "bench.commands": ["--max-time", "1s"],
     # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
     **{f"bench.{name}": ["--help"] for name in ("anatomy", "inference", "life", "peers", "quantisation", "serving")},

@@ -31,8 +31,8 @@ class AcceleratorFlags:
     """`cpu` rehearses on the processor."""
     price: float = 2.50
     """Dollars an hour of this machine."""
-    rounds: int = 5
-    """Interleaved rounds, at least 3; the median counts."""
+    rounds: int = 9
+    """Interleaved rounds, at least 6; the median counts."""
     max_time: float = 600.0
     """Seconds in all, about; what would take longer is left out."""
     peer_python: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: this one)")] = None
@@ -40,10 +40,10 @@ class AcceleratorFlags:
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no page)")] = None
     """A folder for accelerator.html and accelerator.json."""
     quick: bool = False
-    """One small preset, three rounds, no peers."""
+    """One small preset, six rounds, no peers."""
 
 
-QUICK: Json = {"presets": ("nano",), "context": 128, "rounds": 3}
+QUICK: Json = {"presets": ("nano",), "context": 128, "rounds": 6}
 
 
 def measure_accelerator(flags: AcceleratorFlags) -> Json:

@@ -60,7 +60,7 @@ def sections(document: Json) -> list[tuple[str, tuple[str, ...], list[list[str]]
     peers = [
         [
             row["name"], row["peer"], f"{row['tokens_per_second']:,.0f}", f"{row['peer_tokens_per_second']:,.0f}",
-            str(Ratio(row["ratio"], row["spread"])),
+            str(Ratio(row["ratio"], row["low"], row["high"])),
         ]
         for row in document["peers"]
     ]  # fmt: skip

@@ -10,10 +10,10 @@ import jax
 from bench.cli import Json, describe_error, progress
 from bench.models import next_token_batch, random_model, tokens_for
 from bench.table.inference_rows import decode_row, evaluation_row, prefill_row
-from bench.table.measure import FORWARD, MIN_ROUNDS, PRODUCTS, row_document, weight_digests
+from bench.table.measure import FORWARD, PRODUCTS, row_document, weight_digests
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
-from bench.timing import describe_noise, measure
+from bench.timing import MIN_ROUNDS, describe_noise, measure
 from engine.counting.hardware import Ceilings, clock
 from engine.counting.memory import training_memory
 from engine.counting.params import count_params

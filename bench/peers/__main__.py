@@ -38,13 +38,13 @@ class PeersFlags:
     new: int = 33
     """Tokens to generate in the decode rows."""
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
-    rounds: int = 5
-    """Interleaved rounds, at least 3; the median counts."""
+    rounds: int = 9
+    """Interleaved rounds, at least 6; the median counts."""
     quick: bool = False
     """Small shapes and bfloat16 alone, unless another value is given."""
 
 
-QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17, "dtypes": ("bfloat16",), "rounds": 3}
+QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17, "dtypes": ("bfloat16",), "rounds": 6}
 
 
 def measure_peers(flags: PeersFlags) -> Json:

@@ -42,7 +42,7 @@ def comparison_row(name: str, peer: str, timings: Mapping[str, Timing], tokens: 
 def add_row(rows: list[Json], row: Json, note: str) -> None:
     """Appends the row, and prints it with the note."""
     rows.append(row)
-    ratio = Ratio(row["ratio"], row["spread"])
+    ratio = Ratio(row["ratio"], row["low"], row["high"])
     ours, theirs = row["tokens_per_second"], row["peer_tokens_per_second"]
     print(f"{row['name']:<27} {ours:7.0f} tokens/s, {row['peer']:<14} {theirs:7.0f}; ratio {ratio!s:<13} {note}", flush=True)
 

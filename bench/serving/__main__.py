@@ -54,7 +54,7 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
     from engine.device import device_name
 
     model, slots, quick = flags.model, flags.slots, flags.quick
-    rounds = 3 if quick else 7
+    rounds = 6 if quick else 9
     progress(f"starting stages.serve with {model} ...")
     async with Server(model, server_flags) as server:
         first = server.ready_seconds
@@ -112,7 +112,7 @@ def print_tables(document: Json) -> None:
         values = (
             {
                 "usd": money(row.get("usd_per_million_tokens")), "unmet": unmet[row.get("met")],
-                "over": Ratio(row.get("ratio"), row.get("spread")),
+                "over": Ratio(*map(row.get, ("ratio", "low", "high"))),
             } | row
             for row in rows
         )  # fmt: skip

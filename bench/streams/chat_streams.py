@@ -112,8 +112,8 @@ def _row(set_name: str, kind: str, timings: dict[str, Timing], results: dict[str
     speculative = kind != "plain"
     rate, least = 1 / timings[kind].median, REQUIRED[set_name][speculative]
     fields: Json = {
-        "name": f"{set_name}_{kind}", "streams": 1, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
-        "spread": None, "must": least, "usd_per_million_tokens": price / 3600 / rate * 1e6,
+        "name": f"{set_name}_{kind}", "streams": 1, "tokens_per_second": rate, "peer_tokens_per_second": None,
+        **Ratio(None).fields(), "must": least, "usd_per_million_tokens": price / 3600 / rate * 1e6,
     }  # fmt: skip
     line = f"{fields['name']:<21} {rate:5.0f} tokens/s"
     if speculative:
@@ -131,6 +131,4 @@ def _row(set_name: str, kind: str, timings: dict[str, Timing], results: dict[str
 
 def held_to(over: Ratio, least: float | None) -> str:
     """Returns a ratio in words, and whether it is the least that is required."""
-    if over.ratio is None:
-        return "ratio lost in noise"
     return f"{over} times" + (f" (at least {least:g}{UNMET[over.exceeds(least)]})" if least else "")

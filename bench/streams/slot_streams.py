@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bench.cli import Json, progress
 from bench.peers.process import Peer, PeerError, start_peer
 from bench.streams.chat_streams import MOST_TOKENS, held_to, measure_chats, our_chats, read_prompts
-from bench.timing import measure, ratio
+from bench.timing import Ratio, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores, device_name
 from engine.errors import UserError
@@ -149,8 +149,8 @@ def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], n
     rate = count / timings["ours"].median
     usd, least = price / 3600 / rate * 1e6, row.required_ratio
     fields: Json = {
-        "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None, "ratio": None,
-        "spread": None, "must": least, "usd_per_million_tokens": usd,
+        "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None,
+        **Ratio(None).fields(), "must": least, "usd_per_million_tokens": usd,
     }  # fmt: skip
     line = f"{row.name:<18} {rate:7.0f} tokens/s, ${usd:.3f} a million"
     if "peer" in calls:

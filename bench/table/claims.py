@@ -72,7 +72,7 @@ def judge(ratio: Ratio, threshold: float, above: str, below: str) -> str:
     """Returns the verdict `above` or `below` the threshold, or that this measurement does not decide between them."""
     match ratio.exceeds(threshold):
         case None:
-            why = "lost in noise" if ratio.ratio is None else f"{ratio} may lie on either side of {threshold:g}"
+            why = f"{ratio} may lie on either side of {threshold:g}" if ratio.low is not None else str(ratio)
             return f"undecided on this machine: {why}"
         case is_above:
             return above if is_above else below

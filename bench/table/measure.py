@@ -21,7 +21,7 @@ from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, 
 from bench.table.invariants import check_invariants, model_state
 from bench.table.row import Row
 from bench.table.training_rows import training_kinds, training_row
-from bench.timing import Timing, describe_noise, measure, ratio
+from bench.timing import MIN_ROUNDS, Timing, describe_noise, measure, ratio
 from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params
 from engine.format import finite
@@ -32,7 +32,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import read_config
 from engine.text.batch import Batch
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
+MAX_ROUNDS = 15
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
 PRODUCTS = ": products"  # ends the name of the timing of a row's products alone
@@ -49,7 +49,7 @@ def stage_table(
     """Measures the table of the named model, else of a preset with random weights, in about `max_time` seconds in all.
 
     Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added while they fit.
-    `fewest_rounds`: no more than show a spread. Progress goes to stderr. Raises UserError for what does not fit or is not
+    `fewest_rounds`: no more than a verdict needs. Progress goes to stderr. Raises UserError for what does not fit or is not
     there.
     """
     begin = clock()
@@ -172,7 +172,7 @@ def row_document(
         "flops_per_token": {name: None if number is None else per_token(number) for name, number in counted.items()},
         "flop_ratio_to_forward": relative, "seconds_per_token": seconds, "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
-        "time_ratio_spread": None if row is forward else times.spread,
+        "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
         "predicted_seconds_per_token": relative * forward_seconds,
         "roofline_seconds_per_token": finite(
             relative * forward_seconds * ceilings.peak_flops(forward.dtype) / ceilings.peak_flops(row.dtype)

@@ -8,17 +8,17 @@ from typing import Any
 import jinja2
 
 from bench.timing import Ratio
-from engine.format import ABSENT, in_words, money, percent, si, times
+from engine.format import in_words, money, percent, si, times
 
 
 def ratio(of: Ratio) -> str:
-    """Formats a ratio of times with its spread: `1.14× ± 0.02`, or `– (lost in noise)`."""
-    return f"{times(of.ratio)} ± {times(of.spread).rstrip('×')}" if of.ratio is not None else f"{ABSENT} (lost in noise)"
+    """Formats a ratio of times with its interval: `1.14× (1.10× to 1.18×)`."""
+    return of.format(times)
 
 
 def share(of: Ratio) -> str:
-    """Formats a ratio of times as a share: `31% ± 2%`, or `– (lost in noise)`."""
-    return f"{percent(of.ratio)} ± {percent(of.spread)}" if of.ratio is not None else f"{ABSENT} (lost in noise)"
+    """Formats a ratio of times as a share: `31% (30% to 33%)`."""
+    return of.format(percent)
 
 
 _ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined)

@@ -45,10 +45,9 @@ def _counted(row: dict[str, Any]) -> list[str]:
 
 def _measured(row: dict[str, Any]) -> list[str]:
     roofline, seconds = row["roofline_seconds_per_token"], row["seconds_per_token"]
-    ratio = times(row["time_ratio_to_forward"]) if row["time_ratio_to_forward"] is not None else "noisy"
     return [
         row["name"], f"{si(seconds, 's')} ±{row['spread'] / seconds:.0%}",
-        percent(roofline and roofline / seconds - 1, signed=True), ratio,
+        percent(roofline and roofline / seconds - 1, signed=True), times(row["time_ratio_to_forward"]),
         si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
         si(row["bytes_per_token"], "B"), f"{percent(row['utilisation'])} {row['utilisation_of']}",
         money(row["usd_per_million_tokens"]),

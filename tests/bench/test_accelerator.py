@@ -13,7 +13,7 @@ from bench.accelerator.__main__ import main
 from bench.accelerator.report import write_page
 from bench.accelerator.table import fit
 from bench.peers.process import PeerError
-from bench.timing import measure
+from bench.timing import MIN_ROUNDS, measure
 from engine.counting.hardware import Ceilings
 from engine.device import Device
 from engine.errors import UserError
@@ -70,7 +70,7 @@ def test_a_check_that_raises_fails(monkeypatch):
 
 
 def test_rounds_end_in_time():
-    assert len(measure({"a": lambda: 1}, rounds=9, until=0.0)["a"].seconds) == 3
+    assert len(measure({"a": lambda: 1}, rounds=9, until=0.0)["a"].seconds) == MIN_ROUNDS
 
 
 def test_the_processor_is_there_to_compare_with(monkeypatch, capsys):

@@ -142,7 +142,7 @@ def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
     [
         (["--shape", "6x100x256x16"], "--shape is LAYERSxWIDTHxTOKENSxBATCH"),
         (["--shape", "six"], "not 'six'"),
-        (["--rounds", "2"], "--rounds must be at least 3, not 2"),
+        (["--rounds", "2"], "--rounds must be at least 6, not 2"),
         (["--new", "1"], "--new must be at least 2"),
         (["--preset", "smollm"], "no preset 'smollm'"),
         (["--preset", "tiny", "--prompt", "64"], "do not fit tiny's context of 64"),
@@ -169,7 +169,7 @@ def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
 
 def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
     scripts("torch_peer.py", make=TRAINED)
-    flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]
+    flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]
     assert peers.main([*flags, "--peer-python", str(THIS)]) == 0
     out = capsys.readouterr().out
     table = last_line(out)["rows"]
@@ -186,7 +186,7 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
 
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
-    assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "3"]) == 0
+    assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]) == 0
     document = last_line(capsys.readouterr().out)
     assert [row["peer"] for row in document["rows"]] == ["torch eager"]
     assert document["absent"][0]["name"] == "torch compiled, float32"
@@ -200,7 +200,7 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
-    flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "3"]
+    flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "6"]
     assert peers.main(flags) == 0
     table = last_line(capsys.readouterr().out)["rows"]
     assert [(row["name"], row["same_tokens"]) for row in table] == [
@@ -214,13 +214,11 @@ def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
     assert [len(text) for text in message[measure.OURS]] == [3, 3]
 
 
-def test_a_ratio_that_noise_has_eaten_is_not_printed(capsys):
-    timings = {"ours": Timing("ours", (0.1, 1.0, 9.0, 9.0, 1.0)), "them": Timing("them", (1.0,) * 5)}
-    row = measure.comparison_row("row", "them", timings, 10)
-    assert row["ratio"] is None
-    assert "less than its own spread" in row["noisy"]
-    measure.add_row([], row, "")
-    assert "ratio noisy" in capsys.readouterr().out
+def test_a_row_prints_its_ratio_with_its_interval_or_that_rounds_are_missing(capsys):
+    for seconds, printed in (((2.0,) * 5, "2.00 (too few rounds to judge)"), ((1.0, *(2.0,) * 6, 3.0), "2.00 (1.00 to 3.00)")):
+        timings = {"ours": Timing("ours", seconds), "them": Timing("them", (1.0,) * len(seconds))}
+        measure.add_row([], measure.comparison_row("row", "them", timings, 10), "")
+        assert f"ratio {printed}" in capsys.readouterr().out
 
 
 # What the peers are made of

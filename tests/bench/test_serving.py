@@ -153,21 +153,21 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
         "model": "m", "device": "d", "weights": "int8", "slots": 8, "ready_met": False, "ready_seconds": 9.5, "ready_bar": 8.0,
         "first_ready_seconds": 40.0, "resident_bytes": 5e8,
         "throughput": [{"streams": 8, "tokens_per_second": 250.0, "usd_per_million_tokens": 0.11}],
-        "rows": [{"name": "a", "tokens_per_second": 200.0, "peer_tokens_per_second": 250.0, "ratio": 0.8, "spread": 0.01,
-                  "bar": 0.85, "met": False}],
+        "rows": [{"name": "a", "tokens_per_second": 200.0, "peer_tokens_per_second": 250.0, "ratio": 0.8, "low": 0.79,
+                  "high": 0.81, "bar": 0.85, "met": False}],
         "saturated": {"requests_per_second": 6.0},
         "load": [{"load": 0.5, "answered": 9, "requests": 9, "tokens_per_second": 99.0, "ttft_p50": 0.1, "ttft_p99": 0.4,
                   "token_p50": 0.02, "token_p99": 0.05}],
-        "parts": [{"part": "batching", "measured": "x", "on": 200.0, "off": 50.0, "ratio": 4.0, "spread": 0.1},
-                  {"part": "int8", "measured": "x", "on": 1.0, "off": 1.0, "ratio": None, "spread": None}],
+        "parts": [{"part": "batching", "measured": "x", "on": 200.0, "off": 50.0, "ratio": 4.0, "low": 3.9, "high": 4.1},
+                  {"part": "int8", "measured": "x", "on": 1.0, "off": 1.0, "ratio": None, "low": None, "high": None}],
     }  # fmt: skip
     serving.print_tables(document)
     output = capsys.readouterr().out
     for text in (
         "ready after 9.5 s, at most 8   ** not met **",
-        "0.80 ± 0.01",
-        "4.00 ± 0.10",
-        "noisy",
+        "0.80 (0.79 to 0.81)",
+        "4.00 (3.90 to 4.10)",
+        "not measured",
         "50%",
         "9 of 9",
         "6.0 requests/s",
