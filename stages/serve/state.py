@@ -5,7 +5,7 @@ import contextlib
 import datetime
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -43,13 +43,13 @@ Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
-    `name`: by which clients ask for the model. `sampling`: of a request that leaves its fields out. `make_chat` makes a second
-    `chat`, in another process. `queue`: requests that may wait.
+    `name`: by which clients ask for the model. `sampling`: of a request that leaves its fields out. `queue`: requests that
+    may wait.
     """
 
     def __init__(
         self, name: str, model: LoadedModel, sampling: SamplingParams, slots: Slots, digest: str, chat: ChatTokenizer,
-        make_chat: Callable[[], ChatTokenizer], queue: int, price: float | None,
+        queue: int, price: float | None,
     ) -> None:  # fmt: skip
         self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
@@ -58,7 +58,7 @@ class ServerState:
             sampling=repr(sampling),
         )  # fmt: skip
         self.engine, self.admission = EngineThread(slots), Admission(slots.slots, queue)
-        self.tokenizer = TokenizerPool(model.tokenizer, chat, make_chat, slots.capacity)
+        self.tokenizer = TokenizerPool(chat, slots.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.metrics = Metrics(name, self.engine)
         self._hashing: asyncio.Task[str] | None = None
@@ -128,9 +128,8 @@ def load_state(
             model = load_model(model_name, report=report, on_config=on_config)
         console.print_notes(model.notes)
         now = datetime.datetime.now().isoformat(timespec="seconds")
-        make_chat = lambda: ChatTokenizer(model.tokenizer, source, now)
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
-            making = beside.submit(make_chat)
+            making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             try:
                 slots, note = _make_slots(model, adapter, engine_config)
                 sha256 = digest(slots.params)
@@ -146,7 +145,7 @@ def load_state(
     name = name or own_name or "model"
     less = "" if slots.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     default = {"temperature": 1.0}  # as OpenAI has it
-    fields, source = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
+    fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
@@ -156,13 +155,13 @@ def load_state(
                   f"{format_bytes(slots.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {slots.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
-        ("sampling", f"{source}; what a request says wins"),
+        ("sampling", f"{origins}; what a request says wins"),
         *([("draft", f"{len(slots.scheduler.ngrams.keys):,} entries")] if slots.scheduler.ngrams else []),
     ])  # fmt: skip
     console.print_notes([note] if note else [])
     if engine_config.weights == "int8" and device.backend == "cpu" and slots.devices == 1 and (problem := native_problem()):
         console.print_notes([f"A lone stream would be decoded about twice as fast with the kernel in C, but {problem}."])
-    return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, make_chat, queue, price), ahead
+    return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, queue, price), ahead
 
 
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Slots, str]:

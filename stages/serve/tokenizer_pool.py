@@ -20,15 +20,15 @@ COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rend
 
 
 class _Worker:
-    """A thread that tokenizes one text after the other, with a chat that is made on first use."""
+    """A thread that tokenizes one text after the other, with a copy of `original` that is made on first use."""
 
-    def __init__(self, make_chat: Callable[[], ChatTokenizer]) -> None:
+    def __init__(self, original: ChatTokenizer) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._make_chat, self._waiting = make_chat, 0
+        self._original, self._waiting = original, 0
 
     @functools.cached_property
     def chat(self) -> ChatTokenizer:
-        return self._make_chat()
+        return ChatTokenizer(self._original.tokenizer, self._original.source, self._original.now)
 
     async def run[T](self, param: str, work: Callable[[], T]) -> T:
         """Returns the result of `work`, run in the thread. A UserError becomes an ApiError about the field `param`."""
@@ -51,18 +51,13 @@ class _Worker:
 
 
 class TokenizerPool:
-    """A model's tokenizer and chat template on two workers; `make_chat` makes the second one's chat.
+    """A model's tokenizer and chat template on two workers. `capacity`: tokens of a slot."""
 
-    `capacity`: tokens of a slot.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, chat: ChatTokenizer, make_chat: Callable[[], ChatTokenizer], capacity: int
-    ) -> None:
-        self.tokenizer, self._capacity = tokenizer, capacity
+    def __init__(self, chat: ChatTokenizer, capacity: int) -> None:
+        self.tokenizer, self._capacity = chat.tokenizer, capacity
         self.eot_ids = frozenset(chat.eot_ids)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
-        self._short, self._long = _Worker(make_chat), _Worker(make_chat)
+        self._short, self._long = _Worker(chat), _Worker(chat)
         self._short.chat = chat
 
     async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,13 +14,14 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import jax
 import numpy as np
 import pytest
 from chat_models import save_chat_model
+from started import SLOW, Started
 from tiny import lively_params, tiny_config
 from tiny_server import ask, until
 
@@ -44,13 +44,6 @@ from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = """
-import sys, time, engine.inference.slots as s
-step = s.Slots.step
-s.Slots.step = lambda self: (time.sleep(0.15), step(self))[1]
-from stages.serve.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -58,37 +51,6 @@ def folder(tmp_path_factory):
     """The tiny model in Hugging Face's layout."""
     save_chat_model(place := tmp_path_factory.mktemp("models") / "sea")
     return place
-
-
-class Started:
-    """A server in a process of its own, whose steps are slow, ready when the block begins."""
-
-    def __init__(self, folder: Path, *flags: object, env: Any = None, key: str = "") -> None:
-        words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=os.environ | (env or {}),
-        )  # fmt: skip
-        self.output = ""
-        while "Ctrl-C" not in self.output:
-            line = self.process.stdout.readline()
-            assert line, self.output
-            self.output += line
-        self.url = re.findall(r"page +(\S+)", self.output)[0]
-        self.client = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
-
-    def ends(self):
-        self.output += self.process.communicate(timeout=20)[0]
-        return self.process.returncode
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.client.close()
-        self.process.stdout.close()
 
 
 def in_background(work: Any) -> threading.Thread:

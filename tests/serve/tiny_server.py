@@ -38,7 +38,6 @@ class TinyServer:
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
         from engine.text.chat_tokenizer import ChatTokenizer
-        from engine.text.template import FIXED_DAY
         from stages.serve.state import ServerState
 
         self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
@@ -48,8 +47,8 @@ class TinyServer:
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8,
             short=32,
         )  # fmt: skip
-        make_chat = lambda: ChatTokenizer(model.tokenizer, None, FIXED_DAY)
-        self.state = ServerState("tiny", model, SamplingParams(), slots, digest(params), make_chat(), make_chat, QUEUE, 0.25)
+        chat = ChatTokenizer(model.tokenizer)
+        self.state = ServerState("tiny", model, SamplingParams(), slots, digest(params), chat, QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 

@@ -1,0 +1,53 @@
+"""Starts the command as its own process."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOW = """
+import sys, time, engine.inference.slots as s
+step = s.Slots.step
+s.Slots.step = lambda self: (time.sleep(0.15), step(self))[1]
+from stages.serve.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Started:
+    """A server in a process of its own, ready when the block begins. `program`: for Python; by default its steps are slow."""
+
+    def __init__(
+        self, folder: Path, *flags: object, env: Any = None, key: str = "", program: Sequence[str] = ("-c", SLOW)
+    ) -> None:
+        words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, *program, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=os.environ | (env or {}),
+        )  # fmt: skip
+        self.output = ""
+        while "Ctrl-C" not in self.output:
+            line = self.process.stdout.readline()
+            assert line, self.output
+            self.output += line
+        self.url = re.findall(r"page +(\S+)", self.output)[0]
+        self.client = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    def ends(self):
+        self.output += self.process.communicate(timeout=20)[0]
+        return self.process.returncode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+        self.process.stdout.close()
