@@ -29,6 +29,7 @@ class Example(NamedTuple):
     tokens: np.ndarray  # (T,) int32
     mask: np.ndarray  # (T,) bool: True for the tokens of the loss
     where: str  # file:line
+    weight: float = 1.0  # by which its loss is multiplied in training
 
 
 class ChatTokenizer:
@@ -74,31 +75,34 @@ class ChatTokenizer:
         continued = len(prompt) > 0 and int(prompt[-1]) not in self.tokenizer.controls
         return np.concatenate([prompt, self.tokenizer.encode(answer, continued)])
 
-    def examples(self, messages: Sequence[Message], where: str = "") -> list[Example]:
+    def examples(self, messages: Sequence[Message], where: str = "", context: frozenset[int] = frozenset()) -> list[Example]:
         """Makes the training examples of a conversation, with the assistant's turns and the tokens that end them in the loss.
 
-        Usually one example. Where the template writes a turn otherwise once it is history (it may leave out reasoning), each
-        turn is an example of its own. Messages after the assistant's last turn are left out. Raises InvalidConversation when
-        there is no such turn or nothing before it, UserError when the template writes a turn otherwise than it begins one, and
-        as `prompt`.
+        Turns in `context`, by their index, are not in it. Usually one example. Where the template writes a turn otherwise once
+        it is history (it may leave out reasoning), each turn is an example of its own. Messages after the last turn in the loss
+        are left out. Raises InvalidConversation when there is no such turn or nothing before it, UserError when the template
+        writes a turn otherwise than it begins one, and as `prompt`.
         """
         check_messages(messages)
         answers = _answers(messages)
-        if not answers or answers[0] == 0:
-            raise InvalidConversation(
-                "there is no turn of the assistant" if not answers else "it begins with the assistant's turn"
-            )
-        text, turns, marks = self._render(messages[: answers[-1] + 1])
-        if len(turns) == len(answers):
-            return [self._example(text, turns, marks, 0, where)]
-        return [self.answer_example(messages[: last + 1], where) for last in answers]
+        trained = [index for index in answers if index not in context]
+        if not trained or answers[0] == 0:
+            none = "no turn of the assistant is trained on" if answers else "there is no turn of the assistant"
+            raise InvalidConversation("it begins with the assistant's turn" if trained else none)
+        messages = messages[: trained[-1] + 1]
+        counts = [index in trained for index in _answers(messages)]
+        text, turns, marks = self._render(messages)
+        if len(turns) == len(counts):
+            return [self._example(text, turns, marks, counts, where)]
+        return [self.answer_example(messages[: last + 1], where) for last in trained]
 
     def answer_example(self, messages: Sequence[Message], where: str = "") -> Example:
         """Makes an example with only the assistant's turn at the end of the messages in the loss. Raises as `examples`."""
         check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InvalidConversation("it does not end with an answer of the assistant to something")
-        return self._example(*self._render(messages), -1, where)
+        text, turns, marks = self._render(messages)
+        return self._example(text, turns, marks, [False] * (len(turns) - 1) + [True], where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
         """Yields the text of an example in pieces, control tokens by their names, and whether each is in the loss."""
@@ -126,11 +130,13 @@ class ChatTokenizer:
             )
         return text, turns, marks
 
-    def _example(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], first: int, where: str) -> Example:
+    def _example(
+        self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], counts: Sequence[bool], where: str
+    ) -> Example:
         pieces = self._pieces(text, turns, marks)
         masks = [np.zeros(len(piece), bool) for piece in pieces]
-        for turn, mask in [*zip(pieces, masks)][1::2][first:]:
-            mask[: self._answer_length(turn)] = True
+        for turn, mask, in_loss in zip(pieces[1::2], masks[1::2], counts):
+            mask[: self._answer_length(turn)] = in_loss
         return Example(np.concatenate(pieces), np.concatenate(masks), where)
 
     def _answer_length(self, tokens: np.ndarray) -> int:

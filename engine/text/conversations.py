@@ -37,10 +37,12 @@ FORMS = (
 
 
 class Conversation(NamedTuple):
-    """Messages in order, and the line they are from."""
+    """Messages in order, and the line they are from; which of the assistant's are context alone, and the weight of the loss."""
 
     messages: tuple[Message, ...]
     where: str  # file:line
+    context: frozenset[int] = frozenset()
+    weight: float = 1.0
 
 
 class Text(NamedTuple):
@@ -48,6 +50,7 @@ class Text(NamedTuple):
 
     text: str
     where: str
+    weight: float = 1.0
 
 
 class Preference(NamedTuple):
@@ -58,6 +61,15 @@ class Preference(NamedTuple):
     rejected: str
     where: str
 
+
+# Fields that say what to train on and cannot be granted here, and why: training without them would be on something else.
+UNSUPPORTED = {
+    **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), "the model is given no tools here"),
+    **dict.fromkeys(("reasoning_content", "refusal", "history"), "it would not be read; write it into the messages"),
+    "mask": 'the masks are written as "weight": 0 at a message here',
+    "name": "the names of speakers are not given to the model",
+}
+MAX_WEIGHT = 1e6
 
 Record = Conversation | Text | Preference
 Conversations = Corpus[Record]  # all of one `kind` of KINDS
@@ -104,60 +116,89 @@ def _kind(row: dict[str, Any], where: str) -> str:
 
 
 def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
+    weight = _row_weight(kind, row, where)
     if kind == "text":
-        return Text(check_text(row["text"], "text", where), where)
+        return Text(check_text(row["text"], "text", where), where, weight)
+    _refuse_unsupported({name: row.get(name) for name in ("tools", "functions", "history", "mask")}, where)
+    system = check_text(row.get("system") or "", "system", where)
+    first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
     if kind == "preference":
-        return _parse_preference(row, where)
+        return _parse_preference(row, where, first)
     if kind in ("messages", "ShareGPT"):
         name = KINDS[kind][0]
-        return Conversation(_messages(row[name], name, where), where)
-    if kind == "Alpaca":
+        messages, context = _messages(row[name], name, where)
+    elif kind == "Alpaca":
         instruction, answer = (check_text(row[name], name, where) for name in ("instruction", "output"))
-        system, more = (check_text(row.get(name) or "", name, where) for name in ("system", "input"))
+        more = check_text(row.get("input") or "", "input", where)
         user = {"role": "user", "content": f"{instruction}\n\n{more}" if more.strip() else instruction}
-        prompt: tuple[Message, ...] = ({"role": "system", "content": system}, user) if system else (user,)
+        messages, context = (user, {"role": "assistant", "content": answer}), frozenset[int]()
     else:
-        prompt = _messages(row["prompt"], "prompt", where, text_role="user")
-        answer = _answer(row["completion"], "completion", where)[1]
-    return Conversation((*prompt, {"role": "assistant", "content": answer}), where)
+        prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
+        before, answer = _answer(row["completion"], "completion", where)
+        messages = (*prompt, *before, {"role": "assistant", "content": answer})
+        context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
+    if first and messages[:1] != first:
+        messages, context = first + messages, frozenset(index + 1 for index in context)
+    return Conversation(messages, where, context, weight)
 
 
-def _parse_preference(row: dict[str, Any], where: str) -> Preference:
-    """Reads two answers, texts or messages; messages may hold the prompt too."""
+def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
+    """Returns a row's `weight`, by which its loss is multiplied; 1 where there is none."""
+    weight = 1 if (value := row.get("weight")) is None else value
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
+        raise UserError(f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}.")
+    if kind == "preference" and weight != 1:
+        raise UserError(f"{where} has the `weight` {weight!r}, and preferences all weigh the same here: leave it out.")
+    if row.get("label") is False:
+        raise UserError(
+            f"{where} has `label` false, an answer not to give, which this objective would train: leave the row out."
+        )
+    return float(weight)
+
+
+def _refuse_unsupported(fields: dict[str, Any], where: str) -> None:
+    for name, why in UNSUPPORTED.items():
+        if fields.get(name):
+            raise UserError(f"{where} has `{name}`, and {why}. Remove the field, or leave the row out.")
+
+
+def _parse_preference(row: dict[str, Any], where: str, first: tuple[Message, ...]) -> Preference:
+    """Reads two answers, texts or messages; messages may hold the prompt too. `first`: the row's system message."""
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
     if before != other:
         raise UserError(f"{where}: `chosen` and `rejected` answer different prompts.")
     name = "messages" if row.get("prompt") is None else "prompt"
     if row.get(name) is not None:
-        prompt = _messages(row[name], name, where, text_role="user")
+        prompt, _ = _messages(row[name], name, where, text_role="user")
         before = prompt if before in ((), prompt[-len(before) :]) else before
     elif not before:
         raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
-    return Preference(before, chosen, rejected, where)
+    return Preference(before if before[:1] == first else first + before, chosen, rejected, where)
 
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:
     """Reads an answer, text or messages that end with it: (the messages before, its text)."""
-    messages = _messages([value] if isinstance(value, dict) else value, name, where, text_role="assistant")
-    if not messages or messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: `{name}` does not end with the assistant's answer.")
+    messages, context = _messages([value] if isinstance(value, dict) else value, name, where, text_role="assistant")
+    if not messages or messages[-1]["role"] != "assistant" or len(messages) - 1 in context:
+        raise UserError(f"{where}: `{name}` does not end with the assistant's answer, to be trained on.")
     return messages[:-1], messages[-1]["content"]
 
 
-def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[Message, ...]:
-    """Reads messages; a text is one message of `text_role`, where that is given."""
+def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[tuple[Message, ...], frozenset[int]]:
+    """Reads messages, and which of the assistant's are context alone; a text is one message of `text_role`, if any."""
     if text_role and isinstance(value, str):
-        return ({"role": text_role, "content": check_text(value, name, where)},)
+        return ({"role": text_role, "content": check_text(value, name, where)},), frozenset()
     if not isinstance(value, list):
         raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
     share_gpt = any(isinstance(message, dict) and "from" in message and "role" not in message for message in value)
     role, content = ("from", "value") if share_gpt else ("role", "content")
-    messages = []
+    messages, context = [], set()
     for number, message in enumerate(value, 1):
         at = f"{where}: message {number} of `{name}`"
         if not isinstance(message, dict):
             raise UserError(f"{at} should be an object with `{role}` and `{content}`, not {json_type(message)}.")
+        _refuse_unsupported(message, at)
         for key in (role, content):
             if message.get(key) is None:
                 raise UserError(f"{at} has no `{key}`.")
@@ -169,7 +210,20 @@ def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[M
         if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
             text = "".join(part["text"] for part in text)
         messages.append({"role": SPEAKERS[speaker.lower()], "content": check_text(text, content, at)})
-    return tuple(messages)
+        if _is_context(message, messages[-1]["role"], at):
+            context.add(number - 1)
+    return tuple(messages), frozenset(context)
+
+
+def _is_context(message: dict[str, Any], role: str, at: str) -> bool:
+    """Whether an assistant's message is not to be trained on, by `weight` 0 (OpenAI), or `train` or `loss` false (others)."""
+    values = {name: message[name] for name in ("weight", "train", "loss") if message.get(name) is not None}
+    for name, value in values.items():
+        if value not in (0, 1):
+            raise UserError(f"{at} has the `{name}` {value!r}; wanted 0, for context alone, or 1, to be trained on.")
+        if value and role != "assistant":
+            raise UserError(f"{at} has the `{name}` {value!r}, and only the assistant's messages are trained on: give it 0.")
+    return role == "assistant" and not all(values.values())
 
 
 def _quote_names(names: Iterable[str]) -> str:

@@ -55,16 +55,21 @@ def make_examples(
     def build(row: Record) -> tuple[list[Example], bool]:
         if isinstance(row, Preference):
             raise UserError("it holds two answers to choose between; that is data for preferences, not for examples.")
+        if row.weight == 0:
+            raise InvalidConversation("its weight is 0")
         if isinstance(row, Text):
             text = chat.tokenizer.encode(row.text)
             tokens = np.concatenate((bos_ids, text, [chat.tokenizer.eos_id]), dtype=np.int32, casting="unsafe")
             pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
             examples = [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
-        elif any(message["role"] == "assistant" and not message["content"].strip() for message in row.messages):
+        elif any(
+            message["role"] == "assistant" and not message["content"].strip() and index not in row.context
+            for index, message in enumerate(row.messages)
+        ):
             raise InvalidConversation(SILENT)
         else:
-            examples = chat.examples(row.messages, row.where)
-        fitted = [Example(tokens[: seq + 1], mask[: seq + 1], where) for tokens, mask, where in examples]
+            examples = chat.examples(row.messages, row.where, row.context)
+        fitted = [Example(each.tokens[: seq + 1], each.mask[: seq + 1], each.where, row.weight) for each in examples]
         fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
         if not fitted:
             raise InvalidConversation(f"its first {seq} tokens hold nothing to train on")

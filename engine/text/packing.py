@@ -18,7 +18,8 @@ class PackedBatches:
     """Training batches of packed examples, by random access: `at(step)` needs no earlier step.
 
     Examples are packed into rows once (`pack_rows`), which each epoch shuffles anew (`EpochOrder`). In a row each example is a
-    segment with positions from 0, so that it gets the loss it has alone. With `pack` False each example has a row for itself.
+    segment with positions from 0, so that it gets the loss it has alone. Where an example has a weight, all masks are float32
+    and hold it. With `pack` False each example has a row for itself.
     Raises UserError as `EpochOrder`, and for an example of more than seq + 1 tokens.
     """
 
@@ -29,6 +30,7 @@ class PackedBatches:
     pack: bool = True
 
     def __post_init__(self) -> None:
+        self._mask_type = np.float32 if any(example.weight != 1 for example in self.examples) else bool  # of every batch
         self._rows = pack_rows(self.examples, self.seq, self.pack)
         self.order = EpochOrder(len(self._rows), self.batch, self.seed)
         self.epoch = self.order.epoch  # completed before a step
@@ -36,7 +38,7 @@ class PackedBatches:
     def at(self, step: int) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0."""
         rows = [[self.examples[index] for index in self._rows[row]] for row in self.order.at(step)]
-        return _batch(rows, self.seq, self.pack)
+        return _batch(rows, self.seq, self.pack, self._mask_type)
 
 
 class PairBatch(NamedTuple):
@@ -105,16 +107,20 @@ def _places(example: Example, seq: int) -> int:
     return size
 
 
-def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool) -> Batch:
-    """Lays each row's examples side by side. Padding behind them is segment 0, with mask False."""
+def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool, mask_type: type = bool) -> Batch:
+    """Lays each row's examples side by side. Padding behind them is segment 0, with mask False. A float mask has weights."""
     tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
-    mask = np.zeros((len(rows), seq), bool)
+    mask: np.ndarray = np.zeros((len(rows), seq), mask_type)
     for row, examples in enumerate(rows):
         at = 0
         for number, example in enumerate(examples, 1):
             size = _places(example, seq)
             place = row, slice(at, at + size)
-            tokens[place], targets[place], mask[place] = example.tokens[:-1], example.tokens[1:], example.mask[1:]
+            tokens[place], targets[place], mask[place] = (
+                example.tokens[:-1],
+                example.tokens[1:],
+                example.mask[1:] * example.weight,
+            )
             positions[place], segments[place] = np.arange(size), number
             at += size
     return Batch(tokens, targets, mask, positions, segments if pack else None)

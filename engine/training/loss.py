@@ -37,8 +37,9 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
 
 
 def summed_loss(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
-    """Returns the summed nats of the batch's masked-in targets."""
-    return target_losses(cfg, params, batch).sum()
+    """Returns the summed nats of the batch's masked-in targets, each times its weight where the mask has weights."""
+    losses = target_losses(cfg, params, batch)
+    return (losses if batch.mask.dtype == bool else losses * batch.mask).sum()
 
 
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:

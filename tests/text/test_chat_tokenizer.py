@@ -77,6 +77,18 @@ def test_an_answer_alone_can_be_what_counts(chats):
         chats["chatml"].answer_example(TALK[:-1])
 
 
+@pytest.mark.parametrize("name", ["chatml", "thinking", "plain"])
+def test_context_is_in_the_tokens_and_not_in_the_loss(chats, name):
+    """Context has the tokens that it has in a prompt; what follows the last turn that counts is left out."""
+    chat, messages = chats[name], talk("a", "one", "b", "two", "c", "three")
+    (example,) = chat.examples(messages, context=frozenset({1, 5}))
+    alone = chat.answer_example(messages[:4])
+    np.testing.assert_array_equal(example.tokens, alone.tokens)
+    np.testing.assert_array_equal(example.mask, alone.mask)
+    with pytest.raises(InvalidConversation, match="no turn of the assistant is trained on"):
+        chat.examples(messages, context=frozenset({1, 3, 5}))
+
+
 @pytest.mark.parametrize("name", ["chatml", "brackets", "thinking", "plain"])
 @settings(max_examples=60)
 @given(turns=st.lists(texts, min_size=1, max_size=5))

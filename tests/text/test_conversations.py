@@ -35,6 +35,8 @@ def write(path: Path, *rows: Any) -> Path:
         ({"instruction": "q", "system": "s", "output": "a"}, "Alpaca", [SYSTEM, USER, ANSWER]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "ShareGPT", [USER, ANSWER]),
         ({"conversations": [USER, ANSWER]}, "ShareGPT", [USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "system": "s", "tools": []}, "messages", [SYSTEM, USER, ANSWER]),
+        ({"messages": [USER | {"weight": 0}, ANSWER | {"weight": 1, "name": None}]}, "messages", [USER, ANSWER]),
     ],
 )
 def test_conversations(row, kind, messages, tmp_path):
@@ -61,6 +63,25 @@ def test_preferences(row, prompt, tmp_path):
     data = read_conversations(write(tmp_path / "data.jsonl", row))
     assert data.kind == "preference"
     assert list(data) == [Preference(tuple(prompt), "a", "b", f"{tmp_path / 'data.jsonl'}:1")]
+
+
+@pytest.mark.parametrize(
+    ("row", "context"),
+    [
+        ({"messages": [USER, ANSWER | {"weight": 0}, USER, OTHER | {"weight": 1}]}, {1}),
+        ({"messages": [SYSTEM, USER, ANSWER | {"train": False}, USER, OTHER | {"train": True}]}, {2}),
+        ({"messages": [USER, ANSWER, USER | {"loss": False}, OTHER | {"loss": False}], "system": "s"}, {4}),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, {1}),
+        ({"prompt": [USER, ANSWER, USER], "completion": "b"}, {1}),
+    ],
+)
+def test_what_of_a_conversation_is_context_alone(row, context, tmp_path):
+    for weight in (0, 0.25, 3):
+        (conversation,) = read_conversations(write(tmp_path / "data.jsonl", row | {"weight": weight}))
+        assert conversation.context == context
+        assert conversation.weight == weight
+    (text,) = read_conversations(write(tmp_path / "data.jsonl", {"text": "t", "weight": 2}))
+    assert text.weight == 2
 
 
 def test_texts(tmp_path):
@@ -111,6 +132,23 @@ GOOD = {"messages": [USER, ANSWER]}
         ({"prompt": 3, "completion": "a"}, "`prompt` should be a list of messages, not a number"),
         ({"instruction": ["q"], "output": "a"}, "`instruction` should be text, not a list"),
         ({"text": False}, "`text` should be text, not true or false"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, ["message 2 of `messages` has the `weight` 0.5; wanted 0"]),
+        ('{"messages": [{"role": "assistant", "content": "a", "weight": NaN}]}\n', ["has the `weight` nan; wanted 0"]),
+        ({"messages": [USER, ANSWER | {"train": "no"}]}, ["message 2 of `messages` has the `train` 'no'; wanted 0"]),
+        ({"messages": [USER | {"weight": 1}, ANSWER]}, ["only the assistant's messages are trained on"]),
+        ({"messages": [USER, ANSWER], "weight": -1}, ["data.jsonl:2 has the `weight` -1; wanted a number from 0"]),
+        ('{"text": "t", "weight": NaN}\n', "data.jsonl:1 has the `weight` nan"),
+        ({"text": "t", "weight": True}, "has the `weight` True"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "weight": 2}, "preferences all weigh the same here"),
+        ({"prompt": "q", "chosen": [ANSWER | {"weight": 0}], "rejected": "b"}, "`chosen` does not end with"),
+        ({"prompt": "q", "completion": "a", "label": False}, "an answer not to give"),
+        ({"messages": [USER, ANSWER], "tools": [{}]}, ["has `tools`, and the model is given no tools here"]),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            ["message 2 of `messages` has `tool_c"],
+        ),
+        ({"messages": [USER | {"name": "Ann"}, ANSWER]}, ["the names of speakers are not given"]),
+        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "has `history`"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said_with_its_place(row, words, tmp_path):

@@ -90,3 +90,15 @@ def test_data_of_the_other_sort_is_refused(chat):
         make_examples([Preference(tuple(talk("a")), "b", "c", "f:1")], chat, 60)
     with pytest.raises(UserError, match="nothing in it"):
         make_examples([], chat, 60)
+
+
+def test_weights_of_rows_and_of_turns(chat):
+    rows = [
+        Conversation(talk("a", "b"), "f:1", weight=0.0),
+        Conversation(talk("a", " ", "c", "d"), "f:2", frozenset({1}), 2.0),
+        Text("a", "f:3", 0.5),
+        Conversation(talk("a", "b"), "f:4", frozenset({1})),
+    ]
+    examples, summary = make_examples(rows, chat, 60)
+    assert [(example.where, example.weight) for example in examples] == [("f:2", 2.0), ("f:3", 0.5)]
+    assert summary.dropped == [("f:1", "its weight is 0"), ("f:4", "no turn of the assistant is trained on")]

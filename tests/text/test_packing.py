@@ -54,6 +54,15 @@ def test_a_row_by_hand():
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool, np.int32, np.int32]
 
 
+def test_weights_are_in_the_mask_of_training_alone():
+    examples = [example(1, 2, 3), example(4, 5, 6, 7)._replace(weight=0.25)]
+    (mask,) = PackedBatches(examples, seq=7, batch=1, seed=0).at(0).mask
+    assert mask.dtype == np.float32
+    assert mask.tolist() == [0.25] * 3 + [1] * 2 + [0] * 2
+    (batch,) = evaluation_batches(examples, 7, 1)
+    assert batch.mask.tolist() == [[True] * 5 + [False] * 2]
+
+
 def test_each_goes_where_it_leaves_least_room():
     assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
     assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]

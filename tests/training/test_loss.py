@@ -16,6 +16,7 @@ from engine.model.weights.int8 import quantize_matrix
 from engine.text.batch import Batch
 from engine.training import loss as module
 from engine.training.loss import chunked_losses, summed_loss
+from engine.training.step import NEXT_TOKEN, loss_and_gradient
 
 V = 41
 loss_of = jax.jit(jax.value_and_grad(summed_loss, argnums=1), static_argnums=0)
@@ -50,6 +51,21 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
     value, slope = loss_of(cfg, params, batch_of(nothing))
     assert float(value) == 0
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slope))
+
+
+@pytest.mark.parametrize("limit", [module.LOGITS_LIMIT, 0], ids=["whole", "in chunks"])
+def test_a_row_with_a_weight_has_its_loss_and_gradient_times_the_weight(cfg, params, limit, monkeypatch):
+    """And the mean is over the tokens that count, however much they weigh: half the weight is half the gradient."""
+    monkeypatch.setattr(module, "LOGITS_LIMIT", limit)
+    weights = np.array([[2.0], [0.25]], np.float32)
+    rows = [loss_of(cfg, params, batch_of(MASK & (np.arange(B)[:, None] == row))) for row in range(B)]
+    expected = jax.tree.map(lambda first, second: 2 * first + 0.25 * second, *rows)
+    close = lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    jax.tree.map(
+        close, jax.jit(jax.value_and_grad(summed_loss, 1), static_argnums=0)(cfg, params, batch_of(MASK * weights)), expected
+    )
+    assert NEXT_TOKEN.count(batch_of(MASK * weights)) == MASK.sum()
+    close(loss_and_gradient(cfg, params, {}, batch_of(MASK * weights))[0], expected[0] / MASK.sum())
 
 
 @pytest.mark.parametrize(("tied", "chunk"), [(False, 7), (True, 41), (False, 64)])

@@ -48,12 +48,13 @@ class ConversationData:
 
 
 def digest_examples(items: Sequence[Any]) -> str:
-    """Returns the SHA-256 of all tokens and masks of examples or pairs."""
+    """Returns the SHA-256 of all tokens, masks and weights of examples or pairs."""
     hasher = hashlib.sha256()
     for item in items:
         for example in item if isinstance(item, Pair) else (item,):
             hasher.update(len(example.tokens).to_bytes(8, "little"))
             hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
+            hasher.update(f"{example.weight}".encode() if example.weight != 1 else b"")  # without weights as ever
     return hasher.hexdigest()
 
 
