@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import re
 import resource
 import socket
+import sys
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import h11
 import uvicorn
@@ -17,6 +20,7 @@ from engine.errors import UserError
 from stages.serve.errors import ApiError
 
 HEAD_SECONDS = 20.0  # for a request line and headers, and for a client that sent no HTTP to hang up
+MAX_HEAD_BYTES = 32_768
 BACKLOG = 1024
 
 
@@ -71,20 +75,32 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     """Returns uvicorn for the application; signals are left to the command."""
     server = uvicorn.Server(uvicorn.Config(
         app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
-        access_log=False, server_header=False, h11_max_incomplete_event_size=32_768, timeout_keep_alive=60, backlog=BACKLOG,
+        access_log=False, server_header=False, timeout_keep_alive=60, backlog=BACKLOG,
         proxy_headers=False, timeout_graceful_shutdown=5,
     ))  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
     return server
 
 
+class Connection(h11.Connection):
+    """Refuses every head of more than MAX_HEAD_BYTES: h11 itself takes one of any size that comes at once."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE:
+            received = self.trailing_data[0]
+            if len(received) > MAX_HEAD_BYTES and not re.search(rb"\n\r?\n", received[:MAX_HEAD_BYTES]):
+                raise h11.RemoteProtocolError("The head is too large.", error_status_hint=431)
+        return super().next_event()
+
+
 class HttpProtocol(H11Protocol):
-    """Adds to uvicorn's protocol a time limit for a request's head, and the refusal of non-HTTP in JSON."""
+    """Adds to uvicorn's protocol limits of time and size for a request's head, and the refusal of non-HTTP in JSON."""
 
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn = Connection(h11.SERVER, MAX_HEAD_BYTES)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -93,7 +109,7 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Passes the data on, and starts the time limit when it begins a later head. Drops what a refused client sends."""
-        if self.conn.their_state is h11.ERROR:
+        if self.conn.our_state is h11.MUST_CLOSE:
             return  # refused
         super().data_received(data)
         if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
@@ -106,15 +122,21 @@ class HttpProtocol(H11Protocol):
             self._stop_waiting()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses in JSON what h11 cannot read, such as TLS. After a head the client hangs up, within the time limit.
+        """Refuses in JSON a head that is too large and what h11 cannot read, such as TLS.
+
+        The client hangs up, within the time limit.
 
         A socket closed while data comes is reset, and a reset discards the refusal that the client has not read.
         """
         is_head = self.conn.our_state is h11.IDLE
         if is_head or self.conn.our_state is h11.SEND_RESPONSE:
-            body = ApiError(400, "This is no HTTP request, or its head is too large.", code="bad_request").body
+            status, message = HTTPStatus.BAD_REQUEST, "This is no HTTP request."
+            if getattr(sys.exception(), "error_status_hint", 400) == 431:
+                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                message = f"The head of a request, its first line and headers, may have at most {MAX_HEAD_BYTES:,} bytes."
+            body = ApiError(status, message, code="bad_request").body
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-            response = h11.Response(status_code=400, headers=head, reason=b"Bad Request")
+            response = h11.Response(status_code=status, headers=head, reason=status.phrase.encode())
             with contextlib.suppress(h11.LocalProtocolError):
                 for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
