@@ -14,6 +14,8 @@ from tiny import lively_params, tiny_config
 hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
 hypothesis.settings.load_profile("thrice")
 
+pytest_plugins = ["workers"]
+
 LONGEST = ("test_readme.py", "test_many_processes.py", "test_stage_finetune.py", "test_platforms.py", "test_adds_up.py")
 
 _folders: list[str] = []

@@ -42,6 +42,7 @@ def pytest_collection_modifyitems(config, items):
     """Notes which promise a test is of, for its report; keeps the promises that `--promise` names."""
     names = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("promises"))}
     for item in names:
+        item.add_marker(pytest.mark.timeout(3600))
         item.user_properties.append(("promise", item.get_closest_marker("promises").args))
     chosen = {name.strip().upper() for name in config.getoption("--promise").split(",") if name.strip()}
     if not chosen:
