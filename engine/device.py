@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import cache_folder, warn_of_cache, write_problem
+from engine.files import cache_folder, trust_problem, warn_of_cache, write_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,14 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
 
     if choice == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    if not (compiled := jax.config.jax_compilation_cache_dir):
+    compiled = jax.config.jax_compilation_cache_dir
+    if compiled and "://" not in compiled and (problem := trust_problem(Path(compiled))):
+        warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), f"is not used ({problem})")
+        compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+    if not compiled:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     elif "://" not in compiled and (problem := write_problem(Path(compiled))):  # what is there JAX reads all the same
-        warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), problem)
+        warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), f"cannot be written ({problem})")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be written or read costs only a compilation.

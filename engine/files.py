@@ -5,18 +5,26 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from engine.errors import UserError
+
+UNFINISHED = ".unfinished"  # the end of the name of a file or folder that is being written
+DAY = 24 * 60 * 60
+
 
 def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
-    """Warns that a cache folder cannot be written, and to set the environment variable `variable`."""
-    sentence = f"The cache folder {folder} cannot be written ({problem}), so what is compiled or fetched now is not kept"
-    warnings.warn(f"{sentence}: set {variable} to a folder that can.", stacklevel=2)
+    """Warns that a cache folder cannot be used, and to set the environment variable `variable`."""
+    sentence = f"The cache folder {folder} {problem}, so what is compiled or fetched now is not kept"
+    warnings.warn(f"{sentence}: set {variable} to a folder that you alone can write.", stacklevel=2)
 
 
 def cache_root() -> Path:
@@ -30,21 +38,40 @@ def cache_root() -> Path:
 def cache_folder(*parts: str, room: int = 2**20) -> Path:
     """Makes and returns a folder below `cache_root()`.
 
-    Compiled programs and weights read from there are trusted, so it is made private (mode 0700). If it has no `room`, bytes, or
-    cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those it starts, in which what
-    was cached is found too; if there is no room for that either, what is there can still be read.
+    Compiled programs are loaded from there as code, so it is made private (mode 0700). If others can write there or own it, if
+    it has no `room`, bytes, or cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those
+    it starts. What was cached is found there too unless others could write it; if there is no room for a temporary folder
+    either, what is there can still be read.
     """
     root = cache_root()
-    if problem := write_problem(root.joinpath(*parts), room):
-        warn_of_cache("THRICE_CACHE" if os.environ.get("THRICE_CACHE") else "THRICE_CACHE or XDG_CACHE_HOME", root, problem)
-        root = _temporary_cache(root, room)
+    folder = root.joinpath(*parts)
+    with contextlib.suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    untrusted = trust_problem(root) or trust_problem(folder)
+    problem = "" if untrusted else write_problem(folder, room)
+    if untrusted or problem:
+        variable = "THRICE_CACHE" if os.environ.get("THRICE_CACHE") else "THRICE_CACHE or XDG_CACHE_HOME"
+        warn_of_cache(variable, root, f"is not used ({untrusted})" if untrusted else f"cannot be written ({problem})")
+        root = _temporary_cache(root, room, links=not untrusted)
         os.environ["THRICE_CACHE"] = str(root)
         with contextlib.suppress(OSError):
-            root.joinpath(*parts).mkdir(parents=True, exist_ok=True)
+            root.joinpath(*parts).mkdir(parents=True, exist_ok=True, mode=0o700)
     elif root.stat().st_mode & 0o077:
         with contextlib.suppress(PermissionError):
             root.chmod(0o700)
     return root.joinpath(*parts)
+
+
+def trust_problem(path: Path | int) -> str:
+    """Returns why another user may have written a file (a path, or an open one's number) or folder; empty if none can have."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    name = path if isinstance(path, Path) else "it"
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"{name} belongs to another user"
+    return f"others can write to {name}" if status.st_mode & 0o022 else ""
 
 
 def write_problem(folder: Path, room: int = 2**20) -> str:
@@ -59,18 +86,23 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
     return f"{disk.free / 1e6:,.1f} MB are free of {room / 1e6:,.1f} needed" if disk.total and disk.free < room else ""
 
 
-def _temporary_cache(root: Path, room: int) -> Path:
-    """Returns a folder, removed at exit, with links to all that lies two levels below `root`; or `root` if none can be made."""
+def _temporary_cache(root: Path, room: int, links: bool) -> Path:
+    """Returns a folder, removed at exit, with `links` to all that lies two levels below `root`.
+
+    If none can be made, returns `root` itself if there are to be links, and raises UserError if not.
+    """
     for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=place))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             if not write_problem(folder, room):
-                for entry in root.glob("*/*"):
+                for entry in root.glob("*/*") if links else ():
                     link = folder / entry.relative_to(root)
-                    link.parent.mkdir(exist_ok=True)
+                    link.parent.mkdir(exist_ok=True, mode=0o700)
                     link.symlink_to(entry.absolute())
                 return folder
+    if not links:
+        raise UserError(f"The cache folder {root} cannot be trusted, and no temporary folder can be made in its place.")
     return root
 
 
@@ -101,47 +133,93 @@ def sync_and_drop(folder: Path) -> None:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read. Raises UserError for what is no file: a pipe would be waited for, and a device has no end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise UserError(f"{path} is a folder, a pipe or a device; a file is needed.")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        with open(name, "wb") as file:
+    with _unfinished(path, lambda temporary: temporary.open("xb").close()) as temporary:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        os.replace(temporary, path)
     sync(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Makes a folder that appears at `path`, or replaces one, when the block ends, its files synced; on an error, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with _unfinished(path, Path.mkdir) as temporary:
+        building = temporary / "new"
+        building.mkdir()
         yield building
         for root, _, names in os.walk(building):
             for name in (*names, ""):  # the last is the folder itself
                 sync(os.path.join(root, name))
-        os.chmod(building, 0o755)
-        if replaced := path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old / path.name)
+        if path.exists():
+            os.replace(path, temporary / "old")
         os.replace(building, path)
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Makes a hidden file or folder beside `path`, to write in, and removes it when the block ends.
+
+    It is locked for the block, by which `remove_unfinished` knows that its writer lives.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(path.parent)
+    with contextlib.ExitStack() as lock:
+        while True:
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
+            make(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                lock.enter_context(folder_lock(temporary))
+            if temporary.exists():  # nobody removed it before it was locked
+                break
+        try:
+            yield temporary
+        finally:
+            _discard(temporary, path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the files and folders that killed writers left unfinished in a folder; what they were to replace stays.
+
+    Where the file system has no locks, those that are a day old.
+    """
+    for leftover in folder.glob(f".*.*{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # its writer lives
+                continue
+            except OSError:
+                if time.time() - os.fstat(handle).st_mtime < DAY:
+                    continue
+            finally:
+                os.close(handle)
+            _discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
+
+
+def _discard(temporary: Path, path: Path) -> None:
+    """Removes what was to appear at `path`; puts back a folder that it was about to replace."""
+    if temporary.is_dir():
+        if (temporary / "old").exists() and not path.exists():
+            os.replace(temporary / "old", path)
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(300_000)  # tracing makes many objects and little garbage: see stages/cli/command.py
     os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
     notes = getattr(config, "cache", None)  # there are none under `-p no:cacheprovider`
-    folder = lambda name: str(notes.mkdir(name)) if notes else _fresh(f"thrice-{name}-")
+
+    def folder(name: str) -> str:
+        place = str(notes.mkdir(name)) if notes else _fresh(f"thrice-{name}-")
+        os.chmod(place, 0o700)  # whatever the umask: a cache that others can write is refused
+        return place
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder("compiled")
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):

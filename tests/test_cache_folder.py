@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from engine import device, files
@@ -45,6 +46,17 @@ def test_a_folder_that_cannot_be_made(variables, values, named):
     assert folder.parent.stat().st_mode & 0o077 == 0
 
 
+def test_modes_below_it_are_private_under_any_umask(variables, tmp_path):
+    before = os.umask(0)
+    try:
+        variables(THRICE_CACHE=str(tmp_path / "a" / "cache"))
+        folder = cache_folder("native")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700, 0o700]
+    assert cache_folder("native") == folder
+
+
 def test_a_full_disk_and_what_lies_on_it(variables, tmp_path, monkeypatch):
     """What was cached is still found, and replaced without touching the first."""
     variables(THRICE_CACHE=str(tmp_path))
@@ -62,6 +74,21 @@ def test_a_full_disk_and_what_lies_on_it(variables, tmp_path, monkeypatch):
     assert [(place / "a" / "b").read_text() for place in (folder, tmp_path / "assets")] == ["d", "c"]
     with pytest.warns(UserWarning, match="cannot be written"):
         assert cache_folder("assets", room=2**62) == folder, "where no disk has room, what is there can be read"
+
+
+def test_a_folder_of_compiled_programs_that_others_can_write_is_not_used(variables, monkeypatch, tmp_path):
+    variables(THRICE_CACHE=str(tmp_path / "cache"))
+    folder = jax.config.jax_compilation_cache_dir
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled").chmod(0o777)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+        with pytest.warns(UserWarning, match=r"compiled is not used \(others can write.*set JAX_COMPILATION_CACHE_DIR to"):
+            device.start_jax()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def test_a_folder_of_compiled_programs_that_cannot_be_written(monkeypatch):

@@ -27,7 +27,7 @@ import jax
 
 from engine import distributed
 from engine.errors import UserError
-from engine.files import atomic_folder, folder_lock, make_folder, sync_and_drop
+from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished, sync_and_drop
 from engine.storage import orbax_arrays
 from engine.storage.manifest import verify, write_manifest
 
@@ -104,7 +104,6 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
     root, step = target.parent, int(target.name)
     make_folder(root)
     with folder_lock(root):
-        _remove_incomplete(root)
         disk = shutil.disk_usage(root)
         if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
             raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
@@ -114,7 +113,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
             with contextlib.suppress(OSError):  # the next save tries again
-                shutil.rmtree((root / str(old)).rename(root / f".{old}.gone"), ignore_errors=True)
+                shutil.rmtree((root / str(old)).rename(root / f".{old}.gone{UNFINISHED}"), ignore_errors=True)
 
 
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
@@ -187,20 +186,8 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Removes the unfinished checkpoints of killed saves from a run folder, unless another process saves there."""
-    root = _root(folder)
-    with contextlib.suppress(OSError), folder_lock(root, wait=False):
-        _remove_incomplete(root)
-
-
-def _remove_incomplete(root: Path) -> None:
-    """Removes hidden folders: under the lock, nobody writes them."""
-    for leftover in [entry for entry in root.iterdir() if re.match(r"\.\d+\.", entry.name)]:
-        step = leftover.name.split(".")[1]
-        # A kill while a step was replaced: the old checkpoint in here is whole.
-        if (leftover / step).is_dir() and not (root / step).exists():
-            os.replace(leftover / step, root / step)
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Removes the unfinished checkpoints of killed saves from a run folder."""
+    remove_unfinished(_root(folder))
 
 
 def _root(folder: Path) -> Path:

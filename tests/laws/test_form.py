@@ -9,8 +9,8 @@ from collections import Counter
 
 from source_tree import PACKAGES, ROOT, SOURCES, Trees, files, imported, package_of, read
 
-LINES, FILES = 400, 20  # of a file; beside each other in a folder, `__init__.py` not counted
-BYTES = {"the product": 1_500_000, "the tests": 1_160_000}  # of Python
+LINES, FILES = 600, 20  # of a file; beside each other in a folder, `__init__.py` not counted
+BYTES = {"the product": 1_700_000, "the tests": 1_400_000}  # of Python
 
 
 def too_large() -> set[str]:

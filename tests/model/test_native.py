@@ -1,8 +1,10 @@
 """The kernel in C: the bits of XLA's products, wherever it can be built; elsewhere a reason, and XLA's products."""
 
 import functools
+import hashlib
 import os
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.native import library
-from engine.model.native.library import build_library, native_problem
+from engine.model.native.library import native_problem, read_library
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.weights.int8 import (
     Int8,
@@ -38,6 +40,7 @@ multiply = jax.jit(int8_matmul, static_argnames="dtype")
 def kernel():
     if problem := native_problem():
         pytest.skip(f"there is no kernel here: {problem}")
+    return read_library()
 
 
 @functools.cache
@@ -110,9 +113,8 @@ def fresh(monkeypatch, tmp_path):
     """A cache folder in which nothing is built."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    library._load.cache_clear()
-    yield monkeypatch
-    library._load.cache_clear()
+    monkeypatch.setattr(library, "_load", functools.cache(library._load.__wrapped__))  # XLA takes one library in a process
+    return monkeypatch
 
 
 def without_kernel(reason: str) -> None:
@@ -143,18 +145,88 @@ def test_another_processor(fresh):
     without_kernel("this processor is not known to multiply int8 fast")
 
 
-def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh):
-    path = build_library()
+def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_path):
+    assert read_library() == kernel
     fresh.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was built again"))
-    assert build_library() == path
+    assert read_library() == kernel
     flags = library.processor()[1]
     fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
     fresh.setattr(subprocess, "run", lambda command, **_: open(command[-1], "wb").close())
-    assert build_library().parent == path.parent
-    assert len([*path.parent.iterdir()]) == 2
+    assert read_library() == b""
+    assert len([*(tmp_path / "cache" / "native").iterdir()]) == 2
+
+
+@pytest.fixture
+def cached(kernel, fresh, tmp_path):
+    """The library in the cache, built by a compiler that copies the real one's, so that it is quick to build again."""
+    copy, compiler = tmp_path / "copy.so", tmp_path / "cc"
+    copy.write_bytes(kernel)
+    compiler.write_text(f'#!/bin/sh\nfor out; do :; done\nexec cp {copy} "$out"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    assert read_library() == copy.read_bytes()
+    (path,) = (tmp_path / "cache" / "native").iterdir()
+    return path
+
+
+def test_a_damaged_library_is_built_again(cached):
+    """A bit flipped, a file cut short, one grown, an empty one, and bytes of anything."""
+    intact, draw = cached.read_bytes(), np.random.default_rng(0)
+    damaged = [b"", intact[:1], intact[: len(intact) // 2], intact[:-1], intact + b"x", bytes(len(intact)), intact[:-32]]
+    for place in draw.integers(0, 8 * len(intact), 32):
+        flipped = bytearray(intact)
+        flipped[place // 8] ^= 1 << place % 8
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        cached.write_bytes(data)
+        assert read_library() == intact[:-32]
+        assert cached.read_bytes() == intact
+
+
+def planted(data: bytes) -> bytes:
+    """A library that another user has made, its digest right."""
+    return data + hashlib.sha256(data).digest()
+
+
+def test_a_library_that_another_user_can_have_written_is_built_again(cached, fresh):
+    intact = cached.read_bytes()
+    for mode in (0o620, 0o602, 0o666):
+        cached.write_bytes(planted(b"evil"))
+        cached.chmod(mode)
+        assert read_library() == intact[:-32]
+        assert (cached.read_bytes(), cached.stat().st_mode & 0o777) == (intact, 0o600)
+    cached.unlink()
+    os.mkfifo(cached)
+    assert read_library() == intact[:-32]
+    if os.geteuid():  # else another owner can be given
+        return
+    cached.write_bytes(planted(b"evil"))
+    os.chown(cached, 65534, -1)
+    assert read_library() == intact[:-32]
+    assert cached.stat().st_uid == 0
+
+
+@pytest.mark.parametrize("name", ["cache", "cache/native"])
+@pytest.mark.parametrize("way", ["writable", "owned"])
+def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_path, name, way):
+    intact = cached.read_bytes()
+    cached.write_bytes(planted(b"evil"))
+    if way == "writable":
+        (tmp_path / name).chmod(0o770)
+    elif os.geteuid() == 0:
+        os.chown(tmp_path / name, 65534, -1)
+    else:
+        pytest.skip("only root can give a folder to another user")
+    reason = f"others can write to {tmp_path / name}" if way == "writable" else f"{tmp_path / name} belongs to another user"
+    with pytest.warns(UserWarning, match=rf"cache is not used \({reason}\).*set THRICE_CACHE") as sentences:
+        assert [read_library(), read_library()] == [intact[:-32]] * 2
+    assert len(sentences) == 1
+    assert cached.read_bytes() == planted(b"evil")
+    assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)
 
 
 def test_a_cache_that_cannot_be_written(kernel, fresh):
     fresh.setenv("THRICE_CACHE", "/proc/nowhere")
     with pytest.warns(UserWarning, match="cannot be written"):
-        assert build_library().is_relative_to(os.environ["THRICE_CACHE"])
+        assert read_library()
+    assert [*Path(os.environ["THRICE_CACHE"], "native").iterdir()]

@@ -31,6 +31,7 @@ from engine.errors import UserError
 from engine.inference.decode import prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.model.config import LoraConfig
+from engine.model.native.library import native_problem
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
@@ -91,6 +92,27 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         assert "Finishing what is under way" in server.output
         assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled since all were there", server.output)
         assert "Traceback" not in server.output
+
+
+@pytest.mark.journeys
+def test_a_damaged_kernel_is_built_again_and_one_cut_while_in_use_harms_nothing(folder, tmp_path):
+    if problem := native_problem():
+        pytest.skip(f"there is no kernel here: {problem}")
+    intact = {path.name: path.read_bytes() for path in Path(os.environ["THRICE_CACHE"], "native").iterdir()}
+    place = tmp_path / "native"
+    place.mkdir(0o700)
+    for name, data in intact.items():
+        (place / name).write_bytes(data[: len(data) // 2])
+    with Started(folder, env={"THRICE_CACHE": str(tmp_path)}, program=("-m", "stages.serve")) as server:
+        assert "kernel in C" not in server.output
+        rebuilt = [name for name, data in intact.items() if (place / name).read_bytes() == data]
+        assert len(rebuilt) == 1
+        answer = lambda: server.client.post("/v1/completions", json=ask(most=9, model="default")).json()["choices"]
+        before = answer()
+        os.truncate(place / rebuilt[0], 0)
+        assert answer() == before
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ends() == 0
 
 
 def test_a_mesh_of_devices_serves_the_same_text(tmp_path):

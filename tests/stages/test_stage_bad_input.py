@@ -179,7 +179,7 @@ def test_a_cache_that_cannot_be_written_stops_no_command(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     sentence = result.stderr.decode()
     assert sentence.startswith("warning: The cache folder /proc/nowhere/thrice cannot be written")
-    assert sentence.endswith("set THRICE_CACHE or XDG_CACHE_HOME to a folder that can.\n")
+    assert sentence.endswith("set THRICE_CACHE or XDG_CACHE_HOME to a folder that you alone can write.\n")
     assert len(sentence.splitlines()) == 1
 
 

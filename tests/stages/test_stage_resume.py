@@ -157,8 +157,8 @@ def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, t
 def test_the_only_checkpoint_is_found_though_a_kill_came_while_it_was_replaced(text, tmp_path, capsys):
     assert train.main(words := tiny(text, tmp_path / "run", "--steps", 2)) == 0
     root = tmp_path / "run" / "checkpoints"
-    (root / ".2.old.x").mkdir()
-    (root / "2").rename(root / ".2.old.x" / "2")
+    (root / ".2.x.unfinished").mkdir()
+    (root / "2").rename(root / ".2.x.unfinished" / "old")
     assert train.main(words) == 0
     assert "This run is finished: 2 steps" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ import pytest
 from tiny_checkpoints import hidden, is_step, load_tiny, save_model, save_tiny
 
 from engine.errors import UserError
-from engine.files import folder_lock
+from engine.files import UNFINISHED, folder_lock
 from engine.storage import checkpoint
 from engine.storage.checkpoint import remove_incomplete, steps
 from engine.storage.manifest import verify
@@ -131,9 +131,9 @@ def test_the_save_after_a_kill_sweeps_and_succeeds(tmp_path, shim):
 
 def test_what_another_process_is_writing_is_not_swept(tmp_path):
     save_tiny(tmp_path, 1)
-    building = tmp_path / "checkpoints" / ".2.abcdefgh"
+    building = tmp_path / "checkpoints" / f".2.abcdefgh{UNFINISHED}"
     building.mkdir()
-    with folder_lock(tmp_path / "checkpoints"):
+    with folder_lock(building):
         remove_incomplete(tmp_path)
         assert building.exists()
         assert load_tiny(tmp_path).step == 1

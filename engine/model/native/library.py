@@ -2,6 +2,7 @@
 
 The file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
 cache is a digest of all that it depends on, the processor's instructions among them, so that machines may share a folder.
+The file ends in the SHA-256 of the library before it: one that is damaged, or that others can write, is built again.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ import jaxlib
 from jax import Array
 
 from engine.device import processor
-from engine.files import atomic_file, cache_folder
+from engine.errors import UserError
+from engine.files import atomic_file, cache_folder, open_regular, trust_problem
 
 SOURCE = Path(__file__).with_name("int8_matmul.c")
 COLUMNS, INPUTS = 16, 4  # of a step, as in the C file
@@ -35,6 +37,7 @@ TARGET = "thrice_int8_matmul"  # as XLA knows it, and the C function's name
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+MAX_BYTES = 2**22  # that are read of a library in the cache; it has a few thousand
 SECONDS = 60  # that a compiler may take; it takes one
 _lock = threading.Lock()
 
@@ -75,14 +78,19 @@ def native_problem() -> str:
 @functools.cache
 def _load() -> str:
     try:
-        library = ctypes.CDLL(str(build_library()))
+        # The bytes that were checked, in a file without a name: one in the cache could be changed or cut while it is mapped.
+        with tempfile.TemporaryFile(dir=cache_folder("native")) as file:
+            file.write(read_library())
+            file.flush()
+            handle = os.dup(file.fileno())  # never closed: dlopen takes a later file of the same number for this one
+        library = ctypes.CDLL(f"/proc/self/fd/{handle}")
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
-    except (_Unavailable, OSError, AttributeError) as error:
+    except (_Unavailable, UserError, OSError, AttributeError) as error:
         return str(error)
     return ""
 
 
-def build_library() -> Path:
+def read_library() -> bytes:
     """Returns the shared library of this machine, built if need be. Raises _Unavailable or OSError."""
     machine, instructions = platform.machine(), processor()[1]
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
@@ -91,8 +99,8 @@ def build_library() -> Path:
     for compiler in _compilers():
         key = [SOURCE.read_text(), jaxlib.__version__, *FLAGS, machine, instructions, *compiler, *_stamp(compiler[0])]
         path = cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
-        if path.exists():
-            return path
+        if library := _cached(path):
+            return library
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "built.so"
             arguments = (*FLAGS, TUNING[machine], f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(built))
@@ -102,10 +110,22 @@ def build_library() -> Path:
                 output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
                 problem = f"{compiler[0]} failed: {output.splitlines()[0]}"
                 continue
+            library = built.read_bytes()
             with atomic_file(path) as file:
-                file.write(built.read_bytes())
-            return path
+                os.fchmod(file.fileno(), 0o600)
+                file.write(library + hashlib.sha256(library).digest())
+            return library
     raise _Unavailable(problem)
+
+
+def _cached(path: Path) -> bytes:
+    """Returns a library from the cache; nothing if there is none, it is damaged, or another user can have written it."""
+    with contextlib.suppress(OSError, UserError), open_regular(path) as file:
+        data = file.read(MAX_BYTES)
+        library, digest = data[:-32], data[-32:]
+        if hashlib.sha256(library).digest() == digest and not trust_problem(file.fileno()):
+            return library
+    return b""
 
 
 def _compilers() -> Iterator[list[str]]:

@@ -1,0 +1,80 @@
+"""Files appear whole, with the modes that the umask says; what killed writers left is removed, and nothing of live ones."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.files import UNFINISHED, atomic_file, atomic_folder, open_regular, write_json
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from engine.files import atomic_file, atomic_folder
+folder = Path(sys.argv[1])
+with atomic_file(folder / "file") as file, atomic_folder(folder / "folder") as building:
+    file.write(b"half")
+    (building / "half").write_text("half")
+    print("writes", flush=True)
+    time.sleep(60)
+"""
+
+
+def unfinished(folder: Path) -> list[str]:
+    return sorted(path.name.split(".")[1] for path in folder.iterdir() if path.name.endswith(UNFINISHED))
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_live_ones_is_not(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writes\n"
+        write_json(tmp_path / "other", 1)
+        with atomic_folder(tmp_path / "folder") as building:
+            (building / "whole").touch()
+        assert unfinished(tmp_path) == ["file", "folder"]
+        os.kill(writer.pid, signal.SIGKILL)
+    write_json(tmp_path / "other", 2)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "other", "whole"]
+
+
+def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path):
+    with atomic_folder(tmp_path / "a.b") as building:
+        (building / "old").touch()
+    leftover = tmp_path / f".a.b.01234567{UNFINISHED}"
+    (leftover / "new").mkdir(parents=True)
+    (tmp_path / "a.b").rename(leftover / "old")
+    write_json(tmp_path / "other", 1)
+    assert (tmp_path / "a.b" / "old").exists()
+    assert not leftover.exists()
+
+
+def test_other_hidden_files_stay(tmp_path):
+    names = [".file.swp", ".file.abcdefgh", f"file{UNFINISHED}", f".file{UNFINISHED}"]
+    for name in names:
+        (tmp_path / name).touch()
+    write_json(tmp_path / "file", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "file"])
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022, 0o002, 0])
+def test_modes_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"a")
+        with atomic_folder(tmp_path / "folder") as building:
+            (building / "file").touch()
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder", "folder/file")]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask, 0o666 & ~umask]
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=f"{path} is a folder, a pipe or a device"):
+            open_regular(path)
