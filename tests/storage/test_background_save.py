@@ -209,6 +209,6 @@ def test_what_holds_a_new_checkpoint_is_synced_in_order(tmp_path, monkeypatch):
     path = save_tiny(tmp_path / "new" / "run", 1)
     renamed = events.index("rename")
     assert [*map(str, (tmp_path, tmp_path / "new", path.parents[1]))] == events[:3]  # each holds a folder that is new
-    synced = {event.partition("/checkpoints/.1.")[2].partition("/")[2] for event in events[:renamed]}
+    synced = {event.partition("/checkpoints/.1.")[2].partition("/new/")[2] for event in events[:renamed]}
     assert synced >= {file.relative_to(path).as_posix() for file in path.rglob("*")}
     assert events[renamed:] == ["rename", str(path.parent)]
