@@ -7,8 +7,7 @@
 Both read the same GGUF file and prompts with all cores, in turns, greedily; ours through `Slots` as the server runs it, with
 int8 weights. A ratio is our tokens a second over the peer's, both of the median round. Each row has the slots that it can use,
 and is timed while all its streams are under way; those of one are timed without the kernel in C too. The rows `ordinary` and
-`repeating` are one stream of chat on the prompts of `streams/prompts.toml`, speculative (the default) and not, and with the
-draft that `stages.draft` has trained for this file.
+`repeating` are one stream of chat on the prompts of `streams/prompts.toml`, speculative (the default) and not.
 """
 
 import dataclasses

@@ -64,7 +64,6 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.inference.sampling_params import SamplingParams
     from engine.inference.stop_strings import CompletionText
     from engine.storage.digest import digest
-    from engine.storage.draft import find_draft
     from engine.storage.model_loader import load_model
     from stages.cli.compile_counter import CompileCounter
 
@@ -76,11 +75,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     with host_memory(mesh is not None):
-        uses_draft = flags.count == 1 and device.backend == "cpu"  # else none is used, and finding one hashes the weights
-        path = model.run or model.checkpoint
-        ngrams, note = find_draft(path, model.cfg.vocab, model.params) if uses_draft else (None, "")
         params = decode.prepare_params(model.cfg, model.params, mesh is None)
-    notes.print_notes([note] if note else [])
     params = placement.place(model.cfg, params)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
@@ -96,7 +91,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
     rows = sampling.per_row(flags.count)
-    stream = decode.generate(model.cfg, params, [prompt] * flags.count, rows, capacity=capacity, ngrams=ngrams)
+    stream = decode.generate(model.cfg, params, [prompt] * flags.count, rows, capacity=capacity)
     first = settled = last = begin
     early = total = 0
     cut, dispatch, previous = "", -1, flags.count

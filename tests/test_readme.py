@@ -22,7 +22,6 @@ SHORT = {
     **{f"bench.{name}": ["--help"] for name in ("anatomy", "inference", "life", "peers", "quantisation", "serving")},
     "bench": ["--help"],
     "stages.serve": ["--help"],
-    "stages.draft": ["--help"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
     "stages.reinforce": ["--rounds", "1", "--max-tokens", "8"],
     "stages.chat": ["--max-tokens", "8"],

@@ -1,5 +1,4 @@
-"""Times one stream of chat at a time through our `Slots`, without speculative decoding, with it, and with a trained draft,
-where the model has one, beside llama.cpp.
+"""Times one stream of chat at a time through our `Slots`, without speculative decoding and with it, beside llama.cpp.
 
 Each prompt of a set is answered greedily, to its end or for MOST_TOKENS, one after another. Speeds are of decoding, in
 each side's own tokens: after a near-tie the two answer differently.
@@ -13,15 +12,13 @@ from typing import Any
 from bench.cli import Json, progress
 from bench.timing import Ratio, Timing, measure, ratio
 from engine.counting.hardware import clock
-from engine.format import duration
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import Slots
-from engine.ngrams import NGrams
 
 PROMPTS = Path(__file__).with_name("prompts.toml")
-ROUNDS, MOST_TOKENS = 3, 48  # of a whole set; of an answer
+ROUNDS, MOST_TOKENS = 6, 48  # of a whole set; of an answer
 # The least ratios to llama.cpp's speed, without speculation and with it, by the set of prompts; and to our own without.
 REQUIRED: dict[str, tuple[float | None, float]] = {"ordinary": (0.65, 0.8), "repeating": (None, 1.3)}
 NEVER_BELOW = 0.97
@@ -34,11 +31,9 @@ def read_prompts() -> dict[str, list[str]]:
 
 
 def our_chats(
-    cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int], kv_dtype: Any,
-    ngrams: NGrams | None = None,
-) -> dict[str, Callable[[], Json]]:  # fmt: skip
-    """Returns the calls `plain`, `speculative` and, with `ngrams`, `trained`, each with its seconds of decoding, its tokens,
-    and its decoding steps.
+    cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int], kv_dtype: Any
+) -> dict[str, Callable[[], Json]]:
+    """Returns the calls `plain` and `speculative`, each with its seconds of decoding, its tokens, and its decoding steps.
 
     All have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
     """
@@ -64,15 +59,13 @@ def our_chats(
         slots.warm()
         return lambda: run(slots)
 
-    calls = {"plain": call(speculate=False), "speculative": call()}
-    return calls | {"trained": call(ngrams=ngrams)} if ngrams else calls
+    return {"plain": call(speculate=False), "speculative": call()}
 
 
-def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float, paid: float | None) -> list[Json]:
-    """Times the calls in turns on one set of prompts; prints a row for plain and each kind of speculative decoding, and returns
-    them.
+def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float) -> list[Json]:
+    """Times the calls in turns on one set of prompts; prints a row for plain and for speculative decoding, and returns them.
 
-    `paid`: the seconds of answers that the draft was trained on, if known. Raises ValueError when speculation changes a token.
+    Raises ValueError when speculation changes a token.
     """
     results: dict[str, Json] = {}
 
@@ -90,17 +83,7 @@ def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: fl
     kinds = [kind for kind in results if kind != "peer"]
     if any(results[kind]["tokens"] != results["plain"]["tokens"] for kind in kinds):
         raise ValueError("speculative decoding has changed a token")
-    rows = [_row(set_name, kind, timings, results, price) for kind in kinds]
-    if "trained" in timings and paid:
-        saved = timings["speculative"].median - timings["trained"].median  # seconds a token
-        is_faster = ratio(timings["speculative"], timings["trained"]).exceeds(1.0)
-        rows[-1] |= {"paid_seconds": paid, "paid_back_after_tokens": paid / saved if is_faster else None}
-        if is_faster:
-            after = f"after {paid / saved:,.0f} tokens"
-        else:
-            after = "undecided, within the noise" if is_faster is None else "never"
-        print(f"{'':<21} the draft's {duration(paid)} of answers are paid back: {after}", flush=True)
-    return rows
+    return [_row(set_name, kind, timings, results, price) for kind in kinds]
 
 
 def _decoded(result: Json) -> int:

@@ -21,7 +21,6 @@ from engine.model.native.library import native_problem
 from engine.model.paths import map_paths
 from engine.model.weights.int8 import Int8, quantize, store_transposed
 from engine.storage.assets import fetch
-from engine.storage.draft import find_draft
 from engine.storage.model_loader import load_model, locate
 from engine.text.chat_tokenizer import ChatTokenizer
 
@@ -83,13 +82,13 @@ def measure_streams(
                 calls["peer"] = _peer_run(peer, location.path, prompts=prompts, new=tokens)
             rows.append(_measure_row(row, calls, new, rounds, price))
         chat = ChatTokenizer(model.tokenizer)
-        ends, ngrams = {*model.eos_ids, *chat.eot_ids}, find_draft(location.path, model.cfg.vocab, model.params)[0]
+        ends = {*model.eos_ids, *chat.eot_ids}
         for name, texts in read_prompts().items():
             prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
-            calls = our_chats(model.cfg, weights, prompts, most, ends, keys_values, ngrams)
+            calls = our_chats(model.cfg, weights, prompts, most, ends, keys_values)
             if peer:
                 calls["peer"] = _peer_run(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
-            rows += measure_chats(name, calls, price, ngrams and ngrams.answer_seconds)
+            rows += measure_chats(name, calls, price)
         chat.close()
     return {
         "device": device_name(), "cores": cores(), "model": model.name, "weights": "int8", "keys_values": keys_values,

@@ -10,7 +10,7 @@ demo, 2.3 s for 0.9 with 135 million parameters. Both sample the same tokens in 
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,6 @@ from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
-
-if TYPE_CHECKING:
-    from engine.ngrams import NGrams
 
 CHUNK = 64  # prompt tokens a prefill call; every prompt is padded to a multiple
 LONE_ROWS = 2  # of a lone prompt's program on a CPU, whose products of one row take a slower path
@@ -138,12 +135,11 @@ def complete(
 
 def generate(
     cfg: ModelConfig, params: Params, prompts: Collection[list[int]], sampling: Collection[SamplingParams],
-    *, capacity: int | None = None, ngrams: "NGrams | None" = None,
+    *, capacity: int | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Yields each prompt's new tokens until a stop token, `max_tokens`, or `capacity` (default: the model's context) in all.
 
-    The first token comes after the prefill, then up to STEPS at a time. `ngrams`: the model's trained draft; a CPU drafts for a
-    lone prompt.
+    The first token comes after the prefill, then up to STEPS at a time. A CPU drafts for a lone prompt.
 
     `params` are those of `prepare_params`, placed on the mesh if there is one. A prompt ends with 'stop' when it samples one
     of its `stop_token_ids` (which is not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves
@@ -183,17 +179,17 @@ def generate(
             if tokens or reason:
                 yield Event(sequence.id, tokens, reason)
         if running and is_alone:
-            fresh[0], drafts, cache = _decode_lone(cfg, params, running[0], cache, arrays, ngrams)
+            fresh[0], drafts, cache = _decode_lone(cfg, params, running[0], cache, arrays)
         elif running:
             sampled, cache = decode_steps(cfg, params, token, cache, arrays)
             token, fresh = sampled[:, -1], np.asarray(sampled).tolist()
 
 
 def _decode_lone(
-    cfg: ModelConfig, params: Params, sequence: Sequence, cache: KVCache, sampling: SamplingArrays, ngrams: "NGrams | None"
+    cfg: ModelConfig, params: Params, sequence: Sequence, cache: KVCache, sampling: SamplingArrays
 ) -> tuple[list[int], list[int] | None, KVCache]:
     """Returns the tokens sampled in one dispatch, the draft tokens after which all but the first were, and the cache."""
-    drafts = sequence.draft_tokens(min(LONE_ROWS, sequence.remaining) - 1, ngrams)
+    drafts = sequence.draft_tokens(min(LONE_ROWS, sequence.remaining) - 1)
     steps = 1 if drafts else min(sequence.remaining, STEPS if drafts is None else STEPS_BETWEEN_DRAFTS)
     tokens: Any = np.full((1, LONE_ROWS), sequence.last_token, np.int32)
     if drafts:

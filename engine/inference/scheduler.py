@@ -6,13 +6,10 @@
 import bisect
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from engine.inference.request import Request
 from engine.inference.sequence import STEPS, Sequence
-
-if TYPE_CHECKING:
-    from engine.ngrams import NGrams
 
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
@@ -68,8 +65,8 @@ class Scheduler:
     `limit`: positions that may be computed for now, whole chunks; a sequence that has come so far is held.
     """
 
-    def __init__(self, slots: int, speculate: bool, ngrams: "NGrams | None" = None) -> None:
-        self.slots, self.speculate, self.ngrams = slots, speculate, ngrams
+    def __init__(self, slots: int, speculate: bool) -> None:
+        self.slots, self.speculate = slots, speculate
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -179,7 +176,7 @@ class Scheduler:
         count = min(DRAFT_ROWS, len(self.free) + len(self.copies), room - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
-        return sequence.draft_tokens(count, self.ngrams)
+        return sequence.draft_tokens(count)
 
     def _free_copies(self) -> None:
         self.free += self.copies

@@ -2,13 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
-
-if TYPE_CHECKING:
-    from engine.ngrams import NGrams
 
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
@@ -63,12 +59,9 @@ class Sequence:
         start = self.prefilled_tokens - done
         return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
 
-    def draft_tokens(self, count: int, ngrams: "NGrams | None") -> list[int] | None:
-        """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately.
-
-        `ngrams`: the model's trained draft.
-        """
-        self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens), ngrams)
+    def draft_tokens(self, count: int) -> list[int] | None:
+        """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately."""
+        self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
         return self.drafter.draft(count) or ([] if self.drafter.pays else None)
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:

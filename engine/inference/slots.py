@@ -30,7 +30,6 @@ from engine.inference.slot_state import SlotShapes, SlotState
 from engine.model.cache.segmented import KVDtype
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
-from engine.ngrams import NGrams
 
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 SHORT = 512  # positions of a text for which there are programs of their own
@@ -56,14 +55,14 @@ class Slots:
     `params` are those of `decode.prepare_params`, placed on the mesh of this thread if it has one, which then holds the KV
     cache too. `slots`: requests at once. `capacity`: tokens of prompt and completion
     together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none. `speculate`:
-    whether a lone sequence checks draft tokens in idle rows; `ngrams`: the model's trained draft. `short`: positions of a text
+    whether a lone sequence checks draft tokens in idle rows. `short`: positions of a text
     for which there are programs of their own, see `SlotState`. Completions depend on the model, `kv_dtype` and the shapes of
     programs (`slots`, `capacity`, `chunk`, `tail`) alone.
     """
 
     def __init__(
         self, cfg: ModelConfig, params: Params, *, slots: int = 8, capacity: int | None = None, kv_dtype: KVDtype = "bfloat16",
-        prefix_cache_bytes: int = 0, speculate: bool = True, ngrams: NGrams | None = None, chunk: int = CHUNK, tail: int = TAIL,
+        prefix_cache_bytes: int = 0, speculate: bool = True, chunk: int = CHUNK, tail: int = TAIL,
         short: int = SHORT,
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
@@ -80,7 +79,7 @@ class Slots:
             if not is_right:
                 raise UserError(message)
         self.cfg, self.slots, self.capacity, self.kv_dtype, self.chunk, self.tail = cfg, slots, capacity, kv_dtype, chunk, tail
-        self.scheduler = Scheduler(slots, speculate, ngrams)
+        self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once

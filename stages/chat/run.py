@@ -14,7 +14,6 @@ from engine.format import duration, join_words
 from engine.inference.decode import prepare_params
 from engine.inference.sampling_params import SamplingParams
 from engine.storage.digest import digest
-from engine.storage.draft import find_draft
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.jsonl import decode_utf8
@@ -45,13 +44,11 @@ def run(flags: ChatFlags, device: Device) -> int:
         model = load_model(flags.model, report=report)
     notes.print_notes(model.notes)
     params = with_adapters(model.cfg, model.params, flags.adapter)
-    ngrams, note = find_draft(flags.adapter[-1] if flags.adapter else model.run or model.checkpoint, model.cfg.vocab, params)
-    notes.print_notes([note] if note else [])
     params = prepare_params(model.cfg, params)
     chat = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
-    conversation = ChatSession(model.cfg, params, chat, model.eos_ids, sampling, flags.system or "", ngrams=ngrams)
+    conversation = ChatSession(model.cfg, params, chat, model.eos_ids, sampling, flags.system or "")
     before = digest(params)
     if chatty:
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""

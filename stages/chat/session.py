@@ -12,7 +12,6 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import CHUNK, Slots
 from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
-from engine.ngrams import NGrams
 from engine.text.chat_tokenizer import ChatTokenizer
 from stages.cli.flags import CompletionFlags, in_range
 
@@ -55,7 +54,6 @@ class ChatSession:
     sampling: SamplingParams
     system: str = ""
     turns: list[Turn] = dataclasses.field(default_factory=list)
-    ngrams: NGrams | None = None  # the model's trained draft
     _slots: Slots | None = None
 
     def messages(self, message: str, skip: int = 0) -> list[dict[str, str]]:
@@ -122,7 +120,7 @@ class ChatSession:
         capacity = min(capacity, self.cfg.context)
         if self._slots is None or self._slots.capacity != capacity:
             self._slots = Slots(
-                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype, ngrams=self.ngrams,
+                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype,
                 tail=CHUNK,  # one program for prompts of any length, which `warm` has compiled
             )  # fmt: skip
         id = self._slots.submit(Request(tuple(prompt), sampling))

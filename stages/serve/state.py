@@ -22,7 +22,6 @@ from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.storage.digest import digest
-from engine.storage.draft import find_draft
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import read_template
@@ -131,7 +130,7 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             try:
-                slots, note = _make_slots(model, adapter, engine_config)
+                slots = _make_slots(model, adapter, engine_config)
                 sha256 = digest(slots.params)
             except BaseException:
                 with contextlib.suppress(UserError):
@@ -156,26 +155,21 @@ def load_state(
         ("queue", f"{queue} more wait; prefix cache of {slots.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
         ("sampling", f"{origins}; what a request says wins"),
-        *([("draft", f"{len(slots.scheduler.ngrams.keys):,} entries")] if slots.scheduler.ngrams else []),
     ])  # fmt: skip
-    console.print_notes([note] if note else [])
     if engine_config.weights == "int8" and device.backend == "cpu" and slots.devices == 1 and (problem := native_problem()):
         console.print_notes([f"A lone stream would be decoded about twice as fast with the kernel in C, but {problem}."])
     return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, queue, price), ahead
 
 
-def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Slots, str]:
-    """Returns the slots, and why a draft beside the model is left out, if it is."""
-    cfg, ngrams, note = engine_config.model_config(model.cfg), None, ""
+def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
+    cfg = engine_config.model_config(model.cfg)
     is_whole = placement.current_mesh() is None
     with host_memory(not is_whole):
         params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
-        if engine_config.speculate:
-            ngrams, note = find_draft(adapter or model.run or model.checkpoint, cfg.vocab, params)
         params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(placement.place(cfg, params))
     try:
-        return Slots(cfg, params, speculate=engine_config.speculate, ngrams=ngrams, **engine_config.slot_options), note
+        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -12,7 +12,6 @@ from engine.inference.decode import prepare_params
 from engine.inference.request import Event, Request
 from engine.inference.slots import Slots
 from engine.model.weights.int8 import quantize
-from engine.ngrams import count_ngrams
 
 SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache
@@ -133,7 +132,6 @@ def _requests() -> list[Request]:
 
 REQUESTS = _requests()
 REPEATING = (text(2, 9) * 4)[:33]
-TRAINED = count_ngrams([(text(seed, 40), 3) for seed in range(12)], 41)  # a draft of other texts than the model's
 
 
 def poison(slots: Slots, rubbish: float) -> None:

@@ -191,10 +191,10 @@ def test_drafts_change_no_token_of_a_lone_completion(weights, data, temperature,
     cfg, params = served_model(weights)
     sampling, at = {"temperature": temperature, "seed": seed, "max_tokens": 14}, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sequence, "draft_tokens", lambda self, count, ngrams: None)
+        patch.setattr(Sequence, "draft_tokens", lambda self, count: None)
         plain = continuations(cfg, params, texts(5), **sampling)
 
-        def draft(sequence, count, ngrams):
+        def draft(sequence, count):
             at.append(len(sequence.output_tokens))
             return data.draw(st.sampled_from([None, [], [3][:count], plain[0][0][at[-1] :][:count]]))
 

@@ -13,7 +13,6 @@ from slot_requests import (
     REQUESTS,
     SHORT,
     SLOTS,
-    TRAINED,
     Log,
     complete,
     complete_alone,
@@ -34,7 +33,6 @@ from engine.inference.sequence import STEPS
 from engine.inference.slots import Slots, compile_ahead
 from engine.inference.speculation import Drafter
 from engine.model.transformer import forward
-from engine.ngrams import count_ngrams
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 forward_ = jax.jit(forward, static_argnums=0)
@@ -201,20 +199,6 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, monkey
     assert 0 < dispatches_with_drafts(lambda n, token: token) <= -(-28 // 4), "three drafts and a token of its own come true"
     assert dispatches_with_drafts(lambda n, token: (token + 1) % 41) >= 20, "no draft comes true"
     dispatches_with_drafts(lambda n, token: 0 if n % 2 else token)
-
-
-@EVERY_DTYPE
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_trained_draft_changes_when_tokens_come_and_not_which(dtype, temperature):
-    """One that has seen this very completion, and one that has seen others."""
-    request = request_of(text(5, 9), 29, temperature=temperature, seed=2, logprobs=3)
-    expected, steps = complete_alone(dtype, request), []
-    right = [([*request.prompt, *expected.tokens], len(request.prompt))] * 40
-    for ngrams in (None, TRAINED, count_ngrams(right, 41)):
-        slots = make_slots(dtype, ngrams=ngrams)
-        assert complete(slots, [request]) == [expected]
-        steps.append(slots.decode_steps)
-    assert steps[2] < 0.8 * steps[0], "drafts that come true take fewer steps"
 
 
 def test_a_request_that_comes_while_drafts_are_checked_finds_a_clean_slot_and_spoils_no_text():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from slot_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, TRAINED, Log, complete_alone, make_slots, poison
+from slot_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, Log, complete_alone, make_slots, poison
 from test_scheduler import check_slots
 from tiny import request_of
 
@@ -15,7 +15,7 @@ from engine.errors import InvalidField
 from engine.inference.request import Request
 
 requests = st.sampled_from(REQUESTS)
-SPECULATION = ({"speculate": False}, {}, {"ngrams": TRAINED})
+SPECULATION = ({"speculate": False}, {})
 
 
 class Company(RuleBasedStateMachine):

@@ -18,7 +18,6 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.weights.int8 import matmul_rules, quantize
-from engine.ngrams import count_ngrams
 from engine.storage.digest import digest
 
 ROWS, CAPACITY, CHUNK, MAX_TOKENS = 5, 64, 7, 11
@@ -73,12 +72,11 @@ def test_generating_changes_no_weight_remembers_nothing_and_gives_each_prompt_it
 
 
 def test_serving_many_changes_no_weight_and_remembers_no_request():
-    """All that slots can do, twice over: prefix-cache hits, a trained draft, penalties, cancelling."""
+    """All that slots can do, twice over: prefix-cache hits, draft tokens, penalties, cancelling."""
     cfg, params = served_model("bfloat16")
     params = prepare_params(cfg, quantize(params))
     before, answers = digest(params), []
-    ngrams = count_ngrams([(tokens_of(seed, 30).tolist(), 1) for seed in range(4)], cfg.vocab)
-    slots = Slots(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6, ngrams=ngrams)
+    slots = Slots(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6)
     for _ in range(2):
         ids = [
             slots.submit(request_of(

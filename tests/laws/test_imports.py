@@ -25,7 +25,7 @@ model.weights.lora_matmul
 model.weights.matmul
 model.transformer
 model.cross_entropy
-text counting ngrams
+text counting
 storage
 training inference
 """

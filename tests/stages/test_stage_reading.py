@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
-from engine.device import Device
-from engine.inference.sequence import Sequence
 from engine.inference.stop_strings import CompletionText
-from engine.storage.draft import draft_path, find_draft
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, save_tokenizer
 from engine.text.token_file import open_token_file
 from engine.text.tokenizer import byte_tokenizer
 from stages import generate
-from stages.cli.console import Console
-from stages.draft import __main__ as draft
 from stages.evaluate import __main__ as evaluate
-from stages.serve.engine_config import EngineConfig
-from stages.serve.state import load_state
 
 
 def generated(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
@@ -174,35 +167,3 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
         assert all(len(batch.tokens) == len(others[0].tokens) for batch in others)
         assert len(others[0].tokens) % shards == 0
         assert sum(len(batch.tokens) for batch in others) < len(windows) + len(others[0].tokens)
-
-
-def test_a_draft_is_trained_saved_and_served(trained, tmp_path, capsys, monkeypatch):
-    run = shutil.copytree(trained, tmp_path / "sea")
-    assert draft.main(["--model", str(run), "--max-time", "2s", "--device", "cpu"]) == 0
-    output = capsys.readouterr().out
-    assert "tokens a step of a lone stream" in output
-    assert str(draft_path(run)) in output
-    model = load_model(str(run))
-    ngrams, note = find_draft(run, model.cfg.vocab, model.params)
-    assert not note
-    config = EngineConfig("int8", slots=2, capacity=32)
-    state, ahead = load_state(str(run), config, Device("cpu", "cpu", 1, ""), Console())
-    ahead.stop()
-    state.tokenizer.close()
-    assert (state.engine.slots.scheduler.ngrams.keys == ngrams.keys).all()
-    assert f"{len(ngrams.keys):,} entries" in capsys.readouterr().out
-
-    used, plain = [], Sequence.draft_tokens
-    monkeypatch.setattr(Sequence, "draft_tokens", lambda *args: used.append(args[-1]) or plain(*args))
-    text, _ = generated(capsys, run)
-    assert (used[0].keys == ngrams.keys).all()
-    draft_path(run).write_bytes(b"damaged")
-    without, notes = generated(capsys, run)
-    assert (without, used[-1]) == (text, None)
-    assert "The draft is left out" in notes
-
-
-def test_too_few_answers_are_refused(trained, failing, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "sea")
-    assert "too few to count: give more --max-time" in failing(draft.main, ["--model", run, "--max-time", "1ms"])
-    assert not draft_path(run).exists()

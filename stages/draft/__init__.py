@@ -1,1 +1,0 @@
-"""Train a draft for speculative decoding."""
