@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from bench.anatomy.programs import CAPACITY, CHUNK, LORA, ROWS, B, T
 from bench.cli import Json
-from bench.lowering.programs import CAPACITY, CHUNK, LORA, ROWS, B, T
 from engine.counting.flops import Flops, PassFlops, add_layers
 from engine.counting.params import MATRICES
 from engine.counting.program_flops import decode_program_flops, gradient_layer_flops, prefill_program_flops

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.lowering.programs import CAPACITY, CHUNK, LORA, ROWS, B, Program, T
+from bench.anatomy.programs import CAPACITY, CHUNK, LORA, ROWS, B, Program, T
 from bench.models import BenchModel, next_token_batch, tokens_for
 from engine.counting.hardware import clock
 from engine.counting.params import count_params

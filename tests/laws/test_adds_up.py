@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import PROGRAMS, QWEN2, QWEN3, WITHOUT_WEIGHTS
 from tiny import normal, tiny_config
-
-from bench.lowering.programs import PROGRAMS, QWEN2, QWEN3, WITHOUT_WEIGHTS
 
 # Vocabularies whose logits are made in parts: of the columns or rows of a batch, of int8 columns, of a served head.
 LARGE = {"train step, AdamW": 140_000, "train step, LoRA": 20_000, "train step, LoRA on int8": 20_000, "score": 60_000,

@@ -1,4 +1,4 @@
-"""The project stays small, and says what it needs: sizes of files, folders and the whole, declared libraries, no dead code."""
+"""The project says what it needs and holds no dead code: declared libraries, functions that something but a test uses."""
 
 import ast
 import importlib.metadata
@@ -7,25 +7,7 @@ import sys
 import tomllib
 from collections import Counter
 
-from source_tree import PACKAGES, ROOT, SOURCES, Trees, files, imported, package_of, read
-
-LINES, FILES = 600, 20  # of a file; beside each other in a folder, `__init__.py` not counted
-BYTES = {"the product": 1_700_000, "the tests": 1_400_000}  # of Python
-
-
-def too_large() -> set[str]:
-    """Each file of too many lines, each folder of too many files, and which half of the project weighs too much."""
-    sources = [file for file in files(*PACKAGES, "tests") if file.suffix in (".py", ".js", ".css", ".html")]
-    beside = Counter(file.parent for file in sources if file.name != "__init__.py")
-    size: Counter[str] = Counter()
-    for file in sources:
-        half = "the tests" if file.parts[0] == "tests" else "the product"
-        size[half] += (ROOT / file).stat().st_size * (file.suffix == ".py")
-    return {
-        *(f"{file} has over {LINES} lines" for file in sources if (ROOT / file).read_text().count("\n") > LINES),
-        *(f"{folder}/ has over {FILES} files" for folder, count in beside.items() if count > FILES),
-        *(f"{half} has over {most:,} bytes" for half, most in BYTES.items() if size[half] > most),
-    }
+from source_tree import PACKAGES, ROOT, SOURCES, Trees, imported, package_of, read
 
 
 def undeclared(trees: Trees) -> set[str]:
@@ -72,8 +54,8 @@ def _used(node: ast.AST) -> str | None:
     return getattr(node, "id", None) or getattr(node, "attr", None)
 
 
-def test_the_project_stays_small():
-    assert sorted(too_large() | undeclared(SOURCES) | unused(SOURCES | read("tests/promises"))) == []
+def test_every_library_is_declared_and_every_function_used():
+    assert sorted(undeclared(SOURCES) | unused(SOURCES | read("tests/promises"))) == []
 
 
 def test_the_checker_sees_what_nobody_uses():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import INFERENCE, QWEN3
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
-from bench.lowering.programs import INFERENCE, QWEN3
 from engine.inference.decode import decode_step, decode_steps, generate, prefill, prepare_params
 from engine.inference.sampling import sampling_arrays
 from engine.inference.sampling_params import SamplingParams

@@ -8,10 +8,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary, make_for
 from jax.sharding import AbstractMesh, AxisType
+from programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out, weights_of
 
-from bench.lowering.exported import TARGETS, Temporary, aliased_arguments, export, kernels, largest_temporary, make_for
-from bench.lowering.programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out, weights_of
 from engine.mesh_shape import AXES
 from engine.model.attention import QUERY_BLOCK
 
