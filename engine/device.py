@@ -5,6 +5,7 @@ This module must load without JAX, for glibc's allocator is set before JAX start
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -64,6 +65,7 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be written or read costs only a compilation.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    _rewrite_unreadable_entries()
     if connect:
         connect()
     try:
@@ -80,6 +82,23 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
     count = cores()
     reason = f"{count} core{'s' * (count != 1)}; " + ("asked for" if choice == "cpu" else _reason_for_cpu())
     return Device(backend, device_name(), 1, reason)
+
+
+@functools.cache
+def _rewrite_unreadable_entries() -> None:
+    """Makes JAX write an entry of the compilation cache also where one is. It writes only what it could not read.
+
+    By itself it never does: an entry that a kill or a full disk cut short would be compiled again at each start.
+    """
+    from jax._src.lru_cache import LRUCache
+
+    put = LRUCache.put
+
+    def put_anew(cache: LRUCache, key: str, value: bytes) -> None:
+        (cache.path / f"{key}-cache").unlink(missing_ok=True)  # who reads it now reads on
+        put(cache, key, value)
+
+    LRUCache.put = put_anew  # type: ignore[method-assign, assignment]
 
 
 def cores() -> int:

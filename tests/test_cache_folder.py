@@ -1,10 +1,12 @@
 """A cache folder that cannot be written stops nothing: a sentence names the variable, and a temporary one takes its place."""
 
 import os
+import resource
 from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from engine import device, files
 from engine.files import cache_folder
@@ -95,3 +97,29 @@ def test_a_folder_of_compiled_programs_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(device, "write_problem", lambda folder: "Read-only file system")
     with pytest.warns(UserWarning, match=r"\(Read-only.*: set JAX_COMPILATION_CACHE_DIR to"):
         device.start_jax()
+
+
+def test_a_compiled_program_cut_short_is_written_again(tmp_path):
+    """A full disk ends no process, and what it cut short is not compiled at every start."""
+    device.start_jax()
+    before, limit = jax.config.jax_compilation_cache_dir, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def start() -> dict[str, int]:
+        """Compiles a program as a new process would, and returns the size of each entry of the cache."""
+        compilation_cache.reset_cache()
+        assert int(jax.jit(lambda x: x + 1).lower(1).compile()(1)) == 2
+        return {entry.name: entry.stat().st_size for entry in tmp_path.iterdir()}
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        [(name, size)] = start().items()
+        assert size <= 100
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        [(again, size)] = start().items()
+        assert again == name
+        assert size > 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()

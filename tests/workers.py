@@ -13,7 +13,7 @@ import pytest
 MANY = 15_000  # maps; about 2 GB of memory
 
 _most = {"maps": 0}
-_workers: dict[str, dict[str, int]] = {}  # what each worker used, at the end
+_workers: dict[str, dict[str, int]] = {}  # what each worker used, at the end; nothing of one that died
 
 
 @pytest.hookimpl(trylast=True)  # after the file's fixtures are gone
@@ -41,15 +41,16 @@ def _usage() -> dict[str, int]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["usage"] = _usage()
+    if {} in _workers.values() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED  # also where no test was running any more
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:
-    if not error:
-        _workers[node.gateway.id] = node.workeroutput["usage"]
+    _workers[node.gateway.id] = {} if error else node.workeroutput["usage"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, usage in sorted((_workers or {"this process": _usage()}).items()):
-        gigabytes = usage["kilobytes"] / 1e6
-        terminalreporter.write_line(f"{name}: at most {gigabytes:.1f} GB of memory and {usage['maps']:,} memory maps")
+        figures = f"at most {usage['kilobytes'] / 1e6:.1f} GB of memory and {usage['maps']:,} memory maps" if usage else "died"
+        terminalreporter.write_line(f"{name}: {figures}")
