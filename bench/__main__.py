@@ -4,6 +4,7 @@
     python -m bench --out report                   a minute more: report.html, with pictures, and stages.svg and .md
     python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
     python -m bench --quick --json                 fewer rounds; nothing but the JSON document on stdout
+    python -m bench --checks                       the device beside the processor: same numbers, no request affects another
     python -m bench --list                         the other measurements
 
 All rows run in turns, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking the
@@ -12,6 +13,7 @@ traced program, by XLA.
 
 import dataclasses
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,6 +46,8 @@ class StageTableFlags:
     """Print nothing but the JSON document."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
     """A folder for report.html, its first figure as stages.svg, and stages.md."""
+    checks: bool = False
+    """Hold the device's numbers against the processor's instead; exit code 1 when one is too far off."""
     list: bool = False
     """Name the other measurements and stop."""
 
@@ -56,7 +60,13 @@ def measure(flags: StageTableFlags) -> Json:
             print(f"  python -m bench.{name:<{max(map(len, names))}}  {line}")
         return {"measurements": names}
     price = check_flags(flags)
+    if flags.checks and (platforms := os.environ.get("JAX_PLATFORMS")) and "cpu" not in platforms:
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # to compare with: the first that is named computes
     start_jax()
+    if flags.checks:
+        from bench.checks import measure_checks
+
+        return measure_checks()
     from bench.models import find_model
     from bench.report.page import write_report
     from bench.table.measure import stage_table
@@ -120,8 +130,16 @@ def measurements() -> dict[str, str]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Prints the JSON document as the last line and returns 0, or 2 after an error that a person can mend."""
-    return run_bench("bench", __doc__, StageTableFlags, measure, args)
+    """Prints the JSON document as the last line; returns 0, 1 if a check fails, or 2 after an error that a person can mend."""
+    failed = False
+
+    def measured(flags: StageTableFlags) -> Json:
+        nonlocal failed
+        document = measure(flags)
+        failed = not all(check["holds"] for check in document.get("checks", ()))
+        return document
+
+    return run_bench("bench", __doc__, StageTableFlags, measured, args) or int(failed)
 
 
 if __name__ == "__main__":

@@ -80,14 +80,12 @@ class Ratio(NamedTuple):
 def measure(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int = 1,
     report: Callable[[int, int], None] | None = None, seconds_of: Callable[[Any], float] | None = None,
-    until: float = math.inf,
 ) -> dict[str, Timing]:  # fmt: skip
     """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each.
 
     A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same
     one. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls that time a part
-    of themselves. `until`, a time of `clock`, ends the rounds after the MIN_ROUNDS-th. Raises ValueError without
-    calls or rounds.
+    of themselves. Raises ValueError without calls or rounds.
     """
     if not calls or rounds < 1:
         raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")
@@ -97,8 +95,6 @@ def measure(
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
-        if done >= MIN_ROUNDS and clock() > until:
-            break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
             begin = clock()

@@ -1,18 +1,23 @@
-"""Checks that an accelerator computes what a CPU computes, and that no request there feels another or changes a weight."""
+"""Checks that a device computes what a CPU computes, and that no request there affects another or changes a weight."""
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.cli import Json, describe_error, print_table, progress
+from bench.models import random_model
+from engine.device import device_name
 from engine.inference.decode import complete, prefill, prepare_params
 from engine.inference.request import Request
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import make_cache
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, preset
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
@@ -33,6 +38,48 @@ class Check(NamedTuple):
     @property
     def holds(self) -> bool:
         return self.difference <= self.limit  # False for NaN too
+
+
+def measure_checks() -> Json:
+    """Runs every check on JAX's device beside the processor, prints the table, and returns the document."""
+    checks = list(all_checks())
+    number = "{:.2g}".format
+    rows = [(check.name, number(check.difference), number(check.limit), "" if check.holds else "FAILS") for check in checks]
+    print_table(f"{device_name()} beside the processor", ("check", "apart", "at most", ""), rows)
+    document = {"device": device_name(), "jax": jax.__version__}
+    return document | {"checks": [check._asdict() | {"holds": check.holds} for check in checks]}
+
+
+def checked_models() -> dict[str, ModelConfig]:
+    """Returns two small models that together have most of what a model can: q/k norm, shared key heads, heads tied and not."""
+    small = dataclasses.replace(preset("smollm2-135m"), layers=2, vocab=4096, context=1024)
+    return {"nano": preset("nano"), "two layers of smollm2": small}
+
+
+def all_checks() -> Iterator[Check]:
+    """Yields every check, on JAX's device beside the processor; one that cannot run fails, with the reason as its name."""
+    device, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    for name, plain in checked_models().items():
+        params = random_model(name, plain).params
+        progress(f"checking {name} beside the processor")
+        for dtype in TOLERANCES:
+            cfg = dataclasses.replace(plain, dtype=dtype)  # type: ignore[arg-type]
+            arguments = cfg, params, device, cpu
+            # Greedy tokens in float32, where no two logits are nearly alike.
+            inference_checks = [functools.partial(check_greedy, *arguments)]
+            if dtype == "bfloat16":
+                inference_checks = [
+                    functools.partial(check_prefill, *arguments),
+                    functools.partial(checks_of_serving, cfg, params),
+                ]
+            groups: list[Callable[[], Iterable[Check]]] = [functools.partial(checks_of_training, *arguments), *inference_checks]
+            # A GPU would multiply float32 with 10 bits (TF32); other types have no other precision.
+            with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+                for group in groups:
+                    try:
+                        yield from (check._replace(name=f"{name}: {check.name}") for check in group())
+                    except Exception as error:
+                        yield Check(f"{name}, {dtype}: {describe_error(error)[:120]}", 1.0, 0.0)
 
 
 def checks_of_training(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterator[Check]:

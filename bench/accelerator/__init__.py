@@ -1,1 +1,0 @@
-"""Checks and measures a GPU or TPU in one command."""

@@ -1,0 +1,63 @@
+"""The checks of a device beside the processor: that they see what is wrong."""
+
+import jax
+from tiny import lively_params, tiny_config
+
+from bench import checks
+from bench.__main__ import main
+from engine.inference.slots import Slots
+
+
+def test_a_check_that_raises_fails(monkeypatch):
+    def broken(*_):
+        yield checks.Check("loss", 0.0, 1.0)
+        raise KeyError("embed")
+
+    for name in ("checks_of_training", "check_prefill", "checks_of_serving", "check_greedy"):
+        monkeypatch.setattr(checks, name, broken)
+    found = [(check.name, check.holds) for check in checks.all_checks()]
+    assert found[:2] == [("nano: loss", True), ("nano, float32: KeyError: 'embed'", False)]
+    assert len(found) == 20
+
+
+def test_a_failed_check_is_printed_and_is_exit_code_1(monkeypatch, capsys):
+    """The device here is the processor itself: enough for the command's way."""
+    for difference, code in ((0.0, 0), (2.0, 1)):
+        monkeypatch.setattr(checks, "all_checks", lambda difference=difference: [checks.Check("loss", difference, 1.0)])
+        assert main(["--checks"]) == code
+        assert ("FAILS" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_device_that_computes_something_else_is_seen(monkeypatch):
+    """The processor's numbers come second: those of one leaf are moved by a thousandth of the largest."""
+    monkeypatch.setattr(checks, "TOKENS", 16)
+    cfg, cpu, on, calls = tiny_config(), jax.devices("cpu")[0], checks._on, []
+    assert all(check.holds for check in checks.checks_of_training(cfg, lively_params(cfg), cpu, cpu))
+
+    def moved(*arguments):
+        loss, gradient = on(*arguments)
+        calls.append(loss)
+        embed = gradient["embed"]
+        return loss, gradient | {"embed": embed + 1e-3 * abs(embed).max() * (len(calls) % 2)}
+
+    monkeypatch.setattr(checks, "_on", moved)
+    holds = [check.holds for check in checks.checks_of_training(cfg, lively_params(cfg), cpu, cpu)]
+    assert holds == [True, False, True, False], "losses hold, gradients do not, packed or not"
+
+
+def test_a_slot_that_feels_its_neighbours_is_seen(monkeypatch):
+    monkeypatch.setattr(checks, "TOKENS", 64)
+    cfg = tiny_config()
+    assert all(check.holds for check in checks.checks_of_serving(cfg, lively_params(cfg)))
+    step = Slots.step
+
+    def felt(self):
+        crowded = self.running > 4
+        return [e._replace(tokens=[t + crowded for t in e.tokens]) for e in step(self)]
+
+    monkeypatch.setattr(Slots, "step", felt)
+    assert [check.holds for check in checks.checks_of_serving(cfg, lively_params(cfg))] == [False, True]
+
+
+def test_a_number_that_is_none_does_not_hold():
+    assert not checks.Check("loss", float("nan"), 1.0).holds
