@@ -62,7 +62,8 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
-    `limit`: positions that may be computed for now, whole chunks; a sequence that has come so far is held.
+    `limit`: positions that may be computed for now, whole chunks. A sequence of more tokens is held: it is not admitted, and
+    one that grew so long loses its slot to the next that is not held.
     """
 
     def __init__(self, slots: int, speculate: bool) -> None:
@@ -82,22 +83,30 @@ class Scheduler:
 
     @property
     def has_step(self) -> bool:
-        """Whether `admit` or `schedule` has anything to do: not while every sequence is held or waits for a slot."""
-        return bool(self.waiting and (self.free or self.copies)) or any(self._not_held())
+        """Whether `admit` or `schedule` has anything to do: not while every sequence is held."""
+        return bool(self.prefilling or self._next_waiting()) or not all(map(self.is_held, self.decoding))
 
     def submit(self, request: Request, ticket: int = 0) -> Sequence:
         """Queues a request behind those of the same or a lower ticket."""
         self._submitted += 1
         sequence = Sequence(self._submitted, request, ticket)
-        bisect.insort(self.waiting, sequence, key=lambda other: other.ticket)
+        bisect.insort(self.waiting, sequence, key=lambda other: other.order)
         return sequence
 
     def admit(self) -> list[Sequence]:
-        """Gives free slots to waiting sequences, in their order, and returns these."""
+        """Gives free slots, and those of held sequences, to waiting ones in their order, and returns these."""
         admitted = []
-        while self.waiting and (self.free or self.copies):
+        while sequence := self._next_waiting():
             self._free_copies()
-            sequence = self.waiting.popleft()
+            held = [] if self.free else list(filter(self.is_held, self.decoding))
+            if not (self.free or held):
+                break
+            if held:
+                last = max(held, key=lambda other: other.order)
+                self.finish(last)
+                last.restart()
+                bisect.insort(self.waiting, last, key=lambda other: other.order)
+            self.waiting.remove(sequence)
             sequence.slot = self.free.pop(0)
             (self.prefilling if sequence.to_prefill else self.decoding).append(sequence)
             admitted.append(sequence)
@@ -105,7 +114,7 @@ class Scheduler:
 
     def schedule(self) -> Prefill | Decode | None:
         """Chooses the next step, or None; prefill and decode take turns when there is work for both."""
-        prefilling, decoding = self._not_held()
+        prefilling, decoding = self.prefilling, [sequence for sequence in self.decoding if not self.is_held(sequence)]
         # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
         if prefilling and not (decoding and self._last_was_prefill):
             self._last_was_prefill = True
@@ -161,15 +170,18 @@ class Scheduler:
                 return True
         return False
 
-    def _not_held(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Returns the sequences that prefill and that decode below the limit."""
-        prefilling = [sequence for sequence in self.prefilling if sequence.prefilled_tokens < self.limit]
-        return prefilling, [sequence for sequence in self.decoding if sequence.position < self.limit]
+    def is_held(self, sequence: Sequence) -> bool:
+        """Whether a sequence has more tokens than can be computed for now."""
+        return sequence.length > self.limit
+
+    def _next_waiting(self) -> Sequence | None:
+        """Returns the first sequence in the queue that is not held."""
+        return next((sequence for sequence in self.waiting if not self.is_held(sequence)), None)
 
     def _draft_tokens(self) -> list[int] | None:
         """Returns draft tokens for a lone sequence, at most as many as rows are free to check them; None when it has none to
         expect: it is not alone, or checking them has not paid lately."""
-        if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
+        if not self.speculate or len(self.decoding) > 1 or self.prefilling or self._next_waiting():
             return None
         (sequence,) = self.decoding
         room = min(sequence.remaining, self.limit - sequence.position)

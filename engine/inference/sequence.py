@@ -16,6 +16,7 @@ class Sequence:
 
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `clean_positions`
     of its slot, from the first on, hold nothing of another text. `drafter` is made when draft tokens are first asked for.
+    `to_repeat`: tokens of the output that it had sent before it lost its slot, and has to generate again.
     """
 
     id: int
@@ -28,6 +29,17 @@ class Sequence:
     clean_positions: int = 0
     output_tokens: list[int] = dataclasses.field(default_factory=list)
     drafter: Drafter | None = None
+    to_repeat: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its rank in the queue: the lowest is served first."""
+        return self.ticket, self.id
+
+    @property
+    def length(self) -> int:
+        """Tokens of its text so far, those to be generated again too."""
+        return len(self.request.prompt) + len(self.output_tokens) + self.to_repeat
 
     @property
     def to_prefill(self) -> int:
@@ -52,6 +64,12 @@ class Sequence:
     def reach(self) -> int:
         """The most positions of its slot that may be written, by the last dispatch's surplus too."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
+
+    def restart(self) -> None:
+        """Gives its slot up. In another one it computes its text again, which has the same bits."""
+        self.to_repeat += len(self.output_tokens)
+        self.slot, self.prefilled_tokens, self.cached_tokens, self.clean_positions = -1, 0, 0, 0
+        self.output_tokens, self.drafter = [], None
 
     def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
         """Returns the tokens to prefill of the chunk that comes next, or is begun, and how many of them are there already."""

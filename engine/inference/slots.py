@@ -6,9 +6,9 @@
     while slots.busy:
         for event in slots.step(): ...
 
-The scheduler decides what a step does; this file does it on the device. No request is preempted. A completion depends on
-its request alone, to the bit: chunks of prompts begin at fixed positions, all rows decode in one program and do not see one
-another, and keys come from the request's own seed and positions.
+The scheduler decides what a step does; this file does it on the device. A request is preempted only while it is held, see
+`Slots.warm`. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows decode
+in one program and do not see one another, and keys come from the request's own seed and positions.
 """
 
 import sys
@@ -129,9 +129,18 @@ class Slots:
         return self.scheduler.submit(request, ticket).id
 
     def place(self, ticket: int) -> int:
-        """Returns the place in the queue of the requests with this ticket: 1 is served next, 0 when none waits for a slot."""
-        waiting = {sequence.ticket for sequence in tuple(self.scheduler.waiting)}
+        """Returns the place in the queue of the requests with this ticket: 1 is served next, 0 when none waits for a slot.
+
+        Those in `held_tickets` wait for something else.
+        """
+        waiting = {sequence.ticket for sequence in tuple(self.scheduler.waiting)} - self.held_tickets
         return sum(other <= ticket for other in waiting) if ticket in waiting else 0
+
+    @property
+    def held_tickets(self) -> set[int]:
+        """Tickets of requests that wait for the programs for longer texts, see `warm`."""
+        scheduler = self.scheduler
+        return {sequence.ticket for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
 
     def cancel(self, id: int) -> bool:
         """Drops a request, without an event. False when there is none of that id."""
@@ -170,7 +179,7 @@ class Slots:
         """Compiles every program and runs each once with no row in use; then nothing is compiled any more. Sets `tails_agree`.
 
         `ahead` and `report`, of the programs for short texts, as `SlotState.warm` has them. Those for longer ones can be left
-        to `load_long_programs`: texts that get so long are held until then. Raises ValueError while there are requests.
+        to `load_long_programs`: texts that get so long are held until then, without a slot if others want it. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")
@@ -225,7 +234,7 @@ class Slots:
                     self._cache(sequence, tokens, stop)
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
             self.scheduler.record_prefill(sequence, count)
-            if not cached or not sequence.to_prefill or sequence.prefilled_tokens >= self.scheduler.limit:
+            if not cached or not sequence.to_prefill:
                 return
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
@@ -295,7 +304,8 @@ class Slots:
         # As NumPy arrays: indexing a JAX array would compile a program.
         fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])
         sampled = sampled._replace(**dict(zip(sampled._fields, fetched)))
-        return [self._event(sequence, batch, sampled) for sequence in batch.sequences]
+        events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
+        return [event for event in events if event.tokens or event.finish_reason]
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: programs.SampledTokens) -> Event:
         """Appends to a sequence the tokens sampled for it, as far as they count."""
@@ -303,11 +313,13 @@ class Slots:
         places = [(step, row) for row in rows for step in range(batch.steps)]
         values = (int(sampled.token[place]) if sampled.finite[place] else None for place in places)
         tokens, reason = sequence.accept(values, batch.drafts)
+        repeated = min(len(tokens), sequence.to_repeat)
+        sequence.to_repeat -= repeated
         count = sequence.request.sampling.logprobs
         logprobs = []
-        for place in places[: len(tokens)] if count is not None else ():
+        for place in places[repeated : len(tokens)] if count is not None else ():
             top = (array[place][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
             logprobs.append(LogProb(int(sampled.token[place]), float(sampled.logprob[place]), tuple(zip(*top))))
         if reason:
             self.scheduler.finish(sequence)
-        return Event(sequence.id, tokens, reason, logprobs, sequence.cached_tokens)
+        return Event(sequence.id, tokens[repeated:], reason, logprobs, sequence.cached_tokens)

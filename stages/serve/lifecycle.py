@@ -16,6 +16,7 @@ from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.serve import server
 from stages.serve.engine_config import REMEDY, CompileAhead
+from stages.serve.engine_thread import IDLE_SECONDS, EngineThread
 from stages.serve.state import ServerState
 
 
@@ -48,10 +49,12 @@ async def serve(
     console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
     with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):
         failing = asyncio.create_task(changed.wait())
+        reporting = asyncio.create_task(report_long_programs(engine, console))
         await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
         http.should_exit = True
         await serving
         failing.cancel()
+        reporting.cancel()
         engine.stop()
         now = digest(engine.slots.params)
         same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
@@ -77,6 +80,20 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
     if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
         raise _explained(error)
+
+
+async def report_long_programs(engine: EngineThread, console: Console) -> None:
+    """Prints that a text waits for the programs for longer texts, once, and when these are there."""
+    state, is_reported = engine.slots.state, False
+    if state.limit >= state.positions:
+        return
+    while not engine.has_long_programs:
+        if engine.slots.held_tickets and not is_reported:
+            is_reported = True
+            console.print(f"A text of more than {state.limit} tokens waits: its programs are still being compiled.")
+        await asyncio.sleep(IDLE_SECONDS)
+    since = duration(time.perf_counter() - process_start())
+    console.print(f"The programs for texts of more than {state.limit} tokens are there too, after {since}.")
 
 
 def _explained(error: BaseException) -> BaseException:

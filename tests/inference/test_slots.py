@@ -96,16 +96,22 @@ def test_what_counts_as_a_short_text_changes_no_bit(dtype, speculate):
 
 @EVERY_DTYPE
 def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
-    """A long prompt twice, whose first half then comes from the prefix cache, and texts that grow long."""
+    """Long prompts, and one with penalties that grows long, gives its only slot to a short text and is computed again."""
     slots = make_slots(dtype, prefix_cache_bytes=10**6)
     slots.warm(long_programs=False)
-    requests = [request_of(text(1, 50), 9, seed=3), request_of(text(1, 50), 9, seed=4), request_of(text(4, 30), 20, seed=5)]
+    slots.scheduler.free = [2]
+    requests = [request_of(text(1, 50), 9, seed=3), request_of(text(1, 50), 9, seed=4)]
+    requests.append(request_of(text(4, 30), 20, seed=5, logprobs=3, presence_penalty=0.5, logit_bias={3: 2.0}))
     requests.append(request_of(text(6, 5), 8, temperature=0.0))
     log = Log(slots)
-    ids = [log.submit(request) for request in requests]
+    ids = [log.submit(request) for request in requests[:3]]
     while slots.scheduler.has_step:
         log.step()
-    assert (list(log.finished), slots.running, slots.state.has_long_programs) == (ids[3:], 3, False)
+    assert (log.finished, slots.running, [len(log.events[id]) > 0 for id in ids]) == ({}, 1, [False, False, True])
+    ids.append(log.submit(requests[3]))
+    while slots.scheduler.has_step:
+        log.step()
+    assert (list(log.finished), slots.running, slots.waiting, slots.state.has_long_programs) == (ids[3:], 0, 3, False)
     slots.cancel(ids.pop(1)), requests.pop(1)
     slots.load_long_programs()
     log.drain()

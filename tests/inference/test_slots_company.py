@@ -25,9 +25,11 @@ class Company(RuleBasedStateMachine):
     ids = Bundle("ids")
     dtype = "float32"
 
-    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), options=st.sampled_from(SPECULATION))
-    def begin(self, cache: int, options: dict[str, Any]) -> None:
+    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), options=st.sampled_from(SPECULATION), holds=st.booleans())
+    def begin(self, cache: int, options: dict[str, Any], holds: bool) -> None:
         self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, **options)
+        if holds:  # as `warm` does that leaves the programs for longer texts out
+            self.slots.scheduler.limit = self.slots.state.limit
         self.slots.tails_agree = True  # as test_slots finds
         self.log, self.cancelled = Log(self.slots), set()
 
@@ -55,6 +57,11 @@ class Company(RuleBasedStateMachine):
         for _ in range(count):
             self.log.step()
 
+    @precondition(lambda self: self.slots.scheduler.limit < CAPACITY)
+    @rule()
+    def load_long_programs(self) -> None:
+        self.slots.load_long_programs()
+
     @precondition(lambda self: len(self.slots.scheduler.free) > 0)
     @rule(rubbish=st.sampled_from([np.nan, np.inf, -np.inf]))
     def spoil(self, rubbish: float) -> None:
@@ -71,6 +78,10 @@ class Company(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "slots"):
             return
+        while self.slots.scheduler.has_step:
+            self.log.step()
+        assert bool(self.slots.held_tickets) == self.slots.busy
+        self.slots.load_long_programs()
         self.log.drain()
         scheduler = self.slots.scheduler
         assert (self.slots.used_positions, scheduler.copies, sorted(scheduler.free)) == (0, [], [*range(SLOTS)])

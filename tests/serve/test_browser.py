@@ -98,16 +98,69 @@ def test_an_error_keeps_what_had_come_and_can_be_tried_again(visit):
     assert visit.texts(".note") == ["Set aside: the model does not see the turn above."]
 
 
-def test_a_refusal_shows_the_servers_sentence(visit):
+def test_a_refusal_shows_the_servers_sentence_once(visit, tiny_server, monkeypatch):
     visit.listen()
-    visit.paste("word " * 4000)
-    visit.ask("")
-    counts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", visit.text(".error"))]
-    assert int(visit.text("#context").split(" of ")[1].replace(",", "")) in counts
+    monkeypatch.setattr(tiny_server.state.admission, "limit", 0)
+    visit.ask("Hello.")
+    assert "no more are taken in" in visit.text(".error")
+    assert visit.text(".error").count("Try again in") == 1
+    monkeypatch.undo()
     visit.set("max_tokens", "3")
     visit.ask("Another.")
     assert [message["content"] for message in visit.requests()[-1]["messages"]] == ["Another."]
     assert "ended by the limit of tokens" in visit.text(".figures")
+
+
+def test_a_message_too_long_by_itself_is_refused_at_once_and_nothing_is_lost(visit):
+    """Nothing is sent or set aside, and what was typed stays, over a reload too; so also where a question is edited."""
+    visit.listen()
+    visit.ask("Hello.")
+    field, long = visit.chrome.find_element("id", "ask"), "word " * 4000
+    refused = lambda: re.search(r"[\d,]+ tokens are too many for this model: at most 149 leave room", visit.text("#alert"))
+    visit.paste(long)
+    visit.type("!", Keys.ENTER)
+    visit.until(refused)
+    assert field.get_attribute("value") == f"{long}!"
+    visit.reload()
+    field = visit.chrome.find_element("id", "ask")
+    assert field.get_attribute("value") == f"{long}!"
+    visit.listen()
+    field.clear()
+
+    visit.click(".edit")
+    edited = visit.chrome.switch_to.active_element
+    visit.chrome.execute_script("arguments[0].value = arguments[1]", edited, long)
+    edited.send_keys(Keys.ENTER)
+    visit.until(refused)
+    assert edited.get_attribute("value") == long
+    edited.send_keys(Keys.ESCAPE)
+    assert (len(visit.texts("article")), visit.texts(".note"), visit.requests()) == (2, [], [])
+    visit.type("More.")
+    assert visit.text("#alert") == ""
+    visit.ask("")
+    assert len(visit.requests()[0]["messages"]) == 3
+    assert field.get_attribute("value") == ""
+
+
+def test_a_conversation_that_was_closed_can_be_brought_back(visit):
+    visit.listen()
+    visit.ask("Hello.")
+    part = visit.partly(LONG)
+    before = visit.texts("article.user .text")
+    visit.click("#new")
+    visit.line.pace = 0
+    assert (visit.texts("article"), visit.answering) == ([], False)
+    visit.click("#undo button")
+    assert visit.texts("article.user .text") == before
+    assert visit.text("article.assistant .text").startswith(part.split("\n")[0])
+    assert visit.text(".figures").startswith("stopped")
+    assert visit.focus == "ask"
+    visit.set("max_tokens", "3")
+    visit.ask("And then?")
+    assert len(visit.requests()[-1]["messages"]) == 5
+    visit.click("#new")
+    visit.reload()
+    assert not visit.chrome.find_element("id", "undo").is_displayed()
 
 
 def test_settings_are_sent_and_a_wrong_one_is_not(visit):

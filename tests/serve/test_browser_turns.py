@@ -138,7 +138,7 @@ def test_an_answer_goes_on_after_a_cut(visit):
 
 
 def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
-    monkeypatch.setattr(generation, "PLACE_SECONDS", 0.02)
+    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.02)
     step, go = tiny_server.slots.step, threading.Event()
     monkeypatch.setattr(tiny_server.slots, "step", lambda: step() if go.is_set() else time.sleep(0.01) or [])
 
@@ -151,13 +151,13 @@ def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
     visit.until(lambda: tiny_server.slots.waiting == 3)
     visit.type(MORE, Keys.ENTER)
     try:
-        visit.until(lambda: visit.text(".place") == "Number 4 in the queue")
-        assert visit.text("#status") == visit.text(".place")
+        visit.until(lambda: visit.text(".wait") == "Number 4 in the queue")
+        assert visit.text("#status") == visit.text(".wait")
     finally:
         go.set()
     visit.finished()
     asking.join()
-    assert visit.texts(".place") == []
+    assert visit.texts(".wait") == []
 
 
 def test_the_focus_is_never_lost(visit):

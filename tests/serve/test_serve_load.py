@@ -147,7 +147,7 @@ def test_retry_after_is_the_time_in_which_the_queue_empties():
 
 def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monkeypatch):
     """In comments, which clients leave out. A request that wants several answers is one in the queue."""
-    monkeypatch.setattr(generation, "PLACE_SECONDS", 0.002)
+    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.002)
     slowed(0.1)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)

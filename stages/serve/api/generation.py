@@ -25,7 +25,7 @@ from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
-PLACE_SECONDS = 0.5  # between looks at the place in the queue
+WAIT_SECONDS = 0.5  # between looks at what a request waits for
 SEND_SECONDS = 60.0  # for a client to read what it was sent
 
 STREAM_HEADERS = [
@@ -77,27 +77,37 @@ class Generation:
             listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
             choice.cancel = state.engine.submit(choice.request, ticket, listener)
 
-    async def pieces(self) -> AsyncIterator[Piece | int]:
-        """Yields the pieces of all completions as they come. Before the first one: the place in the queue, 0 for none, whenever
-        it changes. And the place after KEEP_ALIVE_SECONDS of silence.
+    async def pieces(self) -> AsyncIterator[Piece | str]:
+        """Yields the pieces of all completions as they come. In between: what the request waits for, whenever that changes and
+        after KEEP_ALIVE_SECONDS of silence.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
-        place, waits, last = 0, True, time.monotonic()
+        engine, wait, last = self._state.engine, "waiting", time.monotonic()
+        is_first = True
         while self._unfinished:
             try:
-                item = await asyncio.wait_for(self._events.get(), PLACE_SECONDS if waits else KEEP_ALIVE_SECONDS)
+                seconds = WAIT_SECONDS if is_first or not engine.has_long_programs else KEEP_ALIVE_SECONDS
+                item = await asyncio.wait_for(self._events.get(), seconds)
             except TimeoutError:
-                before, place = place, self._state.engine.slots.place(self._ticket) if waits else 0
-                if place != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
+                before, wait = wait, self._wait()
+                if wait != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
                     last = time.monotonic()
-                    yield place
+                    yield wait
                 continue
             if item is None:
                 raise ClientGone
-            waits, last = False, time.monotonic()
+            is_first, wait, last = False, "waiting", time.monotonic()
             if item[0] in self._unfinished:
                 yield self._piece(*item)
+
+    def _wait(self) -> str:
+        """Returns what the request waits for: programs, others before it, or its turn in the engine."""
+        slots = self._state.engine.slots
+        if self._ticket in slots.held_tickets:
+            return "waiting for the programs for long texts"
+        place = slots.place(self._ticket)
+        return f"place {place} in the queue" if place else "waiting"
 
     async def collect(self) -> list[Piece]:
         """Returns one piece for each completion, with all of it. Raises as `pieces`."""
@@ -207,9 +217,9 @@ class Writer:
         return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else msgspec.UNSET)
 
     async def chunks(self, generation: Generation) -> AsyncIterator[Any]:
-        """Yields the chunks of a stream, and places in the queue as `Generation.pieces`."""
+        """Yields the chunks of a stream, and what it waits for as `Generation.pieces`."""
         async for piece in generation.pieces():
-            if isinstance(piece, int):
+            if isinstance(piece, str):
                 yield piece
             else:
                 for choice in self.chunk_choices(piece):
@@ -219,7 +229,7 @@ class Writer:
 
 
 async def send_events(writer: Writer, generation: Generation, _: Scope, receive: Receive, send: Send) -> None:
-    """Responds with server-sent events: chunks (a comment for a place in the queue), then `[DONE]`.
+    """Responds with server-sent events: chunks (comments say what it waits for), then `[DONE]`.
 
     Ends when the client reads no more.
     """
@@ -234,8 +244,7 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async for chunk in writer.chunks(generation):
-                    comment = f": place {chunk} in the queue" if chunk else ": waiting"
-                    await write(comment.encode() if isinstance(chunk, int) else b"data: " + msgspec.json.encode(chunk))
+                    await write(f": {chunk}".encode() if isinstance(chunk, str) else b"data: " + msgspec.json.encode(chunk))
             except (ClientGone, OSError):
                 raise
             except Exception as error:

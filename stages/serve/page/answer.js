@@ -15,9 +15,17 @@ function isReady() {
   return false;
 }
 
-// Sends a question, in place of the turn `edited`, if any. Returns false when no answer can begin now.
-function send(text, edited = null) {
+// Sends a question, in place of the turn `edited`, if any. Returns false when no answer can begin: nothing has changed then.
+async function send(text, edited = null) {
   if (!text.trim() || !isReady()) return false;
+  if (3 * text.length > server.context) {  // a character is hardly ever more than 3 tokens
+    const stop = running = new AbortController();
+    const problem = await lengthProblem({messages: history([{role: 'user', text}])}, stop.signal);
+    if (running !== stop) return false;
+    running = null;
+    warn('length', problem);
+    if (problem || stop.signal.aborted) return false;
+  }
   if (edited) setAside(turns.slice(turns.indexOf(edited)));
   // After a question that got no answer another one would be the second in a row, which templates refuse.
   const active = activeTurns();
@@ -51,14 +59,13 @@ async function streamAnswer(before, cut = null) {
     setBusy(turn, true);
   });
   scrollToEnd();
-  const request = () => ({
-    model: server.model, messages: history(), ...(cut && {add_generation_prompt: false, continue_final_message: true}),
+  const request = (sent) => ({
+    model: server.model, messages: history(sent), ...(cut && {add_generation_prompt: false, continue_final_message: true}),
   });
-  const prompt = await makeRoom(turn, request, stop.signal);
-  turn.prompt = Math.max(0, prompt - earlier);
-  drawFigures();
-  save();
   try {
+    turn.prompt = Math.max(0, await makeRoom(turn, request, stop.signal) - earlier);
+    drawFigures();
+    save();
     const reply = await post('/v1/chat/completions', {
       ...request(), stream: true, stream_options: {include_usage: true},
       temperature: settings.temperature.valueAsNumber, top_p: settings.top_p.valueAsNumber,
@@ -77,7 +84,7 @@ async function streamAnswer(before, cut = null) {
   running = null;
   spent += performance.now() - clock.began;
   show(turn);
-  showPlace(turn, 0);
+  showWait(turn);
   keepFocus(() => setBusy(turn, false));
   if (clock.answered) await setFigures(turn, before, earlier);
   drawFoot(turn);
@@ -88,11 +95,24 @@ async function streamAnswer(before, cut = null) {
   await checkWeights();
 }
 
-// Returns the tokens of the prompt. Where they leave too little for an answer, sets the oldest turns aside first.
+// Returns why messages cannot be answered even without those before them; empty if they can.
+async function lengthProblem(request, signal) {
+  const tokens = await countTokens(request, signal);
+  return tokens < server.context ? '' : `${plural(tokens, 'token')} are too many for this model: at most `
+    + `${count(server.context - 1)} leave room for an answer. Nothing was sent.`;
+}
+
+// Returns the tokens of the prompt. Where they leave too little for an answer, sets the oldest turns aside first; throws, and
+// sets none aside, when that would not be enough.
 async function makeRoom(turn, request, signal) {
   let prompt = await countTokens(request(), signal);
   const most = server.context - Math.min(settings.max_tokens.valueAsNumber, server.context / 4);
   turn.forgot = 0;
+  if (prompt > most) {
+    const active = activeTurns();
+    const problem = await lengthProblem(request(active.slice(active.findLastIndex((each) => each.role === 'user'))), signal);
+    if (problem) throw new Error(problem);
+  }
   for (let full = prompt > most; full && prompt > most * SPARE;) {
     const active = activeTurns();
     const next = active.findIndex((each, place) => place && each.role === 'user');
@@ -105,7 +125,7 @@ async function makeRoom(turn, request, signal) {
 }
 
 function addChunk(turn, event) {
-  if (event.place !== undefined) showPlace(turn, event.place);
+  if (event.wait) showWait(turn, event.wait);
   if (event.error) throw new Error(event.error.message);
   const choice = event.choices?.[0];
   turn.usage = event.usage ?? turn.usage;
@@ -117,8 +137,8 @@ function addChunk(turn, event) {
   if (!turn.clock.first) {
     turn.clock.first = turn.clock.last;
     turn.wait = turn.clock.first - turn.clock.began;
-    showPlace(turn, 0);
   }
+  showWait(turn);
   turn.frame ??= requestAnimationFrame(() => {
     turn.frame = null;
     const atEnd = isAtEnd();

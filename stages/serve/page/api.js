@@ -10,10 +10,11 @@ const post = (path, body, signal) => fetch(at(path), {
 async function reason(reply) {
   const body = await reply.json().catch(() => null);
   const wait = reply.headers.get('Retry-After');
-  return (body?.error?.message ?? `The server answered ${reply.status}.`) + (wait ? ` Try again in ${wait} s.` : '');
+  const message = body?.error?.message ?? `The server answered ${reply.status}.`;
+  return wait && !message.includes('Try again') ? `${message} Try again in ${wait} s.` : message;
 }
 
-// Yields the JSON of each server-sent event, up to [DONE]; {place} for a comment: in the queue, or 0.
+// Yields the JSON of each server-sent event, up to [DONE]; {wait} for a comment, which says what an answer waits for.
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (let partial = ''; ;) {
@@ -22,8 +23,7 @@ async function* events(stream) {
     const lines = (partial + value).split(/\r?\n/);
     partial = lines.pop();
     for (const line of lines) {
-      const waits = /^: (?:place (\d+) in the queue|waiting)$/.exec(line);
-      if (waits) yield {place: Number(waits[1] ?? 0)};
+      if (line.startsWith(': ')) yield {wait: line.slice(2)};
       if (!line.startsWith('data:')) continue;
       if (line.slice(5).trim() === '[DONE]') return;
       yield JSON.parse(line.slice(5));

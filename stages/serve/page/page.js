@@ -8,6 +8,7 @@ const TRIES = [
 ];
 const narrow = matchMedia('(max-width: 62rem)');
 const warnings = {};
+let closed = null;  // the conversation before this one
 const isAtEnd = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 60;
 const scrollToEnd = () => { $('scroll').scrollTop = $('scroll').scrollHeight; };
 const fitHeight = (field) => {
@@ -31,12 +32,14 @@ function setBusy(turn, isBusy) {
   if (isBusy) $('status').textContent = 'Answering';
 }
 
-// Shows the place of a request that waits in the queue; `place` is 0 when it does not wait.
-function showPlace(turn, place) {
-  turn.node.querySelector('.place')?.remove();
-  if (!place) return;
-  const text = place === 1 ? 'Next in the queue' : `Number ${count(place)} in the queue`;
-  turn.body.after(make('p', {className: 'place'}, text));
+// Shows what an answer waits for, as the server's comment says it: `place 3 in the queue`, `waiting for ...`; else nothing.
+function showWait(turn, wait = '') {
+  turn.node.querySelector('.wait')?.remove();
+  const place = Number(/^place (\d+)/.exec(wait)?.[1] ?? 0);
+  const text = place > 1 ? `Number ${count(place)} in the queue` : place ? 'Next in the queue'
+    : /^waiting for/.test(wait) ? `W${wait.slice(1)}, which are loaded once after a start` : '';
+  if (!text) return;
+  turn.body.after(make('p', {className: 'wait'}, text));
   $('status').textContent = text;
 }
 
@@ -53,16 +56,33 @@ function showSettings(open) {
   $('open').ariaExpanded = open;
 }
 
+// Empties the page; until something is sent, the conversation before can be brought back from this tab's memory.
 function newConversation() {
   running?.abort();
   running = null;
-  turns = [];
-  spent = 0;
-  $('log').replaceChildren();
-  $('empty').hidden = false;
-  $('send').hidden = false;
-  $('stop').hidden = true;
-  $('status').textContent = 'New conversation';
+  const last = turns.at(-1);
+  if (last) {
+    setBusy(last, false);
+    showWait(last);
+    closed = {turns, spent, nodes: [...$('log').childNodes]};
+  }
+  $('undo').hidden = !closed;
+  showConversation({turns: [], spent: 0, nodes: []}, 'New conversation');
+}
+
+function undo() {
+  const before = closed;
+  closed = null;
+  showConversation(before, 'The conversation is back');
+  drawFeet();
+  scrollToEnd();
+}
+
+function showConversation(shown, status) {
+  ({turns, spent} = shown);
+  $('log').replaceChildren(...shown.nodes);
+  $('empty').hidden = turns.length > 0;
+  $('status').textContent = status;
   if (narrow.matches) showSettings(false);
   drawFigures();
   save();
@@ -71,6 +91,8 @@ function newConversation() {
 
 async function connect() {
   try {
+    const health = await fetch(at('/health'));
+    if (!health.ok) throw new Error(`It is ${(await health.json()).status}.`);
     const reply = await fetch(at('/v1/models'));
     if (!reply.ok) throw new Error(await reason(reply));
     const [model] = (await reply.json()).data;
@@ -100,11 +122,10 @@ function submitOnEnter(event) {
 }
 
 for (const text of TRIES) $('tries').append(makeButton(text, '', () => send(text)));
-$('form').onsubmit = (event) => {
+$('form').onsubmit = async (event) => {
   event.preventDefault();
-  if (!send($('ask').value)) return;
-  $('ask').value = '';
-  fitHeight($('ask'));
+  const text = $('ask').value;
+  if (await send(text)) setDraft($('ask').value.replace(text, ''));  // more may have been typed meanwhile
 };
 $('settings').onsubmit = (event) => event.preventDefault();
 $('settings').oninput = () => {
@@ -113,11 +134,15 @@ $('settings').oninput = () => {
 };
 $('stop').onclick = () => running?.abort();
 $('new').onclick = newConversation;
+$('undo').lastElementChild.onclick = undo;
 $('open').onclick = () => {
   showSettings(!document.body.classList.contains('open'));
   save();
 };
-$('ask').oninput = () => fitHeight($('ask'));
+$('ask').oninput = () => {
+  warn('length', '');
+  setDraft($('ask').value);
+};
 $('ask').onkeydown = submitOnEnter;
 document.onkeydown = (event) => {
   if (event.key !== 'Escape') return;

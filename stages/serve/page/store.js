@@ -19,6 +19,15 @@ function save() {
   }
 }
 
+// Keeps what is typed but not sent, over a reload of this tab.
+function setDraft(text) {
+  $('ask').value = text;
+  fitHeight($('ask'));
+  try {
+    sessionStorage.setItem(`${KEY} draft`, text);
+  } catch {}  // `save` says so
+}
+
 // Draws what was kept. An answer that was under way then has been stopped by it.
 function restore() {
   let kept = null;
@@ -26,12 +35,10 @@ function restore() {
     kept = JSON.parse(sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY));
     for (const [name, value] of Object.entries(kept?.settings ?? {})) settings[name].value = value;
     for (const {role, text, ...rest} of kept?.turns ?? []) addTurn(role, String(text), rest);
+    setDraft(sessionStorage.getItem(`${KEY} draft`) ?? '');
   } catch {}  // turned off, or not ours
   spent = Number(kept?.spent) || 0;
-  for (const turn of turns.filter(({role}) => role === 'assistant')) {
-    if (!turn.error) turn.finish ??= 'stopped';
-    drawFoot(turn);
-  }
+  drawFeet();
   setAside(turns.filter((turn) => turn.aside));
   showSettings(!narrow.matches && !kept?.folded);
   scrollToEnd();

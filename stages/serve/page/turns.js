@@ -10,10 +10,10 @@ let turns = [];  // {role, text, aside, ...}
 const activeTurns = () => turns.filter((turn) => !turn.aside);
 const contextTokens = () => activeTurns().reduce((sum, turn) => turn.prompt ? turn.prompt + (turn.tokens ?? 0) : sum, 0);
 
-function history() {
+function history(sent = activeTurns()) {
   const system = settings.system.value.trim();
-  const sent = activeTurns().filter((turn) => turn.text);
-  return [...(system ? [{role: 'system', content: system}] : []), ...sent.map(({role, text}) => ({role, content: text}))];
+  const turns = sent.filter((turn) => turn.text).map(({role, text}) => ({role, content: text}));
+  return [...(system ? [{role: 'system', content: system}] : []), ...turns];
 }
 
 function addTurn(role, text, rest = {}) {
@@ -82,6 +82,14 @@ function drawFoot(turn) {
   );
 }
 
+// Draws below each answer of a conversation that is shown again. One that was under way has been stopped.
+function drawFeet() {
+  for (const turn of turns.filter(({role}) => role === 'assistant')) {
+    if (!turn.error) turn.finish ??= 'stopped';
+    drawFoot(turn);
+  }
+}
+
 // Replaces a question by a field to edit it; sending it sets the turns from there on aside.
 function edit(turn) {
   const field = make('textarea', {value: turn.text, dir: 'auto', ariaLabel: 'Your message', oninput: () => fitHeight(field)});
@@ -94,7 +102,7 @@ function edit(turn) {
     if (!field.value.trim()) return;
     running?.abort();
     await ended;
-    if (form.isConnected && send(field.value, turn)) keepFocus(leave);
+    if (form.isConnected && await send(field.value, turn)) keepFocus(leave);
   }}, field, makeButton('Cancel', '', leave), make('button', {className: 'go'}, 'Send'));
   field.onkeydown = (event) => {
     submitOnEnter(event);
