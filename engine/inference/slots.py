@@ -179,7 +179,8 @@ class Slots:
         """Compiles every program and runs each once with no row in use; then nothing is compiled any more. Sets `tails_agree`.
 
         `ahead` and `report`, of the programs for short texts, as `SlotState.warm` has them. Those for longer ones can be left
-        to `load_long_programs`: texts that get so long are held until then, without a slot if others want it. Raises ValueError while there are requests.
+        to `load_long_programs`: texts that get so long are held until then, without a slot if others want it. Raises
+        ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for slots without requests")

@@ -44,7 +44,7 @@ class Model:
 
 
 def check_slots(scheduler: Scheduler) -> None:
-    """Every slot is one sequence's, a copy of a lone one's, or free; sequences are admitted in their order, but for held ones."""
+    """Every slot is one sequence's, a copy of a lone one's, or free; sequences are admitted in order, but for held ones."""
     owned = [sequence.slot for sequence in scheduler.running]
     assert sorted([*owned, *scheduler.free, *scheduler.copies]) == list(range(scheduler.slots))
     assert not scheduler.copies or len(owned) == 1

@@ -306,7 +306,7 @@ def test_each_block_has_the_direction_of_its_script(visit):
 def test_it_fits_its_screen(visit, width):
     size = {"width": width, "height": 760, "deviceScaleFactor": 1, "mobile": width < 500}
     visit.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    visit.ask("A" * 200)
+    visit.ask("A" * 100)
     visit.chrome.execute_script(
         REPLACE, f"```\n{'wide ' * 100}\n```\n\n- {'B' * 200}\n\n|{'a|' * 40}\n|{'-|' * 40}" + "\n\nx" * 40
     )

@@ -76,7 +76,7 @@ def test_it_asks_for_nothing_outside_itself(own, html, tree):
     assert [link for link in links if not str(link).startswith("data:image/svg+xml,")] == []
     assert not re.search(r"@import|url\(|\bimport\(|//cdn", own)
     routes = set(re.findall(r"(?:at|post)\('([^']+)'", own))
-    assert routes == {"/v1/chat/completions", "/v1/models", "/v1/attestation", "/tokenize"}
+    assert routes == {"/v1/chat/completions", "/v1/models", "/v1/attestation", "/tokenize", "/health"}
 
 
 def test_the_policy_allows_exactly_the_parts_inside_it(html):
