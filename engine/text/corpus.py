@@ -1,8 +1,10 @@
 """Reads the documents of text files, folders, JSON lines and parquet; and holds a part of them out for validation."""
 
 import dataclasses
+import functools
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def read_corpus(path: Path) -> Corpus[str]:
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path} is empty; there is nothing to learn from.")
     return Corpus(str(path), lambda: _documents(path, files))
+
+
+@functools.cache
+def _ignored() -> dict[int, None]:
+    return {code: None for code in range(0x10000) if unicodedata.category(chr(code))[0] in "PZC"}
+
+
+def normalize(text: str) -> str:
+    """Returns a text without case, white space, punctuation and control characters: copies of a text have the same."""
+    return text.casefold().translate(_ignored()) or text
 
 
 def hold_out(corpus: Corpus[str], fraction: float = 0.05) -> tuple[Corpus[str], Corpus[str]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,13 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _values(path: Path) -> Iterator[tuple[Any, str]]:
     text = decode_utf8(path.read_bytes(), path)
-    decoder, at, line = json.JSONDecoder(), 0, 1
+    decoder, at, line, places = json.JSONDecoder(), 0, 1, Counter[int]()
     beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
     while match := beginning.search(text, at):
         start = match.start()
         line += text.count("\n", at, start)
-        where = f"{path}:{line}"
+        places[line] += 1  # several may begin on a line
+        where = f"{path}:{line}" + f" (value {places[line]})" * (places[line] > 1)
         value, at = _parsed(decoder.raw_decode, text, start, where=where)
         yield value, where
         line += text.count("\n", start, at)

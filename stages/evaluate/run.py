@@ -139,8 +139,14 @@ def evaluate_conversations(
         name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
-        split = prepare_conversations(*names, objective, seq, model, chat, console)
-        examples, name, lines = split.held_out, split.held_out_name, []
+        split = prepare_conversations(*names, objective, seq, record["seed"], model, chat, console)
+        examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
+        expected = record["text"].get("validation_digest")
+        if not context and expected and digest_examples(examples) != expected:
+            raise UserError(
+                f"{name} is not what {model.name} was validated on: {names[0]} or the way it is split has changed since, and "
+                "it may have been trained on. Give conversations that it was not trained on with --data."
+            )
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
     distributed.refuse_differences({"data": digest_examples(examples)})
     begin = time.perf_counter()

@@ -15,8 +15,8 @@ class ExampleFlags:
 
     data: Annotated[str, parser(str, "DATA")] = "voice"
     """A .jsonl of messages, prompt/completion, Alpaca, ShareGPT or text; or `voice`, which comes with this project."""
-    validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else the last tenth")] = None
-    """Conversations that are never trained on."""
+    validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")] = None
+    """Conversations that are never trained on; those that are in --data too are left out."""
     general: Annotated[str, parser(str, "TEXT")] = "python"
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None

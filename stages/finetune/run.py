@@ -104,7 +104,7 @@ class FineTuning(ModelStage):
         super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan, options.mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
-            examples.data, examples.validation, tuning.objective, tuning.context, self.model, self.chat, console
+            examples.data, examples.validation, tuning.objective, tuning.context, flags.seed, self.model, self.chat, console
         )
         self.facts = {
             "learns": trainable.describe(),
@@ -133,6 +133,7 @@ class FineTuning(ModelStage):
             ("data", f"{dataset.name} ({dataset.kind}): {rows}"),
             *(("", line) for line in problems),
             ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
+            *([("", dataset.overlap)] if dataset.overlap else []),
             ("template", self.chat.template_name),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, {recipe.optimizer.learning_rate:g}"),
             ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}{too_few}"),

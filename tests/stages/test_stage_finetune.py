@@ -98,9 +98,9 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     assert f"held out   {losses['before']['held_out']:.3f} -> {losses['after']['held_out']:.3f} nats/token" in printed
     assert f"{losses['before']['general']:.3f} -> {losses['after']['general']:.3f} bits per byte" in printed
     assert f"python -m stages.chat --model {folder}" in printed
-    questions = [f"the {word}" for word in WORD[-2:]]  # all that are held out
     before, after = (losses[when]["answers"] for when in ("before", "after"))
-    assert [answer["question"] for answer in before] == questions
+    questions = [answer["question"] for answer in before]  # all that are held out
+    assert len({*questions} & {f"the {word}" for word in WORD}) == 2
     assert printed.count("[does not stop within") == sum(not answer["stops"] for answer in (*before, *after))
     for question in questions:
         assert re.search(rf"^{question}\n  \| before  .*\n(  \| .*\n)*  \| after   red \w+\.$", printed, re.M)
@@ -138,7 +138,7 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     printed = capsys.readouterr().out
     measured = float(re.findall(r"nats per token +(\S+)", printed)[0])
     assert measured == pytest.approx(result(folder)["after"]["held_out"], abs=2e-3)
-    assert "the last 2 of" in printed
+    assert f"2 of {len(WORD)} rows of {chats}, by the seed" in printed
     assert "unchanged, SHA-256" in printed
     before, after = (result(folder)[name] for name in ("before", "after"))
     assert f"{before['held_out']:.4f} nats/token on the held-out set, before fine-tuning" in printed
@@ -151,6 +151,16 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     assert f"{chats} (messages)" in printed
     assert f"{len(WORD)} of {len(WORD)} kept" in printed
     assert float(re.findall(r"nats per token +(\S+)", printed)[0]) > measured + 0.5
+
+
+def test_evaluation_refuses_a_held_out_set_that_is_another(adapted, chats, tmp_path, failing):
+    changed, run = tmp_path / "chats.jsonl", shutil.copytree(adapted[0], tmp_path / "run")
+    changed.write_text("\n".join(chats.read_text().splitlines()[1::2]))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"text": record["text"] | {"data": str(changed)}}))
+    error = failing(evaluate.main, ["--model", str(run)])
+    assert "is not what run was validated on" in error
+    assert "chats.jsonl or the way it is split has changed" in error
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_path, monkeypatch, capsys):
@@ -266,6 +276,58 @@ def test_a_dry_run_leaves_nothing(trained, chats, tmp_path, capsys):
     assert "nothing was trained" in printed
     assert re.search(r"trainable +[\d,]+ new numbers beside", printed)
     assert not folder.exists()
+
+
+def test_no_held_out_row_is_a_copy_of_a_training_row(trained, tmp_path, capsys, failing):
+    """Copies are known whatever their case, spaces and punctuation; a sorted file is not cut at its end; weights count."""
+    loud = [chat_row(f"The  {word.upper()}!", "Red sails") for word in WORD[:6]]
+    items = [chat_row(f"the {word}", "red sails.") for word in WORD] + loud
+
+    def plan(data: list[dict[str, Any]], *more: object) -> str:
+        path = rows(tmp_path / "data.jsonl", data)
+        assert finetune.main([*args(trained, path, tmp_path / "dry", "--lora", LORA, *more), "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    printed = plan(items)
+    assert f"6 of {len(items)} rows are copies of another; all copies of a row are on one side" in printed
+    assert re.search(rf"validation +3 of {len(items)} rows of \S+data\.jsonl, by the seed: 3 examples", printed)
+    other = rows(tmp_path / "other.jsonl", [items[0], *loud[:2], chat_row("the moon", "red sails.")])
+    printed = plan(items[: len(WORD)], "--validation", other)
+    assert re.search(r"3 of the 4 rows of \S+other.jsonl are in \S+data.jsonl too, 1 of them to the letter: left out", printed)
+    assert "other.jsonl: 1 examples" in printed
+    rows(other, loud[:2])
+    dry = [*args(trained, tmp_path / "data.jsonl", tmp_path / "dry", "--validation", other), "--dry-run"]
+    assert "2 of the 2 rows" in (error := failing(finetune.main, dry))
+    assert "nothing is held out. Give another --validation" in error
+    rows(tmp_path / "data.jsonl", [items[0]] * 8)
+    error = failing(finetune.main, [*args(trained, tmp_path / "data.jsonl", tmp_path / "dry"), "--dry-run"])
+    assert "has 8 usable rows, 1 of them different: too few to hold any out" in error
+
+
+def test_a_weight_of_0_is_not_trained_on_and_a_row_has_its_weight(trained, tmp_path, capsys):
+    turns = [*chat_row("the king", "went down.")["messages"], *chat_row("the queen", "red sails.")["messages"]]
+    turns[1]["weight"] = 0
+    data = [{"messages": turns, "weight": 0.5}, *(chat_row(f"the {word}", "red sails.") for word in WORD)]
+    held_out = rows(tmp_path / "held.jsonl", [chat_row("the moon", "red sails.")])
+    options = args(trained, rows(tmp_path / "data.jsonl", data), tmp_path / "run", "--lora", LORA, "--steps", 2)
+    options += ["--context", "64"]
+    assert finetune.main([*options, "--validation", str(held_out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"Assistant: went down\.<\|endoftext\|>[^\[]*\[\[ red sails", printed)
+    assert result(tmp_path / "run")["refused_steps"] == 0
+    plain = json.loads((tmp_path / "run" / "run.json").read_text())["text"]["digest"]
+    del data[0]["weight"]
+    rows(tmp_path / "data.jsonl", data)
+    assert finetune.main([*options, "--validation", str(held_out), "--overwrite"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["text"]["digest"] != plain
+
+
+def test_pairs_with_one_prompt_are_on_one_side(trained, tmp_path, capsys):
+    items = [{"prompt": f"the {word}", "chosen": f"red {n}", "rejected": "a far land."} for word in WORD[:4] for n in range(3)]
+    path = rows(tmp_path / "pairs.jsonl", items)
+    options = [*args(trained, path, tmp_path / "dry", "--lora", LORA, "--objective", "preference"), "--dry-run"]
+    assert finetune.main(options) == 0
+    assert "validation  3 of 12 rows" in capsys.readouterr().out
 
 
 BAD = [

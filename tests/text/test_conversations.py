@@ -99,6 +99,8 @@ def test_texts(tmp_path):
 def test_arrays_and_values_one_after_the_other(text, tmp_path):
     path = write(tmp_path / "data.json", text)
     assert list(read_conversations(path)) == [Text(letter, f"{path}:{line}") for letter, line in (("a", 1), ("b", 3), ("c", 4))]
+    write(path, text.replace("\n", ""))  # on one line, each has a place of its own all the same
+    assert [row.where for row in read_conversations(path)] == [f"{path}:1", f"{path}:1 (value 2)", f"{path}:1 (value 3)"]
 
 
 GOOD = {"messages": [USER, ANSWER]}
