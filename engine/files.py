@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import fcntl
+import io
 import json
 import os
 import secrets
@@ -133,13 +134,25 @@ def sync_and_drop(folder: Path) -> None:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a file to read. Raises UserError for what is no file: a pipe would be waited for, and a device has no end."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return os.fdopen(handle, "rb")
     os.close(handle)
     raise UserError(f"{path} is a folder, a pipe or a device; a file is needed.")
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Reads a file of at most `limit` bytes. Raises UserError for a larger one, and where there is none."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise UserError(f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file.")
+            return file.read(size)  # `limit` would be allocated at once
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}.") from None
 
 
 @contextlib.contextmanager

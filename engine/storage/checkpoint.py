@@ -30,6 +30,7 @@ from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished, sync_and_drop
 from engine.storage import orbax_arrays
 from engine.storage.manifest import verify, write_manifest
+from engine.storage.untrusted import read_json_object
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -161,7 +162,10 @@ def load_params(path: Path) -> LoadedCheckpoint:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    match record := read_json_object(path := checkpoint / "state.json"):
+        case {"step": int(), "prng": dict(), "state": _}:
+            return record
+    raise UserError(f"{path} is damaged: it does not say the step and the state of a run.")
 
 
 def steps(folder: Path) -> list[int]:

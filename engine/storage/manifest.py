@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
+from engine.files import open_regular, read_limited
+
 NAME = "manifest.json"
+MAX_BYTES = 16 * 2**20
 
 
 def write_manifest(folder: Path) -> None:
@@ -23,16 +27,16 @@ def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> l
     byte, as `write_manifest` writes it.
     """
     listing = folder / NAME
+    if not listing.exists():
+        return [f"{listing} is missing"]
     try:
-        data = listing.read_bytes()
+        data = read_limited(listing, MAX_BYTES)
         wanted = json.loads(data)["files"]
         if data != _render(wanted):
             raise ValueError
-    except FileNotFoundError:
-        return [f"{listing} is missing"]
     except OSError as error:
         return [f"{listing} cannot be read: {error.strerror}"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return [f"{listing} is damaged"]
 
     present = _files(folder)
@@ -48,6 +52,8 @@ def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> l
             if size != wanted[name]["bytes"]:
                 return f"{path} has {size:,} bytes instead of {wanted[name]['bytes']:,}"
             return None if _describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
+        except UserError as error:
+            return str(error)
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
@@ -66,7 +72,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -17,9 +17,8 @@ from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING,
 from engine.storage.digest import digest
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
-from engine.storage.untrusted import build_tokenizer
 from engine.text import OnProgress
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, build_tokenizer
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "

@@ -6,7 +6,6 @@ Each of several processes writes, compares and reads its own parts of an array.
 import concurrent.futures
 import errno
 import itertools
-import json
 import logging
 import operator
 import sys
@@ -21,7 +20,9 @@ import numpy as np
 from engine import distributed
 from engine.errors import UserError
 from engine.storage.digest import leaves_by_path
+from engine.storage.untrusted import read_json_object
 
+MAX_METADATA_BYTES = 64 * 2**20
 GROUP_BYTES = 2**28  # of arrays that are read at once
 TOPIC = "save"  # a thread's own, see `gather_strings`
 INNER = "orbax"  # Orbax wants to make the folder itself
@@ -157,8 +158,12 @@ def read_alone(folder: Path) -> Any:
         return {}
     import tensorstore
 
-    entries = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"].values()
-    paths = [[(key["key"], key["key_type"]) for key in entry["key_metadata"]] for entry in entries]
+    metadata = read_json_object(folder / "_METADATA", MAX_METADATA_BYTES)
+    try:
+        entries = metadata["tree_metadata"].values()
+        paths = [[(key["key"], key["key_type"]) for key in entry["key_metadata"]] for entry in entries]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / '_METADATA'} is damaged: it does not name the arrays of a checkpoint.") from None
     database = {"driver": "ocdbt", "base": f"file://{folder}/"}
     source = lambda path: {"driver": "auto", "kvstore": {**database, "path": ".".join(name for name, _ in path) + "/"}}
     opening = [tensorstore.open(source(path), read=True) for path in paths]

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.files import write_json
 from engine.format import quantity
 from engine.model.config import ModelConfig
-from engine.storage.huggingface.generation_config import read_sampling, write_sampling
+from engine.storage.huggingface.generation_config import read_eos_ids, read_sampling, write_sampling
 from engine.storage.untrusted import read_json_object
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -89,7 +89,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...], dict[str, 
     tokenizer = load_tokenizer(folder / "tokenizer")
     path = folder / "tokenizer" / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    eos_ids = dict.fromkeys((tokenizer.eos_id, *generation.get("eos_token_id", ())))
+    eos_ids = dict.fromkeys((tokenizer.eos_id, *read_eos_ids(generation.get("eos_token_id"), tokenizer.vocab, path)))
     return tokenizer, tuple(eos_ids), read_sampling(generation)
 
 

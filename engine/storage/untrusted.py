@@ -1,13 +1,14 @@
 """Reads untrusted files: checks sizes before anything is allocated, and quotes their values briefly in errors."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from engine.errors import UserError, did_you_mean
+from engine.files import read_limited
 
 MAX_QUOTED = 48  # characters of a file's value that an error repeats
 MAX_CONFIG_BYTES = 2 * 2**20
@@ -55,18 +56,6 @@ def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
         raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
 
 
-def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a file of at most `limit` bytes."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise UserError(f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file.")
-        with path.open("rb") as file:
-            return file.read(size)  # `limit` would be allocated at once
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}.") from None
-
-
 def read_text(path: Path, limit: int = MAX_CONFIG_BYTES) -> str:
     """Reads UTF-8 text of at most `limit` bytes."""
     try:
@@ -98,13 +87,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice")
         fields[name] = value
     return fields
-
-
-def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which is none) as a UserError."""
-    try:
-        return make()
-    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
-        raise
-    except BaseException as error:
-        raise UserError(f"{path} does not hold a tokenizer that can be read: {quote(str(error))}.") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files import open_regular
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -53,7 +54,7 @@ def json_type(value: Any) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[Any, str]]:
-    with path.open("rb") as lines:
+    with open_regular(path) as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
             if text := decode_utf8(line, where).strip():
@@ -61,7 +62,8 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _values(path: Path) -> Iterator[tuple[Any, str]]:
-    text = decode_utf8(path.read_bytes(), path)
+    with open_regular(path) as file:
+        text = decode_utf8(file.read(), path)
     decoder, at, line, places = json.JSONDecoder(), 0, 1, Counter[int]()
     beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
     while match := beginning.search(text, at):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files import open_regular
 
 WORKER = Path(__file__).with_name("template_worker.py")
 START_SECONDS = 60.0  # for a process to start and import, on a busy machine
@@ -28,7 +29,10 @@ Message = Mapping[str, str]  # role: system, user, assistant or tool; content: t
 def read_template(path: Path | None) -> str | None:
     """Returns the chat template in a file; None for no file. Raises UserError when it cannot be read."""
     try:
-        return None if path is None else path.read_text(encoding="utf-8")
+        if path is None:
+            return None
+        with open_regular(path) as file:
+            return file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"The template {path} cannot be read: {reason}.") from error

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import UserError
-from engine.files import atomic_file, write_json
+from engine.files import atomic_file, read_limited, write_json
 
 END = "<|endoftext|>"
+MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
+MAX_QUOTED = 60  # characters of an error of the tokenizers library
 
 # The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one sign
 # before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64 characters,
@@ -186,21 +188,30 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     source, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not source.is_file():
         raise UserError(f"No tokenizer at {source}: give a folder that holds a tokenizer.json.")
-    try:
-        inner = tokenizers.Tokenizer.from_str(source.read_bytes().decode("utf-8"))
-        decoder = _steps(json.loads(inner.to_str())["decoder"])
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{source} is damaged or not a tokenizer: {error}.") from error
+    data = read_limited(source, MAX_TOKENIZER_BYTES)
+    inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(data.decode()), source)
+    decoder = _steps(json.loads(inner.to_str())["decoder"])
     if not {"ByteLevel", "ByteFallback"} & {step["type"] for step in decoder}:
         names = ", ".join(step["type"] for step in decoder) or "nothing"
         raise UserError(f"{source} decodes with {names}; only tokenizers that know every byte are understood here.")
     try:
-        config = json.loads(beside.read_bytes()) if beside.exists() else {}
-    except ValueError as error:
+        config = json.loads(read_limited(beside, MAX_TOKENIZER_BYTES)) if beside.exists() else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{beside} is damaged: {error}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{beside} should hold one JSON object, not a {type(config).__name__}.")
-    return Tokenizer(inner, config)
+    return build_tokenizer(lambda: Tokenizer(inner, config), folder)
+
+
+def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
+    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which is none) as a UserError."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+        raise
+    except BaseException as error:
+        reason = ascii(str(error))[:MAX_QUOTED]
+        raise UserError(f"{path} does not hold a tokenizer that can be read: {reason}.") from None
 
 
 def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:

@@ -37,7 +37,9 @@ class _Terminal(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Lets this process print on, and save what it does, when the terminal it prints on is closed."""
+    """Lets this process print on, and save what it does, when the terminal is closed or lacks a character (it is escaped)."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) and stream.isatty():
             stream.flush()

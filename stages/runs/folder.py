@@ -16,7 +16,7 @@ from typing import Any
 
 from engine import distributed
 from engine.errors import UserError
-from engine.files import atomic_file, folder_lock, make_folder
+from engine.files import atomic_file, folder_lock, make_folder, open_regular
 from engine.storage.run_folder import ADAPTER, ROOT
 
 RUN_FILES = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
@@ -83,8 +83,11 @@ class MetricsLog:
             return
         lines = []
         if self._path.exists():
-            for line in self._path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half written when it was killed
+            with open_regular(self._path) as file:
+                written = file.read().splitlines()
+            for line in written:
+                # A line may be half written when a run is killed.
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     if json.loads(line)["step"] <= step:
                         lines.append(line + b"\n")
         with atomic_file(self._path) as file:

@@ -1,6 +1,7 @@
 """The commands themselves: quick help, plain output, words and flags, and the live line at any width."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -37,10 +38,20 @@ def test_every_stage_is_listed_with_what_it_does():
     assert all(line in output for line in listed.values())
 
 
+@pytest.mark.journeys
 def test_piped_output_is_plain_and_brief(text, tmp_path):
-    result = command("train", *tiny(text, tmp_path / "run", "--steps", 30), env={"COLUMNS": "40"})
+    """Also where it can hold no letter but ASCII's; and no file is for others to read where the umask says so."""
+    (french := tmp_path / "text.txt").write_text(text.read_text().replace("e", "é"), encoding="utf-8")
+    before = os.umask(0o077)
+    try:
+        ascii_only = {"COLUMNS": "40", "PYTHONIOENCODING": "ascii"}
+        result = command("train", *tiny(french, tmp_path / "run", "--steps", 30), env=ascii_only)
+    finally:
+        os.umask(before)
     assert result.returncode == 0, result.stderr
-    output = result.stdout.decode()
+    output = result.stdout.decode("ascii")
+    assert re.search(r"\\(xe9|ufffd)", output)
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "run").rglob("*")} == {0}
     assert "\x1b" not in output
     assert "\r" not in output
     assert re.search(r"compiling \.\.\. \d", output)

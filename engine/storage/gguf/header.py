@@ -14,6 +14,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.errors import UserError
+from engine.files import open_regular
 from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
 MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has
@@ -50,7 +51,7 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """Reads a file's metadata and tensor table, and no tensor."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
         if read_exactly(file, 4, path) != b"GGUF":
@@ -155,7 +156,7 @@ class _Reader:
 def read_strings(path: Path, location: ArrayLocation) -> list[str]:
     """Reads an array of strings. The caller has checked that its kind is STRING."""
     texts = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(location.offset)
         try:
             for _ in range(location.length):

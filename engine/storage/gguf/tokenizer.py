@@ -10,8 +10,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import UserError
 from engine.storage.gguf.header import STRING, ArrayLocation, Header, read_numbers, read_strings
-from engine.storage.untrusted import build_tokenizer, known_name, quote
-from engine.text.tokenizer import Tokenizer
+from engine.storage.untrusted import known_name, quote
+from engine.text.tokenizer import Tokenizer, build_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's

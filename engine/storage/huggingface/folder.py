@@ -14,13 +14,13 @@ from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import DEFAULTS, config_from, config_to
-from engine.storage.huggingface.generation_config import read_sampling, write_sampling
+from engine.storage.huggingface.generation_config import read_eos_ids, read_sampling, write_sampling
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
-from engine.storage.untrusted import build_tokenizer, quote, read_json_object, read_text
+from engine.storage.untrusted import quote, read_json_object, read_text
 from engine.text import OnProgress
+from engine.text.tokenizer import MAX_TOKENIZER_BYTES, build_tokenizer
 
-MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 TENSOR_NAMES = tensor_names("model.layers.{}.", {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
@@ -82,11 +82,7 @@ def _read_tokenizer(
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if isinstance(config.get(name), dict):
             config[name] = config[name].get("content")
-    end = generation.get("eos_token_id", fields.get("eos_token_id"))
-    eos_ids = end[:64] if isinstance(end, list) else [] if end is None else [end]
-    for token in eos_ids:
-        if type(token) is not int or not 0 <= token < vocab:
-            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
+    eos_ids = read_eos_ids(generation.get("eos_token_id", fields.get("eos_token_id")), vocab, path)
     if config.get("eos_token") is None and eos_ids:
         config["eos_token"] = tokenizer.id_to_token(eos_ids[0])
     eos = config.get("eos_token")

@@ -1,9 +1,23 @@
-"""Reads and writes the recommended sampling in a generation_config.json: its values, unchecked, by SamplingParams' names."""
+"""Reads and writes a generation_config.json: EOS ids, and the recommended sampling, unchecked, by SamplingParams' names."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
+from engine.storage.untrusted import quote
+
+MAX_EOS_IDS = 64
 NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
+    """Returns the ids in the field `eos_token_id`: null, an id, or a list of them. Raises UserError for anything else."""
+    ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab:
+            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
+    return ids
 
 
 def read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:

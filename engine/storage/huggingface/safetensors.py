@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import atomic_file, open_regular
 from engine.storage.untrusted import (
     check_adjacent,
     parse_json_object,
@@ -50,7 +50,7 @@ class StoredTensor(NamedTuple):
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Returns a file's tensors by name, and its metadata."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
         if length > MAX_HEADER:
             raise UserError(f"{path} has a header of {length:,} bytes by its own account; {MAX_HEADER:,} are read at most.")

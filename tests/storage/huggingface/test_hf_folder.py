@@ -18,7 +18,7 @@ from refusals import refusal
 
 from engine.model.paths import leaf_paths
 from engine.storage.model_loader import load_model, model_name
-from engine.storage.untrusted import build_tokenizer
+from engine.text.tokenizer import build_tokenizer
 
 
 @pytest.fixture

@@ -1,0 +1,157 @@
+"""Each file of a model or of data may be anything: nested deeply, huge, no text, a pipe, a device, a folder. All are refused
+with a sentence, at once, and nothing is waited for."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gguf_files import tiny_gguf
+from hf_folders import CONFIG, WEIGHTS, write_folder
+from tiny import lively_params, tiny_config
+from tiny_checkpoints import save
+
+from engine.files import write_json
+from engine.storage import manifest
+from engine.storage.model_loader import load_model
+from engine.storage.run_folder import save_tokenizer
+from engine.text.conversations import read_conversations
+from engine.text.corpus import read_corpus
+from engine.text.template import read_template
+from engine.text.tokenizer import byte_tokenizer
+from stages.cli.command import explain_error
+from stages.runs.folder import MetricsLog
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**42)
+
+
+def contents(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+SHAPES = {"pipe": pipe, "device": device, "folder": Path.mkdir, "huge": huge}
+DATA = {
+    "deep array": contents(b"[" * 200_000), "deep object": contents(b'{"a":' * 200_000), "no UTF-8": contents(b'{"a": "\xff"}'),
+    "empty object": contents(b"{}"), "empty": contents(b""), "null": contents(b"null"), "number": contents(b"7"),
+}  # fmt: skip
+HF = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
+RUN = (
+    "run.json", "config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+    "tokenizer/generation_config.json", "checkpoints/1/manifest.json", "checkpoints/1/state.json",
+    "checkpoints/1/params/_METADATA",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A Hugging Face folder, a run folder and a GGUF file, all small."""
+    place = tmp_path_factory.mktemp("models")
+    write_folder(place / "hf", CONFIG, WEIGHTS)
+    write_json(place / "hf" / "generation_config.json", {})
+    tokenizer = byte_tokenizer()
+    cfg = tiny_config(vocab=tokenizer.vocab)
+    write_json(place / "run" / "run.json", {"result": {}})
+    write_json(place / "run" / "config.json", cfg.to_json())
+    save_tokenizer(place / "run", tokenizer, (tokenizer.eos_id,), {})
+    save(place / "run", 1, lively_params(cfg), {}, {})
+    tiny_gguf(place / "model.gguf", kind="Q8_0")
+    for name in ("hf", "run", "model.gguf"):
+        load_model(str(place / name))
+    return place
+
+
+@pytest.fixture
+def impatient():
+    """Interrupts what waits."""
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("it waits")))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+def is_refused(read: Callable[[], object], what: str) -> None:
+    """Checks that reading ends with a sentence, or with what the file may leave out."""
+    try:
+        read()
+    except TimeoutError:
+        raise
+    except BaseException as error:
+        sentence = explain_error(error)
+        if not sentence or len(sentence) > 600:
+            raise AssertionError(f"{what}: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [*(("hf", name) for name in HF), *(("run", name) for name in RUN), ("model.gguf", "")]
+)  # fmt: skip
+def test_a_file_of_a_model(models, tmp_path, impatient, model, name):
+    for kind, make in (SHAPES | DATA).items():
+        copy = tmp_path / kind / model
+        copy.parent.mkdir()
+        (shutil.copytree if name else shutil.copy)(models / model, copy)
+        replaced(copy / name, make)
+        if kind in DATA and name.startswith("checkpoints/") and "manifest" not in name:
+            manifest.write_manifest(copy / "checkpoints" / "1")  # as someone writes it who means harm
+        is_refused(lambda copy=copy: load_model(str(copy)), f"{name} is {kind}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jinja"])
+def test_a_file_of_data(tmp_path, impatient, name):
+    for kind, make in (SHAPES | DATA).items():
+        if kind == "huge":
+            continue  # data may be as large as memory
+        make(path := tmp_path / f"{kind} {name}")
+        readers = [lambda path=path: [*read_conversations(path)], lambda path=path: [*read_corpus(path)]]
+        for read in readers if name != "a.jinja" else [lambda path=path: read_template(path)]:
+            is_refused(read, f"{name} is {kind}")
+
+
+def test_the_log_of_a_run(tmp_path, impatient):
+    for kind, make in (SHAPES | DATA).items():
+        if kind == "huge":
+            continue
+        folder = tmp_path / kind
+        folder.mkdir()
+        make(folder / "metrics.jsonl")
+        is_refused(lambda folder=folder: MetricsLog(folder, 1), kind)
+
+
+@pytest.mark.parametrize(
+    ("value", "extra"),
+    [(None, ()), (7, (7,)), ([7, 8], (7, 8)), pytest.param([[1]], None, marks=pytest.mark.journeys), ("7", None), (True, None)],
+)
+def test_the_eos_ids_of_a_run(models, tmp_path, value, extra):
+    """As in a Hugging Face folder: null, an id, or several."""
+    shutil.copytree(models / "run", tmp_path / "run")
+    write_json(tmp_path / "run" / "tokenizer" / "generation_config.json", {"eos_token_id": value})
+    command = [sys.executable, "-m", "stages.generate", "--model", tmp_path / "run", "--prompt", "a", "--max-tokens", "1"]
+    if extra is None:
+        if value == [[1]]:
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 2
+            assert result.stderr.startswith("error: ")
+            assert len(result.stderr.splitlines()) == 1
+        with pytest.raises(ValueError, match="eos_token_id should be ids below"):
+            load_model(str(tmp_path / "run"))
+        return
+    assert load_model(str(tmp_path / "run")).eos_ids == (byte_tokenizer().eos_id, *extra)
