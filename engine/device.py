@@ -6,6 +6,7 @@ This module must load without JAX, for glibc's allocator is set before JAX start
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import shutil
 import sys
@@ -65,7 +66,7 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be written or read costs only a compilation.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-    _rewrite_unreadable_entries()
+    _check_entries()
     if connect:
         connect()
     try:
@@ -85,20 +86,27 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
 
 
 @functools.cache
-def _rewrite_unreadable_entries() -> None:
-    """Makes JAX write an entry of the compilation cache also where one is. It writes only what it could not read.
+def _check_entries() -> None:
+    """Makes JAX end each entry of the compilation cache with a SHA-256, read none that is damaged, and write it again.
 
-    By itself it never does: an entry that a kill or a full disk cut short would be compiled again at each start.
+    By itself it runs what it can decompress, another program's entry too, and never writes where an entry is: one that a kill
+    or a full disk cut short would be compiled again at each start.
     """
     from jax._src.lru_cache import LRUCache
 
-    put = LRUCache.put
+    get, put = LRUCache.get, LRUCache.put
+    digest = lambda key, value: hashlib.sha256(key.encode() + value).digest()
+
+    def get_checked(cache: LRUCache, key: str) -> bytes | None:
+        entry = get(cache, key) or b""
+        value = entry[:-32]
+        return value if entry[-32:] == digest(key, value) else None
 
     def put_anew(cache: LRUCache, key: str, value: bytes) -> None:
         (cache.path / f"{key}-cache").unlink(missing_ok=True)  # who reads it now reads on
-        put(cache, key, value)
+        put(cache, key, value + digest(key, value))
 
-    LRUCache.put = put_anew  # type: ignore[method-assign, assignment]
+    LRUCache.get, LRUCache.put = get_checked, put_anew  # type: ignore[method-assign, assignment]
 
 
 def cores() -> int:

@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -121,5 +122,33 @@ def test_a_compiled_program_cut_short_is_written_again(tmp_path):
         assert size > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+def test_a_damaged_program_and_one_in_the_place_of_another_are_compiled_again(tmp_path):
+    device.start_jax()
+    before, draw = jax.config.jax_compilation_cache_dir, np.random.default_rng(0)
+    programs = jax.jit(lambda x: x + 1), jax.jit(lambda x: x + 2)
+
+    def start() -> list[Path]:
+        """Runs the programs as a new process would, and returns their entries."""
+        compilation_cache.reset_cache()
+        jax.clear_caches()
+        assert [int(program(1)) for program in programs] == [2, 3]
+        return sorted(tmp_path.iterdir())
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        first, second = start()
+        sound = first.read_bytes()
+        flips = [bytearray(sound) for _ in range(8)]
+        for data, place in zip(flips, draw.integers(0, 8 * len(sound), 8)):
+            data[place // 8] ^= 1 << place % 8
+        for damaged in (*flips, second.read_bytes(), sound[:100], b""):
+            first.write_bytes(damaged)
+            start()
+            assert first.read_bytes() != damaged
+    finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
