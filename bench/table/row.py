@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.counting.flops import Flops
-from engine.counting.hardware import clock
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.xla import XlaCost, xla_cost, xla_peak
 
@@ -34,7 +33,6 @@ class Row:
     series: str | None = None
     dtype: str = "bfloat16"  # that its products multiply: decides its ceiling
     products: Callable[[], Any] | None = None  # runs a call's products with weights alone
-    compile_seconds: float = 0.0  # or to read it from the cache of compiled programs
 
     @property
     def utilisation_of(self) -> str:
@@ -49,11 +47,9 @@ def compile_program(
 
     `static` are its first arguments; `options` are static too. `steps` are those of its loop, whose body XLA counts once.
     """
-    begin = clock()
     program = function.lower(*static, *args, **options).compile()
     cost = xla_cost(program)
     return program, {
-        "compile_seconds": clock() - begin,
         "peak_bytes": xla_peak(program),
         "walker": jaxpr_cost(functools.partial(function, *static, **options), *args) * calls,
         "xla": XlaCost(*(calls * steps * each for each in cost)),

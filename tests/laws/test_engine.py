@@ -4,6 +4,7 @@ import ast
 import fnmatch
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from source_tree import ROOT, SOURCES, Trees, imported, importers, mentions, package_of
@@ -101,3 +102,12 @@ def test_the_engine_prints_nothing():
     assert {module: lines for module, lines in engine.items() if lines} == {}
     for source in ("print(1)", "def f(): print()", "sys.stdout.write('')", "import tyro", "from rich import a", "sys.argv"):
         assert console_use(ast.parse(source)), source
+
+
+def test_every_room_of_the_engine_has_its_line_among_the_layers():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["name"].startswith("The engine from its top"))
+    rooms = tuple(room for layer in layers for room in layer.split(" | "))
+    packages = {"engine", "engine.model", "engine.model.cache", "engine.model.weights"}  # a docstring each
+    modules = {module for module in SOURCES if package_of(module) == "engine"} - packages
+    assert {module for module in modules if not f"{module}.".startswith(tuple(f"{room}." for room in rooms))} == set()
