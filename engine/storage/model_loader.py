@@ -193,7 +193,11 @@ def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:
     if not adapter.is_dir():
         command = f"The same command goes on: {record.get('command')}"
         raise UserError(f"{run} has no adapter yet: its fine-tuning was stopped. {command}")
-    base_name = record["base"]["model"]
+    match record:
+        case {"base": {"model": str(base_name)}}:
+            pass
+        case _:
+            raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
     try:
         base = load_model(base_name, on_config=on_config)
     except UserError as error:

@@ -15,6 +15,7 @@ from hf_folders import CONFIG, WEIGHTS, write_folder
 from tiny import lively_params, tiny_config
 from tiny_checkpoints import save
 
+from engine.errors import UserError
 from engine.files import write_json
 from engine.storage import manifest
 from engine.storage.model_loader import load_model
@@ -115,6 +116,15 @@ def test_a_file_of_a_model(models, tmp_path, impatient, model, name):
         is_refused(lambda copy=copy: load_model(str(copy)), f"{name} is {kind}")
 
 
+@pytest.mark.parametrize("record", [{}, {"base": 7}, {"base": {"model": None}}])
+def test_a_run_that_does_not_say_what_it_adapts(models, tmp_path, record):
+    run = shutil.copytree(models / "run", tmp_path / "run")
+    write_json(run / "run.json", {"learns": "rank=2"} | record)
+    (run / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"run\.json does not say which model it adapts"):
+        load_model(str(run))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jinja"])
 def test_a_file_of_data(tmp_path, impatient, name):
     for kind, make in (SHAPES | DATA).items():
@@ -151,7 +161,7 @@ def test_the_eos_ids_of_a_run(models, tmp_path, value, extra):
             assert result.returncode == 2
             assert result.stderr.startswith("error: ")
             assert len(result.stderr.splitlines()) == 1
-        with pytest.raises(ValueError, match="eos_token_id should be ids below"):
+        with pytest.raises(UserError, match="eos_token_id should be ids below"):
             load_model(str(tmp_path / "run"))
         return
     assert load_model(str(tmp_path / "run")).eos_ids == (byte_tokenizer().eos_id, *extra)
