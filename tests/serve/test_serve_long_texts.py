@@ -90,7 +90,7 @@ def test_a_long_text_at_the_start_says_what_it_waits_for_and_a_short_one_is_answ
         browser.get(line.address)
         visit = Visit.__new__(Visit)
         visit.chrome, visit.line = browser, line
-        visit.until(lambda: visit.text("#alert") == "The server is not ready. It is warming. Trying again…", 60)
+        visit.until(lambda: visit.text("#alert") == "The server is not ready. Its state: warming. Trying again…", 60)
         server.read_to("Ctrl-C")
 
         grows, long = Streamed(server.url, 505, 40), Streamed(server.url, 600, 8)

@@ -39,7 +39,9 @@ function showWait(turn, wait = '') {
   const text = place > 1 ? `Number ${count(place)} in the queue` : place ? 'Next in the queue'
     : /^waiting for/.test(wait) ? `W${wait.slice(1)}, which are loaded once after a start` : '';
   if (!text) return;
+  const atEnd = isAtEnd();
   turn.body.after(make('p', {className: 'wait'}, text));
+  if (atEnd) scrollToEnd();
   $('status').textContent = text;
 }
 
@@ -92,7 +94,7 @@ function showConversation(shown, status) {
 async function connect() {
   try {
     const health = await fetch(at('/health'));
-    if (!health.ok) throw new Error(`It is ${(await health.json()).status}.`);
+    if (!health.ok) throw new Error(`Its state: ${(await health.json()).status}.`);
     const reply = await fetch(at('/v1/models'));
     if (!reply.ok) throw new Error(await reason(reply));
     const [model] = (await reply.json()).data;
