@@ -1,20 +1,43 @@
-"""Admission control: replies 429 when slots and queue are full. Decided by counting, before any other work."""
+"""Admission control: replies 429 when slots and queue are full, and holds places for who comes again as it was told."""
 
 import itertools
+from typing import NamedTuple
 
 from stages.serve.errors import ApiError
+
+LATE_SECONDS = 2.0  # that a client may come later than Retry-After said
+MAX_REFUSALS = 256  # that are remembered, each for at most 62 seconds
+
+
+class Sender(NamedTuple):
+    """Tells a request that comes again from others, by nothing of its text.
+
+    `port`: of the client's connection, which it may keep. `group`: its address, the namespace of its key, and its size.
+    """
+
+    port: int
+    group: tuple[str, str, int]
+
+
+class Refusal(NamedTuple):
+    """When a refused request may come again, and whether it stands in line: not if it came sooner than it was told."""
+
+    due: float
+    in_line: bool
 
 
 class Admission:
     """Counts the requests in slots and in the queue, and refuses all once `draining` is set.
 
-    A request takes one place, however many completions it asks for: a large one is let in as easily as a small one. Also
-    counts the bytes of all request bodies that are not decoded yet.
+    A request takes one place, however many completions it asks for: a large one is let in as easily as a small one. Refused
+    requests stand in line, in the order of their first refusal, and places are held for the first of them: half the queue's,
+    so that slots are never empty for it. Also counts the bytes of all request bodies that are not decoded yet.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
-        self.slots, self.limit = slots, slots + queue
+        self.limit, self.held = slots + queue, (queue + 1) // 2
         self.reserved = 0
+        self._refused: dict[Sender, Refusal] = {}
         self.draining = False
         self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
         self._tickets = itertools.count(1)
@@ -25,17 +48,35 @@ class Admission:
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 
-    def check(self) -> None:
-        """Raises ApiError when no more requests are admitted."""
-        self.check_open()
-        if self.reserved >= self.limit:
-            wait = min(60, max(1, round(self._seconds * max(1, self.reserved - self.slots))))
-            message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
+    def check(self, sender: Sender, now: float) -> Sender:
+        """Raises ApiError unless a place is free beside those held for others. Returns who in the line comes again.
 
-    def reserve(self) -> int:
-        """Takes a place, until `release`. Returns its ticket: the lowest is served first. Raises ApiError."""
-        self.check()
+        That is the sender itself on the same connection, else the first of its group whose time has come.
+        """
+        self.check_open()
+        refused = self._refused = {each: last for each, last in self._refused.items() if now <= last.due + LATE_SECONDS}
+        line = [each for each, last in refused.items() if last.in_line]
+        early = sender in refused and now < refused[sender].due
+        again = [each for each in line if each.group == sender.group and refused[each].due <= now]
+        if early and not refused[sender].in_line:
+            again = []  # those are others' places
+        own = again[0] if again and sender not in again else sender
+        ahead, free = line.index(own) if again else len(line), self.limit - self.reserved
+        if free > min(ahead, self.held):
+            return own
+        wait = min(60, max(1 + ahead // max(1, self.held), round(self._seconds * (ahead + 1 - free))))
+        if not again and not early:
+            refused.pop(own, None)  # to the end of the line
+        mates = sum(each.group == own.group for each in line)
+        if own in refused or (len(refused) < MAX_REFUSALS and mates < max(1, self.held)):
+            refused[own] = Refusal(now + wait, bool(again) or not early)
+        message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
+        raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
+
+    def reserve(self, sender: Sender, now: float) -> int:
+        """Takes a place, until `release`. Returns its ticket: the lowest is served first. Raises ApiError as `check`."""
+        own = self.check(sender, now)
+        self._refused.pop(own, None)
         self.reserved += 1
         return next(self._tickets)
 

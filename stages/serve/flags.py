@@ -58,7 +58,7 @@ class ServeFlags:
     slots: Annotated[int, parser(integer(1, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
-    """Requests that may wait; more get a 429 with the time to try again."""
+    """Requests that may wait; more get a 429 with the time to try again. Half of these places are held for who keeps to it."""
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")] = None
     """Tokens of prompt and completion together."""
     weights: Annotated[str | None, one_of(*DTYPES), default("int8 on a CPU, else bfloat16")] = None

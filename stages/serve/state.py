@@ -70,11 +70,11 @@ class ServerState:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_ready(self) -> None:
-        """Raises ApiError while no completion can be admitted: 503 when not ready, failed or draining, 429 when full."""
+        """Raises ApiError (503) while no completion can be admitted: when not ready, failed or draining."""
         messages = {"warming": "The server is not ready yet.", "failed": "The engine has failed."}
         if message := messages.get(status := self.status):
             raise ApiError(503, message, code=status, headers={"Retry-After": "2"})
-        self.admission.check()
+        self.admission.check_open()
 
     @property
     def status(self) -> Status:

@@ -15,10 +15,9 @@ from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, 
 
 from engine.inference.sequence import Sequence
 from stages.serve import state, tokenizer_pool
-from stages.serve.admission import Admission
 from stages.serve.api import generation
+from stages.serve.api.body import INLINE_BYTES
 from stages.serve.api.generation import Generation
-from stages.serve.errors import ApiError
 
 LONG = 130  # tokens
 
@@ -126,23 +125,12 @@ def test_one_request_too_many_gets_a_429_at_once(client, tiny_server):
     assert sorted(durations)[30] < 0.1  # seconds
 
 
-def test_a_429_comes_before_the_body_is_read(tiny_server, monkeypatch):
+def test_a_429_comes_before_a_large_body_is_read(tiny_server, monkeypatch):
     monkeypatch.setattr(tiny_server.state.admission, "reserved", SLOTS + QUEUE)
     for path in ("/v1/completions", "/v1/chat/completions"):
         with tiny_server.connect() as connection:
-            connection.sendall(post_head(path, 99))
+            connection.sendall(post_head(path, INLINE_BYTES + 1))
             assert connection.recv(1000).startswith(b"HTTP/1.1 429 ")
-
-
-def test_retry_after_is_the_time_in_which_the_queue_empties():
-    admission = Admission(2, 32)
-    for _ in range(34):
-        admission.reserve()
-    for _ in range(60):
-        admission.record(17.0)  # seconds, of which a request waits 16: two are answered in each
-    with pytest.raises(ApiError) as caught:
-        admission.check()
-    assert caught.value.headers == {"Retry-After": "16"}
 
 
 def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monkeypatch):

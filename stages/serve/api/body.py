@@ -107,9 +107,14 @@ def _check_headers(http: Request) -> None:
         raise ApiError(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")
     if http.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError(415, "The body must not be compressed: send it without a Content-Encoding.")
-    length = http.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BYTES:
+    if content_length(http) > MAX_BYTES:
         raise _too_large()
+
+
+def content_length(http: Request) -> int:
+    """Returns the announced bytes of the body; 0 when they are not."""
+    length = http.headers.get("content-length", "")
+    return int(length[:20]) if length.isdecimal() else 0
 
 
 def _too_large() -> ApiError:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from engine.inference.request import LogProb
 from stages.serve.api import replies
 from stages.serve.api.body import read_body
-from stages.serve.api.generation import Generation, Piece, Writer, generate
+from stages.serve.api.generation import Generation, Piece, Writer, check_ready, generate
 from stages.serve.api.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
@@ -17,7 +17,7 @@ from stages.serve.tokenizer_pool import token_text
 
 async def chat_completions(state: ServerState, http: Request) -> Any:
     """Writes the assistant's next turn, `n` times."""
-    state.check_ready()
+    check_ready(state, http)
     body = await read_body(state, http, ChatRequest)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
@@ -101,7 +101,7 @@ class ChatWriter(Writer):
 
 async def completions(state: ServerState, http: Request) -> Any:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
-    state.check_ready()
+    check_ready(state, http)
     body = await read_body(state, http, CompletionRequest)
     prompts: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     kinds = {type(prompt) for prompt in prompts}

@@ -18,6 +18,8 @@ from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check_request
 from engine.inference.sampling_params import SEEDS
 from engine.inference.stop_strings import CompletionText
+from stages.serve.admission import Sender
+from stages.serve.api.body import INLINE_BYTES, content_length
 from stages.serve.api.replies import CachedTokens, DefaultSampling, Reason, Usage
 from stages.serve.api.requests import MAX_COMPLETIONS, CompletionFields
 from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
@@ -252,6 +254,21 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
             await write(b"data: [DONE]", more=False)
 
 
+def check_ready(state: ServerState, http: starlette.requests.Request) -> None:
+    """Raises ApiError while no completion can be admitted: 503 when not ready, 429 for a large body when places are taken.
+
+    That of a small one waits until its number of completions is known.
+    """
+    state.check_ready()
+    if content_length(http) > INLINE_BYTES:
+        state.admission.check(_sender(http, 0), time.monotonic())
+
+
+def _sender(http: starlette.requests.Request, choices: int) -> Sender:
+    (address, port), length = http.client or ("", 0), content_length(http)
+    return Sender(port, (address, http.state.namespace, length if length > INLINE_BYTES else choices))
+
+
 async def generate(
     state: ServerState, http: starlette.requests.Request, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
     *, max_tokens: int | None, logprobs: int | None, stop_token_ids: frozenset[int],
@@ -267,7 +284,7 @@ async def generate(
     if writer.choices > MAX_COMPLETIONS:
         message = f"prompts times n are {writer.choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
         raise ApiError(400, message, param="n")
-    ticket = state.admission.reserve()
+    ticket = state.admission.reserve(_sender(http, writer.choices), time.monotonic())
     try:
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
