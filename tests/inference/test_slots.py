@@ -34,7 +34,9 @@ from engine.inference.slots import Slots, compile_ahead
 from engine.inference.speculation import Drafter
 from engine.model.transformer import forward
 
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
+EVERY_DTYPE = pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=[pytest.mark.night] * (dtype == "bfloat16")) for dtype in DTYPES]
+)
 forward_ = jax.jit(forward, static_argnums=0)
 
 
