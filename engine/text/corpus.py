@@ -1,5 +1,6 @@
 """Reads the documents of text files, folders, JSON lines and parquet; and holds a part of them out for validation."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -11,7 +12,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.text.jsonl import check_text, decode_utf8, read_rows
 
-FORMATS = "a .txt or .md file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
+FORMATS = "a text file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,27 +25,47 @@ class Corpus[T]:
     name: str
     read: Callable[[], Iterator[T]]
     kind: str = "text"
+    note: str = ""  # which files of a folder were skipped
 
     def __iter__(self) -> Iterator[T]:
         return self.read()
 
 
 def read_corpus(path: Path) -> Corpus[str]:
-    """Opens the documents at `path`: a .txt or .md file (one document), .jsonl or .parquet (one a row), or a folder.
+    """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
 
-    A folder is read recursively in sorted order, without hidden and binary files. Text is kept as it is, line ends too;
-    empty documents are left out. Raises UserError for a missing or empty path and for a kind that cannot be read.
+    A folder is read recursively in sorted order, without hidden files; its files that are not text are skipped, which `note`
+    says. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and
+    for a file that is not text.
     """
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
-    files = [file for file in sorted(path.rglob("*")) if _is_text(file, path)] if path.is_dir() else [path]
+    found = [path]
+    if path.is_dir():
+        hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and not hidden(file)]
+    files = [file for file in found if file.suffix.lower() in (".txt", ".md", *READERS) or is_text(file)]
+    kinds = collections.Counter(file.suffix or "without an ending" for file in found if file not in set(files))
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    if not files and path.is_dir():
+        raise UserError(f"The folder {path} holds no text files{f', only others: {counts}' * bool(counts)}.")
     if not files:
-        raise UserError(f"The folder {path} holds no text files.")
-    if not path.is_dir() and path.suffix.lower() not in (".txt", ".md", *READERS):
-        raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMATS}.")
+        raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path} is empty; there is nothing to learn from.")
-    return Corpus(str(path), lambda: _documents(path, files))
+    skipped = f"Skipped {sum(kinds.values())} of {len(found)} files in {path}: not UTF-8 text ({counts})."
+    return Corpus(str(path), lambda: _documents(path, files), note=skipped * bool(kinds))
+
+
+def is_text(file: Path) -> bool:
+    """Returns whether all of a file is UTF-8 without a zero byte; True for one that cannot be read, which reading explains."""
+    try:
+        with file.open(encoding="utf-8") as opened:
+            return not any("\0" in block for block in iter(lambda: opened.read(2**20), ""))
+    except UnicodeDecodeError:
+        return False
+    except OSError:
+        return True
 
 
 @functools.cache
@@ -106,16 +127,6 @@ def _documents(path: Path, files: list[Path]) -> Iterator[str]:
             raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     if not any_text:
         raise UserError(f"{path} is empty; there is nothing to learn from.")
-
-
-def _is_text(file: Path, root: Path) -> bool:
-    if not file.is_file() or any(part.startswith(".") for part in file.relative_to(root).parts):
-        return False
-    try:
-        with file.open("rb") as opened:
-            return file.suffix.lower() in READERS or b"\0" not in opened.read(8192)
-    except OSError:
-        return True  # reading it will say what is wrong
 
 
 def _read_text(file: Path) -> Iterator[str]:

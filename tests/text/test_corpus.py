@@ -16,7 +16,7 @@ def corpus_of(documents: list[str]) -> Corpus[str]:
     return Corpus("a corpus", lambda: iter(documents))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT", "a.py", "Makefile"])
 def test_a_file_is_one_document_kept_as_it_is(tmp_path, name):
     (tmp_path / name).write_bytes("\ufeffone\r\ntwo  \n\nGröße\n".encode())
     corpus = read_corpus(tmp_path / name)
@@ -24,7 +24,7 @@ def test_a_file_is_one_document_kept_as_it_is(tmp_path, name):
     assert list(corpus) == list(read_corpus(tmp_path / name))  # again
 
 
-def test_a_folder_is_read_in_sorted_order_without_hidden_and_binary_files(tmp_path):
+def test_a_folder_is_read_in_sorted_order_without_what_is_hidden_or_not_text(tmp_path):
     for name, data in {
         "b.txt": b"second",
         "a/z.py": b"first",
@@ -33,11 +33,16 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_binary_files(tmp_pa
         ".git/config": b"hidden",
         ".hidden": b"hidden",
         "image.png": b"\x89PNG\0\0\xff",
+        "photo.jpg": b"\xff\xd8\xff\xe1",
+        "photo2.jpg": b"text at first " * 1000 + b"\xff\xd8",
+        "core": b"text\0",
         "e": b"fifth",
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    assert list(read_corpus(tmp_path)) == ["first", "second", "third", "fourth", "fifth"]
+    corpus = read_corpus(tmp_path)
+    assert list(corpus) == ["first", "second", "third", "fourth", "fifth"]
+    assert corpus.note == f"Skipped 4 of 9 files in {tmp_path}: not UTF-8 text (2 .jpg, 1 without an ending, 1 .png)."
 
 
 def test_json_lines(tmp_path):
@@ -78,12 +83,12 @@ def test_bytes_that_are_not_text_are_named(tmp_path):
 
 
 def test_missing_empty_and_unknown(tmp_path):
-    with pytest.raises(UserError, match=r"no text at .*missing\.txt; wanted a \.txt"):
+    with pytest.raises(UserError, match=r"no text at .*missing\.txt; wanted a text file"):
         read_corpus(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="holds no text files"):
         read_corpus(tmp_path)
     for name, data, words in (
-        ("a.docx", b"PK", r"cannot be read \(\.docx\); wanted"),
+        ("a.docx", b"PK\3\4\0", r"a\.docx is not UTF-8 text; wanted"),
         ("a.txt", b"", r"a\.txt is empty"), ("a.jsonl", b'\n{"text": ""}\n', r"a\.jsonl is empty"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(data)

@@ -39,13 +39,13 @@ class TextData:
 def find_sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
     """Returns the training and the validation text; None for the latter when it is to be cut from a .bin."""
     check_text_name(data)
-    held_out = _source(validation) if validation else None
+    held_out = _source(validation, console) if validation else None
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
             files = assets.fetch(data, report)
         train = dataclasses.replace(read_corpus(files["train"]), name=data)
         return train, held_out or dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
-    source = _source(Path(data))
+    source = _source(Path(data), console)
     return (source, held_out) if held_out or isinstance(source, Path) else hold_out(source, HELD_OUT)
 
 
@@ -64,11 +64,15 @@ def evaluation_source(data: str, console: Console) -> Source:
         held_out = find_sources(data, None, console)[1]
         assert held_out is not None
         return held_out
-    return _source(Path(data))
+    return _source(Path(data), console)
 
 
-def _source(path: Path) -> Source:
-    return path if path.suffix.lower() == ".bin" else read_corpus(path)
+def _source(path: Path, console: Console) -> Source:
+    if path.suffix.lower() == ".bin":
+        return path
+    corpus = read_corpus(path)
+    console.print_notes([corpus.note] if corpus.note else [])
+    return corpus
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
