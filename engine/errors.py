@@ -22,8 +22,9 @@ class InvalidField(UserError):
 
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """Returns ` Did you mean 'demo'?`, with the closest of the known names, or an empty string."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    """Returns ` Did you mean 'demo'?`, with the known name that `name` misspells or begins, or an empty string."""
+    beginnings = [full for full in known if name and full.startswith(name)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or beginnings
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -175,15 +175,17 @@ def _make_tokenizer(stored: StoredModel, path: Path) -> Tokenizer:
 
 def check_loads(written: Path, path: Path) -> None:
     """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises UserError as `load_model`."""
+    to_gguf = path.suffix == ".gguf"
+    remedy = "A Hugging Face folder may hold it." * to_gguf
     try:
         stored = _open(written)
         _make_tokenizer(stored, written)
+        remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."  # of weights, which are rounded
         for leaf in stored.leaves:
             read_leaf(stored, leaf, stored.cfg.dtype)
     except UserError as error:
         sentence = str(error).replace(str(written), str(path))
-        remedy = f"Another --dtype{', or a Hugging Face folder,' * (path.suffix == '.gguf')} may hold it."
-        raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}") from None
+        raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()) from None
 
 
 def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:

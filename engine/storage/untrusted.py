@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from engine.errors import UserError, did_you_mean
+from engine.errors import UserError
 from engine.files import read_limited
 
 MAX_QUOTED = 48  # characters of a file's value that an error repeats
@@ -24,8 +24,8 @@ def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str
     """Returns a file's value if it is one of the `known` names. Raises UserError, which calls it `what`, if not."""
     if isinstance(value, str) and value in known:
         return value
-    close = did_you_mean(str(value), list(known))
-    raise UserError(f"{path}: {what} {quote(value)} is not known here; {', '.join(known)} are.{close}")
+    # Without a hint: a program wrote the value, so `qwen2_moe` is no misspelling of qwen2.
+    raise UserError(f"{path}: {what} {quote(value)} is not known here; {', '.join(known)} are.")
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:

@@ -107,7 +107,10 @@ def _read_scaling(header: Header, theta: float) -> RopeScaling | None:
     for scaling in KNOWN_SCALINGS:
         if np.allclose(rope_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
             return scaling
-    raise UserError(f"{header.path}: {FREQUENCIES} is none of the scalings that Llama 3.1 and 3.2 were published with.")
+    raise UserError(
+        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings that Llama 3.1 and 3.2 were published with. A GGUF file "
+        "does not say how it was made; the model's Hugging Face folder does, in config.json."
+    )
 
 
 def metadata_of(cfg: ModelConfig) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def scaled(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma2"}, ["model_type", "'gemma2'", "llama, mistral, qwen2, qwen3"]),
-        ({"model_type": "qwen"}, ["Did you mean 'qwen"]),
+        ({"model_type": "gemma"}, ["model_type 'gemma' is not known here; llama, mistral, qwen2, qwen3 are."]),
+        ({"model_type": "qwen2_moe"}, ["model_type 'qwen2_moe' is not known here; llama, mistral, qwen2, qwen3 are."]),
         ({"model_type": ["llama"]}, ["model_type"]),
         ({"model_type": None}, ["model_type None"]),
         ({"logit_softcapping": 30.0}, ["'logit_softcapping'", "not known here"]),
