@@ -3,7 +3,7 @@
     python -m bench                                one model, one run, about two minutes on two cores
     python -m bench --out report                   a minute more: report.html, with pictures, and stages.svg and .md
     python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
-    python -m bench --quick --json                 fewer rounds; nothing but the JSON document on stdout
+    python -m bench --quick --json                 fewer rounds; nothing but a line of JSON on stdout
     python -m bench --checks                       the device beside the processor: same numbers, no request affects another
     python -m bench --list                         the other measurements
 
@@ -42,10 +42,8 @@ class StageTableFlags:
     """Seconds the whole may take, compiling included; rounds are added while they fit."""
     quick: bool = False
     """The fewest rounds that a verdict needs."""
-    json: bool = False
-    """Print nothing but the JSON document."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
-    """A folder for report.html, its first figure as stages.svg, and stages.md."""
+    """A folder for report.html, its first figure as stages.svg, stages.md, and bench.json."""
     checks: bool = False
     """Hold the device's numbers against the processor's instead; exit code 1 when one is too far off."""
     list: bool = False
@@ -81,8 +79,7 @@ def measure(flags: StageTableFlags) -> Json:
         from bench.anatomy.measure import anatomy
 
         document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
-    if not flags.json:
-        print_stages(document)
+    print_stages(document)
     if flags.out:
         print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
     return document
@@ -130,7 +127,7 @@ def measurements() -> dict[str, str]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Prints the JSON document as the last line; returns 0, 1 if a check fails, or 2 after an error that a person can mend."""
+    """Measures, prints, and returns 0, 1 if a check fails, or 2 after an error that a person can mend."""
     failed = False
 
     def measured(flags: StageTableFlags) -> Json:

@@ -1,9 +1,10 @@
-"""Runs the command line of every measurement: flags in, JSON as the last line out, errors in a sentence.
+"""Runs the command line of every measurement: flags in, tables or JSON out, errors in a sentence.
 
 A measurement imports JAX after its flags are parsed, and rich for its tables: --help needs neither, and the allocator is set
 before JAX starts. Shapes of a model and its batch are written LAYERSxWIDTHxTOKENSxBATCH.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,12 +12,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
 from engine.errors import UserError
-from engine.files import write_problem
+from engine.files import atomic_file, write_problem
 
 Json = dict[str, Any]  # a JSON object
 PIPED_WIDTH = 140  # of a pipe: the widest table fits
@@ -38,19 +39,26 @@ def run_bench[Flags](
     name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], Json],
     args: Sequence[str] | None = None,
 ) -> int:  # fmt: skip
-    """Parses flags, prints what `measure` returns as JSON, last on stdout; returns 0, or 2 after a UserError or OSError.
+    """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
-    Such an error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's.
-    `name` follows `python -m`.
+    The document that `measure` returns goes into the folder of --out, as NAME.json; with --json it is printed as a line on
+    stdout, and all else on stderr. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for
+    the command line's. `name` follows `python -m`.
     """
     try:
         options = tyro.cli(
-            flags, prog=f"python -m {name}", description=about, args=args,
+            _with_json(flags), prog=f"python -m {name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-        document = measure(options)
-        print(json.dumps(document), flush=True)
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            document = json.dumps(measure(options))
+        out = getattr(options, "out", None)
+        if out and out.is_dir():
+            with atomic_file(out / f"{name.rpartition('.')[2]}.json") as file:
+                file.write(document.encode() + b"\n")
+        if options.json:
+            print(document, flush=True)
         return 0
     except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)
@@ -63,6 +71,20 @@ def run_bench[Flags](
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _with_json(flags: type[Any]) -> type[Any]:
+    """Returns the flags with --json, and with a help that says INT for `int | None` and `off` for False."""
+    off = tyro.conf.arg(help_behavior_hint="(default: off)")
+    hints = get_type_hints(flags, include_extras=True)
+    for name, kind in get_type_hints(flags).items():
+        if kind is bool or type(None) in get_args(kind):
+            plain = off if kind is bool else tyro.conf.arg(metavar=get_args(kind)[0].__name__.upper(), help_behavior_hint="")
+            flags.__annotations__[name] = Annotated[kind, plain, *getattr(hints[name], "__metadata__", ())]
+    about = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
+    return dataclasses.make_dataclass(
+        flags.__name__, [("json", Annotated[bool, off, about], False)], bases=(flags,), frozen=True
+    )
 
 
 def parse_shape(flag: str, text: str) -> Shape:

@@ -4,8 +4,8 @@
     python -m bench.quantisation --model runs/NAME --size 0  a run of your own, on all of them
     python -m bench.quantisation --leaves                    each kind of matrix alone as well: which ones cost most
 
-All read the same windows of the same text. The rounding error is given for each kind of matrix, and for each path in the
-last line, which is JSON.
+All read the same windows of the same text. The rounding error is given for each kind of matrix, and with --json for
+each path.
 """
 
 import dataclasses

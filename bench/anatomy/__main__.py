@@ -27,7 +27,7 @@ class AnatomyFlags:
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
     """A run folder, a step folder in it, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no page)")] = None
-    """A folder for anatomy.html."""
+    """A folder for anatomy.html and anatomy.json."""
 
 
 def measure_anatomy(flags: AnatomyFlags) -> Json:

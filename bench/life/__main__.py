@@ -39,7 +39,7 @@ class LifeFlags:
     watts: float | None = None
     """Watts that this machine draws, where they cannot be read."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no page)")] = None
-    """A folder for life.html."""
+    """A folder for life.html and life.json."""
 
 
 def measure_life(flags: LifeFlags) -> Json:

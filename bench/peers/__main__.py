@@ -84,7 +84,7 @@ def measure_peers(flags: PeersFlags) -> Json:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Prints the JSON document as the last line and returns 0, or 2 after an error that a person can mend; saves nothing."""
+    """Measures, prints, and returns 0, or 2 after an error that a person can mend; saves nothing."""
     return run_bench("bench.peers", __doc__, PeersFlags, measure_peers, args)
 
 

@@ -45,9 +45,9 @@ class PlanFlags:
     """Devices of the run, or of one replica in serving."""
     requests: Text = None
     """Requests a second to serve."""
-    prompt: str = "1000"
+    prompt: Annotated[str, tyro.conf.arg(metavar="NUMBER")] = "1000"
     """Tokens of a request's prompt."""
-    answer: str = "250"
+    answer: Annotated[str, tyro.conf.arg(metavar="NUMBER")] = "250"
     """Tokens of its answer."""
     cached: float = 0.0
     """Share of a prompt that the prefix cache holds, from 0 to below 1."""
@@ -78,7 +78,7 @@ class PlanFlags:
     calibrate: bool = False
     """Measure this machine."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """A folder for plan.html."""
+    """A folder for plan.html and plan.json."""
 
 
 def plan(flags: PlanFlags) -> Json:

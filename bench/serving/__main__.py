@@ -120,7 +120,7 @@ def print_tables(document: Json) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Prints the JSON document last and returns 0, also with unmet bars, or 2 after an error; saves nothing."""
+    """Measures, prints, and returns 0, also with unmet bars, or 2 after an error; saves nothing."""
     return run_bench("bench.serving", __doc__, ServingFlags, measure_serving, args)
 
 

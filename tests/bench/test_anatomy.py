@@ -132,7 +132,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def document(page):
-    return json.loads(page[1].splitlines()[-1])
+    return json.loads((page[0] / "anatomy.json").read_text())
 
 
 def test_the_page_draws_each_program_to_scale(page, document):

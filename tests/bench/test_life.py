@@ -64,7 +64,7 @@ def life(runs, *more):
 def test_each_stage_is_told_from_its_own_files(runs, capsys):
     assert life(runs, "--watts", "100", "--price", "3.6", "--out", str(runs / "page")) == 0
     printed = capsys.readouterr().out
-    document = json.loads(printed.splitlines()[-1])
+    document = json.loads((runs / "page" / "life.json").read_text())
     training, tuning, serving = document["rows"]
     assert (training["moved"], tuning["moved"], serving["moved"]) == (training["leaves"], 0, 0)
     assert tuning["pairs"] == 2  # q of each of two layers

@@ -52,10 +52,6 @@ def talk(scripts):
         entry.close()
 
 
-def last_line(text):
-    return json.loads(text.strip().splitlines()[-1])
-
-
 # The conversation
 
 
@@ -103,13 +99,13 @@ def test_a_peer_that_dies_leaves_its_last_words(talk):
 def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure(scripts, capsys):
     scripts("torch_peer.py", needs="torch_that_nobody_has")
     scripts("transformers_peer.py", needs="transformers_that_nobody_has")
-    assert peers.main(["--quick"]) == 0
-    out = capsys.readouterr().out
-    document = last_line(out)
+    assert peers.main(["--quick", "--json"]) == 0
+    out, tables = capsys.readouterr()
+    document = json.loads(out)
     assert document["rows"] == []
     assert [entry["name"] for entry in document["absent"]] == ["torch_that_nobody_has", "transformers_that_nobody_has"]
     assert all("ModuleNotFoundError" in entry["reason"] for entry in document["absent"])
-    assert out.count("to have it: pip install -e '.[peers]'") == 2
+    assert tables.count("to have it: pip install -e '.[peers]'") == 2
     absent = []
     with start_peer(THIS, "transformers_peer.py", absent) as peer:
         assert peer is None
@@ -170,9 +166,9 @@ def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
 def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
     scripts("torch_peer.py", make=TRAINED)
     flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]
-    assert peers.main([*flags, "--peer-python", str(THIS)]) == 0
-    out = capsys.readouterr().out
-    table = last_line(out)["rows"]
+    assert peers.main([*flags, "--peer-python", str(THIS), "--json"]) == 0
+    out, tables = capsys.readouterr()
+    table = json.loads(out)["rows"]
     assert [(row["name"], row["peer"]) for row in table] == [
         ("train_1x64x8x2_float32", "torch compiled"), ("train_1x64x8x2_float32", "torch eager")
     ]  # fmt: skip
@@ -181,13 +177,13 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
         assert row["ratio"] is None or row["ratio"] > 0
         assert (row["peer_loss"], row["same"]) == (1.0, False)
         assert 4 < row["loss"] < 6
-    assert out.count("** not the same computation **") == 2
+    assert tables.count("** not the same computation **") == 2
 
 
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
-    assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]) == 0
-    document = last_line(capsys.readouterr().out)
+    assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
     assert [row["peer"] for row in document["rows"]] == ["torch eager"]
     assert document["absent"][0]["name"] == "torch compiled, float32"
     assert "division by zero" in document["absent"][0]["reason"]
@@ -201,8 +197,8 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
     flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "6"]
-    assert peers.main(flags) == 0
-    table = last_line(capsys.readouterr().out)["rows"]
+    assert peers.main([*flags, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["name"], row["same_tokens"]) for row in table] == [
         ("prefill_1_float32", 0.0), ("prefill_8_float32", 0.0), ("decode_1_float32", 0.75), ("decode_8_float32", 0.75)
     ]  # fmt: skip

@@ -208,11 +208,16 @@ def test_a_config_that_cannot_be_read_and_a_folder_that_cannot_be_written(tmp_pa
         plan(PlanFlags(model="nano", tokens="1M", out=tmp_path / "config.json"))
 
 
-def test_an_answer_comes_without_jax_and_its_last_line_is_json():
-    code = "import sys; from bench.plan.__main__ import *; run_bench('', '', PlanFlags, plan); assert 'jax' not in sys.modules"
+def test_an_answer_comes_without_jax_and_its_document_only_where_it_is_asked_for(tmp_path):
+    answer = "run_bench('bench.plan', '', PlanFlags, plan)"
+    code = f"import sys; from bench.plan.__main__ import *; {answer}; assert 'jax' not in sys.modules"
     command = [sys.executable, "-c", code, "--model", "llama-3.2-1b", "--tokens", "100B", "--devices", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    document = json.loads(done.stdout.splitlines()[-1])
+    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=True)
+    done, plain = run("--json"), run("--out", str(tmp_path))
+    document = json.loads(done.stdout)
+    assert plain.stdout == done.stderr
+    assert "{" not in plain.stdout
+    assert json.loads((tmp_path / "plan.json").read_text()) == document
     hours = document["answer"]["device-hours"]
     assert hours["low"] < hours["middle"] < hours["high"]
     assert all(line["origin"] or line["unit"] == "replicas" for line in document["answer"].values())

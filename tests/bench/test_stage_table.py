@@ -1,17 +1,21 @@
 """Laws of the stage table: three counters that agree in every row, weights that move where they may, and plain errors."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from tiny import QUICKLY_MEASURED, lively_params, tiny_config
 
+import bench
 from bench.__main__ import main, measurements
+from bench.cli import run_bench
 from bench.table.estimate import duration_warning, round_seconds, table_bytes
 from bench.table.inference_rows import int16_activation_matrices, weight_products
 from engine.counting.hardware import Ceilings
@@ -116,10 +120,20 @@ def test_the_claims_are_decided_and_the_report_holds_every_row(table):
 
 
 def test_the_other_measurements_are_named(capsys):
-    assert main(["--list"]) == 0
+    assert main(["--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])["measurements"]
     assert listed == measurements()
     assert {"training", "commands"} <= listed.keys()
+
+
+def test_the_help_of_each_measurement_is_plain(capsys):
+    for name in measurements():
+        file = f"bench.{name}" if Path(bench.__file__).with_name(f"{name}.py").exists() else f"bench.{name}.__main__"
+        flags = next(value for key, value in vars(importlib.import_module(file)).items() if key.endswith("Flags"))
+        assert run_bench(f"bench.{name}", "", flags, lambda _: {}, ["--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "--json" in shown
+        assert not re.search(r"None|\(default: (True|False|'')\)", shown), shown
 
 
 @pytest.mark.parametrize(

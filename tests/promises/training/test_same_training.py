@@ -124,9 +124,9 @@ def test_preferences_begin_at_ln_2(make_tuning, tmp_path, expect):
 def test_saving_beside_training(tmp_path, quick, expect):
     """`python -m bench.saving`: 135 million parameters with AdamW; few with --quick."""
     few = ("--preset", "nano", "--rounds", "1", "--interval", "10") if quick else ()
-    words = [sys.executable, "-m", "bench.saving", *few]
+    words = [sys.executable, "-m", "bench.saving", "--json", *few]
     output = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    found = json.loads(output.splitlines()[-1])
+    found = json.loads(output)
     shares = {name: f"{share:.1%}" for name, share in found["shares_of_interval"].items()}
     over = f"{found['state_bytes'] / 1e9:.2f} GB every {found['interval']:g} s; slowed {shares['slowed']}"
     expect(at_most("stopped", 100 * found["shares_of_interval"]["stopped"], 2, "%"), over=over)
