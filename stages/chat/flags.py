@@ -20,7 +20,7 @@ class ChatFlags:
     """The model, its adapters, the system message, and how tokens are sampled."""
 
     model: ModelFlag = None
-    adapter: Annotated[tuple[Path, ...], default("none")] = ()
+    adapter: Annotated[tuple[Annotated[Path, parser(path, "FOLDER")], ...], default("none", metavar="FOLDER ...")] = ()
     """LoRA adapters that were trained on this model; several add up."""
     system: Annotated[str | None, parser(str, "TEXT"), default("the template's")] = None
     """The system message: how the model is to answer."""

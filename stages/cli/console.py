@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
@@ -18,7 +19,9 @@ ReportProgress = Callable[[int, int], None]
 
 BETWEEN_LINES = 5.0  # seconds, where lines stay
 BETWEEN_FRAMES = 0.15  # seconds, on a terminal
-SILENT = 2.0  # seconds: a shorter task without progress gets no line
+BETWEEN_TASK_LINES = 30.0  # seconds, where lines stay, of a task under way
+SILENT = 2.0  # seconds: a shorter task gets no line
+MOST_COUNTED = 10_000  # parts of a task, of which more are a percentage
 
 
 class Console(contextlib.AbstractContextManager["Console"]):
@@ -30,6 +33,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
         self._rich: Any = None
         self._live: Any = None
         self._last = -BETWEEN_LINES
+        self._lock = threading.RLock()  # of the live line, which a task's thread draws too
+        self._tasks: list[threading.Event] = []
         if self.terminal:
             import rich.console
 
@@ -78,40 +83,64 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
-        """Prints `label ... 4.1 s` around a task, and meanwhile its progress.
+        """Prints `label ... 4.1 s` around a task, and meanwhile the seconds so far and the progress that is reported.
 
-        The line stays if `always`, if progress was reported, or if it took long.
+        A terminal shows those in its live line every second, a pipe in a line every BETWEEN_TASK_LINES. The last line stays if
+        `always` or if the task took long. Of tasks within tasks the innermost is shown.
         """
-        begin = time.perf_counter()
-        printed = False
+        begin, over, progress, open_line = time.perf_counter(), threading.Event(), "", False
 
         def start() -> None:
-            nonlocal printed
-            if not printed and not self.terminal:
-                print(f"{label} ...", end=" ", file=self.stream, flush=True)
-            printed = True
+            nonlocal open_line
+            print(f"{label} ...", end=" ", file=self.stream, flush=True)
+            open_line = True
+
+        def show() -> None:
+            nonlocal open_line
+            line = duration(time.perf_counter() - begin) + progress
+            if self.terminal:
+                self._draw(f"{label} ... {line}")
+            else:
+                print(line if open_line else f"{label} ... {line}", file=self.stream, flush=True)
+                open_line = False
+
+        def keep_showing() -> None:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads on, which the main thread will see
+                while not over.wait(1.0 if self.terminal else BETWEEN_TASK_LINES):
+                    with self._lock:
+                        if self._tasks[-1:] == [over] and not over.is_set():
+                            show()
 
         def report(done: int, total: int) -> None:
-            start()
-            if self.terminal and self._due(BETWEEN_FRAMES):
-                self._draw(f"{label} ... {done / max(total, 1):.0%}")
+            nonlocal progress
+            progress = f", {done:,} of {total:,}" if total <= MOST_COUNTED else f", {done / total:.0%}"
+            with self._lock:
+                if self.terminal and self._due(BETWEEN_FRAMES):
+                    show()
 
-        if always:
-            start()
         if self.terminal:
             self._draw(f"{label} ...")  # in place, gone when it is done
+        elif always:
+            start()
+        thread = threading.Thread(target=keep_showing, daemon=True)
+        self._tasks.append(over)
+        thread.start()
         try:
             yield report
         except BaseException:
-            if printed and not self.terminal:
+            if open_line:
                 self.print()
             raise
         finally:
-            self.close_live()
+            with self._lock:
+                over.set()
+                self._tasks.remove(over)
+                self.close_live()
+            thread.join()
         elapsed = time.perf_counter() - begin
-        if printed and not self.terminal:
+        if open_line:
             self.print(duration(elapsed))
-        elif printed or elapsed > SILENT:
+        elif always or elapsed > SILENT:
             self.print(f"{label} ... {duration(elapsed)}")
 
     def show_live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:

@@ -84,9 +84,9 @@ def positive(high: float = float("inf")) -> Any:
     return parser(number(0, high, above=True), "X")
 
 
-def default(meaning: str, help: str | None = None) -> Any:
+def default(meaning: str, help: str | None = None, metavar: str | None = None) -> Any:
     """Returns the annotation for the default that the help shows, and for `help` in place of a field's docstring."""
-    return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {meaning})")
+    return tyro.conf.arg(help=help, metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
 def with_help[Flags](**annotations: Any) -> Callable[[type[Flags]], type[Flags]]:

@@ -153,8 +153,8 @@ def evaluate_conversations(
     with console.task("evaluating", always=True) as report:
         measure = _score_pairs if isinstance(examples[0], Pair) else _score_answers
         rows = measure(model, examples, seq, report)
-        seconds = time.perf_counter() - begin
-        rows += [] if data or context else _before_finetuning(model, record, console)
+    seconds = time.perf_counter() - begin
+    rows += [] if data or context else _before_finetuning(model, record, console)
     chat.close()
     return [*rows, ("seconds", f"{seconds:.1f}")]
 

@@ -21,8 +21,8 @@ class ExampleFlags:
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    pack: Annotated[bool, default("on")] = True
-    """Several short examples a row; they do not see one another."""
+    no_pack: Annotated[bool, default("off")] = False
+    """One example a row. Packed, several short ones share a row and do not see one another."""
     skip_batches: SkipBatchesFlag = None
 
 

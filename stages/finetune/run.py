@@ -72,7 +72,7 @@ class FineTuning(ModelStage):
     def __init__(self, flags: FinetuneFlags, seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         lora = trainable.adapter
-        self.general, self.pack, self.batch = examples.general, examples.pack, tuning.batch
+        self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.batch
         is_preference = tuning.objective == "preference"
         self.objective = dpo(tuning.beta) if is_preference else NEXT_TOKEN
         rate = (2e-3 if lora else 2e-5) / (10 if is_preference else 1)
@@ -110,7 +110,7 @@ class FineTuning(ModelStage):
             "learns": trainable.describe(),
             "objective": tuning.objective,
             "beta": tuning.beta,
-            "pack": None if is_preference else examples.pack,
+            "pack": None if is_preference else self.pack,
             "general": examples.general,
             "template": self.chat.template_name,
             "text": {
@@ -212,19 +212,19 @@ class FineTuning(ModelStage):
         return_freed_memory()
         cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
         self.unit = evaluator.unit
-        with self.console.task("evaluating", always=True):
-            held_out = evaluator.evaluate(trainable)
-            params = merge(trainable, self.split.frozen)
-            if self.general != "none":
-                general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
-            _clear_programs()  # as large as a small model, and not run again soon
-            questions = self.dataset.questions if distributed.is_first() else ()
-            if self.answers is None:
-                self.answers = fits_one_device(params)
-            if not self.answers:
-                return Scores(held_out, general, ())
-            with on_one_device(cfg, params) as whole:
-                return Scores(held_out, general, ask(cfg, whole, self.chat, questions, self.stop_token_ids))
+        with self.console.task("evaluating", always=True) as report:
+            held_out = evaluator.evaluate(trainable, report)
+        params = merge(trainable, self.split.frozen)
+        if self.general != "none":
+            general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
+        _clear_programs()  # as large as a small model, and not run again soon
+        questions = self.dataset.questions if distributed.is_first() else ()
+        if self.answers is None:
+            self.answers = fits_one_device(params)
+        if not self.answers:
+            return Scores(held_out, general, ())
+        with self.console.task("answering held-out questions"), on_one_device(cfg, params) as whole:
+            return Scores(held_out, general, ask(cfg, whole, self.chat, questions, self.stop_token_ids))
 
 
 def _clear_programs() -> None:

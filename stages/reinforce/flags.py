@@ -55,7 +55,10 @@ class DurationFlags:
     """Times that completions are sampled and trained on."""
 
 
-@with_help(out_dir=default("runs/MODEL-TASK"), save_every=default("60s", "Rounds or time between checkpoints."))
+@with_help(
+    out_dir=default("runs/MODEL-TASK"), save_every=default("60s", "Rounds or time between checkpoints."),
+    log_every=default("1", "Rounds between lines of metrics.jsonl."),
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class ReinforceFolderFlags(FolderFlags):
     """The run folder, and how often it is written."""

@@ -185,12 +185,12 @@ class ReinforcementLearning(ModelStage):
         """
         plan, rows, frozen = self.plan, self.plan.recipe.batch, self.split.frozen
         prompts = itertools.cycle(self.prompts.held_out)
-        with self.console.task("evaluating on held-out prompts", always=True):
-            params = prepare_params(plan.cfg, merge(trainable, frozen))
-            rollouts = [
-                self.sampler.rollout(params, [*itertools.islice(prompts, rows)], first_seed(plan.seed, -1 - part, rows))
-                for part in range(-(-EVALUATED // rows))
-            ]
+        with self.console.task("evaluating on held-out prompts", always=True) as report:
+            params, rollouts, count = prepare_params(plan.cfg, merge(trainable, frozen)), [], -(-EVALUATED // rows)
+            for part in range(count):
+                seed = first_seed(plan.seed, -1 - part, rows)
+                rollouts.append(self.sampler.rollout(params, [*itertools.islice(prompts, rows)], seed))
+                report(part + 1, count)
             rollout = Rollout(*(functools.reduce(operator.add, field) for field in zip(*rollouts)))
             base, microbatch = merge(self.split.trainable, frozen), rows // plan.recipe.accumulate
             return rollout, score_completions(plan.cfg, base, rollout, plan.recipe.context, microbatch).bits

@@ -33,6 +33,8 @@ class FolderFlags:
     """Steps or training time between checkpoints."""
     keep: Annotated[int, COUNT] = 2
     """Checkpoints to keep."""
+    log_every: Annotated[int, COUNT] = 1
+    """Steps between lines of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +109,9 @@ def parse_lora(text: str) -> LoraConfig:
 class TrainableFlags:
     """Which parameters are trainable; without any of these, a LoRA on all matrices."""
 
-    train: Annotated[tuple[str, ...], default("nothing but the adapter")] = ()
+    train: Annotated[tuple[str, ...], default("nothing but the adapter", metavar="PATTERN ...")] = ()
     """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
-    freeze: Annotated[tuple[str, ...], default("nothing")] = ()
+    freeze: Annotated[tuple[str, ...], default("nothing", metavar="PATTERN ...")] = ()
     """`bottom:N`, `top:N`, or patterns: all else is trained."""
     lora: Annotated[LoraConfig | None, parser(parse_lora, "SIZE"), default("rank=8,alpha=16,targets=all")] = None
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""

@@ -23,7 +23,7 @@ from engine.text.skipped_batches import Ranges, batch_of_step, format_ranges, jo
 from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import explain_error, resume_command
-from stages.cli.console import Console
+from stages.cli.console import Console, ReportProgress
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import MetricsLog
@@ -98,13 +98,16 @@ class Evaluator:
     unit: str
     key: str
 
-    def evaluate(self, trainable: Any, stopped: Callable[[], bool] = lambda: False) -> float | None:
+    def evaluate(
+        self, trainable: Any, report: ReportProgress = lambda *_: None, stopped: Callable[[], bool] = lambda: False
+    ) -> float | None:
         """Returns the mean; None when it was `stopped` in between."""
         total = 0.0
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches, 1):
             if stopped():
                 return None
             total += float(self.summed_loss(trainable, batch))
+            report(number, len(self.batches))
         return total / self.size
 
 
@@ -331,7 +334,8 @@ class Loop:
         """Evaluates quickly; a signal in between leaves it due."""
         begin, loop_state, evaluator = time.perf_counter(), self.loop_state, steps.evaluator
         assert evaluator is not None
-        value = evaluator.evaluate(state.trainable, lambda: stopped() is not None)
+        with self.console.task("evaluating") as report:
+            value = evaluator.evaluate(state.trainable, report, lambda: stopped() is not None)
         if value is None:
             return
         loop_state.begin("evaluate")

@@ -61,7 +61,9 @@ def general_bits_per_byte(
     """Returns bits per byte on the beginning of a named text, in windows of at most `context` tokens."""
     tokens = encode_text(evaluation_source(text, console), tokenizer, console).tokens[: GENERAL_TOKENS + 1]
     seq = min(GENERAL_WINDOW, context, max(2, len(tokens) - 1))
-    return bits_per_byte(score_text(cfg, params, tokens, seq, seq, EVALUATION_ROWS), tokenizer.count_bytes(tokens[1:]))
+    with console.task(f"evaluating on {text}", always=True) as report:
+        nats = score_text(cfg, params, tokens, seq, seq, EVALUATION_ROWS, report)
+    return bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
 
 
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:

@@ -20,7 +20,7 @@ class TextFlags:
     """The training text."""
 
     data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
-    """A named text (shakespeare, python), a file (.txt, .md, .jsonl, .parquet, .bin), or a folder of them."""
+    """A named text (shakespeare, python), a text file, .jsonl, .parquet or .bin, or a folder of them."""
     validation: Annotated[Path | None, parser(path, "FILE"), default("the asset's own, else the text's last 5%")] = None
     """A text that is never trained on."""
     tokenizer: Annotated[str | None, parser(str, "KIND"), RECIPE] = None
@@ -70,18 +70,19 @@ class OptimizerFlags:
 
 @dataclasses.dataclass(frozen=True)
 class MonitoringFlags:
-    """How often a run evaluates and logs."""
+    """How often a run evaluates."""
 
     eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
-    log_every: Annotated[int, COUNT] = 10
-    """Steps between lines of metrics.jsonl."""
 
 
 @with_help(out_dir=default("runs/PRESET-TEXT"))
 @dataclasses.dataclass(frozen=True)
 class TrainFolderFlags(FolderFlags):
     """The run folder, and how often it is written."""
+
+    log_every: Annotated[int, COUNT] = 10
+    """Steps between lines of metrics.jsonl."""
 
 
 @with_help(seed=default("0", "Of the first weights and of the order of the text."))

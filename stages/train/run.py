@@ -150,8 +150,8 @@ class Training(Stage):
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
-                f"{quantity(steps, plan.noun)}, {epochs:.2g} epochs, {long} at {trainer.expected_mfu:.0%} of this machine's "
-                f"{format_count(top)}FLOP/s in {cfg.dtype}",
+                f"{quantity(steps, plan.noun)}, {format_count(epochs)} epochs, {long} at {trainer.expected_mfu:.0%} of this "
+                f"machine's {format_count(top)}FLOP/s in {cfg.dtype}",
             ),
             *([("note", note)] if note else []),
             *(plan_on_mesh(plan, plan.mesh, self.accelerator, self.console) if self.is_planned else []),

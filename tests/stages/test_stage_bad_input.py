@@ -15,11 +15,14 @@ from tiny_runs import command, tiny, write_text
 from engine.counting import hardware
 from engine.storage import checkpoint, manifest
 from stages import generate
+from stages.chat.flags import ChatFlags
 from stages.cli.command import explain_error, run_command
+from stages.draft.flags import DraftFlags
 from stages.evaluate import __main__ as evaluate
 from stages.evaluate.flags import EvaluateFlags
 from stages.export import __main__ as export
 from stages.export.flags import ExportFlags
+from stages.finetune.flags import FinetuneFlags
 from stages.generate import GenerateFlags
 from stages.reinforce.flags import ReinforceFlags
 from stages.runs import folder as run_folder
@@ -78,7 +81,7 @@ def test_flags(flags, words, text, tmp_path, failing):
         ("folder/", None, ["holds no text files"]),
         ("short.txt", b"To be.\nOr not.\n", ["shorter context"]),
         ("latin.txt", b"caf\xe9 " * 500, ["not UTF-8", "0xE9 at position 3"]),
-        ("text.pdf", b"%PDF", [".pdf", ".jsonl"]),
+        ("text.pdf", b"%PDF \xe2", ["text.pdf is not UTF-8 text", ".jsonl"]),
         ("ids.bin", bytes(2000), ["--tokenizer FOLDER"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -94,6 +97,19 @@ def test_corpus(name, content, words, tmp_path, failing):
     for word in words:
         assert word in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_its_pictures_and_any_file_of_text_are_read(text, tmp_path, failing, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe1")
+    assert failing(train.main, tiny(folder, tmp_path / "run")).endswith("holds no text files, only others: 1 .jpg.\n")
+    shutil.copy(text, folder / "code.py")
+    for path, note in ((folder, f"Skipped 1 of 2 files in {folder}: not UTF-8 text (1 .jpg).\n"), (folder / "code.py", "")):
+        assert train.main(tiny(path, tmp_path / "run", "--dry-run")) == 0
+        output = capsys.readouterr().out
+        assert output.startswith(note)
+        assert ("Skipped" in output) == bool(note)
 
 
 def test_run_of_another_kind_is_left_alone(trained, text, tmp_path, failing):
@@ -224,7 +240,8 @@ def test_sentences_for_what_the_system_refuses():
     [
         (TrainFlags, "--batch --context --accumulate --remat"), (EvaluateFlags, "--batch --context"), (ExportFlags, ""),
         (ServeFlags, "--slots --capacity"), (GenerateFlags, "--count --max-tokens"),
-        (ReinforceFlags, "--prompts --group --max-tokens"),
+        (ReinforceFlags, "--prompts --group --max-tokens"), (FinetuneFlags, "--batch --context --accumulate --remat"),
+        (ChatFlags, "--max-tokens"), (DraftFlags, ""),
     ],
 )  # fmt: skip
 def test_too_little_memory_names_flags_that_the_command_has(flags, named, capsys):
@@ -235,7 +252,9 @@ def test_too_little_memory_names_flags_that_the_command_has(flags, named, capsys
     assert run_command("any", None, flags, fail, needed) == 2
     assert re.findall(r"--[\w-]+", capsys.readouterr().err) == named.split()
     assert run_command("any", None, flags, fail, ["--help"]) == 0
-    assert set(named.split()) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    shown = capsys.readouterr().out
+    assert set(named.split()) <= set(re.findall(r"--[\w-]+", shown))
+    assert not re.search(r"None|STR|\(default: (on|True|False|'')\)", shown)
 
 
 def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):

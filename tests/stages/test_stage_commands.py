@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from tiny_runs import ROOT, command, tiny
 
+from engine.errors import UserError
 from stages.__main__ import stages
 from stages.cli import console, flags
 from stages.cli.command import command_line
@@ -107,6 +109,28 @@ def test_live_line_fits_the_terminal(width, monkeypatch):
     assert {"this stays", "over"} <= set(screen(stream.getvalue()))
     assert not re.search(r"\x1b\[([0-9;]*;)?[349][0-9]", stream.getvalue())  # NO_COLOR
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_task_shows_its_time_and_progress_and_a_short_one_nothing(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "BETWEEN_TASK_LINES", 0.3)
+    stream = Terminal() if terminal else io.StringIO()
+    with console.Console(stream) as shown:
+        with shown.task("short") as report:
+            report(1, 2)
+        with shown.task("outer", always=True):
+            with shown.task("inner") as report:
+                report(3, 96)
+                time.sleep(1.3)
+            with pytest.raises(UserError), shown.task("failing", always=True):
+                raise UserError("a mistake")
+    text = stream.getvalue()
+    assert re.search(r"inner \.\.\. (0\.9|1(\.\d)?) s, 3 of 96", text)
+    lines = screen(text) if terminal else text.splitlines()
+    assert [line for line in lines if "short" in line] == []
+    assert re.fullmatch(r"outer \.\.\. 1\.\d s", lines[-1]) or not terminal
+    assert text.count("outer ...") > 1 or not terminal
 
 
 def test_wrap_keeps_fields_whole():

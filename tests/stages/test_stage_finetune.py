@@ -243,7 +243,9 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     """An adapter over an adapter, and weights that learn under one."""
     for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/qkv"))):
         folder = tmp_path / name
-        assert finetune.main(args(adapted[0], chats, folder, "--steps", 2, "--learning-rate", 1e-4, *flags)) == 0
+        few = ["--steps", 2, "--learning-rate", 1e-4, "--log-every", 2]
+        assert finetune.main(args(adapted[0], chats, folder, *few, *flags)) == 0
+        assert [line["step"] for line in metrics(folder) if "loss" in line] == [2]
         losses = result(folder)
         assert losses["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
         assert load_model(str(folder)).run == folder
