@@ -17,7 +17,6 @@ from engine.storage import checkpoint, manifest
 from stages import generate
 from stages.chat.flags import ChatFlags
 from stages.cli.command import explain_error, run_command
-from stages.draft.flags import DraftFlags
 from stages.evaluate import __main__ as evaluate
 from stages.evaluate.flags import EvaluateFlags
 from stages.export import __main__ as export
@@ -241,7 +240,7 @@ def test_sentences_for_what_the_system_refuses():
         (TrainFlags, "--batch --context --accumulate --remat"), (EvaluateFlags, "--batch --context"), (ExportFlags, ""),
         (ServeFlags, "--slots --capacity"), (GenerateFlags, "--count --max-tokens"),
         (ReinforceFlags, "--prompts --group --max-tokens"), (FinetuneFlags, "--batch --context --accumulate --remat"),
-        (ChatFlags, "--max-tokens"), (DraftFlags, ""),
+        (ChatFlags, "--max-tokens"),
     ],
 )  # fmt: skip
 def test_too_little_memory_names_flags_that_the_command_has(flags, named, capsys):
