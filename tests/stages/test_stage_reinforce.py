@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert reinforce.main(args(trained, parts)) == 0
     assert "This run is finished: 2 rounds" in capsys.readouterr().out
     assert reinforce.main(args(trained, parts, "--seed", 1)) == 2
-    assert "another text" in capsys.readouterr().err  # the seed orders the prompts
+    assert "another seed (0 there, 1 now)" in capsys.readouterr().err  # which orders the prompts
 
 
 def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, monkeypatch):
