@@ -43,7 +43,7 @@ async def serve(
         http.should_exit = True
 
     def on_signal(sentence: str) -> None:
-        console.print(sentence)
+        console.print(f"{sentence} Requests under way: {state.admission.reserved}.")
         asyncio.run_coroutine_threadsafe(drain(), loop)
 
     console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")

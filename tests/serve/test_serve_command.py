@@ -90,7 +90,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         assert {reply.status_code for reply in replies} == {200}
         assert sum(reply.text.count("[DONE]") for reply in replies) == 1
         assert sum('"completion_tokens":100' in reply.text for reply in replies) == 1
-        assert "Finishing what is under way" in server.output
+        assert "Finishing what is under way; another signal ends it at once. Requests under way: 2." in server.output
         assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled since all were there", server.output)
         assert "Traceback" not in server.output
 
