@@ -9,16 +9,17 @@ import httpx
 import pytest
 from chat_models import save_chat_model, talk
 from started import Started
-from tiny_server import ask, good, refused
+from tiny_server import ask, good, refused, until
 
 pytestmark = pytest.mark.journeys
-CONTEXT = 2048
+CONTEXT = 1024
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     save_chat_model(folder := tmp_path_factory.mktemp("models") / "sea", context=CONTEXT)
     with Started(folder, "--queue", 2, program=("-m", "stages.serve")) as server:
+        assert until(lambda: server.client.get("/health").json()["long_texts_ready"], 300)
         yield server
 
 
