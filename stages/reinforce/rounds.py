@@ -111,7 +111,7 @@ class Rounds:
         reward = rollout.mean_reward
         ends_refused = refused[-1] if refused else loop_state.refused_in_a_row  # then it is not saved
         if not ends_refused and (loop_state.best is None or reward > loop_state.best):
-            loop_state.best, loop_state.best_step = reward, loop_state.step + 1
+            loop_state.best = reward  # of the weights before this round's updates, which no checkpoint holds: no `best_step`
         return state, refused
 
     def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:

@@ -303,14 +303,16 @@ class Loop:
             self.console.show_live(lambda: self._live_line(steps), important)
 
     def _evaluate_and_save(self, steps: Steps, state: TrainState, stopped: StopSignal, done: bool) -> bool:
-        """Evaluates and saves, where due; saves the best evaluated too. Returns whether it did either."""
+        """Evaluates and saves, where due, and evaluates at the end; saves the best evaluated too. Returns whether it did
+        either."""
         loop_state = self.loop_state
         # Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
         sound = not loop_state.refused_in_a_row
-        evaluates = sound and steps.evaluator and loop_state.is_due("evaluate", self._evaluation_interval()) and not done
+        evaluates = sound and steps.evaluator and (done or loop_state.is_due("evaluate", self._evaluation_interval()))
         if evaluates:
             with _without_free_memory(steps.buffer_bytes):
-                self._evaluate(steps, state, stopped)
+                # A run that is done is not resumed: no signal puts off its last evaluation.
+                self._evaluate(steps, state, (lambda: None) if done else stopped)
         saves = sound and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
         if saves:
             loop_state.begin("save")

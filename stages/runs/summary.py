@@ -32,9 +32,8 @@ def print_summary(
     if loop_state.refused:
         trained += f"; {quantity(loop_state.refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
     rows = [*report.rows, ("trained", trained)]
-    if loop_state.best_step is not None:
-        measured, at = "quick validation" if noun == "step" else "reward", folder / "checkpoints" / str(loop_state.best_step)
-        rows.append(("best", f"{measured} {loop_state.best:.3f}: {at}"))
+    if noun == "step" and loop_state.best_step is not None:
+        rows.append(("best", f"quick validation {loop_state.best:.3f}: {folder / 'checkpoints' / str(loop_state.best_step)}"))
     console.print_rows([*rows, ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)])
     console.print("\nnext", style="bold")
     more: dict[str, tuple[object, ...]] = {"export": ("--out", Path("exported", folder.name))}
