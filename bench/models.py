@@ -52,7 +52,7 @@ def load(name: str) -> BenchModel:
     if location.format == "adapter":
         raise UserError(
             f"{location.run} holds an adapter for another model. Fold it into that one first, python -m stages.export "
-            f"--model {location.run} --out FOLDER, and give --model FOLDER."
+            f"--model {location.path} --out FOLDER, and give --model FOLDER."
         )
     model = load_model(name, dtype="float32")
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)

@@ -143,7 +143,14 @@ class LoraConfig:
         return tuple(name for name in LORA_TARGETS if name in names or "all" in names)
 
     def __str__(self) -> str:
-        return f"rank={self.rank},alpha={self.alpha:g},targets={','.join(self.targets)}"
+        """The fields as `from_text` reads them, to the bit."""
+        return f"rank={self.rank},alpha={repr(self.alpha).removesuffix('.0')},targets={','.join(self.targets)}"
+
+    @classmethod
+    def from_text(cls, text: str) -> "LoraConfig":
+        """Returns the config of a str of one. Raises ValueError for any other text."""
+        rank, alpha, targets = (field.partition("=")[2] for field in text.split(",", 2))
+        return cls(int(rank), float(alpha), tuple(targets.split(",")))
 
 
 def _from_fields[T](kind: type[T], fields: dict[str, Any]) -> T:

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import atomic_folder, write_json
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage import manifest
@@ -103,12 +103,8 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
         raise UserError(f"{folder / CONFIG}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
     path, scale = folder / WEIGHTS, alpha / rank
     tensors, metadata = safetensors.read_header(path)
-    trained_on, base_name = metadata.get(BASE), ascii(fields.get("base_model_name_or_path"))
-    if base is not None and trained_on not in (None, base):
-        raise UserError(
-            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-            f"{base[:16]!r}. It was trained on {base_name[:300]}."
-        )
+    if base is not None and (trained_on := metadata.get(BASE)) is not None:
+        check_base(folder, base, trained_on, fields.get("base_model_name_or_path"))
     arrays = {}
     for name, tensor in tensors.items():
         side = int(name.endswith(".lora_B.weight"))
@@ -141,6 +137,25 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
         raise UserError(f"{path} has a tensor {quote(min(arrays))}, which has no place in this architecture.")
     if not leaves:
         raise UserError(f"{folder} is damaged: it holds no adapter of any matrix.")
+    return unflatten(leaves)
+
+
+def check_base(folder: Path, base: str, trained_on: str, base_name: Any) -> None:
+    """Raises UserError unless the digest of the params at hand, `base`, is that of those an adapter was trained on."""
+    if trained_on != base:
+        raise UserError(
+            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
+            f"{base[:16]!r}. It was trained on {ascii(base_name)[:300]}."
+        )
+
+
+def build_adapter(cfg: ModelConfig, lora: LoraConfig, arrays: Any) -> dict[str, Any]:
+    """Returns a tree of LoRA leaves, without their base, from a checkpoint's arrays {"a": ..., "b": ...} of each."""
+    leaves: dict[str, Any] = {}
+    for layer, matrices in arrays["blocks"].items():
+        for name, pair in matrices.items():
+            columns = tuple(place for part, place in cfg.parts[name].items() if part in lora.adapted_parts)
+            leaves[f"blocks/{layer}/{name}"] = LoRA(None, pair["a"], pair["b"], lora.alpha / lora.rank, columns)
     return unflatten(leaves)
 
 

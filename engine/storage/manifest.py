@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ MAX_BYTES = 16 * 2**20
 
 def write_manifest(folder: Path) -> None:
     """Writes `folder/manifest.json` over all files below `folder`, without fsync."""
+    (folder / NAME).write_bytes(make_manifest(folder, _files(folder)))
+
+
+def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
+    """Returns the contents of a manifest over the files `names` below `folder`."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = {name: pool.submit(_describe, folder / name) for name in _files(folder)}
-        (folder / NAME).write_bytes(_render({name: entry.result() for name, entry in entries.items()}))
+        entries = {name: pool.submit(_describe, folder / name) for name in names}
+        return _render({name: entry.result() for name, entry in entries.items()})
 
 
 def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> list[str]:
@@ -39,7 +45,7 @@ def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> l
     except (ValueError, KeyError, TypeError, RecursionError):
         return [f"{listing} is damaged"]
 
-    present = _files(folder)
+    present = _files(folder) if extra else {name for name in wanted if (folder / name).is_file()}
 
     def fault(name: str) -> str | None:
         path = folder / name

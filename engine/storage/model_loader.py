@@ -1,5 +1,6 @@
 """Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
-from engine.storage.adapter import load_adapter
+from engine.storage.adapter import build_adapter, check_base, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.digest import digest
 from engine.storage.huggingface.hub import cached_id
@@ -82,6 +83,7 @@ def locate(name: str | None, report: OnProgress = None) -> Location:
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
         return Location("hugging face", path)
     run = _run_of(path, name or str(path))
+    notes += run_folder.verify(run)
     trained = str(run_folder.read_json(run / "run.json").get("learns", ""))
     return Location("adapter" if trained.startswith("rank=") else "run", path, run, notes)
 
@@ -149,9 +151,13 @@ def load_model(
         raise UserError(f"{run / 'tokenizer'} has {own:,} tokens and the model {cfg.vocab:,}: one of them was replaced.")
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
-    damaged = (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
-    notes, title = location.notes + damaged, model_name(str(run))
+    notes, title = location.notes + _damage(loaded), model_name(str(run))
     return LoadedModel(title, cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
+
+
+def _damage(loaded: checkpoint.LoadedCheckpoint) -> tuple[str, ...]:
+    """Returns notes on newer checkpoints that are damaged, and which is used instead."""
+    return (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
 
 
 def _open(path: Path) -> StoredModel:
@@ -191,36 +197,56 @@ def check_loads(written: Path, path: Path) -> None:
 def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:
     run = location.run
     assert run is not None
-    record, adapter = run_folder.read_json(run / "run.json"), run / run_folder.ADAPTER
-    if not adapter.is_dir():
-        command = f"The same command goes on: {record.get('command')}"
-        raise UserError(f"{run} has no adapter yet: its fine-tuning was stopped. {command}")
-    match record:
-        case {"base": {"model": str(base_name)}}:
-            pass
-        case _:
-            raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
+    base_name, *_ = _read_record(run)
     try:
         base = load_model(base_name, on_config=on_config)
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
-    params, (tokenizer, eos_ids, _) = with_adapters(base.cfg, base.params, [run]), run_folder.read_tokenizer(run)
-    name, notes = model_name(str(run)), location.notes + base.notes
-    return LoadedModel(name, base.cfg, params, tokenizer, eos_ids, adapter, run, base.hub_id, notes, base.sampling)
+    loaded = checkpoint.load_params(location.path)
+    params = _put_on(base.params, _trained_adapter(run, loaded, base.cfg, digest(base.params)), loaded.path)
+    (tokenizer, eos_ids, _), notes = run_folder.read_tokenizer(run), location.notes + base.notes + _damage(loaded)
+    return LoadedModel(
+        model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling
+    )
 
 
-def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> Any:
-    """Returns params with the LoRA adapters in `folders` applied, each a folder in PEFT's layout or a LoRA run's.
+def _trained_adapter(run: Path, loaded: checkpoint.LoadedCheckpoint, cfg: ModelConfig, base: str) -> Any:
+    """Returns the adapter in a checkpoint of a LoRA run, for a model whose params have the digest `base`."""
+    base_name, trained_on, lora = _read_record(run)
+    check_base(loaded.path, base, trained_on, base_name)
+    return build_adapter(cfg, lora, loaded.params)
 
-    params stay as they are; several adapters add up. Raises UserError for one trained on other weights (by their digest).
+
+def _read_record(run: Path) -> tuple[str, str, LoraConfig]:
+    """Returns the name and the digest of a LoRA run's base, and its LoraConfig."""
+    match run_folder.read_json(run / "run.json"):
+        case {"base": {"model": str(name), "digest": str(base)}, "learns": str(learns)}:
+            with contextlib.suppress(ValueError):
+                return name, base, LoraConfig.from_text(learns.removesuffix(" over int8"))
+    raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
+
+
+def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tuple[Any, tuple[str, ...]]:
+    """Returns params with the LoRA adapters in `folders` applied, and notes to print as LoadedModel has them.
+
+    A folder is in PEFT's layout, or a LoRA run's, or one of its step folders. params stay as they are; several adapters add
+    up. Raises UserError for one trained on other weights (by their digest).
     """
-    adapted, base = params, digest(params) if folders else None
+    adapted, base, notes = params, digest(params) if folders else "", tuple[str, ...]()
     for folder in folders:
-        inner = folder / run_folder.ADAPTER
-        place = inner if inner.is_dir() else folder
-        adapter = load_adapter(place, cfg, base=base)
-        try:
-            adapted = merge(adapter, adapted)
-        except ValueError as error:
-            raise UserError(f"{place} is damaged: {error}") from None
-    return adapted
+        is_in_run = (folder / "run.json").exists() or folder.absolute().parent.name == "checkpoints"
+        location = locate(str(folder)) if is_in_run else None
+        if location and location.run and location.format == "adapter":
+            loaded = checkpoint.load_params(location.path)
+            notes += location.notes + _damage(loaded)
+            adapted = _put_on(adapted, _trained_adapter(location.run, loaded, cfg, base), loaded.path)
+        else:
+            adapted = _put_on(adapted, load_adapter(folder, cfg, base=base), folder)
+    return adapted, notes
+
+
+def _put_on(params: Any, adapter: Any, path: Path) -> Any:
+    try:
+        return merge(adapter, params)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None

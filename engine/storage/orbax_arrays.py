@@ -160,7 +160,7 @@ def read_alone(folder: Path) -> Any:
 
     metadata = read_json_object(folder / "_METADATA", MAX_METADATA_BYTES)
     try:
-        entries = metadata["tree_metadata"].values()
+        entries = [entry for entry in metadata["tree_metadata"].values() if entry["value_metadata"]["value_type"] != "None"]
         paths = [[(key["key"], key["key_type"]) for key in entry["key_metadata"]] for entry in entries]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / '_METADATA'} is damaged: it does not name the arrays of a checkpoint.") from None

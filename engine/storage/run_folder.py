@@ -3,18 +3,21 @@
 runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result
           tokenizer/       as Hugging Face's libraries read it; generation_config.json: which tokens end a text, and sampling
-          adapter/         the adapter that a LoRA run trained
+          manifest.json    SHA-256 of the files above
+          adapter/         the adapter that a finished LoRA run trained, as PEFT reads it; only other programs do
           checkpoints/STEP/
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import write_json
+from engine.files import atomic_file, write_json
 from engine.format import quantity
 from engine.model.config import ModelConfig
+from engine.storage import manifest
 from engine.storage.huggingface.generation_config import read_eos_ids, read_sampling, write_sampling
 from engine.storage.untrusted import read_json_object
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +68,28 @@ def _reason_against(run: Path) -> str:
         return f"only {quantity(steps, 'step')}" if steps < TOY_STEPS else ""
     except (UserError, OSError, AttributeError, TypeError):
         return UNFINISHED
+
+
+@contextlib.contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Writes the manifest of a run's own files after the block, which writes them; a kill in between leaves no manifest."""
+    (listing := folder / manifest.NAME).unlink(missing_ok=True)
+    yield
+    tokenizer = (path.relative_to(folder).as_posix() for path in (folder / "tokenizer").iterdir())
+    with atomic_file(listing) as file:
+        file.write(manifest.make_manifest(folder, ("config.json", "run.json", *tokenizer)))
+
+
+def verify(folder: Path) -> tuple[str, ...]:
+    """Raises UserError when one of a run's own files is damaged; returns a note when the run has no manifest to tell."""
+    if not (folder / manifest.NAME).exists():
+        return (f"{folder} has no {manifest.NAME}, as those of earlier versions: its config and tokenizer are not checked",)
+    if damaged := manifest.verify(folder, extra=False):
+        raise UserError(
+            f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew with --overwrite; "
+            f"after a change of your own, remove {folder / manifest.NAME}."
+        )
+    return ()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def run(flags: ChatFlags, device: Device) -> int:
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         model = load_model(flags.model, report=report)
     notes.print_notes(model.notes)
-    params = with_adapters(model.cfg, model.params, flags.adapter)
+    params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
+    notes.print_notes(adapter_notes)
     params = prepare_params(model.cfg, params)
     chat = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)

@@ -17,9 +17,10 @@ from typing import Any
 from engine import distributed
 from engine.errors import UserError
 from engine.files import atomic_file, folder_lock, make_folder, open_regular
+from engine.storage.manifest import NAME
 from engine.storage.run_folder import ADAPTER, ROOT
 
-RUN_FILES = ("config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
+RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
 
 
 def default_folder(model: str, data: str) -> Path:

@@ -15,7 +15,7 @@ from engine.files import write_json
 from engine.format import duration, quantity
 from engine.placement import init_sharded
 from engine.storage import checkpoint
-from engine.storage.run_folder import save_tokenizer
+from engine.storage.run_folder import save_tokenizer, updating
 from engine.text.skipped_batches import format_ranges, replace_unread
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
@@ -119,9 +119,10 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     stage.begin_compiling(beside_reading=previous is not None)
     state, loop_state = _first_state(options, stage, previous, facts, console)
     if distributed.is_first():
-        write_json(folder / "run.json", facts)  # first: a folder with other files and without it is taken for someone else's
-        save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
-        write_json(folder / "config.json", plan.cfg.to_json())
+        with updating(folder):
+            write_json(folder / "run.json", facts)  # first: a folder with files and without it is taken for someone else's
+            save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
+            write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.split.trainable)
     digests = {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts}
     loop = Loop(plan, options, {"seed": plan.seed, "digests": digests}, stage.split.to_saved, loop_state, console)
@@ -143,7 +144,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
     }  # fmt: skip
     if distributed.is_first():
-        write_json(folder / "run.json", facts | {"result": result})
+        with updating(folder):
+            write_json(folder / "run.json", facts | {"result": result})
     print_summary(report, plan.noun, loop_state, peak, folder, facts["text"]["data"], console)
     return 0
 

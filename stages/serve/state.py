@@ -130,7 +130,7 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             try:
-                slots = _make_slots(model, adapter, engine_config)
+                slots, notes = _make_slots(model, adapter, engine_config)
                 sha256 = digest(slots.params)
             except BaseException:
                 with contextlib.suppress(UserError):
@@ -156,20 +156,22 @@ def load_state(
         ("template", chat.template_name),
         ("sampling", f"{origins}; what a request says wins"),
     ])  # fmt: skip
+    console.print_notes(notes)
     if engine_config.weights == "int8" and device.backend == "cpu" and slots.devices == 1 and (problem := native_problem()):
         console.print_notes([f"A lone stream would be decoded about twice as fast with the kernel in C, but {problem}."])
     return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, queue, price), ahead
 
 
-def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> Slots:
+def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Slots, tuple[str, ...]]:
+    """Returns the slots, and notes on the adapter to print."""
     cfg = engine_config.model_config(model.cfg)
     is_whole = placement.current_mesh() is None
     with host_memory(not is_whole):
-        params = with_adapters(model.cfg, model.params, [adapter]) if adapter else model.params
+        params, notes = with_adapters(model.cfg, model.params, [adapter] if adapter else [])
         params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(placement.place(cfg, params))
     try:
-        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options)
+        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options), notes
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

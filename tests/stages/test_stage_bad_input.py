@@ -152,6 +152,7 @@ def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     ):
         error = failing(main, args)
         assert f"{state} is missing" in error, error
+    (folder / "manifest.json").unlink()
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"tied"', '"tmed"'))
     assert "config.json does not describe a model. ModelConfig has no field 'tmed'" in failing(

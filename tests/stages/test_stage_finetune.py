@@ -22,6 +22,7 @@ from tiny_runs import WORDS, command, metrics
 from engine.errors import UserError
 from engine.mesh_shape import AXES
 from engine.model.paths import leaf_paths
+from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
@@ -34,6 +35,7 @@ from engine.training.step import NEXT_TOKEN
 from stages import generate
 from stages.chat import __main__ as chat
 from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
 from stages.finetune.data import held_out_evaluator
@@ -80,7 +82,8 @@ def adapted(trained, chats, text, tmp_path_factory):
     """A finished LoRA run, and what it printed."""
     folder = tmp_path_factory.mktemp("tuned") / "chats"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert finetune.main(args(trained, chats, folder, "--lora", LORA, "--general", text)) == 0
+        more = ("--general", text, "--eval-every", 9, "--save-every", 9, "--keep", 9)
+        assert finetune.main(args(trained, chats, folder, "--lora", LORA, *more)) == 0
     return folder, printed.getvalue()
 
 
@@ -121,6 +124,33 @@ def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
         assert digest({"": weight}) == digest({"": leaf})
     changed = {path for path, leaf in leaves.items() if hasattr(leaf, "base")}
     assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "gate_up", "down")}
+
+
+def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapted, trained, tmp_path, capsys):
+    folder, printed = adapted
+    step_folder = lambda step: folder / "checkpoints" / str(step)
+    held_out = {line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line}
+    assert [*held_out] == checkpoint.steps(folder) == [9, 18, 27, 36, 45]
+    best = min(held_out, key=lambda step: held_out[step])
+    assert result(folder)["best_step"] == best
+    assert f"quick validation {held_out[best]:.3f}: {step_folder(best)}" in " ".join(printed.split())
+    for step in {9, best}:
+        assert evaluate.main(["--model", str(step_folder(step))]) == 0
+        measured = float(re.findall(r"nats per token +(\S+)", capsys.readouterr().out)[0])
+        assert measured == pytest.approx(held_out[step], abs=2e-3)
+    base = load_model(str(trained))
+    models = {step: load_model(str(step_folder(step))) for step in held_out}
+    digests = {step: digest(model.params) for step, model in models.items()}
+    assert len({*digests.values()}) == len(held_out)
+    assert digests[45] == digest(load_model(str(folder)).params)
+    as_adapters = [with_adapters(base.cfg, base.params, [path])[0] for path in (folder / "adapter", folder, step_folder(9))]
+    assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9]]
+    assert leaf_paths(as_adapters[0])["blocks/0/qkv"].columns == leaf_paths(as_adapters[1])["blocks/0/qkv"].columns
+    assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
+    out = tmp_path / "exported"
+    assert export.main(["--model", str(step_folder(9)), "--out", str(out), "--check"]) == 0
+    merged = {path: to_dense(leaf) for path, leaf in leaf_paths(models[9].params).items()}
+    assert digest(load_model(str(out)).params["blocks"]["0"]["qkv"]) == digest(merged["blocks/0/qkv"])
 
 
 def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys):
@@ -165,19 +195,24 @@ def test_evaluation_refuses_a_held_out_set_that_is_another(adapted, chats, tmp_p
 
 def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
-    options = args(trained, chats, folder, "--lora", LORA)
+    options = args(trained, chats, folder, "--lora", LORA, "--save-every", 2, "--keep", 99)
     at = PackedBatches.at
+
+    read: list[Any] = []
 
     def stopping(self: Any, step: int) -> Any:
         if step == 6:
+            read.append(load_model(str(folder)))  # while it trains
             os.kill(os.getpid(), signal.SIGINT)
         return at(self, step)
 
     monkeypatch.setattr(PackedBatches, "at", stopping)
     assert finetune.main(options) == 128 + signal.SIGINT
     assert re.search(r"Stopped at step [67], .* into training; saved in", capsys.readouterr().out)
-    with pytest.raises(UserError, match="no adapter yet: its fine-tuning was stopped"):
-        load_model(str(folder))
+    newest = load_model(str(folder))
+    assert newest.checkpoint == folder / "checkpoints" / str(checkpoint.steps(folder)[-1])
+    assert read[0].checkpoint.parent == newest.checkpoint.parent
+    assert digest(read[0].params) == digest(load_model(str(read[0].checkpoint)).params) != digest(newest.params)
     monkeypatch.setattr(PackedBatches, "at", at)
     assert finetune.main(options) == 0
     assert re.search(r"resumed at step [67]", capsys.readouterr().out)
@@ -392,6 +427,7 @@ def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_pat
     # The run's own base has changed since: the same sentence, wherever the run is read.
     twin = tmp_path / "twin"
     shutil.copytree(adapted[0], twin)
+    (twin / "manifest.json").unlink()
     about = json.loads((twin / "run.json").read_text())
     (twin / "run.json").write_text(json.dumps(about | {"base": about["base"] | {"model": str(folder)}}))
     assert "was trained on another model" in failing(generate.main, ["--model", str(twin)])

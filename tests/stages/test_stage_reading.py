@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,16 @@ from tiny_runs import command
 
 from engine.inference.stop_strings import CompletionText
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import read_config, read_json, save_tokenizer
+from engine.storage.run_folder import read_config, read_json, save_tokenizer, updating
 from engine.text.token_file import open_token_file
 from engine.text.tokenizer import byte_tokenizer
 from stages import generate
+from stages.chat import __main__ as chat
 from stages.evaluate import __main__ as evaluate
+from stages.export import __main__ as export
+from stages.finetune import __main__ as finetune
+from stages.reinforce import __main__ as reinforce
+from stages.serve import __main__ as serve
 
 
 def generated(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
@@ -37,7 +43,8 @@ def test_generation_is_a_function_of_its_flags(trained, capsys):
 def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run")
     model = load_model(str(trained))
-    save_tokenizer(run, model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3})
+    with updating(run):
+        save_tokenizer(run, model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3})
     flags = ("--prompt", "The king", "--max-tokens", 20)
     greedy, notes = generated(capsys, run, *flags)
     assert "repetition_penalty is 1.3, and only `stages.serve` computes it" in notes
@@ -119,7 +126,8 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
     records = {"new": long, "hand": by_hand, "short": toy, "broken": "{", "stopped": unfinished}
     for hour, (name, record) in enumerate(records.items()):
         folder = shutil.copytree(trained, Path("runs", name), ignore=shutil.ignore_patterns("optimizer"))
-        (folder / "run.json").write_text(record if isinstance(record, str) else json.dumps(record))
+        with updating(folder):
+            (folder / "run.json").write_text(record if isinstance(record, str) else json.dumps(record))
         os.utime(folder / "run.json", (hour, hour))
 
     def note(*flags: str, code: int = 0) -> str:
@@ -145,6 +153,35 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
     assert "No run in runs/ is finished. Finish runs/new" in note(code=2)
     shutil.rmtree("runs")
     assert "There is no trained model in runs/" in note(code=2)
+
+
+def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, text, tmp_path, failing, capsys):
+    run, flags = shutil.copytree(trained, tmp_path / "run"), ("--prompt", "The king", "--max-tokens", 9)
+    commands = [
+        (generate.main, ()), (evaluate.main, ()), (chat.main, ()), (serve.main, ()),
+        (export.main, ("--out", tmp_path / "out")), (finetune.main, ("--data", text, "--out-dir", tmp_path / "tuned")),
+        (reinforce.main, ("--task", "length:3", "--out-dir", tmp_path / "tuned")),
+    ]  # fmt: skip
+    plain = generated(capsys, trained, *flags)[0]
+    files = [run / "config.json", run / "run.json", *(run / "tokenizer").iterdir()]
+    assert len(files) == 5
+    for number, file in enumerate(files):
+        whole = file.read_bytes()
+        at = re.search(rb"\d(?=\D*$)", whole) or re.search(rb"\w", whole)
+        file.write_bytes(whole[: at.start()] + b"7" + whole[at.end() :])
+        for main, more in commands if number == 0 else commands[:1]:
+            for model in (run, run / "checkpoints" / "20"):
+                error = failing(main, ["--model", model, *more])
+                assert f"{file} is damaged: its SHA-256 is another" in error, error
+        file.write_bytes(whole)
+    assert not (tmp_path / "out").exists()
+    restored, notes = generated(capsys, run, *flags)
+    assert (restored, "manifest" in notes) == (plain, False)
+    with pytest.raises(KeyboardInterrupt), updating(run):
+        raise KeyboardInterrupt
+    earlier, notes = generated(capsys, run, *flags)  # as a run of an earlier version
+    note = f"{run} has no manifest.json, as those of earlier versions: its config and tokenizer are not checked"
+    assert (earlier, notes.splitlines()[0]) == (plain, note)
 
 
 def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text, trained, monkeypatch):
