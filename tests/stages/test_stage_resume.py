@@ -137,16 +137,18 @@ def test_an_evaluation_that_a_stop_put_off_is_logged_once(text, tmp_path, monkey
 
 
 @pytest.mark.parametrize("why", ["another text", "damage"])
-def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, tmp_path, capsys, why):
-    words = tiny(text, tmp_path / "run", "--eval-every", 2)
+def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, tmp_path, monkeypatch, capsys, why):
+    words = tiny(text, tmp_path / "run", "--eval-every", 2, "--steps", 13)
     (held_out := tmp_path / "held-out.txt").write_bytes(text.read_bytes())
-    assert train.main([*words, "--steps", "9", "--validation", str(held_out)]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, signal.SIGTERM)
+        assert train.main([*words, "--validation", str(held_out)]) == 143
     best = loop_state(tmp_path / "run").best_step
     if why == "damage":
         (tmp_path / "run" / "checkpoints" / str(best) / "params" / "manifest.ocdbt").write_bytes(b"")
     else:
         held_out.write_text("QXZ 0123456789 " * 99, encoding="utf-8")  # harder
-    assert train.main([*words, "--steps", "13", "--validation", str(held_out)]) == 0
+    assert train.main([*words, "--validation", str(held_out)]) == 0
     rows = {step: value for step, value in validation_rows(tmp_path / "run") if step > 9}
     assert loop_state(tmp_path / "run").best == min(rows.values())
     printed = capsys.readouterr().out
