@@ -75,7 +75,7 @@ def updating(folder: Path) -> Iterator[None]:
     """Writes the manifest of a run's own files after the block, which writes them; a kill in between leaves no manifest."""
     (listing := folder / manifest.NAME).unlink(missing_ok=True)
     yield
-    tokenizer = (path.relative_to(folder).as_posix() for path in (folder / "tokenizer").iterdir())
+    tokenizer = (f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*"))  # not what a kill left
     with atomic_file(listing) as file:
         file.write(manifest.make_manifest(folder, ("config.json", "run.json", *tokenizer)))
 
