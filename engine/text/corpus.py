@@ -78,6 +78,24 @@ def normalize(text: str) -> str:
     return text.casefold().translate(_ignored()) or text
 
 
+def without_copies(held_out: Corpus[str], train: Corpus[str]) -> Corpus[str]:
+    """Leaves out the held-out documents that `normalize` finds in the training text too; the name says how many.
+
+    Reads both once. Raises UserError when nothing is left.
+    """
+    start = lambda text: normalize(text[:4000])[:200]  # all of a long training text is compared only where this is equal
+    keys = [normalize(text) for text in held_out]
+    starts, known = {start(text) for text in held_out}, {*keys}
+    copies = {key for text in train if start(text) in starts and (key := normalize(text)) in known}
+    if not copies:
+        return held_out
+    count = f"{sum(key in copies for key in keys):,} of {len(keys):,} documents"
+    if copies == known:
+        raise UserError(f"{count} of {held_out.name} are in {train.name} too: nothing is held out. Give another text.")
+    name = f"{held_out.name}, without {count} that are in the training text too"
+    return Corpus(name, lambda: (text for text in held_out if normalize(text) not in copies))
+
+
 def hold_out(corpus: Corpus[str], fraction: float = 0.05) -> tuple[Corpus[str], Corpus[str]]:
     """Splits into (training, validation): the last `fraction` of the documents, or of the text when there are too few.
 

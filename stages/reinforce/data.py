@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
+from engine.text.corpus import normalize
 from engine.text.jsonl import json_type, read_rows
 
 THINGS = (
@@ -47,7 +48,10 @@ def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
     Raises UserError, with file and line, for a row without a prompt or, for the task `sum`, without an answer.
     """
     if data:
-        prompts, name = _read(data, task), str(data)
+        rows = _read(data, task)
+        prompts = [*{normalize(prompt.text): prompt for prompt in reversed(rows)}.values()][::-1]  # the first of each
+        copies = len(rows) - len(prompts)
+        name = f"{data}" + f" ({copies:,} copies left out)" * (copies > 0)
     elif task == "sum":
         pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
         prompts, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"

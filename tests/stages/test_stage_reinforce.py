@@ -19,6 +19,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.reinforce import __main__ as reinforce
 from stages.reinforce import run as reinforce_run
+from stages.reinforce.data import prompts_for
 from stages.reinforce.rollouts import Rollout, score_completions
 from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds
 
@@ -172,3 +173,11 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
 def test_bad_input(flags, sentence, trained, tmp_path, failing):
     assert sentence in failing(reinforce.main, args(trained, tmp_path / "bad", *flags))
     assert not (tmp_path / "bad").exists()
+
+
+def test_no_held_out_prompt_is_a_copy_of_a_training_prompt(tmp_path):
+    rows = [{"prompt": text} for text in ("What is rain?", "what is  rain", "What is snow?", "WHAT IS RAIN?!")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = prompts_for("length:3", tmp_path / "prompts.jsonl", 0)
+    assert sorted(prompt.text for prompt in (*prompts.train, *prompts.held_out)) == ["What is rain?", "What is snow?"]
+    assert "2 copies left out" in prompts.name

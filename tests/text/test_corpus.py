@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.corpus import Corpus, hold_out, read_corpus
+from engine.text.corpus import Corpus, hold_out, read_corpus, without_copies
 
 
 def corpus_of(documents: list[str]) -> Corpus[str]:
@@ -158,6 +158,17 @@ def test_one_text_is_cut_at_the_start_of_a_line():
     # Also one without lines.
     (train,), (validation,) = (list(part) for part in hold_out(corpus_of(["title\n" + "a" * 1000])))
     assert (len(train), len(validation)) == (955, 51)
+
+
+def test_no_held_out_document_is_in_the_training_text():
+    long = "It was the best of times. " * 300
+    train = corpus_of(["The sea.", long + "one", "x"])
+    left = without_copies(corpus_of(["the  SEA", long + "two", long.upper() + "one", "The land."]), train)
+    assert list(left) == list(left) == [long + "two", "The land."]
+    assert left.name == "a corpus, without 2 of 4 documents that are in the training text too"
+    assert without_copies(same := corpus_of(["+", "-"]), corpus_of(["*", "/"])) is same
+    with pytest.raises(UserError, match="1 of 1 documents of a corpus are in a corpus too: nothing is held out"):
+        without_copies(corpus_of(["the sea"]), train)
 
 
 def test_too_little_to_hold_out():

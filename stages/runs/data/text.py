@@ -12,7 +12,7 @@ from engine.errors import UserError, did_you_mean
 from engine.files import atomic_folder, cache_folder
 from engine.storage import assets, manifest
 from engine.storage.assets import TEXTS
-from engine.text.corpus import Corpus, hold_out, read_corpus
+from engine.text.corpus import Corpus, hold_out, read_corpus, without_copies
 from engine.text.token_file import TokenFile, open_bin, open_token_file
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from stages.cli.console import Console
@@ -43,10 +43,16 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
             files = assets.fetch(data, report)
-        train = dataclasses.replace(read_corpus(files["train"]), name=data)
-        return train, held_out or dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
-    source = _source(Path(data), console)
-    return (source, held_out) if held_out or isinstance(source, Path) else hold_out(source, HELD_OUT)
+        train: Source = dataclasses.replace(read_corpus(files["train"]), name=data)
+        if not held_out:  # it has no document of the training text
+            return train, dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
+    else:
+        train = _source(Path(data), console)
+    if not held_out and not isinstance(train, Path):
+        train, held_out = hold_out(train, HELD_OUT)
+    if isinstance(train, Corpus) and isinstance(held_out, Corpus):
+        held_out = without_copies(held_out, train)
+    return train, held_out
 
 
 def check_text_name(data: str) -> None:

@@ -114,8 +114,9 @@ def test_what_is_frozen(make_tuning, base, quick, expect):
 @pytest.mark.promises(*T10)
 def test_preferences_begin_at_ln_2(make_tuning, tmp_path, expect):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"prompt": "the sea", "chosen": "red sails.", "rejected": "a far land."}) + "\n")
-    run = make_tuning(0, ("--steps", 1, "--objective", "preference", "--data", pairs, "--validation", pairs))
+    pair = lambda prompt: json.dumps({"prompt": prompt, "chosen": "red sails.", "rejected": "a far land."}) + "\n"
+    pairs.write_text(pair("the sea") + pair("the king"))
+    run = make_tuning(0, ("--steps", 1, "--objective", "preference", "--data", pairs))
     assert run.live() == 0, run.output.read_text()
     expect(at_most("first preference loss less ln 2", abs(run.rows()[0]["loss"] - math.log(2)), 1e-6))
 
