@@ -169,8 +169,11 @@ def refuse_unshared(folder: Path) -> None:
 
 
 @functools.cache
-def _gather_program() -> tuple[Any, Any]:
-    """Returns the sharding of one row a process, and a program that copies all rows to every process."""
+def _gather_program(numbers: int) -> tuple[Any, Any]:
+    """Returns the sharding of a row of `numbers` a process, and a program that copies all rows to every process.
+
+    The processes meet when all have compiled it, for Gloo waits only 30 s for the others: see `connect_devices`.
+    """
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -178,7 +181,10 @@ def _gather_program() -> tuple[Any, Any]:
     first = {device.process_index: device for device in reversed(jax.devices())}
     mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
-    return rows, jax.jit(lambda rows: rows, out_shardings=whole)
+    shape = jax.ShapeDtypeStruct((len(first), numbers), np.float32, sharding=rows)
+    program = jax.jit(lambda rows: rows, out_shardings=whole).lower(shape).compile()
+    gather_strings()
+    return rows, program
 
 
 def gather_numbers(*numbers: float) -> list[list[float]]:
@@ -188,7 +194,7 @@ def gather_numbers(*numbers: float) -> list[list[float]]:
     import jax
     import numpy as np
 
-    rows, program = _gather_program()
+    rows, program = _gather_program(len(numbers))
     row = np.array([numbers], np.float32)
     everyone = program(jax.make_array_from_process_local_data(rows, row, (_group.processes, len(numbers))))
     return np.asarray(everyone.addressable_data(0)).tolist()

@@ -34,7 +34,7 @@ from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
-from stages.runs.training_steps import MeshBatches, TrainingSteps, lower_step
+from stages.runs.training_steps import MeshBatches, TrainingSteps, lower_step, temporary_bytes
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
@@ -158,11 +158,10 @@ class FineTuning(ModelStage):
             )
             compiled = lowered.compile(narrow)
         _clear_programs()
-        analysis = compiled.memory_analysis()
         return TrainingSteps(
             lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK_EXAMPLES),
             plan, loop_state, self.peak_flops, advice="--learning-rate, or warm up longer with --warmup",
-            buffer_bytes=analysis.temp_size_in_bytes if analysis else 0,
+            buffer_bytes=temporary_bytes(compiled),
         )  # fmt: skip
 
     def finish(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:

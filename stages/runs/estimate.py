@@ -230,6 +230,9 @@ def memory_estimate(plan: RunPlan, needed: int) -> str:
     limit = f"{format_bytes(memory_limit(plan.mesh))} that are left for a {plan.noun}"
     limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // distributed.process_count()
-    return (
+    phrase = (
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )
+    if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
+        phrase += f"; {format_bytes(needed + saved + PROCESS_BYTES)} in all with Python and JAX"
+    return phrase

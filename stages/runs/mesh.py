@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine import distributed
@@ -30,14 +32,33 @@ def choose_mesh(text: str | None) -> MeshShape | None:
 
 
 def make_mesh_here(shape: MeshShape) -> Mesh:
-    """As `make_mesh`, of all devices; on a CPU its UserError says how to have virtual ones."""
+    """As `make_mesh`, of all devices, connected; on a CPU its UserError says how to have virtual ones."""
     try:
-        return make_mesh(shape)
+        return connect_devices(make_mesh(shape))
     except UserError as error:
         if jax.default_backend() != "cpu" or distributed.process_count() > 1:
             raise
         virtual = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape.devices}"
         raise UserError(f"{error} To try this mesh on a CPU, set {virtual}: virtual devices, which share its cores.") from None
+
+
+def connect_devices(mesh: Mesh) -> Mesh:
+    """Connects each group of devices that collectives of the mesh can join, and returns the mesh.
+
+    Gloo connects a group at its first collective, and gives up after 30 s: too early where one process compiles longer than
+    another. So the processes meet once each has compiled this. In a connected group collectives wait for half an hour.
+    """
+    if distributed.process_count() > 1:
+        names, axes = mesh.axis_names, range(len(mesh.axis_names))
+        groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
+        results = [NamedSharding(mesh, PartitionSpec(*(names[axis] for axis in axes if axis not in group))) for group in groups]
+        ones, over_all = np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, PartitionSpec(*names))
+        numbers = jax.make_array_from_callback(ones.shape, over_all, ones.__getitem__)
+        program = jax.jit(lambda numbers: [numbers.sum(group) for group in groups], out_shardings=results)
+        compiled = program.lower(numbers).compile()
+        distributed.refuse_differences({"--mesh": str(MeshShape(**mesh.shape))})
+        jax.block_until_ready(compiled(numbers))
+    return mesh
 
 
 def device_with_mesh(device: Device, shape: MeshShape | None) -> Device:

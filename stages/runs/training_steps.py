@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
@@ -18,6 +18,8 @@ from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator
 from stages.runs.loop_state import LoopState
+
+LARGE_BUFFER = 2**27  # bytes
 
 
 class Batches(Protocol):
@@ -56,10 +58,16 @@ def lower_step(
     )  # fmt: skip
 
 
+def temporary_bytes(compiled: Compiled) -> int:
+    """Returns the bytes of a step's temporary buffer in the host's memory, 0 for a small one: moving it costs page faults."""
+    analysis = compiled.memory_analysis() if jax.default_backend() == "cpu" else None
+    return size if analysis and (size := analysis.temp_size_in_bytes) >= LARGE_BUFFER else 0
+
+
 class TrainingSteps:
     """The Steps of training and fine-tuning: runs a program on one batch after another, from the state's step on.
 
-    `peak_flops`: this machine's, a second. `buffer_bytes`: the program's temporary buffer, where memory matters.
+    `peak_flops`: this machine's, a second. `buffer_bytes`: `temporary_bytes` of the program.
     """
 
     lines_stay, exhausted = False, False
@@ -80,12 +88,12 @@ class TrainingSteps:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
         following = self._batch(loop_state, step + 1) if self.buffer_bytes else None
+        if self.buffer_bytes and not fits_freed_memory(self.buffer_bytes):  # as after a save, whose buffers lie in its place
+            return_freed_memory()  # or this step's buffer would lie beside the last one's
         state, metrics = self.program(state, self.batch, progress)
         self.batch = following or self._batch(loop_state, step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
-        if self.buffer_bytes and not fits_freed_memory(self.buffer_bytes):
-            return_freed_memory()  # or the next step's buffer would lie beside this one's
         self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
         self.losses.append(self.loss)
         return state, [bool(metrics.refused)]

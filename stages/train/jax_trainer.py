@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from engine.allocator import return_freed_memory
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
@@ -20,7 +21,7 @@ from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.data.text import TextData
 from stages.runs.estimate import RunPlan, memory_limit
-from stages.runs.training_steps import Program, lower_step
+from stages.runs.training_steps import Program, lower_step, temporary_bytes
 from stages.train.trainer import Trainer
 
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
@@ -81,6 +82,8 @@ class JaxTrainer(Trainer):
     def make_program(self, console: Console) -> Program:
         with console.task("compiling", always=True):
             compiled = self.compiling.result()
+        self.buffer_bytes = temporary_bytes(compiled)
+        return_freed_memory()  # of compiling and of making the first state
         return lambda state, batch, progress: compiled(state, {}, batch, progress)
 
     def sample(self, params: Any, max_tokens: int) -> str:

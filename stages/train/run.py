@@ -168,7 +168,7 @@ class Training(Stage):
         batches, program = MeshBatches(self.batches), trainer.make_program(self.console)
         evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
         top, advice = mesh_ceilings(self.ceilings, self.plan.mesh).peak_flops(cfg.dtype), trainer.advice
-        return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice)
+        return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice, trainer.buffer_bytes)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""

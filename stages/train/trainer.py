@@ -19,6 +19,7 @@ class Trainer(Protocol):
     optimizer_name: str  # run.json's
     memory: int  # bytes of a step, predicted
     memory_note: str  # that follows them in the plan
+    buffer_bytes: int = 0  # of the program that was made: see TrainingSteps
 
     def check_memory(self) -> None:
         """Raises UserError when the model cannot be trained in the memory there is."""
