@@ -23,6 +23,7 @@ from engine.counting.hardware import (
     saved_ceilings,
 )  # fmt: skip
 from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
+from engine.counting.params import count_params
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
 from engine.format import duration, format_bytes, quantity
 from engine.mesh_shape import ONE_DEVICE, MeshShape, divisors
@@ -104,6 +105,10 @@ class RunPlan:
             loss_chunks=loss_chunks(cfg, rows * recipe.context, self._head_is_narrow), microbatches=recipe.accumulate,
             base=self.base,
         )  # fmt: skip
+        if self.trainable is not None:  # the model as loaded, in float32, which the report compares with; of a LoRA the pairs
+            is_shared = self.trainable.adapted or dtype_bytes(cfg) == 4
+            loaded = memory.gradients if is_shared else 4 * count_params(cfg).total
+            memory = dataclasses.replace(memory, params=memory.params + loaded)
         # The whole head, gathered in float32, and its copy.
         gathered = (4 + dtype_bytes(cfg)) * cfg.width * self.cfg.vocab * (fsdp * tensor > 1)
         names = ("params", "optimizer", "copies", "gradients", "accumulated")

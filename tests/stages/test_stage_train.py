@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from tiny_runs import metrics, tiny
+from tiny_runs import ROOT, metrics, tiny, typed
 
 from engine.model.transformer import init_params
 from engine.storage import checkpoint, manifest
@@ -52,6 +55,22 @@ def test_run_leaves_what_it_says(trained):
     best = min(validation, key=lambda step: validation[step])
     assert [*validation][-1] == run["result"]["best_step"] == best == 20, "the last counts too"
     assert checkpoint.steps(trained)[-1] == 20
+
+
+@pytest.mark.journeys
+def test_memory_stays_within_the_plan(text, tmp_path):
+    """The buffer of a step lies in the place of the last one's: the peak over some steps and a save is no more than printed."""
+    folder, printed = tmp_path / "run", tmp_path / "printed"
+    words = typed("train", "nano", "--data", text, "--tokenizer", "bytes", "--out-dir", folder, "--scan", "--save-every", 2)
+    words += map(str, ("--batch", 4, "--context", 256, "--steps", 10**6, "--eval-every", 10**6, "--log-every", 1))
+    with printed.open("w") as file, subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file) as process:
+        while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 5:
+            assert process.poll() is None, printed.read_text()
+            time.sleep(0.1)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.kill()
+    planned = re.search(r"([\d.]+) GB in all with Python", " ".join(printed.read_text().split()))
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 < 1.05e9 * float(planned[1])
 
 
 def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, monkeypatch, capsys):
