@@ -457,7 +457,7 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
     monkeypatch.setattr(checkpoint, "load_params", read)
     for limit, remedy, flags in (
         (600_000, "--accumulate 16", ()), (1000, "only a smaller model would fit", ()),
-        (1_000_000, "; --accumulate 16, a row at a time, would fit", ("--train", "all")),
+        (1_400_000, "; --accumulate 16, a row at a time, would fit", ("--train", "all")),
         (500_000, "; a LoRA (no --train, no --freeze) with --accumulate 16", ("--train", "all")),
         (1000, "only a smaller model would fit", ("--train", "all")),
     ):  # fmt: skip
