@@ -27,6 +27,7 @@ from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
+from engine.storage.run_folder import updating
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import Pair
 from engine.text.packing import PackedBatches
@@ -187,7 +188,8 @@ def test_evaluation_refuses_a_held_out_set_that_is_another(adapted, chats, tmp_p
     changed, run = tmp_path / "chats.jsonl", shutil.copytree(adapted[0], tmp_path / "run")
     changed.write_text("\n".join(chats.read_text().splitlines()[1::2]))
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"text": record["text"] | {"data": str(changed)}}))
+    with updating(run):
+        (run / "run.json").write_text(json.dumps(record | {"text": record["text"] | {"data": str(changed)}}))
     error = failing(evaluate.main, ["--model", str(run)])
     assert "is not what run was validated on" in error
     assert "chats.jsonl or the way it is split has changed" in error
@@ -197,7 +199,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
     folder = tmp_path / "stopped"
     options = args(trained, chats, folder, "--lora", LORA, "--save-every", 2, "--keep", 99)
     at = PackedBatches.at
-
     read: list[Any] = []
 
     def stopping(self: Any, step: int) -> Any:
@@ -427,9 +428,9 @@ def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_pat
     # The run's own base has changed since: the same sentence, wherever the run is read.
     twin = tmp_path / "twin"
     shutil.copytree(adapted[0], twin)
-    (twin / "manifest.json").unlink()
     about = json.loads((twin / "run.json").read_text())
-    (twin / "run.json").write_text(json.dumps(about | {"base": about["base"] | {"model": str(folder)}}))
+    with updating(twin):
+        (twin / "run.json").write_text(json.dumps(about | {"base": about["base"] | {"model": str(folder)}}))
     assert "was trained on another model" in failing(generate.main, ["--model", str(twin)])
 
 
