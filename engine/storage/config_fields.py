@@ -1,15 +1,17 @@
-"""Reads the architecture fields of a config.json or a GGUF file; refuses each that is unsupported."""
+"""Reads the architecture fields of a config.json or a GGUF file; refuses what cannot be computed, names what is unknown."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.errors import UserError, did_you_mean
+from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage.untrusted import quote
 
 # Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's.
 BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+MAX_NAMED = 8  # fields that are not known, in a note
 
 
 def architecture_of(cfg: ModelConfig) -> str:
@@ -28,16 +30,20 @@ class Fields(NamedTuple):
     path: Path
     prefix: str = ""
 
-    def check(self, used: Collection[str], only: dict[str, tuple[Any, ...]], ignored: Collection[str]) -> None:
-        """Raises UserError for an unknown field, or one with a value other than the supported ones in `only`."""
-        known = {*used, *only, *ignored}
-        for name, value in self.values.items():
-            called = self.prefix + name
-            if value not in only.get(name, [value]):
-                raise UserError(f"{self.path}: {called} is {quote(value)}, and only {only[name][0]} can be computed here.")
-            if name not in known:
-                missing = f"is not known here, and what it changes would be missing.{did_you_mean(name, sorted(used))}"
-                raise UserError(f"{self.path}: the field {quote(called)} {missing}")
+    def check(self, only: dict[str, tuple[Any, ...]]) -> None:
+        """Raises UserError for a field that is in `only` and whose value is none of those there."""
+        for name, values in only.items():
+            if name in self.values and self.values[name] not in values:
+                given = f"{self.prefix}{name} is {quote(self.values[name])}"
+                raise UserError(f"{self.path}: {given}, and only {values[0]} can be computed here.")
+
+    def note_unknown(self, known: Collection[str], harmless: str) -> tuple[str, ...]:
+        """Returns a note that names the fields which are not known, if any, and do not match the pattern `harmless`."""
+        unknown = [self.prefix + name for name in self.values if name not in known and not re.fullmatch(harmless, name)]
+        if not unknown:
+            return ()
+        more = f" and {len(unknown) - MAX_NAMED} more" * (len(unknown) > MAX_NAMED)
+        return (f"{self.path}: fields that are not known here are ignored: {', '.join(map(quote, unknown[:MAX_NAMED]))}{more}",)
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
         """Returns a number field; raises UserError for one that is missing (or null) without a `default`, negative or huge."""

@@ -34,8 +34,8 @@ class LoadedModel:
     params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
     completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
     `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
-    lines to print: why this run, what is damaged, whether the context is cut. `sampling`: recommended, by the names of
-    SamplingParams; values as the model's files have them.
+    lines to print: why this run, what is damaged, which fields are not known, whether the context is cut. `sampling`:
+    recommended, by the names of SamplingParams; values as the model's files have them.
     """
 
     name: str
@@ -84,8 +84,10 @@ def locate(name: str | None, report: OnProgress = None) -> Location:
         return Location("hugging face", path)
     run = _run_of(path, name or str(path))
     notes += run_folder.verify(run)
-    trained = str(run_folder.read_json(run / "run.json").get("learns", ""))
-    return Location("adapter" if trained.startswith("rank=") else "run", path, run, notes)
+    record = run_folder.read_json(run / "run.json")
+    # Earlier versions wrote no kind; what an adapter's run learns began with its rank.
+    is_adapter = record.get("kind") == "adapter" or ("kind" not in record and str(record.get("learns")).startswith("rank="))
+    return Location("adapter" if is_adapter else "run", path, run, notes)
 
 
 def _run_of(path: Path, name: str) -> Path:
@@ -140,7 +142,7 @@ def load_model(
         params, tokenizer = read_params(stored, dtype or cfg.dtype, report), _make_tokenizer(stored, location.path)
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
-        notes: tuple[str, ...] = (cut,) if cfg.context < stored.context else ()
+        notes = stored.notes + ((cut,) if cfg.context < stored.context else ())
         sampling = RECOMMENDED_SAMPLING.get(name or "", stored.sampling)
         return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, None, hub_id, notes, sampling)
     if location.format == "adapter":

@@ -108,7 +108,7 @@ class StoredModel(NamedTuple):
 
     rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. `context`: what the
     file claims; `cfg` has less where attention is in windows. `sampling`: as in LoadedModel. `hub_id`: its id on the Hugging
-    Face hub, empty when unknown.
+    Face hub, empty when unknown. `notes`: on fields that are not known here.
     """
 
     name: str
@@ -121,6 +121,7 @@ class StoredModel(NamedTuple):
     context: int
     sampling: dict[str, Any]
     hub_id: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:

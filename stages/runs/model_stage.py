@@ -57,6 +57,7 @@ class ModelStage(Stage):
         path = Path(self.name).expanduser()  # absolute, to be found again
         source = str(path.absolute()) if path.exists() else self.name
         self.facts = {
+            "kind": "adapter" if self.lora else "model",
             "base": {"model": source, "digest": digest(params), "name": self.model.name},
             "tokenizer": {"kind": "the model's", "digest": self.model.tokenizer.digest},
             **self.facts,

@@ -54,9 +54,10 @@ def test_the_architecture_is_known_before_a_weight_is_read(run, tmp_path, monkey
 def test_a_run_that_holds_an_adapter_or_is_damaged_says_so(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / "run.json").write_text('{"learns": "rank=8,alpha=16,targets=all"}')
-    with pytest.raises(UserError, match="holds an adapter for another model"):
-        load(str(copy))
+    for record in ('{"kind": "adapter"}', '{"learns": "rank=8,alpha=16,targets=all"}'):  # the latter in earlier versions
+        (copy / "run.json").write_text(record)
+        with pytest.raises(UserError, match="holds an adapter for another model"):
+            load(str(copy))
     for name in ("run.json", "config.json"):
         (copy / name).write_text("[")
         with pytest.raises(UserError, match="is damaged"):

@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.config_fields import BLOCKS, Fields
 from engine.storage.gguf.header import Header
-from engine.storage.untrusted import known_name, quote, read_at
+from engine.storage.untrusted import known_name, read_at
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Our name of a size -> theirs.
@@ -21,16 +21,17 @@ SIZES = {
 HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
 EPS, THETA, WINDOW = "attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.sliding_window"
 USED = {*SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW, "vocab_size"}
-IGNORED = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
+HARMLESS = "rope.scaling.(original_context_length|finetuned)|tensor_data_layout|use_parallel_residual"
+# Keys that change what the weights compute, in a way that is not built here -> the values that do not.
 ONLY: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0, 0.0), "rope.scale_linear": (1.0,), "expert_count": (0,),
-    "expert_used_count": (0,), "attention.causal": (True,), "use_parallel_residual": (False, True), "logit_scale": (1.0,),
-    "rope.scaling.attn_factor": (1.0,), "residual_scale": (1.0,), "embedding_scale": (1.0,), "attention.scale": (0.0,),
+    "expert_used_count": (0,), "attention.causal": (True,), "logit_scale": (1.0,), "rope.scaling.attn_factor": (1.0,),
+    "residual_scale": (1.0,), "embedding_scale": (1.0,), "attention.scale": (0.0,), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
 }  # fmt: skip
 # SamplingParams' name -> llama.cpp's key of the recommended value.
 SAMPLING_KEYS = {name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")}
 SAMPLING_KEYS |= {"temperature": "general.sampling.temp", "repetition_penalty": "general.sampling.penalty_repeat"}
-OTHER_KEYS = ("general.", "tokenizer.", "quantize.", "mradermacher.")
 FREQUENCIES = "rope_freqs.weight"
 
 # Llama 3.1's and 3.2's; a file holds only what they make of each frequency.
@@ -43,16 +44,13 @@ def shortest_decimal(value: float) -> float:
 
 
 def config_from(header: Header) -> ModelConfig:
-    """Returns a file's architecture; refuses, by name, a key that is missing, unknown or unsupported."""
+    """Returns a file's architecture; refuses, by name, a key that is missing or cannot be computed here."""
     path, metadata = header.path, header.metadata
     kind = known_name(metadata.get("general.architecture"), ARCHITECTURES, "general.architecture", path)
-    own = {key.removeprefix(kind + "."): value for key, value in metadata.items() if key.startswith(kind + ".")}
-    fields = Fields(own, path, kind + ".")
-    fields.check(USED, ONLY, IGNORED)
-    for key in metadata:
-        if not key.startswith((kind + ".", *OTHER_KEYS)):
-            part = "one of several parts: merge them first" if key.startswith("split.") else "not known here"
-            raise UserError(f"{path}: the key {quote(key)} is {part}.")
+    fields = _fields(header)
+    fields.check(ONLY)
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise UserError(f"{path} is one of several parts, by its key 'split.count': merge them first.")
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise UserError(f"{path} has no embedding, token_embd.weight, or not one of two dimensions.")
@@ -74,6 +72,17 @@ def config_from(header: Header) -> ModelConfig:
         if (value := fields.number(key, int, cfg.head_dim)) != cfg.head_dim:
             raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
     return cfg
+
+
+def _fields(header: Header) -> Fields:
+    prefix = f"{header.metadata['general.architecture']}."
+    own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    return Fields(own, header.path, prefix)
+
+
+def note_unknown(header: Header) -> tuple[str, ...]:
+    """Returns a note that names the keys of the architecture which are not known here, if any."""
+    return _fields(header).note_unknown({*USED, *ONLY}, HARMLESS)
 
 
 def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:

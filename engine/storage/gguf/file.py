@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage.config_fields import architecture_of
-from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, read_sampling, rope_factors
+from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, note_unknown, read_sampling, rope_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
@@ -63,7 +63,8 @@ def open_model(path: Path) -> StoredModel:
     title, context = header.metadata.get("general.name"), header.metadata[f"{architecture}.context_length"]
     name = title if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME else path.stem
     sampling = read_sampling(header.metadata)
-    return StoredModel(name, cfg, leaves, rows, *tokenizer_from(header, cfg.vocab), context, sampling)
+    tokenizer, notes = tokenizer_from(header, cfg.vocab), note_unknown(header)
+    return StoredModel(name, cfg, leaves, rows, *tokenizer, context, sampling, notes=notes)
 
 
 def read_config(path: Path) -> ModelConfig:

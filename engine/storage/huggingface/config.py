@@ -9,29 +9,20 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.config_fields import BLOCKS, Fields, architecture_of
 from engine.storage.untrusted import known_name, quote
 
-# Fields of parts that are not built here -> the values that turn the part off.
+# Fields that change what the weights compute, in a way that is not built here -> the values that do not.
 ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,),
-    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "attention_dropout": (0,), "resid_pdrop": (0,),
-    "embd_pdrop": (0,), "hidden_dropout": (0,), "is_encoder_decoder": (False,), "is_decoder": (False, True),
-    "add_cross_attention": (False,), "chunk_size_feed_forward": (0,), "quantization_config": (None,), "auto_map": (None,),
-    "cross_attention_hidden_size": (None,), "pruned_heads": (None, {}), "tie_encoder_decoder": (False,),
-    "logits_to_keep": (0,),
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0,),
+    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "quantization_config": (None,), "auto_map": (None,),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "clip_qkv", "no_rope_layers", "attention_chunk_size"), (None, 0)),
+    **dict.fromkeys(("logit_softcapping", "attn_logit_softcapping", "final_logit_softcapping"), (None, 0)),
 }  # fmt: skip
 
-# Fields that say nothing about what the weights compute.
-IGNORED = {
-    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "architectures", "bos_token_id", "bad_words_ids",
-    "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
-    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores",
-    "pad_token_id", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
-    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
-    "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
-}  # fmt: skip
+# Fields of most published models that say nothing about what the weights compute.
+HARMLESS = (
+    "_.*|.*_token_id|(transformers|unsloth|is_llama).*|(torch_)?dtype|architectures|initializer_range|model_type|"
+    "pretraining_tp|use_cache"
+)
 
 # Our name of a size -> theirs.
 SIZES = {
@@ -70,10 +61,10 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELD
 def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
     """Returns the architecture in a config.json, whose context is at most its attention window.
 
-    A field that is left out has its family's default. Raises UserError, naming it, for an unknown or unsupported one.
+    A field that is left out has its family's default. Raises UserError, naming it, for one that cannot be computed here.
     """
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
-    Fields(values, path).check(USED, ONLY, IGNORED)
+    Fields(values, path).check(ONLY)
     fields = Fields(DEFAULTS[kind] | values, path)
     derived = {"kv_heads": 0, "head_dim": 0}  # where they are null
     sizes: dict[str, Any] = {ours: fields.number(theirs, int, derived.get(ours)) for ours, theirs in SIZES.items()}
@@ -88,6 +79,11 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
         **BLOCKS[kind],
         dtype="float32" if "float32" in (values.get("dtype"), values.get("torch_dtype")) else "bfloat16",
     )
+
+
+def note_unknown(values: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Returns a note that names the fields of a config.json which are not known here, if any."""
+    return Fields(values, path).note_unknown({*USED, *ONLY}, HARMLESS)
 
 
 def _window(fields: Fields, kind: str, layers: int) -> int:

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.storage.huggingface import safetensors
-from engine.storage.huggingface.config import DEFAULTS, config_from, config_to
+from engine.storage.huggingface.config import DEFAULTS, config_from, config_to, note_unknown
 from engine.storage.huggingface.generation_config import read_eos_ids, read_sampling, write_sampling
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
@@ -49,7 +49,8 @@ def open_model(path: Path) -> StoredModel:
     context = (DEFAULTS[fields["model_type"]] | fields)["max_position_embeddings"]
     generation = path / "generation_config.json"
     sampling = read_sampling(read_json_object(generation)) if generation.exists() else {}
-    return StoredModel(name, cfg, leaves, rows, *_read_tokenizer(path, fields, cfg.vocab), context, sampling, hub_id)
+    tokenizer, notes = _read_tokenizer(path, fields, cfg.vocab), note_unknown(fields, path / "config.json")
+    return StoredModel(name, cfg, leaves, rows, *tokenizer, context, sampling, hub_id, notes)
 
 
 def read_config(path: Path) -> ModelConfig:

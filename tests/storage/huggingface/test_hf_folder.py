@@ -122,7 +122,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({"num_hidden_layers": 2**39}, WEIGHTS, ["layers.2"]),
         ({"hidden_size": 2**38}, WEIGHTS, ["should be [41, 274877906944]"]),
         ({"model_type": "qwen3"}, WEIGHTS, ["no tensor", "q_norm"]),
-        ({"logit_cap": 3}, WEIGHTS, ["'logit_cap'"]),
+        ({"final_logit_softcapping": 3}, WEIGHTS, ["final_logit_softcapping is 3"]),
     ],
 )
 def test_a_folder_is_taken_whole_or_not_at_all(changes, weights, words, tmp_path):
