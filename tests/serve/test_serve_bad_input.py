@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny_server import CAPACITY, ask, good, post_head, read_all, refused, say, until
 
 from stages.serve import server
-from stages.serve.api import body
-from stages.serve.api.routes import ROUTES
+from stages.serve.api import requests
+from stages.serve.api.app import ROUTES
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 DEEP = b"[" * 100_000
@@ -63,7 +63,7 @@ def test_a_field_of_a_completion(client, change, param):
         ({"response_format": {"type": "json_object"}}, "response_format.type", "format"),
         ({"modalities": ["audio"]}, "modalities[0]", "text"), ({"top_logprobs": 3}, "top_logprobs", "without logprobs"),
         ({"logprobs": 3}, "logprobs", "bool"), ({"reasoning_effort": 1}, "reasoning_effort", "str"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens", ">= 1"), ({"prompt": "a"}, "prompt", "no field"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", ">= 1"), ({"prompt": "a"}, "prompt", "unknown field"),
         ({"max_completion_tokens": 3}, "max_completion_tokens", "beside max_tokens"),
         ({"metadata": []}, "metadata", "object"), ({"store": "yes"}, "store", "bool"),
         ({"web_search_options": {}}, "web_search_options", "no search"),
@@ -137,7 +137,7 @@ def test_invalid_json(client, path, content):
         (b'{"prompt":NaN,"user":' + DEEP, None),
         (b'{"prompt":NaN,"user":' + b"[" * 5000 + b"]" * 5000 + b"}", "prompt"),
         (b'{"prompt":NaN,"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}", None),
-        (b'{"prompt":"\\ud800","user":"' + b"a" * body.MAX_SEARCH_BYTES + b'"}', None),
+        (b'{"prompt":"\\ud800","user":"' + b"a" * requests.MAX_SEARCH_BYTES + b'"}', None),
     ],
 )  # fmt: skip
 def test_fields_with_values_that_json_lacks_are_named(client, content, param):
@@ -208,7 +208,7 @@ def test_unknown_routes(client):
 
 
 def test_a_body_that_is_too_large(client, tiny_server):
-    large = b'{"prompt":"' + b"a" * body.MAX_BYTES + b'"}'
+    large = b'{"prompt":"' + b"a" * requests.MAX_BYTES + b'"}'
     refused(client.post_bytes("/v1/completions", large), 413)
     refused(client.post_bytes("/v1/completions", iter([large[: 1 << 20]] * 6)), 413)  # in chunks, of unknown length
     # Only announced: nothing of it is read before it is refused.
@@ -240,9 +240,9 @@ def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkey
     assert until(lambda: admission.body_bytes == 0)  # the first has left
     assert client.post_bytes("/tokenize", sound).status_code == 200
     refused(client.post_bytes("/tokenize", sound[1:]))
-    monkeypatch.setattr(body, "MAX_BYTES", 500)
+    monkeypatch.setattr(requests, "MAX_BYTES", 500)
     refused(client.post_bytes("/tokenize", iter([sound, sound])), 413)
-    monkeypatch.setattr(body, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.2)
     with tiny_server.connect() as slow:
         slow.sendall(post_head("/tokenize", 50) + b" " * 40)
         assert b" 408 " in slow.recv(65536)
@@ -319,7 +319,7 @@ def is_reset(connection: socket.socket) -> bool:
 
 
 def test_slow_clients(tiny_server, monkeypatch):
-    monkeypatch.setattr(body, "BODY_SECONDS", 1.5)
+    monkeypatch.setattr(requests, "BODY_SECONDS", 1.5)
     monkeypatch.setattr(server, "HEAD_SECONDS", 1.5)
     head = post_head("/tokenize", 20)
     with tiny_server.connect() as connection:

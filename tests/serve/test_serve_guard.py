@@ -7,7 +7,7 @@ import pytest
 from tiny_server import TinyServer, ask, good, read_all, refused
 
 from stages.serve.api import guard
-from stages.serve.api.routes import ROUTES
+from stages.serve.api.app import ROUTES
 from stages.serve.errors import ApiError
 
 KEYS = ("first-key", "second-kéy-…")
@@ -121,7 +121,7 @@ def test_pages_of_a_listed_origin():
     with TinyServer(keys=KEYS, origins=(APP,)) as server:
         preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
         asked = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": APP} | preflight)
-        assert (asked.status_code, asked.content) == (204, b"")
+        assert (asked.status_code, asked.content) == (200, b"OK")
         assert asked.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
         assert "POST" in asked.headers["access-control-allow-methods"]
         key, url = {"Authorization": "Bearer first-key"}, f"{server.url}/v1/completions"
@@ -129,10 +129,11 @@ def test_pages_of_a_listed_origin():
             httpx.post(url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask()),
             httpx.post(url, headers={"Origin": APP}, json=ask()), httpx.get(f"{url}/no", headers={"Origin": APP, **key}), asked,
         ]  # fmt: skip
-        assert [reply.status_code for reply in replies] == [200, 401, 404, 204]
+        assert [reply.status_code for reply in replies] == [200, 401, 404, 200]
         for reply in replies:
             assert reply.headers["access-control-allow-origin"] == APP
-            assert reply.headers["vary"] == "Origin"
+            assert "Origin" in reply.headers["vary"]
+        for reply in replies[:-1]:
             assert "x-request-id" in reply.headers["access-control-expose-headers"]
         for origin in ("https://evil.example", "http://app.example", f"{APP}.evil.example", "null"):
             refusals = (

@@ -15,9 +15,9 @@ from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, 
 
 from engine.inference.sequence import Sequence
 from stages.serve import state, tokenizer_pool
-from stages.serve.api import generation
-from stages.serve.api.body import INLINE_BYTES
-from stages.serve.api.generation import Generation
+from stages.serve.api import completions
+from stages.serve.api.completions import Generation
+from stages.serve.api.requests import INLINE_BYTES
 
 LONG = 130  # tokens
 
@@ -82,7 +82,7 @@ def test_how_soon_a_slot_is_free(tiny_server, slowed, stream):
 
 
 def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
-    monkeypatch.setattr(generation, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(completions, "SEND_SECONDS", 0.2)
     body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b"",
@@ -135,7 +135,7 @@ def test_a_429_comes_before_a_large_body_is_read(tiny_server, monkeypatch):
 
 def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monkeypatch):
     """In comments, which clients leave out. A request that wants several answers is one in the queue."""
-    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.002)
+    monkeypatch.setattr(completions, "WAIT_SECONDS", 0.002)
     slowed(0.1)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)

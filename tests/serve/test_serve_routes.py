@@ -20,10 +20,9 @@ from engine.storage.digest import digest
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer
 from stages.serve import fingerprint
-from stages.serve.api.completions import CompletionWriter
-from stages.serve.api.generation import Piece
+from stages.serve.api.app import ROUTES
+from stages.serve.api.completions import CompletionWriter, Piece
 from stages.serve.api.requests import CompletionRequest
-from stages.serve.api.routes import ROUTES
 from stages.serve.fingerprint import system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
 

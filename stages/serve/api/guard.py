@@ -1,20 +1,26 @@
-"""Checks the framing, the Host, the Origin and the API key of each request, in this order, before anything else.
+"""The outermost layer of the application: checks the framing, Host, Origin and API key of each request, gives it an id, and
+adds headers to its response, which it counts and may log.
 
 A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
 read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page or a listed one, which
-gets CORS headers (https://fetch.spec.whatwg.org). Paths are matched as they were written, without decoding or folding: no
-path has a second spelling that a check could miss.
+gets CORS headers. Paths are matched as they were written, without decoding or folding: no path has a second spelling that a
+check could miss. starlette's TrustedHostMiddleware reads only the first of two Hosts, and its CORSMiddleware refuses nobody:
+it alone would let a simple POST through.
 """
 
 import base64
 import contextlib
+import datetime
 import hashlib
 import hmac
+import json
 import re
-from collections.abc import Sequence
+import secrets
+import time
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.serve.errors import ApiError
@@ -30,49 +36,80 @@ SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
     (b"cross-origin-resource-policy", b"same-origin"), (b"cross-origin-opener-policy", b"same-origin"),
 ]  # fmt: skip
-EXPOSED_HEADERS = b"x-request-id, x-ignored-fields, retry-after"  # to scripts of listed origins
+EXPOSED_HEADERS = ("x-request-id", "x-ignored-fields", "retry-after")  # to scripts of listed origins
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its response
 
 
 class Guard:
-    """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS; adds security headers.
+    """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS.
 
-    Sets `namespace`, that of the request's key or empty without keys, in the request's state.
+    Sets in the request's state `arrived`, by time.monotonic, and `namespace`, that of its key, or empty without keys.
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
-    other pages that may call it; their preflights are answered, without a key.
+    other pages that may call it; their preflights are answered, without a key. `log`: off, short or json, a line on stdout
+    after a response, without text or keys. `count(status)` is called for each response.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str]) -> None:
-        self._app, self._hosts, self._origins = app, hosts, origins
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str], log: str = "off",
+        count: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._app, self._hosts, self._origins, self._log, self._count = app, hosts, origins, log, count
         self._keys = [_hash(key.encode()) for key in keys]
+        self._checked: ASGIApp = self._with_key
+        if origins:
+            self._checked = CORSMiddleware(
+                self._with_key, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS, allow_private_network=True,
+            )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        origin = headers.get("origin", "")
-        is_listed = origin.lower() in self._origins
-        added = [*SECURITY_HEADERS, *[(b"vary", b"Origin")] * bool(self._origins)]
-        if is_listed:
-            added += [(b"access-control-allow-origin", origin.encode()), (b"access-control-expose-headers", EXPOSED_HEADERS)]
+        if scope["type"] != "http":  # there are no web sockets
+            return
+        state, app, status = scope.setdefault("state", {}), self._checked, CLIENT_CLOSED_REQUEST
+        arrived_at, arrived = datetime.datetime.now(datetime.UTC), time.monotonic()
+        request_id, path = f"req_{secrets.token_hex(12)}", scope["raw_path"].decode("latin-1")
+        state |= {"arrived": arrived, "path": path}
 
-        async def send_secured(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
+                self._count(status)
+                added = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
                 message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
-        path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         try:
-            self._check_sender(scope, headers, path)
-            if is_listed and scope["method"] == "OPTIONS":
-                await _preflight_reply(headers)(scope, receive, send_secured)
-                return
-            needs_key = self._keys and path not in KEYLESS_PATHS
-            scope["state"]["namespace"] = self._check_key(headers.getlist("authorization"), path) if needs_key else ""
-            if not PATH.fullmatch(path):
+            self._check_sender(scope, Headers(scope=scope), path)
+        except ApiError as error:
+            app = error.reply()
+        try:
+            await app(scope, receive, send_with_headers)
+        finally:
+            if self._log != "off":
+                entry = {
+                    "time": arrived_at.isoformat(timespec="milliseconds"), "id": request_id,
+                    "client": (scope["client"] or ("-",))[0], "method": scope["method"], "path": path[:200], "status": status,
+                    "seconds": round(time.monotonic() - arrived, 4),
+                    **(state["generation"].log_fields() if "generation" in state else {}),
+                }  # fmt: skip
+                short = " ".join(f"{value}" if n < 6 else f"{field}={value}" for n, (field, value) in enumerate(entry.items()))
+                with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
+                    print(json.dumps(entry) if self._log == "json" else short, flush=True)
+
+    async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on a request with a key, or one that needs none."""
+        state, app = scope["state"], self._app
+        try:
+            needs_key = self._keys and state["path"] not in KEYLESS_PATHS
+            authorizations = Headers(scope=scope).getlist("authorization")
+            state["namespace"] = self._check_key(authorizations, state["path"]) if needs_key else ""
+            if not PATH.fullmatch(state["path"]):
                 raise ApiError(404, NO_ROUTE, code="not_found")
         except ApiError as error:
-            await error.reply()(scope, receive, send_secured)
-            return
-        await self._app(scope, receive, send_secured)
+            app = error.reply()
+        await app(scope, receive, send)
 
     def _check_sender(self, scope: Scope, headers: Headers, path: str) -> None:
         """Raises ApiError for a body of two declared lengths, a Host that is not ours, or a page that is not allowed."""
@@ -112,14 +149,6 @@ class Guard:
             message = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
         return hashed.hex()
-
-
-def _preflight_reply(headers: Headers) -> Response:
-    """Returns the reply to a browser that asks, without the key, whether a page of a listed origin may send a request."""
-    # Private-Network is Chrome's question whether a page may call a private address, such as this machine's.
-    names = headers.get("access-control-request-headers", "content-type")
-    allowed = {"Methods": "GET, POST", "Headers": names, "Private-Network": "true"}
-    return Response(status_code=204, headers={f"Access-Control-Allow-{name}": value for name, value in allowed.items()})
 
 
 def _hash(key: bytes) -> bytes:

@@ -1,13 +1,13 @@
 """Writes the server's OpenAPI document from the types that check the bodies of requests."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from stages.serve.api.replies import ChatChunk
 from stages.serve.api.requests import MAX_PROMPTS
-from stages.serve.api.routes import ROUTES
 from stages.serve.errors import ErrorReply
 
 ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
@@ -23,9 +23,9 @@ array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items,
 json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
-def document(vocab: int, version: str) -> bytes:
-    """Returns OpenAPI 3.1 as JSON."""
-    types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
+def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
+    """Returns OpenAPI 3.1 of the routes as JSON."""
+    types = [kind for route in routes for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     components["CompletionRequest"]["properties"]["prompt"] = {
@@ -41,7 +41,7 @@ def document(vocab: int, version: str) -> bytes:
         properties["stop_token_ids"]["anyOf"][0]["items"] = ID
     components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ID
     paths: dict[str, Any] = {}
-    for route in ROUTES:
+    for route in routes:
         kind = "object" if route.media == "application/json" else "string"
         success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
         if route.streams:
