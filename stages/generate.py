@@ -24,7 +24,7 @@ from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
-    from engine.inference.stop_strings import CompletionText
+    from engine.text.tokenizer import CompletionText
 
 CAPACITY_MULTIPLE = 256  # of a KV cache's capacity, in tokens
 
@@ -62,9 +62,9 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine import placement
     from engine.inference import decode
     from engine.inference.sampling_params import SamplingParams
-    from engine.inference.stop_strings import CompletionText
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from engine.text.tokenizer import CompletionText
     from stages.cli.compile_counter import CompileCounter
 
     notes = Console(sys.stderr)

@@ -10,9 +10,9 @@ from engine.inference.request import Event, Request
 from engine.inference.sampling_params import RANGES, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import CHUNK, Slots
-from engine.inference.stop_strings import CompletionText
 from engine.model.config import ModelConfig
 from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.tokenizer import CompletionText
 from stages.cli.flags import CompletionFlags, in_range
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(CompletionFlags))  # that can be changed between turns

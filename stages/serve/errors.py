@@ -50,8 +50,3 @@ def internal_error(error: BaseException) -> ApiError:
     """Returns the 500 for an error of the server's own, and prints its traceback to the server's log."""
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
-
-
-def json_reply(value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Returns the response with a struct as its JSON body."""
-    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

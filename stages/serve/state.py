@@ -3,17 +3,21 @@
 import asyncio
 import contextlib
 import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
 import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from engine import placement, sharding
-from engine.counting.hardware import free_memory_bytes
+from engine.counting.hardware import free_memory_bytes, machine_identity
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
@@ -31,11 +35,11 @@ from stages.serve.admission import Admission
 from stages.serve.engine_config import REMEDY, CompileAhead, EngineConfig
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
-from stages.serve.fingerprint import system_fingerprint
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
 STUCK_SECONDS = 4.0  # without a tick until the engine is stuck; 503 is promised within 5
+LIBRARIES = ("thrice", "jaxlib", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
@@ -90,6 +94,20 @@ class ServerState:
         if self._hashing is None or self._hashing.done():
             self._hashing = asyncio.create_task(asyncio.to_thread(digest, self.engine.slots.params))
         return await asyncio.shield(self._hashing)
+
+
+def system_fingerprint(digest: str, slots: Slots, **text: Any) -> str:
+    """Returns system_fingerprint, of OpenAI's API: one name for all that can change a completion, beside the request.
+
+    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends. The prefix cache and
+    speculative decoding are not in it: they change no bit.
+    """
+    facts = {
+        "weights": digest, "config": repr(slots.cfg), "shapes": [slots.slots, slots.capacity, slots.chunk, slots.tail],
+        "kv": slots.kv_dtype, "devices": slots.devices, "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
+        "versions": [importlib.metadata.version(name) for name in LIBRARIES], **text,
+    }  # fmt: skip
+    return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_state(

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.inference.stop_strings import CompletionText
-from engine.text.tokenizer import Detokenizer
+from engine.text.tokenizer import CompletionText, Detokenizer
 
 LETTERS = "abé😀"
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]

@@ -19,11 +19,11 @@ from engine.inference.sampling_params import SamplingParams
 from engine.storage.digest import digest
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer
-from stages.serve import fingerprint
+from stages.serve import state as module
 from stages.serve.api.app import ROUTES
 from stages.serve.api.completions import CompletionWriter, Piece
 from stages.serve.api.requests import CompletionRequest
-from stages.serve.fingerprint import system_fingerprint
+from stages.serve.state import system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
 
 
@@ -246,15 +246,15 @@ def test_attestation(client, tiny_server):
 
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
     facts = vars(tiny_server.slots) | {"devices": 1}
-    machine, version = fingerprint.machine_identity(), importlib.metadata.version
+    machine, version = module.machine_identity(), importlib.metadata.version
     of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
     shapes = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "kv_dtype": "int8", "cfg": tiny_config(), "devices": 2}
     same, others = of(), [of("1"), *(of(**{name: value}) for name, value in shapes.items())]
     for name in machine:
-        monkeypatch.setattr(fingerprint, "machine_identity", lambda name=name: machine | {name: "another"})
+        monkeypatch.setattr(module, "machine_identity", lambda name=name: machine | {name: "another"})
         others.append(of())
-    monkeypatch.setattr(fingerprint, "machine_identity", lambda: machine)
-    for library in fingerprint.LIBRARIES:
+    monkeypatch.setattr(module, "machine_identity", lambda: machine)
+    for library in module.LIBRARIES:
         monkeypatch.setattr(importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new))
         others.append(of())
     monkeypatch.setattr(importlib.metadata, "version", version)

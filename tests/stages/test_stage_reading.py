@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
-from engine.inference.stop_strings import CompletionText
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, save_tokenizer, updating
 from engine.text.token_file import open_token_file
-from engine.text.tokenizer import byte_tokenizer
+from engine.text.tokenizer import CompletionText, byte_tokenizer
 from stages import generate
 from stages.chat import __main__ as chat
 from stages.evaluate import __main__ as evaluate

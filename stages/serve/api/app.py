@@ -15,10 +15,10 @@ from starlette.types import ASGIApp
 
 from stages.serve.api import openapi as schema
 from stages.serve.api import replies
-from stages.serve.api.completions import chat_completions, completions, encode_messages
+from stages.serve.api.completions import chat_completions, completions, encode_messages, json_reply
 from stages.serve.api.guard import CLIENT_CLOSED_REQUEST, NO_ROUTE, Guard
 from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_body
-from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
+from stages.serve.errors import ApiError, ClientGone, internal_error
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 

@@ -7,17 +7,18 @@ import functools
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import InvalidField
 from engine.inference.request import Event, LogProb, Request, check_request
 from engine.inference.sampling_params import SEEDS
-from engine.inference.stop_strings import CompletionText
+from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api import replies
 from stages.serve.api.requests import (
@@ -32,7 +33,7 @@ from stages.serve.api.requests import (
     content_length,
     read_body,
 )
-from stages.serve.errors import ApiError, ClientGone, internal_error, json_reply
+from stages.serve.errors import ApiError, ClientGone, internal_error
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow, token_text
 
@@ -461,3 +462,8 @@ async def send_events(writer: Writer, generation: Generation, _: Scope, receive:
             except Exception as error:
                 await write(b"data: " + (error if isinstance(error, ApiError) else internal_error(error)).body)
             await write(b"data: [DONE]", more=False)
+
+
+def json_reply(value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns the response with a struct as its JSON body."""
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

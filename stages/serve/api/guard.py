@@ -68,7 +68,7 @@ class Guard:
             return
         state, app, status = scope.setdefault("state", {}), self._checked, CLIENT_CLOSED_REQUEST
         arrived_at, arrived = datetime.datetime.now(datetime.UTC), time.monotonic()
-        request_id, path = f"req_{secrets.token_hex(12)}", scope["raw_path"].decode("latin-1")
+        request_id, path = f"req_{secrets.token_hex(12)}", scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         state |= {"arrived": arrived, "path": path}
 
         async def send_with_headers(message: Message) -> None:
