@@ -1,1 +1,13 @@
 """Benchmarks: how fast and how much, against what this machine could do. Each prints tables, or with --json a line of JSON."""
+
+import sys
+
+# A command's old name, and what it is now. Python imports this package before it looks for a module that is named with -m.
+MOVED = {
+    "bench.accelerator": "bench --checks", "bench.finetuning": "bench.step --of finetuning",
+    "bench.recipes": "bench.step --of recipes", "bench.saving": "bench.step --of saving",
+    "bench.sharding": "bench.step --of mesh", "bench.training": "bench.step",
+}  # fmt: skip
+if sys.argv[:1] == ["-m"] and (moved := MOVED.get(sys.orig_argv[sys.orig_argv.index("-m") + 1])):
+    print(f"error: this command is now: python -m {moved}", file=sys.stderr)
+    sys.exit(2)

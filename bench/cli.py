@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
@@ -96,10 +96,17 @@ def parse_shape(flag: str, text: str) -> Shape:
     return Shape(*map(int, parts))
 
 
-def check_rounds(rounds: int, least: int = 6) -> None:
+def check_rounds(rounds: int) -> None:
     """Raises UserError for fewer rounds than give a ratio its interval."""
-    if rounds < least:
-        raise UserError(f"--rounds must be at least {least}, not {rounds}.")
+    if rounds < 6:
+        raise UserError(f"--rounds must be at least 6, not {rounds}.")
+
+
+def check_used(flags: Any, used: Collection[str], by: str) -> None:
+    """Raises UserError when a flag that is not used `by` what is measured is not its default."""
+    for field in dataclasses.fields(flags):
+        if field.name not in {"json", "out", *used} and getattr(flags, field.name) != field.default:
+            raise UserError(f"{by} does not use --{field.name.replace('_', '-')}.")
 
 
 def check_out(folder: Path | None) -> None:

@@ -1,7 +1,7 @@
 """Makes glibc keep memory that XLA frees mapped, for the next step.
 
 XLA on the CPU allocates hundreds of megabytes for each step and frees them at its end. By default glibc returns so large a
-block to the kernel: a quarter of a training step was page faults (`python -m bench.training --allocator default`).
+block to the kernel: a quarter of a training step was page faults (`python -m bench.step --allocator default`).
 """
 
 import ctypes

@@ -15,8 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
-    "bench.training": ["--shapes", "1x64x64x2", "--rounds", "1"],
-    "bench.finetuning": ["--shape", "1x64x16x2", "--rounds", "6"],
+    "bench.step": ["--shapes", "1x64x64x2", "--rounds", "6"],
     "bench.commands": ["--max-time", "1s"],
     # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
     **{f"bench.{name}": ["--help"] for name in ("anatomy", "inference", "life", "peers", "quantisation", "serving")},
@@ -56,7 +55,7 @@ def test_every_command_of_the_readme(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     for command in commands():
         name = command[1]
-        extra = [] if "--list" in command else list(SHORT.get(name, []))
+        extra = [] if {"--list", "recipes"} & {*command} else list(SHORT.get(name, []))
         if name == "stages.train" and "--steps" in command:
             extra = ["tiny", *extra[2:]]
         if name in ("stages.train", "bench.commands") and "--data" not in command:
@@ -70,7 +69,7 @@ def test_every_command_of_the_readme(tmp_path):
             command = [stands_in.get(word, word) for word in command]
             extra += ["--out-dir", "runs/smollm2-135m-instruct-voice"] if command[-2:] == ["--data", "voice"] else []
             extra += ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] if "--adapter" in command else []
-        start = ["-c", QUICKLY_MEASURED] if name == "bench.training" else ["-m"]
+        start = ["-c", QUICKLY_MEASURED] if name == "bench.step" else ["-m"]
         words = [sys.executable, *start, *command[1:], *extra]
         # Its programs are compiled anew, as their first start is measured.
         env = environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(name == "bench.commands"))}

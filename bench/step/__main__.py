@@ -1,34 +1,117 @@
-"""Prints what was tried on the default training run, what each change gave in bits per byte, and whether it was kept.
+"""Measures a training step: against the machine's fastest matmul, fine-tuning, on a mesh, while a checkpoint is written.
 
-    python -m bench.recipes
+    python -m bench.step                                  a few shapes beside the ceilings of the same run, and Muon over AdamW
+    python -m bench.step --allocator default              without keeping freed memory: the cost of page faults
+    python -m bench.step --of finetuning                  LoRA and a frozen half over a full step; --model measures a real model
+    python -m bench.step --of mesh --mesh tensor=2        virtual devices over one device: a device for each place of the mesh
+    python -m bench.step --of saving --preset nano        how long a save stops training, and how much its write slows it
+    python -m bench.step --of recipes                     every experiment on the default training run, and what it gave
 
-`to`: the recipe that was changed, layers x width. Runs of 180 s on a quiet machine are what counts; runs of equal steps, half
-as long, compare changes that cost no time on a busy one, but mislead: 3 x 128 and a momentum of 0.9 were ahead in them, and
-behind in whole runs. Two seeds of one recipe differ by up to 0.03. The recipe of today is that of `demo` in
-stages/train/recipes.py and engine/model/config.py.
+A step is `train_step`: bfloat16 products, float32 weights, clipping, AdamW, and the guard against non-finite steps. Steps
+that are compared run in turns. Models of --shapes read bytes.
 """
 
 import csv
 import dataclasses
+import os
 import sys
 from pathlib import Path
+from typing import Literal
 
-from bench.cli import Json, print_table, run_bench
+from bench.cli import Json, check_rounds, check_used, parse_shape, print_table, run_bench
+from engine.device import start_jax
+from engine.errors import UserError
 
 EXPERIMENTS = Path(__file__).with_name("experiments.csv")
+SHAPES = {
+    "training": ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8"),
+    "finetuning": ("6x512x256x8",), "mesh": ("6x384x256x16",),
+}  # fmt: skip
+USED = {  # the flags of each measurement
+    "training": ("shapes", "dtype", "allocator", "rounds"),
+    "finetuning": ("shapes", "model", "context", "batch", "rank", "rounds"),
+    "mesh": ("shapes", "mesh", "optimizer", "dtype", "rounds"),
+    "saving": ("preset", "interval", "batch", "context", "steps", "rounds"),
+    "recipes": (),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipesFlags:
-    """There are none."""
+class StepFlags:
+    of: Literal["training", "finetuning", "mesh", "saving", "recipes"] = "training"
+    """What to measure."""
+    shapes: tuple[str, ...] = ()
+    """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide. By default four of training, else one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    allocator: Literal["keep", "default"] = "keep"
+    """Of training: whether freed memory is kept, as training does."""
+    model: str | None = None
+    """Of fine-tuning, in place of shapes: a run folder, a Hugging Face folder, a .gguf file, or a named model."""
+    rank: int = 8
+    """Of each LoRA pair."""
+    mesh: str = "fsdp=2"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the steps on a mesh."""
+    preset: str = "smollm2-135m"
+    """Of saving: the model; its state is weights and both moments of AdamW, in float32."""
+    interval: float = 60.0
+    """Of saving: seconds between checkpoints."""
+    steps: int = 4
+    """Of saving: steps alone in a round."""
+    batch: int = 2
+    """Rows a step, with --model or of saving."""
+    context: int = 128
+    """Tokens of such a row."""
+    rounds: int = 9
+    """Interleaved rounds, at least 6; the median counts."""
 
 
-def show(_: RecipesFlags) -> Json:
+def measure_step(flags: StepFlags) -> Json:
+    """Measures what --of names, prints its tables and returns the document."""
+    check_used(flags, {"of", *USED[flags.of]}, f"--of {flags.of}")
+    if flags.of == "recipes":
+        return show_experiments()
+    shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes or SHAPES.get(flags.of, ())]
+    check_rounds(flags.rounds)
+    if min(flags.interval, flags.steps, flags.batch, flags.context, flags.rank) <= 0:
+        raise UserError("--interval, --steps, --batch, --context and --rank must be above 0.")
+    if flags.of == "mesh":
+        from engine.mesh_shape import parse_mesh
+
+        count = parse_mesh(flags.mesh).devices
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    if flags.allocator == "keep":
+        start_jax("cpu" if flags.of == "mesh" else "auto")  # without it JAX starts by itself, with glibc's own settings
+    if flags.of == "training":
+        from bench.step.training import measure_training
+
+        return measure_training(shapes, flags.dtype, flags.rounds)
+    if flags.of == "finetuning":
+        from bench.step.finetuning import measure_finetuning
+
+        return measure_finetuning(shapes, flags.model, flags.batch, flags.context, flags.rank, flags.rounds)
+    if flags.of == "mesh":
+        from bench.step.mesh import measure_mesh
+
+        return {"shapes": [measure_mesh(flags.mesh, shape, flags.optimizer, flags.dtype, flags.rounds) for shape in shapes]}
+    from bench.step.saving import measure_saving
+
+    return measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
+
+
+def show_experiments() -> Json:
+    """Prints what was tried on the default training run, what each change gave, and whether it was kept.
+
+    `to` is the recipe that was changed, layers x width. Runs of 180 s on a quiet machine are what counts; runs of equal steps,
+    half as long, compare changes that cost no time on a busy one, but mislead: 3 x 128 and a momentum of 0.9 were ahead in
+    them, and behind in whole runs. Two seeds of one recipe differ by up to 0.03.
+    """
     with EXPERIMENTS.open(encoding="utf-8", newline="") as file:
         experiments = list(csv.DictReader(file))
     print_table("The default run", list(experiments[0]), (list(row.values()) for row in experiments), left=2)
+    print("Compare runs of 180 s; two seeds differ by up to 0.03. Today's recipe: stages/train/recipes.py.")
     return {"experiments": experiments}
 
 
 if __name__ == "__main__":
-    sys.exit(run_bench("bench.recipes", __doc__, RecipesFlags, show))
+    sys.exit(run_bench("bench.step", __doc__, StepFlags, measure_step))

@@ -1,14 +1,18 @@
-"""Times steps that train all, the upper half, or LoRA (also over int8) in turns with a matmul; counts FLOPs and memory."""
+"""Times steps that train all, the upper half, or LoRA (also over int8) in turns with a matmul; counts FLOPs and memory.
 
-from collections.abc import Callable
+LoRA is on q and v, on all seven matrices, and on these over an int8 base, whole and row by row. Frozen matrices are stored in
+the compute type.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import Json, print_table
-from bench.models import next_token_batch
+from bench.cli import Json, Shape, print_table
+from bench.models import load, make_step_inputs, next_token_batch
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.memory import training_memory
@@ -31,6 +35,20 @@ FULL = "everything"  # trains, from float32 weights
 COLUMNS = "trainable|numbers|ms a step|over full|FLOPs|tokens/s|of ceiling|optimizer MB|predicted GB|XLA GB"
 
 Step = tuple[Callable[[], Any], dict[str, int]]  # a call of a compiled step, and its counts
+
+
+def measure_finetuning(
+    shapes: Sequence[Shape], model_name: str | None, batch: int, tokens: int, rank: int, rounds: int
+) -> Json:  # fmt: skip
+    """Measures each shape or, with a name, that model with `batch` rows of `tokens`; returns the document."""
+    if model_name:
+        model = load(model_name)
+        return {"models": [measure_steps(model.name, model.cfg, model.params, batch, tokens, rank, rounds)]}
+    documents = []
+    for shape in shapes:
+        cfg, params, _ = make_step_inputs(shape, "bfloat16")
+        documents.append(measure_steps(str(shape), cfg, params, shape.batch, shape.tokens, rank, rounds))
+    return {"models": documents}
 
 
 def measure_steps(name: str, cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int, rounds: int) -> Json:

@@ -9,7 +9,7 @@ _MUON = OptimizerConfig(
     kind="muon", learning_rate=0.003, matrix_learning_rate=0.02, schedule="wsd", warmup=0.02, decay=0.5,
     weight_decay=0.1, clip=1.0,
 )  # fmt: skip
-# Measured on the demo alone: `python -m bench.recipes`. Where the embedding is the head too, neither factor is meant.
+# Measured on the demo alone: `python -m bench.step --of recipes`. Where the embedding is the head too, neither factor is meant.
 _DEMO = dataclasses.replace(_MUON, embedding_factor=10.0, head_factor=0.5)
 
 RECIPES = {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.recipes import __main__ as recipes
+from bench.step.__main__ import show_experiments
 from bench.timing import Ratio, Timing, describe_noise, measure, ratio
 
 ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=6, max_size=15)
@@ -143,6 +143,6 @@ def test_calls_that_do_different_amounts_are_compared_for_each_thing_they_did():
 
 
 def test_the_record_of_experiments_holds_figures(capsys):
-    rows = recipes.show(recipes.RecipesFlags())["experiments"]
+    rows = show_experiments()["experiments"]
     assert all(1 < float(row["bits per byte"]) < 8 and int(row["steps"]) > 0 for row in rows)
     assert all(row["change"] in capsys.readouterr().out for row in rows[:1])

@@ -123,9 +123,9 @@ def test_preferences_begin_at_ln_2(make_tuning, tmp_path, expect):
 
 @pytest.mark.promises("T11", "saving runs beside training")
 def test_saving_beside_training(tmp_path, quick, expect):
-    """`python -m bench.saving`: 135 million parameters with AdamW; few with --quick."""
-    few = ("--preset", "nano", "--rounds", "1", "--interval", "10") if quick else ()
-    words = [sys.executable, "-m", "bench.saving", "--json", *few]
+    """`python -m bench.step --of saving`: 135 million parameters with AdamW; few with --quick."""
+    few = ("--preset", "nano", "--rounds", "6", "--interval", "10") if quick else ()
+    words = [sys.executable, "-m", "bench.step", "--of", "saving", "--json", *few]
     output = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     found = json.loads(output)
     shares = {name: f"{share:.1%}" for name, share in found["shares_of_interval"].items()}
