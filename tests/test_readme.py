@@ -11,6 +11,8 @@ import pytest
 import tyro
 from tiny import QUICKLY_MEASURED
 
+from bench import MOVED
+
 ROOT = Path(__file__).parent.parent
 # Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
@@ -46,6 +48,13 @@ def test_every_line_is_a_module_of_this_project():
         assert command[0] == "-m", command
         path = ROOT / Path(*command[1].split("."))
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), command
+
+
+def test_the_old_name_of_a_measurement_prints_the_new_command():
+    for old, new in MOVED.items():
+        run = subprocess.run([sys.executable, "-m", old], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (2, f"error: this command is now: python -m {new}\n")
+        assert (ROOT / new.split()[0].replace(".", "/") / "__main__.py").exists()
 
 
 def test_every_command_of_the_readme(tmp_path):

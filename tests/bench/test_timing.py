@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.step.__main__ import show_experiments
+from bench.step.__main__ import StepFlags, measure_step
 from bench.timing import Ratio, Timing, describe_noise, measure, ratio
+from engine.errors import UserError
 
 ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=6, max_size=15)
 
@@ -143,6 +144,8 @@ def test_calls_that_do_different_amounts_are_compared_for_each_thing_they_did():
 
 
 def test_the_record_of_experiments_holds_figures(capsys):
-    rows = show_experiments()["experiments"]
+    rows = measure_step(StepFlags(of="recipes"))["experiments"]
     assert all(1 < float(row["bits per byte"]) < 8 and int(row["steps"]) > 0 for row in rows)
     assert all(row["change"] in capsys.readouterr().out for row in rows[:1])
+    with pytest.raises(UserError, match="--of recipes does not use --rank"):
+        measure_step(StepFlags(of="recipes", rank=4))
