@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -16,14 +16,15 @@ from engine.storage import checkpoint, run_folder
 from engine.storage.adapter import build_adapter, check_base, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.digest import digest
-from engine.storage.huggingface.hub import cached_id
+from engine.storage.huggingface import hub
+from engine.storage.huggingface.hub import OnConfig, cached_id, is_hub_name
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer, build_tokenizer
 
 FORMS = (
-    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, or "
-    + " or ".join(MODELS)
+    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, ORG/NAME or "
+    "ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
 )
 
 
@@ -65,19 +66,27 @@ class Location(NamedTuple):
 
 def model_name(model: str) -> str:
     """Returns the name of what `--model` names, by its path alone: a run's, a file's or a folder's, and no digest."""
-    path = Path(model).expanduser().resolve()
+    path = Path(model).expanduser()
+    if not path.exists() and is_hub_name(model):
+        return model.partition("@")[0].partition("/")[2]
+    path = path.resolve()
     path = path.parents[1] if path.parent.name == "checkpoints" else path
     return model if model in MODELS else cached_id(path).partition("/")[2] or path.name.removesuffix(".gguf")
 
 
-def locate(name: str | None, report: OnProgress = None) -> Location:
+def locate(
+    name: str | None, report: OnProgress = None, part: hub.Part = "all", on_config: OnConfig = lambda cfg: None
+) -> Location:
     """Returns the location of the model `--model` names, by default the newest finished run.
 
-    A named asset is fetched (`report`: bytes done and in all).
+    A named asset is fetched (`report`: bytes done and in all), and from the Hugging Face hub what `part` says: see `hub.fetch`.
+    A path that is there is preferred to a model on the hub of that name, and nothing in runs/ is looked for there.
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
     path, notes = (Path(name).expanduser(), ()) if name else run_folder.newest_run()
+    if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
+        return Location("hugging face", hub.fetch(name, part, on_config, report))
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
@@ -107,35 +116,37 @@ def _run_of(path: Path, name: str) -> Path:
 
 def read_config(name: str | None) -> ModelConfig:
     """Reads the architecture of the model `--model` names, and none of its weights."""
-    location = locate(name)
+    location = locate(name, part="config")
     if location.run:
         return run_folder.read_config(location.run)
     return _reader(location.path).read_config(location.path)
 
 
-OnConfig = Callable[[ModelConfig], None]
-
-
 def load_model(
-    name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None
-) -> LoadedModel:
+    name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None,
+    part: hub.Part = "all",
+) -> LoadedModel:  # fmt: skip
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
-    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. Raises UserError, too,
-    when its weights alone exceed the memory.
+    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. `part`: see `hub.fetch`.
+    Raises UserError, too, when its weights alone exceed the memory.
     """
-    location = locate(name, report)
-    run = location.run
+    run: Path | None = None
 
-    def prepare(cfg: ModelConfig) -> None:
-        on_config(cfg)
+    def check_memory(cfg: ModelConfig) -> None:
         matrices = "float32" if run else dtype or cfg.dtype
         size = count_params(cfg).total * (4 if matrices == "float32" else 2)
         require_memory(
             size, f"The weights of {model_name(str(run or name))} take", "choose a smaller model.", detail=f" in {matrices}"
         )
 
+    def prepare(cfg: ModelConfig) -> None:
+        on_config(cfg)
+        check_memory(cfg)
+
+    location = locate(name, report, part, check_memory)
+    run = location.run
     if not run:
         stored = _open(location.path)
         prepare(cfg := stored.cfg)
@@ -201,7 +212,7 @@ def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:
     assert run is not None
     base_name, *_ = _read_record(run)
     try:
-        base = load_model(base_name, on_config=on_config)
+        base = load_model(base_name, on_config=on_config, part="cached")
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
     loaded = checkpoint.load_params(location.path)

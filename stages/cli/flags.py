@@ -124,7 +124,10 @@ MeshFlag = Annotated[
 ]
 ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
-    default("the newest finished run in runs/", "A run or step folder, a Hugging Face folder, a .gguf file, or a named model."),
+    default(
+        "the newest finished run in runs/",
+        "A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model.",
+    ),
 ]  # fmt: skip
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
 TEMPERATURE = 0.8  # of `generate`, where neither a flag nor the model says one

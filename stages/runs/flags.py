@@ -153,4 +153,4 @@ class ModelRunFlags(RunFlags):
     """Flags of a run that trains a model further."""
 
     model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
-    """A run or step folder, a Hugging Face folder, a .gguf file, or a named model."""
+    """A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model."""

@@ -54,8 +54,11 @@ class ModelStage(Stage):
         assert plan.trainable is not None
         with host_memory(self.on_mesh):
             self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
-        path = Path(self.name).expanduser()  # absolute, to be found again
-        source = str(path.absolute()) if path.exists() else self.name
+        path, source = Path(self.name).expanduser(), self.name
+        if path.exists():  # absolute, to be found again
+            source = str(path.absolute())
+        elif "/" in source:  # on the hub, at the commit that was loaded
+            source = f"{self.model.hub_id}@{self.model.checkpoint.name}"
         self.facts = {
             "kind": "adapter" if self.lora else "model",
             "base": {"model": source, "digest": digest(params), "name": self.model.name},
@@ -97,5 +100,6 @@ class ModelStage(Stage):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(self.plan.cfg, trainable) as whole:
             if distributed.is_first():
-                save_adapter(self.folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=base["model"])
+                name = base["model"] if Path(base["model"]).exists() else base["model"].partition("@")[0]
+                save_adapter(self.folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=name)
         return self.folder / ADAPTER

@@ -116,6 +116,17 @@ def write_file(
                 file.write(memoryview(np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1).view(np.uint8)))
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """Returns the file of each tensor, by an index of files in its own folder."""
+    weight_map = read_json_object(index, 16 * MAX_HEADER).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
+    return weight_map
+
+
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Returns every tensor of a folder's model.safetensors, or of the shards its index names, if both agree."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -129,13 +140,9 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             if pickled
             else f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights."
         )
-    weight_map = read_json_object(index, 16 * MAX_HEADER).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
+    weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
         if not (folder / name).is_file():
             raise UserError(f"{index} names {quote(name)}, and it is not there: the model was not copied or downloaded whole.")
         shard, _ = read_header(folder / name)
