@@ -211,17 +211,14 @@ def remove_unfinished(folder: Path) -> None:
     Where the file system has no locks, those that are a day old.
     """
     for leftover in folder.glob(f".*.*{UNFINISHED}"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as lock:  # until it is gone: a writer may be about to lock it
             handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
+            lock.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # its writer lives
-                continue
-            except OSError:
-                if time.time() - os.fstat(handle).st_mtime < DAY:
-                    continue
-            finally:
-                os.close(handle)
+            except OSError as error:
+                if isinstance(error, BlockingIOError) or time.time() - os.fstat(handle).st_mtime < DAY:
+                    continue  # its writer lives
             _discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engine import files
 from engine.errors import UserError
-from engine.files import UNFINISHED, atomic_file, atomic_folder, open_regular, write_json
+from engine.files import UNFINISHED, atomic_file, atomic_folder, folder_lock, open_regular, remove_unfinished, write_json
 
 WRITER = """
 import sys, time
@@ -38,6 +39,23 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_live_ones_is_not
         os.kill(writer.pid, signal.SIGKILL)
     write_json(tmp_path / "other", 2)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "other", "whole"]
+
+
+def test_a_writer_that_begins_while_another_removes_is_left_alone(tmp_path, monkeypatch):
+    """What was found without a lock is removed under one: a writer that locks it in between would write into nothing."""
+    leftover, discard, seen = tmp_path / f".folder.01234567{UNFINISHED}", files._discard, []
+
+    def look(temporary: Path, path: Path) -> None:
+        with pytest.raises(BlockingIOError), folder_lock(temporary, wait=False):
+            pass
+        seen.append(temporary)
+        discard(temporary, path)
+
+    monkeypatch.setattr(files, "_discard", look)
+    leftover.mkdir()
+    remove_unfinished(tmp_path)
+    assert seen == [leftover]
+    assert not leftover.exists()
 
 
 def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path):

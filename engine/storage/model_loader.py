@@ -247,8 +247,7 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     """
     adapted, base, notes = params, digest(params) if folders else "", tuple[str, ...]()
     for folder in folders:
-        is_in_run = (folder / "run.json").exists() or folder.absolute().parent.name == "checkpoints"
-        location = locate(str(folder)) if is_in_run else None
+        location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "params")) else None
         if location and location.run and location.format == "adapter":
             loaded = checkpoint.load_params(location.path)
             notes += location.notes + _damage(loaded)

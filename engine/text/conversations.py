@@ -67,7 +67,6 @@ UNSUPPORTED = {
     **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), "the model is given no tools here"),
     **dict.fromkeys(("reasoning_content", "refusal", "history"), "it would not be read; write it into the messages"),
     "mask": 'the masks are written as "weight": 0 at a message here',
-    "name": "the names of speakers are not given to the model",
 }
 MAX_WEIGHT = 1e6
 
@@ -149,7 +148,7 @@ def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
         raise UserError(f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}.")
     if kind == "preference" and weight != 1:
         raise UserError(f"{where} has the `weight` {weight!r}, and preferences all weigh the same here: leave it out.")
-    if row.get("label") is False:
+    if kind == "prompt/completion" and row.get("label") is False:
         raise UserError(
             f"{where} has `label` false, an answer not to give, which this objective would train: leave the row out."
         )
@@ -158,7 +157,7 @@ def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
 
 def _refuse_unsupported(fields: dict[str, Any], where: str) -> None:
     for name, why in UNSUPPORTED.items():
-        if fields.get(name):
+        if fields.get(name) not in (None, "", 0, [], {}, "[]", "{}"):  # also as JSON in a text
             raise UserError(f"{where} has `{name}`, and {why}. Remove the field, or leave the row out.")
 
 

@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -223,6 +225,19 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
     assert len(sentences) == 1
     assert cached.read_bytes() == planted(b"evil")
     assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)
+
+
+def test_a_cache_from_which_nothing_can_be_executed(kernel, tmp_path):
+    """As /home is on some machines, and /dev/shm in a container, where a read-only one has its cache (S13)."""
+    (tmp_path / "cache").mkdir()
+    mount = ["unshare", "-Urm", "sh", "-c", f'mount -t tmpfs -o noexec,mode=700 tmpfs {tmp_path}/cache && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("a user may mount nothing here")
+    ask = "from engine.model.native.library import native_problem; print([native_problem()])"
+    environment = os.environ | {"THRICE_CACHE": f"{tmp_path}/cache"}
+    environment.pop("CC", None)
+    command = [*mount, sys.executable, "-c", ask]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "['']\n"
 
 
 def test_a_cache_that_cannot_be_written(kernel, fresh):

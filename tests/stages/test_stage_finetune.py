@@ -144,8 +144,10 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     digests = {step: digest(model.params) for step, model in models.items()}
     assert len({*digests.values()}) == len(held_out)
     assert digests[45] == digest(load_model(str(folder)).params)
-    as_adapters = [with_adapters(base.cfg, base.params, [path])[0] for path in (folder / "adapter", folder, step_folder(9))]
-    assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9]]
+    elsewhere = shutil.copytree(folder / "adapter", tmp_path / "checkpoints" / "adapter")  # in PEFT's layout, as others name it
+    paths = folder / "adapter", folder, step_folder(9), elsewhere
+    as_adapters = [with_adapters(base.cfg, base.params, [path])[0] for path in paths]
+    assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9], digests[45]]
     assert leaf_paths(as_adapters[0])["blocks/0/qkv"].columns == leaf_paths(as_adapters[1])["blocks/0/qkv"].columns
     assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
     out = tmp_path / "exported"

@@ -181,3 +181,7 @@ def test_no_held_out_prompt_is_a_copy_of_a_training_prompt(tmp_path):
     prompts = prompts_for("length:3", tmp_path / "prompts.jsonl", 0)
     assert sorted(prompt.text for prompt in (*prompts.train, *prompts.held_out)) == ["What is rain?", "What is snow?"]
     assert "2 copies left out" in prompts.name
+    sums = [{"prompt": f"What is {text}?"} for text in ("1 - 23", "12 - 3", "12 / 3", "123", "1.23", "-1 - 23")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    prompts = prompts_for("length:3", tmp_path / "prompts.jsonl", 0)
+    assert len((*prompts.train, *prompts.held_out)) == len(sums)

@@ -78,11 +78,11 @@ def native_problem() -> str:
 @functools.cache
 def _load() -> str:
     try:
-        # The bytes that were checked, in a file without a name: one in the cache could be changed or cut while it is mapped.
-        with tempfile.TemporaryFile(dir=cache_folder("native")) as file:
+        # The bytes that were checked, in memory: a file in the cache could be changed or cut while it is mapped, and may lie
+        # where nothing can be executed. Never closed: dlopen takes a later file of the same number for this one.
+        handle = os.memfd_create(TARGET)
+        with open(handle, "wb", closefd=False) as file:
             file.write(read_library())
-            file.flush()
-            handle = os.dup(file.fileno())  # never closed: dlopen takes a later file of the same number for this one
         library = ctypes.CDLL(f"/proc/self/fd/{handle}")
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
     except (_Unavailable, UserError, OSError, AttributeError) as error:
