@@ -14,10 +14,10 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
-from engine.storage.config_fields import architecture_of
 from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, note_unknown, read_sampling, rope_factors
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
+from engine.storage.huggingface.config import architecture_of
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_at
 from engine.text import OnProgress

@@ -13,8 +13,15 @@ from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
 from engine.storage.huggingface import safetensors
-from engine.storage.huggingface.config import DEFAULTS, config_from, config_to, note_unknown
-from engine.storage.huggingface.generation_config import read_eos_ids, read_sampling, write_sampling
+from engine.storage.huggingface.config import (
+    DEFAULTS,
+    config_from,
+    config_to,
+    note_unknown,
+    read_eos_ids,
+    read_sampling,
+    write_sampling,
+)
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_json_object, read_text
