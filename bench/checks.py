@@ -13,8 +13,7 @@ from bench.cli import Json, describe_error, print_table, progress
 from bench.models import random_model
 from engine.device import device_name
 from engine.inference.decode import complete, prefill, prepare_params
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset

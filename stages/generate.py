@@ -61,7 +61,7 @@ def generate(flags: GenerateFlags) -> None:
 def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine import placement
     from engine.inference import decode
-    from engine.inference.sampling_params import SamplingParams
+    from engine.inference.request import SamplingParams
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.tokenizer import CompletionText

@@ -86,15 +86,14 @@ def sampling_of(rows: int, **fields: Any) -> Any:
     """Returns SamplingArrays of so many rows with these fields, and seeds seed, seed + 1, ..."""
     import jax
 
+    from engine.inference.request import SamplingParams
     from engine.inference.sampling import sampling_arrays
-    from engine.inference.sampling_params import SamplingParams
 
     return jax.device_put(sampling_arrays(SamplingParams(**fields).per_row(rows)))
 
 
 def request_of(prompt: Any, max_tokens: int, namespace: str = "", **fields: Any) -> Any:
     """Returns a Request with these sampling parameters."""
-    from engine.inference.request import Request
-    from engine.inference.sampling_params import SamplingParams
+    from engine.inference.request import Request, SamplingParams
 
     return Request(prompt, SamplingParams(max_tokens=max_tokens, **fields), namespace)

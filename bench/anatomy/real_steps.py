@@ -16,8 +16,7 @@ from bench.anatomy.programs import CAPACITY, CHUNK, LORA, ROWS, B, Program, T
 from bench.models import BenchModel, next_token_batch, tokens_for
 from engine.counting.hardware import clock
 from engine.counting.params import count_params
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import make_cache
 from engine.model.paths import leaf_paths, merge, split, unflatten

@@ -20,7 +20,7 @@ from engine.counting.params import count_params
 from engine.device import cores
 from engine.errors import UserError
 from engine.inference.decode import complete, prepare_params
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import leaf_paths
 from engine.storage.huggingface.folder import save_folder

@@ -18,8 +18,7 @@ def make(spec: dict[str, Any]) -> Any:
     start_jax(one_arena=False)
     from bench.models import load
     from engine.inference.decode import prepare_params
-    from engine.inference.request import Request
-    from engine.inference.sampling_params import SamplingParams
+    from engine.inference.request import Request, SamplingParams
     from engine.inference.slots import Slots
     from engine.model.weights.int8 import quantize
 

@@ -12,8 +12,7 @@ from typing import Any
 from bench.cli import Json, progress
 from bench.timing import Ratio, Timing, measure, ratio
 from engine.counting.hardware import clock
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import Slots
 

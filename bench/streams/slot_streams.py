@@ -14,8 +14,7 @@ from engine.counting.hardware import clock
 from engine.device import cores, device_name
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.slots import Slots
 from engine.model.native.library import native_problem
 from engine.model.paths import map_paths

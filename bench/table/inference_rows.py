@@ -16,8 +16,8 @@ from engine.counting.program_flops import decode_program_flops, prefill_program_
 from engine.counting.traffic import inference_bytes
 from engine.inference.decode import CHUNK, LONE_ROWS, STEPS, decode_steps, prefill
 from engine.inference.programs import prefill_chunk, read_chunk, write_chunk
+from engine.inference.request import SamplingParams
 from engine.inference.sampling import sampling_arrays
-from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.slots import CHUNK as SLOT_CHUNK
 from engine.model.cache.contiguous import KVCache, make_cache

@@ -10,8 +10,8 @@ import numpy as np
 from bench.table.claims import InferenceChecks
 from bench.table.inference_rows import SLOTS, random_cache
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
+from engine.inference.request import SamplingParams
 from engine.inference.sampling import sampling_arrays
-from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import forward

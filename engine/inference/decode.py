@@ -19,9 +19,8 @@ from jax import Array
 
 from engine import placement, sharding
 from engine.errors import UserError
-from engine.inference.request import Event, Request
+from engine.inference.request import Event, Request, SamplingParams
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
-from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import STEPS_BETWEEN_DRAFTS
 from engine.inference.sequence import STEPS, Sequence
 from engine.model.cache.contiguous import KVCache, make_cache

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from engine import placement, sharding
+from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
     PenaltyArrays,
     SamplingArrays,
@@ -26,7 +27,6 @@ from engine.inference.sampling import (
     sampling_arrays,
     set_token_counts,
 )
-from engine.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.sequence import STEPS
 from engine.model.cache import segmented

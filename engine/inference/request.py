@@ -1,13 +1,121 @@
-"""Request: a prompt and its sampling parameters; Event: its new tokens."""
+"""Request: a prompt and its SamplingParams, with the ranges of their fields; Event: its new tokens. Imports no jax: flags
+read it.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from engine.errors import InvalidField
-from engine.inference.sampling_params import SamplingParams, token_ids
 
 FinishReason = Literal["stop", "length", "error"]
+MAX_LOGPROBS = 20  # alternatives a token, at most
+SEEDS = 2**32
+
+
+class Range(NamedTuple):
+    """A field's range: from `least` (or `above` it) to `most`. `note` explains one bound."""
+
+    least: float
+    most: float
+    integer: bool = False
+    above: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.above:
+            return f"above {self.least} and at most {self.most}{self.note}"
+        return f"between {self.least}{self.note} and {self.most}"
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range, and is an integer where one is wanted."""
+        within = self.least <= value <= self.most and not (self.above and value == self.least)
+        return within and (not self.integer or value == int(value))
+
+    def check(self, name: str, value: Any, field: str | None = None) -> None:
+        """Raises InvalidField for `field` (by default `name`) when the value is out of range."""
+        kinds = int if self.integer else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+            wanted, shown = "an integer" if self.integer else "a number", f"{value!r:.60}"
+        elif not self.holds(value):
+            wanted, shown = str(self), str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+        else:
+            return
+        raise InvalidField(field or name, f"{name} must be {wanted}, not {shown}.")
+
+
+RANGES = {
+    "max_tokens": Range(1, 2**31 - 1, integer=True),
+    "temperature": Range(0, 2, note=" (greedy)"),
+    "top_k": Range(-1, 2**31 - 1, integer=True, note=" or 0 (all tokens)"),
+    "top_p": Range(0, 1, above=True, note=" (all tokens)"),
+    "min_p": Range(0, 1, note=" (all tokens)"),
+    "seed": Range(0, SEEDS - 1, integer=True),
+    "presence_penalty": Range(-100, 100),
+    "frequency_penalty": Range(-100, 100),
+    "repetition_penalty": Range(0.01, 100),
+    "logit_bias": Range(-100, 100),  # each value of it
+    "logprobs": Range(0, MAX_LOGPROBS, integer=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults; no stop strings, no n.
+
+    Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the smallest set whose probability
+    reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
+    2024, 2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the
+    logit of every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty`
+    divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858);
+    `logit_bias` is added. `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled
+    one, before any of this. A token of `stop_token_ids` ends the completion and is not part of it. Raises InvalidField for
+    a value out of RANGES.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logprobs: int | None = None
+    stop_token_ids: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", frozenset(token_ids("stop_token_ids", self.stop_token_ids)))
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidField("logit_bias", f"logit_bias must be tokens with a number each, not {self.logit_bias!r:.60}.")
+        bias = dict(zip(token_ids("logit_bias", self.logit_bias), self.logit_bias.values()))
+        object.__setattr__(self, "logit_bias", bias)
+        for name, allowed in RANGES.items():
+            if name == "logit_bias":
+                for token, value in bias.items():
+                    allowed.check(f"logit_bias of token {token}", value, name)
+            elif name != "logprobs" or self.logprobs is not None:
+                allowed.check(name, getattr(self, name))
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether a penalty or a bias changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
+
+    def per_row(self, rows: int) -> list["SamplingParams"]:
+        """Returns a copy for each of `rows` completions, with seeds seed (0 by default), seed + 1, ... (modulo 2**32)."""
+        return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
+
+
+def token_ids(name: str, values: Any) -> tuple[int, ...]:
+    """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything else."""
+    try:
+        return tuple(operator.index(token) for token in values)
+    except TypeError as error:
+        raise InvalidField(name, f"{name} must hold token ids, which are integers: {error}.") from None
 
 
 @dataclasses.dataclass(frozen=True)

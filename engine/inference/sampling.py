@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig
 
 CANDIDATES = 256  # largest logits, searched first

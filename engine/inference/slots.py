@@ -21,9 +21,8 @@ import numpy as np
 from engine.errors import UserError
 from engine.inference import programs
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
-from engine.inference.request import Event, LogProb, Request, check_request
+from engine.inference.request import Event, LogProb, Request, SamplingParams, check_request
 from engine.inference.sampling import count_prompt, penalty_arrays, sampling_arrays
-from engine.inference.sampling_params import SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 from engine.inference.slot_state import SlotShapes, SlotState
@@ -66,18 +65,16 @@ class Slots:
         short: int = SHORT,
     ) -> None:  # fmt: skip
         capacity = cfg.context if capacity is None else capacity
-        for is_right, message in (
-            (slots >= 1, f"There must be at least one slot, not {slots}."),
-            (
-                2 <= capacity <= cfg.context,
-                f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.",
-            ),
-            (0 < tail <= chunk, f"The tail must lie between 1 and the chunk of {chunk}, not {tail}."),
-            (prefix_cache_bytes >= 0, f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}."),
-            (kv_dtype in get_args(KVDtype), f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {kv_dtype!r}."),
-        ):
-            if not is_right:
-                raise UserError(message)
+        if slots < 1:
+            raise UserError(f"There must be at least one slot, not {slots}.")
+        if not 2 <= capacity <= cfg.context:
+            raise UserError(f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.")
+        if not 0 < tail <= chunk:
+            raise UserError(f"The tail must lie between 1 and the chunk of {chunk}, not {tail}.")
+        if prefix_cache_bytes < 0:
+            raise UserError(f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {prefix_cache_bytes}.")
+        if kv_dtype not in get_args(KVDtype):
+            raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {kv_dtype!r}.")
         self.cfg, self.slots, self.capacity, self.kv_dtype, self.chunk, self.tail = cfg, slots, capacity, kv_dtype, chunk, tail
         self.scheduler = Scheduler(slots, speculate)
         self.prefix_cache = PrefixCache(prefix_cache_bytes)

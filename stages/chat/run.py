@@ -12,7 +12,7 @@ from engine.distributed import MISTAKE
 from engine.errors import UserError, did_you_mean
 from engine.format import duration, join_words
 from engine.inference.decode import prepare_params
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer

@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from engine.errors import UserError, did_you_mean
-from engine.inference.request import Event, Request
-from engine.inference.sampling_params import RANGES, SamplingParams
+from engine.inference.request import RANGES, Event, Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.slots import CHUNK, Slots
 from engine.model.config import ModelConfig

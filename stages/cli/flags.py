@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from engine.errors import did_you_mean
-from engine.inference.sampling_params import RANGES, Range
+from engine.inference.request import RANGES, Range
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 

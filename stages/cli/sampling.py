@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import InvalidField
-from engine.inference.sampling_params import RANGES
+from engine.inference.request import RANGES
 from stages.cli.console import Console
 
 

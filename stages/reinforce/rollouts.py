@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch

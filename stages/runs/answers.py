@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 from engine.inference.decode import complete, prepare_params
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.chat_tokenizer import ChatTokenizer

@@ -66,19 +66,19 @@ class EngineThread:
 
         `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
         """
-        ids: list[int] = []
+        id = 0
 
         def receive() -> None:
+            nonlocal id
             if self.error:
-                self._post(listener, Event(0, [], "error"))
+                self._post(listener, Event(id, [], "error"))
             else:
-                ids.append(self.slots.submit(request, ticket))
-                self._listeners[ids[0]] = listener
+                id = self.slots.submit(request, ticket)
+                self._listeners[id] = listener
 
         def cancel() -> None:
-            if ids and ids[0] in self._listeners:
-                del self._listeners[ids[0]]
-                self.slots.cancel(ids[0])
+            if self._listeners.pop(id, None):
+                self.slots.cancel(id)
 
         self._work.put(receive)
         return lambda: self._work.put(cancel)

@@ -21,7 +21,7 @@ from engine.counting.hardware import free_memory_bytes, machine_identity
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem

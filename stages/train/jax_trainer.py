@@ -11,7 +11,7 @@ from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
 from engine.inference.decode import complete, prepare_params
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.inference.score import score
 from engine.model.transformer import init_params
 from engine.placement import current_mesh, sharded_shapes

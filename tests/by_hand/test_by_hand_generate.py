@@ -12,7 +12,7 @@ from engine.by_hand.generate import generate
 from engine.by_hand.tree import to_numpy, tree_map
 from engine.errors import UserError
 from engine.inference import decode
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 
 PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 

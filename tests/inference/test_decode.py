@@ -23,8 +23,8 @@ from engine.inference.decode import (
     prefill,
     prepare_params,
 )
+from engine.inference.request import SamplingParams
 from engine.inference.sampling import sample
-from engine.inference.sampling_params import SamplingParams
 from engine.inference.score import score
 from engine.inference.sequence import Sequence
 from engine.model.cache.contiguous import make_cache

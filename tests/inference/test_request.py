@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from tiny import request_of
 
 from engine.errors import InvalidField
-from engine.inference.request import check_request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams, check_request
 
 GOOD = {"prompt": (1, 2, 3), "max_tokens": 5}
 NAN, INF = float("nan"), float("inf")

@@ -26,8 +26,7 @@ from tiny import lively_params, positions_of, request_of, tiny_config
 from engine.errors import UserError
 from engine.inference.decode import generate, prepare_params
 from engine.inference.prefix_cache import PrefixCache
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import Decode, Scheduler
 from engine.inference.sequence import STEPS
 from engine.inference.slots import Slots, compile_ahead

@@ -24,8 +24,7 @@ def wide_config(**changes):
 
 def complete(slots, prompts):
     """Returns the sampled tokens of each prompt, and their log-probabilities as hex."""
-    from engine.inference.request import Request
-    from engine.inference.sampling_params import SamplingParams
+    from engine.inference.request import Request, SamplingParams
 
     sampling = [SamplingParams(max_tokens=12, temperature=0.9, seed=row, logprobs=2) for row in range(len(prompts))]
     texts = {slots.submit(Request(prompt, params)): ([], []) for prompt, params in zip(prompts, sampling)}
@@ -45,7 +44,7 @@ def facts_of(weights, tied):
     from engine import placement
     from engine.device import host_memory
     from engine.inference.decode import generate, prepare_params
-    from engine.inference.sampling_params import SamplingParams
+    from engine.inference.request import SamplingParams
     from engine.inference.slots import Slots
     from engine.model.weights.int8 import quantize
     from engine.storage.digest import digest

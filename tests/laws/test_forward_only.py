@@ -13,8 +13,8 @@ from programs import INFERENCE, QWEN3
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.decode import decode_step, decode_steps, generate, prefill, prepare_params
+from engine.inference.request import SamplingParams
 from engine.inference.sampling import sampling_arrays
-from engine.inference.sampling_params import SamplingParams
 from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.weights.int8 import matmul_rules, quantize

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from tiny import lively_params, normal, tiny_config
 
 from engine.inference.decode import prepare_params
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.slots import Slots
 from engine.model.native import library
 from engine.model.native.library import native_problem, read_library

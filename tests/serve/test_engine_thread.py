@@ -10,8 +10,7 @@ from tiny import lively_params, tiny_config
 from tiny_server import until
 
 from engine.inference.decode import prepare_params
-from engine.inference.request import Request
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import Request, SamplingParams
 from engine.inference.slots import Slots
 from stages.serve.engine_thread import EngineThread
 

@@ -30,7 +30,7 @@ from engine.counting import hardware
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.model.config import LoraConfig
 from engine.model.native.library import native_problem
 from engine.model.paths import leaf_paths, merge

@@ -14,8 +14,7 @@ import pytest
 from tiny import tiny_config
 from tiny_server import CAPACITY, TinyServer, ask, events, good, refused, say, until
 
-from engine.inference.request import LogProb
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import LogProb, SamplingParams
 from engine.storage.digest import digest
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer

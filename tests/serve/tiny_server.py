@@ -34,7 +34,7 @@ class TinyServer:
         self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off"
     ) -> None:
         from engine.inference import decode
-        from engine.inference.sampling_params import SamplingParams
+        from engine.inference.request import SamplingParams
         from engine.inference.slots import Slots
         from engine.storage.digest import digest
         from engine.text.chat_tokenizer import ChatTokenizer

@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import ROOT, command
 
 from engine.errors import UserError
-from engine.inference.sampling_params import SamplingParams
+from engine.inference.request import SamplingParams
 from engine.storage.model_loader import load_model
 from stages.chat import __main__ as chat
 from stages.chat.run import Repl

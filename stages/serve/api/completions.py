@@ -16,8 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import InvalidField
-from engine.inference.request import Event, LogProb, Request, check_request
-from engine.inference.sampling_params import SEEDS
+from engine.inference.request import SEEDS, Event, LogProb, Request, check_request
 from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api import replies

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import ClientDisconnect, Request
 
-from engine.inference.sampling_params import RANGES
+from engine.inference.request import RANGES
 from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServerState
 
