@@ -20,7 +20,7 @@ SHORT = {
     "bench.step": ["--shapes", "1x64x64x2", "--rounds", "6"],
     "bench.commands": ["--max-time", "1s"],
     # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
-    **{f"bench.{name}": ["--help"] for name in ("anatomy", "inference", "life", "peers", "quantisation", "serving")},
+    **{f"bench.{name}": ["--help"] for name in ("anatomy", "life", "peers", "quantisation", "serving")},
     "bench": ["--help"],
     "stages.serve": ["--help"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],

@@ -1,11 +1,13 @@
-"""Measures training beside PyTorch and inference beside Hugging Face transformers, in one run.
+"""Measures training beside PyTorch, `generate` beside transformers and serving beside llama.cpp, each pair in one run.
 
-    python -m bench.peers                                 both, with the peers of this Python (the extra `peers`)
+    python -m bench.peers                                 training and inference, with the peers of this Python
     python -m bench.peers --peer-python peers/bin/python  peers that live in an environment of their own
-    python -m bench.peers --quick                         small shapes, one or two minutes
+    python -m bench.peers --of serving                    prefill, decoding of 1, 8 and 32 streams, and chat, as the server does
+    python -m bench.peers --quick                         small shapes, fewer tokens and rounds
 
-A peer is a process that computes the same from the same weights. It and we run in turns, with all cores, so that what else
-this machine does hits both alike. A ratio is our time over the peer's: below 1, Thrice takes less.
+A peer is a process that computes the same from the same weights: the extra `peers` installs them. It and we run in turns, with
+all cores, so that what else this machine does hits both alike. A ratio is our time over the peer's, below 1 where Thrice takes
+less; of serving it is our tokens a second over the peer's.
 """
 
 import dataclasses
@@ -28,23 +30,30 @@ class PeersFlags:
 
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
-    only: Literal["all", "training", "inference"] = "all"
+    of: tuple[Literal["training", "inference", "serving"], ...] = ("training", "inference")
     shape: str = "6x384x256x16"
     """Of training: LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     preset: str = "smollm2-135m"
     """Of inference: the architecture, with random weights."""
+    model: str = "smollm2-135m-instruct"
+    """Of serving: a .gguf file, or that named model."""
     prompt: int = 256
-    """Tokens of a prompt in the prefill rows; the decode rows have 64."""
-    new: int = 33
-    """Tokens to generate in the decode rows."""
+    """Tokens of a prompt in the prefill rows of inference; the decode rows have 64."""
+    new: int = 97
+    """Tokens to generate in the decode rows; the first one counts as prefill in those of serving."""
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    """Of training and inference."""
+    keys_values: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """The type of the KV cache in serving."""
+    price: float = 0.10
+    """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     rounds: int = 9
     """Interleaved rounds, at least 6; the median counts."""
     quick: bool = False
-    """Small shapes and bfloat16 alone, unless another value is given."""
+    """Small shapes, bfloat16 alone, 33 tokens and 6 rounds, unless another value is given."""
 
 
-QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 17, "dtypes": ("bfloat16",), "rounds": 6}
+QUICK: Json = {"shape": "2x128x64x8", "preset": "demo", "prompt": 64, "new": 33, "dtypes": ("bfloat16",), "rounds": 6}
 
 
 def measure_peers(flags: PeersFlags) -> Json:
@@ -56,13 +65,16 @@ def measure_peers(flags: PeersFlags) -> Json:
     for name, value, least in (("prompt", flags.prompt, 1), ("new", flags.new, 2)):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, not {value}.")
-    if not flags.dtypes:
-        raise UserError("--dtypes needs bfloat16, float32 or both.")
-    start_jax()
+    if not flags.dtypes or not flags.of:
+        raise UserError("--dtypes needs bfloat16, float32 or both, and --of training, inference, serving or some of them.")
+    start_jax(one_arena="serving" not in flags.of)
     from bench.peers import measure
+    from bench.peers.serving import measure_streams
 
-    measure.check_preset(flags.preset, flags.prompt, flags.new, runs=flags.only != "training")
-    print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds; a ratio is our time over the peer's")
+    if "inference" in flags.of:
+        measure.check_preset(flags.preset, flags.prompt, flags.new)
+    print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds")
+    print("a ratio is our time over the peer's; of serving, the peer's over ours")
     if (load := os.getloadavg()[0]) > cores() / 4:
         # OpenMP's threads meet after every operation, and one that is put aside holds up all: the same training row read
         # 0.4 at a load of 9 and 1.1 in a quiet moment.
@@ -76,10 +88,15 @@ def measure_peers(flags: PeersFlags) -> Json:
         ),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for script, add_rows in (stages[stage] for stage in stages if flags.only in ("all", stage)):
+        for script, add_rows in (stages[stage] for stage in stages if stage in flags.of):
             with start_peer(flags.peer_python, script, absent) as peer:
                 for dtype in flags.dtypes if peer else ():
                     add_rows(dtype, flags.rounds, peer, Path(folder), rows, absent)
+    if "serving" in flags.of:
+        measure_streams(
+            flags.model, flags.peer_python, rows, absent, new=flags.new, rounds=flags.rounds, price=flags.price,
+            keys_values=flags.keys_values,
+        )  # fmt: skip
     return {"device": device_name(), "cores": cores(), "rounds": flags.rounds, "rows": rows, "absent": absent}
 
 

@@ -1,4 +1,4 @@
-"""Runs llama.cpp, the peer of `bench.inference`, through `llama-cpp-python`, on the same GGUF file.
+"""Runs llama.cpp, the peer of serving, through `llama-cpp-python`, on the same GGUF file.
 
 One context decodes all rows together, each a sequence of its own, greedily; or one prompt after another, each to its end.
 """

@@ -93,18 +93,17 @@ def measure_training(
     print(describe_noise(timings), flush=True)
 
 
-def check_preset(preset_name: str, prompt: int, new: int, *, runs: bool) -> None:
-    """Raises UserError when a row's tokens do not fit the preset's context or, if it `runs`, two copies do not fit memory."""
+def check_preset(preset_name: str, prompt: int, new: int) -> None:
+    """Raises UserError when a row's tokens do not fit the preset's context, or two copies do not fit memory."""
     cfg = preset(preset_name)
     longest = max(prompt + 1, DECODE_PROMPT + new)
     if longest > cfg.context:
         raise UserError(f"{longest} tokens do not fit {preset_name}'s context of {cfg.context}; give fewer --prompt or --new.")
     # Ours and the peer's, each as loaded and as computed.
-    if runs:
-        require_memory(
-            16 * count_params(cfg).total, f"--preset {preset_name} twice in memory needs about",
-            "give a smaller preset, such as smollm2-135m.",
-        )  # fmt: skip
+    require_memory(
+        16 * count_params(cfg).total, f"--preset {preset_name} twice in memory needs about",
+        "give a smaller preset, such as smollm2-135m.",
+    )  # fmt: skip
 
 
 def measure_inference(

@@ -144,7 +144,7 @@ def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
         (["--preset", "tiny", "--prompt", "64"], "do not fit tiny's context of 64"),
         (["--dtypes"], "--dtypes needs"),
         (["--dtypes", "int8"], "int8"),
-        (["--onyl", "training"], "--onyl"),
+        (["--fo", "training"], "--fo"),
     ],
 )
 def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags, words, monkeypatch, capsys):
@@ -156,8 +156,7 @@ def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags,
 def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
     monkeypatch.setattr("engine.counting.hardware.memory_limit_bytes", lambda: 10**9)
     with pytest.raises(UserError, match=r"twice in memory needs about 2.2 GB, and 1.0 GB are available; give a smaller"):
-        measure.check_preset("smollm2-135m", 256, 33, runs=True)
-    measure.check_preset("smollm2-135m", 256, 33, runs=False)
+        measure.check_preset("smollm2-135m", 256, 33)
 
 
 # The table
@@ -165,7 +164,7 @@ def test_a_model_too_large_for_this_machine_is_refused(monkeypatch):
 
 def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
     scripts("torch_peer.py", make=TRAINED)
-    flags = ["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]
+    flags = ["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]
     assert peers.main([*flags, "--peer-python", str(THIS), "--json"]) == 0
     out, tables = capsys.readouterr()
     table = json.loads(out)["rows"]
@@ -182,7 +181,7 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
 
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
-    assert peers.main(["--only", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"]) == 0
+    assert peers.main(["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [row["peer"] for row in document["rows"]] == ["torch eager"]
     assert document["absent"][0]["name"] == "torch compiled, float32"
@@ -196,7 +195,7 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
         ours=[[0] * (new - 1) + [7]] * len(prompts)
     ))  # fmt: skip
     scripts("transformers_peer.py", make=GENERATED)
-    flags = ["--only", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "6"]
+    flags = ["--of", "inference", "--preset", "tiny", "--prompt", "8", "--new", "4", "--dtypes", "float32", "--rounds", "6"]
     assert peers.main([*flags, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["name"], row["same_tokens"]) for row in table] == [

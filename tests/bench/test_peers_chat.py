@@ -3,7 +3,7 @@
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.streams.chat_streams import measure_chats, our_chats, read_prompts
+from bench.peers.serving import measure_chats, our_chats, read_prompts
 from engine.inference.decode import prepare_params
 from engine.text.conversations import SHIPPED, read_conversations
 
