@@ -45,8 +45,7 @@ def measure_checks() -> Json:
     number = "{:.2g}".format
     rows = [(check.name, number(check.difference), number(check.limit), "" if check.holds else "FAILS") for check in checks]
     print_table(f"{device_name()} beside the processor", ("check", "apart", "at most", ""), rows)
-    document = {"device": device_name(), "jax": jax.__version__}
-    return document | {"checks": [check._asdict() | {"holds": check.holds} for check in checks]}
+    return {"checks": [check._asdict() | {"holds": check.holds} for check in checks]}
 
 
 def checked_models() -> dict[str, ModelConfig]:

@@ -8,19 +8,25 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
+from engine.device import cores, device_name, processor
 from engine.errors import UserError
 from engine.files import atomic_file, write_problem
 
 Json = dict[str, Any]  # a JSON object
 PIPED_WIDTH = 140  # of a pipe: the widest table fits
+INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
 
 
 class Shape(NamedTuple):
@@ -41,9 +47,9 @@ def run_bench[Flags](
 ) -> int:  # fmt: skip
     """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
-    The document that `measure` returns goes into the folder of --out, as NAME.json; with --json it is printed as a line on
-    stdout, and all else on stderr. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for
-    the command line's. `name` follows `python -m`.
+    The document that `measure` returns goes with its `circumstances` into the folder of --out, as NAME.json; with --json it is
+    printed as a line on stdout, and all else on stderr. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe
+    141. `args`: None for the command line's. `name` follows `python -m`.
     """
     try:
         options = tyro.cli(
@@ -52,7 +58,11 @@ def run_bench[Flags](
         )  # fmt: skip
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            document = json.dumps(measure(options))
+            beside, result = circumstances(options), measure(options)
+            if "jax" in sys.modules:
+                beside["machine"]["device"] = device_name()
+            beside["machine"] |= result.pop("machine", {})
+            document = json.dumps(beside | result, default=str)
         out = getattr(options, "out", None)
         if out and out.is_dir():
             with atomic_file(out / f"{name.rpartition('.')[2]}.json") as file:
@@ -71,6 +81,25 @@ def run_bench[Flags](
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def circumstances(flags: Any) -> Json:
+    """Returns what each document says of its measurement: the machine, the commit, date, versions, load and flags."""
+    model, instructions = processor()
+    root, commit = Path(__file__).parent.parent, ""
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "machine": {
+            "processor": model, "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
+            "cores": cores(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
+        "flags": dataclasses.asdict(flags),
+    }  # fmt: skip
 
 
 def _with_json(flags: type[Any]) -> type[Any]:

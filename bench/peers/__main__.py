@@ -97,7 +97,7 @@ def measure_peers(flags: PeersFlags) -> Json:
             flags.model, flags.peer_python, rows, absent, new=flags.new, rounds=flags.rounds, price=flags.price,
             keys_values=flags.keys_values,
         )  # fmt: skip
-    return {"device": device_name(), "cores": cores(), "rounds": flags.rounds, "rows": rows, "absent": absent}
+    return {"rows": rows, "absent": absent}
 
 
 def main(args: list[str] | None = None) -> int:
