@@ -41,8 +41,8 @@ def cache_folder(*parts: str, room: int = 2**20) -> Path:
 
     Compiled programs are loaded from there as code, so it is made private (mode 0700). If others can write there or own it, if
     it has no `room`, bytes, or cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those
-    it starts. What was cached is found there too unless others could write it; if there is no room for a temporary folder
-    either, what is there can still be read.
+    it starts. Unless others could write it, what was cached is found there too, and can still be read where there is no room
+    for a temporary folder either.
     """
     root = cache_root()
     folder = root.joinpath(*parts)
@@ -90,7 +90,7 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
 def _temporary_cache(root: Path, room: int, links: bool) -> Path:
     """Returns a folder, removed at exit, with `links` to all that lies two levels below `root`.
 
-    If none can be made, returns `root` itself if there are to be links, and raises UserError if not.
+    If none can be made, returns `root` itself if there are to be links, and else a path where nothing can be.
     """
     for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
         with contextlib.suppress(OSError):
@@ -102,9 +102,7 @@ def _temporary_cache(root: Path, room: int, links: bool) -> Path:
                     link.parent.mkdir(exist_ok=True, mode=0o700)
                     link.symlink_to(entry.absolute())
                 return folder
-    if not links:
-        raise UserError(f"The cache folder {root} cannot be trusted, and no temporary folder can be made in its place.")
-    return root
+    return root if links else Path(os.devnull, "cache")
 
 
 def sync(path: str | Path) -> None:

@@ -1,5 +1,6 @@
 """A cache folder that cannot be written stops nothing: a sentence names the variable, and a temporary one takes its place."""
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -92,6 +93,21 @@ def test_a_folder_of_compiled_programs_that_others_can_write_is_not_used(variabl
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def test_a_cache_that_others_can_write_where_no_other_can_be_made_stops_nothing(variables, monkeypatch, tmp_path):
+    variables(THRICE_CACHE=str(tmp_path / "cache"))
+    (cache_folder("native") / "planted").touch()
+    (tmp_path / "cache").chmod(0o777)
+
+    def read_only(**_: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", read_only)
+    with pytest.warns(UserWarning, match="others can write"):
+        assert not [*cache_folder("native").glob("*")]
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert not cache_folder("native").exists()
 
 
 def test_a_folder_of_compiled_programs_that_cannot_be_written(monkeypatch):

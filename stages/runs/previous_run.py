@@ -77,6 +77,7 @@ MUST_MATCH = {
     "context": "recipe/context", "optimizer": "recipe/optimizer/kind", "base": "base/digest",
     "choice of trainable parameters": "learns", "objective": "objective", "packing": "pack", "stage": "stage",
 }  # fmt: skip
+SPLIT = " or split of it (earlier versions held out the last tenth: give both parts with --data and --validation)"
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}
 # Fields that an older run.json does not have, and what its run did.
 ADDED = {"recipe/optimizer/embedding_factor": 1.0, "recipe/optimizer/head_factor": 1.0}
@@ -95,6 +96,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig,
         if key.endswith("/digest"):
             names = (f"{name}/{part}" for part in ("data", "kind", "model"))
             key = next((other for other in names if there.get(other) or now.get(other)), key)
+        name += SPLIT if name == "text" and now.get("objective") and there.get(key) == now.get(key) else ""
         pairs.append((name, there.get(key), now.get(key)))
     return [f"{name} ({before} there, {after} now)" if before != after else name for name, before, after in pairs]
 

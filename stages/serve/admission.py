@@ -31,7 +31,8 @@ class Admission:
 
     A request takes one place, however many completions it asks for: a large one is let in as easily as a small one. Refused
     requests stand in line, in the order of their first refusal, and places are held for the first of them: half the queue's,
-    so that slots are never empty for it. Also counts the bytes of all request bodies that are not decoded yet.
+    so that slots are never empty for it; none without a queue. Also counts the bytes of all request bodies
+    that are not decoded yet.
     """
 
     def __init__(self, slots: int, queue: int) -> None:

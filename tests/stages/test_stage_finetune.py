@@ -228,6 +228,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
         other = [*args(trained, chats, folder), *changed]
         assert finetune.main(other) == 2
         assert re.search(r"another (choice of trainable parameters|seed)", capsys.readouterr().err)
+    record = json.loads((folder / "run.json").read_text())
+    with updating(folder):  # as after a version that held out other rows
+        (folder / "run.json").write_text(json.dumps(record | {"text": record["text"] | {"digest": "0"}}))
+    assert finetune.main(options) == 2
+    assert "another text or split of it (earlier versions held out the last tenth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
