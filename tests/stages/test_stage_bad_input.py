@@ -14,13 +14,11 @@ from tiny_runs import command, tiny, write_text
 
 from engine.counting import hardware
 from engine.storage import checkpoint, manifest
-from stages import generate
-from stages.chat.flags import ChatFlags
+from stages import evaluate, export, generate
+from stages.chat import ChatFlags
 from stages.cli.command import explain_error, run_command
-from stages.evaluate import __main__ as evaluate
-from stages.evaluate.flags import EvaluateFlags
-from stages.export import __main__ as export
-from stages.export.flags import ExportFlags
+from stages.evaluate import EvaluateFlags
+from stages.export import ExportFlags
 from stages.finetune.flags import FinetuneFlags
 from stages.generate import GenerateFlags
 from stages.reinforce.flags import ReinforceFlags

@@ -13,8 +13,7 @@ from tiny_runs import metrics, tiny
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_json
-from stages import generate
-from stages.evaluate import __main__ as evaluate
+from stages import evaluate, generate
 from stages.train import __main__ as train
 
 STEPS = 12

@@ -16,9 +16,7 @@ from tiny_runs import ROOT, command
 from engine.errors import UserError
 from engine.inference.request import SamplingParams
 from engine.storage.model_loader import load_model
-from stages.chat import __main__ as chat
-from stages.chat.run import Repl
-from stages.chat.session import ChatSession, with_setting
+from stages import chat
 from stages.cli.console import Console
 
 PROMPT = "\r\n> "
@@ -31,16 +29,16 @@ def conversation(trained):
     from engine.text.chat_tokenizer import ChatTokenizer
 
     model = load_model(str(trained))
-    chat = ChatTokenizer(model.tokenizer)
+    tokenizer = ChatTokenizer(model.tokenizer)
     sampling = SamplingParams(max_tokens=6, temperature=0)
-    yield ChatSession(model.cfg, decode.prepare_params(model.cfg, model.params), chat, model.eos_ids, sampling)
-    chat.close()
+    yield chat.ChatSession(model.cfg, decode.prepare_params(model.cfg, model.params), tokenizer, model.eos_ids, sampling)
+    tokenizer.close()
 
 
 @pytest.fixture
 def fresh(conversation):
-    conversation.turns.clear()
-    conversation.system = ""
+    conversation.execute("/clear")
+    conversation.execute("/system")
     return conversation
 
 
@@ -54,60 +52,56 @@ def test_piped_lines_are_turns(trained):
     assert b"\x1b" not in result.stdout + result.stderr
     assert re.fullmatch(r"> the king\n(?s:.+)\n\n> the sea\n(?s:.+)\n\n", result.stdout.decode())  # one can be read
     assert b"turn" not in result.stderr
-    again = piped(trained, "the king\n/stats\nthe sea\n/set temperature 0.5\n/system be brief\n", "--verbose")
-    assert again.stdout == result.stdout  # what begins with a slash is no turn
+    again = piped(trained, "the king\nthe sea\n/system  be brief \n/system\n/clear\n//clear\n", "--verbose")
+    assert again.stdout.startswith(result.stdout)  # what begins with a slash is no turn
+    assert again.stdout.count(b"> ") == 3
+    assert b"> /clear\n" in again.stdout
     output = again.stderr.decode()
     reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", output)]
-    assert len(reads) == 2
-    assert reads[1] > reads[0]  # the second turn reads the first again
-    assert f"{sum(reads)} tokens, {reads[0]} of them not for the first time" in output
-    assert output.count("unchanged: SHA-256") == 2
-    for words in (r"turn 2: \d+ tokens read, \d+ of them again", r"\[system: be brief\]", "temperature +0.5", "plain template",
+    assert len(reads) == 3
+    assert reads[0] < reads[1] > reads[2]  # the second turn reads the first again, the third none
+    for words in (r"turn 2: \d+ tokens read, \d+ of them again", r"\[system: be brief\]", r"\[system: what the template says",
+                  r"turn 1: \d+ tokens read; (?s:.+)\[the conversation is forgotten\]\n\[turn 1: \d+ tokens read; ",
+                  "plain template", r"cut off: --max-tokens is 6", "weights unchanged: SHA-256",
                   "sampling +temperature 0 by a flag; top_p 0.9 by default"):  # fmt: skip
         assert re.search(words, output)
+    unknown = piped(trained, "/stats\n")
+    assert unknown.returncode == 2
+    assert b"no command /stats; there are /clear, /system TEXT and /quit." in unknown.stderr
 
 
-def test_each_turn_reads_the_whole_conversation(fresh):
-    first = "".join(fresh.reply("the king"))
-    second = "".join(fresh.reply("the sea"))
-    assert [turn.completion for turn in fresh.turns] == [first.rstrip(), second.rstrip()]
-    prompt = fresh.chat.prompt([
-        {"role": "user", "content": "the king"}, {"role": "assistant", "content": first.rstrip()},
-        {"role": "user", "content": "the sea"},
-    ])  # fmt: skip
-    assert fresh.turns[1].prompt_tokens == len(prompt)
-    fresh.turns = fresh.turns[:1]  # an answer depends on the text before it and on nothing else
-    assert "".join(fresh.reply("the sea")) == second
+def reply(session: chat.ChatSession, message: str, capsys) -> str:
+    session.reply(message, Console(sys.stderr))
+    return capsys.readouterr().out.rstrip()
 
 
-def test_what_no_longer_fits_is_named_and_nothing_is_generated(fresh):
+def test_each_turn_reads_the_whole_conversation(fresh, capsys):
+    first, second = reply(fresh, "the king", capsys), reply(fresh, "the sea", capsys)
+    messages = [
+        {"role": "user", "content": "the king"}, {"role": "assistant", "content": first},
+        {"role": "user", "content": "the sea"}, {"role": "assistant", "content": second},
+    ]  # fmt: skip
+    assert fresh.messages == messages
+    assert fresh.last_tokens == len(fresh.chat.prompt(messages[:3])) + 6
+    fresh.execute("/system be brief")
+    fresh.messages = []
+    assert fresh.prompt("a") == fresh.chat.prompt(
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}]
+    ).tolist()  # fmt: skip
+    fresh.system, fresh.messages = "", messages[:2]  # an answer depends on the text before it and on nothing else
+    assert reply(fresh, "the sea", capsys) == second
+
+
+def test_what_no_longer_fits_is_said_and_nothing_is_generated(fresh, capsys):
     with pytest.raises(UserError, match=r"This message alone makes \d+ tokens and the model's context holds 64"):
-        next(fresh.reply("the king and queen of a far land " * 9))
-    assert fresh.turns == []
-    while len(fresh.chat.prompt(fresh.messages("the king and queen"))) < fresh.cfg.context:
-        list(fresh.reply("the king and queen"))
-    turns = len(fresh.turns)
-    with pytest.raises(UserError, match=r"tokens and the model's context 64: (turn 1 no longer fits|turns 1 to \d)") as caught:
-        next(fresh.reply("the king and queen"))
-    assert len(fresh.turns) == turns
-    forget = int(re.findall(r"/forget (\d+)", str(caught.value))[0])
-    del fresh.turns[: forget - 1]
-    with pytest.raises(UserError, match="no longer fit"):  # one fewer would not do
-        fresh.prompt("the king and queen")
-    del fresh.turns[:1]
-    assert fresh.prompt("the king and queen")
-
-
-def test_stopped_in_the_middle_keeps_what_was_generated(fresh):
-    fresh.sampling = with_setting(fresh.sampling, "max_tokens", "40")
-    reply = "".join(fresh.reply("the king"))
-    fresh.turns.clear()
-    part = "".join(fresh.reply("the king", is_stopped=lambda: True))
-    assert reply.startswith(part)
-    assert len(part) < len(reply)
-    if fresh.turns:
-        assert fresh.turns[-1].finish_reason == "interrupted"
-    fresh.sampling = with_setting(fresh.sampling, "max-tokens", "6")
+        reply(fresh, "the king and queen of a far land " * 9, capsys)
+    assert fresh.messages == []
+    with pytest.raises(UserError, match=r"The conversation has \d+ tokens and .* holds 64: /clear begins a new one"):
+        [reply(fresh, "the king and queen", capsys) for _ in range(9)]
+    turns = len(fresh.messages)
+    assert turns in range(2, 18, 2)
+    fresh.execute("/clear")
+    assert reply(fresh, "the king and queen", capsys)
 
 
 @pytest.mark.parametrize(
@@ -122,43 +116,6 @@ def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained):
     assert result.returncode == 2
     assert words in result.stderr
     assert b"Traceback" not in result.stderr
-
-
-def test_commands(fresh, capsys):
-    from engine.storage.digest import digest
-
-    repl = Repl(fresh, Console(sys.stderr), digest(fresh.params), chatty=True)
-
-    def after(line: str, done: bool = True) -> str:
-        capsys.readouterr()
-        assert repl.handle(line) is done
-        return re.sub(" +", " ", capsys.readouterr().err)
-
-    assert "turn 1" in after("the king")
-    assert "cut off: max_tokens is 6" in after("the sea")
-    assert "1 turns are left" in after("/forget 1")
-    assert "from 1 to the 1" in after("/forget 2", done=False)
-    assert "forgotten" in after("/clear")
-    assert fresh.turns == []
-    assert "[system: be brief]" in after("/system be brief")
-    assert "be brief" in after("/system")
-    assert "what the template says" in after("/system -")
-    assert "temperature 0.25" in after("/set temperature 0.25")
-    assert "temperature 0.0" in after("/set temperature=0")
-    assert "Did you mean 'temperature'" in after("/set tempreature 1", done=False)
-    assert "above 0 and up to 1" in after("/set top_p 2", done=False)
-    assert "name and a value" in after("/set top_p", done=False)
-    assert "/forget N" in after("/help")
-    assert "Did you mean 'stats'" in after("/sttas", done=False)
-    assert "There is no command" in after("/", done=False)
-    after("//set is what I say")
-    assert fresh.turns[-1].message == "/set is what I say"
-    assert "weights unchanged" in after("/stats")
-    repl.digest = "0" * 64
-    assert "CHANGED" in after("/stats")
-    assert not repl.is_over
-    after("/quit")
-    assert repl.is_over
 
 
 def test_bad_flags(trained, tmp_path, capsys):
@@ -218,7 +175,7 @@ class Terminal:
 def test_a_person_at_a_terminal(trained):
     with Terminal("-m", "stages.chat", "--model", trained, "--max-tokens", 20) as terminal:
         opening = terminal.wait_for(PROMPT)
-        assert "/help" in opening
+        assert "/clear begins anew" in opening
         assert "compiling" in opening
         terminal.type("the king\n", "[turn 1:", PROMPT)
         for _ in range(2):
@@ -226,7 +183,7 @@ def test_a_person_at_a_terminal(trained):
             terminal.wait_for("Ctrl-D leaves", PROMPT)
         terminal.type("/clear\n", "forgotten")
         terminal.type("the sea\\\nof red sails\n", "[turn 1:", PROMPT)
-        assert "turns" in terminal.type("\x04", "unchanged: SHA-256")
+        terminal.type("\x04", "weights unchanged: SHA-256")
         assert terminal.process.wait(timeout=20) == 0
 
 
@@ -235,7 +192,7 @@ import sys, time
 from engine.inference.slots import Slots
 step = Slots.step
 Slots.step = lambda self: (print("step", flush=True), time.sleep(0.5), step(self))[-1]
-from stages.chat.__main__ import main
+from stages.chat import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -20,9 +20,8 @@ from engine.storage.gguf.tokenizer import tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.corpus import Corpus
 from engine.training.lora import init_lora
-from stages.evaluate import __main__ as evaluate
-from stages.export import __main__ as export
-from stages.export.run import compare, compare_adapter
+from stages import evaluate, export
+from stages.export import compare, compare_adapter
 
 
 def exported(model: Path, out: Path, *flags: object) -> Path:
@@ -72,7 +71,7 @@ def loading(monkeypatch: pytest.MonkeyPatch, path: Path, **changes: object) -> L
     """The model at `path` with changes, which is what the export finds there."""
     changed = dataclasses.replace(load_model(str(path)), **changes)
     load = lambda name, **options: changed if name == str(path) else load_model(name, **options)
-    monkeypatch.setattr("stages.export.run.load_model", load)
+    monkeypatch.setattr("engine.storage.model_loader.load_model", load)
     return changed
 
 

@@ -33,10 +33,7 @@ from engine.text.examples import Pair
 from engine.text.packing import PackedBatches
 from engine.training.preference import dpo
 from engine.training.step import NEXT_TOKEN
-from stages import generate
-from stages.chat import __main__ as chat
-from stages.evaluate import __main__ as evaluate
-from stages.export import __main__ as export
+from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
 from stages.finetune.data import held_out_evaluator

@@ -14,10 +14,7 @@ from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, save_tokenizer, updating
 from engine.text.token_file import open_token_file
 from engine.text.tokenizer import CompletionText, byte_tokenizer
-from stages import generate
-from stages.chat import __main__ as chat
-from stages.evaluate import __main__ as evaluate
-from stages.export import __main__ as export
+from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce
 from stages.serve import __main__ as serve

@@ -1,47 +1,77 @@
-"""Evaluates a model: its likelihood of a text, by a sliding window, or of the answers in conversations."""
+"""Evaluate a model: bits per byte on a whole text by a sliding window, or nats per token on conversations.
+
+    python -m stages.evaluate                               the newest finished run, on what it was validated on
+    python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
+    python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
+    python -m stages.evaluate --mesh fsdp=4                 a model that one device cannot hold
+
+Of a text, every token but the first is scored once, after at least half a window of it. Of conversations, only what the
+assistant says is scored. Of a fine-tuned run, its held-out set, and the general text that measures forgetting, are set
+beside what was measured before fine-tuning.
+"""
 
 import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-import numpy as np
-from jax.experimental.multihost_utils import process_allgather
-
-from engine import distributed, placement, sharding
-from engine.device import Device, host_memory
+from engine import distributed
+from engine.device import host_memory, start_jax
 from engine.errors import UserError
 from engine.format import format_count
-from engine.inference.score import score
-from engine.storage import run_folder
-from engine.storage.digest import digest
-from engine.storage.model_loader import LoadedModel, load_model
-from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import SHIPPED, Conversations, read_conversations
-from engine.text.examples import Pair
-from engine.text.packing import evaluation_batches
-from stages.cli.console import Console, ReportProgress
-from stages.evaluate.flags import EvaluateFlags
-from stages.runs import validation
-from stages.runs.data.conversations import (
-    EVALUATION_ROWS,
-    digest_examples,
-    pair_margins,
-    prepare_conversations,
-    tokenize_examples,
-)
-from stages.runs.data.text import TEXTS, Source, digest_tokens, encode_text, evaluation_source, find_sources, source_name
-from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
+from stages.cli import signals
+from stages.cli.command import run_command
+from stages.cli.console import Console
+from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser
+from stages.cli.process import leave
+from stages.runs.flags import MeshFlags
+
+if TYPE_CHECKING:
+    from engine.storage.model_loader import LoadedModel
+    from engine.text.conversations import Conversations
+    from stages.runs.data.text import Source
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
 
 
-def run(flags: EvaluateFlags, device: Device) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """The model, the data, and the sliding window."""
+
+    model: ModelFlag = None
+    data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
+    """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
+    context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
+    """Tokens a window."""
+    stride: Annotated[int | None, COUNT, default("half the window")] = None
+    """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
+    batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
+    """Windows of a text scored together, on each device that shares the rows."""
+    mesh: MeshFlags
+    device: DeviceFlag = "auto"
+    verbose: VerboseFlag = False
+
+
+def evaluate(flags: EvaluateFlags) -> None:
     """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
+    signals.set_phase("before the evaluation was done.")
+    device = start_jax(flags.device, connect=flags.mesh.connect)
+    # These import jax, here and below, which must not load before --help is answered and the device is chosen.
+    import jax
+    from jax.experimental.multihost_utils import process_allgather
+
+    from engine import placement
+    from engine.storage import run_folder
+    from engine.storage.digest import digest
+    from engine.storage.model_loader import load_model
+    from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
+
+    def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
+        return digest(process_allgather(params, tiled=True) if distributed.process_count() > 1 else params)
+
     shape = choose_mesh(flags.mesh.mesh)
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
@@ -54,7 +84,7 @@ def run(flags: EvaluateFlags, device: Device) -> None:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             distributed.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
         model = dataclasses.replace(model, params=placement.place(model.cfg, model.params))
-        before = _digest(model.params)
+        before = digest_in_memory(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):
             if flags.stride or flags.batch:
@@ -62,19 +92,16 @@ def run(flags: EvaluateFlags, device: Device) -> None:
             rows = evaluate_conversations(model, data, record, flags.context, console)
         else:
             rows = evaluate_text(model, flags.data, record, flags.context, flags.stride, flags.batch, console)
-        after = _digest(model.params)
+        after = digest_in_memory(model.params)
         same = "unchanged" if before == after else "CHANGED"
         console.print_rows([*rows, ("weights", f"{same}, SHA-256 {after[:16]} before and after")])
         if before != after:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
 
 
-def _digest(params: Any) -> str:
-    """Returns the digest of the parameters as they lie in memory: on a `tensor` axis not in the order of files."""
-    return digest(process_allgather(params, tiled=True) if distributed.process_count() > 1 else params)
+def _read_conversations(data: str) -> "Conversations | None":
+    from engine.text.conversations import SHIPPED, read_conversations
 
-
-def _read_conversations(data: str) -> Conversations | None:
     is_file = Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()
     conversations = read_conversations(data) if is_file or data in SHIPPED else None
     return conversations if conversations and conversations.kind != "text" else None
@@ -85,10 +112,14 @@ def _likelihood(nats: float, tokens: int) -> tuple[str, str]:
 
 
 def evaluate_text(
-    model: LoadedModel, data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
+    model: "LoadedModel", data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
     console: Console,
 ) -> Rows:  # fmt: skip
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
+    from engine import sharding
+    from stages.runs import validation
+    from stages.runs.data.text import digest_tokens, encode_text, evaluation_source, source_name
+
     with distributed.process_0_first():
         source = evaluation_source(data, console) if data else _validation_source(model, record, console)
         text, cfg = encode_text(source, model.tokenizer, console), model.cfg
@@ -117,7 +148,9 @@ def evaluate_text(
     ]
 
 
-def _validation_source(model: LoadedModel, record: dict[str, Any], console: Console) -> Source:
+def _validation_source(model: "LoadedModel", record: dict[str, Any], console: Console) -> "Source":
+    from stages.runs.data.text import find_sources
+
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
         raise UserError(f"{model.name} does not say what it was validated on; give --data.")
@@ -128,68 +161,75 @@ def _validation_source(model: LoadedModel, record: dict[str, Any], console: Cons
 
 
 def evaluate_conversations(
-    model: LoadedModel, data: Conversations | None, record: dict[str, Any], context: int | None, console: Console
+    model: "LoadedModel", data: "Conversations | None", record: dict[str, Any], context: int | None, console: Console
 ) -> Rows:
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
+    import numpy as np
+
+    from engine import sharding
+    from engine.inference.score import score
+    from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.examples import Pair
+    from engine.text.packing import evaluation_batches
+    from stages.runs.data import conversations
+
     record = record if record.get("stage") == "finetune" else {}
     chat = ChatTokenizer(model.tokenizer)
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     if data:
-        examples, outcome = tokenize_examples(data, model, chat, seq)
+        examples, outcome = conversations.tokenize_examples(data, model, chat, seq)
         name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
-        split = prepare_conversations(*names, objective, seq, record["seed"], model, chat, console)
+        split = conversations.prepare_conversations(*names, objective, seq, record["seed"], model, chat, console)
         examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
         expected = record["text"].get("validation_digest")
-        if not context and expected and digest_examples(examples) != expected:
+        if not context and expected and conversations.digest_examples(examples) != expected:
             raise UserError(
                 f"{name} is not what {model.name} was validated on: {names[0]} or the way it is split has changed since, and "
                 "it may have been trained on. Give conversations that it was not trained on with --data."
             )
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
-    distributed.refuse_differences({"data": digest_examples(examples)})
-    begin = time.perf_counter()
+    distributed.refuse_differences({"data": conversations.digest_examples(examples)})
+    begin, together = time.perf_counter(), conversations.EVALUATION_ROWS * sharding.row_shards()
     with console.task("evaluating", always=True) as report:
-        measure = _score_pairs if isinstance(examples[0], Pair) else _score_answers
-        rows = measure(model, examples, seq, report)
+        if isinstance(examples[0], Pair):
+            margin = np.empty(0)
+            for part, margins in conversations.pair_margins(model.cfg, model.params, examples, seq, together):
+                margin = np.append(margin, margins[part.pair >= 0])
+                report(len(margin), len(examples))
+            rows = [
+                ("pairs", f"{len(margin):,}"),
+                (
+                    "preferred",
+                    f"the chosen answer is the more probable one in {format_count(100 * (margin > 0).mean())}% of them",
+                ),
+                ("margin", f"{margin.mean():.3f} nats on average"),
+            ]
+        else:
+            batches, nats = list(evaluation_batches(examples, seq, together)), 0.0
+            for number, batch in enumerate(batches, 1):
+                nats += float(score(model.cfg, model.params, batch))
+                report(number, len(batches))
+            tokens = sum(int(batch.mask.sum()) for batch in batches)
+            per_token, perplexity = _likelihood(nats, tokens)
+            rows = [
+                ("examples", f"{len(examples):,}"),
+                ("answer tokens", f"{tokens:,}"),
+                ("nats per token", f"{per_token} of what the assistant says, the end of each answer included"),
+                ("perplexity", perplexity),
+            ]
     seconds = time.perf_counter() - begin
     rows += [] if data or context else _before_finetuning(model, record, console)
     chat.close()
     return [*rows, ("seconds", f"{seconds:.1f}")]
 
 
-def _score_answers(model: LoadedModel, examples: Sequence[Example], seq: int, report: ReportProgress) -> Rows:
-    batches = list(evaluation_batches(examples, seq, EVALUATION_ROWS * sharding.row_shards()))
-    nats = 0.0
-    for number, batch in enumerate(batches, 1):
-        nats += float(score(model.cfg, model.params, batch))
-        report(number, len(batches))
-    tokens = sum(int(batch.mask.sum()) for batch in batches)
-    per_token, perplexity = _likelihood(nats, tokens)
-    return [
-        ("examples", f"{len(examples):,}"),
-        ("answer tokens", f"{tokens:,}"),
-        ("nats per token", f"{per_token} of what the assistant says, the end of each answer included"),
-        ("perplexity", perplexity),
-    ]
-
-
-def _score_pairs(model: LoadedModel, pairs: Sequence[Pair], seq: int, report: ReportProgress) -> Rows:
-    margin = np.empty(0)
-    for part, batch in pair_margins(model.cfg, model.params, pairs, seq, EVALUATION_ROWS * sharding.row_shards()):
-        margin = np.append(margin, batch[part.pair >= 0])
-        report(len(margin), len(pairs))
-    won = format_count(100 * float((margin > 0).mean()))
-    return [
-        ("pairs", f"{len(margin):,}"),
-        ("preferred", f"the chosen answer is the more probable one in {won}% of them"),
-        ("margin", f"{margin.mean():.3f} nats on average"),
-    ]
-
-
-def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Console) -> Rows:
+def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Console) -> Rows:
     """Returns the run's scores before fine-tuning on the held-out set, and before and now on a general text."""
+    from stages.runs import validation
+    from stages.runs.data.text import TEXTS
+
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []
@@ -198,3 +238,11 @@ def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Cons
     cfg, params, context = model.cfg, model.params, record["recipe"]["context"]
     now = validation.general_bits_per_byte(cfg, params, model.tokenizer, text, context, console)
     return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("evaluate", __doc__, EvaluateFlags, evaluate, args)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,49 +1,41 @@
-"""Exports a model: writes it atomically, and with --check reads it again and compares."""
+"""Export a model: a Hugging Face folder, a GGUF file for llama.cpp, or a LoRA adapter in PEFT's layout.
+
+    python -m stages.export --model runs/demo-shakespeare --out exported --check
+    python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
+    python -m stages.export --model runs/smollm2-135m-instruct-voice --out voice-adapter --adapter --check
+
+A LoRA model is written with its adapters merged in, unless --adapter says otherwise. What could not be loaded again is not
+written.
+"""
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from gguf import GGMLQuantizationType, quants
-
-from engine.device import Device
+from engine.device import start_jax
 from engine.errors import UserError
 from engine.files import atomic_file, atomic_folder
 from engine.format import format_bytes
-from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths, map_paths
-from engine.model.transformer import forward
-from engine.model.weights.lora import LoRA, to_dense
-from engine.storage import run_folder
-from engine.storage.adapter import adapter_leaves, load_adapter, save_adapter, without_adapters
-from engine.storage.digest import digest
-from engine.storage.gguf.config import sampling_metadata
-from engine.storage.gguf.file import save_gguf
-from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
-from engine.storage.huggingface.folder import save_folder
-from engine.storage.huggingface.hub import is_hub_id
-from engine.storage.model_loader import LoadedModel, check_loads, load_model
 from engine.text.corpus import Corpus
-from engine.text.tokenizer import Tokenizer, load_tokenizer
-from stages.cli.command import command_line
+from stages.cli import signals
+from stages.cli.command import command_line, run_command
 from stages.cli.console import Console, ReportProgress
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, one_of, parser, path
+from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
-from stages.export.flags import ExportFlags
-from stages.runs import validation
-from stages.runs.data.text import TEXTS, Source, evaluation_source
 
+if TYPE_CHECKING:
+    from engine.storage.model_loader import LoadedModel
+    from engine.text.tokenizer import Tokenizer
+    from stages.runs.data.text import Source
+
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 EXPORT_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "adapter_config.json", "adapter_model.safetensors", "manifest.json",
 }  # fmt: skip
-TOKENIZER_NOTE = (
-    f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and long "
-    "words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
-)
 CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
     "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
@@ -54,8 +46,45 @@ MAX_LOSS = 0.01  # bits per byte
 Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and faults: what differs
 
 
-def run(flags: ExportFlags, device: Device) -> int:
+@dataclasses.dataclass(frozen=True)
+class ExportFlags:
+    """The model, the output path, and how weights are written."""
+
+    out: Annotated[Path, parser(path, "PATH")]
+    """A folder, or a file that ends in .gguf."""
+    model: ModelFlag = None
+    dtype: Annotated[str | None, one_of(*DTYPES), default("as loaded in a folder, float16 in a .gguf")] = None
+    """float32, bfloat16, float16, or in a .gguf q8_0."""
+    adapter: Annotated[bool, default("off")] = False
+    """Write only the LoRA adapters, in PEFT's layout."""
+    base_name: Annotated[str | None, parser(str, "ORG/NAME"), default("as the base was loaded")] = None
+    """The adapter's base: its id on the Hugging Face hub, or a folder that transformers reads."""
+    check: Annotated[bool, default("off")] = False
+    """Read it again: compare logits, tokens and EOS ids, and measure what rounding costs in bits per byte."""
+    overwrite: Annotated[bool, default("off")] = False
+    """Replace what an earlier export wrote there."""
+    device: DeviceFlag = "auto"
+    verbose: VerboseFlag = False
+
+
+def export(flags: ExportFlags) -> int:
     """Loads, writes, and with --check reads again. Returns 1 when the export differs from the model, else 0."""
+    signals.set_phase("before the model was written.")
+    device = start_jax(flags.device)
+    # These import jax, here and below, which must not load before --help is answered and the device is chosen.
+    import jax.numpy as jnp
+
+    from engine.model.paths import map_paths
+    from engine.model.weights.lora import LoRA, to_dense
+    from engine.storage import run_folder
+    from engine.storage.model_loader import load_model
+    from stages.runs.data.text import TEXTS, evaluation_source
+
+    def merge_adapters(_: str, leaf: Any) -> Any:  # in float32: their small numbers are rounded once, as they are written
+        return to_dense(
+            dataclasses.replace(leaf, base=to_dense(leaf.base).astype(jnp.float32)) if isinstance(leaf, LoRA) else leaf
+        )
+
     out, to_gguf = flags.out, flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
@@ -80,7 +109,7 @@ def run(flags: ExportFlags, device: Device) -> int:
             base_name = _base_name(model, base, flags.base_name)
             rows.append(("base", base_name))
         else:
-            model = dataclasses.replace(model, params=map_paths(_merge_adapters, model.params))
+            model = dataclasses.replace(model, params=map_paths(merge_adapters, model.params))
             text = record.get("text", {}).get("data")
             source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
         console.print_rows([*rows, ("writes", f"{out}, {dtype}")])
@@ -102,13 +131,11 @@ def run(flags: ExportFlags, device: Device) -> int:
     return int(bool(faults))
 
 
-def _merge_adapters(_: str, leaf: Any) -> Any:
-    """Returns a weight with its adapters merged in float32: their small numbers are rounded once, as they are written."""
-    return to_dense(dataclasses.replace(leaf, base=to_dense(leaf.base).astype(jnp.float32)) if isinstance(leaf, LoRA) else leaf)
-
-
-def _base_name(model: LoadedModel, base: str, base_name: str | None) -> str:
+def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
     """Returns the name by which PEFT finds `base`. Raises UserError when it is not known, or `base_name` cannot be one."""
+    from engine.storage.adapter import adapter_leaves
+    from engine.storage.huggingface.hub import is_hub_id
+
     adapter_leaves(model.params)  # says so if there are none
     if base_name is None:
         if model.hub_id:
@@ -139,18 +166,31 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
 
 
-def _write(out: Path, model: LoadedModel, dtype: str, base_name: str, report: ReportProgress) -> str:
+def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: ReportProgress) -> str:
     """Writes a .gguf file, a Hugging Face folder, or (with a `base_name`) an adapter folder; returns a note to print, if any.
 
     Raises UserError, and leaves nothing, when it could not be loaded again.
     """
+    from engine.storage.adapter import save_adapter, without_adapters
+    from engine.storage.digest import digest
+    from engine.storage.gguf.config import sampling_metadata
+    from engine.storage.gguf.file import save_gguf
+    from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
+    from engine.storage.huggingface.folder import save_folder
+    from engine.storage.model_loader import check_loads
+
     cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
     if out.suffix == ".gguf":
         metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab) | sampling_metadata(model.sampling)
         with atomic_file(out) as file:
             save_gguf(Path(file.name), cfg, params, metadata, name=model.name, dtype=dtype, report=report)
             check_loads(Path(file.name), out)
-        return TOKENIZER_NOTE if "tokenizer.huggingface.json" in metadata else ""
+        if "tokenizer.huggingface.json" not in metadata:
+            return ""
+        return (
+            f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and "
+            "long words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
+        )
     with atomic_folder(out) as building:
         if base_name:
             save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
@@ -166,11 +206,45 @@ def _write(out: Path, model: LoadedModel, dtype: str, base_name: str, report: Re
     return ""
 
 
-def compare(model: LoadedModel, out: Path, dtype: str, source: Corpus[str]) -> Comparison:
+def compare(model: "LoadedModel", out: Path, dtype: str, source: Corpus[str]) -> Comparison:
     """Compares the export with `model`, rounded alike, and measures on the beginning of a text what rounding costs.
 
     Returns rows to print, and what differs in tokens, EOS ids and logits, or costs too much.
     """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from gguf import GGMLQuantizationType, quants
+
+    from engine.model.paths import map_paths
+    from engine.model.transformer import forward
+    from engine.model.weights.lora import to_dense
+    from engine.storage.model_loader import load_model
+    from stages.runs import validation
+
+    def rounded(path: str, leaf: Any) -> Any:
+        """Returns a weight as the export holds it, in float32."""
+        plain = to_dense(leaf)
+        if plain.ndim < 2 and out.suffix == ".gguf":
+            return plain
+        if dtype != "q8_0":
+            return plain.astype(dtype).astype(jnp.float32)
+        rows = np.asarray(plain if path == "embed" else plain.T, np.float32)  # (out, in)
+        kind = GGMLQuantizationType.F16 if rows.shape[1] % 32 else GGMLQuantizationType.Q8_0  # whose blocks hold 32
+        result = quants.dequantize(quants.quantize(rows, kind), kind)
+        return jnp.asarray(result if path == "embed" else result.T)
+
+    def logits(params: Any) -> np.ndarray:
+        """Returns logits (2, T, V) in float32 of the beginning of the text."""
+        sequences = np.resize(tokens, (2, min(64, cfg.context))).astype(np.int32)
+        positions = np.broadcast_to(np.arange(sequences.shape[1], dtype=np.int32), sequences.shape)
+        return np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, sequences, positions)[0])
+
+    def bits_per_byte(params: Any) -> float:
+        seq = min(WINDOW, cfg.context, len(tokens) - 1)
+        nats = validation.score_text(cfg, params, tokens, seq, seq, 2)
+        return validation.bits_per_byte(nats, model.tokenizer.count_bytes(tokens[1:]))
+
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
@@ -185,11 +259,10 @@ def compare(model: LoadedModel, out: Path, dtype: str, source: Corpus[str]) -> C
         return rows, faults
     cfg, sample = dataclasses.replace(model.cfg, dtype="float32"), "\n".join(itertools.islice(source, 8))
     tokens = model.tokenizer.encode(sample[: 8 * SAMPLE])[: SAMPLE + 1]
-    expected = _logits(cfg, map_paths(lambda path, leaf: _rounded(path, leaf, dtype, out), model.params), tokens)
-    logits = _logits(cfg, export.params, tokens)
-    difference = float(np.abs(expected - logits).max() / max(1e-30, np.abs(expected).max()))
-    agreement = float((_logits(cfg, model.params, tokens).argmax(-1) == logits.argmax(-1)).mean())
-    before, after = (_bits_per_byte(cfg, params, tokens, model.tokenizer) for params in (model.params, export.params))
+    expected, written = logits(map_paths(rounded, model.params)), logits(export.params)
+    difference = float(np.abs(expected - written).max() / max(1e-30, np.abs(expected).max()))
+    agreement = float((logits(model.params).argmax(-1) == written.argmax(-1)).mean())
+    before, after = bits_per_byte(model.params), bits_per_byte(export.params)
     rows += [
         ("logits", f"{difference:.1e} of the largest apart from the model's, rounded alike"),
         ("loss", f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of "
@@ -201,14 +274,22 @@ def compare(model: LoadedModel, out: Path, dtype: str, source: Corpus[str]) -> C
     return rows, faults
 
 
-def compare_adapter(model: LoadedModel, out: Path) -> Comparison:
+def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
     """Compares an exported adapter with the model's, to the bit; returns rows to print, and faults."""
+    import numpy as np
+
+    from engine.model.paths import leaf_paths
+    from engine.storage.adapter import adapter_leaves, load_adapter
+    from engine.text.tokenizer import load_tokenizer
+
     ours = adapter_leaves(model.params)
     theirs = leaf_paths(load_adapter(out, model.cfg))
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
-    faults += [f"whether {path} is adapted" for path in sorted(ours.keys() ^ theirs.keys())]
-    both = sorted(ours.keys() & theirs.keys())
-    faults += [f"the adapter of {path}" for path in both if not _is_same(ours[path], theirs[path])]
+    faults += [f"whether {name} is adapted" for name in sorted(ours.keys() ^ theirs.keys())]
+    for name in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[name], theirs[name]
+        if (a.columns, a.scale) != (b.columns, b.scale) or not (np.array_equal(a.a, b.a) and np.array_equal(a.b, b.b)):
+            faults.append(f"the adapter of {name}")
     rows = [
         ("adapters", f"of {len(theirs)} matrices, to the bit"),
         ("tokens", f"{len(CHECK_TEXTS)} texts, and the chat template"),
@@ -216,37 +297,14 @@ def compare_adapter(model: LoadedModel, out: Path) -> Comparison:
     return rows, faults
 
 
-def _is_same(a: LoRA, b: LoRA) -> bool:
-    same = (a.columns, a.scale) == (b.columns, b.scale)
-    return same and np.array_equal(a.a, b.a) and np.array_equal(a.b, b.b)
-
-
-def _tokenizer_faults(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
-    faults = [f"the tokens of {text!r}" for text in CHECK_TEXTS if not np.array_equal(ours.encode(text), theirs.encode(text))]
+def _tokenizer_faults(ours: "Tokenizer", theirs: "Tokenizer") -> list[str]:
+    faults = [f"the tokens of {text!r}" for text in CHECK_TEXTS if [*ours.encode(text)] != [*theirs.encode(text)]]
     return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
 
 
-def _rounded(path: str, leaf: Any, dtype: str, out: Path) -> Any:
-    """Returns a weight as the export holds it, in float32."""
-    plain = to_dense(leaf)
-    if plain.ndim < 2 and out.suffix == ".gguf":
-        return plain
-    if dtype != "q8_0":
-        return plain.astype(dtype).astype(jnp.float32)
-    rows = np.asarray(plain if path == "embed" else plain.T, np.float32)  # (out, in)
-    kind = GGMLQuantizationType.F16 if rows.shape[1] % 32 else GGMLQuantizationType.Q8_0  # whose blocks hold 32
-    rounded = quants.dequantize(quants.quantize(rows, kind), kind)
-    return jnp.asarray(rounded if path == "embed" else rounded.T)
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("export", __doc__, ExportFlags, export, args)
 
 
-def _logits(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """Returns logits (2, T, V) in float32 of the beginning of a text."""
-    tokens = np.resize(tokens, (2, min(64, cfg.context))).astype(np.int32)
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, tokens, positions)[0])
-
-
-def _bits_per_byte(cfg: ModelConfig, params: Any, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
-    seq = min(WINDOW, cfg.context, len(tokens) - 1)
-    nats = validation.score_text(cfg, params, tokens, seq, seq, 2)
-    return validation.bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
+if __name__ == "__main__":
+    leave(main())

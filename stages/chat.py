@@ -1,0 +1,282 @@
+r"""Chat with a model in the terminal, turn by turn.
+
+    python -m stages.chat --model smollm2-135m-instruct
+    python -m stages.chat --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --system "Answer briefly."
+    printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
+
+A model remembers nothing between turns: each time it reads the whole conversation again, and what that costs is printed.
+`/clear` begins a new conversation, `/system TEXT` changes the system message, `/quit` leaves; a message that begins with a
+slash begins with two. Without a terminal, every line that comes in is a turn. The conversation, each question above its
+answer, goes to standard output, everything else to standard error.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from engine.device import start_jax
+from engine.distributed import MISTAKE
+from engine.errors import UserError
+from engine.format import duration, join_words
+from engine.inference.request import Event, Request, SamplingParams
+from engine.text.jsonl import decode_utf8
+from stages.cli import signals
+from stages.cli.command import run_command
+from stages.cli.console import Console
+from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, default, parser, path, with_help
+from stages.cli.process import leave
+from stages.cli.sampling import choose_sampling
+
+if TYPE_CHECKING:
+    from engine.inference.slots import Slots
+    from engine.model.config import ModelConfig
+    from engine.text.chat_tokenizer import ChatTokenizer
+
+DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # where neither a flag nor the model says it
+MIN_CAPACITY = 512  # of a KV cache; doubled as needed: few programs
+
+
+@with_help(**{name: default(f"the model's, else {value}") for name, value in DEFAULT_SAMPLING.items()})
+@dataclasses.dataclass(frozen=True)
+class ChatSamplingFlags(CompletionFlags):
+    """How tokens are sampled, in place of what the model recommends, and how many at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFlags:
+    """The model, its adapters, the system message, and how tokens are sampled."""
+
+    model: ModelFlag = None
+    adapter: Annotated[tuple[Annotated[Path, parser(path, "FOLDER")], ...], default("none", metavar="FOLDER ...")] = ()
+    """LoRA adapters that were trained on this model; several add up."""
+    system: Annotated[str | None, parser(str, "TEXT"), default("the template's")] = None
+    """The system message: how the model is to answer."""
+    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
+    """A chat template (Jinja) to use in place of the model's."""
+    sampling: ChatSamplingFlags = ChatSamplingFlags(max_tokens=400)
+    device: DeviceFlag = "auto"
+    verbose: Annotated[bool, default("off")] = False
+    """Say more on stderr: the cost of each turn, the digest of the weights, the traceback of an error."""
+
+
+def chat(flags: ChatFlags) -> int:
+    """Replies to lines until they end. Returns exit code 0, or 2 when a turn from a pipe failed."""
+    signals.set_phase("before a turn was begun.")
+    device = start_jax(flags.device, one_arena=False)
+    # These import jax, here and below, which must not load before --help is answered and the device is chosen.
+    from engine.inference.decode import prepare_params
+    from engine.storage.digest import digest
+    from engine.storage.model_loader import load_model, with_adapters
+    from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.template import read_template
+
+    notes, terminal = Console(sys.stderr), sys.stdin.isatty()
+    chatty = terminal or flags.verbose
+    template = read_template(flags.template)
+    with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
+        model = load_model(flags.model, report=report)
+    params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
+    notes.print_notes([*model.notes, *adapter_notes])
+    params = prepare_params(model.cfg, params)
+    tokenizer = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
+    fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
+    sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
+    session = ChatSession(model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "")
+    if chatty:
+        before = digest(params)
+        adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
+        notes.print_rows([
+            ("model", f"{model}{adapters}"),
+            ("device", str(device)),
+            ("template", tokenizer.template_name),
+            ("sampling", source),
+            ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
+        ])  # fmt: skip
+    with notes.task("compiling", always=terminal):
+        session.warm()
+    if terminal:
+        notes.print("Type to talk. /clear begins anew, /system TEXT says how to answer, /quit or Ctrl-D leaves.\n", "dim")
+    try:
+        for line in _typed_lines(notes) if terminal else _piped_lines():
+            if line.strip() == "/quit":
+                break
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    notes.print(f"[{session.execute(line)}]", "dim")
+                elif line.strip():
+                    message = line.removeprefix("/")
+                    if not terminal:  # nobody typed it on this screen
+                        print(f"> {message}", flush=True)
+                    session.reply(message, notes, chatty)
+                    if not terminal:
+                        print(flush=True)
+            except UserError as error:
+                notes.print(f"error: {error}", "red")
+                if not terminal:
+                    return MISTAKE
+    finally:
+        tokenizer.close()
+    if chatty:
+        after = digest(params)
+        notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
+    return 0
+
+
+def _typed_lines(notes: Console) -> Iterator[str]:
+    """Yields lines from a person. Ctrl-C drops a line, Ctrl-D ends; after a backslash a line goes on in the next."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() editing and history
+    begun = ""
+    while True:
+        try:
+            with signals.handle_signals():
+                line = input("... " if begun else "> ")
+        except EOFError:
+            notes.print()
+            return
+        except UnicodeDecodeError:
+            notes.print("\nThat was not UTF-8; say it again.", "yellow")
+            continue
+        except signals.Stopped as stopped:
+            if stopped.number != signal.SIGINT:
+                raise
+            begun = ""
+            notes.print("\n(/quit or Ctrl-D leaves)", "dim")
+            continue
+        if line.endswith("\\"):
+            begun += line[:-1] + "\n"
+        else:
+            yield begun + line
+            begun = ""
+
+
+def _piped_lines() -> Iterator[str]:
+    """Yields lines from a pipe or a file. Raises UserError for one that is not UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        yield decode_utf8(line, f"Line {number} of the input").rstrip("\r\n")
+
+
+@dataclasses.dataclass
+class ChatSession:
+    """A model and the messages so far, as text: no KV cache is kept between turns, each of which prefills all of them again."""
+
+    cfg: "ModelConfig"
+    params: Any
+    chat: "ChatTokenizer"
+    eos_ids: Collection[int]  # tokens that end a completion, as do `chat.eot_ids`
+    sampling: SamplingParams
+    system: str = ""
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)  # of whole turns
+    last_tokens: int = 0  # of the last turn, its prompt included
+    _slots: "Slots | None" = None
+
+    def execute(self, command: str) -> str:
+        """Carries out `/clear` or `/system TEXT`, and returns what it did. Raises UserError for another command."""
+        name, _, text = command.partition(" ")
+        if name == "/clear":
+            self.messages, self.last_tokens = [], 0
+            return "the conversation is forgotten"
+        if name == "/system":
+            self.system = text.strip()
+            return f"system: {self.system or 'what the template says, if anything'}"
+        raise UserError(f"There is no command {name}; there are /clear, /system TEXT and /quit. Begin a message with //.")
+
+    def prompt(self, message: str) -> list[int]:
+        """Tokenizes the conversation up to a message. Raises UserError when no room is left to answer."""
+        context, ends = self.cfg.context, [{"role": "user", "content": message}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt = self.chat.prompt([*system, *self.messages, *ends]).tolist()
+        if len(prompt) < context:
+            return prompt
+        if (alone := len(self.chat.prompt([*system, *ends]))) >= context:
+            raise UserError(
+                f"This message alone makes {alone:,} tokens and the model's context holds {context:,}; say it in fewer words."
+            )
+        raise UserError(
+            f"The conversation has {len(prompt):,} tokens and the model's context holds {context:,}: /clear begins a new one."
+        )
+
+    def reply(self, message: str, notes: Console, chatty: bool = False) -> None:
+        """Prints the completion as it comes, and on `notes` why it ended early, or if `chatty` its cost; adds the turn.
+
+        A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything is printed.
+        """
+        from engine.text.tokenizer import CompletionText
+
+        prompt = self.prompt(message)
+        completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None
+        sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
+        begin = first = time.perf_counter()
+        with signals.handle_signals():
+            signals.set_phase("while an answer was written.")
+            with signals.defer_signals("", lambda _: None) as state:
+                for _, tokens, reason, *_ in self._generate(prompt, sampling):
+                    first = time.perf_counter() if first == begin else first
+                    text = completion.push(tokens) + (completion.close() if reason else "")
+                    text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
+                    reply += text
+                    print(text, end="", flush=True)
+                    if state.received is not None:
+                        break
+        seconds, count = time.perf_counter() - first, completion.tokens
+        print(flush=True)
+        if state.received is not None and state.received != signal.SIGINT:
+            raise signals.Stopped(state.received)
+        if not (reply := reply.rstrip()):
+            notes.print("(no answer)", "dim")
+            return
+        self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+        again = f", {min(self.last_tokens, len(prompt)):,} of them again" if self.last_tokens else ""
+        self.last_tokens = len(prompt) + count
+        if chatty:
+            speed = f", {(count - 1) / seconds:,.0f} tokens/s" if count > 1 and seconds > 0 else ""
+            read = f"turn {len(self.messages) // 2}: {len(prompt):,} tokens read{again}"
+            notes.print(f"[{read}; {count:,} written, the first after {duration(first - begin)}{speed}]", "dim")
+        if reason is None:
+            notes.print("[stopped]", "dim")
+        if reason == "length":
+            full = self.last_tokens >= self.cfg.context
+            notes.print(
+                f"[cut off: {'the context is full' if full else f'--max-tokens is {self.sampling.max_tokens:,}'}]", "yellow"
+            )
+
+    def warm(self) -> None:
+        """Compiles the programs that turns run, or loads them from the compilation cache."""
+        with contextlib.suppress(UserError):  # the system message fills the context: each turn says so
+            for _ in self._generate(self.prompt("a"), SamplingParams(max_tokens=2)):
+                pass
+
+    def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
+        from engine.inference.scheduler import DRAFT_ROWS
+        from engine.inference.slots import CHUNK, Slots
+
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, self.cfg.context - len(prompt)))
+        capacity = MIN_CAPACITY
+        while capacity < len(prompt) + sampling.max_tokens:
+            capacity *= 2
+        capacity = min(capacity, self.cfg.context)
+        if self._slots is None or self._slots.capacity != capacity:
+            self._slots = Slots(
+                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype,
+                tail=CHUNK,  # one program for prompts of any length, which `warm` has compiled
+            )  # fmt: skip
+        id = self._slots.submit(Request(tuple(prompt), sampling))
+        try:
+            while self._slots.busy:
+                yield from self._slots.step()
+        finally:
+            self._slots.cancel(id)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("chat", __doc__, ChatFlags, chat, args, one_arena=False)
+
+
+if __name__ == "__main__":
+    leave(main())

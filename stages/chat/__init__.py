@@ -1,1 +1,0 @@
-"""Chat with a model in the terminal."""

@@ -1,1 +1,0 @@
-"""Export of a model to Hugging Face, GGUF and PEFT formats."""
