@@ -16,7 +16,7 @@ from stages.cli import console, flags
 from stages.cli.command import command_line
 
 
-@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat", "serve"])
+@pytest.mark.parametrize("stage", ["", "train", "evaluate", "generate", "chat", "serve", "export"])
 def test_help_imports_nothing_heavy(stage):
     module = f"stages.{stage}" if stage else "stages"
     program = (
