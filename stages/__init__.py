@@ -1,4 +1,4 @@
-"""The commands, one package each. Under `python -m` it answers signals from here on, and caches bytecode for the user.
+"""The commands, a file or a package each. Under `python -m` it answers signals from here on, and caches bytecode for the user.
 
 `python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
 """
