@@ -9,7 +9,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import Example
-from engine.text.epoch_order import EpochOrder
+from engine.text.epoch_order import ALL, EpochOrder
 from engine.text.examples import Pair
 
 
@@ -35,10 +35,10 @@ class PackedBatches:
         self.order = EpochOrder(len(self._rows), self.batch, self.seed)
         self.epoch = self.order.epoch  # completed before a step
 
-    def at(self, step: int) -> Batch:
-        """Returns the batch (batch, seq) of `step` >= 0."""
-        rows = [[self.examples[index] for index in self._rows[row]] for row in self.order.at(step)]
-        return _batch(rows, self.seq, self.pack, self._mask_type)
+    def at(self, step: int, rows: slice = ALL) -> Batch:
+        """Returns the batch (batch, seq) of `step` >= 0, or some of its rows."""
+        packed = [[self.examples[index] for index in self._rows[row]] for _, row in self.order.at(step, rows)]
+        return _batch(packed, self.seq, self.pack, self._mask_type)
 
 
 class PairBatch(NamedTuple):

@@ -1,14 +1,13 @@
 """Cuts one long text into windows: shuffled batches to train on, by (seed, step), and the windows that an evaluation scores."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from engine.errors import UserError
 from engine.text.batch import Batch
-from engine.text.epoch_order import EpochOrder
+from engine.text.epoch_order import ALL, EpochOrder, random_words
 
 
 @dataclasses.dataclass
@@ -37,16 +36,14 @@ class TextBatches:
         self.order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
         self.epoch = self.order.epoch  # completed before a step
 
-    def at(self, step: int) -> Batch:
-        """Returns the batch (batch, seq) of `step` >= 0."""
-        offsets = np.array([self._offset(int(epoch)) for epoch in self.order.epochs_at(step)])
-        at = ((offsets + self.order.at(step) * self.seq)[:, None] + np.arange(self.seq)) % self._ring
-        return window_batch(self.tokens, at)
+    def at(self, step: int, rows: slice = ALL) -> Batch:
+        """Returns the batch (batch, seq) of `step` >= 0, or some of its rows."""
+        starts = [self._offset(epoch) + window * self.seq for epoch, window in self.order.at(step, rows)]
+        return window_batch(self.tokens, np.add.outer(starts, np.arange(self.seq)) % self._ring)
 
     def _offset(self, epoch: int) -> int:
-        """Returns where the windows of an epoch start: a hash, as NumPy's generators may change between parts of a run."""
-        digest = hashlib.sha256(f"offset {self.seed} {epoch}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") % self._ring
+        """Returns where the windows of an epoch start, by a seed that no order has."""
+        return int(random_words(1, self.seed + 2**32, epoch)[0]) % self._ring
 
 
 def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) -> Iterator[Batch]:

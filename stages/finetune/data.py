@@ -11,7 +11,7 @@ from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.sharding import row_shards
-from engine.text.epoch_order import EpochOrder
+from engine.text.epoch_order import ALL, EpochOrder
 from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, pair_batch
 from engine.training.preference import Preferences
@@ -28,11 +28,10 @@ class PreferenceBatches:
         parts = [reference for _, reference in pair_margins(cfg, initial, pairs, seq, batch)]
         self._reference = np.concatenate(parts)[: len(pairs)]
 
-    def epoch(self, step: int) -> float:
-        return self.order.epoch(step)
+        self.epoch = self.order.epoch
 
-    def at(self, step: int) -> Preferences:
-        part = pair_batch(self.pairs, self.order.at(step), self.seq)
+    def at(self, step: int, rows: slice = ALL) -> Preferences:
+        part = pair_batch(self.pairs, np.array([index for _, index in self.order.at(step, rows)]), self.seq)
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
 
 

@@ -77,7 +77,7 @@ class Rounds:
         `exhausted` after ALIKE_ROUNDS such rounds in a row.
         """
         plan, before, seq = self.plan, self.digest, self.plan.recipe.context
-        prompts = [self.prompts[index] for index in self.order.at(loop_state.step) for _ in range(self.group)]
+        prompts = [self.prompts[index] for _, index in self.order.at(loop_state.step) for _ in range(self.group)]
         rollout = self.sampler.rollout(self.params, prompts, first_seed(plan.seed, loop_state.step, plan.recipe.batch))
         if digest(self.params) != before:
             raise RuntimeError("Inference changed the weights.")

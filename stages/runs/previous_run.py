@@ -17,6 +17,7 @@ from engine.model.paths import leaf_paths
 from engine.placement import place, sharded_shapes
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
+from engine.text import epoch_order
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.folder import holds_run
@@ -62,6 +63,15 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     except (OSError, KeyError, TypeError, ValueError):
         loop_state = LoopState()  # damaged: `restore` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state)
+
+
+def refuse_other_order(previous: PreviousRun) -> None:
+    """Raises UserError for a run that read its data in another order than this version's: it would read some of it twice."""
+    if previous.record.get("order") != epoch_order.VERSION:
+        raise UserError(
+            f"{previous.folder} holds a run whose batches came in the order of another version: it cannot be resumed. "
+            f"Evaluate, tune or export it with --model {previous.folder}, or give --overwrite to begin anew."
+        )
 
 
 def recorded_batch(folder: Path, overwrite: bool) -> int | None:

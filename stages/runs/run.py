@@ -16,6 +16,7 @@ from engine.format import duration, quantity
 from engine.placement import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer, updating
+from engine.text import epoch_order
 from engine.text.skipped_batches import format_ranges, replace_unread
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
@@ -27,7 +28,14 @@ from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, RunOptions, Steps
 from stages.runs.loop_state import LoopState
 from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here, refuse_different_runs
-from stages.runs.previous_run import PreviousRun, changed_fields, describe_changes, find_previous_run, restore
+from stages.runs.previous_run import (
+    PreviousRun,
+    changed_fields,
+    describe_changes,
+    find_previous_run,
+    refuse_other_order,
+    restore,
+)
 from stages.runs.summary import RunReport, print_summary
 from stages.runs.trainable import TrainableSplit
 
@@ -116,6 +124,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if previous and plan.progress(previous.loop_state.step, previous.loop_state.seconds) >= 1 and previous.has_result:
         _print_finished(previous, plan, facts, console)
         return 0
+    if previous:
+        refuse_other_order(previous)
     stage.begin_compiling(beside_reading=previous is not None)
     state, loop_state = _first_state(options, stage, previous, facts, console)
     if distributed.is_first():
@@ -180,8 +190,9 @@ def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -
     """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
     return nonfinite_as_text({
         "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
-        "seed": plan.seed, "steps": plan.steps, "max_seconds": plan.seconds, "least_steps": plan.least_steps,
-        "frozen_type": plan.base, "skipped_batches": format_ranges(options.skip_batches or ()), "device": str(options.device),
+        "seed": plan.seed, "order": epoch_order.VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
+        "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
+        "skipped_batches": format_ranges(options.skip_batches or ()),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_facts,
     })  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Compiles a training step, and runs it on one batch after another."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,7 +10,7 @@ from jax.stages import Compiled, Lowered
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
 from engine.placement import batch_share, global_batch
-from engine.text.epoch_order import EpochOrder
+from engine.text.epoch_order import ALL, EpochOrder
 from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
@@ -27,7 +26,7 @@ class Batches(Protocol):
 
     order: EpochOrder
 
-    def at(self, step: int) -> Any: ...
+    def at(self, step: int, rows: slice = ALL) -> Any: ...
     def epoch(self, step: int) -> float: ...
 
 
@@ -35,14 +34,13 @@ class MeshBatches:
     """Batches over the mesh of `jax.set_mesh`: each process reads its own rows alone."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches, self.order, self.epoch = copy.copy(batches), copy.copy(batches.order), batches.epoch
-        shares, share = batch_share(self.order.batch)
-        rows = self.order.batch // shares
-        self.order.rows = slice(share * rows, (share + 1) * rows)
-        self.batches.order = self.order
+        self.batches, self.epoch = batches, batches.epoch
+        shares, share = batch_share(batches.order.batch)
+        rows = batches.order.batch // shares
+        self.rows = slice(share * rows, (share + 1) * rows)
 
     def at(self, step: int) -> Any:
-        return global_batch(self.batches.at(step))
+        return global_batch(self.batches.at(step, self.rows))
 
 
 Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, batch, progress) -> (state, metrics)
@@ -73,7 +71,7 @@ class TrainingSteps:
     lines_stay, exhausted = False, False
 
     def __init__(
-        self, program: Program, batches: Batches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
+        self, program: Program, batches: MeshBatches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
         peak_flops: float, advice: str, buffer_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.program, self.batches, self.plan, self.buffer_bytes = program, batches, plan, buffer_bytes

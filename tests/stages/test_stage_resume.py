@@ -26,7 +26,8 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig, RopeScaling
 from engine.storage import checkpoint
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import read_json
+from engine.storage.run_folder import read_config, read_json
+from engine.text import epoch_order
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.windows import TextBatches
 from stages.cli.console import Console
@@ -163,6 +164,21 @@ def test_the_only_checkpoint_is_found_though_a_kill_came_while_it_was_replaced(t
     (root / "2").rename(root / ".2.x.unfinished" / "old")
     assert train.main(words) == 0
     assert "This run is finished: 2 steps" in capsys.readouterr().out
+
+
+def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text, tmp_path, failing, capsys):
+    folder = tmp_path / "run"
+    words = tiny(text, folder, "--steps", 2)
+    assert train.main(words) == 0
+    record = read_json(folder / "run.json")
+    assert record.pop("order") == epoch_order.VERSION
+    (folder / "run.json").write_text(json.dumps(record))  # as earlier versions wrote it
+    error = failing(train.main, [*words, "--steps", "3"])
+    assert "in the order of another version: it cannot be resumed" in error
+    assert checkpoint.steps(folder)[-1] == 2
+    assert train.main(words) == 0
+    assert "This run is finished: 2 steps" in capsys.readouterr().out
+    assert load_model(str(folder), dtype=None).cfg == read_config(folder)
 
 
 def test_the_stop_after_refusals_saves_and_says_which_batches_to_skip(text, tmp_path, monkeypatch, failing):

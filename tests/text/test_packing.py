@@ -103,11 +103,6 @@ def test_the_order_is_a_function_of_seed_and_step():
     assert any(not np.array_equal(other.at(step).tokens, batch.tokens) for step, batch in batches.items())
 
 
-def test_the_order_does_not_change_between_versions():
-    """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
-    assert PackedBatches(EXAMPLES, 8, 5, seed=3).at(123).tokens[:, 0].tolist() == [14, 21, 19, 23, 9]
-
-
 @pytest.mark.parametrize("pack", [True, False])
 def test_once_is_once(pack):
     examples = EXAMPLES[:23]

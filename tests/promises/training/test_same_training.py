@@ -27,8 +27,8 @@ NOTE = """
 import hashlib
 from engine.text.windows import TextBatches
 at = TextBatches.at
-def noted(self, step):
-    batch = at(self, step)
+def noted(self, step, *rows):
+    batch = at(self, step, *rows)
     rows = (b"".join(leaf[row].tobytes() for leaf in batch[:4]) for row in range(len(batch[0])))
     with open("{file}", "a") as file:
         print(step, *(hashlib.sha256(row).hexdigest() for row in rows), file=file)
