@@ -23,10 +23,11 @@ from tiny_runs import metrics, tiny
 
 from engine.device import Device
 from engine.errors import UserError
+from engine.files import write_json
 from engine.model.config import LoraConfig, RopeScaling
 from engine.storage import checkpoint
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import read_config, read_json
+from engine.storage.run_folder import read_config, read_json, updating
 from engine.text import epoch_order
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.windows import TextBatches
@@ -172,7 +173,8 @@ def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text,
     assert train.main(words) == 0
     record = read_json(folder / "run.json")
     assert record.pop("order") == epoch_order.VERSION
-    (folder / "run.json").write_text(json.dumps(record))  # as earlier versions wrote it
+    with updating(folder):
+        write_json(folder / "run.json", record)  # as earlier versions wrote it
     error = failing(train.main, [*words, "--steps", "3"])
     assert "in the order of another version: it cannot be resumed" in error
     assert checkpoint.steps(folder)[-1] == 2

@@ -26,8 +26,8 @@ def noted(self, state, loop_state):
         print(digest(state.trainable), digest(state.opt_state), file=file)
     return state, refused
 training_steps.TrainingSteps.run = noted
-def marked(self, number):
-    batch = at(self, number)
+def marked(self, number, *rows):
+    batch = at(self, number, *rows)
     tokens = batch.tokens.copy()
     tokens[0, 0] = -1 if number in {bad} and "{place}" != "update" else tokens[0, 0]
     return batch._replace(tokens=tokens)
