@@ -1,23 +1,24 @@
-"""Judges common claims about training and inference by the numbers of a run, as claims.toml says."""
+"""Judges common claims about training and inference by the numbers of a run.
+
+A claim is a function of the evidence that returns a verdict, the numbers that decide it in words, and these numbers. A verdict
+begins with true, false or partly, or with undecided where the interval of a ratio of times holds the threshold. It may differ
+on another machine.
+"""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from bench.table.sentences import read_templates, render
 from bench.timing import Ratio
+from engine.format import in_words, money, percent, si, times
 
 TUNING_TOKENS = 1_000_000  # of a fine-tuning run
 SMALL_PART = 0.1  # share of the cost of pre-training that a fine-tuning run may have
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
-TEXTS: dict[str, dict[str, str]] = read_templates("claims")
-GENERATED_CHEAPER = TEXTS["generated_cheaper"]["claim"]
-# Claims on a part of serving: the rows without and with it.
-SERVING = {
-    "caching": ("uncached", "decode alone"), "prefix_cache": ("chunked prefill into a slot", "prefix-cache hit"),
-    "batching": ("decode alone", "decode with 32 slots"),
-}  # fmt: skip
+GENERATED_CHEAPER = "A token is cheaper to generate than to train on."
+
+Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Evidence:
         """Returns the first row whose name begins with `start`, or raises KeyError."""
         return self.rows[next((name for name in self.rows if name.startswith(start)), start)]
 
+    def seconds(self, start: str) -> str:
+        """Returns the seconds of a token of the `row` of `start` in words."""
+        return si(self.row(start)["seconds_per_token"], "s")
+
+    def flops(self, start: str) -> float:
+        """Returns the FLOPs of a token of the `row` of `start`, by formula."""
+        return self.row(start)["flops_per_token"]["formula"]
+
     def ratio(self, a: str, b: str) -> Ratio:
         """Returns `time_ratio` of the `row` of `a` and of `b`."""
         return self.time_ratio(self.row(a)["name"], self.row(b)["name"])
@@ -55,16 +64,11 @@ class Evidence:
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
     """Judges the claims: returns them with verdicts, without those whose rows are missing."""
-    variables = {
-        "evidence": evidence, "checks": evidence.checks, "row": evidence.row, "judge": judge, "judge_gain": judge_gain,
-        "per_parameter": TOKENS_PER_PARAMETER, "tuning_tokens": TUNING_TOKENS, "small_part": SMALL_PART,
-    }  # fmt: skip
     judged = []
-    for name, text in TEXTS.items():
+    for claim, judgement in CLAIMS.items():
         with contextlib.suppress(KeyError):
-            numbers = _numbers(name, evidence)
-            verdict, value = (render(text[part], variables | numbers | {"numbers": numbers}) for part in ("verdict", "value"))
-            judged.append({"claim": text["claim"], "verdict": verdict, "value": value, "numbers": _plain(numbers)})
+            verdict, value, numbers = judgement(evidence)
+            judged.append({"claim": claim, "verdict": verdict, "value": value, "numbers": _plain(numbers)})
     return judged
 
 
@@ -91,67 +95,219 @@ def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
     return undecided[0] if undecided else f"partly: {by_slots}"
 
 
-def _numbers(name: str, evidence: Evidence) -> dict[str, Any]:
-    """Returns the numbers that decide a claim. Raises KeyError for a missing row."""
-    row, checks = evidence.row, evidence.checks
-    match name:
-        case "half" | "half_of_lora":
-            step = "LoRA" if name == "half_of_lora" else "pre-training"
-            return {"flops": 1 / row(step)["flop_ratio_to_forward"], "time": evidence.ratio("evaluation forward", step)}
-        case "half_of_backward":
-            parts = row("pre-training")["flops_per_token"]
-            return {"flops": parts["forward"] / (parts["dx"] + parts["dw"])}
-        case "generated_cheaper":
-            return {"time": evidence.ratio("decode alone", "pre-training")}
-        case "some_layers":
-            flops_of = lambda start: row(start)["flops_per_token"]["formula"]
-            return {
-                half: {
-                    "flops": flops_of(f"{half} half") / flops_of("full fine-tuning"),
-                    "time": evidence.ratio(f"{half} half", "full fine-tuning"),
-                }
-                for half in ("bottom", "top")
-            }
-        case "six":
-            parts = row("pre-training")["flops_per_token"]
-            return {"optimizer": parts["optimizer"] / parts["formula"], "back": (parts["dx"] + parts["dw"]) / parts["forward"]}
-        case "life":
-            training, served = (row(name)["flops_per_token"]["formula"] for name in ("pre-training", "decode with 8 slots"))
-            trained_tokens = TOKENS_PER_PARAMETER * evidence.params
-            return {"trained_tokens": trained_tokens, "served_tokens": trained_tokens * training / served}
-        case "lora_memory":
-            return {"left": row("LoRA")["peak_bytes"] / row("full fine-tuning")["peak_bytes"]}
-        case "last_layers":
-            flops = row("last layer")["flops_per_token"]["formula"] / row("full fine-tuning")["flops_per_token"]["formula"]
-            return {"flops": flops, "time": evidence.ratio("last layer", "full fine-tuning")}
-        case "more_slots":
-            return {"gain": evidence.ratio("decode with 8 slots", "decode with 32 slots")}
-        case "weights":
-            changes = [row["weights"] for row in evidence.rows.values()]
-            return {change: changes.count(change) for change in ("changed", "partly", "identical")}
-        case "independent":
-            return {"same_bits": checks.same_bits}
-        case "learns":
-            return {"same": checks.before == checks.after}
-        case "money":
-            cost = lambda start, tokens: row(start)["seconds_per_token"] * tokens / 3600 * evidence.price
-            training_tokens = TOKENS_PER_PARAMETER * evidence.params
-            training, token_share = cost("pre-training", training_tokens), evidence.ratio("LoRA", "pre-training")
-            return {
-                "token_share": token_share, "share": token_share.scaled(TUNING_TOKENS / training_tokens),
-                "training_usd": training, "fine_tuning_usd": cost("LoRA", TUNING_TOKENS),
-                "serving_tokens_that_cost_as_much": training / (cost("decode with 8 slots", 1) or 1),
-            }  # fmt: skip
-        case "quantisation":
-            gains: dict[str, Ratio] = {}
-            for slots in ("8", "32"):
-                with contextlib.suppress(KeyError):
-                    gains[slots] = evidence.ratio(f"decode with {slots} slots", f"decode with {slots}, int8")
-            if not gains:
-                raise KeyError("int8")
-            return {"off_over_on": gains}
-        case _:
-            return {"off_over_on": evidence.time_ratio(*SERVING[name])}
+def half(of: Evidence) -> Judgement:
+    flops, time = _of_step(of, "pre-training")
+    verdict = "false: a third" if abs(flops - 1 / 3) < 0.02 else "partly: less than half"
+    value = f"a forward pass is {percent(flops)} of a training step's FLOPs and {time.format(percent)} of its time."
+    return verdict, value, {"flops": flops, "time": time}
+
+
+def half_of_backward(of: Evidence) -> Judgement:
+    parts = of.row("pre-training")["flops_per_token"]
+    flops = parts["forward"] / (parts["dx"] + parts["dw"])
+    value = f"forward is {percent(flops)} of backward alone: one product forward, two back (for the input and for the weight)."
+    return "true" if abs(flops - 0.5) < 0.02 else "partly", value, {"flops": flops}
+
+
+def half_of_lora(of: Evidence) -> Judgement:
+    flops, time = _of_step(of, "LoRA")
+    value = (
+        f"a forward pass is {percent(flops)} of a LoRA step's FLOPs and {time.format(percent)} of its time: nothing is "
+        "computed for the weights of the base, but the gradient still passes through them."
+    )
+    return "true" if abs(flops - 0.5) < 0.03 else "partly", value, {"flops": flops, "time": time}
+
+
+def _of_step(of: Evidence, step: str) -> tuple[float, Ratio]:
+    return 1 / of.row(step)["flop_ratio_to_forward"], of.ratio("evaluation forward", step)
+
+
+def six(of: Evidence) -> Judgement:
+    parts = of.row("pre-training")["flops_per_token"]
+    optimizer, back = parts["optimizer"] / parts["formula"], (parts["dx"] + parts["dw"]) / parts["forward"]
+    value = (
+        f"the optimizer's operations are {100 * optimizer:.2f}% of a step's products. Backward alone is {times(back)} forward: "
+        "two for the gradient of the input, two for that of the weight."
+    )
+    return "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly", value, {"optimizer": optimizer, "back": back}
+
+
+def life(of: Evidence) -> Judgement:
+    trained = TOKENS_PER_PARAMETER * of.params
+    served = trained * of.flops("pre-training") / of.flops("decode with 8 slots")
+    value = (
+        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) takes as many operations as serving "
+        f"{in_words(served)}; below that, training is most of them."
+    )
+    return f"partly: after {in_words(served)} tokens served", value, {"trained_tokens": trained, "served_tokens": served}
+
+
+def lora_memory(of: Evidence) -> Judgement:
+    left = of.row("LoRA")["peak_bytes"] / of.row("full fine-tuning")["peak_bytes"]
+    value = (
+        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: gradients and moments go, what the backward pass "
+        "reads of each block stays."
+    )
+    return "true" if left < 0.37 else "partly: less" if left < 0.9 else "false here", value, {"left": left}
+
+
+def last_layers(of: Evidence) -> Judgement:
+    flops, time = _over_full(of, "last layer").values()
+    value = (
+        f"the last layer alone takes {percent(flops)} of full fine-tuning's FLOPs and {time.format(percent)} of its time, for "
+        "the forward pass goes through all of them."
+    )
+    return judge(time, 0.1, "false", "true"), value, {"flops": flops, "time": time}
+
+
+def some_layers(of: Evidence) -> Judgement:
+    halves = {half: _over_full(of, f"{half} half") for half in ("bottom", "top")}
+    bottom, top = (share["flops"] for share in halves.values())
+    words = (
+        f"{half} half frozen {percent(share['flops'])} of the FLOPs, {share['time'].format(percent)} of the time"
+        for half, share in halves.items()
+    )
+    verdict = "false here" if bottom > 0.95 else "partly: it matters which" if top > 1.1 * bottom else "true"
+    value = (
+        f"against full fine-tuning: {'; '.join(words)}. Below the lowest weight that trains no gradient is needed; above it, "
+        "every one is."
+    )
+    return verdict, value, halves
+
+
+def _over_full(of: Evidence, start: str) -> dict[str, Any]:
+    return {"flops": of.flops(start) / of.flops("full fine-tuning"), "time": of.ratio(start, "full fine-tuning")}
+
+
+def more_slots(of: Evidence) -> Judgement:
+    gain = of.ratio("decode with 8 slots", "decode with 32 slots")
+    value = f"32 requests at once in place of 8, four times as many, have {gain.format(times)} the tokens a second."
+    return judge(gain, 3.6, "true here", "false: less"), value, {"gain": gain}
+
+
+def generated_cheaper(of: Evidence) -> Judgement:
+    step, lone, time = of.row("pre-training"), of.row("decode alone"), of.ratio("decode alone", "pre-training")
+    value = (
+        f"decoding alone takes {of.seconds('decode alone')} a token and a training step {of.seconds('pre-training')}: "
+        f"{time.format(times)} the time for {times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the "
+        "operations. Training multiplies thousands of tokens by a weight at once, a lone stream one."
+    )
+    return judge(time, 1, "false for a lone request", "true here"), value, {"time": time}
+
+
+def weights(of: Evidence) -> Judgement:
+    names = {
+        change: [row["name"] for row in of.rows.values() if row["weights"] == change]
+        for change in ("changed", "partly", "identical")
+    }
+    defect = any(row["weights"] != "identical" for row in of.rows.values() if row["stage"] in ("inference", "decode"))
+    words = "; ".join(f"{change}: {', '.join(rows)}" for change, rows in names.items() if rows)
+    value = f"by SHA-256 of every leaf before and after: {words}."
+    return "false here, which is a defect" if defect else "true", value, {change: len(rows) for change, rows in names.items()}
+
+
+def independent(of: Evidence) -> Judgement:
+    same = of.checks.same_bits
+    value = f"one prompt, alone and beside {of.checks.neighbours} others in each slot in turn: " + (
+        "the same tokens and the same log-probabilities to the last bit." if same else "its bits differed."
+    )
+    return "true" if same else "false here, which is a defect", value, {"same_bits": same}
+
+
+def learns(of: Evidence) -> Judgement:
+    (before, digest), (after, digest_after) = of.checks.before, of.checks.after
+    same = of.checks.before == of.checks.after
+    nats = lambda bits: f"{float.fromhex(bits):.4f} ({bits})"
+    value = f"{of.checks.generated:,} tokens were generated; the loss on a text is {nats(before)} " + (
+        f"nats a token and the weights {digest[:12]}, before and after, to the last bit."
+        if same
+        else f"before and {nats(after)} after, the weights {digest[:12]} and {digest_after[:12]}."
+    )
+    return "false" if same else "true here, which is a defect", value, {"same": same}
+
+
+def costs(of: Evidence) -> Judgement:
+    cost = lambda start, tokens: of.row(start)["seconds_per_token"] * tokens / 3600 * of.price
+    trained = TOKENS_PER_PARAMETER * of.params
+    training, tuning, token = cost("pre-training", trained), cost("LoRA", TUNING_TOKENS), of.ratio("LoRA", "pre-training")
+    share, served = token.scaled(TUNING_TOKENS / trained), training / (cost("decode with 8 slots", 1) or 1)
+    value = (
+        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(training)}, LoRA on "
+        f"{in_words(TUNING_TOKENS)} tokens {money(tuning)}, at {money(of.price)} an hour. A token of LoRA costs "
+        f"{token.format(percent)} of one of pre-training; the rest is the amount. Serving, eight at a time, has cost as much "
+        f"as training after {in_words(served)} tokens."
+    )
+    return judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer"), value, {
+        "token_share": token, "share": share, "training_usd": training, "fine_tuning_usd": tuning,
+        "serving_tokens_that_cost_as_much": served,
+    }  # fmt: skip
+
+
+def caching(of: Evidence) -> Judgement:
+    gain, (seconds, tokens) = of.time_ratio("uncached", "decode alone"), of.uncached
+    value = (
+        f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {of.seconds('decode alone')} with one: "
+        f"{gain.format(times)}."
+    )
+    return judge_gain(gain), value, {"off_over_on": gain}
+
+
+def prefix_cache(of: Evidence) -> Judgement:
+    gain = of.time_ratio("chunked prefill into a slot", "prefix-cache hit")
+    value = (
+        f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, and {of.seconds('prefix-cache hit')} to copy into "
+        f"its slot where a prompt that began alike was read before: {gain.format(times)}."
+    )
+    return judge_gain(gain), value, {"off_over_on": gain}
+
+
+def batching(of: Evidence) -> Judgement:
+    gain = of.time_ratio("decode alone", "decode with 32 slots")
+    value = (
+        f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
+        f"{of.seconds('decode with 32 slots')} among 32: {gain.format(times)}."
+    )
+    return judge_gain(gain), value, {"off_over_on": gain}
+
+
+def quantisation(of: Evidence) -> Judgement:
+    gains: dict[str, Ratio] = {}
+    words = []
+    for slots in ("8", "32"):
+        wide, int8 = f"decode with {slots} slots", f"decode with {slots}, int8"
+        with contextlib.suppress(KeyError):
+            gains[slots] = of.ratio(wide, int8)
+            words.append(
+                f"among {slots}, a token takes {of.seconds(wide)} with weights in {of.bytes_per_weight} bytes and "
+                f"{of.seconds(int8)} in one: {gains[slots].format(times)}"
+            )
+    if not gains:
+        raise KeyError("int8")
+    error = of.checks.int8_error
+    value = "; ".join(words) + "." + (f" The logits move by {percent(error)} of their spread." if error is not None else "")
+    return judge_gain(gains), value, {"off_over_on": gains}
+
+
+CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the report
+    "Inference is only half the computation of training.": half,
+    "The backward pass costs about twice the forward pass.": half_of_backward,
+    "Half is right for one kind of training: a LoRA step.": half_of_lora,
+    "The 6 in 6 N D is two forward, two backward and two for the optimizer.": six,
+    "Inference is most of the computation of a model's life.": life,
+    "LoRA saves two thirds of the memory.": lora_memory,
+    "Fine-tuning only the last layers is nearly free.": last_layers,
+    "Doubling the batch doubles the throughput.": more_slots,
+    GENERATED_CHEAPER: generated_cheaper,
+    "Fine-tuning is cheaper because only some layers are updated.": some_layers,
+    "Weights change in training, partly in fine-tuning, never in inference.": weights,
+    "Requests do not affect one another.": independent,
+    "The model improves as you use it.": learns,
+    "Fine-tuning costs a small part of what training cost.": costs,
+    "The KV cache decides what serving costs.": caching,
+    "The prefix cache decides what serving costs.": prefix_cache,
+    "Batching decides what serving costs.": batching,
+    "Quantisation decides what serving costs.": quantisation,
+}
 
 
 def _plain(numbers: Any) -> Any:

@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.table.claims import TEXTS, Evidence, InferenceChecks, claims
+from bench.table.claims import CLAIMS, Evidence, InferenceChecks, claims
 from bench.timing import Ratio, Timing, ratio
 from engine.format import times
 
@@ -43,11 +43,10 @@ NAMES = [entry["name"] for entry in ROWS] + ["uncached"]
 
 
 def judged(rows, time_ratio, checks=CHECKS, uncached=0.1):
-    """The claims by their names in claims.toml."""
+    """The claims by the names of their functions."""
     named = {row["name"]: row for row in rows}
     evidence = Evidence(named, time_ratio, checks, params=10**6, price=0.1, uncached=(uncached, 64), bytes_per_weight=2)
-    names = {text["claim"]: name for name, text in TEXTS.items()}
-    return {names[claim["claim"]]: claim for claim in claims(evidence)}
+    return {CLAIMS[claim["claim"]].__name__: claim for claim in claims(evidence)}
 
 
 def verdicts(rows=ROWS, checks=CHECKS, noisy=None, uncached=0.1):
@@ -81,7 +80,7 @@ def test_the_usual_numbers_give_the_usual_verdicts():
         "last_layers": "false",
         "more_slots": "false: less",
     }
-    usual |= {"money": "true: the data are fewer", "learns": "false"}
+    usual |= {"costs": "true: the data are fewer", "learns": "false"}
     assert result == dict.fromkeys(result, "true") | usual
 
 
@@ -138,7 +137,7 @@ def test_no_verdict_lies_within_an_interval_and_every_ratio_printed_is_the_one_t
     result = judged(rows, lambda a, b: ratio(timings[a], timings[b]), uncached=timings["uncached"].median)
     for name, numbers, thresholds in (
         ("generated_cheaper", "time", [1]), ("caching", "off_over_on", [1.25, 1.02]), ("batching", "off_over_on", [1.25, 1.02]),
-        ("prefix_cache", "off_over_on", [1.25, 1.02]), ("money", "share", [0.1]),
+        ("prefix_cache", "off_over_on", [1.25, 1.02]), ("costs", "share", [0.1]),
     ):  # fmt: skip
         claim = result[name]
         assert claim["verdict"].startswith("undecided") != is_decided(claim["numbers"][numbers], thresholds), claim
