@@ -169,7 +169,7 @@ def evaluate_conversations(
     from engine import sharding
     from engine.inference.score import score
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair
+    from engine.text.examples import Pair, make_examples
     from engine.text.packing import evaluation_batches
     from stages.runs.data import conversations
 
@@ -177,11 +177,11 @@ def evaluate_conversations(
     chat = ChatTokenizer(model.tokenizer)
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     if data:
-        examples, outcome = conversations.tokenize_examples(data, model, chat, seq)
+        examples, outcome = make_examples(data, chat, seq)
         name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
-        split = conversations.prepare_conversations(*names, objective, seq, record["seed"], model, chat, console)
+        split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console)
         examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
         expected = record["text"].get("validation_digest")
         if not context and expected and conversations.digest_examples(examples) != expected:

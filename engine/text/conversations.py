@@ -44,6 +44,10 @@ class Conversation(NamedTuple):
     context: frozenset[int] = frozenset()
     weight: float = 1.0
 
+    @property
+    def text(self) -> str:
+        return _join(self.messages)
+
 
 class Text(NamedTuple):
     """A plain text to train on."""
@@ -54,12 +58,20 @@ class Text(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A prompt with its chosen and its rejected answer."""
+    """The messages of a prompt, with its chosen and its rejected answer."""
 
-    prompt: tuple[Message, ...]
+    messages: tuple[Message, ...]
     chosen: str
     rejected: str
     where: str
+
+    @property
+    def text(self) -> str:
+        return _join(self.messages)
+
+
+def _join(messages: Iterable[Message]) -> str:
+    return "\n".join(message["content"] for message in messages)
 
 
 # Fields that say what to train on and cannot be granted here, and why: training without them would be on something else.

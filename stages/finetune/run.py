@@ -104,7 +104,7 @@ class FineTuning(ModelStage):
         super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan, options.mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
-            examples.data, examples.validation, tuning.objective, tuning.context, flags.seed, self.model, self.chat, console
+            examples.data, examples.validation, tuning.objective, tuning.context, flags.seed, self.chat, console
         )
         self.facts = {
             "learns": trainable.describe(),
@@ -142,7 +142,8 @@ class FineTuning(ModelStage):
     def print_example(self) -> None:
         """Prints the first example, marking the tokens that are trained on."""
         self.console.print("\nthe first example; what is trained on is marked", style="bold")
-        self.console.print_marked(list(self.chat.marked_pieces(self.dataset.first)))
+        first = self.dataset.train[0]
+        self.console.print_marked(list(self.chat.marked_pieces(getattr(first, "chosen", first))))
         self.console.print()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:

@@ -203,7 +203,7 @@ def test_the_voice_is_what_it_is_said_to_be():
         questions.append(next(message["content"] for message in row.messages if message["role"] == "user"))
     for row in preferences:
         assert isinstance(row, Preference)
-        questions.append(row.prompt[0]["content"])
+        questions.append(row.messages[0]["content"])
         answers.append(row.chosen)
         assert "Fair winds" not in row.rejected
     assert len({question.lower().strip("?!. ") for question in questions}) == len(questions)

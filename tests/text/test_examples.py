@@ -7,7 +7,7 @@ from chat_models import BRACKETS, chat_tokenizer, talk
 from engine.errors import UserError
 from engine.text.chat_tokenizer import CHATML, ChatTokenizer
 from engine.text.conversations import Conversation, Preference, Text
-from engine.text.examples import make_examples, make_pairs
+from engine.text.examples import make_examples
 
 TOKENIZER = chat_tokenizer()
 CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.content == "<s>")
@@ -55,9 +55,10 @@ def test_what_the_template_refuses_is_left_out():
         make_examples(rows[:1], chat, 40)
 
 
-def test_all_of_a_text_is_a_target_once(chat):
+def test_all_of_a_text_is_a_target_once(chat, monkeypatch):
     text = "The assistant answers. " * 9
-    examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10, bos_ids=(CONTROL,))
+    monkeypatch.setattr(TOKENIZER, "bos_ids", (CONTROL,))
+    examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10)
     tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.eos_id]
     here = [example for example in examples if example.where == "f:1"]
     assert all(len(example.tokens) <= 11 and example.mask.all() for example in examples)
@@ -75,7 +76,7 @@ def test_pairs(chat):
         Preference(tuple(talk("a")), "b", "how are you? " * 20, "f:3"),
         Preference(tuple(talk("a")), "b", "", "f:4"),
     ]
-    pairs, summary = make_pairs(rows, chat, 60)
+    pairs, summary = make_examples(rows, chat, 60)
     assert summary.used == len(pairs) == 1
     assert [where for where, _ in summary.dropped] == ["f:2", "f:3", "f:4"]
     for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
@@ -83,11 +84,7 @@ def test_pairs(chat):
         assert example.tokens[example.mask][-1] in chat.eot_ids
 
 
-def test_data_of_the_other_sort_is_refused(chat):
-    with pytest.raises(UserError, match="f:1: it holds no pair of answers"):
-        make_pairs([Text("a", "f:1")], chat, 60)
-    with pytest.raises(UserError, match="f:1: it holds two answers"):
-        make_examples([Preference(tuple(talk("a")), "b", "c", "f:1")], chat, 60)
+def test_no_data_is_refused(chat):
     with pytest.raises(UserError, match="nothing in it"):
         make_examples([], chat, 60)
 

@@ -1,5 +1,6 @@
 """Conversation data: reads and tokenizes the examples that `--data` and `--validation` name."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -11,15 +12,14 @@ from jax.experimental.multihost_utils import process_allgather
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
-from engine.storage.model_loader import LoadedModel
-from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import SHIPPED, Conversations, Preference, Text, read_conversations
+from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import DatasetSummary, Pair, make_examples, make_pairs
+from engine.text.examples import DatasetSummary, Pair, make_examples
 from engine.text.packing import PairBatch, evaluation_pairs
 from engine.text.template import Message
 from engine.training.preference import Preferences, margins
-from stages.cli.console import Console, ReportProgress
+from stages.cli.console import Console
 
 HELD_OUT = 0.1
 EVALUATION_ROWS = 2  # scored together
@@ -36,19 +36,14 @@ class ConversationData:
     `questions`: QUESTIONS conversations of the held-out set, each up to the assistant's first answer.
     """
 
-    train: Sequence[Any]
-    held_out: Sequence[Any]
+    train: list[Any]
+    held_out: list[Any]
     summary: DatasetSummary
     kind: str
     name: str
     held_out_name: str
     overlap: str
     questions: Sequence[Sequence[Message]]
-
-    @property
-    def first(self) -> Example:
-        item = self.train[0]
-        return item.chosen if isinstance(item, Pair) else item
 
 
 def digest_examples(items: Sequence[Any]) -> str:
@@ -63,100 +58,85 @@ def digest_examples(items: Sequence[Any]) -> str:
 
 
 def prepare_conversations(
-    data: str, validation: str | None, objective: str, seq: int, seed: int, model: LoadedModel, chat: ChatTokenizer,
-    console: Console,
-) -> ConversationData:  # fmt: skip
+    data: str, validation: str | None, objective: str, seq: int, seed: int, chat: ChatTokenizer, console: Console
+) -> ConversationData:
     """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
 
     Without `validation` a tenth of the rows, chosen by `seed`, is held out.
     """
-    conversations = source = _read(data, objective)
+    conversations = _read(data, objective)
     with console.task(f"reading {data}") as report:
-        train, summary = tokenize_examples(conversations, model, chat, seq, report)
-    texts = _texts(conversations)
+        train, summary = make_examples(conversations, chat, seq, report)
+    rows = _rows_of(train, conversations)
     validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
     if validation:
         source = _read(validation, objective)
-        held_out, _ = tokenize_examples(source, model, chat, seq)
-        held_out, overlap = _without_copies(held_out, _texts(source), {texts[_where(item)] for item in train}, validation, data)
+        held_out, _ = make_examples(source, chat, seq)
+        texts, rows = {row.text for row in rows.values()}, _rows_of(held_out, source)
+        held_out, overlap = _without_copies(held_out, rows, texts, validation, data)
     else:
-        train, held_out, validation, overlap = _split(train, texts, seed, data)
-    questions = _questions(source, held_out)
+        train, held_out, validation, overlap = _split(train, rows, seed, data)
+    questions = _questions([rows[where] for where in dict.fromkeys(item.where for item in held_out)])
     return ConversationData(train, held_out, summary, conversations.kind, data, validation, overlap, questions)
 
 
-def _where(item: Any) -> str:
-    return (item.chosen if isinstance(item, Pair) else item).where
-
-
-def _texts(conversations: Conversations) -> dict[str, str]:
-    """Returns the text of each row by which it is a copy of another: of a preference its prompt, else all of it."""
-
-    def text(row: Any) -> str:
-        messages = row.prompt if isinstance(row, Preference) else row.messages
-        return "\n".join(message["content"] for message in messages)
-
-    return {row.where: row.text if isinstance(row, Text) else text(row) for row in conversations}
+def _rows_of(items: list[Any], source: Conversations) -> dict[str, Record]:
+    """Returns the rows, by file:line, that the items were made of."""
+    used = {item.where for item in items}
+    return {row.where: row for row in source if row.where in used}
 
 
 def _without_copies(
-    held_out: Sequence[Any], texts: dict[str, str], train: set[str], name: str, data: str
-) -> tuple[Sequence[Any], str]:
-    """Returns the held-out items whose rows are not in `train`, and what was left out. Raises UserError if nothing is left."""
-    rows = {where: normalize(texts[where]) for where in map(_where, held_out)}
-    trained = {*map(normalize, train)}
-    copies = {where for where, text in rows.items() if text in trained}
+    held_out: list[Any], rows: dict[str, Record], train: set[str], name: str, data: str
+) -> tuple[list[Any], str]:
+    """Returns the held-out items whose texts are not in `train`, and what was left out. Raises UserError if nothing is left."""
+    known = {*map(normalize, train)}
+    copies = {where: row.text for where, row in rows.items() if normalize(row.text) in known}
     if not copies:
         return held_out, ""
-    exact = sum(texts[where] in train for where in copies)
+    exact = sum(text in train for text in copies.values())
     found = f"{len(copies):,} of the {len(rows):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
     if len(copies) == len(rows):
         raise UserError(f"{found}: nothing is held out. Give another --validation, or none, to hold out a tenth of {data}.")
-    return [item for item in held_out if _where(item) not in copies], f"{found}: left out"
+    return [item for item in held_out if item.where not in copies], f"{found}: left out"
 
 
-def _split(items: Sequence[Any], texts: dict[str, str], seed: int, data: str) -> tuple[Sequence[Any], Sequence[Any], str, str]:
+def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> tuple[list[Any], list[Any], str, str]:
     """Returns the training and the held-out items, the latter's name, and what is said of copies.
 
     All copies of a row are on one side, and rows that have none are held out first. Which, is by a hash of seed and text, so
     that a row more or less in the file changes no other's side. Of a single text the end is held out.
     """
-    groups: dict[str, list[str]] = {}
-    for where in dict.fromkeys(map(_where, items)):
-        groups.setdefault(normalize(texts[where]), []).append(where)
-    rows = sum(map(len, groups.values()))
-    if rows == 1 < len(items):
+    if len(rows) == 1 < len(items):
         count = max(1, round(HELD_OUT * len(items)))
         return items[:-count], items[-count:], f"the last {count:,} of {len(items):,} pieces of {data}", ""
+    groups = collections.defaultdict[str, list[str]](list)
+    for where, row in rows.items():
+        groups[normalize(row.text)].append(where)
     if len(groups) < 2:
         raise UserError(
-            f"{data} has {rows:,} usable rows, {len(groups)} of them different: too few to hold any out; give others with "
+            f"{data} has {len(rows):,} usable rows, {len(groups)} of them different: too few to hold any out; give others with "
             "--validation."
         )
     rank = lambda text: (len(groups[text]), hashlib.sha256(f"{seed} {text}".encode()).digest())
     held_out = set[str]()
     for text in sorted(groups, key=rank)[:-1]:
         held_out.update(groups[text])
-        if len(held_out) >= round(HELD_OUT * rows):
+        if len(held_out) >= round(HELD_OUT * len(rows)):
             break
-    copies = rows - len(groups)
-    said = f"{copies:,} of {rows:,} rows are copies of another; all copies of a row are on one side" if copies else ""
-    train, rest = ([item for item in items if (_where(item) in held_out) == side] for side in (False, True))
-    return train, rest, f"{len(held_out):,} of {rows:,} rows of {data}, by the seed", said
+    copies = f"{len(rows) - len(groups):,} of {len(rows):,} rows are copies of another; all copies of a row are on one side"
+    train, rest = ([item for item in items if (item.where in held_out) == side] for side in (False, True))
+    name = f"{len(held_out):,} of {len(rows):,} rows of {data}, by the seed"
+    return train, rest, name, copies * (len(groups) < len(rows))
 
 
-def _questions(source: Conversations, held_out: Sequence[Any]) -> Sequence[Sequence[Message]]:
-    """Returns QUESTIONS conversations of the held-out examples, evenly spaced, each up to the assistant's first answer."""
-    lines = [*dict.fromkeys(map(_where, held_out))]
-    chosen = {lines[at * len(lines) // QUESTIONS] for at in range(QUESTIONS)}
-    questions = []
-    for row in source:
-        if isinstance(row, Text):
-            return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
-        if row.where in chosen:
-            messages = row.prompt if isinstance(row, Preference) else row.messages
-            questions.append([*itertools.takewhile(lambda message: message["role"] != "assistant", messages)])
-    return questions
+def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
+    """Returns QUESTIONS conversations, evenly spaced among the rows, each up to the assistant's first answer."""
+    chosen = [rows[at] for at in dict.fromkeys(at * len(rows) // QUESTIONS for at in range(QUESTIONS))]
+    if any(isinstance(row, Text) for row in chosen):
+        return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
+    is_asked = lambda message: message["role"] != "assistant"
+    return [[*itertools.takewhile(is_asked, row.messages)] for row in chosen if not isinstance(row, Text)]
 
 
 def _read(data: str, objective: str) -> Conversations:
@@ -169,15 +149,6 @@ def _read(data: str, objective: str) -> Conversations:
         )  # fmt: skip
         raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
     return conversations
-
-
-def tokenize_examples(
-    conversations: Conversations, model: LoadedModel, chat: ChatTokenizer, seq: int, report: ReportProgress | None = None
-) -> tuple[Sequence[Any], DatasetSummary]:
-    """Returns examples or pairs, and a summary of the rows. Raises UserError when none is left."""
-    if conversations.kind == "preference":
-        return make_pairs(conversations, chat, seq, report=report)
-    return make_examples(conversations, chat, seq, bos_ids=model.tokenizer.bos_ids, report=report)
 
 
 def pair_margins(
