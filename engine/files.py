@@ -69,10 +69,9 @@ def trust_problem(path: Path | int) -> str:
         status = os.stat(path)
     except OSError:
         return ""
-    name = path if isinstance(path, Path) else "it"
     if status.st_uid not in (os.geteuid(), 0):
-        return f"{name} belongs to another user"
-    return f"others can write to {name}" if status.st_mode & 0o022 else ""
+        return f"{path} belongs to another user"
+    return f"others can write to {path}" if status.st_mode & 0o022 else ""
 
 
 def write_problem(folder: Path, room: int = 2**20) -> str:
@@ -156,7 +155,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing."""
-    with _unfinished(path, lambda temporary: temporary.open("xb").close()) as temporary:
+    with _unfinished(path, Path.touch) as temporary:
         with temporary.open("wb") as file:
             yield file
             file.flush()

@@ -90,11 +90,6 @@ class Console(contextlib.AbstractContextManager["Console"]):
         """
         begin, over, progress, open_line = time.perf_counter(), threading.Event(), "", False
 
-        def start() -> None:
-            nonlocal open_line
-            print(f"{label} ...", end=" ", file=self.stream, flush=True)
-            open_line = True
-
         def show() -> None:
             nonlocal open_line
             line = duration(time.perf_counter() - begin) + progress
@@ -121,7 +116,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
         if self.terminal:
             self._draw(f"{label} ...")  # in place, gone when it is done
         elif always:
-            start()
+            print(f"{label} ...", end=" ", file=self.stream, flush=True)
+            open_line = True
         thread = threading.Thread(target=keep_showing, daemon=True)
         self._tasks.append(over)
         thread.start()
