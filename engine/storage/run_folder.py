@@ -82,14 +82,15 @@ def updating(folder: Path) -> Iterator[None]:
 
 def verify(folder: Path) -> tuple[str, ...]:
     """Raises UserError when one of a run's own files is damaged; returns a note when the run has no manifest to tell."""
-    if not (folder / manifest.NAME).exists():
-        return (f"{folder} has no {manifest.NAME}, as those of earlier versions: its config and tokenizer are not checked",)
-    if damaged := manifest.verify(folder, extra=False):
-        raise UserError(
-            f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew with --overwrite; "
-            f"after a change of your own, remove {folder / manifest.NAME}."
-        )
-    return ()
+    for _ in range(2):  # a run that ends meanwhile writes them anew
+        if not (folder / manifest.NAME).exists():
+            return (f"{folder} has no {manifest.NAME}, as those of earlier versions: its config and tokenizer are not checked",)
+        if not (damaged := manifest.verify(folder, extra=False)):
+            return ()
+    raise UserError(
+        f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew with --overwrite; "
+        f"after a change of your own, remove {folder / manifest.NAME}."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -321,7 +321,7 @@ def test_a_dry_run_leaves_nothing(trained, chats, tmp_path, capsys):
 
 
 def test_no_held_out_row_is_a_copy_of_a_training_row(trained, tmp_path, capsys, failing):
-    """Copies are known whatever their case, spaces and punctuation; a sorted file is not cut at its end; weights count."""
+    """Copies are known whatever their case, spaces and marks; a sorted file is not cut at its end; weights count."""
     loud = [chat_row(f"The  {word.upper()}!", "Red sails") for word in WORD[:6]]
     items = [chat_row(f"the {word}", "red sails.") for word in WORD] + loud
 

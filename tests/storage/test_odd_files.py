@@ -17,7 +17,7 @@ from tiny_checkpoints import save
 
 from engine.errors import UserError
 from engine.files import write_json
-from engine.storage import manifest
+from engine.storage import manifest, run_folder
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import save_tokenizer
 from engine.text.conversations import read_conversations
@@ -165,3 +165,25 @@ def test_the_eos_ids_of_a_run(models, tmp_path, value, extra):
             load_model(str(tmp_path / "run"))
         return
     assert load_model(str(tmp_path / "run")).eos_ids == (byte_tokenizer().eos_id, *extra)
+
+
+@pytest.mark.parametrize("written", ["read", "missing"])
+def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch, written):
+    """Its last result is written after the manifest was read, or the manifest is not written again yet."""
+    with run_folder.updating(tmp_path):
+        write_json(tmp_path / "config.json", {})
+        write_json(tmp_path / "run.json", {})
+    describe, ends = manifest._describe, [True]
+
+    def describe_late(path):
+        if ends and path.name == "run.json":
+            ends.clear()
+            (tmp_path / manifest.NAME).unlink()
+            write_json(tmp_path / "run.json", {"result": 1})
+            if written == "read":
+                with run_folder.updating(tmp_path):
+                    pass
+        return describe(path)
+
+    monkeypatch.setattr(manifest, "_describe", describe_late)
+    assert bool(run_folder.verify(tmp_path)) == (written == "missing")
