@@ -19,13 +19,12 @@ import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.inference import programs
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Event, LogProb, Request, SamplingParams, check_request
-from engine.inference.sampling import count_prompt, penalty_arrays, sampling_arrays
+from engine.inference.runner import ModelRunner, SampledTokens, SlotShapes, copy_slot, decode_slots, make_rows
+from engine.inference.sampling import count_prompt, penalty_arrays, sampling_arrays, set_token_counts
 from engine.inference.scheduler import DRAFT_ROWS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
-from engine.inference.slot_state import SlotShapes, SlotState
 from engine.model.cache.segmented import KVDtype
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
@@ -55,7 +54,7 @@ class Slots:
     cache too. `slots`: requests at once. `capacity`: tokens of prompt and completion
     together, by default the model's context. `kv_dtype`: of the KV cache. `prefix_cache_bytes`: 0 for none. `speculate`:
     whether a lone sequence checks draft tokens in idle rows. `short`: positions of a text
-    for which there are programs of their own, see `SlotState`. Completions depend on the model, `kv_dtype` and the shapes of
+    for which there are programs of their own, see `ModelRunner`. Completions depend on the model, `kv_dtype` and the shapes of
     programs (`slots`, `capacity`, `chunk`, `tail`) alone.
     """
 
@@ -80,12 +79,13 @@ class Slots:
         self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once
-        self.state = SlotState(cfg, params, SlotShapes(slots, capacity, kv_dtype, chunk, tail, short, prefix_cache_bytes > 0))
+        shapes = SlotShapes(slots, capacity, kv_dtype, chunk, tail, short, prefix_cache_bytes > 0)
+        self.runner = ModelRunner(cfg, params, shapes)
 
     @property
     def params(self) -> Params:
         """The weights on the device."""
-        return self.state.params
+        return self.runner.params
 
     @property
     def busy(self) -> bool:
@@ -105,7 +105,7 @@ class Slots:
     @property
     def devices(self) -> int:
         """Devices that the weights and the KV cache are spread over."""
-        return self.state.mesh.size if self.state.mesh else 1
+        return self.runner.mesh.size if self.runner.mesh else 1
 
     @property
     def used_positions(self) -> int:
@@ -115,7 +115,7 @@ class Slots:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache, in use or not."""
-        return self.state.cache_bytes
+        return self.runner.cache_bytes
 
     def submit(self, request: Request, ticket: int = 0) -> int:
         """Queues a request and returns its id. Slots go to the lowest ticket, among equal ones to the first that came.
@@ -148,7 +148,7 @@ class Slots:
 
         Returns when the device is done, and at once while all are held, see `warm`.
         """
-        with jax.set_mesh(self.state.mesh):
+        with jax.set_mesh(self.runner.mesh):
             return self._step()
 
     def _step(self) -> list[Event]:
@@ -157,11 +157,11 @@ class Slots:
             sequence.prefix_key = root_key(request.namespace)
             if request.sampling.adjusts_logits:
                 counts = count_prompt(request.prompt, request.sampling.logit_bias, self.cfg.vocab)
-                self.state.counts = programs.set_token_counts(self.state.counts, np.int32(sequence.slot), *counts)
+                self.runner.counts = set_token_counts(self.runner.counts, np.int32(sequence.slot), *counts)
         match self.scheduler.schedule():
             case Prefill(sequence):
                 self._prefill(sequence)
-                jax.block_until_ready(self.state.segments)
+                jax.block_until_ready(self.runner.segments)
             case Decode() as batch:
                 return self._decode(batch)
         return []
@@ -175,7 +175,7 @@ class Slots:
     ) -> None:
         """Compiles every program and runs each once with no row in use; then nothing is compiled any more. Sets `tails_agree`.
 
-        `ahead` and `report`, of the programs for short texts, as `SlotState.warm` has them. Those for longer ones can be left
+        `ahead` and `report`, of the programs for short texts, as `ModelRunner.warm` has them. Those for longer ones can be left
         to `load_long_programs`: texts that get so long are held until then, without a slot if others want it. Raises
         ValueError while there are requests.
         """
@@ -183,29 +183,28 @@ class Slots:
             raise ValueError("warm is for slots without requests")
         has_tails = self.prefix_cache.limit > 0 and self.chunk % self.tail == 0
         compared = [f"prefill_chunk {self.chunk}", f"prefill_chunk {self.tail}", f"read_chunk {self.chunk}"]
-        self.state.warm(report, ahead, compared if has_tails else [])
-        with jax.set_mesh(self.state.mesh):
+        self.runner.warm(report, ahead, compared if has_tails else [])
+        with jax.set_mesh(self.runner.mesh):
             self.tails_agree = has_tails and self._compare_tails()
         if long_programs:
             self.load_long_programs()
         else:
-            self.scheduler.limit = self.state.limit
+            self.scheduler.limit = self.runner.limit
 
     def load_long_programs(self) -> None:
-        """Loads the programs for longer texts, compiled by `state.compile_long_programs` or now. No text is held any longer."""
-        self.state.load_long_programs()
+        """Loads the programs for longer texts, compiled by `runner.compile_long_programs` or now: no text is held then."""
+        self.runner.load_long_programs()
         self.scheduler.limit = sys.maxsize
 
     def _compare_tails(self) -> bool:
         """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same."""
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, self.chunk), dtype=np.int32)
-        zero, results = np.int32(0), []
+        results = []
         for size in (self.chunk, self.tail):
             for at in range(0, self.chunk, size):
                 part = tokens[:, at : at + size]
-                segments = self.state.segments_below(self.chunk)
-                self.state.store(programs.prefill_chunk(self.cfg, self.params, segments, part, zero, np.int32(at)))
-            chunk = jax.device_get(programs.read_chunk(self.state.segments_below(self.chunk), zero, zero, self.chunk))
+                self.runner.prefill(part, 0, at, self.chunk)
+            chunk = jax.device_get(self.runner.read(0, 0, self.chunk, self.chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(chunk)])
         return results[0] == results[1]
 
@@ -214,9 +213,9 @@ class Slots:
 
         Returns whether there was anything to clear.
         """
-        if min(stop, self.state.positions) <= sequence.clean_positions:
+        if min(stop, self.runner.positions) <= sequence.clean_positions:
             return False
-        sequence.clean_positions = self.state.clear(sequence.slot, sequence.clean_positions, stop, sequence.reach)
+        sequence.clean_positions = self.runner.clear(sequence.slot, sequence.clean_positions, stop, sequence.reach)
         return True
 
     def _prefill(self, sequence: Sequence) -> None:
@@ -243,8 +242,7 @@ class Slots:
         for count in (len(tokens), *self._beginnings(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
-                place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-                self.state.store(programs.write_chunk(self.state.segments_below(stop), chunk, *place, np.int32(count)))
+                self.runner.write(chunk, sequence.slot, sequence.prefilled_tokens, count, stop)
                 sequence.cached_tokens += count
                 return count
         return 0
@@ -255,15 +253,14 @@ class Slots:
         part = tokens[done : done + size]
         padded: Any = np.zeros((1, size), np.int32)
         padded[0, : len(part)] = part
-        place = np.int32(sequence.slot), np.int32(sequence.prefilled_tokens)
-        self.state.store(programs.prefill_chunk(self.cfg, self.params, self.state.segments_below(stop), padded, *place))
+        self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, stop)
         return len(part)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> None:
         """Puts the chunk that has just been computed into the prefix cache."""
         start = stop - self.chunk
         size = self.tail if len(tokens) <= self.tail else self.chunk
-        chunk = programs.read_chunk(self.state.segments_below(stop), np.int32(sequence.slot), np.int32(start), size)
+        chunk = self.runner.read(sequence.slot, start, size, stop)
         counts: Iterable[int] = self._beginnings(tokens)
         # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
         last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
@@ -278,26 +275,26 @@ class Slots:
 
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch, in which row r stands for slot r."""
-        R, lone = self.state.segments.slots, batch.sequences[0]
+        R, lone = self.runner.segments.slots, batch.sequences[0]
         were_cleared = [self._clean(row.sequence, row.position + batch.steps) for row in batch.rows]
         is_to_copy = batch.copies and (batch.copies_are_new or any(were_cleared))
         stop = max(row.position for row in batch.rows) + batch.steps
-        segments = self.state.segments_below(max(stop, lone.clean_positions) if is_to_copy else stop)
+        segments = self.runner.segments_below(max(stop, lone.clean_positions) if is_to_copy else stop)
         if is_to_copy:
             targets = np.array([*batch.copies, *[R] * (DRAFT_ROWS - len(batch.copies))], np.int32)
-            segments = programs.copy_slot(segments, np.int32(lone.slot), targets, np.int32(lone.reach))
+            segments = copy_slot(segments, np.int32(lone.slot), targets, np.int32(lone.reach))
         token: Any = np.zeros(R, np.int32)
         position: Any = np.full(R, -1, np.int32)
         sampling = [IDLE] * R
         for row in batch.rows:
             token[row.slot], position[row.slot], sampling[row.slot] = row.token, row.position, row.sequence.request.sampling
-        rows = programs.make_rows(position, batch.draft_writes)
+        rows = make_rows(position, batch.draft_writes)
         wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled, segments, self.state.counts = programs.decode_slots(
-            self.cfg, self.params, segments, self.state.counts, token, rows,
+        sampled, segments, self.runner.counts = decode_slots(
+            self.cfg, self.params, segments, self.runner.counts, token, rows,
             sampling_arrays(sampling), penalty_arrays(sampling), np.int32(batch.steps), np.bool_(wants_logprobs),
         )  # fmt: skip
-        self.state.store(segments)
+        self.runner.store(segments)
         self.decode_steps += batch.steps
         # As NumPy arrays: indexing a JAX array would compile a program.
         fetched = jax.device_get(sampled if wants_logprobs else sampled[:2])
@@ -305,7 +302,7 @@ class Slots:
         events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
         return [event for event in events if event.tokens or event.finish_reason]
 
-    def _event(self, sequence: Sequence, batch: Decode, sampled: programs.SampledTokens) -> Event:
+    def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
         """Appends to a sequence the tokens sampled for it, as far as they count."""
         rows = [row.slot for row in batch.rows if row.sequence is sequence]
         places = [(step, row) for row in rows for step in range(batch.steps)]

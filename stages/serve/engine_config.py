@@ -13,7 +13,7 @@ from engine import placement
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
-from engine.inference.slot_state import MIN_ROWS
+from engine.inference.runner import MIN_ROWS
 from engine.inference.slots import CHUNK, compile_ahead
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig

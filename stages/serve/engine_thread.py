@@ -114,7 +114,7 @@ class EngineThread:
 
     def _compile_long_programs(self) -> None:
         try:
-            self.slots.state.compile_long_programs()
+            self.slots.runner.compile_long_programs()
         except Exception as error:
             self._failure = error
 

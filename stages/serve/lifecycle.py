@@ -84,7 +84,7 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
 
 async def report_long_programs(engine: EngineThread, console: Console) -> None:
     """Prints that a text waits for the programs for longer texts, once, and when these are there."""
-    state, is_reported = engine.slots.state, False
+    state, is_reported = engine.slots.runner, False
     if state.limit >= state.positions:
         return
     while not engine.has_long_programs:

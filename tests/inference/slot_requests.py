@@ -143,6 +143,6 @@ def poison(slots: Slots, rubbish: float) -> None:
         array[free] = rubbish if array.dtype.kind != "i" and array.dtype != np.int8 else 99
         return array
 
-    slots.state.segments, slots.state.counts = jax.tree.map(
-        lambda array: jax.device_put(jnp.asarray(spoil(array)), jax.devices()[0]), (slots.state.segments, slots.state.counts)
+    slots.runner.segments, slots.runner.counts = jax.tree.map(
+        lambda array: jax.device_put(jnp.asarray(spoil(array)), jax.devices()[0]), (slots.runner.segments, slots.runner.counts)
     )

@@ -10,7 +10,7 @@ import pytest
 from tiny import assert_near, lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference.decode import decode_step, prepare_params
-from engine.inference.programs import decode_slots
+from engine.inference.runner import decode_slots
 from engine.inference.sampling import PenaltyArrays, make_token_counts
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import CacheRows, make_kv_segments, segment_edges

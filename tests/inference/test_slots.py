@@ -112,7 +112,7 @@ def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
     ids.append(log.submit(requests[3]))
     while slots.scheduler.has_step:
         log.step()
-    assert (list(log.finished), slots.running, slots.waiting, slots.state.has_long_programs) == (ids[3:], 0, 3, False)
+    assert (list(log.finished), slots.running, slots.waiting, slots.runner.has_long_programs) == (ids[3:], 0, 3, False)
     slots.cancel(ids.pop(1)), requests.pop(1)
     slots.load_long_programs()
     log.drain()
@@ -270,7 +270,7 @@ def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
     for chunk in range(2):
         slots.step()
         assert len(waited) == chunk + 1
-        assert waited[-1] is slots.state.segments
+        assert waited[-1] is slots.runner.segments
 
 
 @EVERY_DTYPE

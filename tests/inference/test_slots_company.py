@@ -29,7 +29,7 @@ class Company(RuleBasedStateMachine):
     def begin(self, cache: int, options: dict[str, Any], holds: bool) -> None:
         self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, **options)
         if holds:  # as `warm` does that leaves the programs for longer texts out
-            self.slots.scheduler.limit = self.slots.state.limit
+            self.slots.scheduler.limit = self.slots.runner.limit
         self.slots.tails_agree = True  # as test_slots finds
         self.log, self.cancelled = Log(self.slots), set()
 

@@ -70,7 +70,7 @@ def facts_of(weights, tied):
     compiles.reset()
     together, lone = complete(slots, prompts), complete(slots, prompts[:1])
     shares = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed)]
-    keys = jax.tree.leaves(slots.state.segments.k)[0]
+    keys = jax.tree.leaves(slots.runner.segments.k)[0]
     sampled = lambda completions: [tokens for tokens, _ in completions]
     return {
         "greedy tokens are those of one device": not one or three == one[0],

@@ -34,7 +34,7 @@ from bench.anatomy.programs import (
     step_program,
 )  # fmt: skip
 from engine.inference import decode
-from engine.inference import programs as slot_programs
+from engine.inference import runner as slot_programs
 from engine.inference.decode import LONE_ROWS, decode_alone, decode_step, decode_steps
 from engine.inference.sampling import make_token_counts
 from engine.inference.score import score

@@ -22,7 +22,7 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
     slots = Slots(
         cfg, prepare_params(cfg, lively_params(cfg)), slots=3, capacity=60, kv_dtype="float32", chunk=16, tail=4, short=16
     )
-    may_prepare, prepare, finished = threading.Event(), slots.state.compile_long_programs, queue.SimpleQueue()
+    may_prepare, prepare, finished = threading.Event(), slots.runner.compile_long_programs, queue.SimpleQueue()
 
     def prepare_later() -> None:
         if not may_prepare.is_set():
@@ -31,7 +31,7 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
                 raise RuntimeError("no memory for a compiler")
         prepare()
 
-    monkeypatch.setattr(slots.state, "compile_long_programs", prepare_later)
+    monkeypatch.setattr(slots.runner, "compile_long_programs", prepare_later)
 
     async def ask_engine() -> None:
         engine, changed = EngineThread(slots), asyncio.Event()

@@ -1,0 +1,358 @@
+"""ModelRunner: the weights, KV cache and token counts of `slots.Slots` on the device, and the programs that work on them.
+
+They prefill a chunk of one prompt, decode a few tokens for all, and move chunks. Their shapes depend on the model, the slots
+and the segments they get, never on a request, so all can be compiled before the first one. They donate the KV cache and the
+token counts, and no parameter. On a CPU a call on positions below `short` gets only the segments there: such programs load in
+half the time. Those for longer texts, which have the same numbers to the bit, are compiled later, in any thread.
+"""
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine import placement, sharding
+from engine.inference.request import MAX_LOGPROBS, SamplingParams
+from engine.inference.sampling import (
+    PenaltyArrays,
+    SamplingArrays,
+    TokenCounts,
+    adjust_logits,
+    count_prompt,
+    make_token_counts,
+    penalty_arrays,
+    sample,
+    sampling_arrays,
+    set_token_counts,
+)
+from engine.inference.scheduler import DRAFT_ROWS
+from engine.inference.sequence import STEPS
+from engine.model.cache import segmented
+from engine.model.cache.segmented import CacheRows, KVDtype, KVSegments, make_kv_segments, segment_edges, segmented_cache
+from engine.model.config import ModelConfig
+from engine.model.ops import platform
+from engine.model.transformer import Params, forward, hidden_states
+
+Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
+COMPILED_AT_ONCE = 2  # tracing holds Python's lock
+MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
+
+
+def _compiled(move: Callable[..., Any], **options: Any) -> Any:
+    """Compiles a function that moves chunks; on a mesh what it returns lies as the KV cache does."""
+    return jax.jit(functools.wraps(move)(lambda *args: sharding.pin_cache(move(*args))), **options)
+
+
+clear_slot = _compiled(segmented.clear_slot, donate_argnames="segments")
+copy_slot = _compiled(segmented.copy_slot, donate_argnames="segments")
+read_chunk = _compiled(segmented.read_chunk, static_argnames="length")
+write_chunk = _compiled(segmented.write_chunk, donate_argnames="segments")
+
+
+class SampledTokens(NamedTuple):
+    """The samples of each step and row; X is MAX_LOGPROBS, or a smaller vocabulary."""
+
+    token: Array  # (STEPS, R) int32
+    finite: Array  # (STEPS, R) bool: whether its logits were numbers
+    logprob: Array  # (STEPS, R) float32
+    top_tokens: Array  # (STEPS, R, X) int32: the most probable ones
+    top_logprobs: Array  # (STEPS, R, X) float32
+
+
+@jax.jit(static_argnames="cfg", donate_argnames="segments")
+def prefill_chunk(
+    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array
+) -> KVSegments:
+    """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
+    rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
+    positions = start + jnp.arange(tokens.shape[1])
+    cache = hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1]
+    return sharding.pin_cache(cache.segments)
+
+
+@jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
+def decode_slots(
+    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: CacheRows,
+    sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
+) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
+    """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
+
+    One program does one step or several, for one row or all: a row's numbers are the same to the bit. Without `logprobs`
+    () bool log-probabilities are 0.
+    """
+    R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
+    own = jnp.arange(R, dtype=jnp.int32)
+
+    def step(i: Array, carry: Any) -> Any:
+        token, segments, counts, sampled = carry
+        position = jnp.where(rows.position < 0, -1, rows.position + i)
+        cache = segmented_cache(segments, rows._replace(position=position))
+        logits, cache = forward(cfg, params, token[:, None], jnp.maximum(position, 0)[:, None], cache)
+        logits = logits[:, 0]
+        with jax.named_scope("sample"):
+            adjusted = jax.lax.cond(
+                penalties.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, penalties
+            )
+            token = sample(adjusted, position + 1, sampling)
+            new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))
+            sampled = SampledTokens(*(array.at[i].set(row) for array, row in zip(sampled, new)))
+            counts = counts._replace(counts=counts.counts.at[own, token].add(position >= 0))
+        return token, cache.segments, counts, sampled
+
+    zeros = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
+    sampled = SampledTokens(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.int32, X), zeros(jnp.float32, X))
+    _, segments, counts, sampled = jax.lax.fori_loop(0, steps, step, (token, segments, counts, sampled))
+    return sampled, *sharding.pin_cache((segments, counts))
+
+
+def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tuple[Array, Array, Array]:
+    """Returns each token's log-probability (R,), the X most probable tokens (R, X), and theirs."""
+    R = len(token)
+
+    def computed():
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        best, tokens = jax.lax.top_k(logits, X)
+        return (jnp.take_along_axis(logits, token[:, None], axis=-1) - total)[:, 0], tokens, best - total
+
+    return jax.lax.cond(wanted, computed, lambda: (jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X))))
+
+
+def idle_calls(
+    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, chunk: int, tail: int, prefix_cache: bool
+) -> dict[str, Call]:
+    """Returns each program by name, with the arguments of a call in which no row and no slot is in use.
+
+    Of `params`, `segments` and `counts` only the shapes are read.
+    """
+    params, (segments, counts) = placement.inference_shapes(params, (segments, counts))
+    R = segments.slots
+    start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
+    rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
+    sampling = sampling_arrays(idle), penalty_arrays(idle)
+    state = cfg, params, segments
+    calls: dict[str, Call] = {
+        "decode_slots": (decode_slots, (*state, counts, np.zeros(R, np.int32), rows, *sampling, step, np.bool_(False)))
+    }
+    for size in {chunk, tail}:
+        calls[f"prefill_chunk {size}"] = prefill_chunk, (*state, np.zeros((1, size), np.int32), nowhere, start)
+    calls["clear_slot"] = clear_slot, (segments, nowhere, start, step)
+    calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
+    calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
+    for size in {chunk, tail} if prefix_cache else ():
+        shape = lambda leaf, size=size: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
+        computed = placement.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
+        calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
+        calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
+    return calls
+
+
+def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
+    """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(placement.current_mesh(),))
+    compile_call = lambda program, arguments: program.lower(*arguments).compile()
+    try:
+        futures = {pool.submit(compile_call, *call): name for name, call in calls.items()}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future], len(calls)
+    finally:  # a caller that wants no more waits only for the programs under way
+        pool.shutdown(cancel_futures=True)
+
+
+def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
+    """Makes the CacheRows of R slots, row r at position[r] (R,) int32 in slot r; `draft_writes`: of speculative decoding.
+
+    Row r is written to slot r, and each (row, slot) of `draft_writes` too: there is room for a lone sequence's rows in
+    the slots of all its copies.
+    """
+    R = len(position)
+    target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, R, np.int32)
+    source: Any = np.arange(len(target), dtype=np.int32) % R
+    target[:R] = np.arange(R)
+    for write, (row, slot) in enumerate(draft_writes, R):
+        source[write], target[write] = row, slot
+    return CacheRows(position, source, target)
+
+
+class SlotShapes(NamedTuple):
+    """What shapes the programs: positions of a slot, of a chunk, of a tail and of a short text, and a prefix cache's copies."""
+
+    slots: int
+    capacity: int
+    kv_dtype: KVDtype
+    chunk: int
+    tail: int
+    short: int
+    has_prefix_cache: bool
+
+    @property
+    def rows(self) -> int:
+        return max(self.slots, MIN_ROWS)
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        return segment_edges(self.capacity, self.chunk)
+
+    @property
+    def short_edges(self) -> tuple[int, ...]:
+        """The edges of the segments of short texts, at least one. An accelerator has no other texts: its memory is taken at
+        once or not at all, and equal bits of two programs were never tested there."""
+        edges = self.edges
+        return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))] if platform() == "cpu" else edges
+
+    def make_segments(self, cfg: ModelConfig, edges: tuple[int, ...]) -> KVSegments:
+        return make_kv_segments(cfg, self.rows, edges, self.kv_dtype)
+
+    @property
+    def sizes(self) -> tuple[int, int, bool]:
+        """What `idle_calls` has to know of them."""
+        return self.chunk, self.tail, self.has_prefix_cache
+
+    def compile_ahead(self, cfg: ModelConfig, params: Any) -> Iterator[tuple[str, int]]:
+        """Compiles the programs for short texts, as it is iterated, from the shapes of `params` alone."""
+        state = lambda: (self.make_segments(cfg, self.short_edges), make_token_counts(cfg, self.rows))
+        segments, counts = jax.eval_shape(state)
+        return compile_programs(idle_calls(cfg, params, segments, counts, *self.sizes))
+
+
+class ModelRunner:
+    """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
+
+    A program gets the segments of `segments_below`, and `store` takes what it returns for them. `limit`: the
+    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs.
+    """
+
+    def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
+        self.cfg, self.shapes, self.mesh = cfg, shapes, placement.current_mesh()
+        edges, short = shapes.edges, shapes.short_edges
+        self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
+        self.has_long_programs = False
+        self._preparing = threading.Lock()
+        self._prepared: tuple[KVSegments, dict[str, Call]] | None = None
+        self.params = self._device_put(params)
+        self.segments, self.counts = self._make(lambda: (shapes.make_segments(cfg, short), make_token_counts(cfg, shapes.rows)))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, in use or not; those of segments that are still to be made count."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.segments)) * self.positions // self.segments.edges[-1]
+
+    def segments_below(self, stop: int) -> KVSegments:
+        """Returns the segments for a call on positions below `stop`: short texts', or all, after loading their programs."""
+        if min(stop, self.positions) <= self.limit:
+            return self.segments.part(0, self._short)
+        self.load_long_programs()
+        return self.segments
+
+    def store(self, segments: KVSegments) -> None:
+        """Keeps what a program returned for the segments that it got."""
+        self.segments = segments.join(self.segments.part(len(segments.k[0]), None))
+
+    def prefill(self, tokens: Any, slot: int, start: int, stop: int) -> None:
+        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on; all lie below `stop`."""
+        segments = self.segments_below(stop)
+        self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start)))
+
+    def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
+        """Writes the first `count` positions of a chunk into a slot, from position `start` on; all lie below `stop`."""
+        self.store(write_chunk(self.segments_below(stop), chunk, np.int32(slot), np.int32(start), np.int32(count)))
+
+    def read(self, slot: int, start: int, size: int, stop: int) -> Any:
+        """Returns the chunk of `size` positions of a slot, from position `start` on; all lie below `stop`."""
+        return read_chunk(self.segments_below(stop), np.int32(slot), np.int32(start), size)
+
+    def clear(self, slot: int, start: int, stop: int, reach: int) -> int:
+        """Clears a slot's segments from `start` on that a call on positions below `stop` gets, if they begin below `reach`.
+
+        Returns where the call's segments end.
+        """
+        segments = self.segments_below(stop)
+        self.store(clear_slot(segments, np.int32(slot), np.int32(start), np.int32(reach)))
+        return segments.edges[-1]
+
+    def warm(
+        self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]], to_run_later: Collection[str]
+    ) -> None:
+        """Compiles every program for short texts and runs each once with no row in use, but for those `to_run_later`.
+
+        `ahead` is what `compile_ahead` yields: a program that it compiled runs while the next is compiled.
+        `report(ready, total)` counts programs.
+        """
+        with jax.set_mesh(self.mesh):
+            # Compiled from shapes: a program that runs donates arrays while others are being compiled.
+            calls = self._idle_calls(self.segments.part(0, self._short))
+            pending = set(calls)
+            with contextlib.closing(compile_programs(calls)) as compiled:
+                for name, count in itertools.chain(ahead, compiled):
+                    if name in pending:
+                        pending.remove(name)
+                        if name not in to_run_later:
+                            self._run_idle(*calls[name])
+                        if report:
+                            report(count - len(pending), count)
+                    if not pending:
+                        break
+
+    def compile_long_programs(self) -> None:
+        """Prepares what `load_long_programs` needs, in any thread; others may use the state meanwhile."""
+        with self._preparing, jax.set_mesh(self.mesh):
+            if self.has_long_programs or self._prepared:
+                return
+            edges = self.shapes.edges[self._short :]
+            segments = self._make(lambda: self.shapes.make_segments(self.cfg, edges))
+            calls = self._idle_calls(self.segments.join(segments)) if len(edges) > 1 else {}
+            for _ in compile_programs(calls):
+                pass
+            self._prepared = segments, calls
+
+    def load_long_programs(self) -> None:
+        """Adds the segments for longer texts, and runs each of their programs once with no row in use."""
+        if self.has_long_programs:
+            return
+        self.compile_long_programs()
+        assert self._prepared
+        segments, calls = self._prepared
+        self.segments = self.segments.join(segments)
+        with jax.set_mesh(self.mesh):
+            for call in calls.values():
+                self._run_idle(*call)
+        self.has_long_programs, self._prepared = True, None
+
+    def _make(self, make: Callable[[], Any]) -> Any:
+        return self._device_put(placement.make_sharded_cache(make))
+
+    def _device_put(self, tree: Any) -> Any:
+        """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""
+        return tree if self.mesh else jax.device_put(tree, jax.devices()[0])
+
+    def _idle_calls(self, segments: KVSegments) -> dict[str, Call]:
+        return idle_calls(self.cfg, self.params, segments, self.counts, *self.shapes.sizes)
+
+    def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
+        """Runs a program on this state, with zeros for the other arrays, and keeps the state it returns."""
+        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+        real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, KVSegments):
+                return self.segments.part(0, len(argument.k[0]))
+            if isinstance(argument, TokenCounts):
+                return self.counts
+            return self.params if isinstance(argument, dict) else jax.tree.map(real, argument)
+
+        results = program(*map(fill, arguments))
+        # Only tuples: iterating over a JAX array would compile a program.
+        for result in results if type(results) is tuple else (results,):
+            if isinstance(result, KVSegments):
+                self.store(result)
+            elif isinstance(result, TokenCounts):
+                self.counts = result
+        jax.block_until_ready((results, self.segments))
