@@ -143,6 +143,8 @@ def test_pages_of_a_listed_origin():
             for reply in refusals:
                 assert refused(reply, 403)["code"] == "bad_origin"
                 assert "access-control-allow-origin" not in reply.headers
+        elsewhere = httpx.options(url, headers={"Origin": APP, "Host": "evil.example"} | preflight)
+        assert refused(elsewhere, 403)["code"] == "bad_host"
         own = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url, **key})
         assert (own.status_code, own.headers.get("access-control-allow-origin")) == (200, None)
 
