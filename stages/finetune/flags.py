@@ -38,7 +38,7 @@ class TuningFlags:
     """Rows a step (pairs, for preference)."""
     accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
-    context: Annotated[int, parser(integer(16), "N")] = 256
+    context: Annotated[int | None, parser(integer(16), "N"), default("256, or the model's where that is less")] = None
     """Tokens a row."""
     learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-5 without LoRA")] = None
     """AdamW's."""

@@ -38,6 +38,7 @@ from stages.runs.training_steps import MeshBatches, TrainingSteps, lower_step, t
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
+CONTEXT = 256  # tokens of a row when nobody asks for a context
 EXPECTED_MFU = 0.4
 QUICK_EXAMPLES = 64  # of a quick evaluation
 
@@ -81,14 +82,13 @@ class FineTuning(ModelStage):
             beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
         )  # fmt: skip
         rows = tuning.batch * (2 if is_preference else 1)  # of tokens
-        recipe = Recipe("the model's", tuning.context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
 
         def make_plan(cfg: ModelConfig) -> None:
             """Plans the run by the architecture. Raises UserError before a weight is read."""
-            if tuning.context > cfg.context:
-                raise UserError(
-                    f"--context {tuning.context:,} is more than the {cfg.context:,} tokens {flags.model} was made for."
-                )
+            context = tuning.context or min(CONTEXT, cfg.context)
+            if context > cfg.context:
+                raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
+            recipe = Recipe("the model's", context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
             paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
             least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
@@ -104,7 +104,7 @@ class FineTuning(ModelStage):
         super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan, options.mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
-            examples.data, examples.validation, tuning.objective, tuning.context, flags.seed, self.chat, console
+            examples.data, examples.validation, tuning.objective, self.plan.recipe.context, flags.seed, self.chat, console
         )
         self.facts = {
             "learns": trainable.describe(),

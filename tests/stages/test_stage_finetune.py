@@ -352,10 +352,11 @@ def test_a_weight_of_0_is_not_trained_on_and_a_row_has_its_weight(trained, tmp_p
     data = [{"messages": turns, "weight": 0.5}, *(chat_row(f"the {word}", "red sails.") for word in WORD)]
     held_out = rows(tmp_path / "held.jsonl", [chat_row("the moon", "red sails.")])
     options = args(trained, rows(tmp_path / "data.jsonl", data), tmp_path / "run", "--lora", LORA, "--steps", 2)
-    options += ["--context", "64"]
+    del options[(at := options.index("--context")) : at + 2]  # by default that of the model, 64, as it is less than 256
     assert finetune.main([*options, "--validation", str(held_out)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"Assistant: went down\.<\|endoftext\|>[^\[]*\[\[ red sails", printed)
+    assert "2 x 64 tokens" in printed
     assert result(tmp_path / "run")["refused_steps"] == 0
     plain = json.loads((tmp_path / "run" / "run.json").read_text())["text"]["digest"]
     del data[0]["weight"]
