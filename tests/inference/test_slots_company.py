@@ -31,7 +31,7 @@ class Company(RuleBasedStateMachine):
         if holds:  # as `warm` does that leaves the programs for longer texts out
             self.slots.scheduler.limit = self.slots.runner.limit
         self.slots.tails_agree = True  # as test_slots finds
-        self.log, self.cancelled = Log(self.slots), set()
+        self.log, self.cancelled, self.were_held = Log(self.slots), set(), set()
 
     @rule(target=ids, request=requests)
     def submit(self, request: Request) -> int:
@@ -60,6 +60,8 @@ class Company(RuleBasedStateMachine):
     @precondition(lambda self: self.slots.scheduler.limit < CAPACITY)
     @rule()
     def load_long_programs(self) -> None:
+        scheduler = self.slots.scheduler
+        self.were_held = {sequence.id for sequence in scheduler.waiting if scheduler.is_held(sequence)}
         self.slots.load_long_programs()
 
     @precondition(lambda self: len(self.slots.scheduler.free) > 0)
@@ -70,7 +72,7 @@ class Company(RuleBasedStateMachine):
     @invariant()
     def bounds_hold(self) -> None:
         if hasattr(self, "slots"):
-            check_slots(self.slots.scheduler)
+            check_slots(self.slots.scheduler, self.were_held)
             assert not (set(self.log.finished) & self.cancelled)
             assert 0 <= self.slots.used_positions <= SLOTS * CAPACITY
             assert self.slots.prefix_cache.bytes <= self.slots.prefix_cache.limit
