@@ -129,7 +129,7 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     threading.Thread(target=orbax_arrays.import_orbax, daemon=True).start()  # beside the hashing
     chosen = ""
     if distributed.is_first():
-        remove_incomplete(folder)
+        remove_unfinished(_root(folder))
         chosen = json.dumps(_newest_intact(folder), default=str)
     name, damaged = json.loads(distributed.gather_strings(chosen)[0])
     record, settings = _read_state(newest := Path(name)), _prng_settings()
@@ -187,11 +187,6 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
         shutil.rmtree(target := root / f"damaged-{step}", ignore_errors=True)
         moved.append((root / str(step)).rename(target))
     return moved
-
-
-def remove_incomplete(folder: Path) -> None:
-    """Removes the unfinished checkpoints of killed saves from a run folder."""
-    remove_unfinished(_root(folder))
 
 
 def _root(folder: Path) -> Path:

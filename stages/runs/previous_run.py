@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from engine import distributed
 from engine.errors import UserError
+from engine.files import remove_unfinished
 from engine.format import duration, join_words
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
@@ -49,7 +50,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     """
     if overwrite or not holds_run(folder):
         return None
-    checkpoint.remove_incomplete(folder)  # puts back the only checkpoint, if a kill came while it was replaced
+    remove_unfinished(folder / "checkpoints")  # puts back the only checkpoint, if a kill came while it was replaced
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
         return None  # stopped before its first checkpoint

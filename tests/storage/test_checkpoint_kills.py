@@ -19,9 +19,9 @@ import pytest
 from tiny_checkpoints import hidden, is_step, load_tiny, save_model, save_tiny
 
 from engine.errors import UserError
-from engine.files import UNFINISHED, folder_lock
+from engine.files import UNFINISHED, folder_lock, remove_unfinished
 from engine.storage import checkpoint
-from engine.storage.checkpoint import remove_incomplete, steps
+from engine.storage.checkpoint import steps
 from engine.storage.manifest import verify
 
 # T1: a kill at any instant
@@ -76,7 +76,7 @@ def shim():
 def swept_clean(folder: Path) -> bool:
     """A real kill stops every thread; here those of Orbax may write a little longer into what is being swept."""
     for _ in range(200):
-        remove_incomplete(folder)
+        remove_unfinished(folder / "checkpoints")
         if not hidden(folder):
             return True
         time.sleep(0.01)
@@ -134,10 +134,10 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
     building = tmp_path / "checkpoints" / f".2.abcdefgh{UNFINISHED}"
     building.mkdir()
     with folder_lock(building):
-        remove_incomplete(tmp_path)
+        remove_unfinished(tmp_path / "checkpoints")
         assert building.exists()
         assert load_tiny(tmp_path).step == 1
-    remove_incomplete(tmp_path)
+    remove_unfinished(tmp_path / "checkpoints")
     assert not building.exists()
 
 
