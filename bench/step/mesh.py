@@ -13,7 +13,6 @@ from bench.cli import Json, Shape, print_table, progress
 from bench.models import make_step_inputs
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.collectives import read_collectives
-from engine.counting.mesh_traffic import step_collectives
 from engine.mesh_shape import check_mesh, parse_mesh
 from engine.placement import global_batch, init_sharded, make_mesh, sharded_shapes
 from engine.sharding import group_columns, ungroup_columns
@@ -24,8 +23,8 @@ from engine.training.step import init_state, train_step
 def measure_mesh(
     mesh: str, shape: Shape, optimizer: Literal["adamw", "muon"], dtype: Literal["bfloat16", "float32"], rounds: int
 ) -> Json:
-    """Times the steps, compares losses and weights after them, and the bytes that the compiled step exchanges with those of
-    the formula; prints the comparison and returns the document. Raises UserError for a mesh that does not fit."""
+    """Times the steps, compares losses and weights after them, counts the bytes that the compiled step exchanges; prints the
+    comparison and returns the document. Raises UserError for a mesh that does not fit."""
     size, inputs, tx = parse_mesh(mesh), make_step_inputs(shape, dtype), make_optimizer(OptimizerConfig(kind=optimizer))
     check_mesh(size, inputs.cfg, shape.batch)
     batch, progress_share = jax.device_get(inputs.batch), np.float32(0.5)
@@ -58,13 +57,12 @@ def measure_mesh(
     whole = jax.device_get(states["one device"].trainable)
     moved = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole)))
     exchanged = sum(one.bytes * one.times for one in read_collectives(compiled[str(size)]))
-    formula = step_collectives(inputs.cfg, size, shape.batch, shape.tokens, optimizer).total()
     print_table(str(shape), ("", "ms a step"), [(timing.name, f"{timing.median * 1e3:.1f}") for timing in (one, many)])
     print(f"{size} takes {over} of the time of one device; losses differ by {apart:.1e} of themselves, weights by {moved:.1e}")
-    print(f"collectives: {exchanged / 1e6:.2f} MB a step on a device, {formula / 1e6:.2f} by formula")
+    print(f"collectives: {exchanged / 1e6:.2f} MB a step on a device")
     print(describe_noise(timings))
     return {
         "mesh": size._asdict(), "shape": str(shape), "optimizer": optimizer, "dtype": dtype,
         "ms_per_step": {timing.name: timing.median * 1e3 for timing in (one, many)}, **over.fields(),
-        "collective_bytes": exchanged, "formula_bytes": formula, "loss_difference": apart, "weight_difference": moved,
+        "collective_bytes": exchanged, "loss_difference": apart, "weight_difference": moved,
     }  # fmt: skip

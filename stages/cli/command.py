@@ -134,15 +134,6 @@ def typed_arguments() -> list[str]:
     return _arguments
 
 
-def resume_command(stage: str, skip_batches: str | None = None) -> str:
-    """Returns the command that resumes the run in progress: the same again, without --overwrite.
-
-    `skip_batches`: the value of that flag, in place of the one that was typed.
-    """
-    words = [word for word in _arguments if word != "--overwrite"]
-    if skip_batches:
-        typed = [word.replace("_", "-").partition("=")[0] == "--skip-batches" for word in words]
-        values = [False, *(flag and "=" not in word for flag, word in zip(typed, words))]
-        words = [word for word, flag, value in zip(words, typed, values) if not (flag or value)]
-        words += ["--skip-batches", skip_batches]
-    return command_line(stage, *words)
+def resume_command(stage: str) -> str:
+    """Returns the command that resumes the run in progress: the same again, without --overwrite."""
+    return command_line(stage, *(word for word in _arguments if word != "--overwrite"))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from engine.errors import UserError
 from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
-from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, SkipBatchesFlag, TrainableFlags
+from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, TrainableFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,6 @@ class ExampleFlags:
     """A chat template (Jinja) to use in place of the model's."""
     no_pack: Annotated[bool, default("off")] = False
     """One example a row. Packed, several short ones share a row and do not see one another."""
-    skip_batches: SkipBatchesFlag = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
-from stages.runs.training_steps import MeshBatches, TrainingSteps, lower_step, temporary_bytes
+from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
@@ -49,10 +49,7 @@ def run(flags: FinetuneFlags, device: Device) -> int:
     intervals, examples = dataclasses.asdict(flags.folder), flags.examples
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
-    options = RunOptions(
-        "finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, skip_batches=examples.skip_batches,
-        mesh=flags.mesh.mesh,
-    )  # fmt: skip
+    options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, mesh=flags.mesh.mesh)
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
@@ -97,7 +94,10 @@ class FineTuning(ModelStage):
                 least_steps=least_steps, mesh=choose_mesh(options.mesh) or ONE_DEVICE,
             )  # fmt: skip
             check_mesh(self.plan.mesh, cfg, tuning.batch, flags.microbatches)
-            self.plan.require_step_memory(tuning.batch, is_lora=lora is not None)
+            parts = tuning.batch // self.plan.mesh.row_shards
+            lighter = "--base int8" if lora else "a LoRA (no --train, no --freeze)"
+            remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
+            self.plan.require(self.plan.memory.total, "A step would need about", remedy)
 
         if examples.general != "none":
             check_text_name(examples.general)
@@ -153,16 +153,14 @@ class FineTuning(ModelStage):
         _clear_programs()
         batches = MeshBatches(self._batches())
         with self.console.task("compiling", always=True):
-            narrow = INT8_COMPILER_OPTIONS if plan.base == "int8" else None
-            lowered = lower_step(
-                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective
-            )
-            compiled = lowered.compile(narrow)
+            program = compile_step(
+                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective,
+                INT8_COMPILER_OPTIONS if plan.base == "int8" else None,
+            )  # fmt: skip
         _clear_programs()
         return TrainingSteps(
-            lambda state, batch, progress: compiled(state, frozen, batch, progress), batches, self._evaluator(QUICK_EXAMPLES),
-            plan, loop_state, self.peak_flops, advice="--learning-rate, or warm up longer with --warmup",
-            buffer_bytes=temporary_bytes(compiled),
+            program, frozen, batches, self._evaluator(QUICK_EXAMPLES), plan, loop_state, self.peak_flops,
+            advice="--learning-rate, or warm up longer with --warmup",
         )  # fmt: skip
 
     def finish(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:

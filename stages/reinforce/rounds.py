@@ -18,7 +18,7 @@ from stages.runs.estimate import RunPlan
 from stages.runs.loop import Evaluator
 from stages.runs.loop_state import LoopState
 from stages.runs.trainable import TrainableSplit
-from stages.runs.training_steps import lower_step
+from stages.runs.training_steps import compile_step
 
 ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in reward end a run
 
@@ -66,8 +66,7 @@ class Rounds:
         batch = rollout_batch([[0]] * rows, [[0]] * rows, recipe.context)
         empty = np.zeros(batch.tokens.shape, np.float32)
         rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if updates > 1 else None, empty)
-        lowered = lower_step(plan.cfg, recipe.optimizer, recipe.accumulate, state, split.frozen, rollouts, objective)
-        self.program = lowered.compile()
+        self.program = compile_step(plan.cfg, recipe.optimizer, recipe.accumulate, state, split.frozen, rollouts, objective)
         self.params = prepare_params(plan.cfg, merge(state.trainable, split.frozen))
         self.digest = digest(self.params)
 

@@ -24,10 +24,10 @@ from engine.counting.hardware import (
 )  # fmt: skip
 from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
 from engine.counting.params import count_params
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, lora_only
+from engine.counting.trainable_paths import TrainablePaths, all_trainable
 from engine.format import duration, format_bytes, quantity
 from engine.mesh_shape import ONE_DEVICE, MeshShape, divisors
-from engine.model.config import LoraConfig, ModelConfig
+from engine.model.config import ModelConfig
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
 from stages.cli.console import Console
@@ -146,30 +146,6 @@ class RunPlan:
         if self.seconds:
             left += [max(self.seconds - elapsed, (self.least_steps - step) * step_seconds)]
         return min(left)
-
-    def require_step_memory(self, batch: int, is_lora: bool) -> None:
-        """Raises UserError when a fine-tuning step would not fit, naming --accumulate, --remat, int8 or a LoRA if that would.
-
-        `batch`: rows, or pairs.
-        """
-        if self.memory.total <= memory_limit(self.mesh):
-            return
-        parts = batch // self.mesh.row_shards
-        flags = f"--accumulate {parts}"
-        by_rows = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, accumulate=parts))
-        with_remat = dataclasses.replace(by_rows, cfg=dataclasses.replace(self.cfg, remat="block"))
-        plans = {f"{flags}, a row at a time,": by_rows, f"{flags} --remat": with_remat}
-        if is_lora:
-            plans[f"--base int8 {flags} --remat"] = dataclasses.replace(with_remat, base="int8")
-        else:
-            lora = lora_only(self.cfg, LoraConfig())
-            plans |= {
-                f"a LoRA (no --train, no --freeze) with {name}": dataclasses.replace(lighter, trainable=lora)
-                for name, lighter in plans.items()
-            }
-        fits = lambda plan: plan.memory.total <= memory_limit(self.mesh)
-        remedy = next((name for name, lighter in plans.items() if fits(lighter)), "only a smaller model")
-        self.require(self.memory.total, "A step would need about", f"{remedy} would fit.")
 
     def require(self, needed: int, what: str, remedy: str, detail: str = "") -> None:
         """Raises UserError when a device needs more bytes than it has: see `require_memory`."""

@@ -9,14 +9,8 @@ from engine import distributed
 from engine.coordinator import find_coordinator, join
 from engine.errors import UserError
 from engine.model.config import LoraConfig
-from engine.text.skipped_batches import Ranges, parse_ranges
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
 from stages.cli.process import print_errors_on
-
-SkipBatchesFlag = Annotated[
-    Ranges | None, parser(parse_ranges, "A..B"),
-    default("none, or those that the run recorded", "Batches not to train on, such as 120..129 or 3..3,120..129."),
-]  # fmt: skip
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
 

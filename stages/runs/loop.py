@@ -19,10 +19,9 @@ from engine.errors import UserError
 from engine.format import clock_time, format_bytes, quantity
 from engine.storage import checkpoint
 from engine.storage.background_save import BackgroundSaver
-from engine.text.skipped_batches import Ranges, batch_of_step, format_ranges, join_ranges
 from engine.training.step import TrainState
 from stages.cli import signals
-from stages.cli.command import explain_error, resume_command
+from stages.cli.command import explain_error
 from stages.cli.console import Console, ReportProgress
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
@@ -42,8 +41,7 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `skip_batches`: those to leave out, in place of the ones that the run recorded.
-    `mesh`: as `--mesh` has it.
+    than EVALUATION_SHARE of the time. `mesh`: as `--mesh` has it.
     """
 
     stage: str
@@ -55,7 +53,6 @@ class RunOptions:
     keep: int
     log_every: int = 1
     eval_every: int | float | None = None
-    skip_batches: Ranges | None = None
     mesh: str | None = None
 
 
@@ -228,7 +225,6 @@ class Loop:
 
     def _count(self, refused: list[bool], seconds: float) -> None:
         loop_state = self.loop_state
-        batch = batch_of_step(loop_state.step, loop_state.skipped)
         loop_state.step += 1
         loop_state.seconds += seconds
         self.timer.add(seconds)
@@ -238,7 +234,7 @@ class Loop:
             loop_state.refused += update_refused
             loop_state.refused_in_a_row = loop_state.refused_in_a_row + 1 if update_refused else 0
         if any(refused):
-            loop_state.refused_batch = batch
+            loop_state.refused_batch = loop_state.step - 1
         self.refused_whole = bool(refused) and all(refused)
 
     def _report(self, steps: Steps, refused: list[bool], done: bool) -> None:
@@ -257,21 +253,18 @@ class Loop:
     def _stop_after_refusals(self, steps: Steps, state: TrainState) -> None:
         """Raises UserError, with the run saved before the refused steps, which changed no weight, and will be run again."""
         sound, stopped, noun = self.last_sound, self.loop_state, self.plan.noun
-        last = batch_of_step(stopped.step - 1, stopped.skipped)
-        first = batch_of_step(sound.step - sound.refused_in_a_row, sound.skipped)
         refused = f"{stopped.refused_in_a_row} updates in a row, up to {noun} {stopped.step:,},"  # several a round
         self.loop_state = sound
         if self.saved_step is None or self.saved_step < sound.step:
             self.save(state)
         self.saver.wait()
-        skip, where = "", ""
+        where = ""
         if noun == "step":
+            first, last = sound.step - sound.refused_in_a_row, stopped.step - 1
             refused, where = f"{REFUSED_IN_A_ROW} steps in a row", f", in batches {first} to {last} of the data,"
-            skipped = format_ranges(join_ranges([*sound.skipped, (first, last)]))
-            skip = f"To go on without those batches: {resume_command(self.options.stage, skip_batches=skipped)}\nOr lower "
         raise UserError(
             f"{refused} had a loss or gradient that is not a number{where} and changed no weight; the run is saved at {noun} "
-            f"{self.saved_step:,} in {self.options.folder}. {skip or 'Lower '}{steps.advice}."
+            f"{self.saved_step:,} in {self.options.folder}. Lower {steps.advice}."
         )
 
     def _live_line(self, steps: Steps) -> list[str]:

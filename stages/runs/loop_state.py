@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-from engine.text.skipped_batches import Ranges
-
 
 @dataclasses.dataclass
 class LoopState:
@@ -19,7 +17,6 @@ class LoopState:
     refused: int = 0  # updates that were not finite
     refused_in_a_row: int = 0
     refused_batch: int | None = None  # of the last one
-    skipped: Ranges = ()  # batches that are left out
     validation: float | None = None  # the last quick one
     best: float | None = None  # the lowest quick validation, or the highest mean reward
     best_step: int | None = None
@@ -32,7 +29,6 @@ class LoopState:
         """Returns the state of a checkpoint's state.json. Raises KeyError, TypeError or ValueError for a damaged one."""
         known = {field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}
         state = cls(**known | {"step": int(record["step"]), "seconds": float(record["seconds"])})
-        state.skipped = tuple((first, last) for first, last in state.skipped)
         state.intervals = {name: (step, seconds) for name, (step, seconds) in state.intervals.items()}
         return state
 

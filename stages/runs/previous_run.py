@@ -26,14 +26,17 @@ from stages.runs.loop_state import LoopState
 from stages.runs.mesh import from_file_order
 from stages.runs.trainable import TrainableSplit
 
+Changes = dict[str, tuple[Any, Any]]  # path in run.json -> (before, now)
+
 
 @dataclasses.dataclass(frozen=True)
 class PreviousRun:
-    """The run in a folder: its run.json, and its newest checkpoint's LoopState."""
+    """The run in a folder: its run.json, its newest checkpoint's LoopState, and what the run that resumes it changes."""
 
     folder: Path
     record: dict[str, Any]
     loop_state: LoopState
+    changes: Changes
 
     @property
     def has_result(self) -> bool:
@@ -54,16 +57,22 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
         return None  # stopped before its first checkpoint
-    if differing := _differences(record, facts, read_config(folder), cfg):
+    if record.get("skipped_batches"):
         raise UserError(
-            f"{folder} holds a run with another {join_words(differing)}. Give another --out-dir, or --overwrite to "
+            f"{folder} holds a run that left out batches {record['skipped_batches']} of its data with --skip-batches, which "
+            f"is gone: it cannot be resumed. Evaluate it with --model {folder}, or give --overwrite to begin anew."
+        )
+    before, now = settings(record, read_config(folder)), settings(facts, cfg)
+    if refused := refusals(before, now):
+        raise UserError(
+            f"{folder} holds a run with another {join_words(refused)}. Give another --out-dir, or --overwrite to "
             "begin anew there."
         )
     try:
         loop_state = LoopState.from_json(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
     except (OSError, KeyError, TypeError, ValueError):
         loop_state = LoopState()  # damaged: `restore` reports it, and finds the one before
-    return PreviousRun(folder, record, loop_state)
+    return PreviousRun(folder, record, loop_state, differences(before, now))
 
 
 def refuse_other_order(previous: PreviousRun) -> None:
@@ -82,53 +91,56 @@ def recorded_batch(folder: Path, overwrite: bool) -> int | None:
     return leaf_paths(read_json(folder / "run.json")).get("recipe/batch")
 
 
-# What must be the same to resume a run, and where run.json says it.
-MUST_MATCH = {
-    "text": "text/digest", "tokenizer": "tokenizer/digest", "seed": "seed", "batch": "recipe/batch",
-    "context": "recipe/context", "optimizer": "recipe/optimizer/kind", "base": "base/digest",
-    "choice of trainable parameters": "learns", "objective": "objective", "packing": "pack", "stage": "stage",
+# What a resumed run may not change, by its path in run.json, and its name; of the architecture, all that CONFIG_MAY_CHANGE
+# does not name. All else may change, and is noted in run.json.
+FIXED = {
+    "text/digest": "text", "tokenizer/digest": "tokenizer", "seed": "seed", "recipe/batch": "batch",
+    "recipe/context": "context", "recipe/optimizer/kind": "optimizer", "base/digest": "base",
+    "learns": "choice of trainable parameters", "objective": "objective", "pack": "packing", "stage": "stage",
 }  # fmt: skip
 SPLIT = " or split of it (earlier versions held out the last tenth: give both parts with --data and --validation)"
-OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}
+CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
+OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}  # not every run has them
 # Fields that an older run.json does not have, and what its run did.
 ADDED = {"recipe/optimizer/embedding_factor": 1.0, "recipe/optimizer/head_factor": 1.0}
-NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
+NOT_COMPARED = re.compile("(command|changes|result|skipped_batches)(/.*)?")  # the flags in the command are compared one by one
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], old_cfg: ModelConfig, cfg: ModelConfig) -> list[str]:
-    """Returns what differs and must not: `width (256 there, 384 now)`."""
-    there, now = leaf_paths(old), leaf_paths(new)
-    if {*MUST_MATCH.values()} - OPTIONAL - there.keys():
+def settings(facts: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """Returns all that is compared, {path in run.json: value}; `config/...` is the architecture's."""
+    leaves = leaf_paths(json.loads(json.dumps(facts)) | {"config": json.loads(json.dumps(cfg.to_json()))})
+    return {path: value for path, value in leaves.items() if not NOT_COMPARED.fullmatch(path)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
+    """Returns the settings that differ. What an older run.json does not tell is not known to have changed."""
+    before = {path: value for path, value in ADDED.items() if path in now} | before
+    paths = dict.fromkeys([*before, *FIXED, *(path for path in now if path.startswith("config/"))])
+    return {path: (before.get(path), now.get(path)) for path in paths if before.get(path) != now.get(path)}
+
+
+def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns what differs and may not: `width (256 there, 384 now)`."""
+    if FIXED.keys() - OPTIONAL - before.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
-    pairs = [(name, getattr(old_cfg, name), getattr(cfg, name)) for name in old_cfg.architecture_differences(cfg)]
-    for name, key in MUST_MATCH.items():
-        if there.get(key) == now.get(key) or (name == "text" and there.get("seed") != now.get("seed")):  # it follows the seed
+    changes, refused = differences(before, now), []
+    for path, values in changes.items():
+        name = path.removeprefix("config/") if path.startswith("config/") else FIXED.get(path)
+        if not name or path in CONFIG_MAY_CHANGE or (name == "text" and "seed" in changes):  # the text follows the seed
             continue
-        if key.endswith("/digest"):
-            names = (f"{name}/{part}" for part in ("data", "kind", "model"))
-            key = next((other for other in names if there.get(other) or now.get(other)), key)
-        name += SPLIT if name == "text" and now.get("objective") and there.get(key) == now.get(key) else ""
-        pairs.append((name, there.get(key), now.get(key)))
-    return [f"{name} ({before} there, {after} now)" if before != after else name for name, before, after in pairs]
+        if path.endswith("/digest"):
+            sources = (f"{name}/{part}" for part in ("data", "kind", "model"))
+            path = next((source for source in sources if before.get(source) or now.get(source)), path)
+            values = before.get(path), now.get(path)
+        if name == "text" and now.get("objective") and values[0] == values[1]:
+            name += SPLIT
+        refused.append(f"{name} ({values[0]} there, {values[1]} now)" if values[0] != values[1] else name)
+    return refused
 
 
-def changed_fields(previous: PreviousRun, facts: dict[str, Any], cfg: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns what a run may change and did, {path in run.json: (before, now)}; `config/...` is the architecture's.
-
-    What run.json did not tell in an earlier version is not known to have changed.
-    """
-    before, now = (
-        leaf_paths({**fields, "config": config.to_json()})
-        for fields, config in ((previous.record, read_config(previous.folder)), (json.loads(json.dumps(facts)), cfg))
-    )
-    before = {name: value for name, value in ADDED.items() if name in now} | before
-    same = lambda name: name not in before or NOT_COMPARED.fullmatch(name) or before[name] == now.get(name)
-    return {name: (before.get(name), now.get(name)) for name in before if not same(name)}
-
-
-def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
+def describe_changes(changes: Changes) -> list[str]:
     """Returns lines: `learning_rate: 0.003 -> 0.01`."""
-    lines = {name: f"{name.rpartition('/')[2]}: {before} -> {now}" for name, (before, now) in changes.items()}
+    lines = {path: f"{path.rpartition('/')[2]}: {before} -> {now}" for path, (before, now) in changes.items()}
     if "text/validation_digest" in lines:
         lines["text/validation_digest"] = "what is in the validation data"
     return [*lines.values()]

@@ -17,7 +17,6 @@ from engine.placement import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer, updating
 from engine.text import epoch_order
-from engine.text.skipped_batches import format_ranges, replace_unread
 from engine.text.tokenizer import Tokenizer
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -28,14 +27,7 @@ from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, RunOptions, Steps
 from stages.runs.loop_state import LoopState
 from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here, refuse_different_runs
-from stages.runs.previous_run import (
-    PreviousRun,
-    changed_fields,
-    describe_changes,
-    find_previous_run,
-    refuse_other_order,
-    restore,
-)
+from stages.runs.previous_run import PreviousRun, describe_changes, find_previous_run, refuse_other_order, restore
 from stages.runs.summary import RunReport, print_summary
 from stages.runs.trainable import TrainableSplit
 
@@ -118,11 +110,9 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     previous = find_previous_run(folder, facts, plan.cfg, options.overwrite)
     shared = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
     refuse_different_runs(facts, plan.cfg, shared, previous.loop_state.step if previous else 0)
-    if previous and options.skip_batches is None:
-        facts["skipped_batches"] = format_ranges(previous.loop_state.skipped)
     _print_plan(options, stage, console)
     if previous and plan.progress(previous.loop_state.step, previous.loop_state.seconds) >= 1 and previous.has_result:
-        _print_finished(previous, plan, facts, console)
+        _print_finished(previous, plan, console)
         return 0
     if previous:
         refuse_other_order(previous)
@@ -160,13 +150,13 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     return 0
 
 
-def _print_finished(previous: PreviousRun, plan: RunPlan, facts: dict[str, Any], console: Console) -> None:
+def _print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:
     done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
     console.print(
         f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
         f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
     )
-    for line in describe_changes(changed_fields(previous, facts, plan.cfg)):
+    for line in describe_changes(previous.changes):
         console.print(f"changed, which trains nothing: {line}", style="yellow")
 
 
@@ -176,14 +166,18 @@ def _first_state(
     """Returns the state to train from: the newest checkpoint's, with what changed noted in `facts`, or a new one."""
     if previous:
         state, loop_state = restore(previous, stage.plan.cfg, stage.initial_state, stage.split, console)
-        changes = _record_changes(previous, options, facts, stage.plan, loop_state, console)
-        facts["changes"] = previous.record.get("changes", []) + changes
+        for line in describe_changes(previous.changes):
+            console.print(f"changed: {line}", style="yellow")
+        if previous.changes.keys() & {"text/validation", "text/validation_digest"}:  # a best on another would never be
+            loop_state.best = loop_state.best_step = None  # beaten, or always
+        noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
+        facts["changes"] = previous.record.get("changes", []) + noted
         return state, loop_state
     with console.task("initialising"):
         state = init_sharded(stage.initial_state, stage.split.trainable)
     if distributed.is_first():
         clear_run(options.folder)
-    return state, LoopState(skipped=options.skip_batches or ())
+    return state, LoopState()
 
 
 def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -> dict[str, Any]:
@@ -192,28 +186,8 @@ def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -
         "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
         "seed": plan.seed, "order": epoch_order.VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
         "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
-        "skipped_batches": format_ranges(options.skip_batches or ()),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_facts,
     })  # fmt: skip
-
-
-def _record_changes(
-    previous: PreviousRun, options: RunOptions, facts: dict[str, Any], plan: RunPlan, loop_state: LoopState, console: Console
-) -> list[dict[str, Any]]:
-    """Sets the batches that a resumed run skips; prints what changed, and returns it as an entry of run.json's `changes`."""
-    if options.skip_batches is not None:
-        loop_state.skipped, read = replace_unread(loop_state.skipped, options.skip_batches, loop_state.step)
-        if read:
-            console.print(
-                f"read before step {loop_state.step:,}, so not skipped: batches {format_ranges(read)}", style="yellow"
-            )
-    facts["skipped_batches"] = format_ranges(loop_state.skipped)
-    changes = changed_fields(previous, facts, plan.cfg)
-    for line in describe_changes(changes):
-        console.print(f"changed: {line}", style="yellow")
-    if changes.keys() & {"text/validation", "text/validation_digest"}:  # a best on another would never be beaten, or always
-        loop_state.best = loop_state.best_step = None
-    return [{"step": loop_state.step, "fields": changes}] if changes else []
 
 
 def _newest_checkpoint(folder: Path, resume: str) -> str:

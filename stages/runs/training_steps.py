@@ -1,17 +1,15 @@
 """Compiles a training step, and runs it on one batch after another."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
 from engine.model.config import ModelConfig
 from engine.placement import batch_share, global_batch
-from engine.text.epoch_order import ALL, EpochOrder
-from engine.text.skipped_batches import batch_of_step
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
@@ -21,19 +19,13 @@ from stages.runs.loop_state import LoopState
 LARGE_BUFFER = 2**27  # bytes
 
 
-class Batches(Protocol):
-    """Batches by step; `epoch`: how often all data was read before one."""
-
-    order: EpochOrder
-
-    def at(self, step: int, rows: slice = ALL) -> Any: ...
-    def epoch(self, step: int) -> float: ...
-
-
 class MeshBatches:
-    """Batches over the mesh of `jax.set_mesh`: each process reads its own rows alone."""
+    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows alone.
 
-    def __init__(self, batches: Batches) -> None:
+    `epoch`: how often all data was read before a step.
+    """
+
+    def __init__(self, batches: Any) -> None:
         self.batches, self.epoch = batches, batches.epoch
         shares, share = batch_share(batches.order.batch)
         rows = batches.order.batch // shares
@@ -43,17 +35,16 @@ class MeshBatches:
         return global_batch(self.batches.at(step, self.rows))
 
 
-Program = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]  # (state, batch, progress) -> (state, metrics)
-
-
-def lower_step(
+def compile_step(
     cfg: ModelConfig, optimizer: OptimizerConfig, microbatches: int, state: TrainState, frozen: Any, batch: Any,
-    objective: Objective = NEXT_TOKEN,
-) -> Lowered:  # fmt: skip
-    """Traces `train_step`, to be compiled to (state, frozen, batch, progress) -> (state, metrics)."""
-    return train_step.lower(
+    objective: Objective = NEXT_TOKEN, options: dict[str, Any] | None = None, on_traced: Callable[[], None] = lambda: None,
+) -> Compiled:  # fmt: skip
+    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); calls `on_traced` before XLA begins."""
+    lowered = train_step.lower(
         cfg, make_optimizer(optimizer), state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
     )  # fmt: skip
+    on_traced()
+    return lowered.compile(options)
 
 
 def temporary_bytes(compiled: Compiled) -> int:
@@ -65,31 +56,32 @@ def temporary_bytes(compiled: Compiled) -> int:
 class TrainingSteps:
     """The Steps of training and fine-tuning: runs a program on one batch after another, from the state's step on.
 
-    `peak_flops`: this machine's, a second. `buffer_bytes`: `temporary_bytes` of the program.
+    `peak_flops`: this machine's, a second.
     """
 
     lines_stay, exhausted = False, False
 
     def __init__(
-        self, program: Program, batches: MeshBatches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
-        peak_flops: float, advice: str, buffer_bytes: int = 0,
+        self, program: Compiled, frozen: Any, batches: MeshBatches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
+        peak_flops: float, advice: str,
     ) -> None:  # fmt: skip
-        self.program, self.batches, self.plan, self.buffer_bytes = program, batches, plan, buffer_bytes
+        self.program, self.frozen, self.batches = program, frozen, batches
+        self.plan, self.buffer_bytes = plan, temporary_bytes(program)
         self.evaluator: Evaluator | None = evaluator
         self.peak_flops, self.advice = peak_flops, advice
         self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
-        self.batch = self._batch(loop_state, loop_state.step)
+        self.batch = batches.at(loop_state.step)
         self.losses: list[float] = []
         self.loss = self.grad_norm = float("nan")
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
-        following = self._batch(loop_state, step + 1) if self.buffer_bytes else None
+        following = self.batches.at(step + 1) if self.buffer_bytes else None
         if self.buffer_bytes and not fits_freed_memory(self.buffer_bytes):  # as after a save, whose buffers lie in its place
             return_freed_memory()  # or this step's buffer would lie beside the last one's
-        state, metrics = self.program(state, self.batch, progress)
-        self.batch = following or self._batch(loop_state, step + 1)
+        state, metrics = self.program(state, self.frozen, self.batch, progress)
+        self.batch = following or self.batches.at(step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
         self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
@@ -107,7 +99,7 @@ class TrainingSteps:
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
         """Returns loss, learning-rate factor, gradient norm, tokens/s, MFU and epoch, in words."""
-        plan, epoch = self.plan, self.batches.epoch(batch_of_step(loop_state.step, loop_state.skipped))
+        plan, epoch = self.plan, self.batches.epoch(loop_state.step)
         return [
             f"loss {self.loss:.3f}",
             f"lr {self._factor(loop_state):.0%}",
@@ -116,9 +108,6 @@ class TrainingSteps:
             f"MFU {plan.step_flops / step_seconds / self.peak_flops:.0%}",
             f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
         ]
-
-    def _batch(self, loop_state: LoopState, step: int) -> Any:
-        return self.batches.at(batch_of_step(step, loop_state.skipped))
 
     def _factor(self, loop_state: LoopState) -> float:
         return float(self.schedule(np.float32(self.plan.progress(loop_state.step, loop_state.seconds))))

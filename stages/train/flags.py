@@ -10,7 +10,7 @@ from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.errors import UserError
 from engine.model.config import preset
 from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
-from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags, SkipBatchesFlag
+from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
 
@@ -25,7 +25,6 @@ class TextFlags:
     """A text that is never trained on."""
     tokenizer: Annotated[str | None, parser(str, "KIND"), RECIPE] = None
     """`bpe:2048` (trained on the text), `bytes`, or a folder with a tokenizer.json."""
-    skip_batches: SkipBatchesFlag = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,33 +96,16 @@ class TrainFlags(RunFlags):
     monitoring: MonitoringFlags
     folder: TrainFolderFlags
     mesh: MeshFlags
-    preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET"), default("demo, or tiny with --by-hand")] = ""
+    preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET")] = "demo"
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
-    """Train with the NumPy model of engine/by_hand instead: its own backward pass and AdamW, in float32."""
+    """Now a command of its own: python -m stages.by_hand."""
     accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
     """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
     def __post_init__(self) -> None:
-        if not self.preset:
-            object.__setattr__(self, "preset", "tiny" if self.by_hand else "demo")
+        if self.by_hand:
+            raise UserError("Training by hand is a command of its own now: python -m stages.by_hand --data TEXT --steps N.")
         preset(self.preset)  # raises for an unknown one, with the nearest name
         if self.accelerator and not (self.dry_run and self.mesh.mesh):
             raise UserError("--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out.")
-        if self.by_hand:
-            self._check_by_hand()
-
-    def _check_by_hand(self) -> None:
-        unknown = [
-            (self.step.scan, "--scan", "there is no compiler, and so nothing to lay out for it"),
-            (self.step.remat, "--remat", "it keeps what the backward pass needs, to show what that is"),
-            (self.step.accumulate not in (None, 1), "--accumulate", "it reads a batch as a whole"),
-            (self.step.dtype == "bfloat16", "--dtype bfloat16", "NumPy has no such type; it is float32"),
-            (self.optimizer.optimizer == "muon", "--optimizer muon", "its optimizer is AdamW"),
-            (self.optimizer.matrix_learning_rate is not None, "--matrix-learning-rate", "its optimizer is AdamW, not Muon"),
-            (self.mesh != MeshFlags(), "--mesh and --processes", "it computes in one process, on one CPU"),
-            (self.device not in ("auto", "cpu"), f"--device {self.device}", "NumPy computes on the CPU"),
-        ]
-        for is_set, flag, reason in unknown:
-            if is_set:
-                raise UserError(f"--by-hand does not go with {flag}: {reason}. Leave one of them out.")

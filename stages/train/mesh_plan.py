@@ -30,7 +30,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.training_steps import lower_step
+from stages.runs.training_steps import compile_step
 
 COMMAND = ("-m", __name__)  # of the process that compiles
 COMPILE_SECONDS = 900.0  # at most
@@ -127,7 +127,7 @@ def compile_for_parent() -> None:
     with jax.set_mesh(make_mesh(MeshShape(*mesh))):
         state = sharded_shapes(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
         batch = global_batch(Batch(tokens, tokens, counts, tokens))
-        program = lower_step(cfg, optimizer, accumulate, state, {}, batch).compile()
+        program = compile_step(cfg, optimizer, accumulate, state, {}, batch)
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     compiled = {
         "state": held,

@@ -1,24 +1,45 @@
-"""The Stage that trains from random weights, in JAX or by hand in NumPy, and its run from flags."""
+"""The Stage that trains from random weights, and its run from flags."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import threading
 from typing import Any
 
-import numpy as np
+import jax
 
 from engine import distributed
+from engine.allocator import return_freed_memory
 from engine.counting.accelerators import find_accelerator
+from engine.counting.flops import muon_flops, train_flops
+from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
 from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
+from engine.inference.decode import complete, prepare_params
+from engine.inference.request import SamplingParams
+from engine.inference.score import score
 from engine.mesh_shape import ONE_DEVICE, check_mesh
 from engine.model.config import preset
+from engine.model.transformer import init_params
+from engine.placement import current_mesh, sharded_shapes
+from engine.sharding import group_columns
 from engine.text.windows import TextBatches
-from engine.training.step import TrainState
+from engine.training.optimizer import make_optimizer
+from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.data.text import prepare_text
-from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, remeasure_ceilings
+from stages.runs.estimate import (
+    Recipe,
+    RunPlan,
+    find_ceilings,
+    memory_estimate,
+    memory_limit,
+    mesh_ceilings,
+    remeasure_ceilings,
+)
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.loop_state import LoopState
@@ -27,29 +48,25 @@ from stages.runs.previous_run import recorded_batch
 from stages.runs.run import Stage, execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import TrainableSplit
-from stages.runs.training_steps import MeshBatches, TrainingSteps
+from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TrainFlags
-from stages.train.jax_trainer import JaxTrainer
 from stages.train.mesh_plan import plan_on_mesh
-from stages.train.numpy_trainer import NumPyTrainer
 from stages.train.recipes import recipe
-from stages.train.short_run import short_run_note
-from stages.train.trainer import Trainer
 
-SECONDS, SECONDS_BY_HAND = 180.0, 60.0  # of a run when nobody asks for a length
+SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
 LONG_RUN = 60.0  # seconds of training
+EXPECTED_MFU = 0.5  # of the ceiling, for the products of a step
+UPDATE_BYTES = 28  # moved a parameter by the optimizer
+DISPATCH = 0.002  # seconds a step
+ADVICE = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
 
 
 def run(flags: TrainFlags, device: Device) -> int:
-    if flags.by_hand:
-        device = dataclasses.replace(device, name=f"{device.name}, by NumPy {np.__version__}")
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
-    folder = intervals.pop("out_dir") or default_folder(flags.preset + "-by-hand" * flags.by_hand, flags.text.data)
-    options = RunOptions(
-        "train", device, folder, flags.dry_run, **intervals, skip_batches=flags.text.skip_batches, mesh=flags.mesh.mesh
-    )
+    folder = intervals.pop("out_dir") or default_folder(flags.preset, flags.text.data)
+    options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=flags.mesh.mesh)
     return execute(options, lambda console: Training(flags, options, console))
 
 
@@ -65,12 +82,11 @@ def chosen_recipe(flags: TrainFlags, backend: str, resumed_batch: int | None = N
     shape = choose_mesh(flags.mesh.mesh)
     shards = shape.row_shards if shape else 1
     batch = step.batch or resumed_batch or -(-base.batch // shards) * shards
-    kind = optimizer.pop("optimizer")
+    optimizer["kind"] = optimizer.pop("optimizer")
     chosen = _replace(
         base.resize(batch, step.context or base.context, shards), tokenizer=flags.text.tokenizer,
-        accumulate=1 if flags.by_hand else step.accumulate, scan=step.scan or backend != "cpu" or None,
-        remat=step.remat or None,
-        optimizer=_replace(base.optimizer, kind="adamw" if flags.by_hand else kind, **optimizer),
+        accumulate=step.accumulate, scan=step.scan or backend != "cpu" or None, remat=step.remat or None,
+        optimizer=_replace(base.optimizer, **optimizer),
     )  # fmt: skip
     if chosen.batch % chosen.accumulate:
         raise UserError(f"A batch of {chosen.batch} cannot be read in {chosen.accumulate} equal parts.")
@@ -93,17 +109,16 @@ class Training(Stage):
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
             preset(flags.preset), vocab=data.tokenizer.vocab, context=recipe.context, scan=recipe.scan,
-            remat="block" if recipe.remat else "none", dtype="float32" if flags.by_hand else flags.step.dtype,
+            remat="block" if recipe.remat else "none", dtype=flags.step.dtype,
         )  # fmt: skip
         self.default_length = not (length.max_time or length.steps)
-        default = SECONDS_BY_HAND if flags.by_hand else SECONDS
-        seconds = default if self.default_length else length.max_time
+        seconds = SECONDS if self.default_length else length.max_time
         mesh = choose_mesh(options.mesh) or ONE_DEVICE
         self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds, mesh=mesh)
         check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
-        self.trainer: Trainer = NumPyTrainer(plan, data) if flags.by_hand else JaxTrainer(plan, data)
-        recipe_facts = dataclasses.asdict(recipe)
-        recipe_facts["optimizer"]["kind"] = self.trainer.optimizer_name
+        optimizer, key = make_optimizer(recipe.optimizer), lambda: jax.random.key(plan.seed)
+        # One object, for JAX traces it only once.
+        self.begin = jax.jit(lambda: init_state(optimizer, group_columns(cfg, init_params(cfg, key()))))
         self.facts = {
             "preset": plan.name,
             "text": {
@@ -111,7 +126,7 @@ class Training(Stage):
                 "validation_digest": data.validation_digest, "bytes": data.train.bytes, "tokens": len(data.train.tokens),
             },
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
-            "recipe": recipe_facts,
+            "recipe": dataclasses.asdict(recipe),
         }  # fmt: skip
         self.ceilings = find_ceilings(console)
         self.is_planned = bool(options.mesh and options.dry_run)  # for a mesh that need not be here
@@ -120,16 +135,18 @@ class Training(Stage):
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
 
     def load_weights(self) -> None:
-        """Checks the memory for a step; weights begin random."""
-        self.trainer.check_memory()
+        """Raises UserError when weights, gradients and optimizer state alone do not fit; weights begin random."""
+        plan, (_, fsdp, tensor) = self.plan, self.plan.mesh
+        least = count_params(plan.cfg).total * (16 if plan.recipe.optimizer.kind == "adamw" else 12) // (fsdp * tensor)
+        plan.require(
+            least, f"Training {plan.name} needs at least", "choose a smaller preset.", " for weights, gradients and optimizer"
+        )
 
     def plan_rows(self) -> list[tuple[str, str]]:
-        plan, data, cfg, recipe, trainer = self.plan, self.data, self.plan.cfg, self.plan.recipe, self.trainer
+        plan, data, cfg, recipe = self.plan, self.data, self.plan.cfg, self.plan.recipe
         ceilings = mesh_ceilings(self.ceilings, plan.mesh)
         params, top = count_params(cfg), ceilings.peak_flops(cfg.dtype)
-        step_seconds = lambda plan: trainer.step_seconds(plan, ceilings)
-        steps, long = plan.predict(step_seconds(plan))
-        note = short_run_note(plan, step_seconds)
+        steps, long = plan.predict(predict_step_seconds(plan, ceilings))
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
         accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
@@ -138,6 +155,7 @@ class Training(Stage):
         )
         default = ": the default run is time-boxed (--max-time 1h, --steps 5000 change it)" if self.default_length else ""
         optimizer = f"{recipe.optimizer.kind}, {recipe.optimizer.schedule}"
+        needed, too_much = plan.memory.total, "  ** more than there is: smaller --batch, --accumulate or --remat **"
         flops = plan.step_flops / plan.step_tokens
         return [
             ("text", f"{data.name}: {train}"),
@@ -146,29 +164,46 @@ class Training(Stage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(plan, trainer.memory)}{trainer.memory_note}"),
+            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > memory_limit(plan.mesh))}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
-                f"{quantity(steps, plan.noun)}, {format_count(epochs)} epochs, {long} at {trainer.expected_mfu:.0%} of this "
+                f"{quantity(steps, plan.noun)}, {format_count(epochs)} epochs, {long} at {EXPECTED_MFU:.0%} of this "
                 f"machine's {format_count(top)}FLOP/s in {cfg.dtype}",
             ),
-            *([("note", note)] if note else []),
             *(plan_on_mesh(plan, plan.mesh, self.accelerator, self.console) if self.is_planned else []),
         ]
 
     def initial_state(self, trainable: Any) -> TrainState:
-        return self.trainer.initial_state()
+        return self.begin()
 
     def begin_compiling(self, beside_reading: bool) -> None:
-        self.trainer.begin_compiling(MeshBatches(self.batches).at(0), beside_reading)
+        """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to it.
+
+        Making a state does not: it waits until the step is traced, and goes on beside XLA.
+        """
+        plan, recipe, traced = self.plan, self.plan.recipe, threading.Event()
+        state, batch, mesh = sharded_shapes(self.begin), MeshBatches(self.batches).at(0), current_mesh()
+
+        def compile_on_mesh() -> Any:
+            try:
+                with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                    return compile_step(plan.cfg, recipe.optimizer, recipe.accumulate, state, {}, batch, on_traced=traced.set)
+            finally:
+                traced.set()
+
+        self.compiling = concurrent.futures.ThreadPoolExecutor(1).submit(compile_on_mesh)
+        if not beside_reading:
+            traced.wait()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        cfg, data, trainer = self.plan.cfg, self.data, self.trainer
-        batches, program = MeshBatches(self.batches), trainer.make_program(self.console)
-        evaluator = quick_evaluator(cfg, data.validation, data.tokenizer, trainer.nats)
-        top, advice = mesh_ceilings(self.ceilings, self.plan.mesh).peak_flops(cfg.dtype), trainer.advice
-        return TrainingSteps(program, batches, evaluator, self.plan, loop_state, top, advice, trainer.buffer_bytes)
+        plan, data = self.plan, self.data
+        with self.console.task("compiling", always=True):
+            program = self.compiling.result()
+        return_freed_memory()  # of compiling and of making the first state
+        evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
+        top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(plan.cfg.dtype)
+        return TrainingSteps(program, {}, MeshBatches(self.batches), evaluator, plan, loop_state, top, ADVICE)
 
     def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
@@ -180,7 +215,7 @@ class Training(Stage):
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         if fits_one_device(params):
             with self.console.task("writing a sample"), on_one_device(cfg, params) as whole:
-                text = self.trainer.sample(whole, SAMPLE) if distributed.is_first() else ""
+                text = self._sample(whole) if distributed.is_first() else ""
             if distributed.is_first():
                 with atomic_file(folder / "samples" / f"{step}.txt") as file:
                     file.write(text.encode())
@@ -200,7 +235,21 @@ class Training(Stage):
             ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {data.validation_name}"),
             ("text", f"read {self.batches.epoch(step):.2f} times"),
             ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; {first}"),
-            *self.trainer.remarks(params),
         ]
         saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
         return RunReport(result, [("what it writes", text)], rows, saved, ["generate", "evaluate"])
+
+    def _sample(self, params: Any) -> str:
+        """Samples a text from the model after a line end."""
+        cfg, tokenizer = self.plan.cfg, self.data.tokenizer
+        sampling = SamplingParams(SAMPLE, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,))
+        [(tokens, _)] = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
+        return tokenizer.decode(tokens)
+
+
+def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
+    """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic, and the dispatch."""
+    cfg, is_muon = plan.cfg, plan.recipe.optimizer.kind == "muon"
+    flops = train_flops(cfg, plan.recipe.context, attention="full").total * plan.step_tokens
+    products = (flops + is_muon * muon_flops(cfg)) / best.peak_flops(cfg.dtype)
+    return products / EXPECTED_MFU + UPDATE_BYTES * count_params(cfg).total / (1e9 * best.update_gbs) + DISPATCH

@@ -8,8 +8,6 @@ import io
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import typing
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 import tyro
-from test_stage_train import interrupt_after, state_digest
+from test_stage_train import interrupt_after
 from tiny_runs import metrics, tiny
 
 from engine.device import Device
@@ -31,6 +29,7 @@ from engine.storage.run_folder import read_config, read_json, updating
 from engine.text import epoch_order
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.windows import TextBatches
+from stages import evaluate
 from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.run import FineTuning
@@ -38,11 +37,10 @@ from stages.runs import loop, model_stage
 from stages.runs.folder import MetricsLog
 from stages.runs.loop import RunOptions
 from stages.runs.loop_state import LoopState
-from stages.runs.previous_run import PreviousRun, _differences, changed_fields
+from stages.runs.previous_run import differences, refusals, settings
 from stages.runs.run import run_facts
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
-from stages.train.jax_trainer import JaxTrainer
 from stages.train.run import Training
 
 
@@ -86,7 +84,7 @@ def test_a_restart_changes_no_row_of_validation_and_no_best(text, tmp_path, monk
     assert [step for step, _ in validation_rows(whole)] == [3, 6, 9, 10]
     assert validation_rows(parts) == validation_rows(whole)
     assert checkpoint.steps(whole) == checkpoint.steps(parts) == [3, 6, 9, 10]  # the best of each time, and the last
-    same = ("best", "best_step", "validation", "refused", "skipped")
+    same = ("best", "best_step", "validation", "refused")
     assert [getattr(loop_state(parts), name) for name in same] == [getattr(loop_state(whole), name) for name in same]
     assert loop_state(parts).best_step == min(validation_rows(whole), key=lambda row: row[1])[0]
 
@@ -108,14 +106,18 @@ def test_a_checkpoint_from_before_has_the_defaults():
 def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
     """Steps on these batches of the data have an update that is not finite."""
     bad: set[bytes] = set()
-    made = JaxTrainer.make_program
+    prepare_steps = Training.prepare_steps
 
-    def make_program(self: JaxTrainer, *args: Any) -> Any:
-        order, program = TextBatches(self.data.train.tokens, 32, 4, 0), made(self, *args)
+    def prepare(self: Training, *args: Any) -> Any:
+        order, steps = TextBatches(self.data.train.tokens, 32, 4, 0), prepare_steps(self, *args)
         bad.update(order.at(number).tokens.tobytes() for number in batches)
-        return lambda state, batch, progress: program(state, batch, math.nan if batch.tokens.tobytes() in bad else progress)
+        program, is_bad = steps.program, lambda batch: batch.tokens.tobytes() in bad
+        steps.program = lambda state, frozen, batch, progress: program(
+            state, frozen, batch, math.nan if is_bad(batch) else progress
+        )
+        return steps
 
-    monkeypatch.setattr(JaxTrainer, "make_program", make_program)
+    monkeypatch.setattr(Training, "prepare_steps", prepare)
 
 
 def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(text, tmp_path, monkeypatch):
@@ -183,8 +185,8 @@ def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text,
     assert load_model(str(folder), dtype=None).cfg == read_config(folder)
 
 
-def test_the_stop_after_refusals_saves_and_says_which_batches_to_skip(text, tmp_path, monkeypatch, failing):
-    folder, clean = tmp_path / "run", tmp_path / "clean"
+def test_the_stop_after_refusals_saves_and_says_which_batches_they_were(text, tmp_path, monkeypatch, failing):
+    folder = tmp_path / "run"
     poison(monkeypatch, range(3, 13))
     words = tiny(text, folder, "--steps", 16, "--save-every", 5, "--eval-every", 100)
     error = failing(train.main, words)
@@ -192,20 +194,21 @@ def test_the_stop_after_refusals_saves_and_says_which_batches_to_skip(text, tmp_
     assert f"saved at step 3 in {folder}" in error
     assert [line["refused_batch"] for line in metrics(folder) if "refused_batch" in line] == [*range(3, 13)]
     assert "10 steps in a row" in failing(train.main, words)  # the same command does not pass over data by itself
-    said = shlex.split(re.search("-m stages.train (.*)", error)[1])
-    assert said == [*words, "--skip-batches", "3..12"]
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, checkpoint.steps(folder)[-1] + 2, signal.SIGTERM)
-        assert train.main(said) == 143
-    assert train.main(words) == 0  # replayed without the flag
-    assert read_json(folder / "run.json")["skipped_batches"] == "3..12"
-    assert read_json(folder / "run.json")["changes"][0]["fields"]["skipped_batches"] == ["", "3..12"]
-    assert train.main(tiny(text, clean, "--steps", 16, "--eval-every", 100, "--skip-batches", "3..12")) == 0
-    assert digests_of(folder) == digests_of(clean)
+
+    assert "Lower --learning-rate" in error
 
 
-def digests_of(folder: Path) -> str:
-    return state_digest(folder).split(" ", 1)[1]
+def test_a_run_that_left_batches_out_is_evaluated_and_not_resumed(text, tmp_path, failing, capsys):
+    folder = tmp_path / "run"
+    assert train.main(words := tiny(text, folder, "--steps", 3)) == 0
+    record = read_json(folder / "run.json")
+    for skipped in ("", "1..2"):  # as older versions wrote it
+        with updating(folder):
+            (folder / "run.json").write_text(json.dumps(record | {"skipped_batches": skipped}))
+        assert not skipped or "left out batches 1..2 of its data with --skip-batches" in failing(train.main, words)
+        assert skipped or train.main(words) == 0
+    assert "changed" not in capsys.readouterr().out
+    assert evaluate.main(["--model", str(folder)]) == 0
 
 
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
@@ -253,11 +256,19 @@ def test_a_line_of_metrics_that_is_refused_once_is_whole(tmp_path, monkeypatch):
 OTHER = {
     "dtype": "float32", "tokenizer": "bpe:300", "optimizer": "adamw", "schedule": "cosine", "kind": "adamw", "remat": "block",
     "lora": LoraConfig(2), "train": ("head",), "freeze": ("bottom:1",), "base": "int8", "general": "none", "clip": 0.5,
-    "skip_batches": ((1, 2),), "objective": "preference", "batch": 6, "rope_scaling": RopeScaling(2.0, 1.0, 4.0, 32),
+    "objective": "preference", "batch": 6, "rope_scaling": RopeScaling(2.0, 1.0, 4.0, 32),
 }  # fmt: skip
 FACTORS = {"embedding_factor", "head_factor"}  # which an older run.json does not have
 BESIDE = {"out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose"}
-BESIDE |= {"mesh", "processes", "process", "coordinator", "join_within", "accelerator"}  # run.json's `device` shows them
+BESIDE |= {
+    "by_hand",
+    "mesh",
+    "processes",
+    "process",
+    "coordinator",
+    "join_within",
+    "accelerator",
+}  # run.json's `device` shows them
 ELSEWHERE = {"preset", "model", "name", "noun", "trainable"}  # in the architecture, the base's digest, the stage, and `learns`
 
 
@@ -276,11 +287,10 @@ def variants(config: Any, other: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield name, replace(not value if kind is bool else (value or 0) + 2 if kind is int else (value or 0.5) * 0.5)
 
 
-def notices(folder: Path, before: Any, after: Any) -> bool:
+def notices(before: Any, after: Any) -> bool:
     """Whether a change from (facts, architecture) to another is refused, or recorded in run.json."""
-    (folder / "config.json").write_text(json.dumps(before[1].to_json()))
-    previous = PreviousRun(folder, json.loads(json.dumps(before[0])), LoopState())
-    return bool(_differences(previous.record, after[0], before[1], after[1]) or changed_fields(previous, *after))
+    there, now = settings(*before), settings(*after)
+    return bool(refusals(there, now) or differences(there, now))
 
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])
@@ -290,7 +300,7 @@ def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, t
         rows = [{"prompt": f"the {word}", "completion": answer, "text": f"{answer} " * 20} for word in ("king", "queen", "sea")]
         path.write_text("\n".join(map(json.dumps, rows)))
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    values = OTHER | {"data": str(other), "validation": other, "template": template}
+    values = OTHER | {"data": str(other), "validation": other if stage == "train" else str(other), "template": template}
     if stage == "train":
         kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), Training
     else:
@@ -302,10 +312,7 @@ def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, t
     flags = tyro.cli(kind, args=[*map(str, words)], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
 
     def described(flags: Any) -> Any:
-        group = flags.text if stage == "train" else flags.examples
-        options = RunOptions(
-            stage, Device("cpu", "a chip", 1, "here"), tmp_path, True, False, 60.0, 2, skip_batches=group.skip_batches
-        )
+        options = RunOptions(stage, Device("cpu", "a chip", 1, "here"), tmp_path, True, False, 60.0, 2)
         made = make(flags, options, Console(io.StringIO()))
         if stage == "finetune":
             made.load_weights()
@@ -314,7 +321,7 @@ def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, t
     facts_of = lambda options, plan, facts: (run_facts(options, plan, facts), plan.cfg)
     options, plan, facts = described(flags)
     before = facts_of(options, plan, facts)
-    assert not notices(tmp_path, before, before)
+    assert not notices(before, before)
     rest = {name: value for name, value in facts.items() if name != "recipe"}  # which is the plan's too
     planned = facts_of(options, plan, rest)
     older = copy.deepcopy(planned[0])
@@ -322,12 +329,12 @@ def test_neither_a_flag_nor_a_field_of_the_plan_changes_unnoticed(stage, text, t
     unnoticed = [
         f"plan's {name}"
         for name, changed in variants(plan, OTHER | ({} if stage == "train" else {"kind": "muon", "schedule": "wsd"}))
-        if not notices(tmp_path, planned, facts_of(options, changed, rest))
-        or (name in FACTORS and not notices(tmp_path, (older, plan.cfg), facts_of(options, changed, rest)))
+        if not notices(planned, facts_of(options, changed, rest))
+        or (name in FACTORS and not notices((older, plan.cfg), facts_of(options, changed, rest)))
     ]
     for name, changed in variants(flags, values):
         try:
-            if not notices(tmp_path, before, facts_of(*described(changed))):
+            if not notices(before, facts_of(*described(changed))):
                 unnoticed.append(name)
         except UserError as error:
             unnoticed += [] if name == "objective" else [f"{name}: {error}"]  # no data fits both

@@ -18,7 +18,6 @@ import numpy as np
 
 from bench.models import next_token_batch
 from engine.counting.collectives import read_collectives
-from engine.counting.mesh_traffic import step_collectives
 from engine.mesh_shape import parse_mesh
 from engine.model import fused_attention, ops
 from engine.model.config import LoraConfig, ModelConfig
@@ -111,15 +110,10 @@ def train(case, cfg=CFG, microbatches=1, batch=batch):
 
 
 def on_mesh(text, weights, case, cfg=CFG, microbatches=1, **options):
-    """Trains on a mesh; adds how far its weights are from those of one device, and the formulas of this and of a plain step."""
-    shape, optimizer = parse_mesh(text), "muon" if case == "muon" else "adamw"
-    with jax.set_mesh(make_mesh(shape)):
+    """Trains on a mesh; adds how far its weights are from those of one device."""
+    with jax.set_mesh(make_mesh(parse_mesh(text))):
         found, others = train(case, cfg, microbatches, **options)
     found["apart"] = max(float(np.abs(a - b).max()) for a, b in zip(weights, others))
-    lora = LORA if case in ("lora", "int8") else None
-    matrix_bytes = 1 if case == "int8" else 4
-    found["formula"] = step_collectives(cfg, shape, BATCH, TOKENS, optimizer, microbatches, lora, matrix_bytes)
-    found["plain"] = step_collectives(CFG, shape, BATCH, TOKENS, optimizer)
     return found
 
 

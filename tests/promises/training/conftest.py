@@ -45,7 +45,7 @@ def servers(library):
 
 @pytest.fixture(scope="session")
 def make_run(servers, text, tmp_path_factory):
-    """Makes a run that trains on the text: `make_run(*words, server=0, length=LENGTH)`, with `--by-hand` in NumPy."""
+    """Makes a run that trains on the text: `make_run(*words, server=0, length=LENGTH)`."""
     first: list[Path] = []
 
     def make(*words: object, server: int = 0, length: Iterable[object] = LENGTH) -> TinyRun:

@@ -12,8 +12,6 @@ from tiny_training import bits, saved_bits
 
 from engine.storage import checkpoint
 
-BY_HAND = "--by-hand"
-
 
 def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
@@ -36,8 +34,8 @@ CORRUPTIONS = {
 @pytest.mark.promises("T2", "a damaged newest checkpoint is named, and the one before it is used; no damage passes for data")
 def test_every_file_corrupted_in_every_way(make_run, reference, side_by_side, quick, expect):
     """Each file of a run folder, and of what is cached, corrupted in each way; then the same command again."""
-    wanted = reference(BY_HAND)
-    runs = [make_run(BY_HAND, server=server) for server in (0, 1)]
+    wanted = reference()
+    runs = [make_run(server=server) for server in (0, 1)]
     assert runs[0].live() == 0
     whole = shutil.copytree(runs[0].work, runs[0].work.with_name("whole"))
     parts = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)

@@ -16,7 +16,7 @@ import pytest
 from figures import Figure, at_least, at_most, exactly
 from tiny_training import ENDED, SAVE_EVERY, Fault, TinyRun, bits, differing
 
-BY_HAND, JAX = ("--by-hand",), ()
+MUON, ADAMW = (), ("--optimizer", "adamw")
 MOST_LOST = 2 * SAVE_EVERY  # training goes on while a save is written, but the next one waits for it
 LAST = 2000  # more changes on disk than any of these runs makes
 T1 = (
@@ -65,8 +65,8 @@ def survive_each(make_run, reference, side_by_side, strides, code: int, faults) 
 
 @pytest.mark.promises(*T1)
 def test_ends_at_every_change_on_disk(make_run, reference, side_by_side, quick, expect):
-    """The process ends at its k-th change on disk, for each k (in NumPy) and each eighth (in JAX); the next one goes on."""
-    strides = {BY_HAND: 90} if quick else {BY_HAND: 1, JAX: 8}
+    """The process ends at its k-th change on disk, for each k (Muon) and each eighth (AdamW); the next one goes on."""
+    strides = {MUON: 90} if quick else {MUON: 1, ADAMW: 8}
     runs, different, happened = survive_each(make_run, reference, side_by_side, strides, ENDED, Fault)
     conclude(expect, runs, different, f"ends {happened}", *work_lost(runs))
 
@@ -79,7 +79,7 @@ def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick
         error = (errno.ENOSPC, errno.EIO, errno.EROFS)[k // 2 % 3 if quick else k % 3]
         return Fault(k, error, error == errno.EIO)
 
-    strides = {BY_HAND: 90} if quick else {BY_HAND: 1, JAX: 8}
+    strides = {MUON: 90} if quick else {MUON: 1, ADAMW: 8}
     runs, different, happened = survive_each(make_run, reference, side_by_side, strides, 2, fault)
     late = at_most("steps after it", max(max(run.losses) for run in runs) - MOST_LOST, 1)
     conclude(expect, runs, different, f"refusals {happened}", late)
@@ -126,7 +126,7 @@ def unsynced(changes: list[list[str]]) -> Iterator[set[str]]:
 def test_kills_at_random_moments(make_run, reference, side_by_side, quick, expect):
     """SIGKILL, and again; saves take half of the time of these runs."""
     length = ("--steps", 60, "--save-every", SAVE_EVERY, "--log-every", 1, "--eval-every", 10)
-    counts = {BY_HAND: 4, JAX: 2} if quick else {BY_HAND: 130, JAX: 70}
+    counts = {MUON: 4, ADAMW: 2} if quick else {MUON: 130, ADAMW: 70}
     wanted = {words: reference(*words, length=length) for words in counts}
     runs = {words: make_run(*words, server=server, length=length) for server, words in enumerate(counts)}
 

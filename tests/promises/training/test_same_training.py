@@ -39,9 +39,9 @@ TextBatches.at = noted
 
 @pytest.mark.promises("T4", "the order of the data is a function of seed and step alone")
 def test_the_order_of_the_data(make_run, start, text, tmp_path, quick, expect):
-    """Batches by step: uninterrupted, killed at a third and resumed, longer with other intervals, by NumPy, in processes."""
+    """Batches by step: uninterrupted, killed at a third and resumed, longer with other intervals, in processes."""
     length = ("--steps", 30, "--log-every", 1)
-    ways = {"whole": (), "resumed": ("--save-every", 5), "longer": ("--steps", 40, "--eval-every", 3), "NumPy": ("--by-hand",)}
+    ways = {"whole": (), "resumed": ("--save-every", 5), "longer": ("--steps", 40, "--eval-every", 3)}
     orders = {}
     for name, words in ways.items():
         run, file = make_run(*words, length=length), tmp_path / name

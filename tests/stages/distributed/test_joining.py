@@ -13,6 +13,7 @@ from engine import distributed
 from engine.coordinator import find_coordinator, join
 from engine.distributed import MISTAKE, RESTART, _explain_abort
 from engine.errors import UserError
+from stages import by_hand
 from stages.train import __main__ as train
 from stages.train.run import Training
 
@@ -52,11 +53,9 @@ def test_open_mpi_5_wants_mpi4py(monkeypatch):
         find_coordinator(None, None, None, 1.0)
 
 
-def test_by_hand_there_is_one_process(monkeypatch, failing, text, tmp_path):
+def test_by_hand_there_is_one_process(monkeypatch, failing, text):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    assert "--by-hand runs in one process" in failing(
-        train.main, ["--by-hand", "--data", str(text), "--out-dir", str(tmp_path)]
-    )
+    assert "Training by hand runs in one process" in failing(by_hand.main, ["--data", str(text)])
 
 
 def test_a_process_that_ends_before_it_has_loaded_says_how_to_go_on(monkeypatch, failing, text, tmp_path):

@@ -239,7 +239,6 @@ def test_a_coordinator_that_is_not_there(failing, text, tmp_path):
         (["--processes", 2, "--process", 2, "--coordinator", "h:1"], "is one of 0 to 1 when there are 2"),
         (["--mesh", "data=2"], "XLA_FLAGS=--xla_force_host_platform_device_count=2"),
         (["--mesh", "data=3", "--dry-run"], "does not divide the 4 rows"),
-        (["--by-hand", "--mesh", "data=2"], "--by-hand does not go with --mesh"),
     ],
 )
 def test_a_mesh_that_cannot_be(failing, text, tmp_path, flags, sentence):

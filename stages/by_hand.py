@@ -1,0 +1,144 @@
+"""Train the transformer of engine/by_hand: in NumPy, with every gradient written out.
+
+    python -m stages.by_hand                                a tiny model of Shakespeare, a minute or two on one core
+    python -m stages.by_hand --data book.txt --steps 2000 --out by-hand-model
+
+The losses are those of `python -m stages.train tiny --optimizer adamw --dtype float32`, with the same other flags. Nothing is
+saved on the way, and a signal ends it; `stages.train` is for runs that are worth saving.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from engine.device import start_jax
+from engine.distributed import refuse_cluster
+from engine.errors import UserError
+from engine.format import format_bytes
+from engine.model.config import preset
+from stages.cli import signals
+from stages.cli.command import command_line, run_command
+from stages.cli.console import Console
+from stages.cli.flags import BATCH, COUNT, VerboseFlag, default, integer, parser, path, positive
+from stages.cli.process import leave
+
+SAMPLE = 160  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHandFlags:
+    """The text, the steps, and where to save the model."""
+
+    data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
+    """A named text (shakespeare, python), a text file, .jsonl, .parquet or .bin, or a folder of them."""
+    steps: Annotated[int, COUNT] = 400
+    """Batches to train on."""
+    batch: Annotated[int, BATCH] = 8
+    """Windows of text a step."""
+    context: Annotated[int, parser(integer(2), "N")] = 64
+    """Tokens a window; a byte is a token."""
+    learning_rate: Annotated[float, positive(10)] = 0.003
+    """AdamW's."""
+    seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
+    """Of the first weights and of the order of the text."""
+    log_every: Annotated[int, COUNT] = 20
+    """Steps between lines."""
+    out: Annotated[Path | None, parser(path, "FOLDER"), default("not saved")] = None
+    """A folder for the trained model, as Hugging Face has it; --model of the other commands takes it."""
+    verbose: VerboseFlag = False
+
+
+def train(flags: ByHandFlags) -> None:
+    """Trains, prints losses and a sample, and saves the model if a folder is named."""
+    signals.set_phase("before anything was saved.")
+    # Products of so narrow a model are over before a second thread has woken up. NumPy reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    start_jax("cpu", connect=lambda: refuse_cluster("Training by hand"))  # JAX makes the first weights, and nothing else
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from engine import by_hand
+    from engine.by_hand import adamw
+    from engine.by_hand.generate import generate
+    from engine.by_hand.model import residual_count
+    from engine.by_hand.tree import to_numpy, tree_map
+    from engine.counting.hardware import require_memory
+    from engine.counting.params import count_params
+    from engine.model.transformer import init_params
+    from engine.text.windows import TextBatches
+    from engine.training.optimizer import OptimizerConfig, make_schedule
+    from stages.runs.data.text import prepare_text
+    from stages.runs.validation import quick_evaluator
+
+    if flags.out and flags.out.exists():
+        raise UserError(f"{flags.out} is there already; give another --out.")
+    with Console() as console:
+        text = prepare_text(flags.data, None, "bytes", console)
+        cfg = dataclasses.replace(preset("tiny"), vocab=text.tokenizer.vocab, context=flags.context, dtype="float32")
+        batches = TextBatches(text.train.tokens, flags.context, flags.batch, flags.seed)
+        numbers, tokens = count_params(cfg).total, flags.batch * flags.context
+        residuals = 4 * residual_count(cfg, flags.batch, flags.context)
+        # The peak of a step: weights and moments, old and new, gradient, logits three times.
+        memory = residuals + 4 * (7 * numbers + 3 * tokens * cfg.vocab)
+        detail = f", of which {format_bytes(residuals)} are kept by the forward pass for the backward pass"
+        require_memory(memory, "A step by hand needs about", "give a smaller --batch or --context.", detail=detail)
+        console.print_rows(
+            [
+                ("device", f"NumPy {np.__version__}, float32"),
+                ("text", f"{text.name}: {len(text.train.tokens):,} tokens"),
+                ("model", f"tiny: {cfg.layers} layers, width {cfg.width}, {numbers:,} parameters"),
+                ("memory", f"about {format_bytes(memory)}{detail}"),
+                ("length", f"{flags.steps:,} steps of {flags.batch} x {flags.context} tokens"),
+            ]
+        )
+
+        params = to_numpy(jax.device_get(init_params(cfg, jax.random.key(flags.seed))))
+        zeros = tree_map(np.zeros_like, params)
+        moments = adamw.Moments(np.array(0, np.int32), zeros, zeros)
+        optimizer = adamw.AdamWConfig(flags.learning_rate)
+        schedule = make_schedule(OptimizerConfig(kind="adamw", schedule="wsd", warmup=0.02, decay=0.5))
+        losses = []
+        for step in range(flags.steps):
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+                loss, gradient = by_hand.loss_and_gradient(cfg, params, *batches.at(step))
+                norm = adamw.global_norm(gradient)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise UserError(f"The loss or gradient of step {step + 1:,} is not a number: lower --learning-rate.")
+                factor = float(schedule(jnp.float32(step / flags.steps)))
+                params, moments = adamw.step(optimizer, params, gradient, moments, factor)
+            losses.append(loss)
+            if (step + 1) % flags.log_every == 0 or step + 1 == flags.steps:
+                mean, losses = sum(losses) / len(losses), []
+                console.print(f"step {step + 1:,}/{flags.steps:,}  loss {mean:.4f}  lr {factor:.0%}  gradient {norm:.2f}")
+
+        nats = lambda cfg, params, batch: by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
+        bits = quick_evaluator(cfg, text.validation, text.tokenizer, nats).evaluate(params)
+        prompt = text.validation.tokens[: max(1, flags.context // 4)].tolist()
+        sample = [*prompt, *generate(cfg, params, prompt, max_tokens=SAMPLE, eos_id=text.tokenizer.eos_id)]
+        console.print(f"\n{text.tokenizer.decode(sample)}\n")
+        console.print_rows(
+            [
+                ("validation", f"{bits:.4f} bits per byte (quick) on {text.validation_name}"),
+                ("sample", f"the first {len(prompt)} tokens are {text.validation_name}'s, each after that the most probable"),
+            ]
+        )
+        if flags.out:
+            from engine.files import atomic_folder
+            from engine.storage.huggingface.folder import save_folder
+
+            with atomic_folder(flags.out) as building:
+                save_folder(building, cfg, params, {"eos_token_id": text.tokenizer.eos_id}, dtype="float32")
+                text.tokenizer.save(building)
+            console.print_rows([("saved", str(flags.out)), ("next", command_line("generate", "--model", flags.out))])
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("by_hand", __doc__, ByHandFlags, train, args)
+
+
+if __name__ == "__main__":
+    leave(main())
