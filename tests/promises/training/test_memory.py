@@ -15,8 +15,9 @@ UNITS = {"MB": 1e6, "GB": 1e9}
 def test_memory_is_as_planned(text, tmp_path, quick, expect, pytestconfig):
     """From random weights with both optimizers, and a LoRA on int8; over a save and an evaluation."""
     conversations, folder = tmp_path / "chats.jsonl", tmp_path / "run"
-    messages = [{"role": "user", "content": "The sea?"}, {"role": "assistant", "content": "Ships with red sails."}]
-    conversations.write_text(100 * (json.dumps({"messages": messages}) + "\n"))
+    said = lambda number: [("user", f"Sea {number}?"), ("assistant", f"{number} ships with red sails.")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in said(number)]} for number in range(100)]
+    conversations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     validation = write_text(tmp_path / "validation.txt", lines=40)
     shape = ("--batch", 1, "--context", 128, "--steps", 5, "--eval-every", 3, "--out-dir", folder, "--overwrite")
     trained = lambda preset, kind: (
