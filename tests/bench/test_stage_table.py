@@ -123,7 +123,7 @@ def test_the_other_measurements_are_named(capsys):
     assert main(["--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])["measurements"]
     assert listed == measurements()
-    assert {"training", "commands"} <= listed.keys()
+    assert {"step", "commands"} <= listed.keys()
 
 
 def test_the_help_of_each_measurement_is_plain(capsys):

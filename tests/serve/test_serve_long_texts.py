@@ -108,7 +108,7 @@ def test_a_long_text_at_the_start_says_what_it_waits_for_and_a_short_one_is_answ
             assert client.chat.completions.create(model="default", messages=[{"role": "user", "content": "Hi"}], max_tokens=3)
             health = httpx.get(f"{server.url}/health").json()
             assert (health["long_texts_ready"], health["running"], health["waiting"]) == (False, 0, 3)
-            stream: Any = client.completions.create(model="default", prompt=[7] * 600, max_tokens=4, stream=True)
+            stream: Any = client.completions.create(model="default", prompt=[7] * 600, max_tokens=24, stream=True)
             assert len([chunk.choices[0].text for chunk in stream]) > 1  # the client passes over comments
         visit.until(lambda: not visit.answering and visit.texts(".figures"), 120)
         assert visit.texts(".wait") == visit.texts(".error") == []
