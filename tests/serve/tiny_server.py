@@ -169,7 +169,7 @@ def read_all(connection: socket.socket) -> bytes:
     return content
 
 
-def until(true: Callable[[], Any], seconds: float = 10.0) -> bool:
+def until(true: Callable[[], Any], seconds: float = 30.0) -> bool:
     """Waits until it is true, and says whether it came to be."""
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
