@@ -26,6 +26,7 @@ SHORT = {
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
     "stages.reinforce": ["--rounds", "1", "--max-tokens", "8"],
     "stages.chat": ["--max-tokens", "8"],
+    "stages.by_hand": ["--steps", "2"],
 }
 
 
@@ -67,7 +68,7 @@ def test_every_command_of_the_readme(tmp_path):
         extra = [] if {"--list", "recipes"} & {*command} else list(SHORT.get(name, []))
         if name == "stages.train" and "--steps" in command:
             extra = ["tiny", *extra[2:]]
-        if name in ("stages.train", "bench.commands") and "--data" not in command:
+        if name in ("stages.train", "stages.by_hand", "bench.commands") and "--data" not in command:
             extra += ["--data", str(text)]
         elif name == "stages.train":
             # The whole library is more than a test should read twice, or learn a tokenizer of.
