@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.device import start_jax
-from engine.distributed import refuse_cluster
 from engine.errors import UserError
 from engine.format import format_bytes
+from engine.mesh.processes import refuse_cluster
 from engine.model.config import preset
 from stages.cli import signals
 from stages.cli.command import command_line, run_command

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from engine.device import start_jax
-from engine.distributed import MISTAKE
 from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.inference.request import Event, Request, SamplingParams
+from engine.mesh.processes import MISTAKE
 from engine.text.jsonl import decode_utf8
 from stages.cli import signals
 from stages.cli.command import run_command

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from engine import distributed
 from engine.device import host_memory, start_jax
 from engine.errors import UserError
 from engine.format import format_count
+from engine.mesh import processes
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
@@ -63,26 +63,26 @@ def evaluate(flags: EvaluateFlags) -> None:
     import jax
     from jax.experimental.multihost_utils import process_allgather
 
-    from engine import placement
+    from engine.mesh import placement
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
 
     def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
-        return digest(process_allgather(params, tiled=True) if distributed.process_count() > 1 else params)
+        return digest(process_allgather(params, tiled=True) if processes.process_count() > 1 else params)
 
     shape = choose_mesh(flags.mesh.mesh)
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
-        with distributed.process_0_first(), console.task("loading"), host_memory(mesh is not None):
+        with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             model = load_model(flags.model, on_config=lambda cfg: placement.check_inference(cfg, mesh))
         console.print_notes(model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])
-        if distributed.process_count() > 1:
+        if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
-            distributed.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
+            processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
         model = dataclasses.replace(model, params=placement.place(model.cfg, model.params))
         before = digest_in_memory(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
@@ -116,11 +116,11 @@ def evaluate_text(
     console: Console,
 ) -> Rows:  # fmt: skip
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
-    from engine import sharding
+    from engine.mesh import layout
     from stages.runs import validation
     from stages.runs.data.text import digest_tokens, encode_text, evaluation_source, source_name
 
-    with distributed.process_0_first():
+    with processes.process_0_first():
         source = evaluation_source(data, console) if data else _validation_source(model, record, console)
         text, cfg = encode_text(source, model.tokenizer, console), model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
@@ -129,8 +129,8 @@ def evaluate_text(
         raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
     beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
     batch = batch or validation.rows_in_memory(cfg, seq)
-    window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch * sharding.row_shards()} at a time"
-    distributed.refuse_differences({"text": digest_tokens(text)})
+    window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch * layout.row_shards()} at a time"
+    processes.refuse_differences({"text": digest_tokens(text)})
     console.print_rows([("text", source_name(source)), ("window", window)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
@@ -166,8 +166,8 @@ def evaluate_conversations(
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     import numpy as np
 
-    from engine import sharding
     from engine.inference.score import score
+    from engine.mesh import layout
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.examples import Pair, make_examples
     from engine.text.packing import evaluation_batches
@@ -190,8 +190,8 @@ def evaluate_conversations(
                 "it may have been trained on. Give conversations that it was not trained on with --data."
             )
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
-    distributed.refuse_differences({"data": conversations.digest_examples(examples)})
-    begin, together = time.perf_counter(), conversations.EVALUATION_ROWS * sharding.row_shards()
+    processes.refuse_differences({"data": conversations.digest_examples(examples)})
+    begin, together = time.perf_counter(), conversations.EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
         if isinstance(examples[0], Pair):
             margin = np.empty(0)

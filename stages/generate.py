@@ -52,16 +52,16 @@ def generate(flags: GenerateFlags) -> None:
     # These import jax, which must not load before --help is answered and the device is chosen.
     import jax
 
-    from engine.placement import make_inference_mesh
+    from engine.mesh.placement import make_inference_mesh
 
     with jax.set_mesh(make_inference_mesh(flags.mesh)):
         _generate(flags, device)
 
 
 def _generate(flags: GenerateFlags, device: Device) -> None:
-    from engine import placement
     from engine.inference import decode
     from engine.inference.request import SamplingParams
+    from engine.mesh import placement
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.tokenizer import CompletionText

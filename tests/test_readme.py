@@ -92,8 +92,8 @@ def test_every_command_of_the_readme(tmp_path):
 
 @pytest.mark.parametrize(("name", "devices"), [("slurm.sbatch", 16), ("kubernetes.yaml", 16), ("tpu.sh", 64)])
 def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
-    from engine.distributed import RESTART
-    from engine.mesh_shape import check_mesh, parse_mesh
+    from engine.mesh.processes import RESTART
+    from engine.mesh.shape import check_mesh, parse_mesh
     from stages.train.run import TrainFlags, chosen_recipe, preset
 
     text = (ROOT / "stages" / "cluster" / name).read_text()

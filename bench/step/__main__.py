@@ -76,7 +76,7 @@ def measure_step(flags: StepFlags) -> Json:
     if min(flags.interval, flags.steps, flags.batch, flags.context, flags.rank) <= 0:
         raise UserError("--interval, --steps, --batch, --context and --rank must be above 0.")
     if flags.of == "mesh":
-        from engine.mesh_shape import parse_mesh
+        from engine.mesh.shape import parse_mesh
 
         count = parse_mesh(flags.mesh).devices
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"

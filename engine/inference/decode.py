@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine import placement, sharding
 from engine.errors import UserError
 from engine.inference.request import Event, Request, SamplingParams
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.scheduler import STEPS_BETWEEN_DRAFTS
 from engine.inference.sequence import STEPS, Sequence
+from engine.mesh import layout, placement
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
@@ -65,7 +65,7 @@ def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cac
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     logits = logits_of(cfg, params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    return logits, sharding.pin_cache(cache._replace(length=cache.length + lengths))
+    return logits, layout.pin_cache(cache._replace(length=cache.length + lengths))
 
 
 def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -93,7 +93,7 @@ def decode_steps(
         return (token, cache), token
 
     (_, cache), tokens = jax.lax.scan(step, (token, cache), length=steps)
-    return tokens.T, sharding.pin_cache(cache)
+    return tokens.T, layout.pin_cache(cache)
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")
@@ -115,7 +115,7 @@ def decode_alone(
 
     sampled = jnp.zeros((STEPS, tokens.shape[1]), jnp.int32)
     _, cache, sampled = jax.lax.fori_loop(0, steps, step, (tokens, cache, sampled))
-    return sampled, sharding.pin_cache(cache)
+    return sampled, layout.pin_cache(cache)
 
 
 _first_tokens = jax.jit(sample)

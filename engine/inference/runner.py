@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine import placement, sharding
 from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
     PenaltyArrays,
@@ -35,6 +34,7 @@ from engine.inference.sampling import (
 )
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.sequence import STEPS
+from engine.mesh import layout, placement
 from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVDtype, KVSegments, make_kv_segments, segment_edges, segmented_cache
 from engine.model.config import ModelConfig
@@ -48,7 +48,7 @@ MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products ta
 
 def _compiled(move: Callable[..., Any], **options: Any) -> Any:
     """Compiles a function that moves chunks; on a mesh what it returns lies as the KV cache does."""
-    return jax.jit(functools.wraps(move)(lambda *args: sharding.pin_cache(move(*args))), **options)
+    return jax.jit(functools.wraps(move)(lambda *args: layout.pin_cache(move(*args))), **options)
 
 
 clear_slot = _compiled(segmented.clear_slot, donate_argnames="segments")
@@ -75,7 +75,7 @@ def prefill_chunk(
     rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
     cache = hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1]
-    return sharding.pin_cache(cache.segments)
+    return layout.pin_cache(cache.segments)
 
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
@@ -110,7 +110,7 @@ def decode_slots(
     zeros = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
     sampled = SampledTokens(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.int32, X), zeros(jnp.float32, X))
     _, segments, counts, sampled = jax.lax.fori_loop(0, steps, step, (token, segments, counts, sampled))
-    return sampled, *sharding.pin_cache((segments, counts))
+    return sampled, *layout.pin_cache((segments, counts))
 
 
 def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tuple[Array, Array, Array]:

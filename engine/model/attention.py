@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model import layers
 from engine.model.config import ModelConfig
 from engine.model.ops import ops, transpose
@@ -23,7 +23,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """As `layers.attention`, for cached keys: forward only."""
     kernel = ops().fused_prefill
     if kernel and q.shape[1] > 1:  # a lone token reads each key once: plain products do as well
-        fused = sharding.attend_by_head(kernel, q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
+        fused = layout.attend_by_head(kernel, q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
         if fused is not None:
             return fused
     lone = q.shape[1] * q.shape[2] == k.shape[1]
@@ -36,7 +36,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
     """As `layers.causal_attention`: q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None
     -> (B, T, N * H)."""
     kernel = ops().fused_attention
-    fused = sharding.attend_by_head(kernel, q, k, v, segments) if kernel else None
+    fused = layout.attend_by_head(kernel, q, k, v, segments) if kernel else None
     return causal_attention_in_blocks(q, k, v, segments) if fused is None else fused
 
 

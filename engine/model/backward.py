@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model import layers
 from engine.model.ops import transpose
 
@@ -28,7 +28,7 @@ def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], st
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper copy."""
     x, w = residuals
-    w, g = sharding.regather(w, g.astype(x.dtype))
+    w, g = layout.regather(w, g.astype(x.dtype))
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
     if x.shape[1] <= g.shape[1]:
         dw = layers.dot32(transpose(x), g)
@@ -48,17 +48,17 @@ def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, Array]:
 
 
 def _halves(x: Array) -> list[Array]:
-    return sharding.split_columns(x, [x.shape[1] // 2] * 2)
+    return layout.split_columns(x, [x.shape[1] // 2] * 2)
 
 
 def _matmul_two_backward(dtype: DTypeLike, residuals: tuple[Array, Array], gs: tuple[Array, Array]):
     x, w = residuals
-    w, left, right = sharding.regather(w, gs[0].astype(x.dtype), gs[1].astype(x.dtype))
+    w, left, right = layout.regather(w, gs[0].astype(x.dtype), gs[1].astype(x.dtype))
     w_left, w_right = _halves(w.astype(x.dtype))
     dx = layers.einsum32("mf,df->md", left, w_left)
     dx = dx + layers.einsum32("mf,df->md", right, w_right)
     x_transposed = transpose(x)
-    dw = sharding.join_columns([layers.dot32(x_transposed, g) for g in (left, right)])
+    dw = layout.join_columns([layers.dot32(x_transposed, g) for g in (left, right)])
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -68,7 +68,7 @@ matmul_two.defvjp(lambda x, w, dtype: (matmul_two(x, w, dtype), (x, w)), _matmul
 def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     """dx = g w and dw = g^T x."""
     x, w = residuals
-    w, g = sharding.regather(w, g.astype(x.dtype))
+    w, g = layout.regather(w, g.astype(x.dtype))
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
     dw = transpose(layers.dot32(transpose(x), g))
     return dx, dw.astype(w.dtype)

@@ -1,6 +1,6 @@
 """Columns of a matrix with several parts (q, k, v; gate, up), in groups that each hold their share of every part.
 
-`engine/sharding.py` says why: on a tensor axis a group is what one device multiplies by.
+`engine/mesh/layout.py` says why: on a tensor axis a group is what one device multiplies by.
 """
 
 import dataclasses

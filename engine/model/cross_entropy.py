@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model import backward
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, hidden_states, logits_of
@@ -43,12 +43,12 @@ def cross_entropy(cfg: ModelConfig, params: Params, batch: Any, limit: int) -> A
     """
     targets = jnp.where(batch.mask, batch.targets, 0)
     hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-    hidden = sharding.spread_rows(hidden)
-    if 4 * targets.size * cfg.vocab <= limit * sharding.spread_shards(len(targets)):
+    hidden = layout.spread_rows(hidden)
+    if 4 * targets.size * cfg.vocab <= limit * layout.spread_shards(len(targets)):
         losses = token_losses(logits_of(cfg, params, hidden), targets)
     else:
-        rows = sharding.spread_rows(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
-        head = sharding.replicate(head_weight(cfg, params))
+        rows = layout.spread_rows(hidden.reshape(-1, cfg.width)), targets.reshape(-1)
+        head = layout.replicate(head_weight(cfg, params))
         with jax.named_scope("head"):
             losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
@@ -64,15 +64,15 @@ class _Columns(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
     """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time on a device."""
-    return sharding.join_cuts([
+    return layout.join_cuts([
         _normalizer(pieces := _logits(weight, rows, tied)) - _picked(pieces, labels)
         for rows, labels in _parts(size, hidden, targets)
     ])  # fmt: skip
 
 
 def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
-    length = len(arrays[0]) // sharding.spread_shards(len(arrays[0]))
-    return [tuple(sharding.cut_rows(array, at, size) for array in arrays) for at in range(0, length, size)]
+    length = len(arrays[0]) // layout.spread_shards(len(arrays[0]))
+    return [tuple(layout.cut_rows(array, at, size) for array in arrays) for at in range(0, length, size)]
 
 
 def _normalizer(pieces: list[_Columns]) -> Array:
@@ -129,7 +129,7 @@ def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, si
         pieces = _logits(weight, rows, tied)
         losses.append(_normalizer(pieces) - _picked(pieces, labels))
         slopes.append(_head_backward(weight, rows, _slope(pieces, labels), tied)[0])
-    return sharding.join_cuts(losses), (weight, hidden, targets, sharding.join_cuts(slopes))
+    return layout.join_cuts(losses), (weight, hidden, targets, layout.join_cuts(slopes))
 
 
 def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):

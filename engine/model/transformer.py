@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model import backward, layers
 from engine.model.attention import attention, causal_attention
 from engine.model.cache import segmented
@@ -59,14 +59,14 @@ class Block(nn.Module):
             h, qkv = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             mixed, cached = self.attention(project(h, qkv, dtype), rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
-            x = sharding.shard_rows(x)
+            x = layout.shard_rows(x)
         with jax.named_scope("mlp"):
             gain, weight = self.gain("mlp_norm", cfg.width), self.weight("gate_up", cfg.width, 2 * cfg.ff)
             h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
             gate, up = project_two(h, gate_up, dtype)
-            hidden = sharding.shard_columns(backward.swiglu(gate, up, dtype))
+            hidden = layout.shard_columns(backward.swiglu(gate, up, dtype))
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), jnp.float32)
-            x = sharding.shard_rows(x)
+            x = layout.shard_rows(x)
         return x, cached
 
     def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
@@ -76,16 +76,16 @@ class Block(nn.Module):
         if cfg.qkv_bias:
             qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
         qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
-        qk, v = sharding.split_columns(qkv, [cfg.heads + cfg.kv_heads, cfg.kv_heads], axis=2)
+        qk, v = layout.split_columns(qkv, [cfg.heads + cfg.kv_heads, cfg.kv_heads], axis=2)
         if cfg.qk_norm:
             # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
             q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
-            gains = sharding.join_columns([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))], axis=0)
+            gains = layout.join_columns([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))], axis=0)
             qk = jax.lax.optimization_barrier(backward.rms_norm(qk, gains, cfg.eps, dtype))
         # The scores' factor, on the queries.
-        scale = jnp.where(sharding.in_first_part(qk.shape[2], cfg.heads), cfg.head_dim**-0.5, 1.0)
+        scale = jnp.where(layout.in_first_part(qk.shape[2], cfg.heads), cfg.head_dim**-0.5, 1.0)
         qk = backward.rope(qk, scale, *rotary, dtype)
-        q, k = sharding.split_columns(qk, [cfg.heads, cfg.kv_heads], axis=2)
+        q, k = layout.split_columns(qk, [cfg.heads, cfg.kv_heads], axis=2)
         if isinstance(cached, segmented.SegmentedLayer):
             return segmented.attention(q, k, v, cached)
         if cached is not None:
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         std = min(TIED_STD, 0.011 * cfg.vocab**0.5) * cfg.width**-0.5 if cfg.tied else EMBED_STD
         embed = matrix(self, "embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
-            x = sharding.look_up(lookup, embed, tokens)
+            x = layout.look_up(lookup, embed, tokens)
         x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
         x = backward.rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.width,)), cfg.eps, dtype)
         if not cfg.tied:

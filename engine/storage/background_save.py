@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from engine import distributed
 from engine.counting.hardware import free_host_bytes
+from engine.mesh import processes
 from engine.storage import checkpoint, orbax_arrays
 
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
@@ -44,7 +44,7 @@ class BackgroundSaver:
             self._work = self._pool.submit(self._map_memory, size)
 
     def _map_memory(self, size: int) -> None:
-        if distributed.process_count() > 1:  # whose steps would wait for it at the first save
+        if processes.process_count() > 1:  # whose steps would wait for it at the first save
             orbax_arrays.import_orbax()
         try:
             memory = mmap.mmap(-1, max(size, 1))
@@ -98,7 +98,7 @@ class BackgroundSaver:
                 self.wait()
         finally:
             # After an error the thread may wait for other processes, which this one has to end.
-            self._pool.shutdown(wait=error is None or distributed.process_count() == 1)
+            self._pool.shutdown(wait=error is None or processes.process_count() == 1)
             self._memory = None
 
 

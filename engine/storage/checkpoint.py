@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from engine import distributed
 from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished, sync_and_drop
+from engine.mesh import processes
 from engine.storage import orbax_arrays
 from engine.storage.manifest import verify, write_manifest
 from engine.storage.untrusted import read_json_object
@@ -74,12 +74,12 @@ def save_in_parts(
             begun = orbax_arrays.begin_write(building, trees)
             yield target
             orbax_arrays.write(building, trees, begun)
-            if distributed.is_first():
+            if processes.is_first():
                 (building / "state.json").write_text(record + "\n", encoding="utf-8")
                 sync_and_drop(building)  # so that the disk is read, not what memory still holds of the files
                 write_manifest(building)
             orbax_arrays.compare(building, trees)
-        distributed.gather_strings(topic=orbax_arrays.TOPIC)  # until process 0 has committed
+        processes.gather_strings(topic=orbax_arrays.TOPIC)  # until process 0 has committed
     except (OSError, ValueError) as error:
         # TensorStore tells the operating system's error in a ValueError.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -99,8 +99,8 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
 
     Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
     """
-    if not distributed.is_first():
-        yield Path(distributed.gather_strings(topic=orbax_arrays.TOPIC)[0])
+    if not processes.is_first():
+        yield Path(processes.gather_strings(topic=orbax_arrays.TOPIC)[0])
         return
     root, step = target.parent, int(target.name)
     make_folder(root)
@@ -109,7 +109,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
             raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
         with atomic_folder(target) as building:
-            distributed.gather_strings(str(building), orbax_arrays.TOPIC)
+            processes.gather_strings(str(building), orbax_arrays.TOPIC)
             yield building
         for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
@@ -128,10 +128,10 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     """
     threading.Thread(target=orbax_arrays.import_orbax, daemon=True).start()  # beside the hashing
     chosen = ""
-    if distributed.is_first():
+    if processes.is_first():
         remove_unfinished(_root(folder))
         chosen = json.dumps(_newest_intact(folder), default=str)
-    name, damaged = json.loads(distributed.gather_strings(chosen)[0])
+    name, damaged = json.loads(processes.gather_strings(chosen)[0])
     record, settings = _read_state(newest := Path(name)), _prng_settings()
     if (trained := record["prng"]) != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
@@ -181,7 +181,7 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
     """
     root = _root(folder)
     moved: list[Path] = []
-    if not distributed.is_first():
+    if not processes.is_first():
         return moved
     for step in [step for step in steps(folder) if step > after]:
         shutil.rmtree(target := root / f"damaged-{step}", ignore_errors=True)

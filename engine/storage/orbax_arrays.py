@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from engine import distributed
 from engine.errors import UserError
+from engine.mesh import processes
 from engine.storage.digest import leaves_by_path
 from engine.storage.untrusted import read_json_object
 
@@ -45,7 +45,7 @@ def check_leaves(part: str, tree: Any) -> Any:
         if (other := names.setdefault(".".join(path), name)) != name:
             raise ValueError(f"save: {other} and {name} would have one name on disk.")
     # Orbax takes an array of one of several processes for a mistake; process 0 writes NumPy's.
-    is_local = lambda leaf: isinstance(leaf, np.generic) or (distributed.process_count() > 1 and not is_shared(leaf))
+    is_local = lambda leaf: isinstance(leaf, np.generic) or (processes.process_count() > 1 and not is_shared(leaf))
     return jax.tree.map(lambda leaf: np.asarray(leaf) if is_local(leaf) else leaf, tree)
 
 
@@ -83,7 +83,7 @@ def _run_orbax[T](work: Callable[[ModuleType], T]) -> T:
 
 def begin_write(building: Path, trees: dict[str, Any]) -> Any:
     """Begins to write the arrays of several processes; returns Orbax's response, or None with one process."""
-    if distributed.process_count() == 1 or not trees:
+    if processes.process_count() == 1 or not trees:
         return None
     return _run_orbax(lambda ocp: ocp.save_checkpointables_async(building / INNER, trees))
 
@@ -93,7 +93,7 @@ def write(building: Path, trees: dict[str, Any], begun: Any = None) -> None:
     inner = building / INNER
     if trees:
         _run_orbax(lambda ocp: begun.result() if begun else ocp.save_checkpointables(inner, trees))
-        if not distributed.is_first():
+        if not processes.is_first():
             return
         (inner / "commit_success.txt").unlink(missing_ok=True)  # says only where it was built
         for entry in [*inner.iterdir()]:
@@ -106,7 +106,7 @@ def compare(building: Path, trees: dict[str, Any]) -> None:
 
     Each of several processes compares its own parts; all wait for process 0 before, and for one another after.
     """
-    distributed.gather_strings(topic=TOPIC)
+    processes.gather_strings(topic=TOPIC)
     for part, tree in trees.items():
         leaves = jax.tree.leaves(tree)
         for group in _in_groups(jax.tree.map(lambda leaf: (_as_abstract if is_shared(leaf) else _on_host)(leaf), tree)):
@@ -118,7 +118,7 @@ def compare(building: Path, trees: dict[str, Any]) -> None:
                 if back is not ... and not all(map(np.array_equal, _bytes(leaf), _bytes(back))):
                     name = next("/".join(path) for path, other in leaves_by_path(tree).items() if other is leaf)
                     raise OSError(errno.EIO, f"{part}/{name} was read back with other bits than it has in memory")
-    distributed.gather_strings(topic=TOPIC)
+    processes.gather_strings(topic=TOPIC)
 
 
 def _in_groups(like: Any) -> Iterator[Any]:

@@ -15,9 +15,9 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from engine import sharding
 from engine.errors import UserError
-from engine.mesh_shape import AXES
+from engine.mesh import layout
+from engine.mesh.shape import AXES
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.transformer import Params
@@ -56,10 +56,10 @@ def gather_frozen(params: Params) -> Params:
     def gather(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoRA | Int8):
             return leaf
-        spec = sharding.leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
+        spec = layout.leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
         rows, columns = (axis if axis == "tensor" else None for axis in spec)
         if isinstance(leaf, Int8):  # cut until then, or a loop would hold what forward gathered for backward
-            values = sharding.pin({path: leaf.values})[path]
+            values = layout.pin({path: leaf.values})[path]
             return dataclasses.replace(leaf, values=values, gathered=P(rows, columns))
         pin = jax.lax.with_sharding_constraint
         return dataclasses.replace(

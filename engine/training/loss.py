@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.cross_entropy import cross_entropy, head_weight
 from engine.model.layers import MASKED
@@ -30,7 +30,7 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """
     if head_is_frozen(cfg, params):
         return cross_entropy(cfg, params, batch, ROWS_LIMIT)
-    if 4 * batch.targets.size * cfg.vocab <= LOGITS_LIMIT * sharding.spread_shards(len(batch.targets)):
+    if 4 * batch.targets.size * cfg.vocab <= LOGITS_LIMIT * layout.spread_shards(len(batch.targets)):
         return cross_entropy(cfg, params, batch, LOGITS_LIMIT)
     targets = jnp.where(batch.mask, batch.targets, 0)
     hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
@@ -50,7 +50,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     chunk's logits again.
     """
     B, T, D = hidden.shape
-    hidden, targets = sharding.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
+    hidden, targets = layout.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
     columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))

@@ -13,8 +13,8 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine import sharding
 from engine.counting.flops import NEARLY_SQUARE
+from engine.mesh import layout
 from engine.model.layers import dot32, einsum32
 from engine.model.ops import transpose
 
@@ -33,7 +33,7 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any) -> tuple[Any, Any]:
         traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)  # for the matrices of a shape
-        return sharding.map_whole_matrices(traced_once, updates), state
+        return layout.map_whole_matrices(traced_once, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine import sharding
 from engine.errors import UserError
+from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
@@ -38,8 +38,8 @@ class Preferences(NamedTuple):
 
 def margin(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
     """Returns (B,) float32 nats: log p(chosen) - log p(rejected), in one forward pass over all 2 B rows."""
-    both = jax.tree.map(lambda a, b: sharding.join_rows([a, b]), pairs.chosen, pairs.rejected)
-    chosen, rejected = sharding.split_rows(-target_losses(cfg, params, both).sum(-1), 2)
+    both = jax.tree.map(lambda a, b: layout.join_rows([a, b]), pairs.chosen, pairs.rejected)
+    chosen, rejected = layout.split_rows(-target_losses(cfg, params, both).sum(-1), 2)
     return chosen - rejected
 
 

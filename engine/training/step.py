@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
@@ -78,11 +78,11 @@ def loss_and_gradient(
     differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
     if microbatches == 1:
         return differentiate(trainable, frozen, batch)
-    parts = jax.tree.map(lambda x: sharding.stack_rows(x, microbatches), batch)
+    parts = jax.tree.map(lambda x: layout.stack_rows(x, microbatches), batch)
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
         # Gathered anew for each part: XLA would else gather the whole model before the loop, and hold that.
-        weights, part = sharding.regather((trainable, frozen), part)
+        weights, part = layout.regather((trainable, frozen), part)
         return jax.tree.map(jnp.add, sums, differentiate(*weights, part)), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
@@ -106,7 +106,7 @@ def train_step(
     changes no weight and no moment; it only counts as seen.
     """
     loss, gradient = loss_and_gradient(cfg, state.trainable, frozen, batch, microbatches, objective)
-    gradient = sharding.pin(gradient)
+    gradient = layout.pin(gradient)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype)
@@ -116,6 +116,6 @@ def train_step(
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
-        trainable, opt_state = sharding.pin((trainable, opt_state))
+        trainable, opt_state = layout.pin((trainable, opt_state))
     refused = (~sound).astype(jnp.int32)
     return TrainState(state.step + 1, trainable, opt_state), StepMetrics(loss, objective.count(batch), grad_norm, refused)

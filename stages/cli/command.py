@@ -17,9 +17,9 @@ from typing import Any
 import tyro
 
 import stages
-from engine import distributed
-from engine.distributed import MISTAKE
 from engine.errors import UserError
+from engine.mesh import processes
+from engine.mesh.processes import MISTAKE
 from stages.cli import signals
 from stages.cli.process import outlive_terminal
 
@@ -67,10 +67,10 @@ def run_command[Flags](
         return int(exit.code or 0)
     except signals.Stopped as stopped:
         code = signals.report_stop(stopped)
-        distributed.end(code, "it was stopped by a signal.")
+        processes.end(code, "it was stopped by a signal.")
         return code
     except BrokenPipeError:
-        distributed.end(141, "nobody reads its output.")
+        processes.end(141, "nobody reads its output.")
         # Python flushes stdout on its way out and would complain once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,11 +78,11 @@ def run_command[Flags](
     except Exception as error:
         sentence = explain_error(error, options)
         if sentence is None:
-            distributed.end_for_error(error)
+            processes.end_for_error(error)
             raise
         if getattr(options, "verbose", False):
             traceback.print_exc()
-        distributed.end(MISTAKE, sentence)
+        processes.end(MISTAKE, sentence)
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return MISTAKE
     finally:

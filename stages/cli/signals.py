@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import stages
-from engine import distributed
+from engine.mesh import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\x1b[?25h"
@@ -91,7 +91,7 @@ class SignalState:
     def end_now(self, sentence: str) -> None:
         code = 128 + (self.received or signal.SIGINT)
         stages.write_stderr(f"{SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ''}Stopped {sentence}")
-        distributed.end(code, "it was stopped by a signal.")  # if process 0 only left, JAX would abort the others
+        processes.end(code, "it was stopped by a signal.")  # if process 0 only left, JAX would abort the others
         os._exit(code)
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from engine.inference.score import score
+from engine.mesh.layout import row_shards
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
-from engine.sharding import row_shards
 from engine.text.epoch_order import ALL, EpochOrder
 from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, pair_batch

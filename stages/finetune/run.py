@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from engine import distributed
 from engine.allocator import return_freed_memory
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import quantity
-from engine.mesh_shape import ONE_DEVICE, check_mesh
+from engine.mesh import processes
+from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
@@ -216,7 +216,7 @@ class FineTuning(ModelStage):
         if self.general != "none":
             general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
         _clear_programs()  # as large as a small model, and not run again soon
-        questions = self.dataset.questions if distributed.is_first() else ()
+        questions = self.dataset.questions if processes.is_first() else ()
         if self.answers is None:
             self.answers = fits_one_device(params)
         if not self.answers:

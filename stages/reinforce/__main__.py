@@ -16,7 +16,7 @@ it stopped.
 from collections.abc import Sequence
 
 from engine.device import start_jax
-from engine.distributed import refuse_cluster
+from engine.mesh.processes import refuse_cluster
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.process import leave

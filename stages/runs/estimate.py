@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 
-from engine import distributed
 from engine.counting.flops import train_flops
 from engine.counting.hardware import (
     RATES,
@@ -26,7 +25,8 @@ from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
 from engine.counting.params import count_params
 from engine.counting.trainable_paths import TrainablePaths, all_trainable
 from engine.format import duration, format_bytes, quantity
-from engine.mesh_shape import ONE_DEVICE, MeshShape, divisors
+from engine.mesh import processes
+from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
@@ -193,7 +193,7 @@ def _measure_in_subprocess() -> Ceilings | None:
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
     """Returns what all devices of a mesh reach together, of which one has `ceilings`: a machine's CPUs share its cores."""
-    count = mesh.devices if jax.default_backend() != "cpu" else distributed.machine_count()
+    count = mesh.devices if jax.default_backend() != "cpu" else processes.machine_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
@@ -201,16 +201,16 @@ def memory_limit(mesh: MeshShape = ONE_DEVICE) -> int:
     """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES."""
     if jax.default_backend() != "cpu":
         return device_memory_bytes()
-    processes = distributed.process_count() // distributed.machine_count()
-    sharing = min(mesh.devices, processes * jax.local_device_count())
-    return max(device_memory_bytes() - processes * PROCESS_BYTES, 0) // sharing
+    local_processes = processes.process_count() // processes.machine_count()
+    sharing = min(mesh.devices, local_processes * jax.local_device_count())
+    return max(device_memory_bytes() - local_processes * PROCESS_BYTES, 0) // sharing
 
 
 def memory_estimate(plan: RunPlan, needed: int) -> str:
     """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
     limit = f"{format_bytes(memory_limit(plan.mesh))} that are left for a {plan.noun}"
     limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
-    saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // distributed.process_count()
+    saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // processes.process_count()
     phrase = (
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )

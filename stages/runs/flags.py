@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine import distributed
-from engine.coordinator import find_coordinator, join
 from engine.errors import UserError
+from engine.mesh import processes
+from engine.mesh.coordinator import find_coordinator, join
 from engine.model.config import LoraConfig
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
 from stages.cli.process import print_errors_on
@@ -82,9 +82,9 @@ class MeshFlags:
 
     def connect(self) -> None:
         """Joins the other processes, if there are any."""
-        if self.processes != 1 and (self.processes is not None or distributed.in_cluster()):
+        if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
             place = find_coordinator(self.processes or None, self.process, self.coordinator, self.join_within)
-            print_errors_on(distributed.hide_library_errors())
+            print_errors_on(processes.hide_library_errors())
             join(*place, self.join_within)
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import distributed
 from engine.errors import UserError
 from engine.files import atomic_file, folder_lock, make_folder, open_regular
+from engine.mesh import processes
 from engine.storage.manifest import NAME
 from engine.storage.run_folder import ADAPTER, ROOT
 
@@ -80,7 +80,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.jsonl"
-        if not distributed.is_first():
+        if not processes.is_first():
             return
         lines = []
         if self._path.exists():
@@ -96,7 +96,7 @@ class MetricsLog:
 
     def add(self, **fields: Any) -> None:
         """Adds a line, with null for numbers that are not finite. A refused line is tried once more; then raises OSError."""
-        if not distributed.is_first():
+        if not processes.is_first():
             return
         clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
         try:

@@ -11,12 +11,12 @@ from pathlib import Path
 from signal import SIGPIPE
 from typing import Any, Protocol
 
-from engine import distributed
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import clock_time, format_bytes, quantity
+from engine.mesh import processes
 from engine.storage import checkpoint
 from engine.storage.background_save import BackgroundSaver
 from engine.training.step import TrainState
@@ -144,7 +144,7 @@ class Loop:
         self.has_evaluated = False
         self.signal: int | None = None  # that all processes know of
         self.logged_step = loop_state.step
-        saved = json.loads(distributed.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
+        saved = json.loads(processes.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
         self.saved_step = max(saved, default=None)
         self.failure: OSError | None = None  # of a line that could not be written, which ends the run once it is saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
@@ -162,18 +162,18 @@ class Loop:
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
             own_signal = lambda: signal_state.received or (SIGPIPE if self.failure else None)
-            stopped = lambda: self.signal if distributed.process_count() > 1 else own_signal()
+            stopped = lambda: self.signal if processes.process_count() > 1 else own_signal()
             self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not stopped():
                 self.saver.poll()
-                distributed.expect_progress(f"{plan.noun} {loop_state.step}", max(10 * self.timer.mean(), STUCK))
+                processes.expect_progress(f"{plan.noun} {loop_state.step}", max(10 * self.timer.mean(), STUCK))
                 if not self.refused_whole:
                     self.last_sound = dataclasses.replace(loop_state)
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
                 # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
-                numbers = distributed.gather_numbers(end - begin, own_signal() or 0)
+                numbers = processes.gather_numbers(end - begin, own_signal() or 0)
                 self.signal = int(max(number for _, number in numbers)) or None
                 self._count(refused, numbers[0][0])
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
@@ -190,13 +190,13 @@ class Loop:
                 self._stop_after_failure(state, self.failure)
             if self.saved_step != loop_state.step:
                 self.save(state)
-            distributed.expect_progress("the end")
+            processes.expect_progress("the end")
         return state, stopped()
 
     def save(self, state: TrainState) -> None:
         """Saves beside the steps that follow; `saver.wait` waits until it is on the disk."""
         loop_state = self.loop_state
-        distributed.expect_progress("saving")
+        processes.expect_progress("saving")
         record = dataclasses.asdict(loop_state) | self.record
         state = to_file_order(self.plan.cfg, state)
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
@@ -338,7 +338,7 @@ class Loop:
         if math.isfinite(value) and (loop_state.best is None or value < loop_state.best):
             loop_state.best, loop_state.best_step = value, loop_state.step
         if self.has_evaluated:  # the first one also compiled
-            seconds = distributed.gather_numbers(time.perf_counter() - begin)[0][0]
+            seconds = processes.gather_numbers(time.perf_counter() - begin)[0][0]
             loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)
         self.has_evaluated = True
         self._log({evaluator.key: value})

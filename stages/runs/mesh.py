@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engine import distributed
 from engine.counting.hardware import device_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
-from engine.mesh_shape import MeshShape, parse_mesh
+from engine.mesh import processes
+from engine.mesh.layout import change_array, group_columns, ungroup_columns
+from engine.mesh.placement import make_mesh, shardings
+from engine.mesh.shape import MeshShape, parse_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.placement import make_mesh, shardings
-from engine.sharding import change_array, group_columns, ungroup_columns
 
 PER_PROCESS_ENTRIES = ("command", "device")  # of run.json, in which processes may differ
 
@@ -27,7 +27,7 @@ PER_PROCESS_ENTRIES = ("command", "device")  # of run.json, in which processes m
 def choose_mesh(text: str | None) -> MeshShape | None:
     """Returns the shape that `--mesh` asks for; without one `fsdp` over all devices of several processes, None for one."""
     if text is None:
-        return MeshShape(fsdp=jax.device_count()) if distributed.process_count() > 1 else None
+        return MeshShape(fsdp=jax.device_count()) if processes.process_count() > 1 else None
     return parse_mesh(text)
 
 
@@ -36,7 +36,7 @@ def make_mesh_here(shape: MeshShape) -> Mesh:
     try:
         return connect_devices(make_mesh(shape))
     except UserError as error:
-        if jax.default_backend() != "cpu" or distributed.process_count() > 1:
+        if jax.default_backend() != "cpu" or processes.process_count() > 1:
             raise
         virtual = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape.devices}"
         raise UserError(f"{error} To try this mesh on a CPU, set {virtual}: virtual devices, which share its cores.") from None
@@ -48,7 +48,7 @@ def connect_devices(mesh: Mesh) -> Mesh:
     Gloo connects a group at its first collective, and gives up after 30 s: too early where one process compiles longer than
     another. So the processes meet once each has compiled this. In a connected group a collective waited 45 s without error.
     """
-    if distributed.process_count() > 1:
+    if processes.process_count() > 1:
         names, axes = mesh.axis_names, range(len(mesh.axis_names))
         groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
         results = [NamedSharding(mesh, PartitionSpec(*(names[axis] for axis in axes if axis not in group))) for group in groups]
@@ -56,22 +56,22 @@ def connect_devices(mesh: Mesh) -> Mesh:
         numbers = jax.make_array_from_callback(ones.shape, over_all, ones.__getitem__)
         program = jax.jit(lambda numbers: [numbers.sum(group) for group in groups], out_shardings=results)
         compiled = program.lower(numbers).compile()
-        distributed.refuse_differences({"--mesh": str(MeshShape(**mesh.shape))})
+        processes.refuse_differences({"--mesh": str(MeshShape(**mesh.shape))})
         jax.block_until_ready(compiled(numbers))
     return mesh
 
 
 def device_with_mesh(device: Device, shape: MeshShape | None) -> Device:
     """Returns the device with its mesh and the count of processes, which the banner shows."""
-    processes = f" in {distributed.process_count()} processes" if distributed.process_count() > 1 else ""
-    return dataclasses.replace(device, mesh=f"{shape.devices} devices{processes}, {shape}") if shape else device
+    in_processes = f" in {processes.process_count()} processes" if processes.process_count() > 1 else ""
+    return dataclasses.replace(device, mesh=f"{shape.devices} devices{in_processes}, {shape}") if shape else device
 
 
 def refuse_different_runs(facts: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
     """Raises UserError in every process when their run.json, architecture, intervals or checkpoints differ."""
     shared = {name: value for name, value in facts.items() if name not in PER_PROCESS_ENTRIES}
     shared |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
-    distributed.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})
+    processes.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})
 
 
 def to_file_order(cfg: ModelConfig, tree: Any) -> Any:
@@ -104,10 +104,10 @@ def fits_one_device(tree: Any) -> bool:
         return True
     device = jax.local_devices()[0]
     shared = device.platform == "cpu"  # memory, by all devices of a machine
-    copies = jax.device_count() // distributed.machine_count() if shared else 1
+    copies = jax.device_count() // processes.machine_count() if shared else 1
     free = device_memory_bytes() - (device.memory_stats() or {}).get("bytes_in_use", 0)
     fits = 1.5 * copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) <= free
-    return all(process_fits for [process_fits] in distributed.gather_numbers(fits))
+    return all(process_fits for [process_fits] in processes.gather_numbers(fits))
 
 
 @contextlib.contextmanager

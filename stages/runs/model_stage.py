@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine import distributed
 from engine.counting.params import count_params
 from engine.device import host_memory
+from engine.mesh import processes
+from engine.mesh.placement import place
 from engine.model.config import LoraConfig, ModelConfig
-from engine.placement import place
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
@@ -99,7 +99,7 @@ class ModelStage(Stage):
         if params is not None and digest(params) != base["digest"]:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(self.plan.cfg, trainable) as whole:
-            if distributed.is_first():
+            if processes.is_first():
                 name = base["model"] if Path(base["model"]).exists() else base["model"].partition("@")[0]
                 save_adapter(self.folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=name)
         return self.folder / ADAPTER

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from engine import distributed
 from engine.errors import UserError
 from engine.files import remove_unfinished
 from engine.format import duration, join_words
+from engine.mesh import processes
+from engine.mesh.placement import place, sharded_shapes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.placement import place, sharded_shapes
 from engine.storage import checkpoint, manifest
 from engine.storage.run_folder import read_config, read_json
 from engine.text import epoch_order
@@ -160,8 +160,8 @@ def restore(
     aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
     if (best := loop_state.best_step) not in (None, loop_state.step):
-        faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if distributed.is_first() else []
-        if faults := json.loads(distributed.gather_strings(json.dumps(faults))[0]):
+        faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
+        if faults := json.loads(processes.gather_strings(json.dumps(faults))[0]):
             lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
             loop_state.best = loop_state.best_step = None
     for line in lines:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import jax
 
-from engine import distributed
 from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, quantity
-from engine.placement import init_sharded
+from engine.mesh import processes
+from engine.mesh.placement import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer, updating
 from engine.text import epoch_order
@@ -83,7 +83,7 @@ class Stage(Protocol):
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
     with Console() as console:
-        distributed.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
+        processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here
             _print_plan(options, make_stage(console), console)
             console.print("A dry run: nothing was trained.")
@@ -92,11 +92,11 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
         mesh = make_mesh_here(shape) if shape else None
         options = dataclasses.replace(options, device=device_with_mesh(options.device, shape))
         holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation
-        first = distributed.is_first()
+        first = processes.is_first()
         with lock_run(options.folder) if first else contextlib.nullcontext():
-            distributed.refuse_unshared(options.folder)
-            distributed.describe_saved_by(lambda: _newest_checkpoint(options.folder, resume_command(options.stage)))
-            with distributed.process_0_first():
+            processes.refuse_unshared(options.folder)
+            processes.describe_saved_by(lambda: _newest_checkpoint(options.folder, resume_command(options.stage)))
+            with processes.process_0_first():
                 stage = make_stage(console)
                 stage.load_weights()
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
@@ -118,7 +118,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         refuse_other_order(previous)
     stage.begin_compiling(beside_reading=previous is not None)
     state, loop_state = _first_state(options, stage, previous, facts, console)
-    if distributed.is_first():
+    if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", facts)  # first: a folder with files and without it is taken for someone else's
             save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
@@ -143,7 +143,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         f"{plan.noun}s": loop_state.step, "refused_steps": loop_state.refused, "peak_rss_bytes": peak,
         "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
     }  # fmt: skip
-    if distributed.is_first():
+    if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", facts | {"result": result})
     print_summary(report, plan.noun, loop_state, peak, folder, facts["text"]["data"], console)
@@ -175,7 +175,7 @@ def _first_state(
         return state, loop_state
     with console.task("initialising"):
         state = init_sharded(stage.initial_state, stage.split.trainable)
-    if distributed.is_first():
+    if processes.is_first():
         clear_run(options.folder)
     return state, LoopState()
 

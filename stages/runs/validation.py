@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.inference.score import score
+from engine.mesh.layout import row_shards
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
-from engine.sharding import row_shards
 from engine.text.token_file import TokenFile
 from engine.text.tokenizer import Tokenizer
 from engine.text.windows import count_windows, evaluation_windows, window_batch

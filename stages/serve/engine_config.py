@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from engine import placement
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
 from engine.inference.runner import MIN_ROWS
 from engine.inference.slots import CHUNK, compile_ahead
+from engine.mesh import placement
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import jax
 
-from engine import placement, sharding
 from engine.counting.hardware import free_memory_bytes, machine_identity
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
 from engine.inference.request import SamplingParams
 from engine.inference.slots import Slots
+from engine.mesh import layout, placement
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.storage.digest import digest
@@ -130,7 +130,7 @@ def load_state(
     def configure(cfg: ModelConfig) -> None:
         nonlocal engine_config
         placement.check_inference(cfg, mesh)
-        devices = sharding.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
+        devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
         engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
             if device.backend == "cpu":

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from engine import distributed
 from engine.allocator import return_freed_memory
 from engine.counting.accelerators import find_accelerator
 from engine.counting.flops import muon_flops, train_flops
@@ -21,11 +20,12 @@ from engine.format import duration, format_bytes, format_count, quantity
 from engine.inference.decode import complete, prepare_params
 from engine.inference.request import SamplingParams
 from engine.inference.score import score
-from engine.mesh_shape import ONE_DEVICE, check_mesh
+from engine.mesh import processes
+from engine.mesh.layout import group_columns
+from engine.mesh.placement import current_mesh, sharded_shapes
+from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import preset
 from engine.model.transformer import init_params
-from engine.placement import current_mesh, sharded_shapes
-from engine.sharding import group_columns
 from engine.text.windows import TextBatches
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
@@ -215,8 +215,8 @@ class Training(Stage):
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         if fits_one_device(params):
             with self.console.task("writing a sample"), on_one_device(cfg, params) as whole:
-                text = self._sample(whole) if distributed.is_first() else ""
-            if distributed.is_first():
+                text = self._sample(whole) if processes.is_first() else ""
+            if processes.is_first():
                 with atomic_file(folder / "samples" / f"{step}.txt") as file:
                     file.write(text.encode())
         else:

@@ -41,11 +41,11 @@ def facts_of(weights, tied):
     import numpy as np
     from tiny import lively_params
 
-    from engine import placement
     from engine.device import host_memory
     from engine.inference.decode import generate, prepare_params
     from engine.inference.request import SamplingParams
     from engine.inference.slots import Slots
+    from engine.mesh import placement
     from engine.model.weights.int8 import quantize
     from engine.storage.digest import digest
     from stages.cli.compile_counter import CompileCounter

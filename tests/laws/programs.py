@@ -38,6 +38,7 @@ from engine.inference import runner as slot_programs
 from engine.inference.decode import LONE_ROWS, decode_alone, decode_step, decode_steps
 from engine.inference.sampling import make_token_counts
 from engine.inference.score import score
+from engine.mesh.layout import group_columns, leaf_spec
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
@@ -46,7 +47,6 @@ from engine.model.native import library
 from engine.model.paths import merge
 from engine.model.transformer import forward, init_params
 from engine.model.weights import int8
-from engine.sharding import group_columns, leaf_spec
 from engine.text.batch import Batch
 from engine.training.lora import init_lora
 from engine.training.loss import summed_loss
@@ -175,7 +175,7 @@ PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
 
 
 def lay_out(program: Program, mesh: Any) -> Program:
-    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/sharding.py`."""
+    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/layout.py`."""
     cfg = program.arguments[0]
 
     def place(keys: Any, leaf: Any) -> Any:

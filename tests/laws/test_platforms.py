@@ -12,7 +12,7 @@ from exported import TARGETS, Temporary, aliased_arguments, export, kernels, lar
 from jax.sharding import AbstractMesh, AxisType
 from programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out, weights_of
 
-from engine.mesh_shape import AXES
+from engine.mesh.shape import AXES
 from engine.model.attention import QUERY_BLOCK
 
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")

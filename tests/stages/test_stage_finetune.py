@@ -20,7 +20,7 @@ from tiny import lively_params, tiny_config, tokens_of
 from tiny_runs import WORDS, command, metrics
 
 from engine.errors import UserError
-from engine.mesh_shape import AXES
+from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths
 from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import tiny
 
-from engine import distributed
 from engine.counting import accelerators
 from engine.counting.accelerators import find_accelerator
 from engine.counting.collectives import Collective
@@ -22,7 +21,8 @@ from engine.counting.hardware import Ceilings
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError
 from engine.format import format_bytes
-from engine.mesh_shape import MeshShape
+from engine.mesh import processes
+from engine.mesh.shape import MeshShape
 from engine.model.config import PRESETS, preset
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_optimizer
@@ -125,12 +125,12 @@ def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     with pytest.raises(UserError, match=r"on each of 4 devices, and"):
         need(mesh)
     assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE, "and its cores"
-    monkeypatch.setattr(distributed._group, "processes", 2, raising=False)  # on one machine
+    monkeypatch.setattr(processes._group, "processes", 2, raising=False)  # on one machine
     assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
     with pytest.raises(UserError, match=r"on each of 4 devices, and"):
         need(mesh)
-    monkeypatch.setattr(distributed._group, "machines", 2, raising=False)  # each on its own
+    monkeypatch.setattr(processes._group, "machines", 2, raising=False)  # each on its own
     assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 2 * HERE.bf16_gflops
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 4 * HERE.bf16_gflops

@@ -18,14 +18,14 @@ import numpy as np
 
 from bench.models import next_token_batch
 from engine.counting.collectives import read_collectives
-from engine.mesh_shape import parse_mesh
+from engine.mesh.layout import group_columns, ungroup_columns
+from engine.mesh.placement import global_batch, init_sharded, make_mesh, place, shardings
+from engine.mesh.shape import parse_mesh
 from engine.model import fused_attention, ops
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import matmul_rules, quantize
-from engine.placement import global_batch, init_sharded, make_mesh, place, shardings
-from engine.sharding import group_columns, ungroup_columns
 from engine.training import loss
 from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer

@@ -14,10 +14,10 @@ from mesh_cases import CASES
 
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError
-from engine.mesh_shape import AXES, MeshShape, check_mesh, parse_mesh
+from engine.mesh.layout import leaf_spec
+from engine.mesh.placement import make_mesh
+from engine.mesh.shape import AXES, MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
-from engine.placement import make_mesh
-from engine.sharding import leaf_spec
 
 MESHES = [(case, mesh) for case, meshes in CASES.items() for mesh in meshes]
 MESHED = pytest.mark.parametrize(("case", "mesh"), MESHES)

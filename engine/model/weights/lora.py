@@ -35,7 +35,7 @@ class LoRA:
 
     base (in, out): an Array, an Int8, another LoRA (adapters add up), or None for an adapter as it is trained and saved.
     a (in, R P) and b (R, widths of the parts). `columns`: each part's (start, stop), in order, apart; `parts` cuts them.
-    On a `tensor` axis base and b hold their columns in `groups` (`engine/sharding.py`); `over_groups` reads them.
+    On a `tensor` axis base and b hold their columns in `groups` (`engine/mesh/layout.py`); `over_groups` reads them.
     """
 
     base: Any

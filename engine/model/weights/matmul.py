@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine import sharding
+from engine.mesh import layout
 from engine.model import backward
 from engine.model.ops import ops
 from engine.model.paths import Params, map_paths
@@ -45,7 +45,7 @@ def norm_and_weight(x: Array, gain: Array, weight: Weight, eps: float, dtype: DT
 
 def _is_smaller(weight: Array, x: Array) -> bool:
     """Whether a device multiplies more numbers of x than of the weight."""
-    return x.size // sharding.row_shards() > weight.size // sharding.column_shards()
+    return x.size // layout.row_shards() > weight.size // layout.column_shards()
 
 
 def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -57,7 +57,7 @@ def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Arra
     if not isinstance(weight, Int8) and _is_smaller(weight, x):
         left, right = backward.matmul_two(x.reshape(-1, x.shape[-1]), weight, dtype)
         return left.reshape(*x.shape[:-1], -1), right.reshape(*x.shape[:-1], -1)
-    left, right = sharding.split_columns(project(x, weight, dtype), [half, half])
+    left, right = layout.split_columns(project(x, weight, dtype), [half, half])
     return left, right
 
 
@@ -96,7 +96,7 @@ def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple
         shares = tuple((start // groups, stop // groups) for start, stop in cuts)
         return over_groups(lambda one: _project_lora(x, one, dtype, shares), weight)
     rows, columns = weight.shape
-    base, share = innermost_base(weight), x.size // sharding.row_shards()
+    base, share = innermost_base(weight), x.size // layout.row_shards()
     if share + share // rows * columns > rows * columns and not (isinstance(base, Int8) and base.activations != "full"):
         parts = merged_matmul(x.reshape(-1, rows), weight, dtype, cuts)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)

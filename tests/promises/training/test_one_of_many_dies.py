@@ -11,7 +11,7 @@ from many_processes import FLAGS, finish, until_saved
 from tiny_runs import metrics, tiny
 from tiny_training import bits
 
-from engine.distributed import RESTART
+from engine.mesh.processes import RESTART
 from engine.storage import checkpoint
 
 

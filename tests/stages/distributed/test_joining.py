@@ -9,10 +9,10 @@ import pytest
 from jax._src.clusters.mpi4py_cluster import Mpi4pyCluster
 from tiny_runs import ROOT, tiny
 
-from engine import distributed
-from engine.coordinator import find_coordinator, join
-from engine.distributed import MISTAKE, RESTART, _explain_abort
 from engine.errors import UserError
+from engine.mesh import processes
+from engine.mesh.coordinator import find_coordinator, join
+from engine.mesh.processes import MISTAKE, RESTART, _explain_abort
 from stages import by_hand
 from stages.train import __main__ as train
 from stages.train.run import Training
@@ -32,8 +32,8 @@ def test_processes_that_count_themselves_differently(monkeypatch):
     starts: list[dict] = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: starts.append(options))
     for name in ("handle_abort", "begin"):
-        monkeypatch.setattr(distributed, name, lambda *_: None)
-    monkeypatch.setattr(distributed, "gather_strings", lambda own: [own, own.replace("2", "3")])
+        monkeypatch.setattr(processes, name, lambda *_: None)
+    monkeypatch.setattr(processes, "gather_strings", lambda own: [own, own.replace("2", "3")])
     with pytest.raises(UserError, match=r"Process 1 has another --processes \(3\) than process 0 \(2\)"):
         join("127.0.0.1:0", 2, 0, 0.4)
     assert starts[0]["initialization_timeout"] == 1, "rounded up: 0 would be for ever"
@@ -60,7 +60,7 @@ def test_by_hand_there_is_one_process(monkeypatch, failing, text):
 
 def test_a_process_that_ends_before_it_has_loaded_says_how_to_go_on(monkeypatch, failing, text, tmp_path):
     def end(*_):
-        raise UserError(distributed._group.describe_saved())
+        raise UserError(processes._group.describe_saved())
 
     monkeypatch.setattr(Training, "__init__", end)
     assert "To go on: python -m stages.train" in failing(train.main, tiny(text, tmp_path / "run"))
@@ -85,24 +85,24 @@ def test_a_process_that_ends_before_it_has_loaded_says_how_to_go_on(monkeypatch,
 )
 def test_an_abort_is_explained_by_what_the_library_wrote(monkeypatch, written, activity, code, sentence):
     for name, value in {"process": 2, "activity": activity, "describe_saved": lambda: "Nothing."}.items():
-        monkeypatch.setattr(distributed._group, name, value, raising=False)
+        monkeypatch.setattr(processes._group, name, value, raising=False)
     found, printed = _explain_abort(written)
     assert (found, sentence in printed) == (code, True), printed
 
 
 ABORT = """
 import os, sys
-from engine import distributed
+from engine.mesh import processes
 from stages.cli.process import print_errors_on
-print_errors_on(distributed.hide_library_errors())
-distributed.handle_abort("Not all met.")
+print_errors_on(processes.hide_library_errors())
+processes.handle_abort("Not all met.")
 os.write(2, b"of joining\\n")
-distributed._group.joining = distributed._take_library_errors()[:0]
+processes._group.joining = processes._take_library_errors()[:0]
 os.write(2, b"a warning\\n")
-distributed._show_library_errors()
+processes._show_library_errors()
 print("our own", file=sys.stderr)
 os.write(2, b"coordination_service.cc:1518] stopped sending heartbeats):\\n1\\n")
-distributed._show_library_errors()
+processes._show_library_errors()
 os.write(2, b"*** stack trace ***\\n")
 os.abort()
 """

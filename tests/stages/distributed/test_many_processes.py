@@ -17,10 +17,10 @@ import pytest
 from many_processes import FLAGS, STEPS, finish, until, until_saved
 from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
-from engine import distributed
-from engine.coordinator import find_coordinator
-from engine.distributed import RESTART
 from engine.errors import UserError
+from engine.mesh import processes
+from engine.mesh.coordinator import find_coordinator
+from engine.mesh.processes import RESTART
 from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter
 from engine.storage.model_loader import read_config
@@ -87,12 +87,12 @@ def test_a_write_that_one_process_is_refused_ends_all_with_its_sentence(start, t
 
 CONNECTIONS = """
 import json, time
-from engine import distributed
+from engine.mesh import processes
 from stages.finetune import run
 from stages.runs import mesh
 connected, connect, finish = [], mesh.connect_devices, run.FineTuning.finish
 def note(path=FILE):
-    connected.append(sorted(key for key, _ in distributed._group.client.key_value_dir_get_bytes("cpu:gloo/")))
+    connected.append(sorted(key for key, _ in processes._group.client.key_value_dir_get_bytes("cpu:gloo/")))
     open(path, "w").write(json.dumps(connected))
 mesh.connect_devices = lambda devices: (time.sleep(2), note(), connect(devices), note())[2]
 run.FineTuning.finish = lambda *arguments: (finish(*arguments), note())[0]
@@ -154,16 +154,16 @@ def test_a_mistake_of_all_is_printed_once(monkeypatch, process, met, printed):
     """`met`: this process's own mistake, while another says that there is no such text."""
     said: list[tuple[int, str]] = []
     other = 0 if process else 2
-    client = SimpleNamespace(blocking_key_value_get=lambda *_: json.dumps([other, distributed.MISTAKE, "No such text."]))
-    monkeypatch.setattr(distributed, "_exit", lambda *ending: said.append(ending))
+    client = SimpleNamespace(blocking_key_value_get=lambda *_: json.dumps([other, processes.MISTAKE, "No such text."]))
+    monkeypatch.setattr(processes, "_exit", lambda *ending: said.append(ending))
     for name, value in {"process": process, "mistake": met}.items():
-        monkeypatch.setattr(distributed._group, name, value, raising=False)
-    distributed._watch(client)
-    assert said == [(distributed.MISTAKE, printed)]
+        monkeypatch.setattr(processes._group, name, value, raising=False)
+    processes._watch(client)
+    assert said == [(processes.MISTAKE, printed)]
 
 
 IMPATIENT = """
-import engine.coordinator as coordinator, stages.runs.loop as loop
+import engine.mesh.coordinator as coordinator, stages.runs.loop as loop
 coordinator.HEARTBEAT = 60  # seconds: JAX's service is not to notice it first
 count = loop.Loop._count
 def counted(self, *rest):
@@ -214,7 +214,7 @@ def test_a_process_that_a_signal_ends_says_so_and_tells_the_others_before(monkey
     """It writes to stderr where Python has it: file descriptor 2 is that of the libraries."""
     calls, printed = [], tmp_path / "stderr"
     monkeypatch.setattr(sys, "stderr", printed.open("w"))
-    monkeypatch.setattr(distributed, "end", lambda code, sentence: calls.append(code))
+    monkeypatch.setattr(processes, "end", lambda code, sentence: calls.append(code))
     monkeypatch.setattr(os, "_exit", lambda code: calls.append("gone"))
     SignalState(received=signal.SIGTERM).end_now("here.")
     assert calls == [128 + signal.SIGTERM, "gone"]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from engine.mesh_shape import AXES, ROWS
+from engine.mesh.shape import AXES, ROWS
 from engine.model.column_groups import LEAF, join_groups, regroup, split_groups
 from engine.model.config import ModelConfig
 

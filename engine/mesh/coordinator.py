@@ -5,9 +5,9 @@ import os
 import socket
 import time
 
-from engine import distributed
 from engine.errors import UserError
 from engine.format import duration
+from engine.mesh import processes as group
 
 HEARTBEAT = 8  # seconds without one until JAX gives a process up
 
@@ -61,7 +61,7 @@ def join(address: str, processes: int, process: int, seconds: float) -> None:
 
     # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
-    distributed.handle_abort(
+    group.handle_abort(
         f"Not all {processes} processes met at {address} within {seconds:g} s: start each once, with its own --process and the "
         "same --processes."
     )
@@ -72,8 +72,8 @@ def join(address: str, processes: int, process: int, seconds: float) -> None:
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise UserError(f"Process {process} cannot start at {address}: {error}. Give another address or port.") from error
-    distributed.begin(jax_distributed.global_state.client, process, processes)
-    distributed.refuse_differences({"--processes": str(processes)})
+    group.begin(jax_distributed.global_state.client, process, processes)
+    group.refuse_differences({"--processes": str(processes)})
 
 
 def _reach(coordinator: str, seconds: float) -> None:

@@ -17,10 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import UserError
-from engine.mesh_shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
+from engine.mesh.layout import cache_spec, column_shards, group_columns, map_specs, pin_cache
+from engine.mesh.shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
 from engine.model.column_groups import file_order, regroup
 from engine.model.config import ModelConfig
-from engine.sharding import cache_spec, column_shards, group_columns, map_specs, pin_cache
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
