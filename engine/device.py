@@ -166,7 +166,7 @@ def _has_nvidia_driver() -> bool:
 
 @contextlib.contextmanager
 def host_memory(wanted: bool) -> Iterator[None]:
-    """Makes arrays in the host's memory within the block, if `wanted`: to `placement.place` them on a mesh afterwards.
+    """Makes arrays in the host's memory within the block, if `wanted`: to `layout.place` them on a mesh afterwards.
 
     Without this thread's mesh: on one, JAX computes on all its devices, and each would get the whole model.
     """

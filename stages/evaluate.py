@@ -63,7 +63,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     import jax
     from jax.experimental.multihost_utils import process_allgather
 
-    from engine.mesh import placement
+    from engine.mesh import layout
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
@@ -77,13 +77,13 @@ def evaluate(flags: EvaluateFlags) -> None:
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            model = load_model(flags.model, on_config=lambda cfg: placement.check_inference(cfg, mesh))
+            model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
         console.print_notes(model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
-        model = dataclasses.replace(model, params=placement.place(model.cfg, model.params))
+        model = dataclasses.replace(model, params=layout.place(model.cfg, model.params))
         before = digest_in_memory(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):

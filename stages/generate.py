@@ -52,7 +52,7 @@ def generate(flags: GenerateFlags) -> None:
     # These import jax, which must not load before --help is answered and the device is chosen.
     import jax
 
-    from engine.mesh.placement import make_inference_mesh
+    from engine.mesh.layout import make_inference_mesh
 
     with jax.set_mesh(make_inference_mesh(flags.mesh)):
         _generate(flags, device)
@@ -61,22 +61,22 @@ def generate(flags: GenerateFlags) -> None:
 def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.inference import decode
     from engine.inference.request import SamplingParams
-    from engine.mesh import placement
+    from engine.mesh import layout
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.tokenizer import CompletionText
     from stages.cli.compile_counter import CompileCounter
 
     notes = Console(sys.stderr)
-    mesh = placement.current_mesh()
+    mesh = layout.current_mesh()
     with host_memory(mesh is not None):
-        model = load_model(flags.model, on_config=lambda cfg: placement.check_inference(cfg, mesh))
+        model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
     notes.print_notes(model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     with host_memory(mesh is not None):
         params = decode.prepare_params(model.cfg, model.params, mesh is None)
-    params = placement.place(model.cfg, params)
+    params = layout.place(model.cfg, params)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""

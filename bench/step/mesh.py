@@ -13,8 +13,7 @@ from bench.cli import Json, Shape, print_table, progress
 from bench.models import make_step_inputs
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.collectives import read_collectives
-from engine.mesh.layout import group_columns, ungroup_columns
-from engine.mesh.placement import global_batch, init_sharded, make_mesh, sharded_shapes
+from engine.mesh.layout import global_batch, group_columns, init_sharded, make_mesh, sharded_shapes, ungroup_columns
 from engine.mesh.shape import check_mesh, parse_mesh
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, train_step

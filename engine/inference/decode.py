@@ -22,7 +22,7 @@ from engine.inference.request import Event, Request, SamplingParams
 from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.scheduler import STEPS_BETWEEN_DRAFTS
 from engine.inference.sequence import STEPS, Sequence
-from engine.mesh import layout, placement
+from engine.mesh import layout
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
@@ -162,7 +162,7 @@ def generate(
     running = [Sequence(index, Request(tuple(prompt), row)) for index, (prompt, row) in enumerate(zip(prompts, fits))]
 
     # Room for a last chunk's padding and a last dispatch's surplus: what lies there is never read.
-    cache = placement.make_sharded_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
+    cache = layout.make_sharded_cache(lambda: make_cache(cfg, len(prompts), -(-capacity // CHUNK) * CHUNK + CHUNK))
     logits, cache = _prefill_all(cfg, params, prompts, cache)
     arrays = jax.device_put(sampling_arrays(fits))
     token = _first_tokens(logits, cache.length, arrays)

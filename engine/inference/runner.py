@@ -34,7 +34,7 @@ from engine.inference.sampling import (
 )
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.sequence import STEPS
-from engine.mesh import layout, placement
+from engine.mesh import layout
 from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVDtype, KVSegments, make_kv_segments, segment_edges, segmented_cache
 from engine.model.config import ModelConfig
@@ -132,7 +132,7 @@ def idle_calls(
 
     Of `params`, `segments` and `counts` only the shapes are read.
     """
-    params, (segments, counts) = placement.inference_shapes(params, (segments, counts))
+    params, (segments, counts) = layout.inference_shapes(params, (segments, counts))
     R = segments.slots
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
     rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
@@ -148,7 +148,7 @@ def idle_calls(
     calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
     for size in {chunk, tail} if prefix_cache else ():
         shape = lambda leaf, size=size: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
-        computed = placement.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
+        computed = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
         calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
         calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
     return calls
@@ -156,7 +156,7 @@ def idle_calls(
 
 def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
     """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
-    pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(placement.current_mesh(),))
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(layout.current_mesh(),))
     compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:
         futures = {pool.submit(compile_call, *call): name for name, call in calls.items()}
@@ -231,7 +231,7 @@ class ModelRunner:
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
-        self.cfg, self.shapes, self.mesh = cfg, shapes, placement.current_mesh()
+        self.cfg, self.shapes, self.mesh = cfg, shapes, layout.current_mesh()
         edges, short = shapes.edges, shapes.short_edges
         self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
         self.has_long_programs = False
@@ -327,7 +327,7 @@ class ModelRunner:
         self.has_long_programs, self._prepared = True, None
 
     def _make(self, make: Callable[[], Any]) -> Any:
-        return self._device_put(placement.make_sharded_cache(make))
+        return self._device_put(layout.make_sharded_cache(make))
 
     def _device_put(self, tree: Any) -> Any:
         """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.coordinator import find_coordinator, join
+from engine.mesh.processes import find_coordinator, join
 from engine.model.config import LoraConfig
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
 from stages.cli.process import print_errors_on

@@ -15,8 +15,7 @@ from engine.counting.hardware import device_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.layout import change_array, group_columns, ungroup_columns
-from engine.mesh.placement import make_mesh, shardings
+from engine.mesh.layout import change_array, group_columns, make_mesh, shardings, ungroup_columns
 from engine.mesh.shape import MeshShape, parse_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from engine.counting.params import count_params
 from engine.device import host_memory
 from engine.mesh import processes
-from engine.mesh.placement import place
+from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.files import remove_unfinished
 from engine.format import duration, join_words
 from engine.mesh import processes
-from engine.mesh.placement import place, sharded_shapes
+from engine.mesh.layout import place, sharded_shapes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint, manifest

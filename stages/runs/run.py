@@ -13,7 +13,7 @@ from engine.counting.hardware import peak_rss_bytes
 from engine.files import write_json
 from engine.format import duration, quantity
 from engine.mesh import processes
-from engine.mesh.placement import init_sharded
+from engine.mesh.layout import init_sharded
 from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer, updating
 from engine.text import epoch_order

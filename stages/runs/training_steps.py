@@ -8,7 +8,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from engine.allocator import fits_freed_memory, return_freed_memory
-from engine.mesh.placement import batch_share, global_batch
+from engine.mesh.layout import batch_share, global_batch
 from engine.model.config import ModelConfig
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step

@@ -14,7 +14,7 @@ from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
 from engine.inference.runner import MIN_ROWS
 from engine.inference.slots import CHUNK, compile_ahead
-from engine.mesh import placement
+from engine.mesh import layout
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
@@ -105,7 +105,7 @@ class CompileAhead:
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, config: EngineConfig, cfg: ModelConfig) -> None:
-        arguments = config, config.model_config(cfg), placement.current_mesh()
+        arguments = config, config.model_config(cfg), layout.current_mesh()
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="ahead")
         self._thread.start()
 

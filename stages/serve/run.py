@@ -52,7 +52,7 @@ def run(flags: ServeFlags) -> int:
             # Imports of JAX come after its start.
             import jax
 
-            from engine.mesh.placement import make_inference_mesh
+            from engine.mesh.layout import make_inference_mesh
             from stages.serve.api.app import make_app
             from stages.serve.engine_config import EngineConfig, default_weights
             from stages.serve.lifecycle import serve

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.format import format_bytes
 from engine.inference.request import SamplingParams
 from engine.inference.slots import Slots
-from engine.mesh import layout, placement
+from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.storage.digest import digest
@@ -121,7 +121,7 @@ def load_state(
     UserError.
     """
     source = read_template(template)
-    ahead, mesh = CompileAhead(), placement.current_mesh()
+    ahead, mesh = CompileAhead(), layout.current_mesh()
 
     def on_config(cfg: ModelConfig) -> None:
         with jax.set_mesh(mesh):
@@ -129,7 +129,7 @@ def load_state(
 
     def configure(cfg: ModelConfig) -> None:
         nonlocal engine_config
-        placement.check_inference(cfg, mesh)
+        layout.check_inference(cfg, mesh)
         devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
         engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
         if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
@@ -183,11 +183,11 @@ def load_state(
 def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Slots, tuple[str, ...]]:
     """Returns the slots, and notes on the adapter to print."""
     cfg = engine_config.model_config(model.cfg)
-    is_whole = placement.current_mesh() is None
+    is_whole = layout.current_mesh() is None
     with host_memory(not is_whole):
         params, notes = with_adapters(model.cfg, model.params, [adapter] if adapter else [])
         params = engine_config.prepare_params(cfg, params, is_whole)
-    params = jax.block_until_ready(placement.place(cfg, params))
+    params = jax.block_until_ready(layout.place(cfg, params))
     try:
         return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options), notes
     except RuntimeError as error:

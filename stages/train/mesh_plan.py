@@ -21,7 +21,7 @@ from engine.counting.xla import xla_peak
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.format import duration, format_bytes, si
-from engine.mesh.placement import global_batch, make_mesh, sharded_shapes
+from engine.mesh.layout import global_batch, make_mesh, sharded_shapes
 from engine.mesh.shape import MeshShape
 from engine.model.config import ModelConfig
 from engine.model.transformer import init_params

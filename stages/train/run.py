@@ -21,8 +21,7 @@ from engine.inference.decode import complete, prepare_params
 from engine.inference.request import SamplingParams
 from engine.inference.score import score
 from engine.mesh import processes
-from engine.mesh.layout import group_columns
-from engine.mesh.placement import current_mesh, sharded_shapes
+from engine.mesh.layout import current_mesh, group_columns, sharded_shapes
 from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import preset
 from engine.model.transformer import init_params

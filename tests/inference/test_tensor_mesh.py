@@ -45,7 +45,7 @@ def facts_of(weights, tied):
     from engine.inference.decode import generate, prepare_params
     from engine.inference.request import SamplingParams
     from engine.inference.slots import Slots
-    from engine.mesh import placement
+    from engine.mesh import layout
     from engine.model.weights.int8 import quantize
     from engine.storage.digest import digest
     from stages.cli.compile_counter import CompileCounter
@@ -60,10 +60,10 @@ def facts_of(weights, tied):
     greedy = lambda params: [[event.id, *event.tokens] for event in generate(cfg, params, texts, greedy_sampling)]
     # In int8 a last bit of attention, which sums in another order, can become a whole step of the next rounding.
     one = (greedy(prepared), complete(make(prepared), prompts)) if weights == "float32" else None
-    with jax.set_mesh(placement.make_inference_mesh(f"tensor={DEVICES}")):
+    with jax.set_mesh(layout.make_inference_mesh(f"tensor={DEVICES}")):
         with host_memory(True):
             waiting = prepare_params(cfg, quantize(params) if weights == "int8" else params, whole=False)
-        placed = placement.place(cfg, waiting)
+        placed = layout.place(cfg, waiting)
         before, three, slots = digest(placed), greedy(placed), make(placed)
     slots.warm()
     compiles = CompileCounter()

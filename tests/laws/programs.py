@@ -38,7 +38,8 @@ from engine.inference import runner as slot_programs
 from engine.inference.decode import LONE_ROWS, decode_alone, decode_step, decode_steps
 from engine.inference.sampling import make_token_counts
 from engine.inference.score import score
-from engine.mesh.layout import group_columns, leaf_spec
+from engine.mesh.layout import group_columns
+from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
@@ -175,7 +176,7 @@ PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
 
 
 def lay_out(program: Program, mesh: Any) -> Program:
-    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/layout.py`."""
+    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/rules.py`."""
     cfg = program.arguments[0]
 
     def place(keys: Any, leaf: Any) -> Any:

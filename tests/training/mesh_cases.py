@@ -18,8 +18,7 @@ import numpy as np
 
 from bench.models import next_token_batch
 from engine.counting.collectives import read_collectives
-from engine.mesh.layout import group_columns, ungroup_columns
-from engine.mesh.placement import global_batch, init_sharded, make_mesh, place, shardings
+from engine.mesh.layout import global_batch, group_columns, init_sharded, make_mesh, place, shardings, ungroup_columns
 from engine.mesh.shape import parse_mesh
 from engine.model import fused_attention, ops
 from engine.model.config import LoraConfig, ModelConfig

@@ -14,8 +14,8 @@ from mesh_cases import CASES
 
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError
-from engine.mesh.layout import leaf_spec
-from engine.mesh.placement import make_mesh
+from engine.mesh.layout import make_mesh
+from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import AXES, MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
 

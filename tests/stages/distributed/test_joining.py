@@ -11,8 +11,7 @@ from tiny_runs import ROOT, tiny
 
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.coordinator import find_coordinator, join
-from engine.mesh.processes import MISTAKE, RESTART, _explain_abort
+from engine.mesh.processes import MISTAKE, RESTART, _explain_abort, find_coordinator, join
 from stages import by_hand
 from stages.train import __main__ as train
 from stages.train.run import Training

@@ -19,8 +19,7 @@ from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.coordinator import find_coordinator
-from engine.mesh.processes import RESTART
+from engine.mesh.processes import RESTART, find_coordinator
 from engine.storage import checkpoint
 from engine.storage.adapter import load_adapter
 from engine.storage.model_loader import read_config
@@ -163,8 +162,8 @@ def test_a_mistake_of_all_is_printed_once(monkeypatch, process, met, printed):
 
 
 IMPATIENT = """
-import engine.mesh.coordinator as coordinator, stages.runs.loop as loop
-coordinator.HEARTBEAT = 60  # seconds: JAX's service is not to notice it first
+import engine.mesh.processes as processes, stages.runs.loop as loop
+processes.HEARTBEAT = 60  # seconds: JAX's service is not to notice it first
 count = loop.Loop._count
 def counted(self, *rest):
     count(self, *rest)

@@ -1,0 +1,65 @@
+"""Which axes of a mesh cut a parameter, an optimizer's moment or a KV cache: a rule on its path, the first match wins.
+
+`data` repeats the weights, `fsdp` cuts them and gathers each one where it is used (Rajbhandari et al. 2020, 1910.02054),
+`tensor` cuts the products (Shoeybi et al. 2019, 1909.08053).
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from engine.model.column_groups import LEAF
+
+RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
+    (r"embed", P(None, ("tensor", "fsdp"))),
+    (r"head", P(("tensor", "fsdp"), None)),
+    (r"blocks/\d+/(qkv|gate_up)", P("fsdp", "tensor")),
+    (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
+    (r"(blocks/\d+/)?\w*(norm|bias)", P()),
+)
+
+
+def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
+
+    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it (`check_mesh` refuses matrices like
+    that). Numbers that belong to no parameter are whole everywhere. Raises ValueError for a matrix without a rule.
+    """
+    match = LEAF.fullmatch(path)
+    spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
+    if spec is None:
+        if len(shape) > 1:
+            raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
+        return P()
+    part = match["part"] if match else None
+    if part == "a":  # thin: its long axis over all devices that cut the matrix
+        spec = P(("tensor", "fsdp"), None)
+    elif part == "b":
+        spec = P(None, ("tensor", "fsdp"))
+    elif len(shape) < 2:
+        spec = P()
+    return fitting_spec(spec, shape, sizes)
+
+
+def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the spec without the axes that do not divide the array."""
+    count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+    return P(*(names if names and size % count(names) == 0 else None for names, size in zip(spec, shape)))
+
+
+def map_specs(f: Callable[[P, Any], Any], tree: Any, sizes: Any) -> Any:
+    """Returns a tree like `tree` of f(spec, leaf), with the axes that cut each leaf."""
+
+    def at(keys: Any, leaf: Any) -> Any:
+        return f(leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, sizes), leaf)
+
+    return jax.tree_util.tree_map_with_path(at, tree)
+
+
+def cache_spec(shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the axes that cut an array of a KV cache (B, K, ...)."""
+    return P(None, "tensor") if len(shape) > 2 and shape[1] % sizes["tensor"] == 0 else P()
