@@ -13,8 +13,8 @@ from bench.cli import Json, describe_error, print_table, progress
 from bench.models import random_model
 from engine.device import device_name
 from engine.inference.decode import complete, prefill, prepare_params
+from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
-from engine.inference.slots import Slots
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset
 from engine.storage.digest import digest
@@ -121,17 +121,17 @@ def checks_of_serving(cfg: ModelConfig, params: Any) -> Iterator[Check]:
     """Yields the checks that a request is answered alike, to the bit, alone and in every slot beside others, and that the
     weights stay."""
     served = prepare_params(cfg, params)
-    slots = Slots(cfg, served, slots=8, capacity=TOKENS, prefix_cache_bytes=10**7)
-    before = digest(slots.params)
-    prompts = _prompts(cfg, slots.slots)
+    engine = Engine(cfg, served, slots=8, capacity=TOKENS, prefix_cache_bytes=10**7)
+    before = digest(engine.params)
+    prompts = _prompts(cfg, engine.slots)
 
     def answer(place: int, beside: Sequence[Request]) -> tuple[Any, ...]:
         """Returns the tokens and log-probabilities of the first prompt, submitted at `place` among the requests `beside`."""
         request = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
-        ids = [slots.submit(each) for each in (*beside[:place], request, *beside[place:])]
+        ids = [engine.submit(each) for each in (*beside[:place], request, *beside[place:])]
         tokens, logprobs = [], []
-        while slots.busy:
-            for event in slots.step():
+        while engine.busy:
+            for event in engine.step():
                 if event.id == ids[place]:
                     tokens += event.tokens
                     logprobs += [each.logprob for each in event.logprobs]
@@ -139,9 +139,9 @@ def checks_of_serving(cfg: ModelConfig, params: Any) -> Iterator[Check]:
 
     neighbours = [Request(tuple(prompt), SAMPLED) for prompt in prompts[1:]]
     alone = answer(0, [])
-    differ = sum(answer(place, neighbours) != alone for place in range(slots.slots))
+    differ = sum(answer(place, neighbours) != alone for place in range(engine.slots))
     yield Check("answers that company changes, of 8", differ, 0)
-    yield Check("weights that serving changes", digest(slots.params) != before, 0)
+    yield Check("weights that serving changes", digest(engine.params) != before, 0)
 
 
 def _prompts(cfg: ModelConfig, count: int) -> list[list[int]]:

@@ -34,7 +34,7 @@ from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
-    from engine.inference.slots import Slots
+    from engine.inference.engine import Engine
     from engine.model.config import ModelConfig
     from engine.text.chat_tokenizer import ChatTokenizer
 
@@ -174,7 +174,7 @@ class ChatSession:
     system: str = ""
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)  # of whole turns
     last_tokens: int = 0  # of the last turn, its prompt included
-    _slots: "Slots | None" = None
+    _engine: "Engine | None" = None
 
     def execute(self, command: str) -> str:
         """Carries out `/clear` or `/system TEXT`, and returns what it did. Raises UserError for another command."""
@@ -253,25 +253,25 @@ class ChatSession:
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
+        from engine.inference.engine import CHUNK, Engine
         from engine.inference.scheduler import DRAFT_ROWS
-        from engine.inference.slots import CHUNK, Slots
 
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, self.cfg.context - len(prompt)))
         capacity = MIN_CAPACITY
         while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2
         capacity = min(capacity, self.cfg.context)
-        if self._slots is None or self._slots.capacity != capacity:
-            self._slots = Slots(
+        if self._engine is None or self._engine.capacity != capacity:
+            self._engine = Engine(
                 self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype,
                 tail=CHUNK,  # one program for prompts of any length, which `warm` has compiled
             )  # fmt: skip
-        id = self._slots.submit(Request(tuple(prompt), sampling))
+        id = self._engine.submit(Request(tuple(prompt), sampling))
         try:
-            while self._slots.busy:
-                yield from self._slots.step()
+            while self._engine.busy:
+                yield from self._engine.step()
         finally:
-            self._slots.cancel(id)
+            self._engine.cancel(id)
 
 
 def main(args: Sequence[str] | None = None) -> int:

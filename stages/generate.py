@@ -46,7 +46,7 @@ class GenerateFlags:
 
 
 def generate(flags: GenerateFlags) -> None:
-    """Continues the prompt on stdout, all rows in one `decode.generate` (no Slots); prints everything else on stderr."""
+    """Continues the prompt on stdout, all rows in one `decode.generate` (no Engine); prints everything else on stderr."""
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, one_arena=False)
     # These import jax, which must not load before --help is answered and the device is chosen.

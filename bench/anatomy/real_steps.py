@@ -16,8 +16,8 @@ from bench.anatomy.programs import CAPACITY, CHUNK, LORA, ROWS, B, Program, T
 from bench.models import BenchModel, next_token_batch, tokens_for
 from engine.counting.hardware import clock
 from engine.counting.params import count_params
+from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
-from engine.inference.slots import Slots
 from engine.model.cache.contiguous import make_cache
 from engine.model.paths import leaf_paths, merge, split, unflatten
 from engine.model.weights.lora import LoRA, to_dense
@@ -99,13 +99,13 @@ def infer(name: str, compiled: jax.stages.Compiled, model: BenchModel, params: A
 def answer(model: BenchModel, params: Any) -> tuple[int, Changes]:
     """Answers REQUESTS requests through the engine; returns the tokens it gave, and how its weights changed."""
     before = {path: np.array(leaf) for path, leaf in leaf_paths(params).items()}
-    slots = Slots(model.cfg, params, slots=8, capacity=CHUNK // 2, chunk=CHUNK // 2, tail=PROMPT + 4)
+    engine = Engine(model.cfg, params, slots=8, capacity=CHUNK // 2, chunk=CHUNK // 2, tail=PROMPT + 4)
     for prompt in tokens_for(model, REQUESTS, PROMPT).tolist():
-        slots.submit(Request(tuple(prompt), SamplingParams(max_tokens=ANSWER, temperature=1.0)))
+        engine.submit(Request(tuple(prompt), SamplingParams(max_tokens=ANSWER, temperature=1.0)))
     answer_tokens = 0
-    while slots.busy:
-        answer_tokens += sum(len(event.tokens) for event in slots.step())
-    return answer_tokens, {path: relative_change(before[path], leaf) for path, leaf in leaf_paths(slots.params).items()}
+    while engine.busy:
+        answer_tokens += sum(len(event.tokens) for event in engine.step())
+    return answer_tokens, {path: relative_change(before[path], leaf) for path, leaf in leaf_paths(engine.params).items()}
 
 
 def relative_change(before: Any, after: Any) -> float:

@@ -1,4 +1,4 @@
-"""Times streams through our `Slots`, as the server runs it, beside the same streams through llama.cpp.
+"""Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
 Both read the same GGUF file with all cores, greedily; ours with int8 weights. Each row has the slots that it can use, and is
 timed while all its streams are under way; those of one are timed without the kernel in C too. The rows of chat are one stream
@@ -20,9 +20,9 @@ from engine.counting.hardware import clock
 from engine.device import cores
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
+from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
-from engine.inference.slots import Slots
 from engine.model.native.library import native_problem
 from engine.model.paths import map_paths
 from engine.model.weights.int8 import Int8, quantize, store_transposed
@@ -114,20 +114,20 @@ def _peer_run(peer: Peer, file: Path, **spec: Any) -> Callable[[], StreamResult]
 
 
 def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any) -> Callable[[], StreamResult]:
-    """Returns a call of `Slots` with a slot for each stream, without draft tokens."""
-    slots = Slots(cfg, weights, slots=len(prompts), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=False)
-    slots.warm()
+    """Returns a call of `Engine` with a slot for each stream, without draft tokens."""
+    engine = Engine(cfg, weights, slots=len(prompts), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=False)
+    engine.warm()
 
     def run() -> StreamResult:
         # The first streams decode while later prompts are prefilled, and go on past `new`: decoding is timed with all
         # streams at work, as the peer's is.
         sampling = SamplingParams(max_tokens=CAPACITY - max(map(len, prompts)), temperature=0.0)
-        output: dict[int, list[int]] = {slots.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts}
+        output: dict[int, list[int]] = {engine.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts}
         count = lambda: sum(map(len, output.values()))
 
         def step_until(least: int) -> None:
             while min(map(len, output.values())) < least:
-                for event in slots.step():
+                for event in engine.step():
                     output[event.id] += event.tokens
                     if event.finish_reason:
                         raise ValueError(f"a stream ended ({event.finish_reason}) after {len(output[event.id])} tokens")
@@ -138,7 +138,7 @@ def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtyp
         step_until(new)
         decode = (clock() - prefilled) * (new - 1) * len(prompts) / (count() - early)
         for id in output:
-            slots.cancel(id)
+            engine.cancel(id)
         return {"prefill": prefilled - begin, "decode": decode, "tokens": [tokens[:new] for tokens in output.values()]}
 
     return run
@@ -191,25 +191,25 @@ def our_chats(
     """
     capacity = max(map(len, prompts)) + new
 
-    def run(slots: Slots) -> Json:
+    def run(engine: Engine) -> Json:
         sampling = SamplingParams(max_tokens=new, temperature=0.0, stop_token_ids=frozenset(ends))
-        output, seconds, before = [], 0.0, slots.decode_steps
+        output, seconds, before = [], 0.0, engine.decode_steps
         for prompt in prompts:
             tokens: list[int] = []
             first = 0.0  # the time of the first token, which counts as prefill
-            slots.submit(Request(tuple(prompt), sampling))
-            while slots.busy:
-                for event in slots.step():
+            engine.submit(Request(tuple(prompt), sampling))
+            while engine.busy:
+                for event in engine.step():
                     first = first or clock()
                     tokens += event.tokens
             seconds += clock() - first
             output.append(tokens)
-        return {"decode": seconds, "tokens": output, "steps": slots.decode_steps - before - len(prompts)}
+        return {"decode": seconds, "tokens": output, "steps": engine.decode_steps - before - len(prompts)}
 
     def call(**options: Any) -> Callable[[], Json]:
-        slots = Slots(cfg, weights, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=kv_dtype, **options)
-        slots.warm()
-        return lambda: run(slots)
+        engine = Engine(cfg, weights, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=kv_dtype, **options)
+        engine.warm()
+        return lambda: run(engine)
 
     return {"plain": call(speculate=False), "speculative": call()}
 

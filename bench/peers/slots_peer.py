@@ -18,22 +18,22 @@ def make(spec: dict[str, Any]) -> Any:
     start_jax(one_arena=False)
     from bench.models import load
     from engine.inference.decode import prepare_params
+    from engine.inference.engine import Engine
     from engine.inference.request import Request, SamplingParams
-    from engine.inference.slots import Slots
     from engine.model.weights.int8 import quantize
 
     model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
-    slots = Slots(
+    engine = Engine(
         model.cfg, prepare_params(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefix_cache_bytes=0
     )
-    slots.warm()
+    engine.warm()
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]
 
     def run() -> dict[str, Any]:
-        output: dict[int, list[int]] = {slots.submit(request): [] for request in requests}
-        while slots.busy:
-            for event in slots.step():
+        output: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+        while engine.busy:
+            for event in engine.step():
                 output[event.id] += event.tokens
         return {"tokens": [*output.values()]}
 

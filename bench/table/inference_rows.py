@@ -15,11 +15,11 @@ from engine.counting.memory import inference_memory
 from engine.counting.program_flops import decode_program_flops, prefill_program_flops, score_program_flops
 from engine.counting.traffic import inference_bytes
 from engine.inference.decode import CHUNK, LONE_ROWS, STEPS, decode_steps, prefill
+from engine.inference.engine import CHUNK as SLOT_CHUNK
 from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
 from engine.inference.score import score
-from engine.inference.slots import CHUNK as SLOT_CHUNK
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import ModelConfig

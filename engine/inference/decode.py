@@ -4,7 +4,7 @@ The shapes of `generate`'s programs depend on the number of rows, the capacity a
 nothing is compiled while text is generated. They donate the cache, and no parameter. On a CPU a lone prompt's program has a
 second row for a draft token, whether there is one or not: its completion is the same to the bit.
 
-`slots.Slots`, for requests that come and go, takes longer to its first token: on two cores of a Zen 3 0.6 s for 0.3 with the
+`engine.Engine`, for requests that come and go, takes longer to its first token: on two cores of a Zen 3 0.6 s for 0.3 with the
 demo, 2.3 s for 0.9 with 135 million parameters. Both sample the same tokens in float32; in bfloat16 they sum in another order.
 """
 
@@ -143,13 +143,13 @@ def generate(
     `params` are those of `prepare_params`, placed on the mesh if there is one. A prompt ends with 'stop' when it samples one
     of its `stop_token_ids` (which is not yielded), else with 'length'. Raises UserError for a prompt that is empty or leaves
     no room, a token outside the vocabulary, not as many sampling parameters as prompts, or penalties, `logit_bias` and
-    `logprobs`, which only `slots.Slots` knows.
+    `logprobs`, which only `engine.Engine` knows.
     """
     capacity = cfg.context if capacity is None else capacity
     if not prompts or len(sampling) != len(prompts):
         raise UserError(f"generate needs a prompt and sampling parameters for each: {len(prompts)} and {len(sampling)} came.")
     if any(row.adjusts_logits or row.logprobs is not None for row in sampling):
-        raise UserError("generate samples without penalties, logit_bias and logprobs; ask slots.Slots for them.")
+        raise UserError("generate samples without penalties, logit_bias and logprobs; ask engine.Engine for them.")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < capacity:
             raise UserError(

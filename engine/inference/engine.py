@@ -1,14 +1,14 @@
-"""Slots: generates completions for many requests at once, by continuous batching.
+"""Engine: generates completions for many requests at once, by continuous batching.
 
-    slots = Slots(cfg, params, slots=8)
-    slots.warm()
-    slots.submit(Request(prompt, SamplingParams(max_tokens=100)))
-    while slots.busy:
-        for event in slots.step(): ...
+    engine = Engine(cfg, params, slots=8)
+    engine.warm()
+    engine.submit(Request(prompt, SamplingParams(max_tokens=100)))
+    while engine.busy:
+        for event in engine.step(): ...
 
 The scheduler decides what a step does; this file does it on the device. A request is preempted only while it is held, see
-`Slots.warm`. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows decode
-in one program and do not see one another, and keys come from the request's own seed and positions.
+`Engine.warm`. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all rows
+decode in one program and do not see one another, and keys come from the request's own seed and positions.
 """
 
 import sys
@@ -40,14 +40,14 @@ def compile_ahead(
     cfg: ModelConfig, params: Any, *, slots: int, capacity: int, kv_dtype: KVDtype, prefix_cache_bytes: int,
     chunk: int = CHUNK, tail: int = TAIL, short: int = SHORT,
 ) -> Iterator[tuple[str, int]]:  # fmt: skip
-    """Compiles the programs of `Slots` with these options for short texts, as it is iterated.
+    """Compiles the programs of `Engine` with these options for short texts, as it is iterated.
 
     Of `params` only the shapes are read. To be iterated while weights load; programs left out are compiled when needed.
     """
     return SlotShapes(slots, capacity, kv_dtype, chunk, tail, short, prefix_cache_bytes > 0).compile_ahead(cfg, params)
 
 
-class Slots:
+class Engine:
     """Generates completions for many requests at once: `submit` them, then `step` while `busy`.
 
     `params` are those of `decode.prepare_params`, placed on the mesh of this thread if it has one, which then holds the KV

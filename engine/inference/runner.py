@@ -1,4 +1,4 @@
-"""ModelRunner: the weights, KV cache and token counts of `slots.Slots` on the device, and the programs that work on them.
+"""ModelRunner: the weights, KV cache and token counts of `engine.Engine` on the device, and the programs that work on them.
 
 They prefill a chunk of one prompt, decode a few tokens for all, and move chunks. Their shapes depend on the model, the slots
 and the segments they get, never on a request, so all can be compiled before the first one. They donate the KV cache and the

@@ -1,6 +1,6 @@
 """Scheduler: gives sequences slots, and chooses between prefilling a prompt and decoding the others. Imports no jax.
 
-`slots.Slots` asks `schedule` for the next step, carries it out on the device, and reports with `record_prefill` and `finish`.
+`engine.Engine` asks `schedule` for the next step, carries it out on the device, and reports with `record_prefill` and `finish`.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""The inference half of a round: samples completions in one `decode.generate` (no Slots), rewards and scores each."""
+"""The inference half of a round: samples completions in one `decode.generate` (no Engine), rewards and scores each."""
 
 import contextlib
 import dataclasses

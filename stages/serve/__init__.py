@@ -1,1 +1,1 @@
-"""The server: one engine thread that owns the slots, one event loop that never waits for it, and OpenAI's routes between."""
+"""The server: one thread that alone steps the engine, one event loop that never waits for it, and OpenAI's routes between."""

@@ -12,8 +12,8 @@ import jax
 from engine.counting import hardware
 from engine.counting.params import count_params, leaf_shapes
 from engine.inference import decode
+from engine.inference.engine import CHUNK, compile_ahead
 from engine.inference.runner import MIN_ROWS
-from engine.inference.slots import CHUNK, compile_ahead
 from engine.mesh import layout
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
@@ -34,7 +34,7 @@ def default_weights(backend: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """The options of an engine. `weights`: int8, bfloat16 or float32. The other fields are those of `Slots`.
+    """The options of an engine. `weights`: int8, bfloat16 or float32. The other fields are those of `Engine`.
 
     `capacity`: tokens of a slot. It and `prefix_cache_bytes` may be None until `with_capacity`.
     """
@@ -58,7 +58,7 @@ class EngineConfig:
 
     @property
     def slot_options(self) -> dict[str, Any]:
-        """The slots, capacity, kv_dtype and prefix_cache_bytes, which shape the programs of `Slots`; not `speculate`."""
+        """The slots, capacity, kv_dtype and prefix_cache_bytes, which shape the programs of `Engine`; not `speculate`."""
         return {
             "slots": self.slots, "capacity": self.capacity, "kv_dtype": self.kv_dtype,
             "prefix_cache_bytes": self.prefix_cache_bytes,

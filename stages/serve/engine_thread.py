@@ -1,6 +1,6 @@
-"""Runs `Slots` in a thread that alone changes them: requests come through a queue, events go out on the event loop.
+"""Runs an `Engine` in a thread that alone changes it: requests come through a queue, events go out on the event loop.
 
-The event loop may read the slots' counts meanwhile; they may then be one step old.
+The event loop may read the engine's counts meanwhile; they may then be one step old.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
-from engine.inference.slots import Slots
 from stages.cli.compile_counter import CompileCounter
 
 IDLE_SECONDS = 0.25  # between ticks without work: signs of life
@@ -20,11 +20,11 @@ Listener = Callable[[Event], None]
 
 
 class EngineThread:
-    """The engine: `Slots` and the thread that steps them."""
+    """An `Engine` and the thread that steps it."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots, self._compiles = slots, CompileCounter()
-        self.cfg, self.capacity = slots.cfg, slots.capacity
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self._compiles = engine, CompileCounter()
+        self.cfg, self.capacity = engine.cfg, engine.capacity
         self.ready = False
         self.has_long_programs = False  # whether longer texts have their programs too, and compiling is counted
         self.error: BaseException | None = None
@@ -44,7 +44,7 @@ class EngineThread:
     @property
     def waiting(self) -> int:
         """Requests without a slot, with those still in the thread's queue."""
-        return self.slots.waiting + self._work.qsize()
+        return self.engine.waiting + self._work.qsize()
 
     @property
     def seconds_since_tick(self) -> float:
@@ -55,14 +55,14 @@ class EngineThread:
         """Starts the thread, which compiles the programs for short texts and then serves. To be called on the event loop.
 
         Those for longer ones are compiled in another thread meanwhile, and such texts held. `on_change` is called on the loop
-        once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Slots.warm`.
+        once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Engine.warm`.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
     def submit(self, request: Request, ticket: int, listener: Listener) -> Callable[[], None]:
-        """Submits a request that passes `check_request`, and returns the call that cancels it. `ticket`: as of `Slots.submit`.
+        """Submits a request that passes `check_request`, and returns the call that cancels it. `ticket`: as of `Engine.submit`.
 
         `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
         """
@@ -73,12 +73,12 @@ class EngineThread:
             if self.error:
                 self._post(listener, Event(id, [], "error"))
             else:
-                id = self.slots.submit(request, ticket)
+                id = self.engine.submit(request, ticket)
                 self._listeners[id] = listener
 
         def cancel() -> None:
             if self._listeners.pop(id, None):
-                self.slots.cancel(id)
+                self.engine.cancel(id)
 
         self._work.put(receive)
         return lambda: self._work.put(cancel)
@@ -92,7 +92,7 @@ class EngineThread:
 
     def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
         try:
-            self.slots.warm(*warm_arguments, long_programs=False)
+            self.engine.warm(*warm_arguments, long_programs=False)
             self.ready, self.last_tick = True, time.monotonic()
             self._post(on_change)
             compiling = threading.Thread(target=self._compile_long_programs, daemon=True, name="long programs")
@@ -102,9 +102,9 @@ class EngineThread:
                     self._load_long_programs()
                 self._take_work()
                 self.last_tick = time.monotonic()
-                self.kv_cache_usage = self.slots.used_positions / (self.slots.slots * self.capacity)
-                if self.slots.busy:
-                    self._deliver(self.slots.step())
+                self.kv_cache_usage = self.engine.used_positions / (self.engine.slots * self.capacity)
+                if self.engine.busy:
+                    self._deliver(self.engine.step())
         except BaseException as error:
             self.error = error
             self._post(on_change)
@@ -114,21 +114,21 @@ class EngineThread:
 
     def _compile_long_programs(self) -> None:
         try:
-            self.slots.runner.compile_long_programs()
+            self.engine.runner.compile_long_programs()
         except Exception as error:
             self._failure = error
 
     def _load_long_programs(self) -> None:
         if self._failure:
             raise self._failure
-        self.slots.load_long_programs()
+        self.engine.load_long_programs()
         self._compiles.reset()
         self.has_long_programs = True
 
     def _take_work(self) -> None:
         """Runs all work in the queue; without requests that a step would further, waits up to IDLE_SECONDS for some."""
         with contextlib.suppress(queue.Empty):
-            if not self.slots.scheduler.has_step:
+            if not self.engine.scheduler.has_step:
                 self._work.get(timeout=IDLE_SECONDS)()
             while True:
                 self._work.get_nowait()()

@@ -56,7 +56,7 @@ async def serve(
         failing.cancel()
         reporting.cancel()
         engine.stop()
-        now = digest(engine.slots.params)
+        now = digest(engine.engine.params)
         same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
         console.print(
             f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
@@ -84,11 +84,11 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
 
 async def report_long_programs(engine: EngineThread, console: Console) -> None:
     """Prints that a text waits for the programs for longer texts, once, and when these are there."""
-    state, is_reported = engine.slots.runner, False
+    state, is_reported = engine.engine.runner, False
     if state.limit >= state.positions:
         return
     while not engine.has_long_programs:
-        if engine.slots.held_tickets and not is_reported:
+        if engine.engine.held_tickets and not is_reported:
             is_reported = True
             console.print(f"A text of more than {state.limit} tokens waits: its programs are still being compiled.")
         await asyncio.sleep(IDLE_SECONDS)

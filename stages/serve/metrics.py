@@ -46,7 +46,7 @@ class Metrics(Collector):
         self._responses = prometheus.Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
         usage = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage
         for name, about, value in (
-            ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.slots.running),
+            ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.engine.running),
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
             ("vllm:kv_cache_usage_perc", *usage),
             ("vllm:gpu_cache_usage_perc", *usage),  # its older name

@@ -20,8 +20,8 @@ from engine.counting.hardware import free_memory_bytes, machine_identity
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
+from engine.inference.engine import Engine
 from engine.inference.request import SamplingParams
-from engine.inference.slots import Slots
 from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
@@ -51,17 +51,17 @@ class ServerState:
     """
 
     def __init__(
-        self, name: str, model: LoadedModel, sampling: SamplingParams, slots: Slots, digest: str, chat: ChatTokenizer,
+        self, name: str, model: LoadedModel, sampling: SamplingParams, engine: Engine, digest: str, chat: ChatTokenizer,
         queue: int, price: float | None,
     ) -> None:  # fmt: skip
         self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
         self.fingerprint = system_fingerprint(
-            digest, slots, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
+            digest, engine, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
             sampling=repr(sampling),
         )  # fmt: skip
-        self.engine, self.admission = EngineThread(slots), Admission(slots.slots, queue)
-        self.tokenizer = TokenizerPool(chat, slots.capacity)
+        self.engine, self.admission = EngineThread(engine), Admission(engine.slots, queue)
+        self.tokenizer = TokenizerPool(chat, engine.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.metrics = Metrics(name, self.engine)
         self._hashing: asyncio.Task[str] | None = None
@@ -92,19 +92,19 @@ class ServerState:
     async def hash_weights(self) -> str:
         """Returns a new digest of all weights, made in a thread; requests that come meanwhile share it."""
         if self._hashing is None or self._hashing.done():
-            self._hashing = asyncio.create_task(asyncio.to_thread(digest, self.engine.slots.params))
+            self._hashing = asyncio.create_task(asyncio.to_thread(digest, self.engine.engine.params))
         return await asyncio.shield(self._hashing)
 
 
-def system_fingerprint(digest: str, slots: Slots, **text: Any) -> str:
+def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     """Returns system_fingerprint, of OpenAI's API: one name for all that can change a completion, beside the request.
 
     `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends. The prefix cache and
     speculative decoding are not in it: they change no bit.
     """
     facts = {
-        "weights": digest, "config": repr(slots.cfg), "shapes": [slots.slots, slots.capacity, slots.chunk, slots.tail],
-        "kv": slots.kv_dtype, "devices": slots.devices, "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
+        "weights": digest, "config": repr(engine.cfg), "shapes": [engine.slots, engine.capacity, engine.chunk, engine.tail],
+        "kv": engine.kv_dtype, "devices": engine.devices, "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES], **text,
     }  # fmt: skip
     return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -132,7 +132,7 @@ def load_state(
         layout.check_inference(cfg, mesh)
         devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
         engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
-        if (engine_config.capacity or 0) <= cfg.context:  # else `Slots` refuses it
+        if (engine_config.capacity or 0) <= cfg.context:  # else `Engine` refuses it
             if device.backend == "cpu":
                 engine_config.check_memory(cfg)
             ahead.begin(engine_config, cfg)
@@ -148,8 +148,8 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             try:
-                slots, notes = _make_slots(model, adapter, engine_config)
-                sha256 = digest(slots.params)
+                engine, notes = _make_engine(model, adapter, engine_config)
+                sha256 = digest(engine.params)
             except BaseException:
                 with contextlib.suppress(UserError):
                     making.result().close()
@@ -160,28 +160,28 @@ def load_state(
         raise
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
     name = name or own_name or "model"
-    less = "" if slots.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
+    less = "" if engine.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     default = {"temperature": 1.0}  # as OpenAI has it
     fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
-    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(slots.params)))
+    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
     console.print_rows([
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
-        ("device", str(device) + (f"; {slots.devices} of them along tensor" if slots.devices > 1 else "")),
+        ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{slots.slots} of {slots.capacity:,} tokens{less}, KV cache in {slots.kv_dtype}, "
-                  f"{format_bytes(slots.cache_bytes)}"),
-        ("queue", f"{queue} more wait; prefix cache of {slots.prefix_cache.limit / 1e6:.0f} MB"),
+        ("slots", f"{engine.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine.kv_dtype}, "
+                  f"{format_bytes(engine.cache_bytes)}"),
+        ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
         ("sampling", f"{origins}; what a request says wins"),
     ])  # fmt: skip
     console.print_notes(notes)
-    if engine_config.weights == "int8" and device.backend == "cpu" and slots.devices == 1 and (problem := native_problem()):
+    if engine_config.weights == "int8" and device.backend == "cpu" and engine.devices == 1 and (problem := native_problem()):
         console.print_notes([f"A lone stream would be decoded about twice as fast with the kernel in C, but {problem}."])
-    return ServerState(name, model, SamplingParams(**fields), slots, sha256, chat, queue, price), ahead
+    return ServerState(name, model, SamplingParams(**fields), engine, sha256, chat, queue, price), ahead
 
 
-def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Slots, tuple[str, ...]]:
-    """Returns the slots, and notes on the adapter to print."""
+def _make_engine(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:
+    """Returns the engine, and notes on the adapter to print."""
     cfg = engine_config.model_config(model.cfg)
     is_whole = layout.current_mesh() is None
     with host_memory(not is_whole):
@@ -189,7 +189,7 @@ def _make_slots(model: LoadedModel, adapter: Path | None, engine_config: EngineC
         params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(layout.place(cfg, params))
     try:
-        return Slots(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options), notes
+        return Engine(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options), notes
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -5,7 +5,7 @@ from tiny import lively_params, tiny_config
 
 from bench import checks
 from bench.__main__ import main
-from engine.inference.slots import Slots
+from engine.inference.engine import Engine
 
 
 def test_a_check_that_raises_fails(monkeypatch):
@@ -49,13 +49,13 @@ def test_a_slot_that_feels_its_neighbours_is_seen(monkeypatch):
     monkeypatch.setattr(checks, "TOKENS", 64)
     cfg = tiny_config()
     assert all(check.holds for check in checks.checks_of_serving(cfg, lively_params(cfg)))
-    step = Slots.step
+    step = Engine.step
 
     def felt(self):
         crowded = self.running > 4
         return [e._replace(tokens=[t + crowded for t in e.tokens]) for e in step(self)]
 
-    monkeypatch.setattr(Slots, "step", felt)
+    monkeypatch.setattr(Engine, "step", felt)
     assert [check.holds for check in checks.checks_of_serving(cfg, lively_params(cfg))] == [False, True]
 
 

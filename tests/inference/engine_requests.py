@@ -9,8 +9,8 @@ import numpy as np
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.decode import prepare_params
+from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
-from engine.inference.slots import Slots
 from engine.model.weights.int8 import quantize
 
 SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
@@ -35,17 +35,17 @@ def served_model(dtype: str) -> tuple[Any, Any]:
     return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
 
 
-def make_slots(dtype: str, **options: Any) -> Slots:
+def make_engine(dtype: str, **options: Any) -> Engine:
     cfg, params = served_model(dtype)
     shape = {"params": params, "slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL, "short": SHORT}
-    return Slots(cfg, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
+    return Engine(cfg, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
 
 
 class Log:
     """All events of every request, in the order in which they came."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.requests: dict[int, Request] = {}
         self.events: dict[int, list[Event]] = {}
 
@@ -54,20 +54,20 @@ class Log:
         return {id: events[-1].finish_reason for id, events in self.events.items() if events and events[-1].finish_reason}
 
     def submit(self, request: Request) -> int:
-        id = self.slots.submit(request)
+        id = self.engine.submit(request)
         assert id not in self.events
         self.requests[id], self.events[id] = request, []
         return id
 
     def step(self) -> None:
-        for event in self.slots.step():
+        for event in self.engine.step():
             assert event.id not in self.finished, "nothing comes behind the end"
             assert event.tokens or event.finish_reason
             assert len(event.logprobs) == (0 if self.requests[event.id].sampling.logprobs is None else len(event.tokens))
             self.events[event.id].append(event)
 
     def drain(self) -> None:
-        while self.slots.busy:
+        while self.engine.busy:
             self.step()
 
     def completion(self, id: int) -> Completion:
@@ -80,9 +80,9 @@ class Log:
         return Completion(tokens, logprobs, self.finished[id])
 
 
-def complete(slots: Slots, requests: list[Request]) -> list[Completion]:
+def complete(engine: Engine, requests: list[Request]) -> list[Completion]:
     """The completions of requests that are submitted at once."""
-    log = Log(slots)
+    log = Log(engine)
     ids = [log.submit(request) for request in requests]
     log.drain()
     return [log.completion(id) for id in ids]
@@ -92,7 +92,7 @@ def complete_alone(dtype: str, request: Request) -> Completion:
     """The completion when there never was another request: no draft tokens, no cached chunks, clean slots."""
     key = dtype, repr(request)
     if key not in _alone:
-        (_alone[key],) = complete(make_slots(dtype, speculate=False), [request])
+        (_alone[key],) = complete(make_engine(dtype, speculate=False), [request])
         assert _alone[key].finish_reason != "error", "no numbers at all would be the same in any company"
     return _alone[key]
 
@@ -134,15 +134,16 @@ REQUESTS = _requests()
 REPEATING = (text(2, 9) * 4)[:33]
 
 
-def poison(slots: Slots, rubbish: float) -> None:
+def poison(engine: Engine, rubbish: float) -> None:
     """Fills all that belongs to free slots: their content, and what another request left there, cannot matter."""
-    free = list(slots.scheduler.free)
+    free = list(engine.scheduler.free)
 
     def spoil(array: Any) -> Any:
         array = np.array(array)
         array[free] = rubbish if array.dtype.kind != "i" and array.dtype != np.int8 else 99
         return array
 
-    slots.runner.segments, slots.runner.counts = jax.tree.map(
-        lambda array: jax.device_put(jnp.asarray(spoil(array)), jax.devices()[0]), (slots.runner.segments, slots.runner.counts)
+    engine.runner.segments, engine.runner.counts = jax.tree.map(
+        lambda array: jax.device_put(jnp.asarray(spoil(array)), jax.devices()[0]),
+        (engine.runner.segments, engine.runner.counts),
     )

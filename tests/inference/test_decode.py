@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_requests import served_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slot_requests import served_model
 from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.errors import UserError
@@ -228,8 +228,8 @@ def test_after_the_first_call_nothing_is_compiled(cfg, params, count_compiles):
         ([[-1], [1], [3]], 3, {}, "Prompt 0 holds a token outside"),
         ([], 0, {}, "0 and 0 came"),
         ([[1], [2], [3]], 2, {}, "3 and 2 came"),
-        ([[1]], 1, {"logprobs": 0}, "Slots"), ([[1]], 1, {"presence_penalty": 0.1}, "Slots"),
-        ([[1]], 1, {"logit_bias": {1: 1.0}}, "Slots"),
+        ([[1]], 1, {"logprobs": 0}, "Engine"), ([[1]], 1, {"presence_penalty": 0.1}, "Engine"),
+        ([[1]], 1, {"logit_bias": {1: 1.0}}, "Engine"),
     ],
 )  # fmt: skip
 def test_prompts_that_cannot_be_continued_are_refused(cfg, params, prompts, rows, fields, message):

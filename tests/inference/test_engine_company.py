@@ -1,13 +1,13 @@
-"""Slots: whatever requests come and go, whenever, each completion has the bits that it has alone."""
+"""Engine: whatever requests come and go, whenever, each completion has the bits that it has alone."""
 
 from typing import Any
 
 import numpy as np
 import pytest
+from engine_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, Log, complete_alone, make_engine, poison
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from slot_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, Log, complete_alone, make_slots, poison
 from test_scheduler import check_slots
 from tiny import request_of
 
@@ -27,11 +27,11 @@ class Company(RuleBasedStateMachine):
 
     @initialize(cache=st.sampled_from([0, 20_000, 10**6]), options=st.sampled_from(SPECULATION), holds=st.booleans())
     def begin(self, cache: int, options: dict[str, Any], holds: bool) -> None:
-        self.slots = make_slots(self.dtype, prefix_cache_bytes=cache, **options)
+        self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, **options)
         if holds:  # as `warm` does that leaves the programs for longer texts out
-            self.slots.scheduler.limit = self.slots.runner.limit
-        self.slots.tails_agree = True  # as test_slots finds
-        self.log, self.cancelled, self.were_held = Log(self.slots), set(), set()
+            self.engine.scheduler.limit = self.engine.runner.limit
+        self.engine.tails_agree = True  # as test_inference_engine finds
+        self.log, self.cancelled, self.were_held = Log(self.engine), set(), set()
 
     @rule(target=ids, request=requests)
     def submit(self, request: Request) -> int:
@@ -39,16 +39,16 @@ class Company(RuleBasedStateMachine):
 
     @rule(request=requests)
     def submit_too_much(self, request: Request) -> None:
-        before = self.slots.busy, len(self.slots.scheduler.waiting)
+        before = self.engine.busy, len(self.engine.scheduler.waiting)
         with pytest.raises(InvalidField, match=f"at most {CAPACITY} fit"):
-            self.slots.submit(request_of(request.prompt, CAPACITY + 1 - len(request.prompt)))
-        assert (self.slots.busy, len(self.slots.scheduler.waiting)) == before
+            self.engine.submit(request_of(request.prompt, CAPACITY + 1 - len(request.prompt)))
+        assert (self.engine.busy, len(self.engine.scheduler.waiting)) == before
 
     @rule(id=consumes(ids))
     def cancel(self, id: int) -> None:
         unfinished = id not in self.log.finished
-        assert self.slots.cancel(id) == unfinished
-        assert not self.slots.cancel(id)
+        assert self.engine.cancel(id) == unfinished
+        assert not self.engine.cancel(id)
         if unfinished:
             self.cancelled.add(id)
 
@@ -57,36 +57,36 @@ class Company(RuleBasedStateMachine):
         for _ in range(count):
             self.log.step()
 
-    @precondition(lambda self: self.slots.scheduler.limit < CAPACITY)
+    @precondition(lambda self: self.engine.scheduler.limit < CAPACITY)
     @rule()
     def load_long_programs(self) -> None:
-        scheduler = self.slots.scheduler
+        scheduler = self.engine.scheduler
         self.were_held = {sequence.id for sequence in scheduler.waiting if scheduler.is_held(sequence)}
-        self.slots.load_long_programs()
+        self.engine.load_long_programs()
 
-    @precondition(lambda self: len(self.slots.scheduler.free) > 0)
+    @precondition(lambda self: len(self.engine.scheduler.free) > 0)
     @rule(rubbish=st.sampled_from([np.nan, np.inf, -np.inf]))
     def spoil(self, rubbish: float) -> None:
-        poison(self.slots, rubbish)
+        poison(self.engine, rubbish)
 
     @invariant()
     def bounds_hold(self) -> None:
-        if hasattr(self, "slots"):
-            check_slots(self.slots.scheduler, self.were_held)
+        if hasattr(self, "engine"):
+            check_slots(self.engine.scheduler, self.were_held)
             assert not (set(self.log.finished) & self.cancelled)
-            assert 0 <= self.slots.used_positions <= SLOTS * CAPACITY
-            assert self.slots.prefix_cache.bytes <= self.slots.prefix_cache.limit
+            assert 0 <= self.engine.used_positions <= SLOTS * CAPACITY
+            assert self.engine.prefix_cache.bytes <= self.engine.prefix_cache.limit
 
     def teardown(self) -> None:
-        if not hasattr(self, "slots"):
+        if not hasattr(self, "engine"):
             return
-        while self.slots.scheduler.has_step:
+        while self.engine.scheduler.has_step:
             self.log.step()
-        assert bool(self.slots.held_tickets) == self.slots.busy
-        self.slots.load_long_programs()
+        assert bool(self.engine.held_tickets) == self.engine.busy
+        self.engine.load_long_programs()
         self.log.drain()
-        scheduler = self.slots.scheduler
-        assert (self.slots.used_positions, scheduler.copies, sorted(scheduler.free)) == (0, [], [*range(SLOTS)])
+        scheduler = self.engine.scheduler
+        assert (self.engine.used_positions, scheduler.copies, sorted(scheduler.free)) == (0, [], [*range(SLOTS)])
         assert set(self.log.finished) == set(self.log.requests) - self.cancelled
         for id in self.log.finished:
             assert self.log.completion(id) == complete_alone(self.dtype, self.log.requests[id])

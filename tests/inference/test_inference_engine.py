@@ -1,11 +1,11 @@
-"""Slots: many requests at once, each as if it were alone, to the bit; and none overflows or stays behind."""
+"""Engine: many requests at once, each as if it were alone, to the bit; and none overflows or stays behind."""
 
 import itertools
 
 import jax
 import numpy as np
 import pytest
-from slot_requests import (
+from engine_requests import (
     CAPACITY,
     CHUNK,
     DTYPES,
@@ -16,7 +16,7 @@ from slot_requests import (
     Log,
     complete,
     complete_alone,
-    make_slots,
+    make_engine,
     poison,
     served_model,
     text,
@@ -25,11 +25,11 @@ from tiny import lively_params, positions_of, request_of, tiny_config
 
 from engine.errors import UserError
 from engine.inference.decode import generate, prepare_params
+from engine.inference.engine import Engine, compile_ahead
 from engine.inference.prefix_cache import PrefixCache
 from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import Decode, Scheduler
 from engine.inference.sequence import STEPS
-from engine.inference.slots import Slots, compile_ahead
 from engine.inference.speculation import Drafter
 from engine.model.transformer import forward
 
@@ -50,7 +50,7 @@ def test_completions_are_those_of_the_plain_generator(sampling):
     for part in generate(cfg, params, prompts, rows):
         expected[part.id] += part.tokens
         reasons[part.id] = part.finish_reason
-    completions = complete(make_slots("float32"), [Request(prompt, row) for prompt, row in zip(prompts, rows)])
+    completions = complete(make_engine("float32"), [Request(prompt, row) for prompt, row in zip(prompts, rows)])
     assert [(list(completion.tokens), completion.finish_reason) for completion in completions] == [
         (tokens, reasons[prompt]) for prompt, tokens in enumerate(expected)
     ]
@@ -71,12 +71,12 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
         outputs = {complete_alone(dtype, request)}
         for slot in range(SLOTS):
             for company in (0, SLOTS + 2):
-                slots = make_slots(dtype)
+                engine = make_engine(dtype)
                 if company:
-                    slots.load_long_programs()
-                poison(slots, np.nan if slot % 2 else np.inf)
-                slots.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
-                outputs.add(complete(slots, [request, *REQUESTS[slot : slot + company]])[0])
+                    engine.load_long_programs()
+                poison(engine, np.nan if slot % 2 else np.inf)
+                engine.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
+                outputs.add(complete(engine, [request, *REQUESTS[slot : slot + company]])[0])
         assert len(outputs) == 1
 
 
@@ -86,35 +86,35 @@ def test_what_counts_as_a_short_text_changes_no_bit(dtype, speculate):
     """Texts that begin short and grow beyond it, alone and beside others, with another's rubbish where they grow."""
     requests = [request_of(REPEATING[:12], 45, temperature=0.0, logprobs=3), request_of(text(4, 3), 50, seed=9, logprobs=20)]
     for short in (1, CHUNK, 2 * CHUNK, CAPACITY):
-        slots = make_slots(dtype, short=short, speculate=speculate)
-        slots.load_long_programs()
-        poison(slots, np.nan)
-        assert complete(slots, requests) == [complete_alone(dtype, request) for request in requests]
-        poison(slots, np.nan)
+        engine = make_engine(dtype, short=short, speculate=speculate)
+        engine.load_long_programs()
+        poison(engine, np.nan)
+        assert complete(engine, requests) == [complete_alone(dtype, request) for request in requests]
+        poison(engine, np.nan)
         for request in requests:
-            assert complete(slots, [request]) == [complete_alone(dtype, request)]
+            assert complete(engine, [request]) == [complete_alone(dtype, request)]
 
 
 @EVERY_DTYPE
 def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
     """Long prompts, and one with penalties that grows long, gives its only slot to a short text and is computed again."""
-    slots = make_slots(dtype, prefix_cache_bytes=10**6)
-    slots.warm(long_programs=False)
-    slots.scheduler.free = [2]
+    engine = make_engine(dtype, prefix_cache_bytes=10**6)
+    engine.warm(long_programs=False)
+    engine.scheduler.free = [2]
     requests = [request_of(text(1, 50), 9, seed=3), request_of(text(1, 50), 9, seed=4)]
     requests.append(request_of(text(4, 30), 20, seed=5, logprobs=3, presence_penalty=0.5, logit_bias={3: 2.0}))
     requests.append(request_of(text(6, 5), 8, temperature=0.0))
-    log = Log(slots)
+    log = Log(engine)
     ids = [log.submit(request) for request in requests[:3]]
-    while slots.scheduler.has_step:
+    while engine.scheduler.has_step:
         log.step()
-    assert (log.finished, slots.running, [len(log.events[id]) > 0 for id in ids]) == ({}, 1, [False, False, True])
+    assert (log.finished, engine.running, [len(log.events[id]) > 0 for id in ids]) == ({}, 1, [False, False, True])
     ids.append(log.submit(requests[3]))
-    while slots.scheduler.has_step:
+    while engine.scheduler.has_step:
         log.step()
-    assert (list(log.finished), slots.running, slots.waiting, slots.runner.has_long_programs) == (ids[3:], 0, 3, False)
-    slots.cancel(ids.pop(1)), requests.pop(1)
-    slots.load_long_programs()
+    assert (list(log.finished), engine.running, engine.waiting, engine.runner.has_long_programs) == (ids[3:], 0, 3, False)
+    engine.cancel(ids.pop(1)), requests.pop(1)
+    engine.load_long_programs()
     log.drain()
     assert [log.completion(id) for id in ids] == [complete_alone(dtype, request) for request in requests]
 
@@ -131,19 +131,19 @@ def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
         return [(token + (not are_right)) % 41 for token in right[len(self._text) :][: min(many, count)]]
 
     monkeypatch.setattr(Drafter, "draft", draft)
-    slots = make_slots(dtype)
-    slots.load_long_programs()
-    poison(slots, np.nan)
-    log = Log(slots)
+    engine = make_engine(dtype)
+    engine.load_long_programs()
+    poison(engine, np.nan)
+    log = Log(engine)
     id = log.submit(request)
     drafts_at[SHORT - 3] = 3, False
-    while not slots.scheduler.decoding or slots.scheduler.decoding[0].position < SHORT - 2:
+    while not engine.scheduler.decoding or engine.scheduler.decoding[0].position < SHORT - 2:
         log.step()
-    assert slots.scheduler.decoding[0].clean_positions > SHORT
+    assert engine.scheduler.decoding[0].clean_positions > SHORT
     others = [log.submit(request_of(text(seed, 40), 5)) for seed in (1, 2)]
     log.step()
     for other in others:
-        slots.cancel(other)
+        engine.cancel(other)
     drafts_at |= {SHORT - 2: (1, False)} | dict.fromkeys(range(SHORT - 1, 60), (3, True))
     log.drain()
     assert log.completion(id) == expected
@@ -152,10 +152,10 @@ def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
 @EVERY_DTYPE
 def test_a_prefix_cache_hit_changes_no_bit(dtype):
     """A prompt again, to its last part; one that goes on from it or leaves it inside a chunk, as far as tails pay off."""
-    slots = make_slots(dtype, prefix_cache_bytes=10**7)
-    slots.warm()
-    assert slots.tails_agree, "on this machine a token's bits do not depend on the size of the program"
-    log, prompt, other = Log(slots), text(1, 60), text(5, 60)
+    engine = make_engine(dtype, prefix_cache_bytes=10**7)
+    engine.warm()
+    assert engine.tails_agree, "on this machine a token's bits do not depend on the size of the program"
+    log, prompt, other = Log(engine), text(1, 60), text(5, 60)
 
     def cached_tokens(*prompts, **more) -> list[int]:
         requests = [request_of(tokens, 2, seed=3, logprobs=20, **more) for tokens in prompts]
@@ -172,9 +172,9 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     assert cached_tokens(prompt[:30], prompt[:23], prompt[:21], prompt[:14]) == [28, 20, 20, 12]
     assert cached_tokens((*prompt[:40], *other[:20])) == [40]
     assert cached_tokens((*prompt[:36], *other[:24])) == [32], "more tails than a whole chunk costs"
-    assert slots.prefix_cache.bytes <= slots.prefix_cache.limit
-    slots.tails_agree = False
-    slots.prefix_cache = PrefixCache(10**7)
+    assert engine.prefix_cache.bytes <= engine.prefix_cache.limit
+    engine.tails_agree = False
+    engine.prefix_cache = PrefixCache(10**7)
     assert [cached_tokens(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [[0], [51], [48], [16]]
 
 
@@ -198,7 +198,7 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, monkey
         if change:
             changed = lambda self, count: [change(n, token) for n, token in enumerate(right[len(self._text) :][:count])]
             monkeypatch.setattr(Drafter, "draft", changed)
-        assert complete(make_slots(dtype), [request]) == [expected]
+        assert complete(make_engine(dtype), [request]) == [expected]
         return sum(checked)
 
     monkeypatch.setattr(Scheduler, "schedule", noted)
@@ -211,7 +211,7 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, monkey
 def test_a_request_that_comes_while_drafts_are_checked_finds_a_clean_slot_and_spoils_no_text():
     requests = request_of(REPEATING, 29, temperature=0.0), REQUESTS[5]
     for steps in range(1, 9):
-        log = Log(make_slots("float32"))
+        log = Log(make_engine("float32"))
         ids = [log.submit(requests[0])]
         for _ in range(steps):
             log.step()
@@ -221,27 +221,27 @@ def test_a_request_that_comes_while_drafts_are_checked_finds_a_clean_slot_and_sp
 
 
 def test_nothing_is_compiled_after_warm(count_compiles):
-    """Slots of a shape no other test has, with one row for drafts, not three; weights on a device that is not named, and on
+    """Engine of a shape no other test has, with one row for drafts, not three; weights on a device that is not named, and on
     one that is."""
     params = served_model("float32")[1]
     for weights in (params, jax.device_put(params, jax.devices()[0])):
-        slots = make_slots("float32", params=weights, slots=2, prefix_cache_bytes=10**6)
+        engine = make_engine("float32", params=weights, slots=2, prefix_cache_bytes=10**6)
         count_compiles.clear()
-        slots.warm()
+        engine.warm()
         assert weights is not params or len(count_compiles) >= 10, "the count counts"
         count_compiles.clear()
-        log = Log(slots)
+        log = Log(engine)
         ids = [log.submit(request) for request in REQUESTS[:20]]
         with pytest.raises(ValueError, match="without requests"):
-            slots.warm()
+            engine.warm()
         for _ in range(6):
             log.step()
-        slots.cancel(ids[1]), slots.cancel(ids[-1])
+        engine.cancel(ids[1]), engine.cancel(ids[-1])
         log.drain()
         request = request_of(REPEATING, 29, temperature=0.0, logprobs=20)
-        (completion,) = complete(slots, [request])
-        slots.scheduler.speculate = False
-        assert complete(slots, [request]) == [completion]
+        (completion,) = complete(engine, [request])
+        engine.scheduler.speculate = False
+        assert complete(engine, [request]) == [completion]
         assert count_compiles == []
 
 
@@ -252,25 +252,25 @@ def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
     options = {"slots": 3, "capacity": 40, "kv_dtype": "float32", "prefix_cache_bytes": 1 << 20, "chunk": 8, "tail": 4}
     ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
     first = [next(ahead) for _ in range(3)]
-    slots, reports = Slots(cfg, params, **options), []
-    slots.warm(lambda ready, total: reports.append((ready, total)), itertools.chain(first, ahead))
+    engine, reports = Engine(cfg, params, **options), []
+    engine.warm(lambda ready, total: reports.append((ready, total)), itertools.chain(first, ahead))
     assert reports == [(n, 10) for n in range(1, 11)]
     assert len(count_compiles) >= 7
     count_compiles.clear()
-    slots.warm()
+    engine.warm()
     assert count_compiles == []
 
 
 def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
     """JAX hands a program over and goes on: a prompt's chunks, all begun at once, would hold up whoever comes meanwhile."""
-    slots, waited = make_slots("float32"), []
+    engine, waited = make_engine("float32"), []
     really = jax.block_until_ready
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree) or really(tree))
-    slots.submit(request_of(text(1, 3 * CHUNK), 4, temperature=0.0))
+    engine.submit(request_of(text(1, 3 * CHUNK), 4, temperature=0.0))
     for chunk in range(2):
-        slots.step()
+        engine.step()
         assert len(waited) == chunk + 1
-        assert waited[-1] is slots.runner.segments
+        assert waited[-1] is engine.runner.segments
 
 
 @EVERY_DTYPE
@@ -279,7 +279,7 @@ def test_every_size_that_fits_is_served_to_its_end(dtype):
     room = CAPACITY
     sizes = [(1, room - 1), (room - 1, 1), (1, 1), (2, 1), (48, room - 48), (49, 9), (CHUNK, STEPS), (CHUNK + 1, 1), (32, 17)]
     requests = [request_of(text(n, prompt), count, temperature=0.0) for n, (prompt, count) in enumerate(sizes)]
-    completions = complete(make_slots(dtype), requests)
+    completions = complete(make_engine(dtype), requests)
     assert [(len(each.tokens), each.finish_reason) for each in completions] == [(count, "length") for _, count in sizes]
 
 
@@ -287,18 +287,18 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
     """A token whose embedding is NaN: a request with it gets an error, those beside and after it their completions."""
     params = served_model("float32")[1]
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
-    slots = make_slots("float32", params=bad)
+    engine = make_engine("float32", params=bad)
     good = request_of([token % 40 for token in text(4, 26)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2)
     spoilt = request_of([40, *text(1, 20)], 10)
-    (expected,) = complete(make_slots("float32", params=bad), [good])
-    cached = make_slots("float32", params=bad, prefix_cache_bytes=10**6)
+    (expected,) = complete(make_engine("float32", params=bad), [good])
+    cached = make_engine("float32", params=bad, prefix_cache_bytes=10**6)
     cached.tails_agree = True
     complete(cached, [request_of([*good.prompt[:25], *[40] * 8], 1)])
     assert complete(cached, [good]) == [expected], "it begins as a chunk does that ends in NaN"
     assert expected.finish_reason == "length"
     for _ in range(3):
         requests = [spoilt, good, spoilt, spoilt, good, spoilt, good]
-        for request, completion in zip(requests, complete(slots, requests), strict=True):
+        for request, completion in zip(requests, complete(engine, requests), strict=True):
             assert completion == (expected if request is good else ((), (), "error"))
 
 
@@ -330,7 +330,7 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
     cfg, params = served_model("float32")
     request = request_of(text(2, 21), 18, temperature=0.0, logprobs=5, **changes)
     tokens, logprobs = reference(cfg, params, request, 18)
-    log = Log(make_slots("float32"))
+    log = Log(make_engine("float32"))
     for other in REQUESTS[:3]:
         log.submit(other)
     log.step(), log.step()
@@ -347,8 +347,8 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
 
 def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
     cfg = tiny_config(vocab=11)
-    slots = Slots(cfg, prepare_params(cfg, lively_params(cfg)), slots=2, capacity=20, kv_dtype="float32", chunk=8, tail=4)
-    (completion,) = complete(slots, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
+    engine = Engine(cfg, prepare_params(cfg, lively_params(cfg)), slots=2, capacity=20, kv_dtype="float32", chunk=8, tail=4)
+    (completion,) = complete(engine, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
     for _, _, top in completion.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))
         assert sum(np.exp(np.frombuffer(value, np.float32)[0]) for _, value in top) == pytest.approx(1, abs=1e-5)
@@ -356,14 +356,14 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
 
 def test_one_slot_answers_one_request_at_a_time():
     """In two rows, one of which idles: to the bit as one of two slots."""
-    slots, pair = make_slots("bfloat16", slots=1), make_slots("bfloat16", slots=2, speculate=False)
+    engine, pair = make_engine("bfloat16", slots=1), make_engine("bfloat16", slots=2, speculate=False)
     requests = [request_of(text(seed, 20), 5, temperature=0.8, seed=seed, logprobs=0) for seed in range(3)]
-    ids, ended = [slots.submit(request) for request in requests], []
-    while slots.busy:
-        ended += [event.id for event in slots.step() if event.finish_reason]
-        assert slots.running <= 1
+    ids, ended = [engine.submit(request) for request in requests], []
+    while engine.busy:
+        ended += [event.id for event in engine.step() if event.finish_reason]
+        assert engine.running <= 1
     assert ended == ids
-    assert complete(slots, requests) == [complete(pair, [request])[0] for request in requests]
+    assert complete(engine, requests) == [complete(pair, [request])[0] for request in requests]
 
 
 @pytest.mark.parametrize(
@@ -376,4 +376,4 @@ def test_one_slot_answers_one_request_at_a_time():
 )  # fmt: skip
 def test_slots_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        make_slots("float32", **options)
+        make_engine("float32", **options)

@@ -22,14 +22,14 @@ def wide_config(**changes):
     return tiny_config(**{"width": 24, "ff": 36, "qkv_bias": True, **changes})
 
 
-def complete(slots, prompts):
+def complete(engine, prompts):
     """Returns the sampled tokens of each prompt, and their log-probabilities as hex."""
     from engine.inference.request import Request, SamplingParams
 
     sampling = [SamplingParams(max_tokens=12, temperature=0.9, seed=row, logprobs=2) for row in range(len(prompts))]
-    texts = {slots.submit(Request(prompt, params)): ([], []) for prompt, params in zip(prompts, sampling)}
-    while slots.busy:
-        for event in slots.step():
+    texts = {engine.submit(Request(prompt, params)): ([], []) for prompt, params in zip(prompts, sampling)}
+    while engine.busy:
+        for event in engine.step():
             texts[event.id][0].extend(event.tokens)
             texts[event.id][1].extend(logprob.logprob.hex() for logprob in event.logprobs)
     return list(texts.values())
@@ -43,8 +43,8 @@ def facts_of(weights, tied):
 
     from engine.device import host_memory
     from engine.inference.decode import generate, prepare_params
+    from engine.inference.engine import Engine
     from engine.inference.request import SamplingParams
-    from engine.inference.slots import Slots
     from engine.mesh import layout
     from engine.model.weights.int8 import quantize
     from engine.storage.digest import digest
@@ -55,7 +55,7 @@ def facts_of(weights, tied):
     prepared = prepare_params(cfg, quantize(params) if weights == "int8" else params)
     prompts = [tuple(np.random.default_rng(row).integers(0, cfg.vocab, 5 + 9 * row).tolist()) for row in range(3)]
     options = {"slots": 3, "kv_dtype": "int8" if weights == "int8" else "float32", "prefix_cache_bytes": 10**6}
-    make = lambda params: Slots(cfg, params, chunk=16, tail=8, **options)
+    make = lambda params: Engine(cfg, params, chunk=16, tail=8, **options)
     texts, greedy_sampling = [*map(list, prompts)], [SamplingParams(8, temperature=0.0)] * 3
     greedy = lambda params: [[event.id, *event.tokens] for event in generate(cfg, params, texts, greedy_sampling)]
     # In int8 a last bit of attention, which sums in another order, can become a whole step of the next rounding.
@@ -64,13 +64,13 @@ def facts_of(weights, tied):
         with host_memory(True):
             waiting = prepare_params(cfg, quantize(params) if weights == "int8" else params, whole=False)
         placed = layout.place(cfg, waiting)
-        before, three, slots = digest(placed), greedy(placed), make(placed)
-    slots.warm()
+        before, three, engine = digest(placed), greedy(placed), make(placed)
+    engine.warm()
     compiles = CompileCounter()
     compiles.reset()
-    together, lone = complete(slots, prompts), complete(slots, prompts[:1])
+    together, lone = complete(engine, prompts), complete(engine, prompts[:1])
     shares = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed)]
-    keys = jax.tree.leaves(slots.runner.segments.k)[0]
+    keys = jax.tree.leaves(engine.runner.segments.k)[0]
     sampled = lambda completions: [tokens for tokens, _ in completions]
     return {
         "greedy tokens are those of one device": not one or three == one[0],
@@ -78,7 +78,7 @@ def facts_of(weights, tied):
         "one device makes the weights that are placed": {len(leaf.devices()) for leaf in jax.tree.leaves(waiting)} == {1},
         "neighbours change no bit": together[0] == lone[0],
         "nothing compiles after warm": compiles.count == 0,
-        "weights are unchanged": digest(slots.params) == before and slots.params is placed,
+        "weights are unchanged": digest(engine.params) == before and engine.params is placed,
         "each device holds its key heads": keys.addressable_shards[0].data.shape[1] == cfg.kv_heads // DEVICES,
     }, sum(shares) / sum(leaf.nbytes for leaf in jax.tree.leaves(placed))
 

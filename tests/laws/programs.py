@@ -121,7 +121,7 @@ def decode_alone_program(cfg: ModelConfig) -> Program:
 
 
 def slots_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16") -> Make:
-    """Makes a program of `Slots` by its name in `runner.idle_calls`."""
+    """Makes a program of `Engine` by its name in `runner.idle_calls`."""
 
     def make(cfg: ModelConfig) -> Program:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, ROWS, segment_edges(CAPACITY, CHUNK), kv_dtype))

@@ -13,9 +13,9 @@ from programs import INFERENCE, QWEN3
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.decode import decode_step, decode_steps, generate, prefill, prepare_params
+from engine.inference.engine import Engine
 from engine.inference.request import SamplingParams
 from engine.inference.sampling import sampling_arrays
-from engine.inference.slots import Slots
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.storage.digest import digest
@@ -76,26 +76,26 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
     cfg, params = served_model("bfloat16")
     params = prepare_params(cfg, quantize(params))
     before, answers = digest(params), []
-    slots = Slots(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6)
+    engine = Engine(cfg, params, slots=3, capacity=32, kv_dtype="int8", chunk=16, tail=4, prefix_cache_bytes=10**6)
     for _ in range(2):
         ids = [
-            slots.submit(request_of(
+            engine.submit(request_of(
                 tokens_of(seed % 4, 5 * seed + 1), MAX_TOKENS, temperature=seed % 3, presence_penalty=seed % 2,
                 logit_bias={seed: 1.0}, seed=seed, logprobs=seed,
             ))
             for seed in range(5)
-        ] + [slots.submit(request_of([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
+        ] + [engine.submit(request_of([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
         tokens, logprobs = {id: [] for id in ids}, {id: [] for id in ids}
-        slots.cancel(ids[1])
-        while slots.busy:
-            for event in slots.step():
+        engine.cancel(ids[1])
+        while engine.busy:
+            for event in engine.step():
                 tokens[event.id] += event.tokens
                 logprobs[event.id] += event.logprobs
         answers.append([(tokens[id], logprobs[id]) for id in ids if id != ids[1]])
     assert answers[0] == answers[1]
     assert [len(tokens) for tokens, _ in answers[0]] == [MAX_TOKENS] * 4 + [20]
-    assert slots.prefix_cache.bytes > 0
-    assert digest(params) == digest(slots.params) == before
+    assert engine.prefix_cache.bytes > 0
+    assert digest(params) == digest(engine.params) == before
 
 
 def broken_promises(function, arguments) -> list[str]:

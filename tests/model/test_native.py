@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tiny import lively_params, normal, tiny_config
 
 from engine.inference.decode import prepare_params
+from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
-from engine.inference.slots import Slots
 from engine.model.native import library
 from engine.model.native.library import native_problem, read_library
 from engine.model.paths import leaf_paths, map_paths
@@ -97,13 +97,13 @@ def test_a_model_samples_the_same_with_and_without(kernel):
     without = prepare_params(cfg, map_paths(transpose, quantize(lively_params(cfg))), whole=False)
 
     def completions(params) -> list[str]:
-        slots = Slots(cfg, params, slots=3, capacity=16, chunk=16, tail=16, speculate=False)
+        engine = Engine(cfg, params, slots=3, capacity=16, chunk=16, tail=16, speculate=False)
         events = []
         for prompts in ([(1, 2, 3)], [(4, 5), (6,), (7, 8)]):
             for prompt in prompts:
-                slots.submit(Request(prompt, SamplingParams(9, temperature=0.8, seed=len(prompt), logprobs=3)))
-            while slots.busy:
-                events += slots.step()
+                engine.submit(Request(prompt, SamplingParams(9, temperature=0.8, seed=len(prompt), logprobs=3)))
+            while engine.busy:
+                events += engine.step()
         return [repr(event) for event in events]
 
     assert completions(params) == completions(without)

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.anyio
 # While a file is there, the real engine stands still after a step that has made some tokens of an answer, not all. The product
 # has no such hook: this is code that runs before it, in the process of this one test.
 FREEZE = """
-import os, time, engine.inference.slots as slots
-whole = slots.Slots.step
+import os, time, engine.inference.engine as engine
+whole = engine.Engine.step
 def frozen(self):
     events = whole(self)
     while events and self.busy and os.path.exists({flag!r}): time.sleep(0.01)
     return events
-slots.Slots.step = frozen
+engine.Engine.step = frozen
 """
 
 

@@ -14,7 +14,7 @@ from bench.serving.http_client import Client
 from bench.serving.measure import open_loop, percentile
 from bench.serving.server import Server
 from engine.counting.hardware import clock
-from engine.inference.slots import CHUNK
+from engine.inference.engine import CHUNK
 
 pytestmark = pytest.mark.anyio
 

@@ -23,7 +23,7 @@ async def test_no_completion_holds_anothers_secret(client, slots, quick, rng, ex
     expect(
         at_most("answers with another's secret", leaked, 0),
         at_least("with their own", echoed, count // 4),
-        over=f"{count} prompts, two to a slot; free slots filled with NaN and Inf: tests/inference/test_slots.py",
+        over=f"{count} prompts, two to a slot; free slots filled with NaN and Inf: tests/inference/test_inference_engine.py",
     )
 
 

@@ -12,9 +12,9 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
-import sys, time, engine.inference.slots as s
-step = s.Slots.step
-s.Slots.step = lambda self: (time.sleep(0.15), step(self))[1]
+import sys, time, engine.inference.engine as s
+step = s.Engine.step
+s.Engine.step = lambda self: (time.sleep(0.15), step(self))[1]
 from stages.serve.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -66,8 +66,8 @@ def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
 
 
 def test_an_answer_that_a_reload_cut_goes_on(visit, tiny_server, monkeypatch):
-    step = tiny_server.slots.step
-    monkeypatch.setattr(tiny_server.slots, "step", lambda: time.sleep(0.1) or step())
+    step = tiny_server.engine.step
+    monkeypatch.setattr(tiny_server.engine, "step", lambda: time.sleep(0.1) or step())
     visit.set("max_tokens", "60")
     visit.type(MORE, Keys.ENTER)
     part = visit.until(lambda: visit.answering and visit.text("article.assistant .text").strip())
@@ -139,8 +139,8 @@ def test_an_answer_goes_on_after_a_cut(visit):
 
 def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
     monkeypatch.setattr(completions, "WAIT_SECONDS", 0.02)
-    step, go = tiny_server.slots.step, threading.Event()
-    monkeypatch.setattr(tiny_server.slots, "step", lambda: step() if go.is_set() else time.sleep(0.01) or [])
+    step, go = tiny_server.engine.step, threading.Event()
+    monkeypatch.setattr(tiny_server.engine, "step", lambda: step() if go.is_set() else time.sleep(0.01) or [])
 
     async def others():
         async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60) as client:
@@ -148,7 +148,7 @@ def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
 
     asking = threading.Thread(target=lambda: asyncio.run(others()))
     asking.start()
-    visit.until(lambda: tiny_server.slots.waiting == 3)
+    visit.until(lambda: tiny_server.engine.waiting == 3)
     visit.type(MORE, Keys.ENTER)
     try:
         visit.until(lambda: visit.text(".wait") == "Number 4 in the queue")

@@ -10,8 +10,8 @@ from tiny import lively_params, tiny_config
 from tiny_server import until
 
 from engine.inference.decode import prepare_params
+from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
-from engine.inference.slots import Slots
 from stages.serve.engine_thread import EngineThread
 
 
@@ -19,10 +19,10 @@ from stages.serve.engine_thread import EngineThread
 def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, monkeypatch):
     """The engine is ready with the programs for short texts; the others are compiled beside it."""
     cfg = tiny_config()
-    slots = Slots(
+    engine = Engine(
         cfg, prepare_params(cfg, lively_params(cfg)), slots=3, capacity=60, kv_dtype="float32", chunk=16, tail=4, short=16
     )
-    may_prepare, prepare, finished = threading.Event(), slots.runner.compile_long_programs, queue.SimpleQueue()
+    may_prepare, prepare, finished = threading.Event(), engine.runner.compile_long_programs, queue.SimpleQueue()
 
     def prepare_later() -> None:
         if not may_prepare.is_set():
@@ -31,11 +31,11 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
                 raise RuntimeError("no memory for a compiler")
         prepare()
 
-    monkeypatch.setattr(slots.runner, "compile_long_programs", prepare_later)
+    monkeypatch.setattr(engine.runner, "compile_long_programs", prepare_later)
 
     async def ask_engine() -> None:
-        engine, changed = EngineThread(slots), asyncio.Event()
-        engine.start(changed.set)
+        thread, changed = EngineThread(engine), asyncio.Event()
+        thread.start(changed.set)
         await changed.wait()
 
         def submit(name: str, prompt: int) -> None:
@@ -43,23 +43,23 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
                 if event.finish_reason:
                     finished.put((name, event.finish_reason))
 
-            engine.submit(Request(tuple(range(prompt)), SamplingParams(max_tokens=3, temperature=0.0)), 0, listen)
+            thread.submit(Request(tuple(range(prompt)), SamplingParams(max_tokens=3, temperature=0.0)), 0, listen)
 
         submit("long", 40), submit("grows long", 15), submit("short", 10)
         while finished.empty():
             await asyncio.sleep(0.01)
         assert finished.get() == ("short", "length")
-        assert (engine.ready, engine.error, engine.has_long_programs) == (True, None, False)
-        assert (slots.running, slots.waiting) == (1, 1), "who grew long keeps its slot until another wants it"
-        tick = engine.last_tick
-        assert until(lambda: engine.last_tick > tick + 0.3), "it is not stuck"
-        assert not slots.scheduler.has_step
+        assert (thread.ready, thread.error, thread.has_long_programs) == (True, None, False)
+        assert (engine.running, thread.waiting) == (1, 1), "who grew long keeps its slot until another wants it"
+        tick = thread.last_tick
+        assert until(lambda: thread.last_tick > tick + 0.3), "it is not stuck"
+        assert not engine.scheduler.has_step
         may_prepare.set()
         while finished.qsize() < 2:
             await asyncio.sleep(0.01)
-        assert engine.has_long_programs == (not fails)
-        engine.stop()
-        assert engine.compiles_after_ready == 0
+        assert thread.has_long_programs == (not fails)
+        thread.stop()
+        assert thread.compiles_after_ready == 0
 
     asyncio.run(asyncio.wait_for(ask_engine(), 120))
     reason = "error" if fails else "length"

@@ -154,7 +154,7 @@ def test_a_second_signal_ends_it_at_once(folder):
 
 
 def test_ctrl_c_while_it_compiles(folder):
-    slow = "import time, engine.inference.slots as s; s.Slots.warm = lambda *_: time.sleep(60)\n" + SLOW
+    slow = "import time, engine.inference.engine as s; s.Engine.warm = lambda *_: time.sleep(60)\n" + SLOW
     process = subprocess.Popen(
         [sys.executable, "-c", slow, "--model", str(folder), "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         stderr=subprocess.STDOUT,
@@ -249,7 +249,7 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkey
     programs, reports = list(ahead), []
     assert len(programs) == len(dict(programs)) == programs[0][1] == 10
     count_compiles.clear()
-    state.engine.slots.warm(lambda done, total: reports.append((done, total)), programs, long_programs=False)
+    state.engine.engine.warm(lambda done, total: reports.append((done, total)), programs, long_programs=False)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
     assert reports == [(n, 10) for n in range(1, 11)]
 
@@ -320,8 +320,8 @@ def out_of_memory(*_: Any, **__: Any) -> None:
 def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     stopped: list[bool] = []
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
-    slots: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
-    state: Any = SimpleNamespace(engine=EngineThread(slots))
+    engine: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
+    state: Any = SimpleNamespace(engine=EngineThread(engine))
     with pytest.raises(UserError, match="give fewer --slots, a smaller --capacity"):
         asyncio.run(lifecycle.start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
@@ -333,6 +333,6 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(folder, forese
     if foreseen:
         monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:
-        monkeypatch.setattr(module, "Slots", out_of_memory)
+        monkeypatch.setattr(module, "Engine", out_of_memory)
     with pytest.raises(UserError, match=r"500 slots.* give fewer --slots, a smaller --capacity"):
         load_state(folder, weights="int8", slots=500)

@@ -25,14 +25,14 @@ LONG = 130  # tokens
 @pytest.fixture
 def slowed(tiny_server, monkeypatch):
     """Makes each step of the engine take so many seconds more, and returns the list of the steps taken."""
-    step, seconds, steps = tiny_server.slots.step, [0.0], []
+    step, seconds, steps = tiny_server.engine.step, [0.0], []
 
     def slow():
         time.sleep(seconds[0])
         steps.append(step())
         return steps[-1]
 
-    monkeypatch.setattr(tiny_server.slots, "step", slow)
+    monkeypatch.setattr(tiny_server.engine, "step", slow)
     yield lambda more: seconds.__setitem__(0, more) or steps
     seconds[0] = 0.0
     assert until(lambda: tiny_server.load == (0, 0, 0))
@@ -139,9 +139,9 @@ def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monk
     slowed(0.1)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
-        assert until(lambda: tiny_server.slots.running == SLOTS)
+        assert until(lambda: tiny_server.engine.running == SLOTS)
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)
-        assert until(lambda: tiny_server.slots.waiting == SLOTS)
+        assert until(lambda: tiny_server.engine.waiting == SLOTS)
         text = client.complete(stream=True).text
     places = [line for line in text.split("\n\n") if line.startswith(":")]
     assert places[:2] == [": place 2 in the queue", ": place 1 in the queue"]
@@ -155,17 +155,17 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, m
     Ahead of an answer are those of earlier requests, and earlier ones of its own. It waits at most twice the mean service
     time of what was ahead: their steps in slots, over the number of slots. The first request's text becomes tokens last.
     """
-    state, scheduler = tiny_server.state, tiny_server.slots.scheduler
+    state, scheduler = tiny_server.state, tiny_server.engine.scheduler
     wishes = [1, 2, 4, 8] * 15
     random.Random(2).shuffle(wishes)
     options: Any = {"most": 5, "temperature": 1, "logprobs": 1, "ignore_eos": True}
     begun: dict[Sequence, int] = {}
     ended: dict[Sequence, int] = {}
-    step, steps = tiny_server.slots.step, [0]
+    step, steps = tiny_server.engine.step, [0]
     admit, finish, work = scheduler.admit, scheduler.finish, state.engine._work
     with tiny_server.client(limits=httpx.Limits(max_connections=60)) as client, ThreadPoolExecutor(60) as pool:
         alone = [good(client.complete(seed=7 + n, **options))["choices"][0] | {"index": n} for n in range(8)]
-        monkeypatch.setattr(tiny_server.slots, "step", lambda: steps.append(len(steps)) or step())
+        monkeypatch.setattr(tiny_server.engine, "step", lambda: steps.append(len(steps)) or step())
         monkeypatch.setattr(scheduler, "admit", lambda: [each for each in admit() if begun.setdefault(each, steps[-1])])
         monkeypatch.setattr(scheduler, "finish", lambda each: finish(each) or ended.setdefault(each, steps[-1]))
         monkeypatch.setattr(state.admission, "limit", 60)
@@ -214,7 +214,7 @@ def test_health_before_and_after_its_time():
         for reply in (client.complete(), client.chat()):
             assert refused(reply, 503)["code"] == "warming"
         assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
-        server.slots.warm = lambda **_: 1 / 0
+        server.engine.warm = lambda **_: 1 / 0
         changed = threading.Event()
         server.loop.call_soon_threadsafe(server.state.engine.start, changed.set)
         assert changed.wait(10)
@@ -224,15 +224,15 @@ def test_health_before_and_after_its_time():
 
 def test_a_failed_engine_answers_every_request():
     with TinyServer() as server, server.client() as client:
-        steps = iter([server.slots.step] * 2)
-        server.slots.step = lambda: next(steps)()
+        steps = iter([server.engine.step] * 2)
+        server.engine.step = lambda: next(steps)()
         assert "failed" in refused(client.complete(most=100, ignore_eos=True, n=4), 503)["message"]
         assert client.get("/health").json()["status"] == "failed"
 
 
 def test_logits_that_are_not_finite_are_a_server_error(client, tiny_server, monkeypatch):
-    step = tiny_server.slots.step
-    monkeypatch.setattr(tiny_server.slots, "step", lambda: [event._replace(finish_reason="error") for event in step()])
+    step = tiny_server.engine.step
+    monkeypatch.setattr(tiny_server.engine, "step", lambda: [event._replace(finish_reason="error") for event in step()])
     assert refused(client.complete(most=1), 500)["type"] == "server_error"
     streamed = client.complete(most=1, stream=True)
     assert '"type":"server_error"' in streamed.text

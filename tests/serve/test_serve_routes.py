@@ -239,12 +239,12 @@ def test_control_tokens_in_a_message_stay_text(client, tiny_server):
 def test_attestation(client, tiny_server):
     result = good(client.get("/v1/attestation"))
     assert result["unchanged"] is True
-    assert result["digest"] == result["digest_at_load"] == digest(tiny_server.slots.params)
+    assert result["digest"] == result["digest_at_load"] == digest(tiny_server.engine.params)
     assert good(client.complete())["system_fingerprint"] == tiny_server.state.fingerprint
 
 
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
-    facts = vars(tiny_server.slots) | {"devices": 1}
+    facts = vars(tiny_server.engine) | {"devices": 1}
     machine, version = module.machine_identity(), importlib.metadata.version
     of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
     shapes = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "kv_dtype": "int8", "cfg": tiny_config(), "devices": 2}
@@ -291,8 +291,8 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
             client.complete(["Hello there", "how"], 6, ignore_eos=True, user="Hello there"), client.chat(stream=True),
             client.get("/nowhere"), client.post_bytes("/v1/completions", b"Hello there"), httpx.get(server.url + "/?a=there"),
         ]  # fmt: skip
-        step = server.slots.step
-        server.slots.step = lambda: time.sleep(0.05) or step()
+        step = server.engine.step
+        server.engine.step = lambda: time.sleep(0.05) or step()
         with contextlib.suppress(httpx.ReadTimeout):
             client.post("/v1/completions", json=ask(most=100, ignore_eos=True), timeout=1)
         assert until(lambda: server.load == (0, 0, 0))

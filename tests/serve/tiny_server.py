@@ -34,8 +34,8 @@ class TinyServer:
         self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off"
     ) -> None:
         from engine.inference import decode
+        from engine.inference.engine import Engine
         from engine.inference.request import SamplingParams
-        from engine.inference.slots import Slots
         from engine.storage.digest import digest
         from engine.text.chat_tokenizer import ChatTokenizer
         from stages.serve.state import ServerState
@@ -43,12 +43,12 @@ class TinyServer:
         self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
         self.model = model = tiny_model()
         params = decode.prepare_params(model.cfg, model.params)
-        self.slots = slots = Slots(
+        self.engine = engine = Engine(
             model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8,
             short=32,
         )  # fmt: skip
         chat = ChatTokenizer(model.tokenizer)
-        self.state = ServerState("tiny", model, SamplingParams(), slots, digest(params), chat, QUEUE, 0.25)
+        self.state = ServerState("tiny", model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
@@ -66,7 +66,7 @@ class TinyServer:
     @property
     def load(self) -> tuple[int, int, int]:
         """Requests that run, that wait, and places that are reserved."""
-        return self.slots.running, self.state.engine.waiting, self.state.admission.reserved
+        return self.engine.running, self.state.engine.waiting, self.state.admission.reserved
 
     def client(self, **options: Any) -> "Client":
         return Client(**{"base_url": self.url, "timeout": 60, "verify": False, **options})

@@ -189,9 +189,9 @@ def test_a_person_at_a_terminal(trained):
 
 SLOW = """
 import sys, time
-from engine.inference.slots import Slots
-step = Slots.step
-Slots.step = lambda self: (print("step", flush=True), time.sleep(0.5), step(self))[-1]
+from engine.inference.engine import Engine
+step = Engine.step
+Engine.step = lambda self: (print("step", flush=True), time.sleep(0.5), step(self))[-1]
 from stages.chat import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -9,7 +9,7 @@ The path of one chat request, from the socket to the compiled program and back:
 5. completions.generate         reserves places; below it:
 6. tokenizer_pool.TokenizerPool messages -> token ids, in a worker thread
 7. EngineThread.submit          Request with SamplingParams -> the engine thread
-8. inference.slots.Slots.step   Sequence, scheduled in a Decode -> compiled programs -> SampledTokens -> Event
+8. inference.engine.Engine.step   Sequence, scheduled in a Decode -> compiled programs -> SampledTokens -> Event
 9. completions.Generation       Event -> CompletionText (stop strings) -> Piece, on the event loop
 10. completions.ChatWriter       Piece -> ChatReply, or ChatChunk -> bytes (json_reply, or send_events)
 

@@ -69,7 +69,7 @@ async def detokenize(state: ServerState, http: Request) -> Response:
 async def health(state: ServerState, _: Request) -> Response:
     status, engine = state.status, state.engine
     reply = replies.Health(
-        status, engine.has_long_programs, engine.slots.running, engine.waiting, engine.compiles_after_ready,
+        status, engine.has_long_programs, engine.engine.running, engine.waiting, engine.compiles_after_ready,
         round(engine.seconds_since_tick, 3),
     )  # fmt: skip
     return json_reply(reply, 200 if status == "ok" else 503)

@@ -115,10 +115,10 @@ class Generation:
 
     def _wait(self) -> str:
         """Returns what the request waits for: programs, others before it, or its turn in the engine."""
-        slots = self._state.engine.slots
-        if self._ticket in slots.held_tickets:
+        engine = self._state.engine.engine
+        if self._ticket in engine.held_tickets:
             return "waiting for the programs for long texts"
-        place = slots.place(self._ticket)
+        place = engine.place(self._ticket)
         return f"place {place} in the queue" if place else "waiting"
 
     async def collect(self) -> list[Piece]:
