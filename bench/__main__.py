@@ -67,8 +67,8 @@ def measure(flags: StageTableFlags) -> Json:
         return measure_checks()
     from bench.models import find_model
     from bench.report.page import write_report
-    from bench.table.measure import stage_table
-    from bench.table.terminal import print_stages
+    from bench.stages.measure import stage_table
+    from bench.stages.terminal import print_stages
 
     document = stage_table(
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=price, max_time=flags.max_time,

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.cli import Json
 from bench.report.charts import Axis, Bar, Line, curves, stacked_bars
-from bench.table.claims import TOKENS_PER_PARAMETER
+from bench.stages.claims import TOKENS_PER_PARAMETER
 from engine.format import above_zero, in_words, money, si, times
 
 _PARTS = (

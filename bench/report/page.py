@@ -13,7 +13,7 @@ from bench.anatomy.page import layouts
 from bench.cli import Json
 from bench.report.figures import CEILING_OF, Figure, Rows, decode_rows, figures, first_training_row, flops_figure
 from bench.report.templates import HERE, environment
-from bench.table.claims import GENERATED_CHEAPER
+from bench.stages.claims import GENERATED_CHEAPER
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import Column, column, finite, percent, times

@@ -2,7 +2,7 @@
 
 from bisect import bisect
 
-from bench.table.training_rows import training_kinds
+from bench.stages.training_rows import training_kinds
 from engine.counting.flops import forward_flops, train_flops
 from engine.counting.hardware import Ceilings, device_memory_bytes, require_memory
 from engine.counting.memory import inference_memory, training_memory

@@ -1,6 +1,6 @@
 """Explains why a row's time or peak memory differs from its prediction."""
 
-from bench.table.row import Row
+from bench.stages.row import Row
 from engine.counting.hardware import Ceilings
 from engine.format import percent, si
 

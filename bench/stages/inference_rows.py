@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench.table.row import Row, compile_program
+from bench.stages.row import Row, compile_program
 from engine.counting.flops import Flops, PassFlops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.counting.program_flops import decode_program_flops, prefill_program_flops, score_program_flops

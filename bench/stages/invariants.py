@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.table.claims import InferenceChecks
-from bench.table.inference_rows import SLOTS, random_cache
+from bench.stages.claims import InferenceChecks
+from bench.stages.inference_rows import SLOTS, random_cache
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
 from engine.inference.request import SamplingParams
 from engine.inference.sampling import sampling_arrays

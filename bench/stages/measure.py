@@ -12,15 +12,15 @@ import numpy as np
 
 from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
-from bench.table.arithmetic import check_arithmetic
-from bench.table.by_hand_rows import by_hand_rows
-from bench.table.claims import Evidence, claims
-from bench.table.estimate import check_memory, duration_warning
-from bench.table.explain import explain_peak, explain_time
-from bench.table.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached_decode
-from bench.table.invariants import check_invariants, model_state
-from bench.table.row import Row
-from bench.table.training_rows import training_kinds, training_row
+from bench.stages.arithmetic import check_arithmetic
+from bench.stages.by_hand_rows import by_hand_rows
+from bench.stages.claims import Evidence, claims
+from bench.stages.estimate import check_memory, duration_warning
+from bench.stages.explain import explain_peak, explain_time
+from bench.stages.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached_decode
+from bench.stages.invariants import check_invariants, model_state
+from bench.stages.row import Row
+from bench.stages.training_rows import training_kinds, training_row
 from bench.timing import MIN_ROUNDS, Timing, describe_noise, measure, ratio
 from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.table.row import Row, compile_program
+from bench.stages.row import Row, compile_program
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.memory import training_memory
 from engine.counting.program_flops import gradient_program_flops

@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.table.claims import CLAIMS, Evidence, InferenceChecks, claims
+from bench.stages.claims import CLAIMS, Evidence, InferenceChecks, claims
 from bench.timing import Ratio, Timing, ratio
 from engine.format import times
 

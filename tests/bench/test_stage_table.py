@@ -16,8 +16,8 @@ from tiny import QUICKLY_MEASURED, lively_params, tiny_config
 import bench
 from bench.__main__ import main, measurements
 from bench.cli import run_bench
-from bench.table.estimate import duration_warning, round_seconds, table_bytes
-from bench.table.inference_rows import int16_activation_matrices, weight_products
+from bench.stages.estimate import duration_warning, round_seconds, table_bytes
+from bench.stages.inference_rows import int16_activation_matrices, weight_products
 from engine.counting.hardware import Ceilings
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.program_flops import decode_program_flops
@@ -189,7 +189,7 @@ def test_a_model_that_takes_longer_than_asked_gets_a_warning_with_a_shape_that_d
 def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, capsys, monkeypatch):
     huge = dataclasses.replace(PRESETS["llama-2-7b"], layers=400)
     (tmp_path / "config.json").write_text(json.dumps(config_to(huge, "bfloat16", {})))
-    monkeypatch.setattr("bench.table.measure.find_model", None)
+    monkeypatch.setattr("bench.stages.measure.find_model", None)
     assert main(["--model", str(tmp_path)]) == 2
     assert "B are available; --preset" in capsys.readouterr().err
 
