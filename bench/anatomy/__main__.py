@@ -4,8 +4,8 @@
     python -m bench.anatomy --preset tiny --out DIR   also writes DIR/anatomy.html, the same as pictures
     python -m bench.anatomy --model RUN               the shape of a run folder, a file or smollm2-135m-instruct
 
-The bytes are those of the buffers in the program's schedule, and their peak is checked against XLA's own figure. The NumPy
-model of `engine/by_hand` then runs once, and what it holds is measured after each half of a block.
+The bytes are those that XLA assigned to the values of the program, each from the operation that makes it to the last that
+reads it. The NumPy model of `engine/by_hand` then runs once, and what it holds is measured after each half of a block.
 """
 
 import dataclasses
@@ -51,11 +51,13 @@ def print_summary(document: Json) -> None:
 
     size = lambda bytes: si(bytes, "B") if bytes else ABSENT
     held = [
-        [row["program"], *map(size, (row["start_bytes"], row["peak_bytes"], *row["peak"].values())), f"{row['error']:+.1%}"]
+        [row["program"], *map(size, (row["start_bytes"], row["peak_bytes"], *row["peak"].values())), f"{row['holes']:.1%}"]
         for row in document["rows"]
     ]  # fmt: skip
-    heads = "program before peak parameters optimizer cache gradients residuals temporaries off"
-    print_table(f"What a step of {document['model']} holds; off: from what XLA says", heads.split(), held)
+    heads = "program before peak parameters optimizer cache gradients residuals temporaries holes"
+    print_table(
+        f"What a step of {document['model']} holds; holes: the share of XLA's own peak that nothing fills", heads.split(), held
+    )
     print(environment().get_template("summary.md.j2").render(document))
 
 

@@ -62,8 +62,9 @@ def _memory_row(name: str, work: str, memory: Any) -> Json:
     top = alive.index(max(alive))
     return {
         "program": name, "work": work, "positions": len(alive), "backward": memory.backward, "update": memory.update,
-        "start_bytes": alive[0], "peak_bytes": alive[top], "allocated_bytes": memory.allocated, "xla_bytes": memory.xla,
-        "error": memory.error, "peak": {kind: memory.bytes[kind][top] for kind in KINDS}, "drawn_positions": positions,
+        "start_bytes": alive[0], "peak_bytes": alive[top], "xla_bytes": memory.xla,
+        "holes": 1 - alive[top] / memory.xla, "peak": {kind: memory.bytes[kind][top] for kind in KINDS},
+        "drawn_positions": positions,
         "bytes": {kind: [memory.bytes[kind][place] for place in positions] for kind in KINDS},
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,7 @@ from test_report import TABLE, Reader
 from bench.anatomy.__main__ import AnatomyFlags, measure_anatomy
 from bench.anatomy.by_hand import by_hand_memory
 from bench.anatomy.drawing import roofline, stacked_areas
-from bench.anatomy.hlo import array_bytes, read_program
-from bench.anatomy.liveness import find_buffers, heap_bytes
-from bench.anatomy.memory import KINDS, memory_over_time, thin
+from bench.anatomy.memory import KINDS, find_buffers, memory_over_time, thin
 from bench.anatomy.operations import count_ways, operation_rows
 from bench.anatomy.page import write_page
 from bench.anatomy.programs import drawn_programs
@@ -33,10 +32,10 @@ from bench.report.page import page as report_page
 from engine.by_hand.block import SwigluResiduals
 from engine.by_hand.model import residual_count
 from engine.counting.jaxpr import jaxpr_cost
+from engine.errors import UserError
 from engine.model.config import PRESETS, ModelConfig
 from engine.training.step import loss_and_gradient
 
-TOLERANCE = 0.05
 UNEVEN = {"vocab": 300, "width": 96, "layers": 4, "heads": 6, "ff": 160, "context": 64, "head_dim": 16, "dtype": "float32"}
 main = functools.partial(run_bench, "bench.anatomy", None, AnatomyFlags, measure_anatomy)
 
@@ -51,13 +50,9 @@ def memories():
     return {name: drawn(PRESETS["tiny"], name) for name in drawn_programs(PRESETS["tiny"])}
 
 
-def test_the_peak_is_that_of_xla(memories):
+def test_the_peak_is_xlas_but_for_the_holes_of_its_heap(memories):
     assert set(KINDS) == {*memories["training"].bytes}
-    assert {name: memory.error for name, memory in memories.items() if abs(memory.error) > TOLERANCE} == {}
-
-
-def test_without_the_holes_of_the_heap_it_would_not_be(memories):
-    assert max(1 - max(memory.alive) / memory.xla for memory in memories.values()) > TOLERANCE
+    assert all(0.85 < max(memory.alive) / memory.xla <= 1 for memory in memories.values())
 
 
 def test_training_climbs_through_forward_and_comes_down_through_backward(memories):
@@ -103,22 +98,25 @@ def test_thin_keeps_the_peak(memories):
     assert thin(memory, 10**6) == list(range(len(memory.alive)))
 
 
-def test_a_loop_carries_its_buffers():
-    """1 MB goes round a loop, whose body makes two more: 3 MB of heap, however often it runs."""
+def test_a_loop_carries_its_buffers_and_no_two_values_lie_in_one_place():
+    """1 MB goes round a loop, whose body makes two more: 3 MB beside the argument, however often it runs."""
 
     def looped(x):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ x).T @ x, x).sum()
 
-    x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
-    compiled = jax.jit(looped).lower(x).compile()
-    buffers, _ = find_buffers(read_program(compiled.as_text()))
-    assert heap_bytes(buffers) == pytest.approx(compiled.memory_analysis().temp_size_in_bytes, rel=TOLERANCE)
+    compiled = jax.jit(looped).lower(jax.ShapeDtypeStruct((512, 512), jnp.float32)).compile()
+    assert max(memory_over_time(compiled).alive) == pytest.approx(4 * 2**20, rel=0.01)
+    program = drawn_programs(PRESETS["tiny"])["gradient checkpointing"][1](PRESETS["tiny"])
+    buffers, positions = find_buffers(program.function.lower(*program.arguments).compile(program.options))
+    for position in range(0, positions, 7):
+        alive = sorted((each.place, each.bytes) for each in buffers if each.start <= position <= each.end)
+        for ((allocation, offset), size), (after, _) in itertools.pairwise(alive):
+            assert (allocation, offset + size) <= after
 
 
-def test_a_program_without_an_order_is_refused():
-    with pytest.raises(ValueError, match="not scheduled"):
-        read_program("HloModule m\nENTRY %e () -> f32[] {\n}")
-    assert [array_bytes(shape) for shape in ("bf16[4,3]{1,0}", "pred[]", "token[]")] == [24, 1, 0]
+def test_a_backend_that_does_not_say_where_values_lie_is_refused():
+    with pytest.raises(UserError, match="does not say where"):
+        memory_over_time(types.SimpleNamespace(memory_analysis=lambda: None))
 
 
 @pytest.fixture(scope="module")
