@@ -15,7 +15,7 @@ from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device
 from engine.errors import UserError
-from engine.format import clock_time, format_bytes, quantity
+from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.storage import checkpoint
 from engine.storage.background_save import BackgroundSaver
@@ -31,6 +31,7 @@ from stages.runs.mesh import to_file_order
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
+PREDICTS_AFTER = 5.0  # seconds, and as many steps: before that a step's time says little of the run's
 EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
 STUCK = 300.0  # seconds, or ten steps if those are longer, until one of several processes takes a step for stuck
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
@@ -179,6 +180,8 @@ class Loop:
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
                     self.saver.reserve(state.trainable, state.opt_state)
                 begin = end
+                if loop_state.predicted is None and min(self.timer.warm_seconds, self.timer.count) > PREDICTS_AFTER:
+                    self._predict()
                 self._report(steps, refused, done())
                 if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
                     self._stop_after_refusals(steps, state)
@@ -236,6 +239,15 @@ class Loop:
         if any(refused):
             loop_state.refused_batch = loop_state.step - 1
         self.refused_whole = bool(refused) and all(refused)
+
+    def _predict(self) -> None:
+        """Predicts the length of the run by the time of its steps so far but the first, and prints it."""
+        now, step_seconds = self.loop_state, 1 / (self.timer.warm_rate() or 1)
+        left = self.plan.seconds_left(now.step, now.seconds, step_seconds)
+        now.predicted = now.step + round(left / step_seconds), now.seconds + left
+        predicted = f"{quantity(now.predicted[0], self.plan.noun)} in {duration(now.predicted[1])}"
+        with self._noting_failure():
+            self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went")])
 
     def _report(self, steps: Steps, refused: list[bool], done: bool) -> None:
         """Shows the live line and writes metrics.jsonl, where due; a refused step always, with its batch."""

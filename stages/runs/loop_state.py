@@ -22,6 +22,7 @@ class LoopState:
     best_step: int | None = None
     evaluation_seconds: float = 0.0  # of the longest quick validation
     first_step_seconds: float | None = None  # from the start of the process
+    predicted: tuple[int, float] | None = None  # steps and seconds of the whole run, by what its first steps took
     intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # name -> step and seconds it began at
 
     @classmethod

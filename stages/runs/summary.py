@@ -29,6 +29,9 @@ def print_summary(
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
     console.print()
     trained = f"{quantity(loop_state.step, noun)} in {duration(loop_state.seconds)}"
+    if loop_state.predicted:
+        steps, seconds = loop_state.predicted
+        trained += f" ({steps:,} in {duration(seconds)} predicted)"
     if loop_state.refused:
         trained += f"; {quantity(loop_state.refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
     rows = [*report.rows, ("trained", trained)]

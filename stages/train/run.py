@@ -168,7 +168,7 @@ class Training(Stage):
             (
                 "predicted",
                 f"{quantity(steps, plan.noun)}, {format_count(epochs)} epochs, {long} at {EXPECTED_MFU:.0%} of this "
-                f"machine's {format_count(top)}FLOP/s in {cfg.dtype}",
+                f"machine's {format_count(top)}FLOP/s in {cfg.dtype}; again after the first steps, by their time",
             ),
             *(plan_on_mesh(plan, plan.mesh, self.accelerator, self.console) if self.is_planned else []),
         ]
