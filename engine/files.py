@@ -121,14 +121,12 @@ def make_folder(path: Path) -> None:
         sync(path.parent)
 
 
-def sync_and_drop(folder: Path) -> None:
-    """Writes all files below a folder to the disk and drops them from the page cache, so that reading them reads the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def sync_and_drop(path: Path) -> None:
+    """Writes a file to the disk and drops it from the page cache, so that reading it reads the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def open_regular(path: Path) -> io.BufferedReader:

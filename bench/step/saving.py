@@ -17,7 +17,7 @@ from bench.timing import measure, ratio
 from engine.counting.hardware import clock
 from engine.model.config import preset
 from engine.model.transformer import init_params
-from engine.storage.background_save import BackgroundSaver
+from engine.storage.checkpoint import BackgroundSaver
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, train_step
 

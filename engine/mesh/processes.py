@@ -4,7 +4,7 @@ A process that ends says why under a key that all others wait for, so they end w
 nothing: its peers' collectives fail, or JAX's coordination service misses its heartbeats and aborts them; either becomes one
 sentence and the exit code RESTART. A mistake of all is printed by process 0 alone. With one process nothing here does anything.
 
-It loads without JAX, whose key-value store has no public name; Orbax uses the same private one.
+It loads without JAX, whose key-value store has no public name.
 """
 
 import atexit

@@ -62,11 +62,10 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
         "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
     }  # fmt: skip
-    shapes = {name: array.shape for name, array in arrays.items()}
     metadata = {BASE: base, CHECKSUM: _checksum(arrays, scale)}
     with atomic_folder(folder) as building:
         write_json(building / CONFIG, config)
-        safetensors.write_file(building / WEIGHTS, shapes, "F32", arrays.values(), metadata)
+        safetensors.write_file(building / WEIGHTS, arrays, arrays.values(), metadata)
         manifest.write_manifest(building)
     return folder
 
@@ -108,7 +107,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     arrays = {}
     for name, tensor in tensors.items():
         side = int(name.endswith(".lora_B.weight"))
-        if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.DTYPES:
+        if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.FLOATS:
             raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
         arrays[name] = safetensors.read_slice(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
         if not np.isfinite(arrays[name]).all():

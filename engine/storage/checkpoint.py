@@ -1,36 +1,54 @@
-"""Saves and loads checkpoints, from which a run resumes bit for bit.
+"""Saves checkpoints beside training and loads them; from one a run resumes bit for bit.
 
-    FOLDER/checkpoints/STEP/                an Orbax v1 checkpoint of two items:
-                            params/         a pytree; inference reads this alone
-                            optimizer/      another
-                            state.json      step, PRNG settings, and the caller's state
-                            manifest.json   SHA-256 of every file above
+    FOLDER/checkpoints/STEP/params.safetensors      the weights by path, such as `blocks/0/qkv`; inference reads this alone
+                            optimizer.safetensors   the optimizer's state, by path
+                            state.json              step, PRNG settings, and the caller's state
+                            manifest.json           SHA-256 of every file above
 
-Orbax commits by a rename without fsync or checksum. So a checkpoint is built in a hidden folder, synced, read back and
-compared with memory, and appears by one rename: a kill at any instant leaves the older ones and no partial one. Nothing is
-loaded before its SHA-256 is checked: damage is named, and the newest intact checkpoint is used. Each of several processes
-writes its own part of the arrays and reads it back; process 0 writes the rest, and commits when all have.
+Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/qkv[0:64,0:96]`
+is rows 0 to 63 and columns 0 to 95. Any number of processes on any mesh loads them by slice.
+
+A checkpoint is built in a hidden folder, synced, read back and compared with memory, and appears by one rename: a kill at any
+instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is checked: damage is named, and the
+newest intact checkpoint is used.
 """
 
+import concurrent.futures
 import contextlib
 import errno
+import functools
 import json
+import math
+import mmap
 import os
 import re
 import shutil
-import threading
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from engine.counting.hardware import free_host_bytes
 from engine.errors import UserError
-from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished, sync_and_drop
+from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished
 from engine.mesh import processes
-from engine.storage import orbax_arrays
-from engine.storage.manifest import verify, write_manifest
-from engine.storage.untrusted import read_json_object
+from engine.model.paths import unflatten
+from engine.storage import manifest
+from engine.storage.huggingface import safetensors
+from engine.storage.untrusted import quote, read_json_object
+
+TOPIC = "save"  # the thread's own, see `gather_strings`
+CUT = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
+NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
+ALIGNMENT = 64  # bytes
+TOUCH = 2**24  # bytes at once of new memory
+
+Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis
+Pieces = dict[str, Any]  # arrays that this process writes, by their names in its file
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -44,53 +62,210 @@ class LoadedCheckpoint(NamedTuple):
     damaged: list[str]
 
 
-def save_in_parts(
-    folder: Path, step: int, params: Any, optimizer: Any, state: dict[str, Any], *, keep: int, best: int | None = None
-) -> Iterator[Path]:  # fmt: skip
-    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`.
+# What a process writes
 
-    Yields the path when that has begun, and again when it is done, perhaps in another thread; the arrays must stay as they
-    are until then. params, optimizer: pytrees of JAX or NumPy arrays. state: JSON (tuples come back as lists, keys as text).
-    A checkpoint of the same step is replaced; those of later steps are neither counted nor removed.
+
+def own_pieces(number: int, name: str, leaf: Any) -> Pieces:
+    """Returns what this process writes of a leaf, the `number`th of its tree: a whole array, or its parts of a shared one.
+
+    The holders of equal parts write them in turn. Raises TypeError or ValueError for a leaf that could not be loaded again.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if dtype not in safetensors.NAMES:
+        raise TypeError(f"save: {name} is a {type(leaf).__name__} of {dtype}, which no file can hold.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(f"save: {name} is {dtype}, of which JAX would keep 32 bits when it is loaded.")
+    if CUT.fullmatch(name):
+        raise ValueError(f"save: {name} would be taken for a part of an array.")
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return {name: leaf} if processes.is_first() else {}
+    holders: dict[Box, list[Any]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        holders.setdefault(_box(index, leaf.shape), []).append(device)
+    pieces = {}
+    for shard in leaf.addressable_shards:
+        box = _box(shard.index, leaf.shape)
+        if shard.device == holders[box][number % len(holders[box])]:
+            cut = f"[{','.join(f'{start}:{stop}' for start, stop in box)}]" if shard.data.shape != leaf.shape else ""
+            pieces[name + cut] = shard.data
+    return pieces
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by path: dict keys, fields and positions are names alike."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    by_path = {_path(keys): leaf for keys, leaf in leaves}
+    if len(by_path) < len(leaves):
+        raise ValueError(
+            "save: two arrays have one path: a dict has both a number and its text as keys, or a name with a slash."
+        )
+    return by_path
+
+
+class BackgroundSaver:
+    """Saves the checkpoints of one run folder, one at a time, while training goes on. `frozen`: params that never change.
+
+    The copies lie in one mapping that is made once: touching new memory takes ten times as long as copying. In the heap they
+    would end up above a step's buffer.
+
+    Use it in a `with` block: its end waits for the last write, whose failure is raised unless another error leaves the block.
+    """
+
+    def __init__(self, folder: Path, keep: int, frozen: Any = None) -> None:
+        self.folder, self.keep, self.frozen = folder, keep, frozen
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "save", _lower_priority)
+        self._work: concurrent.futures.Future | None = None
+        self._memory: mmap.mmap | None = None
+        self._used = 0  # bytes of it
+
+    def reserve(self, *trees: Any) -> None:
+        """Begins to make room for copies of such trees, beside training, unless memory is too small for them."""
+        pieces = (own_pieces(*leaf) for tree in trees for leaf in _numbered(tree))
+        size = sum(_aligned(piece.nbytes) for part in pieces for piece in part.values())
+        if size <= free_host_bytes():
+            self._work = self._pool.submit(self._map_memory, size)
+
+    def _map_memory(self, size: int) -> None:
+        try:
+            memory = mmap.mmap(-1, max(size, 1))
+        except OSError:  # a limit on memory that is not the machine's
+            return
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, size, TOUCH):
+            np.frombuffer(memory, np.uint8)[start : start + TOUCH : mmap.PAGESIZE] = 0
+        self._memory = memory
+
+    def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
+        """Waits for the write before this one, copies the arrays, and begins to write them as `write` does.
+
+        A leaf may be a function that returns the array: where there is room for the copy, only one of these arrays is in
+        memory. The arrays may be donated or changed as soon as this returns. Without that room it returns when they are
+        written. Raises the UserError of the write before.
+        """
+        self.wait()
+        self._used = 0
+        parts = {part: self._copies(tree) for part, tree in (("params", trainable), ("optimizer", optimizer))}
+        for leaf in _numbered(self.frozen):
+            parts["params"] |= own_pieces(*leaf)
+        self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best)
+        if self._memory is None:
+            self.wait()
+
+    def _copies(self, tree: Any) -> Pieces:
+        copies: Pieces = {}
+        for number, name, leaf in _numbered(tree):
+            pieces = own_pieces(number, name, leaf() if callable(leaf) else leaf)
+            copies |= pieces if self._memory is None else {piece: self._copy(pieces[piece]) for piece in pieces}
+            del pieces  # before the next array is made
+        return copies
+
+    def _copy(self, x: Any) -> np.ndarray:
+        assert self._memory is not None
+        copy = np.frombuffer(self._memory, x.dtype, x.size, self._used).reshape(x.shape)
+        self._used += _aligned(x.nbytes)
+        if not isinstance(x, jax.Array):
+            copy[...] = x
+            return copy
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                copy[shard.index] = np.asarray(shard.data)
+        return copy
+
+    def poll(self) -> bool:
+        """Returns whether a checkpoint is being written; raises the error of a write that has failed. Never waits."""
+        if self._work is not None and self._work.done():
+            self.wait()
+        return self._work is not None
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk. Raises UserError when it could not be written."""
+        if self._work is not None:
+            concurrent.futures.wait([self._work])  # an exception from a signal leaves it to the next call
+            work, self._work = self._work, None
+            work.result()
+
+    def __enter__(self) -> "BackgroundSaver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            # After an error the thread may wait for other processes, which this one has to end.
+            self._pool.shutdown(wait=error is None or processes.process_count() == 1)
+            self._memory = None
+
+
+def _numbered(tree: Any) -> Iterator[tuple[int, str, Any]]:
+    return ((number, name, leaf) for number, (name, leaf) in enumerate(_leaves(tree).items()))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _lower_priority() -> None:
+    if sys.platform.startswith("linux"):  # where it is a thread's own
+        os.nice(NICENESS)
+
+
+# Writing
+
+
+def write(
+    folder: Path, step: int, parts: dict[str, Pieces], state: dict[str, Any], *, keep: int, best: int | None = None
+) -> Path:
+    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns its path.
+
+    parts: {"params": ..., "optimizer": ...}, as `own_pieces` has them; the arrays must stay as they are until this returns.
+    state: JSON (tuples come back as lists, keys as text). A checkpoint of the same step is replaced; those of later steps are
+    neither counted nor removed.
 
     Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
     then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
-    written, for a leaf that could not be restored or a state that is not JSON.
-
-    Orbax begins a save of several processes with a collective, so all must begin
-    at the same place in their programs; afterwards they only exchange keys. Where one process fails, the others wait for more
-    of them until it ends all.
+    written, for a state that is not JSON. Where one of several processes fails, the others wait for it until it ends all.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
-    parts = {name: orbax_arrays.check_leaves(name, tree) for name, tree in (("params", params), ("optimizer", optimizer))}
-    trees = {part: tree for part, tree in parts.items() if jax.tree.leaves(tree)}
     record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
-    root = _root(folder)
-    target = root / str(step)
-    wanted = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
+    target = _root(folder) / str(step)
+    own = sum(piece.nbytes for pieces in parts.values() for piece in pieces.values())
+    wanted = sum(map(int, processes.gather_strings(str(own), TOPIC)))
     try:
         with _building(target, wanted, keep, best) as building:
-            begun = orbax_arrays.begin_write(building, trees)
-            yield target
-            orbax_arrays.write(building, trees, begun)
-            if processes.is_first():
-                (building / "state.json").write_text(record + "\n", encoding="utf-8")
-                sync_and_drop(building)  # so that the disk is read, not what memory still holds of the files
-                write_manifest(building)
-            orbax_arrays.compare(building, trees)
-        processes.gather_strings(topic=orbax_arrays.TOPIC)  # until process 0 has committed
-    except (OSError, ValueError) as error:
-        # TensorStore tells the operating system's error in a ValueError.
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if not code and not isinstance(error, OSError):
-            raise
-        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)
+            write_files(building, parts, record.encode() + b"\n")
+        processes.gather_strings(topic=TOPIC)  # until process 0 has committed
+    except OSError as error:
         raise UserError(
-            f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {reason}. Earlier checkpoints are "
-            "untouched; make room, or choose another folder."
+            f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {error.strerror or error}. Earlier "
+            "checkpoints are untouched; make room, or choose another folder."
         ) from error
-    yield target
+    return target
+
+
+def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None:
+    """Writes this process's files of a checkpoint, reads them back, and as process 0 writes state.json and the manifest."""
+    own = "" if processes.is_first() else f".{jax.process_index()}"
+    entries = {}
+    for part, pieces in parts.items():
+        name = f"{part}{own}.safetensors"
+        entries[name] = manifest.write_checked(building / name, functools.partial(safetensors.encode, pieces, pieces.values()))
+    gathered = processes.gather_strings(json.dumps(entries), TOPIC)
+    if processes.is_first():
+        entries = {name: entry for text in gathered for name, entry in json.loads(text).items()}
+        entries["state.json"] = manifest.write_checked(building / "state.json", lambda: [np.frombuffer(record, np.uint8)])
+        (building / manifest.NAME).write_bytes(manifest.render(entries))
 
 
 @contextlib.contextmanager
@@ -100,7 +275,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
     Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
     """
     if not processes.is_first():
-        yield Path(processes.gather_strings(topic=orbax_arrays.TOPIC)[0])
+        yield Path(processes.gather_strings(topic=TOPIC)[0])
         return
     root, step = target.parent, int(target.name)
     make_folder(root)
@@ -109,7 +284,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
             raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
         with atomic_folder(target) as building:
-            processes.gather_strings(str(building), orbax_arrays.TOPIC)
+            processes.gather_strings(str(building), TOPIC)
             yield building
         for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
@@ -117,16 +292,38 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
                 shutil.rmtree((root / str(old)).rename(root / f".{old}.gone{UNFINISHED}"), ignore_errors=True)
 
 
+# Reading
+
+
+class StoredArray(NamedTuple):
+    """An array in a checkpoint's files. `boxes`: the parts that it was cut into."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    boxes: dict[Box, safetensors.StoredTensor]
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name} {self.shape}"
+
+    def read(self, wanted: Box, out: np.ndarray) -> None:
+        """Reads a box of the array into `out`, of its shape."""
+        for box, stored in self.boxes.items():
+            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, wanted)]
+            if all(start < stop for start, stop in both):
+                inside = tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(both, wanted))
+                within = [(start - first, stop - first) for (start, stop), (first, _) in zip(both, box)]
+                safetensors.read_box(stored, within, out[inside] if inside else out)
+
+
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
     """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
 
-    params_like, optimizer_like: trees of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes wanted. A
-    leaf with a sharding is placed by it; the others go, uncommitted, to the default device.
+    params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` with the structure, shapes and dtypes wanted. A leaf with a
+    sharding is placed by it; the others go, uncommitted, to the default device.
 
     Raises UserError when there is no checkpoint, none is intact (each damaged file is named), a leaf differs in path,
     shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
     """
-    threading.Thread(target=orbax_arrays.import_orbax, daemon=True).start()  # beside the hashing
     chosen = ""
     if processes.is_first():
         remove_unfinished(_root(folder))
@@ -139,26 +336,97 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
-    params = orbax_arrays.read(newest / "params", params_like)
-    optimizer = orbax_arrays.read(newest / "optimizer", optimizer_like)
+    params = _read_tree(newest / "params", _stored_arrays(newest, "params"), params_like)
+    optimizer = _read_tree(newest / "optimizer", _stored_arrays(newest, "optimizer"), optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
 def load_params(path: Path) -> LoadedCheckpoint:
-    """Loads the weights alone, for inference, from a run folder (its newest intact checkpoint) or from one checkpoint.
+    """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or from one checkpoint.
 
-    The optimizer may be damaged or gone; `LoadedCheckpoint.optimizer` is None. params are dicts, and lists for tuples.
-    Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings.
+    The optimizer may be damaged or gone; `LoadedCheckpoint.optimizer` is None. Changes nothing on disk. Raises UserError as
+    `load` does, but not for PRNG settings.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if _root(newest).is_dir():
-        newest, damaged = _newest_intact(newest, skip=("optimizer",))
-    elif not (newest / "params").is_dir():
+        newest, damaged = _newest_intact(newest, skip="optimizer")
+    elif not any((newest / name).is_file() for name in ("state.json", manifest.NAME)):
         raise UserError(f"There is no checkpoint at {path}.")
-    elif lines := verify(newest, skip=("optimizer",)):
+    elif lines := manifest.verify(newest, skip="optimizer"):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    record = _read_state(newest)
-    return LoadedCheckpoint(newest, record["step"], orbax_arrays.read_alone(newest / "params"), None, record["state"], damaged)
+    record, stored = _read_state(newest), _stored_arrays(newest, "params")
+    like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
+    params = _read_tree(newest / "params", stored, like)
+    return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
+
+
+def _stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
+    """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is there whole."""
+    if (checkpoint / part).is_dir():
+        raise UserError(
+            f"{checkpoint} was saved by an earlier version, in Orbax's format. Convert its run once: uv run --extra older "
+            f"python -m stages.convert --model {checkpoint.parents[1]}"
+        )
+    boxes: dict[str, dict[Box, safetensors.StoredTensor]] = {}
+    for path in sorted(checkpoint.glob(f"{part}.*safetensors")):
+        for name, tensor in safetensors.read_header(path)[0].items():
+            box: Box = tuple((0, size) for size in tensor.shape)
+            if match := CUT.fullmatch(name):
+                name, cuts = match.groups()
+                starts, stops = zip(*(map(int, cut.split(":")) for cut in cuts.split(",")))
+                box = tuple(zip(starts, stops))
+            boxes.setdefault(name, {})[box] = tensor
+    arrays = {}
+    for name, parts in boxes.items():
+        shape = tuple(max(stop for _, stop in axis) for axis in zip(*parts))
+        whole = all(tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items())
+        whole = whole and sum(math.prod(tensor.shape) for tensor in parts.values()) == math.prod(shape)
+        dtypes = {safetensors.DTYPES[tensor.dtype] for tensor in parts.values()}
+        if not whole or len(dtypes) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
+            raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")
+        arrays[name] = StoredArray(shape, dtypes.pop(), parts)
+    return arrays
+
+
+def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
+    """Returns a tree like `like` of the arrays. Raises UserError for other paths, shapes or dtypes."""
+    wanted = {name: f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for name, leaf in _leaves(like).items()}
+    _refuse_difference(where, wanted, stored)
+    room = max((math.prod(array.shape) * array.dtype.itemsize for array in stored.values()), default=0)
+    buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)
+    # JAX copies what does not lie at a multiple of 16 bytes; what does, it may take as it lies, whatever `may_alias` says.
+    buffer = buffer[-buffer.ctypes.data % ALIGNMENT + 8 :]
+    arrays = {name: _read_array(stored[name], leaf.sharding, buffer) for name, leaf in _leaves(like).items()}
+    _refuse_difference(where, wanted, {name: f"{array.dtype.name} {array.shape}" for name, array in arrays.items()})
+    return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_path(keys)], like)
+
+
+def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.Array:
+    """Returns an array placed by its sharding, or on the default device. `buffer`: memory to read into, which JAX copies.
+
+    New memory for each would cost more than reading, and a step cannot donate what lies in NumPy's memory.
+    """
+    whole = {None: (slice(None),) * len(stored.shape)}
+    parts, read = [], None
+    for device, index in (sharding.addressable_devices_indices_map(stored.shape) if sharding else whole).items():
+        if (box := _box(index, stored.shape)) != read:
+            shape = [stop - start for start, stop in box]
+            out = buffer[: math.prod(shape) * stored.dtype.itemsize].view(stored.dtype).reshape(shape)
+            stored.read(box, out)
+            read = box
+        parts.append(jax.block_until_ready(jax.device_put(out, device, may_alias=False)))
+    return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts) if sharding else parts[0]
+
+
+def _refuse_difference(where: Path, wanted: dict[str, str], came: dict[str, Any]) -> None:
+    came = {name: str(kind) for name, kind in came.items()}
+    if differing := sorted({name for name, _ in wanted.items() ^ came.items()}):
+        expected, actual = (kinds.get(differing[0], "no such array") for kinds in (wanted, came))
+        more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
+        raise UserError(
+            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} came{more}. Use the config it "
+            "was trained with, or another folder."
+        )
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -190,14 +458,14 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
 
 
 def _root(folder: Path) -> Path:
-    return Path(folder).absolute() / "checkpoints"  # Orbax refuses relative paths
+    return Path(folder).absolute() / "checkpoints"
 
 
-def _newest_intact(folder: Path, skip: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
+def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[str]]:
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = _root(folder) / str(step)
-        if not (lines := verify(path, skip)):
+        if not (lines := manifest.verify(path, skip)):
             return path, damaged
         damaged += lines
     if not damaged:

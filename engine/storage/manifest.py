@@ -1,17 +1,21 @@
 """Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before loading."""
 
 import concurrent.futures
+import errno
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import UserError
-from engine.files import open_regular, read_limited
+from engine.files import open_regular, read_limited, sync_and_drop
 
 NAME = "manifest.json"
 MAX_BYTES = 16 * 2**20
+BLOCK = 2**22  # bytes compared at a time
 
 
 def write_manifest(folder: Path) -> None:
@@ -23,11 +27,35 @@ def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
     """Returns the contents of a manifest over the files `names` below `folder`."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         entries = {name: pool.submit(_describe, folder / name) for name in names}
-        return _render({name: entry.result() for name, entry in entries.items()})
+        return render({name: entry.result() for name, entry in entries.items()})
 
 
-def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> list[str]:
-    """Returns one line per damaged, missing or (unless `extra` is False) extra file, outside the folders named in `skip`.
+def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dict[str, Any]:
+    """Writes a file to the disk, reads it back from there, and returns its entry in a manifest.
+
+    `encode()` yields the contents, uint8; it is called twice. Raises OSError when other bytes come back.
+    """
+    with path.open("wb") as file:
+        for data in encode():
+            file.write(data)
+    sync_and_drop(path)
+    hasher, buffer = hashlib.sha256(), np.empty(BLOCK, np.uint8)
+    with open_regular(path) as file:
+        for data in encode():
+            for start in range(0, len(data), BLOCK):
+                block = data[start : start + BLOCK]
+                back = buffer[: len(block)]
+                if file.readinto(back) < len(block) or not np.array_equal(block, back):
+                    raise OSError(errno.EIO, f"{path.name} was read back with other bits than it has in memory")
+                hasher.update(back)
+        size = file.tell()
+        if file.read(1):
+            raise OSError(errno.EIO, f"{path.name} was read back with other bits than it has in memory")
+    return {"bytes": size, "sha256": hasher.hexdigest()}
+
+
+def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list[str]:
+    """Returns one line per damaged, missing or (unless `extra` is False) extra file; names that begin with `skip` are not read.
 
     The manifest guards itself too: it holds its own SHA-256 and must be, byte for
     byte, as `write_manifest` writes it.
@@ -38,7 +66,7 @@ def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> l
     try:
         data = read_limited(listing, MAX_BYTES)
         wanted = json.loads(data)["files"]
-        if data != _render(wanted):
+        if data != render(wanted):
             raise ValueError
     except OSError as error:
         return [f"{listing} cannot be read: {error.strerror}"]
@@ -63,7 +91,7 @@ def verify(folder: Path, skip: tuple[str, ...] = (), *, extra: bool = True) -> l
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
-    names = sorted(name for name in (wanted.keys() | present if extra else wanted) if name.split("/")[0] not in skip)
+    names = sorted(name for name in (wanted.keys() | present if extra else wanted) if not (skip and name.startswith(skip)))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return [line for line in pool.map(fault, names) if line]
 
@@ -82,7 +110,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _render(files: dict[str, Any]) -> bytes:
+def render(files: dict[str, Any]) -> bytes:
+    """Returns the contents of a manifest, from {name: {"bytes": ..., "sha256": ...}}."""
     body = json.dumps(files, indent=1, sort_keys=True)
     own = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({"sha256": own, "files": files}, indent=1, sort_keys=True).encode() + b"\n"

@@ -105,7 +105,7 @@ def _run_of(path: Path, name: str) -> Path:
             return path
         raise UserError(f"{path} has no checkpoint yet: its run was stopped before the first one was saved.")
     for step in (path, path.absolute()):
-        if (step / "params").is_dir() and step.parent.name == "checkpoints":
+        if step.is_dir() and step.parent.name == "checkpoints":
             return step.parents[1]
     if name in ASSETS:
         raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
@@ -247,7 +247,7 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     """
     adapted, base, notes = params, digest(params) if folders else "", tuple[str, ...]()
     for folder in folders:
-        location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "params")) else None
+        location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
         if location and location.run and location.format == "adapter":
             loaded = checkpoint.load_params(location.path)
             notes += location.notes + _damage(loaded)

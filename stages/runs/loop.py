@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.storage import checkpoint
-from engine.storage.background_save import BackgroundSaver
+from engine.storage.checkpoint import BackgroundSaver
 from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import explain_error
@@ -131,15 +131,15 @@ class Steps(Protocol):
 class Loop:
     """Runs steps to the run's end or to a signal.
 
-    `record` goes into state.json beside LoopState; `to_saved` gives a checkpoint's params.
+    `record` goes into state.json beside LoopState; `frozen` into a checkpoint's params beside the trainable ones.
     """
 
     def __init__(
-        self, plan: RunPlan, options: RunOptions, record: dict[str, Any], to_saved: Callable[[Any], Any],
+        self, plan: RunPlan, options: RunOptions, record: dict[str, Any], frozen: Any,
         loop_state: LoopState, console: Console,
     ) -> None:  # fmt: skip
         self.plan, self.options, self.record = plan, options, record
-        self.saver = BackgroundSaver(options.folder, options.keep, to_saved)
+        self.saver = BackgroundSaver(options.folder, options.keep, frozen)
         self.loop_state, self.console = loop_state, console
         self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
         self.has_evaluated = False

@@ -125,7 +125,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.split.trainable)
     digests = {name: facts[name]["digest"] for name in ("text", "tokenizer", "base") if name in facts}
-    loop = Loop(plan, options, {"seed": plan.seed, "digests": digests}, stage.split.to_saved, loop_state, console)
+    loop = Loop(plan, options, {"seed": plan.seed, "digests": digests}, stage.split.frozen_as_loaded, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To begin again: {resume}")

@@ -26,7 +26,8 @@ def run(tmp_path_factory):
     """A run folder with two checkpoints of different weights."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     for step in (1, 2):
-        _ = [*checkpoint.save_in_parts(folder, step, lively_params(CFG, step), {}, {}, keep=3)]
+        with checkpoint.BackgroundSaver(folder, 3) as saver:
+            saver.save(step, lively_params(CFG, step), {}, {})
     (folder / "config.json").write_text(json.dumps(CFG.to_json()))
     (folder / "run.json").write_text("{}")
     byte_tokenizer().save(folder / "tokenizer")

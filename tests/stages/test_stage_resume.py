@@ -149,7 +149,7 @@ def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, t
         assert train.main([*words, "--validation", str(held_out)]) == 143
     best = loop_state(tmp_path / "run").best_step
     if why == "damage":
-        (tmp_path / "run" / "checkpoints" / str(best) / "params" / "manifest.ocdbt").write_bytes(b"")
+        (tmp_path / "run" / "checkpoints" / str(best) / "params.safetensors").write_bytes(b"")
     else:
         held_out.write_text("QXZ 0123456789 " * 99, encoding="utf-8")  # harder
     assert train.main([*words, "--validation", str(held_out)]) == 0

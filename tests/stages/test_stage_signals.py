@@ -144,8 +144,8 @@ def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, t
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2, "--eval-every", 100)) == 0
     patch = (
-        "import time; from engine.storage import orbax_arrays as c; w = c.write; "
-        f"c.write = lambda *args: (print('busy', flush=True), time.sleep({60 if again else 1}), w(*args))"
+        "import time; from engine.storage import checkpoint as c; w = c.write_files; "
+        f"c.write_files = lambda *args: (print('busy', flush=True), time.sleep({60 if again else 1}), w(*args))"
     )
     run = f"import sys; {patch}; from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
     process = start(started, [sys.executable, "-c", run, *tiny(text, folder, *LONG)])

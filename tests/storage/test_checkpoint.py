@@ -1,110 +1,166 @@
-"""Checkpoints come back bit for bit or not at all: damaged, of another model, or of a folder that holds other things."""
+"""Checkpoints come back bit for bit or not at all; saving runs beside training (T11), and no failure of it is lost."""
 
+import dataclasses
+import errno
+import functools
+import gc
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import threading
+import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
 from refusals import refusal
-from tiny_checkpoints import (
-    MODEL,
-    STATE,
-    hidden,
-    is_step,
-    load_tiny,
-    make_optimizer,
-    make_params,
-    same_bits,
-    save,
-    save_model,
-    save_tiny,
-    tiny,
-)
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save, tiny, write_tiny
 
-from engine.storage import checkpoint
-from engine.storage.checkpoint import load, load_params, steps
+from engine.errors import UserError
+from engine.storage import checkpoint, manifest
+from engine.storage.checkpoint import BackgroundSaver, load, load_params, steps
 from engine.storage.digest import digest
 from engine.storage.manifest import verify
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Int8:
+    values: jax.Array
+    scale: jax.Array
+
+
+def make_params(seed: int) -> dict:
+    """Every bfloat16, three NaNs, a -0.0, a 0-d array, one without elements, a node that is no dict, layers out of order."""
+    draw = np.random.default_rng(seed)
+    layers = {name: {"qkv": draw.normal(size=(5, 7)), "norm": np.full(5, -0.0)} for name in ("0", "1", "10")}
+    return {
+        "layers": jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layers),
+        "embedding": jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)),
+        "quantized": Int8(jnp.asarray(draw.integers(-128, 127, (3, 2)), jnp.int8), jnp.ones(2)),
+        "nans": jnp.asarray(np.asarray([0x7FC00001, 0xFFC12345, 0x7F800001], np.uint32).view(np.float32)),
+        "seed": jnp.int32(seed),
+        "none": jnp.zeros((0, 3)),
+    }
+
+
+def make_optimizer(seed: int) -> dict:
+    """Returns what an optax state holds (named tuples, empty states, masked leaves, a count), a PRNG key's data and a flag."""
+    weights = {"w": jnp.full((4, 3), seed + 0.1), "frozen": jnp.ones(2)}
+    adamw = optax.adamw(optax.linear_schedule(1.0, 0.0, 9), mu_dtype=jnp.bfloat16)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(adamw, {"w": True, "frozen": False}))
+    _, state = tx.update(weights, tx.init(weights), weights)
+    return {"tx": state, "key": jax.random.key_data(jax.random.key(seed)), "finite": jnp.asarray(True)}
+
+
+MODEL = jax.eval_shape(lambda: (make_params(0), make_optimizer(0)))
+STATE = {"data": {"epoch": 2, "offset": 12345}, "best": 0.1 + 0.2, "words": "é\n"}
+
+
+def save_model(folder: Path, step: int, **options: Any) -> Path:
+    return save(folder, step, make_params(step), make_optimizer(step), STATE, **options)
+
 
 # Bit for bit
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path):
+def test_everything_comes_back_bit_for_bit_and_anyone_can_read_it(tmp_path):
     path = save_model(tmp_path, 7)
-    assert path == tmp_path / "checkpoints" / "7"
     loaded = load(tmp_path, *MODEL)
     assert same_bits(loaded.params, make_params(7))
     assert same_bits(loaded.optimizer, make_optimizer(7))
     assert (loaded.path, loaded.step, loaded.state, loaded.damaged) == (path, 7, STATE, [])
-    assert {type(leaf) for leaf in jax.tree.leaves(loaded.params)} == {type(jnp.ones(1))}
     assert verify(path) == []
-    below = {"params", "optimizer", "state.json", "manifest.json", "_CHECKPOINT_METADATA", "orbax.checkpoint"}
-    assert {entry.name for entry in path.iterdir()} == below
+    assert {file.name for file in path.iterdir()} == {
+        "params.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
+    }  # fmt: skip
+    with safe_open(path / "params.safetensors", "numpy") as file:
+        assert {"layers/10/qkv", "quantized/values", "seed", "none"} < {*file.keys()}
+        np.testing.assert_array_equal(file.get_tensor("layers/1/qkv"), make_params(7)["layers"]["1"]["qkv"])
+    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    prng = {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True}
+    assert record == {"step": 7, "prng": prng, "state": STATE}
 
 
-def test_restored_arrays_behave_like_fresh_ones(tmp_path):
+def test_loaded_arrays_behave_like_fresh_ones(tmp_path):
     save_model(tmp_path, 1)
     weights = load(tmp_path, *MODEL).params["layers"]
     assert not any(leaf.committed for leaf in jax.tree.leaves(weights))
-    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
-    assert same_bits(step(weights), step(make_params(1)["layers"]))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(weights))
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(weights)]
+    after = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(weights)
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)] == before
 
 
 def test_host_arrays_scalars_and_strides_come_back(tmp_path):
     host = {"turned": np.arange(6, dtype=np.float32).reshape(2, 3).T, "one": np.float32(-0.0), "flag": np.bool_(True)}
     save(tmp_path, 0, host, {}, {})
-    back = load(tmp_path, host, {})
-    assert digest(back.params) == digest(host)
-    assert back.optimizer == {}
-
-
-def test_a_sharding_that_is_asked_for_is_used(tmp_path):
-    save_model(tmp_path, 1)
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), MODEL[0])
-    params = load(tmp_path, like, MODEL[1]).params
-    assert same_bits(params, make_params(1))
-    assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {sharding}
+    assert digest(load_params(tmp_path).params) == digest(host)
 
 
 def test_params_load_alone(tmp_path):
     path = save_model(tmp_path, 3)
-    shutil.rmtree(path / "optimizer")
-    for where in (tmp_path, path, os.path.relpath(path)):
+    (path / "optimizer.safetensors").unlink()
+    for where in (tmp_path, path, Path(os.path.relpath(path))):
         loaded = load_params(where)
         assert digest(loaded.params) == digest(make_params(3))
-        assert loaded.params["quantized"].keys() == {"values", "scale"}
         assert (loaded.path.resolve(), loaded.optimizer, loaded.state) == (path, None, STATE)
-    assert verify(path, skip=("optimizer",)) == []
+    assert verify(path, skip="optimizer") == []
     assert verify(path) != []
 
 
-def test_orbax_itself_reads_a_step_folder(tmp_path):
-    from orbax.checkpoint import v1 as ocp
+def cut_files(folder: Path, *shards: dict[str, np.ndarray]) -> Path:
+    """Makes a checkpoint's params of these files, as several processes write them."""
+    path = save(folder, 1, {}, {}, {})
+    for process, shard in enumerate(shards):
+        save_file(shard, path / f"params{f'.{process}' if process else ''}.safetensors")
+    manifest.write_manifest(path)
+    return path
 
-    path = save_tiny(tmp_path, 3)
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tiny(0)[0])
-    assert digest(ocp.load(path, tree, checkpointable_name="params")) == digest(tiny(3)[0])
+
+def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.safetensors, "BLOCK", 32)  # bytes: a few rows at a time
+    whole = np.arange(60, dtype=np.float32).reshape(10, 6)
+    cut = lambda a, b, c, d: {f"w[{a}:{b},{c}:{d}]": np.ascontiguousarray(whole[a:b, c:d])}
+    norm = {"norm": np.ones(3, np.float32)}
+    path = cut_files(tmp_path, cut(0, 4, 0, 2) | cut(4, 10, 0, 6) | norm, cut(0, 4, 2, 6))
+    np.testing.assert_array_equal(load_params(tmp_path).params["w"], whole)
+    stored = checkpoint._stored_arrays(path, "params")["w"]
+    for a, b, c, d in ((0, 10, 0, 6), (2, 7, 1, 5), (3, 4, 5, 6), (5, 9, 0, 6)):
+        out = np.empty((b - a, d - c), np.float32)
+        stored.read(((a, b), (c, d)), out)
+        np.testing.assert_array_equal(out, whole[a:b, c:d])
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
+    like = {
+        name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in (("w", (10, 6)), ("norm", (3,)))
+    }
+    params = load(tmp_path, like, {}).params
+    assert {leaf.sharding for leaf in params.values()} == {sharding}
+    np.testing.assert_array_equal(params["w"], whole)
+
+
+@pytest.mark.parametrize("names", [["w[0:2]"], ["w[0:1]", "w[2:3]"], ["w", "w/a"], ["w[0:1,0:1]"]])
+def test_parts_that_make_no_array_are_refused(tmp_path, names):
+    cut_files(tmp_path, {name: np.ones(1, np.float32) for name in names})
+    assert "make no array" in refusal(load_params, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("params", "state", "named"),
     [
-        ({"a": {"b": 1.0}}, {}, "params/a/b.*float"),
-        ({"a": {"b": jax.random.key(0)}}, {}, "params/a/b.*key_data"),
-        ({"a": {"b": jnp.zeros((0, 3))}}, {}, "params/a/b.*without elements"),
-        ({"a": {"b": np.arange(3)}}, {}, "params/a/b.*int64"),
-        ({"a": {"b": jax.ShapeDtypeStruct((2,), jnp.float32)}}, {}, "params/a/b.*ShapeDtypeStruct"),
-        ({"x": {"y": jnp.ones(1)}, "x.y": jnp.zeros(1)}, {}, r"params/x/y and params/x\.y"),
+        ({"a": {"b": 1.0}}, {}, "a/b is a float"),
+        ({"a": {"b": jax.random.key(0)}}, {}, "a/b is .* of key"),
+        ({"a": {"b": np.arange(3)}}, {}, "a/b is int64"),
+        ({"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)}, {}, "one path"),
+        ({"a[0:1]": jnp.ones(1)}, {}, "part of an array"),
         ({}, {"loss": float("nan")}, "JSON"),
         ({}, {"path": Path()}, "JSON"),
     ],
@@ -124,7 +180,6 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
         ({"seed": jnp.int32(0), "more": jnp.ones(2)}, r"more float32 \(2,\) was wanted and no such array came"),
         ({"seed": None}, r"seed no such array was wanted and int32 \(\) came"),
         ({"seed": jnp.float32(0)}, r"seed float32 \(\) was wanted and int32 \(\) came"),
-        ({"seed": jnp.zeros(1, jnp.int32)}, r"seed int32 \(1,\) was wanted and int32 \(\) came"),
         ({"embedding": jnp.zeros((256, 256))}, r"embedding float32 .* was wanted and bfloat16 \(256, 256\) came"),
         ({"layers": {"0": {"norm": jnp.ones(5)}}, "nans": jnp.ones(4)}, r"layers/0/qkv .*\(5 more arrays differ\)"),
     ],
@@ -133,12 +188,8 @@ def test_another_model_is_named(tmp_path, changed, words):
     save_model(tmp_path, 1)
     like = MODEL[0] | jax.eval_shape(lambda: changed)
     assert re.search(f"checkpoints/1/params is of another model: at {words}", refusal(load, tmp_path, like, MODEL[1]))
-
-
-def test_another_optimizer_is_named(tmp_path):
-    save_model(tmp_path, 1)
-    like = jax.eval_shape(lambda: optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones((4, 3))}))
-    assert "checkpoints/1/optimizer is of another model" in refusal(load, tmp_path, MODEL[0], like)
+    other = jax.eval_shape(lambda: optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones((4, 3))}))
+    assert "checkpoints/1/optimizer is of another model" in refusal(load, tmp_path, MODEL[0], other)
 
 
 def test_64_bits_are_not_halved_in_silence(tmp_path):
@@ -150,7 +201,7 @@ def test_64_bits_are_not_halved_in_silence(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
 def test_other_prng_settings_are_refused_for_training_alone(tmp_path, name, value):
-    save_tiny(tmp_path, 1)
+    write_tiny(tmp_path, 1)
     before = getattr(jax.config, name)
     jax.config.update(name, value)
     try:
@@ -162,7 +213,6 @@ def test_other_prng_settings_are_refused_for_training_alone(tmp_path, name, valu
 
 # T2: damage is named, and the previous good one is used
 
-
 DAMAGE = {
     "delete": None,
     "truncate": lambda data: data[:-1],
@@ -173,36 +223,29 @@ DAMAGE = {
 
 @pytest.mark.parametrize("way", DAMAGE)
 def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
-    save_tiny(tmp_path, 1)
-    newest = save_tiny(tmp_path, 2)
-    intact = shutil.copytree(newest, tmp_path / "whole")
-    files = [path for path in newest.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    for file in files:
-        if way == "delete":
-            file.unlink()
-        elif data := file.read_bytes():
-            file.write_bytes(DAMAGE[way](data))
-        else:
-            continue
+    write_tiny(tmp_path, 1)
+    newest = write_tiny(tmp_path, 2)
+    for file in [*newest.iterdir()]:
+        data = file.read_bytes()
+        file.unlink() if way == "delete" else file.write_bytes(DAMAGE[way](data))
         loaded = load_tiny(tmp_path)
         assert is_step(loaded, 1), file
         assert len(loaded.damaged) == 1
         assert loaded.damaged[0].startswith(f"{file} "), file
         assert ("bytes instead of" in loaded.damaged[0]) == (way == "truncate" and file.name != "manifest.json")
         assert verify(newest) == loaded.damaged
-        if file.relative_to(newest).parts[0] == "optimizer":
+        if file.name == "optimizer.safetensors":
             assert load_params(tmp_path).step == 2
         else:
             fallen_back = load_params(tmp_path)
             assert (fallen_back.step, fallen_back.damaged) == (1, loaded.damaged)
             assert str(file) in refusal(load_params, newest)
-        shutil.copy(intact / file.relative_to(newest), file)
+        file.write_bytes(data)
     assert is_step(load_tiny(tmp_path), 2)
 
 
 def test_every_bit_of_the_manifest_guards_itself(tmp_path):
-    listing = save_tiny(tmp_path, 1) / "manifest.json"
+    listing = write_tiny(tmp_path, 1) / "manifest.json"
     data = listing.read_bytes()
     for place in range(0, len(data), 7):
         listing.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
@@ -212,80 +255,168 @@ def test_every_bit_of_the_manifest_guards_itself(tmp_path):
         assert verify(listing.parent) == [f"{listing} is damaged"]
 
 
-def test_a_file_too_many_is_named(tmp_path):
-    save_tiny(tmp_path, 1)
-    stranger = save_tiny(tmp_path, 2) / "params" / "d" / "stranger"
-    stranger.write_text("?")
-    loaded = load_tiny(tmp_path)
-    assert (loaded.step, loaded.damaged) == (1, [f"{stranger} does not belong there"])
-
-
-def test_when_none_is_sound_all_damage_is_named(tmp_path):
-    paths = [save_tiny(tmp_path, step) / "state.json" for step in (1, 2)]
+def test_no_intact_checkpoint_is_said_and_all_damage_named(tmp_path):
+    for read, folder in ((load_tiny, tmp_path), (load_params, tmp_path), (load_params, tmp_path / "none")):
+        assert "no checkpoint" in refusal(read, folder)
+    paths = [write_tiny(tmp_path, step) / name for step, name in ((1, "state.json"), (2, "params.9.safetensors"))]
     for path in paths:
         path.write_text("{}")
     sentence = refusal(load_tiny, tmp_path)
-    assert all(str(path) in sentence for path in paths)
-
-
-def test_no_checkpoint_is_said(tmp_path):
-    for read, folder in ((load_tiny, tmp_path), (load_params, tmp_path), (load_params, tmp_path / "none")):
-        assert "no checkpoint" in refusal(read, folder)
+    assert f"{paths[1]} does not belong there" in sentence
+    assert str(paths[0]) in sentence
 
 
 # Which are kept
 
 
-def test_the_newest_are_kept(tmp_path):
-    for step in range(5):
-        save_tiny(tmp_path, step, keep=2)
-        assert steps(tmp_path) == [earlier for earlier in (step - 1, step) if earlier >= 0]
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, best, kept in ((1, 1, [1]), (2, 2, [2]), (3, 2, [2, 3]), (4, 2, [2, 4]), (5, 5, [5]), (6, 5, [5, 6])):
+        save(tmp_path, step, {}, {}, {}, keep=1, best=best)
+        assert steps(tmp_path) == kept
+    write_tiny(tmp_path, 6)  # replaced whole
+    assert is_step(load_tiny(tmp_path), 6)
+    write_tiny(tmp_path, 4, keep=1)  # going back removes no future, and is not removed by it
+    assert steps(tmp_path) == [4, 5, 6]
     assert hidden(tmp_path) == []
+    with pytest.raises(ValueError, match="keep at least 1"):
+        write_tiny(tmp_path, 7, keep=0)
 
 
-def test_going_back_removes_no_future_and_is_not_removed_by_it(tmp_path):
-    for step in (10, 20, 30):
-        save_tiny(tmp_path, step)
-    save_tiny(tmp_path, 15, keep=1)
-    assert steps(tmp_path) == [15, 20, 30]
-    assert load_params(tmp_path / "checkpoints" / "15").step == 15
-
-
-def test_a_step_is_replaced_whole(tmp_path):
-    save(tmp_path, 5, {"w": jnp.ones(3)}, {}, {})
-    save_tiny(tmp_path, 5)
-    assert is_step(load_tiny(tmp_path), 5)
-    assert hidden(tmp_path) == []
-
-
-def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
-    assert steps(tmp_path) == []
-    save_tiny(tmp_path, 12)
-    save_tiny(tmp_path, 3)
-    for name in ("best", "12.bak", ".7.tmp", "-1", "007"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    (tmp_path / "checkpoints" / "99").write_text("a file")
-    assert steps(tmp_path) == [3, 12]
-
-
-def test_a_relative_folder_works(tmp_path, monkeypatch):
+def test_only_folders_named_by_a_number_are_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_tiny(Path("runs/demo"), 1)
-    assert load_tiny(Path("runs/demo")).path == tmp_path / "runs/demo/checkpoints/1"
+    assert steps(Path("run")) == []
+    for step in (12, 3):
+        write_tiny(Path("run"), step)
+    for name in ("best", "12.bak", ".7.tmp", "-1", "007"):
+        Path("run/checkpoints", name).mkdir()
+    Path("run/checkpoints/99").write_text("a file")
+    assert steps(Path("run")) == [3, 12]
+    assert load_tiny(Path("run")).path == tmp_path / "run/checkpoints/12"
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"step": -1}])
-def test_nonsense_is_refused(tmp_path, options):
-    with pytest.raises(ValueError, match="step must be at least 0 and keep at least 1"):
-        save(**{"folder": tmp_path, "step": 1, "params": {}, "optimizer": {}, "state": {}} | options)
+# Beside training
 
 
-def test_orbax_is_imported_only_when_arrays_move():
-    code = "import sys, engine.storage.checkpoint; sys.exit(any(name.startswith('orbax') for name in sys.modules))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(checkpoint.__file__).parents[2])
+@pytest.fixture
+def held(monkeypatch):
+    """An event that each write of files waits for."""
+    event, write = threading.Event(), checkpoint.write_files
+    monkeypatch.setattr(checkpoint, "write_files", lambda *args: (event.wait(60), write(*args)))
+    yield event
+    event.set()
 
 
-def test_state_is_readable_without_us(tmp_path):
-    record = json.loads((save_model(tmp_path, 1) / "state.json").read_text(encoding="utf-8"))
-    assert (record["step"], record["state"]) == (1, STATE)
-    assert record["prng"] == {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True}
+def begin(saver: BackgroundSaver, step: int) -> None:
+    saver.save(step, *tiny(step), {"at": step})
+
+
+def until_written(saver: BackgroundSaver) -> None:
+    until = time.monotonic() + 60
+    while saver.poll():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_save_returns_before_anything_is_written(tmp_path, held):
+    with BackgroundSaver(tmp_path, 1) as saver:
+        saver.reserve(*tiny(0))
+        begin(saver, 1)
+        assert (steps(tmp_path), saver.poll()) == ([], True)
+        held.set()
+        until_written(saver)
+        assert is_step(load_tiny(tmp_path), 1)
+        begin(saver, 2)
+        begin(saver, 3)  # waits for the one before
+        assert steps(tmp_path)[-1] == 2
+    assert is_step(load_tiny(tmp_path), 3)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_arrays_that_calls_make_are_saved_and_held_one_at_a_time_where_there_is_room(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: 2**30 if room else 47)
+    alive: list[weakref.ref] = []
+
+    def made(leaf):
+        if room:
+            gc.collect()
+            assert not any(array() is not None for array in alive)
+        array = jnp.array(leaf)
+        alive.append(weakref.ref(array))
+        return array
+
+    later = jax.tree.map(lambda leaf: functools.partial(made, leaf), tiny(1))
+    with BackgroundSaver(tmp_path, 1) as saver:
+        saver.reserve(*tiny(1))
+        saver.save(1, *later, {"at": 1})
+        assert (steps(tmp_path) == [1]) or room
+    assert is_step(load_tiny(tmp_path), 1)
+
+
+def test_arrays_may_be_donated_and_changed_after_a_save(tmp_path, held):
+    trees = [{"jax": jnp.arange(6.0).reshape(2, 3), "numpy": np.arange(5, dtype=np.int32), "one": jnp.int32(7)}, {}]
+    before = jax.tree.map(np.copy, trees[0])
+    frozen = {"frozen": jnp.ones(3)}
+    with BackgroundSaver(tmp_path, 1, frozen) as saver:
+        saver.reserve(*trees)
+        saver.save(1, *trees, {})
+        jax.jit(lambda leaf: leaf * 3 + 1, donate_argnums=0)(trees[0]["jax"])
+        assert trees[0]["jax"].is_deleted()
+        trees[0]["numpy"] += 1
+        held.set()
+    assert digest(load_params(tmp_path).params) == digest(before | frozen)
+
+
+def test_a_failure_is_raised_at_the_next_step_or_at_the_end(tmp_path, monkeypatch):
+    write_tiny(tmp_path, 1)
+    held = threading.Event()
+
+    def refuse(*_):
+        held.wait(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_files", refuse)
+    sentence = rf"{tmp_path}/checkpoints/2 could not be written \(0\.0 MB wanted\): No space left on device. .*untouched"
+    with BackgroundSaver(tmp_path, 1) as saver:
+        saver.reserve(*tiny(0))
+        begin(saver, 2)
+        assert saver.poll()
+        held.set()
+        with pytest.raises(UserError, match=sentence):
+            until_written(saver)
+        assert not saver.poll()  # once
+    with pytest.raises(UserError, match=sentence), BackgroundSaver(tmp_path, 1) as saver:
+        begin(saver, 2)
+    with pytest.raises(KeyError, match="another error"), BackgroundSaver(tmp_path, 1) as saver:  # noqa: PT012
+        saver.reserve(*tiny(0))
+        begin(saver, 2)
+        raise KeyError("another error")
+    assert is_step(load_tiny(tmp_path), 1)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "lengthen"])
+def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monkeypatch, damage):
+    save_model(tmp_path, 1)
+    sync = manifest.sync_and_drop
+
+    def write_wrong(path: Path) -> None:
+        sync(path)
+        data = path.read_bytes()
+        change = {"lengthen": lambda data: data + b"\0"} | DAMAGE
+        path.write_bytes(change[damage](data) if path.name == "params.safetensors" else data)
+
+    monkeypatch.setattr(manifest, "sync_and_drop", write_wrong)
+    with pytest.raises(UserError, match=r"checkpoints/2 could not be written .*: params.safetensors was read back with other"):
+        save_model(tmp_path, 2, keep=1)
+    assert (steps(tmp_path), hidden(tmp_path)) == ([1], [])
+    assert verify(tmp_path / "checkpoints" / "1") == []
+
+
+def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):
+    write_tiny(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20))
+    with pytest.raises(UserError, match=r"2 could not be written \(0\.0 MB wanted\): 0\.0 MB are free\..* untouched"):
+        write_tiny(tmp_path, 2)
+    assert is_step(load_tiny(tmp_path), 1)

@@ -54,7 +54,7 @@ HF = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_conf
 RUN = (
     "run.json", "config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
     "tokenizer/generation_config.json", "checkpoints/1/manifest.json", "checkpoints/1/state.json",
-    "checkpoints/1/params/_METADATA",
+    "checkpoints/1/params.safetensors",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import tokenizers
 
 from engine.errors import UserError
@@ -23,7 +24,7 @@ from engine.storage.huggingface.config import (
     write_sampling,
 )
 from engine.storage.huggingface.hub import cached_id
-from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
+from engine.storage.tensor_layout import StoredModel, check_tensors, layout_of, split_params, tensor_names
 from engine.storage.untrusted import quote, read_json_object, read_text
 from engine.text import OnProgress
 from engine.text.tokenizer import MAX_TOKENIZER_BYTES, build_tokenizer
@@ -45,8 +46,8 @@ def open_model(path: Path) -> StoredModel:
     head = stored.pop(TENSOR_NAMES["head"], None) if cfg.tied else None
     leaves = check_tensors(layout_of(cfg, TENSOR_NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
     for name, tensor in stored.items():
-        if tensor.dtype not in safetensors.DTYPES:
-            readable = ", ".join(safetensors.DTYPES)
+        if tensor.dtype not in safetensors.FLOATS:
+            readable = ", ".join(safetensors.FLOATS)
             raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
     if head and not _are_equal(head, stored[TENSOR_NAMES["embed"]]):  # which of the two is meant cannot be known
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
@@ -132,6 +133,6 @@ def save_folder(
     write_json(folder / "config.json", config_to(cfg, dtype, tokens))
     write_json(folder / "generation_config.json", tokens | write_sampling(sampling or {}))
     leaves = list(layout_of(cfg, TENSOR_NAMES))
-    shapes = {part.name: part.shape for leaf in leaves for part in leaf.parts}
+    tensors = {part.name: jax.ShapeDtypeStruct(part.shape, dtype) for leaf in leaves for part in leaf.parts}
     arrays = (array for _, array in split_params(leaves, params, report))
-    safetensors.write_file(folder / "model.safetensors", shapes, DTYPE_NAMES[dtype], arrays)
+    safetensors.write_file(folder / "model.safetensors", tensors, arrays)

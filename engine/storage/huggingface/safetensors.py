@@ -1,4 +1,4 @@
-"""Reads safetensors files as untrusted data, and writes them tensor by tensor.
+"""Reads safetensors files as untrusted data, by slice, and writes them tensor by tensor: models, adapters and checkpoints.
 
 A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
 tensors' bytes without a gap or an overlap (github.com/huggingface/safetensors, "Format"). The safetensors library is not
@@ -8,7 +8,7 @@ used: it maps files, so that one cut short meanwhile ends the process with SIGBU
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,16 @@ from engine.storage.untrusted import (
 )
 
 MAX_HEADER = 2 * 2**20  # bytes: ten thousand tensors
+BLOCK = 2**22  # bytes of a tensor read at a time
+FLOATS = ("F32", "F16", "BF16")  # of the weights of a model
 DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
-NUMBERS = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2"}
-BYTES = {name: size for size, names in NUMBERS.items() for name in names.split()}  # of a number of each dtype
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
@@ -45,7 +50,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -75,7 +80,7 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     is_count = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
-            len(entry) == 3 and dtype in BYTES and len(shape) <= 8 and all(map(is_count, [*shape, start, stop]))
+            len(entry) == 3 and dtype in DTYPES and len(shape) <= 8 and all(map(is_count, [*shape, start, stop]))
         ):
             tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
             if stop - start == tensor.nbytes:
@@ -92,28 +97,44 @@ def read_slice(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
     return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
 
 
-def write_file(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
-    arrays: Iterable[np.ndarray],
-    metadata: Mapping[str, str] = {},
-) -> None:
-    """Writes a file of tensors {name: shape}, all of one dtype, atomically; `arrays` come one by one, in order."""
+def read_box(stored: StoredTensor, box: Sequence[tuple[int, int]], out: np.ndarray) -> None:
+    """Reads a box, [start, stop) along each axis, into `out` of its shape; rows are read whole, a few at a time."""
+    (first, stop), *columns = box or [(0, 1)]
+    width = math.prod(stored.shape[1:]) * DTYPES[stored.dtype].itemsize
+    bits = np.dtype(f"u{out.itemsize}")  # NumPy copies bfloat16 one number at a time, and integers quickly
+    rows, inside = out.view(bits).reshape(stop - first, *out.shape[1:]), tuple(slice(*column) for column in columns)
+    step = max(1, BLOCK // max(width, 1))
+    for start in range(first, stop, step):
+        block = read_slice(stored, start, min(start + step, stop)).view(bits)
+        rows[start - first : start - first + step] = block[(slice(None), *inside)]
+
+
+def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> Iterator[np.ndarray]:
+    """Yields a file's bytes, uint8: the header, then each of the `arrays`, which come one by one in the order of `tensors`.
+
+    tensors: {name: anything with a shape and a dtype}, to which an array is cast. Raises ValueError for an array of another
+    shape.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
+        if array.shape != tensor.shape:
+            raise ValueError(f"{name} has shape {array.shape} and was announced as {tensor.shape}.")
+        with np.errstate(over="ignore"):  # infinity is refused when the file is read
+            yield np.ascontiguousarray(array, tensor.dtype).reshape(-1).view(np.uint8)
+
+
+def write_file(path: Path, tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> None:
+    """Writes a file atomically; see `encode`."""
     with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {array.shape} and was announced as {shape}.")
-            with np.errstate(over="ignore"):  # infinity is refused when the file is read
-                file.write(memoryview(np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1).view(np.uint8)))
+        for data in encode(tensors, arrays, metadata):
+            file.write(data)
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -2,12 +2,11 @@
 
 import concurrent.futures
 import json
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import faults
 import pytest
 
 sys.path += [str(Path(__file__).parents[2] / "stages" / part) for part in (".", "distributed")]
@@ -23,11 +22,7 @@ LENGTH = ("--steps", 2 * SAVE_EVERY, "--save-every", SAVE_EVERY, "--log-every", 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """faults.c, compiled."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    assert compiler, "Faults are injected by a library in C: install a C compiler."
-    path = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", Path(__file__).parent / "faults.c", "-o", path, "-ldl"], check=True)
-    return path
+    return faults.build(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")

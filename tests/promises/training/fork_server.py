@@ -4,7 +4,6 @@ A server imports all that training needs, while it has one thread and before JAX
 it, so what lies on disk afterwards, and how it ends, is what a process of its own would have left. `ForkServer` talks to one.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -14,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import faults
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -21,7 +22,13 @@ class ForkServer:
     """One server, and one command at a time. `library`: faults.c, compiled, for commands with a fault."""
 
     def __init__(self, library: Path, **env: str) -> None:
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            **env,
+        }
         env |= {"LD_PRELOAD": str(library), "FAULTS": str(library)}
         command = [sys.executable, __file__]
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -29,7 +36,7 @@ class ForkServer:
     def start(self, stage: str, words: list[str], output: Path, fault: Any, patch: str, **env: str) -> int:
         """Starts `python -m stages.STAGE WORDS` with its output in a file; returns its process id.
 
-        fault: (folder, k, errno, once, log) of `fault_arm` in faults.c. patch: code to run before the command.
+        fault: the arguments of `faults.arm`. patch: code to run before the command.
         """
         assert self.process.stdin is not None
         job = {"stage": stage, "words": words, "output": str(output), "fault": fault, "patch": patch, "env": env}
@@ -58,7 +65,6 @@ def serve() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as under `python -m`, and behind nohup too
         signal.signal(number, importlib.import_module("stages").stop)
     importlib.import_module("stages.train.run")
-    getattr(importlib.import_module("orbax.checkpoint"), "v1")  # noqa: B009, which imports it
     for line in sys.stdin:
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
@@ -80,9 +86,7 @@ def carry_out(job: dict[str, Any]) -> NoReturn:
     stage = importlib.import_module(f"stages.{job['stage']}.__main__")
     sys.argv = [stage.__file__ or "", *job["words"]]
     exec(job["patch"], {})
-    folder, at, error, once, log = job["fault"]
-    arm = ctypes.CDLL(os.environ["FAULTS"]).fault_arm
-    arm(folder.encode(), ctypes.c_long(at), error, int(once), log.encode())
+    faults.arm(*job["fault"])
     importlib.import_module("stages.cli.process").leave(stage.main())
 
 

@@ -5,16 +5,15 @@ import errno
 import itertools
 import os
 import random
-import re
 import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
-from figures import Figure, at_least, at_most, exactly
-from tiny_training import ENDED, SAVE_EVERY, Fault, TinyRun, bits, differing
+from faults import ENDED
+from figures import Figure, at_most, exactly
+from tiny_training import SAVE_EVERY, Fault, TinyRun, bits, differing
 
 MUON, ADAMW = (), ("--optimizer", "adamw")
 MOST_LOST = 2 * SAVE_EVERY  # training goes on while a save is written, but the next one waits for it
@@ -83,43 +82,6 @@ def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick
     runs, different, happened = survive_each(make_run, reference, side_by_side, strides, 2, fault)
     late = at_most("steps after it", max(max(run.losses) for run in runs) - MOST_LOST, 1)
     conclude(expect, runs, different, f"refusals {happened}", late)
-
-
-@pytest.mark.promises(*T1)
-def test_what_is_committed_was_synced(make_run, expect):
-    """After a power cut only what was synced is there: a new checkpoint's files and folders, before the one before it goes."""
-    run = make_run("--keep", 1)
-    assert run.live() == 0, run.output.read_text()
-    commits, missing = 0, set[str]()
-    for folder in unsynced(run.changes()):
-        commits += 1
-        missing |= folder
-    print(*sorted(missing), sep="\n")
-    expect(exactly("unsynced at a commit", len(missing), 0), at_least("commits", commits, 3))
-
-
-def unsynced(changes: list[list[str]]) -> Iterator[set[str]]:
-    """For each checkpoint that appears or goes: the files and folders it relies on whose changes were not synced before."""
-    dirty, known = set[str](), set[str]()
-    for kind, path, old in changes:
-        parent = os.path.dirname(path)
-        if kind in ("open", "write", "truncate"):
-            dirty.add(path)
-        if kind in ("open", "mkdir") and path not in known:
-            dirty.add(parent)
-        if kind == "fsync":
-            dirty.discard(path)
-        if kind == "rename":
-            moved = {name for name in dirty if name == old or name.startswith(f"{old}/")}
-            dirty = (dirty - moved) | {path + name.removeprefix(old) for name in moved}
-            if re.search(r"/checkpoints/\d+$", path):
-                yield {name for name in dirty if name.startswith(f"{path}/") or name == path}
-            if re.search(r"/checkpoints/\d+$", old):  # an older one goes: the newer one's name must be on disk
-                yield dirty & {parent, os.path.dirname(parent)}
-            dirty |= {parent, os.path.dirname(old)}
-        if kind == "remove":
-            dirty = {name for name in dirty if name != path and not name.startswith(f"{path}/")}
-        (known.discard if kind == "remove" else known.add)(path)
 
 
 @pytest.mark.promises(*T1)

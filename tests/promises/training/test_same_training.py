@@ -46,7 +46,7 @@ def test_the_order_of_the_data(make_run, start, text, tmp_path, quick, expect):
     for name, words in ways.items():
         run, file = make_run(*words, length=length), tmp_path / name
         if name == "resumed":
-            assert run.live(Fault(250), NOTE.format(file=file)) == 77
+            assert run.live(Fault(130), NOTE.format(file=file)) == 77
         assert run.live(patch=NOTE.format(file=file)) == 0, run.output.read_text()
         orders[name] = read_order(file)
     for count in (2,) if quick else (2, 4):

@@ -16,11 +16,10 @@ from fork_server import ForkServer
 
 from engine.storage import checkpoint, manifest
 
-ENDED = 77  # the exit code of a process that faults.c ended
 SAVE_EVERY = 3
 # Runs before each command: a save that begins leaves its step.
 NOTE_SAVES = """
-from engine.storage.background_save import BackgroundSaver
+from engine.storage.checkpoint import BackgroundSaver
 begin = BackgroundSaver.save
 def begun(self, step, *rest):
     with open({file!r}, "a") as file:
@@ -60,7 +59,7 @@ class TinyRun:
 
     def start(self, fault: Fault = NO_FAULT, patch: str = "") -> int:
         log = self.work.with_suffix(".log")
-        place = (f"{self.work}/", *fault, str(log))
+        place = (str(self.work), *fault, str(log))
         patch = f"{NOTE_SAVES.format(file=str(self.work.with_suffix('.saves')))}\n{patch}"
         return self.server.start(self.stage, self.words, self.output, place, patch, THRICE_CACHE=str(self.cache))
 
@@ -146,18 +145,17 @@ def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def saved_bits(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The newest (or a) checkpoint's step and the digests of its arrays, read by Orbax itself."""
-    import jax
-    import numpy as np
-    from orbax.checkpoint import v1 as ocp
+    """The newest (or a) checkpoint's step and the digests of its arrays, read by the safetensors library."""
+    from safetensors.flax import load_file
 
+    from engine.model.paths import unflatten
     from engine.storage.digest import digest
 
     newest = folder.absolute() / "checkpoints" / str(step or checkpoint.steps(folder)[-1])
     found = {"step": newest.name}
-    for part in ("params", "optimizer"):  # without shardings, whose devices were those of several processes
-        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), ocp.metadata(newest, part).metadata)
-        found[part] = digest(ocp.load(newest, like, checkpointable_name=part))
+    for part in ("params", "optimizer"):
+        files = map(load_file, sorted(newest.glob(f"{part}.*safetensors")))
+        found[part] = digest(unflatten({name: leaf for file in files for name, leaf in file.items()}))
     return found
 
 

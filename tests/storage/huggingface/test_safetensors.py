@@ -36,12 +36,11 @@ def test_what_the_library_writes_is_read(tmp_path):
 @pytest.mark.parametrize("kind", DTYPES)
 def test_what_is_written_the_library_reads(kind, tmp_path):
     values = {name: value.astype(DTYPES[kind]) for name, value in arrays().items()}
-    shapes = {name: value.shape for name, value in values.items()}
-    write_file(tmp_path / "x.safetensors", shapes, kind, values.values())
+    write_file(tmp_path / "x.safetensors", values, values.values())
     with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
         assert set(file.keys()) == set(values)
         assert file.metadata() == {"format": "pt"}
-        for name in values if kind != "BF16" else ():  # which NumPy does not know
+        for name in values if kind[:2] not in ("BF", "F8") else ():  # which NumPy does not know
             np.testing.assert_array_equal(file.get_tensor(name), values[name])
     header, _ = read_header(tmp_path / "x.safetensors")
     assert all(read_slice(header[name], 0, len(value)).tobytes() == value.tobytes() for name, value in values.items())
@@ -50,7 +49,7 @@ def test_what_is_written_the_library_reads(kind, tmp_path):
 
 def test_a_value_unlike_its_announcement_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="announced"):
-        write_file(tmp_path / "x.safetensors", {"a": (2, 3)}, "F32", [np.zeros((3, 2))])
+        write_file(tmp_path / "x.safetensors", {"a": np.zeros((2, 3))}, [np.zeros((3, 2))])
     assert not list(tmp_path.iterdir())
 
 

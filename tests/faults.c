@@ -1,7 +1,7 @@
 /* Counts what a process changes on disk below one folder, and at the k-th change ends the process or refuses it.
 
    cc -shared -fPIC -O1 faults.c -o faults.so -ldl; LD_PRELOAD=faults.so, then fault_arm(...). It stands between the process
-   and libc, so it sees Python and the C++ of TensorStore alike: opens for writing, writes, truncations, fsyncs, renames,
+   and libc, so it sees every library: opens for writing, writes, truncations, fsyncs, renames,
    removals, new folders and changes of mode. A process that ends in the middle of a write has written half of it. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
