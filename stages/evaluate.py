@@ -67,6 +67,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from stages.runs.data.text import check_text_name
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
 
     def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
@@ -76,6 +77,8 @@ def evaluate(flags: EvaluateFlags) -> None:
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
+        if flags.data and data is None:
+            check_text_name(flags.data)
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
         console.print_notes(model.notes)

@@ -78,7 +78,7 @@ class FinetuneFlags(ModelRunFlags):
     folder: FolderFlags
     mesh: MeshFlags
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:
             raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
         if self.tuning.batch % self.microbatches:

@@ -160,7 +160,7 @@ class ReinforcementLearning(ModelStage):
         with self.console.task("compiling training", always=True):
             self.program = compile_step(
                 plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, self.split.frozen, rollouts,
-                grpo(self.clip, self.kl),
+                grpo(self.clip, self.kl), plan.compiler_options,
             )  # fmt: skip
         self.buffer_bytes = temporary_bytes(self.program)
         self._prepare_inference(state.trainable)

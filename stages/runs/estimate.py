@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -30,6 +30,7 @@ from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
+from engine.training.step import LORA_COMPILER_OPTIONS
 from stages.cli.console import Console
 
 MEASURE_PROGRAM = (
@@ -121,6 +122,10 @@ class RunPlan:
         if self.trainable is None or ("embed" if self.cfg.tied else "head") in self.trainable.weights:
             return False
         return self.base == "int8" or self.cfg.dtype != "float32"
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        return LORA_COMPILER_OPTIONS if self.trainable and self.trainable.adapted else None
 
     def progress(self, step: int, elapsed: float) -> float:
         """Returns the share of the run that is done, 1 at its end: of the steps or of the time, whichever is larger."""

@@ -15,6 +15,12 @@ from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags
 RECIPE = default("the preset's recipe")
 
 
+def preset_name(text: str) -> str:
+    """Parses the name of a preset; the error for another names the nearest."""
+    preset(text)
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class TextFlags:
     """The training text."""
@@ -96,16 +102,15 @@ class TrainFlags(RunFlags):
     monitoring: MonitoringFlags
     folder: TrainFolderFlags
     mesh: MeshFlags
-    preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET")] = "demo"
+    preset: Annotated[tyro.conf.Positional[str], parser(preset_name, "PRESET")] = "demo"
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
     """Now a command of its own: python -m stages.by_hand."""
     accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
     """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.by_hand:
             raise UserError("Training by hand is a command of its own now: python -m stages.by_hand --data TEXT --steps N.")
-        preset(self.preset)  # raises for an unknown one, with the nearest name
         if self.accelerator and not (self.dry_run and self.mesh.mesh):
             raise UserError("--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out.")

@@ -2,14 +2,14 @@
 
 import contextlib
 import json
+import random
 import re
 import socket
 import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fuzz import fuzzed_request
 from tiny_server import CAPACITY, ask, good, post_head, read_all, refused, say, until
 
 from stages.serve import server
@@ -339,29 +339,15 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12,
-)  # fmt: skip
-FIELDS = st.sampled_from(
-    ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stream", "seed",
-     "logprobs", "logit_bias", "stream_options", "presence_penalty", "echo", "tools", "tokens", "add_special_tokens", "weights"]
-)  # fmt: skip
-
-
-@settings(max_examples=150)
-@given(st.sampled_from(PATHS), st.dictionaries(FIELDS, JSON, max_size=4), st.booleans())
-def test_fields_at_random(tiny_server, path, change, valid):
-    start = {PATHS[0]: ask(most=2), PATHS[1]: say(most=2)}.get(path, {"prompt": "a"}) if valid else {}
-    with tiny_server.client(timeout=20) as client:
-        reply = client.post_bytes(path, json.dumps(start | change).encode())
-    if reply.status_code != 200:
-        assert reply.status_code in (400, 404, 429)
-        refused(reply, reply.status_code)
-
-
-@settings(max_examples=100)
-@given(st.sampled_from(PATHS), st.binary(max_size=200))
-def test_bytes_at_random(tiny_server, path, content):
-    with tiny_server.client(timeout=20) as client:
-        refused(client.post_bytes(path, content))
+def test_requests_at_random(client):
+    """Those of promise S6: each has an answer, and each refusal OpenAI's form."""
+    rng, answered = random.Random(0), 0
+    for _ in range(400):
+        method, path, body, headers = fuzzed_request(rng)
+        fields = {name: value.encode("latin-1") for name, value in ({"content-type": "application/json"} | headers).items()}
+        reply = client.request(method, path, content=body, headers=fields, timeout=20)
+        answered += reply.status_code == 200
+        if reply.status_code != 200 and method not in ("HEAD", "OPTIONS"):
+            assert reply.status_code in (400, 404, 405, 415, 429), (method, path, body)
+            refused(reply, reply.status_code)
+    assert answered > 40

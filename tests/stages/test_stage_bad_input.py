@@ -33,7 +33,7 @@ Failing = Callable[..., str]
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["dmeo"], ["dmeo", "Did you mean 'demo'"]),
+        (["dmeo"], ["Error parsing [PRESET]:", "dmeo", "Did you mean 'demo'"]),
         (["--steps", "0"], ["--steps", "at least 1", "'0'"]),
         (["--steps", "many"], ["--steps", "integer", "'many'"]),
         (["--max-time", "3 fortnights"], ["--max-time", "90s, 3m or 1h30m"]),
@@ -54,7 +54,7 @@ Failing = Callable[..., str]
         (["--validation", "nowhere.txt"], ["nowhere.txt"]),
         (["--data", "smollm2-135m-instruct"], ["is a model, not a text"]),
         (["--context", "100000"], ["shorter context"]),
-        (["--accelerator", "h100", "--mesh", "fsdp=2"], ["--dry-run --mesh AXES"]),
+        (["--accelerator", "h100", "--mesh", "fsdp=2"], ["error: --accelerator is what --dry-run --mesh AXES"]),
         (["--batch", "100000000", "--dry-run"], []),
     ],
 )
@@ -175,6 +175,9 @@ def test_model_that_is_none(tmp_path, text, failing, monkeypatch):
             error = failing(main, ["--model", model])
             assert words in error
             assert "a run folder" in error
+    assert "There is no text at gone.txt" in failing(
+        evaluate.main, ["--model", tmp_path, "--data", "gone.txt"]
+    )  # before it loads
     monkeypatch.chdir(tmp_path)
     assert "python -m stages.train" in failing(generate.main, [])
 
