@@ -19,24 +19,26 @@ TARGETS = "q, k, v, out, gate, up, down, or all"
 class FolderFlags:
     """The run folder, and how often it is written."""
 
-    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/MODEL-DATA")] = None
+    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("in runs/, by the names of model and data")] = None
     """The run folder. A run that is already there is continued."""
     overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
     save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
-    """Steps or training time between checkpoints."""
+    """Steps (or rounds) or training time between checkpoints."""
     keep: Annotated[int, COUNT] = 2
     """Checkpoints to keep."""
     log_every: Annotated[int, COUNT] = 1
-    """Steps between lines of metrics.jsonl."""
+    """Steps (or rounds) between lines of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthFlags:
     """The length of the run. Of both, whichever ends first."""
 
-    max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
-    """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
+    max_time: Annotated[
+        float | None, parser(seconds, "TIME"), default("3m without --steps, and a fine-tuning then 100 steps at least")
+    ] = None
+    """Training time, such as 90s, 3m, 1h, which ends the run; compiling, evaluating and saving are not counted."""
     steps: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Batches to train on."""
 
@@ -135,7 +137,7 @@ class RunFlags:
     """Flags of every run."""
 
     seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
-    """Of the adapter's first weights and of the order of the examples."""
+    """Of first weights, of the order of the data, and of sampling."""
     device: DeviceFlag = "auto"
     dry_run: Annotated[bool, default("off")] = False
     """Print the plan, with what it would cost, and stop."""

@@ -9,7 +9,7 @@ import tyro
 from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.errors import UserError
 from engine.model.config import preset
-from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
+from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
 from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
@@ -81,7 +81,6 @@ class MonitoringFlags:
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
 
 
-@with_help(out_dir=default("runs/PRESET-TEXT"))
 @dataclasses.dataclass(frozen=True)
 class TrainFolderFlags(FolderFlags):
     """The run folder, and how often it is written."""
@@ -90,7 +89,6 @@ class TrainFolderFlags(FolderFlags):
     """Steps between lines of metrics.jsonl."""
 
 
-@with_help(seed=default("0", "Of the first weights and of the order of the text."))
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(RunFlags):
     """Flags of training; those left out have the preset's recipe (stages/train/recipes.py)."""

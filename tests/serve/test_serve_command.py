@@ -202,24 +202,6 @@ def test_addresses_of_this_machine_alone():
     assert not any(map(server.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
 
 
-def test_bad_flags(folder, tmp_path, capsys):
-    quick = ("--port", 0)
-    assert "There is no model at" in refuses(capsys, *quick, "--model", tmp_path / "none")
-    assert "There is no address" in refuses(capsys, *quick, "--host", "127.0.0.1.1", "--api-key", "a")
-    assert "cannot be read" in refuses(capsys, *quick, "--model", folder, "--template", tmp_path / "none.jinja")
-    broken = tmp_path / "broken.jinja"
-    broken.write_text("{% if %}")
-    assert "TemplateSyntaxError" in refuses(capsys, *quick, "--model", folder, "--template", broken)
-    assert "between 2 and the model's context of 150" in refuses(capsys, *quick, "--model", folder, "--capacity", 151)
-    bad = [("--slots", 0), ("--weights", "int4"), ("--port", 65536), ("--price", -1), ("--queue", -1), ("--log", "loud")]
-    for flag, value in (
-        *bad,
-        *(("--allow-origin", origin) for origin in ("*", "null", "app.example", "https://app.example/x")),
-    ):
-        assert main([flag, str(value)]) == 2
-        assert flag in capsys.readouterr().err
-
-
 def test_without_its_extra_it_says_how_to_get_it(folder):
     program = (
         "import importlib.util as u, sys; find = u.find_spec\n"

@@ -162,19 +162,6 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
     assert logprobs.sum() == pytest.approx(-nats, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (("--task", "size:3"), "size"),
-        (("--max-tokens", 64), "a lower --max-tokens or shorter prompts"),
-        (("--data", "gone.jsonl"), "There is no file gone.jsonl"),
-    ],
-)
-def test_bad_input(flags, sentence, trained, tmp_path, failing):
-    assert sentence in failing(reinforce.main, args(trained, tmp_path / "bad", *flags))
-    assert not (tmp_path / "bad").exists()
-
-
 def test_no_held_out_prompt_is_a_copy_of_a_training_prompt(tmp_path):
     rows = [{"prompt": text} for text in ("What is rain?", "what is  rain", "What is snow?", "WHAT IS RAIN?!")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -228,18 +228,3 @@ def test_a_coordinator_that_is_not_there(failing, text, tmp_path):
         error = failing(train.main, tiny(text, tmp_path / "run", *join))
     assert f"coordinator at {where} could not be reached for 1 s: Connection refused" in error
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--processes", 2], "wants --process I and --coordinator HOST:PORT"),
-        (["--process", 0], "are for several processes: give --processes N"),
-        (["--processes", 2, "--process", 2, "--coordinator", "h:1"], "is one of 0 to 1 when there are 2"),
-        (["--mesh", "data=2"], "XLA_FLAGS=--xla_force_host_platform_device_count=2"),
-        (["--mesh", "data=3", "--dry-run"], "does not divide the 4 rows"),
-    ],
-)
-def test_a_mesh_that_cannot_be(failing, text, tmp_path, flags, sentence):
-    error = failing(train.main, tiny(text, tmp_path / "run", *flags))
-    assert sentence in re.sub(r"[\s│]+", " ", error)
