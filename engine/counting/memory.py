@@ -102,6 +102,8 @@ def training_memory(
         adapted = TrainablePaths(frozenset(), trainable.adapted)
         paths = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _trainable_leaves(cfg, adapted, layer)]
         products += sum(sizes[path] for path in paths if rows * sum(shapes[path]) > sizes[path])
+        if cfg.tied and "embed" not in trainable.weights:
+            products += sizes["embed"]  # a frozen head, transposed
     lowest = lowest_gradient(cfg, trainable)
     blocks = [
         rows * _residual_bytes(cfg, tokens, _trainable_leaves(cfg, trainable, layer)) for layer in range(lowest, cfg.layers)

@@ -43,10 +43,10 @@ def run_command[Flags](
 ) -> int:  # fmt: skip
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
-    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. The method `check` of the flags and of
-    their groups raises UserError for flags that do not go together. The code is MISTAKE for an error that `explain_error`
-    explains (on stderr, with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody reads the output
-    any more.
+    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. `check_together` of the flags and of
+    their groups, where they have one, raises UserError for flags that do not go together. The code is MISTAKE for an error
+    that `explain_error` explains (on stderr, with the traceback under --verbose), 128 + the signal when stopped, 141 when
+    nobody reads the output any more.
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
@@ -57,8 +57,8 @@ def run_command[Flags](
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
         for group in (*vars(options).values(), options):
-            if hasattr(group, "check"):  # flags that do not go together: tyro would name our classes before the sentence
-                group.check()
+            if hasattr(group, "check_together"):  # not in __post_init__: tyro would name our classes before the sentence
+                group.check_together()
         gc.enable()
         gc.set_threshold(STARTING_OBJECTS)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

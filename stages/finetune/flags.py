@@ -66,7 +66,7 @@ class FinetuneFlags(ModelRunFlags):
     folder: FolderFlags
     mesh: MeshFlags
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:
             raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
         if self.tuning.batch % self.microbatches:

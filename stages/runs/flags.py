@@ -70,7 +70,7 @@ class MeshFlags:
     join_within: Annotated[float, parser(seconds, "TIME"), default("5m")] = 300.0
     """The time in which all processes must have started."""
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         joining = (self.process is not None, self.coordinator is not None)
         if self.processes in (None, 1) and any(joining):
             raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
@@ -114,7 +114,7 @@ class TrainableFlags:
     base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
     """The type of the frozen model under an adapter: `int8` takes half the memory."""
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         if self.lora and (self.train or self.freeze):
             raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
         if self.base == "int8" and (self.train or self.freeze):

@@ -107,7 +107,7 @@ class TrainFlags(RunFlags):
     accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
     """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
-    def check(self) -> None:
+    def check_together(self) -> None:
         if self.by_hand:
             raise UserError("Training by hand is a command of its own now: python -m stages.by_hand --data TEXT --steps N.")
         if self.accelerator and not (self.dry_run and self.mesh.mesh):

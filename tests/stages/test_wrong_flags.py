@@ -101,8 +101,8 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jinja").write_text("{% if %}")
-    messages = [{"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Ships."}]
-    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": messages, "id": n}) for n in range(9)))
+    rows = [[{"role": "user", "content": f"Sea {n}?"}, {"role": "assistant", "content": "Ships."}] for n in range(9)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
     model = ["--model", trained]
     words = {
         "train": tiny(text, tmp_path / "run", "--steps", 2),
