@@ -23,7 +23,7 @@ from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.corpus import normalize
-from engine.text.jsonl import json_type, read_rows
+from engine.text.jsonl import check_text, json_type, read_rows
 from engine.text.packing import evaluation_batches
 from engine.training.reinforce import log_probabilities
 from engine.training.rewards import Reward
@@ -93,13 +93,12 @@ def _read(path: Path, task: str) -> list[Prompt]:
         raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
     prompts = []
     for row, where in read_rows(path):
-        prompt, answer = row.get("prompt"), row.get("answer")
-        if not isinstance(prompt, str) or not prompt.strip():
-            problem = "is missing or empty" if isinstance(row.get("prompt", ""), str) else f"is {json_type(prompt)}"
-            raise UserError(f"{where}: `prompt` should be text and {problem}.")
+        prompt, answer = check_text(row.get("prompt", ""), "prompt", where), row.get("answer")
+        if not prompt.strip():
+            raise UserError(f"{where}: `prompt` is missing or empty.")
         if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
-            problem = f"is {json_type(answer)}" if "answer" in row else "is missing"
-            raise UserError(f"{where}: `answer` should be an integer and {problem}.")
+            problem = f"should be an integer, not {json_type(answer)}" if "answer" in row else "is missing"
+            raise UserError(f"{where}: `answer` {problem}.")
         prompts.append(Prompt(prompt, answer if task == "sum" else None))
     return prompts
 
