@@ -37,7 +37,7 @@ MEASURE_PROGRAM = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
-PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: between 0.3 and 1 GB were seen
+PROCESS_BYTES, LAYER_BYTES = 500_000_000, 8_000_000  # of Python and JAX; of a layer's programs, and of compiling them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,20 @@ class RunPlan:
         return dataclasses.replace(memory, **shares)
 
     @property
+    def process_bytes(self) -> int:
+        """The host memory that a process takes beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB with 30."""
+        return PROCESS_BYTES + LAYER_BYTES * self.cfg.layers
+
+    @property
+    def memory_limit(self) -> int:
+        """The bytes for a step on a device: an accelerator's, or its share of the host's less what the processes take."""
+        if jax.default_backend() != "cpu":
+            return device_memory_bytes()
+        count = processes.process_count() // processes.machine_count()
+        sharing = min(self.mesh.devices, count * jax.local_device_count())
+        return max(device_memory_bytes() - count * self.process_bytes, 0) // sharing
+
+    @property
     def _head_is_narrow(self) -> bool:
         """Whether the head is frozen, and so in the compute type or int8."""
         if self.trainable is None or ("embed" if self.cfg.tied else "head") in self.trainable.weights:
@@ -155,7 +169,7 @@ class RunPlan:
     def require(self, needed: int, what: str, remedy: str, detail: str = "") -> None:
         """Raises UserError when a device needs more bytes than it has: see `require_memory`."""
         detail += f" on each of {self.mesh.devices} devices" * (self.mesh.devices > 1)
-        require_memory(needed, what, remedy, detail=detail, limit=memory_limit(self.mesh))
+        require_memory(needed, what, remedy, detail=detail, limit=self.memory_limit)
 
     def cost_relative_to_full(self) -> str:
         """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
@@ -202,23 +216,14 @@ def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
-def memory_limit(mesh: MeshShape = ONE_DEVICE) -> int:
-    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES."""
-    if jax.default_backend() != "cpu":
-        return device_memory_bytes()
-    local_processes = processes.process_count() // processes.machine_count()
-    sharing = min(mesh.devices, local_processes * jax.local_device_count())
-    return max(device_memory_bytes() - local_processes * PROCESS_BYTES, 0) // sharing
-
-
 def memory_estimate(plan: RunPlan, needed: int) -> str:
     """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
-    limit = f"{format_bytes(memory_limit(plan.mesh))} that are left for a {plan.noun}"
+    limit = f"{format_bytes(plan.memory_limit)} that are left for a {plan.noun}"
     limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // processes.process_count()
     phrase = (
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )
     if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
-        phrase += f"; {format_bytes(needed + saved + PROCESS_BYTES)} in all with Python and JAX"
+        phrase += f"; {format_bytes(needed + saved + plan.process_bytes)} in all with Python and JAX"
     return phrase

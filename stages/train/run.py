@@ -35,7 +35,6 @@ from stages.runs.estimate import (
     RunPlan,
     find_ceilings,
     memory_estimate,
-    memory_limit,
     mesh_ceilings,
     remeasure_ceilings,
 )
@@ -163,7 +162,7 @@ class Training(Stage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > memory_limit(plan.mesh))}"),
+            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > plan.memory_limit)}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",

@@ -425,13 +425,13 @@ def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted, trained, tmp
 
 
 def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monkeypatch):
-    from stages.runs import estimate as plan
+    from stages.runs.estimate import RunPlan
 
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before it was known whether there is room")
 
     monkeypatch.setattr(checkpoint, "load_params", read)
-    monkeypatch.setattr(plan, "memory_limit", lambda mesh: 600_000)
+    monkeypatch.setattr(RunPlan, "memory_limit", 600_000)
     lora = "a LoRA (no --train, no --freeze)"
     for remedy, flags in (("--base int8", ()), (lora, ("--train", "all"))):
         error = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))

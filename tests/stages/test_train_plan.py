@@ -117,7 +117,7 @@ def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
     mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
     need = lambda plan: plan.require(plan.memory.total, "A step needs", "buy more.")
-    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: estimate.PROCESS_BYTES + plan.memory.total // 2)
+    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: plan.process_bytes + plan.memory.total // 2)
     need(mesh)  # on four machines like this one
     with pytest.raises(UserError, match=r"A step needs \S+ .B, and"):
         need(plan)
