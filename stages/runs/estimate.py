@@ -14,7 +14,6 @@ from engine.counting.flops import train_flops
 from engine.counting.hardware import (
     RATES,
     Ceilings,
-    best_ceilings,
     device_memory_bytes,
     measure_ceilings,
     require_memory,
@@ -184,21 +183,17 @@ def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | 
 
 
 def find_ceilings(console: Console) -> Ceilings:
-    """Returns this machine's ceilings, the best ever measured, from the user's cache; or measures them, saying why."""
-    saved, missing = saved_ceilings()
-    return saved or remeasure_ceilings(None, missing, console)
-
-
-def remeasure_ceilings(known: Ceilings | None, why: str, console: Console) -> Ceilings:
-    """Measures this machine's ceilings, prints that and `why`, and saves and returns the better of each and those `known`.
+    """Returns this machine's ceilings from the user's cache; or measures and saves them, printing why.
 
     On a CPU another process measures: its arrays are not this run's memory.
     """
-    with console.task(f"measuring this machine's ceilings{' again' if known else ''}: {why}", always=True) as report:
-        measured = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
-    best = best_ceilings(measured, known) if known else measured
-    save_ceilings(best)
-    return best
+    saved, missing = saved_ceilings()
+    if saved:
+        return saved
+    with console.task(f"measuring this machine's ceilings: {missing}", always=True) as report:
+        ceilings = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
+    save_ceilings(ceilings)
+    return ceilings
 
 
 def _measure_in_subprocess() -> Ceilings | None:

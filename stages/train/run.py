@@ -36,7 +36,6 @@ from stages.runs.estimate import (
     find_ceilings,
     memory_estimate,
     mesh_ceilings,
-    remeasure_ceilings,
 )
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
@@ -54,7 +53,6 @@ from stages.train.recipes import recipe
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
-LONG_RUN = 60.0  # seconds of training
 EXPECTED_MFU = 0.5  # of the ceiling, for the products of a step
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
@@ -219,9 +217,6 @@ class Training(Stage):
                     file.write(text.encode())
         else:
             text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
-        if seconds >= LONG_RUN:  # measuring takes seconds: a short run takes the ceilings as they are
-            why = "MFU is a share of them, others' work only lowers them, and the higher ones count"
-            self.ceilings = remeasure_ceilings(self.ceilings, why, self.console)
         top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
