@@ -134,8 +134,9 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         import readline  # noqa: F401  gives input() editing and history
     begun = ""
     while True:
+        python_raises = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with signals.handle_signals():
+            with signals.defer_signals("", print, [signal.SIGINT]):
                 line = input("... " if begun else "> ")
         except EOFError:
             notes.print()
@@ -143,12 +144,12 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         except UnicodeDecodeError:
             notes.print("\nThat was not UTF-8; say it again.", "yellow")
             continue
-        except signals.Stopped as stopped:
-            if stopped.number != signal.SIGINT:
-                raise
+        except KeyboardInterrupt:
             begun = ""
             notes.print("\n(/quit or Ctrl-D leaves)", "dim")
             continue
+        finally:
+            signal.signal(signal.SIGINT, python_raises)
         if line.endswith("\\"):
             begun += line[:-1] + "\n"
         else:
@@ -213,21 +214,18 @@ class ChatSession:
         completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None
         sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
         begin = first = time.perf_counter()
-        with signals.handle_signals():
-            signals.set_phase("while an answer was written.")
-            with signals.defer_signals("", lambda _: None) as state:
-                for _, tokens, reason, *_ in self._generate(prompt, sampling):
-                    first = time.perf_counter() if first == begin else first
-                    text = completion.push(tokens) + (completion.close() if reason else "")
-                    text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
-                    reply += text
-                    print(text, end="", flush=True)
-                    if state.received is not None:
-                        break
+        signals.set_phase("while an answer was written.")
+        with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
+            for _, tokens, reason, *_ in self._generate(prompt, sampling):
+                first = time.perf_counter() if first == begin else first
+                text = completion.push(tokens) + (completion.close() if reason else "")
+                text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
+                reply += text
+                print(text, end="", flush=True)
+                if deferral.received:
+                    break
         seconds, count = time.perf_counter() - first, completion.tokens
         print(flush=True)
-        if state.received is not None and state.received != signal.SIGINT:
-            raise signals.Stopped(state.received)
         if not (reply := reply.rstrip()):
             notes.print("(no answer)", "dim")
             return

@@ -70,10 +70,6 @@ def run_command[Flags](
             return command(options) or 0
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
         return int(exit.code or 0)
-    except signals.Stopped as stopped:
-        code = signals.report_stop(stopped)
-        processes.end(code, "it was stopped by a signal.")
-        return code
     except BrokenPipeError:
         processes.end(141, "nobody reads its output.")
         # Python flushes stdout on its way out and would complain once more.

@@ -7,10 +7,8 @@ from typing import Annotated, Literal
 
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.processes import find_coordinator, join
 from engine.model.config import LoraConfig
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
-from stages.cli.process import print_errors_on
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
 
@@ -85,9 +83,7 @@ class MeshFlags:
     def connect(self) -> None:
         """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
-            place = find_coordinator(self.processes or None, self.process, self.coordinator, self.join_within)
-            print_errors_on(processes.hide_library_errors())
-            join(*place, self.join_within)
+            processes.join(self.coordinator, self.processes or None, self.process, self.join_within)
 
 
 def parse_lora(text: str) -> LoraConfig:

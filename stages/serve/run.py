@@ -73,10 +73,6 @@ def run(flags: ServeFlags) -> int:
         app = make_app(state, keys, hosts, frozenset(flags.allow_origin), importlib.metadata.version("thrice"), flags.log)
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
-        except signals.Stopped as stopped:  # while compiling, which cannot be stopped
-            code = signals.report_stop(stopped)
-            console.close_live()
-            os._exit(code)
         finally:
             state.tokenizer.close()
 
