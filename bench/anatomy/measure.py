@@ -44,7 +44,7 @@ def anatomy(model: BenchModel) -> Json:
     for stage in moved:  # in the order of the forward pass
         stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}
     ceilings = next(rounds)
-    if saved := saved_ceilings()[0]:  # others' work only lowers them
+    if saved := saved_ceilings():  # others' work only lowers them
         ceilings = best_ceilings(ceilings, saved)
     progress("running the NumPy model, forward and backward", replace=True)
     tokens = tokens_for(model, B, T + 1)

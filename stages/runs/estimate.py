@@ -183,14 +183,13 @@ def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | 
 
 
 def find_ceilings(console: Console) -> Ceilings:
-    """Returns this machine's ceilings from the user's cache; or measures and saves them, printing why.
+    """Returns this machine's ceilings from the user's cache; or measures and saves them.
 
     On a CPU another process measures: its arrays are not this run's memory.
     """
-    saved, missing = saved_ceilings()
-    if saved:
+    if saved := saved_ceilings():
         return saved
-    with console.task(f"measuring this machine's ceilings: {missing}", always=True) as report:
+    with console.task("measuring this machine's ceilings, once", always=True) as report:
         ceilings = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
     save_ceilings(ceilings)
     return ceilings
