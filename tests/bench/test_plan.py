@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 
 from bench.plan import formulas
 from bench.plan.__main__ import PlanFlags, answer, plan
-from bench.plan.budget import LAW, over_trained
-from bench.plan.calibrate import rapl_joules
-from bench.plan.efficiency import predict_efficiency
-from bench.plan.hardware import find_hardware, numbers
-from bench.plan.javascript import javascript
+from bench.plan.fits import device_numbers, predict_efficiency
+from bench.plan.hardware import find_hardware, rapl_joules
 from bench.plan.model import config_of_size, job, read_model
+from bench.plan.page import javascript
+from bench.plan.plans import LAW, over_trained
 from bench.plan.published import accelerators, clean_runs, rows
-from bench.plan.serving import fit_serving
 from bench.plan.validate import (
     FLOPS_BOUND,
     figures,
@@ -40,7 +38,7 @@ CFG = PRESETS["llama-3.2-1b"]
 
 
 def h100():
-    return numbers(accelerators()["h100"], **predict_efficiency("h100")._asdict(), **fit_serving().uses)
+    return device_numbers(accelerators()["h100"])
 
 
 def test_flops_of_every_clean_run_are_within_three_percent_of_what_was_reported():
