@@ -102,6 +102,17 @@ def test_evaluation_agrees_with_the_run_and_changes_nothing(trained, capsys):
     assert "unchanged" in output
 
 
+def test_evaluation_as_served_differs_by_the_rounding_of_int8_and_changes_nothing(trained, capsys):
+    bits = {}
+    for weights in ("float32", "int8"):
+        assert evaluate.main(["--model", str(trained), "--weights", weights]) == 0
+        output = capsys.readouterr().out
+        assert "unchanged" in output
+        bits[weights] = float(output.split("bits per byte")[1].split()[0])
+    assert 0 < abs(bits["int8"] / bits["float32"] - 1) < 0.02
+    assert evaluate.main(["--model", str(trained), "--weights", "int8", "--mesh", "fsdp=1"]) == 2
+
+
 def test_evaluation_counts_every_byte_of_a_text(trained, tmp_path, capsys):
     path = tmp_path / "text.txt"
     path.write_text("The king went down to sea, é.\n" * 20)
