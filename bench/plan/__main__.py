@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench.cli import Json, check_out, run_bench
+from bench.cli import Json, run_bench
 from engine.errors import UserError
 
 Text = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
@@ -98,7 +98,7 @@ def plan(flags: PlanFlags) -> Json:
 
 
 def check_flags(flags: PlanFlags) -> None:
-    """Raises UserError for numbers that cannot be, questions that exclude each other, and a folder that cannot be written."""
+    """Raises UserError for numbers that cannot be, questions that exclude each other."""
     for name in ("days", "peak", "bandwidth", "memory", "price", "watts", "devices", "slots", "context"):
         if (value := getattr(flags, name)) is not None and not 0 < value < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a billion, not {value:g}.")
@@ -117,7 +117,6 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError("--served belongs to --budget or --days.")
     if flags.out and (flags.validate or flags.calibrate):
         raise UserError("--out writes the page of a question, with all validation on it; --validate and --calibrate ask none.")
-    check_out(flags.out)
 
 
 def answer(flags: PlanFlags) -> Json:

@@ -198,12 +198,10 @@ def test_a_closed_pipe_ends_an_answer_in_silence():
     assert subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True).stderr == ""
 
 
-def test_a_config_that_cannot_be_read_and_a_folder_that_cannot_be_written(tmp_path):
+def test_a_config_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         plan(PlanFlags(model=str(tmp_path), tokens="1M"))
-    with pytest.raises(UserError, match="cannot be written"):
-        plan(PlanFlags(model="nano", tokens="1M", out=tmp_path / "config.json"))
 
 
 def test_an_answer_comes_without_jax_and_its_document_only_where_it_is_asked_for(tmp_path):
