@@ -1,13 +1,54 @@
-"""A row of the stage table: one program, its expected cost, and how to run it once."""
+"""The rows of the stage table: each one program, its expected cost, and how to run it once.
+
+Training runs forward and backward; evaluation, prefill, prefill into a server's slot and decoding run forward alone.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine.counting.flops import Flops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from engine.counting.flops import Flops, PassFlops, prefill_flops
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
+from engine.counting.memory import inference_memory, training_memory
+from engine.counting.program_flops import (
+    decode_program_flops,
+    gradient_program_flops,
+    prefill_program_flops,
+    score_program_flops,
+)
+from engine.counting.traffic import inference_bytes, train_bytes
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.xla import XlaCost, xla_cost, xla_peak
+from engine.inference.decode import CHUNK, LONE_ROWS, STEPS, decode_steps, prefill
+from engine.inference.engine import CHUNK as SLOT_CHUNK
+from engine.inference.request import SamplingParams
+from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
+from engine.inference.sampling import sampling_arrays
+from engine.inference.score import score
+from engine.model.cache.contiguous import KVCache, make_cache
+from engine.model.cache.segmented import make_kv_segments, segment_edges
+from engine.model.config import LoraConfig, ModelConfig
+from engine.model.ops import ops
+from engine.model.paths import leaf_paths, merge, split
+from engine.model.transformer import Params, hidden_states, logits_of
+from engine.model.weights.int8 import Int8
+from engine.model.weights.matmul import cast_matrices, project, project_two
+from engine.text.batch import Batch
+from engine.training.lora import init_lora
+from engine.training.loss import CHUNK as LOSS_CHUNK
+from engine.training.loss import LOGITS_LIMIT
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.preference import Preferences, dpo, margins
+from engine.training.step import NEXT_TOKEN, Objective, init_state, loss_and_gradient, train_step
+
+ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
+SLOTS = 8  # of the server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,4 +94,244 @@ def compile_program(
         "peak_bytes": xla_peak(program),
         "walker": jaxpr_cost(functools.partial(function, *static, **options), *args) * calls,
         "xla": XlaCost(*(calls * steps * each for each in cost)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingKind:
+    """A way of training the model, as a row of the table."""
+
+    name: str
+    stage: str
+    trainable_paths: TrainablePaths
+    preference: bool = False
+
+
+def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
+    """Returns the ways of training that the table compares; half a model needs two layers."""
+    half, every, lora = cfg.layers // 2, all_trainable(cfg), lora_only(cfg, ADAPTER)
+    # The last block alone: no norm above it, no head.
+    last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
+    halves = {"bottom half frozen": bottom_frozen(cfg, half), "top half frozen": top_frozen(cfg, half), "last layer": last}
+    fine_tuning = {
+        "full fine-tuning": every, **(halves if half else {}), "head only": head_only(cfg),
+        f"LoRA rank {ADAPTER.rank} on q and v": lora,
+    }  # fmt: skip
+    return [
+        TrainingKind("pre-training step", "training", every),
+        *(TrainingKind(name, "fine-tuning", paths) for name, paths in fine_tuning.items()),
+        TrainingKind("preference with that LoRA", "fine-tuning", lora, preference=True),
+    ]
+
+
+def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
+    """Compiles a step of `kind` on the batch; `params` are copied where they train.
+
+    Frozen matrices are stored in the compute type. In fine-tuning only the second half of each row counts in the loss, as
+    the completions of a conversation do.
+    """
+    B, T = batch.tokens.shape
+    paths = kind.trainable_paths
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
+    if paths.adapted:
+        trainable = init_lora(cfg, params, jax.random.key(1), ADAPTER)
+        frozen = cast_matrices(params, cfg.dtype)
+    else:
+        trainable_leaves, rest = split(params, paths.weights)
+        trainable, frozen = jax.tree.map(jnp.copy, trainable_leaves), cast_matrices(rest, cfg.dtype)
+    if kind.stage == "fine-tuning":
+        batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
+    data: Any = batch
+    objective: Objective = NEXT_TOKEN
+    if kind.preference:
+        objective = dpo(0.1)
+        chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
+        pairs = Preferences(chosen, rejected)
+        data = pairs._replace(reference=margins(cfg, frozen, pairs))
+    state = init_state(tx, trainable)
+    progress = jnp.float32(0.5)
+    program, cost = compile_program(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
+    walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
+    update = cost["walker"].elementwise - walker.elementwise
+    chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
+    formula = gradient_program_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
+    predicted = training_memory(cfg, B, T, trainable=paths)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = program(state, frozen, data, progress)
+        return metrics.loss
+
+    def weights() -> Any:
+        return merge(state.trainable, frozen) if paths.weights else (frozen, state.trainable)
+
+    return Row(
+        kind.name, kind.stage, run, weights, tokens=B * T, formula=formula,
+        memory={
+            "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
+            "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
+        },
+        traffic=train_bytes(cfg, B, T, trainable=paths).total, update=update, dtype=cfg.dtype, **cost | {"walker": walker},
+    )  # fmt: skip
+
+
+def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
+    """Returns the row that scores a batch: the forward pass of all ratios."""
+    B, T = batch.tokens.shape
+    program, cost = compile_program(score, (cfg,), params, batch)
+    return Row(
+        "evaluation forward", "inference", lambda: program(params, batch), lambda: params, tokens=B * T,
+        formula=score_program_flops(cfg, B, T), dtype=cfg.dtype, **cost, **_predicted(cfg, B, 0, tokens=T, every_logit=True),
+    )  # fmt: skip
+
+
+def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
+    """Returns the row that prefills a batch of prompts, tokens (B, T) int32, CHUNK tokens at a time."""
+    B, T = tokens.shape
+    T -= T % CHUNK
+    pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
+    lengths, cache, chunks = jnp.full((B,), CHUNK, jnp.int32), make_cache(cfg, B, T), len(pieces)
+    program, cost = compile_program(prefill, (cfg,), params, pieces[0], lengths, cache, calls=chunks)
+
+    def run() -> Any:
+        nonlocal cache
+        cache = cache._replace(length=jnp.zeros((B,), jnp.int32))
+        for piece in pieces:
+            logits, cache = program(params, piece, lengths, cache)
+        return logits
+
+    return Row(
+        "prefill", "inference", run, lambda: params, tokens=B * T,
+        formula=prefill_program_flops(cfg, B, CHUNK, T) * chunks, dtype=cfg.dtype, **cost,
+        **_predicted(cfg, B, T, calls=chunks, tokens=CHUNK),
+    )  # fmt: skip
+
+
+def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[Row]:
+    """Yields the rows that prefill a prompt into one of a server's SLOTS, and copy it there from the prefix cache.
+
+    tokens (T,) int32, T a multiple of 64.
+    """
+    (T,) = tokens.shape
+    size = SLOT_CHUNK if T % SLOT_CHUNK == 0 else 64
+    starts = [np.int32(start) for start in range(0, T, size)]
+    pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
+    slot = np.int32(SLOTS - 1)
+    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size), "float32" if cfg.dtype == "float32" else "bfloat16")
+    S = cache.edges[-1]
+    prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
+    chunks = len(pieces)
+
+    def in_turn(program: Callable[..., Any], pieces: list[Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            nonlocal cache
+            for piece, start in zip(pieces, starts):
+                cache = program(cache, piece, slot, start)
+            return cache
+
+        return run
+
+    program, cost = compile_program(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
+    # A chunk attends to every place of its slot. The last layer ends with its keys and values.
+    parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
+    blocks = {name: PassFlops(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
+    formula = Flops(blocks | {"qkv": parts["qkv"], "head": PassFlops()})
+    predicted = inference_memory(cfg, SLOTS, S, tokens=size)
+    yield Row(
+        "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,
+        tokens=T, formula=formula * chunks, dtype=cfg.dtype, **cost,
+        memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.activations // SLOTS},
+        traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
+    )  # fmt: skip
+
+    cached = [read_chunk(cache, slot, start, size) for start in starts]
+    whole = np.int32(size)
+    program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], whole, calls=chunks)
+    yield Row(
+        "prefix-cache hit", "inference", in_turn(lambda *call: program(*call, whole), cached), lambda: params, tokens=T,
+        formula=Flops({}), memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes,
+        dtype=cfg.dtype, **cost,
+    )  # fmt: skip
+
+
+def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
+    """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
+
+    On a CPU a lone request has LONE_ROWS, as in `generate`, here with a cache each. `weights`: the type of matrices if not the
+    config's.
+    """
+    rows = max(requests, LONE_ROWS if ops().pads_lone_row else 1)
+    cache = random_cache(cfg, rows, length + STEPS)
+    sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
+    x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))
+    products = weight_products.lower(cfg, params, x).compile()
+    token, capacity = jnp.zeros((rows,), jnp.int32), cache.k[0].shape[2]
+    program, cost = compile_program(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
+
+    def run() -> Any:
+        nonlocal cache
+        fresh = cache._replace(length=jnp.full((rows,), length, jnp.int32))
+        tokens, cache = program(params, token, fresh, sampling)
+        return tokens
+
+    return Row(
+        name, "decode", run, lambda: params, tokens=requests * STEPS,
+        formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
+        slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype,
+        products=lambda: products(params, x), **cost, **_predicted(cfg, rows, capacity, calls=STEPS, int8=bool(weights)),
+    )  # fmt: skip
+
+
+def random_cache(cfg: ModelConfig, slots: int, capacity: int, seed: int = 0) -> KVCache:
+    """Returns an empty KV cache with random numbers in its places, as other requests leave them."""
+    cache = make_cache(cfg, slots, capacity)
+    random = lambda part: tuple(jax.random.normal(jax.random.key(seed), x.shape, x.dtype) for x in part)
+    return KVCache(random(cache.k), random(cache.v), cache.length)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def weight_products(cfg: ModelConfig, params: Params, x: Array) -> Array:
+    """Multiplies x (B, 1, D) by every matrix in turn, STEPS times: decoding without cache, attention and sampling.
+
+    Products of few rows run far below the ceiling, so their share of a step is measured.
+    """
+    dtype = jnp.dtype(cfg.dtype)
+
+    def step(x: Array, _: None) -> tuple[Array, None]:
+        for layer in range(cfg.layers):
+            leaf = params["blocks"][str(layer)]
+            mixed = project(x, leaf["qkv"], dtype)[..., : cfg.heads * cfg.head_dim]
+            gate, up = project_two(project(mixed, leaf["out"], dtype), leaf["gate_up"], dtype)
+            x = project(gate + up, leaf["down"], dtype)
+        # The next step needs these logits, else XLA would drop them.
+        return x + 0 * logits_of(cfg, params, x).max().astype(dtype), None
+
+    return jax.lax.scan(step, x, length=STEPS)[0]
+
+
+def int16_activation_matrices(params: Any) -> set[str]:
+    """Returns the names of the Int8 matrices whose activations are 16 bits wide, multiplied as two int8 digits."""
+    leaves = leaf_paths(params).items()
+    return {path.rpartition("/")[2] for path, leaf in leaves if isinstance(leaf, Int8) and leaf.activations == "int16"}
+
+
+def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
+    """Returns a call that computes the token after tokens (T,) without a KV cache."""
+
+    def next_token(params: Any, tokens: Any) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = hidden_states(cfg, params, tokens, positions)
+        return logits_of(cfg, params, hidden[:, -1:]).argmax(-1)
+
+    rows = jnp.asarray(tokens)[None]
+    program = jax.jit(next_token).lower(params, rows).compile()
+    return lambda: program(params, rows)
+
+
+def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
+    """Returns the fields `memory` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
+    parts = inference_memory(cfg, slots, length, **options)
+    return {
+        "memory": {"params": parts.params, "cache": parts.cache, "activations": parts.activations + parts.logits},
+        "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
     }

@@ -18,14 +18,12 @@ import pytest
 from test_report import TABLE, Reader
 
 from bench.anatomy.__main__ import AnatomyFlags, measure_anatomy
-from bench.anatomy.by_hand import by_hand_memory
-from bench.anatomy.drawing import roofline, stacked_areas
+from bench.anatomy.by_hand import HALVES, block_residuals, by_hand_memory, field_reasons
 from bench.anatomy.memory import KINDS, find_buffers, memory_over_time, thin
 from bench.anatomy.operations import count_ways, operation_rows
-from bench.anatomy.page import write_page
+from bench.anatomy.page import roofline, stacked_areas, write_page
 from bench.anatomy.programs import drawn_programs
 from bench.anatomy.real_steps import relative_change
-from bench.anatomy.residuals import HALVES, block_residuals, field_reasons
 from bench.cli import run_bench
 from bench.models import random_model, tokens_for
 from bench.report.page import page as report_page

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from bench.stages import explain
-from bench.stages.row import Row
+from bench.stages import estimate as explain
+from bench.stages.rows import Row
 from engine.counting.flops import Flops, PassFlops
 from engine.counting.hardware import Ceilings
 from engine.counting.jaxpr import JaxprCost

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from openai_like import chat_request, fake_completion, fake_server, parse_metrics
 
 from bench.serving import __main__ as serving
-from bench.serving.completions import complete, completion_request, random_text, read_completion
-from bench.serving.http_client import Client, Response
+from bench.serving.client import Client, Response, complete, completion_request, random_text, read_completion
 from bench.serving.measure import closed_loop, open_loop, percentile
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"

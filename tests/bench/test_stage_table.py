@@ -17,7 +17,7 @@ import bench
 from bench.__main__ import main, measurements
 from bench.cli import run_bench
 from bench.stages.estimate import duration_warning, round_seconds, table_bytes
-from bench.stages.inference_rows import int16_activation_matrices, weight_products
+from bench.stages.rows import int16_activation_matrices, weight_products
 from engine.counting.hardware import Ceilings
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.program_flops import decode_program_flops

@@ -7,8 +7,7 @@ import pytest
 from elsewhere import KEY, from_elsewhere, without_the_key
 from figures import at_least, at_most, exactly
 
-from bench.serving.completions import completion_request
-from bench.serving.http_client import Client, Response
+from bench.serving.client import Client, Response, completion_request
 from engine.errors import UserError
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,7 @@ from figures import at_most, exactly
 from openai_like import chat_request, fake_completion, fake_server
 from under_load import repeat_under_load
 
-from bench.serving.completions import completion_request, random_text
-from bench.serving.http_client import Client
+from bench.serving.client import Client, completion_request, random_text
 
 pytestmark = pytest.mark.anyio
 
