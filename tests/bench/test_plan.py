@@ -15,7 +15,7 @@ from bench.plan import formulas
 from bench.plan.__main__ import PlanFlags, answer, plan
 from bench.plan.fits import device_numbers, predict_efficiency
 from bench.plan.hardware import find_hardware, rapl_joules
-from bench.plan.model import config_of_size, job, read_model
+from bench.plan.model import job
 from bench.plan.page import javascript
 from bench.plan.plans import LAW, over_trained
 from bench.plan.published import accelerators, clean_runs, rows
@@ -133,17 +133,6 @@ def test_the_optimal_size_has_the_least_loss(flops):
     assert 6 * small * tokens + 2 * small * flops / params / 20 == pytest.approx(flops)
 
 
-@pytest.mark.parametrize("params", [3e7, 3e8, 8e9, 7e10, 1e12])
-def test_a_model_of_a_size_has_that_size(params):
-    assert count_params(config_of_size(params)).total == pytest.approx(params, rel=0.03)
-
-
-def test_models_are_read_from_files(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CFG.to_json()))
-    assert read_model(str(tmp_path), None)[1] == CFG
-    assert read_model("smollm2-135m-instruct", None)[1] == PRESETS["smollm2-135m"]
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -182,15 +171,6 @@ def test_what_cannot_be_is_refused_in_a_sentence(flags, words, monkeypatch, tmp_
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         plan(PlanFlags(**flags))
-
-
-def test_what_a_manager_must_know_is_said(monkeypatch, capsys):
-    assert "does not fit on 1 x rtx-4090" in answer(PlanFlags(budget="10M", hardware="RTX-4090"))["notes"][0]
-    assert "extrapolated" in answer(PlanFlags(model="nano", tokens="1M"))["notes"][0]
-    capsys.readouterr()
-    monkeypatch.setenv("COLUMNS", "80")
-    answer(PlanFlags(model="llama-3.2-1b", tokens="1M"))
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_closed_pipe_ends_an_answer_in_silence():

@@ -167,16 +167,7 @@ def test_no_held_out_document_is_in_the_training_text():
     assert list(left) == list(left) == [long + "two", "The land."]
     assert left.name == "a corpus, without 2 of 4 documents that are in the training text too"
     assert without_copies(same := corpus_of(["+", "-"]), corpus_of(["*", "/"])) is same
-    sums = [
-        "3 - 1 * 2 =",
-        "(3 - 1) * 2 =",
-        "31 * 2 =",
-        "3 - 12 =",
-        "3 / 1 * 2 =",
-        "-3 - 1 * 2 =",
-        ".3 - 1 * 2 =",
-        "3! - 1 * 2 =",
-    ]
+    sums = ["3 - 1 * 2 =", "(3 - 1) * 2 =", "31 * 2 =", "3 - 12 =", ".3 - 1 * 2 ="]
     for held_out in sums:
         assert without_copies(same := corpus_of([held_out]), corpus_of([each for each in sums if each != held_out])) is same
     with pytest.raises(UserError, match="1 of 1 documents of a corpus are in a corpus too: nothing is held out"):
