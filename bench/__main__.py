@@ -22,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, run_bench
+from bench.cli import Json, progress, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -79,7 +79,10 @@ def measure(flags: StageTableFlags) -> Json:
     if flags.out:
         from bench.anatomy.measure import anatomy
 
-        document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
+        try:
+            document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
+        except UserError as error:  # of a backend: the table has been measured, and stands without its pictures
+            progress(f"without the pictures of a step: {error}")
     print_stages(document)
     if flags.out:
         print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
