@@ -102,7 +102,7 @@ def test_every_row_claim_note_and_command_is_said():
 @pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "series"])
 def test_text_from_outside_stays_text(place):
     doc, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
-    row, decode = doc["rows"][0], doc["rows"][10]
+    row, decode = doc["rows"][0], next(row for row in doc["rows"] if row["slots"])
     if place == "row":
         row["name"] = decode["name"] = nasty
     elif place == "model":
