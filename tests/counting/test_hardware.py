@@ -65,6 +65,12 @@ def test_another_machine_has_ceilings_of_its_own(cache, monkeypatch, field):
     assert saved_ceilings() == FOUND
 
 
+def test_free_memory_is_what_is_available_within_the_limit(monkeypatch):
+    assert 2**20 < hardware.free_memory_bytes() < memory_limit_bytes()
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 2**20)
+    assert hardware.free_memory_bytes() == 2**20
+
+
 def test_measuring_fills_every_rate_and_reports_rounds(monkeypatch):
     monkeypatch.setattr(hardware, "_MAX_ROUNDS", 1)
     monkeypatch.setattr(hardware, "_CPU_SIDE", 512)

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
@@ -132,6 +132,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
 
 
 @given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
+@example(documents=["a", "bbb"], fraction=0.25)  # cut in a later document
 def test_holding_out_loses_nothing(documents, fraction):
     if len("".join(documents)) < 2:
         return

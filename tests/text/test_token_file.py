@@ -95,6 +95,12 @@ def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch):
     assert meanwhile
 
 
+def test_a_disk_that_fails_is_said(monkeypatch):
+    monkeypatch.setattr(module, "atomic_folder", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        open_token_file(DOCUMENTS, BPE)
+
+
 def test_ids_are_wide_where_the_vocabulary_is(monkeypatch):
     wide = train_bpe(DOCUMENTS, 280)
     wide.vocab = 65_537
