@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from bench.serving.completions import Completion, complete, completion_request, random_text
-from bench.serving.http_client import Client
+from bench.serving.client import Client, Completion, complete, completion_request, random_text
 
 
 async def repeat_under_load(

@@ -15,8 +15,8 @@ from openai_like import chat_request
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, refused, until
 from under_load import repeat_under_load
 
-from bench.serving.completions import completion_request
-from bench.serving.http_client import Client as BenchClient
+from bench.serving.client import Client as BenchClient
+from bench.serving.client import completion_request
 from engine.inference.sequence import Sequence
 from stages.serve import state, tokenizer_pool
 from stages.serve.api import completions
