@@ -4,11 +4,16 @@ import sys
 
 # A command's old name, and what it is now. Python imports this package before it looks for a module that is named with -m.
 MOVED = {
-    "bench.accelerator": "bench --checks", "bench.finetuning": "bench.step --of finetuning",
+    "bench.accelerator": "bench --checks",
+    "bench.finetuning": "bench.step --of finetuning",
     "bench.inference": "bench.peers --of serving",
-    "bench.recipes": "bench.step --of recipes", "bench.saving": "bench.step --of saving",
-    "bench.sharding": "bench.step --of mesh", "bench.table": "bench", "bench.training": "bench.step",
-}  # fmt: skip
+    "bench.quantisation": "stages.evaluate --weights int8",
+    "bench.recipes": "bench.step --of recipes",
+    "bench.saving": "bench.step --of saving",
+    "bench.sharding": "bench.step --of mesh",
+    "bench.table": "bench",
+    "bench.training": "bench.step",
+}
 if sys.argv[:1] == ["-m"] and (moved := MOVED.get(sys.orig_argv[sys.orig_argv.index("-m") + 1])):
     print(f"error: this command is now: python -m {moved}", file=sys.stderr)
     sys.exit(2)

@@ -6,6 +6,7 @@
     python -m bench --quick --json                 fewer rounds; nothing but a line of JSON on stdout
     python -m bench --checks                       the device beside the processor: same numbers, no request affects another
     python -m bench --list                         the other measurements
+    python -m bench.compare A/bench.json B/bench.json    two results, by the ratios that both measured
 
 All rows run in turns, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking the
 traced program, by XLA.
@@ -21,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, check_out, run_bench
+from bench.cli import Json, progress, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -78,7 +79,10 @@ def measure(flags: StageTableFlags) -> Json:
     if flags.out:
         from bench.anatomy.measure import anatomy
 
-        document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
+        try:
+            document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
+        except UserError as error:  # of a backend: the table has been measured, and stands without its pictures
+            progress(f"without the pictures of a step: {error}")
     print_stages(document)
     if flags.out:
         print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
@@ -86,7 +90,7 @@ def measure(flags: StageTableFlags) -> Json:
 
 
 def check_flags(flags: StageTableFlags) -> float:
-    """Returns the price in dollars an hour and makes the folder of --out. Raises UserError for a flag out of range."""
+    """Returns the price in dollars an hour. Raises UserError for a flag out of range."""
     try:
         price = float(flags.price)
     except ValueError:
@@ -100,7 +104,6 @@ def check_flags(flags: StageTableFlags) -> float:
             "--batch must be even and at least 2, for preferences come in pairs, and --context a multiple of 64, the tokens of "
             f"a prefill: got {flags.batch} and {flags.context}."
         )
-    check_out(flags.out)
     return price
 
 

@@ -47,25 +47,25 @@ def run_bench[Flags](
 ) -> int:  # fmt: skip
     """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
-    The document that `measure` returns goes with its `circumstances` into the folder of --out, as NAME.json; with --json it is
-    printed as a line on stdout, and all else on stderr. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe
-    141. `args`: None for the command line's. `name` follows `python -m`.
+    The document that `measure` returns goes with its `circumstances` into the folder of --out, as a file named by the end of
+    `name`; with --json it is printed as a line on stdout, and all else on stderr. An error is a sentence on stderr; Ctrl-C
+    returns 130, a closed pipe 141. `args`: None for the command line's. `name` follows `python -m`.
     """
     try:
         options = tyro.cli(
-            _with_json(flags), prog=f"python -m {name}", description=about, args=args,
+            _with_common(flags, name), prog=f"python -m {name}", description=about, args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            check_out(options.out)
             beside, result = circumstances(options), measure(options)
             if "jax" in sys.modules:
                 beside["machine"]["device"] = device_name()
             beside["machine"] |= result.pop("machine", {})
             document = json.dumps(beside | result, default=str)
-        out = getattr(options, "out", None)
-        if out and out.is_dir():
-            with atomic_file(out / f"{name.rpartition('.')[2]}.json") as file:
+        if options.out:
+            with atomic_file(options.out / f"{name.rpartition('.')[2]}.json") as file:
                 file.write(document.encode() + b"\n")
         if options.json:
             print(document, flush=True)
@@ -102,18 +102,20 @@ def circumstances(flags: Any) -> Json:
     }  # fmt: skip
 
 
-def _with_json(flags: type[Any]) -> type[Any]:
-    """Returns the flags with --json, and with a help that says INT for `int | None` and `off` for False."""
+def _with_common(flags: type[Any], name: str) -> type[Any]:
+    """Returns the flags with --json and --out, and with a help that says INT for `int | None` and `off` for False."""
     off = tyro.conf.arg(help_behavior_hint="(default: off)")
     hints = get_type_hints(flags, include_extras=True)
-    for name, kind in get_type_hints(flags).items():
+    for field, kind in get_type_hints(flags).items():
         if kind is bool or type(None) in get_args(kind):
             plain = off if kind is bool else tyro.conf.arg(metavar=get_args(kind)[0].__name__.upper(), help_behavior_hint="")
-            flags.__annotations__[name] = Annotated[kind, plain, *getattr(hints[name], "__metadata__", ())]
+            flags.__annotations__[field] = Annotated[kind, plain, *getattr(hints[field], "__metadata__", ())]
     about = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
-    return dataclasses.make_dataclass(
-        flags.__name__, [("json", Annotated[bool, off, about], False)], bases=(flags,), frozen=True
-    )
+    more: list[tuple[str, Any, Any]] = [("json", Annotated[bool, off, about], False)]
+    if "out" not in hints:
+        file = f"A folder for {name.rpartition('.')[2]}.json, which bench.compare reads."
+        more.append(("out", Annotated[Path | None, tyro.conf.arg(metavar="PATH", help=file, help_behavior_hint="")], None))
+    return dataclasses.make_dataclass(flags.__name__, more, bases=(flags,), frozen=True)
 
 
 def parse_shape(flag: str, text: str) -> Shape:

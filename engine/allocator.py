@@ -37,12 +37,18 @@ class _Mallinfo2(ctypes.Structure):
     )
 
 
-def fits_freed_memory(size: int) -> bool:
-    """Tries an allocation of `size` bytes and returns whether the heap stays as large; True where it is not glibc.
+def make_room(size: int) -> None:
+    """Returns freed memory to the kernel if a buffer of `size` bytes would not lie in it, but beside it; 0 bytes always fit.
 
     The hole that such a buffer left below other memory is too small: glibc needs a few bytes more, and would place the
     next one beside it.
     """
+    if size and not _fits_freed_memory(size):
+        return_freed_memory()
+
+
+def _fits_freed_memory(size: int) -> bool:
+    """Tries an allocation of `size` bytes and returns whether the heap stays as large; True where it is not glibc."""
     heap = _glibc("mallinfo2")
     if heap is None:
         return True

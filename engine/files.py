@@ -20,6 +20,7 @@ from engine.errors import UserError
 
 UNFINISHED = ".unfinished"  # the end of the name of a file or folder that is being written
 DAY = 24 * 60 * 60
+_being_written: dict[Path, Path] = {}  # by this process: each with the path at which it is to appear
 
 
 def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
@@ -194,10 +195,12 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
                 lock.enter_context(folder_lock(temporary))
             if temporary.exists():  # nobody removed it before it was locked
                 break
+        _being_written[temporary] = path
         try:
             yield temporary
         finally:
             _discard(temporary, path)
+            del _being_written[temporary]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -215,6 +218,13 @@ def remove_unfinished(folder: Path) -> None:
                 if isinstance(error, BlockingIOError) or time.time() - os.fstat(handle).st_mtime < DAY:
                     continue  # its writer lives
             _discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
+
+
+def discard_unfinished() -> None:
+    """Removes what this process is writing, before it ends in the middle of it."""
+    for temporary, path in [*_being_written.items()]:
+        with contextlib.suppress(OSError):
+            _discard(temporary, path)
 
 
 def _discard(temporary: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ phase = "before anything was begun."  # printed after "Stopped" by `stop`
 
 
 def write_stderr(sentence: str) -> None:
-    """Writes past `print`, which the main thread may be in the middle of, to where stderr is now (`engine.mesh.processes`)."""
+    """Writes past `print`, which the main thread may be in the middle of."""
     with contextlib.suppress(OSError):  # the terminal may be closed
         os.write(sys.stderr.fileno() if sys.stderr else 2, f"\n{sentence}\n".encode())
 

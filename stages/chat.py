@@ -134,8 +134,9 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         import readline  # noqa: F401  gives input() editing and history
     begun = ""
     while True:
+        python_raises = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with signals.handle_signals():
+            with signals.defer_signals("", print, [signal.SIGINT]):
                 line = input("... " if begun else "> ")
         except EOFError:
             notes.print()
@@ -143,12 +144,12 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         except UnicodeDecodeError:
             notes.print("\nThat was not UTF-8; say it again.", "yellow")
             continue
-        except signals.Stopped as stopped:
-            if stopped.number != signal.SIGINT:
-                raise
+        except KeyboardInterrupt:
             begun = ""
             notes.print("\n(/quit or Ctrl-D leaves)", "dim")
             continue
+        finally:
+            signal.signal(signal.SIGINT, python_raises)
         if line.endswith("\\"):
             begun += line[:-1] + "\n"
         else:
@@ -213,21 +214,18 @@ class ChatSession:
         completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None
         sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
         begin = first = time.perf_counter()
-        with signals.handle_signals():
-            signals.set_phase("while an answer was written.")
-            with signals.defer_signals("", lambda _: None) as state:
-                for _, tokens, reason, *_ in self._generate(prompt, sampling):
-                    first = time.perf_counter() if first == begin else first
-                    text = completion.push(tokens) + (completion.close() if reason else "")
-                    text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
-                    reply += text
-                    print(text, end="", flush=True)
-                    if state.received is not None:
-                        break
+        signals.set_phase("while an answer was written.")
+        with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
+            for _, tokens, reason, *_ in self._generate(prompt, sampling):
+                first = time.perf_counter() if first == begin else first
+                text = completion.push(tokens) + (completion.close() if reason else "")
+                text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
+                reply += text
+                print(text, end="", flush=True)
+                if deferral.received:
+                    break
         seconds, count = time.perf_counter() - first, completion.tokens
         print(flush=True)
-        if state.received is not None and state.received != signal.SIGINT:
-            raise signals.Stopped(state.received)
         if not (reply := reply.rstrip()):
             notes.print("(no answer)", "dim")
             return
@@ -253,19 +251,19 @@ class ChatSession:
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
-        from engine.inference.config import CHUNK, EngineConfig
-        from engine.inference.engine import Engine
+        from engine.inference.engine import CHUNK, Engine
         from engine.inference.scheduler import DRAFT_ROWS
 
-        sampling = sampling.within(self.cfg.context - len(prompt))
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, self.cfg.context - len(prompt)))
         capacity = MIN_CAPACITY
         while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2
         capacity = min(capacity, self.cfg.context)
         if self._engine is None or self._engine.capacity != capacity:
-            # One program, which `warm` has compiled, reads prompts of any length.
-            config = EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=self.cfg.dtype, tail=CHUNK)
-            self._engine = Engine(self.cfg, self.params, config)
+            self._engine = Engine(
+                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype,
+                tail=CHUNK,  # one program for prompts of any length, which `warm` has compiled
+            )  # fmt: skip
         id = self._engine.submit(Request(tuple(prompt), sampling))
         try:
             while self._engine.busy:

@@ -3,6 +3,7 @@
     python -m stages.evaluate                               the newest finished run, on what it was validated on
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
     python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
+    python -m stages.evaluate --weights int8                what int8 costs, beside the same without it
     python -m stages.evaluate --mesh fsdp=4                 a model that one device cannot hold
 
 Of a text, every token but the first is scored once, after at least half a window of it. Of conversations, only what the
@@ -24,7 +25,7 @@ from engine.mesh import processes
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
-from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, parser
+from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, one_of, parser
 from stages.cli.process import leave
 from stages.runs.flags import MeshFlags
 
@@ -50,6 +51,8 @@ class EvaluateFlags:
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
     batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
     """Windows of a text scored together, on each device that shares the rows."""
+    weights: Annotated[str | None, one_of("bfloat16", "float32", "int8"), default("as loaded")] = None
+    """The type of the weights' matrices, as `serve` stores them; int8 on one device alone."""
     mesh: MeshFlags
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False
@@ -67,15 +70,20 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from stages.runs.data.text import check_text_name
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
 
     def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
         return digest(process_allgather(params, tiled=True) if processes.process_count() > 1 else params)
 
     shape = choose_mesh(flags.mesh.mesh)
+    if shape and flags.weights:
+        raise UserError("--weights is for one device; leave --mesh out.")
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
+        if flags.data and data is None:
+            check_text_name(flags.data)
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
         console.print_notes(model.notes)
@@ -84,6 +92,8 @@ def evaluate(flags: EvaluateFlags) -> None:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
         model = dataclasses.replace(model, params=layout.place(model.cfg, model.params))
+        if flags.weights:
+            model = with_weights(model, flags.weights)
         before = digest_in_memory(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):
@@ -97,6 +107,20 @@ def evaluate(flags: EvaluateFlags) -> None:
         console.print_rows([*rows, ("weights", f"{same}, SHA-256 {after[:16]} before and after")])
         if before != after:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
+
+
+def with_weights(model: "LoadedModel", weights: str) -> "LoadedModel":
+    """Returns the model with its matrices as `stages.serve --weights` stores them: adapters merged, int8 or in a dtype."""
+    from engine.inference.decode import prepare_params
+    from engine.model.weights.int8 import quantize
+    from engine.model.weights.lora import merge_lora
+
+    cfg, params = model.cfg, merge_lora(model.params, model.cfg.dtype)
+    if weights == "int8":
+        params = quantize(params)
+    else:
+        cfg = dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
+    return dataclasses.replace(model, cfg=cfg, params=prepare_params(cfg, params))
 
 
 def _read_conversations(data: str) -> "Conversations | None":

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 
-from bench.serving.completions import completion_request
+from bench.serving.client import completion_request
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ SHORT = {
     "bench.step": ["--shapes", "1x64x64x2", "--rounds", "6"],
     "bench.commands": ["--max-time", "1s"],
     # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
-    **{f"bench.{name}": ["--help"] for name in ("anatomy", "life", "peers", "quantisation", "serving")},
+    **{f"bench.{name}": ["--help"] for name in ("anatomy", "life", "peers", "serving")},
     "bench": ["--help"],
     "stages.serve": ["--help"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
@@ -55,7 +55,8 @@ def test_the_old_name_of_a_measurement_prints_the_new_command():
     for old, new in MOVED.items():
         run = subprocess.run([sys.executable, "-m", old], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (run.returncode, run.stderr) == (2, f"error: this command is now: python -m {new}\n")
-        assert (ROOT / new.split()[0].replace(".", "/") / "__main__.py").exists()
+        path = ROOT / new.split()[0].replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
 
 
 def test_every_command_of_the_readme(tmp_path):
@@ -102,7 +103,7 @@ def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
     shape, recipe = parse_mesh(flags.mesh.mesh), chosen_recipe(flags, "gpu")
     check_mesh(shape, preset(flags.preset), recipe.batch, recipe.accumulate)
     assert shape.devices == devices
-    assert f"({RESTART}|137" in text or "maxRestarts" in text, "after a kill of one, the code is 75 or 137"
+    assert f"({RESTART}|134|137" in text or "maxRestarts" in text, "the codes after one is killed"
 
 
 def test_the_tree_is_the_tree():

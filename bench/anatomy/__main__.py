@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, check_out, print_table, run_bench
+from bench.cli import Json, print_table, run_bench
 from engine.device import start_jax
 from engine.format import ABSENT, si
 
@@ -32,7 +32,6 @@ class AnatomyFlags:
 
 def measure_anatomy(flags: AnatomyFlags) -> Json:
     """Prints the summary, writes the page and returns the document."""
-    check_out(flags.out)
     start_jax()
     from bench.anatomy.measure import anatomy
     from bench.anatomy.page import write_page

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.anatomy import real_steps
-from bench.anatomy.by_hand import by_hand_memory
+from bench.anatomy.by_hand import block_residuals, by_hand_memory
 from bench.anatomy.memory import KINDS, memory_over_time, thin
 from bench.anatomy.operations import count_ways, operation_rows
 from bench.anatomy.programs import B, T, compile_drawn
-from bench.anatomy.residuals import block_residuals
 from bench.cli import Json, progress
 from bench.models import BenchModel, tokens_for
 from engine.counting.hardware import best_ceilings, ceiling_rounds, saved_ceilings
@@ -44,7 +43,7 @@ def anatomy(model: BenchModel) -> Json:
     for stage in moved:  # in the order of the forward pass
         stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}
     ceilings = next(rounds)
-    if saved := saved_ceilings()[0]:  # others' work only lowers them
+    if saved := saved_ceilings():  # others' work only lowers them
         ceilings = best_ceilings(ceilings, saved)
     progress("running the NumPy model, forward and backward", replace=True)
     tokens = tokens_for(model, B, T + 1)

@@ -21,7 +21,7 @@ from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
 from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, Objective, init_state, train_step
+from engine.training.step import LORA_COMPILER_OPTIONS, NEXT_TOKEN, Objective, init_state, train_step
 
 B, T = 4, 256  # of a training batch: two blocks of queries
 ROWS, CAPACITY, CHUNK = 5, 192, 64  # of inference; ROWS is no other size, so that a shape tells what it is
@@ -96,7 +96,7 @@ def step_program(
         tx = make_optimizer(OptimizerConfig(kind=kind))
         state = jax.eval_shape(lambda trainable: init_state(tx, trainable), trainable)
         arguments = cfg, tx, state, frozen, data(), shape_of(jnp.float32), microbatches, objective
-        return Program(train_step, arguments, INT8_COMPILER_OPTIONS if lora == "int8" else None)
+        return Program(train_step, arguments, LORA_COMPILER_OPTIONS if lora == "int8" else None)
 
     return make
 

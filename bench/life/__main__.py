@@ -19,7 +19,7 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, check_out, run_bench
+from bench.cli import Json, run_bench
 from engine.device import start_jax
 from engine.errors import UserError, require_serve_packages
 
@@ -54,7 +54,6 @@ def measure_life(flags: LifeFlags) -> Json:
         raise UserError(f"--{other} is a later part of one model's life: give the run that it came from as --trained.")
     if not flags.log:
         require_serve_packages(shlex.join(["bench.life", *sys.argv[1:]]))
-    check_out(flags.out)
     start_jax()
     from bench.life.page import HERE, write_page
     from bench.life.planned import planned_rows

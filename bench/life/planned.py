@@ -4,12 +4,12 @@ from typing import Any
 
 from bench.cli import Json
 from bench.plan.answer import Interval, around, costs
+from bench.plan.fits import SLOTS, device_numbers, fit_serving
 from bench.plan.formulas import serving
-from bench.plan.hardware import efficiency_of, find_hardware, numbers
+from bench.plan.hardware import find_hardware
 from bench.plan.model import job
+from bench.plan.plans import PRECISIONS, plan_training
 from bench.plan.published import clean_runs
-from bench.plan.serving import PRECISIONS, fit_serving
-from bench.plan.training import SLOTS, plan_training
 from engine.model.config import preset
 
 NAME, PUBLISHED = "llama-2-7b", "Llama-2-7B"
@@ -23,7 +23,7 @@ def planned_rows() -> dict[str, Any]:
     """
     run = next(run for run in clean_runs() if run.name == PUBLISHED)
     device = find_hardware(run.hardware, {})
-    d = numbers(device, **efficiency_of(device.name)._asdict(), **fit_serving().uses)
+    d = device_numbers(device)
     cfg = preset(NAME)
     rows = []
     for stage, method, tokens, devices in (

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from bench.cli import progress
-from bench.plan.calibrate import rapl_joules
-from bench.serving.completions import complete, completion_request, random_text
+from bench.plan.hardware import rapl_joules
+from bench.serving.client import complete, completion_request, random_text
 from bench.serving.server import Server
 from engine.errors import UserError
 

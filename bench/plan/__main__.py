@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench.cli import Json, check_out, run_bench
+from bench.cli import Json, run_bench
 from engine.errors import UserError
 
 Text = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
@@ -85,7 +85,7 @@ def plan(flags: PlanFlags) -> Json:
     """Answers the question that the flags ask, and prints it. Raises UserError for impossible or missing numbers."""
     check_flags(flags)
     if flags.calibrate:
-        from bench.plan.calibrate import calibrate
+        from bench.plan.hardware import calibrate
 
         return calibrate()
     if flags.validate:
@@ -98,7 +98,7 @@ def plan(flags: PlanFlags) -> Json:
 
 
 def check_flags(flags: PlanFlags) -> None:
-    """Raises UserError for numbers that cannot be, questions that exclude each other, and a folder that cannot be written."""
+    """Raises UserError for numbers that cannot be, questions that exclude each other."""
     for name in ("days", "peak", "bandwidth", "memory", "price", "watts", "devices", "slots", "context"):
         if (value := getattr(flags, name)) is not None and not 0 < value < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a billion, not {value:g}.")
@@ -117,25 +117,22 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError("--served belongs to --budget or --days.")
     if flags.out and (flags.validate or flags.calibrate):
         raise UserError("--out writes the page of a question, with all validation on it; --validate and --calibrate ask none.")
-    check_out(flags.out)
 
 
 def answer(flags: PlanFlags) -> Json:
     """Prints and returns the answer to one question, and writes the page of --out."""
     from bench.plan.answer import amount
-    from bench.plan.break_even import plan_break_even
-    from bench.plan.budget import plan_budget
-    from bench.plan.hardware import efficiency_of, find_hardware, numbers
+    from bench.plan.fits import device_numbers
+    from bench.plan.hardware import find_hardware
     from bench.plan.model import job, read_model
+    from bench.plan.plans import plan_break_even, plan_budget, plan_serving, plan_training
     from bench.plan.published import accelerators
-    from bench.plan.serving import fit_serving, plan_serving
-    from bench.plan.training import plan_training
 
     given = {"bf16_tflops": flags.peak, "memory_gbs": flags.bandwidth, "memory_gb": flags.memory, "watts": flags.watts}
     device = find_hardware(flags.hardware, given | {"price": flags.price})
     read = lambda name: amount(f"--{name.replace('_', '-')}", getattr(flags, name))
     optional = lambda name: read(name) if getattr(flags, name) else None
-    d = numbers(device, **efficiency_of(device.name)._asdict(), **fit_serving().uses)
+    d = device_numbers(device)
     lengths = (read("prompt"), read("answer"), flags.cached)
     about_model = not (flags.budget or flags.days)
     name, cfg = read_model(flags.model or (None if about_model or flags.params else "llama-3.2-1b"), optional("params"))
@@ -167,8 +164,7 @@ def answer(flags: PlanFlags) -> Json:
         from bench.plan.page import write_page
         from engine.model.config import PRESETS
 
-        all_numbers = lambda each: numbers(each, **efficiency_of(each.name)._asdict(), **fit_serving().uses)
-        devices = {each.name: all_numbers(each) for each in accelerators().values()} | {device.name: d}
+        devices = {each.name: device_numbers(each) for each in accelerators().values()} | {device.name: d}
         asked = ("tokens", "requests", "prompt", "answer", "extra")
         state = {"model": name, "hardware": device.name, "cached": flags.cached, "precision": flags.precision}
         state |= {"replica" if flags.requests else "devices": flags.devices}

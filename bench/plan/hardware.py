@@ -1,18 +1,21 @@
-"""The devices of a plan: a known accelerator, one that flags describe, or this machine as it was calibrated."""
+"""The devices of a plan: a known accelerator, one that flags describe, or this machine, which is measured in 30 seconds."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench.plan.efficiency import Efficiency, predict_efficiency
+from bench.cli import Json, Shape, progress
 from bench.plan.published import accelerators
 from engine.counting.accelerators import Accelerator
 from engine.errors import UserError, did_you_mean
-from engine.files import cache_root
+from engine.files import cache_folder, cache_root, write_json
 
 HERE = "here"
+_SHAPES = (Shape(4, 256, 256, 8), Shape(6, 384, 256, 8), Shape(6, 512, 256, 8))  # whose steps are timed
 
 
 def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
@@ -51,15 +54,6 @@ def numbers(device: Accelerator, **others: Any) -> Any:
     )  # fmt: skip
 
 
-def efficiency_of(name: str) -> Efficiency:
-    """Returns a device's efficiency: of this machine as measured, of others by published runs."""
-    if name != HERE:
-        return predict_efficiency(name)
-    low, middle, high = read_calibration()["shares"]
-    spread = max(math.log(high / middle), math.log(middle / low), 0.05)
-    return Efficiency(math.log(middle), 0, 0, 0, spread, "training steps measured on this machine, slowest to fastest")
-
-
 def read_calibration() -> dict[str, Any]:
     """Returns what `--calibrate` measured. Raises UserError when it has not, or when its file is damaged."""
     file = cache_root() / "plan" / "calibration.json"
@@ -72,3 +66,50 @@ def read_calibration() -> dict[str, Any]:
         raise UserError("This machine was not measured yet: python -m bench.plan --calibrate does, in about 30 s.") from None
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{file} is damaged: measure again with python -m bench.plan --calibrate.") from None
+
+
+def calibrate() -> Json:
+    """Measures, saves in the user's cache what `--hardware here` reads, and returns it."""
+    from engine.device import start_jax
+
+    start_jax()
+    from bench.models import make_step, make_step_inputs
+    from bench.timing import measure
+    from engine.counting.flops import train_flops
+    from engine.counting.hardware import best_ceilings, clock, device_memory_bytes, measure_ceilings
+    from engine.training.optimizer import OptimizerConfig, make_optimizer
+
+    progress("measuring this machine's peak ...")
+    ceilings, rates = measure_ceilings(), []
+    joules, start = rapl_joules(), clock()
+    for shape in _SHAPES:
+        progress(f"training steps of {shape} ...")
+        inputs = make_step_inputs(shape, "bfloat16")
+        step = make_step(inputs, make_optimizer(OptimizerConfig(kind="adamw")))
+        timing = measure({str(shape): step}, rounds=5, warmups=2)[str(shape)]
+        flops = train_flops(inputs.cfg, shape.tokens, attention="causal").total
+        rates.append(shape.batch * shape.tokens * flops / timing.median)
+    watts = (rapl_joules() - joules) / (clock() - start)
+    ceilings = best_ceilings(ceilings, measure_ceilings())
+    device = Accelerator(
+        HERE, ceilings.bf16_gflops / 1e3, device_memory_bytes() / 1e9, ceilings.read_gbs, 1, 0, 0, ceilings.int8_gflops / 1e3,
+        watts, 0, 0, f"{ceilings.device}, {ceilings.cores} cores, measured",
+    )  # fmt: skip
+    shares = sorted(rate / 1e9 / ceilings.bf16_gflops for rate in rates)
+    document = {"device": dataclasses.asdict(device), "shares": shares}
+    write_json(cache_folder("plan") / "calibration.json", document)
+    energy = (
+        f"{watts:.0f} W by RAPL, of the processor alone" if watts else "RAPL cannot be read here, so give --watts for energy"
+    )
+    print(f"{device.source}: {ceilings.bf16_gflops:,.0f} GFLOP/s in bfloat16, {device.memory_gbs:.0f} GB/s")
+    print(f"training steps reach {shares[0]:.0%} to {shares[-1]:.0%} of it; {energy}")
+    return document
+
+
+def rapl_joules(root: Path = Path("/sys/class/powercap")) -> float:
+    """Returns the joules that the processor's packages have counted; 0 where the machine does not let them be read."""
+    total = 0.0
+    for file in root.glob("intel-rapl:?/energy_uj"):
+        with contextlib.suppress(OSError, ValueError):
+            total += int(file.read_text()) / 1e6
+    return total

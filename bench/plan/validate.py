@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bench.plan.efficiency import predict_efficiency
+from bench.plan.fits import fit_serving, predict_efficiency, predicted_rate
 from bench.plan.formulas import SHARE, UPDATE_BYTES, training_memory
 from bench.plan.model import config_of_size, job
+from bench.plan.plans import ADAPTER_BOUND, MEMORY
 from bench.plan.published import clean_runs, rows, utilisation
-from bench.plan.serving import fit_serving, predicted_rate
-from bench.plan.training import ADAPTER_BOUND, MEMORY
 
 FLOPS_BOUND = 0.03
 SPLITS = 20  # of the runs into halves

@@ -14,8 +14,7 @@ from typing import Any
 
 from bench.cli import Json, progress
 from bench.peers.process import Peer
-from bench.serving.completions import Completion, complete, completion_request, random_text, read_completion, send
-from bench.serving.http_client import Client, Response
+from bench.serving.client import Client, Completion, Response, complete, completion_request, random_text, read_completion, send
 from bench.serving.server import Server
 from bench.timing import Timing, ratio
 from engine.counting.hardware import clock

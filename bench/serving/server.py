@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from bench.serving.http_client import HOST, Client
+from bench.serving.client import HOST, Client
 from engine.counting.hardware import clock
 from engine.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.stages.row import Row
+from bench.stages.rows import Row
 from engine.by_hand import adamw
 from engine.by_hand.model import forward, loss_and_gradient
 from engine.by_hand.tree import to_numpy, tree_map

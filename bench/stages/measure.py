@@ -12,15 +12,20 @@ import numpy as np
 
 from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
-from bench.stages.arithmetic import check_arithmetic
 from bench.stages.by_hand_rows import by_hand_rows
+from bench.stages.checks import check_arithmetic, check_invariants, model_state
 from bench.stages.claims import Evidence, claims
-from bench.stages.estimate import check_memory, duration_warning
-from bench.stages.explain import explain_peak, explain_time
-from bench.stages.inference_rows import decode_row, evaluation_row, prefill_row, served_rows, uncached_decode
-from bench.stages.invariants import check_invariants, model_state
-from bench.stages.row import Row
-from bench.stages.training_rows import training_kinds, training_row
+from bench.stages.estimate import check_memory, duration_warning, explain_peak, explain_time
+from bench.stages.rows import (
+    Row,
+    decode_row,
+    evaluation_row,
+    prefill_row,
+    served_rows,
+    training_kinds,
+    training_row,
+    uncached_decode,
+)  # fmt: skip
 from bench.timing import MIN_ROUNDS, Timing, describe_noise, measure, ratio
 from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
 from engine.counting.params import count_params

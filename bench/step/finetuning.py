@@ -26,7 +26,7 @@ from engine.model.weights.matmul import cast_matrices
 from engine.training.lora import init_lora
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import INT8_COMPILER_OPTIONS, init_state, train_step
+from engine.training.step import LORA_COMPILER_OPTIONS, init_state, train_step
 
 MATMUL_SIDE = 2048  # of the square matrices of the ceiling
 MATMULS = 24  # a round, to hide the clock and the launch
@@ -98,7 +98,7 @@ def _steps(cfg: ModelConfig, params: Any, batch: int, tokens: int, rank: int) ->
         )  # fmt: skip
         state = init_state(tx, jax.tree.map(jnp.copy, trainable))
         lowered: Any = train_step.lower(cfg, tx, state, frozen, data, progress, microbatches=microbatches)
-        program = lowered.compile(INT8_COMPILER_OPTIONS if int8 else None)
+        program = lowered.compile(LORA_COMPILER_OPTIONS if int8 else None)
 
         def run() -> Any:
             nonlocal state

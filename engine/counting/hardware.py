@@ -141,36 +141,24 @@ def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
     return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
 
 
-def saved_ceilings() -> tuple[Ceilings | None, str]:
-    """Returns this machine's ceilings from the user's cache; or None, and why there are none."""
-    identity = machine_identity()
-    try:
-        folder = cache_folder("hardware")
-        file = folder / _file_name(identity)
-        if not file.exists():
-            others = any(folder.glob("*.json"))
-            return None, f"those in {folder} are of other machines or JAX versions" if others else f"{folder} holds none yet"
-        saved = json.loads(file.read_text())
-        rates = [saved["ceilings"][rate] for rate in RATES]
-        if saved["identity"] == identity and all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            return Ceilings(**saved["ceilings"]), ""
-    except OSError as error:
-        return None, f"the cache cannot be read: {error}"
-    except (ValueError, TypeError, KeyError):
-        pass
-    return None, f"those in {file} are damaged"
+def saved_ceilings() -> Ceilings | None:
+    """Returns this machine's ceilings from the user's cache; None where it holds none, or damaged ones."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        ceilings = Ceilings(**json.loads(_ceilings_file().read_text()))
+        if all(math.isfinite(rate) and rate >= 0 for rate in (getattr(ceilings, rate) for rate in RATES)):
+            return ceilings
+    return None
 
 
 def save_ceilings(ceilings: Ceilings) -> None:
-    """Saves this machine's ceilings in the user's cache, where it can be written."""
-    identity = machine_identity()
-    with contextlib.suppress(OSError):  # else they are measured again next time
-        file = cache_folder("hardware") / _file_name(identity)
-        write_json(file, {"identity": identity, "ceilings": dataclasses.asdict(ceilings)})
+    """Saves this machine's ceilings in the user's cache, where it can be written: else they are measured again next time."""
+    with contextlib.suppress(OSError):
+        write_json(_ceilings_file(), dataclasses.asdict(ceilings))
 
 
-def _file_name(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] + ".json"
+def _ceilings_file() -> Path:
+    identity = json.dumps(machine_identity(), sort_keys=True).encode()
+    return cache_folder("hardware") / f"{hashlib.sha256(identity).hexdigest()[:16]}.json"
 
 
 def peak_rss_bytes() -> int:

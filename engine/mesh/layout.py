@@ -5,8 +5,7 @@
         batch = global_batch(batches.at(step))       # of each process's own rows
         state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
 
-`rules.py` says which axes cut what. Without a mesh every function here returns what it was given, so one device runs the
-program that it would run without this file.
+`rules.py` says which axes cut what. Without a mesh nothing here adds to a program: the room's docstring has a table.
 
 On a `tensor` axis of t devices, the columns of a matrix with several parts (q, k, v; gate, up) lie in t groups: each holds
 its t-th of every part, and a device computes whole heads. That is in memory only; files hold the parts one after another.

@@ -1,44 +1,36 @@
-"""Several processes that train one model: they agree on what they do, and end together.
+"""Several processes that train one model: they meet, agree on what they do, and end together.
 
-A process that ends says why under a key that all others wait for, so they end within a second. One that is killed says
-nothing: its peers' collectives fail, or JAX's coordination service misses its heartbeats and aborts them; either becomes one
-sentence and the exit code RESTART. A mistake of all is printed by process 0 alone. With one process nothing here does anything.
+JAX's coordination service, in process 0, holds their heartbeats and a key-value store. A process that ends says why under a
+key that all others wait for, so they end within a second, with its exit code. One that is killed says nothing: its peers'
+collectives fail, which becomes one sentence and the code RESTART, or JAX misses its heartbeat and aborts them (134).
 
-It loads without JAX, whose key-value store has no public name.
+With one process `join` is not called. This file loads without JAX, whose key-value store has no public name.
 """
 
-import atexit
 import contextlib
-import ctypes
-import functools
 import itertools
 import json
-import math
 import os
 import re
-import signal
 import socket
-import tempfile
 import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.format import duration
 
-HEARTBEAT = 8  # seconds without one until JAX gives a process up
 MISTAKE, RESTART = 2, 75  # exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
-TICK = 1.0  # seconds between looks at the watchdog
-LINGER_SECONDS = 1.0  # that process 0 stays: the service, by which the others hear why, ends with it
-SAME_MISTAKE_SECONDS = 2.0  # in which process 0 meets a mistake of all
-FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: process 0 may read a large corpus first
+HEARTBEAT = 8  # seconds without one until JAX gives a process up
+TICK = 1.0  # seconds in which the others hear that one ends: process 0 stays as long, for the service ends with it
+SAME_MISTAKE_SECONDS = 2.0  # in which process 0 meets a mistake of all, and prints it once
+FOREVER = 7 * 24 * 3600  # seconds: process 0 may read a large corpus first
+ENDED = "thrice/ended"  # the key of the one that ended first: its number, exit code and sentence
 PEER_IS_GONE = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
-
-SERVICE_FAILS = re.compile("coordination_service|JAX distributed service")  # abort() follows, after a second of stack trace
 
 
 class _Group:
@@ -46,143 +38,66 @@ class _Group:
 
     client: Any = None
     process, processes, machines = 0, 1, 1
-    mistake = ""  # of this process, which may be that of all
-    joining = ""  # the sentence for an abort while it waits for the others
-    error_output, library_errors = 2, -1  # file descriptors: the person's stderr; what libraries write to theirs
-    held = ""  # of what they wrote, for the abort
-    describe_saved: Callable[[], str] = staticmethod(lambda: "Nothing was saved yet.")
     ending = threading.Lock()
-    activity, patience, waited = "", float("inf"), 0.0  # seconds without progress until the watchdog ends it; and so far
-    abort_handler: Any = None  # kept alive for C
 
 
 _group = _Group()
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
 
 
-def hide_library_errors() -> int:
-    """Has file descriptor 2 write to a file, which `_watch` copies to where it wrote before; returns a descriptor of that.
+def join(coordinator: str | None, processes: int | None, process: int | None, seconds: float) -> None:
+    """Joins the processes of a run, before JAX's backend starts; None: as the cluster says.
 
-    JAX writes a stack trace before it aborts a process, for which there is one sentence.
-    """
-    _group.error_output = os.dup(2)
-    written, path = tempfile.mkstemp()
-    _group.library_errors = os.open(path, os.O_RDONLY)
-    os.unlink(path)
-    os.dup2(written, 2)
-    os.close(written)
-    atexit.register(_show_library_errors)
-    return _group.error_output
-
-
-def find_coordinator(
-    processes: int | None, process: int | None, coordinator: str | None, seconds: float
-) -> tuple[str, int, int]:
-    """Returns the coordinator's `host:port`, the number of processes and of this one; None: as the cluster says.
-
-    Raises UserError when the cluster says nothing, when the port is taken, and when nobody listens there within `seconds`.
+    Ends this process when not all have met within `seconds`, where JAX would abort it. Raises UserError when JAX cannot start
+    its service or find the cluster, and when the processes count themselves differently.
     """
     import jax
-    from jax._src import clusters
+    from jax._src.distributed import global_state
 
-    if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"The coordinator {address} has no port: JAX_COORDINATOR_ADDRESS wants HOST:PORT.")
+    if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:  # JAX would abort
         raise UserError(
             "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE and JAX_MTLS_CA_FILE."
         )
-    for name in ("CERT", "KEY", "CA"):
-        path = getattr(jax.config, f"jax_mtls_{name.lower()}_file")
-        if path and not os.access(path, os.R_OK):
-            raise UserError(f"JAX_MTLS_{name}_FILE names {path}, which is not there or cannot be read.")
-    try:
-        address, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process, None, None, math.ceil(seconds)
-        )
-    except RuntimeError as error:
-        if "mpi4py" in str(error):
-            raise UserError(
-                "Open MPI 5 says which process this is only through mpi4py: install it in this environment, or use Open MPI 4."
-            ) from error
-        raise UserError(f"The cluster does not say which process this is: {error}") from error
-    if address is None or processes is None or process is None:
-        raise UserError("No cluster says how many processes there are: give --coordinator HOST:PORT --processes N --process I.")
-    if not address.rpartition(":")[2].isdecimal():
-        raise UserError(f"The coordinator {address} has no port: JAX_COORDINATOR_ADDRESS wants HOST:PORT.")
-    if process:
-        _reach(address, seconds)
-    else:
-        _refuse_taken(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or f"[::]:{address.rpartition(':')[2]}")
-    return address, processes, process
-
-
-def join(address: str, processes: int, process: int, seconds: float) -> None:
-    """Joins the processes of a run within `seconds`. Must come before JAX's backend starts.
-
-    Raises UserError when JAX's service cannot start, and when processes count themselves differently.
-    """
-    import jax
-    from jax._src import distributed as jax_distributed
-
-    # Its notice is SIGTERM, whose handler it would replace; `gather_numbers` carries our own, and Ctrl-C too.
-    jax.config.update("jax_enable_preemption_service", False)
-    handle_abort(
-        f"Not all {processes} processes met at {address} within {seconds:g} s: start each once, with its own --process and the "
-        "same --processes."
+    if coordinator and process == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        _refuse_taken(coordinator)
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace our handler of SIGTERM
+    missing = (
+        f"Not all{f' {processes}' if processes else ''} processes met{f' at {address}' if address else ''} within "
+        f"{duration(seconds)}: start each once, with its own --process and the same --processes, process 0 at that address."
     )
-    timeout = math.ceil(seconds)  # 0 would be for ever
+    timer = threading.Timer(seconds, _leave, (MISTAKE, missing))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            address, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
+            address, processes, process, initialization_timeout=FOREVER, heartbeat_timeout_seconds=HEARTBEAT
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"Process {process} cannot start at {address}: {error}. Give another address or port.") from error
-    begin(jax_distributed.global_state.client, process, processes)
-    refuse_differences({"--processes": str(processes)})
-
-
-def _reach(coordinator: str, seconds: float) -> None:
-    """Waits until the coordinator listens: JAX would abort the process instead of raising an error."""
-    host, _, port = coordinator.rpartition(":")
-    begin, reason = time.monotonic(), ""
-    while time.monotonic() - begin < seconds:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        time.sleep(0.2)
-    raise UserError(
-        f"The coordinator at {coordinator} could not be reached for {duration(seconds)}: {reason}. Process 0 listens there: "
-        "check that it runs, and the address."
-    )
-
-
-def _refuse_taken(address: str) -> None:
-    """Raises UserError when process 0 cannot listen at `host:port`: JAX would end it with SIGSEGV."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    host = "0.0.0.0" if host == "::" and not socket.has_dualstack_ipv6() else host  # as gRPC has it
-    try:
-        version, kind, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(version, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended is no obstacle
-            if version == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            probe.bind(where)
-    except OSError as error:
         raise UserError(
-            f"Process 0 cannot listen at {address}: {error.strerror}. Give all processes another port, by --coordinator or, "
-            "under a cluster, by JAX_COORDINATOR_PORT."
+            f"This process cannot join the others: {error}. Give --coordinator HOST:PORT --processes N --process I: all of "
+            "them the same address, and each its own number."
         ) from error
-
-
-def begin(client: Any, process: int, processes: int) -> None:
-    """Makes this process one of those that the client of JAX's service has joined."""
-    _take_library_errors()  # of waiting for the others
-    _group.client, _group.process, _group.processes, _group.joining = client, process, processes, ""
-    threading.Thread(target=_watch, args=(client,), daemon=True, name="peers").start()
+    finally:
+        timer.cancel()
+    _group.client, _group.process, _group.processes = global_state.client, global_state.process_id, global_state.num_processes
+    threading.Thread(target=_watch, args=(_group.client,), daemon=True, name="peers").start()
+    refuse_differences({"--processes": str(_group.processes)})
     _group.machines = len({*gather_strings(socket.gethostname())})
     if _group.process:  # the console is process 0's; errors go to everyone's stderr
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _refuse_taken(address: str) -> None:
+    """Raises UserError when another listens at the port of `host:port`, which JAX would share with it."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise UserError(
+            f"Process 0 cannot listen at {address}: {error.strerror}. Give all processes another port by --coordinator."
+        ) from error
 
 
 def in_cluster() -> bool:
@@ -233,11 +148,11 @@ def gather_strings(value: str = "", topic: str = "run") -> list[str]:
     key, client = f"thrice/{topic}/{next(_calls[topic])}", _group.client
     if is_first():
         others = range(1, _group.processes)
-        values = [value, *(client.blocking_key_value_get(f"{key}/{process}", FOREVER) for process in others)]
+        values = [value, *(client.blocking_key_value_get(f"{key}/{process}", 1000 * FOREVER) for process in others)]
         client.key_value_set(key, json.dumps(values))
         return values
     client.key_value_set(f"{key}/{_group.process}", value)
-    return json.loads(client.blocking_key_value_get(key, FOREVER))
+    return json.loads(client.blocking_key_value_get(key, 1000 * FOREVER))
 
 
 def refuse_differences(facts: dict[str, str]) -> None:
@@ -271,66 +186,31 @@ def refuse_unshared(folder: Path) -> None:
         )
 
 
-@functools.cache
-def _gather_program(numbers: int) -> tuple[Any, Any]:
-    """Returns the sharding of a row of `numbers` a process, and a program that copies all rows to every process.
-
-    The processes meet when all have compiled it, for Gloo waits only 30 s for the others: see `connect_devices`.
-    """
-    import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    first = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
-    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("process",), ()))
-    shape = jax.ShapeDtypeStruct((len(first), numbers), np.float32, sharding=rows)
-    program = jax.jit(lambda rows: rows, out_shardings=whole).lower(shape).compile()
-    gather_strings()
-    return rows, program
-
-
 def gather_numbers(*numbers: float) -> list[list[float]]:
     """Returns the float32 `numbers` of every process, (processes, numbers), in every process. One collective."""
     if _group.client is None:
         return [[*numbers]]
-    import jax
     import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
 
-    rows, program = _gather_program(len(numbers))
-    row = np.array([numbers], np.float32)
-    everyone = program(jax.make_array_from_process_local_data(rows, row, (_group.processes, len(numbers))))
-    return np.asarray(everyone.addressable_data(0)).tolist()
+    return process_allgather(np.array(numbers, np.float32)).tolist()
 
 
-def expect_progress(activity: str, seconds: float = float("inf")) -> None:
-    """Ends this process when `activity` takes longer than `seconds`, unless this is called again."""
-    _group.activity, _group.waited, _group.patience = activity, 0.0, seconds
+def end(code: int, sentence: str) -> None:
+    """Ends this process and all others with the code, and prints the sentence of an error. With one process it only returns.
 
-
-def describe_saved_by(describe: Callable[[], str]) -> None:
-    """Sets the last words of a process that ends: which checkpoint is the newest."""
-    _group.describe_saved = describe
-
-
-def _watch(client: Any) -> None:
-    """Waits for another process to end, and counts an activity's ticks: a stopped process counts none."""
-    while True:
-        try:
-            process, code, sentence = json.loads(client.blocking_key_value_get("thrice/ended", round(1000 * TICK)))
-        except Exception as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                return  # this process has left the service
-            _show_library_errors()
-            _group.waited += TICK
-            if _group.waited > _group.patience:
-                end(RESTART, f"{_group.activity} made no progress for {_group.waited:.0f} s. {_group.describe_saved()}")
-        else:
-            if process != _group.process:
-                printed = code == MISTAKE and _group.process and _group.mistake in ("", sentence)  # by process 0
-                why = _group.mistake or f"Process {_group.process} ends because process {process} did: {sentence}"
-                _exit(code, "" if printed else why)
-            return
+    Another that has ended before ends this one with its own code.
+    """
+    if _group.client is None:
+        return
+    if code == MISTAKE and not is_first():
+        time.sleep(SAME_MISTAKE_SECONDS)
+    try:
+        _group.client.key_value_set(ENDED, json.dumps([_group.process, code, sentence]))
+    except Exception:  # another has said why before, which `_watch` is about to hear; or the service is gone
+        time.sleep(TICK)
+    name = f"Process {_group.process}: " if _group.process else ""
+    _leave(code, "" if code > 128 else name + sentence)  # a signal's was printed before
 
 
 def end_for_error(error: Exception) -> None:
@@ -339,87 +219,31 @@ def end_for_error(error: Exception) -> None:
         return
     text = (str(error).splitlines() or [""])[0][:200]
     if isinstance(error, RuntimeError | ValueError) and PEER_IS_GONE.search(text):
-        during = _group.activity or "its start"
-        end(RESTART, f"Process {_group.process} lost another one in {during} ({text}). {_group.describe_saved()}")
-    _show_library_errors()
+        end(RESTART, f"another one is gone or does not answer ({text}). The same command goes on, in every process.")
     traceback.print_exc()
-    end(1, f"Process {_group.process} met an error, which it shows: {text}")
+    end(1, f"it met an error, which it shows: {text}")
 
 
-def end(code: int, sentence: str) -> None:
-    """Ends this process, and all others with the same code and sentence. With one process it only returns."""
-    if _group.client is None:
-        return
-    if code == MISTAKE and _group.process:
-        _group.mistake = sentence
-        time.sleep(SAME_MISTAKE_SECONDS)  # in which `_watch` ends this process if others met the same
-    try:
-        _group.client.key_value_set("thrice/ended", json.dumps([_group.process, code, sentence]))
-    except Exception:  # another has said why before, which `_watch` repeats and ends this process; or the service is gone
-        time.sleep(TICK)
-    _exit(code, f"Process {_group.process}: {sentence}" if _group.mistake else sentence)
+def _watch(client: Any) -> None:
+    """Ends this process when another one has ended. Process 0 prints why, unless that was its own sentence."""
+    while True:
+        try:
+            process, code, sentence = json.loads(client.blocking_key_value_get(ENDED, round(1000 * TICK)))
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return  # this process has left the service
+        else:
+            if process != _group.process:
+                _leave(code, f"Process {process} ended: {sentence}" if is_first() else "")
+            return
 
 
-def _exit(code: int, sentence: str = "") -> None:
+def _leave(code: int, sentence: str) -> None:
     """Prints the sentence, if any, and leaves past Python's and JAX's own way out, which waits for the other processes."""
     if not _group.ending.acquire(blocking=False):
-        time.sleep(LINGER_SECONDS + 60)  # another thread leaves
+        time.sleep(60)  # another thread leaves
     with contextlib.suppress(OSError):
-        cursor = "\x1b[?25h\n" * os.isatty(_group.error_output)
-        os.write(_group.error_output, (cursor + f"error: {sentence}\n" * bool(sentence)).encode())
-    if is_first():
-        time.sleep(LINGER_SECONDS)
+        os.write(2, f"error: {sentence}\n".encode() if sentence else b"")
+    if is_first() and _group.client is not None:
+        time.sleep(TICK)
     os._exit(code)
-
-
-def _take_library_errors() -> str:
-    """Returns what libraries have written and nobody has read."""
-    if _group.library_errors < 0:
-        return ""
-    text = b"".join(iter(lambda: os.read(_group.library_errors, 2**16), b"")).decode(errors="replace")
-    text, _group.held = _group.held + text, ""
-    return text
-
-
-def _show_library_errors() -> None:
-    """Copies to stderr what libraries have written, unless JAX's service fails."""
-    text = _take_library_errors()
-    if SERVICE_FAILS.search(text):
-        _group.held = text
-    elif text and not _group.joining:
-        with contextlib.suppress(OSError):
-            os.write(_group.error_output, text.encode())
-
-
-def handle_abort(joining: str) -> None:
-    """Makes one sentence of JAX's abort(), by which it ends a process when the coordinator or a heartbeat is gone.
-
-    Before `begin` it is `joining`. A handler in Python would run too late.
-    """
-    _group.joining = joining
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def handle(_: int) -> None:
-        text = _take_library_errors()
-        _exit(*((MISTAKE, _group.joining) if _group.joining else _explain_abort(text)))
-
-    _group.abort_handler = handle
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handle)
-
-
-def _explain_abort(text: str) -> tuple[int, str]:
-    """Returns the exit code and the sentence for an abort, of which a library wrote `text`."""
-    if again := re.search(r"(\d+) unexpectedly tried to connect", text):
-        # A mistake, where the one that had the number lives; others cannot know, and before the first step take it for one.
-        code = MISTAKE if int(again[1]) == _group.process or not _group.activity else RESTART
-        saved = f" {_group.describe_saved()}" if code == RESTART else ""
-        return code, f"Process {again[1]} was started twice: start each once, with its own --process.{saved}"
-    if silent := re.search(r"stopped sending heartbeats\):\s+(\d+(?:\s+\d+)*)", text):
-        other = f"process {', '.join(silent[1].split())}"
-    elif re.search("Failed to send RPC to coordination service|CoordinationService/Heartbeat", text):
-        other = "process 0"
-    elif PEER_IS_GONE.search(text):
-        other = "another one"
-    else:
-        return RESTART, f"Process {_group.process} was aborted by a library: {text.strip()}\n{_group.describe_saved()}"
-    return RESTART, f"Process {_group.process} lost {other}, which is gone or does not answer. {_group.describe_saved()}"

@@ -40,8 +40,9 @@ class Objective:
 NEXT_TOKEN = Objective(summed_loss, lambda batch: jnp.count_nonzero(batch.mask))
 
 
-# Compiler options for a step over an int8 base: else XLA converts all of it once for all microbatches, and holds that.
-INT8_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+# Compiler options for a step that trains a LoRA: else XLA would widen an int8 base, or merge the adapter into a float base,
+# once for all microbatches, and hold all of it in float32.
+LORA_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class StepMetrics(NamedTuple):

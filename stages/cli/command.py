@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,18 +43,22 @@ def run_command[Flags](
 ) -> int:  # fmt: skip
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
-    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. The code is MISTAKE for an error that
-    `explain_error` explains (on stderr, with the traceback under --verbose), 128 + the signal when stopped, 141 when nobody
-    reads the output any more.
+    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. `check_together` of the flags and of
+    their groups, where they have one, raises UserError for flags that do not go together. The code is MISTAKE for an error
+    that `explain_error` explains (on stderr, with the traceback under --verbose), 128 + the signal when stopped, 141 when
+    nobody reads the output any more.
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
     outlive_terminal()
     try:
         options = tyro.cli(
-            flags, prog=f"python -m stages.{name}", description=about, args=args,
+            flags, prog=f"python -m stages.{name}", description=_wrapped(about or ""), args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
+        for group in (*vars(options).values(), options):
+            if hasattr(group, "check_together"):  # not in __post_init__: tyro would name our classes before the sentence
+                group.check_together()
         gc.enable()
         gc.set_threshold(STARTING_OBJECTS)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -65,10 +70,6 @@ def run_command[Flags](
             return command(options) or 0
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
         return int(exit.code or 0)
-    except signals.Stopped as stopped:
-        code = signals.report_stop(stopped)
-        processes.end(code, "it was stopped by a signal.")
-        return code
     except BrokenPipeError:
         processes.end(141, "nobody reads its output.")
         # Python flushes stdout on its way out and would complain once more.
@@ -87,6 +88,15 @@ def run_command[Flags](
         return MISTAKE
     finally:
         stages.phase = "after the command was over; nothing is lost."
+
+
+def _wrapped(about: str) -> str:
+    """Returns the text with its later paragraphs wrapped and indented: tyro joins lines that are not indented."""
+    width, (first, *rest) = shutil.get_terminal_size().columns, about.strip().split("\n\n")
+    fill = lambda text: (
+        text if text.startswith(" ") else textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ")
+    )
+    return "\n\n".join([first, *map(fill, rest)])
 
 
 def explain_error(error: BaseException, flags: Any = None) -> str | None:

@@ -47,12 +47,6 @@ def outlive_terminal() -> None:
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
 
 
-def print_errors_on(descriptor: int) -> None:
-    """Has stderr print on another file descriptor than the second, to which libraries write."""
-    sys.stderr = os.fdopen(descriptor, "w", buffering=1, errors="backslashreplace", closefd=False)
-    outlive_terminal()
-
-
 def leave(code: int) -> NoReturn:
     """Ends the process, its exit functions run, without taking the interpreter down, when signals have no sentence."""
     atexit._run_exitfuncs()

@@ -8,7 +8,7 @@ sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount -t nfs $SHARE /sh
 pip install --quiet uv; export PATH=\$HOME/.local/bin:\$PATH UV_PROJECT_ENVIRONMENT=\$HOME/venv
 for start in {1..100}; do
   uv run --extra tpu python -m stages.train llama-3.2-1b --mesh fsdp=64 --data corpus.bin --steps 20000 --out-dir runs/llama
-  code=\$?; [[ \$code =~ ^(75|137)$ ]] || break
+  code=\$?; [[ \$code =~ ^(75|134|137)$ ]] || break
 done; exit \$code"
 while true; do
   [[ $(state) ]] || tpu create --spot --accelerator-type=v5litepod-64 --version=v2-alpha-tpuv5-lite || exit

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.errors import UserError
-from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
+from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
 from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, TrainableFlags
 
 
@@ -55,18 +55,6 @@ class TuningFlags:
     """Steps or training time between evaluations on the validation conversations."""
 
 
-@with_help(
-    max_time=default(
-        "3m, but at least 100 steps, when neither is given",
-        "Training time, such as 90s, 3m, 1h, which ends the run however few its steps; compiling, evaluating and saving are "
-        "not counted.",
-    )
-)
-@dataclasses.dataclass(frozen=True)
-class FinetuneLengthFlags(LengthFlags):
-    """The length of the run. Of both, whichever ends first."""
-
-
 @dataclasses.dataclass(frozen=True)
 class FinetuneFlags(ModelRunFlags):
     """Flags of fine-tuning: the model, the data, the trainable parameters, and the step."""
@@ -74,11 +62,11 @@ class FinetuneFlags(ModelRunFlags):
     examples: ExampleFlags
     trainable: TrainableFlags
     tuning: TuningFlags
-    length: FinetuneLengthFlags
+    length: LengthFlags
     folder: FolderFlags
     mesh: MeshFlags
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:
             raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
         if self.tuning.batch % self.microbatches:

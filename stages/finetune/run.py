@@ -18,7 +18,7 @@ from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import dpo
-from engine.training.step import INT8_COMPILER_OPTIONS, NEXT_TOKEN, TrainState
+from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
@@ -155,7 +155,7 @@ class FineTuning(ModelStage):
         with self.console.task("compiling", always=True):
             program = compile_step(
                 plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective,
-                INT8_COMPILER_OPTIONS if plan.base == "int8" else None,
+                plan.compiler_options,
             )  # fmt: skip
         _clear_programs()
         return TrainingSteps(

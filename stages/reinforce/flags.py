@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from stages.cli.flags import COUNT, default, integer, number, parser, path, positive, seconds, with_help
+from stages.cli.flags import COUNT, default, integer, number, parser, path, positive, seconds
 from stages.runs.flags import FolderFlags, ModelRunFlags, TrainableFlags
 
 
@@ -55,16 +55,6 @@ class DurationFlags:
     """Times that completions are sampled and trained on."""
 
 
-@with_help(
-    out_dir=default("runs/MODEL-TASK"), save_every=default("60s", "Rounds or time between checkpoints."),
-    log_every=default("1", "Rounds between lines of metrics.jsonl."),
-)  # fmt: skip
-@dataclasses.dataclass(frozen=True)
-class ReinforceFolderFlags(FolderFlags):
-    """The run folder, and how often it is written."""
-
-
-@with_help(seed=default("0", "Of the adapter's first weights, of the order of the prompts, and of sampling."))
 @dataclasses.dataclass(frozen=True)
 class ReinforceFlags(ModelRunFlags):
     """Flags of reinforcement learning: a model, a task, and the trainable parameters."""
@@ -73,4 +63,4 @@ class ReinforceFlags(ModelRunFlags):
     trainable: TrainableFlags
     update: UpdateFlags
     length: DurationFlags
-    folder: ReinforceFolderFlags
+    folder: FolderFlags

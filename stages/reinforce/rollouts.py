@@ -1,46 +1,110 @@
-"""The inference half of a round: samples completions, rewards and scores each."""
+"""Rollouts: a task's prompts, completions sampled in one `decode.generate` (no Engine), their rewards and log-probabilities."""
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
+import random
 import signal
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.inference.engine import complete
-from engine.inference.request import SamplingParams
+from engine.inference import decode
+from engine.inference.request import SEEDS, SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
+from engine.text.corpus import normalize
+from engine.text.jsonl import check_text, json_type, read_rows
 from engine.text.packing import evaluation_batches
 from engine.training.reinforce import log_probabilities
 from engine.training.rewards import Reward
-from stages.reinforce.data import Prompt
+from stages.cli.console import ReportProgress
 
+THINGS = (
+    "rain", "the sea", "a tree", "a river", "snow", "a horse", "bread", "the moon", "a bridge", "sleep", "a city", "salt",
+    "wind", "a book", "a cat", "music", "fire", "a ship", "glass", "winter", "a garden", "iron", "a clock", "tea",
+    "a map", "stone", "the sun", "a school", "wool", "thunder", "a hill", "milk", "a lamp", "ice", "a song", "dust",
+)  # fmt: skip
+QUESTIONS = ("What is {}?", "Describe {}.", "Why do we need {}?", "Tell me of {}.")
+YES_NO_QUESTIONS = tuple(
+    f"{text} Answer with yes or no." for text in ("Is {} alive?", "Can I buy {}?", "Is {} older than I am?", "Can I hold {}?")
+)
+HELD_OUT = 4  # one prompt of so many is never trained on
+SUMS = 400
 REWARD_TIMEOUT = 2.0  # seconds, for a round
 
 
-class Scores(NamedTuple):
-    """The `rollout_batch` of completions, its log-probabilities (B, T) under a model, and each one's bits per byte (B,).
+class Prompt(NamedTuple):
+    """A user's message, and the right answer where there is one."""
 
-    `bits`: bits per byte of all completions together. Bits include those of the token that ends a completion.
+    text: str
+    answer: int | None = None
+
+
+class Prompts(NamedTuple):
+    """Training prompts, held-out prompts, and what they are called."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    name: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
+
+
+def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
+    """Returns the prompts of a file, or those that come with the task, in an order that follows from the seed.
+
+    Raises UserError, with file and line, for a row without a prompt or, for the task `sum`, without an answer.
     """
+    if data:
+        rows = _read(data, task)
+        prompts = [*{normalize(prompt.text): prompt for prompt in reversed(rows)}.values()][::-1]  # the first of each
+        copies = len(rows) - len(prompts)
+        name = f"{data}" + f" ({copies:,} copies left out)" * (copies > 0)
+    elif task == "sum":
+        pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
+        prompts, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
+    else:
+        yes_no = task == "yes-no"
+        prompts = [
+            Prompt(question.format(thing)) for question in (YES_NO_QUESTIONS if yes_no else QUESTIONS) for thing in THINGS
+        ]
+        name = f"{len(prompts)} short questions{' of yes or no' * yes_no}"
+    if len(prompts) < 2:
+        raise UserError(f"{name} has {len(prompts)} prompts, too few to hold any out; at least 2 are needed.")
+    random.Random(seed).shuffle(prompts)
+    held_out = max(1, len(prompts) // HELD_OUT)
+    return Prompts(tuple(prompts[held_out:]), tuple(prompts[:held_out]), name)
 
-    batch: Batch
-    logprobs: np.ndarray
-    bits_each: np.ndarray
-    bits: float
+
+def _read(path: Path, task: str) -> list[Prompt]:
+    if not path.is_file():
+        raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
+    prompts = []
+    for row, where in read_rows(path):
+        prompt, answer = check_text(row.get("prompt", ""), "prompt", where), row.get("answer")
+        if not prompt.strip():
+            raise UserError(f"{where}: `prompt` is missing or empty.")
+        if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
+            problem = f"should be an integer, not {json_type(answer)}" if "answer" in row else "is missing"
+            raise UserError(f"{where}: `answer` {problem}.")
+        prompts.append(Prompt(prompt, answer if task == "sum" else None))
+    return prompts
 
 
 class Rollout(NamedTuple):
-    """The completions of a round's prompts, and their rewards."""
+    """Completions of prompts, and their rewards."""
 
     prompts: list[list[int]]  # tokens
     completions: list[list[int]]  # tokens, the stop token included
@@ -60,7 +124,7 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions of at most `max_tokens`, and rewards each by `reward(text, right answer or None)`.
+    """Samples completions of at most `max_tokens`, `rows` at once, and rewards each by `reward(text, right answer or None)`.
 
     `capacity`: positions of the KV cache. `stop_token_ids` end a completion.
     """
@@ -72,17 +136,20 @@ class Sampler:
     temperature: float
     max_tokens: int
     capacity: int
+    rows: int
 
-    def rollout(self, params: Params, prompts: Sequence[Prompt], seed: int) -> Rollout:
+    def rollout(
+        self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
+    ) -> Rollout:
         """Samples and rewards a completion of each prompt, with seeds seed, seed + 1, ...
 
-        Raises UserError as `complete`, and when the rewards take longer than REWARD_TIMEOUT.
+        Raises UserError as `decode.generate`, and when the rewards take longer than REWARD_TIMEOUT.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
-        begin = time.perf_counter()
-        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
-        rows = complete(self.cfg, params, tokens, sampling.per_row(len(prompts)), self.capacity)
-        completions = [row.tokens if row.stop_token is None else [*row.tokens, row.stop_token] for row in rows]
+        begin, completions = time.perf_counter(), list[list[int]]()
+        for start in range(0, len(prompts), self.rows):
+            completions += self._completions(params, tokens[start : start + self.rows], (seed + start) % SEEDS)
+            report(start + self.rows, len(prompts))
         seconds = time.perf_counter() - begin
         texts = []
         for completion in completions:
@@ -93,6 +160,34 @@ class Sampler:
         text_bytes = [*map(self.chat.tokenizer.count_bytes, completions)]
         return Rollout(tokens, completions, texts, text_bytes, rewards, seconds)
 
+    def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
+        # With the stop token, which is trained on too; `decode.generate` would leave it out.
+        sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
+        completions: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for row, new, finished, *_ in decode.generate(self.cfg, params, prompts, sampling, capacity=self.capacity):
+            if row not in running:
+                continue
+            end = next((at for at, token in enumerate(new, 1) if token in self.stop_token_ids), None)
+            completions[row] += new[:end]
+            if end or finished:
+                running.discard(row)
+            if not running:
+                break
+        return completions
+
+
+class Scores(NamedTuple):
+    """The `rollout_batch` of completions, its log-probabilities (B, T) under a model, and each one's bits per byte (B,).
+
+    `bits`: bits per byte of all completions together. Bits include those of the token that ends a completion.
+    """
+
+    batch: Batch
+    logprobs: np.ndarray
+    bits_each: np.ndarray
+    bits: float
+
 
 def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
     """Returns the tokens of a conversation that asks the prompt."""
@@ -100,7 +195,7 @@ def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
 
 
 def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
-    """Returns a Batch of prompts with their completions, `seq` places each, whose mask counts the completions' tokens."""
+    """Returns a Batch of prompts with their completions, `seq` tokens a row, whose mask counts the completions' tokens."""
     examples = [
         Example(np.array(prompt + completion, np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt), "")
         for prompt, completion in zip(prompts, completions)
@@ -109,7 +204,7 @@ def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]]
 
 
 def score_completions(cfg: ModelConfig, params: Params, rollout: Rollout, seq: int, rows: int) -> Scores:
-    """Scores completions under `params`, `rows` of `seq` places at once."""
+    """Scores completions under `params`, `rows` of `seq` tokens at once."""
     batch = rollout_batch(rollout.prompts, rollout.completions, seq)
     parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
     logprobs = np.concatenate([np.asarray(log_probabilities(cfg, params, part)) for part in parts])
@@ -119,14 +214,11 @@ def score_completions(cfg: ModelConfig, params: Params, rollout: Rollout, seq: i
 
 @contextlib.contextmanager
 def _time_limit(sentence: str) -> Iterator[None]:
-    """Raises UserError(sentence) after REWARD_TIMEOUT in the block. Only in the main thread, to which signals come."""
+    """Raises UserError(sentence) after REWARD_TIMEOUT in the block. To be called in the main thread, to which signals come."""
 
     def ring(number: int, frame: object) -> None:
         raise UserError(f"{sentence} ({REWARD_TIMEOUT:g} s were not enough.)")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, REWARD_TIMEOUT)
     try:

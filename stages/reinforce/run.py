@@ -1,13 +1,13 @@
-"""The Stage that trains by reinforcement learning, and its run from flags."""
+"""Reinforcement learning: inference samples completions, a rule rewards them, training updates the weights."""
 
 import dataclasses
-import functools
 import itertools
-import json
-import operator
-from collections.abc import Sequence
+import time
 from typing import Any
 
+import numpy as np
+
+from engine.allocator import make_room
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.device import Device
@@ -17,24 +17,24 @@ from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
+from engine.text.epoch_order import EpochOrder
 from engine.training.optimizer import OptimizerConfig
-from engine.training.reinforce import grpo
+from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.rewards import TASKS, make_reward
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.reinforce.data import prompts_for
 from stages.reinforce.flags import ReinforceFlags
-from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, score_completions
-from stages.reinforce.rounds import ALIKE_ROUNDS, Rounds, first_seed
+from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_for, rollout_batch, score_completions
 from stages.runs.answers import before_and_after
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.loop import Loop, RunOptions
+from stages.runs.loop import Evaluator, Loop, RunOptions
 from stages.runs.loop_state import LoopState
 from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
+from stages.runs.training_steps import compile_step, temporary_bytes
 
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
@@ -43,6 +43,8 @@ EVALUATED = 32  # held-out completions sampled before and after training, at lea
 SHOWN_PROMPTS = 3
 MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
 TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model before training
+ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in reward end a run
+TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a round and, in a checkpoint, of all rounds
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
@@ -55,7 +57,16 @@ def run(flags: ReinforceFlags, device: Device) -> int:
 
 
 class ReinforcementLearning(ModelStage):
-    """Trains a model on its own completions. Only the constructor reads the flags."""
+    """Trains a model on its own completions: a Stage, and the Steps of its loop. Only the constructor reads the flags.
+
+    A step is a round: it samples completions of a few prompts, has the model before training score them, and takes `updates`
+    optimizer steps on them. `kl`: the weight of the divergence from that model. `fluency`: the weight of a second reward, the
+    negative bits per byte by that model. `LoopState.stage` holds the sums of TOTALS, and in `alike` the mean rewards of the
+    newest rounds in a row in which no prompt's completions differed in reward.
+    """
+
+    advice, lines_stay, exhausted = "--learning-rate", True, False
+    evaluator: Evaluator | None = None
 
     def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
@@ -73,17 +84,17 @@ class ReinforcementLearning(ModelStage):
                 f"The longest prompt has {self.longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
                 f"{cfg.context:,} for an answer; give {'a lower --max-tokens or ' if room > 0 else ''}shorter prompts."
             )
-        max_tokens = rollout.max_tokens or min(TOKENS, room)
+        max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
         capacity = self.longest + max_tokens
         self.sampler = Sampler(
-            cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity
+            cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity, rows
         )
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,
             decay=0.5, beta2=0.99, weight_decay=0,
         )  # fmt: skip
-        rows, seq = rollout.prompts * rollout.group, -(-(capacity - 1) // MULTIPLE) * MULTIPLE
+        seq = -(-(capacity - 1) // MULTIPLE) * MULTIPLE
         microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
         paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
@@ -92,108 +103,42 @@ class ReinforcementLearning(ModelStage):
         self.plan = RunPlan(
             self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
         )
-        task = rollout.task
         self.facts = {
             "learns": trainable.describe(),
-            "text": {"data": f"{task} on {self.prompts.name}", "digest": f"{task} {self.prompts.digest}"},
+            "text": {"data": f"{self.task} on {self.prompts.name}", "digest": f"{self.task} {self.prompts.digest}"},
             "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
             "update": dataclasses.asdict(update),
         }
         # A step, beside the weights that sample and their cache.
         inference = inference_memory(cfg, rows, capacity)
         self.memory = self.plan.memory.total + inference.params + inference.cache
-        self.plan.require(
-            self.memory, "A round would need about",
-            "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model.",
-        )  # fmt: skip
+        remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
+        self.plan.require(self.memory, "A round would need about", remedy)
 
     def plan_rows(self) -> list[tuple[str, str]]:
-        plan, updates, prompts = self.plan, self.updates, self.prompts
+        plan, updates, prompts, sampler = self.plan, self.updates, self.prompts, self.sampler
         inference, training = self._flops()
-        rate = plan.recipe.optimizer.learning_rate
+        steps = f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs"
         return [
             self.model_row(),
             *self.matches,
             ("task", f"{self.task} ({TASKS[self.task.partition(':')[0]].partition(', ')[2]})"),
             ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
             ("template", self.chat.template_name),
-            ("a round", f"{self.prompts_each} prompts, {self.group} completions each, of at most {self.sampler.max_tokens} "
-                        f"tokens, at temperature {self.sampler.temperature:g}"),
+            (
+                "a round",
+                f"{self.prompts_each} prompts, {self.group} completions each, of at most {sampler.max_tokens} tokens, "
+                f"at temperature {sampler.temperature:g}",
+            ),
             ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
-            ("training", f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs; "
-                         f"clip {self.clip:g}, KL {self.kl:g}, fluency {self.fluency:g}, adamw {rate:g}"),
-            ("memory", memory_estimate(self.plan, self.memory)),
+            (
+                "training",
+                f"{steps}; clip {self.clip:g}, KL {self.kl:g}, fluency {self.fluency:g}, "
+                f"adamw {plan.recipe.optimizer.learning_rate:g}",
+            ),
+            ("memory", memory_estimate(plan, self.memory)),
             ("length", plan.length()),
-        ]  # fmt: skip
-
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Rounds:
-        with self.console.task("compiling training", always=True):
-            return Rounds(
-                self.plan, self.split, self.sampler, grpo(self.clip, self.kl), self.prompts.train, self.prompts_each,
-                self.group, self.updates, self.kl, self.fluency, _alike(self._logged()), state,
-            )  # fmt: skip
-
-    def finish(self, state: TrainState, loop: Loop, start: tuple[Rollout, float]) -> RunReport:
-        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints.
-
-        Raises UserError, and saves nothing, when the rounds taught nothing.
-        """
-        (before, bits_before), (after, bits_after), loop_state = start, self.measure(state.trainable), loop.loop_state
-        rounds = self._logged()
-        exhausted = _alike(rounds) >= ALIKE_ROUNDS
-        untrained = not loop_state.refused and digest(state.trainable) == digest(self.split.trainable)
-        if untrained or (exhausted and after.mean_reward <= before.mean_reward):
-            if untrained:
-                clear_run(self.folder)
-            raise UserError(_nothing_to_learn([line["reward"] for line in rounds[-ALIKE_ROUNDS:]]))
-        path = self.save_trained(loop_state.step, state.trainable)
-        inference, training, tokens = (
-            sum(line[name] for line in rounds) for name in ("inference_seconds", "training_seconds", "answer_tokens")
-        )
-        result = {
-            "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
-            "base_bits_per_byte_before": bits_before, "base_bits_per_byte_after": bits_after,
-            "best_round": loop_state.best, "seconds": loop_state.seconds, "inference_seconds": inference,
-            "training_seconds": training, "answer_tokens": tokens,
-        }  # fmt: skip
-        answers = [
-            [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (before, after)
         ]
-        texts = [
-            (prompt.text, before_and_after(*pair)) for prompt, *pair in zip(self.prompts.held_out[:SHOWN_PROMPTS], *answers)
-        ]
-        unlearned, worse = after.mean_reward <= before.mean_reward, bits_after > bits_before + TOLERATED_BITS
-        rows = [
-            ("reward", f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
-                       + "; it did not rise: give more --rounds, a larger --group, or easier prompts" * unlearned),
-            ("answers", f"{bits_before:.2f} -> {bits_after:.2f} bits per byte under the model before training"
-                        + f"; worse by more than {TOLERATED_BITS:g}: give a higher --kl or --fluency" * worse),
-            ("time", f"{duration(inference)} of inference, {duration(training)} of training"),
-            *([("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward")] if exhausted else []),
-        ]  # fmt: skip
-        return RunReport(result, texts, rows, str(path), ["chat", "export"])
-
-    def _logged(self) -> list[dict[str, Any]]:
-        """Returns the metrics of all rounds, of those before an interruption too."""
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_bytes().splitlines())
-        return [line for line in lines if "reward" in line]  # others name a refused batch
-
-    def measure(self, trainable: Any) -> tuple[Rollout, float]:
-        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.
-
-        Returns them, and their bits per byte under the model before training.
-        """
-        plan, rows, frozen = self.plan, self.plan.recipe.batch, self.split.frozen
-        prompts = itertools.cycle(self.prompts.held_out)
-        with self.console.task("evaluating on held-out prompts", always=True) as report:
-            params, rollouts, count = prepare_params(plan.cfg, merge(trainable, frozen)), [], -(-EVALUATED // rows)
-            for part in range(count):
-                seed = first_seed(plan.seed, -1 - part, rows)
-                rollouts.append(self.sampler.rollout(params, [*itertools.islice(prompts, rows)], seed))
-                report(part + 1, count)
-            rollout = Rollout(*(functools.reduce(operator.add, field) for field in zip(*rollouts)))
-            base, microbatch = merge(self.split.trainable, frozen), rows // plan.recipe.accumulate
-            return rollout, score_completions(plan.cfg, base, rollout, plan.recipe.context, microbatch).bits
 
     def _flops(self) -> tuple[int, int]:
         """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
@@ -204,13 +149,144 @@ class ReinforcementLearning(ModelStage):
         scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
         return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring
 
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> "ReinforcementLearning":
+        plan, rows = self.plan, self.plan.recipe.batch
+        self.order = EpochOrder(len(self.prompts.train), self.prompts_each, plan.seed)
+        loop_state.stage = dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage
+        self.exhausted = len(loop_state.stage["alike"]) >= ALIKE_ROUNDS
+        batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
+        empty = np.zeros(batch.tokens.shape, np.float32)
+        rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
+        with self.console.task("compiling training", always=True):
+            self.program = compile_step(
+                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, self.split.frozen, rollouts,
+                grpo(self.clip, self.kl), plan.compiler_options,
+            )  # fmt: skip
+        self.buffer_bytes = temporary_bytes(self.program)
+        self._prepare_inference(state.trainable)
+        return self
 
-def _alike(rounds: Sequence[dict[str, Any]]) -> int:
-    """Returns how many rounds at the end had no difference in reward."""
-    return sum(1 for _ in itertools.takewhile(lambda line: not line.get("differs", True), reversed(rounds)))
+    def _prepare_inference(self, trainable: Any) -> None:
+        self.params: Any = None  # first: two copies would be held
+        self.params = prepare_params(self.plan.cfg, merge(trainable, self.split.frozen))
+        self.digest = digest(self.params)
+
+    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+        """Runs a round; makes no updates when the completions of each prompt have equal rewards.
+
+        `exhausted` after ALIKE_ROUNDS such rounds in a row.
+        """
+        plan, before, number, refused = self.plan, self.digest, loop_state.step, list[bool]()
+        prompts = [self.prompts.train[index] for _, index in self.order.at(number) for _ in range(self.group)]
+        rollout = self.sampler.rollout(self.params, prompts, first_seed(plan.seed, number, len(prompts)))
+        if digest(self.params) != before:
+            raise RuntimeError("Inference changed the weights.")
+        begin, reward = time.perf_counter(), rollout.mean_reward
+        scores = self._score(self.split.trainable, rollout)
+        rewards, norm, kl = np.reshape(rollout.rewards, (-1, self.group)), 0.0, {}
+        differs = bool((rewards != rewards[:, :1]).any())
+        if differs:
+            old = self._score(state.trainable, rollout).logprobs if self.updates > 1 else None
+            advantages = group_advantages(rewards, -self.fluency * scores.bits_each.reshape(rewards.shape))
+            rollouts = Rollouts(scores.batch, np.asarray(advantages).reshape(-1), old, scores.logprobs)
+            progress = np.float32(plan.progress(number, loop_state.seconds))
+            for _ in range(self.updates):
+                make_room(self.buffer_bytes)
+                state, metrics = self.program(state, self.split.frozen, rollouts, progress)
+                if self.kl and not refused:  # at first new equals old, and the advantages add up to 0
+                    kl = {"kl": float(metrics.loss) / self.kl}
+                norm = float(metrics.grad_norm)
+                refused.append(bool(metrics.refused))
+            self._prepare_inference(state.trainable)
+        training = time.perf_counter() - begin
+        self.last = {
+            "reward": reward, "base_bits_per_byte": scores.bits, "answer_tokens": rollout.tokens,
+            "inference_seconds": rollout.seconds, "training_seconds": training, "grad_norm": norm, "differs": differs, **kl,
+        }  # fmt: skip
+        changed = f"weights {before[:8]} -> {self.digest[:8]}" if differs else "all alike, nothing to train on"
+        self.line = [
+            f"reward {reward:.3f}",
+            f"base {scores.bits:.2f} bits/byte",
+            f"| inference {rollout.seconds:.2f} s, {rollout.tokens:,} tokens, weights {before[:8]} unchanged",
+            f"| training {training:.2f} s, {changed}" + (f", KL {kl['kl']:.4f} |" if kl else " |"),
+        ]
+        alike = [] if differs else [*loop_state.stage["alike"], reward]
+        self.exhausted = len(alike) >= ALIKE_ROUNDS
+        loop_state.stage = {name: loop_state.stage[name] + self.last[name] for name in TOTALS} | {"alike": alike}
+        ends_refused = refused[-1] if refused else loop_state.refused_in_a_row  # then it is not saved
+        if not ends_refused and (loop_state.best is None or reward > loop_state.best):
+            loop_state.best = reward  # of the weights before this round's updates, which no checkpoint holds: no `best_step`
+        return state, refused
+
+    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        return self.last
+
+    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        return self.line
+
+    def finish(self, state: TrainState, loop: Loop, start: tuple[Rollout, float]) -> RunReport:
+        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints.
+
+        Raises UserError, and saves nothing, when the rounds taught nothing.
+        """
+        (before, bits_before), (after, bits_after), loop_state = start, self.measure(state.trainable), loop.loop_state
+        alike = loop_state.stage.get("alike", [])
+        exhausted, untrained = len(alike) >= ALIKE_ROUNDS, len(alike) == loop_state.step
+        if untrained or (exhausted and after.mean_reward <= before.mean_reward):
+            if untrained:
+                clear_run(self.folder)
+            raise UserError(_nothing_to_learn(alike))
+        path = self.save_trained(loop_state.step, state.trainable)
+        totals = {name: loop_state.stage.get(name, 0) for name in TOTALS}
+        result = {
+            "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
+            "base_bits_per_byte_before": bits_before, "base_bits_per_byte_after": bits_after,
+            "best_round": loop_state.best, "seconds": loop_state.seconds, **totals,
+        }  # fmt: skip
+        answers = [
+            [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (before, after)
+        ]
+        texts = [
+            (prompt.text, before_and_after(*pair)) for prompt, *pair in zip(self.prompts.held_out[:SHOWN_PROMPTS], *answers)
+        ]
+        reward = f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
+        if after.mean_reward <= before.mean_reward:
+            reward += "; it did not rise: give more --rounds, a larger --group, or easier prompts"
+        bits = f"{bits_before:.2f} -> {bits_after:.2f} bits per byte under the model before training"
+        if bits_after > bits_before + TOLERATED_BITS:
+            bits += f"; worse by more than {TOLERATED_BITS:g}: give a higher --kl or --fluency"
+        inference, training = duration(totals["inference_seconds"]), duration(totals["training_seconds"])
+        rows = [("reward", reward), ("answers", bits), ("time", f"{inference} of inference, {training} of training")]
+        if exhausted:
+            rows.append(("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward"))
+        return RunReport(result, texts, rows, str(path), ["chat", "export"])
+
+    def measure(self, trainable: Any) -> tuple[Rollout, float]:
+        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.
+
+        Returns them, and their bits per byte under the model before training.
+        """
+        plan, rows = self.plan, self.plan.recipe.batch
+        parts = -(-EVALUATED // rows)
+        prompts = [*itertools.islice(itertools.cycle(self.prompts.held_out), parts * rows)]
+        with self.console.task("evaluating on held-out prompts", always=True) as report:
+            params = prepare_params(plan.cfg, merge(trainable, self.split.frozen))
+            rollout = self.sampler.rollout(params, prompts, first_seed(plan.seed, -parts, rows), report)
+            return rollout, self._score(self.split.trainable, rollout).bits
+
+    def _score(self, trainable: Any, rollout: Rollout) -> Any:
+        """Returns the Scores of completions. With the untrained adapter, which changes nothing to the bit, it is those of the
+        model before training, by the program of a trained one."""
+        plan, params = self.plan, merge(trainable, self.split.frozen)
+        return score_completions(plan.cfg, params, rollout, plan.recipe.context, plan.recipe.batch // plan.recipe.accumulate)
 
 
-def _nothing_to_learn(rewards: Sequence[float]) -> str:
+def first_seed(seed: int, round_number: int, rows: int) -> int:
+    """Returns the seed of a round's first row of `rows`; no two rows of a run share one. Below 0: held-out prompts."""
+    return (seed * 1_000_003 + (round_number + 1) * rows) % 2**32
+
+
+def _nothing_to_learn(rewards: list[float]) -> str:
     """Returns the sentence for a run that ended in rounds of these mean rewards, the same for all answers to a prompt."""
     reward = sum(rewards) / len(rewards)
     advice = "Give prompts that fit the task with --data, a task that rewards in part, such as length:12, or a larger --group"

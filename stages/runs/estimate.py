@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -14,7 +14,6 @@ from engine.counting.flops import train_flops
 from engine.counting.hardware import (
     RATES,
     Ceilings,
-    best_ceilings,
     device_memory_bytes,
     measure_ceilings,
     require_memory,
@@ -30,13 +29,14 @@ from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
 from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
+from engine.training.step import LORA_COMPILER_OPTIONS
 from stages.cli.console import Console
 
 MEASURE_PROGRAM = (
     "from engine.allocator import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
-PROCESS_BYTES = 700_000_000  # of Python, JAX and the programs beside a step: between 0.3 and 1 GB were seen
+PROCESS_BYTES, LAYER_BYTES = 500_000_000, 8_000_000  # of Python and JAX; of a layer's programs, and of compiling them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +116,29 @@ class RunPlan:
         return dataclasses.replace(memory, **shares)
 
     @property
+    def process_bytes(self) -> int:
+        """The host memory that a process takes beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB with 30."""
+        return PROCESS_BYTES + LAYER_BYTES * self.cfg.layers
+
+    @property
+    def memory_limit(self) -> int:
+        """The bytes for a step on a device: an accelerator's, or its share of the host's less what the processes take."""
+        if jax.default_backend() != "cpu":
+            return device_memory_bytes()
+        count = processes.process_count() // processes.machine_count()
+        sharing = min(self.mesh.devices, count * jax.local_device_count())
+        return max(device_memory_bytes() - count * self.process_bytes, 0) // sharing
+
+    @property
     def _head_is_narrow(self) -> bool:
         """Whether the head is frozen, and so in the compute type or int8."""
         if self.trainable is None or ("embed" if self.cfg.tied else "head") in self.trainable.weights:
             return False
         return self.base == "int8" or self.cfg.dtype != "float32"
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        return LORA_COMPILER_OPTIONS if self.trainable and self.trainable.adapted else None
 
     def progress(self, step: int, elapsed: float) -> float:
         """Returns the share of the run that is done, 1 at its end: of the steps or of the time, whichever is larger."""
@@ -150,7 +168,7 @@ class RunPlan:
     def require(self, needed: int, what: str, remedy: str, detail: str = "") -> None:
         """Raises UserError when a device needs more bytes than it has: see `require_memory`."""
         detail += f" on each of {self.mesh.devices} devices" * (self.mesh.devices > 1)
-        require_memory(needed, what, remedy, detail=detail, limit=memory_limit(self.mesh))
+        require_memory(needed, what, remedy, detail=detail, limit=self.memory_limit)
 
     def cost_relative_to_full(self) -> str:
         """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
@@ -165,21 +183,16 @@ def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | 
 
 
 def find_ceilings(console: Console) -> Ceilings:
-    """Returns this machine's ceilings, the best ever measured, from the user's cache; or measures them, saying why."""
-    saved, missing = saved_ceilings()
-    return saved or remeasure_ceilings(None, missing, console)
-
-
-def remeasure_ceilings(known: Ceilings | None, why: str, console: Console) -> Ceilings:
-    """Measures this machine's ceilings, prints that and `why`, and saves and returns the better of each and those `known`.
+    """Returns this machine's ceilings from the user's cache; or measures and saves them.
 
     On a CPU another process measures: its arrays are not this run's memory.
     """
-    with console.task(f"measuring this machine's ceilings{' again' if known else ''}: {why}", always=True) as report:
-        measured = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
-    best = best_ceilings(measured, known) if known else measured
-    save_ceilings(best)
-    return best
+    if saved := saved_ceilings():
+        return saved
+    with console.task("measuring this machine's ceilings, once", always=True) as report:
+        ceilings = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
+    save_ceilings(ceilings)
+    return ceilings
 
 
 def _measure_in_subprocess() -> Ceilings | None:
@@ -197,23 +210,14 @@ def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
-def memory_limit(mesh: MeshShape = ONE_DEVICE) -> int:
-    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less PROCESS_BYTES."""
-    if jax.default_backend() != "cpu":
-        return device_memory_bytes()
-    local_processes = processes.process_count() // processes.machine_count()
-    sharing = min(mesh.devices, local_processes * jax.local_device_count())
-    return max(device_memory_bytes() - local_processes * PROCESS_BYTES, 0) // sharing
-
-
 def memory_estimate(plan: RunPlan, needed: int) -> str:
     """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
-    limit = f"{format_bytes(memory_limit(plan.mesh))} that are left for a {plan.noun}"
+    limit = f"{format_bytes(plan.memory_limit)} that are left for a {plan.noun}"
     limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // processes.process_count()
     phrase = (
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )
     if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
-        phrase += f"; {format_bytes(needed + saved + PROCESS_BYTES)} in all with Python and JAX"
+        phrase += f"; {format_bytes(needed + saved + plan.process_bytes)} in all with Python and JAX"
     return phrase

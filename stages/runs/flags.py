@@ -7,10 +7,8 @@ from typing import Annotated, Literal
 
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.processes import find_coordinator, join
 from engine.model.config import LoraConfig
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, number, one_of, parser, path, seconds
-from stages.cli.process import print_errors_on
 
 TARGETS = "q, k, v, out, gate, up, down, or all"
 
@@ -19,24 +17,26 @@ TARGETS = "q, k, v, out, gate, up, down, or all"
 class FolderFlags:
     """The run folder, and how often it is written."""
 
-    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("runs/MODEL-DATA")] = None
+    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("in runs/, by the names of model and data")] = None
     """The run folder. A run that is already there is continued."""
     overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
     save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
-    """Steps or training time between checkpoints."""
+    """Steps (or rounds) or training time between checkpoints."""
     keep: Annotated[int, COUNT] = 2
     """Checkpoints to keep."""
     log_every: Annotated[int, COUNT] = 1
-    """Steps between lines of metrics.jsonl."""
+    """Steps (or rounds) between lines of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthFlags:
     """The length of the run. Of both, whichever ends first."""
 
-    max_time: Annotated[float | None, parser(seconds, "TIME"), default("3m when no --steps are given")] = None
-    """Training time, such as 90s, 3m, 1h; compiling, evaluating and saving are not counted."""
+    max_time: Annotated[
+        float | None, parser(seconds, "TIME"), default("3m without --steps, and a fine-tuning then 100 steps at least")
+    ] = None
+    """Training time, such as 90s, 3m, 1h, which ends the run; compiling, evaluating and saving are not counted."""
     steps: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Batches to train on."""
 
@@ -68,7 +68,7 @@ class MeshFlags:
     join_within: Annotated[float, parser(seconds, "TIME"), default("5m")] = 300.0
     """The time in which all processes must have started."""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         joining = (self.process is not None, self.coordinator is not None)
         if self.processes in (None, 1) and any(joining):
             raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
@@ -83,9 +83,7 @@ class MeshFlags:
     def connect(self) -> None:
         """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
-            place = find_coordinator(self.processes or None, self.process, self.coordinator, self.join_within)
-            print_errors_on(processes.hide_library_errors())
-            join(*place, self.join_within)
+            processes.join(self.coordinator, self.processes or None, self.process, self.join_within)
 
 
 def parse_lora(text: str) -> LoraConfig:
@@ -112,7 +110,7 @@ class TrainableFlags:
     base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
     """The type of the frozen model under an adapter: `int8` takes half the memory."""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         if self.lora and (self.train or self.freeze):
             raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
         if self.base == "int8" and (self.train or self.freeze):
@@ -135,7 +133,7 @@ class RunFlags:
     """Flags of every run."""
 
     seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
-    """Of the adapter's first weights and of the order of the examples."""
+    """Of first weights, of the order of the data, and of sampling."""
     device: DeviceFlag = "auto"
     dry_run: Annotated[bool, default("off")] = False
     """Print the plan, with what it would cost, and stop."""

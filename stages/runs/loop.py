@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from signal import SIGPIPE
 from typing import Any, Protocol
 
 from engine.allocator import return_freed_memory
@@ -33,7 +32,6 @@ REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
 PREDICTS_AFTER = 5.0  # seconds, and as many steps: before that a step's time says little of the run's
 EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
-STUCK = 300.0  # seconds, or ten steps if those are longer, until one of several processes takes a step for stuck
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 
@@ -78,9 +76,6 @@ class StepTimer:
     def warm_rate(self) -> float | None:
         """Returns steps a second after the first; None before there are any."""
         return (self.count - 1) / self.warm_seconds if self.count > 1 else None
-
-
-StopSignal = Callable[[], int | None]  # returns the signal that ends the loop, once there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +138,8 @@ class Loop:
         self.loop_state, self.console = loop_state, console
         self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
         self.has_evaluated = False
-        self.signal: int | None = None  # that all processes know of
+        self.deferral: signals.Deferral | None = None
+        self.stop_code = 0  # the exit code with which a signal, or a line that cannot be written, ends the loop
         self.logged_step = loop_state.step
         saved = json.loads(processes.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
         self.saved_step = max(saved, default=None)
@@ -152,8 +148,8 @@ class Loop:
             loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
         self.last_sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
 
-    def run(self, steps: Steps, state: TrainState) -> tuple[TrainState, int | None]:
-        """Returns the last state, which is saved, and the number of the signal that ended the loop, if any.
+    def run(self, steps: Steps, state: TrainState) -> tuple[TrainState, int]:
+        """Returns the last state, which is saved, and 128 + the signal that ended the loop, or 0.
 
         Raises UserError after too many refused updates in a row, or when metrics.jsonl cannot be written, both times with
         the run saved.
@@ -161,22 +157,16 @@ class Loop:
         loop_state, plan = self.loop_state, self.plan
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
         answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
-        with signals.defer_signals(answer, self.console.print) as signal_state, self.saver:
-            own_signal = lambda: signal_state.received or (SIGPIPE if self.failure else None)
-            stopped = lambda: self.signal if processes.process_count() > 1 else own_signal()
-            self._evaluate_and_save(steps, state, stopped, done())  # what a signal prevented
+        with signals.defer_signals(answer, self.console.print) as self.deferral, self.saver:
+            self._evaluate_and_save(steps, state, done())  # what a signal prevented
             begin = time.perf_counter()
-            while not done() and not stopped():
+            while not done() and not self._stopped():
                 self.saver.poll()
-                processes.expect_progress(f"{plan.noun} {loop_state.step}", max(10 * self.timer.mean(), STUCK))
                 if not self.refused_whole:
                     self.last_sound = dataclasses.replace(loop_state)
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
-                # Process 0's time and anyone's signal are everyone's: all that follows is decided alike.
-                numbers = processes.gather_numbers(end - begin, own_signal() or 0)
-                self.signal = int(max(number for _, number in numbers)) or None
-                self._count(refused, numbers[0][0])
+                self._count(refused, self._agree_on(end - begin))
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
                     self.saver.reserve(state.trainable, state.opt_state)
                 begin = end
@@ -185,7 +175,7 @@ class Loop:
                 self._report(steps, refused, done())
                 if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
                     self._stop_after_refusals(steps, state)
-                if self._evaluate_and_save(steps, state, stopped, done()):
+                if self._evaluate_and_save(steps, state, done()):
                     begin = time.perf_counter()
             if self.logged_step != loop_state.step:
                 self._log_step(steps)
@@ -193,13 +183,29 @@ class Loop:
                 self._stop_after_failure(state, self.failure)
             if self.saved_step != loop_state.step:
                 self.save(state)
-            processes.expect_progress("the end")
-        return state, stopped()
+            self._stopped()  # a signal may have come in the last step
+        return state, self.stop_code
+
+    def _agree_on(self, seconds: float) -> float:
+        """Returns process 0's `seconds`, and sets `stop_code` to anyone's: all that follows is decided alike."""
+        rows = processes.gather_numbers(seconds, self._own_stop_code())
+        self.stop_code = int(max(code for _, code in rows))
+        return rows[0][0]
+
+    def _own_stop_code(self) -> int:
+        if self.failure:
+            return 141 if isinstance(self.failure, BrokenPipeError) else processes.MISTAKE
+        return 128 + self.deferral.received if self.deferral and self.deferral.received else 0
+
+    def _stopped(self) -> bool:
+        """Whether a signal, or a line that cannot be written, ends the loop: of several processes, once all know of it."""
+        if processes.process_count() == 1:
+            self.stop_code = self._own_stop_code()
+        return bool(self.stop_code)
 
     def save(self, state: TrainState) -> None:
         """Saves beside the steps that follow; `saver.wait` waits until it is on the disk."""
         loop_state = self.loop_state
-        processes.expect_progress("saving")
         record = dataclasses.asdict(loop_state) | self.record
         state = to_file_order(self.plan.cfg, state)
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
@@ -307,7 +313,7 @@ class Loop:
         with self._noting_failure():
             self.console.show_live(lambda: self._live_line(steps), important)
 
-    def _evaluate_and_save(self, steps: Steps, state: TrainState, stopped: StopSignal, done: bool) -> bool:
+    def _evaluate_and_save(self, steps: Steps, state: TrainState, done: bool) -> bool:
         """Evaluates and saves, where due, and evaluates at the end; saves the best evaluated too. Returns whether it did
         either."""
         loop_state = self.loop_state
@@ -316,8 +322,7 @@ class Loop:
         evaluates = sound and steps.evaluator and (done or loop_state.is_due("evaluate", self._evaluation_interval()))
         if evaluates:
             with _without_free_memory(steps.buffer_bytes):
-                # A run that is done is not resumed: no signal puts off its last evaluation.
-                self._evaluate(steps, state, (lambda: None) if done else stopped)
+                self._evaluate(steps, state, done)
         saves = sound and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
         if saves:
             loop_state.begin("save")
@@ -337,12 +342,12 @@ class Loop:
             least = math.ceil(least / max(loop_state.seconds / loop_state.step, 1e-9))
         return max(length, least)
 
-    def _evaluate(self, steps: Steps, state: TrainState, stopped: StopSignal) -> None:
-        """Evaluates quickly; a signal in between leaves it due."""
+    def _evaluate(self, steps: Steps, state: TrainState, done: bool) -> None:
+        """Evaluates; a signal in between leaves it due, unless the run is done, which is not resumed."""
         begin, loop_state, evaluator = time.perf_counter(), self.loop_state, steps.evaluator
         assert evaluator is not None
         with self.console.task("evaluating") as report:
-            value = evaluator.evaluate(state.trainable, report, lambda: stopped() is not None)
+            value = evaluator.evaluate(state.trainable, report, lambda: not done and self._stopped())
         if value is None:
             return
         loop_state.begin("evaluate")

@@ -24,6 +24,7 @@ class LoopState:
     first_step_seconds: float | None = None  # from the start of the process
     predicted: tuple[int, float] | None = None  # steps and seconds of the whole run, by what its first steps took
     intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # name -> step and seconds it began at
+    stage: dict[str, Any] = dataclasses.field(default_factory=dict)  # the stage's own, replaced and never changed in place
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "LoopState":

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -14,7 +13,6 @@ from engine.files import write_json
 from engine.format import duration, quantity
 from engine.mesh import processes
 from engine.mesh.layout import init_sharded
-from engine.storage import checkpoint
 from engine.storage.run_folder import save_tokenizer, updating
 from engine.text import epoch_order
 from engine.text.tokenizer import Tokenizer
@@ -81,7 +79,7 @@ class Stage(Protocol):
 
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
-    """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
+    """Carries out a run, or resumes the one in the folder. Returns the exit code: 0, or 128 + the signal that stopped it."""
     with Console() as console:
         processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here
@@ -95,7 +93,6 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
         first = processes.is_first()
         with lock_run(options.folder) if first else contextlib.nullcontext():
             processes.refuse_unshared(options.folder)
-            processes.describe_saved_by(lambda: _newest_checkpoint(options.folder, resume_command(options.stage)))
             with processes.process_0_first():
                 stage = make_stage(console)
                 stage.load_weights()
@@ -129,14 +126,14 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To begin again: {resume}")
-        state, signal = loop.run(stage.prepare_steps(state, loop_state), state)
+        state, code = loop.run(stage.prepare_steps(state, loop_state), state)
         console.close_live()
-        if signal:
+        if code:
             console.print(
                 f"Stopped at {plan.noun} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
                 f"{folder / 'checkpoints' / str(loop_state.step)}.\nTo go on: {resume}"
             )
-            return 128 + signal
+            return code
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
     report, peak = stage.finish(state, loop, before), peak_rss_bytes()
     result = report.result | {
@@ -188,12 +185,6 @@ def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -
         "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_facts,
     })  # fmt: skip
-
-
-def _newest_checkpoint(folder: Path, resume: str) -> str:
-    saved = checkpoint.steps(folder)
-    newest = f"The newest checkpoint is {folder / 'checkpoints' / str(saved[-1])}" if saved else "Nothing was saved yet"
-    return f"{newest}. To go on: {resume}, in every process"
 
 
 def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:

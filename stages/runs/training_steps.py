@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from engine.allocator import fits_freed_memory, return_freed_memory
+from engine.allocator import make_room
 from engine.mesh.layout import batch_share, global_batch
 from engine.model.config import ModelConfig
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -78,8 +78,7 @@ class TrainingSteps:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
         following = self.batches.at(step + 1) if self.buffer_bytes else None
-        if self.buffer_bytes and not fits_freed_memory(self.buffer_bytes):  # as after a save, whose buffers lie in its place
-            return_freed_memory()  # or this step's buffer would lie beside the last one's
+        make_room(self.buffer_bytes)  # the last step's, in whose place a save's buffers may lie
         state, metrics = self.program(state, self.frozen, self.batch, progress)
         self.batch = following or self.batches.at(step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.

@@ -52,18 +52,17 @@ def run(flags: ServeFlags) -> int:
             # Imports of JAX come after its start.
             import jax
 
-            from engine.inference.config import EngineConfig, default_weights
             from engine.mesh.layout import make_inference_mesh
             from stages.serve.api.app import make_app
+            from stages.serve.engine_config import EngineConfig, default_weights
             from stages.serve.lifecycle import serve
             from stages.serve.state import load_state
 
-            weights: Any = flags.weights or default_weights(device.backend)
             kv_dtype: Any = flags.keys_values
-            prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
             engine_config = EngineConfig(
-                flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding
-            )
+                flags.weights or default_weights(device.backend), flags.slots, flags.capacity, kv_dtype,
+                None if flags.prefix_cache is None else flags.prefix_cache * 10**6, not flags.no_speculative_decoding,
+            )  # fmt: skip
             with jax.set_mesh(make_inference_mesh(flags.mesh)):
                 state, ahead = load_state(
                     flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
@@ -74,10 +73,6 @@ def run(flags: ServeFlags) -> int:
         app = make_app(state, keys, hosts, frozenset(flags.allow_origin), importlib.metadata.version("thrice"), flags.log)
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
-        except signals.Stopped as stopped:  # while compiling, which cannot be stopped
-            code = signals.report_stop(stopped)
-            console.close_live()
-            os._exit(code)
         finally:
             state.tokenizer.close()
 

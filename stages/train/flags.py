@@ -9,10 +9,16 @@ import tyro
 from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.errors import UserError
 from engine.model.config import preset
-from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive, with_help
+from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
 from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
+
+
+def preset_name(text: str) -> str:
+    """Parses the name of a preset; the error for another names the nearest."""
+    preset(text)
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,6 @@ class MonitoringFlags:
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
 
 
-@with_help(out_dir=default("runs/PRESET-TEXT"))
 @dataclasses.dataclass(frozen=True)
 class TrainFolderFlags(FolderFlags):
     """The run folder, and how often it is written."""
@@ -84,7 +89,6 @@ class TrainFolderFlags(FolderFlags):
     """Steps between lines of metrics.jsonl."""
 
 
-@with_help(seed=default("0", "Of the first weights and of the order of the text."))
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(RunFlags):
     """Flags of training; those left out have the preset's recipe (stages/train/recipes.py)."""
@@ -96,16 +100,15 @@ class TrainFlags(RunFlags):
     monitoring: MonitoringFlags
     folder: TrainFolderFlags
     mesh: MeshFlags
-    preset: Annotated[tyro.conf.Positional[str], parser(str, "PRESET")] = "demo"
+    preset: Annotated[tyro.conf.Positional[str], parser(preset_name, "PRESET")] = "demo"
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
     by_hand: Annotated[bool, default("off")] = False
     """Now a command of its own: python -m stages.by_hand."""
     accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
     """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         if self.by_hand:
             raise UserError("Training by hand is a command of its own now: python -m stages.by_hand --data TEXT --steps N.")
-        preset(self.preset)  # raises for an unknown one, with the nearest name
         if self.accelerator and not (self.dry_run and self.mesh.mesh):
             raise UserError("--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out.")

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -117,9 +118,17 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
     return json.loads(output)
 
 
+def _end_after(parent: int) -> None:
+    """Ends this process after its parent, which a signal may end at any moment."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def compile_for_parent() -> None:
     """Compiles the step that a JSON on stdin describes, and prints a JSON of what is in it."""
-    begin = time.monotonic()
+    begin, parent = time.monotonic(), os.getppid()
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     fields, recipe, mesh, shape, accumulate = json.load(sys.stdin)
     cfg, optimizer = ModelConfig.from_json(fields), OptimizerConfig(**recipe)
     start_jax("cpu")

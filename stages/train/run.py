@@ -17,8 +17,7 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
-from engine.inference.decode import prepare_params
-from engine.inference.engine import complete
+from engine.inference.decode import complete, prepare_params
 from engine.inference.request import SamplingParams
 from engine.inference.score import score
 from engine.mesh import processes
@@ -36,9 +35,7 @@ from stages.runs.estimate import (
     RunPlan,
     find_ceilings,
     memory_estimate,
-    memory_limit,
     mesh_ceilings,
-    remeasure_ceilings,
 )
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
@@ -56,7 +53,6 @@ from stages.train.recipes import recipe
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
-LONG_RUN = 60.0  # seconds of training
 EXPECTED_MFU = 0.5  # of the ceiling, for the products of a step
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
@@ -164,7 +160,7 @@ class Training(Stage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > memory_limit(plan.mesh))}"),
+            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > plan.memory_limit)}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
@@ -221,9 +217,6 @@ class Training(Stage):
                     file.write(text.encode())
         else:
             text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
-        if seconds >= LONG_RUN:  # measuring takes seconds: a short run takes the ceilings as they are
-            why = "MFU is a share of them, others' work only lowers them, and the higher ones count"
-            self.ceilings = remeasure_ceilings(self.ceilings, why, self.console)
         top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(cfg.dtype)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
@@ -243,8 +236,8 @@ class Training(Stage):
         """Samples a text from the model after a line end."""
         cfg, tokenizer = self.plan.cfg, self.data.tokenizer
         sampling = SamplingParams(SAMPLE, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,))
-        (completion,) = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
-        return tokenizer.decode(completion.tokens)
+        [(tokens, _)] = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
+        return tokenizer.decode(tokens)
 
 
 def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:

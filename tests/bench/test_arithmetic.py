@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bench.stages import arithmetic
+from bench.stages import checks as arithmetic
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,3 @@ def test_a_slot_that_feels_its_neighbours_is_seen(monkeypatch):
 
     monkeypatch.setattr(Engine, "step", felt)
     assert [check.holds for check in checks.checks_of_serving(cfg, lively_params(cfg))] == [False, True]
-
-
-def test_a_number_that_is_none_does_not_hold():
-    assert not checks.Check("loss", float("nan"), 1.0).holds

@@ -3,12 +3,11 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.models import BenchModel, load, random_model, tokens_for
+from bench.models import BenchModel, load, tokens_for
 from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.storage import checkpoint
@@ -73,20 +72,3 @@ def test_a_model_that_reads_is_measured_with_english():
     assert bytes(tokens.reshape(-1).tolist()).decode().startswith('The "assert" state')
     assert tokens_for(model, 3, 200_000).shape == (3, 200_000), "a long text begins again"
     assert len(np.unique(tokens_for(BenchModel("a", CFG, {}), 2, 500))) > 200
-
-
-def test_what_is_no_model_is_named(run):
-    for place, message in (
-        (run / "checkpoints" / "7", "There is no model at"),
-        (run / "tokenizer", "holds no model that is known here"),
-        ("tinny", "There is no model at"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load(str(place))
-    with pytest.raises(UserError, match="is a text, not a model"):
-        load("python")
-
-
-def test_random_weights_leave_no_block_without_a_say():
-    leaves = jax.tree.leaves(random_model("tiny", CFG).params)
-    assert all(np.abs(leaf).max() > 0 for leaf in leaves)

@@ -14,7 +14,6 @@ from bench.peers import __main__ as peers
 from bench.peers import measure
 from bench.peers import process as module
 from bench.peers.process import Peer, PeerError, start_peer
-from bench.timing import Timing
 from engine.errors import UserError
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -76,14 +75,6 @@ def test_what_a_library_prints_does_not_reach_the_answers_nor_where_ours_finds_m
     assert peer.ask(run="loud")["path"] is None
 
 
-def test_what_a_job_cannot_do_is_said_and_the_peer_goes_on(talk):
-    peer = talk("lambda spec: spec['no']")
-    for _ in range(2):
-        with pytest.raises(PeerError, match="KeyError: 'no'"):
-            peer.prepare("job", {}, print)
-        assert not peer.has_ended
-
-
 def test_a_peer_that_dies_leaves_its_last_words(talk):
     peer = talk("lambda spec: lambda: __import__('os').write(2, b'killed by a bug') and __import__('os')._exit(3)")
     with pytest.raises(PeerError, match="it is gone; its last words: killed by a bug"):
@@ -110,15 +101,6 @@ def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure
     with start_peer(THIS, "transformers_peer.py", absent) as peer:
         assert peer is None
     assert absent[0]["install"] == f"{THIS} -m pip install transformers_that_nobody_has"
-
-
-def test_a_named_python_must_have_torch(scripts, tmp_path, capsys):
-    scripts("torch_peer.py", needs="torch")
-    (tmp_path / "torch.py").write_text("raise OSError('libtorch is not here')")
-    assert peers.main(["--peer-python", str(THIS)]) == 2
-    message = capsys.readouterr().err
-    assert f"--peer-python {THIS} has no torch (OSError: libtorch is not here); make one that has: python3 -m venv" in message
-    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
@@ -201,19 +183,6 @@ def test_inference_counts_the_tokens_that_are_the_same(scripts, monkeypatch, cap
     assert [(row["name"], row["same_tokens"]) for row in table] == [
         ("prefill_1_float32", 0.0), ("prefill_8_float32", 0.0), ("decode_1_float32", 0.75), ("decode_8_float32", 0.75)
     ]  # fmt: skip
-
-
-def test_ours_continues_every_prompt_by_as_many_tokens(cfg, params):
-    message = {}
-    measure.make_greedy(cfg, params, [[1, 2, 3], [4, 5, 6]], 3, message)()
-    assert [len(text) for text in message[measure.OURS]] == [3, 3]
-
-
-def test_a_row_prints_its_ratio_with_its_interval_or_that_rounds_are_missing(capsys):
-    for seconds, printed in (((2.0,) * 5, "2.00 (too few rounds to judge)"), ((1.0, *(2.0,) * 6, 3.0), "2.00 (1.00 to 3.00)")):
-        timings = {"ours": Timing("ours", seconds), "them": Timing("them", (1.0,) * len(seconds))}
-        measure.add_row([], measure.comparison_row("row", "them", timings, 10), "")
-        assert f"ratio {printed}" in capsys.readouterr().out
 
 
 # What the peers are made of

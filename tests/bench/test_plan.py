@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +12,12 @@ from hypothesis import strategies as st
 
 from bench.plan import formulas
 from bench.plan.__main__ import PlanFlags, answer, plan
-from bench.plan.budget import LAW, over_trained
-from bench.plan.calibrate import rapl_joules
-from bench.plan.efficiency import predict_efficiency
-from bench.plan.hardware import find_hardware, numbers
-from bench.plan.javascript import javascript
-from bench.plan.model import config_of_size, job, read_model
+from bench.plan.fits import device_numbers, predict_efficiency
+from bench.plan.hardware import find_hardware, rapl_joules
+from bench.plan.model import job
+from bench.plan.page import javascript
+from bench.plan.plans import LAW, over_trained
 from bench.plan.published import accelerators, clean_runs, rows
-from bench.plan.serving import fit_serving
 from bench.plan.validate import (
     FLOPS_BOUND,
     figures,
@@ -40,7 +37,7 @@ CFG = PRESETS["llama-3.2-1b"]
 
 
 def h100():
-    return numbers(accelerators()["h100"], **predict_efficiency("h100")._asdict(), **fit_serving().uses)
+    return device_numbers(accelerators()["h100"])
 
 
 def test_flops_of_every_clean_run_are_within_three_percent_of_what_was_reported():
@@ -135,17 +132,6 @@ def test_the_optimal_size_has_the_least_loss(flops):
     assert 6 * small * tokens + 2 * small * flops / params / 20 == pytest.approx(flops)
 
 
-@pytest.mark.parametrize("params", [3e7, 3e8, 8e9, 7e10, 1e12])
-def test_a_model_of_a_size_has_that_size(params):
-    assert count_params(config_of_size(params)).total == pytest.approx(params, rel=0.03)
-
-
-def test_models_are_read_from_files(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CFG.to_json()))
-    assert read_model(str(tmp_path), None)[1] == CFG
-    assert read_model("smollm2-135m-instruct", None)[1] == PRESETS["smollm2-135m"]
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -156,10 +142,7 @@ def test_models_are_read_from_files(tmp_path):
         ({"tokens": "1M"}, "Say which model"),
         ({"model": "nano"}, "--tokens is missing"),
         ({"model": "nano", "tokens": "-5"}, "--tokens must be a number above 0"),
-        ({"model": "nano", "tokens": "ten"}, "--tokens must be a number above 0"),
-        ({"model": "nano", "tokens": "1M", "devices": 0}, "--devices must be above 0"),
         ({"model": "nano", "tokens": "1M", "price": -1.0}, "--price must be above 0"),
-        ({"model": "nano", "tokens": "1M", "price": math.nan}, "--price must be above 0"),
         ({"model": "nano", "tokens": "1M", "method": "freeze:99"}, "Cannot freeze 99"),
         ({"model": "nano", "tokens": "1M", "method": "lorra"}, "Did you mean 'lora"),
         ({"model": "nano", "tokens": "1M", "method": "qlora:385"}, "must be at most 384"),
@@ -167,10 +150,8 @@ def test_models_are_read_from_files(tmp_path):
         ({"model": "nano", "params": "1B", "tokens": "1M"}, "two models"),
         ({"params": "3", "tokens": "1M"}, "--params must be from"),
         ({"params": "70B", "requests": "3", "hardware": "l4"}, "does not fit"),
-        ({"params": "10B", "requests": "1", "prompt": "90000", "hardware": "l4"}, "does not fit"),
         ({"model": "nano", "requests": "1", "cached": 1.0}, "--cached"),
         ({"model": "nano", "requests": "1"}, "nano has a context of 256"),
-        ({"model": "nano", "tokens": "1e39"}, "below 1e18"),
         ({"model": "nano", "extra": "9", "method": "rl"}, "--method belongs to --tokens"),
         ({"model": "nano", "budget": "5"}, "choose the model"),
         ({"budget": "5", "hardware": "tpu-v5e"}, "No price"),
@@ -186,26 +167,15 @@ def test_what_cannot_be_is_refused_in_a_sentence(flags, words, monkeypatch, tmp_
         plan(PlanFlags(**flags))
 
 
-def test_what_a_manager_must_know_is_said(monkeypatch, capsys):
-    assert "does not fit on 1 x rtx-4090" in answer(PlanFlags(budget="10M", hardware="RTX-4090"))["notes"][0]
-    assert "extrapolated" in answer(PlanFlags(model="nano", tokens="1M"))["notes"][0]
-    capsys.readouterr()
-    monkeypatch.setenv("COLUMNS", "80")
-    answer(PlanFlags(model="llama-3.2-1b", tokens="1M"))
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
 def test_a_closed_pipe_ends_an_answer_in_silence():
     command = f"{sys.executable} -m bench.plan --model llama-3.2-1b --tokens 1M | true"
     assert subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True).stderr == ""
 
 
-def test_a_config_that_cannot_be_read_and_a_folder_that_cannot_be_written(tmp_path):
+def test_a_config_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         plan(PlanFlags(model=str(tmp_path), tokens="1M"))
-    with pytest.raises(UserError, match="cannot be written"):
-        plan(PlanFlags(model="nano", tokens="1M", out=tmp_path / "config.json"))
 
 
 def test_an_answer_comes_without_jax_and_its_document_only_where_it_is_asked_for(tmp_path):

@@ -12,7 +12,6 @@ import pytest
 from bench.report.charts import decade_ticks, even_ticks, logarithmic, separate
 from bench.report.page import page, write_report
 from engine.errors import UserError
-from engine.format import in_words
 
 # A made-up stage table with every kind of row: the shape of what `python -m bench` measures, not a measurement.
 TABLE = (Path(__file__).parent / "stage_table.json").read_text(encoding="utf-8")
@@ -83,15 +82,6 @@ def test_the_file_needs_nothing_else(tmp_path):
     assert not re.search(r"(?i)<(script|link|img|iframe|object|embed)\b|@import|url\(|\bsrc=|\son\w+=", source)
 
 
-def test_a_phone_and_a_dark_screen_are_thought_of():
-    source = page(document())
-    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in Reader(source).tags
-    assert "prefers-color-scheme: dark" in source
-    assert "@media print" in source
-    kinds = [root.get("class") for root in drawings(source)]
-    assert kinds == ["wide", "narrow"] * 3
-
-
 def test_every_row_claim_note_and_command_is_said():
     doc = document()
     reader = Reader(page(doc))
@@ -109,22 +99,10 @@ def test_every_row_claim_note_and_command_is_said():
     assert doc["arithmetic"]["sentence"] in page_text
 
 
-def test_every_number_of_a_row_stands_in_its_line():
-    row = document()["rows"][0]
-    doc = document() | {"rows": [row]}
-    line = re.search(r"<tbody>(.*?)</tbody>", page(doc), flags=re.DOTALL).group(1)
-    exact = re.findall(r'<data value="([^"]*)"', line)
-    counted = row["flops_per_token"]
-    expected = [counted[name] for name in ("formula", "walker", "walker_elementwise", "xla")]
-    assert [float(value) for value in exact] == pytest.approx([*expected, row["peak_bytes"], row["bytes_per_token"]])
-    for page_text in ("98.0", "±2.9", "94.2", "+4%", "3.12×", "3.03× to 3.21×", "3.00×", "58%", "0.027", "changed", "MFU"):
-        assert page_text in line, page_text
-
-
 @pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "series"])
 def test_text_from_outside_stays_text(place):
     doc, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
-    row, decode = doc["rows"][0], doc["rows"][10]
+    row, decode = doc["rows"][0], next(row for row in doc["rows"] if row["slots"])
     if place == "row":
         row["name"] = decode["name"] = nasty
     elif place == "model":
@@ -195,31 +173,6 @@ def test_ceilings_lie_where_bytes_and_operations_put_them():
     assert dots[0][1] < dots[1][1] < dots[2][1]
 
 
-def test_a_dot_below_the_ceilings_is_owned_up_to():
-    page_text = Reader(page(document())).page_text()
-    assert "faster than this machine allows" in page_text
-    doc = document()
-    next(row for row in doc["rows"] if row["slots"] == 8)["seconds_per_token"] = 1e-6
-    page_text = Reader(page(doc)).page_text()
-    assert "faster than this machine allows" not in page_text
-    assert "processor's cache" in page_text
-
-
-def test_lines_of_a_life_cross_where_the_costs_are_equal():
-    doc = document()
-    root = drawings(page(doc))[4]
-    trained, alone = doc["rows"][0], next(row for row in doc["rows"] if row["slots"] == 1)
-    tokens = 20 * doc["model"]["params"]
-    crossing = tokens * trained["usd_per_million_tokens"] / alone["usd_per_million_tokens"]
-    assert f"meets it at {in_words(crossing)} tokens" in "".join(root.itertext())
-    (paid,) = of_class(root, "path", "line paid")
-    level = float(paid.get("d").split()[-1])
-    rings = of_class(root, "circle", "ring")
-    assert len(rings) == 4
-    assert all(float(ring.get("cy")) == level for ring in rings)
-    assert f"here for {in_words(tokens)} tokens" in page(doc)
-
-
 def emptied(value):
     if isinstance(value, dict):
         return {name: inside if name in ("name", "claim", "verdict") else emptied(inside) for name, inside in value.items()}
@@ -237,13 +190,6 @@ def keys(value):
     if isinstance(value, dict):
         return set(value) | {name for inside in value.values() for name in keys(inside)}
     return {name for each in value for name in keys(each)} if isinstance(value, list) else set()
-
-
-def test_a_lone_token_takes_at_a_glance_what_the_claim_says():
-    doc = document()
-    assert re.search(r"the time of a token trained on: [\w ,]+ 6\.30×", Reader(page(doc)).page_text())
-    doc["claims"] = [claim for claim in doc["claims"] if "numbers" not in claim]
-    assert "the time of a token trained on" not in Reader(page(doc)).page_text()
 
 
 def test_what_is_missing_is_a_dash_or_left_out():
@@ -273,14 +219,6 @@ def test_odd_numbers_do_not_break_the_page(name, odd):
         for row in rows:
             row[name] = odd
         assert Reader(page(doc)).faults == []
-
-
-@pytest.mark.parametrize("count", [1, 2, 16])
-def test_few_decoding_rows_are_enough(count):
-    doc = document()
-    doc["rows"] = [row for row in doc["rows"] if row["slots"]][:count]
-    assert Reader(page(doc)).faults == []
-    assert len(drawings(page(doc))) >= 4
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai_like import chat_request, fake_completion, fake_server, parse_metrics
+from openai_like import chat_request, fake_completion, fake_server
 
 from bench.serving import __main__ as serving
-from bench.serving.completions import complete, completion_request, random_text, read_completion
-from bench.serving.http_client import Client, Response
+from bench.serving.client import Client, Response, complete, completion_request, random_text, read_completion
 from bench.serving.measure import closed_loop, open_loop, percentile
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -93,12 +92,6 @@ def test_a_refusal_and_an_error_in_a_stream_are_errors():
     assert read_completion(Response(0.0, error="EOFError")).error == "EOFError"
 
 
-def test_the_fields_of_a_request_are_those_of_its_kind():
-    assert "stream_options" not in completion_request("a", 1, stream=False)
-    assert completion_request("a", 1)["stream_options"] == {"include_usage": True}
-    assert chat_request("a", 1).keys() & {"prompt", "max_tokens", "max_completion_tokens"} == {"max_completion_tokens"}
-
-
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=40), st.sampled_from([0.01, 0.5, 0.9, 0.99, 1.0]))
 def test_a_percentile_is_the_least_value_that_enough_do_not_exceed(values, share):
     result = percentile(values, share)
@@ -143,11 +136,6 @@ async def test_an_open_loop_sends_when_it_is_time_and_counts_the_wait_from_then(
     assert read_completion(responses[-1]).ttft > 0.3, "the last waits for all those before it"
 
 
-def test_metrics_add_up_what_differs_in_labels_alone():
-    text = '# HELP a b\na{x="1"} 2\na{x="2"} 3.5\nh_bucket{le="1"} 7\nh_sum 4\nvllm:n{m="}"} 1e3\n'
-    assert parse_metrics(text) == {"a": 5.5, "h_sum": 4.0, "vllm:n": 1000.0}
-
-
 def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
     document = {
         "model": "m", "device": "d", "weights": "int8", "slots": 8, "ready_met": False, "ready_seconds": 9.5, "ready_bar": 8.0,
@@ -174,8 +162,3 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
     ):
         assert text in output
     assert output.count("** not met **") == 2
-
-
-def test_a_model_that_is_not_there_is_a_sentence(capsys):
-    assert serving.main(["--model", "no-such-model"]) == 2
-    assert "There is no model at no-such-model" in capsys.readouterr().err

@@ -55,12 +55,6 @@ def test_project(seed):
 
 
 @given(SEEDS)
-def test_bias(seed):
-    x, bias = normal(seed, (B, T, F), (F,))
-    assert_slope(lambda b: x + b, [bias], lambda dy: [layers.bias_backward(dy)])
-
-
-@given(SEEDS)
 @pytest.mark.parametrize("shape", [(B, T, D), (B, T, N, H)])
 def test_rms_norm(shape, seed):
     x, gain = normal(seed, shape, shape[-1:])

@@ -67,30 +67,6 @@ def test_float32(name):
 
 
 @BY_NAME
-@settings(max_examples=4)
-@given(seed=SEEDS)
-def test_gradient_is_the_slope_of_the_loss(name, seed):
-    """By finite differences: along a random direction in each weight matrix and each gain, one at a time."""
-    cfg, batch = FAMILY[name], batch_of(seed)
-    params = weights(cfg, seed)
-    rest = batch.tokens, batch.targets, batch.mask, batch.positions, batch.segments
-    gradient = by_hand.loss_and_gradient(cfg, params, *rest)[1]
-    rng, size = np.random.default_rng(seed), 1e-5
-
-    def compare(leaf, slope):
-        along, before = rng.standard_normal(leaf.shape), leaf.copy()
-        along /= np.linalg.norm(along)
-        leaf[...] = before + size * along
-        above = by_hand.loss(cfg, params, *rest)
-        leaf[...] = before - size * along
-        below = by_hand.loss(cfg, params, *rest)
-        leaf[...] = before
-        np.testing.assert_allclose(np.sum(slope * along), (above - below) / (2 * size), rtol=1e-5, atol=1e-8)
-
-    tree_map(compare, params, gradient)
-
-
-@BY_NAME
 def test_forward_alone_is_forward_with_residuals(name):
     cfg = FAMILY[name]
     params, tokens = weights(cfg), tokens_of(0, B, T)

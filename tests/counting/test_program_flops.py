@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 from plain_model import batch_of, cache_of, params_of, shaped
 from tiny import B, T, tiny_config
@@ -19,7 +18,6 @@ from engine.counting.program_flops import (
 )
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.inference import decode
-from engine.inference.sampling import SamplingArrays
 from engine.inference.score import score
 from engine.model.attention import QUERY_BLOCK
 from engine.model.config import LoraConfig
@@ -27,8 +25,7 @@ from engine.model.paths import split, unflatten
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import make_adapter
 from engine.training import loss
-from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import init_state, loss_and_gradient, train_step
+from engine.training.step import loss_and_gradient
 
 LAYERS, CAPACITY = 3, 23
 KINDS = {
@@ -136,15 +133,6 @@ def test_with_the_loss_in_chunks(kind, remat, backend, monkeypatch):
     assert_agreement(cfg, B, T, ["everything", "last block alone", "norms"], loss_chunk=16)
 
 
-def test_adamw_has_no_products():
-    cfg, tx = KINDS["untied"], make_optimizer(OptimizerConfig())
-    paths = bottom_frozen(cfg, 1)
-    trainable, frozen = trees(cfg, paths)
-    state = jax.eval_shape(functools.partial(init_state, tx), trainable)
-    counted = jaxpr_cost(functools.partial(train_step, cfg, tx), state, frozen, batch_of(B, T), shaped(dtype=jnp.float32))
-    assert counted.matmul == gradient_program_flops(cfg, B, T, trainable=paths).total
-
-
 # ---- forward only
 
 
@@ -185,12 +173,3 @@ def test_whatever_the_weights_are_stored_in(backend):
     for rows in (FEW, MANY):
         counted = jaxpr_cost(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
         assert counted.matmul == gradient_program_flops(cfg, rows, T, trainable=paths).total
-
-
-def test_several_steps_of_decoding_are_as_many_times_one():
-    cfg, slots, steps = KINDS["untied"], 5, 4
-    params, cache = trees(cfg, all_trainable(cfg))[0], cache_of(cfg, slots, CAPACITY)
-    sampling = jax.eval_shape(lambda: SamplingArrays(*(jnp.zeros(slots, d) for d in ("f4", "i4", "f4", "f4", "u4"))))
-    several = functools.partial(decode.decode_steps, cfg, steps=steps)
-    counted = jaxpr_cost(several, params, shaped(slots), cache, sampling)
-    assert counted.matmul == steps * decode_program_flops(cfg, slots, CAPACITY).total

@@ -11,7 +11,7 @@ from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import inference_bytes, train_bytes
 from engine.counting.trainable_paths import bottom_frozen, head_only, lora_only
-from engine.model.config import LoraConfig, ModelConfig, preset
+from engine.model.config import LoraConfig, ModelConfig
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
 COUNT = count_params(CFG)
@@ -88,10 +88,3 @@ def test_a_lookup_reads_the_rows_it_needs_and_a_tied_head_all():
     assert decoded == 2 * COUNT.matmul + 4 * NORMS + 5 * 2 * CFG.width
     tied = dataclasses.replace(CFG, tied=True)
     assert inference_bytes(tied, 5, 11).weights == decoded - 5 * 2 * CFG.width
-
-
-def test_int8_halves_what_a_lone_slot_moves():
-    cfg = preset("smollm2-135m")
-    wide, narrow = inference_bytes(cfg, 1, 256), inference_bytes(cfg, 1, 256, int8=True)
-    assert 1.9 < wide.total / narrow.total < 2.0
-    assert inference_bytes(cfg, 32, 256).total / 32 < wide.total / 16

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from figures import at_most, milliseconds
 
-from bench.serving.completions import completion_request, random_text
-from bench.serving.http_client import Client, connect
+from bench.serving.client import Client, completion_request, connect, random_text
 from bench.serving.measure import closed_loop, percentile
 from engine.counting.hardware import clock
 

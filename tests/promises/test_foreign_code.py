@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from figures import at_least, at_most
 
-from bench.serving.completions import complete, completion_request, random_text
-from bench.serving.http_client import Client
+from bench.serving.client import Client, complete, completion_request, random_text
 from engine.counting.hardware import clock
 from engine.errors import UserError
 from engine.model.native.library import SOURCE

@@ -9,7 +9,7 @@ from figures import Figure, at_most, milliseconds
 from fuzz import fuzzed_request
 from openai_like import fake_server
 
-from bench.serving.http_client import Client, Response
+from bench.serving.client import Client, Response
 from bench.serving.measure import percentile
 from engine.counting.hardware import clock
 

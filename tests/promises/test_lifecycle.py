@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from figures import at_least, at_most, exactly
 
-from bench.serving.completions import complete, completion_request, random_text
+from bench.serving.client import complete, completion_request, random_text
 from bench.serving.server import Server
 from engine.counting.hardware import clock
 

@@ -9,8 +9,7 @@ import pytest
 from figures import at_least, at_most, milliseconds
 from openai_like import read_metrics
 
-from bench.serving.completions import complete, completion_request, random_text, send
-from bench.serving.http_client import Client
+from bench.serving.client import Client, complete, completion_request, random_text, send
 from bench.serving.measure import open_loop, percentile
 from bench.serving.server import Server
 from engine.counting.hardware import clock

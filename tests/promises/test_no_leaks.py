@@ -8,8 +8,7 @@ import pytest
 from figures import at_least, at_most
 from openai_like import fake_completion, fake_server
 
-from bench.serving.completions import complete, completion_request, random_text
-from bench.serving.http_client import Client
+from bench.serving.client import Client, complete, completion_request, random_text
 
 pytestmark = pytest.mark.anyio
 

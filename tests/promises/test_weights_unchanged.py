@@ -8,7 +8,7 @@ from figures import at_most, exactly
 from fuzz import fuzzed_request
 from openai_like import fake_server, read_metrics
 
-from bench.serving.http_client import Client
+from bench.serving.client import Client
 
 pytestmark = pytest.mark.anyio
 

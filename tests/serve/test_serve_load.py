@@ -11,8 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, refused, say, until
+from openai_like import chat_request
+from tiny_server import QUEUE, SLOTS, TinyServer, ask, events, good, post_head, refused, until
+from under_load import repeat_under_load
 
+from bench.serving.client import Client as BenchClient
+from bench.serving.client import completion_request
 from engine.inference.sequence import Sequence
 from stages.serve import state, tokenizer_pool
 from stages.serve.api import completions
@@ -251,67 +255,22 @@ def test_an_internal_error_is_a_500_and_is_printed(client, tiny_server, monkeypa
 
 
 REPEATED = (
-    ask(most=20, logprobs=2),
-    ask("The assistant answers what the user asks; the system says", 12, logprobs=1, temperature=1, seed=7),
-    ask("1 2 1 2 1 2 1 2", 25, logprobs=1, stream=True),
-    say(most=15, logprobs=True, top_logprobs=2, temperature=1, seed=3, stream=True),
-    ask("Hello", 18, logprobs=1, presence_penalty=1, temperature=1, seed=5),
-    ask("Hello there, how", 10, logprobs=1, logit_bias={"72": 3}),
-)  # fmt: skip
+    completion_request("Hello there", 20, logprobs=2),
+    completion_request("The assistant answers what the user asks; the system says", 12, logprobs=1, temperature=1, seed=7),
+    completion_request("1 2 1 2 1 2 1 2", 25, logprobs=1, stream=False),
+    chat_request("Hello there", 15, logprobs=True, top_logprobs=2, temperature=1, seed=3),
+    completion_request("Hello", 18, logprobs=1, presence_penalty=1, temperature=1, seed=5),
+    completion_request("Hello there, how", 10, logprobs=1, logit_bias={"72": 3}, stream=False),
+)
 
 
-def test_the_same_request_has_the_same_bits_under_any_load(tiny_server):
+def test_the_same_request_has_the_same_bits_under_any_load(tiny_server, client):
     """Alone, and among others that come, go and hang up; log-probabilities compared as floats, which JSON carries whole."""
-    path = lambda body: "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    with tiny_server.client() as client:
-        alone = [completion_of(client.post(path(body), json=body)) for body in REPEATED]
-        assert until(lambda: client.get("/health").json()["long_texts_ready"], 60)
-        compiled = client.get("/health").json()["compiles_after_ready"]
-    rng = random.Random(1)
-    different = []
-
-    async def load():
-        async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60) as client:
-
-            async def asks(place):
-                body = REPEATED[place]
-                while (reply := await client.post(path(body), json=body)).status_code == 429:
-                    await asyncio.sleep(0.01)
-                if completion_of(reply) != alone[place]:
-                    different.append(place)
-
-            async def disturbs():
-                body = ask("Hello " * rng.randrange(1, 40), rng.randrange(1, 20), temperature=1, stream=rng.random() < 0.5)
-                sending = asyncio.create_task(client.post("/v1/completions", json=body))
-                await asyncio.wait([sending], timeout=rng.choice((0.02, 10)))
-                sending.cancel()
-
-            waiting = [place % len(REPEATED) for place in range(90)]
-            rng.shuffle(waiting)
-
-            async def worker():
-                while waiting:
-                    await (asks(waiting.pop()) if rng.random() < 0.6 else disturbs())
-
-            await asyncio.gather(*(worker() for _ in range(SLOTS + 2)))
-
-    asyncio.run(load())
-    assert different == []
-    assert tiny_server.state.engine.compiles_after_ready == compiled
-
-
-def completion_of(reply: httpx.Response) -> Any:
-    """Text, reason and log-probabilities of an answer, streamed or not."""
-    if not reply.headers["content-type"].startswith("text/event-stream"):
-        return good(reply)["choices"]
-    text, scores, reason = "", [], None
-    for chunk in events(reply.text):
-        (choice,) = chunk["choices"]
-        text += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-        reason = choice["finish_reason"] or reason
-        logprobs = choice["logprobs"] or {}
-        scores += logprobs.get("content") or list(zip(logprobs.get("tokens", []), logprobs.get("token_logprobs", [])))
-    return text, scores, reason
+    assert until(lambda: client.get("/health").json()["long_texts_ready"], 300)
+    compiled = client.get("/health").json()["compiles_after_ready"]
+    result = asyncio.run(repeat_under_load(BenchClient(tiny_server.port), REPEATED, SLOTS, 90, random.Random(1)))
+    assert result == (1, 0, 0)  # one output of each, no other bits, all answered
+    assert client.get("/health").json()["compiles_after_ready"] == compiled
 
 
 def test_the_loop_answers_while_long_texts_become_tokens(tiny_server):

@@ -30,44 +30,8 @@ from stages.train.flags import TrainFlags
 Failing = Callable[..., str]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["dmeo"], ["dmeo", "Did you mean 'demo'"]),
-        (["--steps", "0"], ["--steps", "at least 1", "'0'"]),
-        (["--steps", "many"], ["--steps", "integer", "'many'"]),
-        (["--max-time", "3 fortnights"], ["--max-time", "90s, 3m or 1h30m"]),
-        (["--max-time", "0s"], ["--max-time", "above 0"]),
-        (["--learning-rate", "-1"], ["--learning-rate", "above 0"]),
-        (["--warmup", "2"], ["--warmup", "from 0 to 1"]),
-        (["--optimizer", "moun"], ["--optimizer", "Did you mean 'muon'"]),
-        (["--device", "gpuu"], ["--device", "Did you mean 'gpu'"]),
-        (["--dtype", "float16"], ["--dtype", "bfloat16, float32"]),
-        (["--seed", "-1"], ["--seed", "from 0"]),
-        (["--eval-every", "often"], ["--eval-every", "30s"]),
-        (["--max-tiem", "3m"], ["--max-tiem", "--max-time"]),
-        (["--batch", "6", "--accumulate", "4"], ["batch of 6", "4 equal parts"]),
-        (["--schedule", "wsd", "--warmup", "0.8", "--decay", "0.8"], ["longer than the run"]),
-        (["--tokenizer", "bpe:12"], ["bpe:N", "257"]),
-        (["--tokenizer", "nowhere"], ["--tokenizer", "tokenizer.json", "nowhere"]),
-        (["--data", "shakespear"], ["shakespear", "Did you mean 'shakespeare'"]),
-        (["--validation", "nowhere.txt"], ["nowhere.txt"]),
-        (["--data", "smollm2-135m-instruct"], ["is a model, not a text"]),
-        (["--context", "100000"], ["shorter context"]),
-        (["--accelerator", "h100", "--mesh", "fsdp=2"], ["--dry-run --mesh AXES"]),
-        (["--batch", "100000000", "--dry-run"], []),
-    ],
-)
-def test_flags(flags, words, text, tmp_path, failing):
-    args = ["tiny", "--data", str(text), "--out-dir", str(tmp_path / "run"), *flags]
-    if not words:
-        assert train.main(args) == 0
-        return
-    error = failing(train.main, args if flags[0].startswith("--") else args[1:])
-    plain = " ".join(error.replace("│", " ").split())
-    for word in words:
-        assert word in plain
-    assert not (tmp_path / "run").exists()
+def test_a_plan_reads_no_batch(text, tmp_path):
+    assert train.main(tiny(text, tmp_path / "run", "--batch", 100_000_000, "--dry-run")) == 0
 
 
 @pytest.mark.parametrize(
@@ -268,8 +232,6 @@ def test_prompts(trained, failing):
     result = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
     assert result.returncode == 2
     assert b"0xE9 at position 3" in result.stderr
-    for flags in (["--temperature", "-1"], ["--top-p", "0"], ["--max-tokens", "0"], ["--count", "0"]):
-        assert flags[0] in failing(generate.main, ["--model", trained, *flags])
 
 
 def test_verbose_shows_where_it_happened(tmp_path, capsys):

@@ -118,19 +118,6 @@ def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained):
     assert b"Traceback" not in result.stderr
 
 
-def test_bad_flags(trained, tmp_path, capsys):
-    broken = tmp_path / "broken.jinja"
-    broken.write_text("{% if %}")
-    for flags, words in (
-        (["--template", str(tmp_path / "none.jinja")], "cannot be read"),
-        (["--template", str(broken)], "The chat template failed with TemplateSyntaxError"),
-        (["--top-p", "0"], "--top-p"),
-        (["--model", str(tmp_path / "none")], "There is no model"),
-    ):
-        assert chat.main(["--model", str(trained), *flags]) == 2
-        assert words in capsys.readouterr().err
-
-
 class Terminal:
     """A chat in a terminal of its own, gone with its block; `program` is what Python runs."""
 

@@ -55,7 +55,7 @@ def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys):
     assert "tokens/s" in notes
     alone = [generated(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
     assert together == f"{alone[0]}\n--- 2 of 2\n{alone[1]}"
-    assert "/s" not in generated(capsys, trained, "--max-tokens", 1, "--count", 2)[1]  # nothing after the first
+    assert "/s" not in generated(capsys, trained, "--max-tokens", 8, "--count", 2)[1]  # one dispatch
 
 
 def test_generation_stops_where_the_context_is_full(trained, capsys):
@@ -100,6 +100,19 @@ def test_evaluation_agrees_with_the_run_and_changes_nothing(trained, capsys):
     value = read_json(trained / "run.json")["result"]["val_bits_per_byte"]
     assert f"{value:.4f}" in output
     assert "unchanged" in output
+
+
+def test_evaluation_stores_the_weights_as_serve_does_and_changes_nothing(trained, capsys):
+    bits, digests = [], []
+    for weights in ("float32", "int8"):
+        assert evaluate.main(["--model", str(trained), "--weights", weights]) == 0
+        output = capsys.readouterr().out
+        assert "unchanged" in output
+        bits.append(float(output.split("bits per byte")[1].split()[0]))
+        digests.append(output.split("SHA-256")[1].split()[0])
+    assert bits[1] == pytest.approx(bits[0], rel=0.02)
+    assert digests[0] != digests[1]
+    assert evaluate.main(["--model", str(trained), "--weights", "int8", "--mesh", "fsdp=1"]) == 2
 
 
 def test_evaluation_counts_every_byte_of_a_text(trained, tmp_path, capsys):

@@ -11,7 +11,6 @@ import pytest
 from tiny_runs import ROOT, tiny, typed
 
 from engine.storage import checkpoint, manifest
-from stages.cli import signals
 from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
@@ -95,32 +94,6 @@ def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
 
 
-@pytest.mark.parametrize("way", ["threading.Thread(target=elsewhere).start()", "Callback()"])
-def test_a_signal_that_the_main_thread_sleeps_through_reaches_it_all_the_same(started, way):
-    """As one does that comes after the last look at signals and before a library's wait begins, or in a library's callback."""
-    program = (
-        "import signal, sys, threading, time\n"
-        "from stages.cli import signals\n"
-        "def elsewhere():\n"
-        "    time.sleep(0.3)\n"
-        "    signal.pthread_kill(threading.get_ident(), signal.SIGINT)\n"
-        "class Callback:\n"
-        "    def __del__(self):\n"
-        "        signal.raise_signal(signal.SIGINT)\n"
-        "for _ in range(2):\n"
-        "    try:\n"
-        "        with signals.handle_signals():\n"
-        f"            {way}\n"
-        "            time.sleep(20)\n"
-        "    except signals.Stopped:\n"
-        "        print('heard')\n"
-    )
-    process = start(started, [sys.executable, "-c", program])
-    output, _ = process.communicate(timeout=15)
-    assert output == "heard\nheard\n"
-    assert process.returncode == 0
-
-
 @pytest.mark.parametrize(("phase", "sentence"), [("start", "before anything was begun"), ("end", "after the command was over")])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, phase, sentence, number, code):
@@ -176,40 +149,17 @@ with signals.handle_signals(), signals.defer_signals("Finishing.", unread):
     assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
 
 
-def test_a_signal_that_a_library_makes_another_error_of_is_a_signal(capsys):
-    """As jaxlib does of one that comes while it is being imported, and prints it first where NumPy's import was stopped."""
-
-    def imported() -> None:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(1)
-        except signals.Stopped as stopped:
-            sys.excepthook(type(stopped), stopped, None)
-            raise ImportError("Encountered an error while initializing the extension.") from None
-
-    with pytest.raises(signals.Stopped, match="SIGTERM"), signals.handle_signals():
-        imported()
-    assert capsys.readouterr().err == ""
-
-
-def test_a_signal_after_the_terminal_closed_while_the_first_is_answered():
-    """A terminal that closes sends two; the second may come once the block is left, and nothing can be printed then."""
-    code = """
-import contextlib, os, signal, sys
-import stages
+def test_a_signal_while_a_file_is_written_leaves_nothing_of_it(tmp_path):
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from engine.files import atomic_file, atomic_folder
 from stages.cli import signals
-signal.signal(signal.SIGHUP, stages.stop)
-screen, terminal = os.openpty()
-os.dup2(terminal, 2), os.close(terminal)
-try:
-    with signals.handle_signals():
-        signals.set_phase("while it tried.")
-        os.close(screen)
-        signal.raise_signal(signal.SIGHUP)
-except signals.Stopped as stopped:
-    with contextlib.redirect_stderr(sys.stdout):
-        signals.report_stop(stopped)
-    signal.raise_signal(signal.SIGHUP)
+signals.set_phase("while it wrote.")
+with signals.handle_signals(), atomic_file(Path({str(tmp_path / "a")!r})), atomic_folder(Path({str(tmp_path / "b")!r})):
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(20)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (129, "\nStopped while it tried.\n")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (129, "\nStopped while it wrote.\n")
+    assert [*tmp_path.iterdir()] == []

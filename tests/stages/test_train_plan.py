@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import tiny
 
 from engine.counting import accelerators
 from engine.counting.accelerators import find_accelerator
@@ -29,7 +28,7 @@ from engine.training.optimizer import make_optimizer
 from engine.training.step import init_state, train_step
 from stages.cli.console import Console
 from stages.runs import estimate
-from stages.runs.estimate import find_ceilings, remeasure_ceilings
+from stages.runs.estimate import find_ceilings
 from stages.train import __main__ as train
 from stages.train import mesh_plan
 from stages.train import run as train_run
@@ -56,34 +55,20 @@ def test_another_batch_is_read_in_parts_no_larger_than_the_recipes():
 
 @pytest.fixture
 def measurements(tmp_path, monkeypatch):
-    """An empty cache; each measurement takes one of these from the list."""
+    """An empty cache; a measurement takes one of these from the list."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
-    left = [HERE, Ceilings("a chip", "cpu", 2, "0", 1.0, 1.0, 1.0, 99.0, 1.0)]
+    left = [HERE]
     monkeypatch.setattr(estimate, "_measure_in_subprocess", lambda: left.pop(0))
     return left
 
 
-def test_ceilings_are_measured_where_there_are_none_and_why_is_said(measurements, tmp_path):
+def test_ceilings_are_measured_once(measurements):
     output = io.StringIO()
     assert find_ceilings(Console(output)) == HERE
-    assert f"measuring this machine's ceilings: {tmp_path}/cache/hardware holds none yet ... " in output.getvalue()
+    assert "measuring this machine's ceilings, once ... " in output.getvalue()
     output.truncate(0)
     assert find_ceilings(Console(output)) == HERE
-    assert (output.getvalue(), len(measurements)) == ("", 1)
-    best = remeasure_ceilings(HERE, "a reason", Console(output))
-    assert "measuring this machine's ceilings again: a reason ... " in output.getvalue()
-    assert (best.bf16_gflops, best.read_gbs) == (HERE.bf16_gflops, 99.0), "the better of each"
-    assert find_ceilings(Console(output)) == best
-
-
-@pytest.mark.parametrize("long_run", [1e9, 0.0])
-def test_ceilings_measured_twice_have_a_reason_each(measurements, text, tmp_path, monkeypatch, capsys, long_run):
-    monkeypatch.setattr(estimate, "save_ceilings", lambda ceilings: None)  # as with a cache that cannot be written
-    monkeypatch.setattr(train_run, "LONG_RUN", long_run)
-    assert train.main(tiny(text, tmp_path / "run", "--steps", 2)) == 0
-    said = re.findall(r"measuring this machine's ceilings( again)?: \S+", capsys.readouterr().out)
-    assert said == ["", " again"][: 2 - len(measurements)]
-    assert len(measurements) == (1 if long_run else 0)
+    assert (output.getvalue(), measurements) == ("", [])
 
 
 def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
@@ -117,7 +102,7 @@ def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
     mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
     need = lambda plan: plan.require(plan.memory.total, "A step needs", "buy more.")
-    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: estimate.PROCESS_BYTES + plan.memory.total // 2)
+    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: plan.process_bytes + plan.memory.total // 2)
     need(mesh)  # on four machines like this one
     with pytest.raises(UserError, match=r"A step needs \S+ .B, and"):
         need(plan)

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
@@ -132,6 +132,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
 
 
 @given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
+@example(documents=["a", "bbb"], fraction=0.25)  # cut in a later document
 def test_holding_out_loses_nothing(documents, fraction):
     if len("".join(documents)) < 2:
         return
@@ -167,16 +168,7 @@ def test_no_held_out_document_is_in_the_training_text():
     assert list(left) == list(left) == [long + "two", "The land."]
     assert left.name == "a corpus, without 2 of 4 documents that are in the training text too"
     assert without_copies(same := corpus_of(["+", "-"]), corpus_of(["*", "/"])) is same
-    sums = [
-        "3 - 1 * 2 =",
-        "(3 - 1) * 2 =",
-        "31 * 2 =",
-        "3 - 12 =",
-        "3 / 1 * 2 =",
-        "-3 - 1 * 2 =",
-        ".3 - 1 * 2 =",
-        "3! - 1 * 2 =",
-    ]
+    sums = ["3 - 1 * 2 =", "(3 - 1) * 2 =", "31 * 2 =", "3 - 12 =", ".3 - 1 * 2 ="]
     for held_out in sums:
         assert without_copies(same := corpus_of([held_out]), corpus_of([each for each in sums if each != held_out])) is same
     with pytest.raises(UserError, match="1 of 1 documents of a corpus are in a corpus too: nothing is held out"):

@@ -72,20 +72,7 @@ def test_control_tokens_are_never_made_from_text(tokenizer):
     assert tokenizer.decode(ids) == f"before{END}after{END}"
     # Put in by id they end a text, and stand for no text and no bytes.
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]) == "ab"
-    assert tokenizer.count_bytes([tokenizer.eos_id]) == 0
-
-
-def test_ids():
-    assert (BYTE.vocab, BYTE.eos_id, BPE.vocab, BPE.eos_id) == (257, 256, 320, 319)
-    assert BYTE.encode("aé").tolist() == [0x61, 0xC3, 0xA9]
-    assert len(BPE.encode(PROSE)) < len(PROSE.encode()) / 2
-    assert BPE.encode("").shape == (0,)
-
-
-def test_token_bytes_counts_parts_of_characters():
-    assert BYTE.count_bytes(np.array([0xC3, 0x61], np.uint16)) == 2
-    assert BYTE.count_bytes([-1, 256, 257, 10_000]) == 0
-    assert BYTE.count_bytes([]) == 0
+    assert tokenizer.count_bytes([-1, tokenizer.eos_id, tokenizer.vocab, 10_000]) == 0
 
 
 @BOTH

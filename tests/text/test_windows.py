@@ -6,15 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.batch import Batch
 from engine.text.windows import TextBatches, count_windows, evaluation_windows
 
 # A token that tells its own place, so that a batch tells where it was cut.
 PLACES = np.arange(1000, dtype=np.uint16)
-
-
-def same_batch(first: Batch, second: Batch) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
 def windows_of(batches: TextBatches, epoch: int) -> list[np.ndarray]:
@@ -24,14 +19,6 @@ def windows_of(batches: TextBatches, epoch: int) -> list[np.ndarray]:
     steps = range(first // batches.batch, -(-last // batches.batch))
     rows = [row for step in steps for row in batches.at(step).targets]
     return rows[first - steps.start * batches.batch :][:windows]
-
-
-def test_shapes_and_types():
-    batch = TextBatches(PLACES, seq=7, batch=6, seed=0).at(3)
-    assert batch.segments is None
-    assert [(field.shape, field.dtype) for field in batch[:4]] == [((6, 7), kind) for kind in ("i4", "i4", "bool", "i4")]
-    assert batch.mask.all()
-    np.testing.assert_array_equal(batch.positions, np.tile(np.arange(7), (6, 1)))
 
 
 @settings(max_examples=40)
@@ -56,19 +43,6 @@ def test_the_target_is_the_next_token(step, seed):
     np.testing.assert_array_equal(batch.targets, np.asarray(batch.tokens) + 1)
     # Windows are stretches of the text; one an epoch may run over its end and go on at its start.
     np.testing.assert_array_equal(batch.tokens[:, 1:], np.asarray(batch.targets)[:, :-1] % 999)
-
-
-def test_order_is_a_function_of_seed_and_step():
-    first, again = TextBatches(PLACES, 7, 5, seed=3), TextBatches(PLACES.astype(np.int64), 7, 5, seed=3)
-    forward = {step: first.at(step) for step in (0, 1, 27, 28, 29, 500)}
-    assert all(same_batch(again.at(step), forward[step]) for step in reversed(forward))
-    other = TextBatches(PLACES, 7, 5, seed=4)
-    assert not any(same_batch(other.at(step), batch) for step, batch in forward.items())
-
-
-def test_the_order_does_not_change_between_versions():
-    """A run resumed after an update goes on in the same order. If this fails, old runs cannot be resumed exactly."""
-    assert TextBatches(PLACES, 7, 5, seed=3).at(1234).tokens[:, 0].tolist() == [140, 63, 266, 950, 154]
 
 
 def test_epochs_differ_in_order_and_in_where_windows_start():

@@ -5,8 +5,6 @@ than none. Fields of OpenAI's that change no answer (IGNORED) are accepted, and 
 """
 
 import asyncio
-import json
-import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -21,7 +19,6 @@ from stages.serve.state import ServerState
 MAX_BYTES = 4 * 2**20
 INLINE_BYTES = 65_536  # more are decoded in a thread
 BODY_SECONDS = 20.0  # for a body to come
-MAX_SEARCH_BYTES = 2**20  # of a body in which the field that is no JSON is searched for
 
 MAX_PROMPTS = 64
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
@@ -235,39 +232,10 @@ def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
     except UnicodeDecodeError as error:
         message = f"The body is not UTF-8: {error.reason}."
     except msgspec.DecodeError as error:
-        if place := _not_json(content):
-            message = f"{place} holds NaN, Infinity or half of a surrogate pair: JSON has no such values."
-            raise ApiError(400, message, param=place, code="invalid_value") from None
         message = f"The body is not JSON: {error}."
+        if re.search(rb"\\ud[89a-f]", content, re.I):  # which msgspec takes for text that was cut
+            message += " Half of a surrogate pair alone is no text."
     raise ApiError(400, message)
-
-
-def _not_json(content: bytearray) -> str:
-    """Returns the first field whose value Python's parser reads though JSON has none such; empty for another fault."""
-    if len(content) > MAX_SEARCH_BYTES:
-        return ""
-    try:  # numbers of any length are JSON
-        return (_place(json.loads(content.decode(), parse_int=len)) or "").lstrip(".")
-    except (ValueError, RecursionError):
-        return ""
-
-
-def _place(value: Any) -> str | None:
-    """Returns the path, as msgspec spells it, of the first number that is not finite or text with half a surrogate pair."""
-    steps: Any = ()
-    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and not _is_text(value)):
-        return ""
-    if isinstance(value, dict):
-        if not all(map(_is_text, value)):
-            return ""
-        steps = ((f".{_short(name)}" if name.isidentifier() else "[...]", inner) for name, inner in value.items())
-    elif isinstance(value, list):
-        steps = ((f"[{index}]", inner) for index, inner in enumerate(value))
-    return next((step + rest for step, inner in steps if (rest := _place(inner)) is not None), None)
-
-
-def _is_text(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _integral(value: Any) -> Any:

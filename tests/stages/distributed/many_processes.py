@@ -60,7 +60,7 @@ def until_saved(folder, step, processes):
 
 def finish(processes):
     """Returns the exit codes that occur, and stderr of each. Only process 0 prints."""
-    outputs = [process.communicate(timeout=90) for process in processes]
+    outputs = [process.communicate(timeout=280) for process in processes]
     assert not any(
         printed for process, (printed, _) in zip(processes, outputs) if re.search("--process [1-9]", " ".join(process.args))
     )

@@ -1,6 +1,10 @@
-"""Checks that requests do not affect one another and inference changes no weight; measures int8's error in logits."""
+"""Checks beside the stage table: that XLA adds up, requests do not affect one another, and inference changes no weight.
+
+On a CPU some releases of XLA get a product with a constant wrong, in silence.
+"""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.stages.claims import InferenceChecks
-from bench.stages.inference_rows import SLOTS, random_cache
+from bench.stages.rows import SLOTS, random_cache
 from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
 from engine.inference.request import SamplingParams
 from engine.inference.sampling import sampling_arrays
@@ -17,6 +21,35 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import forward
 from engine.storage.digest import digest
 from engine.text.batch import Batch
+
+SHAPE = 5, 60, 60  # smaller ones come out right
+EXPRESSION = "jit(sum(x @ full_like(x, 2.5), -1))"
+TOLERANCE = 1e-4  # float32 agrees to 1e-6; garbage is memory that nobody wrote
+ADVICE = (
+    "In JAX code of your own, no product under jit may read a constant made beside it, such as ones or zeros: pass it as an "
+    "argument, or through jax.lax.optimization_barrier."
+)
+
+
+def check_arithmetic() -> dict[str, Any]:
+    """Returns "adds_up", "relative_error" (None for NaN) and a "sentence" on XLA in this process."""
+    error = constant_product_error()
+    adds_up, finite = error <= TOLERANCE, math.isfinite(error)
+    case = f"{EXPRESSION} of {' x '.join(map(str, SHAPE))} random numbers"
+    if adds_up:
+        sentence = f"XLA adds up here: {case}, which some releases get wrong on CPUs, agrees with NumPy to {error:.0e}."
+    else:
+        off = f"off by {error:.0e} times its largest number" if finite else "not a number"
+        sentence = f"XLA does not add up here: {case} is {off}. {ADVICE} Thrice's own programs hold no such product."
+    return {"adds_up": adds_up, "relative_error": error if finite else None, "sentence": sentence}
+
+
+def constant_product_error() -> float:
+    """Returns the largest difference between XLA's and NumPy's EXPRESSION, as a share of the largest number."""
+    x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+    expected = (x.astype(float) @ np.full(SHAPE, 2.5)).sum(-1)
+    result = np.asarray(jax.jit(lambda x: jnp.sum(x @ jnp.full_like(x, 2.5), -1))(x), float)
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 def check_invariants(

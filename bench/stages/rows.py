@@ -1,5 +1,9 @@
-"""The rows that run forward only: evaluation, prefill, prefill into a server's slot, and decoding."""
+"""The rows of the stage table: each one program, its expected cost, and how to run it once.
 
+Training runs forward and backward; evaluation, prefill, prefill into a server's slot and decoding run forward alone.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,29 +13,166 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench.stages.row import Row, compile_program
 from engine.counting.flops import Flops, PassFlops, prefill_flops
-from engine.counting.memory import inference_memory
-from engine.counting.program_flops import decode_program_flops, prefill_program_flops, score_program_flops
-from engine.counting.traffic import inference_bytes
-from engine.inference.config import CHUNK as SLOT_CHUNK
-from engine.inference.config import MIN_ROWS
-from engine.inference.decode import CHUNK, STEPS, decode_steps, prefill
+from engine.counting.jaxpr import JaxprCost, jaxpr_cost
+from engine.counting.memory import inference_memory, training_memory
+from engine.counting.program_flops import (
+    decode_program_flops,
+    gradient_program_flops,
+    prefill_program_flops,
+    score_program_flops,
+)
+from engine.counting.traffic import inference_bytes, train_bytes
+from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.xla import XlaCost, xla_cost, xla_peak
+from engine.inference.decode import CHUNK, LONE_ROWS, STEPS, decode_steps, prefill
+from engine.inference.engine import CHUNK as SLOT_CHUNK
 from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
 from engine.inference.score import score
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.cache.segmented import make_kv_segments, segment_edges
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.ops import ops
-from engine.model.paths import leaf_paths
+from engine.model.paths import leaf_paths, merge, split
 from engine.model.transformer import Params, hidden_states, logits_of
 from engine.model.weights.int8 import Int8
-from engine.model.weights.matmul import project, project_two
+from engine.model.weights.matmul import cast_matrices, project, project_two
 from engine.text.batch import Batch
+from engine.training.lora import init_lora
+from engine.training.loss import CHUNK as LOSS_CHUNK
+from engine.training.loss import LOGITS_LIMIT
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.preference import Preferences, dpo, margins
+from engine.training.step import NEXT_TOKEN, Objective, init_state, loss_and_gradient, train_step
 
+ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
 SLOTS = 8  # of the server
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row before it is timed: `run` makes a call on `tokens` tokens and returns what the caller must wait for.
+
+    Operations and bytes are those of one call. `weights` returns the model's weights, which it may have changed.
+    """
+
+    name: str
+    stage: str  # training, fine-tuning, inference, decode, by hand
+    run: Callable[[], Any]
+    weights: Callable[[], Any]
+    tokens: int
+    formula: Flops
+    peak_bytes: int | None  # that the compiled program needs, by XLA
+    memory: dict[str, int]  # the same, predicted, by component
+    traffic: int  # bytes that it must read and write
+    walker: JaxprCost | None = None
+    update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
+    xla: XlaCost | None = None
+    slots: int | None = None
+    series: str | None = None
+    dtype: str = "bfloat16"  # that its products multiply: decides its ceiling
+    products: Callable[[], Any] | None = None  # runs a call's products with weights alone
+
+    @property
+    def utilisation_of(self) -> str:
+        """Returns 'MBU' (share of bytes/s) for the stage `decode` and calls without products, else 'MFU' (share of FLOP/s)."""
+        return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
+
+
+def compile_program(
+    function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Compiles a jitted function for its arguments; returns the program, and the cost of `calls` as fields of a Row.
+
+    `static` are its first arguments; `options` are static too. `steps` are those of its loop, whose body XLA counts once.
+    """
+    program = function.lower(*static, *args, **options).compile()
+    cost = xla_cost(program)
+    return program, {
+        "peak_bytes": xla_peak(program),
+        "walker": jaxpr_cost(functools.partial(function, *static, **options), *args) * calls,
+        "xla": XlaCost(*(calls * steps * each for each in cost)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingKind:
+    """A way of training the model, as a row of the table."""
+
+    name: str
+    stage: str
+    trainable_paths: TrainablePaths
+    preference: bool = False
+
+
+def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
+    """Returns the ways of training that the table compares; half a model needs two layers."""
+    half, every, lora = cfg.layers // 2, all_trainable(cfg), lora_only(cfg, ADAPTER)
+    # The last block alone: no norm above it, no head.
+    last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
+    halves = {"bottom half frozen": bottom_frozen(cfg, half), "top half frozen": top_frozen(cfg, half), "last layer": last}
+    fine_tuning = {
+        "full fine-tuning": every, **(halves if half else {}), "head only": head_only(cfg),
+        f"LoRA rank {ADAPTER.rank} on q and v": lora,
+    }  # fmt: skip
+    return [
+        TrainingKind("pre-training step", "training", every),
+        *(TrainingKind(name, "fine-tuning", paths) for name, paths in fine_tuning.items()),
+        TrainingKind("preference with that LoRA", "fine-tuning", lora, preference=True),
+    ]
+
+
+def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
+    """Compiles a step of `kind` on the batch; `params` are copied where they train.
+
+    Frozen matrices are stored in the compute type. In fine-tuning only the second half of each row counts in the loss, as
+    the completions of a conversation do.
+    """
+    B, T = batch.tokens.shape
+    paths = kind.trainable_paths
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
+    if paths.adapted:
+        trainable = init_lora(cfg, params, jax.random.key(1), ADAPTER)
+        frozen = cast_matrices(params, cfg.dtype)
+    else:
+        trainable_leaves, rest = split(params, paths.weights)
+        trainable, frozen = jax.tree.map(jnp.copy, trainable_leaves), cast_matrices(rest, cfg.dtype)
+    if kind.stage == "fine-tuning":
+        batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
+    data: Any = batch
+    objective: Objective = NEXT_TOKEN
+    if kind.preference:
+        objective = dpo(0.1)
+        chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
+        pairs = Preferences(chosen, rejected)
+        data = pairs._replace(reference=margins(cfg, frozen, pairs))
+    state = init_state(tx, trainable)
+    progress = jnp.float32(0.5)
+    program, cost = compile_program(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
+    walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
+    update = cost["walker"].elementwise - walker.elementwise
+    chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
+    formula = gradient_program_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
+    predicted = training_memory(cfg, B, T, trainable=paths)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = program(state, frozen, data, progress)
+        return metrics.loss
+
+    def weights() -> Any:
+        return merge(state.trainable, frozen) if paths.weights else (frozen, state.trainable)
+
+    return Row(
+        kind.name, kind.stage, run, weights, tokens=B * T, formula=formula,
+        memory={
+            "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
+            "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
+        },
+        traffic=train_bytes(cfg, B, T, trainable=paths).total, update=update, dtype=cfg.dtype, **cost | {"walker": walker},
+    )  # fmt: skip
 
 
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
@@ -76,7 +217,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     starts = [np.int32(start) for start in range(0, T, size)]
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     slot = np.int32(SLOTS - 1)
-    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size, size), "float32" if cfg.dtype == "float32" else "bfloat16")
+    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size), "float32" if cfg.dtype == "float32" else "bfloat16")
     S = cache.edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
     chunks = len(pieces)
@@ -116,10 +257,10 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
     """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
 
-    On a CPU a lone request has MIN_ROWS, as in the engine, here with a cache each. `weights`: the type of matrices if not the
+    On a CPU a lone request has LONE_ROWS, as in `generate`, here with a cache each. `weights`: the type of matrices if not the
     config's.
     """
-    rows = max(requests, MIN_ROWS if ops().pads_lone_row else 1)
+    rows = max(requests, LONE_ROWS if ops().pads_lone_row else 1)
     cache = random_cache(cfg, rows, length + STEPS)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))

@@ -1,23 +1,32 @@
-"""The share of its peak that a device gives to a training run, as a distribution that comes from published runs.
+"""What published runs say of a device: the share of its peak that training gets, and a roofline of serving.
 
-A ridge regression of the logarithm of that share on chip, one node or several, parameters, whether activations are computed
+The share is a ridge regression of its logarithm on chip, one node or several, parameters, whether activations are computed
 again, and the year. What a source states as its MFU is never read: shares come from tokens, parameters and hours. The interval
 is what holds runs that are left out: the quantile of the residuals that each run has when it is left out (the jackknife). The
-two penalties were chosen among three pairs by those same residuals.
+two penalties were chosen among three pairs by those same residuals. Of serving three numbers are fitted to published rates:
+what compute and bandwidth yield, and the start of a layer's kernels.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.plan.formulas import Numbers, efficiency
-from bench.plan.published import chip, clean_runs, rows, utilisation
+from bench.plan.formulas import Numbers, efficiency, serving
+from bench.plan.hardware import HERE, numbers, read_calibration
+from bench.plan.published import accelerators, chip, clean_runs, rows, utilisation
+from engine.counting.accelerators import Accelerator
 
 LEVEL = 0.85  # of the left-out runs that an interval holds
 SLOPE_PENALTY, CHIP_PENALTY = 0.3, 0.5  # the fewer runs a chip has, the nearer it stays to all
+SLOTS = 512  # requests at once, at most: what engines take by default
+# What is tried: shares of the peak and of the bandwidth, and seconds to start a layer's kernels.
+_TRIED = list(itertools.product(np.arange(0.40, 0.86, 0.05), np.arange(0.6, 0.96, 0.05), np.arange(0, 1.3e-4, 1e-5)))
+USES = ("compute_use", "bandwidth_use", "layer_seconds")
 
 
 class Efficiency(NamedTuple):
@@ -92,3 +101,48 @@ def _fit(table: tuple[Any, ...]) -> tuple[Numbers, Any]:
     weights = inverse @ (x.T @ y)
     left_out = (y - x @ weights) / (1 - np.einsum("ij,jk,ik->i", x, inverse, x))
     return dict(zip(("base", "node", "size", "repeated", "drift", *chips), weights.tolist())), left_out
+
+
+def efficiency_of(name: str) -> Efficiency:
+    """Returns a device's efficiency: of this machine as measured, of others by published runs."""
+    if name != HERE:
+        return predict_efficiency(name)
+    low, middle, high = read_calibration()["shares"]
+    spread = max(math.log(high / middle), math.log(middle / low), 0.05)
+    return Efficiency(math.log(middle), 0, 0, 0, spread, "training steps measured on this machine, slowest to fastest")
+
+
+class Fit(NamedTuple):
+    """The three numbers, and the spread of a rate's logarithm each way."""
+
+    uses: Numbers
+    spread: float
+    origin: str
+
+
+@functools.cache
+def _errors() -> Any:
+    """(settings that are tried, published rates): logarithms of predicted over measured."""
+    uses = dict(zip(USES, np.array(_TRIED).T))
+    return np.array([np.log(predicted_rate(row, uses) / row.tokens_per_second) for row in rows("serving_runs")]).T
+
+
+def predicted_rate(row: Any, uses: dict[str, Any]) -> Any:
+    """Returns the tokens a second that the formula gives for a published rate's setting; an array where `uses` are arrays."""
+    d = numbers(accelerators()[row.hardware], **uses)
+    m = SimpleNamespace(**vars(row), query_width=row.width)
+    slots, cached = row.batch or SLOTS, row.batch == 1  # a lone stream was timed without its prompt
+    return serving(m, d, row.weight_bits, row.kv_bits, row.devices, slots, row.prompt, row.answer, cached)["tokens"]
+
+
+def fit_serving(without: int | None = None) -> Fit:
+    """Fits to the published rates but one: the setting of least mean error."""
+    errors = _errors() if without is None else np.delete(_errors(), without, axis=1)
+    best = int(np.abs(errors).mean(axis=1).argmin())
+    origin = f"{errors.shape[1]} published rates of TensorRT-LLM and gpt-fast on A100, H100 and H200"
+    return Fit(dict(zip(USES, map(float, _TRIED[best]))), spread_of(errors[best]), origin)
+
+
+def device_numbers(device: Accelerator) -> Any:
+    """Returns what the formulas take of a device."""
+    return numbers(device, **efficiency_of(device.name)._asdict(), **fit_serving().uses)

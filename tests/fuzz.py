@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from openai_like import chat_request
 
-from bench.serving.completions import completion_request, random_text
+from bench.serving.client import completion_request, random_text
 
 NUMBERS = (
     -1, 0, 1, 2, 17, 2**31, 2**32, 2**63, 2**64, 10**40, -(2**63), 0.0, -0.0, 0.5, 1e308, 1e-320, float("nan"), float("inf"),

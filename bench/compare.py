@@ -1,0 +1,95 @@
+"""Compares two results row by row: the ratios that both measured, each with its interval, and whether one has moved.
+
+    python -m bench.step --out before    measures, and keeps the document as before/step.json; --out for any measurement
+    python -m bench.compare before/step.json after/step.json
+
+A result of another hour is not paired with this one, so seconds are not compared. What is compared are ratios of calls that
+ran in the same rounds of one result. The interval of a ratio over another is that of the quotient of both intervals; a row has
+moved where it does not hold 1.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench.cli import Json, print_table, run_bench
+from engine.errors import UserError
+
+MACHINE = "processor", "instructions", "cores", "device"
+
+Interval = tuple[float, float, float]  # a ratio, and the ends of its interval
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareFlags:
+    before: tyro.conf.Positional[Path]
+    """A result: NAME.json in the folder of --out."""
+    after: tyro.conf.Positional[Path]
+    """Another of the same measurement."""
+    any_machine: bool = False
+    """Compare results of different machines too."""
+
+
+def compare(flags: CompareFlags) -> Json:
+    """Prints and returns the rows that both results have. Raises UserError for results that cannot be compared."""
+    documents = [read_result(path) for path in (flags.before, flags.after)]
+    machines = [{name: document["machine"].get(name) for name in MACHINE} for document in documents]
+    if machines[0] != machines[1] and not flags.any_machine:
+        differ = ", ".join(f"{name} {a} and {b}" for name, a, b in zip(MACHINE, *map(dict.values, machines)) if a != b)
+        raise UserError(f"{flags.before} and {flags.after} are of different machines: {differ}. Give --any-machine.")
+    before, after = (dict(find_ratios(document)) for document in documents)
+    rows = [compare_ratios(name, before[name], after[name]) for name in before if name in after]
+    if not rows:
+        raise UserError(f"{flags.before} and {flags.after} have no measured ratio in common.")
+    print_table(
+        f"{documents[1]['date']} against {documents[0]['date']}", ("", "before", "after", "after over before", ""),
+        [(row["name"], row["before"], row["after"], row["words"], row["verdict"]) for row in rows],
+    )  # fmt: skip
+    return {"rows": rows}
+
+
+def read_result(path: Path) -> Json:
+    """Returns a result's document. Raises UserError when it is none."""
+    from engine.storage.untrusted import read_json_object
+
+    document = read_json_object(path)
+    if not isinstance(document.get("machine"), dict) or "date" not in document:
+        raise UserError(f"{path} is no result: python -m bench, or a measurement that it lists, writes one with --out FOLDER.")
+    return document
+
+
+def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Interval]]:
+    """Yields (name, (ratio, low, high)) of each ratio in a document that has an interval; a name says where it stands there."""
+    if isinstance(value, dict):
+        low, high = value.get("time_ratio_interval") or (value.get("low"), value.get("high"))
+        ratio = value.get("ratio", value.get("time_ratio_to_forward"))
+        if ratio and low and high:
+            yield name, (ratio, low, high)
+        for key, each in value.items():
+            yield from find_ratios(each, f"{name}, {key}".removeprefix(", ") if key != "rows" else name)
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            own = (
+                next((each[key] for key in ("name", "part", "shape") if key in each), number) if isinstance(each, dict) else ""
+            )
+            yield from find_ratios(each, f"{name}, {own}".removeprefix(", "))
+
+
+def compare_ratios(name: str, before: Interval, after: Interval) -> Json:
+    """Returns the row of one ratio before and after: their quotient, and whether it has moved."""
+    from bench.timing import Ratio  # imports JAX, as --help need not
+
+    over = Ratio(after[0] / before[0], after[1] / before[2], after[2] / before[1])
+    verdict = {True: "larger", False: "smaller", None: "undecided"}[over.exceeds(1)]
+    return {
+        "name": name, **over.fields(), "before": str(Ratio(*before)), "after": str(Ratio(*after)), "words": str(over),
+        "verdict": verdict,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.compare", __doc__, CompareFlags, compare))

@@ -1,0 +1,234 @@
+"""The planner's questions: a training run, a served model, what a budget buys, and a longer prompt or tuning.
+
+Compute-optimal is by the law of loss of Hoffmann et al. 2022 (2203.15556) as fitted anew by Besiroglu et al. 2024 (2404.10102),
+and by the rule of 20 tokens a parameter, on which the first paper's other methods agree. The over-trained model has the least
+loss where one budget pays for training and serving, 6 N D + 2 N S (Sardana et al. 2024, 2401.00448).
+"""
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from bench.plan.answer import Answer, Interval, around, costs, interval
+from bench.plan.fits import SLOTS, fit_serving
+from bench.plan.formulas import SHARE, Numbers, efficiency, longer_prompt, optimal, serving, training, training_memory
+from bench.plan.hardware import HERE
+from bench.plan.model import config_of_size, job
+from bench.plan.published import clean_runs
+from engine.errors import UserError
+from engine.format import format_bytes, in_words, money, percent
+
+MEMORY = (0.9, 1.1)  # of the formula, with and without recomputation: the bounds that hold published peaks
+ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
+PRECISIONS = {"bfloat16": (16, 16), "int8": (8, 8), "int4": (4.5, 16)}  # bits of a weight, and of the KV cache
+RULE = 20  # tokens a parameter (2203.15556, table 3)
+E, LAW = 1.8172, SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
+
+
+def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> Answer:
+    """Returns the answer for a model and method m on so many devices d."""
+    sampling = 0.0
+    if method == "rl":  # answers of three quarters of a text
+        sampling = devices / serving(m, d, 16, 16, devices, SLOTS, m.context / 4, 3 * m.context / 4, 0)["tokens"]
+    result = training(m, d, tokens, devices, sampling)
+    spread, origin = d.spread, d.origin
+    if method.startswith(("lora", "qlora", "freeze")):
+        spread, origin = (
+            math.hypot(spread, math.log(1 + ADAPTER_BOUND)),
+            f"{origin}; LoRA's time over full tuning's, within 30%",
+        )
+    middle, share = result["device_hours"], result["efficiency"]
+    # No run is faster than the peak.
+    hours = interval((middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread)), "hours", origin)
+    shares = (share * math.exp(-d.spread), share, min(1, share * math.exp(d.spread)))
+    lines = {
+        "FLOPs": around(result["flops"], 0, "FLOP", "counted: every product, and causal attention"),
+        "share of peak": interval(shares, "share", d.origin),
+        "device-hours": hours,
+        "wall time": interval((3600 * bound / devices for bound in hours[:3]), "seconds", "device-hours over the devices"),
+        "memory a device": Interval(
+            MEMORY[0] * result["least"], result["needed"], MEMORY[1] * result["needed"], "bytes",
+            f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few as fit, and 10%",
+        ),
+        **costs(hours, d),
+    }  # fmt: skip
+    notes = ["activations are computed a second time, for they would not fit"] if result["recompute"] else []
+    sizes = [run.params for run in clean_runs()]
+    if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
+        notes.append("no run of a model of this size was published: its share of the peak is extrapolated, and may be far off")
+    question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {d.name}"
+    return Answer(question, lines, _binding(result, m, d, devices), tuple(notes))
+
+
+def holders(m: Any, d: Any) -> str:
+    """Says how many devices d hold the training of m."""
+    counts = (2**power for power in range(20))
+    enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
+    return f"about {enough} would hold it" if enough else f"no number of them holds a text of {m.context:,} tokens"
+
+
+def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
+    """Returns in words what limits the run: memory that is not there, or the slowest of what it does."""
+    if result["needed"] > SHARE * d.memory:
+        needed = f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
+        return f"memory, for it does not fit: {needed}; {holders(m, d)}"
+    words = {
+        "products": "matrix products: compute", "updates": "the optimizer's update: memory bandwidth",
+        "generated": "generating the answers: memory bandwidth",
+        "exchanges": "the network, to send weights and gradients with one text a device at a time",
+    }  # fmt: skip
+    return words[max(words, key=lambda name: result[name])]
+
+
+def plan_serving(
+    name: str,
+    m: Any,
+    d: Any,
+    devices: int,
+    *,
+    requests: float,
+    lengths: Sequence[float],
+    slots: int,
+    precision: str,
+) -> Answer:
+    """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of prompt and answer, and the
+    cached share of prompts. Raises UserError when one request does not fit."""
+    prompt, answer, cached = lengths
+    load = lambda slots: serving(m, d, *PRECISIONS[precision], devices, slots, prompt, answer, cached)
+    most, fit = load(slots), fit_serving()
+    if not most["fits"]:
+        bits, kv_bits = PRECISIONS[precision]
+        weights, cache = m.params * bits / 8, (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
+        enough = math.ceil((weights + cache) / SHARE / d.memory)
+        raise UserError(
+            f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take {format_bytes(weights)}, its cache "
+            f"{format_bytes(cache)}, and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
+            f"Give --devices {enough}{', or --precision int8' if bits == 16 else ''}."
+        )
+    rate = around(most["requests"], fit.spread, "requests a second", f"of a replica; {fit.origin}")
+    replicas = [math.ceil(requests / each) for each in (rate.high, rate.middle, rate.low)]
+    # At this load no more requests are under way than keep up with it.
+    loads = (load(2**power) for power in range(int(most["batch"]).bit_length()))
+    loaded = next((each for each in loads if each["requests"] >= requests / replicas[1]), most)
+    at_once = f"at this load: {loaded['batch']:g} at once"
+    lines = {
+        "can serve at most": rate,
+        "answer tokens at most": around(most["tokens"], fit.spread, "a second", f"of a replica at its most; {fit.origin}"),
+        "replicas": interval(replicas, "replicas", "for the requests asked for"),
+        "first token": around(loaded["first_token"], fit.spread, "seconds", "without waiting in a queue"),
+        "between tokens": around(loaded["token_seconds"], fit.spread, "seconds", at_once),
+        "memory a device": around(loaded["needed"], 0, "bytes", "weights and KV cache, by formula"),
+    }
+    for label, line in costs(interval((count * devices for count in replicas), "hours", ""), d).items():
+        lines[f"{label} a day"] = interval((24 * bound for bound in line[:3]), line.unit, line.origin)
+        per_million = (bound / (3600 * requests * answer) * 1e6 for bound in line[:3])
+        lines[f"{label} a million answer tokens"] = interval(per_million, line.unit, "all replicas, over the tokens asked for")
+    parts = {
+        "prefilling": "prefill, by compute", "reading": "reading the weights, by memory bandwidth",
+        "attending": "reading the KV cache, by memory bandwidth", "multiplying": "products of decoding, by compute",
+        "launching": f"launching kernels, because only {loaded['batch']:g} requests run at once",
+    }  # fmt: skip
+    slowest = max(parts, key=lambda part: loaded[part])
+    question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
+    share = loaded[slowest] / loaded["token_seconds"]
+    return Answer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
+
+
+def plan_budget(d: Any, devices: int, dollars: float | None, days: float, served: float | None) -> Answer:
+    """Returns what dollars, or days, buy. Raises UserError without a price, or when serving alone would use it up."""
+    hours, spread, origin, budget = 24 * days * devices, d.spread, d.origin, f"{days:g} days"
+    if dollars is not None:
+        if not d.low:
+            raise UserError(f"No price of {d.name} was found in a source: give --price DOLLARS an hour, or --days.")
+        hours, spread = dollars / math.sqrt(d.low * d.high), spread + math.log(d.high / d.low) / 2
+        origin, budget = f"{origin}; ${d.low:g} to ${d.high:g} an hour", money(dollars)
+    (low, least), (flops, params), (high, most) = (_best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1))
+    rule = [math.sqrt(each / 6 / RULE) for each in (low, flops, high)]
+    laws = "Besiroglu 2024 to Hoffmann 2022"
+    lines = {
+        "device-hours": around(hours, 0, "hours", "the budget, at the middle of the price" if dollars else "the days"),
+        "wall time": around(3600 * hours / devices, 0, "seconds", "device-hours over the devices"),
+        "FLOPs": Interval(low, flops, high, "FLOP", origin),
+        "compute-optimal parameters": Interval(min(least, rule[0]), params, max(most, rule[2]), "parameters", laws),
+        "compute-optimal tokens": Interval(low / 6 / least, flops / 6 / params, high / 6 / most, "tokens", "FLOPs / 6 N"),
+        "at 20 tokens a parameter": interval(rule, "parameters", "Hoffmann 2022, methods 1 and 2"),
+    }
+    notes = []
+    m = job(config_of_size(min(max(params, 1e7), 1e14)), "pretrain", 4096)
+    if training_memory(m, devices, 1) > SHARE * d.memory:
+        notes.append(f"The compute-optimal model does not fit on {devices} x {d.name}; {holders(m, d)}.")
+    if served:
+        small, tokens, loss = over_trained(flops, served)
+        lines["over-trained parameters"] = around(small, 0, "parameters", "least loss for 6 N D + 2 N S (Sardana 2024)")
+        lines["over-trained tokens"] = around(tokens, 0, "tokens", f"{tokens / small:,.0f} a parameter")
+        large, _, best = over_trained(flops, 0)
+        notes.append(
+            f"With {in_words(served)} tokens served out of the same budget, {in_words(small)} parameters reach a loss of "
+            f"{loss:.3f}. Spent on training alone, it would give {in_words(large)} parameters and {best:.3f}, and serving them "
+            f"would cost {percent(2 * large * served / flops)} on top."
+        )
+    return Answer(f"{budget} on {devices} x {d.name}", lines, "", tuple(notes))
+
+
+def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
+    """Returns the FLOPs of device-hours and the compute-optimal parameters; efficiency depends on those, so by iteration."""
+    params = 1e9
+    for _ in range(30):
+        flops = hours * 3600 * d.peak * efficiency(d, params, devices, 0)
+        params = optimal(flops, **vars(LAW))
+    return flops, params
+
+
+def over_trained(flops: float, served: float) -> tuple[float, float, float]:
+    """Returns parameters, tokens and loss of least loss for 6 N D + 2 N `served` = `flops`, from a million parameters up.
+
+    Raises UserError when serving the smallest would take all of it.
+    """
+    sizes = (1e6 * 10 ** (step / 250) for step in range(2000))
+    pairs = [(size, tokens) for size in sizes if (tokens := flops / (6 * size) - served / 3) > 0]
+    if not pairs:
+        raise UserError(f"Serving {in_words(served)} tokens takes the whole budget; give a larger one, or fewer --served.")
+    losses = [(E + LAW.a / size**LAW.alpha + LAW.b / tokens**LAW.beta, size, tokens) for size, tokens in pairs]
+    loss, params, tokens = min(losses)
+    return params, tokens, loss
+
+
+def plan_break_even(
+    name: str,
+    m: Any,
+    d: Any,
+    extra: float,
+    lengths: Sequence[float],
+    precision: str,
+    tuning: float,
+    investments: dict[str, Interval],
+) -> Answer:
+    """Returns the requests after which `extra` tokens before each prompt cost as much as each investment, in device-hours.
+
+    The low bound is a cheap investment against a dear prompt, the high bound the other way round. Costs are in device-hours
+    where the device has no price. `tuning`: tokens that are tuned on.
+    """
+    prompt, answer, _ = lengths
+    price, unit = (math.sqrt(d.low * d.high), "dollars") if d.low else (1.0, "hours")
+    each, fit = longer_prompt(m, d, *PRECISIONS[precision], extra, prompt, answer), fit_serving()
+    lines = {
+        method: interval((bound * price for bound in hours[:3]), unit, hours.origin) for method, hours in investments.items()
+    }
+    for kind, words in (("computed", "without a prefix cache"), ("cached", "with a prefix cache")):
+        cost = around(each[kind] / 3600 * price, fit.spread, unit, fit.origin)
+        lines[f"the longer prompt of a request, {words}"] = cost
+        for method in investments:
+            bounds = (lines[method].low / cost.high, lines[method].middle / cost.middle, lines[method].high / cost.low)
+            lines[f"{method} pays after, {words}"] = interval(bounds, "requests", "what it costs over that of a request")
+    method = next(iter(investments))
+    computed, cached = (lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with"))
+    note = (
+        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} cached). By the bounds: "
+        f"put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} requests are to come, and into "
+        f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, {in_words(cached.low)} and "
+        f"{in_words(cached.high)}. That is computing alone: examples cost too, and how good answers are must be measured."
+    )
+    rent = f" at ${price:.3g} an hour" if d.low else ""
+    question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"
+    return Answer(f"{question} by tuning on {in_words(tuning)} tokens, on {d.name}{rent}", lines, "", (note,))

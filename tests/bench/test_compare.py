@@ -1,0 +1,56 @@
+"""Two results are compared by the ratios that both measured; those of different machines only when that is asked for."""
+
+import functools
+import json
+
+import pytest
+
+from bench.cli import run_bench
+from bench.compare import CompareFlags, compare
+
+main = functools.partial(run_bench, "bench.compare", None, CompareFlags, compare)
+
+
+def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip"):
+    """Writes a made result with a row of the stage table and a nested ratio."""
+    rows = [
+        {"name": "decode alone", "seconds_per_token": 1.0, "time_ratio_to_forward": share, "time_ratio_interval": [0.48, high]},
+        {"name": "evaluation forward", "time_ratio_to_forward": 1.0, "time_ratio_interval": None},
+    ]
+    shapes = [{"name": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "low": muon - 0.01, "high": muon + 0.01}}]
+    machine = {"processor": processor, "instructions": "avx2", "cores": 2}
+    path.write_text(json.dumps({"machine": machine, "date": "2026-11-29", "rows": rows, "shapes": shapes}))
+    return str(path)
+
+
+def test_a_ratio_has_moved_where_the_intervals_of_both_results_say_so(tmp_path, capsys):
+    before, after = result(tmp_path / "a.json"), result(tmp_path / "b.json", share=0.51, high=0.55, muon=1.1)
+    assert main([before, after, "--json", "--out", str(tmp_path / "kept")]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows.keys() == {"decode alone", "shapes, 4x256x256x16, muon_over_adamw"}
+    assert rows["decode alone"]["verdict"] == "undecided"
+    muon = rows["shapes, 4x256x256x16, muon_over_adamw"]
+    assert muon["verdict"] == "smaller"
+    assert (muon["ratio"], muon["low"], muon["high"]) == pytest.approx((1.1 / 1.2, 1.09 / 1.21, 1.11 / 1.19))
+    assert json.loads((tmp_path / "kept" / "compare.json").read_text())["rows"] == [*rows.values()]
+    assert main([after, before]) == 0
+    assert "larger" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    here, there = result(tmp_path / "a.json"), result(tmp_path / "b.json", processor="another")
+    assert main([here, there]) == 2
+    assert "processor a chip and another. Give --any-machine." in capsys.readouterr().err
+    assert main([here, there, "--any-machine"]) == 0
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        '{"machine": {"processor": "a chip", "instructions": "avx2", "cores": 2}, "date": "x"}',
+        None,
+    ):
+        (tmp_path / "c.json").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "c.json").write_text(content)
+        assert main([here, str(tmp_path / "c.json")]) == 2, content
+        assert "Traceback" not in capsys.readouterr().err
