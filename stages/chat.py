@@ -29,7 +29,7 @@ from engine.text.jsonl import decode_utf8
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
-from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, default, parser, path, with_help
+from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, default, parser, path
 from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
 
@@ -40,12 +40,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # where neither a flag nor the model says it
 MIN_CAPACITY = 512  # of a KV cache; doubled as needed: few programs
-
-
-@with_help(**{name: default(f"the model's, else {value}") for name, value in DEFAULT_SAMPLING.items()})
-@dataclasses.dataclass(frozen=True)
-class ChatSamplingFlags(CompletionFlags):
-    """How tokens are sampled, in place of what the model recommends, and how many at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +53,7 @@ class ChatFlags:
     """The system message: how the model is to answer."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
-    sampling: ChatSamplingFlags = ChatSamplingFlags(max_tokens=400)
+    sampling: CompletionFlags = dataclasses.field(default_factory=lambda: CompletionFlags(max_tokens=400))
     device: DeviceFlag = "auto"
     verbose: Annotated[bool, default("off")] = False
     """Say more on stderr: the cost of each turn, the digest of the weights, the traceback of an error."""

@@ -19,13 +19,14 @@ from engine.text.jsonl import decode_utf8
 from stages.cli import process, signals
 from stages.cli.command import run_command
 from stages.cli.console import Console
-from stages.cli.flags import TEMPERATURE, CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, default, integer, parser
+from stages.cli.flags import CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, default, integer, parser
 from stages.cli.process import leave
 from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import CompletionText
 
+TEMPERATURE = 0.8  # where neither a flag nor the model says one
 CAPACITY_MULTIPLE = 256  # of a KV cache's capacity, in tokens
 
 

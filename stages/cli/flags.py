@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -89,17 +89,6 @@ def default(meaning: str, help: str | None = None, metavar: str | None = None) -
     return tyro.conf.arg(help=help, metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
-def with_help[Flags](**annotations: Any) -> Callable[[type[Flags]], type[Flags]]:
-    """Returns a class decorator that gives inherited fields annotations of their own, such as another `default`."""
-
-    def annotate(flags: type[Flags]) -> type[Flags]:
-        inherited = get_type_hints(flags, include_extras=True)
-        flags.__annotations__ |= {name: Annotated[inherited[name], new] for name, new in annotations.items()}
-        return flags
-
-    return annotate
-
-
 def one_of(*names: str) -> Any:
     """Returns the annotation of a flag for one of the names; the error for another names the nearest."""
 
@@ -130,7 +119,6 @@ ModelFlag = Annotated[
     ),
 ]  # fmt: skip
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
-TEMPERATURE = 0.8  # of `generate`, where neither a flag nor the model says one
 
 
 def _sampling(name: str, metavar: str) -> Any:
@@ -141,11 +129,13 @@ def _sampling(name: str, metavar: str) -> Any:
 class SamplingFlags:
     """How tokens are sampled, in place of what the model recommends. There are no flags for penalties."""
 
-    temperature: Annotated[float | None, _sampling("temperature", "X"), default("the model's, else 1")] = None
+    temperature: Annotated[
+        float | None, _sampling("temperature", "X"), default("the model's, else 1; to generate 0.8, to chat 0.7")
+    ] = None
     """0 takes the most probable token each time; higher is more varied."""
     top_k: Annotated[int | None, _sampling("top_k", "N"), default("the model's, else 0, all")] = None
     """Sample from the N most probable tokens."""
-    top_p: Annotated[float | None, _sampling("top_p", "X"), default("the model's, else 1, all")] = None
+    top_p: Annotated[float | None, _sampling("top_p", "X"), default("the model's, else 1, all; to chat 0.9")] = None
     """Sample from the fewest tokens that together have this probability."""
     min_p: Annotated[float | None, _sampling("min_p", "X"), default("the model's, else 0, all")] = None
     """Sample from tokens at least this share as probable as the best."""
@@ -156,7 +146,6 @@ class SamplingFlags:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
 
 
-@with_help(temperature=default(f"the model's, else {TEMPERATURE}"))
 @dataclasses.dataclass(frozen=True)
 class CompletionFlags(SamplingFlags):
     """How tokens are sampled, in place of what the model recommends, and how many at most."""
