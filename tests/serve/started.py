@@ -21,23 +21,32 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Started:
-    """A server in a process of its own, ready when the block begins. `program`: for Python; by default its steps are slow."""
+    """A server in a process of its own, ready when the block begins, or once it has printed `begun`. `program`: for Python; by
+    default its steps are slow."""
 
     def __init__(
-        self, folder: Path, *flags: object, env: Any = None, key: str = "", program: Sequence[str] = ("-c", SLOW)
-    ) -> None:
+        self, folder: Path, *flags: object, env: Any = None, key: str = "", program: Sequence[str] = ("-c", SLOW),
+        begun: str = "Ctrl-C",
+    ) -> None:  # fmt: skip
         words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
         self.process = subprocess.Popen(
             [sys.executable, *program, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=os.environ | (env or {}),
         )  # fmt: skip
         self.output = ""
-        while "Ctrl-C" not in self.output:
+        self.read_to(begun)
+        address = self.url if "Ctrl-C" in self.output else ""
+        self.client = httpx.Client(base_url=address, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    def read_to(self, words: str) -> None:
+        while words not in self.output:
             line = self.process.stdout.readline()
             assert line, self.output
             self.output += line
-        self.url = re.findall(r"page +(\S+)", self.output)[0]
-        self.client = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    @property
+    def url(self) -> str:
+        return re.findall(r"page +(\S+)", self.output)[0]
 
     def ends(self):
         self.output += self.process.communicate(timeout=20)[0]

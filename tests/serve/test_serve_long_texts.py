@@ -1,14 +1,10 @@
 """Long texts at the start of the real command: they wait for their programs, say so, and hold up no short text."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import openai
@@ -17,9 +13,9 @@ from browser import Visit
 from chat_models import save_chat_model
 from line import Line
 from selenium.webdriver import Keys
+from started import Started
 from tiny_server import until
 
-ROOT = Path(__file__).resolve().parents[2]
 WAITING = ": waiting for the programs for long texts"
 
 
@@ -52,41 +48,16 @@ class Streamed:
         return self.text
 
 
-class Command:
-    """`python -m stages.serve` with one slot and no compiled program from before."""
-
-    def __init__(self, folder: Path, cache: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url, self.output = f"http://127.0.0.1:{self.port}", ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "stages.serve", "--model", folder, "--port", str(self.port), "--slots", "1"], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
-        )  # fmt: skip
-
-    def read_to(self, words: str) -> None:
-        while words not in self.output:
-            line = self.process.stdout.readline()
-            assert line, self.output
-            self.output += line
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-
 @pytest.mark.journeys
 def test_a_long_text_at_the_start_says_what_it_waits_for_and_a_short_one_is_answered_first(browser, tmp_path):
     """One slot: a long text waits for it, and one that grew long gives it up and goes on where it was."""
     save_chat_model(tmp_path / "sea", context=4096, layers=2)
-    with Command(tmp_path / "sea", tmp_path / "compiled") as server, Line(server.port) as line:
-        server.read_to("template")
-        assert until(lambda: socket.socket().connect_ex(("127.0.0.1", server.port)) == 0, 60)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags, env = ("--slots", 1, "--port", port), {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    begun = Started(tmp_path / "sea", *flags, env=env, program=("-m", "stages.serve"), begun="template")
+    with begun as server, Line(port) as line:
+        assert until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60)
         browser.get(line.address)
         visit = Visit.__new__(Visit)
         visit.chrome, visit.line = browser, line
