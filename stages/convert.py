@@ -4,9 +4,8 @@ uv run --extra older python -m stages.convert --model runs/demo-shakespeare
 """
 
 import dataclasses
-import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +54,7 @@ def convert(flags: ConvertFlags) -> None:
 
 
 def _convert_step(old: Path, new: Path) -> None:
+    import jax
     import numpy as np
 
     from engine.storage import manifest
@@ -64,24 +64,12 @@ def _convert_step(old: Path, new: Path) -> None:
     entries = {}
     for part in ("params", "optimizer"):
         stores = _open_arrays(old / part)
-        tensors = {name: _Tensor(tuple(store.shape), np.dtype(store.dtype.numpy_dtype)) for name, store in stores.items()}
-        encode = lambda tensors=tensors, stores=stores: safetensors.encode(tensors, _read_all(stores))
+        shapes = {name: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for name, store in stores.items()}
+        arrays = lambda stores=stores: (store.read().result() for store in stores.values())  # one at a time
+        encode = lambda shapes=shapes, arrays=arrays: safetensors.encode(shapes, arrays())
         entries[f"{part}.safetensors"] = manifest.write_checked(new / f"{part}.safetensors", encode)
-    record = functools.partial(np.fromfile, old / "state.json", np.uint8)
-    entries["state.json"] = manifest.write_checked(new / "state.json", lambda: [record()])
+    entries["state.json"] = manifest.write_checked(new / "state.json", lambda: [np.fromfile(old / "state.json", np.uint8)])
     (new / manifest.NAME).write_bytes(manifest.render(entries))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    shape: tuple[int, ...]
-    dtype: Any
-
-
-def _read_all(stores: dict[str, Any]) -> Iterator[Any]:
-    """Yields the arrays, read one at a time."""
-    for store in stores.values():
-        yield store.read().result()
 
 
 def _open_arrays(folder: Path) -> dict[str, Any]:

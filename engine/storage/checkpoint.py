@@ -6,10 +6,10 @@
                             manifest.json           SHA-256 of every file above
 
 Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/qkv[0:64,0:96]`
-is rows 0 to 63 and columns 0 to 95. Any number of processes on any mesh loads them by slice.
+is rows 0 to 63 and columns 0 to 95. Any number of processes loads them by slice onto any mesh.
 
-A checkpoint is built in a hidden folder, synced, read back and compared with memory, and appears by one rename: a kill at any
-instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is checked: damage is named, and the
+A checkpoint is built in a hidden folder, read back from the disk and compared with memory, and appears by one rename: a kill at
+any instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is checked: damage is named, and the
 newest intact checkpoint is used.
 """
 
@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -65,10 +66,10 @@ class LoadedCheckpoint(NamedTuple):
 # What a process writes
 
 
-def own_pieces(number: int, name: str, leaf: Any) -> Pieces:
-    """Returns what this process writes of a leaf, the `number`th of its tree: a whole array, or its parts of a shared one.
+def own_pieces(name: str, leaf: Any) -> Pieces:
+    """Returns what this process writes of a leaf: a whole array, or parts of one that lies on several processes.
 
-    The holders of equal parts write them in turn. Raises TypeError or ValueError for a leaf that could not be loaded again.
+    Of processes that hold the same part one writes it. Raises TypeError or ValueError for a leaf that could not be loaded.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype not in safetensors.NAMES:
@@ -85,7 +86,7 @@ def own_pieces(number: int, name: str, leaf: Any) -> Pieces:
     pieces = {}
     for shard in leaf.addressable_shards:
         box = _box(shard.index, leaf.shape)
-        if shard.device == holders[box][number % len(holders[box])]:
+        if shard.device == holders[box][zlib.crc32(name.encode()) % len(holders[box])]:
             cut = f"[{','.join(f'{start}:{stop}' for start, stop in box)}]" if shard.data.shape != leaf.shape else ""
             pieces[name + cut] = shard.data
     return pieces
@@ -104,9 +105,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     by_path = {_path(keys): leaf for keys, leaf in leaves}
     if len(by_path) < len(leaves):
-        raise ValueError(
-            "save: two arrays have one path: a dict has both a number and its text as keys, or a name with a slash."
-        )
+        raise ValueError("save: two arrays have one path: of two keys, one is a number and the other its text, or has a slash.")
     return by_path
 
 
@@ -128,8 +127,8 @@ class BackgroundSaver:
 
     def reserve(self, *trees: Any) -> None:
         """Begins to make room for copies of such trees, beside training, unless memory is too small for them."""
-        pieces = (own_pieces(*leaf) for tree in trees for leaf in _numbered(tree))
-        size = sum(_aligned(piece.nbytes) for part in pieces for piece in part.values())
+        pieces = (own_pieces(*leaf) for tree in trees for leaf in _leaves(tree).items())
+        size = sum(piece.nbytes + ALIGNMENT for part in pieces for piece in part.values())
         if size <= free_host_bytes():
             self._work = self._pool.submit(self._map_memory, size)
 
@@ -155,7 +154,7 @@ class BackgroundSaver:
         self.wait()
         self._used = 0
         parts = {part: self._copies(tree) for part, tree in (("params", trainable), ("optimizer", optimizer))}
-        for leaf in _numbered(self.frozen):
+        for leaf in _leaves(self.frozen).items():
             parts["params"] |= own_pieces(*leaf)
         self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best)
         if self._memory is None:
@@ -163,8 +162,8 @@ class BackgroundSaver:
 
     def _copies(self, tree: Any) -> Pieces:
         copies: Pieces = {}
-        for number, name, leaf in _numbered(tree):
-            pieces = own_pieces(number, name, leaf() if callable(leaf) else leaf)
+        for name, leaf in _leaves(tree).items():
+            pieces = own_pieces(name, leaf() if callable(leaf) else leaf)
             copies |= pieces if self._memory is None else {piece: self._copy(pieces[piece]) for piece in pieces}
             del pieces  # before the next array is made
         return copies
@@ -172,7 +171,7 @@ class BackgroundSaver:
     def _copy(self, x: Any) -> np.ndarray:
         assert self._memory is not None
         copy = np.frombuffer(self._memory, x.dtype, x.size, self._used).reshape(x.shape)
-        self._used += _aligned(x.nbytes)
+        self._used += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
         if not isinstance(x, jax.Array):
             copy[...] = x
             return copy
@@ -205,14 +204,6 @@ class BackgroundSaver:
             # After an error the thread may wait for other processes, which this one has to end.
             self._pool.shutdown(wait=error is None or processes.process_count() == 1)
             self._memory = None
-
-
-def _numbered(tree: Any) -> Iterator[tuple[int, str, Any]]:
-    return ((number, name, leaf) for number, (name, leaf) in enumerate(_leaves(tree).items()))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _lower_priority() -> None:
@@ -302,9 +293,6 @@ class StoredArray(NamedTuple):
     dtype: np.dtype
     boxes: dict[Box, safetensors.StoredTensor]
 
-    def __str__(self) -> str:
-        return f"{self.dtype.name} {self.shape}"
-
     def read(self, wanted: Box, out: np.ndarray) -> None:
         """Reads a box of the array into `out`, of its shape."""
         for box, stored in self.boxes.items():
@@ -390,25 +378,22 @@ def _stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
 
 def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
     """Returns a tree like `like` of the arrays. Raises UserError for other paths, shapes or dtypes."""
-    wanted = {name: f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for name, leaf in _leaves(like).items()}
+    wanted = _leaves(like)
     _refuse_difference(where, wanted, stored)
     room = max((math.prod(array.shape) * array.dtype.itemsize for array in stored.values()), default=0)
-    buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)
+    buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)  # for one after another: new memory for each costs more than reading
     # JAX copies what does not lie at a multiple of 16 bytes; what does, it may take as it lies, whatever `may_alias` says.
     buffer = buffer[-buffer.ctypes.data % ALIGNMENT + 8 :]
-    arrays = {name: _read_array(stored[name], leaf.sharding, buffer) for name, leaf in _leaves(like).items()}
-    _refuse_difference(where, wanted, {name: f"{array.dtype.name} {array.shape}" for name, array in arrays.items()})
+    arrays = {name: _read_array(stored[name], leaf.sharding, buffer) for name, leaf in wanted.items()}
+    _refuse_difference(where, wanted, arrays)  # without x64, JAX makes 32 bits of 64
     return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_path(keys)], like)
 
 
 def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.Array:
-    """Returns an array placed by its sharding, or on the default device. `buffer`: memory to read into, which JAX copies.
-
-    New memory for each would cost more than reading, and a step cannot donate what lies in NumPy's memory.
-    """
-    whole = {None: (slice(None),) * len(stored.shape)}
+    """Returns an array placed by its sharding, or on the default device. `buffer`: memory to read into, which JAX copies."""
+    places = sharding.addressable_devices_indices_map(stored.shape) if sharding else {None: (slice(None),) * len(stored.shape)}
     parts, read = [], None
-    for device, index in (sharding.addressable_devices_indices_map(stored.shape) if sharding else whole).items():
+    for device, index in places.items():
         if (box := _box(index, stored.shape)) != read:
             shape = [stop - start for start, stop in box]
             out = buffer[: math.prod(shape) * stored.dtype.itemsize].view(stored.dtype).reshape(shape)
@@ -418,10 +403,10 @@ def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.A
     return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts) if sharding else parts[0]
 
 
-def _refuse_difference(where: Path, wanted: dict[str, str], came: dict[str, Any]) -> None:
-    came = {name: str(kind) for name, kind in came.items()}
-    if differing := sorted({name for name, _ in wanted.items() ^ came.items()}):
-        expected, actual = (kinds.get(differing[0], "no such array") for kinds in (wanted, came))
+def _refuse_difference(where: Path, wanted: dict[str, Any], came: dict[str, Any]) -> None:
+    kinds = [{name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (wanted, came)]
+    if differing := sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()}):
+        expected, actual = (leaves.get(differing[0], "no such array") for leaves in kinds)
         more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
         raise UserError(
             f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} came{more}. Use the config it "

@@ -3,6 +3,7 @@
 import concurrent.futures
 import errno
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,19 +40,15 @@ def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dic
         for data in encode():
             file.write(data)
     sync_and_drop(path)
-    hasher, buffer = hashlib.sha256(), np.empty(BLOCK, np.uint8)
+    hasher = hashlib.sha256()
+    blocks = (data[start : start + BLOCK] for data in encode() for start in range(0, len(data), BLOCK))
     with open_regular(path) as file:
-        for data in encode():
-            for start in range(0, len(data), BLOCK):
-                block = data[start : start + BLOCK]
-                back = buffer[: len(block)]
-                if file.readinto(back) < len(block) or not np.array_equal(block, back):
-                    raise OSError(errno.EIO, f"{path.name} was read back with other bits than it has in memory")
-                hasher.update(back)
-        size = file.tell()
-        if file.read(1):
-            raise OSError(errno.EIO, f"{path.name} was read back with other bits than it has in memory")
-    return {"bytes": size, "sha256": hasher.hexdigest()}
+        for block in itertools.chain(blocks, [np.empty(0, np.uint8)]):  # the last: nothing more
+            back = file.read(len(block) or 1)
+            if not np.array_equal(np.frombuffer(back, np.uint8), block):
+                raise OSError(errno.EIO, f"{path.name} was read back with other bits than it has in memory")
+            hasher.update(back)
+        return {"bytes": file.tell(), "sha256": hasher.hexdigest()}
 
 
 def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list[str]:

@@ -127,7 +127,8 @@ def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[
         if array.shape != tensor.shape:
             raise ValueError(f"{name} has shape {array.shape} and was announced as {tensor.shape}.")
         with np.errstate(over="ignore"):  # infinity is refused when the file is read
-            yield np.ascontiguousarray(array, tensor.dtype).reshape(-1).view(np.uint8)
+            data = np.ascontiguousarray(array, tensor.dtype)
+        yield data.reshape(-1).view(np.uint8)
 
 
 def write_file(path: Path, tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> None:
