@@ -196,6 +196,7 @@ def evaluate_conversations(
     from engine.text.examples import Pair, make_examples
     from engine.text.packing import evaluation_batches
     from stages.runs.data import conversations
+    from stages.runs.validation import EVALUATION_ROWS
 
     record = record if record.get("stage") == "finetune" else {}
     chat = ChatTokenizer(model.tokenizer)
@@ -215,7 +216,7 @@ def evaluate_conversations(
             )
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
     processes.refuse_differences({"data": conversations.digest_examples(examples)})
-    begin, together = time.perf_counter(), conversations.EVALUATION_ROWS * layout.row_shards()
+    begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
         if isinstance(examples[0], Pair):
             margin = np.empty(0)

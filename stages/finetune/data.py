@@ -16,8 +16,9 @@ from engine.text.examples import Pair
 from engine.text.packing import evaluation_batches, pair_batch
 from engine.training.preference import Preferences
 from engine.training.step import NEXT_TOKEN, Objective
-from stages.runs.data.conversations import EVALUATION_ROWS, pair_margins
+from stages.runs.data.conversations import pair_margins
 from stages.runs.loop import Evaluator
+from stages.runs.validation import EVALUATION_ROWS
 
 
 class PreferenceBatches:

@@ -19,12 +19,12 @@ from engine.text.token_file import TokenFile
 from engine.text.tokenizer import Tokenizer
 from engine.text.windows import count_windows, evaluation_windows, window_batch
 from stages.cli.console import Console, ReportProgress
-from stages.runs.data.conversations import EVALUATION_ROWS
 from stages.runs.data.text import encode_text, evaluation_source
 from stages.runs.loop import Evaluator
 
 QUICK_WINDOWS = 32
 GENERAL_WINDOW, GENERAL_TOKENS = 256, 8192  # tokens of a general text: scored at once, and in all
+EVALUATION_ROWS = 2  # conversations, or windows of a general text, that are scored together
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from engine.allocator import return_freed_memory
-from engine.counting.accelerators import find_accelerator
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
@@ -48,7 +47,6 @@ from stages.runs.trainable import TrainableSplit
 from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TrainFlags
-from stages.train.mesh_plan import plan_on_mesh
 from stages.train.recipes import recipe
 
 SECONDS = 180.0  # of a run when nobody asks for a length
@@ -126,7 +124,7 @@ class Training(Stage):
         }  # fmt: skip
         self.ceilings = find_ceilings(console)
         self.is_planned = bool(options.mesh and options.dry_run)  # for a mesh that need not be here
-        self.accelerator = flags.accelerator or find_accelerator("h100")
+        self.accelerator = flags.accelerator
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
 
@@ -167,8 +165,14 @@ class Training(Stage):
                 f"{quantity(steps, plan.noun)}, {format_count(epochs)} epochs, {long} at {EXPECTED_MFU:.0%} of this "
                 f"machine's {format_count(top)}FLOP/s in {cfg.dtype}; again after the first steps, by their time",
             ),
-            *(plan_on_mesh(plan, plan.mesh, self.accelerator, self.console) if self.is_planned else []),
+            *(self._mesh_rows() if self.is_planned else []),
         ]
+
+    def _mesh_rows(self) -> list[tuple[str, str]]:
+        from engine.counting.accelerators import find_accelerator
+        from stages.train.mesh_plan import plan_on_mesh
+
+        return plan_on_mesh(self.plan, self.plan.mesh, self.accelerator or find_accelerator("h100"), self.console)
 
     def initial_state(self, trainable: Any) -> TrainState:
         return self.begin()

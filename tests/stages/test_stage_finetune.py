@@ -37,7 +37,7 @@ from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
 from stages.finetune.data import held_out_evaluator
-from stages.runs.data.conversations import EVALUATION_ROWS
+from stages.runs.validation import EVALUATION_ROWS
 
 WORD = WORDS.split()
 STEPS = 45

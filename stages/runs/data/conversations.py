@@ -22,7 +22,6 @@ from engine.training.preference import Preferences, margins
 from stages.cli.console import Console
 
 HELD_OUT = 0.1
-EVALUATION_ROWS = 2  # scored together
 QUESTIONS = 3  # of the held-out set, or for texts these
 QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
 
