@@ -221,10 +221,14 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def discard_unfinished() -> None:
-    """Removes what this process is writing, before it ends in the middle of it."""
+    """Removes what this process is writing, before it ends in the middle of it; on Linux also what huggingface_hub is."""
     for temporary, path in [*_being_written.items()]:
         with contextlib.suppress(OSError):
             _discard(temporary, path)
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if (fetched := os.readlink(descriptor)).endswith(".incomplete"):
+                os.unlink(fetched)
 
 
 def _discard(temporary: Path, path: Path) -> None:

@@ -218,6 +218,7 @@ class ChatSession:
                 print(text, end="", flush=True)
                 if deferral.received:
                     break
+        signals.set_phase("between two turns.")
         seconds, count = time.perf_counter() - first, completion.tokens
         print(flush=True)
         if not (reply := reply.rstrip()):
