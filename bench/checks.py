@@ -12,8 +12,9 @@ import numpy as np
 from bench.cli import Json, describe_error, print_table, progress
 from bench.models import random_model
 from engine.device import device_name
-from engine.inference.decode import complete, prefill, prepare_params
-from engine.inference.engine import Engine
+from engine.inference.config import EngineConfig
+from engine.inference.decode import prefill, prepare_params
+from engine.inference.engine import Engine, complete
 from engine.inference.request import Request, SamplingParams
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset
@@ -21,7 +22,7 @@ from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
 
-ROWS, TOKENS, NEW = 4, 256, 32
+ROWS, TOKENS, NEW, SLOTS = 4, 256, 32, 8
 # Relative to the largest number of each array. In bfloat16 they are sums of many roundings, in another order on each platform.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 GREEDY, SAMPLED = SamplingParams(max_tokens=NEW, temperature=0.0), SamplingParams(max_tokens=NEW, temperature=0.8, seed=5)
@@ -110,8 +111,8 @@ def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterat
     prompts = _prompts(cfg, ROWS)
 
     def answers(params: Any) -> list[list[int]]:
-        completions = complete(cfg, prepare_params(cfg, params), prompts, [GREEDY] * ROWS, capacity=TOKENS)
-        return [tokens for tokens, _ in completions]
+        completions = complete(cfg, prepare_params(cfg, params), prompts, [GREEDY] * ROWS, TOKENS)
+        return [completion.tokens for completion in completions]
 
     pairs = list(zip(_on(device, answers, params), _on(cpu, answers, params), strict=True))
     yield Check(f"greedy tokens, {cfg.dtype}", sum(a != b for a, b in pairs) / len(pairs), 0)
@@ -121,9 +122,9 @@ def checks_of_serving(cfg: ModelConfig, params: Any) -> Iterator[Check]:
     """Yields the checks that a request is answered alike, to the bit, alone and in every slot beside others, and that the
     weights stay."""
     served = prepare_params(cfg, params)
-    engine = Engine(cfg, served, slots=8, capacity=TOKENS, prefix_cache_bytes=10**7)
+    engine = Engine(cfg, served, EngineConfig(SLOTS, TOKENS, prefix_cache_bytes=10**7))
     before = digest(engine.params)
-    prompts = _prompts(cfg, engine.slots)
+    prompts = _prompts(cfg, SLOTS)
 
     def answer(place: int, beside: Sequence[Request]) -> tuple[Any, ...]:
         """Returns the tokens and log-probabilities of the first prompt, submitted at `place` among the requests `beside`."""
@@ -139,7 +140,7 @@ def checks_of_serving(cfg: ModelConfig, params: Any) -> Iterator[Check]:
 
     neighbours = [Request(tuple(prompt), SAMPLED) for prompt in prompts[1:]]
     alone = answer(0, [])
-    differ = sum(answer(place, neighbours) != alone for place in range(engine.slots))
+    differ = sum(answer(place, neighbours) != alone for place in range(SLOTS))
     yield Check("answers that company changes, of 8", differ, 0)
     yield Check("weights that serving changes", digest(engine.params) != before, 0)
 

@@ -246,19 +246,19 @@ class ChatSession:
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
-        from engine.inference.engine import CHUNK, Engine
+        from engine.inference.config import CHUNK, EngineConfig
+        from engine.inference.engine import Engine
         from engine.inference.scheduler import DRAFT_ROWS
 
-        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, self.cfg.context - len(prompt)))
+        sampling = sampling.within(self.cfg.context - len(prompt))
         capacity = MIN_CAPACITY
         while capacity < len(prompt) + sampling.max_tokens:
             capacity *= 2
         capacity = min(capacity, self.cfg.context)
         if self._engine is None or self._engine.capacity != capacity:
-            self._engine = Engine(
-                self.cfg, self.params, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=self.cfg.dtype,
-                tail=CHUNK,  # one program for prompts of any length, which `warm` has compiled
-            )  # fmt: skip
+            # One program, which `warm` has compiled, reads prompts of any length.
+            config = EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=self.cfg.dtype, tail=CHUNK)
+            self._engine = Engine(self.cfg, self.params, config)
         id = self._engine.submit(Request(tuple(prompt), sampling))
         try:
             while self._engine.busy:

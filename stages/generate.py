@@ -47,7 +47,7 @@ class GenerateFlags:
 
 
 def generate(flags: GenerateFlags) -> None:
-    """Continues the prompt on stdout, all rows in one `decode.generate` (no Engine); prints everything else on stderr."""
+    """Continues the prompt on stdout, each continuation in a slot of an engine; prints everything else on stderr."""
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, one_arena=False)
     # These import jax, which must not load before --help is answered and the device is chosen.
@@ -60,8 +60,10 @@ def generate(flags: GenerateFlags) -> None:
 
 
 def _generate(flags: GenerateFlags, device: Device) -> None:
-    from engine.inference import decode
-    from engine.inference.request import SamplingParams
+    from engine.inference.config import EngineConfig
+    from engine.inference.decode import prepare_params
+    from engine.inference.engine import Engine
+    from engine.inference.request import Request, SamplingParams
     from engine.mesh import layout
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
@@ -76,7 +78,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
     with host_memory(mesh is not None):
-        params = decode.prepare_params(model.cfg, model.params, mesh is None)
+        params = prepare_params(model.cfg, model.params, mesh is None)
     params = layout.place(model.cfg, params)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
@@ -89,24 +91,25 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     begin = time.perf_counter()
     compiles = CompileCounter()
     printer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
-    # Each step reads all of the cache. Its capacity is one of few, so that another prompt compiles nothing.
+    # The capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
-    rows = sampling.per_row(flags.count)
-    stream = decode.generate(model.cfg, params, [prompt] * flags.count, rows, capacity=capacity)
+    engine = Engine(model.cfg, params, EngineConfig.for_prompts(model.cfg, flags.count, capacity))
+    requests = [Request(tuple(prompt), row.within(capacity - len(prompt))) for row in sampling.per_row(flags.count)]
+    rows = {engine.submit(request): index for index, request in enumerate(requests)}
     first = settled = last = begin
     early = total = 0
-    cut, dispatch, previous = "", -1, flags.count
-    for index, tokens, finish_reason, *_ in stream:
-        last = time.perf_counter()
-        first = last if first == begin else first
-        dispatch += index <= previous  # each gives tokens to the continuations in their order
-        previous = index
-        length = printer.write(index, tokens, finish_reason)
-        total += len(tokens)
-        if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
-            cut = f"; the context of {model.cfg.context} tokens is full"
-        if dispatch <= 1:
-            # Prefill, sampling and decoding each run once: after that nothing may compile.
+    cut, begun = "", set[int]()
+    while engine.busy:
+        is_settled = len(begun) == flags.count  # each program has run: nothing may compile any more
+        for id, tokens, finish_reason, *_ in engine.step():
+            last = time.perf_counter()
+            first = last if first == begin else first
+            begun.add(id)
+            length = printer.write(rows[id], tokens, finish_reason)
+            total += len(tokens)
+            if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
+                cut = f"; the context of {model.cfg.context} tokens is full"
+        if not is_settled:
             settled, early = last, total
             compiles.reset()
     speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""

@@ -16,6 +16,7 @@ from bench.anatomy.programs import CAPACITY, CHUNK, LORA, ROWS, B, Program, T
 from bench.models import BenchModel, next_token_batch, tokens_for
 from engine.counting.hardware import clock
 from engine.counting.params import count_params
+from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
 from engine.model.cache.contiguous import make_cache
@@ -99,7 +100,7 @@ def infer(name: str, compiled: jax.stages.Compiled, model: BenchModel, params: A
 def answer(model: BenchModel, params: Any) -> tuple[int, Changes]:
     """Answers REQUESTS requests through the engine; returns the tokens it gave, and how its weights changed."""
     before = {path: np.array(leaf) for path, leaf in leaf_paths(params).items()}
-    engine = Engine(model.cfg, params, slots=8, capacity=CHUNK // 2, chunk=CHUNK // 2, tail=PROMPT + 4)
+    engine = Engine(model.cfg, params, EngineConfig(8, CHUNK // 2, chunk=CHUNK // 2, tail=PROMPT + 4))
     for prompt in tokens_for(model, REQUESTS, PROMPT).tolist():
         engine.submit(Request(tuple(prompt), SamplingParams(max_tokens=ANSWER, temperature=1.0)))
     answer_tokens = 0

@@ -19,7 +19,8 @@ from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.device import cores
 from engine.errors import UserError
-from engine.inference.decode import complete, prepare_params
+from engine.inference.decode import prepare_params
+from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import leaf_paths
@@ -155,7 +156,7 @@ def make_greedy(
     sampling = SamplingParams(max_tokens=new, temperature=0.0).per_row(len(prompts))
 
     def run() -> None:
-        completions = complete(cfg, weights, prompts, sampling, capacity=len(prompts[0]) + new)
-        output[OURS] = [tokens for tokens, _ in completions]
+        completions = complete(cfg, weights, prompts, sampling, len(prompts[0]) + new)
+        output[OURS] = [completion.tokens for completion in completions]
 
     return run

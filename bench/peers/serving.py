@@ -19,6 +19,7 @@ from bench.timing import Ratio, Timing, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores
 from engine.errors import UserError
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
@@ -115,7 +116,7 @@ def _peer_run(peer: Peer, file: Path, **spec: Any) -> Callable[[], StreamResult]
 
 def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any) -> Callable[[], StreamResult]:
     """Returns a call of `Engine` with a slot for each stream, without draft tokens."""
-    engine = Engine(cfg, weights, slots=len(prompts), capacity=CAPACITY, kv_dtype=kv_dtype, speculate=False)
+    engine = Engine(cfg, weights, EngineConfig(len(prompts), CAPACITY, kv_dtype=kv_dtype, speculate=False))
     engine.warm()
 
     def run() -> StreamResult:
@@ -206,12 +207,13 @@ def our_chats(
             output.append(tokens)
         return {"decode": seconds, "tokens": output, "steps": engine.decode_steps - before - len(prompts)}
 
-    def call(**options: Any) -> Callable[[], Json]:
-        engine = Engine(cfg, weights, slots=1 + DRAFT_ROWS, capacity=capacity, kv_dtype=kv_dtype, **options)
+    def call(speculate: bool) -> Callable[[], Json]:
+        config = EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=kv_dtype, speculate=speculate)
+        engine = Engine(cfg, weights, config)
         engine.warm()
         return lambda: run(engine)
 
-    return {"plain": call(speculate=False), "speculative": call()}
+    return {"plain": call(speculate=False), "speculative": call(speculate=True)}
 
 
 def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float) -> list[Json]:

@@ -17,6 +17,7 @@ def make(spec: dict[str, Any]) -> Any:
 
     start_jax(one_arena=False)
     from bench.models import load
+    from engine.inference.config import EngineConfig
     from engine.inference.decode import prepare_params
     from engine.inference.engine import Engine
     from engine.inference.request import Request, SamplingParams
@@ -24,9 +25,8 @@ def make(spec: dict[str, Any]) -> Any:
 
     model = load(spec["model"])
     params = quantize(model.params) if spec["weights"] == "int8" else model.params
-    engine = Engine(
-        model.cfg, prepare_params(model.cfg, params), slots=spec["slots"], capacity=spec["capacity"], prefix_cache_bytes=0
-    )
+    config = EngineConfig(spec["slots"], spec["capacity"])
+    engine = Engine(model.cfg, prepare_params(model.cfg, params), config)
     engine.warm()
     requests = [Request(tuple(prompt), SamplingParams(max_tokens=spec["new"], temperature=0.0)) for prompt in spec["prompts"]]
 

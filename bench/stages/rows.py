@@ -25,8 +25,9 @@ from engine.counting.program_flops import (
 from engine.counting.traffic import inference_bytes, train_bytes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.xla import XlaCost, xla_cost, xla_peak
-from engine.inference.decode import CHUNK, LONE_ROWS, STEPS, decode_steps, prefill
-from engine.inference.engine import CHUNK as SLOT_CHUNK
+from engine.inference.config import CHUNK as SLOT_CHUNK
+from engine.inference.config import MIN_ROWS
+from engine.inference.decode import CHUNK, STEPS, decode_steps, prefill
 from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
@@ -217,7 +218,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     starts = [np.int32(start) for start in range(0, T, size)]
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     slot = np.int32(SLOTS - 1)
-    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size), "float32" if cfg.dtype == "float32" else "bfloat16")
+    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size, size), "float32" if cfg.dtype == "float32" else "bfloat16")
     S = cache.edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
     chunks = len(pieces)
@@ -257,10 +258,10 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
     """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
 
-    On a CPU a lone request has LONE_ROWS, as in `generate`, here with a cache each. `weights`: the type of matrices if not the
+    On a CPU a lone request has MIN_ROWS, as in the engine, here with a cache each. `weights`: the type of matrices if not the
     config's.
     """
-    rows = max(requests, LONE_ROWS if ops().pads_lone_row else 1)
+    rows = max(requests, MIN_ROWS if ops().pads_lone_row else 1)
     cache = random_cache(cfg, rows, length + STEPS)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))

@@ -105,6 +105,10 @@ class SamplingParams:
         """Whether a penalty or a bias changes the logits."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
+    def within(self, room: int) -> "SamplingParams":
+        """Returns these for a completion that has room for so many tokens; a room below 1 is refused where it is asked for."""
+        return dataclasses.replace(self, max_tokens=min(self.max_tokens, max(room, 1)))
+
     def per_row(self, rows: int) -> list["SamplingParams"]:
         """Returns a copy for each of `rows` completions, with seeds seed (0 by default), seed + 1, ... (modulo 2**32)."""
         return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
@@ -144,10 +148,10 @@ class LogProb(NamedTuple):
 
 
 class Event(NamedTuple):
-    """New tokens of a request (of `generate`: of prompt number `id`), and why it is finished: stop, length, error; or None.
+    """New tokens of a request, and why it is finished: stop, length, error; or None.
 
     'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
-    were no numbers. `cached_tokens` of the prompt came from the prefix cache.
+    were no numbers. `cached_tokens` of the prompt came from the prefix cache. `stop_token`: with 'stop'.
     """
 
     id: int
@@ -155,6 +159,15 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None
     logprobs: Sequence[LogProb] = ()
     cached_tokens: int = 0
+    stop_token: int | None = None
+
+
+class Completion(NamedTuple):
+    """The tokens of a completion, its finish reason, and the stop token that ended it, if one did."""
+
+    tokens: list[int]
+    finish_reason: FinishReason | None
+    stop_token: int | None
 
 
 def check_request(request: Request, vocab: int, capacity: int) -> None:

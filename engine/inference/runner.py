@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from engine.inference.config import EngineConfig
 from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
     PenaltyArrays,
@@ -36,14 +37,12 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.inference.sequence import STEPS
 from engine.mesh import layout
 from engine.model.cache import segmented
-from engine.model.cache.segmented import CacheRows, KVDtype, KVSegments, make_kv_segments, segment_edges, segmented_cache
+from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
-from engine.model.ops import platform
 from engine.model.transformer import Params, forward, hidden_states
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
-MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 
 
 def _compiled(move: Callable[..., Any], **options: Any) -> Any:
@@ -125,37 +124,61 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
     return jax.lax.cond(wanted, computed, lambda: (jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X))))
 
 
-def idle_calls(
-    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, chunk: int, tail: int, prefix_cache: bool
-) -> dict[str, Call]:
-    """Returns each program by name, with the arguments of a call in which no row and no slot is in use.
+class Programs(NamedTuple):
+    """Each program with the arguments of a call; None for a program that the engine does without."""
 
-    Of `params`, `segments` and `counts` only the shapes are read.
-    """
-    params, (segments, counts) = layout.inference_shapes(params, (segments, counts))
-    R = segments.slots
-    start, step, nowhere = np.int32(0), np.int32(1), np.int32(R)
-    rows, idle = make_rows(np.full(R, -1, np.int32)), [SamplingParams()] * R
+    decode: Call
+    prefill_chunk: Call
+    prefill_tail: Call | None  # where a tail is shorter than a chunk
+    clear_slot: Call
+    copy_slot: Call
+    set_token_counts: Call
+    read_chunk: Call | None  # this and those below: with a prefix cache
+    write_chunk: Call | None
+    read_tail: Call | None
+    write_tail: Call | None
+
+
+def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments: KVSegments, counts: TokenCounts) -> Programs:
+    """Returns calls in which no row and no slot is in use. From shapes in place of arrays, they can be lowered, not run."""
+    start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
+    rows, idle = make_rows(np.full(config.rows, -1, np.int32), segments.slots), [SamplingParams()] * config.rows
     sampling = sampling_arrays(idle), penalty_arrays(idle)
-    state = cfg, params, segments
-    calls: dict[str, Call] = {
-        "decode_slots": (decode_slots, (*state, counts, np.zeros(R, np.int32), rows, *sampling, step, np.bool_(False)))
-    }
-    for size in {chunk, tail}:
-        calls[f"prefill_chunk {size}"] = prefill_chunk, (*state, np.zeros((1, size), np.int32), nowhere, start)
-    calls["clear_slot"] = clear_slot, (segments, nowhere, start, step)
-    calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, R, np.int32), step)
-    calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
-    for size in {chunk, tail} if prefix_cache else ():
-        shape = lambda leaf, size=size: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
-        computed = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
-        calls[f"read_chunk {size}"] = read_chunk, (segments, start, start, size)
-        calls[f"write_chunk {size}"] = write_chunk, (segments, computed, nowhere, start, step)
-    return calls
+    has_tail = config.tail < config.chunk
+
+    def prefill(size: int) -> Call:
+        return prefill_chunk, (cfg, params, segments, np.zeros((1, size), np.int32), nowhere, start)
+
+    def read(size: int) -> Call | None:
+        return (read_chunk, (segments, start, start, size)) if config.prefix_cache_bytes else None
+
+    def write(size: int) -> Call | None:
+        return (write_chunk, (segments, empty(size), nowhere, start, step)) if config.prefix_cache_bytes else None
+
+    def empty(size: int) -> Any:
+        shape = lambda leaf: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
+        chunk = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
+        is_shape = isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct)
+        return chunk if is_shape else jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), chunk)
+
+    token = np.zeros(config.rows, np.int32)
+    return Programs(
+        decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, step, np.bool_(False))),
+        prefill_chunk=prefill(config.chunk),
+        prefill_tail=prefill(config.tail) if has_tail else None,
+        clear_slot=(clear_slot, (segments, nowhere, start, step)),
+        copy_slot=(copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
+        set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
+        read_chunk=read(config.chunk),
+        write_chunk=write(config.chunk),
+        read_tail=read(config.tail) if has_tail else None,
+        write_tail=write(config.tail) if has_tail else None,
+    )
 
 
-def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
+def compile_programs(programs: Programs) -> Generator[tuple[str, int]]:
     """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
+    calls = {name: call for name, call in programs._asdict().items() if call}
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(layout.current_mesh(),))
     compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:
@@ -167,60 +190,32 @@ def compile_programs(calls: dict[str, Call]) -> Generator[tuple[str, int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def make_rows(position: Any, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
-    """Makes the CacheRows of R slots, row r at position[r] (R,) int32 in slot r; `draft_writes`: of speculative decoding.
+def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
+    """Compiles the programs of an engine for short texts, as it is iterated, from the shapes of `params` alone.
 
-    Row r is written to slot r, and each (row, slot) of `draft_writes` too: there is room for a lone sequence's rows in
-    the slots of all its copies.
+    To be iterated while weights load; programs left out are compiled when needed.
+    """
+    state = lambda: (
+        make_kv_segments(cfg, config.slots, config.short_edges, config.kv_dtype),
+        make_token_counts(cfg, config.rows),
+    )
+    params, (segments, counts) = layout.inference_shapes(params, jax.eval_shape(state))
+    return compile_programs(idle_calls(cfg, config, params, segments, counts))
+
+
+def make_rows(position: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
+    """Makes the CacheRows of R rows at position (R,) int32, row r of slot r, or all of one slot.
+
+    Row r is written to its slot, and each (row, slot) of `draft_writes`, of speculative decoding, too: there is room for a
+    lone sequence's rows in the slots of all its copies.
     """
     R = len(position)
-    target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, R, np.int32)
+    target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, slots, np.int32)
     source: Any = np.arange(len(target), dtype=np.int32) % R
-    target[:R] = np.arange(R)
+    target[:R] = np.minimum(np.arange(R), slots - 1)
     for write, (row, slot) in enumerate(draft_writes, R):
         source[write], target[write] = row, slot
     return CacheRows(position, source, target)
-
-
-class SlotShapes(NamedTuple):
-    """What shapes the programs: positions of a slot, of a chunk, of a tail and of a short text, and a prefix cache's copies."""
-
-    slots: int
-    capacity: int
-    kv_dtype: KVDtype
-    chunk: int
-    tail: int
-    short: int
-    has_prefix_cache: bool
-
-    @property
-    def rows(self) -> int:
-        return max(self.slots, MIN_ROWS)
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        return segment_edges(self.capacity, self.chunk)
-
-    @property
-    def short_edges(self) -> tuple[int, ...]:
-        """The edges of the segments of short texts, at least one. An accelerator has no other texts: its memory is taken at
-        once or not at all, and equal bits of two programs were never tested there."""
-        edges = self.edges
-        return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))] if platform() == "cpu" else edges
-
-    def make_segments(self, cfg: ModelConfig, edges: tuple[int, ...]) -> KVSegments:
-        return make_kv_segments(cfg, self.rows, edges, self.kv_dtype)
-
-    @property
-    def sizes(self) -> tuple[int, int, bool]:
-        """What `idle_calls` has to know of them."""
-        return self.chunk, self.tail, self.has_prefix_cache
-
-    def compile_ahead(self, cfg: ModelConfig, params: Any) -> Iterator[tuple[str, int]]:
-        """Compiles the programs for short texts, as it is iterated, from the shapes of `params` alone."""
-        state = lambda: (self.make_segments(cfg, self.short_edges), make_token_counts(cfg, self.rows))
-        segments, counts = jax.eval_shape(state)
-        return compile_programs(idle_calls(cfg, params, segments, counts, *self.sizes))
 
 
 class ModelRunner:
@@ -230,15 +225,15 @@ class ModelRunner:
     positions of short texts. `has_long_programs`: whether longer ones have their segments and programs.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, shapes: SlotShapes) -> None:
-        self.cfg, self.shapes, self.mesh = cfg, shapes, layout.current_mesh()
-        edges, short = shapes.edges, shapes.short_edges
+    def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
+        self.cfg, self.config, self.mesh = cfg, config, layout.current_mesh()
+        edges, short = config.edges, config.short_edges
         self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
         self.has_long_programs = False
         self._preparing = threading.Lock()
-        self._prepared: tuple[KVSegments, dict[str, Call]] | None = None
+        self._prepared: tuple[KVSegments, Programs | None] | None = None
         self.params = self._device_put(params)
-        self.segments, self.counts = self._make(lambda: (shapes.make_segments(cfg, short), make_token_counts(cfg, shapes.rows)))
+        self.segments, self.counts = self._make(lambda: (self._empty(short), make_token_counts(cfg, config.rows)))
 
     @property
     def cache_bytes(self) -> int:
@@ -278,6 +273,32 @@ class ModelRunner:
         self.store(clear_slot(segments, np.int32(slot), np.int32(start), np.int32(reach)))
         return segments.edges[-1]
 
+    def copy(self, slot: int, targets: Sequence[int], stop: int, reach: int) -> None:
+        """Copies a slot's segments below `reach` to at most DRAFT_ROWS others, as far as a call below `stop` gets them."""
+        segments = self.segments_below(stop)
+        padded = np.array([*targets, *[segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
+        self.store(copy_slot(segments, np.int32(slot), padded, np.int32(reach)))
+
+    def set_counts(self, slot: int, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
+        """Begins a slot's token counts and logit bias with those of a prompt."""
+        self.counts = set_token_counts(self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab))
+
+    def decode(
+        self, token: Any, rows: CacheRows, sampling: Sequence[SamplingParams], steps: int, logprobs: bool, stop: int
+    ) -> SampledTokens:
+        """Samples the `steps` tokens that follow token (R,) int32 in each row, on positions below `stop`, as NumPy arrays.
+
+        Without `logprobs` the log-probabilities stay on the device.
+        """
+        sampled, segments, self.counts = decode_slots(
+            self.cfg, self.params, self.segments_below(stop), self.counts, token, rows,
+            sampling_arrays(sampling), penalty_arrays(sampling), np.int32(steps), np.bool_(logprobs),
+        )  # fmt: skip
+        self.store(segments)
+        # As NumPy arrays: indexing a JAX array would compile a program.
+        fetched = jax.device_get(sampled if logprobs else sampled[:2])
+        return sampled._replace(**dict(zip(sampled._fields, fetched)))
+
     def warm(
         self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]], to_run_later: Collection[str]
     ) -> None:
@@ -288,14 +309,14 @@ class ModelRunner:
         """
         with jax.set_mesh(self.mesh):
             # Compiled from shapes: a program that runs donates arrays while others are being compiled.
-            calls = self._idle_calls(self.segments.part(0, self._short))
-            pending = set(calls)
-            with contextlib.closing(compile_programs(calls)) as compiled:
+            programs = self._shapes(self.segments.part(0, self._short))
+            pending = {name for name, call in programs._asdict().items() if call}
+            with contextlib.closing(compile_programs(programs)) as compiled:
                 for name, count in itertools.chain(ahead, compiled):
                     if name in pending:
                         pending.remove(name)
                         if name not in to_run_later:
-                            self._run_idle(*calls[name])
+                            self._run_idle(name, self._short)
                         if report:
                             report(count - len(pending), count)
                     if not pending:
@@ -306,12 +327,12 @@ class ModelRunner:
         with self._preparing, jax.set_mesh(self.mesh):
             if self.has_long_programs or self._prepared:
                 return
-            edges = self.shapes.edges[self._short :]
-            segments = self._make(lambda: self.shapes.make_segments(self.cfg, edges))
-            calls = self._idle_calls(self.segments.join(segments)) if len(edges) > 1 else {}
-            for _ in compile_programs(calls):
+            edges = self.config.edges[self._short :]
+            segments = self._make(lambda: self._empty(edges))
+            programs = self._shapes(self.segments.join(segments)) if len(edges) > 1 else None
+            for _ in compile_programs(programs) if programs else ():
                 pass
-            self._prepared = segments, calls
+            self._prepared = segments, programs
 
     def load_long_programs(self) -> None:
         """Adds the segments for longer texts, and runs each of their programs once with no row in use."""
@@ -319,12 +340,16 @@ class ModelRunner:
             return
         self.compile_long_programs()
         assert self._prepared
-        segments, calls = self._prepared
+        segments, programs = self._prepared
         self.segments = self.segments.join(segments)
         with jax.set_mesh(self.mesh):
-            for call in calls.values():
-                self._run_idle(*call)
+            for name, call in programs._asdict().items() if programs else ():
+                if call:
+                    self._run_idle(name, None)
         self.has_long_programs, self._prepared = True, None
+
+    def _empty(self, edges: tuple[int, ...]) -> KVSegments:
+        return make_kv_segments(self.cfg, self.config.slots, edges, self.config.kv_dtype)
 
     def _make(self, make: Callable[[], Any]) -> Any:
         return self._device_put(layout.make_sharded_cache(make))
@@ -333,26 +358,20 @@ class ModelRunner:
         """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""
         return tree if self.mesh else jax.device_put(tree, jax.devices()[0])
 
-    def _idle_calls(self, segments: KVSegments) -> dict[str, Call]:
-        return idle_calls(self.cfg, self.params, segments, self.counts, *self.shapes.sizes)
+    def _shapes(self, segments: KVSegments) -> Programs:
+        params, (segments, counts) = layout.inference_shapes(self.params, (segments, self.counts))
+        return idle_calls(self.cfg, self.config, params, segments, counts)
 
-    def _run_idle(self, program: Any, arguments: tuple[Any, ...]) -> None:
-        """Runs a program on this state, with zeros for the other arrays, and keeps the state it returns."""
-        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        real = lambda x: zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x
-
-        def fill(argument: Any) -> Any:
-            if isinstance(argument, KVSegments):
-                return self.segments.part(0, len(argument.k[0]))
-            if isinstance(argument, TokenCounts):
-                return self.counts
-            return self.params if isinstance(argument, dict) else jax.tree.map(real, argument)
-
-        results = program(*map(fill, arguments))
-        # Only tuples: iterating over a JAX array would compile a program.
-        for result in results if type(results) is tuple else (results,):
-            if isinstance(result, KVSegments):
-                self.store(result)
-            elif isinstance(result, TokenCounts):
-                self.counts = result
+    def _run_idle(self, name: str, count: int | None) -> None:
+        """Runs a program on the first `count` segments, or all, and keeps the state it returns."""
+        calls = idle_calls(self.cfg, self.config, self.params, self.segments.part(0, count), self.counts)
+        program, arguments = getattr(calls, name)
+        results = program(*arguments)
+        if name == "decode":
+            _, segments, self.counts = results
+            self.store(segments)
+        elif name == "set_token_counts":
+            self.counts = results
+        elif not name.startswith("read"):
+            self.store(results)
         jax.block_until_ready((results, self.segments))

@@ -26,9 +26,9 @@ class Prefill(NamedTuple):
 
 
 class DecodeRow(NamedTuple):
-    """A row of a dispatch: its slot, and the sequence, token and position after which it samples."""
+    """A row of a dispatch: its number, and the sequence, token and position after which it samples."""
 
-    slot: int
+    row: int
     sequence: Sequence
     token: int
     position: int
@@ -50,24 +50,25 @@ class Decode(NamedTuple):
     @property
     def sequences(self) -> list[Sequence]:
         """The sequences of the rows, each once."""
-        return [row.sequence for row in self.rows if row.slot == row.sequence.slot]
+        return [row.sequence for row in self.rows if row.row == row.sequence.slot]
 
     @property
     def draft_writes(self) -> list[tuple[int, int]]:
         """(row, slot) of each write beside the rows' own, so that a lone sequence and its copies hold the same text."""
-        slots = [self.rows[0].slot, *self.copies]
-        return [(row.slot, slot) for row in self.rows for slot in slots if self.copies and slot != row.slot]
+        slots = [self.rows[0].row, *self.copies]
+        return [(row.row, slot) for row in self.rows for slot in slots if self.copies and slot != row.row]
 
 
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
     `limit`: positions that may be computed for now, whole chunks. A sequence of more tokens is held: it is not admitted, and
-    one that grew so long loses its slot to the next that is not held.
+    one that grew so long loses its slot to the next that is not held. `rows`: of a dispatch; those beyond the slots, which one
+    slot has, read that slot.
     """
 
-    def __init__(self, slots: int, speculate: bool) -> None:
-        self.slots, self.speculate = slots, speculate
+    def __init__(self, slots: int, speculate: bool, rows: int) -> None:
+        self.slots, self.speculate, self.spare_rows = slots, speculate, [*range(slots, rows)]
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -129,12 +130,13 @@ class Scheduler:
         rows = [DecodeRow(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in decoding]
         drafts = self._draft_tokens()
         if drafts:
-            copies_are_new = not self.copies
+            copies_are_new = not (self.copies or self.spare_rows)
             if copies_are_new:
                 self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
             _, sequence, _, position = rows[0]
             rows += [
-                DecodeRow(slot, sequence, token, position + n) for n, (slot, token) in enumerate(zip(self.copies, drafts), 1)
+                DecodeRow(row, sequence, token, position + n)
+                for n, (row, token) in enumerate(zip(self.spare_rows or self.copies, drafts), 1)
             ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
         if any(not sequence.output_tokens for sequence in decoding):
@@ -185,7 +187,7 @@ class Scheduler:
             return None
         (sequence,) = self.decoding
         room = min(sequence.remaining, self.limit - sequence.position)
-        count = min(DRAFT_ROWS, len(self.free) + len(self.copies), room - 1)
+        count = min(DRAFT_ROWS, len(self.spare_rows) + len(self.free) + len(self.copies), room - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
         return sequence.draft_tokens(count)

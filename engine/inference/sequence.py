@@ -17,6 +17,7 @@ class Sequence:
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `clean_positions`
     of its slot, from the first on, hold nothing of another text. `drafter` is made when draft tokens are first asked for.
     `to_repeat`: tokens of the output that it had sent before it lost its slot, and has to generate again.
+    `stop_token`: the one that ended it.
     """
 
     id: int
@@ -30,6 +31,7 @@ class Sequence:
     output_tokens: list[int] = dataclasses.field(default_factory=list)
     drafter: Drafter | None = None
     to_repeat: int = 0
+    stop_token: int | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -92,7 +94,7 @@ class Sequence:
         reason: FinishReason | None = None
         for place, token in enumerate(sampled):
             if token is None or token in self.request.sampling.stop_token_ids:
-                reason = "error" if token is None else "stop"
+                reason, self.stop_token = "error" if token is None else "stop", token
                 break
             accepted.append(token)
             if len(accepted) == self.remaining:

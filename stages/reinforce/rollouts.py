@@ -1,4 +1,4 @@
-"""Rollouts: a task's prompts, completions sampled in one `decode.generate` (no Engine), their rewards and log-probabilities."""
+"""Rollouts: a task's prompts, their sampled completions, the rewards of these, and their log-probabilities."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.inference import decode
+from engine.inference.engine import complete
 from engine.inference.request import SEEDS, SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
@@ -143,7 +143,7 @@ class Sampler:
     ) -> Rollout:
         """Samples and rewards a completion of each prompt, with seeds seed, seed + 1, ...
 
-        Raises UserError as `decode.generate`, and when the rewards take longer than REWARD_TIMEOUT.
+        Raises UserError as `complete`, and when the rewards take longer than REWARD_TIMEOUT.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
         begin, completions = time.perf_counter(), list[list[int]]()
@@ -161,20 +161,10 @@ class Sampler:
         return Rollout(tokens, completions, texts, text_bytes, rewards, seconds)
 
     def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
-        # With the stop token, which is trained on too; `decode.generate` would leave it out.
-        sampling = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=seed).per_row(len(prompts))
-        completions: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        for row, new, finished, *_ in decode.generate(self.cfg, params, prompts, sampling, capacity=self.capacity):
-            if row not in running:
-                continue
-            end = next((at for at, token in enumerate(new, 1) if token in self.stop_token_ids), None)
-            completions[row] += new[:end]
-            if end or finished:
-                running.discard(row)
-            if not running:
-                break
-        return completions
+        """Returns the completions, each with its stop token, which is trained on too."""
+        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
+        rows = complete(self.cfg, params, prompts, sampling.per_row(len(prompts)), self.capacity)
+        return [row.tokens if row.stop_token is None else [*row.tokens, row.stop_token] for row in rows]
 
 
 class Scores(NamedTuple):

@@ -5,7 +5,8 @@ import re
 import textwrap
 from collections.abc import Collection, Sequence
 
-from engine.inference.decode import complete, prepare_params
+from engine.inference.decode import prepare_params
+from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
@@ -52,11 +53,11 @@ def ask(
     prompts = [prompt for _, prompt in pairs]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=stop_token_ids)
     capacity = min(cfg.context, max(map(len, prompts)) + MAX_TOKENS)
-    completions = complete(cfg, prepare_params(cfg, params), prompts, [sampling] * len(prompts), capacity=capacity)
-    texts = [chat.tokenizer.decode(tokens).strip() for tokens, _ in completions]
+    completions = complete(cfg, prepare_params(cfg, params), prompts, [sampling] * len(prompts), capacity)
+    texts = [chat.tokenizer.decode(tokens).strip() for tokens, *_ in completions]
     return tuple(
         Answer(question, text, len(tokens), reason == "stop", repeats_itself(text))
-        for (question, _), text, (tokens, reason) in zip(pairs, texts, completions)
+        for (question, _), text, (tokens, reason, _) in zip(pairs, texts, completions)
     )
 
 

@@ -19,6 +19,16 @@ IDLE_SECONDS = 0.25  # between ticks without work: signs of life
 Listener = Callable[[Event], None]
 
 
+class Handle:
+    """A submitted request. `id`: its events' id, 0 until the thread has taken it."""
+
+    def __init__(self, thread: "EngineThread") -> None:
+        self.id, self._thread = 0, thread
+
+    def cancel(self) -> None:
+        self._thread.cancel(self)
+
+
 class EngineThread:
     """An `Engine` and the thread that steps it."""
 
@@ -61,27 +71,30 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
-    def submit(self, request: Request, ticket: int, listener: Listener) -> Callable[[], None]:
-        """Submits a request that passes `check_request`, and returns the call that cancels it. `ticket`: as of `Engine.submit`.
+    def submit(self, request: Request, ticket: int, listener: Listener) -> "Handle":
+        """Submits a request that passes `check_request`. `ticket`: as of `Engine.submit`.
 
         `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
         """
-        id = 0
+        handle = Handle(self)
+        self._work.put(lambda: self._receive(handle, request, ticket, listener))
+        return handle
 
-        def receive() -> None:
-            nonlocal id
-            if self.error:
-                self._post(listener, Event(id, [], "error"))
-            else:
-                id = self.engine.submit(request, ticket)
-                self._listeners[id] = listener
+    def _receive(self, handle: "Handle", request: Request, ticket: int, listener: Listener) -> None:
+        if self.error:
+            self._post(listener, Event(handle.id, [], "error"))
+            return
+        handle.id = self.engine.submit(request, ticket)
+        self._listeners[handle.id] = listener
 
-        def cancel() -> None:
-            if self._listeners.pop(id, None):
-                self.engine.cancel(id)
+    def cancel(self, handle: "Handle") -> None:
+        """Cancels a request, unless it has ended."""
 
-        self._work.put(receive)
-        return lambda: self._work.put(cancel)
+        def drop() -> None:  # behind the work that submits it
+            if self._listeners.pop(handle.id, None):
+                self.engine.cancel(handle.id)
+
+        self._work.put(drop)
 
     def stop(self) -> None:
         """Ends the thread after the step it is in."""
@@ -102,7 +115,7 @@ class EngineThread:
                     self._load_long_programs()
                 self._take_work()
                 self.last_tick = time.monotonic()
-                self.kv_cache_usage = self.engine.used_positions / (self.engine.slots * self.capacity)
+                self.kv_cache_usage = self.engine.used_positions / (self.engine.config.slots * self.capacity)
                 if self.engine.busy:
                     self._deliver(self.engine.step())
         except BaseException as error:

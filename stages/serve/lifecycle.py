@@ -15,9 +15,9 @@ from stages.cli import signals
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.serve import server
-from stages.serve.engine_config import REMEDY, CompileAhead
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine_thread import IDLE_SECONDS, EngineThread
-from stages.serve.state import ServerState
+from stages.serve.state import REMEDY, ServerState
 
 
 async def serve(

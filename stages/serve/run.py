@@ -52,17 +52,18 @@ def run(flags: ServeFlags) -> int:
             # Imports of JAX come after its start.
             import jax
 
+            from engine.inference.config import EngineConfig, default_weights
             from engine.mesh.layout import make_inference_mesh
             from stages.serve.api.app import make_app
-            from stages.serve.engine_config import EngineConfig, default_weights
             from stages.serve.lifecycle import serve
             from stages.serve.state import load_state
 
+            weights: Any = flags.weights or default_weights(device.backend)
             kv_dtype: Any = flags.keys_values
+            prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
             engine_config = EngineConfig(
-                flags.weights or default_weights(device.backend), flags.slots, flags.capacity, kv_dtype,
-                None if flags.prefix_cache is None else flags.prefix_cache * 10**6, not flags.no_speculative_decoding,
-            )  # fmt: skip
+                flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding
+            )
             with jax.set_mesh(make_inference_mesh(flags.mesh)):
                 state, ahead = load_state(
                     flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -16,10 +17,11 @@ from typing import Any, Literal
 
 import jax
 
-from engine.counting.hardware import free_memory_bytes, machine_identity
+from engine.counting.hardware import free_memory_bytes, machine_identity, require_memory
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
+from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import SamplingParams
 from engine.mesh import layout
@@ -32,12 +34,13 @@ from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.cli.sampling import choose_sampling
 from stages.serve.admission import Admission
-from stages.serve.engine_config import REMEDY, CompileAhead, EngineConfig
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
+REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 STUCK_SECONDS = 4.0  # without a tick until the engine is stuck; 503 is promised within 5
 LIBRARIES = ("thrice", "jaxlib", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
@@ -60,7 +63,7 @@ class ServerState:
             digest, engine, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
             sampling=repr(sampling),
         )  # fmt: skip
-        self.engine, self.admission = EngineThread(engine), Admission(engine.slots, queue)
+        self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
         self.tokenizer = TokenizerPool(chat, engine.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.metrics = Metrics(name, self.engine)
@@ -102,9 +105,12 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends. The prefix cache and
     speculative decoding are not in it: they change no bit.
     """
+    options = dataclasses.asdict(engine.config)
+    for name in ("speculate", "prefix_cache_bytes", "short"):
+        del options[name]
     facts = {
-        "weights": digest, "config": repr(engine.cfg), "shapes": [engine.slots, engine.capacity, engine.chunk, engine.tail],
-        "kv": engine.kv_dtype, "devices": engine.devices, "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
+        "weights": digest, "config": repr(engine.cfg), "engine": options, "devices": engine.devices,
+        "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES], **text,
     }  # fmt: skip
     return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -132,9 +138,11 @@ def load_state(
         layout.check_inference(cfg, mesh)
         devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
         engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
-        if (engine_config.capacity or 0) <= cfg.context:  # else `Engine` refuses it
+        capacity = engine_config.capacity or 0
+        if capacity <= cfg.context:  # else `Engine` refuses it
             if device.backend == "cpu":
-                engine_config.check_memory(cfg)
+                what = f"The weights and {engine_config.slots:,} slots of {capacity:,} tokens take"
+                require_memory(engine_config.bytes(cfg, capacity), what, REMEDY)
             ahead.begin(engine_config, cfg)
 
     try:
@@ -168,7 +176,7 @@ def load_state(
         ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{engine.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine.kv_dtype}, "
+        ("slots", f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
                   f"{format_bytes(engine.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
@@ -189,7 +197,7 @@ def _make_engine(model: LoadedModel, adapter: Path | None, engine_config: Engine
         params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(layout.place(cfg, params))
     try:
-        return Engine(cfg, params, speculate=engine_config.speculate, **engine_config.slot_options), notes
+        return Engine(cfg, params, engine_config), notes
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

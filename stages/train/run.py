@@ -16,7 +16,8 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
-from engine.inference.decode import complete, prepare_params
+from engine.inference.decode import prepare_params
+from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.inference.score import score
 from engine.mesh import processes
@@ -240,8 +241,8 @@ class Training(Stage):
         """Samples a text from the model after a line end."""
         cfg, tokenizer = self.plan.cfg, self.data.tokenizer
         sampling = SamplingParams(SAMPLE, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,))
-        [(tokens, _)] = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
-        return tokenizer.decode(tokens)
+        (completion,) = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
+        return tokenizer.decode(completion.tokens)
 
 
 def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:

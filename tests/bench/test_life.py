@@ -13,10 +13,10 @@ from bench.life.__main__ import LifeFlags, even_tokens, measure_life
 from bench.life.planned import planned_rows
 from bench.life.stages import check_one_life, serving_row
 from engine.errors import UserError
+from engine.inference.config import EngineConfig
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.finetune import __main__ as finetune
-from stages.serve.engine_config import EngineConfig
 from stages.train import __main__ as train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
     chats = ["--model", str(folder / "trained"), "--data", str(folder / "chats.jsonl"), "--out-dir", str(folder / "tuned")]
     assert finetune.main([*chats, *few, "--general", "none", "--lora", "rank=2,targets=q"]) == 0
     model = load_model(str(folder / "tuned"))
-    served = digest(EngineConfig("int8", 1, 32, "bfloat16", 0, False).prepare_params(model.cfg, model.params))
+    served = digest(EngineConfig(weights="int8").prepare_params(model.cfg, model.params))
     (folder / "server.log").write_text(LOG.replace("0123456789abcdef", served[:16]))
     return folder
 

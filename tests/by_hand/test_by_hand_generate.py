@@ -11,7 +11,7 @@ from engine.by_hand import generate as module
 from engine.by_hand.generate import generate
 from engine.by_hand.tree import to_numpy, tree_map
 from engine.errors import UserError
-from engine.inference import decode
+from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 
 PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
@@ -23,12 +23,10 @@ PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 def test_greedy_tokens_are_the_engines(name, prompt, seed):
     cfg = FAMILY[name]
     params = lively_params(cfg, seed)
-    expected = []
-    for new in decode.generate(cfg, params, [prompt], [SamplingParams(max_tokens=13, temperature=0.0)]):
-        expected += new.tokens
+    (expected,) = complete(cfg, params, [prompt], [SamplingParams(max_tokens=13, temperature=0.0)])
     weights = to_numpy(params)
     before = tree_map(np.copy, weights)
-    assert list(generate(cfg, weights, prompt, max_tokens=13)) == expected
+    assert list(generate(cfg, weights, prompt, max_tokens=13)) == expected.tokens
     tree_map(np.testing.assert_array_equal, weights, before)
 
 

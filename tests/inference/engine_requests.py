@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
@@ -37,8 +38,15 @@ def served_model(dtype: str) -> tuple[Any, Any]:
 
 def make_engine(dtype: str, **options: Any) -> Engine:
     cfg, params = served_model(dtype)
-    shape = {"params": params, "slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK, "tail": TAIL, "short": SHORT}
-    return Engine(cfg, **{**shape, "kv_dtype": dtype.rpartition("/")[2], **options})
+    shape = {
+        "slots": SLOTS,
+        "capacity": CAPACITY,
+        "kv_dtype": dtype.rpartition("/")[2],
+        "chunk": CHUNK,
+        "tail": TAIL,
+        "short": SHORT,
+    }
+    return Engine(cfg, options.pop("params", params), EngineConfig(**{**shape, **options}))
 
 
 class Log:
@@ -137,6 +145,7 @@ REPEATING = (text(2, 9) * 4)[:33]
 def poison(engine: Engine, rubbish: float) -> None:
     """Fills all that belongs to free slots: their content, and what another request left there, cannot matter."""
     free = list(engine.scheduler.free)
+    engine.used_slots.update(free)
 
     def spoil(array: Any) -> Any:
         array = np.array(array)

@@ -106,7 +106,7 @@ TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyO
 
 
 def test_the_defaults_of_a_server_are_those_of_the_machine_as_served():
-    from stages.serve.engine_config import default_weights
+    from engine.inference.config import default_weights
     from stages.serve.flags import ServeFlags
 
     assert f"{default_weights('cpu')}/{ServeFlags().keys_values}" == AS_SERVED

@@ -24,37 +24,59 @@ from engine_requests import (
 from tiny import lively_params, positions_of, request_of, tiny_config
 
 from engine.errors import UserError
-from engine.inference.decode import generate, prepare_params
-from engine.inference.engine import Engine, compile_ahead
+from engine.inference.config import EngineConfig
+from engine.inference.decode import decode_step, prefill, prepare_params
+from engine.inference.engine import Engine
+from engine.inference.engine import complete as complete_all
 from engine.inference.prefix_cache import PrefixCache
-from engine.inference.request import Request, SamplingParams
+from engine.inference.request import Completion, Request, SamplingParams
+from engine.inference.runner import compile_ahead
+from engine.inference.sampling import sample, sampling_arrays
 from engine.inference.scheduler import Decode, Scheduler
 from engine.inference.sequence import STEPS
 from engine.inference.speculation import Drafter
+from engine.model.cache.contiguous import make_cache
 from engine.model.transformer import forward
 
 EVERY_DTYPE = pytest.mark.parametrize(
     "dtype", [pytest.param(dtype, marks=[pytest.mark.night] * (dtype == "bfloat16")) for dtype in DTYPES]
 )
-forward_ = jax.jit(forward, static_argnums=0)
+forward_, sample_ = jax.jit(forward, static_argnums=0), jax.jit(sample)
+
+
+def plain_completion(cfg, params, prompt: list[int], sampling: SamplingParams) -> Completion:
+    """The completion by the reference: prefill, then one step after another."""
+    padded = np.array([[*prompt, *[0] * (CAPACITY - len(prompt))]], np.int32)
+    logits, cache = prefill(cfg, params, padded, np.array([len(prompt)], np.int32), make_cache(cfg, 1, CAPACITY))
+    tokens, arrays = [], sampling_arrays([sampling])
+    while True:
+        (token,) = np.asarray(sample_(logits, cache.length, arrays)).tolist()
+        if token in sampling.stop_token_ids:
+            return Completion(tokens, "stop", token)
+        tokens.append(token)
+        if len(tokens) == sampling.max_tokens:
+            return Completion(tokens, "length", None)
+        logits, cache = decode_step(cfg, params, np.array([token], np.int32), cache)
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"temperature": 0.0, "stop_token_ids": (3, 7)}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}]
+    "fields", [{"temperature": 0.0, "stop_token_ids": (3, 7)}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}]
 )
-def test_completions_are_those_of_the_plain_generator(sampling):
+def test_completions_are_those_of_the_reference(fields, count_compiles):
+    """Alone and together, up to a stop token, `max_tokens` or the capacity; and only the first call compiles anything."""
     cfg, params = served_model("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 18, 33, 50))]
-    rows = SamplingParams(max_tokens=12, **sampling).per_row(len(prompts))
-    expected, reasons = [[] for _ in prompts], {}
-    for part in generate(cfg, params, prompts, rows):
-        expected[part.id] += part.tokens
-        reasons[part.id] = part.finish_reason
-    completions = complete(make_engine("float32"), [Request(prompt, row) for prompt, row in zip(prompts, rows)])
-    assert [(list(completion.tokens), completion.finish_reason) for completion in completions] == [
-        (tokens, reasons[prompt]) for prompt, tokens in enumerate(expected)
-    ]
-    assert ("stop" in reasons.values()) == ("stop_token_ids" in sampling)
+    rows = [row.within(CAPACITY - len(prompt)) for prompt, row in zip(prompts, SamplingParams(20, **fields).per_row(7))]
+    expected = [plain_completion(cfg, params, prompt, row) for prompt, row in zip(prompts, rows)]
+    assert {completion.finish_reason for completion in expected} == {"length", *["stop"] * ("stop_token_ids" in fields)}
+    assert len(expected[-1].tokens) <= CAPACITY - 50
+    for count in (7, 1):
+        complete_all(cfg, params, prompts[-count:], rows[-count:], CAPACITY)
+        count_compiles.clear()
+        for start in range(0, 7, count):
+            part = slice(start, start + count)
+            assert complete_all(cfg, params, prompts[part], rows[part], CAPACITY) == expected[part]
+        assert count_compiles == []
 
 
 @EVERY_DTYPE
@@ -179,11 +201,11 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("temperature", [0.0, 0.3])
-def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, monkeypatch):
-    """A text that repeats itself, and one whose every draft is wrong."""
+@pytest.mark.parametrize(("temperature", "slots"), [(0.0, SLOTS), (0.3, SLOTS), (0.3, 1)])
+def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots, monkeypatch):
+    """A text that repeats itself, and one whose every draft is wrong; in one slot, two rows share it and need no copy."""
     request = request_of(REPEATING, 29, temperature=temperature, seed=2, logprobs=3)
-    expected, checked = complete_alone(dtype, request), []
+    (expected,), checked = complete(make_engine(dtype, slots=slots, speculate=False), [request]), []
     right = [*request.prompt, *expected.tokens]
     schedule = Scheduler.schedule
 
@@ -198,12 +220,13 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, monkey
         if change:
             changed = lambda self, count: [change(n, token) for n, token in enumerate(right[len(self._text) :][:count])]
             monkeypatch.setattr(Drafter, "draft", changed)
-        assert complete(make_engine(dtype), [request]) == [expected]
+        assert complete(make_engine(dtype, slots=slots), [request]) == [expected]
         return sum(checked)
 
     monkeypatch.setattr(Scheduler, "schedule", noted)
     dispatches_with_drafts()
-    assert 0 < dispatches_with_drafts(lambda n, token: token) <= -(-28 // 4), "three drafts and a token of its own come true"
+    most = -(-28 // (4 if slots > 1 else 2))
+    assert 0 < dispatches_with_drafts(lambda n, token: token) <= most, "the drafts and a token of its own come true"
     assert dispatches_with_drafts(lambda n, token: (token + 1) % 41) >= 20, "no draft comes true"
     dispatches_with_drafts(lambda n, token: 0 if n % 2 else token)
 
@@ -249,10 +272,10 @@ def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
     """From shapes alone, while weights are read: nothing is compiled or fetched a second time."""
     cfg = tiny_config()
     params = prepare_params(cfg, lively_params(cfg))
-    options = {"slots": 3, "capacity": 40, "kv_dtype": "float32", "prefix_cache_bytes": 1 << 20, "chunk": 8, "tail": 4}
-    ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), **options)
+    config = EngineConfig(3, 40, kv_dtype="float32", prefix_cache_bytes=1 << 20, chunk=8, tail=4)
+    ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), config)
     first = [next(ahead) for _ in range(3)]
-    engine, reports = Engine(cfg, params, **options), []
+    engine, reports = Engine(cfg, params, config), []
     engine.warm(lambda ready, total: reports.append((ready, total)), itertools.chain(first, ahead))
     assert reports == [(n, 10) for n in range(1, 11)]
     assert len(count_compiles) >= 7
@@ -347,7 +370,8 @@ def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
 
 def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
     cfg = tiny_config(vocab=11)
-    engine = Engine(cfg, prepare_params(cfg, lively_params(cfg)), slots=2, capacity=20, kv_dtype="float32", chunk=8, tail=4)
+    config = EngineConfig(2, 20, kv_dtype="float32", chunk=8, tail=4)
+    engine = Engine(cfg, prepare_params(cfg, lively_params(cfg)), config)
     (completion,) = complete(engine, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
     for _, _, top in completion.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))
@@ -371,7 +395,8 @@ def test_one_slot_answers_one_request_at_a_time():
     [
         ({"slots": 0}, "at least one slot, not 0"), ({"capacity": 1}, "between 2 and the model's context of 150, not 1"),
         ({"capacity": 151}, "not 151"), ({"tail": 0}, "tail must lie between 1 and the chunk of 16"),
-        ({"tail": 17}, "not 17"), ({"kv_dtype": "int4"}, "kv_dtype"), ({"prefix_cache_bytes": -1}, "prefix_cache_bytes"),
+        ({"tail": 17}, "not 17"), ({"segment": 24}, "multiple of the chunk of 16, not 24"), ({"kv_dtype": "int4"}, "kv_dtype"),
+        ({"prefix_cache_bytes": -1}, "prefix_cache_bytes"),
     ],
 )  # fmt: skip
 def test_slots_that_cannot_be_are_refused(options, message):

@@ -17,7 +17,7 @@ class Model:
     """Carries out what a scheduler says, with a token for each that is sampled: `next_token(sequence)`."""
 
     def __init__(self, slots: int = SLOTS, speculate: bool = True, next_token=lambda sequence: 0) -> None:
-        self.scheduler = Scheduler(slots, speculate)
+        self.scheduler = Scheduler(slots, speculate, slots)
         self.next_token = next_token
         self.sequences: dict[int, Sequence] = {}
         self.steps: list[Prefill | Decode] = []
@@ -91,15 +91,15 @@ class AnyRequests(RuleBasedStateMachine):
 
     def check_decode(self, batch: Decode) -> None:
         assert 1 <= batch.steps <= STEPS
-        assert len({row.slot for row in batch.rows}) == len(batch.rows), "a row for each slot at most"
+        assert len({row.row for row in batch.rows}) == len(batch.rows), "a row for each slot at most"
         assert len(batch.copies) <= DRAFT_ROWS
         if batch.drafts:
             assert (batch.steps, len(batch.sequences)) == (1, 1)
             assert len(batch.rows) <= 1 + min(len(batch.drafts), len(batch.copies))
             slots = {batch.sequences[0].slot, *batch.copies}
-            assert {slot for row, slot in batch.draft_writes if row == batch.rows[0].slot} == slots - {batch.rows[0].slot}
+            assert {slot for row, slot in batch.draft_writes if row == batch.rows[0].row} == slots - {batch.rows[0].row}
         else:
-            assert [row.slot for row in batch.rows] == [sequence.slot for sequence in batch.sequences]
+            assert [row.row for row in batch.rows] == [sequence.slot for sequence in batch.sequences]
 
     @invariant()
     def slots_have_one_owner(self) -> None:

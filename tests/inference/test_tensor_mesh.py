@@ -42,8 +42,10 @@ def facts_of(weights, tied):
     from tiny import lively_params
 
     from engine.device import host_memory
-    from engine.inference.decode import generate, prepare_params
+    from engine.inference.config import EngineConfig
+    from engine.inference.decode import prepare_params
     from engine.inference.engine import Engine
+    from engine.inference.engine import complete as complete_all
     from engine.inference.request import SamplingParams
     from engine.mesh import layout
     from engine.model.weights.int8 import quantize
@@ -54,10 +56,10 @@ def facts_of(weights, tied):
     params = lively_params(cfg)
     prepared = prepare_params(cfg, quantize(params) if weights == "int8" else params)
     prompts = [tuple(np.random.default_rng(row).integers(0, cfg.vocab, 5 + 9 * row).tolist()) for row in range(3)]
-    options = {"slots": 3, "kv_dtype": "int8" if weights == "int8" else "float32", "prefix_cache_bytes": 10**6}
-    make = lambda params: Engine(cfg, params, chunk=16, tail=8, **options)
-    texts, greedy_sampling = [*map(list, prompts)], [SamplingParams(8, temperature=0.0)] * 3
-    greedy = lambda params: [[event.id, *event.tokens] for event in generate(cfg, params, texts, greedy_sampling)]
+    kv_dtype = "int8" if weights == "int8" else "float32"
+    config = EngineConfig(3, kv_dtype=kv_dtype, prefix_cache_bytes=10**6, chunk=16, tail=8)
+    make = lambda params: Engine(cfg, params, config)
+    greedy = lambda params: complete_all(cfg, params, prompts, [SamplingParams(8, temperature=0.0)] * 3)
     # In int8 a last bit of attention, which sums in another order, can become a whole step of the next rounding.
     one = (greedy(prepared), complete(make(prepared), prompts)) if weights == "float32" else None
     with jax.set_mesh(layout.make_inference_mesh(f"tensor={DEVICES}")):

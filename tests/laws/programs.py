@@ -28,21 +28,19 @@ from bench.anatomy.programs import (
     decode_program,
     params_shapes,
     prefill_program,
-    sampling_shapes,
     serving_params,
     shape_of,
     step_program,
 )  # fmt: skip
-from engine.inference import decode
-from engine.inference import runner as slot_programs
-from engine.inference.decode import LONE_ROWS, decode_alone, decode_step, decode_steps
+from engine.inference.config import EngineConfig
+from engine.inference.decode import decode_step, decode_steps
+from engine.inference.runner import idle_calls
 from engine.inference.sampling import make_token_counts
 from engine.inference.score import score
 from engine.mesh.layout import group_columns
 from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
-from engine.model.cache.contiguous import make_cache
-from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
+from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import ModelConfig
 from engine.model.native import library
 from engine.model.paths import merge
@@ -114,20 +112,14 @@ TRAINING: dict[str, Make] = {
 }  # fmt: skip
 
 
-def decode_alone_program(cfg: ModelConfig) -> Program:
-    cache, tokens = jax.eval_shape(lambda: make_cache(cfg, 1, CAPACITY)), shape_of(jnp.int32, 1, LONE_ROWS)
-    arguments = cfg, serving_params(cfg), tokens, cache, sampling_shapes(LONE_ROWS), shape_of(jnp.int32)
-    return Program(decode_alone, arguments)
-
-
-def slots_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16") -> Make:
-    """Makes a program of `Engine` by its name in `runner.idle_calls`."""
+def engine_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16", slots: int = ROWS) -> Make:
+    """Makes a program of an engine by its name in `runner.Programs`."""
+    config = EngineConfig(slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL)
 
     def make(cfg: ModelConfig) -> Program:
-        segments = jax.eval_shape(lambda: make_kv_segments(cfg, ROWS, segment_edges(CAPACITY, CHUNK), kv_dtype))
-        counts = jax.eval_shape(lambda: make_token_counts(cfg, ROWS))
-        calls = slot_programs.idle_calls(cfg, serving_params(cfg, weights), segments, counts, CHUNK, TAIL, True)
-        function, arguments = calls[name]
+        segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
+        counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
+        function, arguments = getattr(idle_calls(cfg, config, serving_params(cfg, weights), segments, counts), name)
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 
@@ -148,13 +140,13 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "decode_step, int8": decode_program(decode_step, "int8"),
     "decode_step, int8 widened": decode_program(decode_step, "full"),
     "decode_steps": decode_program(decode_steps),
-    "decode_alone": decode_alone_program,
-    f"prefill_chunk {CHUNK}": slots_program(f"prefill_chunk {CHUNK}"),
-    f"prefill_chunk {TAIL}": slots_program(f"prefill_chunk {TAIL}"),
-    f"prefill_chunk {CHUNK}, int8": slots_program(f"prefill_chunk {CHUNK}", "int8", "int8"),
-    "decode_slots": slots_program("decode_slots"),
-    "decode_slots, int8": slots_program("decode_slots", "int8", "int8"),
-    "decode_slots, float32 cache": slots_program("decode_slots", "plain", "float32"),
+    "decode in one slot": engine_program("decode", slots=1),
+    "prefill_chunk": engine_program("prefill_chunk"),
+    "prefill_tail": engine_program("prefill_tail"),
+    "prefill_chunk, int8": engine_program("prefill_chunk", "int8", "int8"),
+    "decode_slots": engine_program("decode"),
+    "decode_slots, int8": engine_program("decode", "int8", "int8"),
+    "decode_slots, float32 cache": engine_program("decode", "plain", "float32"),
 }  # fmt: skip
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
@@ -163,13 +155,7 @@ WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "scatter": lambda cfg: Program(
         segmented._scatter, (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2))
     ),
-    "first tokens": lambda cfg: Program(
-        decode._first_tokens, (shape_of(jnp.float32, 1, cfg.vocab), shape_of(jnp.int32, 1), sampling_shapes(1))
-    ),
-    **{
-        name: slots_program(name)
-        for name in ("clear_slot", "copy_slot", "set_token_counts", f"read_chunk {CHUNK}", f"write_chunk {CHUNK}")
-    },
+    **{name: engine_program(name) for name in ("clear_slot", "copy_slot", "set_token_counts", "read_chunk", "write_chunk")},
 }
 
 PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS

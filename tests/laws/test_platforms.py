@@ -18,7 +18,7 @@ from engine.model.attention import QUERY_BLOCK
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
 ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "margins", "log-prob"))]
-PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "chunk" not in name]
+PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "_" not in name]
 
 
 @functools.cache

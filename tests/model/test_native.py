@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, normal, tiny_config
 
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
@@ -97,7 +98,7 @@ def test_a_model_samples_the_same_with_and_without(kernel):
     without = prepare_params(cfg, map_paths(transpose, quantize(lively_params(cfg))), whole=False)
 
     def completions(params) -> list[str]:
-        engine = Engine(cfg, params, slots=3, capacity=16, chunk=16, tail=16, speculate=False)
+        engine = Engine(cfg, params, EngineConfig(3, 16, speculate=False, chunk=16, tail=16))
         events = []
         for prompts in ([(1, 2, 3)], [(4, 5), (6,), (7, 8)]):
             for prompt in prompts:

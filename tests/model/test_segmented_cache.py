@@ -70,7 +70,7 @@ def layer_at(segments: KVSegments, rows: CacheRows) -> SegmentedLayer:
 @functools.cache
 def filled(dtype: str) -> tuple[KVSegments, list[np.ndarray]]:
     """KVSegments in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and values that were put in."""
-    rng, segments = np.random.default_rng(0), make_kv_segments(CFG, SLOTS, segment_edges(CAPACITY, FIRST), dtype)
+    rng, segments = np.random.default_rng(0), make_kv_segments(CFG, SLOTS, segment_edges(CAPACITY, FIRST, FIRST), dtype)
     numbers = [normal(rng, SLOTS, EDGES[-1], K, H) for _ in range(2)]
     for slot in range(SLOTS):
         for start in range(0, EDGES[-1], FIRST):
@@ -85,8 +85,8 @@ def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
     segments, (k, v) = filled(dtype)
     assert segments.edges == EDGES
     assert segments.slots == SLOTS
-    assert segment_edges(5, 8) == (0, 8)
-    assert segment_edges(129, 128) == (0, 128, 256)
+    assert segment_edges(5, 8, 8) == (0, 8)
+    assert segment_edges(129, 128, 128) == (0, 128, 256)
     exact = {"float32": 0, "bfloat16": 2**-8, "int8": 0.5 / 127 + 1e-6}[dtype]
     for layer, numbers in ((segments.k[0], k), (segments.v[0], v)):
         largest = np.abs(numbers).max(-1).transpose(0, 2, 1)[..., None]

@@ -13,7 +13,7 @@ from bench.serving.client import Client, complete, completion_request, random_te
 from bench.serving.measure import open_loop, percentile
 from bench.serving.server import Server
 from engine.counting.hardware import clock
-from engine.inference.engine import CHUNK
+from engine.inference.config import CHUNK
 
 pytestmark = pytest.mark.anyio
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import lively_params, tiny_config
 from tiny_server import until
 
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
@@ -19,9 +20,8 @@ from stages.serve.engine_thread import EngineThread
 def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, monkeypatch):
     """The engine is ready with the programs for short texts; the others are compiled beside it."""
     cfg = tiny_config()
-    engine = Engine(
-        cfg, prepare_params(cfg, lively_params(cfg)), slots=3, capacity=60, kv_dtype="float32", chunk=16, tail=4, short=16
-    )
+    config = EngineConfig(3, 60, kv_dtype="float32", chunk=16, tail=4, short=16)
+    engine = Engine(cfg, prepare_params(cfg, lively_params(cfg)), config)
     may_prepare, prepare, finished = threading.Event(), engine.runner.compile_long_programs, queue.SimpleQueue()
 
     def prepare_later() -> None:

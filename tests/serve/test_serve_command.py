@@ -29,6 +29,8 @@ from tiny_server import ask, until
 from engine.counting import hardware
 from engine.device import start_jax
 from engine.errors import UserError
+from engine.inference import config as engine_config
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.request import SamplingParams
 from engine.model.config import LoraConfig
@@ -38,10 +40,10 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
 from engine.training.lora import init_lora
 from stages.cli.console import Console
-from stages.serve import engine_config, lifecycle, server
+from stages.serve import lifecycle, server
 from stages.serve import state as module
 from stages.serve.__main__ import main
-from stages.serve.engine_config import CompileAhead, EngineConfig
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
 
@@ -270,16 +272,16 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     merged = merge_lora(adapted)
     params = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
-    served = leaf_paths(EngineConfig(weights).prepare_params(cfg, adapted))
+    served = leaf_paths(EngineConfig(weights=weights).prepare_params(cfg, adapted))
     for path, leaf in params.items():
         for weight, expected in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
             assert np.array_equal(weight, expected), path
 
 
 def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(folder, monkeypatch, capsys):
-    cfg, config = tiny_config(context=100_000), EngineConfig("int8", slots=4)
+    cfg, config = tiny_config(context=100_000), EngineConfig(4, weights="int8")
     for capacity, less in ((100_000, 65_536), (65_536, 32_768), (4096, 2048), (2048, 2048)):
-        needed = 2 * config._bytes(cfg, capacity)
+        needed = 2 * config.bytes(cfg, capacity)
         capacities = [config.with_capacity(cfg, free).capacity for free in (needed, needed - 2)]
         assert capacities == [capacity, less]
     assert dataclasses.replace(config, capacity=300).with_capacity(cfg, 0).capacity == 300

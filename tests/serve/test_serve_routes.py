@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -244,11 +245,17 @@ def test_attestation(client, tiny_server):
 
 
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
-    facts = vars(tiny_server.engine) | {"devices": 1}
+    engine = tiny_server.engine
     machine, version = module.machine_identity(), importlib.metadata.version
+    facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1}
     of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
-    shapes = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "kv_dtype": "int8", "cfg": tiny_config(), "devices": 2}
-    same, others = of(), [of("1"), *(of(**{name: value}) for name, value in shapes.items())]
+    options = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "segment": 32, "kv_dtype": "int8", "weights": "int8"}
+    replace = lambda **changes: of(config=dataclasses.replace(engine.config, **changes))
+    same, others = (
+        of(),
+        [of("1"), of(cfg=tiny_config()), of(devices=2), *(replace(**{name: options[name]}) for name in options)],
+    )
+    assert same == replace(speculate=False, prefix_cache_bytes=0, short=None)
     for name in machine:
         monkeypatch.setattr(module, "machine_identity", lambda name=name: machine | {name: "another"})
         others.append(of())

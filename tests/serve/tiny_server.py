@@ -34,6 +34,7 @@ class TinyServer:
         self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off"
     ) -> None:
         from engine.inference import decode
+        from engine.inference.config import EngineConfig
         from engine.inference.engine import Engine
         from engine.inference.request import SamplingParams
         from engine.storage.digest import digest
@@ -43,10 +44,8 @@ class TinyServer:
         self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
         self.model = model = tiny_model()
         params = decode.prepare_params(model.cfg, model.params)
-        self.engine = engine = Engine(
-            model.cfg, params, slots=SLOTS, capacity=CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8,
-            short=32,
-        )  # fmt: skip
+        config = EngineConfig(SLOTS, CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32)
+        self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
         self.state = ServerState("tiny", model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)
         self._started = threading.Event()

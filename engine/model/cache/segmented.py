@@ -9,7 +9,7 @@ not reached it is discarded, so a row's numbers depend, to the bit, on its own l
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -62,7 +62,8 @@ class KVSegments(NamedTuple):
 class CacheRows(NamedTuple):
     """The positions of a call's R rows, and the slots that their keys and values are written to.
 
-    Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r, a lone row the slot it writes.
+    Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r; a lone row reads the slot it writes,
+    and the rows of a cache of one slot share it.
     Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
     """
 
@@ -103,14 +104,15 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
     return SegmentedCache(segments, rows, jax.lax.optimization_barrier(destinations))
 
 
-def segment_edges(capacity: int, first: int) -> tuple[int, ...]:
-    """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `first`.
+def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
+    """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `chunk`.
 
     The first has `first` positions, each other one as many as all before it, but the last perhaps fewer.
     """
-    edges = [0, first]
-    while edges[-1] < capacity:
-        edges.append(min(2 * edges[-1], -(-capacity // first) * first))
+    end = -(-capacity // chunk) * chunk
+    edges = [0, min(first, end)]
+    while edges[-1] < end:
+        edges.append(min(2 * edges[-1], end))
     return tuple(edges)
 
 
@@ -154,18 +156,22 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array,
     return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
 
 
+def map_segments(f: Callable[..., KVArray], segments: KVSegments, *each: Sequence[Any]) -> KVSegments:
+    """Returns the segments f(segment, ...) of each layer's keys and values; `each` has an argument for every segment."""
+    map_layer = lambda layer: tuple(map(f, layer, *each))
+    return KVSegments(tuple(map(map_layer, segments.k)), tuple(map(map_layer, segments.v)))
+
+
 def clear_slot(segments: KVSegments, slot: Array, start: Array, reach: Array) -> KVSegments:
     """Zeros a slot's segments that begin in positions start .. reach - 1, so that no NaN of another text is left there."""
-    is_meant = lambda edge: (start <= edge) & (edge < reach)
-    places = [jnp.stack([jnp.where(is_meant(edge), slot, segments.slots), 0])[None] for edge in segments.edges[:-1]]
 
     @jax.jit(inline=True)  # traced once for the many arrays of a shape
-    def cleared(array: Array, at: Array) -> Array:
+    def clear(array: Array, at: Array) -> Array:
         return _scatter(array, jnp.zeros((1, *array.shape[1:]), array.dtype), at)
 
-    clear = lambda segment, at: jax.tree.map(lambda array: cleared(array, at), segment)
-    clear_layer = lambda layer: tuple(map(clear, layer, places))
-    return KVSegments(*(tuple(map(clear_layer, layers)) for layers in segments))
+    slots = [jnp.where((start <= edge) & (edge < reach), slot, segments.slots) for edge in segments.edges[:-1]]
+    places = [jnp.stack([slot, 0])[None] for slot in slots]
+    return map_segments(lambda segment, at: jax.tree.map(lambda array: clear(array, at), segment), segments, places)
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
@@ -206,7 +212,12 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     R, K, G, T, H = queries.shape
     queries = queries.reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
-    out = _attend(queries, jnp.tile(positions, (1, G)), layer)
+    positions = jnp.tile(positions, (1, G))
+    if is_shared := R > 1 and jax.tree.leaves(stored)[0].shape[0] == 1:
+        queries, positions = queries.swapaxes(0, 1).reshape(1, K, R * G * T, H), positions.reshape(1, -1)
+    out = _attend(queries, positions, layer)
+    if is_shared:
+        out = out.reshape(K, R, G * T, H).swapaxes(0, 1)
     return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
 
 
@@ -215,31 +226,44 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     R, K, M, H = q.shape
     if M == 1 and ops().pads_lone_row:
         return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[:, :, :1]
-    lone = R == 1
-    pick = lambda side: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer.rows.target[0], 0), side) if lone else side
-    edges, longest = _edges(layer.k), positions.max()
-    state = (jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
+    slot = layer.rows.target[0] if R == 1 else None
+    state = Mixture(jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
-    for keys, values, start, stop in zip(layer.k, layer.v, edges, edges[1:]):
-        last = positions - start  # the last position of the segment that each query sees
-
-        def add(best: Array, total: Array, mixed: Array, keys=keys, values=values, last=last, length=stop - start):
-            mask = (jnp.arange(length) <= last[:, :, None])[:, None]
-            scores = jnp.where(mask, _scores(queries, pick(keys)), MASKED)
-            higher = jnp.maximum(best, scores.max(-1))
-            weights, factor = jnp.exp(scores - higher[..., None]), jnp.exp(best - higher)
-            more = mixed * factor[..., None] + _mix(weights, pick(values), mask)
-            reached = (last >= 0)[:, None]
-            return (
-                jnp.where(reached, higher, best),
-                jnp.where(reached, total * factor + weights.sum(-1), total),
-                jnp.where(reached[..., None], more, mixed),
-            )
-
+    longest = positions.max()
+    for keys, values, start in zip(layer.k, layer.v, _edges(layer.k)):
+        add = functools.partial(attend_segment, queries, positions - start, keys, values, slot)
         with jax.named_scope(f"segment_{start}"):
-            state = jax.lax.cond(longest >= start, add, lambda *state: state, *state) if start else add(*state)
-    _, total, mixed = state
-    return mixed / total[..., None]
+            state = jax.lax.cond(longest >= start, add, lambda state: state, state) if start else add(state)
+    return state.mixed / state.total[..., None]
+
+
+class Mixture(NamedTuple):
+    """Attention so far: each query's best score and sum of weights (R, K, M), and its weighted values (R, K, M, H)."""
+
+    best: Array
+    total: Array
+    mixed: Array
+
+
+def attend_segment(q: Any, last: Array, keys: KVArray, values: KVArray, slot: Array | None, state: Mixture) -> Mixture:
+    """Adds a segment's keys and values (B, K, C, H) to the attention of queries (R, K, M, H).
+
+    last (R, M): the last position of the segment that each query sees; below 0 the query's state stays, to the bit. `slot` is
+    that of a lone row; without it row r reads slot r.
+    """
+    if slot is not None:
+        keys, values = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0), (keys, values))
+    mask = (jnp.arange(jax.tree.leaves(keys)[0].shape[2]) <= last[:, :, None])[:, None]
+    scores = jnp.where(mask, _scores(q, keys), MASKED)
+    best = jnp.maximum(state.best, scores.max(-1))
+    weights, factor = jnp.exp(scores - best[..., None]), jnp.exp(state.best - best)
+    mixed = state.mixed * factor[..., None] + _mix(weights, values, mask)
+    reached = (last >= 0)[:, None]
+    return Mixture(
+        jnp.where(reached, best, state.best),
+        jnp.where(reached, state.total * factor + weights.sum(-1), state.total),
+        jnp.where(reached[..., None], mixed, state.mixed),
+    )
 
 
 def _scores(q: Any, keys: KVArray) -> Array:

@@ -32,6 +32,7 @@ from stages.serve.api.requests import (
     content_length,
     read_body,
 )
+from stages.serve.engine_thread import Handle
 from stages.serve.errors import ApiError, ClientGone, internal_error
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow, token_text
@@ -64,10 +65,14 @@ class Choice:
     index: int
     request: Request
     completion: CompletionText
-    cancel: Callable[[], None] = lambda: None
+    handle: Handle | None = None  # once submitted
     first_token: float = 0.0
     cached: int = 0
     end: str = "abort"
+
+    def cancel(self) -> None:
+        assert self.handle
+        self.handle.cancel()
 
 
 class Generation:
@@ -87,7 +92,7 @@ class Generation:
         self._unfinished = set(self._choices)
         for choice in self._choices:
             listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
-            choice.cancel = state.engine.submit(choice.request, ticket, listener)
+            choice.handle = state.engine.submit(choice.request, ticket, listener)
 
     async def pieces(self) -> AsyncIterator[Piece | str]:
         """Yields the pieces of all completions as they come. In between: what the request waits for, whenever that changes and

@@ -1,0 +1,135 @@
+"""EngineConfig: the options of an inference engine."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+
+from engine.counting.params import count_params
+from engine.errors import UserError
+from engine.inference.decode import prepare_params
+from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
+from engine.model.config import ModelConfig
+from engine.model.ops import platform
+from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import merge_lora
+
+Weights = Literal["int8", "bfloat16", "float32"]
+BYTES: dict[str, int] = {"int8": 1, "bfloat16": 2, "float32": 4}
+CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
+SMALL_CHUNK, SMALL_SEGMENT = 64, 256  # where an engine completes a few prompts and is gone: one program reads any prompt
+MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
+SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
+SMALL_PREFIX_CACHE = 64 * 10**6  # bytes
+SHARE = 0.5  # of free memory that weights and slots take at most by default
+
+
+def default_weights(backend: str) -> Weights:
+    """Returns the type of a server's weights where the flags name none."""
+    return "int8" if backend == "cpu" else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The options of an engine. A completion depends on its request, the model and these, to the bit, but not on `speculate`,
+    `prefix_cache_bytes` and `short`.
+
+    slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
+    of the matrices, None for the model's. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of
+    the default size. speculate: whether a lone sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail:
+    of a short rest. segment: positions of the KV cache's first segment, a multiple
+    of chunk; None for one chunk. short: positions of a text for
+    which there are programs of their own, None for no such programs, see `ModelRunner`. Raises UserError.
+    """
+
+    slots: int = 8
+    capacity: int | None = None
+    weights: Weights | None = None
+    kv_dtype: KVDtype = "bfloat16"
+    prefix_cache_bytes: int | None = 0
+    speculate: bool = True
+    chunk: int = CHUNK
+    tail: int = TAIL
+    segment: int | None = None
+    short: int | None = 512
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise UserError(f"There must be at least one slot, not {self.slots}.")
+        if not 0 < self.tail <= self.chunk:
+            raise UserError(f"The tail must lie between 1 and the chunk of {self.chunk}, not {self.tail}.")
+        if (self.segment or 0) % self.chunk:
+            raise UserError(f"The first segment must be a multiple of the chunk of {self.chunk}, not {self.segment}.")
+        if (self.prefix_cache_bytes or 0) < 0:
+            raise UserError(f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {self.prefix_cache_bytes}.")
+        if self.kv_dtype not in get_args(KVDtype):
+            raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {self.kv_dtype!r}.")
+
+    @classmethod
+    def for_prompts(cls, cfg: ModelConfig, prompts: int, capacity: int | None = None) -> "EngineConfig":
+        """Returns the options of an engine that completes so many prompts at once: few programs, and no slot more.
+
+        The programs depend on `prompts` and `capacity` alone. The KV cache is in the compute dtype.
+        """
+        capacity = cfg.context if capacity is None else capacity
+        return cls(
+            prompts, capacity, kv_dtype=cfg.dtype, chunk=SMALL_CHUNK, tail=SMALL_CHUNK,
+            segment=SMALL_SEGMENT, short=None, speculate=prompts == 1,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Rows of the decoding program. In one slot they share it: a lone sequence checks draft tokens without a copy."""
+        return max(self.slots, MIN_ROWS)
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Where the segments of the KV cache start, and where the last ends."""
+        assert self.capacity
+        return self._edges(self.capacity)
+
+    @property
+    def short_edges(self) -> tuple[int, ...]:
+        """The edges of the segments of short texts, at least one. An accelerator has no other texts: its memory is taken at
+        once or not at all, and equal bits of two programs were never tested there."""
+        edges = self.edges
+        if self.short is None or platform() != "cpu":
+            return edges
+        return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))]
+
+    def _edges(self, capacity: int) -> tuple[int, ...]:
+        return segment_edges(capacity, self.segment or self.chunk, self.chunk)
+
+    def model_config(self, cfg: ModelConfig) -> ModelConfig:
+        """Returns cfg with `weights` as the compute dtype; as it is for int8."""
+        return cfg if self.weights is None or self.weights == "int8" else dataclasses.replace(cfg, dtype=self.weights)
+
+    def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
+        """Returns params as the programs use them, `whole` on one device: adapters merged, and quantized for int8."""
+        if self.weights == "int8":
+            params = quantize(merge_lora(params, cfg.dtype))
+        return prepare_params(cfg, params, whole)
+
+    def with_capacity(self, cfg: ModelConfig, free: int) -> "EngineConfig":
+        """Returns this config with a capacity: its own, else the model's context, or, where weights and slots would take more
+        than a SHARE of the `free` bytes, the largest power of two that does not, but at least SMALL_CAPACITY.
+
+        Without a size of its own the prefix cache holds a slot's text, and at least SMALL_PREFIX_CACHE.
+        """
+        capacity, prefix = self.capacity or cfg.context, self.prefix_cache_bytes
+        while not self.capacity and capacity > SMALL_CAPACITY and self.bytes(cfg, capacity) > SHARE * free:
+            capacity = 1 << (capacity - 1).bit_length() - 1
+        if prefix is None:
+            prefix = max(SMALL_PREFIX_CACHE, self.slot_bytes(cfg, capacity))
+        return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)
+
+    def bytes(self, cfg: ModelConfig, capacity: int) -> int:
+        """Returns the bytes of weights, slots of so many tokens, and prefix cache."""
+        slot = self.slot_bytes(cfg, capacity)
+        prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
+        return self.slots * slot + prefix + count_params(cfg).total * BYTES[self.weights or cfg.dtype]
+
+    def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
+        """Returns the bytes of a slot of so many tokens."""
+        segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, self._edges(capacity)[-1]), self.kv_dtype))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(segments))
