@@ -356,7 +356,7 @@ class ModelRunner:
 
     def _device_put(self, tree: Any) -> Any:
         """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""
-        return tree if self.mesh else jax.device_put(tree, jax.devices()[0])
+        return tree if self.mesh else jax.device_put(tree, layout.own_device())
 
     def _shapes(self, segments: KVSegments) -> Programs:
         params, (segments, counts) = layout.inference_shapes(self.params, (segments, self.counts))

@@ -92,11 +92,17 @@ def make_sharded_cache(make: Callable[[], Any]) -> Any:
     return make() if current_mesh() is None else jax.jit(lambda: pin_cache(make()))()
 
 
+def own_device() -> jax.Device:
+    """Returns the device on which this process computes without a mesh: that of `jax.default_device`, or its first."""
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0]
+
+
 def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
-    """Returns the shapes of parameters and of KV caches, with where they lie: on the mesh, or on the first device."""
+    """Returns the shapes of parameters and of KV caches, with where they lie: on the mesh, or on this process's device."""
     mesh = current_mesh()
     if mesh is None:
-        wheres = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), (params, state))
+        wheres = jax.tree.map(lambda _: SingleDeviceSharding(own_device()), (params, state))
     else:
         wheres = shardings(params), jax.tree.map(lambda x: NamedSharding(mesh, cache_spec(x.shape, mesh.shape)), state)
     return _shapes_on((params, state), wheres)
