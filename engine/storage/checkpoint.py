@@ -369,10 +369,10 @@ def _stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
         shape = tuple(max(stop for _, stop in axis) for axis in zip(*parts))
         whole = all(tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items())
         whole = whole and sum(math.prod(tensor.shape) for tensor in parts.values()) == math.prod(shape)
-        dtypes = {safetensors.DTYPES[tensor.dtype] for tensor in parts.values()}
-        if not whole or len(dtypes) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
+        kinds = {(tensor.dtype, len(tensor.shape)) for tensor in parts.values()}
+        if not whole or len(kinds) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
             raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")
-        arrays[name] = StoredArray(shape, dtypes.pop(), parts)
+        arrays[name] = StoredArray(shape, safetensors.DTYPES[kinds.pop()[0]], parts)
     return arrays
 
 

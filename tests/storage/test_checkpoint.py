@@ -147,9 +147,15 @@ def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_p
     np.testing.assert_array_equal(params["w"], whole)
 
 
-@pytest.mark.parametrize("names", [["w[0:2]"], ["w[0:1]", "w[2:3]"], ["w", "w/a"], ["w[0:1,0:1]"]])
-def test_parts_that_make_no_array_are_refused(tmp_path, names):
-    cut_files(tmp_path, {name: np.ones(1, np.float32) for name in names})
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"w[0:2]": (1,)}, {"w[0:1]": (1,), "w[2:3]": (1,)}, {"w": (1,), "w/a": (1,)}, {"w[0:1,0:1]": (1,)},
+        {"w[0:1]": (1,), "w[1:3,0:1]": (2, 1)},
+    ],
+)  # fmt: skip
+def test_parts_that_make_no_array_are_refused(tmp_path, shapes):
+    cut_files(tmp_path, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
     assert "make no array" in refusal(load_params, tmp_path)
 
 
