@@ -218,6 +218,7 @@ def remove_unfinished(folder: Path) -> None:
                 if isinstance(error, BlockingIOError) or time.time() - os.fstat(handle).st_mtime < DAY:
                     continue  # its writer lives
             _discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
+            shutil.rmtree(leftover, ignore_errors=True)  # a folder that was not made by `atomic_folder`
 
 
 def discard_unfinished() -> None:
@@ -232,13 +233,24 @@ def discard_unfinished() -> None:
 
 
 def _discard(temporary: Path, path: Path) -> None:
-    """Removes what was to appear at `path`; puts back a folder that it was about to replace."""
-    if temporary.is_dir():
-        if (temporary / "old").exists() and not path.exists():
-            os.replace(temporary / "old", path)
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
+    """Removes what was to appear at `path`; puts back a folder that it was about to replace.
+
+    The thread that writes it may go on meanwhile, and loses neither: it can put nothing at `path` that is half removed, and
+    what it moves to `old` is removed only once the new folder is in place.
+    """
+    if not temporary.is_dir():
         temporary.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):
+        os.replace(temporary / "new", temporary / "dropped")
+    if (old := temporary / "old").exists():  # first: from here on `path` stays as it is
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+    shutil.rmtree(temporary / "dropped", ignore_errors=True)
+    with contextlib.suppress(OSError):  # where the writer has just moved something here; its own end, or the next, puts it back
+        temporary.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Files appear whole, with the modes that the umask says; what killed writers left is removed, and nothing of live ones."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +69,23 @@ def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path):
     write_json(tmp_path / "other", 1)
     assert (tmp_path / "a.b" / "old").exists()
     assert not leftover.exists()
+
+
+def test_a_folder_that_another_thread_replaces_while_a_signal_discards_the_new_one_stays(tmp_path, monkeypatch):
+    target, remove = tmp_path / "a", shutil.rmtree
+    with atomic_folder(target) as building:
+        (building / "old").touch()
+
+    def remove_while_the_writer_goes_on(folder: Path, **options: bool) -> None:
+        os.replace(target, building.parent / "old")
+        remove(folder, **options)
+
+    with contextlib.suppress(FileNotFoundError), atomic_folder(target) as building:
+        (building / "new").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(files.shutil, "rmtree", remove_while_the_writer_goes_on)
+            files.discard_unfinished()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/old"]
 
 
 def test_other_hidden_files_stay(tmp_path):
