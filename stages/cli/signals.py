@@ -20,6 +20,7 @@ from engine.files import discard_unfinished
 from engine.mesh import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ANSWERED_WITHIN = 0.5  # seconds, after which a second signal is listened for anyway
 
 
 @dataclasses.dataclass
@@ -85,11 +86,17 @@ def _listen(signals: int) -> None:
         elif not deferral.answered:
             deferral.answered = True
             deferral.receive(number)
-            if deferral.answer:
-                with contextlib.suppress(OSError):  # nobody may read on; a second signal must still be heard
-                    deferral.print(deferral.answer)
+            if deferral.answer:  # in a thread: a pipe that nobody reads may be full, and a second signal must still be heard
+                printing = threading.Thread(target=_print_answer, args=(deferral,), daemon=True, name="answer")
+                printing.start()
+                printing.join(ANSWERED_WITHIN)
         elif number != signal.SIGHUP:
             end_now(deferral.received or number, "at once; what was saved before is untouched.")
+
+
+def _print_answer(deferral: Deferral) -> None:
+    with contextlib.suppress(OSError):  # nobody reads on
+        deferral.print(deferral.answer)
 
 
 def end_now(number: int, sentence: str) -> NoReturn:
