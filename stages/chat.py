@@ -128,9 +128,8 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         import readline  # noqa: F401  gives input() editing and history
     begun = ""
     while True:
-        python_raises = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with signals.defer_signals("", print, [signal.SIGINT]):
+            with signals.defer_signals("", print, [signal.SIGINT], interrupts=True):
                 line = input("... " if begun else "> ")
         except EOFError:
             notes.print()
@@ -142,8 +141,6 @@ def _typed_lines(notes: Console) -> Iterator[str]:
             begun = ""
             notes.print("\n(/quit or Ctrl-D leaves)", "dim")
             continue
-        finally:
-            signal.signal(signal.SIGINT, python_raises)
         if line.endswith("\\"):
             begun += line[:-1] + "\n"
         else:

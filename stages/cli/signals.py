@@ -21,20 +21,23 @@ from engine.mesh import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ANSWERED_WITHIN = 0.5  # seconds, after which a second signal is listened for anyway
+HEARD_WITHIN = 5.0  # seconds: a signal that the main thread knows of, by the second thread
 
 
 @dataclasses.dataclass
 class Deferral:
     """A block that ends by itself once a signal of `numbers` was `received`; `print` gets the `answer` to it at once.
 
-    The main thread may hear of it first, so `answered` says whether the second thread has.
+    With `interrupts` the signal raises KeyboardInterrupt in the block. The main thread may hear of it first, so `answered` is
+    set once the second thread has.
     """
 
     answer: str
     print: Callable[[str], None]
     numbers: Collection[int]
+    interrupts: bool = False
     received: int | None = None
-    answered: bool = False
+    answered: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def receive(self, number: int) -> None:
         if number in self.numbers:
@@ -73,6 +76,8 @@ def _handle(number: int, _: object) -> None:
     """Lets the main thread stop after the step in which the signal came, not one later."""
     if _deferral:
         _deferral.receive(number)
+        if _deferral.interrupts and number in _deferral.numbers:
+            raise KeyboardInterrupt
 
 
 def _listen(signals: int) -> None:
@@ -83,9 +88,9 @@ def _listen(signals: int) -> None:
             continue
         if deferral is None or number not in deferral.numbers:
             end_now(number, stages.phase)
-        elif not deferral.answered:
-            deferral.answered = True
+        elif not deferral.answered.is_set():
             deferral.receive(number)
+            deferral.answered.set()
             if deferral.answer:  # in a thread: a pipe that nobody reads may be full, and a second signal must still be heard
                 printing = threading.Thread(target=_print_answer, args=(deferral,), daemon=True, name="answer")
                 printing.start()
@@ -114,11 +119,18 @@ def set_phase(phase: str) -> None:
 
 
 @contextlib.contextmanager
-def defer_signals(answer: str, print: Callable[[str], None], numbers: Collection[int] = SIGNALS) -> Iterator[Deferral]:
-    """Defers a first signal to the end of the block: `answer` is printed at once, and `received` tells the block to end."""
+def defer_signals(
+    answer: str, print: Callable[[str], None], numbers: Collection[int] = SIGNALS, interrupts: bool = False
+) -> Iterator[Deferral]:
+    """Defers a first signal to the end of the block: `answer` is printed at once, and `received` tells the block to end.
+
+    With `interrupts` a KeyboardInterrupt ends it.
+    """
     global _deferral
-    _deferral = Deferral(answer, print, numbers)
+    deferral = _deferral = Deferral(answer, print, numbers, interrupts)
     try:
-        yield _deferral
+        yield deferral
     finally:
+        if deferral.received:  # else the second thread would take the same signal for one after the block
+            deferral.answered.wait(HEARD_WITHIN)
         _deferral = None

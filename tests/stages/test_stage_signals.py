@@ -164,3 +164,24 @@ with signals.handle_signals(), atomic_file(Path({str(tmp_path / "a")!r})), atomi
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (129, "\nStopped while it wrote.\n")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_deferred_signal_is_not_taken_for_one_after_the_block():
+    code = """
+import os, signal, time
+from stages.cli import signals
+read = os.read
+os.read = lambda *arguments: (read(*arguments), time.sleep(0.3))[0]  # the second thread hears of it late
+with signals.handle_signals():
+    with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not deferral.received: time.sleep(0.01)
+    try:
+        with signals.defer_signals("", print, [signal.SIGINT], interrupts=True):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+    except KeyboardInterrupt:
+        time.sleep(1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
