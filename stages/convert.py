@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from engine.errors import UserError
-from engine.files import atomic_folder, remove_unfinished
+from engine.files import atomic_folder
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.flags import parser, path
@@ -29,7 +29,7 @@ class ConvertFlags:
 
 def convert(flags: ConvertFlags) -> None:
     """Replaces all checkpoints of the run at once. Raises UserError when one is damaged, and changes nothing then."""
-    signals.set_phase("before the run was converted: it is as it was.")
+    signals.set_phase("while the run was converted: it is as it was, or converted whole.")
     from engine.storage import manifest
     from stages.runs.folder import lock_run
 
@@ -37,7 +37,6 @@ def convert(flags: ConvertFlags) -> None:
     if not (run / "run.json").is_file():
         raise UserError(f"There is no run at {run}: --model takes a run folder.")
     with lock_run(run):
-        remove_unfinished(run)  # puts back the checkpoints, if a kill came while they were replaced
         old = sorted((path.parent for path in run.glob("checkpoints/*/params") if path.is_dir()), key=lambda step: step.name)
         if not old:
             print(f"Nothing to convert: no checkpoint of {run} is in Orbax's format.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_file, folder_lock, make_folder, open_regular
+from engine.files import atomic_file, folder_lock, make_folder, open_regular, remove_unfinished
 from engine.mesh import processes
 from engine.storage.manifest import NAME
 from engine.storage.run_folder import ADAPTER, ROOT
@@ -54,7 +54,10 @@ def clear_run(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Makes the run folder and holds it for this process; removes it if nothing was written. Raises UserError when held."""
+    """Makes the run folder and holds it for this process; removes what killed writers left there, and at last an empty folder.
+
+    What they were about to replace is put back. Raises UserError when another process holds it.
+    """
     make_folder(folder)
     try:
         with contextlib.ExitStack() as lock:
@@ -62,6 +65,8 @@ def lock_run(folder: Path) -> Iterator[None]:
                 lock.enter_context(folder_lock(folder, wait=False))
             except BlockingIOError:
                 raise UserError(f"Another process trains in {folder}. Wait for it, or give another --out-dir.") from None
+            for place in (folder, folder / "checkpoints"):
+                remove_unfinished(place)
             yield
     finally:
         with contextlib.suppress(OSError):

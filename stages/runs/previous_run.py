@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from engine.errors import UserError
-from engine.files import remove_unfinished
 from engine.format import duration, join_words
 from engine.mesh import processes
 from engine.mesh.layout import place, sharded_shapes
@@ -53,7 +52,6 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     """
     if overwrite or not holds_run(folder):
         return None
-    remove_unfinished(folder / "checkpoints")  # puts back the only checkpoint, if a kill came while it was replaced
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
         return None  # stopped before its first checkpoint

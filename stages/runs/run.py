@@ -125,7 +125,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     loop = Loop(plan, options, {"seed": plan.seed, "digests": digests}, stage.split.frozen_as_loaded, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
-        signals.set_phase(f"while compiling; {saved}. To begin again: {resume}")
+        signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         state, code = loop.run(stage.prepare_steps(state, loop_state), state)
         console.close_live()
         if code:

@@ -10,6 +10,7 @@ import tensorstore
 from safetensors.flax import load_file
 from tiny_runs import tiny
 
+from engine.files import UNFINISHED
 from engine.storage import checkpoint, manifest
 from engine.storage.digest import digest
 from stages import convert, evaluate
@@ -52,7 +53,9 @@ def contents(run: Path) -> dict[Path, bytes]:
 def test_it_is_refused_with_the_command_and_converted_to_the_bit(trained, old, text, failing, capsys):
     before = contents(old)
     resumed = tiny(text, old, "--steps", 30, "--tokenizer", "bpe:300", "--context", 64)
-    for command, words in ((evaluate.main, ["--model", old]), (train.main, resumed)):
+    (leftover := old / f".checkpoints.01234567{UNFINISHED}").mkdir()  # as a kill in the last moment of a conversion leaves it
+    (old / "checkpoints").rename(leftover / "old")
+    for command, words in ((train.main, resumed), (evaluate.main, ["--model", old])):
         assert f"uv run --extra older python -m stages.convert --model {old}" in failing(command, words)
     assert convert.main(["--model", str(old)]) == 0
     assert "Converted" in capsys.readouterr().out
