@@ -43,8 +43,8 @@ async def serve(
         http.should_exit = True
 
     def on_signal(sentence: str) -> None:
+        asyncio.run_coroutine_threadsafe(drain(), loop)  # first: printing fails where nobody reads on
         console.print(f"{sentence} Requests under way: {state.admission.reserved}.")
-        asyncio.run_coroutine_threadsafe(drain(), loop)
 
     console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
     with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):

@@ -155,6 +155,13 @@ def test_a_second_signal_ends_it_at_once(folder):
         assert replies == []
 
 
+def test_it_ends_though_nobody_reads_what_it_prints(folder):
+    with Started(folder) as server:
+        server.process.stdout.close()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) in (0, 141)
+
+
 def test_ctrl_c_while_it_compiles(folder):
     slow = "import time, engine.inference.engine as s; s.Engine.warm = lambda *_: time.sleep(60)\n" + SLOW
     process = subprocess.Popen(
