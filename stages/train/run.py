@@ -16,9 +16,6 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
-from engine.inference.decode import prepare_params
-from engine.inference.engine import complete
-from engine.inference.request import SamplingParams
 from engine.inference.score import score
 from engine.mesh import processes
 from engine.mesh.layout import current_mesh, group_columns, sharded_shapes
@@ -239,6 +236,10 @@ class Training(Stage):
 
     def _sample(self, params: Any) -> str:
         """Samples a text from the model after a line end."""
+        from engine.inference.decode import prepare_params
+        from engine.inference.engine import complete
+        from engine.inference.request import SamplingParams
+
         cfg, tokenizer = self.plan.cfg, self.data.tokenizer
         sampling = SamplingParams(SAMPLE, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,))
         (completion,) = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
