@@ -1,7 +1,7 @@
 """Measures the stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes, money.
 
     python -m bench                                one model, one run, about two minutes on two cores
-    python -m bench --out report                   a minute more: report.html, with pictures, and stages.svg and .md
+    python -m bench --out report                   a minute more: report.html, with pictures, and its figures as files
     python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
     python -m bench --quick --json                 fewer rounds; nothing but a line of JSON on stdout
     python -m bench --checks                       the device beside the processor: same numbers, no request affects another
@@ -44,7 +44,7 @@ class StageTableFlags:
     quick: bool = False
     """The fewest rounds that a verdict needs."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
-    """A folder for report.html, its first figure as stages.svg, stages.md, and bench.json."""
+    """A folder for report.html, stages.svg, passes.svg, stages.md and bench.json."""
     checks: bool = False
     """Hold the device's numbers against the processor's instead; exit code 1 when one is too far off."""
     list: bool = False

@@ -27,7 +27,8 @@ KINDS = {"true": "holds", "false": "fails", "undecided": "open"}  # by a verdict
 def write_report(folder: Path, document: Document) -> Path:
     """Writes the stage table's document to `folder`/report.html and returns that path.
 
-    Beside it go the first figure, stages.svg, and table and claims in Markdown, stages.md, each file whole or not at all.
+    Beside it go the first figure, stages.svg, the way of numbers through each stage, passes.svg, and table and claims in
+    Markdown, stages.md, each file whole or not at all.
     Rows, claims and their fields may be absent or None: a missing number is a dash, a figure without numbers is left out.
     Raises UserError when the folder cannot be made or written.
     """
@@ -36,6 +37,7 @@ def write_report(folder: Path, document: Document) -> Path:
         files["stages.md"] = _environment().get_template("stages.md.j2").render(document)
     if figure := flops_figure(document.get("rows") or []):
         files["stages.svg"] = figure_svg(figure)
+        files["passes.svg"] = _environment().get_template("passes.svg.j2").render(document, style=_drawing_style())
     try:
         for name, content in files.items():
             with atomic_file(folder / name) as file:
@@ -78,12 +80,15 @@ def _roof(document: Document) -> Json:
 
 def figure_svg(figure: Figure) -> str:
     """Returns a figure as an SVG file of its own, with the page's colours and rules for drawings."""
-    colours, _ = _style().split("* {", 1)
-    rules = [line for line in _style().splitlines() if line.startswith("svg")]
-    inside = "\n".join([colours.strip(), *rules, "svg { background: var(--page); }"])
     charts: Any = _environment().get_template("charts.svg.j2").module
     opening, rest = str(charts.drawing(figure, True)).split(">", 1)
-    return f"{opening}>\n<style>\n{inside}\n</style>{rest}"
+    return f"{opening}>\n<style>\n{_drawing_style()}\n</style>{rest}"
+
+
+def _drawing_style() -> str:
+    colours, _ = _style().split("* {", 1)
+    rules = [line for line in _style().splitlines() if line.startswith("svg")]
+    return "\n".join([colours.strip(), *rules, "svg { background: var(--page); }"])
 
 
 def _environment() -> jinja2.Environment:

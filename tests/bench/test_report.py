@@ -250,7 +250,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match=r"--out .*report.html cannot be written"):
         write_report(path, document())
-    assert sorted(os.listdir(path.parent)) == ["report.html", "stages.md", "stages.svg"]
+    assert sorted(os.listdir(path.parent)) == ["passes.svg", "report.html", "stages.md", "stages.svg"]
 
 
 def test_ticks_and_labels():
