@@ -1,54 +1,137 @@
-"""Every command in the README is run here, as written, but for flags that make it short."""
+"""Every command of every README is run here, as it is written, but for flags that make it short."""
 
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import tyro
+from readmes import ROOT, written
 from tiny import QUICKLY_MEASURED
 
 from bench import MOVED
 
-ROOT = Path(__file__).parent.parent
+READMES = [
+    path for path in sorted(ROOT.rglob("README.md")) if not re.search(r"/(\.|vendor/)", str(path.relative_to(ROOT.parent)))
+]
 # Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
 SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.step": ["--shapes", "1x64x64x2", "--rounds", "6"],
     "bench.commands": ["--max-time", "1s"],
-    # What these do is tested in tests/serve, tests/stages and tests/bench; here that they are there and explain themselves.
-    **{f"bench.{name}": ["--help"] for name in ("anatomy", "life", "peers", "serving")},
-    "bench": ["--help"],
-    "stages.serve": ["--help"],
     "stages.finetune": ["--steps", "2", "--context", "64", "--general", "none"],
     "stages.reinforce": ["--rounds", "1", "--max-tokens", "8"],
     "stages.chat": ["--max-tokens", "8"],
     "stages.by_hand": ["--steps", "2"],
 }
+# Commands of minutes, and those that need what a test does not install.
+LONG = {"bench", "bench.anatomy", "bench.life", "bench.peers", "bench.serving"}
+# No test fetches a model or trains one for minutes: the run of 20 steps stands in for them.
+STANDS_IN = dict.fromkeys(("smollm2-135m-instruct", "runs/demo-shakespeare"), "runs/short")
 
 
-def commands() -> list[list[str]]:
-    """Lists what follows `python` in each line of the README's sh blocks, and in code spans that begin with `uv run python`."""
-    text = (ROOT / "README.md").read_text()
+def commands(readme: Path) -> list[list[str]]:
+    """Lists what follows `python` in each line of a README's sh blocks, and in code spans that begin with `uv run python`."""
+    text = readme.read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    lines += re.findall(r"`(uv run python [^`]*)`", text)
-    words = [shlex.split(line, comments=True) for line in lines if line.strip()]
-    return [line[line.index("python") + 1 :] for line in words if "python" in line]
+    lines += re.findall(r"`(uv run (?:--extra \w+ )?python [^`]*)`", text)
+    words = [shlex.split(line, comments=True) for line in lines if " python " in line]
+    return [line[line.index("python") + 1 :] for line in words]
 
 
-def test_the_readme_names_the_test_command_that_ci_runs():
-    assert "uv run --extra dev pytest" in (ROOT / "README.md").read_text()
+EVERY = list(dict.fromkeys(tuple(command) for readme in READMES for command in commands(readme)))
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+
+
+def is_long(command: tuple[str, ...]) -> bool:
+    return command[1] in LONG and "--list" not in command
+
+
+def short(command: tuple[str, ...], text: Path) -> list[str]:
+    """Returns a README's command with the flags that make it short."""
+    name, words = command[1], [STANDS_IN.get(word, word) for word in command]
+    if {"--list", "recipes"} & {*words}:
+        return words
+    words += SHORT.get(name, [])
+    if name == "stages.train" and "--steps" in command:
+        words = [*words[:2], "tiny", *words[2:]]
+        words = [word for word in words if word not in ("--max-time", "1s")]
+    if name == "stages.train" and "--data" in command:
+        # The whole library is more than a test should read twice, or learn a tokenizer of.
+        words += ["--out-dir", "runs/python", "--dry-run", "--tokenizer", "bytes"]
+    elif name in ("stages.train", "stages.by_hand", "bench.commands"):
+        words += ["--data", str(text)]
+    if command[-2:] == ("--data", "voice"):
+        words += ["--out-dir", "runs/smollm2-135m-instruct-voice"]
+    return words + ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] * ("--adapter" in command)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a text and with the run of 20 steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    lines = (f"The {i * 7919 % 1000}th line of a small text, which says {i * 31 % 97} things.\n" for i in range(1500))
+    (folder / "text.txt").write_text("".join(lines))
+    command = next(command for command in EVERY if "runs/short" in command and "stages.train" in command)
+    subprocess.run([sys.executable, *short(command, folder / "text.txt")], cwd=folder, env=ENVIRONMENT, check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, id=" ".join(command[1:]), marks=[pytest.mark.night] * is_long(command)) for command in EVERY],
+)
+def test_each_command_runs(command, here):
+    """In their order: a command may read what one before it wrote."""
+    words, env = short(command, here / "text.txt"), ENVIRONMENT
+    if command[1] == "stages.serve":
+        serve(words, here)
+        return
+    if command[1] == "bench.step":
+        words = ["-c", QUICKLY_MEASURED, *words[1:]]
+    if command[1] == "bench.commands":  # its programs are compiled anew, as their first start is measured
+        env = env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    run = subprocess.run(
+        [sys.executable, *words], cwd=here, env=env, input="Hello\n", capture_output=True, text=True, check=False
+    )
+    if command[1] == "bench.peers" and "is not installed" in run.stderr:
+        pytest.skip(run.stderr)
+    assert run.returncode == 0, f"{words}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+    assert run.stdout
+
+
+def serve(words: list[str], folder: Path) -> None:
+    """Starts the server, sends what the README sends by curl, and stops it."""
+    words = [sys.executable, *words, "--port", "0", "--slots", "2"]
+    with subprocess.Popen(
+        words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        output = ""
+        while "Ctrl-C" not in output:
+            output += (line := server.stdout.readline())
+            assert line, output
+        body = re.search(r"-d '(.*)'", (ROOT / "README.md").read_text())[1]
+        url = re.findall(r"page +(\S+)", output)[0]
+        reply = httpx.post(
+            f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=120
+        )
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+    assert server.returncode == 0
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_the_readme_is_short_and_names_the_test_command_that_ci_runs():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 9_000
+    assert "uv run --extra dev pytest" in text
     assert "uv run --extra dev pytest" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_every_line_is_a_module_of_this_project():
-    for command in commands():
-        assert command[0] == "-m", command
-        path = ROOT / Path(*command[1].split("."))
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), command
 
 
 def test_the_old_name_of_a_measurement_prints_the_new_command():
@@ -59,36 +142,16 @@ def test_the_old_name_of_a_measurement_prints_the_new_command():
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
 
 
-def test_every_command_of_the_readme(tmp_path):
-    text = tmp_path / "text.txt"
-    lines = (f"The {i * 7919 % 1000}th line of a small text, which says {i * 31 % 97} things.\n" for i in range(1500))
-    text.write_text("".join(lines))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    for command in commands():
-        name = command[1]
-        extra = [] if {"--list", "recipes"} & {*command} else list(SHORT.get(name, []))
-        if name == "stages.train" and "--steps" in command:
-            extra = ["tiny", *extra[2:]]
-        if name in ("stages.train", "stages.by_hand", "bench.commands") and "--data" not in command:
-            extra += ["--data", str(text)]
-        elif name == "stages.train":
-            # The whole library is more than a test should read twice, or learn a tokenizer of.
-            extra += ["--out-dir", "runs/python", "--dry-run", "--tokenizer", "bytes"]
-        if name != "stages.generate":
-            # A test fetches no model, and trains none for minutes: the one of 20 steps stands in for them.
-            stands_in = dict.fromkeys(("smollm2-135m-instruct", "runs/demo-shakespeare"), "runs/short")
-            command = [stands_in.get(word, word) for word in command]
-            extra += ["--out-dir", "runs/smollm2-135m-instruct-voice"] if command[-2:] == ["--data", "voice"] else []
-            extra += ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] if "--adapter" in command else []
-        start = ["-c", QUICKLY_MEASURED] if name == "bench.step" else ["-m"]
-        words = [sys.executable, *start, *command[1:], *extra]
-        # Its programs are compiled anew, as their first start is measured.
-        env = environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(name == "bench.commands"))}
-        run = subprocess.run(
-            words, cwd=tmp_path, env=env, input="Hello\n", capture_output=True, text=True, timeout=300, check=False
-        )
-        assert run.returncode == 0, f"{command} {extra}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
-        assert run.stdout, command
+def test_every_link_and_picture_is_there():
+    for readme in READMES:
+        for place in re.findall(r"\]\(([^)#:]+)[^)]*\)", readme.read_text()):
+            assert (readme.parent / place).exists(), f"{readme}: {place}"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_trees_and_tables_are_those_of_the_code_and_the_results(readme):
+    """Written by `python tests/readmes.py`."""
+    assert readme.read_text() == written(readme)
 
 
 @pytest.mark.parametrize(("name", "devices"), [("slurm.sbatch", 16), ("kubernetes.yaml", 16), ("tpu.sh", 64)])
@@ -104,17 +167,3 @@ def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
     check_mesh(shape, preset(flags.preset), recipe.batch, recipe.accumulate)
     assert shape.devices == devices
     assert f"({RESTART}|134|137" in text or "maxRestarts" in text, "the codes after one is killed"
-
-
-def test_the_tree_is_the_tree():
-    """Every line names what lies below the last line with less indentation, and no folder of Python files is left out."""
-    above, named = [""], set()
-    for line in (ROOT / "README.md").read_text().split("## The tree")[1].splitlines():
-        if names := re.match(r"( *)((?:\w+\.py ?|\w+/ ?)+)", line):
-            above = above[: len(names[1]) // 2 + 1]
-            paths = [f"{above[-1]}{name.rstrip('/')}" for name in names[2].split()]
-            assert [path for path in paths if not (ROOT / path).exists()] == []
-            named |= {*paths}
-            above.append(f"{paths[-1]}/")
-    folders = {path.parent for folder in ("engine", "stages", "bench") for path in (ROOT / folder).rglob("*.py")}
-    assert {str(folder.relative_to(ROOT)) for folder in folders} <= named
