@@ -366,9 +366,11 @@ def _stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
             boxes.setdefault(name, {})[box] = tensor
     arrays = {}
     for name, parts in boxes.items():
-        shape = tuple(max(stop for _, stop in axis) for axis in zip(*parts))
+        cuts = [sorted({*axis}) for axis in zip(*parts)]  # a sharding cuts each axis, and the parts are all that this makes
+        shape = tuple(axis[-1][1] for axis in cuts)
         whole = all(tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items())
-        whole = whole and sum(math.prod(tensor.shape) for tensor in parts.values()) == math.prod(shape)
+        whole = whole and all([start for start, _ in axis] == [0, *(stop for _, stop in axis[:-1])] for axis in cuts)
+        whole = whole and math.prod(map(len, cuts)) == len(parts)
         kinds = {(tensor.dtype, len(tensor.shape)) for tensor in parts.values()}
         if not whole or len(kinds) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
             raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")

@@ -131,7 +131,7 @@ def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_p
     whole = np.arange(60, dtype=np.float32).reshape(10, 6)
     cut = lambda a, b, c, d: {f"w[{a}:{b},{c}:{d}]": np.ascontiguousarray(whole[a:b, c:d])}
     norm = {"norm": np.ones(3, np.float32)}
-    path = cut_files(tmp_path, cut(0, 4, 0, 2) | cut(4, 10, 0, 6) | norm, cut(0, 4, 2, 6))
+    path = cut_files(tmp_path, cut(0, 4, 0, 2) | cut(4, 10, 2, 6) | norm, cut(0, 4, 2, 6) | cut(4, 10, 0, 2))
     np.testing.assert_array_equal(load_params(tmp_path).params["w"], whole)
     stored = checkpoint._stored_arrays(path, "params")["w"]
     for a, b, c, d in ((0, 10, 0, 6), (2, 7, 1, 5), (3, 4, 5, 6), (5, 9, 0, 6)):
@@ -151,7 +151,7 @@ def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_p
     "shapes",
     [
         {"w[0:2]": (1,)}, {"w[0:1]": (1,), "w[2:3]": (1,)}, {"w": (1,), "w/a": (1,)}, {"w[0:1,0:1]": (1,)},
-        {"w[0:1]": (1,), "w[1:3,0:1]": (2, 1)},
+        {"w[0:1]": (1,), "w[1:3,0:1]": (2, 1)}, {"w[0:3,0:2]": (3, 2), "w[1:2,0:3]": (1, 3)},
     ],
 )  # fmt: skip
 def test_parts_that_make_no_array_are_refused(tmp_path, shapes):
