@@ -207,12 +207,13 @@ class ChatSession:
         begin = first = time.perf_counter()
         signals.set_phase("while an answer was written.")
         with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
-            for _, tokens, reason, *_ in self._generate(prompt, sampling):
-                first = time.perf_counter() if first == begin else first
-                text = completion.push(tokens) + (completion.close() if reason else "")
-                text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
-                reply += text
-                print(text, end="", flush=True)
+            for events in self._generate(prompt, sampling):
+                for _, tokens, reason, *_ in events:
+                    first = time.perf_counter() if first == begin else first
+                    text = completion.push(tokens) + (completion.close() if reason else "")
+                    text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
+                    reply += text
+                    print(text, end="", flush=True)
                 if deferral.received:
                     break
         signals.set_phase("between two turns.")
@@ -242,7 +243,8 @@ class ChatSession:
             for _ in self._generate(self.prompt("a"), SamplingParams(max_tokens=2)):
                 pass
 
-    def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Event]:
+    def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[list[Event]]:
+        """Yields the events of each step, none while the prompt is read."""
         from engine.inference.config import CHUNK, EngineConfig
         from engine.inference.engine import Engine
         from engine.inference.scheduler import DRAFT_ROWS
@@ -259,7 +261,7 @@ class ChatSession:
         id = self._engine.submit(Request(tuple(prompt), sampling))
         try:
             while self._engine.busy:
-                yield from self._engine.step()
+                yield self._engine.step()
         finally:
             self._engine.cancel(id)
 

@@ -36,10 +36,9 @@ class EngineConfig:
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of
-    the default size. speculate: whether a lone sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail:
-    of a short rest. segment: positions of the KV cache's first segment, a multiple
-    of chunk; None for one chunk. short: positions of a text for
-    which there are programs of their own, None for no such programs, see `ModelRunner`. Raises UserError.
+    the default size. speculate: whether a lone sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail: of
+    a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the
+    longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. Raises UserError.
     """
 
     slots: int = 8

@@ -179,6 +179,10 @@ def check_request(request: Request, vocab: int, capacity: int) -> None:
     for name, tokens in fields.items():
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
             raise InvalidField(name, f"The {name} holds a token outside the vocabulary of {vocab}.")
+    if len(prompt) >= capacity:
+        raise InvalidField(
+            "prompt", f"The prompt has {len(prompt)} tokens, and at most {capacity} fit with the answer. Shorten the prompt."
+        )
     if len(prompt) + sampling.max_tokens > capacity:
         raise InvalidField(
             "prompt",

@@ -68,6 +68,7 @@ def test_what_a_model_cannot_serve_is_refused_with_both_counts():
         (request_of((1,), 5, stop_token_ids=(41,)), "stop_token_ids", outside),
         (request_of((1,), 5, logit_bias={-1: 1.0}), "logit_bias", outside),
         (request_of((1, 2), 69), "prompt", "2 tokens and max_tokens is 69; together at most 70 fit"),
+        (request_of((1,) * 70, 1), "prompt", "The prompt has 70 tokens, and at most 70 fit with the answer. Shorten"),
     ):  # fmt: skip
         with pytest.raises(InvalidField, match=sentence) as caught:
             check_request(request, 41, 70)

@@ -189,9 +189,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(trained):
         terminal.wait_for(PROMPT)
         for _ in range(2):
             terminal.type("the king\n", "the king\r\n")
-            terminal.wait_for("step")
+            terminal.wait_for(*["step"] * 3)  # the first reads the prompt
             terminal.interrupt()
             terminal.wait_for("[stopped]", seconds=10)
             terminal.type("/clear\n", "forgotten", PROMPT)
+        terminal.type("the king\n", "the king\r\n", "step")
+        terminal.interrupt()  # while the prompt is read
+        assert "step" not in terminal.wait_for("(no answer)", PROMPT)
         terminal.type("/quit\n", "unchanged")
         assert terminal.process.wait(timeout=20) == 0
