@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from engine.counting.params import count_params
 from engine.device import host_memory
+from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
@@ -40,6 +41,8 @@ class ModelStage(Stage):
         self.on_mesh = choose_mesh(mesh) is not None
         with console.task(f"loading {name}") as report, host_memory(self.on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
+        if self.model.run and self.model.run.resolve() == folder.resolve():
+            raise UserError(f"{folder} is the run of the model itself, which would be overwritten. Give another --out-dir.")
         console.print_notes(self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.
         self.chat = ChatTokenizer(self.model.tokenizer, template)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def stop_after_a_round(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as stop:
         stop.setattr(ReinforcementLearning, "run", stopping)
         assert reinforce.main(flags) == 130
+
+
+def test_the_run_of_the_model_is_not_overwritten(trained, tmp_path, failing):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for model in (run, run / "checkpoints" / "20"):
+        assert "is the run of the model itself" in failing(reinforce.main, args(model, run, "--overwrite"))
+    assert (run / "checkpoints" / "20").is_dir()
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
