@@ -20,6 +20,7 @@ from bench.cli import Json, print_table, run_bench
 from engine.errors import UserError
 
 MACHINE = "processor", "instructions", "cores", "device"
+ROW_KEYS = "name", "part", "model", "shape", "peer"  # that together tell a row from the others of its list
 
 Interval = tuple[float, float, float]  # a ratio, and the ends of its interval
 
@@ -73,9 +74,8 @@ def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Interval]]:
             yield from find_ratios(each, f"{name}, {key}".removeprefix(", ") if key != "rows" else name)
     elif isinstance(value, list):
         for number, each in enumerate(value):
-            own = (
-                next((each[key] for key in ("name", "part", "shape") if key in each), number) if isinstance(each, dict) else ""
-            )
+            keys = [key for key in ROW_KEYS if key in each] if isinstance(each, dict) else []
+            own = ", ".join(str(each[key]) for key in keys) or number
             yield from find_ratios(each, f"{name}, {own}".removeprefix(", "))
 
 

@@ -11,15 +11,18 @@ from bench.compare import CompareFlags, compare
 main = functools.partial(run_bench, "bench.compare", None, CompareFlags, compare)
 
 
-def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip"):
+def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip", peers=()):
     """Writes a made result with a row of the stage table and a nested ratio."""
     rows = [
         {"name": "decode alone", "seconds_per_token": 1.0, "time_ratio_to_forward": share, "time_ratio_interval": [0.48, high]},
         {"name": "evaluation forward", "time_ratio_to_forward": 1.0, "time_ratio_interval": None},
     ]
     shapes = [{"name": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "low": muon - 0.01, "high": muon + 0.01}}]
+    over = {"ratio": 1.0, "low": 0.9, "high": 1.1}
+    shapes += [{"name": "train", "peer": peer} | over for peer in peers]
+    models = [{"model": peer, "rows": [{"name": "full", "over_full": over}]} for peer in peers]
     machine = {"processor": processor, "instructions": "avx2", "cores": 2}
-    path.write_text(json.dumps({"machine": machine, "date": "2026-11-29", "rows": rows, "shapes": shapes}))
+    path.write_text(json.dumps({"machine": machine, "date": "2026-11-29", "rows": rows, "shapes": shapes, "models": models}))
     return str(path)
 
 
@@ -35,6 +38,14 @@ def test_a_ratio_has_moved_where_the_intervals_of_both_results_say_so(tmp_path, 
     assert json.loads((tmp_path / "kept" / "compare.json").read_text())["rows"] == [*rows.values()]
     assert main([after, before]) == 0
     assert "larger" in capsys.readouterr().out
+
+
+def test_rows_of_one_name_are_told_apart_by_what_else_they_are_of(tmp_path, capsys):
+    before, after = result(tmp_path / "a.json", peers=("eager", "compiled")), result(tmp_path / "b.json", peers=("compiled",))
+    for other, peers in ((before, ["eager", "compiled"]), (after, ["compiled"])):
+        assert main([before, other, "--json"]) == 0
+        names = [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]][2:]
+        assert names == [f"shapes, train, {peer}" for peer in peers] + [f"models, {peer}, full, over_full" for peer in peers]
 
 
 def test_results_that_cannot_be_compared_are_refused(tmp_path, capsys):
