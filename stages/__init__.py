@@ -7,15 +7,19 @@ import _signal as signal  # signal.py takes milliseconds to import, in which Ctr
 import contextlib
 import gc
 import os
+import select
 import sys
 
+FULL_SECONDS = 0.5  # that a sentence waits for a full pipe
 phase = "before anything was begun."  # printed after "Stopped" by `stop`
 
 
 def write_stderr(sentence: str) -> None:
-    """Writes past `print`, which the main thread may be in the middle of."""
+    """Writes past `print`, which the main thread may be in the middle of; not to a pipe that stays full, as nobody reads it."""
+    stderr = sys.stderr.fileno() if sys.stderr else 2
     with contextlib.suppress(OSError):  # the terminal may be closed
-        os.write(sys.stderr.fileno() if sys.stderr else 2, f"\n{sentence}\n".encode())
+        if select.select([], [stderr], [], FULL_SECONDS)[1]:
+            os.write(stderr, f"\n{sentence}\n".encode())
 
 
 def stop(number: int, _: object) -> None:

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment: T5 on the real command."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -148,6 +149,26 @@ with signals.handle_signals(), signals.defer_signals("Finishing.", unread):
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
+
+
+def test_a_signal_ends_a_process_whose_stderr_is_full():
+    code = """
+import os, signal, time
+from stages.cli import signals
+with signals.handle_signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=writing, timeout=15)
+    os.close(reading)
+    os.close(writing)
+    assert ended.returncode == 143
 
 
 def test_a_signal_while_a_file_is_written_leaves_nothing_of_it(tmp_path):
