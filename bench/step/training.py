@@ -44,7 +44,7 @@ def measure_training(shapes: Sequence[Shape], dtype: Literal["bfloat16", "float3
             f"{shape.batch * shape.tokens / seconds:.0f}", str(over),
         ])  # fmt: skip
         rows.append({
-            "layers": shape.layers, "width": shape.width, "seq": shape.tokens, "batch": shape.batch,
+            "shape": str(shape), "layers": shape.layers, "width": shape.width, "seq": shape.tokens, "batch": shape.batch,
             "ms_per_step": seconds * 1e3, "gflops": rate, f"fraction_of_{kind}_ceiling": rate / top,
             "muon_over_adamw": over.fields(),
         })  # fmt: skip

@@ -17,7 +17,7 @@ def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip", peers=()
         {"name": "decode alone", "seconds_per_token": 1.0, "time_ratio_to_forward": share, "time_ratio_interval": [0.48, high]},
         {"name": "evaluation forward", "time_ratio_to_forward": 1.0, "time_ratio_interval": None},
     ]
-    shapes = [{"name": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "low": muon - 0.01, "high": muon + 0.01}}]
+    shapes = [{"shape": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "low": muon - 0.01, "high": muon + 0.01}}]
     over = {"ratio": 1.0, "low": 0.9, "high": 1.1}
     shapes += [{"name": "train", "peer": peer} | over for peer in peers]
     models = [{"model": peer, "rows": [{"name": "full", "over_full": over}]} for peer in peers]
