@@ -62,7 +62,7 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
-    `limit`: positions that may be computed for now, whole chunks. A sequence of more tokens is held: it is not admitted, and
+    `limit`: positions that the loaded programs reach, whole chunks. A sequence of more tokens is held: it is not admitted, and
     one that grew so long loses its slot to the next that is not held. `rows`: of a dispatch; those beyond the slots, which one
     slot has, read that slot.
     """

@@ -130,12 +130,12 @@ class SamplingFlags:
     """How tokens are sampled, in place of what the model recommends. There are no flags for penalties."""
 
     temperature: Annotated[
-        float | None, _sampling("temperature", "X"), default("the model's, else 1; to generate 0.8, to chat 0.7")
+        float | None, _sampling("temperature", "X"), default("the model's, else 1; 0.8 in generate, 0.7 in chat")
     ] = None
     """0 takes the most probable token each time; higher is more varied."""
     top_k: Annotated[int | None, _sampling("top_k", "N"), default("the model's, else 0, all")] = None
     """Sample from the N most probable tokens."""
-    top_p: Annotated[float | None, _sampling("top_p", "X"), default("the model's, else 1, all; to chat 0.9")] = None
+    top_p: Annotated[float | None, _sampling("top_p", "X"), default("the model's, else 1, all; 0.9 in chat")] = None
     """Sample from the fewest tokens that together have this probability."""
     min_p: Annotated[float | None, _sampling("min_p", "X"), default("the model's, else 0, all")] = None
     """Sample from tokens at least this share as probable as the best."""

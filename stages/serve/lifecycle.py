@@ -84,16 +84,16 @@ async def start_engine(state: ServerState, ahead: CompileAhead, changed: asyncio
 
 async def report_long_programs(engine: EngineThread, console: Console) -> None:
     """Prints that a text waits for the programs for longer texts, once, and when these are there."""
-    state, is_reported = engine.engine.runner, False
-    if state.limit >= state.positions:
+    runner, is_reported = engine.engine.runner, False
+    if runner.limit >= runner.positions:
         return
     while not engine.has_long_programs:
         if engine.engine.held_tickets and not is_reported:
             is_reported = True
-            console.print(f"A text of more than {state.limit} tokens waits: its programs are still being compiled.")
+            console.print(f"A text of more than {runner.limit} tokens waits: its programs are still being compiled.")
         await asyncio.sleep(IDLE_SECONDS)
     since = duration(time.perf_counter() - process_start())
-    console.print(f"The programs for texts of more than {state.limit} tokens are there too, after {since}.")
+    console.print(f"The programs for texts of more than {runner.limit} tokens are there too, after {since}.")
 
 
 def _explained(error: BaseException) -> BaseException:
