@@ -183,7 +183,8 @@ class Loop:
                 self._stop_after_failure(state, self.failure)
             if self.saved_step != loop_state.step:
                 self.save(state)
-            self._stopped()  # a signal may have come in the last step
+        if not self.stop_code:  # a signal may have come in the last step, or while it was saved
+            self._agree_on(0.0)
         return state, self.stop_code
 
     def _agree_on(self, seconds: float) -> float:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import time
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_a_checkpoint_from_before_has_the_defaults():
     assert LoopState.from_json(record) == LoopState(3, 1.5, 1, best=2.5, first_step_seconds=4.0)
     with pytest.raises(KeyError):
         LoopState.from_json({"seconds": 1.5})
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_leaves_the_last_measurement_to_the_next_start(text, tmp_path, monkeypatch):
+    write, flags = checkpoint.write, tiny(text, tmp_path / "run", "--steps", 3)
+
+    def interrupted(folder: Path, step: int, *args: Any, **options: Any) -> Path:
+        if step == 3:
+            time.sleep(0.3)  # until the loop waits for nothing else
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(folder, step, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", interrupted)
+        assert train.main(flags) == 130
+    assert "result" not in read_json(tmp_path / "run" / "run.json")
+    assert train.main(flags) == 0
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
