@@ -241,8 +241,9 @@ def _discard(temporary: Path, path: Path) -> None:
     if not temporary.is_dir():
         temporary.unlink(missing_ok=True)
         return
-    with contextlib.suppress(OSError):
-        os.replace(temporary / "new", temporary / "dropped")
+    if (new := temporary / "new").exists():
+        with contextlib.suppress(OSError):  # its writer was faster
+            os.replace(new, temporary / "dropped")
     if (old := temporary / "old").exists():  # first: from here on `path` stays as it is
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
