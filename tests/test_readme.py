@@ -144,8 +144,8 @@ def test_the_old_name_of_a_measurement_prints_the_new_command():
 
 def test_every_link_and_picture_is_there():
     for readme in READMES:
-        for place in re.findall(r"\]\(([^)#:]+)[^)]*\)", readme.read_text()):
-            assert (readme.parent / place).exists(), f"{readme}: {place}"
+        for link, picture in re.findall(r"\]\(([^)#:]+)[^)]*\)|src=\"([^\"]+)\"", readme.read_text()):
+            assert (readme.parent / (link or picture)).exists(), f"{readme}: {link}{picture}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
