@@ -228,7 +228,7 @@ def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):
 
 
 def test_prompts(trained, failing):
-    assert "a context of 64" in failing(generate.main, ["--model", trained, "--prompt", "the sea " * 200])
+    assert "402 tokens, and at most 64 fit" in failing(generate.main, ["--model", trained, "--prompt", "the sea " * 200])
     result = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
     assert result.returncode == 2
     assert b"0xE9 at position 3" in result.stderr

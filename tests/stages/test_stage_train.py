@@ -69,8 +69,9 @@ def test_memory_stays_within_the_plan(text, tmp_path):
             time.sleep(0.1)
         status = Path(f"/proc/{process.pid}/status").read_text()
         process.kill()
-    planned = re.search(r"([\d.]+) GB in all with Python", " ".join(printed.read_text().split()))
-    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 < 1.05e9 * float(planned[1])
+    planned = re.search(r"([\d.]+) ([MG])B in all with Python", " ".join(printed.read_text().split()))
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    assert peak < 1.05 * float(planned[1]) * {"M": 1e6, "G": 1e9}[planned[2]]
 
 
 def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, monkeypatch, capsys):
@@ -148,7 +149,8 @@ def test_time_boxed_run_counts_training_only(text, tmp_path, capsys):
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
     assert 1 <= result["train_seconds"] < 2
-    assert metrics(tmp_path / "run")[-1]["learning_rate_factor"] < 0.1  # the schedule follows the time
+    steps = [line for line in metrics(tmp_path / "run") if "learning_rate_factor" in line]  # others are of evaluations
+    assert steps[-1]["learning_rate_factor"] < 0.1  # the schedule follows the time
     assert "epoch" in capsys.readouterr().out
 
 
