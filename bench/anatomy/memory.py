@@ -81,7 +81,7 @@ def find_buffers(compiled: jax.stages.Compiled) -> tuple[list[Buffer], int]:
     """Returns the program's buffers, and how many positions its schedule has."""
     program = _Program(compiled)
     program.run(program.entry)
-    buffers = {buffer for made in program.made.values() for buffer in made.values() if buffer.start >= 0}
+    buffers = {buffer for results in program.results.values() for buffer in results.values() if buffer.start >= 0}
     ordered = sorted(buffers, key=lambda buffer: (buffer.place, buffer.start))
     for buffer, after in itertools.pairwise(ordered):
         if buffer.place == after.place:
@@ -113,7 +113,7 @@ class _Program:
         sequences = [read_message(entry) for entry in read_message(module[7][0])[1]]
         self.schedule = {entry[1][0]: [*integers(read_message(entry[2][0]).get(1, []))] for entry in sequences}
         self.position = 0
-        self.made: dict[int, dict[tuple[int, ...], Buffer]] = defaultdict(dict)  # instruction -> place in its result -> buffer
+        self.results: dict[int, dict[tuple[int, ...], Buffer]] = defaultdict(dict)  # instruction -> index -> buffer
         self._assign(read_message(assignment))
 
     def _assign(self, assignment: dict[int, list[Any]]) -> None:
@@ -134,7 +134,7 @@ class _Program:
             for assigned in map(read_message, allocation.get(9, [])):
                 place, number = (allocation.get(1, [0])[0], assigned.get(2, [0])[0]), assigned.get(1, [0])[0]
                 instruction, index = defined[number]
-                self.made[instruction][index] = buffers.setdefault(first[number], Buffer(assigned[3][0], place, argument))
+                self.results[instruction][index] = buffers.setdefault(first[number], Buffer(assigned[3][0], place, argument))
 
     def _opcode(self, instruction: int) -> str:
         return self.instructions[instruction][2][0].decode()
@@ -192,11 +192,11 @@ class _Program:
             origins |= {"loss"}
         if self._opcode(instruction) == "parameter":
             origins = frozenset({label})
-        for buffer in self.made[instruction].values():
+        for buffer in self.results[instruction].values():
             buffer.end = self.position
             if buffer.start < 0:
                 buffer.start, buffer.label, buffer.last_label, buffer.origins = self.position, label, label, origins
-        return _nest(self.made[instruction])
+        return _nest(self.results[instruction])
 
     def _read(self, value: Value, label: str) -> None:
         for buffer in _flat(value):

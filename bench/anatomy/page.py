@@ -92,11 +92,11 @@ def _beside(dots: Sequence[complex], inside: Callable[[complex], bool]) -> list[
     numbers: list[complex] = []
     for dot in dots:
         tried = (dot + cmath.rect(radius, turn * cmath.pi / 8) for radius in range(13, 400, 6) for turn in range(16))
-        taken = [(other, 12) for other in dots] + [(other, 16) for other in numbers]
+        occupied = [(other, 12) for other in dots] + [(other, 16) for other in numbers]
         free = [
             place
             for place in filter(inside, tried)
-            if all(abs((place - at).real) >= wide or abs((place - at).imag) >= 12 for at, wide in taken)
+            if all(abs((place - at).real) >= wide or abs((place - at).imag) >= 12 for at, wide in occupied)
         ]
         own = [place for place in free if abs(place - dot) < 4 + min(abs(place - other) for other in dots)]
         numbers.append((own or free or [dot])[0])
