@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
@@ -20,6 +21,8 @@ from engine.files import discard_unfinished
 from engine.mesh import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WAKE = signal.SIGURG  # ends a system call in which the main thread waits
+WAKE_EVERY = 0.05  # seconds
 ANSWERED_WITHIN = 0.5  # seconds, after which a second signal is listened for anyway
 HEARD_WITHIN = 5.0  # seconds: a signal that the main thread knows of, by the second thread
 
@@ -56,7 +59,7 @@ def handle_signals() -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    before = [(number, signal.signal(number, _handle)) for number in handled]
+    before = [(number, signal.signal(number, _handle)) for number in (*handled, WAKE)]
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=_listen, args=(reading,), daemon=True, name="signals")
     thread.start()
@@ -95,8 +98,21 @@ def _listen(signals: int) -> None:
                 printing = threading.Thread(target=_print_answer, args=(deferral,), daemon=True, name="answer")
                 printing.start()
                 printing.join(ANSWERED_WITHIN)
+            if deferral.interrupts:
+                _wake_main_thread(deferral)
         elif number != signal.SIGHUP:
             end_now(deferral.received or number, "at once; what was saved before is untouched.")
+
+
+def _wake_main_thread(deferral: Deferral) -> None:
+    """Wakes the main thread until it has left the block.
+
+    A signal that comes after readline has printed its prompt and before it waits for a key is else handled at the next key.
+    """
+    main = threading.main_thread().ident
+    while main and _deferral is deferral:
+        signal.pthread_kill(main, WAKE)
+        time.sleep(WAKE_EVERY)
 
 
 def _print_answer(deferral: Deferral) -> None:

@@ -64,9 +64,12 @@ def test_memory_stays_within_the_plan(text, tmp_path):
     words = typed("train", "nano", "--data", text, "--tokenizer", "bytes", "--out-dir", folder, "--scan", "--save-every", 2)
     words += map(str, ("--batch", 4, "--context", 256, "--steps", 10**6, "--eval-every", 10**6, "--log-every", 1))
     with printed.open("w") as file, subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file) as process:
-        while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 5:
-            assert process.poll() is None, printed.read_text()
-            time.sleep(0.1)
+        for lines in (1, 5):
+            while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < lines:
+                assert process.poll() is None, printed.read_text()
+                time.sleep(0.1)
+            if lines == 1:  # compiling may have taken more, which promise T14 measures
+                Path(f"/proc/{process.pid}/clear_refs").write_text("5")
         status = Path(f"/proc/{process.pid}/status").read_text()
         process.kill()
     planned = re.search(r"([\d.]+) ([MG])B in all with Python", " ".join(printed.read_text().split()))
