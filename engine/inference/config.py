@@ -36,8 +36,8 @@ class EngineConfig:
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of
-    the default size. speculate: whether a lone sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail: of
-    a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the
+    the default size. speculate: whether a single sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail:
+    of a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the
     longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. Raises UserError.
     """
 
@@ -78,7 +78,7 @@ class EngineConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of the decoding program. In one slot they share it: a lone sequence checks draft tokens without a copy."""
+        """Rows of the decoding program. In one slot they share it: a single sequence checks draft tokens without a copy."""
         return max(self.slots, MIN_ROWS)
 
     @property

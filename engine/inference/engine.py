@@ -30,7 +30,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
-MAX_TAILS = 2  # computed after a cached beginning to complete its chunk: more take longer than the whole chunk
+MAX_TAILS = 2  # computed after a cached prefix to complete its chunk: more take longer than the whole chunk
 IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
 
 
@@ -50,7 +50,7 @@ class Engine:
         self.config = dataclasses.replace(config, capacity=capacity)
         self.scheduler = Scheduler(config.slots, config.speculate, config.rows)
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
-        self.tails_agree = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
+        self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once
         self.used_slots: set[int] = set()  # that may hold another text
         self.runner = ModelRunner(cfg, params, self.config)
@@ -90,27 +90,27 @@ class Engine:
         """Bytes of the KV cache, in use or not."""
         return self.runner.cache_bytes
 
-    def submit(self, request: Request, ticket: int = 0) -> int:
-        """Queues a request and returns its id. Slots go to the lowest ticket, among equal ones to the first that came.
+    def submit(self, request: Request, priority: int = 0) -> int:
+        """Queues a request and returns its id. Slots go to the lowest priority, among equal ones to the first that came.
 
         Raises InvalidField when the request cannot be served to its end.
         """
         check_request(request, self.cfg.vocab, self.capacity)
-        return self.scheduler.submit(request, ticket).id
+        return self.scheduler.submit(request, priority).id
 
-    def place(self, ticket: int) -> int:
-        """Returns the place in the queue of the requests with this ticket: 1 is served next, 0 when none waits for a slot.
+    def queue_position(self, priority: int) -> int:
+        """Returns the position in the queue of the requests with this priority: 1 is served next, 0 when none waits for a slot.
 
-        Those in `held_tickets` wait for something else.
+        Those in `held_priorities` wait for something else.
         """
-        waiting = {sequence.ticket for sequence in tuple(self.scheduler.waiting)} - self.held_tickets
-        return sum(other <= ticket for other in waiting) if ticket in waiting else 0
+        waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)} - self.held_priorities
+        return sum(other <= priority for other in waiting) if priority in waiting else 0
 
     @property
-    def held_tickets(self) -> set[int]:
-        """Tickets of requests that wait for the programs for longer texts, see `warm`."""
+    def held_priorities(self) -> set[int]:
+        """Priorities of requests that wait for the programs for longer texts, see `warm`."""
         scheduler = self.scheduler
-        return {sequence.ticket for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
+        return {sequence.priority for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
 
     def cancel(self, id: int) -> bool:
         """Drops a request, without an event. False when there is none of that id."""
@@ -129,7 +129,7 @@ class Engine:
             request = sequence.request
             sequence.prefix_key = root_key(request.namespace)
             if sequence.slot not in self.used_slots:
-                sequence.clean_positions = self.runner.segments.edges[-1]
+                sequence.cleared_positions = self.runner.segments.edges[-1]
             self.used_slots.add(sequence.slot)
             if request.sampling.adjusts_logits:
                 self.runner.set_counts(sequence.slot, request.prompt, request.sampling.logit_bias)
@@ -148,7 +148,7 @@ class Engine:
         *,
         long_programs: bool = True,
     ) -> None:
-        """Compiles every program and runs each once with no row in use; then nothing is compiled any more. Sets `tails_agree`.
+        """Compiles every program and runs each once with no row in use; nothing is compiled after that. Sets `tails_are_exact`.
 
         `ahead` and `report`, of the programs for short texts, as `ModelRunner.warm` has them. Those for longer ones can be left
         to `load_long_programs`: texts that get so long are held until then, without a slot if others want it. Raises
@@ -159,7 +159,7 @@ class Engine:
         has_tails = self.prefix_cache.limit > 0 and self.config.chunk % self.config.tail == 0
         self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
         with jax.set_mesh(self.runner.mesh):
-            self.tails_agree = has_tails and self._compare_tails()
+            self.tails_are_exact = has_tails and self._compare_tails()
         if long_programs:
             self.load_long_programs()
         else:
@@ -183,14 +183,14 @@ class Engine:
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(computed)])
         return results[0] == results[1]
 
-    def _clean(self, sequence: Sequence, stop: int) -> bool:
+    def _clear(self, sequence: Sequence, stop: int) -> bool:
         """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it.
 
         Returns whether there was anything to clear.
         """
-        if min(stop, self.runner.positions) <= sequence.clean_positions:
+        if min(stop, self.runner.positions) <= sequence.cleared_positions:
             return False
-        sequence.clean_positions = self.runner.clear(sequence.slot, sequence.clean_positions, stop, sequence.reach)
+        sequence.cleared_positions = self.runner.clear(sequence.slot, sequence.cleared_positions, stop, sequence.max_positions)
         return True
 
     def _prefill(self, sequence: Sequence) -> None:
@@ -198,7 +198,7 @@ class Engine:
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.config.chunk)
             stop = sequence.prefilled_tokens - done + self.config.chunk
-            self._clean(sequence, stop)
+            self._clear(sequence, stop)
             cached = 0 if done else self._copy_cached(sequence, tokens, stop)
             count = cached or self._compute(sequence, tokens, done, stop)
             if done + count == len(tokens):
@@ -210,11 +210,11 @@ class Engine:
                 return
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
-        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns how many tokens that are.
+        """Copies the next chunk of a prompt, or the beginning of one, from the prefix cache; returns how many tokens that are.
 
         `stop`: where the chunk ends, here and below.
         """
-        for count in (len(tokens), *self._beginnings(tokens)[:MAX_TAILS]):
+        for count in (len(tokens), *self._prefix_lengths(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
                 self.runner.write(chunk, sequence.slot, sequence.prefilled_tokens, count, stop)
@@ -236,7 +236,7 @@ class Engine:
         start = stop - self.config.chunk
         size = self.config.tail if len(tokens) <= self.config.tail else self.config.chunk
         chunk = self.runner.read(sequence.slot, start, size, stop)
-        counts: Iterable[int] = self._beginnings(tokens)
+        counts: Iterable[int] = self._prefix_lengths(tokens)
         # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
         last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
         if not all(np.isfinite(part).all() for part in last):
@@ -244,19 +244,20 @@ class Engine:
         keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *counts)]
         self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
 
-    def _beginnings(self, tokens: tuple[int, ...]) -> range:
+    def _prefix_lengths(self, tokens: tuple[int, ...]) -> range:
         """Returns the counts of a chunk's first tokens after which tails may follow, the most first."""
-        return range((len(tokens) - 1) // self.config.tail * self.config.tail if self.tails_agree else 0, 0, -self.config.tail)
+        tail = self.config.tail
+        return range((len(tokens) - 1) // tail * tail if self.tails_are_exact else 0, 0, -tail)
 
     def _decode(self, batch: Decode) -> list[Event]:
         """Decodes a batch in one dispatch."""
-        lone = batch.sequences[0]
-        were_cleared = [self._clean(row.sequence, row.position + batch.steps) for row in batch.rows]
+        first = batch.sequences[0]
+        were_cleared = [self._clear(row.sequence, row.position + batch.steps) for row in batch.rows]
         stop = max(row.position for row in batch.rows) + batch.steps
         if batch.copies and (batch.copies_are_new or any(were_cleared)):
-            stop = max(stop, lone.clean_positions)
+            stop = max(stop, first.cleared_positions)
             self.used_slots.update(batch.copies)
-            self.runner.copy(lone.slot, batch.copies, stop, lone.reach)
+            self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
         token: Any = np.zeros(self.config.rows, np.int32)
         position: Any = np.full(self.config.rows, -1, np.int32)
         sampling = [IDLE] * self.config.rows
@@ -273,16 +274,16 @@ class Engine:
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
         """Appends to a sequence the tokens sampled for it, as far as they count."""
         rows = [row.row for row in batch.rows if row.sequence is sequence]
-        places = [(step, row) for row in rows for step in range(batch.steps)]
-        values = (int(sampled.token[place]) if sampled.finite[place] else None for place in places)
+        samples = [(step, row) for row in rows for step in range(batch.steps)]
+        values = (int(sampled.token[at]) if sampled.finite[at] else None for at in samples)
         tokens, reason = sequence.accept(values, batch.drafts)
         repeated = min(len(tokens), sequence.to_repeat)
         sequence.to_repeat -= repeated
         count = sequence.request.sampling.logprobs
         logprobs = []
-        for place in places[repeated : len(tokens)] if count is not None else ():
-            top = (array[place][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
-            logprobs.append(LogProb(int(sampled.token[place]), float(sampled.logprob[place]), tuple(zip(*top))))
+        for at in samples[repeated : len(tokens)] if count is not None else ():
+            top = (array[at][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
+            logprobs.append(LogProb(int(sampled.token[at]), float(sampled.logprob[at]), tuple(zip(*top))))
         if reason:
             self.scheduler.finish(sequence)
         return Event(sequence.id, tokens[repeated:], reason, logprobs, sequence.cached_tokens, sequence.stop_token)

@@ -30,37 +30,37 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        # chunk, its bytes, its parent's key, the keys of its beginnings
+        # chunk, its bytes, its parent's key, the keys of its prefixes
         self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None, Sequence[bytes]]] = OrderedDict()
-        self._beginnings: dict[bytes, bytes] = {}  # key of a beginning -> key of the last chunk put that begins so
+        self._prefixes: dict[bytes, bytes] = {}  # key of a prefix -> key of the last chunk put that begins so
 
     def get(self, key: bytes) -> Any | None:
-        """Returns the chunk, or one of which this is a beginning, or None. It and those before it count as used now."""
+        """Returns the chunk, or one of which this is a prefix, or None. It and those before it count as used now."""
         if key not in self._chunks:
-            if key not in self._beginnings:
+            if key not in self._prefixes:
                 return None
-            key = self._beginnings[key]
+            key = self._prefixes[key]
         used: bytes | None = key
         while used is not None:
             self._chunks.move_to_end(used)
             used = self._chunks[used][2]
         return self._chunks[key][0]
 
-    def put(self, key: bytes, chunk: Any, parent: bytes | None, beginnings: Sequence[bytes] = ()) -> None:
+    def put(self, key: bytes, chunk: Any, parent: bytes | None, prefixes: Sequence[bytes] = ()) -> None:
         """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops others to fit.
 
-        It is found by `beginnings` too: the keys of some of its first tokens.
+        It is found by `prefixes` too: the keys of some of its first tokens.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
         if key in self._chunks or size > self.limit or (parent is not None and parent not in self._chunks):
             return
-        self._chunks[key] = (chunk, size, parent, beginnings)
-        self._beginnings |= dict.fromkeys(beginnings, key)
+        self._chunks[key] = (chunk, size, parent, prefixes)
+        self._prefixes |= dict.fromkeys(prefixes, key)
         self.bytes += size
         self.get(key)
         while self.bytes > self.limit:
-            dropped, (_, size, _, beginnings) = self._chunks.popitem(last=False)
+            dropped, (_, size, _, prefixes) = self._chunks.popitem(last=False)
             self.bytes -= size
-            for beginning in beginnings:
-                if self._beginnings.get(beginning) == dropped:  # else another chunk's, which may be gone
-                    del self._beginnings[beginning]
+            for prefix in prefixes:
+                if self._prefixes.get(prefix) == dropped:  # else another chunk's, which may be gone
+                    del self._prefixes[prefix]

@@ -207,7 +207,7 @@ def make_rows(position: Any, slots: int, draft_writes: Iterable[tuple[int, int]]
     """Makes the CacheRows of R rows at position (R,) int32, row r of slot r, or all of one slot.
 
     Row r is written to its slot, and each (row, slot) of `draft_writes`, of speculative decoding, too: there is room for a
-    lone sequence's rows in the slots of all its copies.
+    single sequence's rows in the slots of all its copies.
     """
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, slots, np.int32)
@@ -264,20 +264,20 @@ class ModelRunner:
         """Returns the chunk of `size` positions of a slot, from position `start` on; all lie below `stop`."""
         return read_chunk(self.segments_below(stop), np.int32(slot), np.int32(start), size)
 
-    def clear(self, slot: int, start: int, stop: int, reach: int) -> int:
-        """Clears a slot's segments from `start` on that a call on positions below `stop` gets, if they begin below `reach`.
+    def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
+        """Clears a slot's segments from `start` on that a call below `stop` gets, if they begin below `max_positions`.
 
         Returns where the call's segments end.
         """
         segments = self.segments_below(stop)
-        self.store(clear_slot(segments, np.int32(slot), np.int32(start), np.int32(reach)))
+        self.store(clear_slot(segments, np.int32(slot), np.int32(start), np.int32(max_positions)))
         return segments.edges[-1]
 
-    def copy(self, slot: int, targets: Sequence[int], stop: int, reach: int) -> None:
-        """Copies a slot's segments below `reach` to at most DRAFT_ROWS others, as far as a call below `stop` gets them."""
+    def copy(self, slot: int, targets: Sequence[int], stop: int, max_positions: int) -> None:
+        """Copies the segments below `max_positions` that a call below `stop` gets, from a slot to at most DRAFT_ROWS others."""
         segments = self.segments_below(stop)
         padded = np.array([*targets, *[segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
-        self.store(copy_slot(segments, np.int32(slot), padded, np.int32(reach)))
+        self.store(copy_slot(segments, np.int32(slot), padded, np.int32(max_positions)))
 
     def set_counts(self, slot: int, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
         """Begins a slot's token counts and logit bias with those of a prompt."""

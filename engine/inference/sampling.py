@@ -159,15 +159,15 @@ def _largest(x: Array, weights: Array, goal: Array) -> Array:
 def _pick(weights: Array, u: Array, otherwise: Array) -> Array:
     """weights (B, V), u (B,) in [0, 1) -> (B,) int32: the token in whose share of the sum u lies.
 
-    Where a float32 sum ends a hair short of u's place it is `otherwise` (B,).
+    Where a float32 sum ends a hair short of the target it is `otherwise` (B,).
     """
     B, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
     edges = jnp.cumsum(blocks.sum(-1), axis=-1)
-    place = u * edges[:, -1]
-    block = jnp.minimum(jnp.sum(edges <= place[:, None], axis=-1), edges.shape[-1] - 1)
+    target = u * edges[:, -1]
+    block = jnp.minimum(jnp.sum(edges <= target[:, None], axis=-1), edges.shape[-1] - 1)
     before = jnp.where(block > 0, jnp.take_along_axis(edges, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
     inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    within = jnp.minimum(jnp.sum(jnp.cumsum(inner, axis=-1) <= (place - before)[:, None], axis=-1), BLOCK - 1)
+    within = jnp.minimum(jnp.sum(jnp.cumsum(inner, axis=-1) <= (target - before)[:, None], axis=-1), BLOCK - 1)
     weight = jnp.take_along_axis(inner, within[:, None], axis=-1)[:, 0]
     return jnp.where(weight > 0, block * BLOCK + within, otherwise).astype(jnp.int32)

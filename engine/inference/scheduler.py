@@ -14,9 +14,9 @@ from engine.inference.sequence import STEPS, Sequence
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-STEPS_BETWEEN_DRAFTS = 2  # of a dispatch of a lone sequence that has no draft here, and may have one soon
+STEPS_BETWEEN_DRAFTS = 2  # of a dispatch of a single sequence that has no draft here, and may have one soon
 OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
-DRAFT_ROWS = 3  # rows, beside its own, in which a lone sequence may check draft tokens
+DRAFT_ROWS = 3  # rows, beside its own, in which a single sequence may check draft tokens
 
 
 class Prefill(NamedTuple):
@@ -37,7 +37,7 @@ class DecodeRow(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    With `drafts` it is a single step of a lone sequence, in which each row of a copy samples after one draft token.
+    With `drafts` it is a single step of a single sequence, in which each row of a copy samples after one draft token.
     `copies` are slots that hold its text as well, `copies_are_new` if it must be copied there first.
     """
 
@@ -54,7 +54,7 @@ class Decode(NamedTuple):
 
     @property
     def draft_writes(self) -> list[tuple[int, int]]:
-        """(row, slot) of each write beside the rows' own, so that a lone sequence and its copies hold the same text."""
+        """(row, slot) of each write beside the rows' own, so that a single sequence and its copies hold the same text."""
         slots = [self.rows[0].row, *self.copies]
         return [(row.row, slot) for row in self.rows for slot in slots if self.copies and slot != row.row]
 
@@ -87,10 +87,10 @@ class Scheduler:
         """Whether `admit` or `schedule` has anything to do: not while every sequence is held."""
         return bool(self.prefilling or self._next_waiting()) or not all(map(self.is_held, self.decoding))
 
-    def submit(self, request: Request, ticket: int = 0) -> Sequence:
-        """Queues a request behind those of the same or a lower ticket."""
+    def submit(self, request: Request, priority: int = 0) -> Sequence:
+        """Queues a request behind those of the same or a lower priority."""
         self._submitted += 1
-        sequence = Sequence(self._submitted, request, ticket)
+        sequence = Sequence(self._submitted, request, priority)
         bisect.insort(self.waiting, sequence, key=lambda other: other.order)
         return sequence
 
@@ -181,7 +181,7 @@ class Scheduler:
         return next((sequence for sequence in self.waiting if not self.is_held(sequence)), None)
 
     def _draft_tokens(self) -> list[int] | None:
-        """Returns draft tokens for a lone sequence, at most as many as rows are free to check them; None when it has none to
+        """Returns draft tokens for a single sequence, at most as many as rows are free to check them; None when it has none to
         expect: it is not alone, or checking them has not paid lately."""
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self._next_waiting():
             return None

@@ -11,23 +11,23 @@ STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request, its ticket (the lowest is served first), its slot (-1 while it waits for one), the number of its prompt's
+    """A request, its priority (the lowest is served first), its slot (-1 while it waits for one), the number of its prompt's
     prefilled tokens, and its output so far.
 
-    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `clean_positions`
-    of its slot, from the first on, hold nothing of another text. `drafter` is made when draft tokens are first asked for.
+    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. The first
+    `cleared_positions` of its slot hold nothing of another text. `drafter` is made when draft tokens are first asked for.
     `to_repeat`: tokens of the output that it had sent before it lost its slot, and has to generate again.
     `stop_token`: the one that ended it.
     """
 
     id: int
     request: Request
-    ticket: int = 0
+    priority: int = 0
     slot: int = -1
     prefilled_tokens: int = 0
     cached_tokens: int = 0
     prefix_key: bytes = b""
-    clean_positions: int = 0
+    cleared_positions: int = 0
     output_tokens: list[int] = dataclasses.field(default_factory=list)
     drafter: Drafter | None = None
     to_repeat: int = 0
@@ -36,7 +36,7 @@ class Sequence:
     @property
     def order(self) -> tuple[int, int]:
         """Its rank in the queue: the lowest is served first."""
-        return self.ticket, self.id
+        return self.priority, self.id
 
     @property
     def length(self) -> int:
@@ -55,7 +55,7 @@ class Sequence:
 
     @property
     def position(self) -> int:
-        """The place of `last_token`, where the next decoding step writes."""
+        """The position of `last_token`, where the next decoding step writes."""
         return len(self.request.prompt) - 1 + len(self.output_tokens)
 
     @property
@@ -63,14 +63,14 @@ class Sequence:
         return self.request.sampling.max_tokens - len(self.output_tokens)
 
     @property
-    def reach(self) -> int:
+    def max_positions(self) -> int:
         """The most positions of its slot that may be written, by the last dispatch's surplus too."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
     def restart(self) -> None:
         """Gives its slot up. In another one it computes its text again, which has the same bits."""
         self.to_repeat += len(self.output_tokens)
-        self.slot, self.prefilled_tokens, self.cached_tokens, self.clean_positions = -1, 0, 0, 0
+        self.slot, self.prefilled_tokens, self.cached_tokens, self.cleared_positions = -1, 0, 0, 0
         self.output_tokens, self.drafter = [], None
 
     def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
@@ -82,7 +82,7 @@ class Sequence:
     def draft_tokens(self, count: int) -> list[int] | None:
         """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately."""
         self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
-        return self.drafter.draft(count) or ([] if self.drafter.pays else None)
+        return self.drafter.draft(count) or ([] if self.drafter.is_worthwhile else None)
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
@@ -92,7 +92,7 @@ class Sequence:
         """
         sampled, accepted = list(sampled), []
         reason: FinishReason | None = None
-        for place, token in enumerate(sampled):
+        for index, token in enumerate(sampled):
             if token is None or token in self.request.sampling.stop_token_ids:
                 reason, self.stop_token = "error" if token is None else "stop", token
                 break
@@ -100,7 +100,7 @@ class Sequence:
             if len(accepted) == self.remaining:
                 reason = "length"
                 break
-            if drafts and drafts[place : place + 1] != [token]:
+            if drafts and drafts[index : index + 1] != [token]:
                 break
         if self.drafter:
             self.drafter.extend(accepted)

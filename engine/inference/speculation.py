@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # How often the token that followed the last 1, 2, ... tokens of a text follows again: where measuring begins.
 CHANCES = (0.1, 0.35, 0.5, 0.6)
 MIN_CHANCE = 0.15  # that a draft token and those before it are right, for checking it to pay: what a row adds to a step
-MIN_SHARE = 0.12  # of places whose first draft token is right, for looking again soon to pay
+MIN_SHARE = 0.12  # of positions whose first draft token is right, for looking again soon to pay
 DECAY = 0.95  # weight of the past in what is measured
 
 
@@ -19,7 +19,7 @@ class Drafter:
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the place after them, the last time
+        self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the position after them, the last time
         self._measured = [[2.0, 2.0] for _ in CHANCES]  # for each length: tokens right, and expected to be
         self._share = 2 * MIN_SHARE
         for token in text:
@@ -49,7 +49,7 @@ class Drafter:
         return drafts
 
     @property
-    def pays(self) -> bool:
+    def is_worthwhile(self) -> bool:
         """Whether draft tokens have been right so often lately that it pays to look for more after a step or two."""
         return self._share >= MIN_SHARE
 

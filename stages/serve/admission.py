@@ -1,4 +1,4 @@
-"""Admission control: replies 429 when slots and queue are full, and holds places for who comes again as it was told."""
+"""Admission control: replies 429 when slots and queue are full, and holds places for clients that come again in time."""
 
 import itertools
 from typing import NamedTuple
@@ -31,8 +31,8 @@ class Admission:
 
     A request takes one place, however many completions it asks for: a large one is let in as easily as a small one. Refused
     requests stand in line, in the order of their first refusal, and places are held for the first of them: half the queue's,
-    so that slots are never empty for it; none without a queue. Also counts the bytes of all request bodies
-    that are not decoded yet.
+    so that slots are never empty for it; none without a queue. Also counts the bytes of all request bodies whose text has not
+    become tokens yet.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
@@ -41,7 +41,7 @@ class Admission:
         self._refused: dict[Sender, Refusal] = {}
         self.draining = False
         self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
-        self._tickets = itertools.count(1)
+        self._priorities = itertools.count(1)
         self._seconds = 1.0 / slots  # between the ends of two requests, as a moving average
 
     def check_open(self) -> None:
@@ -75,11 +75,11 @@ class Admission:
         raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
     def reserve(self, sender: Sender, now: float) -> int:
-        """Takes a place, until `release`. Returns its ticket: the lowest is served first. Raises ApiError as `check`."""
+        """Takes a place, until `release`. Returns its priority: the lowest is served first. Raises ApiError as `check`."""
         own = self.check(sender, now)
         self._refused.pop(own, None)
         self.reserved += 1
-        return next(self._tickets)
+        return next(self._priorities)
 
     def release(self) -> None:
         """Frees the place of a request."""
@@ -95,10 +95,10 @@ class Admission:
     def add_bytes(self, count: int) -> None:
         """Adds received bytes to `body_bytes`, until `remove_bytes`. Raises ApiError, and adds none, for too many."""
         if self.body_bytes + count > self.max_body_bytes:
-            message = f"Bodies of {self.body_bytes:,} bytes are coming in, and no more are taken in at once. Try again in 1 s."
+            message = f"Bodies of {self.body_bytes:,} bytes are being read, and no more are taken in at once. Try again in 1 s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
         self.body_bytes += count
 
     def remove_bytes(self, count: int) -> None:
-        """Takes decoded or abandoned bytes off `body_bytes`."""
+        """Takes bytes off `body_bytes` again."""
         self.body_bytes -= count

@@ -44,7 +44,6 @@ class EngineThread:
         self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._failure: Exception | None = None  # of the thread that prepares for longer texts
 
     @property
     def compiles_after_ready(self) -> int:
@@ -71,20 +70,20 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
-    def submit(self, request: Request, ticket: int, listener: Listener) -> "Handle":
-        """Submits a request that passes `check_request`. `ticket`: as of `Engine.submit`.
+    def submit(self, request: Request, priority: int, listener: Listener) -> "Handle":
+        """Submits a request that passes `check_request`. `priority`: as of `Engine.submit`.
 
         `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
         """
         handle = Handle(self)
-        self._work.put(lambda: self._receive(handle, request, ticket, listener))
+        self._work.put(lambda: self._receive(handle, request, priority, listener))
         return handle
 
-    def _receive(self, handle: "Handle", request: Request, ticket: int, listener: Listener) -> None:
+    def _receive(self, handle: "Handle", request: Request, priority: int, listener: Listener) -> None:
         if self.error:
             self._post(listener, Event(handle.id, [], "error"))
             return
-        handle.id = self.engine.submit(request, ticket)
+        handle.id = self.engine.submit(request, priority)
         self._listeners[handle.id] = listener
 
     def cancel(self, handle: "Handle") -> None:
@@ -108,11 +107,8 @@ class EngineThread:
             self.engine.warm(*warm_arguments, long_programs=False)
             self.ready, self.last_tick = True, time.monotonic()
             self._post(on_change)
-            compiling = threading.Thread(target=self._compile_long_programs, daemon=True, name="long programs")
-            compiling.start()
+            threading.Thread(target=self._compile_long_programs, daemon=True, name="long programs").start()
             while not self._stopping:
-                if not (self.has_long_programs or compiling.is_alive()):
-                    self._load_long_programs()
                 self._take_work()
                 self.last_tick = time.monotonic()
                 self.kv_cache_usage = self.engine.used_positions / (self.engine.config.slots * self.capacity)
@@ -126,14 +122,11 @@ class EngineThread:
                 self._work.get()()
 
     def _compile_long_programs(self) -> None:
-        try:
+        with contextlib.suppress(Exception):  # loading tries again, and raises
             self.engine.runner.compile_long_programs()
-        except Exception as error:
-            self._failure = error
+        self._work.put(self._load_long_programs)
 
     def _load_long_programs(self) -> None:
-        if self._failure:
-            raise self._failure
         self.engine.load_long_programs()
         self._compiles.reset()
         self.has_long_programs = True

@@ -1,4 +1,4 @@
-"""API errors: an HTTP status and OpenAI's error object, which names the field."""
+"""API errors: an HTTP status and OpenAI's error object, which names the field; errors of the server itself, in sentences."""
 
 import sys
 import traceback
@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 import msgspec
 from starlette.responses import Response
+
+from engine.errors import UserError
+
+REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error",
@@ -50,3 +54,10 @@ def internal_error(error: BaseException) -> ApiError:
     """Returns the 500 for an error of the server's own, and prints its traceback to the server's log."""
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
+
+
+def explain(error: BaseException) -> BaseException:
+    """Returns a UserError when memory ran out, else the error."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return UserError(f"There is not enough memory for so many slots; {REMEDY}")
+    return error

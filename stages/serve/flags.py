@@ -58,7 +58,7 @@ class ServeFlags:
     slots: Annotated[int, parser(integer(1, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
-    """Requests that may wait; more get a 429 with the time to try again. Half of these places are held for who keeps to it."""
+    """Requests that may wait; more get a 429 with the time to try again. Half the places are kept for clients that heed it."""
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")] = None
     """Tokens of prompt and completion together."""
     weights: Annotated[str | None, one_of(*DTYPES), default("int8 on a CPU, else bfloat16")] = None
@@ -68,7 +68,7 @@ class ServeFlags:
     prefix_cache: Annotated[int | None, parser(integer(0), "MB"), default("as a slot takes, and at least 64")] = None
     """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""
     no_speculative_decoding: Annotated[bool, default("off")] = False
-    """No speculative decoding for a lone request. Draft tokens change how fast a completion comes, never its tokens."""
+    """No speculative decoding for a single request. Draft tokens change how fast a completion comes, never its tokens."""
     mesh: MeshFlag = None
     price: Annotated[float | None, parser(number(0), "X"), default("unknown")] = None
     """The price of this machine, in dollars an hour; the page shows what a conversation costs."""

@@ -1,39 +1,38 @@
-"""Runs the server from its flags: binds the address, loads the model, then answers clients."""
+"""Runs one server from its flags to its end: binds, loads, answers, drains at a signal, checks that no weight changed."""
 
 import asyncio
-import contextlib
 import gc
 import importlib.metadata
 import os
+import socket
 import sys
-from collections.abc import Iterator
-from typing import Any
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp
 
 from engine.device import start_jax
 from engine.errors import UserError
+from engine.format import duration
 from stages.cli import signals
 from stages.cli.console import Console
+from stages.cli.process import process_start
 from stages.serve import server
 from stages.serve.api.guard import HOST, LOCAL_HOSTS
+from stages.serve.errors import explain
 from stages.serve.flags import ServeFlags
 
+if TYPE_CHECKING:
+    from stages.serve.engine_thread import EngineThread
+    from stages.serve.load import CompileAhead
+    from stages.serve.state import ServerState
 
-@contextlib.contextmanager
-def _quick_threads() -> Iterator[None]:
-    """Within the block, threads take turns sooner, for weights are read beside compilation. What they made then stays:
-    garbage is looked for among the objects of requests alone."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        gc.freeze()
-        gc.set_threshold(2_000)  # as Python has it
+REPORT_SECONDS = 0.25  # between looks at a text that waits for its programs
 
 
 def run(flags: ServeFlags) -> int:
-    """Serves until a signal; returns what `lifecycle.serve` does. Raises UserError."""
+    """Serves until a signal; returns what `serve` does. Raises UserError."""
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
     local = server.is_local(flags.host)
     if not keys and not local:
@@ -47,28 +46,29 @@ def run(flags: ServeFlags) -> int:
     with server.bind(flags.host, flags.port) as sock, Console() as console:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
-        with _quick_threads():
-            device = start_jax(flags.device, one_arena=False)
-            # Imports of JAX come after its start.
-            import jax
+        sys.setswitchinterval(0.0005)  # weights are read beside compilation, and later requests beside the engine's steps
+        device = start_jax(flags.device, one_arena=False)
+        # Imports of JAX come after its start.
+        import jax
 
-            from engine.inference.config import EngineConfig, default_weights
-            from engine.mesh.layout import make_inference_mesh
-            from stages.serve.api.app import make_app
-            from stages.serve.lifecycle import serve
-            from stages.serve.state import load_state
+        from engine.inference.config import EngineConfig, default_weights
+        from engine.mesh.layout import make_inference_mesh
+        from stages.serve.api.app import make_app
+        from stages.serve.load import load_state
 
-            weights: Any = flags.weights or default_weights(device.backend)
-            kv_dtype: Any = flags.keys_values
-            prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
-            engine_config = EngineConfig(
-                flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding
-            )
-            with jax.set_mesh(make_inference_mesh(flags.mesh)):
-                state, ahead = load_state(
-                    flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
-                    name=flags.name, queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
-                )  # fmt: skip
+        weights: Any = flags.weights or default_weights(device.backend)
+        kv_dtype: Any = flags.keys_values
+        prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
+        engine_config = EngineConfig(
+            flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding
+        )
+        with jax.set_mesh(make_inference_mesh(flags.mesh)):
+            state, ahead = load_state(
+                flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
+                name=flags.name, queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
+            )  # fmt: skip
+        gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
+        gc.set_threshold(2_000)  # as Python has it
         if hosts is not None:
             hosts |= {f"[{address}]" if ":" in address else address}
         app = make_app(state, keys, hosts, frozenset(flags.allow_origin), importlib.metadata.version("thrice"), flags.log)
@@ -87,3 +87,79 @@ def _ready(host: str, port: int, keys: int) -> str:
 
 def _split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+async def serve(
+    state: "ServerState", app: ASGIApp, sock: socket.socket, console: Console, ahead: "CompileAhead", ready: str
+) -> int:
+    """Serves on the socket until a signal, then until every request under way has its reply, without a time limit.
+
+    Prints `ready` when clients can be answered. `ahead`: the compilation under way. A second signal ends it at once.
+    Returns 0 when every request had its reply, 1 when the engine failed or a weight changed.
+    """
+    loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
+    server.listen(sock)
+    http = server.make_server(app)
+    serving = asyncio.create_task(http.serve([sock]))
+    await start_engine(state, ahead, changed, console)
+    if not engine.error:  # the engine sets it again when it fails
+        changed.clear()
+
+    async def drain() -> None:
+        state.admission.draining = True
+        while state.admission.reserved and not engine.error:
+            await asyncio.sleep(0.01)
+        http.should_exit = True
+
+    def on_signal(sentence: str) -> None:
+        asyncio.run_coroutine_threadsafe(drain(), loop)  # first: printing fails where nobody reads on
+        console.print(f"{sentence} Requests under way: {state.admission.reserved}.")
+
+    console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
+    with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):
+        failing = asyncio.create_task(changed.wait())
+        reporting = asyncio.create_task(report_long_programs(engine, console))
+        await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
+        http.should_exit = True
+        await serving
+        failing.cancel()
+        reporting.cancel()
+        engine.stop()
+        now = await state.hash_weights()
+        same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
+        console.print(
+            f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
+            f"{engine.compiles_after_ready} programs compiled since all were there."
+        )
+        if engine.error and isinstance(error := explain(engine.error), UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif engine.error:
+            traceback.print_exception(engine.error, file=sys.stderr)
+        return int(bool(engine.error) or now != state.digest)
+
+
+async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asyncio.Event, console: Console) -> None:
+    """Starts the engine and waits until its programs for short texts have run once. Raises the error that ended it.
+
+    `changed` is set when the engine is ready, and again should it fail.
+    """
+    with console.task("compiling", always=True) as report:
+        state.engine.start(changed.set, report, ahead)
+        await changed.wait()
+    if error := state.engine.error:
+        await asyncio.to_thread(ahead.stop)
+        raise explain(error)
+
+
+async def report_long_programs(engine: "EngineThread", console: Console) -> None:
+    """Prints that a text waits for the programs for longer texts, once, and when these are there."""
+    runner, is_reported = engine.engine.runner, False
+    if runner.limit >= runner.positions:
+        return
+    while not engine.has_long_programs:
+        if engine.engine.held_priorities and not is_reported:
+            is_reported = True
+            console.print(f"A text of more than {runner.limit} tokens waits: its programs are still being compiled.")
+        await asyncio.sleep(REPORT_SECONDS)
+    since = duration(time.perf_counter() - process_start())
+    console.print(f"The programs for texts of more than {runner.limit} tokens are there too, after {since}.")

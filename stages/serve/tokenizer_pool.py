@@ -14,57 +14,32 @@ from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 
-SHORT_CHARACTERS = 16_384  # more go to the worker for long texts
-MAX_WAITING = 64  # texts for each worker
+SHORT_CHARACTERS = 16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
 COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
-
-
-class _Worker:
-    """A thread that tokenizes one text after the other, with a copy of `original` that is made on first use."""
-
-    def __init__(self, original: ChatTokenizer) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._original, self._waiting = original, 0
-
-    @functools.cached_property
-    def chat(self) -> ChatTokenizer:
-        return ChatTokenizer(self._original.tokenizer, self._original.source, self._original.now)
-
-    async def run[T](self, param: str, work: Callable[[], T]) -> T:
-        """Returns the result of `work`, run in the thread. A UserError becomes an ApiError about the field `param`."""
-        if self._waiting >= MAX_WAITING:
-            message = "Too many texts wait to become tokens."
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except UserError as error:
-            message = str(error)
-            raise ApiError(400, message[0].upper() + message[1:].rstrip(".") + ".", param=param) from None
-        finally:
-            self._waiting -= 1
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if "chat" in vars(self):
-            self.chat.close()
 
 
 class TokenizerPool:
     """A model's tokenizer and chat template on two workers. `capacity`: tokens of a slot."""
 
     def __init__(self, chat: ChatTokenizer, capacity: int) -> None:
-        self.tokenizer, self._capacity = chat.tokenizer, capacity
+        self.tokenizer, self._chat, self._capacity = chat.tokenizer, chat, capacity
         self.eot_ids = frozenset(chat.eot_ids)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
-        self._short, self._long = _Worker(chat), _Worker(chat)
-        self._short.chat = chat
+        self._short, self._long = (ThreadPoolExecutor(1, thread_name_prefix="tokenize") for _ in range(2))
+
+    @functools.cached_property
+    def _long_chat(self) -> ChatTokenizer:
+        """A copy for long texts, made on first use."""
+        return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
     async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Returns the tokens of each text, with the model's start tokens if `special`. Raises ApiError."""
         start = self.tokenizer.bos_ids if special else ()
-        encode = lambda: [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
-        return await self._worker(sum(map(len, texts))).run("prompt", encode)
+
+        def encode(_: ChatTokenizer) -> list[list[int]]:
+            return [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
+
+        return await self._run(sum(map(len, texts)), "prompt", encode)
 
     async def encode_chat(self, messages: Sequence[dict[str, str]], answer: str = "") -> list[int]:
         """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there. Raises ApiError."""
@@ -73,26 +48,36 @@ class TokenizerPool:
         # The template runs once, and twice more for each answer in the conversation.
         turns = 1 + sum(message["role"] == "assistant" for message in messages)
         size = turns * sum(len(message["content"]) for message in messages) + len(answer)
-        worker = self._worker(size)
 
-        def encode() -> list[int]:
+        def encode(chat: ChatTokenizer) -> list[int]:
             if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, self._capacity, "messages")
-            return worker.chat.prompt(messages, answer).tolist()
+            return chat.prompt(messages, answer).tolist()
 
-        return await worker.run("messages", encode)
+        return await self._run(size, "messages", encode)
 
     async def decode(self, tokens: list[int]) -> str:
-        return await self._worker(len(tokens)).run("tokens", lambda: self.tokenizer.decode(tokens))
+        return await self._run(len(tokens), "tokens", lambda _: self.tokenizer.decode(tokens))
 
     def close(self) -> None:
-        self._short.close()
-        self._long.close()
+        for thread in (self._short, self._long):
+            thread.shutdown(wait=False, cancel_futures=True)
+        self._chat.close()
+        if "_long_chat" in vars(self):
+            self._long_chat.close()
 
-    def _worker(self, size: int) -> _Worker:
-        return self._short if size <= SHORT_CHARACTERS else self._long
+    async def _run[T](self, size: int, param: str, work: Callable[[ChatTokenizer], T]) -> T:
+        """Returns the result of `work` on a text of that size. A UserError becomes an ApiError about the field `param`."""
+        run = asyncio.get_running_loop().run_in_executor
+        try:
+            if size <= SHORT_CHARACTERS:
+                return await run(self._short, work, self._chat)
+            return await run(self._long, lambda: work(self._long_chat))
+        except UserError as error:
+            message = str(error)
+            raise ApiError(400, message[0].upper() + message[1:].rstrip(".") + ".", param=param) from None
 
 
 def context_overflow(count: int, capacity: int, param: str) -> ApiError:

@@ -1,10 +1,8 @@
 """Engine: whatever requests come and go, whenever, each completion has the bits that it has alone."""
 
-from typing import Any
-
 import numpy as np
 import pytest
-from engine_requests import AS_SERVED, CAPACITY, REQUESTS, SLOTS, Log, complete_alone, make_engine, poison
+from engine_requests import AS_SERVED, CAPACITY, CHUNK, REQUESTS, SHORT, SLOTS, Log, complete_alone, make_engine, poison
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -15,7 +13,6 @@ from engine.errors import InvalidField
 from engine.inference.request import Request
 
 requests = st.sampled_from(REQUESTS)
-SPECULATION = ({"speculate": False}, {})
 
 
 class Company(RuleBasedStateMachine):
@@ -25,12 +22,15 @@ class Company(RuleBasedStateMachine):
     ids = Bundle("ids")
     dtype = "float32"
 
-    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), options=st.sampled_from(SPECULATION), holds=st.booleans())
-    def begin(self, cache: int, options: dict[str, Any], holds: bool) -> None:
-        self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, **options)
+    @initialize(
+        cache=st.sampled_from([0, 20_000, 10**6]), short=st.sampled_from([CHUNK, SHORT, CAPACITY]), speculate=st.booleans(),
+        holds=st.booleans(),
+    )  # fmt: skip
+    def begin(self, cache: int, short: int, speculate: bool, holds: bool) -> None:
+        self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, short=short, speculate=speculate)
         if holds:  # as `warm` does that leaves the programs for longer texts out
             self.engine.scheduler.limit = self.engine.runner.limit
-        self.engine.tails_agree = True  # as test_inference_engine finds
+        self.engine.tails_are_exact = True  # as test_inference_engine finds
         self.log, self.cancelled, self.were_held = Log(self.engine), set(), set()
 
     @rule(target=ids, request=requests)
@@ -82,7 +82,7 @@ class Company(RuleBasedStateMachine):
             return
         while self.engine.scheduler.has_step:
             self.log.step()
-        assert bool(self.engine.held_tickets) == self.engine.busy
+        assert bool(self.engine.held_priorities) == self.engine.busy
         self.engine.load_long_programs()
         self.log.drain()
         scheduler = self.engine.scheduler

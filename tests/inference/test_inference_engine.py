@@ -1,7 +1,5 @@
 """Engine: many requests at once, each as if it were alone, to the bit; and none overflows or stays behind."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -30,7 +28,6 @@ from engine.inference.engine import Engine
 from engine.inference.engine import complete as complete_all
 from engine.inference.prefix_cache import PrefixCache
 from engine.inference.request import Completion, Request, SamplingParams
-from engine.inference.runner import compile_ahead
 from engine.inference.sampling import sample, sampling_arrays
 from engine.inference.scheduler import Decode, Scheduler
 from engine.inference.sequence import STEPS
@@ -102,45 +99,6 @@ def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
         assert len(outputs) == 1
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("speculate", [False, True])
-def test_what_counts_as_a_short_text_changes_no_bit(dtype, speculate):
-    """Texts that begin short and grow beyond it, alone and beside others, with another's rubbish where they grow."""
-    requests = [request_of(REPEATING[:12], 45, temperature=0.0, logprobs=3), request_of(text(4, 3), 50, seed=9, logprobs=20)]
-    for short in (1, CHUNK, 2 * CHUNK, CAPACITY):
-        engine = make_engine(dtype, short=short, speculate=speculate)
-        engine.load_long_programs()
-        poison(engine, np.nan)
-        assert complete(engine, requests) == [complete_alone(dtype, request) for request in requests]
-        poison(engine, np.nan)
-        for request in requests:
-            assert complete(engine, [request]) == [complete_alone(dtype, request)]
-
-
-@EVERY_DTYPE
-def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
-    """Long prompts, and one with penalties that grows long, gives its only slot to a short text and is computed again."""
-    engine = make_engine(dtype, prefix_cache_bytes=10**6)
-    engine.warm(long_programs=False)
-    engine.scheduler.free = [2]
-    requests = [request_of(text(1, 50), 9, seed=3), request_of(text(1, 50), 9, seed=4)]
-    requests.append(request_of(text(4, 30), 20, seed=5, logprobs=3, presence_penalty=0.5, logit_bias={3: 2.0}))
-    requests.append(request_of(text(6, 5), 8, temperature=0.0))
-    log = Log(engine)
-    ids = [log.submit(request) for request in requests[:3]]
-    while engine.scheduler.has_step:
-        log.step()
-    assert (log.finished, engine.running, [len(log.events[id]) > 0 for id in ids]) == ({}, 1, [False, False, True])
-    ids.append(log.submit(requests[3]))
-    while engine.scheduler.has_step:
-        log.step()
-    assert (list(log.finished), engine.running, engine.waiting, engine.runner.has_long_programs) == (ids[3:], 0, 3, False)
-    engine.cancel(ids.pop(1)), requests.pop(1)
-    engine.load_long_programs()
-    log.drain()
-    assert [log.completion(id) for id in ids] == [complete_alone(dtype, request) for request in requests]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
     """A lone text reaches long segments with wrong drafts, loses its copies to others, and makes new ones as a short text."""
@@ -161,7 +119,7 @@ def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
     drafts_at[SHORT - 3] = 3, False
     while not engine.scheduler.decoding or engine.scheduler.decoding[0].position < SHORT - 2:
         log.step()
-    assert engine.scheduler.decoding[0].clean_positions > SHORT
+    assert engine.scheduler.decoding[0].cleared_positions > SHORT
     others = [log.submit(request_of(text(seed, 40), 5)) for seed in (1, 2)]
     log.step()
     for other in others:
@@ -176,7 +134,7 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     """A prompt again, to its last part; one that goes on from it or leaves it inside a chunk, as far as tails pay off."""
     engine = make_engine(dtype, prefix_cache_bytes=10**7)
     engine.warm()
-    assert engine.tails_agree, "on this machine a token's bits do not depend on the size of the program"
+    assert engine.tails_are_exact, "on this machine a token's bits do not depend on the size of the program"
     log, prompt, other = Log(engine), text(1, 60), text(5, 60)
 
     def cached_tokens(*prompts, **more) -> list[int]:
@@ -195,7 +153,7 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     assert cached_tokens((*prompt[:40], *other[:20])) == [40]
     assert cached_tokens((*prompt[:36], *other[:24])) == [32], "more tails than a whole chunk costs"
     assert engine.prefix_cache.bytes <= engine.prefix_cache.limit
-    engine.tails_agree = False
+    engine.tails_are_exact = False
     engine.prefix_cache = PrefixCache(10**7)
     assert [cached_tokens(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [[0], [51], [48], [16]]
 
@@ -231,18 +189,6 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots,
     dispatches_with_drafts(lambda n, token: 0 if n % 2 else token)
 
 
-def test_a_request_that_comes_while_drafts_are_checked_finds_a_clean_slot_and_spoils_no_text():
-    requests = request_of(REPEATING, 29, temperature=0.0), REQUESTS[5]
-    for steps in range(1, 9):
-        log = Log(make_engine("float32"))
-        ids = [log.submit(requests[0])]
-        for _ in range(steps):
-            log.step()
-        ids.append(log.submit(requests[1]))
-        log.drain()
-        assert [log.completion(id) for id in ids] == [complete_alone("float32", request) for request in requests]
-
-
 def test_nothing_is_compiled_after_warm(count_compiles):
     """Engine of a shape no other test has, with one row for drafts, not three; weights on a device that is not named, and on
     one that is."""
@@ -266,22 +212,6 @@ def test_nothing_is_compiled_after_warm(count_compiles):
         engine.scheduler.speculate = False
         assert complete(engine, [request]) == [completion]
         assert count_compiles == []
-
-
-def test_what_is_compiled_ahead_is_what_warm_asks_for(count_compiles):
-    """From shapes alone, while weights are read: nothing is compiled or fetched a second time."""
-    cfg = tiny_config()
-    params = prepare_params(cfg, lively_params(cfg))
-    config = EngineConfig(3, 40, kv_dtype="float32", prefix_cache_bytes=1 << 20, chunk=8, tail=4)
-    ahead = compile_ahead(cfg, jax.eval_shape(lambda: params), config)
-    first = [next(ahead) for _ in range(3)]
-    engine, reports = Engine(cfg, params, config), []
-    engine.warm(lambda ready, total: reports.append((ready, total)), itertools.chain(first, ahead))
-    assert reports == [(n, 10) for n in range(1, 11)]
-    assert len(count_compiles) >= 7
-    count_compiles.clear()
-    engine.warm()
-    assert count_compiles == []
 
 
 def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
@@ -315,7 +245,7 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
     spoilt = request_of([40, *text(1, 20)], 10)
     (expected,) = complete(make_engine("float32", params=bad), [good])
     cached = make_engine("float32", params=bad, prefix_cache_bytes=10**6)
-    cached.tails_agree = True
+    cached.tails_are_exact = True
     complete(cached, [request_of([*good.prompt[:25], *[40] * 8], 1)])
     assert complete(cached, [good]) == [expected], "it begins as a chunk does that ends in NaN"
     assert expected.finish_reason == "length"

@@ -82,13 +82,6 @@ def test_a_request_keeps_its_values_even_if_the_caller_changes_them():
     assert (request.prompt, request.sampling.logit_bias, request.sampling.stop_token_ids) == ((1, 2), {3: 1.0}, {4})
 
 
-def test_only_penalties_and_a_bias_change_logits():
-    rest = {"temperature": 0.3, "top_k": 3}
-    assert not SamplingParams(**rest).adjusts_logits
-    penalties = {"presence_penalty": 0.1, "frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {1: 1}}
-    assert all(SamplingParams(**rest, **{name: value}).adjusts_logits for name, value in penalties.items())
-
-
 def test_rows_differ_in_their_seeds_alone():
     rows = SamplingParams(temperature=0.5, seed=2**32 - 2).per_row(4)
     assert [row.seed for row in rows] == [2**32 - 2, 2**32 - 1, 0, 1]

@@ -82,22 +82,6 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature):
     assert off(by_seed, np.full(V, 1 / V)) > 1000, "the bound can be broken"
 
 
-def test_a_token_is_its_rows_own_whatever_the_batch():
-    """Each row keeps its token when rows are re-ordered, repeated, or set among others with other settings."""
-    logits, positions = logits_of(0, 7), np.arange(100, 107, dtype=np.int32)
-    sampling = SamplingArrays(
-        *(jnp.array(field, dtype) for field, dtype in (
-            ([0.0, 1.0, 1.0, 0.7, 1.5, 1.0, 2.0], "float32"), ([0, 0, 4, 0, 9, 0, 0], "int32"),
-            ([1.0, 1.0, 1.0, 0.8, 0.9, 1.0, 1.0], "float32"), ([0.0, 0.0, 0.0, 0.0, 0.1, 0.3, 0.0], "float32"),
-            ([1, 2, 3, 4, 5, 6, 7], "uint32"),
-        ))
-    )  # fmt: skip
-    together = np.asarray(sample_(logits, positions, sampling))
-    for order in ([6, 5, 4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2], [0, 1], [1, 1], [5, 5], [4, 0], [3, 6]):
-        part = sample_(logits[order], positions[order], SamplingArrays(*(field[np.array(order)] for field in sampling)))
-        np.testing.assert_array_equal(part, together[order])
-
-
 def test_another_seed_or_position_is_another_sample():
     logits, row, same = np.zeros((1, V), np.float32), sampling_of(1, seed=0), np.zeros(COUNT)
     assert len({*samples(logits, row, same, seed=sampling_of(COUNT, seed=0).seed).tolist()}) > V // 2

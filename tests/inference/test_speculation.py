@@ -41,13 +41,6 @@ def test_only_what_is_measured_depends_on_when_tokens_came(text, more, count):
     assert drafter.draft(count) == Drafter([*text, *more]).draft(count)
 
 
-def test_a_text_that_repeats_itself_has_a_draft_and_a_new_one_has_none():
-    assert Drafter((1, 2, 3, 4, 5, 1, 2, 3)).draft(3) == [4, 5, 1]
-    assert Drafter((1, 2, 3, 4, 5)).draft(3) == []
-    assert Drafter(()).draft(3) == []
-    assert Drafter((7, 7, 7)).draft(3) == [7]
-
-
 @given(st.floats(0.0, 1.0), st.integers(0, 99))
 def test_in_the_long_run_the_share_that_came_true_decides(share, seed):
     """A text of pairs whose second token is the first's last time in so large a `share`."""
@@ -61,7 +54,7 @@ def test_in_the_long_run_the_share_that_came_true_decides(share, seed):
         drafter.extend([last[first]])
     if share > 0.5:
         assert sum(drafted[-100:]) > 90
-        assert drafter.pays
+        assert drafter.is_worthwhile
     if share < 0.01:
         assert sum(drafted[-100:]) < 10
-        assert not drafter.pays
+        assert not drafter.is_worthwhile

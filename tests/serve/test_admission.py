@@ -26,7 +26,7 @@ class Simulation:
         self.admission, self.slots, self.seconds, self.late = Admission(slots, queue), slots, seconds, late
         self.ports, self.rng = ports, random.Random(seed)
         self.running, self.next_port, self.idle = 0, itertools.count(1000), [*range(1, 1000)]
-        self.waiting: list[tuple[int, float, int]] = []  # ticket, arrival, size
+        self.waiting: list[tuple[int, float, int]] = []  # priority, arrival, size
         self.events: list[tuple[float, int, Any]] = []
         self.order = itertools.count()
         self.admitted: list[tuple[float, float, int, bool]] = []  # when, first asked, size, obedient
@@ -47,7 +47,7 @@ class Simulation:
             overtaken = last > 0 and any(asked > begun for _, asked, *_ in self.admitted[since:])
             again: dict[str, Any] = {"size": size, "obedient": obedient, "port": port}
             try:
-                ticket = self.admission.reserve(Sender(port, ("127.0.0.1", "", size)), now)
+                priority = self.admission.reserve(Sender(port, ("127.0.0.1", "", size)), now)
             except ApiError as error:
                 assert self.admission.reserved >= self.slots  # no slot is empty for who is in line
                 count = passed + overtaken
@@ -57,7 +57,7 @@ class Simulation:
                 self.at(now + wait, self.client(first=begun, last=now, passed=count, **again))
                 return
             self.admitted.append((now, begun, size, obedient))
-            heapq.heappush(self.waiting, (ticket, now, size))
+            heapq.heappush(self.waiting, (priority, now, size))
             self.at(now, self.serve)
             self.at(now + self.seconds * 3, self.client(**again))
 

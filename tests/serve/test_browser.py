@@ -302,17 +302,6 @@ def test_each_block_has_the_direction_of_its_script(visit):
     assert directions == ["rtl", "ltr", "rtl", "ltr", "ltr"]
 
 
-def test_a_growing_answer_shows_one_cursor(visit):
-    visit.ask("Hello.")
-    for text in ("", "a `b`", "- a `b`", "> `b`", "```\nx\n```", "|a|\n|-|\n|`b`|"):
-        visit.chrome.execute_script(f"{REPLACE}; turn.node.setAttribute('aria-busy', true)", text)
-        cursors = visit.chrome.execute_script(
-            "return [...turns.at(-1).node.querySelectorAll('*')].map((it) => getComputedStyle(it, '::after').animationName)"
-        )
-        assert cursors.count("beat") == 1, text
-    visit.chrome.execute_script("turns.at(-1).node.removeAttribute('aria-busy')")
-
-
 @pytest.mark.parametrize("width", [320, 375, 1200])
 def test_it_fits_its_screen(visit, width):
     size = {"width": width, "height": 760, "deviceScaleFactor": 1, "mobile": width < 500}

@@ -216,20 +216,3 @@ def test_the_rail_folds_and_starts_folded_on_a_phone(visit, request):
     visit.click("#send")
     visit.finished()
     assert visit.focus == "scroll"  # no keyboard opens over the answer
-
-
-def test_nothing_is_said_twice(visit):
-    script = (
-        "const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];"
-        "while (walk.nextNode()) { const {parentElement: at, data} = walk.currentNode;"
-        " const earlier = 'article:has(~ article)';"
-        " if (at.checkVisibility({visibilityProperty: true}) && !at.closest(`${earlier}, script, style, .unseen, .text`))"
-        "  texts.push(data.trim()); }"
-        "document.querySelectorAll('[title], [placeholder]').forEach((it) => texts.push(it.title, it.placeholder ?? ''));"
-        "return texts.filter((text) => text.length > 2)"
-    )
-    for step in (lambda: None, lambda: visit.ask("Hello."), lambda: visit.ask(MORE), lambda: visit.click("#open")):
-        step()
-        texts = visit.chrome.execute_script(script)
-        assert len(texts) > 10
-        assert sorted(text for text in texts if texts.count(text) > 1) == []

@@ -25,10 +25,9 @@ def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, mon
     may_prepare, prepare, finished = threading.Event(), engine.runner.compile_long_programs, queue.SimpleQueue()
 
     def prepare_later() -> None:
-        if not may_prepare.is_set():
-            assert may_prepare.wait(60)
-            if fails:
-                raise RuntimeError("no memory for a compiler")
+        assert may_prepare.wait(60)
+        if fails:
+            raise RuntimeError("no memory for a compiler")
         prepare()
 
     monkeypatch.setattr(engine.runner, "compile_long_programs", prepare_later)

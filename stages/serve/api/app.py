@@ -42,28 +42,28 @@ def _card(state: ServerState) -> replies.ModelCard:
 
 async def tokenize(state: ServerState, http: Request) -> Response:
     state.admission.check_open()
-    body = await read_body(state, http, TokenizeRequest)
-    if (body.prompt is UNSET) == (body.messages is UNSET):
-        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
-    if isinstance(body.messages, list):
-        if body.add_special_tokens is not UNSET:
-            message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
-            raise ApiError(400, message, param="add_special_tokens")
-        tokens = await encode_messages(state, body.messages, body)
-    else:
-        if body.add_generation_prompt is not None or body.continue_final_message is not None:
-            message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
-            raise ApiError(400, message, param="continue_final_message")
-        (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
+    async with read_body(state, http, TokenizeRequest) as body:
+        if (body.prompt is UNSET) == (body.messages is UNSET):
+            raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+        if isinstance(body.messages, list):
+            if body.add_special_tokens is not UNSET:
+                message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+                raise ApiError(400, message, param="add_special_tokens")
+            tokens = await encode_messages(state, body.messages, body)
+        else:
+            if body.add_generation_prompt is not None or body.continue_final_message is not None:
+                message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
+                raise ApiError(400, message, param="continue_final_message")
+            (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
     return json_reply(replies.TokenizeReply(len(tokens), state.engine.capacity, tokens))
 
 
 async def detokenize(state: ServerState, http: Request) -> Response:
     state.admission.check_open()
-    body = await read_body(state, http, DetokenizeRequest)
-    if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
-        raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
-    return json_reply(replies.DetokenizeReply(await state.tokenizer.decode(body.tokens)))
+    async with read_body(state, http, DetokenizeRequest) as body:
+        if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
+            raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
+        return json_reply(replies.DetokenizeReply(await state.tokenizer.decode(body.tokens)))
 
 
 async def health(state: ServerState, _: Request) -> Response:

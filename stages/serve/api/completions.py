@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import InvalidField
 from engine.inference.request import SEEDS, Event, LogProb, Request, check_request
@@ -32,7 +32,6 @@ from stages.serve.api.requests import (
     content_length,
     read_body,
 )
-from stages.serve.engine_thread import Handle
 from stages.serve.errors import ApiError, ClientGone, internal_error
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow, token_text
@@ -40,6 +39,7 @@ from stages.serve.tokenizer_pool import context_overflow, token_text
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 WAIT_SECONDS = 0.5  # between looks at what a request waits for
 SEND_SECONDS = 60.0  # for a client to read what it was sent
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
@@ -65,38 +65,36 @@ class Choice:
     index: int
     request: Request
     completion: CompletionText
-    handle: Handle | None = None  # once submitted
     first_token: float = 0.0
     cached: int = 0
     end: str = "abort"
-
-    def cancel(self) -> None:
-        assert self.handle
-        self.handle.cancel()
 
 
 class Generation:
     """The completions of one HTTP request in the engine, in its reserved place. `watch_disconnect` must be entered, once.
 
-    They get slots one by one, in the order of tickets. `repeats`: how many requests in a row share a prompt, whose tokens
+    They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
     count once. `arrived`: by time.monotonic.
     """
 
     def __init__(
-        self, state: ServerState, requests: Sequence[Request], ticket: int, stops: Sequence[str], repeats: int, arrived: float
+        self, state: ServerState, requests: Sequence[Request], priority: int, stops: Sequence[str], repeats: int, arrived: float
     ) -> None:
-        self._state, self._ticket, self._repeats, self._arrived = state, ticket, repeats, arrived
+        self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
         self._choices = [Choice(index, request, completion()) for index, request in enumerate(requests)]
-        self._unfinished = set(self._choices)
-        for choice in self._choices:
-            listener = lambda event, choice=choice: self._events.put_nowait((choice, event))
-            choice.handle = state.engine.submit(choice.request, ticket, listener)
+        self._unfinished = {
+            choice: state.engine.submit(choice.request, priority, functools.partial(self._receive, choice))
+            for choice in self._choices
+        }
 
-    async def pieces(self) -> AsyncIterator[Piece | str]:
-        """Yields the pieces of all completions as they come. In between: what the request waits for, whenever that changes and
-        after KEEP_ALIVE_SECONDS of silence.
+    def _receive(self, choice: Choice, event: Event) -> None:
+        self._events.put_nowait((choice, event))
+
+    async def pieces(self, says_wait: bool = True) -> AsyncIterator[Piece | str]:
+        """Yields the pieces of all completions as they come. If `says_wait`, in between: what the request waits for, whenever
+        that changes and after KEEP_ALIVE_SECONDS of silence.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
@@ -105,7 +103,7 @@ class Generation:
         while self._unfinished:
             try:
                 seconds = WAIT_SECONDS if is_first or not engine.has_long_programs else KEEP_ALIVE_SECONDS
-                item = await asyncio.wait_for(self._events.get(), seconds)
+                item = await asyncio.wait_for(self._events.get(), seconds if says_wait else None)
             except TimeoutError:
                 before, wait = wait, self._wait()
                 if wait != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
@@ -121,15 +119,15 @@ class Generation:
     def _wait(self) -> str:
         """Returns what the request waits for: programs, others before it, or its turn in the engine."""
         engine = self._state.engine.engine
-        if self._ticket in engine.held_tickets:
+        if self._priority in engine.held_priorities:
             return "waiting for the programs for long texts"
-        place = engine.place(self._ticket)
-        return f"place {place} in the queue" if place else "waiting"
+        position = engine.queue_position(self._priority)
+        return f"place {position} in the queue" if position else "waiting"
 
     async def collect(self) -> list[Piece]:
         """Returns one piece for each completion, with all of it. Raises as `pieces`."""
         parts: list[list[Piece]] = [[] for _ in self._choices]
-        async for piece in self.pieces():
+        async for piece in self.pieces(says_wait=False):
             if isinstance(piece, Piece):
                 parts[piece.choice].append(piece)
         return [
@@ -151,10 +149,11 @@ class Generation:
             yield
         finally:
             watching.cancel()
-            for choice in self._unfinished:
-                choice.cancel()
-                self._state.metrics.count_end("abort")
+            for handle in self._unfinished.values():
+                handle.cancel()
             self._unfinished.clear()
+            for choice in self._choices:
+                self._state.metrics.count_end(choice.end)
             self._state.admission.release()
 
     @property
@@ -183,8 +182,7 @@ class Generation:
         choice.cached = event.cached_tokens
         if event.finish_reason == "error":
             choice.end = "error"
-            self._unfinished.discard(choice)
-            metrics.count_end("error")
+            del self._unfinished[choice]
             if self._state.engine.error:
                 raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
             raise ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
@@ -193,11 +191,10 @@ class Generation:
         reason: replies.Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
             choice.end = reason
-            self._unfinished.discard(choice)
+            handle = self._unfinished.pop(choice)
             if not event.finish_reason:
-                choice.cancel()
+                handle.cancel()
             seconds, prompt = now - self._arrived, len(choice.request.prompt)
-            metrics.count_end(reason)
             metrics.count_completion(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
             if not self._unfinished:
                 self._state.admission.record(seconds)
@@ -321,46 +318,46 @@ class CompletionWriter(Writer):
         )
 
 
-async def chat_completions(state: ServerState, http: HttpRequest) -> Any:
+async def chat_completions(state: ServerState, http: HttpRequest) -> ASGIApp:
     """Writes the assistant's next turn, `n` times."""
     check_ready(state, http)
-    body = await read_body(state, http, ChatRequest)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        message = "max_completion_tokens is sent beside max_tokens, its older name: send only one of them."
-        raise ApiError(400, message, param="max_completion_tokens")
+    async with read_body(state, http, ChatRequest) as body:
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+        if body.max_tokens is not None and body.max_completion_tokens is not None:
+            message = "max_completion_tokens is sent beside max_tokens, its older name: send only one of them."
+            raise ApiError(400, message, param="max_completion_tokens")
 
-    async def encode() -> list[list[int]]:
-        return [await encode_messages(state, body.messages, body)]
+        async def encode() -> list[list[int]]:
+            return [await encode_messages(state, body.messages, body)]
 
-    return await generate(
-        state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        stop_token_ids=state.stop_token_ids | state.tokenizer.eot_ids,
-    )  # fmt: skip
+        return await generate(
+            state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            stop_token_ids=state.stop_token_ids | state.tokenizer.eot_ids,
+        )  # fmt: skip
 
 
-async def completions(state: ServerState, http: HttpRequest) -> Any:
+async def completions(state: ServerState, http: HttpRequest) -> ASGIApp:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
     check_ready(state, http)
-    body = await read_body(state, http, CompletionRequest)
-    prompts: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    kinds = {type(prompt) for prompt in prompts}
-    if len(kinds) > 1:
-        raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
-    if kinds == {int}:
-        prompts = [prompts]
-    if (count := len(prompts)) > MAX_PROMPTS:
-        raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
+    async with read_body(state, http, CompletionRequest) as body:
+        prompts: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        kinds = {type(prompt) for prompt in prompts}
+        if len(kinds) > 1:
+            raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
+        if kinds == {int}:
+            prompts = [prompts]
+        if (count := len(prompts)) > MAX_PROMPTS:
+            raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
 
-    async def encode() -> list[list[int]]:
-        return await state.tokenizer.encode(prompts) if kinds == {str} else prompts
+        async def encode() -> list[list[int]]:
+            return await state.tokenizer.encode(prompts) if kinds == {str} else prompts
 
-    return await generate(
-        state, http, CompletionWriter(state, body, count * (body.n or 1)), encode,
-        max_tokens=body.max_tokens or 16, logprobs=body.logprobs, stop_token_ids=state.stop_token_ids,  # 16: as OpenAI has it
-    )  # fmt: skip
+        return await generate(
+            state, http, CompletionWriter(state, body, count * (body.n or 1)), encode,
+            max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs, stop_token_ids=state.stop_token_ids,
+        )  # fmt: skip
 
 
 async def encode_messages(state: ServerState, messages: list[Message], body: ChatRequest | TokenizeRequest) -> list[int]:
@@ -400,8 +397,8 @@ def _sender(http: HttpRequest, choices: int) -> Sender:
 async def generate(
     state: ServerState, http: HttpRequest, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
     *, max_tokens: int | None, logprobs: int | None, stop_token_ids: frozenset[int],
-) -> Any:  # fmt: skip
-    """Returns the response to a request for completions of the prompts that `encode` returns.
+) -> ASGIApp:  # fmt: skip
+    """Returns what responds to a request for completions of the prompts that `encode` returns.
 
     They have at most `max_tokens`, and no more than fit (None: as many); each of `stop_token_ids` ends one. A place is reserved
     before the prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
@@ -412,7 +409,7 @@ async def generate(
     if writer.choices > MAX_COMPLETIONS:
         message = f"prompts times n are {writer.choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
         raise ApiError(400, message, param="n")
-    ticket = state.admission.reserve(_sender(http, writer.choices), time.monotonic())
+    priority = state.admission.reserve(_sender(http, writer.choices), time.monotonic())
     try:
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
@@ -431,17 +428,21 @@ async def generate(
             rows = dataclasses.replace(state.sampling, **options).per_row(body.n or 1)  # each with its own seed
             requests += [Request(tuple(prompt), row, http.state.namespace) for row in rows]
             check_request(requests[-1], state.engine.cfg.vocab, capacity)
-        generation = Generation(state, requests, ticket, body.stops, body.n or 1, http.state.arrived)
+        generation = Generation(state, requests, priority, body.stops, body.n or 1, http.state.arrived)
         http.state.generation = generation
     except BaseException as error:
         state.admission.release()
         if isinstance(error, InvalidField):
             raise ApiError(400, str(error), param=error.field) from None
         raise
-    if body.stream:
-        return functools.partial(send_events, writer, generation)
-    async with generation.watch_disconnect(http.receive):
-        return json_reply(writer.reply(await generation.collect(), generation.usage), headers=writer.headers)
+    return functools.partial(send_events if body.stream else send_reply, writer, generation)
+
+
+async def send_reply(writer: Writer, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
+    """Responds with one JSON body once all completions are there. Raises as `Generation.pieces`."""
+    async with generation.watch_disconnect(receive):
+        reply = json_reply(writer.reply(await generation.collect(), generation.usage), headers=writer.headers)
+    await reply(scope, receive, send)
 
 
 async def send_events(writer: Writer, generation: Generation, _: Scope, receive: Receive, send: Send) -> None:

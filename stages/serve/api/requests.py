@@ -5,7 +5,9 @@ than none. Fields of OpenAI's that change no answer (IGNORED) are accepted, and 
 """
 
 import asyncio
+import contextlib
 import re
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -195,26 +197,35 @@ class DetokenizeRequest(ModelRequest, kw_only=True):
     tokens: TokenIds
 
 
-async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> T:
-    """Returns the JSON body as `kind`. Raises ApiError, which names the field at fault, and ClientGone."""
+@contextlib.asynccontextmanager
+async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> AsyncIterator[T]:
+    """Reads the JSON body as `kind`. Its bytes count until the block ends, in which its text becomes tokens.
+
+    Raises ApiError, which names the field at fault, and ClientGone.
+    """
     _check_headers(http)
-    content = bytearray()  # counted: Content-Length is only a promise
+    content = bytearray()
+    try:
+        await _receive(state, http, content)
+        body = _decode(content, kind) if len(content) <= INLINE_BYTES else await asyncio.to_thread(_decode, content, kind)
+        state.check_model(body.model)
+        yield body
+    finally:
+        state.admission.remove_bytes(len(content))
+
+
+async def _receive(state: ServerState, http: Request, content: bytearray) -> None:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in http.stream():
-                if len(content) + len(part) > MAX_BYTES:
+                if len(content) + len(part) > MAX_BYTES:  # counted: Content-Length is only a promise
                     raise _too_large()
                 state.admission.add_bytes(len(part))
                 content += part
-        body = _decode(content, kind) if len(content) <= INLINE_BYTES else await asyncio.to_thread(_decode, content, kind)
     except TimeoutError:
         raise ApiError(408, f"The body did not come within {BODY_SECONDS:.0f} s.", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
-    finally:
-        state.admission.remove_bytes(len(content))
-    state.check_model(body.model)
-    return body
 
 
 def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
@@ -271,9 +282,9 @@ def _too_large() -> ApiError:
 def _invalid(text: str) -> ApiError:
     """Returns the error for msgspec's sentence, such as "Expected `int`, got `str` - at `$.n`", which is about the field n."""
     match = re.search(r" - at (?:`key` in )?`\$(.*?)`$", text)
-    problem, place = (text[: match.start()], match[1].lstrip(".")) if match else (text, "")
+    problem, where = (text[: match.start()], match[1].lstrip(".")) if match else (text, "")
     field = re.fullmatch(r"Object (?:contains unknown|missing required) field `(.*)`", problem, re.S)
-    param = ".".join(filter(None, (place, field and field[1])))
+    param = ".".join(filter(None, (where, field and field[1])))
     code = "invalid_value"
     if field:
         code = "unknown_parameter" if "unknown" in problem else "missing_required_parameter"
