@@ -30,6 +30,8 @@ _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 _SECONDS = 2.0  # after which no round begins beyond the fewest
+BUSY = 0.25  # threads that want a core, from which on a measured ceiling may be too low
+PLAUSIBLE = 0.9  # of a ceiling, at most, for a training step
 _RATE_OF_DTYPE = {"bfloat16": "bf16_gflops", "float32": "f32_gflops", "int8": "int8_gflops"}
 RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
 
@@ -90,11 +92,10 @@ def ceiling_rounds() -> Iterator[Ceilings]:
     """Measures all five rates once for each `next`, in a quarter of a second on a CPU, and yields the best so far: endless,
     so that rounds can take turns with work that is measured against them."""
     device = jax.local_devices()[0]
-    on_cpu = device.platform == "cpu"
-    side, numbers = (_CPU_SIDE, _CPU_NUMBERS) if on_cpu else (8192, 2**28)
-    calls = 1 if on_cpu else 16  # queued, so that a launch hides behind the call before it
-    programs = {rate: _product(side, dtype) for dtype, rate in _RATE_OF_DTYPE.items()} | _streams(numbers)
-    work = dict.fromkeys(programs, 2.0 * side**3) | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
+    numbers = _CPU_NUMBERS if device.platform == "cpu" else 2**28
+    products = {rate: square_product(dtype) for dtype, rate in _RATE_OF_DTYPE.items()}
+    programs = {name: program for name, (program, _) in products.items()} | _streams(numbers)
+    work = {name: flops for name, (_, flops) in products.items()} | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
     best = {}
     for name, program in programs.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -103,23 +104,23 @@ def ceiling_rounds() -> Iterator[Ceilings]:
     while True:
         for name in best:
             begin = clock()
-            for _ in range(calls):
-                result = programs[name]()
-            jax.block_until_ready(result)
-            best[name] = min(best[name], (clock() - begin) / calls)
+            jax.block_until_ready(programs[name]())
+            best[name] = min(best[name], clock() - begin)
         rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
         yield Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
-def _product(side: int, dtype: str) -> Callable[[], Any]:
+def square_product(dtype: str) -> tuple[Callable[[], Any], float]:
+    """Returns (call, FLOPs) of square products in `dtype`, as many as hide an accelerator's launch."""
+    side, calls = (_CPU_SIDE, 1) if jax.local_devices()[0].platform == "cpu" else (8192, 16)
     # Random numbers, repeated to size: on zeros or ones a chip may save power and look faster.
     tile = np.random.default_rng(0).standard_normal((512, 512))
     if dtype == "int8":
         tile = (32 * tile).clip(-127, 126)
     left = jnp.asarray(np.tile(tile, (side // 512, side // 512)), dtype)
     right = left + jnp.ones((), dtype)
-    result = "int32" if dtype == "int8" else dtype
-    return functools.partial(jax.jit(functools.partial(jnp.dot, preferred_element_type=result)), left, right)
+    multiply = jax.jit(functools.partial(jnp.dot, preferred_element_type="int32" if dtype == "int8" else dtype))
+    return lambda: [multiply(left, right) for _ in range(calls)], calls * 2.0 * side**3
 
 
 def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
@@ -142,18 +143,50 @@ def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
 
 
 def saved_ceilings() -> Ceilings | None:
-    """Returns this machine's ceilings from the user's cache; None where it holds none, or damaged ones."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        ceilings = Ceilings(**json.loads(_ceilings_file().read_text()))
-        if all(math.isfinite(rate) and rate >= 0 for rate in (getattr(ceilings, rate) for rate in RATES)):
-            return ceilings
-    return None
+    """Returns this machine's ceilings from the user's cache; None where they are to be measured: there are none, they are
+    damaged, or they were measured on a machine that was busy, and at least twice as busy as it is now."""
+    ceilings, load = _read_ceilings()
+    return None if load > BUSY and 2 * _load() <= load else ceilings
 
 
-def save_ceilings(ceilings: Ceilings) -> None:
-    """Saves this machine's ceilings in the user's cache, where it can be written: else they are measured again next time."""
+def save_ceilings(ceilings: Ceilings) -> Ceilings:
+    """Saves the higher of these rates and those saved before in the user's cache, with the load of the machine; returns them.
+
+    Where the cache cannot be written, they are measured again next time.
+    """
+    saved, load = _read_ceilings()
+    if saved:
+        ceilings = best_ceilings(saved, ceilings)
+    _write_ceilings(ceilings, min(load, _load()))
+    return ceilings
+
+
+def doubt_ceilings(share: float) -> None:
+    """Has this machine's ceilings measured again when a training step reached more than PLAUSIBLE of one of them."""
+    ceilings, _ = _read_ceilings()
+    if ceilings and share > PLAUSIBLE:
+        _write_ceilings(ceilings, sys.float_info.max)
+
+
+def _load() -> float:
+    """Returns how many threads want each core, as of the last minute."""
+    return os.getloadavg()[0] / cores()
+
+
+def _read_ceilings() -> tuple[Ceilings | None, float]:
+    """Returns (ceilings, load when they were measured); (None, the largest number) without a sound file."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        saved = json.loads(_ceilings_file().read_text())
+        load = float(saved.pop("load"))
+        ceilings = Ceilings(**saved)
+        if all(math.isfinite(rate) and rate >= 0 for rate in (load, *(getattr(ceilings, rate) for rate in RATES))):
+            return ceilings, load
+    return None, sys.float_info.max
+
+
+def _write_ceilings(ceilings: Ceilings, load: float) -> None:
     with contextlib.suppress(OSError):
-        write_json(_ceilings_file(), dataclasses.asdict(ceilings))
+        write_json(_ceilings_file(), dataclasses.asdict(ceilings) | {"load": load})
 
 
 def _ceilings_file() -> Path:

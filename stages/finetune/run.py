@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from engine.allocator import return_freed_memory
+from engine.counting.hardware import doubt_ceilings
 from engine.device import Device
 from engine.errors import UserError
 from engine.format import quantity
@@ -170,6 +171,7 @@ class FineTuning(ModelStage):
         seconds = loop_state.seconds
         rate = loop_state.step / max(seconds, 1e-9)
         speed, share_of_ceiling = rate * plan.step_tokens, (loop.timer.warm_rate() or rate) * plan.step_flops / self.peak_flops
+        doubt_ceilings(share_of_ceiling)
         trained_count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         unit = self.unit
         result = {

@@ -191,8 +191,7 @@ def find_ceilings(console: Console) -> Ceilings:
         return saved
     with console.task("measuring this machine's ceilings, once", always=True) as report:
         ceilings = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
-    save_ceilings(ceilings)
-    return ceilings
+    return save_ceilings(ceilings)
 
 
 def _measure_in_subprocess() -> Ceilings | None:

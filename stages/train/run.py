@@ -10,7 +10,7 @@ import jax
 
 from engine.allocator import return_freed_memory
 from engine.counting.flops import muon_flops, train_flops
-from engine.counting.hardware import Ceilings
+from engine.counting.hardware import Ceilings, doubt_ceilings
 from engine.counting.params import count_params
 from engine.device import Device
 from engine.errors import UserError
@@ -219,17 +219,18 @@ class Training(Stage):
                     file.write(text.encode())
         else:
             text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
-        top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(cfg.dtype)
+        mfu = step * plan.step_flops / seconds / mesh_ceilings(self.ceilings, plan.mesh).peak_flops(cfg.dtype)
+        doubt_ceilings(mfu)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
             "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,
-            "mfu": step * plan.step_flops / seconds / top,
+            "mfu": mfu,
         }  # fmt: skip
         first = f"first step {duration(loop_state.first_step_seconds or 0)} after the start"
         rows = [
             ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {data.validation_name}"),
             ("text", f"read {self.batches.epoch(step):.2f} times"),
-            ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%}; {first}"),
+            ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {mfu:.0%}; {first}"),
         ]
         saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
         return RunReport(result, [("what it writes", text)], rows, saved, ["generate", "evaluate"])

@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
         lambda saved: b"{}",
         *(
             lambda saved, field=field: json.dumps(saved | field).encode()
-            for field in ({"more": 1}, {"read_gbs": float("nan")}, {"read_gbs": -1}, {"bf16_gflops": "fast"})
+            for field in ({"more": 1}, {"read_gbs": float("nan")}, {"read_gbs": -1}, {"bf16_gflops": "fast"}, {"load": None})
         ),
     ],
 )
@@ -58,11 +58,35 @@ def test_another_machine_has_ceilings_of_its_own(cache, monkeypatch, field):
     save_ceilings(FOUND)
     monkeypatch.setattr(hardware, "machine_identity", lambda: here | {field: "another"})
     assert saved_ceilings() is None
-    other = dataclasses.replace(FOUND, read_gbs=1.0)
-    save_ceilings(other)
-    assert saved_ceilings() == other
     monkeypatch.setattr(hardware, "machine_identity", lambda: here)
     assert saved_ceilings() == FOUND
+
+
+def test_ceilings_of_a_busy_machine_are_measured_again_when_it_is_quiet_and_the_higher_rates_are_kept(cache, monkeypatch):
+    load = lambda cores_in_use: monkeypatch.setattr(hardware, "_load", lambda: cores_in_use)
+    load(3.0)
+    low = dataclasses.replace(FOUND, bf16_gflops=100.0, read_gbs=30.0)
+    assert save_ceilings(low) == saved_ceilings() == low, "a machine that stays busy is measured once"
+    load(1.5)
+    assert saved_ceilings() is None
+    assert save_ceilings(FOUND) == dataclasses.replace(FOUND, read_gbs=30.0)
+    load(0.1)
+    assert saved_ceilings() is None
+    save_ceilings(low)
+    load(0.0)
+    assert saved_ceilings() == dataclasses.replace(FOUND, read_gbs=30.0)
+
+
+def test_a_step_that_reaches_more_of_a_ceiling_than_a_step_can_has_it_measured_again(cache, monkeypatch):
+    monkeypatch.setattr(hardware, "_load", lambda: 0.1)
+    hardware.doubt_ceilings(0.95)
+    assert not cache.exists() or not [*cache.iterdir()]
+    save_ceilings(FOUND)
+    hardware.doubt_ceilings(0.85)
+    assert saved_ceilings() == FOUND
+    hardware.doubt_ceilings(0.95)
+    assert saved_ceilings() is None
+    assert save_ceilings(FOUND) == saved_ceilings() == FOUND
 
 
 def test_free_memory_is_what_is_available_within_the_limit(monkeypatch):
@@ -90,7 +114,7 @@ def test_an_operation_the_backend_refuses_has_rate_0(monkeypatch):
         raise hardware.jax.errors.JaxRuntimeError("UNIMPLEMENTED")
 
     monkeypatch.setattr(hardware, "_MAX_ROUNDS", 1)
-    monkeypatch.setattr(hardware, "_product", lambda side, dtype: refuse)
+    monkeypatch.setattr(hardware, "square_product", lambda dtype: (refuse, 1.0))
     monkeypatch.setattr(hardware, "_streams", lambda numbers: {"read_gbs": int, "update_gbs": int})
     rates = measure_ceilings()
     assert (rates.bf16_gflops, rates.f32_gflops, rates.int8_gflops) == (0, 0, 0)
