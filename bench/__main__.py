@@ -37,7 +37,7 @@ class StageTableFlags:
     """Sequences a training step sees, and prompts that are prefilled together."""
     context: int = 256
     """Tokens of each, and of the KV caches in decoding."""
-    price: Annotated[str, tyro.conf.arg(metavar="DOLLARS")] = "0.10"
+    price: Annotated[float, tyro.conf.arg(metavar="DOLLARS")] = 0.1
     """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     max_time: float = 120.0
     """Seconds the whole may take, compiling included; rounds are added while they fit."""
@@ -58,7 +58,7 @@ def measure(flags: StageTableFlags) -> Json:
         for name, line in names.items():
             print(f"  python -m bench.{name:<{max(map(len, names))}}  {line}")
         return {"measurements": names}
-    price = check_flags(flags)
+    check_flags(flags)
     if flags.checks and (platforms := os.environ.get("JAX_PLATFORMS")) and "cpu" not in platforms:
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # to compare with: the first that is named computes
     start_jax()
@@ -72,7 +72,7 @@ def measure(flags: StageTableFlags) -> Json:
     from bench.stages.terminal import print_stages
 
     document = stage_table(
-        flags.preset, flags.model, batch=flags.batch, context=flags.context, price=price, max_time=flags.max_time,
+        flags.preset, flags.model, batch=flags.batch, context=flags.context, price=flags.price, max_time=flags.max_time,
         fewest_rounds=flags.quick,
     )  # fmt: skip
     document["command"] = command(flags)
@@ -89,22 +89,16 @@ def measure(flags: StageTableFlags) -> Json:
     return document
 
 
-def check_flags(flags: StageTableFlags) -> float:
-    """Returns the price in dollars an hour. Raises UserError for a flag out of range."""
-    try:
-        price = float(flags.price)
-    except ValueError:
-        price = math.nan
-    if not 0 < price < math.inf:
-        raise UserError(f"--price must be a number above 0, in dollars an hour, such as 0.10; got {flags.price!r}.")
-    if not 0 < flags.max_time < math.inf:
-        raise UserError(f"--max-time must be a number above 0, not {flags.max_time:g}.")
+def check_flags(flags: StageTableFlags) -> None:
+    """Raises UserError for a flag out of range."""
+    for name, value in (("price", flags.price), ("max-time", flags.max_time)):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} must be a number above 0, not {value:g}.")
     if flags.batch < 2 or flags.batch % 2 or flags.context < 64 or flags.context % 64:
         raise UserError(
             "--batch must be even and at least 2, for preferences come in pairs, and --context a multiple of 64, the tokens of "
             f"a prefill: got {flags.batch} and {flags.context}."
         )
-    return price
 
 
 def command(flags: StageTableFlags) -> str:
@@ -113,7 +107,7 @@ def command(flags: StageTableFlags) -> str:
     if flags.model or flags.preset != default.preset:
         words += ["--model", flags.model] if flags.model else ["--preset", flags.preset]
     for name in ("batch", "context", "price"):
-        if (value := float(getattr(flags, name))) != float(getattr(default, name)):
+        if (value := getattr(flags, name)) != getattr(default, name):
             words += [f"--{name}", f"{value:g}"]
     return shlex.join(words + ["--quick"] * flags.quick)
 
@@ -129,18 +123,5 @@ def measurements() -> dict[str, str]:
     return dict(sorted(names.items()))
 
 
-def main(args: list[str] | None = None) -> int:
-    """Measures, prints, and returns 0, 1 if a check fails, or 2 after an error that a person can mend."""
-    failed = False
-
-    def measured(flags: StageTableFlags) -> Json:
-        nonlocal failed
-        document = measure(flags)
-        failed = not all(check["holds"] for check in document.get("checks", ()))
-        return document
-
-    return run_bench("bench", __doc__, StageTableFlags, measured, args) or int(failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench", __doc__, StageTableFlags, measure))

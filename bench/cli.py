@@ -48,8 +48,9 @@ def run_bench[Flags](
     """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
     The document that `measure` returns goes with its `circumstances` into the folder of --out, as a file named by the end of
-    `name`; with --json it is printed as a line on stdout, and all else on stderr. An error is a sentence on stderr; Ctrl-C
-    returns 130, a closed pipe 141. `args`: None for the command line's. `name` follows `python -m`.
+    `name`; with --json it is printed as a line on stdout, and all else on stderr. A check of the document that does not hold
+    returns 1. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's.
+    `name` follows `python -m`.
     """
     try:
         options = tyro.cli(
@@ -69,7 +70,7 @@ def run_bench[Flags](
                 file.write(document.encode() + b"\n")
         if options.json:
             print(document, flush=True)
-        return 0
+        return int(not all(check["holds"] for check in result.get("checks", ())))
     except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)
     except KeyboardInterrupt:
@@ -166,21 +167,18 @@ def console() -> Any:
     return Console(highlight=False, width=None if terminal else PIPED_WIDTH, force_terminal=terminal)
 
 
-def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-    """Prints a table whose first `left` columns are aligned left, the others right."""
+def print_table(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, sentences: bool = False
+) -> None:
+    """Prints a table whose first `left` columns are aligned left, the others right. `sentences` in the last one are folded."""
     from rich import box
     from rich.table import Table
 
-    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
+    grid = Table(
+        title=title, box=box.SIMPLE_HEAD if any(heads) else None, title_justify="left", pad_edge=False, title_style="bold"
+    )  # fmt: skip
     for place, head in enumerate(heads):
-        grid.add_column(head, justify="left" if place < left else "right", no_wrap=True)
+        grid.add_column(head, justify="left" if place < left else "right", no_wrap=not (sentences and place == len(heads) - 1))
     for row in rows:
         grid.add_row(*row)
     console().print(grid)
-
-
-def override_defaults[Flags](flags: Flags, values: Json) -> Flags:
-    """Returns the flags with these values in place of their defaults."""
-    default = type(flags)()
-    changed = {name: value for name, value in values.items() if getattr(flags, name) == getattr(default, name)}
-    return dataclasses.replace(flags, **changed)  # type: ignore[type-var]

@@ -2,8 +2,6 @@
 
     python -m bench.commands                   the default training run (three minutes), then the rest
     python -m bench.commands --max-time 20s    a shorter run: the times are as true, the bits per byte are not
-    python -m bench.commands --of finetuning   SmolLM2: to its first token, adapted, adapted over int8
-    python -m bench.commands --of reinforcing  SmolLM2: the rise of the reward in two minutes
     python -m bench.commands --of resuming     a model of 135M: from a checkpoint to its next step
 
 Start-up figures are the second of two starts, when compiled programs are in the cache, unless they say otherwise.
@@ -28,14 +26,12 @@ from engine.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CommandsFlags:
-    of: Literal["training", "finetuning", "reinforcing", "resuming"] = "training"
+    of: Literal["training", "resuming"] = "training"
     """Which commands."""
-    max_time: str | None = None
-    """Training time of each run; by default 3m of training, 30s of fine-tuning, 2m of reinforcement learning."""
+    max_time: str = "3m"
+    """Training time of the run, unless it is resumed."""
     data: str = "shakespeare"
     """The corpus of the training run."""
-    model: str = "smollm2-135m-instruct"
-    """The model that is fine-tuned, or trained on a reward."""
 
 
 class Measurement(NamedTuple):
@@ -53,12 +49,11 @@ Measurements = tuple[list[Measurement], Json]  # and the document's other entrie
 
 def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
-    measure, subject, usual_time = {
-        "training": (training, flags.data, "3m"), "finetuning": (finetuning, flags.model, "30s"),
-        "reinforcing": (reinforcing, flags.model, "2m"), "resuming": (resuming, flags.data, "0"),
-    }[flags.of]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        figures, document = measure(Path(folder), subject, flags.max_time or usual_time)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        figures, document = (
+            training(folder, flags.data, flags.max_time) if flags.of == "training" else resuming(folder, flags.data)
+        )
     document["figures"] = []
     for figure in figures:
         met = figure.value >= figure.bar if figure.least else figure.value <= figure.bar
@@ -87,30 +82,7 @@ def training(folder: Path, data: str, max_time: str) -> Measurements:
     ], {"max_time": max_time, "train_result": result}
 
 
-def finetuning(folder: Path, model: str, max_time: str) -> Measurements:
-    """Measures the time from a pre-trained model's file to a first token, and LoRA over a float and an int8 base."""
-    first, _ = _first_output(model, "The sea is")
-    adapt = ["stages.finetune", "--model", model, "--general", "none", "--max-time", max_time]
-    lora, int8 = (_result([*adapt, "--base", base], folder / base) for base in ("float", "int8"))
-    gains = [result["before"]["held_out"] - result["after"]["held_out"] for result in (lora, int8)]
-    return [
-        Measurement("command to first token", first, "s", 6),
-        Measurement("LoRA: share of the ceiling", lora["flops_share_of_ceiling"], "", 0.6, least=True),
-        Measurement("LoRA: peak memory", lora["peak_rss_bytes"] / 1e9, "GB", 2.5),
-        Measurement("LoRA: fall of held-out loss", gains[0], "nats", 0.1, least=True),
-        Measurement("over int8: peak memory", int8["peak_rss_bytes"] / 1e9, "GB", 1.5),
-        Measurement("over int8: fall of held-out loss", gains[1], "nats", 0.1, least=True),
-    ], {"lora": lora, "int8": int8}
-
-
-def reinforcing(folder: Path, model: str, max_time: str) -> Measurements:
-    """Measures the rise of the mean reward on held-out prompts."""
-    result = _result(["stages.reinforce", "--model", model, "--max-time", max_time], folder / "run")
-    rise = result["held_out_reward_after"] - result["held_out_reward_before"]
-    return [Measurement("rise of the reward", rise, "", 0.05, least=True)], {"result": result}
-
-
-def resuming(folder: Path, data: str, _: str) -> Measurements:
+def resuming(folder: Path, data: str) -> Measurements:
     """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of a step of 2 x 128 tokens."""
     command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--optimizer", "adamw"]
     command += ["--steps", "1000", "--log-every", "1"]

@@ -1,7 +1,6 @@
 """Makes or loads the model to measure, and tokens to measure it with; makes training steps of a given shape."""
 
 import dataclasses
-from collections.abc import Callable
 from pydoc_data.topics import topics  # Python's reference, on every machine
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,8 @@ from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import init_params
 from engine.storage.model_loader import load_model, locate
 from engine.text.batch import Batch
-from engine.training.step import init_state, train_step
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import TrainState, init_state, train_step
 
 PROGRESS = 0.5  # through a run, for the learning rate
 
@@ -98,13 +98,38 @@ def next_token_batch(text: Any) -> Batch:
     return Batch(tokens, targets, jnp.ones(tokens.shape, bool), positions, None)
 
 
-def make_step(inputs: StepInputs, tx: Any) -> Callable[[], Any]:
-    """Returns a call that takes the next training step and returns its loss. It copies the weights of `inputs`."""
-    state = init_state(tx, jax.tree.map(jnp.copy, inputs.params))
+class TrainingStep:
+    """A compiled training step on the one batch that it repeats: a call takes the next step and returns its loss.
 
-    def step() -> Any:
-        nonlocal state
-        state, metrics = train_step(inputs.cfg, tx, state, {}, inputs.batch, jnp.float32(PROGRESS))
+    `state` is donated. `options` are those of `train_step`, and `compiler_options`.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        tx: Any,
+        state: TrainState,
+        frozen: Any,
+        batch: Any,
+        *,
+        compiler_options: Any = None,
+        **options: Any,
+    ) -> None:
+        self.state, self.arguments = state, (frozen, batch, np.float32(PROGRESS))
+        lowered: Any = train_step.lower(cfg, tx, state, *self.arguments, **options)
+        self.program = lowered.compile(compiler_options)
+
+    def __call__(self) -> Any:
+        self.state, metrics = self.program(self.state, *self.arguments)
         return metrics.loss
 
-    return step
+
+def make_step(inputs: StepInputs, optimizer: OptimizerConfig) -> TrainingStep:
+    """Returns the step that trains all weights of `inputs`, of which it makes a copy."""
+    tx = make_optimizer(optimizer)
+    return TrainingStep(inputs.cfg, tx, new_state(tx, inputs.params), {}, inputs.batch)
+
+
+def new_state(tx: Any, trainable: Any) -> TrainState:
+    """Returns the state before the first step; it copies the weights, for a step donates its state."""
+    return init_state(tx, jax.tree.map(jnp.copy, trainable))

@@ -1,1 +1,1 @@
-"""Comparisons with other libraries: PyTorch, transformers, llama.cpp."""
+"""Comparisons with other libraries: PyTorch and llama.cpp."""

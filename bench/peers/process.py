@@ -15,11 +15,11 @@ from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 INSTALL_PEERS = "pip install -e '.[peers]'"
-MAKE_VENV = "python3 -m venv peers && peers/bin/pip install torch numpy transformers"
+MAKE_VENV = "python3 -m venv peers && peers/bin/pip install torch numpy"
 
 # Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth off its training step.
 KEEP_FREED_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-QUIET_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+QUIET_ENV = {"PYTHONWARNINGS": "ignore"}
 
 
 class PeerError(RuntimeError):

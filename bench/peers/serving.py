@@ -8,14 +8,13 @@ speeds are of decoding, in each side's own tokens, for after a near-tie the two 
 
 import functools
 import tomllib
-from collections.abc import Callable, Collection
-from operator import itemgetter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.cli import Json, progress
 from bench.peers.process import Peer, PeerError, start_peer
-from bench.timing import Ratio, Timing, measure, ratio
+from bench.timing import Ratio, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores
 from engine.errors import UserError
@@ -41,7 +40,9 @@ class StreamRow(NamedTuple):
     required_ratio: float | None
 
 
-StreamResult = Json  # seconds of `prefill` and of `decode`, and the `tokens` of each stream
+# A run of all streams. It returns seconds of `prefill` and of `decode`, the tokens that were `decoded` in those, the `tokens`
+# of each stream, and perhaps the decoding `steps`.
+Call = Callable[[], Json]
 ROWS = (
     StreamRow("prefill_512", 1, 512, 3.0),
     StreamRow("decode_1", 1, 64, 0.65),
@@ -61,11 +62,17 @@ MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
 def measure_streams(
-    model_name: str, peer_python: Path | None, rows: list[Json], absent: list[dict[str, str]], *, new: int, rounds: int,
-    price: float, keys_values: Any,
-) -> None:  # fmt: skip
-    """Times each row on one .gguf file; prints and adds the rows, or notes in `absent` that there is no peer. Raises UserError
-    without such a file. Options are the flags of `bench.peers`."""
+    model_name: str,
+    peer_python: Path | None,
+    absent: list[dict[str, str]],
+    *,
+    new: int,
+    rounds: int,
+    price: float,
+    keys_values: Any,
+) -> list[Json]:
+    """Times each row on one .gguf file; prints and returns the rows, and notes in `absent` that there is no peer. Raises
+    UserError without such a file. Options are the flags of `bench.peers`."""
     if not 2 <= new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {new}.")
     location = locate(model_name)
@@ -83,43 +90,64 @@ def measure_streams(
     starts = (place * (len(text) // 32) for place in range(32))
     passages = [model.tokenizer.encode(text[start : start + 4096]).tolist()[:512] for start in starts]
     print(f"{model.name}, int8 weights, {keys_values} keys and values", flush=True)
+    rows = []
     with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", MAKE_VENV) as peer:
         for row in ROWS:
             progress(f"compiling {row.name}")
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
-            tokens = 2 if row.name.startswith("prefill") else new
-            calls = {"ours": _our_run(model.cfg, weights, prompts, tokens, keys_values)}
-            if row.streams == 1 and tokens == new and not problem:
-                calls["by_xla"] = _our_run(model.cfg, by_xla, prompts, tokens, keys_values)
+            prefills = row.name.startswith("prefill")
+            tokens = 2 if prefills else new
+            calls = {"ours": stream_call(model.cfg, weights, prompts, tokens, keys_values)}
+            if row.streams == 1 and not prefills and not problem:
+                calls["by_xla"] = stream_call(model.cfg, by_xla, prompts, tokens, keys_values)
             if peer:
-                calls["peer"] = _peer_run(peer, location.path, prompts=prompts, new=tokens)
-            rows.append(_measure_row(row, calls, new, rounds, price))
+                calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=tokens)
+            rows += measure_calls(
+                row.name,
+                calls,
+                {"ours": row.required_ratio},
+                rounds,
+                price,
+                streams=row.streams,
+                prefilled=row.prompt if prefills else 0,
+            )
         chat = ChatTokenizer(model.tokenizer)
         ends = {*model.eos_ids, *chat.eot_ids}
         for name, texts in read_prompts().items():
             prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
-            calls = our_chats(model.cfg, weights, prompts, most, ends, keys_values)
+            calls = chat_calls(model.cfg, weights, prompts, most, ends, keys_values)
             if peer:
-                calls["peer"] = _peer_run(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
-            rows += measure_chats(name, calls, price)
+                calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
+            rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), ROUNDS, price)
         chat.close()
+    return rows
 
 
-def _peer_run(peer: Peer, file: Path, **spec: Any) -> Callable[[], StreamResult]:
+def read_prompts() -> dict[str, list[str]]:
+    """Returns the sets of user messages by name."""
+    return tomllib.loads(PROMPTS.read_text("utf-8"))
+
+
+def _peer_call(peer: Peer, file: Path, **spec: Any) -> Call:
     """Returns a call of llama.cpp on a file. Raises UserError."""
     try:
         peer.ask(make="llama", spec={"file": str(file), "threads": cores(), **spec})
     except PeerError as error:
         raise UserError(f"llama.cpp: {error}") from None
-    return functools.partial(peer.ask, run="llama")
+
+    def call() -> Json:
+        result = peer.ask(run="llama")
+        return result | {"decoded": sum(max(len(tokens) - 1, 0) for tokens in result["tokens"])}
+
+    return call
 
 
-def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any) -> Callable[[], StreamResult]:
+def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any) -> Call:
     """Returns a call of `Engine` with a slot for each stream, without draft tokens."""
     engine = Engine(cfg, weights, EngineConfig(len(prompts), CAPACITY, kv_dtype=kv_dtype, speculate=False))
     engine.warm()
 
-    def run() -> StreamResult:
+    def call() -> Json:
         # The first streams decode while later prompts are prefilled, and go on past `new`: decoding is timed with all
         # streams at work, as the peer's is.
         sampling = SamplingParams(max_tokens=CAPACITY - max(map(len, prompts)), temperature=0.0)
@@ -137,62 +165,29 @@ def _our_run(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtyp
         step_until(1)
         prefilled, early = clock(), count()
         step_until(new)
-        decode = (clock() - prefilled) * (new - 1) * len(prompts) / (count() - early)
+        seconds = clock() - prefilled
         for id in output:
             engine.cancel(id)
-        return {"prefill": prefilled - begin, "decode": decode, "tokens": [tokens[:new] for tokens in output.values()]}
+        return {
+            "prefill": prefilled - begin,
+            "decode": seconds,
+            "decoded": count() - early,
+            "tokens": [tokens[:new] for tokens in output.values()],
+        }
 
-    return run
-
-
-def _measure_row(row: StreamRow, calls: dict[str, Callable[[], StreamResult]], new: int, rounds: int, price: float) -> Json:
-    """Times the calls in turns, a prefill row their prefill, a decode row their decoding."""
-    prefill = row.name.startswith("prefill")
-    tokens = {name: call()["tokens"] for name, call in calls.items()}
-    timings = measure(
-        calls, rounds=rounds, warmups=0, seconds_of=itemgetter("prefill" if prefill else "decode"),
-        report=lambda done, total: progress(f"{row.name}: round {done} of {total}"),
-    )  # fmt: skip
-    count = row.prompt if prefill else (new - 1) * row.streams
-    rate = count / timings["ours"].median
-    usd, least = price / 3600 / rate * 1e6, row.required_ratio
-    fields: Json = {
-        "name": row.name, "streams": row.streams, "tokens_per_second": rate, "peer_tokens_per_second": None,
-        **Ratio(None).fields(), "must": least, "usd_per_million_tokens": usd,
-    }  # fmt: skip
-    line = f"{row.name:<18} {rate:7.0f} tokens/s, ${usd:.3f} a million"
-    if "peer" in calls:
-        # The share of tokens before each stream's first difference: our int8 and their four bits differ at a near-tie.
-        pairs = zip(tokens["ours"], tokens["peer"])
-        same = sum(next((n for n, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs)
-        fields["same_tokens"] = same / sum(map(len, tokens["ours"]))
-        fields["peer_tokens_per_second"] = theirs = count / timings["peer"].median
-        over = ratio(timings["peer"], timings["ours"])
-        fields |= over.fields()
-        line += f"; llama.cpp {theirs:6.0f}: {held_to(over, least)}"
-    if "by_xla" in calls:
-        over = ratio(timings["by_xla"], timings["ours"])
-        fields |= {"native_ratio": over.ratio, "native_same": tokens["by_xla"] == tokens["ours"]}
-        line += f"; without the kernel in C {count / timings['by_xla'].median:.0f}: {over} times"
-    print(line, flush=True)
-    return fields
+    return call
 
 
-def read_prompts() -> dict[str, list[str]]:
-    """Returns the sets of user messages by name."""
-    return tomllib.loads(PROMPTS.read_text("utf-8"))
-
-
-def our_chats(
+def chat_calls(
     cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int], kv_dtype: Any
-) -> dict[str, Callable[[], Json]]:
-    """Returns the calls `plain` and `speculative`, each with its seconds of decoding, its tokens, and its decoding steps.
+) -> dict[str, Call]:
+    """Returns the calls `plain` and `speculative`, which answer one prompt after another.
 
-    All have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
+    Both have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
     """
     capacity = max(map(len, prompts)) + new
 
-    def run(engine: Engine) -> Json:
+    def call(engine: Engine) -> Json:
         sampling = SamplingParams(max_tokens=new, temperature=0.0, stop_token_ids=frozenset(ends))
         output, seconds, before = [], 0.0, engine.decode_steps
         for prompt in prompts:
@@ -205,65 +200,76 @@ def our_chats(
                     tokens += event.tokens
             seconds += clock() - first
             output.append(tokens)
-        return {"decode": seconds, "tokens": output, "steps": engine.decode_steps - before - len(prompts)}
+        decoded = sum(max(len(tokens) - 1, 0) for tokens in output)
+        return {"decode": seconds, "decoded": decoded, "tokens": output, "steps": engine.decode_steps - before - len(prompts)}
 
-    def call(speculate: bool) -> Callable[[], Json]:
-        config = EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=kv_dtype, speculate=speculate)
-        engine = Engine(cfg, weights, config)
+    calls: dict[str, Call] = {}
+    for name in ("plain", "speculative"):
+        engine = Engine(cfg, weights, EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=kv_dtype, speculate=name != "plain"))
         engine.warm()
-        return lambda: run(engine)
+        calls[name] = functools.partial(call, engine)
+    return calls
 
-    return {"plain": call(speculate=False), "speculative": call(speculate=True)}
 
-
-def measure_chats(set_name: str, calls: dict[str, Callable[[], Json]], price: float) -> list[Json]:
-    """Times the calls in turns on one set of prompts; prints a row for plain and for speculative decoding, and returns them.
+def measure_calls(
+    name: str,
+    calls: Mapping[str, Call],
+    required: Mapping[str, float | None],
+    rounds: int,
+    price: float,
+    *,
+    streams: int = 1,
+    prefilled: int = 0,
+) -> list[Json]:
+    """Times the calls in turns, by the seconds of a decoded token, or of one of `prefilled`; prints and returns a row for each
+    of `required`, which are ours: their least ratio to the call `peer`'s speed, and to that of `plain` and `by_xla`.
 
     Raises ValueError when speculation changes a token.
     """
     results: dict[str, Json] = {}
 
-    def keep(name: str, call: Callable[[], Json]) -> Callable[[], float]:
-        def timed() -> float:
-            results[name] = call()
-            return results[name]["decode"] / _decoded(results[name])
-
-        return timed
+    def keep(way: str) -> Json:
+        results[way] = calls[way]()
+        return results[way]
 
     timings = measure(
-        {name: keep(name, call) for name, call in calls.items()}, rounds=ROUNDS, warmups=0, seconds_of=float,
-        report=lambda done, total: progress(f"{set_name} prompts: round {done} of {total}"),
-    )  # fmt: skip
-    kinds = [kind for kind in results if kind != "peer"]
-    if any(results[kind]["tokens"] != results["plain"]["tokens"] for kind in kinds):
+        {way: functools.partial(keep, way) for way in calls},
+        rounds=rounds,
+        seconds_of=lambda result: result["prefill"] / prefilled if prefilled else result["decode"] / result["decoded"],
+        report=lambda done, total: progress(f"{name}: round {done} of {total}"),
+    )
+    if "speculative" in results and results["speculative"]["tokens"] != results["plain"]["tokens"]:
         raise ValueError("speculative decoding has changed a token")
-    return [_row(set_name, kind, timings, results, price) for kind in kinds]
-
-
-def _decoded(result: Json) -> int:
-    """Returns the tokens that a set's seconds of decoding gave: all but the first of each answer."""
-    return sum(max(len(tokens) - 1, 0) for tokens in result["tokens"])
-
-
-def _row(set_name: str, kind: str, timings: dict[str, Timing], results: dict[str, Json], price: float) -> Json:
-    speculative = kind != "plain"
-    rate, least = 1 / timings[kind].median, REQUIRED[set_name][speculative]
-    fields: Json = {
-        "name": f"{set_name}_{kind}", "streams": 1, "tokens_per_second": rate, "peer_tokens_per_second": None,
-        **Ratio(None).fields(), "must": least, "usd_per_million_tokens": price / 3600 / rate * 1e6,
-    }  # fmt: skip
-    line = f"{fields['name']:<21} {rate:5.0f} tokens/s"
-    if speculative:
-        over = ratio(timings["plain"], timings[kind])
-        fields |= {"tokens_per_step": _decoded(results[kind]) / results[kind]["steps"]}
-        fields |= {"over_plain": over.ratio, "over_plain_must": NEVER_BELOW}
-        line += f", {fields['tokens_per_step']:.2f} a step; {held_to(over, NEVER_BELOW)} of plain"
-    if "peer" in timings:
-        over = ratio(timings["peer"], timings[kind])
-        fields |= over.fields() | {"peer_tokens_per_second": 1 / timings["peer"].median}
-        line += f"; llama.cpp {fields['peer_tokens_per_second']:4.0f}: {held_to(over, least)}"
-    print(line, flush=True)
-    return fields
+    rows = []
+    for way, least in required.items():
+        over = lambda other, way=way: ratio(timings[other], timings[way]) if other in timings else Ratio(None)
+        rate, peer = 1 / timings[way].median, over("peer")
+        rows.append(
+            {
+                "name": name if way == "ours" else f"{name}_{way}",
+                "streams": streams,
+                "tokens_per_second": rate,
+                "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
+                **peer.fields(),
+                "must": least,
+                "usd_per_million_tokens": price / 3600 / rate * 1e6,
+            }
+        )
+        line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"
+        if way == "speculative":
+            per_step = results[way]["decoded"] / results[way]["steps"]
+            rows[-1] |= {"tokens_per_step": per_step, "over_plain": over("plain").fields(), "over_plain_must": NEVER_BELOW}
+            line += f", {per_step:.2f} a step; {held_to(over('plain'), NEVER_BELOW)} of plain"
+        if "peer" in timings:
+            line += f"; llama.cpp {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
+        if "by_xla" in timings:
+            rows[-1] |= {
+                "native": over("by_xla").fields(),
+                "native_same": results["by_xla"]["tokens"] == results[way]["tokens"],
+            }
+            line += f"; without the kernel in C {1 / timings['by_xla'].median:.0f}: {over('by_xla')} times"
+        print(line, flush=True)
+    return rows
 
 
 def held_to(over: Ratio, least: float | None) -> str:

@@ -59,8 +59,6 @@ class PlanFlags:
     """Dollars to spend."""
     days: Number = None
     """Days to train for."""
-    served: Text = None
-    """Tokens to serve out of the same budget."""
     extra: Text = None
     """Tokens to put before each prompt, or into the weights."""
     peak: Number = None
@@ -89,10 +87,10 @@ def plan(flags: PlanFlags) -> Json:
 
         return calibrate()
     if flags.validate:
-        from bench.plan.validate import describe, validation
+        from bench.plan.validate import show, validation
 
         document = validation()
-        print(describe(document))
+        show(document)
         return document
     return answer(flags)
 
@@ -113,8 +111,6 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError(f"--method belongs to --tokens; {asked[0]} asks about no one method of training.")
     if (flags.budget or flags.days) and (flags.model or flags.params):
         raise UserError("--budget and --days choose the model: leave --model and --params out.")
-    if flags.served and not (flags.budget or flags.days):
-        raise UserError("--served belongs to --budget or --days.")
     if flags.out and (flags.validate or flags.calibrate):
         raise UserError("--out writes the page of a question, with all validation on it; --validate and --calibrate ask none.")
 
@@ -143,7 +139,7 @@ def answer(flags: PlanFlags) -> Json:
     make = lambda method: job(cfg, method, context, optional("step_tokens") or 0)
     m = make(flags.method)
     if not about_model:
-        result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0, optional("served"))
+        result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0)
     elif flags.requests:
         result = plan_serving(
             name, m, d, flags.devices, requests=read("requests"), lengths=lengths, slots=flags.slots,
@@ -159,7 +155,7 @@ def answer(flags: PlanFlags) -> Json:
         result = plan_break_even(name, m, d, read("extra"), lengths, flags.precision, tuning, investments)
     else:
         result = plan_training(name, flags.method, m, d, read("tokens"), flags.devices)
-    print(result)
+    result.print()
     if flags.out:
         from bench.plan.page import write_page
         from engine.model.config import PRESETS

@@ -1,12 +1,10 @@
 """An answer of the planner: intervals with where each comes from, what binds, and sentences; printed, or as JSON."""
 
-import functools
 import math
-import shutil
-import textwrap
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from bench.cli import print_table
 from engine.errors import UserError
 from engine.format import duration, format_bytes, in_words, money, si, significant
 
@@ -24,10 +22,6 @@ class Interval(NamedTuple):
     unit: str
     origin: str
 
-    def __str__(self) -> str:
-        middle = write(self.middle, self.unit)
-        return middle if self.low == self.high else f"{middle}  ({write(self.low, self.unit)} to {write(self.high, self.unit)})"
-
 
 class Answer(NamedTuple):
     """What was asked, the quantities by name, what binds, and notes."""
@@ -42,15 +36,15 @@ class Answer(NamedTuple):
         lines = {name: line._asdict() for name, line in self.lines.items()}
         return {"question": self.question, "answer": lines, "binding": self.binding, "notes": self.notes}
 
-    def __str__(self) -> str:
-        values = {name: str(line) for name, line in self.lines.items()}
-        names, width = max(map(len, values)), max(map(len, values.values()))
-        rows = [f"  {name:<{names}}  {values[name]:<{width}}  {line.origin}".rstrip() for name, line in self.lines.items()]
-        columns = shutil.get_terminal_size((1000, 0)).columns
-        if max(map(len, rows)) > columns:  # each origin below its line, and nothing else is cut
-            fold = functools.partial(textwrap.fill, width=columns, initial_indent="    ", subsequent_indent="    ")
-            rows = [f"  {name:<{names}}  {values[name]}\n{fold(line.origin)}" for name, line in self.lines.items()]
-        return "\n".join([self.question, *rows, *([f"what binds: {self.binding}"] if self.binding else []), *self.notes])
+    def print(self) -> None:
+        """Prints the quantities as a table, then what binds, and the notes."""
+        rows = []
+        for name, line in self.lines.items():
+            low, middle, high = (write(bound, line.unit) for bound in line[:3])
+            rows.append((name, middle, "" if line.low == line.high else f"{low} to {high}", line.origin))
+        print_table(self.question, ("", "", "", ""), rows, left=4, sentences=True)
+        for text in ([f"what binds: {self.binding}"] if self.binding else []) + [*self.notes]:
+            print(text)
 
 
 def interval(bounds: Iterable[float], unit: str, origin: str) -> Interval:

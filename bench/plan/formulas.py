@@ -1,4 +1,4 @@
-"""The planner's arithmetic, which `javascript.py` writes out for the page, so that the browser computes the same.
+"""The planner's arithmetic, which `page.py` writes out as JavaScript, so that the browser computes the same.
 
 Arguments m are a model and a method of training it (`model.job`), d a device (`hardware.numbers`); all else is numbers in FLOP,
 bytes, seconds, tokens and dollars. Only what can be translated word for word: assignments, arithmetic, conditions and calls.

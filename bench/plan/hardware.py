@@ -77,7 +77,7 @@ def calibrate() -> Json:
     from bench.timing import measure
     from engine.counting.flops import train_flops
     from engine.counting.hardware import best_ceilings, clock, device_memory_bytes, measure_ceilings
-    from engine.training.optimizer import OptimizerConfig, make_optimizer
+    from engine.training.optimizer import OptimizerConfig
 
     progress("measuring this machine's peak ...")
     ceilings, rates = measure_ceilings(), []
@@ -85,7 +85,7 @@ def calibrate() -> Json:
     for shape in _SHAPES:
         progress(f"training steps of {shape} ...")
         inputs = make_step_inputs(shape, "bfloat16")
-        step = make_step(inputs, make_optimizer(OptimizerConfig(kind="adamw")))
+        step = make_step(inputs, OptimizerConfig())
         timing = measure({str(shape): step}, rounds=5, warmups=2)[str(shape)]
         flops = train_flops(inputs.cfg, shape.tokens, attention="causal").total
         rates.append(shape.batch * shape.tokens * flops / timing.median)

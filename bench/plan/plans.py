@@ -1,8 +1,7 @@
 """The planner's questions: a training run, a served model, what a budget buys, and a longer prompt or tuning.
 
 Compute-optimal is by the law of loss of Hoffmann et al. 2022 (2203.15556) as fitted anew by Besiroglu et al. 2024 (2404.10102),
-and by the rule of 20 tokens a parameter, on which the first paper's other methods agree. The over-trained model has the least
-loss where one budget pays for training and serving, 6 N D + 2 N S (Sardana et al. 2024, 2401.00448).
+and by the rule of 20 tokens a parameter, on which the first paper's other methods agree.
 """
 
 import math
@@ -17,13 +16,13 @@ from bench.plan.hardware import HERE
 from bench.plan.model import config_of_size, job
 from bench.plan.published import clean_runs
 from engine.errors import UserError
-from engine.format import format_bytes, in_words, money, percent
+from engine.format import format_bytes, in_words, money
 
 MEMORY = (0.9, 1.1)  # of the formula, with and without recomputation: the bounds that hold published peaks
 ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
 PRECISIONS = {"bfloat16": (16, 16), "int8": (8, 8), "int4": (4.5, 16)}  # bits of a weight, and of the KV cache
 RULE = 20  # tokens a parameter (2203.15556, table 3)
-E, LAW = 1.8172, SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
+LAW = SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
 
 
 def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> Answer:
@@ -34,10 +33,7 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     result = training(m, d, tokens, devices, sampling)
     spread, origin = d.spread, d.origin
     if method.startswith(("lora", "qlora", "freeze")):
-        spread, origin = (
-            math.hypot(spread, math.log(1 + ADAPTER_BOUND)),
-            f"{origin}; LoRA's time over full tuning's, within 30%",
-        )
+        spread, origin = math.hypot(spread, math.log(1 + ADAPTER_BOUND)), f"{origin}; LoRA's over full tuning's, within 30%"
     middle, share = result["device_hours"], result["efficiency"]
     # No run is faster than the peak.
     hours = interval((middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread)), "hours", origin)
@@ -82,15 +78,7 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
 
 
 def plan_serving(
-    name: str,
-    m: Any,
-    d: Any,
-    devices: int,
-    *,
-    requests: float,
-    lengths: Sequence[float],
-    slots: int,
-    precision: str,
+    name: str, m: Any, d: Any, devices: int, *, requests: float, lengths: Sequence[float], slots: int, precision: str
 ) -> Answer:
     """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of prompt and answer, and the
     cached share of prompts. Raises UserError when one request does not fit."""
@@ -135,8 +123,8 @@ def plan_serving(
     return Answer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
 
 
-def plan_budget(d: Any, devices: int, dollars: float | None, days: float, served: float | None) -> Answer:
-    """Returns what dollars, or days, buy. Raises UserError without a price, or when serving alone would use it up."""
+def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Answer:
+    """Returns what dollars, or days, buy. Raises UserError without a price."""
     hours, spread, origin, budget = 24 * days * devices, d.spread, d.origin, f"{days:g} days"
     if dollars is not None:
         if not d.low:
@@ -154,21 +142,11 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float, served
         "compute-optimal tokens": Interval(low / 6 / least, flops / 6 / params, high / 6 / most, "tokens", "FLOPs / 6 N"),
         "at 20 tokens a parameter": interval(rule, "parameters", "Hoffmann 2022, methods 1 and 2"),
     }
-    notes = []
+    notes: tuple[str, ...] = ()
     m = job(config_of_size(min(max(params, 1e7), 1e14)), "pretrain", 4096)
     if training_memory(m, devices, 1) > SHARE * d.memory:
-        notes.append(f"The compute-optimal model does not fit on {devices} x {d.name}; {holders(m, d)}.")
-    if served:
-        small, tokens, loss = over_trained(flops, served)
-        lines["over-trained parameters"] = around(small, 0, "parameters", "least loss for 6 N D + 2 N S (Sardana 2024)")
-        lines["over-trained tokens"] = around(tokens, 0, "tokens", f"{tokens / small:,.0f} a parameter")
-        large, _, best = over_trained(flops, 0)
-        notes.append(
-            f"With {in_words(served)} tokens served out of the same budget, {in_words(small)} parameters reach a loss of "
-            f"{loss:.3f}. Spent on training alone, it would give {in_words(large)} parameters and {best:.3f}, and serving them "
-            f"would cost {percent(2 * large * served / flops)} on top."
-        )
-    return Answer(f"{budget} on {devices} x {d.name}", lines, "", tuple(notes))
+        notes = (f"The compute-optimal model does not fit on {devices} x {d.name}; {holders(m, d)}.",)
+    return Answer(f"{budget} on {devices} x {d.name}", lines, "", notes)
 
 
 def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
@@ -180,30 +158,10 @@ def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
     return flops, params
 
 
-def over_trained(flops: float, served: float) -> tuple[float, float, float]:
-    """Returns parameters, tokens and loss of least loss for 6 N D + 2 N `served` = `flops`, from a million parameters up.
-
-    Raises UserError when serving the smallest would take all of it.
-    """
-    sizes = (1e6 * 10 ** (step / 250) for step in range(2000))
-    pairs = [(size, tokens) for size in sizes if (tokens := flops / (6 * size) - served / 3) > 0]
-    if not pairs:
-        raise UserError(f"Serving {in_words(served)} tokens takes the whole budget; give a larger one, or fewer --served.")
-    losses = [(E + LAW.a / size**LAW.alpha + LAW.b / tokens**LAW.beta, size, tokens) for size, tokens in pairs]
-    loss, params, tokens = min(losses)
-    return params, tokens, loss
-
-
 def plan_break_even(
-    name: str,
-    m: Any,
-    d: Any,
-    extra: float,
-    lengths: Sequence[float],
-    precision: str,
-    tuning: float,
+    name: str, m: Any, d: Any, extra: float, lengths: Sequence[float], precision: str, tuning: float,
     investments: dict[str, Interval],
-) -> Answer:
+) -> Answer:  # fmt: skip
     """Returns the requests after which `extra` tokens before each prompt cost as much as each investment, in device-hours.
 
     The low bound is a cheap investment against a dear prompt, the high bound the other way round. Costs are in device-hours

@@ -1,11 +1,11 @@
-"""Replays what was published: what the planner says of each run without that run, its makers' runs, or half of all."""
+"""Replays what was published: what the planner says of each run without that run, or without its makers' runs."""
 
 import math
-import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bench.cli import print_table
 from bench.plan.fits import fit_serving, predict_efficiency, predicted_rate
 from bench.plan.formulas import SHARE, UPDATE_BYTES, training_memory
 from bench.plan.model import config_of_size, job
@@ -13,7 +13,6 @@ from bench.plan.plans import ADAPTER_BOUND, MEMORY
 from bench.plan.published import clean_runs, rows, utilisation
 
 FLOPS_BOUND = 0.03
-SPLITS = 20  # of the runs into halves
 
 
 class Replay(NamedTuple):
@@ -32,24 +31,9 @@ def replay(run: Any, others: Sequence[Any]) -> Replay:
     return Replay(run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note or "no reason found")
 
 
-def without_each() -> list[Replay]:
-    """Predicts each clean run from all other clean runs."""
-    return [replay(run, [other for other in clean_runs() if other is not run]) for run in clean_runs()]
-
-
-def without_makers() -> list[Replay]:
-    """Predicts each clean run from those of other makers and code."""
-    return [replay(run, [other for other in clean_runs() if other.group != run.group]) for run in clean_runs()]
-
-
-def halves_held_out() -> list[Replay]:
-    """Predicts a half of the clean runs from the other half, for SPLITS random halves."""
-    replays, runs = [], list(clean_runs())
-    for split in range(SPLITS):
-        random.Random(split).shuffle(runs)
-        half = len(runs) // 2
-        replays += [replay(run, runs[:half]) for run in runs[half:]]
-    return replays
+def left_out(together: Callable[[Any, Any], bool]) -> list[Replay]:
+    """Predicts each clean run from all clean runs that are not left out `together` with it."""
+    return [replay(run, [other for other in clean_runs() if not together(run, other)]) for run in clean_runs()]
 
 
 def flops_errors() -> list[Replay]:
@@ -115,14 +99,13 @@ def validation() -> dict[str, Any]:
     """Returns every error figure, and by name with their reasons what lies outside its interval and what counts for nothing."""
     parts = {
         "FLOPs, as the source counts": flops_errors(),
-        "device-hours, each run left out": without_each(),
-        "device-hours, all runs of its makers left out": without_makers(),
-        f"device-hours, half of the runs left out, {SPLITS} times": halves_held_out(),
+        "device-hours, each run left out": left_out(lambda run, other: run is other),
+        "device-hours, all runs of its makers left out": left_out(lambda run, other: run.group == other.group),
         "tokens a second of serving, each left out": serving_errors(),
         "time of LoRA over that of full fine-tuning": adapter_errors(),
         "peak memory of LoRA and QLoRA": memory_errors(),
     }
-    single = [each for name, part in parts.items() if "half" not in name and "makers" not in name for each in part]
+    single = [each for name, part in parts.items() if "makers" not in name for each in part]
     unclean = [replay(run, clean_runs()) for run in rows("training_runs") if run.unclean]
     return {
         "table": {name: figures(part) for name, part in parts.items()},
@@ -131,12 +114,10 @@ def validation() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def describe(document: dict[str, Any]) -> str:
-    """Writes the error figures as a table, then the outliers with their reasons."""
-    lines = [f"  {'':<50} {'rows':>4}   {'median':>6}   {'inside':>6}"]
-    for name, row in document["table"].items():
-        lines.append(f"  {name:<50} {row['rows']:>4}   {row['median']:>6.1%}   {row['inside']:>6.0%}")
+def show(document: dict[str, Any]) -> None:
+    """Prints the error figures as a table, then the outliers with their reasons."""
+    rows = [(name, f"{row['rows']}", f"{row['median']:.1%}", f"{row['inside']:.0%}") for name, row in document["table"].items()]
+    print_table("What is predicted without itself", ("", "rows", "median error", "inside"), rows)
     for title in ("outside their interval", "not clean, so in no figure"):
-        lines.append(f"{title}:")
-        lines += [f"  {each['name']}: {each['error']:+.0%}; {each['why']}" for each in document[title]]
-    return "\n".join(lines)
+        outliers = [(each["name"], f"{each['error']:+.0%}", each["why"]) for each in document[title]]
+        print_table(title, ("", "error", "why"), outliers, left=3, sentences=True)

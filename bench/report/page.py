@@ -114,8 +114,8 @@ def deviation(off: float | None) -> str:
 def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]:
     """Returns the table's lines (each its row, deviation and numbers of notes), a list for each stage, and the notes in order.
 
-    A line is {row: the row of the document; off: its time over the predicted one, less 1; note, peak_note: the numbers of
-    its notes, 0 for none}. The template formats the cells.
+    A line is {row: the row of the document; off: its time over the predicted one, less 1; note: the number of its note, 0
+    for none}. The template formats the cells.
     """
     lines: list[dict[str, Any]] = []
     notes: list[Note] = []
@@ -129,7 +129,6 @@ def lines_and_notes(rows: Rows) -> tuple[list[list[dict[str, Any]]], list[Note]]
         off = seconds / predicted - 1 if seconds and predicted else None
         lines.append({
             "row": row, "off": off, "note": note(row, "" if off is None else deviation(off), row.get("explanation")),
-            "peak_note": note(row, "peak", row.get("peak_explanation")),
         })  # fmt: skip
     return [list(group) for _, group in itertools.groupby(lines, key=lambda line: line["row"].get("stage"))], notes
 

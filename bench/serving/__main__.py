@@ -1,7 +1,7 @@
-"""Measures the server: throughput, also against its own engine, latency under load, and the gain of each part.
+"""Measures the server: when it is ready, throughput, also against its own engine, and latency under load.
 
-    python -m bench.serving          about four minutes on two cores
-    python -m bench.serving --quick  fewer rounds, about ninety seconds
+    python -m bench.serving          about three minutes on two cores
+    python -m bench.serving --quick  fewer rounds, about a minute
 
 Starts `python -m stages.serve` and drives it over loopback, from this process, on the same cores. The server and its engine
 without a server run in turns. The server's promises are tested by
@@ -14,6 +14,7 @@ import signal
 import sys
 
 from bench.cli import Json, print_table, progress, run_bench
+from engine.device import device_name, start_jax
 from engine.format import money, si
 
 
@@ -49,9 +50,9 @@ def measure_serving(flags: ServingFlags) -> Json:
 
 
 async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
+    start_jax(one_arena=False)
     from bench.serving import measure  # imports JAX: --help needs none
     from bench.serving.server import Server
-    from engine.device import device_name
 
     model, slots, quick = flags.model, flags.slots, flags.quick
     rounds = 6 if quick else 9
@@ -72,8 +73,9 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             usd = flags.price / 3600 / rate * 1e6
             document["throughput"].append({"streams": streams, "tokens_per_second": rate, "usd_per_million_tokens": usd})
         progress(f"the server beside its engine without a server, {rounds} rounds in turns")
-        row = await measure.compare_with_engine(server, model, flags.weights, slots, entry["max_model_len"], rounds)
-        document["rows"] = [row | {"goal": 0.95}]
+        engine = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
+        row = await measure.compare_with_engine(server, engine, rounds)
+        document["rows"] = [row]
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
@@ -81,7 +83,6 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in (0.5, 0.8)
         ]
         document["resident_bytes"] = server.resident_bytes()
-        document["parts"] = await measure.gains(server, model, server_flags, slots, rounds)
     return document
 
 
@@ -95,34 +96,28 @@ def print_tables(document: Json) -> None:
         f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{unmet[document['ready_met']]}; "
         f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
     )
+    print_table("Throughput in a closed loop", ("streams", "tokens/s", "$ a million"), [
+        (str(row["streams"]), f"{row['tokens_per_second']:.0f}", money(row["usd_per_million_tokens"]))
+        for row in document["throughput"]
+    ])  # fmt: skip
+    row = document["rows"][0]
+    over = Ratio(row["ratio"], row["low"], row["high"])
+    print(
+        f"The server makes {row['tokens_per_second']:.0f} tokens/s, its engine alone {row['peer_tokens_per_second']:.0f}: "
+        f"{over} of it, at least {row['bar']:g}{unmet[row['met']]}\n"
+    )
+    seconds = lambda of: f"{si(of['p50'], 's')}, p{of['tail_percentile']} {si(of['tail'], 's')}"
     rate = document["saturated"]["requests_per_second"]
-    # (title, heads, format of a row, key of the rows)
-    tables = (
-        ("Throughput in a closed loop", "streams|tokens/s|$ a million",
-         "{streams}|{tokens_per_second:.0f}|{usd}", "throughput"),
-        ("The server against its own engine", "|server, tokens/s|engine, tokens/s|share|at least",
-         "{name}|{tokens_per_second:.0f}|{peer_tokens_per_second:.0f}|{over}|{bar}{unmet}", "rows"),
-        (f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix",
-         "load|answered|tokens/s|TTFT p50|p99|inter-token p50|p99",
-         "{load:.0%}|{answered} of {requests}|{tokens_per_second:.0f}|{ttft_p50}|{ttft_p99}|{token_p50}|{token_p99}", "load"),
-        ("The gain of each part", "|measured|on|off|gain", "{part}|{measured}|{on:.3g}|{off:.3g}|{over}", "parts"),
+    print_table(
+        f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix",
+        ("load", "answered", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50"),
+        [
+            (f"{row['load']:.0%}", f"{row['answered']} of {row['requests']}", f"{row['tokens_per_second']:.0f}",
+             *(seconds(row[name]) for name in ("ttft", "inter_token", "per_token")))
+            for row in document["load"]
+        ],
     )  # fmt: skip
-    for title, heads, cells, key in tables:
-        rows = [row | {name: si(row[name], "s") for name in row if name.endswith(("_p50", "_p99"))} for row in document[key]]
-        values = (
-            {
-                "usd": money(row.get("usd_per_million_tokens")), "unmet": unmet[row.get("met")],
-                "over": Ratio(*map(row.get, ("ratio", "low", "high"))),
-            } | row
-            for row in rows
-        )  # fmt: skip
-        print_table(title, heads.split("|"), [cells.format_map(row).split("|") for row in values])
-
-
-def main(args: list[str] | None = None) -> int:
-    """Measures, prints, and returns 0, also with unmet bars, or 2 after an error; saves nothing."""
-    return run_bench("bench.serving", __doc__, ServingFlags, measure_serving, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_bench("bench.serving", __doc__, ServingFlags, measure_serving))

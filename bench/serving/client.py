@@ -7,6 +7,7 @@ server. With 8 streams of events this takes 26 us of CPU an event, 1% of a core 
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -159,7 +160,10 @@ async def complete(client: Client, body: Json, **options: Any) -> "Completion":
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One completion. Seconds count from the request: `ttft` to the first token, `latency` to the last."""
+    """One completion. Seconds count from the request: `ttft` to the first token, `latency` to the last.
+
+    `gaps`: seconds from each event with text to the next, which are the inter-token latencies that a reader sees.
+    """
 
     status: int
     text: str
@@ -169,6 +173,7 @@ class Completion:
     ttft: float
     latency: float
     logprobs: tuple[float, ...] = ()
+    gaps: tuple[float, ...] = ()
     error: str | None = None
 
     @property
@@ -176,7 +181,7 @@ class Completion:
         return self.status == 200 and self.error is None and self.finish_reason in ("stop", "length")
 
     @property
-    def inter_token_latency(self) -> float:
+    def time_per_output_token(self) -> float:
         """Mean seconds from one token to the next; NaN with fewer than two."""
         tokens = self.completion_tokens
         return (self.latency - self.ttft) / (tokens - 1) if tokens > 1 else math.nan
@@ -191,7 +196,7 @@ def read_completion(response: Response) -> Completion:
     events = response.events() if is_stream else [(response.ended_at, response.json())]
     full_text, logprobs = "", list[float]()
     usage, finish_reason, error = {"completion_tokens": 0, "prompt_tokens": 0}, None, None
-    first = last = math.nan
+    moments: list[float] = []  # of the events with text
     for moment, event in events:
         error = event["error"]["message"] if "error" in event else error
         usage = event.get("usage") or usage
@@ -203,10 +208,11 @@ def read_completion(response: Response) -> Completion:
             finish_reason = choice.get("finish_reason") or finish_reason
             if text:
                 full_text += text
-                first, last = (moment if math.isnan(first) else first), moment
+                moments.append(moment)
+    first, last = (moments[place] if moments else math.nan for place in (0, -1))
     return Completion(
         200, full_text, usage["completion_tokens"], usage["prompt_tokens"], finish_reason, first - response.sent_at,
-        last - response.sent_at, tuple(logprobs), error,
+        last - response.sent_at, tuple(logprobs), tuple(b - a for a, b in itertools.pairwise(moments)), error,
     )  # fmt: skip
 
 

@@ -1,33 +1,41 @@
-"""Puts load on a server and measures throughput, also against its own engine, latency, and the gain of each part."""
+"""Puts load on a server and measures throughput, also against its own engine, and latency."""
 
 import asyncio
-import contextlib
-import functools
-import itertools
 import math
 import random
 import statistics
-import sys
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from bench.cli import Json, progress
-from bench.peers.process import Peer
-from bench.serving.client import Client, Completion, Response, complete, completion_request, random_text, read_completion, send
+from bench.cli import Json
+from bench.models import load
+from bench.serving.client import Client, Completion, Response, completion_request, random_text, read_completion, send
 from bench.serving.server import Server
-from bench.timing import Timing, ratio
+from bench.timing import measure, ratio
 from engine.counting.hardware import clock
+from engine.inference.config import EngineConfig
+from engine.inference.decode import prepare_params
+from engine.inference.engine import Engine
+from engine.inference.request import Request, SamplingParams
+from engine.model.weights.int8 import quantize
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
 SHARE_BAR = 0.85  # of its engine's throughput, for the server
-SHARED_TOKENS = 512  # at the beginning of prompts that measure the prefix cache
+ABOVE = 10  # samples that must lie above a percentile for it to be reported
 
 
 def percentile(values: Sequence[float], share: float) -> float:
     """Returns the smallest value that at least `share` of them do not exceed (nearest rank); NaN of none."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+def tail(values: Sequence[float]) -> tuple[int, float]:
+    """Returns (p, value) of the highest whole percentile, 99 at most, that ABOVE of the values lie above: p99 needs 1,000.
+
+    Fewer than twice ABOVE values have no percentile above the median: (50, the median).
+    """
+    p = max(50, min(99, math.floor(100 * (1 - ABOVE / max(len(values), 1)))))
+    return p, percentile(values, p / 100)
 
 
 async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> tuple[list[Completion], float]:
@@ -68,15 +76,6 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
     return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
-async def in_turns(first: Callable[[], Awaitable[Any]], second: Callable[[], Awaitable[Any]], rounds: int) -> list[list[Any]]:
-    """Runs both in each round and returns their results; which of them begins alternates."""
-    results: list[list[Any]] = [[], []]
-    for turn in range(rounds):
-        for place in (0, 1) if turn % 2 else (1, 0):
-            results[place].append(await (first, second)[place]())
-    return results
-
-
 async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
     """Returns tokens a second of `count` greedy completions in a closed loop of `streams`."""
     rng = random.Random(seed)
@@ -85,36 +84,51 @@ async def throughput(server: Server, streams: int, count: int, seed: int) -> flo
     return sum(completion.completion_tokens for completion in completions) / seconds
 
 
-async def compare_with_engine(server: Server, model: str, weights: str, slots: int, capacity: int, rounds: int) -> Json:
-    """Compares the server with its own engine without a server, in turns, with as many streams as slots.
+def make_engine(name: str, weights: str, slots: int, capacity: int) -> Engine:
+    """Returns the server's engine of a model, without a server; `weights`: int8, or the model's own type."""
+    model = load(name)
+    params = quantize(model.params) if weights == "int8" else model.params
+    engine = Engine(model.cfg, prepare_params(model.cfg, params), EngineConfig(slots, capacity))
+    engine.warm()
+    return engine
 
-    `ratio` is the server's throughput over the engine's, both of the median round, and `met` whether it exceeds SHARE_BAR;
-    each is None where noise hides it. `same_text`: whether the server's text was, in every round, that of the engine's tokens.
+
+async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Json:
+    """Compares the server with its own engine, which runs in this process, in turns, with as many streams as slots.
+
+    `ratio` is the server's throughput over the engine's, and `met` whether it exceeds SHARE_BAR; each is None where noise
+    hides it. `same_text`: whether the server's text was, in every round, that of the engine's tokens.
     """
-    rng = random.Random(1)
+    rng, loop, slots = random.Random(1), asyncio.get_running_loop(), engine.config.slots
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
-    spec = {"model": model, "weights": weights, "slots": slots, "capacity": capacity, "prompts": prompts, "new": NEW_TOKENS}
-    with contextlib.closing(Peer(Path(sys.executable), "slots_peer.py")) as peer:
-        peer.read()
-        peer.ask(make="slots", spec=spec)
+    requests = [Request(tuple(each), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)) for each in prompts]
+    texts: set[tuple[str, ...]] = set()
+    output: dict[int, list[int]] = {}
 
-        async def run_engine() -> Json:
-            return peer.ask(run="slots")
+    def run_server() -> None:
+        sent = closed_loop(server.client, [*map(_request, prompts)], slots)
+        completions, _ = asyncio.run_coroutine_threadsafe(sent, loop).result()
+        texts.add(tuple(completion.text for completion in completions))
 
-        run_server = lambda: closed_loop(server.client, [*map(_request, prompts)], slots)
-        await run_engine()
-        await run_server()
-        engine_rounds, server_rounds = await in_turns(run_engine, run_server, rounds)
-    detokenized = await server.client.post("/detokenize", {"tokens": engine_rounds[-1]["tokens"][0]})
-    engine, served = [reply["seconds"] for reply in engine_rounds], [seconds for _, seconds in server_rounds]
-    texts = {tuple(completion.text for completion in completions) for completions, _ in server_rounds}
-    over = ratio(Timing("engine", tuple(engine)), Timing("server", tuple(served)))
-    tokens = slots * NEW_TOKENS
+    def run_engine() -> None:
+        output.clear()
+        output.update({engine.submit(request): [] for request in requests})
+        while engine.busy:
+            for event in engine.step():
+                output[event.id] += event.tokens
+
+    # In a thread, for the connections to the server live in this one.
+    timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
+    first = await server.client.post("/detokenize", {"tokens": next(iter(output.values()))})
+    over, made = ratio(timings["engine"], timings["server"]), slots * NEW_TOKENS
     return over.fields() | {
-        "name": f"server_against_offline_{slots}", "tokens_per_second": tokens / statistics.median(served),
-        "peer_tokens_per_second": tokens / statistics.median(engine), "bar": SHARE_BAR, "met": over.exceeds(SHARE_BAR),
-        "same_text": len(texts) == 1 and next(iter(texts))[0] == detokenized.json()["prompt"],
-    }  # fmt: skip
+        "name": f"server_against_offline_{slots}",
+        "tokens_per_second": made / timings["server"].median,
+        "peer_tokens_per_second": made / timings["engine"].median,
+        "bar": SHARE_BAR,
+        "met": over.exceeds(SHARE_BAR),
+        "same_text": len(texts) == 1 and next(iter(texts))[0] == first.json()["prompt"],
+    }
 
 
 def _mixed_request(rng: random.Random) -> Json:
@@ -130,61 +144,27 @@ async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[
 
 
 async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> Json:
-    """Measures TTFT and inter-token latency under Poisson arrivals at `load` times `peak_rate` requests a second."""
+    """Measures latency under Poisson arrivals at `load` times `peak_rate` requests a second.
+
+    TTFT and time per output token have a sample a request, inter-token latency one for each gap between events with text.
+    """
     begin = clock()
     responses = await open_loop(server.client, _mixed_request, load * peak_rate, seconds, random.Random(0))
     took = clock() - begin
     finished = [completion for completion in map(read_completion, responses) if completion.finished]
-    ttft = [completion.ttft for completion in finished]
-    gaps = [completion.inter_token_latency for completion in finished if completion.completion_tokens > 1]
-    return {
-        "load": load, "requests": len(responses), "answered": len(finished), "requests_per_second": load * peak_rate,
+    samples = {
+        "ttft": [each.ttft for each in finished],
+        "inter_token": [gap for each in finished for gap in each.gaps],
+        "per_token": [each.time_per_output_token for each in finished if each.completion_tokens > 1],
+    }
+    document: Json = {
+        "load": load,
+        "requests": len(responses),
+        "answered": len(finished),
+        "requests_per_second": load * peak_rate,
         "tokens_per_second": sum(completion.completion_tokens for completion in finished) / took,
-        "ttft_p50": percentile(ttft, 0.5), "ttft_p99": percentile(ttft, 0.99),
-        "token_p50": percentile(gaps, 0.5), "token_p99": percentile(gaps, 0.99),
-    }  # fmt: skip
-
-
-async def prefix_ttft(server: Server) -> float:
-    """Returns the TTFT of a prompt that begins with the same SHARED_TOKENS as the one before it."""
-    rng = random.Random(3)
-    shared = _random_tokens(rng, SHARED_TOKENS)
-    bodies = [_request([*shared, *_random_tokens(rng, 8)], 2) for _ in range(2)]
-    return [(await complete(server.client, body)).ttft for body in bodies][1]
-
-
-async def repetitive_throughput(server: Server) -> float:
-    """Returns tokens a second of a lone stream that repeats its prompt, which suits draft tokens; the second of two."""
-    line = "The quick brown fox jumps over the lazy dog and runs into the dark green forest.\n"
-    body = _request(line * 6)
-    return 1 / [(await complete(server.client, body)).inter_token_latency for _ in range(2)][1]
-
-
-async def gains(server: Server, model: str, flags: list[str], slots: int, rounds: int) -> list[Json]:
-    """Measures the gains of batching, and of prefix cache, speculative decoding and int8 weights beside a server without each.
-
-    The gain, `ratio`, is the quotient of the medians `on` and `off`, above 1 where the part is of use.
-    """
-    seeds = itertools.count(50)
-    streams = lambda count: throughput(server, count, count, next(seeds))
-    turns = await in_turns(lambda: streams(slots), lambda: streams(1), rounds)
-    rows = [_gain("batching", f"{slots} streams at once, tokens/s", *turns)]
-    # (part, flags that switch it off, figure, measurement)
-    parts: tuple[tuple[str, list[str], str, Any], ...] = (
-        ("prefix cache", ["--prefix-cache", "0"], f"first token behind {SHARED_TOKENS} shared tokens, s", prefix_ttft),
-        ("speculative decoding", ["--no-speculative-decoding"], "repetitive text, one stream, tokens/s", repetitive_throughput),
-        ("int8 weights", ["--weights", "bfloat16"], "all slots, tokens/s", lambda server: throughput(server, slots, slots, 30)),
-    )
-    for part, more, figure, measure in parts:
-        progress(f"with and without {part}")
-        async with Server(model, [*flags, *more]) as other:
-            turns = await in_turns(functools.partial(measure, server), functools.partial(measure, other), rounds)
-        rows.append(_gain(part, figure, *turns))
-    return rows
-
-
-def _gain(part: str, figure: str, on: list[float], off: list[float]) -> Json:
-    first, second = (off, on) if figure.endswith(", s") else (on, off)
-    gain = ratio(Timing("on", tuple(first)), Timing("off", tuple(second)))
-    medians = {"on": statistics.median(on), "off": statistics.median(off)}
-    return {"part": part, "measured": figure, **medians, **gain.fields()}
+    }
+    for name, values in samples.items():
+        share, highest = tail(values)
+        document[name] = {"p50": statistics.median(values or [math.nan]), "tail_percentile": share, "tail": highest}
+    return document

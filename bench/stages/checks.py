@@ -1,65 +1,23 @@
-"""Checks beside the stage table: that XLA adds up, requests do not affect one another, and inference changes no weight.
-
-On a CPU some releases of XLA get a product with a constant wrong, in silence.
-"""
+"""Checks beside the stage table: that requests do not affect one another, and how far int8 moves the logits."""
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.stages.claims import InferenceChecks
-from bench.stages.rows import SLOTS, random_cache
-from engine.inference.decode import CHUNK, decode_step, decode_steps, prefill
-from engine.inference.request import SamplingParams
-from engine.inference.sampling import sampling_arrays
+from engine.inference.config import EngineConfig
+from engine.inference.engine import Engine
+from engine.inference.request import Request, SamplingParams
 from engine.inference.score import score
 from engine.model.config import ModelConfig
 from engine.model.transformer import forward
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 
-SHAPE = 5, 60, 60  # smaller ones come out right
-EXPRESSION = "jit(sum(x @ full_like(x, 2.5), -1))"
-TOLERANCE = 1e-4  # float32 agrees to 1e-6; garbage is memory that nobody wrote
-ADVICE = (
-    "In JAX code of your own, no product under jit may read a constant made beside it, such as ones or zeros: pass it as an "
-    "argument, or through jax.lax.optimization_barrier."
-)
-
-
-def check_arithmetic() -> dict[str, Any]:
-    """Returns "adds_up", "relative_error" (None for NaN) and a "sentence" on XLA in this process."""
-    error = constant_product_error()
-    adds_up, finite = error <= TOLERANCE, math.isfinite(error)
-    case = f"{EXPRESSION} of {' x '.join(map(str, SHAPE))} random numbers"
-    if adds_up:
-        sentence = f"XLA adds up here: {case}, which some releases get wrong on CPUs, agrees with NumPy to {error:.0e}."
-    else:
-        off = f"off by {error:.0e} times its largest number" if finite else "not a number"
-        sentence = f"XLA does not add up here: {case} is {off}. {ADVICE} Thrice's own programs hold no such product."
-    return {"adds_up": adds_up, "relative_error": error if finite else None, "sentence": sentence}
-
-
-def constant_product_error() -> float:
-    """Returns the largest difference between XLA's and NumPy's EXPRESSION, as a share of the largest number."""
-    x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
-    expected = (x.astype(float) @ np.full(SHAPE, 2.5)).sum(-1)
-    result = np.asarray(jax.jit(lambda x: jnp.sum(x @ jnp.full_like(x, 2.5), -1))(x), float)
-    return float(np.abs(result - expected).max() / np.abs(expected).max())
-
-
-def check_invariants(
-    cfg: ModelConfig, params: Any, int8: Any, batch: Batch, *, length: int, before: tuple[str, str], generated: int
-) -> InferenceChecks:
-    """Runs the checks after `generated` tokens, with caches of `length` places; `before` is an earlier `model_state`."""
-    return InferenceChecks(
-        neighbours=SLOTS - 1, same_bits=is_batch_invariant(cfg, params, length), generated=generated, before=before,
-        after=model_state(cfg, params, batch), int8_error=logits_error(cfg, params, int8, batch),
-    )  # fmt: skip
+SLOTS, NEW = 8, 32  # of the server; tokens of each answer
 
 
 def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
@@ -67,30 +25,35 @@ def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
     return (float(score(cfg, params, batch)) / batch.tokens.size).hex(), digest(params)
 
 
-def is_batch_invariant(cfg: ModelConfig, params: Any, length: int) -> bool:
-    """Whether a prompt gives the same bits of log-probabilities and greedy tokens in every slot, alone and beside others."""
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(0, cfg.vocab, CHUNK - 5, dtype=np.int32)
-    answers = set()
-    for slot in range(SLOTS):
-        for alone in (True, False):
-            tokens = rng.integers(0, cfg.vocab, (SLOTS, CHUNK), dtype=np.int32)
-            lengths = np.zeros(SLOTS, np.int32) if alone else rng.integers(1, CHUNK, SLOTS, dtype=np.int32)
-            tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
-            answers.add(_answer(cfg, params, tokens, lengths, length, slot))
-    return len(answers) == 1
+def serve_beside_others(cfg: ModelConfig, params: Any, capacity: int) -> tuple[int, bool]:
+    """Returns in how many of SLOTS slots a request beside others gets other tokens, or other bits of log-probabilities, than
+    alone; and whether that changed a weight. The engine is the server's, of `params` that are prepared for inference and
+    `capacity` tokens a slot."""
+    engine = Engine(cfg, params, EngineConfig(SLOTS, capacity, prefix_cache_bytes=10**7))
+    prompts = random_prompts(cfg, SLOTS, capacity - NEW)
+    others = [Request(tuple(each), SamplingParams(max_tokens=NEW, temperature=0.8, seed=5)) for each in prompts[1:]]
+    request = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
+
+    def answer(slot: int, beside: Sequence[Request]) -> tuple[Any, ...]:
+        """Returns the tokens and log-probabilities of the request, submitted at `slot` among the requests `beside`."""
+        ids = [engine.submit(each) for each in (*beside[:slot], request, *beside[slot:])]
+        tokens, logprobs = [], []
+        while engine.busy:
+            for event in engine.step():
+                if event.id == ids[slot]:
+                    tokens += event.tokens
+                    logprobs += [each.logprob for each in event.logprobs]
+        return tokens, logprobs
+
+    before, alone = digest(engine.params), answer(0, [])
+    changed = sum(answer(slot, others) != alone for slot in range(SLOTS))
+    return changed, digest(engine.params) != before
 
 
-def _answer(cfg: ModelConfig, params: Any, tokens: Any, lengths: Any, length: int, slot: int) -> bytes:
-    """Returns a slot's greedy tokens and its log-probabilities before and after them, as bytes."""
-    cache = random_cache(cfg, SLOTS, length, slot)
-    logits, cache = prefill(cfg, params, jnp.asarray(tokens), jnp.asarray(lengths), cache)
-    token = logits.argmax(-1).astype(jnp.int32)
-    greedy = sampling_arrays(SamplingParams(temperature=0.0).per_row(SLOTS))
-    output, cache = decode_steps(cfg, params, token, cache, greedy)
-    after, _ = decode_step(cfg, params, output[:, -1], cache)
-    logprobs = (jax.nn.log_softmax(x, -1)[slot] for x in (logits, after))
-    return b"".join(np.asarray(x).tobytes() for x in (output[slot], *logprobs))
+def random_prompts(cfg: ModelConfig, count: int, most: int) -> list[list[int]]:
+    """Returns prompts of 5 to `most` - 1 random tokens."""
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, cfg.vocab, int(rng.integers(5, most))).tolist() for _ in range(count)]
 
 
 def logits_error(cfg: ModelConfig, params: Any, other: Any, batch: Batch) -> float:

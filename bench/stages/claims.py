@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from bench.stages.checks import SLOTS
 from bench.timing import Ratio
 from engine.format import in_words, money, percent, si, times
 
@@ -22,28 +23,20 @@ Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, number
 
 
 @dataclasses.dataclass(frozen=True)
-class InferenceChecks:
-    """Whether a request's bits stay beside others, loss and weights before and after inference, and int8's error in logits."""
-
-    neighbours: int  # other requests beside which a request ran again
-    same_bits: bool  # of its tokens and log-probabilities each time
-    generated: int  # tokens between two evaluations
-    before: tuple[str, str]  # the loss, as hex, and the digest of the weights
-    after: tuple[str, str]
-    int8_error: float | None  # of the logits, root mean square, as a share of their spread
-
-
-@dataclasses.dataclass(frozen=True)
 class Evidence:
     """The numbers by which claims are judged."""
 
     rows: dict[str, dict[str, Any]]  # of the document, by name
     time_ratio: Callable[[str, str], Ratio]  # of a row's time for a token over another's
-    checks: InferenceChecks
     params: int
     price: float  # dollars an hour
     uncached: tuple[float, int]  # seconds of a token without a KV cache, and the tokens before it
     bytes_per_weight: int  # in the rows that are not int8
+    changed_answers: int  # of a request in each slot: other tokens or bits of log-probabilities beside others than alone
+    generated: int  # tokens between two evaluations
+    before: tuple[str, str]  # the loss, as hex, and the digest of the weights
+    after: tuple[str, str]
+    int8_error: float  # of the logits, root mean square, as a share of their spread
 
     def row(self, start: str) -> dict[str, Any]:
         """Returns the first row whose name begins with `start`, or raises KeyError."""
@@ -207,18 +200,18 @@ def weights(of: Evidence) -> Judgement:
 
 
 def independent(of: Evidence) -> Judgement:
-    same = of.checks.same_bits
-    value = f"one prompt, alone and beside {of.checks.neighbours} others in each slot in turn: " + (
+    same = not of.changed_answers
+    value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: " + (
         "the same tokens and the same log-probabilities to the last bit." if same else "its bits differed."
     )
     return "true" if same else "false here, which is a defect", value, {"same_bits": same}
 
 
 def learns(of: Evidence) -> Judgement:
-    (before, digest), (after, digest_after) = of.checks.before, of.checks.after
-    same = of.checks.before == of.checks.after
+    (before, digest), (after, digest_after) = of.before, of.after
+    same = of.before == of.after
     nats = lambda bits: f"{float.fromhex(bits):.4f} ({bits})"
-    value = f"{of.checks.generated:,} tokens were generated; the loss on a text is {nats(before)} " + (
+    value = f"{of.generated:,} tokens were generated; the loss on a text is {nats(before)} " + (
         f"nats a token and the weights {digest[:12]}, before and after, to the last bit."
         if same
         else f"before and {nats(after)} after, the weights {digest[:12]} and {digest_after[:12]}."
@@ -283,8 +276,7 @@ def quantisation(of: Evidence) -> Judgement:
             )
     if not gains:
         raise KeyError("int8")
-    error = of.checks.int8_error
-    value = "; ".join(words) + "." + (f" The logits move by {percent(error)} of their spread." if error is not None else "")
+    value = f"{'; '.join(words)}. The logits move by {percent(of.int8_error)} of their spread."
     return judge_gain(gains), value, {"off_over_on": gains}
 
 

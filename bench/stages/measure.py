@@ -13,9 +13,8 @@ import numpy as np
 from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
 from bench.stages.by_hand_rows import by_hand_rows
-from bench.stages.checks import check_arithmetic, check_invariants, model_state
+from bench.stages.checks import logits_error, model_state, serve_beside_others
 from bench.stages.claims import Evidence, claims
-from bench.stages.estimate import check_memory, duration_warning, explain_peak, explain_time
 from bench.stages.rows import (
     Row,
     decode_row,
@@ -27,20 +26,29 @@ from bench.stages.rows import (
     uncached_decode,
 )  # fmt: skip
 from bench.timing import MIN_ROUNDS, Timing, describe_noise, measure, ratio
-from engine.counting.hardware import RATES, Ceilings, best_ceilings, clock, measure_ceilings
+from engine.counting.hardware import (
+    RATES,
+    Ceilings,
+    best_ceilings,
+    clock,
+    device_memory_bytes,
+    measure_ceilings,
+    require_memory,
+)  # fmt: skip
+from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
-from engine.format import finite
+from engine.format import finite, si
 from engine.inference.decode import prepare_params
-from engine.model.config import ModelConfig, preset
+from engine.model.config import PRESETS, ModelConfig, preset
 from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
 from engine.storage.model_loader import read_config
 from engine.text.batch import Batch
 
 MAX_ROUNDS = 15
+TOLERANCE = 0.15  # of the predicted ratio of times, beyond which a row is explained
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
-PRODUCTS = ": products"  # ends the name of the timing of a row's products alone
 # Name, slots, and the type of matrices where it is not the model's own.
 DECODES: tuple[tuple[str, int, str | None], ...] = (
     ("decode alone", 1, None), ("decode with 8 slots", 8, None), ("decode with 32 slots", 32, None),
@@ -63,8 +71,6 @@ def stage_table(
     ceilings = measure_ceilings()
     model = find_model(preset_name, model_name)
     cfg = model.cfg
-    if warning := duration_warning(cfg, batch, context, max_time - AFTERWARDS, MIN_ROUNDS, ceilings):
-        progress(warning)
     text = tokens_for(model, batch, context + 1)
     data = next_token_batch(text)
     frozen = prepare_params(cfg, model.params)
@@ -73,20 +79,20 @@ def stage_table(
     digests = {name: weight_digests(row) for name, row in rows.items()}
     state_before = model_state(cfg, frozen, data)
     calls = {name: row.run for name, row in rows.items()}
-    calls |= {name + PRODUCTS: row.products for name, row in rows.items() if row.products}
     calls["uncached"] = uncached_decode(cfg, frozen, text[0, :-1])
 
     progress("warming up ...")
     started = clock()
     for call in calls.values():
         jax.block_until_ready(call())
-    left = max_time - AFTERWARDS - (clock() - begin)
-    rounds = MIN_ROUNDS if fewest_rounds else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / (clock() - started))))
+    seconds, left = clock() - started, max_time - AFTERWARDS - (clock() - begin)
+    rounds = MIN_ROUNDS if fewest_rounds else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / seconds)))
+    if rounds * seconds > left:
+        progress(f"{rounds} rounds of this model take {rounds * seconds:.0f} s; a smaller --batch or --context takes less")
     report = lambda done, total: progress(f"round {done} of {total}", replace=True)
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token.
-    tokens = {name + part: row.tokens for name, row in rows.items() for part in ("", PRODUCTS)}
-    timings = {name: timing.scaled(1 / tokens.get(name, 1)) for name, timing in timings.items()}
+    timings = {name: timing.scaled(1 / (rows[name].tokens if name in rows else 1)) for name, timing in timings.items()}
 
     progress("measuring the ceilings again: this machine's speed may have changed since, and the best counts ...")
     ceilings = best_ceilings(ceilings, measure_ceilings())
@@ -97,10 +103,10 @@ def stage_table(
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
-        document_rows, lambda a, b: ratio(timings[a], timings[b]),
-        check_invariants(cfg, frozen, int8, data, length=context, before=state_before, generated=generated),
-        params=params, price=price, uncached=(timings["uncached"].median, context),
-        bytes_per_weight=jnp.dtype(cfg.dtype).itemsize,
+        document_rows, lambda a, b: ratio(timings[a], timings[b]), params=params, price=price,
+        uncached=(timings["uncached"].median, context), bytes_per_weight=jnp.dtype(cfg.dtype).itemsize, generated=generated,
+        changed_answers=serve_beside_others(cfg, frozen, min(2 * context, cfg.context))[0], before=state_before,
+        after=model_state(cfg, frozen, data), int8_error=logits_error(cfg, frozen, int8, data),
     )  # fmt: skip
     return {
         "machine": {name: getattr(ceilings, name) for name in ("device", "cores", "jax", "backend")},
@@ -115,8 +121,26 @@ def stage_table(
         "rounds": rounds,
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
-        "arithmetic": check_arithmetic(),
     }  # fmt: skip
+
+
+def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
+    """Raises UserError, with the largest preset that would fit if one does, when the table does not fit the memory."""
+    limit = device_memory_bytes()
+    presets = sorted(PRESETS.items(), key=lambda item: -count_params(item[1]).total)
+    fitting = (f"--preset {name} fits" for name, other in presets if table_bytes(other, batch, context) <= limit)
+    remedy = next(fitting, "give a smaller --batch or --context")
+    require_memory(table_bytes(cfg, batch, context), "The stage table would need", f"{remedy}.", limit=limit)
+
+
+def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
+    """Predicts the bytes of the whole table: the state of every row, and the largest step."""
+    steps = [training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)]
+    states = sum(step.gradients + step.optimizer for step in steps)
+    served = inference_memory(cfg, 32, context)
+    working = max(step.total - step.params - step.optimizer for step in steps)
+    # Float32 weights, as much for frozen halves in the compute type, served copies in two bytes and one.
+    return states + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
 def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray) -> Iterator[Row]:
@@ -159,7 +183,6 @@ def row_document(
     differ = [old != new for old, new in zip(digests, weight_digests(row))]
     changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
     timing, forward_seconds = timings[row.name], timings[forward.name].median
-    products_seconds = timings[row.name + PRODUCTS].median if row.products else None
     times = ratio(timing, timings[forward.name])
     seconds, flops = timing.median, row.formula.by_pass
     per_token = lambda number: number / row.tokens
@@ -169,7 +192,7 @@ def row_document(
         used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
     counted = {
         "formula": flops.total, "walker": row.walker and row.walker.matmul,
-        "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla and row.xla.flops,
+        "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla,
         "forward": flops.forward + flops.recompute, "dx": flops.dx, "dw": flops.dw, "optimizer": row.update,
     }  # fmt: skip
     return {
@@ -186,6 +209,30 @@ def row_document(
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
         "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
-        "series": row.series, "peak_explanation": explain_peak(row),
-        "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings, products_seconds),
+        "series": row.series, "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings),
     }  # fmt: skip
+
+
+def explain_time(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings) -> str | None:
+    """Explains a row's time over the forward pass's where it is off the ratio of FLOPs by more than TOLERANCE, else None.
+
+    `seconds` are those of a token.
+    """
+    flops, forward_flops = (_product_flops(each) / each.tokens for each in (row, forward))
+    if not flops:
+        return f"nothing is multiplied: {si(row.traffic / row.tokens, 'B')} a token that were computed before are copied."
+    if abs(seconds / forward_seconds / (flops / forward_flops) - 1) <= TOLERANCE:
+        return None
+    multiplying, reading = flops / ceilings.peak_flops(row.dtype), row.traffic / row.tokens / (1e9 * ceilings.read_gbs)
+    bound = "memory" if reading >= seconds / 2 else "products" if multiplying >= seconds / 2 else "neither alone"
+    steps = row.slots or row.tokens  # tokens that share one reading of the weights
+    return (
+        f"of {si(seconds, 's')} for a token, moving its bytes takes {si(reading, 's')} at the speed of this memory, and its "
+        f"products {si(multiplying, 's')} at this machine's best rate in {row.dtype}: bound by {bound}. The weights are read "
+        f"once for {'one token' if steps == 1 else f'{steps:,} tokens'}."
+    )
+
+
+def _product_flops(row: Row) -> int:
+    """Returns the operations of a call's products, as the program computes them where that is known."""
+    return row.walker.matmul if row.walker else row.formula.total

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from bench.models import TrainingStep, new_state
+from bench.stages.checks import SLOTS
 from engine.counting.flops import Flops, PassFlops, prefill_flops
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_memory, training_memory
@@ -24,7 +25,7 @@ from engine.counting.program_flops import (
 )
 from engine.counting.traffic import inference_bytes, train_bytes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
-from engine.counting.xla import XlaCost, xla_cost, xla_peak
+from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.config import CHUNK as SLOT_CHUNK
 from engine.inference.config import MIN_ROWS
 from engine.inference.decode import CHUNK, STEPS, decode_steps, prefill
@@ -32,24 +33,23 @@ from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
 from engine.inference.score import score
-from engine.model.cache.contiguous import KVCache, make_cache
+from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
-from engine.model.transformer import Params, hidden_states, logits_of
+from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import Int8
-from engine.model.weights.matmul import cast_matrices, project, project_two
+from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.lora import init_lora
 from engine.training.loss import CHUNK as LOSS_CHUNK
 from engine.training.loss import LOGITS_LIMIT
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, dpo, margins
-from engine.training.step import NEXT_TOKEN, Objective, init_state, loss_and_gradient, train_step
+from engine.training.step import NEXT_TOKEN, Objective, loss_and_gradient, train_step
 
 ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
-SLOTS = 8  # of the server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,10 @@ class Row:
     traffic: int  # bytes that it must read and write
     walker: JaxprCost | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
-    xla: XlaCost | None = None
+    xla: int | None = None  # the operations, by XLA
     slots: int | None = None
     series: str | None = None
     dtype: str = "bfloat16"  # that its products multiply: decides its ceiling
-    products: Callable[[], Any] | None = None  # runs a call's products with weights alone
 
     @property
     def utilisation_of(self) -> str:
@@ -83,19 +82,23 @@ class Row:
 
 
 def compile_program(
-    function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, steps: int = 1, **options: Any
+    function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Compiles a jitted function for its arguments; returns the program, and the cost of `calls` as fields of a Row.
 
-    `static` are its first arguments; `options` are static too. `steps` are those of its loop, whose body XLA counts once.
+    `static` are its first arguments; `options` are static too, of which `steps` are those of a loop.
     """
     program = function.lower(*static, *args, **options).compile()
-    cost = xla_cost(program)
-    return program, {
-        "peak_bytes": xla_peak(program),
-        "walker": jaxpr_cost(functools.partial(function, *static, **options), *args) * calls,
-        "xla": XlaCost(*(calls * steps * each for each in cost)),
-    }
+    traced, steps = functools.partial(function, *static, **options), options.get("steps", 1)
+    return program, cost_of(program, traced, *args, calls=calls, steps=steps)
+
+
+def cost_of(program: Any, function: Any, *args: Any, calls: int = 1, steps: int = 1) -> dict[str, Any]:
+    """Returns the cost of `calls` of a program, compiled of `function`. XLA counts the body of a loop of `steps` once."""
+    return {
+        "peak_bytes": xla_peak(program), "walker": jaxpr_cost(function, *args) * calls,
+        "xla": xla_flops(program) * calls * steps,
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +141,8 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         trainable = init_lora(cfg, params, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
-        trainable_leaves, rest = split(params, paths.weights)
-        trainable, frozen = jax.tree.map(jnp.copy, trainable_leaves), cast_matrices(rest, cfg.dtype)
+        trainable, rest = split(params, paths.weights)
+        frozen = cast_matrices(rest, cfg.dtype)
     if kind.stage == "fine-tuning":
         batch = batch._replace(mask=batch.mask & (jnp.arange(T) >= T // 2))
     data: Any = batch
@@ -149,25 +152,19 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
         chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
         pairs = Preferences(chosen, rejected)
         data = pairs._replace(reference=margins(cfg, frozen, pairs))
-    state = init_state(tx, trainable)
-    progress = jnp.float32(0.5)
-    program, cost = compile_program(train_step, (cfg, tx), state, frozen, data, progress, objective=objective)
+    step = TrainingStep(cfg, tx, new_state(tx, trainable), frozen, data, objective=objective)
+    cost = cost_of(step.program, functools.partial(train_step, cfg, tx, objective=objective), step.state, *step.arguments)
     walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
     formula = gradient_program_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
     predicted = training_memory(cfg, B, T, trainable=paths)
 
-    def run() -> Any:
-        nonlocal state
-        state, metrics = program(state, frozen, data, progress)
-        return metrics.loss
-
     def weights() -> Any:
-        return merge(state.trainable, frozen) if paths.weights else (frozen, state.trainable)
+        return merge(step.state.trainable, frozen) if paths.weights else (frozen, step.state.trainable)
 
     return Row(
-        kind.name, kind.stage, run, weights, tokens=B * T, formula=formula,
+        kind.name, kind.stage, step, weights, tokens=B * T, formula=formula,
         memory={
             "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
             "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
@@ -262,10 +259,10 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
     config's.
     """
     rows = max(requests, MIN_ROWS if ops().pads_lone_row else 1)
-    cache = random_cache(cfg, rows, length + STEPS)
+    empty = make_cache(cfg, rows, length + STEPS)
+    # Random numbers in its places, as other requests leave them.
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype), empty)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
-    x = jax.random.normal(jax.random.key(0), (rows, 1, cfg.width), jnp.dtype(cfg.dtype))
-    products = weight_products.lower(cfg, params, x).compile()
     token, capacity = jnp.zeros((rows,), jnp.int32), cache.k[0].shape[2]
     program, cost = compile_program(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
 
@@ -278,36 +275,9 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
     return Row(
         name, "decode", run, lambda: params, tokens=requests * STEPS,
         formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
-        slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype,
-        products=lambda: products(params, x), **cost, **_predicted(cfg, rows, capacity, calls=STEPS, int8=bool(weights)),
+        slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype, **cost,
+        **_predicted(cfg, rows, capacity, calls=STEPS, int8=bool(weights)),
     )  # fmt: skip
-
-
-def random_cache(cfg: ModelConfig, slots: int, capacity: int, seed: int = 0) -> KVCache:
-    """Returns an empty KV cache with random numbers in its places, as other requests leave them."""
-    cache = make_cache(cfg, slots, capacity)
-    random = lambda part: tuple(jax.random.normal(jax.random.key(seed), x.shape, x.dtype) for x in part)
-    return KVCache(random(cache.k), random(cache.v), cache.length)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def weight_products(cfg: ModelConfig, params: Params, x: Array) -> Array:
-    """Multiplies x (B, 1, D) by every matrix in turn, STEPS times: decoding without cache, attention and sampling.
-
-    Products of few rows run far below the ceiling, so their share of a step is measured.
-    """
-    dtype = jnp.dtype(cfg.dtype)
-
-    def step(x: Array, _: None) -> tuple[Array, None]:
-        for layer in range(cfg.layers):
-            leaf = params["blocks"][str(layer)]
-            mixed = project(x, leaf["qkv"], dtype)[..., : cfg.heads * cfg.head_dim]
-            gate, up = project_two(project(mixed, leaf["out"], dtype), leaf["gate_up"], dtype)
-            x = project(gate + up, leaf["down"], dtype)
-        # The next step needs these logits, else XLA would drop them.
-        return x + 0 * logits_of(cfg, params, x).max().astype(dtype), None
-
-    return jax.lax.scan(step, x, length=STEPS)[0]
 
 
 def int16_activation_matrices(params: Any) -> set[str]:

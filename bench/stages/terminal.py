@@ -20,8 +20,6 @@ def print_stages(document: dict[str, Any]) -> None:
             predicted = row["predicted_seconds_per_token"]
             off = predicted and f"{percent(row['seconds_per_token'] / predicted - 1, signed=True)} against its FLOPs"
             out.print(f"[bold]{row['name']}[/], {off or 'no FLOPs at all'}: {row['explanation']}")
-        if row["peak_explanation"]:
-            out.print(f"[bold]{row['name']}[/], peak: {row['peak_explanation']}")
     pairs = [(row["roofline_seconds_per_token"], row["seconds_per_token"]) for row in rows]
     if errors := [abs(roofline / seconds - 1) for roofline, seconds in pairs if roofline]:
         half = f"half of the {len(errors)} rows within {statistics.median(errors):.0%} of what was measured"
@@ -30,7 +28,6 @@ def print_stages(document: dict[str, Any]) -> None:
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
     out.print(f"\n{document['noise']}", markup=False)
-    out.print(f"\n{document['arithmetic']['sentence']}", markup=False)
 
 
 def _counted(row: dict[str, Any]) -> list[str]:

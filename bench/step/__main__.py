@@ -1,6 +1,6 @@
 """Measures a training step: against the machine's fastest matmul, fine-tuning, on a mesh, while a checkpoint is written.
 
-    python -m bench.step                                  a few shapes beside the ceilings of the same run, and Muon over AdamW
+    python -m bench.step                                  a few shapes beside a matmul of the same rounds, and Muon over AdamW
     python -m bench.step --allocator default              without keeping freed memory: the cost of page faults
     python -m bench.step --of finetuning                  LoRA and a frozen half over a full step; --model measures a real model
     python -m bench.step --of mesh --mesh tensor=2        virtual devices over one device: a device for each place of the mesh
@@ -21,10 +21,11 @@ from typing import Literal
 from bench.cli import Json, check_rounds, check_used, parse_shape, print_table, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
+from engine.mesh.shape import parse_mesh
 
 EXPERIMENTS = Path(__file__).with_name("experiments.csv")
 SHAPES = {
-    "training": ("4x256x256x16", "6x384x256x16", "6x512x256x16", "8x768x256x8"),
+    "training": ("4x256x256x16", "6x384x256x16", "8x768x256x8"),
     "finetuning": ("6x512x256x8",), "mesh": ("6x384x256x16",),
 }  # fmt: skip
 USED = {  # the flags of each measurement
@@ -41,7 +42,7 @@ class StepFlags:
     of: Literal["training", "finetuning", "mesh", "saving", "recipes"] = "training"
     """What to measure."""
     shapes: tuple[str, ...] = ()
-    """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide. By default four of training, else one."""
+    """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide. By default three of training, else one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     allocator: Literal["keep", "default"] = "keep"
     """Of training: whether freed memory is kept, as training does."""
@@ -76,27 +77,35 @@ def measure_step(flags: StepFlags) -> Json:
     if min(flags.interval, flags.steps, flags.batch, flags.context, flags.rank) <= 0:
         raise UserError("--interval, --steps, --batch, --context and --rank must be above 0.")
     if flags.of == "mesh":
-        from engine.mesh.shape import parse_mesh
-
         count = parse_mesh(flags.mesh).devices
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     if flags.allocator == "keep":
         start_jax("cpu" if flags.of == "mesh" else "auto")  # without it JAX starts by itself, with glibc's own settings
-    if flags.of == "training":
-        from bench.step.training import measure_training
+    if flags.of == "saving":
+        from bench.step.saving import measure_saving
 
-        return measure_training(shapes, flags.dtype, flags.rounds)
-    if flags.of == "finetuning":
-        from bench.step.finetuning import measure_finetuning
+        return measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
+    from bench.models import BenchModel, load, make_step_inputs
+    from bench.step import ways
 
-        return measure_finetuning(shapes, flags.model, flags.batch, flags.context, flags.rank, flags.rounds)
-    if flags.of == "mesh":
-        from bench.step.mesh import measure_mesh
-
-        return {"shapes": [measure_mesh(flags.mesh, shape, flags.optimizer, flags.dtype, flags.rounds) for shape in shapes]}
-    from bench.step.saving import measure_saving
-
-    return measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
+    if flags.model:
+        model, tokens = load(flags.model), flags.batch * flags.context
+        steps = ways.finetuning_ways(model, flags.batch, flags.context, flags.rank)
+        return {"shapes": [ways.measure_ways(model.name, steps, tokens, model.cfg.dtype, flags.rounds)]}
+    documents = []
+    for shape in shapes:
+        inputs = make_step_inputs(shape, flags.dtype)
+        if flags.of == "mesh":
+            documents.append(ways.measure_mesh(inputs, shape, parse_mesh(flags.mesh), flags.optimizer, flags.rounds))
+            continue
+        if flags.of == "training":
+            steps = ways.optimizer_ways(inputs)
+        else:
+            steps = ways.finetuning_ways(
+                BenchModel(str(shape), inputs.cfg, inputs.params), shape.batch, shape.tokens, flags.rank
+            )
+        documents.append(ways.measure_ways(str(shape), steps, shape.batch * shape.tokens, flags.dtype, flags.rounds))
+    return {"shapes": documents}
 
 
 def show_experiments() -> Json:

@@ -9,17 +9,16 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from bench.cli import Json, print_table, progress
-from bench.models import PROGRESS, next_token_batch
+from bench.models import TrainingStep, next_token_batch
 from bench.timing import measure, ratio
 from engine.counting.hardware import clock
 from engine.model.config import preset
 from engine.model.transformer import init_params
 from engine.storage.checkpoint import BackgroundSaver
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import init_state, train_step
+from engine.training.step import init_state
 
 
 def measure_saving(preset_name: str, interval: float, batch: int, context: int, steps: int, rounds: int) -> Json:
@@ -27,16 +26,15 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
     cfg, tx = preset(preset_name), make_optimizer(OptimizerConfig(kind="adamw"))
     state = jax.jit(lambda key: init_state(tx, init_params(cfg, key)))(jax.random.key(0))
     data = next_token_batch(jax.random.randint(jax.random.key(1), (batch, context + 1), 0, cfg.vocab))
+    take_step = TrainingStep(cfg, tx, state, {}, data)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
     stopped: list[float] = []
     written: list[float] = []
     counts: list[int] = []  # of steps beside each write
 
     def step() -> float:
-        nonlocal state
         begin = clock()
-        state, metrics = train_step(cfg, tx, state, {}, data, jnp.float32(PROGRESS))
-        jax.block_until_ready((state, metrics))
+        jax.block_until_ready((take_step(), take_step.state))
         return clock() - begin
 
     def alone() -> float:
@@ -45,7 +43,7 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
     def beside() -> float:
         """Returns the mean seconds of a step while a checkpoint is written."""
         begin = clock()
-        saver.save(len(counts), state.trainable, state.opt_state, {})
+        saver.save(len(counts), take_step.state.trainable, take_step.state.opt_state, {})
         stopped.append(clock() - begin)
         seconds = [step()]
         while saver.poll():
@@ -57,7 +55,7 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
     progress(f"{preset_name}: a state of {size / 1e9:.2f} GB; compiling a step ...")
     step()
     with tempfile.TemporaryDirectory(dir=".") as folder, BackgroundSaver(Path(folder), keep=1) as saver:
-        saver.reserve(state.trainable, state.opt_state)
+        saver.reserve(take_step.state.trainable, take_step.state.opt_state)
         step()
         saver.wait()
         report = lambda done, total: progress(f"round {done} of {total}")

@@ -63,7 +63,11 @@ class Flops:
 
 
 def train_flops(cfg: ModelConfig, tokens: int, **options: Any) -> Flops:
-    """Returns the sum of `flops_by_layer`; arguments and errors as there."""
+    """Returns the sum of `flops_by_layer`; arguments and errors as there.
+
+    With `attention="full", remat="none"` a token takes the 6 N + 12 L D T of MFU (PaLM, 2204.02311, appendix B), whatever a
+    program skips or repeats: N is `count_params(cfg).matmul`, D heads x head_dim.
+    """
     return add_layers(flops_by_layer(cfg, tokens, **options))
 
 
@@ -232,12 +236,3 @@ def muon_flops(cfg: ModelConfig) -> int:
         times, squares = (4, 4) if long < NEARLY_SQUARE * short else (1, 9)
         total += times * 4 * short * short * long + squares * 2 * short**3
     return cfg.layers * total
-
-
-def step_flops(cfg: ModelConfig, batch: int, seq: int) -> int:
-    """Returns the FLOPs of a training step for MFU (PaLM, 2204.02311, appendix B): batch · seq · (6 N + 12 L D T).
-
-    N is `count_params(cfg).matmul`, D heads · head_dim. Attention is `full` whatever the program skips, and remat adds
-    nothing, so that two programs for one model are compared by time alone.
-    """
-    return batch * seq * train_flops(cfg, seq, attention="full", remat="none").total

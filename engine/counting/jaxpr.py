@@ -3,12 +3,12 @@
 Nothing is allocated, compiled or run. The jaxpr is what JAX compiles, after differentiation, so frozen weights, LoRA and
 remat show.
 
-- Matrix products (`dot_general`, `ragged_dot_general`, convolutions) count 2 for each multiply and add.
+- Matrix products (`dot_general`) count 2 for each multiply and add.
 - Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
   selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
   functions count apart, one each: their operations depend on the chip.
-- A scan is its body times its length, a `cond` its most expensive branch. A `while`, whose trips are unknown, and a
-  kernel, whose work is hidden, are refused, but for fused attention, which counts as attention in blocks.
+- A scan is its body times its length, a `cond` its most expensive branch. Refused are a `while`, whose trips are unknown,
+  products that no program here has, and kernels, whose work is hidden, but for fused attention: that counts in blocks.
 - A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
 """
 
@@ -39,10 +39,10 @@ _TRANSCENDENTAL = frozenset({
     "sinh", "cosh", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma",
     "digamma",
 })  # fmt: skip
-# Kernels, and programs for one device of many.
+# Kernels, programs for one device of many, and products that no program here has.
 _OPAQUE = frozenset({
     "pure_callback", "io_callback", "ffi_call", "custom_call", "pallas_call", "mpmd_map", "shard_map",
-    "triton_kernel_call",
+    "triton_kernel_call", "ragged_dot_general", "conv_general_dilated",
 })  # fmt: skip
 
 
@@ -86,10 +86,10 @@ def _step(equation: JaxprEqn) -> JaxprCost:
     if name.startswith("dot_product_attention"):
         return JaxprCost(matmul=_fused_attention(equation))
     if name == "while" or name in _OPAQUE:
-        hidden = "how often it runs is unknown" if name == "while" else "its work is hidden in a kernel"
+        hidden = "how often it runs is unknown" if name == "while" else "its work is hidden, or not known here"
         raise UserError(f"The walker cannot count {name!r}: {hidden}. Count the program that does without.")
-    if name in _PRODUCTS:
-        return JaxprCost(matmul=_PRODUCTS[name](equation))
+    if name == "dot_general":
+        return JaxprCost(matmul=_dot(equation))
     if name == "cond":
         return max(map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental))
     inner = [] if name in _ATOMS else list(jaxprs_in_params(equation.params))
@@ -99,9 +99,8 @@ def _step(equation: JaxprEqn) -> JaxprCost:
 
 
 def _dot(equation: Any) -> int:
-    """2 for each number of the result and each that it sums over. In a ragged product each row meets its group's matrix."""
-    numbers = equation.params.get("dimension_numbers")
-    (contracted, _), _ = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    """2 for each number of the result and each that it sums over."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
 
@@ -114,13 +113,6 @@ def _fused_attention(equation: Any) -> int:
     return (4 if "bwd" in equation.primitive.name else 2) * B * N * H * T * keys
 
 
-def _convolution(equation: Any) -> int:
-    """2 for each number of the result and each of its feature's kernel, padding included."""
-    kernel, features = equation.invars[1].aval, equation.params["dimension_numbers"].rhs_spec[0]  # the axis of outputs
-    return 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[features]
-
-
-_PRODUCTS = {"dot_general": _dot, "ragged_dot_general": _dot, "conv_general_dilated": _convolution}
 _REDUCTIONS = frozenset({
     "reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
     "reduce", "top_k",

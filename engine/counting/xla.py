@@ -1,4 +1,4 @@
-"""XLA's own analysis of a program: operations, bytes accessed and peak memory. Its known faults:
+"""XLA's own analysis of a program: operations and peak memory. Its known faults:
 
 - The body of a loop counts once, however often it runs: a scan over 8 layers reports an eighth of their work. Ask about
   a program without loops (no `cfg.scan`, one microbatch, one decoding step).
@@ -7,26 +7,15 @@
 - After compiling, elementwise work that fusion repeats, and conversions to and from a type the chip lacks (bfloat16 on a
   CPU), count.
 - The compiler may undo remat where it sees that two computations are one.
-- Bytes are summed as if each operation read its operands from memory anew. A gather counts its whole table.
 """
-
-from typing import NamedTuple
 
 import jax
 
 
-class XlaCost(NamedTuple):
-    """The cost of a call, by XLA."""
-
-    flops: int  # products and elementwise arithmetic
-    transcendentals: int  # results of exp, rsqrt, ...
-    bytes_accessed: int
-
-
-def xla_cost(program: jax.stages.Lowered | jax.stages.Compiled) -> XlaCost:
-    """Returns XLA's cost of a lowered program (as traced) or a compiled one (as it runs)."""
-    analysis = program.cost_analysis() or {}
-    return XlaCost(*(round(analysis.get(name, 0)) for name in ("flops", "transcendentals", "bytes accessed")))
+def xla_flops(program: jax.stages.Lowered | jax.stages.Compiled) -> int:
+    """Returns XLA's operations of a call of a lowered program (as traced) or a compiled one (as it runs): products and
+    elementwise arithmetic, without transcendental functions."""
+    return round((program.cost_analysis() or {}).get("flops", 0))
 
 
 def xla_peak(program: jax.stages.Compiled) -> int:

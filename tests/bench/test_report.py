@@ -96,7 +96,6 @@ def test_every_row_claim_note_and_command_is_said():
         assert claim["value"] is None or str(claim["value"]) in page_text
     assert page_text.count(f"Regenerate: {doc['command']}") == 2 + 3 + 1  # table and claims, three figures, method
     assert doc["noise"] in page_text
-    assert doc["arithmetic"]["sentence"] in page_text
 
 
 @pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "series"])

@@ -102,11 +102,6 @@ def test_a_call_too_short_for_the_clock_has_no_ratio():
     assert "too short for the clock" in result.noisy
 
 
-def test_timings_of_different_measurements_are_not_compared():
-    with pytest.raises(ValueError, match="not measured together"):
-        ratio(Timing("a", (1.0, 1.0, 1.0)), Timing("b", (1.0,) * 4))
-
-
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [((1.0,) * 5, "0% of the median at worst: a quiet moment"), ((1.0, 1.1, 0.95, 1.05, 1.0), "5% of the median"),

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import leaf_shapes
-from engine.counting.trainable_paths import TrainablePaths, target_shapes
+from engine.counting.trainable_paths import (
+    TrainablePaths,
+    all_trainable,
+    bottom_frozen,
+    head_only,
+    lora_only,
+    target_shapes,
+    top_frozen,
+)  # fmt: skip
 from engine.model.cache.contiguous import make_cache
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.transformer import init_params
 from engine.text.batch import Batch
 
@@ -99,3 +107,19 @@ def count_step(cfg: ModelConfig, paths: TrainablePaths, batch: int, tokens: int,
 
     loss = jax.checkpoint(loss) if remat == "full" else loss
     return jaxpr_cost(jax.value_and_grad(loss), *shapes(cfg, paths), data).matmul
+
+
+def modes(cfg: ModelConfig) -> dict[str, TrainablePaths]:
+    """Ways of training, one for every branch of the formulas."""
+    of = lambda select: TrainablePaths(frozenset(filter(select, leaf_shapes(cfg))))
+    lora = lambda rank, *targets: lora_only(cfg, LoraConfig(rank, targets=targets) if targets else LoraConfig(rank))
+    return {
+        "everything": all_trainable(cfg), "bottom frozen": bottom_frozen(cfg, 1),
+        "all blocks frozen": bottom_frozen(cfg, cfg.layers), "top frozen": top_frozen(cfg, 1),
+        "lookup only": top_frozen(cfg, cfg.layers), "last layer": bottom_frozen(cfg, cfg.layers - 1),
+        "last block alone": of(lambda path: path.startswith(f"blocks/{cfg.layers - 1}/")),
+        "norms": of(lambda path: path.endswith("norm")), "head only": head_only(cfg), "lora": lora(5),
+        "lora on v and down": lora(3, "v", "down"), "lora on down": lora(3, "down"), "lora on gate": lora(3, "gate"),
+        "lora on q and up": lora(2, "q", "up"),
+        "one lora, high up": TrainablePaths(frozenset(), frozenset({f"blocks/{cfg.layers - 1}/out"}), 2),
+    }  # fmt: skip

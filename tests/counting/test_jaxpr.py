@@ -5,16 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
-from jax.sharding import SingleDeviceSharding
 from plain_model import shaped
 
-from engine.counting.jaxpr import JaxprCost, jaxpr_cost
-from engine.counting.xla import xla_cost
+from engine.counting.jaxpr import _TRANSCENDENTAL, JaxprCost, jaxpr_cost
 from engine.errors import UserError
 from engine.model.attention import QUERY_BLOCK, causal_attention_in_blocks
 
@@ -39,14 +33,6 @@ def test_a_product_is_two_operations_for_each_multiply_and_add():
     assert products(lambda x, y: jnp.einsum("bmn,bkn->bmk", x, y), batched, batched) == 4 * 2 * M * N * M
     assert products(lambda x, y: jnp.einsum("bmn,bmn->", x, y), batched, batched) == 4 * 2 * M * N
     assert products(jnp.outer, *(f32(n) for n in (M, N))) == 0  # written as a broadcast
-
-
-def test_ragged_products_meet_one_group_and_convolutions_their_kernel():
-    groups = f32(4, N, P)
-    assert products(jax.lax.ragged_dot, X, groups, shaped(4)) == PRODUCT
-    image, kernel = f32(2, 3, 8, 9), f32(5, 3, 2, 4)
-    convolve = lambda image, kernel: jax.lax.conv(image, kernel, (1, 1), "VALID")
-    assert products(convolve, image, kernel) == 2 * (2 * 5 * 7 * 6) * (3 * 2 * 4)
 
 
 def test_dead_code_is_not_counted():
@@ -120,6 +106,7 @@ def sharded(x):
         ("pure_callback", lambda x: jax.pure_callback(lambda x: x, X, x)),
         ("while", lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, jnp.square, x)),
         ("shard_map", sharded),
+        ("conv_general_dilated", lambda x: jax.lax.conv(x[None, None], x[None, None], (1, 1), "SAME")),
     ],
 )
 def test_what_hides_its_work_is_refused_by_name(name, f):
@@ -161,54 +148,12 @@ DIFFERENT = {"compare and select": 1, "gather": 3 * 4, "shift": -M * N}
 @pytest.mark.parametrize("name", SINGLE)
 def test_arithmetic_is_priced_as_xla_prices_it(name):
     work = jaxpr_cost(SINGLE[name], X)
-    cost = xla_cost(jax.jit(SINGLE[name]).lower(X))
-    assert (work.transcendental, work.matmul) == (cost.transcendentals, 0)
-    assert work.elementwise - cost.flops == DIFFERENT.get(name, 0)
+    cost = jax.jit(SINGLE[name]).lower(X).cost_analysis()
+    assert (work.transcendental, work.matmul) == (cost.get("transcendentals", 0), 0)
+    assert work.elementwise - cost.get("flops", 0) == DIFFERENT.get(name, 0)
 
 
-KEY = jax.random.key(0)
-PLACES = jnp.array([[2], [0]])
-MOVES = {
-    "reshape": lambda x: x.reshape(-1),
-    "broadcast_in_dim": lambda x: jax.lax.broadcast(x, (2,)),
-    "transpose": lambda x: x.T,
-    "slice": lambda x: x[:2],
-    "dynamic_slice": lambda x: jax.lax.dynamic_slice(x, (1, 0), (2, 2)),
-    "dynamic_update_slice": lambda x: jax.lax.dynamic_update_slice(x, x[:1], (1, 0)),
-    "concatenate": lambda x: jnp.concatenate([x, x]),
-    "split": lambda x: jax.lax.split(x, [2, 3], 1)[0],
-    "pad": lambda x: jax.lax.pad(x, 0.0, [(1, 0, 0), (0, 0, 0)]),
-    "rev": lambda x: x[::-1],
-    "tile": lambda x: jax.lax.tile(x, (2, 1)),
-    "squeeze": lambda x: x[:1].squeeze(0),
-    "iota": lambda x: jax.lax.iota(jnp.int32, M),
-    "gather": lambda x: jax.lax.gather(x, PLACES, jax.lax.GatherDimensionNumbers((1,), (0,), (0,)), (1, N)),
-    "scatter": lambda x: jax.lax.scatter(x, PLACES, x[:2], jax.lax.ScatterDimensionNumbers((1,), (0,), (0,))),
-    "copy": jax.lax.copy_p.bind,
-    "bitcast_convert_type": lambda x: jax.lax.bitcast_convert_type(x, jnp.int32),
-    "stop_gradient": jax.lax.stop_gradient,
-    "optimization_barrier": jax.lax.optimization_barrier,
-    "layout_constraint": lambda x: with_layout_constraint(x, Layout((1, 0))),
-    "sharding_constraint": lambda x: jax.lax.with_sharding_constraint(x, SingleDeviceSharding(jax.devices()[0])),
-    "device_put": jax.device_put,
-    "random_wrap": lambda x: jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)),
-    "random_unwrap": lambda x: jax.random.key_data(KEY),
-    "random_seed": lambda x: jax.random.key(3),
-    "name": lambda x: checkpoint_name(x, "kept"),
-}
-FUNCTIONS = [
-    "exp", "exp2", "expm1", "log", "log1p", "pow", "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan", "sinh", "cosh",
-    "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma", "digamma",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MOVES)
-def test_what_only_moves_numbers_is_free(name):
-    assert name in {equation.primitive.name for equation in jax.make_jaxpr(MOVES[name])(X).eqns}
-    assert jaxpr_cost(MOVES[name], X) == JaxprCost()
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", sorted(_TRANSCENDENTAL))
 def test_a_transcendental_function_is_one_for_each_number_and_no_arithmetic(name):
     function = getattr(jax.lax, name)
     counted = jaxpr_cost(lambda x: function(x, x) if name in ("pow", "atan2") else function(x), X)
@@ -222,14 +167,3 @@ def test_arithmetic_that_xla_prices_otherwise():
     rows = f32(2, N)
     added = jaxpr_cost(lambda x, rows: x.at[jnp.array([0, 2])].add(rows), X, rows).elementwise
     assert 2 * N <= added <= 2 * N + 8
-
-
-works = st.builds(JaxprCost, *(st.integers(0, 9) for _ in range(3)))
-
-
-@given(works, works, st.integers(0, 5))
-def test_work_adds_up(cost, other, times):
-    assert cost + other == other + cost
-    assert (cost + other) * times == cost * times + other * times
-    assert cost * times == functools.reduce(JaxprCost.__add__, [cost] * times, cost * 0)
-    assert (cost + other).flops == cost.flops + other.flops

@@ -5,7 +5,7 @@ import functools
 
 import jax
 import pytest
-from plain_model import batch_of, cache_of, params_of, shaped
+from plain_model import batch_of, cache_of, modes, params_of, shaped
 from tiny import B, T, tiny_config
 
 from engine.counting.jaxpr import jaxpr_cost
@@ -16,7 +16,7 @@ from engine.counting.program_flops import (
     prefill_program_flops,
     score_program_flops,
 )
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_only
 from engine.inference import decode
 from engine.inference.score import score
 from engine.model.attention import QUERY_BLOCK
@@ -39,22 +39,6 @@ KINDS = {
 def backend(request, monkeypatch):
     """Both programs are traced, on whatever machine this is."""
     monkeypatch.setattr("engine.model.ops.platform", lambda: request.param)
-
-
-def modes(cfg):
-    return {
-        "everything": all_trainable(cfg),
-        "bottom frozen": bottom_frozen(cfg, 1),
-        "top frozen": top_frozen(cfg, 1),
-        "last layer": bottom_frozen(cfg, cfg.layers - 1),
-        "last block alone": TrainablePaths(frozenset(p for p in leaf_shapes(cfg) if p.startswith(f"blocks/{cfg.layers - 1}/"))),
-        "norms": TrainablePaths(frozenset(p for p in leaf_shapes(cfg) if p.endswith("norm"))),
-        "head only": head_only(cfg),
-        "lora": lora_only(cfg, LoraConfig(2)),
-        "lora on v and down": lora_only(cfg, LoraConfig(3, targets=("v", "down"))),
-        "lora on gate": lora_only(cfg, LoraConfig(3, targets=("gate",))),
-        "lora on down": lora_only(cfg, LoraConfig(3, targets=("down",))),
-    }
 
 
 def trees(cfg, paths):

@@ -3,11 +3,9 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from plain_model import cache_of
 
-from engine.counting.memory import inference_memory, training_memory
+from engine.counting.memory import training_memory
 from engine.counting.params import count_params
 from engine.counting.traffic import inference_bytes, train_bytes
 from engine.counting.trainable_paths import bottom_frozen, head_only, lora_only
@@ -44,27 +42,6 @@ def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_rea
     assert steps[0].total > steps[1].total > steps[2].total
 
 
-@given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 50), st.booleans())
-def test_a_call_writes_and_reads_its_values_and_logits_and_touches_no_gradient(slots, tokens, length, int8):
-    memory = inference_memory(CFG, slots, length, tokens=tokens, int8=int8)
-    call = inference_bytes(CFG, slots, length, tokens=tokens, int8=int8)
-    assert call.activations == 2 * CFG.layers * memory.activations
-    assert call.logits == 2 * 4 * slots * CFG.vocab, "of the last token alone"
-    assert (call.gradients, call.optimizer) == (0, 0)
-    assert call.total == call.weights + call.activations + call.logits + call.cache
-    looked_up = 2 * CFG.width * min(slots * tokens, CFG.vocab)  # of the lookup table, which is never int8
-    assert call.weights == memory.params - 2 * TABLE + looked_up
-    evaluated = inference_bytes(CFG, slots, 0, tokens=tokens, every_logit=True)
-    assert (evaluated.logits, evaluated.cache) == (tokens * call.logits, 0)
-
-
-def test_a_step_makes_its_logits_and_their_gradient():
-    """In both types: as they are multiplied and as they are summed; each written and read."""
-    step = train_bytes(CFG, 5, 7)
-    assert step.logits == 2 * 5 * 7 * CFG.vocab * (2 + 4)
-    assert (step.gradients, step.cache) == (4 * COUNT.total, 0)
-
-
 @pytest.mark.parametrize("slots", [1, 2, 32])
 def test_slots_share_the_weights_and_nothing_else(slots):
     cfg = dataclasses.replace(CFG, tied=True)
@@ -81,10 +58,3 @@ def test_decoding_reads_the_cache_and_writes_one_token_to_it():
     assert inference_bytes(CFG, 5, 11).cache == size * 12 // 11
     assert inference_bytes(CFG, 5, 11, tokens=7).cache == size * 18 // 11
     assert inference_bytes(CFG, 5, 0, tokens=7, every_logit=True).cache == 0
-
-
-def test_a_lookup_reads_the_rows_it_needs_and_a_tied_head_all():
-    decoded = inference_bytes(CFG, 5, 11).weights
-    assert decoded == 2 * COUNT.matmul + 4 * NORMS + 5 * 2 * CFG.width
-    tied = dataclasses.replace(CFG, tied=True)
-    assert inference_bytes(tied, 5, 11).weights == decoded - 5 * 2 * CFG.width

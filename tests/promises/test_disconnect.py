@@ -21,7 +21,7 @@ async def test_a_disconnect_frees_the_slot(client, slots, quick, rng, expect):
     clients = slots + 2  # two of them wait for a slot
     bodies = [completion_request(random_text(rng, 12), 40, ignore_eos=True) for _ in range(slots)]
     completions, _ = await closed_loop(client, bodies, slots)
-    step = percentile([completion.inter_token_latency for completion in completions], 0.5)  # when every slot is in use
+    step = percentile([completion.time_per_output_token for completion in completions], 0.5)  # when every slot is in use
     waits: list[float] = []
     stuck = 0
     for wave in range(-(-(60 if quick else 1000) // clients)):

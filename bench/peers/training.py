@@ -1,0 +1,91 @@
+"""Times our training step beside PyTorch's, compiled and eager, on the same weights and data."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.cli import Json, Shape, progress
+from bench.models import PROGRESS, make_step, make_step_inputs
+from bench.peers.process import Peer, PeerError, note_absent
+from bench.timing import describe_noise, measure, ratio
+from engine.counting.flops import train_flops
+from engine.device import cores
+from engine.errors import UserError
+from engine.model.paths import leaf_paths
+from engine.training.optimizer import OptimizerConfig, make_schedule
+
+OURS = "ours"
+
+
+def measure_training(
+    shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path, absent: list[dict[str, str]]
+) -> list[Json]:
+    """Prints and returns a row each for torch compiled and eager, `same` if its loss is ours; notes in `absent` why one cannot
+    run.
+
+    `ratio` is our seconds over the peer's. `folder`: for files that the peer reads. Raises UserError when the peer ends.
+    """
+    inputs = make_step_inputs(shape, dtype)
+    file = folder / "training.npz"
+    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf) for path, leaf in leaf_paths(inputs.params).items()}
+    np.savez(file, **weights, tokens=inputs.batch.tokens, targets=inputs.batch.targets)
+    optimizer = OptimizerConfig()
+    spec = {
+        "config": inputs.cfg.to_json(),
+        "file": str(file),
+        "dtype": dtype,
+        "threads": cores(),
+        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
+        "learning_rate": optimizer.learning_rate * float(make_schedule(optimizer)(jnp.float32(PROGRESS))),
+        "beta1": optimizer.beta1,
+        "beta2": optimizer.beta2,
+        "weight_decay": optimizer.weight_decay,
+        "clip": optimizer.clip,
+    }
+    losses: dict[str, float] = {}
+    step = make_step(inputs, optimizer)
+    calls: dict[str, Callable[[], Any]] = {OURS: lambda: losses.update({OURS: float(step())})}
+    calls[OURS]()
+    for name, compiled in (("torch compiled", True), ("torch eager", False)):
+        progress(f"preparing {name}, {dtype}")
+        keep = functools.partial(lambda name, reply: losses.update({name: reply["loss"]}), name)
+        try:
+            calls[name] = peer.prepare(name, spec | {"compile": compiled}, keep)
+        except PeerError as error:
+            if peer.has_ended:
+                raise UserError(f"{name}, {dtype}: {error}") from None
+            note_absent(absent, f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls")
+    report = lambda done, total: progress(f"training, {dtype}: round {done} of {total}")
+    timings = measure(calls, rounds=rounds, report=report)
+    ours, tokens, rows = timings[OURS].median, shape.batch * shape.tokens, []
+    flops = train_flops(inputs.cfg, shape.tokens, attention="full", remat="none").total * tokens
+    for name in list(calls)[1:]:
+        theirs, over = timings[name].median, ratio(timings[OURS], timings[name])
+        same = bool(np.isclose(losses[OURS], losses[name], rtol=0.01))
+        rows.append(
+            {
+                "name": f"train_{shape}_{dtype}",
+                "peer": name,
+                "ours_seconds": ours,
+                "peer_seconds": theirs,
+                "tokens_per_second": tokens / ours,
+                "peer_tokens_per_second": tokens / theirs,
+                **over.fields(),
+                "gflops": flops / ours / 1e9,
+                "peer_gflops": flops / theirs / 1e9,
+                "loss": losses[OURS],
+                "peer_loss": losses[name],
+                "same": same,
+            }
+        )
+        note = f"loss at step {rounds + 2}: {losses[OURS]:.4f} and {losses[name]:.4f}"
+        speeds = f"{tokens / ours:.0f} tokens/s, {name} {tokens / theirs:.0f}; ratio {over}"
+        print(f"{rows[-1]['name']} {speeds}; {'' if same else '** not the same computation ** '}{note}", flush=True)
+        peer.ask(drop=name)
+    print(describe_noise(timings), flush=True)
+    return rows
