@@ -76,7 +76,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
         model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
     notes.print_notes(model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
-    prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist()]
+    prompt = (*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist())
     with host_memory(mesh is not None):
         params = prepare_params(model.cfg, model.params, mesh is None)
     params = layout.place(model.cfg, params)
@@ -93,8 +93,8 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     printer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # The capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
-    engine = Engine(model.cfg, params, EngineConfig.for_prompts(model.cfg, flags.count, capacity))
-    requests = [Request(tuple(prompt), row.within(capacity - len(prompt))) for row in sampling.per_row(flags.count)]
+    engine = Engine(model.cfg, params, EngineConfig.for_prompts(model.cfg, [prompt] * flags.count, capacity))
+    requests = [Request(prompt, row.within(capacity - len(prompt))) for row in sampling.per_row(flags.count)]
     rows = {engine.submit(request): index for index, request in enumerate(requests)}
     first = settled = last = begin
     early = total = 0

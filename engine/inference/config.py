@@ -1,6 +1,7 @@
 """EngineConfig: the options of an inference engine."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import jax
@@ -65,16 +66,22 @@ class EngineConfig:
             raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {self.kv_dtype!r}.")
 
     @classmethod
-    def for_prompts(cls, cfg: ModelConfig, prompts: int, capacity: int | None = None) -> "EngineConfig":
-        """Returns the options of an engine that completes so many prompts at once: few programs, and no slot more.
+    def for_prompts(
+        cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None
+    ) -> "EngineConfig":
+        """Returns the options of an engine that completes these prompts at once: few programs, and no slot more.
 
-        The programs depend on `prompts` and `capacity` alone. The KV cache is in the compute dtype.
+        A prompt that occurs several times is computed once: the prefix cache holds it for the others. The KV cache is in the
+        compute dtype.
         """
-        capacity = cfg.context if capacity is None else capacity
-        return cls(
-            prompts, capacity, kv_dtype=cfg.dtype, chunk=SMALL_CHUNK, tail=SMALL_CHUNK,
-            segment=SMALL_SEGMENT, short=None, speculate=prompts == 1,
+        capacity, different = cfg.context if capacity is None else capacity, len(set(prompts))
+        config = cls(
+            len(prompts), capacity, kv_dtype=cfg.dtype, chunk=SMALL_CHUNK, tail=SMALL_CHUNK,
+            segment=SMALL_SEGMENT, short=None, speculate=len(prompts) == 1,
         )  # fmt: skip
+        if different == len(prompts):
+            return config
+        return dataclasses.replace(config, prefix_cache_bytes=different * config.slot_bytes(cfg, capacity))
 
     @property
     def rows(self) -> int:

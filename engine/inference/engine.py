@@ -31,7 +31,7 @@ from engine.model.transformer import Params
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
 MAX_TAILS = 2  # computed after a cached prefix to complete its chunk: more take longer than the whole chunk
-IDLE = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
+IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
 
 
 class Engine:
@@ -260,7 +260,7 @@ class Engine:
             self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
         token: Any = np.zeros(self.config.rows, np.int32)
         position: Any = np.full(self.config.rows, -1, np.int32)
-        sampling = [IDLE] * self.config.rows
+        sampling = [IDLE_SAMPLING] * self.config.rows
         for row in batch.rows:
             token[row.row], position[row.row] = row.token, row.position
             sampling[row.row] = row.sequence.request.sampling
@@ -290,18 +290,19 @@ class Engine:
 
 
 def complete(
-    cfg: ModelConfig, params: Params, prompts: Collection[Collection[int]], sampling: Iterable[SamplingParams],
+    cfg: ModelConfig, params: Params, prompts: Iterable[Collection[int]], sampling: Iterable[SamplingParams],
     capacity: int | None = None,
 ) -> list[Completion]:  # fmt: skip
     """Completes each prompt, in at most `capacity` tokens together with it.
 
     An engine with a slot for each prompt does it, and is gone. Raises UserError as `submit` does.
     """
-    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, len(prompts), capacity))
+    rows = [*map(tuple, prompts)]
+    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, rows, capacity))
     tokens: dict[int, list[int]] = {}
     ends: dict[int, Event] = {}
-    for prompt, row in zip(prompts, sampling, strict=True):
-        tokens[engine.submit(Request(tuple(prompt), row.within(engine.capacity - len(prompt))))] = []
+    for prompt, row in zip(rows, sampling, strict=True):
+        tokens[engine.submit(Request(prompt, row.within(engine.capacity - len(prompt))))] = []
     while engine.busy:
         for event in engine.step():
             tokens[event.id] += event.tokens

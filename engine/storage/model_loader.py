@@ -33,7 +33,8 @@ class LoadedModel:
     """A model's weights, architecture and tokenizer.
 
     params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
-    completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in.
+    completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in;
+    `base_runs`: those of the models below a LoRA run's adapter, of which its weights are made too.
     `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
     lines to print: why this run, what is damaged, which fields are not known, whether the context is cut. `sampling`:
     recommended, by the names of SamplingParams; values as the model's files have them.
@@ -49,6 +50,7 @@ class LoadedModel:
     hub_id: str = ""
     notes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base_runs: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         """The name, and where it was read."""
@@ -124,13 +126,13 @@ def read_config(name: str | None) -> ModelConfig:
 
 def load_model(
     name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None,
-    part: hub.Part = "all",
+    part: hub.Part = "all", adapted_by: tuple[Path, ...] = (),
 ) -> LoadedModel:  # fmt: skip
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
     and in all, while fetching and reading. `on_config` gets the architecture before weights are read. `part`: see `hub.fetch`.
-    Raises UserError, too, when its weights alone exceed the memory.
+    `adapted_by`: the LoRA runs of whose base this is a part. Raises UserError, too, when its weights alone exceed the memory.
     """
     run: Path | None = None
 
@@ -157,7 +159,7 @@ def load_model(
         sampling = RECOMMENDED_SAMPLING.get(name or "", stored.sampling)
         return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, None, hub_id, notes, sampling)
     if location.format == "adapter":
-        return _load_adapted(location, on_config)
+        return _load_adapted(location, on_config, adapted_by)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = run_folder.read_tokenizer(run)
     if (own := tokenizer.vocab) > cfg.vocab:
@@ -207,19 +209,22 @@ def check_loads(written: Path, path: Path) -> None:
         raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()) from None
 
 
-def _load_adapted(location: Location, on_config: OnConfig) -> LoadedModel:
+def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
     run = location.run
     assert run is not None
+    if run.resolve() in adapted_by:
+        raise UserError(f"{run} is named as a base of itself. Restore its run.json from a copy, or train anew.")
     base_name, *_ = _read_record(run)
     try:
-        base = load_model(base_name, on_config=on_config, part="cached")
+        base = load_model(base_name, on_config=on_config, part="cached", adapted_by=(*adapted_by, run.resolve()))
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
     loaded = checkpoint.load_params(location.path)
     params = _put_on(base.params, _trained_adapter(run, loaded, base.cfg, digest(base.params)), loaded.path)
     (tokenizer, eos_ids, _), notes = run_folder.read_tokenizer(run), location.notes + base.notes + _damage(loaded)
+    below = (*base.base_runs, *((base.run,) if base.run else ()))
     return LoadedModel(
-        model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling
+        model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling, below
     )
 
 

@@ -41,8 +41,10 @@ class ModelStage(Stage):
         self.on_mesh = choose_mesh(mesh) is not None
         with console.task(f"loading {name}") as report, host_memory(self.on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
-        if self.model.run and self.model.run.resolve() == folder.resolve():
-            raise UserError(f"{folder} is the run of the model itself, which would be overwritten. Give another --out-dir.")
+        for run in (self.model.run, *self.model.base_runs):
+            if run and run.resolve() == folder.resolve():
+                owner = "the model itself" if run is self.model.run else f"the base that {self.model.run} adapts"
+                raise UserError(f"{folder} is the run of {owner}, which would be overwritten. Give another --out-dir.")
         console.print_notes(self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.
         self.chat = ChatTokenizer(self.model.tokenizer, template)

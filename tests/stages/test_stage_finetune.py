@@ -409,6 +409,22 @@ def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_pat
     assert "was trained on another model" in failing(generate.main, ["--model", str(twin)])
 
 
+def test_a_run_is_neither_its_own_base_nor_trained_into_that_of_its_base(adapted, chats, trained, tmp_path, failing):
+    base, run = (shutil.copytree(folder, tmp_path / name) for folder, name in ((trained, "base"), (adapted[0], "run")))
+    record = json.loads((run / "run.json").read_text())
+
+    def name_base(model: Path) -> None:
+        with updating(run):
+            (run / "run.json").write_text(json.dumps(record | {"base": record["base"] | {"model": str(model)}}))
+
+    name_base(run / "checkpoints" / "45")
+    assert f"{run} is named as a base of itself" in failing(generate.main, ["--model", run])
+    name_base(base / "checkpoints" / "20")
+    error = failing(finetune.main, args(run, chats, base, "--overwrite"))
+    assert f"{base} is the run of the base that {run} adapts, which would be overwritten" in error
+    assert digest(load_model(str(base)).params) == record["base"]["digest"]
+
+
 def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted, trained, tmp_path):
     """It names the right base, so only what is in it can tell."""
     model = load_model(str(trained))

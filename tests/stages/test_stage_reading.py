@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
+from engine.inference.runner import ModelRunner
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, save_tokenizer, updating
 from engine.text.token_file import open_token_file
@@ -49,10 +50,14 @@ def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tm
     assert "sampling  temperature 1 by a flag\n" in generated(capsys, run, *flags, "--temperature", 1)[1]
 
 
-def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys):
-    flags = ("--max-tokens", 20, "--temperature", 1.0)
-    together, notes = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
-    assert "tokens/s" in notes
+def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys, monkeypatch):
+    """And their prompt is computed once."""
+    flags, computed, prefill = ("--max-tokens", 20, "--temperature", 1.0, "--prompt", "The king and queen"), [], ModelRunner.prefill
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "prefill", lambda self, *chunk: computed.append(chunk) or prefill(self, *chunk))
+        together, notes = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
+    assert len(computed) == 1
+    assert "tokens/s, 0 recompiles" in notes
     alone = [generated(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
     assert together == f"{alone[0]}\n--- 2 of 2\n{alone[1]}"
     assert "/s" not in generated(capsys, trained, "--max-tokens", 1, "--count", 2)[1]  # nothing after the first
