@@ -71,7 +71,7 @@ def train(flags: ByHandFlags) -> None:
     from engine.model.transformer import init_params
     from engine.text.windows import TextBatches
     from engine.training.optimizer import OptimizerConfig, make_schedule
-    from stages.runs.data.text import prepare_text
+    from stages.runs.text_data import prepare_text
     from stages.runs.validation import quick_evaluator
 
     if flags.out and flags.out.exists():

@@ -32,7 +32,7 @@ from stages.runs.flags import MeshFlags
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
     from engine.text.conversations import Conversations
-    from stages.runs.data.text import Source
+    from stages.runs.text_data import Source
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
@@ -70,7 +70,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
-    from stages.runs.data.text import check_text_name
+    from stages.runs.text_data import check_text_name
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
 
     def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
@@ -142,7 +142,7 @@ def evaluate_text(
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     from engine.mesh import layout
     from stages.runs import validation
-    from stages.runs.data.text import digest_tokens, encode_text, evaluation_source, source_name
+    from stages.runs.text_data import digest_tokens, encode_text, evaluation_source, source_name
 
     with processes.process_0_first():
         source = evaluation_source(data, console) if data else _validation_source(model, record, console)
@@ -173,7 +173,7 @@ def evaluate_text(
 
 
 def _validation_source(model: "LoadedModel", record: dict[str, Any], console: Console) -> "Source":
-    from stages.runs.data.text import find_sources
+    from stages.runs.text_data import find_sources
 
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
@@ -195,7 +195,7 @@ def evaluate_conversations(
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.examples import Pair, make_examples
     from engine.text.packing import evaluation_batches
-    from stages.runs.data import conversations
+    from stages.runs import conversation_data as conversations
     from stages.runs.validation import EVALUATION_ROWS
 
     record = record if record.get("stage") == "finetune" else {}
@@ -253,7 +253,7 @@ def evaluate_conversations(
 def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Console) -> Rows:
     """Returns the run's scores before fine-tuning on the held-out set, and before and now on a general text."""
     from stages.runs import validation
-    from stages.runs.data.text import TEXTS
+    from stages.runs.text_data import TEXTS
 
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))

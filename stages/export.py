@@ -29,7 +29,7 @@ from stages.cli.sampling import choose_sampling
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
     from engine.text.tokenizer import Tokenizer
-    from stages.runs.data.text import Source
+    from stages.runs.text_data import Source
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 EXPORT_FILES = {
@@ -78,7 +78,7 @@ def export(flags: ExportFlags) -> int:
     from engine.model.weights.lora import LoRA, to_dense
     from engine.storage import run_folder
     from engine.storage.model_loader import load_model
-    from stages.runs.data.text import TEXTS, evaluation_source
+    from stages.runs.text_data import TEXTS, evaluation_source
 
     def merge_adapters(_: str, leaf: Any) -> Any:  # in float32: their small numbers are rounded once, as they are written
         return to_dense(

@@ -24,8 +24,8 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.answers import Answer, ask, compare, describe_faults
-from stages.runs.data.conversations import digest_examples, prepare_conversations
-from stages.runs.data.text import check_text_name
+from stages.runs.conversation_data import digest_examples, prepare_conversations
+from stages.runs.text_data import check_text_name
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import Loop, RunOptions
@@ -35,7 +35,7 @@ from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
-from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
+from stages.runs.steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length

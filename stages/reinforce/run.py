@@ -34,7 +34,7 @@ from stages.runs.model_stage import ModelStage
 from stages.runs.run import execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import choose_trainable
-from stages.runs.training_steps import compile_step, temporary_bytes
+from stages.runs.steps import compile_step, temporary_bytes
 
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them

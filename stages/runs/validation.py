@@ -19,7 +19,7 @@ from engine.text.token_file import TokenFile
 from engine.text.tokenizer import Tokenizer
 from engine.text.windows import count_windows, evaluation_windows, window_batch
 from stages.cli.console import Console, ReportProgress
-from stages.runs.data.text import encode_text, evaluation_source
+from stages.runs.text_data import encode_text, evaluation_source
 from stages.runs.loop import Evaluator
 
 QUICK_WINDOWS = 32

@@ -26,7 +26,7 @@ from engine.text.windows import TextBatches
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.data.text import prepare_text
+from stages.runs.text_data import prepare_text
 from stages.runs.estimate import (
     Recipe,
     RunPlan,
@@ -42,7 +42,7 @@ from stages.runs.previous_run import recorded_batch
 from stages.runs.run import Stage, execute
 from stages.runs.summary import RunReport
 from stages.runs.trainable import TrainableSplit
-from stages.runs.training_steps import MeshBatches, TrainingSteps, compile_step
+from stages.runs.steps import MeshBatches, TrainingSteps, compile_step
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TrainFlags
 from stages.train.recipes import recipe

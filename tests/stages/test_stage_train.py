@@ -24,8 +24,8 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.cli.console import Console
 from stages.runs import loop
-from stages.runs.data.text import make_tokenizer
-from stages.runs.training_steps import TrainingSteps
+from stages.runs.text_data import make_tokenizer
+from stages.runs.steps import TrainingSteps
 from stages.train import __main__ as train
 
 RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")

@@ -1,1 +1,0 @@
-"""Reads and tokenizes what `--data` and `--validation` name: texts, or conversations."""
