@@ -70,8 +70,8 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
-    from stages.runs.text_data import check_text_name
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
+    from stages.runs.text_data import check_text_name
 
     def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
         return digest(process_allgather(params, tiled=True) if processes.process_count() > 1 else params)

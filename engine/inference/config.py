@@ -66,9 +66,7 @@ class EngineConfig:
             raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {self.kv_dtype!r}.")
 
     @classmethod
-    def for_prompts(
-        cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None
-    ) -> "EngineConfig":
+    def for_prompts(cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None) -> "EngineConfig":
         """Returns the options of an engine that completes these prompts at once: few programs, and no slot more.
 
         A prompt that occurs several times is computed once: the prefix cache holds it for the others. The KV cache is in the

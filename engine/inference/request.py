@@ -15,7 +15,7 @@ SEEDS = 2**32
 
 
 class Range(NamedTuple):
-    """A field's range: from `least` (or `above` it) to `most`. `note` explains one bound."""
+    """A field's range: from `least` (or `above` it) to `most`, which may be infinite. `note` explains one bound."""
 
     least: float
     most: float
@@ -24,6 +24,8 @@ class Range(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
+        if self.most == float("inf"):
+            return f"{'above' if self.above else 'at least'} {self.least:g}"
         if self.above:
             return f"above {self.least} and at most {self.most}{self.note}"
         return f"between {self.least}{self.note} and {self.most}"

@@ -42,8 +42,8 @@ from engine.storage import manifest
 from engine.storage.huggingface import safetensors
 from engine.storage.untrusted import quote, read_json_object
 
-TOPIC = "save"  # the thread's own, see `gather_strings`
-CUT = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
+SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
+PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
 ALIGNMENT = 64  # bytes
 TOUCH = 2**24  # bytes at once of new memory
@@ -76,7 +76,7 @@ def own_pieces(name: str, leaf: Any) -> Pieces:
         raise TypeError(f"save: {name} is a {type(leaf).__name__} of {dtype}, which no file can hold.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(f"save: {name} is {dtype}, of which JAX would keep 32 bits when it is loaded.")
-    if CUT.fullmatch(name):
+    if PART_NAME.fullmatch(name):
         raise ValueError(f"save: {name} would be taken for a part of an array.")
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return {name: leaf} if processes.is_first() else {}
@@ -232,11 +232,11 @@ def write(
     record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
     target = _root(folder) / str(step)
     own = sum(piece.nbytes for pieces in parts.values() for piece in pieces.values())
-    wanted = sum(map(int, processes.gather_strings(str(own), TOPIC)))
+    wanted = sum(map(int, processes.gather_strings(str(own), SAVE_TOPIC)))
     try:
         with _building(target, wanted, keep, best) as building:
             write_files(building, parts, record.encode() + b"\n")
-        processes.gather_strings(topic=TOPIC)  # until process 0 has committed
+        processes.gather_strings(topic=SAVE_TOPIC)  # until process 0 has committed
     except OSError as error:
         raise UserError(
             f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {error.strerror or error}. Earlier "
@@ -252,7 +252,7 @@ def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None
     for part, pieces in parts.items():
         name = f"{part}{own}.safetensors"
         entries[name] = manifest.write_checked(building / name, functools.partial(safetensors.encode, pieces, pieces.values()))
-    gathered = processes.gather_strings(json.dumps(entries), TOPIC)
+    gathered = processes.gather_strings(json.dumps(entries), SAVE_TOPIC)
     if processes.is_first():
         entries = {name: entry for text in gathered for name, entry in json.loads(text).items()}
         entries["state.json"] = manifest.write_checked(building / "state.json", lambda: [np.frombuffer(record, np.uint8)])
@@ -266,7 +266,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
     Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
     """
     if not processes.is_first():
-        yield Path(processes.gather_strings(topic=TOPIC)[0])
+        yield Path(processes.gather_strings(topic=SAVE_TOPIC)[0])
         return
     root, step = target.parent, int(target.name)
     make_folder(root)
@@ -275,7 +275,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         if disk.total > 0 and disk.free < wanted:  # some network file systems know neither
             raise OSError(errno.ENOSPC, f"{disk.free / 1e6:,.1f} MB are free")
         with atomic_folder(target) as building:
-            processes.gather_strings(str(building), TOPIC)
+            processes.gather_strings(str(building), SAVE_TOPIC)
             yield building
         for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
@@ -359,7 +359,7 @@ def _stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
     for path in sorted(checkpoint.glob(f"{part}.*safetensors")):
         for name, tensor in safetensors.read_header(path)[0].items():
             box: Box = tuple((0, size) for size in tensor.shape)
-            if match := CUT.fullmatch(name):
+            if match := PART_NAME.fullmatch(name):
                 name, cuts = match.groups()
                 starts, stops = zip(*(map(int, cut.split(":")) for cut in cuts.split(",")))
                 box = tuple(zip(starts, stops))

@@ -34,7 +34,7 @@ class LoadedModel:
 
     params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
     completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in;
-    `base_runs`: those of the models below a LoRA run's adapter, of which its weights are made too.
+    `bases`: the run folders, or other files and folders, of the models below a LoRA run's adapter.
     `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
     lines to print: why this run, what is damaged, which fields are not known, whether the context is cut. `sampling`:
     recommended, by the names of SamplingParams; values as the model's files have them.
@@ -50,7 +50,7 @@ class LoadedModel:
     hub_id: str = ""
     notes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    base_runs: tuple[Path, ...] = ()
+    bases: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         """The name, and where it was read."""
@@ -222,9 +222,9 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     loaded = checkpoint.load_params(location.path)
     params = _put_on(base.params, _trained_adapter(run, loaded, base.cfg, digest(base.params)), loaded.path)
     (tokenizer, eos_ids, _), notes = run_folder.read_tokenizer(run), location.notes + base.notes + _damage(loaded)
-    below = (*base.base_runs, *((base.run,) if base.run else ()))
+    bases = (*base.bases, base.run or base.checkpoint)
     return LoadedModel(
-        model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling, below
+        model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling, bases
     )
 
 

@@ -40,19 +40,13 @@ def number(low: float, high: float = float("inf"), above: bool = False) -> Calla
 
 def in_range(allowed: Range) -> Callable[[str], Any]:
     """Returns a parser of the numbers of a range."""
-    low, high, integer, above, _ = allowed
-    lower = f"above {low:g}" if above else f"from {low:g}"
-    if high == float("inf"):
-        span = lower.replace("from", "of at least")
-    else:
-        span = f"{lower}{' and up' * above} to {high:.12g}"
 
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError, OverflowError):
-            value = int(text) if integer and "e" not in text.lower() else float(text)
+            value = int(text) if allowed.integer and "e" not in text.lower() else float(text)
             if allowed.holds(value):
-                return int(value) if integer else value
-        raise ValueError(f"wanted {'an integer' if integer else 'a number'} {span}, got {text!r}")
+                return int(value) if allowed.integer else value
+        raise ValueError(f"wanted {'an integer' if allowed.integer else 'a number'}, {allowed}, got {text!r}")
 
     return parse
 

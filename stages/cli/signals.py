@@ -29,21 +29,21 @@ HEARD_WITHIN = 5.0  # seconds: a signal that the main thread knows of, by the se
 
 @dataclasses.dataclass
 class Deferral:
-    """A block that ends by itself once a signal of `numbers` was `received`; `print` gets the `answer` to it at once.
+    """A block that ends by itself once one of `signals` was `received`; `say` gets the `answer` to it at once.
 
     With `interrupts` the signal raises KeyboardInterrupt in the block. The main thread may hear of it first, so `answered` is
     set once the second thread has.
     """
 
     answer: str
-    print: Callable[[str], None]
-    numbers: Collection[int]
+    say: Callable[[str], None]
+    signals: Collection[int]
     interrupts: bool = False
     received: int | None = None
     answered: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def receive(self, number: int) -> None:
-        if number in self.numbers:
+        if number in self.signals:
             self.received = self.received or number
 
 
@@ -79,17 +79,17 @@ def _handle(number: int, _: object) -> None:
     """Lets the main thread stop after the step in which the signal came, not one later."""
     if _deferral:
         _deferral.receive(number)
-        if _deferral.interrupts and number in _deferral.numbers:
+        if _deferral.interrupts and number in _deferral.signals:
             raise KeyboardInterrupt
 
 
-def _listen(signals: int) -> None:
+def _listen(pipe: int) -> None:
     """Reads signals until a zero byte arrives: defers them, or ends the process."""
-    while number := os.read(signals, 1)[0]:
+    while number := os.read(pipe, 1)[0]:
         deferral = _deferral
         if number not in SIGNALS:
             continue
-        if deferral is None or number not in deferral.numbers:
+        if deferral is None or number not in deferral.signals:
             end_now(number, stages.phase)
         elif not deferral.answered.is_set():
             deferral.receive(number)
@@ -117,7 +117,7 @@ def _wake_main_thread(deferral: Deferral) -> None:
 
 def _print_answer(deferral: Deferral) -> None:
     with contextlib.suppress(OSError):  # nobody reads on
-        deferral.print(deferral.answer)
+        deferral.say(deferral.answer)
 
 
 def end_now(number: int, sentence: str) -> NoReturn:
@@ -136,14 +136,14 @@ def set_phase(phase: str) -> None:
 
 @contextlib.contextmanager
 def defer_signals(
-    answer: str, print: Callable[[str], None], numbers: Collection[int] = SIGNALS, interrupts: bool = False
+    answer: str, say: Callable[[str], None], signals: Collection[int] = SIGNALS, interrupts: bool = False
 ) -> Iterator[Deferral]:
     """Defers a first signal to the end of the block: `answer` is printed at once, and `received` tells the block to end.
 
     With `interrupts` a KeyboardInterrupt ends it.
     """
     global _deferral
-    deferral = _deferral = Deferral(answer, print, numbers, interrupts)
+    deferral = _deferral = Deferral(answer, say, signals, interrupts)
     try:
         yield deferral
     finally:

@@ -17,7 +17,7 @@ from engine.text.packing import evaluation_batches, pair_batch
 from engine.training.preference import Preferences
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.runs.conversation_data import pair_margins
-from stages.runs.loop import Evaluator
+from stages.runs.stage import Evaluator
 from stages.runs.validation import EVALUATION_ROWS
 
 

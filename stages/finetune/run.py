@@ -25,17 +25,15 @@ from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.answers import Answer, ask, compare, describe_faults
 from stages.runs.conversation_data import digest_examples, prepare_conversations
-from stages.runs.text_data import check_text_name
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
-from stages.runs.loop import Loop, RunOptions
-from stages.runs.loop_state import LoopState
+from stages.runs.loop import RunOptions
 from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
-from stages.runs.model_stage import ModelStage
+from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import execute
-from stages.runs.summary import RunReport
-from stages.runs.trainable import choose_trainable
+from stages.runs.stage import LoopState, RunReport
 from stages.runs.steps import MeshBatches, TrainingSteps, compile_step
+from stages.runs.text_data import check_text_name
 from stages.runs.validation import general_bits_per_byte
 
 SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
@@ -124,7 +122,6 @@ class FineTuning(ModelStage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
-        too_few = f", fewer than the {LEAST_STEPS} of a run without --max-time" * (not plan.steps and steps < LEAST_STEPS)
         rows, *problems = dataset.summary.describe()
         return [
             self.model_row(),
@@ -137,7 +134,7 @@ class FineTuning(ModelStage):
             *([("", dataset.overlap)] if dataset.overlap else []),
             ("template", self.chat.template_name),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}{too_few}"),
+            ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}"),
         ]
 
     def print_example(self) -> None:
@@ -149,7 +146,7 @@ class FineTuning(ModelStage):
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         """Makes the batches, compiles the step, and returns TrainingSteps."""
-        plan, frozen = self.plan, self.split.frozen
+        plan, frozen = self.plan, self.frozen
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
         batches = MeshBatches(self._batches())
@@ -164,13 +161,12 @@ class FineTuning(ModelStage):
             advice="--learning-rate, or warm up longer with --warmup",
         )  # fmt: skip
 
-    def finish(self, state: TrainState, loop: Loop, before: Scores) -> RunReport:
+    def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
         """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
-        after, plan, loop_state = self.measure(state.trainable), self.plan, loop.loop_state
+        after, plan, seconds = self.measure(state.trainable), self.plan, loop_state.seconds
         path = self.save_trained(loop_state.step, state.trainable)
-        seconds = loop_state.seconds
         rate = loop_state.step / max(seconds, 1e-9)
-        speed, share_of_ceiling = rate * plan.step_tokens, (loop.timer.warm_rate() or rate) * plan.step_flops / self.peak_flops
+        speed, share_of_ceiling = rate * plan.step_tokens, (warm_rate or rate) * plan.step_flops / self.peak_flops
         doubt_ceilings(share_of_ceiling)
         trained_count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         unit = self.unit
@@ -200,12 +196,11 @@ class FineTuning(ModelStage):
         if self.objective is NEXT_TOKEN:
             return PackedBatches(train, seq, self.batch, plan.seed, self.pack)
         with self.console.task("computing reference log-probabilities", always=True):
-            return PreferenceBatches(plan.cfg, self.split.initial_params(), train, seq, self.batch, plan.seed)
+            return PreferenceBatches(plan.cfg, self.initial_params(), train, seq, self.batch, plan.seed)
 
     def _evaluator(self, limit: int | None = None) -> Any:
-        plan, split, examples = self.plan, self.split, self.dataset.held_out[:limit]
-        initial, seq = split.initial_params(), plan.recipe.context
-        return held_out_evaluator(plan.cfg, split.frozen, initial, examples, self.objective, seq)
+        plan, initial, examples = self.plan, self.initial_params(), self.dataset.held_out[:limit]
+        return held_out_evaluator(plan.cfg, self.frozen, initial, examples, self.objective, plan.recipe.context)
 
     def measure(self, trainable: Any) -> Scores:
         """Scores the held-out set and general text, and answers the questions."""
@@ -214,7 +209,7 @@ class FineTuning(ModelStage):
         self.unit = evaluator.unit
         with self.console.task("evaluating", always=True) as report:
             held_out = evaluator.evaluate(trainable, report)
-        params = merge(trainable, self.split.frozen)
+        params = merge(trainable, self.frozen)
         if self.general != "none":
             general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
         _clear_programs()  # as large as a small model, and not run again soon

@@ -28,12 +28,10 @@ from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_f
 from stages.runs.answers import before_and_after
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.loop import Evaluator, Loop, RunOptions
-from stages.runs.loop_state import LoopState
-from stages.runs.model_stage import ModelStage
+from stages.runs.loop import RunOptions
+from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import execute
-from stages.runs.summary import RunReport
-from stages.runs.trainable import choose_trainable
+from stages.runs.stage import LoopState, RunReport, Steps
 from stages.runs.steps import compile_step, temporary_bytes
 
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
@@ -56,7 +54,7 @@ def run(flags: ReinforceFlags, device: Device) -> int:
     return execute(options, lambda console: ReinforcementLearning(flags, options, console))
 
 
-class ReinforcementLearning(ModelStage):
+class ReinforcementLearning(ModelStage, Steps):
     """Trains a model on its own completions: a Stage, and the Steps of its loop. Only the constructor reads the flags.
 
     A step is a round: it samples completions of a few prompts, has the model before training score them, and takes `updates`
@@ -65,8 +63,7 @@ class ReinforcementLearning(ModelStage):
     newest rounds in a row in which no prompt's completions differed in reward.
     """
 
-    advice, lines_stay, exhausted = "--learning-rate", True, False
-    evaluator: Evaluator | None = None
+    advice, lines_stay = "--learning-rate", True
 
     def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
@@ -159,7 +156,7 @@ class ReinforcementLearning(ModelStage):
         rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
         with self.console.task("compiling training", always=True):
             self.program = compile_step(
-                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, self.split.frozen, rollouts,
+                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, self.frozen, rollouts,
                 grpo(self.clip, self.kl), plan.compiler_options,
             )  # fmt: skip
         self.buffer_bytes = temporary_bytes(self.program)
@@ -168,7 +165,7 @@ class ReinforcementLearning(ModelStage):
 
     def _prepare_inference(self, trainable: Any) -> None:
         self.params: Any = None  # first: two copies would be held
-        self.params = prepare_params(self.plan.cfg, merge(trainable, self.split.frozen))
+        self.params = prepare_params(self.plan.cfg, merge(trainable, self.frozen))
         self.digest = digest(self.params)
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
@@ -182,7 +179,7 @@ class ReinforcementLearning(ModelStage):
         if digest(self.params) != before:
             raise RuntimeError("Inference changed the weights.")
         begin, reward = time.perf_counter(), rollout.mean_reward
-        scores = self._score(self.split.trainable, rollout)
+        scores = self._score(self.trainable, rollout)
         rewards, norm, kl = np.reshape(rollout.rewards, (-1, self.group)), 0.0, {}
         differs = bool((rewards != rewards[:, :1]).any())
         if differs:
@@ -192,7 +189,7 @@ class ReinforcementLearning(ModelStage):
             progress = np.float32(plan.progress(number, loop_state.seconds))
             for _ in range(self.updates):
                 make_room(self.buffer_bytes)
-                state, metrics = self.program(state, self.split.frozen, rollouts, progress)
+                state, metrics = self.program(state, self.frozen, rollouts, progress)
                 if self.kl and not refused:  # at first new equals old, and the advantages add up to 0
                     kl = {"kl": float(metrics.loss) / self.kl}
                 norm = float(metrics.grad_norm)
@@ -224,33 +221,35 @@ class ReinforcementLearning(ModelStage):
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
         return self.line
 
-    def finish(self, state: TrainState, loop: Loop, start: tuple[Rollout, float]) -> RunReport:
+    def finish(
+        self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: tuple[Rollout, float]
+    ) -> RunReport:
         """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints.
 
         Raises UserError, and saves nothing, when the rounds taught nothing.
         """
-        (before, bits_before), (after, bits_after), loop_state = start, self.measure(state.trainable), loop.loop_state
+        (start, bits_before), (after, bits_after) = before, self.measure(state.trainable)
         alike = loop_state.stage.get("alike", [])
         exhausted, untrained = len(alike) >= ALIKE_ROUNDS, len(alike) == loop_state.step
-        if untrained or (exhausted and after.mean_reward <= before.mean_reward):
+        if untrained or (exhausted and after.mean_reward <= start.mean_reward):
             if untrained:
                 clear_run(self.folder)
             raise UserError(_nothing_to_learn(alike))
         path = self.save_trained(loop_state.step, state.trainable)
         totals = {name: loop_state.stage.get(name, 0) for name in TOTALS}
         result = {
-            "held_out_reward_before": before.mean_reward, "held_out_reward_after": after.mean_reward,
+            "held_out_reward_before": start.mean_reward, "held_out_reward_after": after.mean_reward,
             "base_bits_per_byte_before": bits_before, "base_bits_per_byte_after": bits_after,
             "best_round": loop_state.best, "seconds": loop_state.seconds, **totals,
         }  # fmt: skip
         answers = [
-            [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (before, after)
+            [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (start, after)
         ]
         texts = [
             (prompt.text, before_and_after(*pair)) for prompt, *pair in zip(self.prompts.held_out[:SHOWN_PROMPTS], *answers)
         ]
-        reward = f"{before.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
-        if after.mean_reward <= before.mean_reward:
+        reward = f"{start.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
+        if after.mean_reward <= start.mean_reward:
             reward += "; it did not rise: give more --rounds, a larger --group, or easier prompts"
         bits = f"{bits_before:.2f} -> {bits_after:.2f} bits per byte under the model before training"
         if bits_after > bits_before + TOLERATED_BITS:
@@ -270,14 +269,14 @@ class ReinforcementLearning(ModelStage):
         parts = -(-EVALUATED // rows)
         prompts = [*itertools.islice(itertools.cycle(self.prompts.held_out), parts * rows)]
         with self.console.task("evaluating on held-out prompts", always=True) as report:
-            params = prepare_params(plan.cfg, merge(trainable, self.split.frozen))
+            params = prepare_params(plan.cfg, merge(trainable, self.frozen))
             rollout = self.sampler.rollout(params, prompts, first_seed(plan.seed, -parts, rows), report)
-            return rollout, self._score(self.split.trainable, rollout).bits
+            return rollout, self._score(self.trainable, rollout).bits
 
     def _score(self, trainable: Any, rollout: Rollout) -> Any:
         """Returns the Scores of completions. With the untrained adapter, which changes nothing to the bit, it is those of the
         model before training, by the program of a trained one."""
-        plan, params = self.plan, merge(trainable, self.split.frozen)
+        plan, params = self.plan, merge(trainable, self.frozen)
         return score_completions(plan.cfg, params, rollout, plan.recipe.context, plan.recipe.batch // plan.recipe.accumulate)
 
 

@@ -90,11 +90,8 @@ def before_and_after(*answers: tuple[str, str]) -> str:
 
 
 def describe_faults(answers: Sequence[Answer]) -> str:
-    """Returns a sentence: how many answers do not stop or repeat themselves, and what to do about it."""
+    """Returns, in words, how many answers do not stop or repeat themselves."""
     endless, repeating = sum(not answer.stops for answer in answers), sum(answer.repeats for answer in answers)
     if not endless + repeating:
         return f"all {len(answers)} stop and none repeats itself"
-    return (
-        f"{endless} of {len(answers)} do not stop, {repeating} repeat themselves: train longer with --max-time or --steps, "
-        "or on more examples"
-    )
+    return f"{endless} of {len(answers)} do not stop, {repeating} repeat themselves"

@@ -17,8 +17,10 @@ from typing import Any
 from engine.errors import UserError
 from engine.files import atomic_file, folder_lock, make_folder, open_regular, remove_unfinished
 from engine.mesh import processes
+from engine.model.paths import leaf_paths
+from engine.storage import checkpoint
 from engine.storage.manifest import NAME
-from engine.storage.run_folder import ADAPTER, ROOT
+from engine.storage.run_folder import ADAPTER, ROOT, read_json
 
 RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
 
@@ -40,6 +42,13 @@ def holds_run(folder: Path) -> bool:
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run.json, so it is not a run folder. Give another --out-dir.")
     return False
+
+
+def recorded_batch(folder: Path, overwrite: bool) -> int | None:
+    """Returns the batch of the run in the folder that would be resumed; None when there is none."""
+    if overwrite or not checkpoint.steps(folder):
+        return None
+    return leaf_paths(read_json(folder / "run.json")).get("recipe/batch")
 
 
 def clear_run(folder: Path) -> None:

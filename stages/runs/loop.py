@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
@@ -21,12 +21,12 @@ from engine.storage.checkpoint import BackgroundSaver
 from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import explain_error
-from stages.cli.console import Console, ReportProgress
+from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import MetricsLog
-from stages.runs.loop_state import LoopState
 from stages.runs.mesh import to_file_order
+from stages.runs.stage import Evaluator, LoopState, Steps
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
@@ -78,62 +78,11 @@ class StepTimer:
         return (self.count - 1) / self.warm_seconds if self.count > 1 else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Evaluates on held-out batches: the sum of `summed_loss(trainable, batch)` over `size`.
-
-    The mean is called `unit` on screen and `key` in metrics.jsonl.
-    """
-
-    batches: Sequence[Any]
-    summed_loss: Callable[[Any, Any], Any]
-    size: float
-    unit: str
-    key: str
-
-    def evaluate(
-        self, trainable: Any, report: ReportProgress = lambda *_: None, stopped: Callable[[], bool] = lambda: False
-    ) -> float | None:
-        """Returns the mean; None when it was `stopped` in between."""
-        total = 0.0
-        for number, batch in enumerate(self.batches, 1):
-            if stopped():
-                return None
-            total += float(self.summed_loss(trainable, batch))
-            report(number, len(self.batches))
-        return total / self.size
-
-
-class Steps(Protocol):
-    """The steps of a loop: each a batch through a compiled program, or a round of rollouts and updates."""
-
-    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
-    evaluator: Evaluator | None
-    buffer_bytes: int  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
-    lines_stay: bool  # whether every LINE_INTERVAL seconds a line stays on a terminal
-    exhausted: bool  # whether there is nothing more to learn, which ends the loop
-
-    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Returns the next state, which may take `state`'s memory, and for each update whether it was refused."""
-
-    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        """Returns the fields of a line of metrics.jsonl."""
-
-    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        """Returns these steps' own fields of the live line."""
-
-
 class Loop:
-    """Runs steps to the run's end or to a signal.
+    """Runs steps to the run's end or to a signal. `frozen` goes into a checkpoint's params beside the trainable ones."""
 
-    `record` goes into state.json beside LoopState; `frozen` into a checkpoint's params beside the trainable ones.
-    """
-
-    def __init__(
-        self, plan: RunPlan, options: RunOptions, record: dict[str, Any], frozen: Any,
-        loop_state: LoopState, console: Console,
-    ) -> None:  # fmt: skip
-        self.plan, self.options, self.record = plan, options, record
+    def __init__(self, plan: RunPlan, options: RunOptions, frozen: Any, loop_state: LoopState, console: Console) -> None:
+        self.plan, self.options = plan, options
         self.saver = BackgroundSaver(options.folder, options.keep, frozen)
         self.loop_state, self.console = loop_state, console
         self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
@@ -206,9 +155,8 @@ class Loop:
 
     def save(self, state: TrainState) -> None:
         """Saves beside the steps that follow; `saver.wait` waits until it is on the disk."""
-        loop_state = self.loop_state
-        record = dataclasses.asdict(loop_state) | self.record
-        state = to_file_order(self.plan.cfg, state)
+        loop_state, state = self.loop_state, to_file_order(self.plan.cfg, state)
+        record = dataclasses.asdict(loop_state)
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
         self.saved_step = loop_state.step
 
@@ -322,7 +270,7 @@ class Loop:
         sound = not loop_state.refused_in_a_row
         evaluates = sound and steps.evaluator and (done or loop_state.is_due("evaluate", self._evaluation_interval()))
         if evaluates:
-            with _without_free_memory(steps.buffer_bytes):
+            with _returning_freed_memory(steps.buffer_bytes):
                 self._evaluate(steps, state, done)
         saves = sound and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
         if saves:
@@ -364,7 +312,7 @@ class Loop:
 
 
 @contextlib.contextmanager
-def _without_free_memory(buffer_bytes: int) -> Iterator[None]:
+def _returning_freed_memory(buffer_bytes: int) -> Iterator[None]:
     """Keeps work between two steps from lying beside a step's freed buffer, or in its place."""
     if buffer_bytes:
         return_freed_memory()

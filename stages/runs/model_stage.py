@@ -1,8 +1,11 @@
-"""ModelStage: loads a model, and saves its trained parameters, for fine-tuning and reinforcement learning."""
+"""ModelStage: loads a model, splits it into trainable and frozen parameters, and saves the trained ones.
+
+Fine-tuning and reinforcement learning are such stages.
+"""
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +13,39 @@ import jax
 import jax.numpy as jnp
 
 from engine.counting.params import count_params
+from engine.counting.trainable_paths import TrainablePaths, lora_only
 from engine.device import host_memory
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.paths import merge, split
+from engine.model.transformer import init_params
+from engine.model.weights.int8 import matmul_rules, quantize
+from engine.model.weights.lora import merge_lora
+from engine.model.weights.matmul import cast_matrices
 from engine.storage.adapter import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER
 from engine.text.chat_tokenizer import ChatTokenizer
+from engine.training.freeze import select_trainable
+from engine.training.lora import init_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.mesh import choose_mesh, on_one_device
-from stages.runs.run import Stage
-from stages.runs.trainable import split_trainable
+from stages.runs.stage import Stage
 
 
 class ModelStage(Stage):
-    """A Stage that trains a loaded model. The subclass sets `plan`, and `facts` to its own entries of run.json."""
+    """A Stage that trains a loaded model. The subclass sets `plan`, and `facts` to its own entries of run.json.
+
+    `trainable` is in float32, `frozen` in the compute type or int8, as steps read it; of a LoRA nothing else is saved.
+    """
 
     facts: dict[str, Any]
+    frozen: Any  # valid after `load_weights`
 
     def __init__(
         self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
@@ -41,9 +55,9 @@ class ModelStage(Stage):
         self.on_mesh = choose_mesh(mesh) is not None
         with console.task(f"loading {name}") as report, host_memory(self.on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
-        for run in (self.model.run, *self.model.base_runs):
-            if run and run.resolve() == folder.resolve():
-                owner = "the model itself" if run is self.model.run else f"the base that {self.model.run} adapts"
+        for path in (self.model.run, *self.model.bases):
+            if path and path.resolve() == folder.resolve():
+                owner = "the model itself" if path is self.model.run else f"the base that {self.model.run} adapts"
                 raise UserError(f"{folder} is the run of {owner}, which would be overwritten. Give another --out-dir.")
         console.print_notes(self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.
@@ -57,8 +71,15 @@ class ModelStage(Stage):
         """Splits the parameters, and adds the digest of all, as loaded, to the facts, for `find_previous_run`."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
-        with host_memory(self.on_mesh):
-            self.split = split_trainable(plan.cfg, params, plan.trainable, self.lora, plan.base, plan.seed)
+        with host_memory(self.on_mesh):  # changes no array of `params`
+            if self.lora:
+                base = params if plan.base == "float" else quantize(params, matmul_rules(params, "full"))
+                self.trainable = init_lora(plan.cfg, params, jax.random.key(plan.seed), self.lora)
+                self.frozen = cast_matrices(base, plan.cfg.dtype)
+            else:
+                trainable, self.frozen_as_loaded = split(merge_lora(params), plan.trainable.weights)
+                self.trainable = cast_matrices(trainable, "float32")
+                self.frozen = cast_matrices(self.frozen_as_loaded, plan.cfg.dtype)
         path, source = Path(self.name).expanduser(), self.name
         if path.exists():  # absolute, to be found again
             source = str(path.absolute())
@@ -75,13 +96,21 @@ class ModelStage(Stage):
 
     def place(self) -> None:
         """Spreads the parameters over the mesh, from the host's memory, which keeps what was loaded."""
-        cfg, split = self.plan.cfg, self.split
         if self.on_mesh:
-            self.split = dataclasses.replace(
-                split, trainable=place(cfg, split.trainable), frozen=place(cfg, split.frozen),
-                frozen_as_loaded=jax.device_get(split.frozen_as_loaded),
-            )  # fmt: skip
+            self.trainable, self.frozen = (place(self.plan.cfg, params) for params in (self.trainable, self.frozen))
+            self.frozen_as_loaded = jax.device_get(self.frozen_as_loaded)
             self.model = dataclasses.replace(self.model, params=jax.device_get(self.model.params))
+
+    def to_saved(self, trainable: Any) -> Any:
+        """Returns the params of a checkpoint: an adapter on its own, or the whole model."""
+        return trainable if self.lora else merge(trainable, self.frozen_as_loaded)
+
+    def from_saved(self, params: Any) -> Any:
+        return params if self.lora or self.plan.trainable is None else split(params, self.plan.trainable.weights)[0]
+
+    def initial_params(self) -> Any:
+        """Returns the model before training. An untrained adapter changes nothing, to the bit."""
+        return self.frozen if self.lora else merge(self.trainable, self.frozen)
 
     def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""
@@ -98,7 +127,7 @@ class ModelStage(Stage):
         Raises RuntimeError when the digest of the base has changed; one in int8 is gone by now and not checked.
         """
         self.chat.close()
-        if not self.split.is_adapter:
+        if not self.lora:
             return self.folder / "checkpoints" / str(step)
         base, params = self.facts["base"], self.model.params
         if params is not None and digest(params) != base["digest"]:
@@ -108,3 +137,26 @@ class ModelStage(Stage):
                 name = base["model"] if Path(base["model"]).exists() else base["model"].partition("@")[0]
                 save_adapter(self.folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=name)
         return self.folder / ADAPTER
+
+
+def choose_trainable(
+    cfg: ModelConfig, lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str]
+) -> tuple[TrainablePaths, tuple[tuple[str, str], ...]]:
+    """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
+    total = count_params(cfg).total
+    if lora:
+        key = jax.random.key(0)
+        # Shapes alone: memory has not been checked yet.
+        shapes = jax.eval_shape(lambda key: init_lora(cfg, init_params(cfg, key), key, lora), key)
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        return lora_only(cfg, lora), (
+            ("LoRA", f"{', '.join(lora.adapted_parts)} of {cfg.layers} layers, rank {lora.rank}"),
+            ("trainable", f"{count:,} new numbers beside {total:,} frozen ones ({count / total:.1%})"),
+        )
+    selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)
+    count = selection.trainable_count
+    return selection.trainable_paths, (
+        *((match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
+          for match in selection.matches),
+        ("trainable", f"{count:,} of {total:,} numbers ({count / total:.1%})"),
+    )  # fmt: skip

@@ -1,16 +1,15 @@
-"""Finds the previous run in a folder, and restores its newest checkpoint."""
+"""Finds the previous run in a folder, compares it with the run that would resume it, and restores its newest checkpoint."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from engine.errors import UserError
-from engine.format import duration, join_words
+from engine.format import duration, join_words, quantity
 from engine.mesh import processes
 from engine.mesh.layout import place, sharded_shapes
 from engine.model.config import ModelConfig
@@ -20,10 +19,9 @@ from engine.storage.run_folder import read_config, read_json
 from engine.text import epoch_order
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.folder import holds_run
-from stages.runs.loop_state import LoopState
+from stages.runs.estimate import RunPlan
 from stages.runs.mesh import from_file_order
-from stages.runs.trainable import TrainableSplit
+from stages.runs.stage import LoopState, Stage
 
 Changes = dict[str, tuple[Any, Any]]  # path in run.json -> (before, now)
 
@@ -37,31 +35,25 @@ class PreviousRun:
     loop_state: LoopState
     changes: Changes
 
-    @property
-    def has_result(self) -> bool:
-        """Whether it was measured at its end, and its newest checkpoint is intact."""
-        step = str(self.loop_state.step)
-        return bool(self.record.get("result")) and not manifest.verify(self.folder / "checkpoints" / step)
+    def is_finished(self, plan: RunPlan) -> bool:
+        """Whether all of the plan is done and was measured at its end, and the newest checkpoint is intact."""
+        step, has_result = self.loop_state.step, bool(self.record.get("result"))
+        is_done = has_result and plan.progress(step, self.loop_state.seconds) >= 1
+        return is_done and not manifest.verify(self.folder / "checkpoints" / str(step))
 
 
-def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, overwrite: bool) -> PreviousRun | None:
-    """Returns the run in the folder to resume; None when there is none, or `overwrite`.
+def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
+    """Returns the run in a run folder to resume; None when it was stopped before its first checkpoint.
 
     Raises UserError when the one there trains something else, naming what differs; digests of base and data are compared
     here.
     """
-    if overwrite or not holds_run(folder):
-        return None
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
-        return None  # stopped before its first checkpoint
-    if record.get("skipped_batches"):
-        raise UserError(
-            f"{folder} holds a run that left out batches {record['skipped_batches']} of its data with --skip-batches, which "
-            f"is gone: it cannot be resumed. Evaluate it with --model {folder}, or give --overwrite to begin anew."
-        )
+        return None
     before, now = settings(record, read_config(folder)), settings(facts, cfg)
     if refused := refusals(before, now):
+        refuse_other_order(folder, record)
         raise UserError(
             f"{folder} holds a run with another {join_words(refused)}. Give another --out-dir, or --overwrite to "
             "begin anew there."
@@ -69,24 +61,17 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig, ove
     try:
         loop_state = LoopState.from_json(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
     except (OSError, KeyError, TypeError, ValueError):
-        loop_state = LoopState()  # damaged: `restore` reports it, and finds the one before
+        loop_state = LoopState()  # damaged: `resume` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state, differences(before, now))
 
 
-def refuse_other_order(previous: PreviousRun) -> None:
+def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
     """Raises UserError for a run that read its data in another order than this version's: it would read some of it twice."""
-    if previous.record.get("order") != epoch_order.VERSION:
+    if record.get("order") != epoch_order.VERSION:
         raise UserError(
-            f"{previous.folder} holds a run whose batches came in the order of another version: it cannot be resumed. "
-            f"Evaluate, tune or export it with --model {previous.folder}, or give --overwrite to begin anew."
+            f"{folder} holds a run whose batches came in the order of another version: it cannot be resumed. "
+            f"Evaluate, tune or export it with --model {folder}, or give --overwrite to begin anew."
         )
-
-
-def recorded_batch(folder: Path, overwrite: bool) -> int | None:
-    """Returns the batch of the run in the folder that would be resumed; None when there is none."""
-    if overwrite or not checkpoint.steps(folder):
-        return None
-    return leaf_paths(read_json(folder / "run.json")).get("recipe/batch")
 
 
 # What a resumed run may not change, by its path in run.json, and its name; of the architecture, all that CONFIG_MAY_CHANGE
@@ -96,12 +81,9 @@ FIXED = {
     "recipe/context": "context", "recipe/optimizer/kind": "optimizer", "base/digest": "base",
     "learns": "choice of trainable parameters", "objective": "objective", "pack": "packing", "stage": "stage",
 }  # fmt: skip
-SPLIT = " or split of it (earlier versions held out the last tenth: give both parts with --data and --validation)"
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}  # not every run has them
-# Fields that an older run.json does not have, and what its run did.
-ADDED = {"recipe/optimizer/embedding_factor": 1.0, "recipe/optimizer/head_factor": 1.0}
-NOT_COMPARED = re.compile("(command|changes|result|skipped_batches)(/.*)?")  # the flags in the command are compared one by one
+NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 
 def settings(facts: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
@@ -112,7 +94,6 @@ def settings(facts: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     """Returns the settings that differ. What an older run.json does not tell is not known to have changed."""
-    before = {path: value for path, value in ADDED.items() if path in now} | before
     paths = dict.fromkeys([*before, *FIXED, *(path for path in now if path.startswith("config/"))])
     return {path: (before.get(path), now.get(path)) for path in paths if before.get(path) != now.get(path)}
 
@@ -130,8 +111,6 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             sources = (f"{name}/{part}" for part in ("data", "kind", "model"))
             path = next((source for source in sources if before.get(source) or now.get(source)), path)
             values = before.get(path), now.get(path)
-        if name == "text" and now.get("objective") and values[0] == values[1]:
-            name += SPLIT
         refused.append(f"{name} ({values[0]} there, {values[1]} now)" if values[0] != values[1] else name)
     return refused
 
@@ -144,14 +123,19 @@ def describe_changes(changes: Changes) -> list[str]:
     return [*lines.values()]
 
 
-def restore(
-    previous: PreviousRun, cfg: ModelConfig, make_state: Callable[[Any], TrainState], split: TrainableSplit, console: Console
-) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what was damaged.
+def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:
+    done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
+    console.print(
+        f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
+        f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
+    )
+    for line in describe_changes(previous.changes):
+        console.print(f"changed, which trains nothing: {line}", style="yellow")
 
-    `make_state` makes the state before the first step, of which only the shapes are used.
-    """
-    like = sharded_shapes(lambda: (split.to_saved((state := make_state(split.trainable)).trainable), state.opt_state))
+
+def resume(previous: PreviousRun, stage: Stage, facts: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
+    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, the latter into `facts` too."""
+    like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(previous.folder, *like)
     loop_state = LoopState.from_json(loaded.state)
@@ -166,5 +150,12 @@ def restore(
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
-    trainable, optimizer = from_file_order(cfg, (split.from_saved(loaded.params), loaded.optimizer))
+    for line in describe_changes(previous.changes):
+        console.print(f"changed: {line}", style="yellow")
+    if previous.changes.keys() & {"text/validation", "text/validation_digest"}:  # a best on another would never be
+        loop_state.best = loop_state.best_step = None  # beaten, or always
+    noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
+    facts["changes"] = previous.record.get("changes", []) + noted
+    cfg = stage.plan.cfg
+    trainable, optimizer = from_file_order(cfg, (stage.from_saved(loaded.params), loaded.optimizer))
     return TrainState(place(cfg, jnp.int32(loop_state.step)), trainable, optimizer), loop_state

@@ -13,8 +13,7 @@ from engine.model.config import ModelConfig
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
-from stages.runs.loop import Evaluator
-from stages.runs.loop_state import LoopState
+from stages.runs.stage import Evaluator, LoopState, Steps
 
 LARGE_BUFFER = 2**27  # bytes
 
@@ -53,13 +52,11 @@ def temporary_bytes(compiled: Compiled) -> int:
     return size if analysis and (size := analysis.temp_size_in_bytes) >= LARGE_BUFFER else 0
 
 
-class TrainingSteps:
+class TrainingSteps(Steps):
     """The Steps of training and fine-tuning: runs a program on one batch after another, from the state's step on.
 
     `peak_flops`: this machine's, a second.
     """
-
-    lines_stay, exhausted = False, False
 
     def __init__(
         self, program: Compiled, frozen: Any, batches: MeshBatches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
@@ -67,7 +64,7 @@ class TrainingSteps:
     ) -> None:  # fmt: skip
         self.program, self.frozen, self.batches = program, frozen, batches
         self.plan, self.buffer_bytes = plan, temporary_bytes(program)
-        self.evaluator: Evaluator | None = evaluator
+        self.evaluator = evaluator
         self.peak_flops, self.advice = peak_flops, advice
         self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
         self.batch = batches.at(loop_state.step)

@@ -19,8 +19,8 @@ from engine.text.token_file import TokenFile
 from engine.text.tokenizer import Tokenizer
 from engine.text.windows import count_windows, evaluation_windows, window_batch
 from stages.cli.console import Console, ReportProgress
+from stages.runs.stage import Evaluator
 from stages.runs.text_data import encode_text, evaluation_source
-from stages.runs.loop import Evaluator
 
 QUICK_WINDOWS = 32
 GENERAL_WINDOW, GENERAL_TOKENS = 256, 8192  # tokens of a general text: scored at once, and in all

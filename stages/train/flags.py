@@ -91,7 +91,7 @@ class TrainFolderFlags(FolderFlags):
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(RunFlags):
-    """Flags of training; those left out have the preset's recipe (stages/train/recipes.py)."""
+    """Flags of training; those left out have the preset's recipe (stages/train/run.py)."""
 
     text: TextFlags
     length: LengthFlags
@@ -102,13 +102,9 @@ class TrainFlags(RunFlags):
     mesh: MeshFlags
     preset: Annotated[tyro.conf.Positional[str], parser(preset_name, "PRESET")] = "demo"
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
-    by_hand: Annotated[bool, default("off")] = False
-    """Now a command of its own: python -m stages.by_hand."""
     accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
     """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
     def check_together(self) -> None:
-        if self.by_hand:
-            raise UserError("Training by hand is a command of its own now: python -m stages.by_hand --data TEXT --steps N.")
         if self.accelerator and not (self.dry_run and self.mesh.mesh):
             raise UserError("--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out.")

@@ -1,4 +1,4 @@
-"""The Stage that trains from random weights, and its run from flags."""
+"""Training from random weights: each preset's recipe, the Stage, and its run from flags."""
 
 import concurrent.futures
 import contextlib
@@ -23,10 +23,9 @@ from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import preset
 from engine.model.transformer import init_params
 from engine.text.windows import TextBatches
-from engine.training.optimizer import make_optimizer
+from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.text_data import prepare_text
 from stages.runs.estimate import (
     Recipe,
     RunPlan,
@@ -34,18 +33,15 @@ from stages.runs.estimate import (
     memory_estimate,
     mesh_ceilings,
 )
-from stages.runs.folder import default_folder
-from stages.runs.loop import Loop, RunOptions
-from stages.runs.loop_state import LoopState
+from stages.runs.folder import default_folder, recorded_batch
+from stages.runs.loop import RunOptions
 from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
-from stages.runs.previous_run import recorded_batch
-from stages.runs.run import Stage, execute
-from stages.runs.summary import RunReport
-from stages.runs.trainable import TrainableSplit
+from stages.runs.run import execute
+from stages.runs.stage import LoopState, RunReport, Stage
 from stages.runs.steps import MeshBatches, TrainingSteps, compile_step
+from stages.runs.text_data import prepare_text
 from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TrainFlags
-from stages.train.recipes import recipe
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
@@ -53,6 +49,28 @@ EXPECTED_MFU = 0.5  # of the ceiling, for the products of a step
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
 ADVICE = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
+
+# The hyperparameters of each preset unless flags say otherwise: the only place with such numbers.
+_MUON = OptimizerConfig(
+    kind="muon", learning_rate=0.003, matrix_learning_rate=0.02, schedule="wsd", warmup=0.02, decay=0.5,
+    weight_decay=0.1, clip=1.0,
+)  # fmt: skip
+# Measured on the demo alone: `python -m bench.step --of recipes`. Where the embedding is the head too, neither factor is meant.
+_DEMO = dataclasses.replace(_MUON, embedding_factor=10.0, head_factor=0.5)
+
+RECIPES = {
+    "tiny": Recipe("bytes", context=64, batch=8, optimizer=_MUON),
+    "demo": Recipe("bpe:2048", context=256, batch=8, optimizer=_DEMO),
+    "nano": Recipe("bpe:4096", context=256, batch=16, optimizer=_MUON),
+}
+
+
+def recipe(preset: str, vocab: int) -> Recipe:
+    """Returns the preset's own recipe, or what suits a large model of a published architecture, with its vocabulary size."""
+    large = dataclasses.replace(_MUON, learning_rate=6e-4, decay=0.2)
+    return RECIPES.get(preset) or Recipe(
+        f"bpe:{vocab}", context=1024, batch=32, optimizer=large, accumulate=8, scan=True, remat=True
+    )
 
 
 def run(flags: TrainFlags, device: Device) -> int:
@@ -91,8 +109,6 @@ def _replace(config: Any, **values: Any) -> Any:
 
 class Training(Stage):
     """Trains from random weights. Only the constructor reads the flags."""
-
-    split = TrainableSplit()
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
         text, length, resumed = flags.text, flags.length, recorded_batch(options.folder, options.overwrite)
@@ -203,11 +219,10 @@ class Training(Stage):
         top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(plan.cfg.dtype)
         return TrainingSteps(program, {}, MeshBatches(self.batches), evaluator, plan, loop_state, top, ADVICE)
 
-    def finish(self, state: TrainState, loop: Loop, before: Any) -> RunReport:
+    def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
-        loop_state, folder = loop.loop_state, self.folder
-        step, seconds = loop_state.step, loop_state.seconds
+        step, seconds, folder = loop_state.step, loop_state.seconds, self.folder
         with self.console.task("evaluating on the whole validation text", always=True) as report:
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)

@@ -1,12 +1,8 @@
 """Bad input on the command line: each is answered by a sentence and exit code 2, and nothing is lost."""
 
 import errno
-import os
 import re
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
@@ -22,49 +18,18 @@ from stages.export import ExportFlags
 from stages.finetune.flags import FinetuneFlags
 from stages.generate import GenerateFlags
 from stages.reinforce.flags import ReinforceFlags
-from stages.runs import folder as run_folder
 from stages.serve.flags import ServeFlags
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
-
-Failing = Callable[..., str]
 
 
 def test_a_plan_reads_no_batch(text, tmp_path):
     assert train.main(tiny(text, tmp_path / "run", "--batch", 100_000_000, "--dry-run")) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("missing.txt", None, ["There is no text at"]),
-        ("empty.txt", b"", ["is empty"]),
-        ("folder/", None, ["holds no text files"]),
-        ("short.txt", b"To be.\nOr not.\n", ["shorter context"]),
-        ("latin.txt", b"caf\xe9 " * 500, ["not UTF-8", "0xE9 at position 3"]),
-        ("text.pdf", b"%PDF \xe2", ["text.pdf is not UTF-8 text", ".jsonl"]),
-        ("ids.bin", bytes(2000), ["--tokenizer FOLDER"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_corpus(name, content, words, tmp_path, failing):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    elif name.endswith("/"):
-        path.mkdir()
-    more = ["--tokenizer", "bpe:300"] if name == "ids.bin" else []
-    error = failing(train.main, tiny(path, tmp_path / "run", "--steps", 2, *more))
-    for word in words:
-        assert word in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_without_its_pictures_and_any_file_of_text_are_read(text, tmp_path, failing, capsys):
-    folder = tmp_path / "folder"
-    folder.mkdir()
+def test_a_folder_without_its_pictures_and_any_file_of_text_are_read(text, tmp_path, capsys):
+    (folder := tmp_path / "folder").mkdir()
     (folder / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe1")
-    assert failing(train.main, tiny(folder, tmp_path / "run")).endswith("holds no text files, only others: 1 .jpg.\n")
     shutil.copy(text, folder / "code.py")
     for path, note in ((folder, f"Skipped 1 of 2 files in {folder}: not UTF-8 text (1 .jpg).\n"), (folder / "code.py", "")):
         assert train.main(tiny(path, tmp_path / "run", "--dry-run")) == 0
@@ -89,15 +54,6 @@ def test_run_of_another_kind_is_left_alone(trained, text, tmp_path, failing):
         assert "--out-dir" in error
         assert "--overwrite" in error
     assert before == {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
-
-
-def test_folder_that_is_no_run_is_left_alone(text, tmp_path, failing):
-    (tmp_path / "config.json").write_text("{}")
-    for more in ([], ["--overwrite"]):
-        assert "not a run folder" in failing(train.main, tiny(text, tmp_path, "--steps", 1, *more))
-    assert (tmp_path / "config.json").read_text() == "{}"
-    assert "is a file" in failing(train.main, tiny(text, text, "--steps", 1))
-    assert "/proc/thrice" in failing(train.main, tiny(text, Path("/proc/thrice"), "--steps", 1))  # may not be written
 
 
 def test_no_sound_checkpoint(trained, text, tmp_path, failing):
@@ -127,22 +83,6 @@ def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     assert train.main([*args, "--overwrite"]) == 0
 
 
-def test_model_that_is_none(tmp_path, text, failing, monkeypatch):
-    for model, words in (
-        (tmp_path / "nowhere", "There is no model at"),
-        (tmp_path, "holds no model"),
-        (text, "holds no model"),
-        ("shakespeare", "is a text, not a model"),
-        (tmp_path / "model.gguf", "There is no model at"),
-    ):
-        for main in (generate.main, evaluate.main):
-            error = failing(main, ["--model", model])
-            assert words in error
-            assert "a run folder" in error
-    monkeypatch.chdir(tmp_path)
-    assert "python -m stages.train" in failing(generate.main, [])
-
-
 def test_no_network_offers_the_text_that_needs_none(tmp_path):
     nowhere = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "THRICE_CACHE": str(tmp_path / "cache")}
     result = command("train", "--out-dir", tmp_path / "run", env=nowhere)
@@ -164,16 +104,6 @@ def test_a_cache_that_cannot_be_written_stops_no_command(trained, tmp_path):
 def test_full_disk_keeps_what_was_saved(text, tmp_path, monkeypatch, failing):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2)) == 0
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "metrics.jsonl"))
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise full
-
-    with monkeypatch.context() as disk:
-        disk.setattr(run_folder.MetricsLog, "add", refuse)
-        error = failing(train.main, tiny(text, folder, "--steps", 30, "--log-every", 1))
-    assert "metrics.jsonl: the disk is full" in error
-    assert "MB are free" in error
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as disk:
         disk.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
@@ -192,7 +122,9 @@ def test_device_that_is_not_there(text, tmp_path, failing):
     assert b"Traceback" not in result.stderr
 
 
-def test_sentences_for_what_the_system_refuses():
+def test_sentences_for_what_the_system_refuses(tmp_path):
+    full = explain_error(OSError(errno.ENOSPC, "full", str(tmp_path / "metrics.jsonl")))
+    assert re.search(r"metrics\.jsonl: the disk is full \([\d,.]+ MB are free there\)", full or "")
     assert "may not" in (explain_error(PermissionError(errno.EACCES, "no", "/a/b")) or "")
     assert explain_error(KeyError("a mistake of ours")) is None
 
@@ -225,13 +157,6 @@ def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):
     for model in (trained, tmp_path / "folder"):
         error = failing(generate.main, ["--model", model])
         assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", error), error
-
-
-def test_prompts(trained, failing):
-    assert "402 tokens, and at most 64 fit" in failing(generate.main, ["--model", trained, "--prompt", "the sea " * 200])
-    result = command("generate", "--model", trained, "--prompt", "-", stdin=b"caf\xe9")
-    assert result.returncode == 2
-    assert b"0xE9 at position 3" in result.stderr
 
 
 def test_verbose_shows_where_it_happened(tmp_path, capsys):

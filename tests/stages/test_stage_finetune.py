@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -17,26 +16,24 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from tiny import lively_params, tiny_config, tokens_of
-from tiny_runs import WORDS, command, metrics
+from tiny_runs import WORDS, at_step, command, interrupt, metrics
 
-from engine.errors import UserError
 from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths
-from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint
-from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 from engine.storage.run_folder import updating
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import Pair
-from engine.text.packing import PackedBatches
 from engine.training.preference import dpo
 from engine.training.step import NEXT_TOKEN
 from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
 from stages.finetune.data import held_out_evaluator
+from stages.runs.conversation_data import digest_examples
+from stages.runs.estimate import RunPlan
 from stages.runs.validation import EVALUATION_ROWS
 
 WORD = WORDS.split()
@@ -89,7 +86,7 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     folder, printed = adapted
     total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
     assert "LoRA        q, v, gate, up, down of 2 layers, rank 4" in printed
-    assert f"beside {total:,} frozen ones" in printed
+    assert re.search(rf"trainable +[\d,]+ new numbers beside {total:,} frozen ones", printed)
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
     assert f"{len(WORD)} of {len(WORD)} kept, 0 of them truncated; 0 dropped" in printed
     assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is a target
@@ -147,10 +144,6 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9], digests[45]]
     assert leaf_paths(as_adapters[0])["blocks/0/qkv"].columns == leaf_paths(as_adapters[1])["blocks/0/qkv"].columns
     assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
-    out = tmp_path / "exported"
-    assert export.main(["--model", str(step_folder(9)), "--out", str(out), "--check"]) == 0
-    merged = {path: to_dense(leaf) for path, leaf in leaf_paths(models[9].params).items()}
-    assert digest(load_model(str(out)).params["blocks"]["0"]["qkv"]) == digest(merged["blocks/0/qkv"])
 
 
 def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys):
@@ -197,63 +190,44 @@ def test_evaluation_refuses_a_held_out_set_that_is_another(adapted, chats, tmp_p
 def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
     options = args(trained, chats, folder, "--lora", LORA, "--save-every", 2, "--keep", 99)
-    at = PackedBatches.at
-    read: list[Any] = []
+    while_it_trains = []
 
-    def stopping(self: Any, step: int, *rows: slice) -> Any:
-        if step == 6:
-            read.append(load_model(str(folder)))  # while it trains
-            os.kill(os.getpid(), signal.SIGINT)
-        return at(self, step, *rows)
+    def load_and_interrupt() -> None:
+        while_it_trains.append(load_model(str(folder)))
+        interrupt()
 
-    monkeypatch.setattr(PackedBatches, "at", stopping)
-    assert finetune.main(options) == 128 + signal.SIGINT
-    assert re.search(r"Stopped at step [67], .* into training; saved in", capsys.readouterr().out)
-    newest = load_model(str(folder))
-    assert newest.checkpoint == folder / "checkpoints" / str(checkpoint.steps(folder)[-1])
-    assert read[0].checkpoint.parent == newest.checkpoint.parent
-    assert digest(read[0].params) == digest(load_model(str(read[0].checkpoint)).params) != digest(newest.params)
-    monkeypatch.setattr(PackedBatches, "at", at)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, load_and_interrupt)
+        assert finetune.main(options) == 128 + signal.SIGINT
+    assert re.search(r"Stopped at step 6, .* into training; saved in", capsys.readouterr().out)
+    newest, (earlier,) = load_model(str(folder)), while_it_trains
+    assert newest.checkpoint == folder / "checkpoints" / "6"
+    assert digest(earlier.params) == digest(load_model(str(earlier.checkpoint)).params) != digest(newest.params)
     assert finetune.main(options) == 0
-    assert re.search(r"resumed at step [67]", capsys.readouterr().out)
+    assert "resumed at step 6" in capsys.readouterr().out
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         unbroken, resumed = (run / "adapter" / name for run in (adapted[0], folder))
         assert unbroken.read_bytes() == resumed.read_bytes()
-    assert finetune.main(options) == 0
-    assert "This run is finished" in capsys.readouterr().out
-    for changed in (("--lora", "rank=3"), ("--seed", "1"), ("--train", "head")):
-        other = [*args(trained, chats, folder), *changed]
-        assert finetune.main(other) == 2
-        assert re.search(r"another (choice of trainable parameters|seed)", capsys.readouterr().err)
-    record = json.loads((folder / "run.json").read_text())
-    with updating(folder):  # as after a version that held out other rows
-        (folder / "run.json").write_text(json.dumps(record | {"text": record["text"] | {"digest": "0"}}))
-    assert finetune.main(options) == 2
-    assert "another text or split of it (earlier versions held out the last tenth" in capsys.readouterr().err
+    assert finetune.main([*args(trained, chats, folder), "--lora", "rank=3"]) == 2
+    assert "another choice of trainable parameters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "phrases", "learning"),
-    [
-        (("--freeze", "bottom:1"), ("bottom:1 ",), r"blocks/1/.*|norm|head"),
-        (("--train", "blocks/1/(qkv|out)", "head", "--freeze", "head"), ("blocks/1/(qkv|out) ", "head "), "blocks/1/(qkv|out)"),
-    ],
-)
-def test_what_is_frozen_stays_to_the_bit(flags, phrases, learning, trained, chats, tmp_path, capsys, monkeypatch):
+def test_what_is_frozen_stays_to_the_bit(trained, chats, tmp_path, capsys, monkeypatch):
+    """And the rules are printed with what they match; the model's sampling stays recommended."""
     folder, sampling = tmp_path / "partly", {"temperature": 0.2}
     load = lambda name, **options: dataclasses.replace(load_model(name, **options), sampling=sampling)
     monkeypatch.setattr("stages.runs.model_stage.load_model", load)
     more = ("--weight-decay", 0.1, "--learning-rate", 1e-3, "--steps", 3)
-    assert finetune.main(args(trained, chats, folder, *more, *flags)) == 0
+    rules = ("--train", "blocks/1/(qkv|out)", "head", "--freeze", "head")
+    assert finetune.main(args(trained, chats, folder, *more, *rules)) == 0
     printed = capsys.readouterr().out
-    for phrase in phrases:
+    for phrase in ("blocks/1/(qkv|out) ", "head "):
         assert re.search(rf"^{re.escape(phrase)} *\d+ (leaf|leaves), [\d,]+ numbers$", printed, re.M)
     base, model = (load_model(str(run)) for run in (trained, folder))
     before, after = leaf_paths(base.params), leaf_paths(model.params)
     moved = {path for path in before if digest({"": before[path]}) != digest({"": after[path]})}
-    assert moved == {path for path in before if re.fullmatch(learning, path)}
-    numbers = sum(before[path].size for path in moved)
-    assert re.search(rf"trainable +{numbers:,} of", printed)
+    assert moved == {path for path in before if re.fullmatch("blocks/1/(qkv|out)", path)}
+    assert re.search(rf"trainable +{sum(before[path].size for path in moved):,} of", printed)
     assert model.sampling == sampling
 
 
@@ -311,85 +285,45 @@ def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained
     assert result(tmp_path / "least")["steps"] < 7
 
 
-def test_a_dry_run_leaves_nothing(trained, chats, tmp_path, capsys):
-    folder = tmp_path / "dry"
-    assert finetune.main([*args(trained, chats, folder, "--lora", LORA), "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert "nothing was trained" in printed
-    assert re.search(r"trainable +[\d,]+ new numbers beside", printed)
-    assert not folder.exists()
-
-
 def test_no_held_out_row_is_a_copy_of_a_training_row(trained, tmp_path, capsys, failing):
-    """Copies are known whatever their case, spaces and marks; a sorted file is not cut at its end; weights count."""
+    """Copies are known whatever their case, spaces and marks; a sorted file is not cut at its end."""
     loud = [chat_row(f"The  {word.upper()}!", "Red sails") for word in WORD[:6]]
     items = [chat_row(f"the {word}", "red sails.") for word in WORD] + loud
-
-    def plan(data: list[dict[str, Any]], *more: object) -> str:
-        path = rows(tmp_path / "data.jsonl", data)
-        assert finetune.main([*args(trained, path, tmp_path / "dry", "--lora", LORA, *more), "--dry-run"]) == 0
-        return capsys.readouterr().out
-
-    printed = plan(items)
+    data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
+    dry = [*args(trained, data, tmp_path / "dry", "--lora", LORA), "--dry-run"]
+    rows(data, items)
+    assert finetune.main(dry) == 0
+    printed = capsys.readouterr().out
     assert f"6 of {len(items)} rows are copies of another; all copies of a row are on one side" in printed
     assert re.search(rf"validation +3 of {len(items)} rows of \S+data\.jsonl, by the seed: 3 examples", printed)
-    other = rows(tmp_path / "other.jsonl", [items[0], *loud[:2], chat_row("the moon", "red sails.")])
-    printed = plan(items[: len(WORD)], "--validation", other)
+    rows(data, items[: len(WORD)])
+    rows(other, [items[0], *loud[:2], chat_row("the moon", "red sails.")])
+    assert finetune.main([*dry, "--validation", str(other)]) == 0
+    printed = capsys.readouterr().out
     assert re.search(r"3 of the 4 rows of \S+other.jsonl are in \S+data.jsonl too, 1 of them to the letter: left out", printed)
     assert "other.jsonl: 1 examples" in printed
     rows(other, loud[:2])
-    dry = [*args(trained, tmp_path / "data.jsonl", tmp_path / "dry", "--validation", other), "--dry-run"]
-    assert "2 of the 2 rows" in (error := failing(finetune.main, dry))
-    assert "nothing is held out. Give another --validation" in error
-    rows(tmp_path / "data.jsonl", [items[0]] * 8)
-    error = failing(finetune.main, [*args(trained, tmp_path / "data.jsonl", tmp_path / "dry"), "--dry-run"])
-    assert "has 8 usable rows, 1 of them different: too few to hold any out" in error
+    assert "nothing is held out. Give another --validation" in failing(finetune.main, [*dry, "--validation", other])
+    rows(data, [items[0]] * 8)
+    assert "has 8 usable rows, 1 of them different: too few to hold any out" in failing(finetune.main, dry)
+    pairs = [{"prompt": f"the {word}", "chosen": f"red {n}", "rejected": "a far land."} for word in WORD[:4] for n in range(3)]
+    rows(data, pairs)
+    assert finetune.main([*dry, "--objective", "preference"]) == 0
+    assert "validation  3 of 12 rows" in capsys.readouterr().out  # all three of one prompt
 
 
-def test_a_weight_of_0_is_not_trained_on_and_a_row_has_its_weight(trained, tmp_path, capsys):
+def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(trained, tmp_path, capsys):
     turns = [*chat_row("the king", "went down.")["messages"], *chat_row("the queen", "red sails.")["messages"]]
     turns[1]["weight"] = 0
-    data = [{"messages": turns, "weight": 0.5}, *(chat_row(f"the {word}", "red sails.") for word in WORD)]
     held_out = rows(tmp_path / "held.jsonl", [chat_row("the moon", "red sails.")])
-    options = args(trained, rows(tmp_path / "data.jsonl", data), tmp_path / "run", "--lora", LORA, "--steps", 2)
+    options = args(trained, rows(tmp_path / "data.jsonl", [{"messages": turns}]), tmp_path / "run", "--validation", held_out)
     del options[(at := options.index("--context")) : at + 2]  # by default that of the model, 64, as it is less than 256
-    assert finetune.main([*options, "--validation", str(held_out)]) == 0
+    assert finetune.main([*options, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"Assistant: went down\.<\|endoftext\|>[^\[]*\[\[ red sails", printed)
     assert "2 x 64 tokens" in printed
-    assert result(tmp_path / "run")["refused_steps"] == 0
-    plain = json.loads((tmp_path / "run" / "run.json").read_text())["text"]["digest"]
-    del data[0]["weight"]
-    rows(tmp_path / "data.jsonl", data)
-    assert finetune.main([*options, "--validation", str(held_out), "--overwrite"]) == 0
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["text"]["digest"] != plain
-
-
-def test_pairs_with_one_prompt_are_on_one_side(trained, tmp_path, capsys):
-    items = [{"prompt": f"the {word}", "chosen": f"red {n}", "rejected": "a far land."} for word in WORD[:4] for n in range(3)]
-    path = rows(tmp_path / "pairs.jsonl", items)
-    options = [*args(trained, path, tmp_path / "dry", "--lora", LORA, "--objective", "preference"), "--dry-run"]
-    assert finetune.main(options) == 0
-    assert "validation  3 of 12 rows" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ('{"messages": [{"role": "user", "content": "a"}', r":2 is not JSON"),
-        ('{"prompt": "a"}', r":2 is of the kind prompt/completion, and .*:1 was messages"),
-        ('{"messages": [{"role": "usr", "content": "a"}]}', r":2: message 1 of `messages` has the role 'usr'"),
-    ],
-)
-def test_a_broken_line_is_named(line, sentence, trained, tmp_path, failing):
-    data = tmp_path / "broken.jsonl"
-    data.write_text(json.dumps(chat_row("a", "b")) + "\n" + line + "\n", encoding="utf-8")
-    for main, options in (
-        (finetune.main, args(trained, data, tmp_path / "run")),
-        (evaluate.main, ["--model", str(trained), "--data", str(data)]),
-    ):
-        error = failing(main, options)
-        assert re.search(re.escape(str(data)) + sentence, error), error
+    example = Example(tokens_of(1, 5), np.ones(5, bool), "")
+    assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
 
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
@@ -398,8 +332,6 @@ def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_pat
     error = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
     assert "was trained on another model" in error
     assert str(trained) in error
-    error = failing(chat.main, ["--model", str(trained), "--adapter", str(trained)])
-    assert "There is no adapter at" in error
     # The run's own base has changed since: the same sentence, wherever the run is read.
     twin = tmp_path / "twin"
     shutil.copytree(adapted[0], twin)
@@ -423,26 +355,13 @@ def test_a_run_is_neither_its_own_base_nor_trained_into_that_of_its_base(adapted
     error = failing(finetune.main, args(run, chats, base, "--overwrite"))
     assert f"{base} is the run of the base that {run} adapts, which would be overwritten" in error
     assert digest(load_model(str(base)).params) == record["base"]["digest"]
-
-
-def test_an_adapter_that_does_not_fit_its_model_is_damaged(adapted, trained, tmp_path):
-    """It names the right base, so only what is in it can tell."""
-    model = load_model(str(trained))
-    base = digest(model.params)
-    leaf = load_adapter(adapted[0] / "adapter", model.cfg, base=base)["blocks"]["0"]["qkv"]
-    larger = dataclasses.replace(model.cfg, layers=10)
-    for wrong, message in (
-        ({"9": {"qkv": leaf}}, r"layers\.9\..*, which has no place in this architecture"),
-        ({"0": {"qkv": dataclasses.replace(leaf, a=leaf.a[:-2])}}, "is damaged: An adapter of"),
-    ):
-        folder = save_adapter(tmp_path / "wrong", larger, {"blocks": wrong}, base=base, base_name="sea")
-        with pytest.raises(UserError, match=message):
-            with_adapters(model.cfg, model.params, [folder])
+    assert export.main(["--model", str(base), "--out", str(tmp_path / "folder")]) == 0
+    name_base(tmp_path / "folder")
+    error = failing(export.main, ["--model", run, "--out", tmp_path / "folder", "--overwrite"])
+    assert f"{tmp_path / 'folder'} is the base that {run} adapts, which would be replaced" in error
 
 
 def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monkeypatch):
-    from stages.runs.estimate import RunPlan
-
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before it was known whether there is room")
 

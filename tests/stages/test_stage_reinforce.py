@@ -2,17 +2,15 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from tiny_runs import metrics
+from tiny_runs import at_step, interrupt, metrics
 
 from engine.model.transformer import forward
 from engine.storage import checkpoint
@@ -35,14 +33,8 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def stop_after_a_round(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ReinforcementLearning.run
-
-    def stopping(self: ReinforcementLearning, *state: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return run(self, *state)
-
-    with monkeypatch.context() as stop:
-        stop.setattr(ReinforcementLearning, "run", stopping)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, interrupt)
         assert reinforce.main(flags) == 130
 
 
@@ -75,8 +67,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert both["answer_tokens"] == sum(line["answer_tokens"] for line in metrics(parts))
     assert reinforce.main(args(trained, parts)) == 0
     assert "This run is finished: 2 rounds" in capsys.readouterr().out
-    assert reinforce.main(args(trained, parts, "--seed", 1)) == 2
-    assert "another seed (0 there, 1 now)" in capsys.readouterr().err  # which orders the prompts
 
 
 def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, monkeypatch):

@@ -53,12 +53,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(started, text, tmp_path):
     wait_for_checkpoint(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=20)
-    assert process.returncode == 130, output
     step = checkpoint.steps(tmp_path / "run")[-1]
-    assert f"Stopped at step {step:,}" in output
-    assert str(tmp_path / "run" / "checkpoints" / str(step)) in output
-    assert "To go on: python -m stages.train tiny" in output
-    assert "Traceback" not in output
+    assert process.returncode == 130, output
+    assert f"saved in {tmp_path / 'run' / 'checkpoints' / str(step)}.\nTo go on: python -m stages.train tiny" in output
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(step)) == []
 
 

@@ -32,8 +32,7 @@ from stages.runs.estimate import find_ceilings
 from stages.train import __main__ as train
 from stages.train import mesh_plan
 from stages.train import run as train_run
-from stages.train.recipes import recipe
-from stages.train.run import Training
+from stages.train.run import Training, recipe
 
 HERE = Ceilings("a chip", "cpu", 2, "0", bf16_gflops=400.0, f32_gflops=200.0, int8_gflops=300.0, read_gbs=26.0, update_gbs=20.0)
 

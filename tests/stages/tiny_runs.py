@@ -1,12 +1,16 @@
-"""A small text and the arguments of a run that learns it in a second."""
+"""A small text, the arguments of a run that learns it in a second, and ways to stop that run."""
 
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the king and queen of a far land went down to sea where ships with red sails lay at anchor all day"
@@ -42,3 +46,29 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def typed(stage: str, *args: object) -> list[str]:
     """The words of a command."""
     return [sys.executable, "-m", f"stages.{stage}" if stage else "stages", *map(str, args)]
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing is saved on the way out."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def interrupt(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Calls `act` in the middle of the loop, once a run has made so many steps."""
+    from stages.runs.loop import Loop
+
+    count = Loop._count
+
+    def counting(self: Loop, *args: Any) -> None:
+        count(self, *args)
+        if self.loop_state.step == step:
+            act()
+
+    monkeypatch.setattr(Loop, "_count", counting)

@@ -1,0 +1,162 @@
+"""What a stage gives the run machine: a Stage, once a run; its Steps, again and again; and the state of their loop."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from engine.text.tokenizer import Tokenizer
+from engine.training.step import TrainState
+from stages.cli.console import ReportProgress
+from stages.runs.estimate import RunPlan
+
+
+@dataclasses.dataclass
+class LoopState:
+    """The progress of a run, beside weights and optimizer: saved in a checkpoint's state.json.
+
+    When to evaluate, save, log and stop follows from this alone, so that a restart changes none of it. A field that an
+    older checkpoint lacks has its default.
+    """
+
+    step: int = 0
+    seconds: float = 0.0  # of training: without compiling, evaluating and saving
+    refused: int = 0  # updates that were not finite
+    refused_in_a_row: int = 0
+    refused_batch: int | None = None  # of the last one
+    validation: float | None = None  # the last quick one
+    best: float | None = None  # the lowest quick validation, or the highest mean reward
+    best_step: int | None = None
+    evaluation_seconds: float = 0.0  # of the longest quick validation
+    first_step_seconds: float | None = None  # from the start of the process
+    predicted: tuple[int, float] | None = None  # steps and seconds of the whole run, by what its first steps took
+    intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # name -> step and seconds it began at
+    stage: dict[str, Any] = dataclasses.field(default_factory=dict)  # the stage's own, replaced and never changed in place
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "LoopState":
+        """Returns the state of a checkpoint's state.json. Raises KeyError, TypeError or ValueError for a damaged one."""
+        known = {field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}
+        state = cls(**known | {"step": int(record["step"]), "seconds": float(record["seconds"])})
+        state.intervals = {name: (step, seconds) for name, (step, seconds) in state.intervals.items()}
+        return state
+
+    def is_due(self, name: str, length: int | float) -> bool:
+        """Whether the named interval of `length` steps (int) or seconds of training (float) is over."""
+        step, seconds = self.intervals[name]
+        return (self.step - step if isinstance(length, int) else self.seconds - seconds) >= length
+
+    def begin(self, name: str) -> None:
+        """Begins the named interval here."""
+        self.intervals = self.intervals | {name: (self.step, self.seconds)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates on held-out batches: the sum of `summed_loss(trainable, batch)` over `size`.
+
+    The mean is called `unit` on screen and `key` in metrics.jsonl.
+    """
+
+    batches: Sequence[Any]
+    summed_loss: Callable[[Any, Any], Any]
+    size: float
+    unit: str
+    key: str
+
+    def evaluate(
+        self, trainable: Any, report: ReportProgress = lambda *_: None, stopped: Callable[[], bool] = lambda: False
+    ) -> float | None:
+        """Returns the mean; None when it was `stopped` in between."""
+        total = 0.0
+        for number, batch in enumerate(self.batches, 1):
+            if stopped():
+                return None
+            total += float(self.summed_loss(trainable, batch))
+            report(number, len(self.batches))
+        return total / self.size
+
+
+class Steps(Protocol):
+    """The steps of a loop: each a batch through a compiled program, or a round of rollouts and updates."""
+
+    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
+    evaluator: Evaluator | None = None
+    buffer_bytes: int = 0  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
+    lines_stay: bool = False  # whether every LINE_INTERVAL seconds a line stays on a terminal
+    exhausted: bool = False  # whether there is nothing more to learn, which ends the loop
+
+    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+        """Returns the next state, which may take `state`'s memory, and for each update whether it was refused."""
+
+    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        """Returns the fields of a line of metrics.jsonl."""
+
+    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        """Returns these steps' own fields of the live line."""
+
+
+class RunReport(NamedTuple):
+    """The stage's part of run.json's result and of the summary."""
+
+    result: dict[str, Any]
+    texts: list[tuple[str, str]]  # under headings
+    rows: list[tuple[str, str]]  # the first is the result in short
+    saved: str
+    next_stages: list[str]  # that take the model
+
+
+class Stage(Protocol):
+    """One way to train: from random weights, fine-tuning, or reinforcement learning. Its methods are called in this order."""
+
+    plan: RunPlan
+    facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
+    tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]  # ids that end a completion
+    sampling: Mapping[str, Any] = {}  # recommended for the trained model
+    trainable: Any = None  # the parameters that steps change, as loaded; None where they begin random
+    frozen_as_loaded: Any = None  # those that a checkpoint holds beside them
+
+    def load_weights(self) -> None:
+        """Sets `trainable`, `frozen_as_loaded` and `facts`. Raises UserError when memory is too small."""
+
+    def place(self) -> None:
+        """Spreads what was loaded over the mesh."""
+        return
+
+    def plan_rows(self) -> list[tuple[str, str]]:
+        """Returns the banner's rows between device and folder."""
+
+    def print_example(self) -> None:
+        """Prints an example of the data below the banner, if the stage has any."""
+        return
+
+    def begin_compiling(self, beside_reading: bool) -> None:
+        """Begins to compile what `prepare_steps` returns, where that can be done before there is a state.
+
+        `beside_reading`: whether a checkpoint is read next.
+        """
+        return
+
+    def initial_state(self, trainable: Any) -> TrainState:
+        """Returns the state before the first step, of `trainable`; can be traced."""
+
+    def to_saved(self, trainable: Any) -> Any:
+        """Returns the params of a checkpoint."""
+        return trainable
+
+    def from_saved(self, params: Any) -> Any:
+        """Returns the trainable parameters among those of a checkpoint."""
+        return params
+
+    def measure(self, trainable: Any) -> Any:
+        """Measures the model, if the stage compares it before and after training."""
+        return None
+
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Steps:
+        """Compiles the steps of the loop."""
+
+    def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
+        """Measures at the end, saves what no checkpoint holds, and returns the RunReport, which `execute` prints.
+
+        `warm_rate`: steps a second after the first, if there were any; `before`: what `measure` returned before training.
+        """
