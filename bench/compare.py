@@ -55,7 +55,7 @@ def compare(flags: CompareFlags) -> Json:
 
 def read_result(path: Path) -> Json:
     """Returns a result's document. Raises UserError when it is none."""
-    from engine.storage.untrusted import read_json_object
+    from engine.untrusted import read_json_object
 
     document = read_json_object(path)
     if not isinstance(document.get("machine"), dict) or "date" not in document:

@@ -30,7 +30,7 @@ class ConvertFlags:
 def convert(flags: ConvertFlags) -> None:
     """Replaces all checkpoints of the run at once. Raises UserError when one is damaged, and changes nothing then."""
     signals.set_phase("while the run was converted: it is as it was, or converted whole.")
-    from engine.storage import manifest
+    from engine import manifest
     from stages.runs.folder import lock_run
 
     run = flags.model
@@ -56,7 +56,7 @@ def _convert_step(old: Path, new: Path) -> None:
     import jax
     import numpy as np
 
-    from engine.storage import manifest
+    from engine import manifest
     from engine.storage.huggingface import safetensors
 
     new.mkdir()
@@ -73,7 +73,7 @@ def _convert_step(old: Path, new: Path) -> None:
 
 def _open_arrays(folder: Path) -> dict[str, Any]:
     """Opens the arrays of one part of an old checkpoint, by path: Orbax keeps them in one OCDBT database of TensorStore's."""
-    from engine.storage.untrusted import read_json_object
+    from engine.untrusted import read_json_object
 
     if not folder.is_dir():
         return {}  # a part without arrays

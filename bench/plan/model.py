@@ -37,7 +37,7 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
 
         return path.stem, config_from(read_header(path))
     from engine.storage.huggingface.config import config_from as config_of_fields
-    from engine.storage.untrusted import read_json_object
+    from engine.untrusted import read_json_object
 
     fields = read_json_object(path)
     return path.resolve().parent.name, ModelConfig.from_json(fields) if "vocab" in fields else config_of_fields(fields, path)

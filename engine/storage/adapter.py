@@ -20,11 +20,11 @@ from engine.files import atomic_folder, write_json
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
-from engine.storage import manifest
+from engine import manifest
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.folder import TENSOR_NAMES
-from engine.storage.untrusted import quote, read_json_object
+from engine.untrusted import quote, read_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE, CHECKSUM = "thrice.base", "thrice.checksum"

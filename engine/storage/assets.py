@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError, did_you_mean
 from engine.files import atomic_folder, cache_folder
-from engine.storage.manifest import sha256_of, verify, write_manifest
+from engine.manifest import sha256_of, verify, write_manifest
 from engine.text import OnProgress
 
 TEXTS = ("shakespeare", "python")

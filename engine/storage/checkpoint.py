@@ -38,9 +38,9 @@ from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished
 from engine.mesh import processes
 from engine.model.paths import unflatten
-from engine.storage import manifest
+from engine import manifest
 from engine.storage.huggingface import safetensors
-from engine.storage.untrusted import quote, read_json_object
+from engine.untrusted import quote, read_json_object
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
 PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array

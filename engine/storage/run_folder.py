@@ -17,9 +17,9 @@ from engine.errors import UserError
 from engine.files import atomic_file, write_json
 from engine.format import quantity
 from engine.model.config import ModelConfig
-from engine.storage import manifest
+from engine import manifest
 from engine.storage.huggingface.config import read_eos_ids, read_sampling, write_sampling
-from engine.storage.untrusted import read_json_object
+from engine.untrusted import read_json_object
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path("runs")

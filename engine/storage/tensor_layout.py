@@ -19,7 +19,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import to_dense
-from engine.storage.untrusted import quote
+from engine.untrusted import quote
 from engine.text import OnProgress
 
 CHUNK = 2**20  # numbers read and converted at a time

@@ -19,7 +19,7 @@ from engine.files import atomic_file, folder_lock, make_folder, open_regular, re
 from engine.mesh import processes
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
-from engine.storage.manifest import NAME
+from engine.manifest import NAME
 from engine.storage.run_folder import ADAPTER, ROOT, read_json
 
 RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")

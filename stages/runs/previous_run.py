@@ -14,7 +14,8 @@ from engine.mesh import processes
 from engine.mesh.layout import place, sharded_shapes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 from engine.storage.run_folder import read_config, read_json
 from engine.text import epoch_order
 from engine.training.step import TrainState

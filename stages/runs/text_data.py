@@ -10,7 +10,8 @@ import numpy as np
 
 from engine.errors import UserError, did_you_mean
 from engine.files import atomic_folder, cache_folder
-from engine.storage import assets, manifest
+from engine import manifest
+from engine.storage import assets
 from engine.storage.assets import TEXTS
 from engine.text.corpus import Corpus, hold_out, read_corpus, without_copies
 from engine.text.token_file import TokenFile, open_bin, open_token_file

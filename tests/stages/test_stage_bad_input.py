@@ -9,7 +9,8 @@ import pytest
 from tiny_runs import command, tiny, write_text
 
 from engine.counting import hardware
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 from stages import evaluate, export, generate
 from stages.chat import ChatFlags
 from stages.cli.command import explain_error, run_command

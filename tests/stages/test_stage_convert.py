@@ -11,7 +11,8 @@ from safetensors.flax import load_file
 from tiny_runs import tiny
 
 from engine.files import UNFINISHED
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 from engine.storage.digest import digest
 from stages import convert, evaluate
 from stages.train import __main__ as train

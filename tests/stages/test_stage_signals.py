@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, tiny, typed
 
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)

@@ -21,7 +21,7 @@ from tiny import lively_params, tiny_config
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
-from engine.storage import manifest
+from engine import manifest
 from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 

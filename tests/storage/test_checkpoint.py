@@ -26,10 +26,11 @@ from safetensors.numpy import save_file
 from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save, tiny, write_tiny
 
 from engine.errors import UserError
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 from engine.storage.checkpoint import BackgroundSaver, load, load_params, steps
 from engine.storage.digest import digest
-from engine.storage.manifest import verify
+from engine.manifest import verify
 
 
 @jax.tree_util.register_dataclass

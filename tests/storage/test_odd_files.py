@@ -17,7 +17,8 @@ from tiny_checkpoints import save
 
 from engine.errors import UserError
 from engine.files import write_json
-from engine.storage import manifest, run_folder
+from engine import manifest
+from engine.storage import run_folder
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import save_tokenizer
 from engine.text.conversations import read_conversations

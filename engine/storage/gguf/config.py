@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.gguf.header import Header
 from engine.storage.huggingface.config import BLOCKS
-from engine.storage.untrusted import Fields, known_name, read_at
+from engine.untrusted import Fields, known_name, read_at
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Our name of a size -> theirs.

@@ -19,7 +19,7 @@ from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import tokenizer_from
 from engine.storage.huggingface.config import architecture_of
 from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
-from engine.storage.untrusted import quote, read_at
+from engine.untrusted import quote, read_at
 from engine.text import OnProgress
 
 TENSOR_NAMES = tensor_names("blk.{}.", {

@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.errors import UserError
 from engine.files import open_regular
-from engine.storage.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
+from engine.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
 MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has
 MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two

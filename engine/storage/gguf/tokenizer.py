@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import UserError
 from engine.storage.gguf.header import STRING, ArrayLocation, Header, read_numbers, read_strings
-from engine.storage.untrusted import known_name, quote
+from engine.untrusted import known_name, quote
 from engine.text.tokenizer import Tokenizer, build_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens

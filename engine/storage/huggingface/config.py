@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.untrusted import Fields, known_name, quote
+from engine.untrusted import Fields, known_name, quote
 
 # Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's.
 BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}

@@ -25,7 +25,7 @@ from engine.storage.huggingface.config import (
 )
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.tensor_layout import StoredModel, check_tensors, layout_of, split_params, tensor_names
-from engine.storage.untrusted import quote, read_json_object, read_text
+from engine.untrusted import quote, read_json_object, read_text
 from engine.text import OnProgress
 from engine.text.tokenizer import MAX_TOKENIZER_BYTES, build_tokenizer
 

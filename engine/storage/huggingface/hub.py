@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage.huggingface.config import config_from
 from engine.storage.huggingface.safetensors import read_index
-from engine.storage.untrusted import read_json_object
+from engine.untrusted import read_json_object
 from engine.text import OnProgress
 
 OnConfig = Callable[[ModelConfig], None]

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import atomic_file, open_regular
-from engine.storage.untrusted import (
+from engine.untrusted import (
     check_adjacent,
     parse_json_object,
     quote,

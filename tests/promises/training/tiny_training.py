@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from fork_server import ForkServer
 
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 
 SAVE_EVERY = 3
 # Runs before each command: a save that begins leaves its step.
