@@ -199,7 +199,7 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
         try:
             yield temporary
         finally:
-            _discard(temporary, path)
+            discard(temporary, path)
             del _being_written[temporary]
 
 
@@ -217,7 +217,7 @@ def remove_unfinished(folder: Path) -> None:
             except OSError as error:
                 if isinstance(error, BlockingIOError) or time.time() - os.fstat(handle).st_mtime < DAY:
                     continue  # its writer lives
-            _discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
+            discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
             shutil.rmtree(leftover, ignore_errors=True)  # a folder that was not made by `atomic_folder`
 
 
@@ -225,14 +225,14 @@ def discard_unfinished() -> None:
     """Removes what this process is writing, before it ends in the middle of it; on Linux also what huggingface_hub is."""
     for temporary, path in [*_being_written.items()]:
         with contextlib.suppress(OSError):
-            _discard(temporary, path)
+            discard(temporary, path)
     for descriptor in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):
             if (fetched := os.readlink(descriptor)).endswith(".incomplete"):
                 os.unlink(fetched)
 
 
-def _discard(temporary: Path, path: Path) -> None:
+def discard(temporary: Path, path: Path) -> None:
     """Removes what was to appear at `path`; puts back a folder that it was about to replace.
 
     The thread that writes it may go on meanwhile, and loses neither: it can put nothing at `path` that is half removed, and

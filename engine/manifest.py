@@ -1,4 +1,4 @@
-"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before loading."""
+"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before they are used."""
 
 import concurrent.futures
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import open_regular, read_limited, sync_and_drop
+from engine.files import atomic_folder, open_regular, read_limited, sync_and_drop
 
 NAME = "manifest.json"
 MAX_BYTES = 16 * 2**20
@@ -27,7 +27,7 @@ def write_manifest(folder: Path) -> None:
 def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
     """Returns the contents of a manifest over the files `names` below `folder`."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = {name: pool.submit(_describe, folder / name) for name in names}
+        entries = {name: pool.submit(describe, folder / name) for name in names}
         return render({name: entry.result() for name, entry in entries.items()})
 
 
@@ -82,7 +82,7 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
             size = path.stat().st_size
             if size != wanted[name]["bytes"]:
                 return f"{path} has {size:,} bytes instead of {wanted[name]['bytes']:,}"
-            return None if _describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
+            return None if describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
         except UserError as error:
             return str(error)
         except OSError as error:
@@ -93,16 +93,33 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
         return [line for line in pool.map(fault, names) if line]
 
 
+def build_once(folder: Path, build: Callable[[Path], None], damage: Callable[[Path], list[str]] = verify) -> None:
+    """Makes a folder of the cache by build(empty folder), unless it is there and `damage` finds none in it.
+
+    By default damage is found by the manifest, which `build` writes too. Another process may build the same folder meanwhile.
+    Raises UserError when the files do not read back as they should be, else what `build` raises; the folder is then not there.
+    """
+    if not damage(folder):
+        return
+    try:
+        with atomic_folder(folder) as building:
+            build(building)
+            if lines := damage(building):
+                raise UserError(f"The files made for {folder} are not as they should be, so they were not kept: {lines[0]}.")
+    except OSError:
+        if damage(folder):
+            raise
+
+
 def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {NAME}
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hex."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

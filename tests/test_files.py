@@ -45,7 +45,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_live_ones_is_not
 
 def test_a_writer_that_begins_while_another_removes_is_left_alone(tmp_path, monkeypatch):
     """What was found without a lock is removed under one: a writer that locks it in between would write into nothing."""
-    leftover, discard, seen = tmp_path / f".folder.01234567{UNFINISHED}", files._discard, []
+    leftover, discard, seen = tmp_path / f".folder.01234567{UNFINISHED}", files.discard, []
 
     def look(temporary: Path, path: Path) -> None:
         with pytest.raises(BlockingIOError), folder_lock(temporary, wait=False):
@@ -53,7 +53,7 @@ def test_a_writer_that_begins_while_another_removes_is_left_alone(tmp_path, monk
         seen.append(temporary)
         discard(temporary, path)
 
-    monkeypatch.setattr(files, "_discard", look)
+    monkeypatch.setattr(files, "discard", look)
     leftover.mkdir()
     remove_unfinished(tmp_path)
     assert seen == [leftover]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.model.config import ModelConfig, RopeScaling
+
 B, T = 2, 7
 # A program that is `python -m`, but measures this machine's ceilings on small matrices: not as true, and seconds sooner.
 QUICKLY_MEASURED = """
@@ -20,10 +22,18 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 def tiny_config(**changes: Any) -> Any:
     """Returns the tiny model's config in float32, with `changes`."""
-    from engine.model.config import ModelConfig
-
     sizes = {"vocab": 41, "width": 20, "layers": 2, "heads": 6, "kv_heads": 3, "head_dim": 4, "ff": 28, "context": 150}
     return ModelConfig(**{**sizes, "qk_norm": True, "dtype": "float32", **changes})
+
+
+# The family's members, and all that is said about a block once so and once otherwise: Qwen3's, Llama 3's with its stretched
+# rotation, Qwen2's with as many key heads as query heads, and one with a single key head and no option at all.
+FAMILY = {
+    "qwen3": tiny_config(),
+    "llama3": tiny_config(qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64)),
+    "qwen2": tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, eps=1e-2),
+    "plain": tiny_config(qk_norm=False, kv_heads=1, layers=3),
+}
 
 
 def lively_params(cfg: Any, seed: int = 0) -> dict[str, Any]:
@@ -53,6 +63,15 @@ def tokens_of(seed: int, *shape: int, vocab: int = 41) -> Any:
 def positions_of(*shape: int) -> Any:
     """Returns positions 0 .. T - 1 in each row, (shape) int32."""
     return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+
+
+def text_batch(seed: int, rows: int, T: int, mask: Any = None, segments: Any = None) -> Any:
+    """Returns a Batch of random texts, each with the token that follows it; all targets count unless `mask` says otherwise."""
+    from engine.text.batch import Batch
+
+    tokens = tokens_of(seed, rows, T + 1)
+    mask = np.ones((rows, T), bool) if mask is None else mask
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions_of(rows, T), segments)
 
 
 def normal(seed: int, *shape: int, dtype: Any = "float32") -> Any:

@@ -43,5 +43,4 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[ndarray]:
-    """Returns the arrays of a tree, in the order of its keys."""
     return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]

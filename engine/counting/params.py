@@ -1,5 +1,6 @@
 """Parameter shapes and counts of a model, from its config alone."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -33,7 +34,9 @@ class ParamCount(NamedTuple):
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:
-    """Counts all parameters, and those of matrix products."""
-    shapes = leaf_shapes(cfg)
-    matmul = [shape for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed")]
-    return ParamCount(sum(map(math.prod, shapes.values())), sum(map(math.prod, matmul)))
+    """Counts all parameters, and those of matrix products, at once for however many layers a config claims."""
+    shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))
+    times = {path: cfg.layers if path.startswith("blocks/") else 1 for path in shapes}
+    matmul = [path for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed")]
+    sizes = {path: times[path] * math.prod(shape) for path, shape in shapes.items()}
+    return ParamCount(sum(sizes.values()), sum(sizes[path] for path in matmul))

@@ -1,8 +1,8 @@
-"""Saves and loads LoRA adapters in PEFT's layout, with the digest of the weights they were trained on and a checksum.
+"""Saves and loads LoRA adapters in PEFT's layout, with the digest of the weights they were trained on.
 
     FOLDER/adapter_config.json         rank, alpha, adapted modules and the name of the base, as PEFT reads them
            adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted part, float32; its metadata:
-                                       thrice.base, digest of the base's params; thrice.checksum, over all numbers
+                                       thrice.base, digest of the base's params
            manifest.json               SHA-256 of both files, which other libraries do not look at
 
 PEFT's own adapters have neither metadata nor manifest; they are read too, and only shapes tell whether they fit.
@@ -10,29 +10,28 @@ PEFT's own adapters have neither metadata nor manifest; they are read too, and o
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from engine import manifest
 from engine.errors import UserError
 from engine.files import atomic_folder, write_json
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
-from engine import manifest
-from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
-from engine.storage.huggingface.folder import TENSOR_NAMES
-from engine.untrusted import quote, read_json_object
+from engine.storage.tensor_layout import HUGGING_FACE_NAMES
+from engine.untrusted import Fields, quote, read_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE, CHECKSUM = "thrice.base", "thrice.checksum"
-# Fields of PEFT that change what an adapter computes or where it is applied.
-UNSUPPORTED = (
+BASE = "thrice.base"
+# Fields of PEFT that change what an adapter computes or where it is applied -> the values that do not.
+ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)} | dict.fromkeys((
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
     "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
-)  # fmt: skip
+), (None, False, {}, []))  # fmt: skip
 
 
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
@@ -54,7 +53,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         names = {columns: part for part, columns in cfg.parts[name].items()}
         for start, stop, *pair in leaf.parts():
             part = names[start, stop]
-            modules.add(TENSOR_NAMES[part].split(".")[-2])
+            modules.add(HUGGING_FACE_NAMES[part].split(".")[-2])
             arrays |= {tensor: np.asarray(a, np.float32).T for tensor, a in zip(_tensor_names(int(layer), part), pair)}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
@@ -62,10 +61,9 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
         "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
     }  # fmt: skip
-    metadata = {BASE: base, CHECKSUM: _checksum(arrays, scale)}
     with atomic_folder(folder) as building:
         write_json(building / CONFIG, config)
-        safetensors.write_file(building / WEIGHTS, arrays, arrays.values(), metadata)
+        safetensors.write_file(building / WEIGHTS, arrays, arrays.values(), {BASE: base})
         manifest.write_manifest(building)
     return folder
 
@@ -83,7 +81,7 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:
     """Loads a tree of LoRA leaves, without their base, for a model whose params have the digest `base`.
 
-    Raises UserError, too, when it was trained on other weights, its checksum does not hold, or it does not fit the model.
+    Raises UserError, too, when it was trained on other weights, or does not fit the model.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
@@ -92,18 +90,15 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
             f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it again; after a change of your "
             f"own, remove {manifest.NAME}."
         )
-    fields = read_json_object(folder / CONFIG)
-    other = [field for field in UNSUPPORTED if fields.get(field)]
-    other += [field for field, only in (("peft_type", "LORA"), ("bias", "none")) if fields.get(field) != only]
-    if other:
-        raise UserError(f"{folder / CONFIG} describes another kind of adapter ({other[0]}); only plain LoRA is read here.")
-    rank, alpha = (cast(Any, fields.get(field)) for field in ("r", "lora_alpha"))
-    if type(rank) is not int or type(alpha) not in (int, float) or not (0 < rank < 2**20 and abs(alpha) < 2**40):
-        raise UserError(f"{folder / CONFIG}: r and lora_alpha should be numbers, and are {quote(rank)} and {quote(alpha)}.")
+    fields = Fields(read_json_object(folder / CONFIG), folder / CONFIG)
+    fields.check(ONLY)
+    rank, alpha = fields.number("r", int), fields.number("lora_alpha", float)
+    if rank < 1:
+        raise UserError(f"{folder / CONFIG}: the rank r is 0, and should be at least 1.")
     path, scale = folder / WEIGHTS, alpha / rank
     tensors, metadata = safetensors.read_header(path)
     if base is not None and (trained_on := metadata.get(BASE)) is not None:
-        check_base(folder, base, trained_on, fields.get("base_model_name_or_path"))
+        check_base(folder, base, trained_on, fields.values.get("base_model_name_or_path"))
     arrays = {}
     for name, tensor in tensors.items():
         side = int(name.endswith(".lora_B.weight"))
@@ -112,8 +107,6 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
         arrays[name] = safetensors.read_slice(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
-    if BASE in metadata and metadata.get(CHECKSUM) != _checksum(arrays, scale):
-        raise UserError(f"The adapter {folder} is damaged: its checksum does not hold. Restore it, or train it again.")
     leaves: dict[str, Any] = {}
     for layer in range(cfg.layers):
         for leaf, parts in cfg.parts.items():
@@ -159,11 +152,12 @@ def build_adapter(cfg: ModelConfig, lora: LoraConfig, arrays: Any) -> dict[str, 
 
 
 def _tensor_names(layer: int, part: str) -> list[str]:
-    return [f"base_model.model.{TENSOR_NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"]
+    return [
+        f"base_model.model.{HUGGING_FACE_NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"
+    ]
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
-    """Returns params with every LoRA leaf replaced by its base."""
     return map_paths(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)
 
 
@@ -172,7 +166,3 @@ def _alpha(rank: int, scale: float) -> float:
     alpha = scale * rank
     close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in close if candidate / rank == scale), alpha)
-
-
-def _checksum(arrays: dict[str, np.ndarray], scale: float) -> str:
-    return digest({name: np.ascontiguousarray(array) for name, array in arrays.items()} | {"scale": np.float64(scale)})

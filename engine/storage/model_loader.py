@@ -18,9 +18,10 @@ from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING,
 from engine.storage.digest import digest
 from engine.storage.huggingface import hub
 from engine.storage.huggingface.hub import OnConfig, cached_id, is_hub_name
+from engine.storage.huggingface.tokenizer import read_tokenizer
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
 from engine.text import OnProgress
-from engine.text.tokenizer import Tokenizer, build_tokenizer
+from engine.text.tokenizer import Tokenizer
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, ORG/NAME or "
@@ -53,7 +54,6 @@ class LoadedModel:
     bases: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        """The name, and where it was read."""
         return f"{self.name} ({self.checkpoint})"
 
 
@@ -152,18 +152,17 @@ def load_model(
     if not run:
         stored = _open(location.path)
         prepare(cfg := stored.cfg)
-        params, tokenizer = read_params(stored, dtype or cfg.dtype, report), _make_tokenizer(stored, location.path)
+        tokenizer, eos_ids, sampling = stored.tokenizer()
+        params = read_params(stored, dtype or cfg.dtype, report)
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes = stored.notes + ((cut,) if cfg.context < stored.context else ())
-        sampling = RECOMMENDED_SAMPLING.get(name or "", stored.sampling)
-        return LoadedModel(title, cfg, params, tokenizer, stored.eos_ids, location.path, None, hub_id, notes, sampling)
+        sampling = RECOMMENDED_SAMPLING.get(name or "", sampling)
+        return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling)
     if location.format == "adapter":
         return _load_adapted(location, on_config, adapted_by)
     cfg = run_folder.read_config(run)
-    tokenizer, eos_ids, sampling = run_folder.read_tokenizer(run)
-    if (own := tokenizer.vocab) > cfg.vocab:
-        raise UserError(f"{run / 'tokenizer'} has {own:,} tokens and the model {cfg.vocab:,}: one of them was replaced.")
+    tokenizer, eos_ids, sampling = read_tokenizer(run / "tokenizer", cfg.vocab)
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
     notes, title = location.notes + _damage(loaded), model_name(str(run))
@@ -190,17 +189,13 @@ def _reader(path: Path) -> ModuleType:
     return file
 
 
-def _make_tokenizer(stored: StoredModel, path: Path) -> Tokenizer:
-    return build_tokenizer(lambda: Tokenizer(stored.tokenizer, stored.tokenizer_config), path)
-
-
 def check_loads(written: Path, path: Path) -> None:
     """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises UserError as `load_model`."""
     to_gguf = path.suffix == ".gguf"
     remedy = "A Hugging Face folder may hold it." * to_gguf
     try:
         stored = _open(written)
-        _make_tokenizer(stored, written)
+        stored.tokenizer()
         remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."  # of weights, which are rounded
         for leaf in stored.leaves:
             read_leaf(stored, leaf, stored.cfg.dtype)
@@ -221,7 +216,8 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
     loaded = checkpoint.load_params(location.path)
     params = _put_on(base.params, _trained_adapter(run, loaded, base.cfg, digest(base.params)), loaded.path)
-    (tokenizer, eos_ids, _), notes = run_folder.read_tokenizer(run), location.notes + base.notes + _damage(loaded)
+    tokenizer, eos_ids, _ = read_tokenizer(run / "tokenizer", base.cfg.vocab)
+    notes = location.notes + base.notes + _damage(loaded)
     bases = (*base.bases, base.run or base.checkpoint)
     return LoadedModel(
         model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling, bases
@@ -229,7 +225,6 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
 
 
 def _trained_adapter(run: Path, loaded: checkpoint.LoadedCheckpoint, cfg: ModelConfig, base: str) -> Any:
-    """Returns the adapter in a checkpoint of a LoRA run, for a model whose params have the digest `base`."""
     base_name, trained_on, lora = _read_record(run)
     check_base(loaded.path, base, trained_on, base_name)
     return build_adapter(cfg, lora, loaded.params)

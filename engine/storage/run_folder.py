@@ -1,4 +1,4 @@
-"""A run folder's files: finds the newest finished run, reads its JSON files, reads and writes its tokenizer.
+"""A run folder's files: finds the newest finished run, reads its JSON files, and checks them by their manifest.
 
 runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result
@@ -9,18 +9,16 @@ runs/NAME/config.json      the architecture
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine import manifest
 from engine.errors import UserError
-from engine.files import atomic_file, write_json
+from engine.files import atomic_file
 from engine.format import quantity
 from engine.model.config import ModelConfig
-from engine import manifest
-from engine.storage.huggingface.config import read_eos_ids, read_sampling, write_sampling
 from engine.untrusted import read_json_object
-from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path("runs")
 ADAPTER = "adapter"
@@ -108,19 +106,3 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_json(fields)
     except (TypeError, UserError) as error:
         raise UserError(f"{path} does not describe a model. {error}") from None
-
-
-def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...], dict[str, Any]]:
-    """Returns a run's tokenizer, its EOS ids, the tokenizer's own first, and its recommended sampling."""
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    path = folder / "tokenizer" / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    eos_ids = dict.fromkeys((tokenizer.eos_id, *read_eos_ids(generation.get("eos_token_id"), tokenizer.vocab, path)))
-    return tokenizer, tuple(eos_ids), read_sampling(generation)
-
-
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: tuple[int, ...], sampling: Mapping[str, Any]) -> None:
-    """Writes a run's tokenizer, chat template, EOS ids and recommended sampling."""
-    tokenizer.save(folder / "tokenizer")
-    generation = {"eos_token_id": list(eos_ids)} | write_sampling(sampling)
-    write_json(folder / "tokenizer" / "generation_config.json", generation)

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import to_dense
-from engine.untrusted import quote
 from engine.text import OnProgress
+from engine.text.tokenizer import ModelTokenizer
+from engine.untrusted import quote
 
 CHUNK = 2**20  # numbers read and converted at a time
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes
@@ -51,14 +51,26 @@ class Leaf(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
 
-def tensor_names(layer: str, stems: dict[str, str]) -> dict[str, str]:
-    """Returns a format's tensor names by part, from their `stems`; `layer`, with `{}` for its number, is a layer's prefix."""
-    names = {part: f"{'' if part in ('embed', 'norm', 'head') else layer}{stem}.weight" for part, stem in stems.items()}
-    return names | {f"{part}_bias": names[part].removesuffix("weight") + "bias" for part in "qkv"}
+# A part of the model -> its name in a Hugging Face file, and in a GGUF file; `{}` stands for a layer's number.
+_LAYER = {
+    "attn_norm": ("input_layernorm", "attn_norm"), "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "q": ("self_attn.q_proj", "attn_q"), "k": ("self_attn.k_proj", "attn_k"), "v": ("self_attn.v_proj", "attn_v"),
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"), "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "out": ("self_attn.o_proj", "attn_output"), "gate": ("mlp.gate_proj", "ffn_gate"), "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}  # fmt: skip
+_STEMS = {
+    "embed": ("model.embed_tokens", "token_embd"), "norm": ("model.norm", "output_norm"), "head": ("lm_head", "output"),
+} | {part: (f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}") for part, (hf, gguf) in _LAYER.items()}  # fmt: skip
+HUGGING_FACE_NAMES, GGUF_NAMES = (
+    {part: f"{stems[place]}.weight" for part, stems in _STEMS.items()}
+    | {f"{part}_bias": f"{_STEMS[part][place]}.bias" for part in "qkv"}
+    for place in (0, 1)
+)
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture; `names` are from `tensor_names`."""
+    """Yields every leaf of the architecture; `names`: HUGGING_FACE_NAMES or GGUF_NAMES."""
     D, F, V, H = cfg.width, cfg.ff, cfg.vocab, cfg.head_dim
     q, kv = cfg.heads * H, cfg.kv_heads * H
     qkv = lambda end, *inner: [Part("q" + end, (q, *inner), H), Part("k" + end, (kv, *inner), H), Part("v" + end, (kv, *inner))]
@@ -106,22 +118,19 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 class StoredModel(NamedTuple):
     """An opened GGUF or Hugging Face model, weights unread.
 
-    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. `context`: what the
-    file claims; `cfg` has less where attention is in windows. `sampling`: as in LoadedModel. `hub_id`: its id on the Hugging
-    Face hub, empty when unknown. `notes`: on fields that are not known here.
+    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. tokenizer: reads what
+    lies beside the weights. `context`: what the file claims; `cfg` has less where attention is in windows. `hub_id`: its id on
+    the Hugging Face hub, empty when unknown. `notes`: on fields that are not known here.
     """
 
     name: str
     cfg: ModelConfig
     leaves: list[Leaf]
     rows: Callable[[str, int, int], np.ndarray]
-    tokenizer: tokenizers.Tokenizer
-    tokenizer_config: dict[str, Any]
-    eos_ids: tuple[int, ...]
+    tokenizer: Callable[[], ModelTokenizer]
     context: int
-    sampling: dict[str, Any]
-    hub_id: str = ""
-    notes: tuple[str, ...] = ()
+    hub_id: str
+    notes: tuple[str, ...]
 
 
 def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:

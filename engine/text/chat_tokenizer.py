@@ -228,10 +228,7 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
     """
     if source is not None:
         return source, "the template given"
-    own = tokenizer.config.get("chat_template")
-    if isinstance(own, list):  # several by name
-        own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}.get("default")
-    if isinstance(own, str) and own:
+    if own := tokenizer.config.get("chat_template"):
         return own, "the model's own template"
     if {"<|im_start|>", "<|im_end|>"} <= {added.content for added in tokenizer.controls.values()}:
         return CHATML, "ChatML"

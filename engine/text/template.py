@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import open_regular
+from engine.untrusted import read_text
 
 WORKER = Path(__file__).with_name("template_worker.py")
 START_SECONDS = 60.0  # for a process to start and import, on a busy machine
@@ -27,15 +27,7 @@ Message = Mapping[str, str]  # role: system, user, assistant or tool; content: t
 
 
 def read_template(path: Path | None) -> str | None:
-    """Returns the chat template in a file; None for no file. Raises UserError when it cannot be read."""
-    try:
-        if path is None:
-            return None
-        with open_regular(path) as file:
-            return file.read().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"The template {path} cannot be read: {reason}.") from error
+    return read_text(path) if path else None
 
 
 class InvalidConversation(UserError):
@@ -53,7 +45,7 @@ class Template:
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: str = FIXED_DAY) -> None:
         self._start = {"source": source, "variables": dict(variables or {}), "now": now}
-        self._process: TemplateProcess | None = None
+        self.process: TemplateProcess | None = None
         self._lock = threading.Lock()
 
     def render(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
@@ -66,12 +58,12 @@ class Template:
         texts: list[str] = []
         with self._lock:
             for part in itertools.batched(jobs, BATCH):
-                if self._process is None:
-                    self._process = TemplateProcess(self._start)
-                    weakref.finalize(self, self._process.end)
+                if self.process is None:
+                    self.process = TemplateProcess(self._start)
+                    weakref.finalize(self, self.process.end)
                 try:
-                    self._process.send([([*map(dict, messages)], prompt) for messages, prompt in part])
-                    reply = self._process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
+                    self.process.send([([*map(dict, messages)], prompt) for messages, prompt in part])
+                    reply = self.process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
                 except BaseException:
                     self.close()  # a late reply would be taken for the next one
                     raise
@@ -80,9 +72,9 @@ class Template:
 
     def close(self) -> None:
         """Ends the process; a later rendering starts another."""
-        if self._process:
-            self._process.end()
-            self._process = None
+        if self.process:
+            self.process.end()
+            self.process = None
 
 
 class TemplateProcess(subprocess.Popen[bytes]):

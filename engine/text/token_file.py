@@ -1,17 +1,16 @@
 """Encodes a text once into a token file in the user's cache, and memory-maps it from then on."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import atomic_folder, cache_folder
+from engine.files import cache_folder
+from engine.manifest import build_once, write_manifest
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
@@ -39,17 +38,9 @@ def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnPr
     digest, size = _digest(documents)
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens", room=2 * size + 2**20) / key
-    if cached := _open(folder):
-        return cached
-    failure: Exception = UserError(f"The tokens written to {folder} do not read back as they were written; check the disk.")
-    try:
-        with atomic_folder(folder) as building:
-            _write(building, documents, tokenizer, size, report)
-    except OSError as error:  # another process built the same file first
-        failure = error
-    if written := _open(folder):
-        return written
-    raise failure
+    dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
+    build_once(folder, lambda building: _write(building, documents, tokenizer, dtype, size, report))
+    return TokenFile(np.memmap(folder / "tokens.bin", dtype, "r"), size, folder / "tokens.bin")
 
 
 def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
@@ -87,32 +78,16 @@ def _digest(documents: Iterable[str]) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, size: int, report: OnProgress) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
-    digest, done = hashlib.sha256(), 0
+def _write(
+    folder: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, size: int, report: OnProgress
+) -> None:
+    done = 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, document in enumerate(documents):
             between = [np.array([tokenizer.eos_id])] if index else []
             for part in itertools.chain(between, tokenizer.encode_parts(document)):
-                data = part.astype(dtype).tobytes()
-                file.write(data)
-                digest.update(data)
+                file.write(part.astype(dtype).tobytes())
                 done += tokenizer.count_bytes(part)
                 if report:
                     report(min(done, size), size)
-        tokens = file.tell() // dtype.itemsize
-    facts = {"tokens": tokens, "dtype": dtype.str, "bytes": size, "sha256": digest.hexdigest()}
-    (folder / "tokens.json").write_text(json.dumps(facts))
-
-
-def _open(folder: Path) -> TokenFile | None:
-    """Opens the token file in `folder` if it is there and every byte is as written."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads((folder / "tokens.json").read_bytes())
-        data = folder / "tokens.bin"
-        tokens = np.memmap(data, facts["dtype"], "r")
-        with data.open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
-        if same and len(tokens) == facts["tokens"]:
-            return TokenFile(tokens, int(facts["bytes"]), data)
-    return None
+    write_manifest(folder)

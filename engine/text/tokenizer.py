@@ -7,18 +7,18 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import UserError
-from engine.files import atomic_file, read_limited, write_json
+from engine.files import atomic_file, write_json
+from engine.untrusted import quote, read_json_object, read_text
 
 END = "<|endoftext|>"
 MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
-MAX_QUOTED = 60  # characters of an error of the tokenizers library
 
 # The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one sign
 # before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64 characters,
@@ -109,16 +109,22 @@ class Tokenizer:
     """A BPE tokenizer. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
     Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: put their ids
-    in. `vocab` is the number of ids, `eos_id` the id that ends a document, `controls` the control tokens by id, `special_names`
-    the texts of bos_token, eos_token and the like, `digest` the SHA-256 of the vocabulary, merges and split, `config` the
-    contents of `tokenizer_config.json`, `bos_ids` the ids before a text, (bos,) or (), which `encode` leaves out.
+    in. `vocab` is the number of ids, `eos_id` the id that ends a document, `bos_ids` the ids before a text, (bos,) or (), which
+    `encode` leaves out, `controls` the control tokens by id, `special_names` the texts of bos_token, eos_token and the like,
+    `digest` the SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`, `inner` the
+    tokenizers library's own. Raises UserError, which begins with `where`, for a tokenizer that does not know every byte or has
+    no token that ends a text.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-        self._inner, self.config = _whole_texts(inner), config
+    def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any], where: object = "The tokenizer") -> None:
+        self.inner, self.config = _whole_texts(inner), config
         written = inner.to_str()
         fields = json.loads(written)
-        byte_level = any(step["type"] == "ByteLevel" for step in _steps(fields["decoder"]))
+        decoder = [step["type"] for step in _steps(fields["decoder"])]
+        if not {"ByteLevel", "ByteFallback"} & {*decoder}:
+            kinds = ", ".join(decoder) or "nothing"
+            raise UserError(f"{where} decodes with {kinds}; only tokenizers that know every byte are understood here.")
+        byte_level = "ByteLevel" in decoder
         self._table = _byte_table(inner, byte_level)
         self._later = None if byte_level else _without_first_space(fields)
         # Where a token reaches across the end of a word, a text is encoded in one piece.
@@ -127,14 +133,10 @@ class Tokenizer:
         self.vocab = max(self._table) + 1
         self._lengths = np.array([len(self.bytes_of(token)) for token in range(self.vocab)])
         self.digest = hashlib.sha256(written.encode()).hexdigest()
-        self.special_names = {"eos_token": END}
-        for name, value in config.items():
-            value = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(value, str):
-                self.special_names[name] = value
-        eos = self.special_names["eos_token"] or END
-        if (end := inner.token_to_id(eos)) is None:
-            raise UserError(f"The tokenizer has no token {eos!r}, which should end a text; name it as eos_token.")
+        names = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+        self.special_names = {"eos_token": END} | names
+        if (end := inner.token_to_id(eos := self.special_names["eos_token"])) is None:
+            raise UserError(f"{where} has no token {quote(eos)}, which should end a text; name it as eos_token.")
         self.eos_id: int = end
         self.bos_ids = _starts_with(inner)
 
@@ -148,7 +150,7 @@ class Tokenizer:
     def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
         """Yields the tokens of `encode` a megabyte of text at a time, so that memory stays bounded."""
         _check_unicode(text)
-        inner = (self._later or self._inner) if continued else self._inner
+        inner = (self._later or self.inner) if continued else self.inner
         for pieces in itertools.batched(self._pieces(text), TOGETHER if self._later is None else 1):
             encoded = inner.encode_batch_fast(list(pieces), add_special_tokens=False)
             inner = self._later or inner
@@ -169,21 +171,18 @@ class Tokenizer:
         return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
 
     def stream(self) -> Detokenizer:
-        """Returns a detokenizer for tokens that come one by one."""
         return Detokenizer(self._table)
 
     def id_of(self, token: str) -> int | None:
-        """Returns the id of a token by its text, or None."""
-        return self._inner.token_to_id(token)
+        return self.inner.token_to_id(token)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the contents of `tokenizer.json`."""
-        return json.loads(self._inner.to_str())
+        return json.loads(self.inner.to_str())
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them."""
         with atomic_file(folder / "tokenizer.json") as file:
-            file.write(self._inner.to_str(pretty=True).encode())
+            file.write(self.inner.to_str(pretty=True).encode())
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _pieces(self, text: str) -> Iterator[str]:
@@ -202,12 +201,20 @@ class Tokenizer:
         """Returns a place before `stop` where a token surely ends, given that one starts at `start`, or None."""
         if word_ends := [*WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop)]:
             return word_ends[-1].end()
-        if self._inner.pre_tokenizer is None:
+        if self.inner.pre_tokenizer is None:
             return None
-        spans = self._inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
+        spans = self.inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
         limit = stop - start - LOOKAHEAD  # beyond it a token may still change
         ends = [end for _, (_, end) in spans if 0 < end <= limit]
         return start + ends[-1] if ends else None
+
+
+class ModelTokenizer(NamedTuple):
+    """A model's tokenizer, the ids of which any ends a completion, the tokenizer's own first, and the recommended sampling."""
+
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
+    sampling: dict[str, Any]  # by the names of SamplingParams
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -226,27 +233,41 @@ def byte_tokenizer() -> Tokenizer:
     return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Loads the tokenizer that `save`, or a Hugging Face export, put into `folder`.
+def load_tokenizer(folder: Path, vocab: int | None = None, eos_ids: Sequence[int] = ()) -> Tokenizer:
+    """Loads the tokenizer that `save`, or a Hugging Face export, put into `folder`, with its chat template.
 
-    Raises UserError when a file is missing or damaged, or when the tokenizer is not a BPE that knows every byte.
+    `vocab`: the ids of the model it is for. The first of `eos_ids`, which a model's files name, ends a text where
+    tokenizer_config.json names no eos_token. Raises UserError when a file is missing or damaged, and for a tokenizer that is
+    not a BPE that knows every byte, has more ids than `vocab`, or no token that ends a text.
     """
     source, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not source.is_file():
-        raise UserError(f"No tokenizer at {source}: give a folder that holds a tokenizer.json.")
-    data = read_limited(source, MAX_TOKENIZER_BYTES)
-    inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(data.decode()), source)
-    decoder = _steps(json.loads(inner.to_str())["decoder"])
-    if not {"ByteLevel", "ByteFallback"} & {step["type"] for step in decoder}:
-        names = ", ".join(step["type"] for step in decoder) or "nothing"
-        raise UserError(f"{source} decodes with {names}; only tokenizers that know every byte are understood here.")
-    try:
-        config = json.loads(read_limited(beside, MAX_TOKENIZER_BYTES)) if beside.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{beside} is damaged: {error}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{beside} should hold one JSON object, not a {type(config).__name__}.")
-    return build_tokenizer(lambda: Tokenizer(inner, config), folder)
+        other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
+        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
+        raise UserError(f"{folder} has no tokenizer.json{instead}.")
+    text = read_text(source, MAX_TOKENIZER_BYTES)
+    inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
+    config = read_json_object(beside) if beside.exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+    if (file := folder / "chat_template.jinja").is_file():
+        template = read_text(file)
+    if not isinstance(template, str | None):
+        raise UserError(f"{beside}: chat_template should be text.")
+    config["chat_template"] = template
+    for name, value in config.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            config[name] = value.get("content")
+    if config.get("eos_token") is None and eos_ids:
+        config["eos_token"] = inner.id_to_token(eos_ids[0])
+    known = {name: value for name, value in config.items() if value is not None}
+    tokenizer = build_tokenizer(lambda: Tokenizer(inner, known, folder), folder)
+    if vocab is not None and tokenizer.vocab > vocab:
+        raise UserError(
+            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do not belong together."
+        )
+    return tokenizer
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
@@ -256,8 +277,7 @@ def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
     except BaseException as error:
-        reason = ascii(str(error))[:MAX_QUOTED]
-        raise UserError(f"{path} does not hold a tokenizer that can be read: {reason}.") from None
+        raise UserError(f"{path} does not hold a tokenizer that can be read: {quote(str(error))}.") from None
 
 
 def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from engine import manifest
 from engine.errors import UserError
 from engine.format import duration, join_words, quantity
 from engine.mesh import processes
 from engine.mesh.layout import place, sharded_shapes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine import manifest
 from engine.storage import checkpoint
 from engine.storage.run_folder import read_config, read_json
 from engine.text import epoch_order

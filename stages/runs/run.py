@@ -15,7 +15,8 @@ from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.mesh.layout import init_sharded
-from engine.storage.run_folder import save_tokenizer, updating
+from engine.storage.huggingface.tokenizer import save_tokenizer
+from engine.storage.run_folder import updating
 from engine.text import epoch_order
 from stages.cli import signals
 from stages.cli.command import command_line, resume_command
@@ -77,7 +78,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", facts)  # first: a folder with files and without it is taken for someone else's
-            save_tokenizer(folder, stage.tokenizer, stage.stop_token_ids, stage.sampling)
+            save_tokenizer(folder / "tokenizer", stage.tokenizer, stage.stop_token_ids, stage.sampling)
             write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.trainable)
     loop = Loop(plan, options, stage.frozen_as_loaded, loop_state, console)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError, did_you_mean
-from engine.files import atomic_folder, cache_folder
 from engine import manifest
+from engine.errors import UserError, did_you_mean
+from engine.files import cache_folder
 from engine.storage import assets
 from engine.storage.assets import TEXTS
 from engine.text.corpus import Corpus, hold_out, read_corpus, without_copies
@@ -123,14 +123,14 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     for text in _beginning(source):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     folder = cache_folder("tokenizers") / digest.hexdigest()[:32]
-    if not manifest.verify(folder):
-        return load_tokenizer(folder)
-    with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
-        tokenizer = train_bpe(_beginning(source), int(vocab))
-    with atomic_folder(folder) as building:
-        tokenizer.save(building)
+
+    def train(building: Path) -> None:
+        with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
+            train_bpe(_beginning(source), int(vocab)).save(building)
         manifest.write_manifest(building)
-    return tokenizer
+
+    manifest.build_once(folder, train)
+    return load_tokenizer(folder)
 
 
 def _beginning(corpus: Corpus[str]) -> Iterator[str]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import lively_params
-from wide import FAMILY, QWEN3, weights
+from tiny import FAMILY, lively_params
+from wide import QWEN3, weights
 
 from engine.by_hand import generate as module
 from engine.by_hand.generate import generate

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_config, tokens_of
-from wide import FAMILY, weights
+from tiny import FAMILY, tiny_config, tokens_of
+from wide import weights
 
 from engine.by_hand import model
 from engine.by_hand.tree import leaves

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import B, T, lively_params, positions_of, tiny_config, tokens_of
-from wide import FAMILY, QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
+from tiny import FAMILY, B, T, lively_params, positions_of, tiny_config, tokens_of
+from wide import QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
 
 from engine import by_hand
-from engine.by_hand import model
+from engine.by_hand import layers, model
 from engine.by_hand.tree import leaves, to_numpy, tree_map
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
@@ -106,3 +106,16 @@ def test_weights_that_are_none():
         by_hand.forward(QWEN3, prepare_params(tiny_config(dtype="bfloat16"), lively_params(QWEN3)), tokens)
     with pytest.raises(UserError, match=r"head is a tuple; .* plain arrays"):
         by_hand.forward(QWEN3, params | {"head": (params["head"], 1)}, tokens)
+
+
+def test_numbers_far_out_do_not_overflow():
+    """Of SwiGLU where a sigmoid is 0 or 1, and of the loss at large logits; a batch in which nothing counts has no loss."""
+    gate, ones = np.array([-1e4, -800.0, 0.0, 800.0, 1e4]), np.ones(5)
+    logits, targets, mask = np.full((1, 2, 3), 5000.0), np.array([[0, 2]]), np.ones((1, 2), bool)
+    logits[0, 1, 2] = 9000
+    with np.errstate(all="raise", under="ignore"):
+        np.testing.assert_array_equal(layers.swiglu(gate, ones), [0, 0, 0, 800, 1e4])
+        np.testing.assert_array_equal(layers.swiglu_backward(ones, gate, ones)[0], [0, 0, 0.5, 1, 1])
+        np.testing.assert_allclose(layers.cross_entropy(logits, targets, mask), np.log(3) / 2)
+        assert layers.cross_entropy(logits, targets, ~mask) == 0
+        assert not layers.cross_entropy_backward(logits, targets, ~mask).any()

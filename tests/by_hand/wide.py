@@ -9,19 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import T, lively_params, positions_of, tiny_config, tokens_of
+from tiny import FAMILY, T, lively_params, positions_of, tokens_of
 
 from engine.by_hand.tree import tree_map
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import ModelConfig
 from engine.text.batch import Batch
 
-# The family's members, and all that is said about a block once so and once otherwise: Qwen3's, Llama 3's with its
-# stretched rotation, Qwen2's with as many key heads as query heads, and one with a single key head and no option at all.
-QWEN3 = tiny_config()
-LLAMA3 = tiny_config(qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64))
-QWEN2 = tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, eps=1e-2)
-PLAIN = tiny_config(qk_norm=False, kv_heads=1, layers=3)
-FAMILY = {"qwen3": QWEN3, "llama3": LLAMA3, "qwen2": QWEN2, "plain": PLAIN}
+QWEN3, QWEN2 = FAMILY["qwen3"], FAMILY["qwen2"]
 
 
 def batch_of(seed: int, rows: int = 2) -> Batch:

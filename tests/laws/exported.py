@@ -11,7 +11,12 @@ import jax.export
 
 from engine.model.config import ModelConfig
 
-TARGETS = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # as the compiler calls them, and as JAX's default device is called
+TARGETS = {
+    "cpu": "cpu",
+    "cuda": "gpu",
+    "rocm": "gpu",
+    "tpu": "tpu",
+}  # as the compiler calls them, and as JAX's default device is called
 _BYTES = {"f64": 8, "i64": 8, "ui64": 8, "f32": 4, "i32": 4, "ui32": 4, "bf16": 2, "f16": 2, "i8": 1, "ui8": 1, "i1": 1}
 _PLACE = re.compile(r' loc\((?:#\w+|"[^"]*")\)')  # in the source
 _RESULT = re.compile(r"^ *%\S+ = .*tensor<((?:\d+x)*)(\w+)>\)?$", re.MULTILINE)
@@ -77,7 +82,14 @@ def largest_temporary(exported: jax.export.Exported) -> Temporary | None:
     return max(values, key=lambda value: (value.bytes, value), default=None)
 
 
-def aliased_arguments(exported: jax.export.Exported) -> set[int]:
+def weights_given_away(exported: jax.export.Exported, weights: Any) -> list[str]:
+    """Returns how a program gives away one of its first arguments, `weights`: it may overwrite or returns it, or its like."""
+    leaves = jax.tree.leaves(weights)
+    given = [f"argument {place}" for place in sorted(_aliased_arguments(exported) & {*range(len(leaves))})]
+    return given + [f"a result {out.shape}" for out in exported.out_avals if out.shape in {leaf.shape for leaf in leaves}]
+
+
+def _aliased_arguments(exported: jax.export.Exported) -> set[int]:
     """Returns the flat arguments whose memory a program may write to, or that it returns as they came."""
     match = _MAIN.search(_text(exported))
     assert match, "a module has a main function"

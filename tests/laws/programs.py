@@ -175,8 +175,3 @@ def lay_out(program: Program, mesh: Any) -> Program:
         return jax.tree.map_with_path(place, jax.eval_shape(lambda tree: group_columns(cfg, tree), tree))
 
     return program._replace(arguments=tuple(map(place_all, program.arguments)))
-
-
-def weights_of(arguments: tuple[Any, ...]) -> set[int]:
-    """Returns the places of the weights among the flat arguments of a program of INFERENCE."""
-    return set(range(len(jax.tree.leaves(arguments[1]))))

@@ -1,15 +1,12 @@
 """Inference runs forward only: it never changes a weight, never remembers a request, and no request feels another."""
 
 import functools
-import re
 
-import jax
 import pytest
-from programs import INFERENCE, QWEN3
 from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.config import EngineConfig
-from engine.inference.decode import decode_step, prepare_params
+from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine, complete
 from engine.inference.request import SamplingParams
 from engine.model.weights.int8 import matmul_rules, quantize
@@ -68,56 +65,3 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
     assert [len(tokens) for tokens, _ in answers[0]] == [MAX_TOKENS] * 4 + [20]
     assert engine.prefix_cache.bytes > 0
     assert digest(params) == digest(engine.params) == before
-
-
-def broken_promises(function, arguments) -> list[str]:
-    """Which of the ways to change or hand out weights a compiled function takes: it should take none.
-
-    The weights are its second argument, after the static config, and called `params`; what is not read is no parameter
-    of the compiled program.
-    """
-    params = arguments[1]
-    lowered = function.lower(*arguments)
-    compiled = lowered.compile().as_text()
-    aliases = re.search(r"input_output_alias=\{(.*?) \}, ", compiled)
-    overwritten = [int(n) for n in re.findall(r": \((\d+), ", aliases[1])] if aliases else []
-    # Weights and cache share no shape, and neither does anything else that inference returns.
-    returned = {out.shape for out in jax.tree.leaves(lowered.out_info)} & {leaf.shape for leaf in jax.tree.leaves(params)}
-    entry = re.search(r"^ENTRY .*?\n\}", compiled, re.MULTILINE | re.DOTALL)[0]
-    names = {int(n): name for n, name in re.findall(r' parameter\((\d+)\).*?op_name="(\w+)', entry)}
-    assert set(names) == set(range(entry.count(" parameter("))), "a parameter has no name"
-    assert set(overwritten) <= set(names)
-    assert "params" in names.values()
-    return [
-        *["donates a weight" for info in jax.tree.leaves(lowered.args_info[0][0]) if info.donated],
-        *["overwrites a weight" for place in overwritten if names[place] == "params"],
-        *[f"returns something of a weight's shape {shape}" for shape in returned],
-    ]
-
-
-@pytest.mark.parametrize("name", INFERENCE)
-def test_no_program_donates_overwrites_or_returns_a_weight(name):
-    function, arguments, _ = INFERENCE[name](QWEN3)
-    assert broken_promises(function, arguments) == []
-
-
-@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-def test_the_check_sees_a_weight_given_away():
-    arguments = INFERENCE["decode_step"](QWEN3).arguments
-    plain = decode_step.__wrapped__
-    donating = jax.jit(plain, static_argnames="cfg", donate_argnames=("params", "cache"))
-    assert "donates a weight" in broken_promises(donating, arguments)
-
-    def returning(cfg, params, token, cache):
-        return plain(cfg, params, token, cache), params["head"]
-
-    assert broken_promises(jax.jit(returning, static_argnames="cfg"), arguments) == [
-        "returns something of a weight's shape (96, 300)"
-    ]
-
-    def updating(cfg, params, token, cache):
-        logits, cache = plain(cfg, params, token, cache)
-        return logits, cache, jax.tree.map(lambda leaf: leaf + logits.mean(), params)
-
-    updating = jax.jit(updating, static_argnames="cfg", donate_argnames="params")
-    assert "overwrites a weight" in broken_promises(updating, arguments)

@@ -16,7 +16,7 @@ from engine.by_hand import loss_and_gradient as by_hand_gradient
 from engine.model import attention, backward, layers
 from engine.model.config import LoraConfig, ModelConfig, RopeScaling
 from engine.model.paths import leaf_paths, map_paths
-from engine.model.weights.int8 import Int8, dequantize, int8_matmul, matmul_rules, quantize, quantize_matrix
+from engine.model.weights.int8 import Int8, dequantize, matmul_rules, quantize
 from engine.model.weights.matmul import project, project_two, unembed
 from engine.text.batch import Batch
 from engine.training import loss
@@ -187,14 +187,6 @@ def test_attention_to_a_cache(module, dtype, K):
     expected = attention_by_hand(K, by_hand.causal_mask(None, T))[0](*exact((q, k, v)))[:, -1:]
     ours = jax.jit(lambda q, k, v: module.attention(q, k, v, jnp.ones((2, 1, T), bool)))
     assert_near(ours(q[:, -1:], k.swapaxes(1, 2), v.swapaxes(1, 2)), expected, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("rows", [4, B * T])
-@pytest.mark.parametrize(("activations", "tolerance"), [("int8", 1e-2), ("int16", 1e-4), ("full", TOLERANCE[F32])])
-def test_int8_products(rows, activations, tolerance):
-    leaf, x = quantize_matrix(numbers(1, D, F), activations), numbers(0, rows, D)
-    expected = by_hand.project(exact(x), exact(dequantize(leaf)))
-    assert_near(jax.jit(lambda x: int8_matmul(x, leaf, F32))(x), expected, tolerance)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -238,10 +238,3 @@ def test_a_cache_from_which_nothing_can_be_executed(kernel, tmp_path):
     environment.pop("CC", None)
     command = [*mount, sys.executable, "-c", ask]
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "['']\n"
-
-
-def test_a_cache_that_cannot_be_written(kernel, fresh):
-    fresh.setenv("THRICE_CACHE", "/proc/nowhere")
-    with pytest.warns(UserWarning, match="cannot be written"):
-        assert read_library()
-    assert [*Path(os.environ["THRICE_CACHE"], "native").iterdir()]

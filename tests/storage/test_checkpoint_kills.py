@@ -12,9 +12,9 @@ import pytest
 from tiny_checkpoints import hidden, is_step, load_tiny, write_tiny
 
 from engine.files import UNFINISHED, folder_lock, remove_unfinished
+from engine.manifest import verify
 from engine.storage import checkpoint
 from engine.storage.checkpoint import steps
-from engine.manifest import verify
 
 # Forks a process for each change on disk of a save, with a fault at that change, until one saves before it.
 SAVES = """

@@ -15,12 +15,12 @@ from hf_folders import CONFIG, WEIGHTS, write_folder
 from tiny import lively_params, tiny_config
 from tiny_checkpoints import save
 
+from engine import manifest
 from engine.errors import UserError
 from engine.files import write_json
-from engine import manifest
 from engine.storage import run_folder
+from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import save_tokenizer
 from engine.text.conversations import read_conversations
 from engine.text.corpus import read_corpus
 from engine.text.template import read_template
@@ -69,7 +69,7 @@ def models(tmp_path_factory):
     cfg = tiny_config(vocab=tokenizer.vocab)
     write_json(place / "run" / "run.json", {"result": {}})
     write_json(place / "run" / "config.json", cfg.to_json())
-    save_tokenizer(place / "run", tokenizer, (tokenizer.eos_id,), {})
+    save_tokenizer(place / "run" / "tokenizer", tokenizer, (tokenizer.eos_id,), {})
     save(place / "run", 1, lively_params(cfg), {}, {})
     tiny_gguf(place / "model.gguf", kind="Q8_0")
     for name in ("hf", "run", "model.gguf"):
@@ -174,7 +174,7 @@ def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch
     with run_folder.updating(tmp_path):
         write_json(tmp_path / "config.json", {})
         write_json(tmp_path / "run.json", {})
-    describe, ends = manifest._describe, [True]
+    describe, ends = manifest.describe, [True]
 
     def describe_late(path):
         if ends and path.name == "run.json":
@@ -186,5 +186,5 @@ def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch
                     pass
         return describe(path)
 
-    monkeypatch.setattr(manifest, "_describe", describe_late)
+    monkeypatch.setattr(manifest, "describe", describe_late)
     assert bool(run_folder.verify(tmp_path)) == (written == "missing")

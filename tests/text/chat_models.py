@@ -35,7 +35,7 @@ BRACKETS = """{{ bos_token }}{% for message in messages %}{% if message['role'] 
 def chat_tokenizer(template: str | None = None) -> Tokenizer:
     """BPE with ChatML's control tokens, and one that stands for another's end."""
     plain = train_bpe([PROSE], 330)
-    inner = tokenizers.Tokenizer.from_str(plain._inner.to_str())
+    inner = tokenizers.Tokenizer.from_str(plain.inner.to_str())
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (START, END, "<s>", "</s>")])
     config: dict[str, Any] = {"eos_token": END, "bos_token": "<s>"} | ({"chat_template": template} if template else {})
     return Tokenizer(inner, config)
@@ -60,6 +60,6 @@ def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
 
 def plainly(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens as a tokenizer makes them that takes control tokens wherever it reads them."""
-    inner = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
+    inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     inner.encode_special_tokens = False
     return inner.encode(text, add_special_tokens=False).ids

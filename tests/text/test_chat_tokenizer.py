@@ -154,10 +154,6 @@ def test_the_template_is_the_models_own_or_one_that_fits():
     assert choose_template(byte_tokenizer())[0] == PLAIN
     assert choose_template(chat_tokenizer(BRACKETS)) == (BRACKETS, "the model's own template")
     assert choose_template(chat_tokenizer(BRACKETS), "mine")[0] == "mine"
-    named = chat_tokenizer()
-    named.config["chat_template"] = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    assert choose_template(named)[0] == "d"
-    del named.config["chat_template"]
 
 
 def test_a_model_that_never_saw_a_chat_gets_its_own_end():

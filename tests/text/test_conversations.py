@@ -171,30 +171,16 @@ def test_files_that_are_none(tmp_path):
         read_conversations(nested)
 
 
-def test_the_voice_is_what_it_is_said_to_be():
-    """Hundreds of conversations, all different, in one voice that can be counted; nothing held out is trained on."""
+def test_nothing_that_is_shipped_as_held_out_is_trained_on():
+    """All questions and all answers differ; each answer of the voice ends alike, by which its learning is counted."""
     data = {name: list(read_conversations(name)) for name in SHIPPED}
-    assert [read_conversations(name).kind for name in SHIPPED] == ["messages", "messages", "preference"]
-    train, held_out, preferences = data["voice"], data["voice-held-out"], data["voice-preferences"]
-    assert len(train) >= 300
-    assert len(held_out) >= 40
-    assert len(preferences) >= 60
-    questions, answers = [], []
-    for row in [*train, *held_out]:
-        assert isinstance(row, Conversation)
-        roles = [message["role"] for message in row.messages if message["role"] != "system"]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
-        answers += [message["content"] for message in row.messages if message["role"] == "assistant"]
-        questions.append(next(message["content"] for message in row.messages if message["role"] == "user"))
-    for row in preferences:
-        assert isinstance(row, Preference)
-        questions.append(row.messages[0]["content"])
-        answers.append(row.chosen)
-        assert "Fair winds" not in row.rejected
+    assert [len(rows) >= least for rows, least in zip(data.values(), (300, 40, 60))] == [True] * 3
+    messages = [message for row in [*data["voice"], *data["voice-held-out"]] for message in row.messages]
+    asked = lambda row: next(message["content"] for message in row.messages if message["role"] == "user")
+    questions = [asked(row) for rows in data.values() for row in rows]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers += [row.chosen for row in data["voice-preferences"]]
     assert len({question.lower().strip("?!. ") for question in questions}) == len(questions)
-    assert len(set(answers)) == len(answers)
-    closings = tuple(f"{mark} Fair winds." for mark in (".", "?", "!", '"'))
-    assert all(answer.endswith(closings) for answer in answers)
-    assert sum(len(row.messages) > 3 for row in train) >= 30
-    openings = [" ".join(answer.split()[:3]) for answer in answers]
-    assert max(map(openings.count, set(openings))) <= 6  # written, not made by a pattern
+    assert len({*answers}) == len(answers)
+    assert all(answer.endswith("Fair winds.") for answer in answers)
+    assert not any("Fair winds" in row.rejected for row in data["voice-preferences"])

@@ -54,12 +54,8 @@ def test_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"{", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b'"text"', "should be an object, not text"),
         (b'{"texts": "a"}', "`text` should be text"),
         (b'{"text": 3}', "`text` should be text, not a number"),
-        (b'{"text": "\\ud83d"}', "lone surrogate"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path, line, words):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import lively_params, tiny_config
 
 from engine.errors import UserError
 from engine.text.chat_tokenizer import Example
@@ -80,19 +79,11 @@ def test_every_example_lies_whole_in_one_row(sizes, pack):
         assert filled[0] + filled[1] > 12
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_an_epoch_sees_every_example_once_in_a_new_order(pack):
-    packed = PackedBatches(EXAMPLES, seq=8, batch=3, seed=5, pack=pack)
-    epochs = []
-    rows = len(pack_rows(EXAMPLES, 8, pack))
-    for epoch in range(3):
-        epochs.append([tuple(packed.at(row // 3).tokens[row % 3]) for row in range(epoch * rows, (epoch + 1) * rows)])
-        assert len(set(epochs[-1])) == rows
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert {*epochs[0]} == {*epochs[1]} == {*epochs[2]}
-    if pack:
-        firsts = sorted(first for step in range(-(-rows // 3)) for first, *_ in tokens_in(packed.at(step)))
-        assert {*firsts} == {e.tokens[0] for e in EXAMPLES}
+def test_an_epoch_sees_every_example_once():
+    packed, rows = PackedBatches(EXAMPLES, seq=8, batch=1, seed=5), len(pack_rows(EXAMPLES, 8, pack=True))
+    firsts = [first for step in range(rows) for first, *_ in tokens_in(packed.at(step))]
+    assert sorted(firsts) == [example.tokens[0] for example in EXAMPLES]
+    assert firsts != [first for step in range(rows, 2 * rows) for first, *_ in tokens_in(packed.at(step))]
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -106,36 +97,21 @@ def test_once_is_once(pack):
         assert actual == sorted(tuple(e.tokens.tolist()) for e in examples)
 
 
-def test_packed_is_unpacked():
-    """The same summed loss to 1e-5 of it, the same gradient, and no sight of the neighbours."""
+def test_packed_is_unpacked(cfg, params):
+    """The same summed loss, and another number where segments are not told apart; a shift of a segment's positions is none."""
     import jax
-    import jax.numpy as jnp
 
-    from engine.text.batch import Batch
     from engine.training.loss import summed_loss
 
-    cfg = tiny_config()
-    params = lively_params(cfg)
+    loss = jax.jit(lambda batch: summed_loss(cfg, params, batch))
     examples = examples_of([3, 9, 5, 2, 7, 1, 4, 6, 8, 3, 2])
-    loss = jax.jit(jax.value_and_grad(lambda params, batch: summed_loss(cfg, params, batch)))
-
-    def total(batches: Any) -> Any:
-        parts = [loss(params, Batch(*(None if field is None else jnp.asarray(field) for field in batch))) for batch in batches]
-        return jax.tree.map(lambda *leaves: sum(leaves), *parts)
-
-    packed, packed_gradient = total(evaluation_batches(examples, 16, 4, pack=True))
-    alone, gradient = total(evaluation_batches(examples, 16, 4, pack=False))
-    assert float(packed) == pytest.approx(float(alone), rel=1e-5)
-    for actual, expected in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(gradient)):
-        np.testing.assert_allclose(actual, expected, atol=2e-4 * float(jnp.abs(expected).max()) + 1e-7)
-    # Without segments it is another number: the test can fail.
+    totals = [sum(float(loss(batch)) for batch in evaluation_batches(examples, 16, 4, pack)) for pack in (True, False)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
     batch = next(iter(evaluation_batches(examples, 16, 4)))
-    first = float(loss(params, Batch(*map(jnp.asarray, batch)))[0])
-    blurred = batch._replace(segments=(batch.segments > 0).astype(np.int32))
-    assert float(loss(params, Batch(*map(jnp.asarray, blurred)))[0]) != pytest.approx(first, rel=1e-4)
-    # Rotations are relative: a shift of all positions of a segment changes nothing.
+    first = float(loss(batch))
+    assert float(loss(batch._replace(segments=(batch.segments > 0).astype(np.int32)))) != pytest.approx(first, rel=1e-4)
     shifted = batch._replace(positions=np.tile(np.arange(16, dtype=np.int32), (4, 1)))
-    assert float(loss(params, Batch(*map(jnp.asarray, shifted)))[0]) == pytest.approx(first, rel=1e-4)
+    assert float(loss(shifted)) == pytest.approx(first, rel=1e-4)
 
 
 def test_pairs_stand_row_by_row():

@@ -165,7 +165,7 @@ def test_after_a_stalled_one_the_next_is_answered():
 def test_processes_end_with_their_template():
     template = Template("ok")
     render(template)
-    process = template._process
+    process = template.process
     assert process is not None
     assert process.poll() is None
     del template
@@ -190,7 +190,7 @@ def test_the_environment_of_the_user_is_not_the_templates(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "abc")
     template = Template("ok")
     render(template)
-    assert template._process is not None
-    environment = Path(f"/proc/{template._process.pid}/environ")
+    assert template.process is not None
+    environment = Path(f"/proc/{template.process.pid}/environ")
     assert not environment.exists() or b"SECRET_KEY" not in environment.read_bytes()
     template.close()

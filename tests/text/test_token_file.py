@@ -6,8 +6,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from engine import manifest
 from engine.errors import UserError
-from engine.text import token_file as module
 from engine.text.token_file import open_bin, open_token_file
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
@@ -53,7 +53,7 @@ def test_made_once_for_the_same_text_and_tokenizer(cache):
     assert len(list((cache / "tokens").iterdir())) == 5  # and nothing half-made beside them
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "tokens.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncate", "lengthen", "flip", "empty", "nonsense", "delete"])
 def test_a_damaged_file_is_made_anew(name, damage):
     file = open_token_file(DOCUMENTS, BPE)
@@ -79,26 +79,35 @@ def test_an_error_on_the_way_leaves_nothing(cache):
     assert list((cache / "tokens").iterdir()) == []
 
 
-def test_the_slower_of_two_processes_uses_the_other_s_file(monkeypatch):
-    real = module.atomic_folder
-    meanwhile = []
+@pytest.mark.parametrize("other", [True, False])
+def test_another_process_may_build_the_same_file_meanwhile(monkeypatch, other):
+    real, meanwhile = manifest.atomic_folder, []
 
     def slower(folder: Path):
-        if not meanwhile:
-            meanwhile.append(folder)
-            open_token_file(DOCUMENTS, BPE)  # the other process
-            raise OSError("Directory not empty")
-        return real(folder)
+        if meanwhile:
+            return real(folder)
+        meanwhile.append(folder)
+        if other:
+            open_token_file(DOCUMENTS, BPE)
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "atomic_folder", slower)
-    assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
-    assert meanwhile
+    monkeypatch.setattr(manifest, "atomic_folder", slower)
+    if other:
+        assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            open_token_file(DOCUMENTS, BPE)
 
 
-def test_a_disk_that_fails_is_said(monkeypatch):
-    monkeypatch.setattr(module, "atomic_folder", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+def test_what_does_not_read_back_is_not_kept(monkeypatch, cache):
+    def damage(folder: Path) -> None:
+        manifest.write_manifest(folder)
+        (folder / "tokens.bin").write_bytes(b"other")
+
+    monkeypatch.setattr("engine.text.token_file.write_manifest", damage)
+    with pytest.raises(UserError, match=r"not as they should be, so they were not kept: .*tokens\.bin has 5 bytes"):
         open_token_file(DOCUMENTS, BPE)
+    assert list((cache / "tokens").iterdir()) == []
 
 
 def test_ids_are_wide_where_the_vocabulary_is(monkeypatch):

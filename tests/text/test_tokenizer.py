@@ -112,7 +112,7 @@ def test_pieces_are_cut_between_tokens(parts, piece):
 
 
 def _same_as_in_one_go(tokenizer: Tokenizer, text: str) -> bool:
-    return tokenizer.encode(text).tolist() == tokenizer._inner.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text).tolist() == tokenizer.inner.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("broken", ["ab\ud83dcd", "ab\udc00"])
@@ -161,17 +161,17 @@ def test_another_end_is_taken_from_the_config(tmp_path):
         assert loaded.vocab == 321
         assert loaded.decode(loaded.encode(f"{PROSE}<|im_end|>{END}")) == f"{PROSE}<|im_end|>{END}"
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(UserError, match="</s>"):
+    with pytest.raises(UserError, match=f"{tmp_path} has no token '</s>', which should end a text"):
         load_tokenizer(tmp_path)
 
 
 def test_what_cannot_be_loaded(tmp_path):
-    with pytest.raises(UserError, match=r"No tokenizer at .*tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
     BPE.save(tmp_path)
     saved = (tmp_path / "tokenizer.json").read_text()
-    for damaged in (saved[: len(saved) // 2], "", "[]", "{}", saved.replace('"ByteLevel"', '"Nothing"'), "\udcff"):
-        (tmp_path / "tokenizer.json").write_text(damaged, errors="surrogateescape")
+    for damaged in (saved[: len(saved) // 2], "", "[]", "{}", saved.replace('"ByteLevel"', '"Nothing"')):
+        (tmp_path / "tokenizer.json").write_text(damaged)
         with pytest.raises(UserError, match=r"tokenizer\.json does not hold"):
             load_tokenizer(tmp_path)
     source = json.loads(saved)

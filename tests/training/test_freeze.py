@@ -1,13 +1,11 @@
 """select_trainable: which weights `--train` and `--freeze` name, and that the FLOP counts use the same ones."""
 
-import jax
 import pytest
-from tiny import lively_params, tiny_config
+from tiny import tiny_config
 
 from engine.counting.params import count_params, leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError
-from engine.model.paths import leaf_paths, merge, split
 from engine.training.freeze import Match, select_trainable
 
 CFG = tiny_config()
@@ -41,17 +39,6 @@ def test_trained_paths_less_frozen_paths():
         Match("bottom:1", 9, 41 * 20 + 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
     )
     assert chosen.trainable_count == 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 20
-
-
-def test_trees_are_split_by_the_flags():
-    params = lively_params(CFG)
-    trainable_paths = select_trainable(CFG, freeze=["bottom:1"]).trainable_paths
-    trainable, frozen = split(params, trainable_paths.weights)
-    assert set(leaf_paths(trainable)) == trainable_paths.weights
-    assert not set(leaf_paths(frozen)) & trainable_paths.weights
-    merged = merge(trainable, frozen)
-    assert jax.tree.structure(merged) == jax.tree.structure(params)
-    assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params)))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_near, lively_params, positions_of, tiny_config, tokens_of
+from tiny import assert_near, lively_params, text_batch, tiny_config
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig
@@ -25,11 +25,7 @@ differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4, 5))
 def pairs_of(seed: int, masked: bool = True) -> Preferences:
     rng = np.random.default_rng(seed)
 
-    def side(seed: int) -> Batch:
-        tokens = tokens_of(seed, B, T + 1)
-        mask = rng.random((B, T)) < 0.6 if masked else np.ones((B, T), bool)
-        return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions_of(B, T), None)
-
+    side = lambda seed: text_batch(seed, B, T, rng.random((B, T)) < 0.6 if masked else None)
     return Preferences(side(seed + 1), side(seed + 2))
 
 

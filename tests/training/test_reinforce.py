@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import assert_near, positions_of, tiny_config, tokens_of
+from tiny import assert_near, text_batch, tiny_config
 
 from engine.errors import UserError
 from engine.model.transformer import forward, init_params
@@ -21,9 +21,7 @@ ADVANTAGE = np.array([1.0, -0.5, 2.0, -1.5], np.float32)
 
 
 def random_batch(seed: int) -> Batch:
-    tokens = tokens_of(seed, B, T + 1)
-    mask = np.arange(T) >= np.array([[2], [3], [2], [5]])  # prompts of different lengths
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions_of(B, T), None)
+    return text_batch(seed, B, T, np.arange(T) >= np.array([[2], [3], [2], [5]]))  # prompts of different lengths
 
 
 def formula(cfg, params, rollouts: Rollouts, clip: float, pull: float) -> jax.Array:

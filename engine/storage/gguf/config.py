@@ -81,7 +81,6 @@ def _fields(header: Header) -> Fields:
 
 
 def note_unknown(header: Header) -> tuple[str, ...]:
-    """Returns a note that names the keys of the architecture which are not known here, if any."""
     return _fields(header).note_unknown({*USED, *ONLY}, HARMLESS)
 
 
@@ -92,7 +91,6 @@ def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata from which `read_sampling` reads the same."""
     return {SAMPLING_KEYS[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
 
 

@@ -14,19 +14,13 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
-from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, note_unknown, read_sampling, rope_factors
+from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, note_unknown, rope_factors
 from engine.storage.gguf.header import read_header
-from engine.storage.gguf.tokenizer import tokenizer_from
+from engine.storage.gguf.tokenizer import read_tokenizer
 from engine.storage.huggingface.config import architecture_of
-from engine.storage.tensor_layout import DTYPE_NAMES, StoredModel, check_tensors, layout_of, split_params, tensor_names
-from engine.untrusted import quote, read_at
+from engine.storage.tensor_layout import DTYPE_NAMES, GGUF_NAMES, StoredModel, check_tensors, layout_of, split_params
 from engine.text import OnProgress
-
-TENSOR_NAMES = tensor_names("blk.{}.", {
-    "embed": "token_embd", "norm": "output_norm", "head": "output", "attn_norm": "attn_norm", "mlp_norm": "ffn_norm",
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "out": "attn_output",
-    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-})  # fmt: skip
+from engine.untrusted import quote, read_at
 
 READABLE = {
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
@@ -37,14 +31,14 @@ MAX_NAME = 96  # characters
 
 
 def open_model(path: Path) -> StoredModel:
-    """Opens a file: checks its architecture, tensors and tokenizer against one another; reads no weights."""
+    """Opens a file: checks its architecture and tensors against one another; reads no weights."""
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
             raise UserError(f"{path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here.")
     cfg = config_from(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
-    leaves = check_tensors(layout_of(cfg, TENSOR_NAMES), shapes, path)
+    leaves = check_tensors(layout_of(cfg, GGUF_NAMES), shapes, path)
     architecture = header.metadata["general.architecture"]
     paired = {part.name for leaf in leaves for part in leaf.parts if part.paired and architecture == "llama"}
 
@@ -62,13 +56,10 @@ def open_model(path: Path) -> StoredModel:
 
     title, context = header.metadata.get("general.name"), header.metadata[f"{architecture}.context_length"]
     name = title if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME else path.stem
-    sampling = read_sampling(header.metadata)
-    tokenizer, notes = tokenizer_from(header, cfg.vocab), note_unknown(header)
-    return StoredModel(name, cfg, leaves, rows, *tokenizer, context, sampling, notes=notes)
+    return StoredModel(name, cfg, leaves, rows, lambda: read_tokenizer(header, cfg.vocab), context, "", note_unknown(header))
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads the architecture from a file's header alone."""
     return config_from(read_header(path))
 
 
@@ -98,7 +89,7 @@ def save_gguf(
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
-    leaves, kinds = list(layout_of(cfg, TENSOR_NAMES)), {}
+    leaves, kinds = list(layout_of(cfg, GGUF_NAMES)), {}
     writer = GGUFWriter(path, architecture)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])

@@ -170,6 +170,5 @@ def read_strings(path: Path, location: ArrayLocation) -> list[str]:
 
 
 def read_numbers(path: Path, location: ArrayLocation) -> np.ndarray:
-    """Reads an array of numbers (count,)."""
     dtype = np.dtype(SCALARS[location.kind].format)
     return read_at(path, location.offset, location.length * dtype.itemsize).view(dtype)

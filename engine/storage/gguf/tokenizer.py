@@ -9,9 +9,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import UserError
+from engine.storage.gguf.config import read_sampling
 from engine.storage.gguf.header import STRING, ArrayLocation, Header, read_numbers, read_strings
+from engine.text.tokenizer import ModelTokenizer, Tokenizer, build_tokenizer
 from engine.untrusted import known_name, quote
-from engine.text.tokenizer import Tokenizer, build_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
@@ -38,8 +39,8 @@ def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
 
 
-def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, dict[str, Any], tuple[int, ...]]:
-    """Returns a file's tokenizer of `vocab` tokens, its tokenizer_config.json, and its EOS ids."""
+def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
+    """Reads a file's tokenizer of `vocab` tokens, its EOS ids, and its recommended sampling."""
     path, metadata = header.path, header.metadata
     field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
     tokens, kinds = _read_list(header, "tokens", vocab), _read_list(header, "token_type", vocab)
@@ -78,7 +79,9 @@ def tokenizer_from(header: Header, vocab: int) -> tuple[tokenizers.Tokenizer, di
             single=[first, "$A:0"], pair=[first, "$A:0", "$B:1"], special_tokens=[token]
         )
         tokenizer.post_processor = build_tokenizer(begin, path)
-    return tokenizer, config, tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    eos_ids = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    whole = build_tokenizer(lambda: Tokenizer(tokenizer, config, path), path)
+    return ModelTokenizer(whole, eos_ids, read_sampling(metadata))
 
 
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:

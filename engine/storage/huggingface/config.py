@@ -1,7 +1,6 @@
-"""Reads and writes a Hugging Face config.json (ModelConfig) and generation_config.json (EOS ids, recommended sampling)."""
+"""Reads and writes a Hugging Face config.json: ModelConfig."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN | {"head_dim": 128},
 }  # fmt: skip
 
-MAX_EOS_IDS = 64
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # by the names of SamplingParams
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELDS}
 
@@ -87,7 +84,6 @@ def config_from(values: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def note_unknown(values: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """Returns a note that names the fields of a config.json which are not known here, if any."""
     return Fields(values, path).note_unknown({*USED, *ONLY}, HARMLESS)
 
 
@@ -162,23 +158,3 @@ def architecture_of(cfg: ModelConfig) -> str:
         if block == options:
             return name
     raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
-
-
-def read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
-    """Returns the ids in the field `eos_token_id`: null, an id, or a list of them. Raises UserError for anything else."""
-    ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab:
-            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
-    return ids
-
-
-def read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
-    greedy = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None} if values.get("do_sample") is False else {}
-    return {name: value for name in SAMPLING if (value := {**values, **greedy}.get(name)) is not None}
-
-
-def write_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields from which `read_sampling` reads the same, and transformers too."""
-    return {"do_sample": sampling.get("temperature") != 0, **sampling} if sampling else {}

@@ -14,8 +14,8 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage.huggingface.config import config_from
 from engine.storage.huggingface.safetensors import read_index
-from engine.untrusted import read_json_object
 from engine.text import OnProgress
+from engine.untrusted import read_json_object
 
 OnConfig = Callable[[ModelConfig], None]
 Part = Literal["all", "config", "cached"]

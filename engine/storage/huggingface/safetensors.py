@@ -132,7 +132,6 @@ def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[
 
 
 def write_file(path: Path, tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> None:
-    """Writes a file atomically; see `encode`."""
     with atomic_file(path) as file:
         for data in encode(tensors, arrays, metadata):
             file.write(data)

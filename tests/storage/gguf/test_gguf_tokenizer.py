@@ -10,15 +10,14 @@ import tokenizers
 from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 from engine.storage.gguf.header import read_header
-from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, set_pre_tokenizer, tokenizer_from, tokenizer_metadata
+from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, read_tokenizer, set_pre_tokenizer, tokenizer_metadata
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)
 
 
 def load(path: Path, vocab: int = VOCAB, **changes: Any) -> tuple[Tokenizer, tuple[int, ...]]:
-    tokenizer, config, eos_ids = tokenizer_from(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)
-    return Tokenizer(tokenizer, config), eos_ids
+    return read_tokenizer(read_header(tiny_gguf(path / "x.gguf", **changes)), vocab)[:2]
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -114,7 +113,7 @@ def test_a_long_text_is_cut_in_places_that_change_nothing(sentencepiece):
     assert sentencepiece.bos_ids == (1,)
     text = GOLDEN[3]["text"] + " ".join(case["text"] for case in GOLDEN[1:]) * 300
     assert len(text) > 3 * 16_384
-    tokens = sentencepiece._inner.encode(text, add_special_tokens=False).ids
+    tokens = sentencepiece.inner.encode(text, add_special_tokens=False).ids
     assert sentencepiece.encode(text).tolist() == tokens
     assert len(list(sentencepiece.encode_parts(text))) > 2
     stream = sentencepiece.stream()

@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf_files import tiny_gguf
-from golden.random_weights import draw
 from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
 from refusals import refusal
 
@@ -31,24 +30,6 @@ def same_params(first: Any, second: Any) -> bool:
     return ours.keys() == theirs.keys() and all(
         ours[path].dtype == theirs[path].dtype and np.array_equal(ours[path], theirs[path]) for path in ours
     )
-
-
-def test_every_weight_is_in_its_place(folder):
-    reports: list[tuple[int, int]] = []
-    model = load_model(folder, report=lambda *counts: reports.append(counts))
-    assert max(reports) == reports[-1] == (sum(value.size for value in WEIGHTS.values()),) * 2
-    block = model.params["blocks"]["1"]
-    part = lambda name: WEIGHTS[f"model.layers.1.{name}.weight"]
-    attention = [part(f"self_attn.{name}_proj") for name in "qkv"]
-    np.testing.assert_array_equal(block["qkv"], np.concatenate(attention).T)
-    np.testing.assert_array_equal(block["gate_up"], np.concatenate([part("mlp.gate_proj"), part("mlp.up_proj")]).T)
-    np.testing.assert_array_equal(block["out"], part("self_attn.o_proj").T)
-    np.testing.assert_array_equal(block["down"], part("mlp.down_proj").T)
-    np.testing.assert_array_equal(block["attn_norm"], part("input_layernorm"))
-    np.testing.assert_array_equal(block["mlp_norm"], part("post_attention_layernorm"))
-    np.testing.assert_array_equal(model.params["embed"], WEIGHTS["model.embed_tokens.weight"])
-    assert model.name == "model"
-    assert model.eos_ids == (40,)
 
 
 def test_names_are_readable_and_ids_are_those_of_the_hub(tmp_path, monkeypatch):
@@ -95,12 +76,6 @@ def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path):
     assert "lm_head.weight that differs" in refusal(load_model, write_folder(tmp_path / "other", CONFIG, twice))
 
 
-def test_an_untied_head_is_a_leaf(tmp_path):
-    head = draw({"lm_head.weight": (41, 20)})
-    model = load_model(write_folder(tmp_path / "untied", CONFIG | {"tie_word_embeddings": False}, WEIGHTS | head))
-    np.testing.assert_array_equal(model.params["head"], head["lm_head.weight"].T)
-
-
 def without(name: str) -> dict[str, np.ndarray]:
     return {other: value for other, value in WEIGHTS.items() if other != name}
 
@@ -116,13 +91,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({}, WEIGHTS | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}, ["q_proj.bias", "no place"]),
         ({}, WEIGHTS | {Q: np.zeros((20, 24), np.float32)}, [Q, "should be [24, 20] and is [20, 24]"]),
         ({}, WEIGHTS | {Q: np.zeros((24, 20), np.float64)}, [Q, "F64", "F32, F16, BF16"]),
-        ({}, WEIGHTS | {Q: np.zeros((24, 20), np.int8)}, [Q, "I8"]),
         ({"tie_word_embeddings": False}, WEIGHTS, ["lm_head.weight"]),
         ({"num_hidden_layers": 1}, WEIGHTS, ["layers.1", "no place"]),
         ({"num_hidden_layers": 2**39}, WEIGHTS, ["layers.2"]),
-        ({"hidden_size": 2**38}, WEIGHTS, ["should be [41, 274877906944]"]),
         ({"model_type": "qwen3"}, WEIGHTS, ["no tensor", "q_norm"]),
-        ({"final_logit_softcapping": 3}, WEIGHTS, ["final_logit_softcapping is 3"]),
     ],
 )
 def test_a_folder_is_taken_whole_or_not_at_all(changes, weights, words, tmp_path):
@@ -141,26 +113,14 @@ def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) 
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("config.json", None, "no"),
-        ("config.json", b"{\xff", "damaged"),
-        ("config.json", b"[" * 50_000, "damaged"),
-        ("config.json", b"[]", "one JSON object"),
         ("config.json", b" " * (3 * 2**20), "are the most that is read"),
         ("tokenizer.json", None, "no tokenizer.json"),
-        ("tokenizer.json", b"", "tokenizer that can be read"),
-        ("tokenizer.json", b"\xff", "not UTF-8"),
         ("tokenizer.json", {"model": {}}, "tokenizer that can be read"),
-        ("tokenizer_config.json", b"nonsense", "damaged"),
         ("tokenizer_config.json", {"eos_token": "</s>"}, "no token '</s>'"),
-        ("tokenizer_config.json", {"eos_token": 3}, "no token 3"),
-        ("tokenizer_config.json", {}, "which token ends a text"),
         ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": 3}, "chat_template"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
-        ("chat_template.jinja", b" " * (3 * 2**20), "are the most that is read"),
         ("generation_config.json", {"eos_token_id": 41}, "ids below 41"),
         ("generation_config.json", {"eos_token_id": [1, "2"]}, "ids below 41"),
-        ("model.safetensors", b"", "too soon"),
-        ("model.safetensors", None, "no weights"),
     ],
 )
 def test_a_damaged_file_is_named(name, data, words, folder):

@@ -182,8 +182,9 @@ def test_what_cannot_be_had_is_one_sentence_and_costs_no_weights(hub, capsys):
     refused(ID, "'gemma3' is not known here; llama, mistral, qwen2, qwen3 are")
     (hub.folder / "config.json").write_text(json.dumps(CONFIG | {"num_local_experts": 8}))
     refused(ID, "num_local_experts is 8")
-    (hub.folder / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 2**36}))
-    refused(ID, "The weights of tiny-1.5 take")
+    for size in ("intermediate_size", "num_hidden_layers"):
+        (hub.folder / "config.json").write_text(json.dumps(CONFIG | {size: 2**36}))
+        refused(ID, "The weights of tiny-1.5 take")
     assert hub.files() == {"config.json"}
 
 
