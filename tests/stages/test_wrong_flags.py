@@ -118,7 +118,7 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         *NO_MODEL,
     ],
     "chat": [
-        ("--template gone.jinja", "cannot be read"),
+        ("--template gone.jinja", "There is no gone.jinja"),
         ("--template broken.jinja", "The chat template failed with TemplateSyntaxError"),
         ("--top-p 0", "--top-p"),
         ("--adapter short.txt", "There is no adapter at"),
@@ -142,7 +142,7 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
     "serve": [
         ("--model gone", "There is no model at"),
         ("--host 127.0.0.1.1 --api-key a", "There is no address"),
-        ("--template gone.jinja", "cannot be read"),
+        ("--template gone.jinja", "There is no gone.jinja"),
         ("--template broken.jinja", "TemplateSyntaxError"),
         ("--capacity 65", "between 2 and the model's context of 64"),
         ("--slots 0", "--slots"),
