@@ -16,10 +16,10 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import atomic_file, folder_lock, make_folder, open_regular, remove_unfinished
+from engine.manifest import NAME
 from engine.mesh import processes
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
-from engine.manifest import NAME
 from engine.storage.run_folder import ADAPTER, ROOT, read_json
 
 RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")

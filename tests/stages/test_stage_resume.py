@@ -21,12 +21,12 @@ import pytest
 import tyro
 from tiny_runs import Killed, at_step, interrupt, kill, metrics, tiny
 
+from engine import manifest
 from engine.device import Device
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import LoraConfig
 from engine.model.transformer import init_params
-from engine import manifest
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
