@@ -37,8 +37,6 @@ class PlanFlags:
     """pretrain, full, freeze:K, lora:R, qlora:R, preference or rl: K blocks from the bottom, R the rank."""
     context: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 4096, or the model's)")] = None
     """Tokens of a text in training."""
-    step_tokens: Text = None
-    """Tokens of a training step (default: 524,288, and 32,768 in tuning)."""
     hardware: str = "h100"
     """A name in engine/counting/accelerators.csv; here, once calibrated; or custom, with --peak, --bandwidth and --memory."""
     devices: int = 1
@@ -51,8 +49,6 @@ class PlanFlags:
     """Tokens of its answer."""
     cached: float = 0.0
     """Share of a prompt that the prefix cache holds, from 0 to below 1."""
-    slots: int = 512
-    """Requests that a replica decodes at once, at most."""
     precision: Literal["bfloat16", "int8", "int4"] = "bfloat16"
     """Of the weights in serving; with int8, of the KV cache too."""
     budget: Text = None
@@ -97,7 +93,7 @@ def plan(flags: PlanFlags) -> Json:
 
 def check_flags(flags: PlanFlags) -> None:
     """Raises UserError for numbers that cannot be, questions that exclude each other."""
-    for name in ("days", "peak", "bandwidth", "memory", "price", "watts", "devices", "slots", "context"):
+    for name in ("days", "peak", "bandwidth", "memory", "price", "watts", "devices", "context"):
         if (value := getattr(flags, name)) is not None and not 0 < value < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a billion, not {value:g}.")
     if not 0 <= flags.cached < 1:
@@ -136,15 +132,12 @@ def answer(flags: PlanFlags) -> Json:
     if (flags.requests or flags.extra) and longest > cfg.context:
         raise UserError(f"Prompt and answer take {longest:,.0f} tokens; {name} has a context of {cfg.context:,}.")
     context = flags.context or min(4096, cfg.context)
-    make = lambda method: job(cfg, method, context, optional("step_tokens") or 0)
+    make = lambda method: job(cfg, method, context)
     m = make(flags.method)
     if not about_model:
         result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0)
     elif flags.requests:
-        result = plan_serving(
-            name, m, d, flags.devices, requests=read("requests"), lengths=lengths, slots=flags.slots,
-            precision=flags.precision,
-        )  # fmt: skip
+        result = plan_serving(name, m, d, flags.devices, requests=read("requests"), lengths=lengths, precision=flags.precision)
     elif flags.extra:
         tuning = optional("tokens") or 1e7
         tokens = {"lora:16": tuning, "full": tuning, "pretrain": 20.0 * m.params}

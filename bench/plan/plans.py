@@ -78,13 +78,13 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
 
 
 def plan_serving(
-    name: str, m: Any, d: Any, devices: int, *, requests: float, lengths: Sequence[float], slots: int, precision: str
+    name: str, m: Any, d: Any, devices: int, *, requests: float, lengths: Sequence[float], precision: str
 ) -> Answer:
     """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of prompt and answer, and the
     cached share of prompts. Raises UserError when one request does not fit."""
     prompt, answer, cached = lengths
     load = lambda slots: serving(m, d, *PRECISIONS[precision], devices, slots, prompt, answer, cached)
-    most, fit = load(slots), fit_serving()
+    most, fit = load(SLOTS), fit_serving()
     if not most["fits"]:
         bits, kv_bits = PRECISIONS[precision]
         weights, cache = m.params * bits / 8, (prompt + answer) * m.layers * m.kv_width * kv_bits / 4

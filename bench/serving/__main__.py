@@ -15,12 +15,12 @@ import sys
 
 from bench.cli import Json, print_table, progress, run_bench
 from engine.device import device_name, start_jax
-from engine.format import money, si
+from engine.format import si
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingFlags:
-    """Which model is served, in how many slots, with which weights, and at what price."""
+    """Which model is served, in how many slots, and with which weights."""
 
     model: str = "smollm2-135m-instruct"
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
@@ -30,8 +30,6 @@ class ServingFlags:
     """Tokens of prompt and completion together; by default the server's choice."""
     weights: str = "int8"
     """How its matrices are stored: int8, bfloat16 or float32."""
-    price: float = 0.10
-    """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     quick: bool = False
     """Fewer rounds and repetitions: rare cases show less."""
 
@@ -64,15 +62,10 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
         entry, ready = await server.model(), server.ready_seconds
         document: Json = {
             "model": entry["id"], "device": device_name(), "weights": flags.weights, "slots": slots,
-            "capacity": entry["max_model_len"], "quick": quick, "price_per_hour": flags.price, "first_ready_seconds": first,
-            "ready_seconds": ready, "ready_bar": READY_SECONDS, "ready_met": ready < READY_SECONDS, "throughput": [],
+            "capacity": entry["max_model_len"], "quick": quick, "first_ready_seconds": first,
+            "ready_seconds": ready, "ready_bar": READY_SECONDS, "ready_met": ready < READY_SECONDS,
         }  # fmt: skip
-        progress(f"  ready after {ready:.1f} s; throughput of one stream and of more")
-        for streams in sorted({1, 8, slots, 2 * slots}):
-            rate = await measure.throughput(server, streams, max(streams, 2) * (1 if quick else 3), streams)
-            usd = flags.price / 3600 / rate * 1e6
-            document["throughput"].append({"streams": streams, "tokens_per_second": rate, "usd_per_million_tokens": usd})
-        progress(f"the server beside its engine without a server, {rounds} rounds in turns")
+        progress(f"  ready after {ready:.1f} s; beside its engine without a server, {rounds} rounds in turns")
         engine = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
         row = await measure.compare_with_engine(server, engine, rounds)
         document["rows"] = [row]
@@ -96,10 +89,6 @@ def print_tables(document: Json) -> None:
         f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{unmet[document['ready_met']]}; "
         f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
     )
-    print_table("Throughput in a closed loop", ("streams", "tokens/s", "$ a million"), [
-        (str(row["streams"]), f"{row['tokens_per_second']:.0f}", money(row["usd_per_million_tokens"]))
-        for row in document["throughput"]
-    ])  # fmt: skip
     row = document["rows"][0]
     over = Ratio(row["ratio"], row["low"], row["high"])
     print(
@@ -107,9 +96,9 @@ def print_tables(document: Json) -> None:
         f"{over} of it, at least {row['bar']:g}{unmet[row['met']]}\n"
     )
     seconds = lambda of: f"{si(of['p50'], 's')}, p{of['tail_percentile']} {si(of['tail'], 's')}"
-    rate = document["saturated"]["requests_per_second"]
+    rate, made = document["saturated"].values()
     print_table(
-        f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix",
+        f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix, {made:.0f} tokens/s",
         ("load", "answered", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50"),
         [
             (f"{row['load']:.0%}", f"{row['answered']} of {row['requests']}", f"{row['tokens_per_second']:.0f}",

@@ -76,14 +76,6 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
     return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
-async def throughput(server: Server, streams: int, count: int, seed: int) -> float:
-    """Returns tokens a second of `count` greedy completions in a closed loop of `streams`."""
-    rng = random.Random(seed)
-    bodies = [_request(_random_tokens(rng, PROMPT_TOKENS)) for _ in range(count)]
-    completions, seconds = await closed_loop(server.client, bodies, streams)
-    return sum(completion.completion_tokens for completion in completions) / seconds
-
-
 def make_engine(name: str, weights: str, slots: int, capacity: int) -> Engine:
     """Returns the server's engine of a model, without a server; `weights`: int8, or the model's own type."""
     model = load(name)

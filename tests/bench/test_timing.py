@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.step.__main__ import StepFlags, measure_step
-from bench.timing import Ratio, Timing, describe_noise, measure, ratio
+from bench.timing import Timing, describe_noise, measure, ratio
 from engine.errors import UserError
 
 ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=6, max_size=15)
@@ -109,14 +109,6 @@ def test_a_call_too_short_for_the_clock_has_no_ratio():
 )  # fmt: skip
 def test_noise_is_said_in_words_of_the_worst(seconds, words):
     assert words in describe_noise({"quiet": Timing("quiet", (1.0,) * 5), "a": Timing("a", seconds)})
-
-
-def test_calls_that_do_different_amounts_are_compared_for_each_thing_they_did():
-    few, many = Timing("few", (2.0,) * 6), Timing("many", (8.0,) * 6)
-    assert ratio(few.scaled(1), many.scaled(1 / 16)).ratio == 4.0
-    assert many.scaled(1 / 16).spread == 0.0
-    assert str(Ratio(4.0, 3.9, 4.1)) == "4.00 (3.90 to 4.10)"
-    assert Ratio(4.0, 3.9, 4.1).fields() == {"ratio": 4.0, "low": 3.9, "high": 4.1}
 
 
 def test_the_record_of_experiments_holds_figures(capsys):
