@@ -151,10 +151,7 @@ class FineTuning(ModelStage):
         _clear_programs()
         batches = MeshBatches(self._batches())
         with self.console.task("compiling", always=True):
-            program = compile_step(
-                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, frozen, batches.at(0), self.objective,
-                plan.compiler_options,
-            )  # fmt: skip
+            program = compile_step(plan, state, frozen, batches.at(0), self.objective)
         _clear_programs()
         return TrainingSteps(
             program, frozen, batches, self._evaluator(QUICK_EXAMPLES), plan, loop_state, self.peak_flops,

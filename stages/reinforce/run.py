@@ -155,10 +155,7 @@ class ReinforcementLearning(ModelStage, Steps):
         empty = np.zeros(batch.tokens.shape, np.float32)
         rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
         with self.console.task("compiling training", always=True):
-            self.program = compile_step(
-                plan.cfg, plan.recipe.optimizer, plan.recipe.accumulate, state, self.frozen, rollouts,
-                grpo(self.clip, self.kl), plan.compiler_options,
-            )  # fmt: skip
+            self.program = compile_step(plan, state, self.frozen, rollouts, grpo(self.clip, self.kl))
         self.buffer_bytes = temporary_bytes(self.program)
         self._prepare_inference(state.trainable)
         return self

@@ -9,8 +9,7 @@ from jax.stages import Compiled
 
 from engine.allocator import make_room
 from engine.mesh.layout import batch_share, global_batch
-from engine.model.config import ModelConfig
-from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from engine.training.optimizer import make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.stage import Evaluator, LoopState, Steps
@@ -35,15 +34,19 @@ class MeshBatches:
 
 
 def compile_step(
-    cfg: ModelConfig, optimizer: OptimizerConfig, microbatches: int, state: TrainState, frozen: Any, batch: Any,
-    objective: Objective = NEXT_TOKEN, options: dict[str, Any] | None = None, on_traced: Callable[[], None] = lambda: None,
+    plan: RunPlan, state: TrainState, frozen: Any, batch: Any, objective: Objective = NEXT_TOKEN,
+    on_traced: Callable[[], None] = lambda: None,
 ) -> Compiled:  # fmt: skip
-    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); calls `on_traced` before XLA begins."""
+    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); calls `on_traced` before XLA begins.
+
+    The arguments may be shapes.
+    """
+    tx, microbatches = make_optimizer(plan.recipe.optimizer), plan.recipe.accumulate
     lowered = train_step.lower(
-        cfg, make_optimizer(optimizer), state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
-    )  # fmt: skip
+        plan.cfg, tx, state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
+    )
     on_traced()
-    return lowered.compile(options)
+    return lowered.compile(plan.compiler_options)
 
 
 def temporary_bytes(compiled: Compiled) -> int:

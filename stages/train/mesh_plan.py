@@ -30,7 +30,7 @@ from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan
+from stages.runs.estimate import Recipe, RunPlan
 from stages.runs.steps import compile_step
 
 COMMAND = ("-m", __name__)  # of the process that compiles
@@ -90,9 +90,8 @@ def _predict_seconds(plan: RunPlan, mesh: MeshShape, device: Accelerator, collec
 
 
 def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> dict[str, Any]:
-    cfg, recipe = plan.cfg.to_json() | {"scan": True}, plan.recipe  # a scan compiles one layer
-    shape = (recipe.batch, recipe.context)
-    request = json.dumps((cfg, dataclasses.asdict(recipe.optimizer), mesh, shape, recipe.accumulate)).encode()
+    cfg = plan.cfg.to_json() | {"scan": True}  # compiles one layer
+    request = json.dumps((cfg, dataclasses.asdict(plan.recipe), mesh)).encode()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={mesh.devices}"
     pipe, begin = subprocess.PIPE, time.monotonic()
     process = subprocess.Popen(
@@ -129,14 +128,15 @@ def compile_for_parent() -> None:
     """Compiles the step that a JSON on stdin describes, and prints a JSON of what is in it."""
     begin, parent = time.monotonic(), os.getppid()
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
-    fields, recipe, mesh, shape, accumulate = json.load(sys.stdin)
-    cfg, optimizer = ModelConfig.from_json(fields), OptimizerConfig(**recipe)
+    fields, recipe, mesh = json.load(sys.stdin)
+    cfg, optimizer = ModelConfig.from_json(fields), OptimizerConfig(**recipe["optimizer"])
+    plan = RunPlan("", cfg, Recipe(**recipe | {"optimizer": optimizer}), 0, None, None)
     start_jax("cpu")
+    shape = plan.recipe.batch, plan.recipe.context
     tokens, counts = np.zeros(shape, np.int32), np.zeros(shape, bool)
     with jax.set_mesh(make_mesh(MeshShape(*mesh))):
         state = sharded_shapes(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
-        batch = global_batch(Batch(tokens, tokens, counts, tokens))
-        program = compile_step(cfg, optimizer, accumulate, state, {}, batch)
+        program = compile_step(plan, state, {}, global_batch(Batch(tokens, tokens, counts, tokens)))
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     compiled = {
         "state": held,

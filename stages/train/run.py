@@ -196,13 +196,13 @@ class Training(Stage):
 
         Making a state does not: it waits until the step is traced, and goes on beside XLA.
         """
-        plan, recipe, traced = self.plan, self.plan.recipe, threading.Event()
+        plan, traced = self.plan, threading.Event()
         state, batch, mesh = sharded_shapes(self.begin), MeshBatches(self.batches).at(0), current_mesh()
 
         def compile_on_mesh() -> Any:
             try:
                 with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                    return compile_step(plan.cfg, recipe.optimizer, recipe.accumulate, state, {}, batch, on_traced=traced.set)
+                    return compile_step(plan, state, {}, batch, on_traced=traced.set)
             finally:
                 traced.set()
 
