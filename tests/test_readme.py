@@ -163,7 +163,8 @@ def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
     text = (ROOT / "stages" / "cluster" / name).read_text()
     line = re.search(r"-m stages\.train (.*(?:\n +--.*)*)", text)[1].replace("$JOB_COMPLETION_INDEX", "1")
     flags = tyro.cli(TrainFlags, args=shlex.split(line), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-    shape, recipe = parse_mesh(flags.mesh.mesh), chosen_recipe(flags, "gpu")
+    shape = parse_mesh(flags.mesh.mesh)
+    recipe = chosen_recipe(flags, "gpu", shape)
     check_mesh(shape, preset(flags.preset), recipe.batch, recipe.accumulate)
     assert shape.devices == devices
     assert f"({RESTART}|134|137" in text or "maxRestarts" in text, "the codes after one is killed"

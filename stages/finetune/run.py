@@ -48,7 +48,8 @@ def run(flags: FinetuneFlags, device: Device) -> int:
     intervals, examples = dataclasses.asdict(flags.folder), flags.examples
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
-    options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, mesh=flags.mesh.mesh)
+    mesh = choose_mesh(flags.mesh.mesh)
+    options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, mesh=mesh)
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
@@ -90,7 +91,7 @@ class FineTuning(ModelStage):
             least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
             self.plan = RunPlan(
                 flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
-                least_steps=least_steps, mesh=choose_mesh(options.mesh) or ONE_DEVICE,
+                least_steps=least_steps, mesh=options.mesh or ONE_DEVICE,
             )  # fmt: skip
             check_mesh(self.plan.mesh, cfg, tuning.batch, flags.microbatches)
             parts = tuning.batch // self.plan.mesh.row_shards
@@ -100,7 +101,8 @@ class FineTuning(ModelStage):
 
         if examples.general != "none":
             check_text_name(examples.general)
-        super().__init__(flags.model, lora, options.folder, console, read_template(examples.template), make_plan, options.mesh)
+        template, on_mesh = read_template(examples.template), options.mesh is not None
+        super().__init__(flags.model, lora, options.folder, console, template, make_plan, on_mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
             examples.data, examples.validation, tuning.objective, self.plan.recipe.context, flags.seed, self.chat, console

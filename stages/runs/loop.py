@@ -16,6 +16,7 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes
+from engine.mesh.shape import MeshShape
 from engine.storage import checkpoint
 from engine.storage.checkpoint import BackgroundSaver
 from engine.training.step import TrainState
@@ -40,7 +41,7 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `mesh`: as `--mesh` has it.
+    than EVALUATION_SHARE of the time. `mesh`: the devices that share a step, if there are several.
     """
 
     stage: str
@@ -52,7 +53,7 @@ class RunOptions:
     keep: int
     log_every: int = 1
     eval_every: int | float | None = None
-    mesh: str | None = None
+    mesh: MeshShape | None = None
 
 
 class StepTimer:

@@ -34,7 +34,7 @@ from engine.training.lora import init_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.mesh import choose_mesh, on_one_device
+from stages.runs.mesh import on_one_device
 from stages.runs.stage import Stage
 
 
@@ -49,11 +49,10 @@ class ModelStage(Stage):
 
     def __init__(
         self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
-        on_config: Callable[[ModelConfig], None] = lambda cfg: None, mesh: str | None = None,
+        on_config: Callable[[ModelConfig], None] = lambda cfg: None, on_mesh: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self.lora, self.folder, self.console = name, lora, folder, console
-        self.on_mesh = choose_mesh(mesh) is not None
-        with console.task(f"loading {name}") as report, host_memory(self.on_mesh):
+        self.name, self.lora, self.folder, self.console, self.on_mesh = name, lora, folder, console, on_mesh
+        with console.task(f"loading {name}") as report, host_memory(on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
         for path in (self.model.run, *self.model.bases):
             if path and path.resolve() == folder.resolve():

@@ -24,7 +24,7 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
 from stages.runs.loop import Loop, RunOptions
-from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here, refuse_different_runs
+from stages.runs.mesh import device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.stage import LoopState, RunReport, Stage
 
 
@@ -36,9 +36,8 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
             _print_plan(options, make_stage(console), console)
             console.print("A dry run: nothing was trained.")
             return 0
-        shape = choose_mesh(options.mesh)
-        mesh = make_mesh_here(shape) if shape else None
-        options = dataclasses.replace(options, device=device_with_mesh(options.device, shape))
+        mesh = make_mesh_here(options.mesh) if options.mesh else None
+        options = dataclasses.replace(options, device=device_with_mesh(options.device, options.mesh))
         holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation
         first = processes.is_first()
         with lock_run(options.folder) if first else contextlib.nullcontext():
@@ -59,7 +58,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         from stages.runs import previous_run  # which a new run does without
 
         previous = previous_run.find_previous_run(folder, facts, plan.cfg)
-    shared = {name: getattr(options, name) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
+    shared = {name: str(getattr(options, name)) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
     refuse_different_runs(facts, plan.cfg, shared, previous.loop_state.step if previous else 0)
     _print_plan(options, stage, console)
     if previous and previous.is_finished(plan):

@@ -19,7 +19,7 @@ from engine.format import duration, format_bytes, format_count, quantity
 from engine.inference.score import score
 from engine.mesh import processes
 from engine.mesh.layout import current_mesh, group_columns, sharded_shapes
-from engine.mesh.shape import ONE_DEVICE, check_mesh
+from engine.mesh.shape import ONE_DEVICE, MeshShape, check_mesh
 from engine.model.config import preset
 from engine.model.transformer import init_params
 from engine.text.windows import TextBatches
@@ -76,11 +76,11 @@ def recipe(preset: str, vocab: int) -> Recipe:
 def run(flags: TrainFlags, device: Device) -> int:
     intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
     folder = intervals.pop("out_dir") or default_folder(flags.preset, flags.text.data)
-    options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=flags.mesh.mesh)
+    options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=choose_mesh(flags.mesh.mesh))
     return execute(options, lambda console: Training(flags, options, console))
 
 
-def chosen_recipe(flags: TrainFlags, backend: str, resumed_batch: int | None = None) -> Recipe:
+def chosen_recipe(flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
     The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to a multiple of the devices
@@ -89,12 +89,10 @@ def chosen_recipe(flags: TrainFlags, backend: str, resumed_batch: int | None = N
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)
-    shape = choose_mesh(flags.mesh.mesh)
-    shards = shape.row_shards if shape else 1
-    batch = step.batch or resumed_batch or -(-base.batch // shards) * shards
+    batch = step.batch or resumed_batch or -(-base.batch // mesh.row_shards) * mesh.row_shards
     optimizer["kind"] = optimizer.pop("optimizer")
     chosen = _replace(
-        base.resize(batch, step.context or base.context, shards), tokenizer=flags.text.tokenizer,
+        base.resize(batch, step.context or base.context, mesh.row_shards), tokenizer=flags.text.tokenizer,
         accumulate=step.accumulate, scan=step.scan or backend != "cpu" or None, remat=step.remat or None,
         optimizer=_replace(base.optimizer, **optimizer),
     )  # fmt: skip
@@ -111,8 +109,9 @@ class Training(Stage):
     """Trains from random weights. Only the constructor reads the flags."""
 
     def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
-        text, length, resumed = flags.text, flags.length, recorded_batch(options.folder, options.overwrite)
-        recipe = chosen_recipe(flags, options.device.backend, resumed)
+        text, length, mesh = flags.text, flags.length, options.mesh or ONE_DEVICE
+        resumed_batch = recorded_batch(options.folder, options.overwrite)
+        recipe = chosen_recipe(flags, options.device.backend, mesh, resumed_batch)
         self.folder, self.console = options.folder, console
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
@@ -121,7 +120,6 @@ class Training(Stage):
         )  # fmt: skip
         self.default_length = not (length.max_time or length.steps)
         seconds = SECONDS if self.default_length else length.max_time
-        mesh = choose_mesh(options.mesh) or ONE_DEVICE
         self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds, mesh=mesh)
         check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
         optimizer, key = make_optimizer(recipe.optimizer), lambda: jax.random.key(plan.seed)
@@ -136,8 +134,8 @@ class Training(Stage):
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
             "recipe": dataclasses.asdict(recipe),
         }  # fmt: skip
-        self.ceilings = find_ceilings(console)
-        self.is_planned = bool(options.mesh and options.dry_run)  # for a mesh that need not be here
+        self.ceilings = mesh_ceilings(find_ceilings(console), mesh)
+        self.is_planned = bool(flags.mesh.mesh and options.dry_run)  # for a mesh that need not be here
         self.accelerator = flags.accelerator
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
@@ -152,9 +150,8 @@ class Training(Stage):
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe = self.plan, self.data, self.plan.cfg, self.plan.recipe
-        ceilings = mesh_ceilings(self.ceilings, plan.mesh)
-        params, top = count_params(cfg), ceilings.peak_flops(cfg.dtype)
-        steps, long = plan.predict(predict_step_seconds(plan, ceilings))
+        params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
+        steps, long = plan.predict(predict_step_seconds(plan, self.ceilings))
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
         accumulated = f", {recipe.accumulate} parts at a time" if recipe.accumulate > 1 else ""
@@ -216,7 +213,7 @@ class Training(Stage):
             program = self.compiling.result()
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
-        top = mesh_ceilings(self.ceilings, plan.mesh).peak_flops(plan.cfg.dtype)
+        top = self.ceilings.peak_flops(plan.cfg.dtype)
         return TrainingSteps(program, {}, MeshBatches(self.batches), evaluator, plan, loop_state, top, ADVICE)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
@@ -234,7 +231,7 @@ class Training(Stage):
                     file.write(text.encode())
         else:
             text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
-        mfu = step * plan.step_flops / seconds / mesh_ceilings(self.ceilings, plan.mesh).peak_flops(cfg.dtype)
+        mfu = step * plan.step_flops / seconds / self.ceilings.peak_flops(cfg.dtype)
         doubt_ceilings(mfu)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
