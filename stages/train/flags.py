@@ -74,19 +74,13 @@ class OptimizerFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class MonitoringFlags:
-    """How often a run evaluates."""
-
-    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
-    """Steps (200) or training time (30s) between quick evaluations on the validation text."""
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainFolderFlags(FolderFlags):
-    """The run folder, and how often it is written."""
+    """The run folder, how often it is written, and how often the run evaluates."""
 
     log_every: Annotated[int, COUNT] = 10
     """Steps between lines of metrics.jsonl."""
+    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
+    """Steps (200) or training time (30s) between quick evaluations on the validation text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +91,6 @@ class TrainFlags(RunFlags):
     length: LengthFlags
     step: StepFlags
     optimizer: OptimizerFlags
-    monitoring: MonitoringFlags
     folder: TrainFolderFlags
     mesh: MeshFlags
     preset: Annotated[tyro.conf.Positional[str], parser(preset_name, "PRESET")] = "demo"

@@ -74,7 +74,7 @@ def recipe(preset: str, vocab: int) -> Recipe:
 
 
 def run(flags: TrainFlags, device: Device) -> int:
-    intervals = dataclasses.asdict(flags.folder) | dataclasses.asdict(flags.monitoring)
+    intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(flags.preset, flags.text.data)
     options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=choose_mesh(flags.mesh.mesh))
     return execute(options, lambda console: Training(flags, options, console))
