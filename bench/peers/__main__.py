@@ -38,10 +38,6 @@ class PeersFlags:
     """Of serving: a .gguf file, or that named model."""
     new: int = 97
     """Tokens to generate in the decode rows of serving; the first one counts as prefill."""
-    keys_values: Literal["bfloat16", "float32", "int8"] = "bfloat16"
-    """The type of the KV cache in serving."""
-    price: float = 0.10
-    """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     rounds: int = 9
     """Interleaved rounds, at least 6; the median counts."""
     quick: bool = False
@@ -73,15 +69,7 @@ def measure_peers(flags: PeersFlags) -> Json:
                 for dtype in flags.dtypes:
                     rows += measure_training(shape, dtype, flags.rounds, peer, Path(folder), absent)
     if "serving" in flags.of:
-        rows += measure_streams(
-            flags.model,
-            flags.peer_python,
-            absent,
-            new=flags.new,
-            rounds=flags.rounds,
-            price=flags.price,
-            keys_values=flags.keys_values,
-        )
+        rows += measure_streams(flags.model, flags.peer_python, absent, new=flags.new, rounds=flags.rounds)
     return {"rows": rows, "absent": absent}
 
 

@@ -62,14 +62,7 @@ MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
 def measure_streams(
-    model_name: str,
-    peer_python: Path | None,
-    absent: list[dict[str, str]],
-    *,
-    new: int,
-    rounds: int,
-    price: float,
-    keys_values: Any,
+    model_name: str, peer_python: Path | None, absent: list[dict[str, str]], *, new: int, rounds: int
 ) -> list[Json]:
     """Times each row on one .gguf file; prints and returns the rows, and notes in `absent` that there is no peer. Raises
     UserError without such a file. Options are the flags of `bench.peers`."""
@@ -89,7 +82,7 @@ def measure_streams(
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
     starts = (place * (len(text) // 32) for place in range(32))
     passages = [model.tokenizer.encode(text[start : start + 4096]).tolist()[:512] for start in starts]
-    print(f"{model.name}, int8 weights, {keys_values} keys and values", flush=True)
+    print(f"{model.name}, int8 weights", flush=True)
     rows = []
     with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", MAKE_VENV) as peer:
         for row in ROWS:
@@ -97,9 +90,9 @@ def measure_streams(
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
             prefills = row.name.startswith("prefill")
             tokens = 2 if prefills else new
-            calls = {"ours": stream_call(model.cfg, weights, prompts, tokens, keys_values)}
+            calls = {"ours": stream_call(model.cfg, weights, prompts, tokens)}
             if row.streams == 1 and not prefills and not problem:
-                calls["by_xla"] = stream_call(model.cfg, by_xla, prompts, tokens, keys_values)
+                calls["by_xla"] = stream_call(model.cfg, by_xla, prompts, tokens)
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=tokens)
             rows += measure_calls(
@@ -107,7 +100,6 @@ def measure_streams(
                 calls,
                 {"ours": row.required_ratio},
                 rounds,
-                price,
                 streams=row.streams,
                 prefilled=row.prompt if prefills else 0,
             )
@@ -115,10 +107,10 @@ def measure_streams(
         ends = {*model.eos_ids, *chat.eot_ids}
         for name, texts in read_prompts().items():
             prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
-            calls = chat_calls(model.cfg, weights, prompts, most, ends, keys_values)
+            calls = chat_calls(model.cfg, weights, prompts, most, ends)
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
-            rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), ROUNDS, price)
+            rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), ROUNDS)
         chat.close()
     return rows
 
@@ -142,9 +134,9 @@ def _peer_call(peer: Peer, file: Path, **spec: Any) -> Call:
     return call
 
 
-def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_dtype: Any) -> Call:
+def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> Call:
     """Returns a call of `Engine` with a slot for each stream, without draft tokens."""
-    engine = Engine(cfg, weights, EngineConfig(len(prompts), CAPACITY, kv_dtype=kv_dtype, speculate=False))
+    engine = Engine(cfg, weights, EngineConfig(len(prompts), CAPACITY, speculate=False))
     engine.warm()
 
     def call() -> Json:
@@ -178,9 +170,7 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int, kv_d
     return call
 
 
-def chat_calls(
-    cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int], kv_dtype: Any
-) -> dict[str, Call]:
+def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int]) -> dict[str, Call]:
     """Returns the calls `plain` and `speculative`, which answer one prompt after another.
 
     Both have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
@@ -205,7 +195,7 @@ def chat_calls(
 
     calls: dict[str, Call] = {}
     for name in ("plain", "speculative"):
-        engine = Engine(cfg, weights, EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=kv_dtype, speculate=name != "plain"))
+        engine = Engine(cfg, weights, EngineConfig(1 + DRAFT_ROWS, capacity, speculate=name != "plain"))
         engine.warm()
         calls[name] = functools.partial(call, engine)
     return calls
@@ -216,7 +206,6 @@ def measure_calls(
     calls: Mapping[str, Call],
     required: Mapping[str, float | None],
     rounds: int,
-    price: float,
     *,
     streams: int = 1,
     prefilled: int = 0,
@@ -252,7 +241,6 @@ def measure_calls(
                 "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
                 **peer.fields(),
                 "must": least,
-                "usd_per_million_tokens": price / 3600 / rate * 1e6,
             }
         )
         line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"

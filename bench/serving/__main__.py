@@ -26,8 +26,6 @@ class ServingFlags:
     """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
     slots: int = 8
     """Requests the server answers at the same time."""
-    capacity: int | None = None
-    """Tokens of prompt and completion together; by default the server's choice."""
     weights: str = "int8"
     """How its matrices are stored: int8, bfloat16 or float32."""
     quick: bool = False
@@ -41,7 +39,6 @@ def measure_serving(flags: ServingFlags) -> Json:
     """Measures the server, prints the tables, and returns the document, in which a bar may be unmet."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
-    server_flags += ["--capacity", str(flags.capacity)] if flags.capacity else []
     document = asyncio.run(_measure(flags, server_flags))
     print_tables(document)
     return document

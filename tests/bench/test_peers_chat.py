@@ -19,18 +19,18 @@ def test_the_prompts_are_two_sets_and_nobody_trains_on_them():
 def test_chats_are_answered_with_and_without_speculation_by_the_same_tokens(capsys):
     cfg = tiny_config()
     prompts = [[1, 2, 3] * 5, [4, 5, 6, 7, 4, 5], [8]]
-    calls = chat_calls(cfg, prepare_params(cfg, lively_params(cfg)), prompts, 9, {3}, "float32")
+    calls = chat_calls(cfg, prepare_params(cfg, lively_params(cfg)), prompts, 9, {3})
     plain, speculative = calls["plain"](), calls["speculative"]()
     assert plain["tokens"] == speculative["tokens"]
     assert [len(tokens) for tokens in plain["tokens"] if 3 not in tokens] == [9] * 3
     assert 0 < speculative["steps"] <= plain["steps"]
     required = {"plain": None, "speculative": 1.3}
     peer = lambda: {"decode": 1.0, "decoded": 24, "tokens": [[0] * 9] * 3}
-    rows = measure_calls("repeating", calls | {"peer": peer}, required, 6, 0.1)
+    rows = measure_calls("repeating", calls | {"peer": peer}, required, 6)
     assert [row["name"] for row in rows] == ["repeating_plain", "repeating_speculative"]
     assert rows[0]["peer_tokens_per_second"] == pytest.approx(24)
     assert rows[1]["tokens_per_step"] >= 1
     assert "of plain" in capsys.readouterr().out
     other = {**speculative, "tokens": [[0, 1]] * 3}
     with pytest.raises(ValueError, match="changed a token"):
-        measure_calls("ordinary", calls | {"speculative": lambda: other}, required, 6, 0.1)
+        measure_calls("ordinary", calls | {"speculative": lambda: other}, required, 6)
