@@ -10,8 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jinja2
-
 from bench.cli import Json
 from bench.plan import formulas
 from bench.plan.answer import POWER
@@ -19,6 +17,7 @@ from bench.plan.fits import SLOTS, fit_serving
 from bench.plan.model import job
 from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, PRECISIONS
 from bench.plan.validate import validation
+from bench.report.templates import environment
 from engine.files import atomic_file
 from engine.model.config import ModelConfig
 
@@ -31,8 +30,6 @@ _OPERATORS: dict[type, str] = {
 
 def write_page(folder: Path, document: Json, models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Path:
     """Writes `folder`/plan.html and returns its path. `devices`: of `hardware.numbers`; the sliders begin at `state`."""
-    here = Path(__file__).parent
-    loader = jinja2.FileSystemLoader([here, here.parent / "report"])
     data = {
         "models": {
             name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in METHODS} for name, cfg in models.items()
@@ -43,7 +40,7 @@ def write_page(folder: Path, document: Json, models: dict[str, ModelConfig], dev
         "adapter": ADAPTER_BOUND, "state": state, "law": vars(LAW),
     }  # fmt: skip
     text = (
-        jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment(Path(__file__).parent)
         .get_template("page.html.j2")
         .render(formulas=javascript(formulas), data=json.dumps(data), document=document, validation=validation())
     )

@@ -238,29 +238,30 @@ def costs(of: Evidence) -> Judgement:
 
 def caching(of: Evidence) -> Judgement:
     gain, (seconds, tokens) = of.time_ratio("uncached", "decode alone"), of.uncached
-    value = (
-        f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {of.seconds('decode alone')} with one: "
-        f"{gain.format(times)}."
+    return _of_gain(
+        gain,
+        f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {of.seconds('decode alone')} with one",
     )
-    return judge_gain(gain), value, {"off_over_on": gain}
 
 
 def prefix_cache(of: Evidence) -> Judgement:
-    gain = of.time_ratio("chunked prefill into a slot", "prefix-cache hit")
-    value = (
+    return _of_gain(
+        of.time_ratio("chunked prefill into a slot", "prefix-cache hit"),
         f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, and {of.seconds('prefix-cache hit')} to copy into "
-        f"its slot where a prompt that began alike was read before: {gain.format(times)}."
+        "its slot where a prompt that began alike was read before",
     )
-    return judge_gain(gain), value, {"off_over_on": gain}
 
 
 def batching(of: Evidence) -> Judgement:
-    gain = of.time_ratio("decode alone", "decode with 32 slots")
-    value = (
+    return _of_gain(
+        of.time_ratio("decode alone", "decode with 32 slots"),
         f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
-        f"{of.seconds('decode with 32 slots')} among 32: {gain.format(times)}."
+        f"{of.seconds('decode with 32 slots')} among 32",
     )
-    return judge_gain(gain), value, {"off_over_on": gain}
+
+
+def _of_gain(gain: Ratio, words: str) -> Judgement:
+    return judge_gain(gain), f"{words}: {gain.format(times)}.", {"off_over_on": gain}
 
 
 def quantisation(of: Evidence) -> Judgement:
