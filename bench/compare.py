@@ -86,7 +86,7 @@ def compare_ratios(name: str, before: Interval, after: Interval) -> Json:
     over = Ratio(after[0] / before[0], after[1] / before[2], after[2] / before[1])
     verdict = {True: "larger", False: "smaller", None: "undecided"}[over.exceeds(1)]
     return {
-        "name": name, **over.fields(), "before": str(Ratio(*before)), "after": str(Ratio(*after)), "words": str(over),
+        "name": name, **over._asdict(), "before": str(Ratio(*before)), "after": str(Ratio(*after)), "words": str(over),
         "verdict": verdict,
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ fair coins gives k (David and Nagaraja, Order Statistics, 2003, section 7.1). A 
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,8 @@ class Timing:
     @property
     def spread(self) -> float:
         """The interquartile range, in seconds: it describes the machine's noise and judges nothing."""
-        return _interquartile(self.seconds)
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
 
     def scaled(self, factor: float) -> "Timing":
         """Returns the rounds times a factor: with 1 / tokens, calls of different amounts compare."""
@@ -43,12 +44,14 @@ MIN_ROUNDS = 6  # with fewer, not even the lowest and the highest ratio enclose 
 
 
 class Ratio(NamedTuple):
-    """The median of the rounds' ratios and its 95% interval; the interval, or all three, are None where `noisy` says why."""
+    """The median of the rounds' ratios and its 95% interval, which is None with fewer than MIN_ROUNDS rounds.
+
+    All three are None where a call was too short for the clock, or was not measured.
+    """
 
     ratio: float | None
     low: float | None = None
     high: float | None = None
-    noisy: str | None = None
 
     def exceeds(self, threshold: float) -> bool | None:
         """Whether the ratio is above a threshold; None where the interval holds the threshold or is not known."""
@@ -58,8 +61,7 @@ class Ratio(NamedTuple):
 
     def scaled(self, factor: float) -> "Ratio":
         """Returns the ratio times a factor above 0."""
-        ratio, low, high = (None if number is None else number * factor for number in self[:3])
-        return Ratio(ratio, low, high, self.noisy)
+        return Ratio(*(None if number is None else number * factor for number in self))
 
     def format(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
         """Formats the ratio and its interval, each number by `write`: `1.14 (1.10 to 1.18)`."""
@@ -71,10 +73,6 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         return self.format()
-
-    def fields(self) -> dict[str, Any]:
-        """Returns the fields for a JSON row, `noisy` only if set."""
-        return {name: value for name, value in self._asdict().items() if name != "noisy" or value}
 
 
 def measure(
@@ -116,12 +114,11 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     if rounds != len(b.seconds):
         raise ValueError(f"{a.name} has {rounds} rounds, {b.name} has {len(b.seconds)}: not measured together")
     if min(*a.seconds, *b.seconds) <= 0:
-        return Ratio(None, noisy=f"{a.name} / {b.name}: too short for the clock; repeat it inside one call.")
+        return Ratio(None)
     ratios = sorted(x / y for x, y in zip(a.seconds, b.seconds))
     middle = math.exp(statistics.median(map(math.log, ratios)))
     if rounds < MIN_ROUNDS:
-        few = f"{a.name} / {b.name}: {rounds} rounds are too few to judge; measure {MIN_ROUNDS} or more."
-        return Ratio(middle, noisy=few)
+        return Ratio(middle)
     rank = int(binom.ppf(0.025, rounds, 0.5))  # at most 2.5% of medians lie below the ratio of this rank, counted from 1
     return Ratio(middle, ratios[rank - 1], ratios[-rank])
 
@@ -135,10 +132,3 @@ def describe_noise(timings: Mapping[str, Timing]) -> str:
     if shares[worst] <= 0.2:
         advice = "a quiet moment" if shares[worst] <= 0.05 else "some noise: trust the ratios before the seconds"
     return f"The middle half of {rounds} interleaved rounds spans {shares[worst]:.0%} of the median at worst: {advice}."
-
-
-def _interquartile(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low

@@ -239,20 +239,20 @@ def measure_calls(
                 "streams": streams,
                 "tokens_per_second": rate,
                 "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
-                **peer.fields(),
+                **peer._asdict(),
                 "must": least,
             }
         )
         line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"
         if way == "speculative":
             per_step = results[way]["decoded"] / results[way]["steps"]
-            rows[-1] |= {"tokens_per_step": per_step, "over_plain": over("plain").fields(), "over_plain_must": NEVER_BELOW}
+            rows[-1] |= {"tokens_per_step": per_step, "over_plain": over("plain")._asdict(), "over_plain_must": NEVER_BELOW}
             line += f", {per_step:.2f} a step; {held_to(over('plain'), NEVER_BELOW)} of plain"
         if "peer" in timings:
             line += f"; llama.cpp {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
         if "by_xla" in timings:
             rows[-1] |= {
-                "native": over("by_xla").fields(),
+                "native": over("by_xla")._asdict(),
                 "native_same": results["by_xla"]["tokens"] == results[way]["tokens"],
             }
             line += f"; without the kernel in C {1 / timings['by_xla'].median:.0f}: {over('by_xla')} times"

@@ -75,7 +75,7 @@ def measure_training(
                 "peer_seconds": theirs,
                 "tokens_per_second": tokens / ours,
                 "peer_tokens_per_second": tokens / theirs,
-                **over.fields(),
+                **over._asdict(),
                 "gflops": flops / ours / 1e9,
                 "peer_gflops": flops / theirs / 1e9,
                 "loss": losses[OURS],

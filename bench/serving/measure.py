@@ -113,7 +113,7 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
     first = await server.client.post("/detokenize", {"tokens": next(iter(output.values()))})
     over, made = ratio(timings["engine"], timings["server"]), slots * NEW_TOKENS
-    return over.fields() | {
+    return over._asdict() | {
         "name": f"server_against_offline_{slots}",
         "tokens_per_second": made / timings["server"].median,
         "peer_tokens_per_second": made / timings["engine"].median,

@@ -306,5 +306,5 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the re
 def _plain(numbers: Any) -> Any:
     """Returns the numbers as JSON has them, each ratio as an object of its own."""
     if isinstance(numbers, Ratio):
-        return numbers.fields()
+        return numbers._asdict()
     return {name: _plain(value) for name, value in numbers.items()} if isinstance(numbers, dict) else numbers

@@ -74,5 +74,5 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
     print(f"a step beside the write takes {over} of a step alone")
     return {
         "preset": preset_name, "state_bytes": size, "interval": interval, "seconds": medians, "shares_of_interval": shares,
-        "beside_over_alone": over.fields(), "rounds": rows,
+        "beside_over_alone": over._asdict(), "rounds": rows,
     }  # fmt: skip

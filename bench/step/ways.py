@@ -132,11 +132,11 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
             {
                 "name": way,
                 "ms_per_step": seconds * 1e3,
-                "over_first": over.fields(),
+                "over_first": over._asdict(),
                 "flops_over_first": flops / ways[first].flops,
                 "tokens_per_second": tokens / seconds,
                 "gflops": flops / seconds / 1e9,
-                "of_matmul": share.fields(),
+                "of_matmul": share._asdict(),
                 "trainable": trainable,
                 "predicted_bytes": predicted,
                 "xla_bytes": peak,

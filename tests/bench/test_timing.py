@@ -90,16 +90,12 @@ def test_fifteen_rounds_find_a_difference_of_five_percent():
 def test_too_few_rounds_give_a_ratio_without_an_interval_and_decide_nothing():
     result = ratio(Timing("a", (2.0,) * 5), Timing("b", (1.0,) * 5))
     assert (result.ratio, result.low, result.exceeds(1.0)) == (2.0, None, None)
-    assert (str(result), result.noisy) == (
-        "2.00 (too few rounds to judge)", "a / b: 5 rounds are too few to judge; measure 6 or more."
-    )  # fmt: skip
-    assert result.fields() == result._asdict()
+    assert str(result) == "2.00 (too few rounds to judge)"
 
 
 def test_a_call_too_short_for_the_clock_has_no_ratio():
     result = ratio(Timing("a", (1.0,) * 6), Timing("b", (0.0, *(1.0,) * 5)))
     assert (result.ratio, str(result)) == (None, "not measured")
-    assert "too short for the clock" in result.noisy
 
 
 @pytest.mark.parametrize(
