@@ -9,19 +9,18 @@ from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine, complete
 from engine.inference.request import SamplingParams
-from engine.model.weights.int8 import matmul_rules, quantize
+from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
 
-ROWS, CAPACITY, CHUNK, MAX_TOKENS = 5, 64, 7, 11
+CAPACITY, MAX_TOKENS = 64, 11
 
 
 @functools.cache
-def served_model(weights: str, tied: bool = False):
-    """(cfg, params) as they are served; with weights in "int8" (W8A8) or "full" (int8 weights alone) in bfloat16."""
-    quantized = weights in ("int8", "full")
-    cfg = tiny_config(dtype="bfloat16" if quantized else weights, tied=tied)
+def served_model(weights: str):
+    """(cfg, params) as they are served; with weights in int8 in bfloat16."""
+    cfg = tiny_config(dtype="bfloat16" if weights == "int8" else weights)
     params = lively_params(cfg)
-    return cfg, prepare_params(cfg, quantize(params, matmul_rules(params, weights)) if quantized else params)
+    return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -138,6 +138,7 @@ DAMAGE = {
         "another model.*ffff.*0123456789abcdef.*trained on 'tiny'",
     ),
     "another rank": (rewritten(r=4), "and its rank 4"),
+    "rank 0": (rewritten(r=0), "should be at least 1"),
     "no rank": (rewritten(r=None), "does not say r"),
     "scale not finite": (rewritten(lora_alpha=float("nan")), "lora_alpha should be one number of ordinary size"),
     "another type": (rewritten(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),

@@ -141,6 +141,7 @@ def scaled(**changes):
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
         ({"num_attention_heads": 10}, ["not a multiple of heads 10"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
+        ({"rope_scaling": "llama3"}, ["rope_scaling should be an object"]),
         (scaled(beta_fast=32), ["'beta_fast'"]),
         (scaled(factor=None), ["factor"]),
         (scaled(low_freq_factor=4.0), ["low_freq_factor below high_freq_factor"]),

@@ -70,6 +70,7 @@ MALFORMED = [
     (blob(b"[" * 100_000), "damaged"),
     (blob(b'{"a": ' + b"9" * 10_000 + b"}"), "damaged"),
     (blob(b'{"a": {}, "a": {}}'), "twice"),
+    (blob({"__metadata__": {"format": 1234}}), "no texts"),
     (blob({"a": 3}), "'a'"),
     (blob({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)), "'a'"),
     (blob({"a": entry(0, 4, [1]) | {"sparse": True}}, bytes(4)), "'a'"),
