@@ -51,9 +51,16 @@ def test_every_program_lowers_and_no_weight_is_given_away(platform):
         program = exported(name, platform)
         assert program.platforms == (platform,)
         if name in INFERENCE:
-            assert not weights_given_away(program, make(name, TARGETS[platform], QWEN3).arguments[1]), name
+            function, arguments, _ = make(name, TARGETS[platform], QWEN3)
+            assert not weights_given_away(program, arguments[1]), name
+            assert not donates_weights(function, arguments), name
         known = {"tpu_custom_call"} if platform == "tpu" else set()
         assert platform == "cpu" or set(kernels(program)) <= known, name
+
+
+def donates_weights(function, arguments) -> bool:
+    """Whether the first argument that is not static is donated, though no result may be as large."""
+    return any(info.donated for info in jax.tree.leaves(function.trace(*arguments).args_info[0][0]))
 
 
 def test_the_check_sees_what_is_given_away():
@@ -62,6 +69,7 @@ def test_the_check_sees_what_is_given_away():
     assert weights_given_away(export(updating, (params,), "tpu"), params)[:2] == ["argument 0", "argument 1"]
     returning = jax.jit(lambda params: (params["a"].sum(), params["b"]))
     assert weights_given_away(export(returning, (params,), "cpu"), params) == ["argument 1", "a result (5,)"]
+    assert donates_weights(jax.jit(lambda params: params["a"].sum(), donate_argnums=0), (params,))
     like = jax.jit(lambda params: params["a"] + params["b"].sum())
     assert weights_given_away(export(like, (params,), "cpu"), params) == ["a result (2, 3)"]
 
