@@ -80,7 +80,7 @@ def check_training(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iter
     for kind, segments in (("", None), (", packed", documents)):
         batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, TOKENS), bool), positions, segments)
         step = jax.jit(functools.partial(loss_and_gradient, cfg, frozen={}, batch=batch))
-        ours, theirs = (_on(place, step, params) for place in (device, cpu))
+        ours, theirs = (on_device(place, step, params) for place in (device, cpu))
         for name, here, there in zip(("loss", "gradient"), ours, theirs):
             worst = max(map(_difference, jax.tree.leaves(here), jax.tree.leaves(there)))
             yield Check(f"{name}{kind}", worst, TOLERANCES[cfg.dtype])
@@ -91,7 +91,7 @@ def check_prefill(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Itera
     tokens = np.random.default_rng(2).integers(0, cfg.vocab, (ROWS, 64), dtype=np.int32)
     lengths = np.linspace(5, 64, ROWS).astype(np.int32)
     read = lambda params: prefill(cfg, prepare_params(cfg, params), tokens, lengths, make_cache(cfg, ROWS, 64))[0]
-    yield Check("prefill", _difference(_on(device, read, params), _on(cpu, read, params)), TOLERANCES[cfg.dtype])
+    yield Check("prefill", _difference(on_device(device, read, params), on_device(cpu, read, params)), TOLERANCES[cfg.dtype])
 
 
 def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterator[Check]:
@@ -103,7 +103,7 @@ def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterat
         completions = complete(cfg, prepare_params(cfg, params), prompts, sampling, TOKENS)
         return [completion.tokens for completion in completions]
 
-    pairs = list(zip(_on(device, answers, params), _on(cpu, answers, params), strict=True))
+    pairs = list(zip(on_device(device, answers, params), on_device(cpu, answers, params), strict=True))
     yield Check("greedy tokens", sum(a != b for a, b in pairs) / len(pairs), 0)
 
 
@@ -115,7 +115,7 @@ def check_serving(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Itera
     yield Check("weights that serving changes", weights_moved, 0)
 
 
-def _on(device: Any, f: Callable[[Any], Any], params: Any) -> Any:
+def on_device(device: Any, f: Callable[[Any], Any], params: Any) -> Any:
     """Returns f(params) as computed on a device, as NumPy arrays."""
     with jax.default_device(device):
         return jax.tree.map(np.asarray, f(jax.device_put(params, device)))

@@ -20,7 +20,7 @@ class Drafter:
     def __init__(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the position after them, the last time
-        self._measured = [[2.0, 2.0] for _ in CHANCES]  # for each length: tokens right, and expected to be
+        self.measured = [[2.0, 2.0] for _ in CHANCES]  # for each length: tokens right, and expected to be
         self._share = 2 * MIN_SHARE
         for token in text:
             self._append(token)
@@ -31,8 +31,8 @@ class Drafter:
             length, draft = self._match(self._text[-len(CHANCES) :])
             self._share = DECAY * self._share + (1 - DECAY) * (draft == token)
             if length:
-                right, expected = self._measured[length - 1]
-                self._measured[length - 1] = [DECAY * right + (draft == token), DECAY * expected + CHANCES[length - 1]]
+                right, expected = self.measured[length - 1]
+                self.measured[length - 1] = [DECAY * right + (draft == token), DECAY * expected + CHANCES[length - 1]]
             self._append(token)
 
     def draft(self, count: int) -> list[int]:
@@ -68,5 +68,5 @@ class Drafter:
     def _likelihood(self, length: int) -> float:
         if not length:
             return 0.0
-        right, expected = self._measured[length - 1]
+        right, expected = self.measured[length - 1]
         return min(CHANCES[length - 1] * right / expected, 1.0)

@@ -41,7 +41,7 @@ class _Group:
     ending = threading.Lock()
 
 
-_group = _Group()
+group = _Group()
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
 
 
@@ -82,11 +82,11 @@ def join(coordinator: str | None, processes: int | None, process: int | None, se
         ) from error
     finally:
         timer.cancel()
-    _group.client, _group.process, _group.processes = global_state.client, global_state.process_id, global_state.num_processes
-    threading.Thread(target=_watch, args=(_group.client,), daemon=True, name="peers").start()
-    refuse_differences({"--processes": str(_group.processes)})
-    _group.machines = len({*gather_strings(socket.gethostname())})
-    if _group.process:  # the console is process 0's; errors go to everyone's stderr
+    group.client, group.process, group.processes = global_state.client, global_state.process_id, global_state.num_processes
+    threading.Thread(target=_watch, args=(group.client,), daemon=True, name="peers").start()
+    refuse_differences({"--processes": str(group.processes)})
+    group.machines = len({*gather_strings(socket.gethostname())})
+    if group.process:  # the console is process 0's; errors go to everyone's stderr
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -118,17 +118,17 @@ def refuse_cluster(what: str) -> None:
 
 def is_first() -> bool:
     """Whether this is process 0, which writes files and prints."""
-    return _group.process == 0
+    return group.process == 0
 
 
 def process_count() -> int:
     """Returns the number of processes of this run."""
-    return _group.processes
+    return group.processes
 
 
 def machine_count() -> int:
     """Returns the number of machines that the processes run on, by their names."""
-    return _group.machines
+    return group.machines
 
 
 @contextlib.contextmanager
@@ -143,15 +143,15 @@ def process_0_first() -> Iterator[None]:
 
 def gather_strings(value: str = "", topic: str = "run") -> list[str]:
     """Returns every process's value, in every process, once all have called this. Threads need a topic each."""
-    if _group.client is None:
+    if group.client is None:
         return [value]
-    key, client = f"thrice/{topic}/{next(_calls[topic])}", _group.client
+    key, client = f"thrice/{topic}/{next(_calls[topic])}", group.client
     if is_first():
-        others = range(1, _group.processes)
+        others = range(1, group.processes)
         values = [value, *(client.blocking_key_value_get(f"{key}/{process}", 1000 * FOREVER) for process in others)]
         client.key_value_set(key, json.dumps(values))
         return values
-    client.key_value_set(f"{key}/{_group.process}", value)
+    client.key_value_set(f"{key}/{group.process}", value)
     return json.loads(client.blocking_key_value_get(key, 1000 * FOREVER))
 
 
@@ -169,7 +169,7 @@ def refuse_differences(facts: dict[str, str]) -> None:
 
 def refuse_unshared(folder: Path) -> None:
     """Raises UserError in every process when one does not see what process 0 writes in `folder`."""
-    if _group.client is None:
+    if group.client is None:
         return
     where = gather_strings(str(folder.absolute()))[0]
     mark = folder / gather_strings(f".shared-{os.getpid()}-{time.time_ns()}")[0]
@@ -188,7 +188,7 @@ def refuse_unshared(folder: Path) -> None:
 
 def gather_numbers(*numbers: float) -> list[list[float]]:
     """Returns the float32 `numbers` of every process, (processes, numbers), in every process. One collective."""
-    if _group.client is None:
+    if group.client is None:
         return [[*numbers]]
     import numpy as np
     from jax.experimental.multihost_utils import process_allgather
@@ -201,21 +201,21 @@ def end(code: int, sentence: str) -> None:
 
     Another that has ended before ends this one with its own code.
     """
-    if _group.client is None:
+    if group.client is None:
         return
     if code == MISTAKE and not is_first():
         time.sleep(SAME_MISTAKE_SECONDS)
     try:
-        _group.client.key_value_set(ENDED, json.dumps([_group.process, code, sentence]))
+        group.client.key_value_set(ENDED, json.dumps([group.process, code, sentence]))
     except Exception:  # another has said why before, which `_watch` is about to hear; or the service is gone
         time.sleep(TICK)
-    name = f"Process {_group.process}: " if _group.process else ""
+    name = f"Process {group.process}: " if group.process else ""
     _leave(code, "" if code > 128 else name + sentence)  # a signal's was printed before
 
 
 def end_for_error(error: Exception) -> None:
     """Ends all processes for an unexpected error in this one: with RESTART where it says that another one is gone."""
-    if _group.client is None:
+    if group.client is None:
         return
     text = (str(error).splitlines() or [""])[0][:200]
     if isinstance(error, RuntimeError | ValueError) and PEER_IS_GONE.search(text):
@@ -233,17 +233,17 @@ def _watch(client: Any) -> None:
             if "DEADLINE_EXCEEDED" not in str(error):
                 return  # this process has left the service
         else:
-            if process != _group.process:
+            if process != group.process:
                 _leave(code, f"Process {process} ended: {sentence}" if is_first() else "")
             return
 
 
 def _leave(code: int, sentence: str) -> None:
     """Prints the sentence, if any, and leaves past Python's and JAX's own way out, which waits for the other processes."""
-    if not _group.ending.acquire(blocking=False):
+    if not group.ending.acquire(blocking=False):
         time.sleep(60)  # another thread leaves
     with contextlib.suppress(OSError):
         os.write(2, f"error: {sentence}\n".encode() if sentence else b"")
-    if is_first() and _group.client is not None:
+    if is_first() and group.client is not None:
         time.sleep(TICK)
     os._exit(code)

@@ -190,11 +190,11 @@ def find_ceilings(console: Console) -> Ceilings:
     if saved := saved_ceilings():
         return saved
     with console.task("measuring this machine's ceilings, once", always=True) as report:
-        ceilings = (_measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
+        ceilings = (measure_in_subprocess() if jax.default_backend() == "cpu" else None) or measure_ceilings(report)
     return save_ceilings(ceilings)
 
 
-def _measure_in_subprocess() -> Ceilings | None:
+def measure_in_subprocess() -> Ceilings | None:
     """Returns the ceilings that another process measures; None when it fails."""
     command = [sys.executable, "-c", MEASURE_PROGRAM]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

@@ -116,14 +116,14 @@ class MetricsLog:
         try:
             size = self._path.stat().st_size
             try:
-                self._append(clean)
+                self.append(clean)
             except OSError:
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size)
-                self._append(clean)
+                self.append(clean)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error  # a full disk does not name the file
 
-    def _append(self, fields: dict[str, Any]) -> None:
+    def append(self, fields: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields) + "\n")

@@ -32,7 +32,7 @@ def test_a_failed_check_is_printed_and_is_exit_code_1(monkeypatch, capsys):
 def test_a_device_that_computes_something_else_is_seen(monkeypatch):
     """The processor's numbers come second: those of one leaf are moved by a thousandth of the largest."""
     monkeypatch.setattr(checks, "TOKENS", 16)
-    cfg, cpu, on, calls = tiny_config(), jax.devices("cpu")[0], checks._on, []
+    cfg, cpu, on, calls = tiny_config(), jax.devices("cpu")[0], checks.on_device, []
     assert all(check.holds for check in checks.check_training(cfg, lively_params(cfg), cpu, cpu))
 
     def moved(*arguments):
@@ -41,7 +41,7 @@ def test_a_device_that_computes_something_else_is_seen(monkeypatch):
         embed = gradient["embed"]
         return loss, gradient | {"embed": embed + 1e-3 * abs(embed).max() * (len(calls) % 2)}
 
-    monkeypatch.setattr(checks, "_on", moved)
+    monkeypatch.setattr(checks, "on_device", moved)
     holds = [check.holds for check in checks.check_training(cfg, lively_params(cfg), cpu, cpu)]
     assert holds == [True, False, True, False], "losses hold, gradients do not, packed or not"
 

@@ -37,7 +37,7 @@ def test_a_draft_is_what_followed_the_last_time_the_text_read_so(text, count):
 def test_only_what_is_measured_depends_on_when_tokens_came(text, more, count):
     drafter = Drafter(text)
     drafter.extend(more)
-    drafter._measured = Drafter(())._measured
+    drafter.measured = Drafter(()).measured
     assert drafter.draft(count) == Drafter([*text, *more]).draft(count)
 
 

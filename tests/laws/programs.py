@@ -150,10 +150,11 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 }  # fmt: skip
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
-    "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),
+    "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),  # noqa: SLF001
     "pack": lambda cfg: Program(library.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
     "scatter": lambda cfg: Program(
-        segmented._scatter, (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2))
+        segmented._scatter,  # noqa: SLF001
+        (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2)),
     ),
     **{name: engine_program(name) for name in ("clear_slot", "copy_slot", "set_token_counts", "read_chunk", "write_chunk")},
 }

@@ -15,6 +15,7 @@ from programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program
 from engine.mesh.shape import AXES
 from engine.model.attention import QUERY_BLOCK
 
+DISPATCH = importlib.import_module("jax._src.dispatch")
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
 ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "margins", "log-prob"))]
@@ -112,7 +113,7 @@ MESHED = ["train step, AdamW", "train step, LoRA", "train step, preference", "tr
 def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, platform, cudnn, monkeypatch):
     """No value around a kernel is as large as a device's share of a block of scores, none elsewhere as the whole block."""
     # JAX wants to see the devices where it meets cuDNN's primitives, though inside `shard_map` it does without.
-    monkeypatch.setattr(jax._src.dispatch, "prim_requires_devices_during_lowering", set())
+    monkeypatch.setattr(DISPATCH, "prim_requires_devices_during_lowering", set())
     trains, tensor = name not in INFERENCE, 2
     mesh = AbstractMesh((1, 2 if trains else 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     with jax.sharding.use_abstract_mesh(mesh):

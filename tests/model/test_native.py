@@ -115,7 +115,8 @@ def fresh(monkeypatch, tmp_path):
     """A cache folder in which nothing is built."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(library, "_load", functools.cache(library._load.__wrapped__))  # XLA takes one library in a process
+    load = functools.cache(library._load.__wrapped__)  # noqa: SLF001  XLA takes one library in a process
+    monkeypatch.setattr(library, "_load", load)
     return monkeypatch
 
 

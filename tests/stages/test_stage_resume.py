@@ -217,7 +217,7 @@ def test_the_stop_after_refusals_saves_and_says_which_batches_they_were(text, tm
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
     """What all processes do together, as saving, process 0 does too though it could not write its line."""
     folder = tmp_path / "run"
-    evaluate_and_save, together = loop.Loop._evaluate_and_save, []
+    evaluate_and_save, together = loop.Loop._evaluate_and_save, []  # noqa: SLF001
 
     def fill_the_disk() -> None:
         (folder / "metrics.jsonl").unlink()
@@ -238,16 +238,16 @@ def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp
 
 
 def test_a_line_of_metrics_that_is_refused_once_is_whole(tmp_path, monkeypatch):
-    log, append = MetricsLog(tmp_path, 0), MetricsLog._append
+    log, append = MetricsLog(tmp_path, 0), MetricsLog.append
     log.add(step=1, loss=2.5)
 
     def half(self: MetricsLog, fields: dict[str, Any]) -> None:
-        monkeypatch.setattr(MetricsLog, "_append", append)
+        monkeypatch.setattr(MetricsLog, "append", append)
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(MetricsLog, "_append", half)
+    monkeypatch.setattr(MetricsLog, "append", half)
     log.add(step=2, loss=2.25)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]

@@ -57,7 +57,7 @@ def measurements(tmp_path, monkeypatch):
     """An empty cache; a measurement takes one of these from the list."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     left = [HERE]
-    monkeypatch.setattr(estimate, "_measure_in_subprocess", lambda: left.pop(0))
+    monkeypatch.setattr(estimate, "measure_in_subprocess", lambda: left.pop(0))
     return left
 
 
@@ -73,7 +73,7 @@ def test_ceilings_are_measured_once(measurements):
 def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
     for code in ("print('no JSON')", "print('{}')", "1 / 0"):
         monkeypatch.setattr(estimate, "MEASURE_PROGRAM", code)
-        assert estimate._measure_in_subprocess() is None
+        assert estimate.measure_in_subprocess() is None
 
 
 def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
@@ -109,12 +109,12 @@ def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     with pytest.raises(UserError, match=r"on each of 4 devices, and"):
         need(mesh)
     assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE, "and its cores"
-    monkeypatch.setattr(processes._group, "processes", 2, raising=False)  # on one machine
+    monkeypatch.setattr(processes.group, "processes", 2, raising=False)  # on one machine
     assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
     with pytest.raises(UserError, match=r"on each of 4 devices, and"):
         need(mesh)
-    monkeypatch.setattr(processes._group, "machines", 2, raising=False)  # each on its own
+    monkeypatch.setattr(processes.group, "machines", 2, raising=False)  # each on its own
     assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 2 * HERE.bf16_gflops
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert estimate.mesh_ceilings(HERE, mesh.mesh).bf16_gflops == 4 * HERE.bf16_gflops

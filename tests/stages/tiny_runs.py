@@ -64,7 +64,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
     """Calls `act` in the middle of the loop, once a run has made so many steps."""
     from stages.runs.loop import Loop
 
-    count = Loop._count
+    count = Loop._count  # noqa: SLF001
 
     def counting(self: Loop, *args: Any) -> None:
         count(self, *args)

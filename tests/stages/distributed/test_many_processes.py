@@ -89,7 +89,7 @@ from stages.finetune import run
 from stages.runs import mesh
 connected, connect, finish = [], mesh.connect_devices, run.FineTuning.finish
 def note(path=FILE):
-    connected.append(sorted(key for key, _ in processes._group.client.key_value_dir_get_bytes("cpu:gloo/")))
+    connected.append(sorted(key for key, _ in processes.group.client.key_value_dir_get_bytes("cpu:gloo/")))
     open(path, "w").write(json.dumps(connected))
 mesh.connect_devices = lambda devices: (time.sleep(2), note(), connect(devices), note())[2]
 run.FineTuning.finish = lambda *arguments: (finish(*arguments), note())[0]
