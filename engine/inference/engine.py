@@ -48,7 +48,8 @@ class Engine:
             raise UserError(f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.")
         self.cfg, self.capacity = cfg, capacity
         self.config = dataclasses.replace(config, capacity=capacity)
-        self.scheduler = Scheduler(config.slots, config.speculate, config.rows)
+        self.rows = config.rows
+        self.scheduler = Scheduler(config.slots, config.speculate, self.rows)
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
         self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once
@@ -258,9 +259,9 @@ class Engine:
             stop = max(stop, first.cleared_positions)
             self.used_slots.update(batch.copies)
             self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
-        token: Any = np.zeros(self.config.rows, np.int32)
-        position: Any = np.full(self.config.rows, -1, np.int32)
-        sampling = [IDLE_SAMPLING] * self.config.rows
+        token: Any = np.zeros(self.rows, np.int32)
+        position: Any = np.full(self.rows, -1, np.int32)
+        sampling = [IDLE_SAMPLING] * self.rows
         for row in batch.rows:
             token[row.row], position[row.row] = row.token, row.position
             sampling[row.row] = row.sequence.request.sampling

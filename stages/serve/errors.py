@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from engine.errors import UserError
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its response
 REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 ERROR_TYPES = {
@@ -48,6 +49,13 @@ class ApiError(Exception):
 
 class ClientGone(Exception):
     """Raised when the client has left: nobody reads a reply."""
+
+
+def error_reply(error: Exception) -> Response:
+    """Returns the reply to a request that failed with this error."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return (error if isinstance(error, ApiError) else internal_error(error)).reply()
 
 
 def internal_error(error: BaseException) -> ApiError:

@@ -180,7 +180,7 @@ def test_wrong_methods(client, method):
     for route in ROUTES:
         if method == route.method or (method, route.method) == ("HEAD", "GET"):
             continue
-        reply = client.request(method, route.path.replace("{model:path}", "tiny"))
+        reply = client.request(method, route.path.replace("{model}", "tiny"))
         assert reply.status_code == 405
         assert route.method in reply.headers["allow"].split(", ")
         if method != "HEAD":

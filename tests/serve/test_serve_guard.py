@@ -23,7 +23,7 @@ def locked():
 
 
 def every_route() -> list[tuple[str, str]]:
-    return [(route.method, route.path.replace("{model:path}", "tiny")) for route in ROUTES if route.path not in OPEN]
+    return [(route.method, route.path.replace("{model}", "tiny")) for route in ROUTES if route.path not in OPEN]
 
 
 def send(server: TinyServer, method: str, target: str, headers: dict[str, str]) -> tuple[int, bytes]:

@@ -1,24 +1,20 @@
 """Makes the ASGI application from its ROUTES, of which the OpenAPI document is made too; has the short handlers."""
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from msgspec import UNSET
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route as StarletteRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stages.serve.api import openapi as schema
 from stages.serve.api import replies
 from stages.serve.api.completions import chat_completions, completions, encode_messages, json_reply
-from stages.serve.api.guard import CLIENT_CLOSED_REQUEST, NO_ROUTE, Guard
+from stages.serve.api.guard import Guard
 from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_body
-from stages.serve.errors import ApiError, ClientGone, internal_error
+from stages.serve.errors import ApiError
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 
@@ -95,14 +91,16 @@ async def attestation(state: ServerState, _: Request) -> Response:
 
 
 async def openapi(_: ServerState, http: Request) -> Response:
-    return Response(http.app.state.openapi, media_type="application/json")
+    return Response(http.app.openapi, media_type="application/json")
 
 
 async def page(_: ServerState, http: Request) -> Response:
-    html, policy = http.app.state.page
+    html, policy = http.app.page
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
 
+MODEL_PREFIX = "/v1/models/"
+MODEL_PATH = MODEL_PREFIX + "{model}"
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 
@@ -130,7 +128,7 @@ ROUTES = [
     Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions,
           CompletionRequest, replies.CompletionReply, (*BODY_ERRORS, 500), True),
     Route("GET", "/v1/models", "listModels", "The model that is served.", models, reply=replies.ModelList),
-    Route("GET", "/v1/models/{model:path}", "retrieveModel", "The model of that name.", model, reply=replies.ModelCard,
+    Route("GET", MODEL_PATH, "retrieveModel", "The model of that name.", model, reply=replies.ModelCard,
           errors=(404,)),
     Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokenize,
           TokenizeRequest, replies.TokenizeReply, BODY_ERRORS),
@@ -146,30 +144,37 @@ ROUTES = [
 ]  # fmt: skip
 
 
+class Api:
+    """The routes as an ASGI application, called with the path as the Guard has it. Raises ApiError, and what a handler does.
+
+    `page` and `openapi`: the documents of those routes.
+    """
+
+    def __init__(self, state: ServerState, version: str) -> None:
+        self._state, self.page, self.openapi = state, make_page(), schema.document(ROUTES, state.engine.cfg.vocab, version)
+        self._routes: dict[str, dict[str, Callable[..., Any]]] = {}
+        for route in ROUTES:
+            methods = self._routes.setdefault(route.path, {})
+            methods |= dict.fromkeys(("GET", "HEAD") if route.method == "GET" else (route.method,), route.handler)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"], path, method = self, scope["state"]["path"], scope["method"]
+        if path.startswith(MODEL_PREFIX):
+            scope["path_params"], path = {"model": path.removeprefix(MODEL_PREFIX)}, MODEL_PATH
+        methods = self._routes.get(path)
+        if methods is None:
+            raise ApiError(404, "There is no such route; /openapi.json lists them all.", code="not_found")
+        if method not in methods:
+            allowed = ", ".join(methods)
+            message = f"{scope['path']} is not asked for with {method}, but with {allowed}."
+            raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
+        response = await methods[method](self._state, Request(scope, receive))
+        await response(scope, receive, send)
+
+
 def make_app(
     state: ServerState, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str], version: str,
     log: str = "off",
 ) -> ASGIApp:  # fmt: skip
     """Returns the application that uvicorn runs; `keys`, `hosts`, `origins` and `log` are those of Guard."""
-    app = Starlette(
-        routes=[StarletteRoute(each.path, functools.partial(each.handler, state), methods=[each.method]) for each in ROUTES],
-        exception_handlers=dict.fromkeys((ApiError, ClientGone, HTTPException, Exception), _error_reply),
-    )
-    app.router.redirect_slashes = False
-    app.state.page = make_page()
-    app.state.openapi = schema.document(ROUTES, state.engine.cfg.vocab, version)
-    return Guard(app, keys, hosts, origins, log, state.metrics.count_response)
-
-
-async def _error_reply(http: Request, error: Exception) -> Response:
-    if isinstance(error, ClientGone):
-        return Response(status_code=CLIENT_CLOSED_REQUEST)  # to nobody
-    if isinstance(error, HTTPException):
-        message, code = error.detail, "not_found"
-        if error.status_code == 404:
-            message = NO_ROUTE
-        elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
-            message, code = f"{http.url.path} is not asked for with {http.method}, but with {allowed}.", "method_not_allowed"
-        error = ApiError(error.status_code, message, code=code, headers=error.headers)
-    return (error if isinstance(error, ApiError) else internal_error(error)).reply()
+    return Guard(Api(state, version), keys, hosts, origins, log, state.metrics.count_response)

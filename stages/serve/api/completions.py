@@ -215,7 +215,7 @@ class Writer:
     chunk_choices: Callable[[Piece], Iterable[Any]]
 
     def __init__(self, state: ServerState, body: CompletionFields, choices: int) -> None:
-        self.body, self.choices, self.tokenizer = body, choices, state.tokenizer.tokenizer
+        self.choices, self.tokenizer = choices, state.tokenizer.tokenizer
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name,
@@ -247,8 +247,8 @@ class ChatWriter(Writer):
 
     prompt_field, id_prefix, reply_type, chunk_type = "messages", "chatcmpl", replies.ChatReply, replies.ChatChunk
 
-    def __init__(self, state: ServerState, body: ChatRequest) -> None:
-        super().__init__(state, body, body.n or 1)
+    def __init__(self, state: ServerState, body: ChatRequest, choices: int) -> None:
+        super().__init__(state, body, choices)
         self._strips_space = state.tokenizer.strips_space and not body.continue_final_message
         self._wants_logprobs = body.logprobs
         self._begun: set[int] = set()  # choices that have text
@@ -332,7 +332,8 @@ async def chat_completions(state: ServerState, http: HttpRequest) -> ASGIApp:
             return [await encode_messages(state, body.messages, body)]
 
         return await generate(
-            state, http, ChatWriter(state, body), encode, max_tokens=body.max_completion_tokens or body.max_tokens,
+            state, http, body, ChatWriter, encode, choices=body.n or 1,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             stop_token_ids=state.stop_token_ids | state.tokenizer.eot_ids,
         )  # fmt: skip
@@ -355,7 +356,7 @@ async def completions(state: ServerState, http: HttpRequest) -> ASGIApp:
             return await state.tokenizer.encode(prompts) if kinds == {str} else prompts
 
         return await generate(
-            state, http, CompletionWriter(state, body, count * (body.n or 1)), encode,
+            state, http, body, CompletionWriter, encode, choices=count * (body.n or 1),
             max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs, stop_token_ids=state.stop_token_ids,
         )  # fmt: skip
 
@@ -395,22 +396,24 @@ def _sender(http: HttpRequest, choices: int) -> Sender:
 
 
 async def generate(
-    state: ServerState, http: HttpRequest, writer: Writer, encode: Callable[[], Awaitable[list[list[int]]]],
-    *, max_tokens: int | None, logprobs: int | None, stop_token_ids: frozenset[int],
+    state: ServerState, http: HttpRequest, body: CompletionFields, writer_type: Callable[..., Writer],
+    encode: Callable[[], Awaitable[list[list[int]]]], *, choices: int, max_tokens: int | None, logprobs: int | None,
+    stop_token_ids: frozenset[int],
 ) -> ASGIApp:  # fmt: skip
     """Returns what responds to a request for completions of the prompts that `encode` returns.
 
     They have at most `max_tokens`, and no more than fit (None: as many); each of `stop_token_ids` ends one. A place is reserved
     before the prompts become tokens, and freed whatever happens. Raises ApiError, and ClientGone when the client leaves.
     """
-    body, capacity = writer.body, state.engine.capacity
+    capacity = state.engine.capacity
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
-    if writer.choices > MAX_COMPLETIONS:
-        message = f"prompts times n are {writer.choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+    if choices > MAX_COMPLETIONS:
+        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
         raise ApiError(400, message, param="n")
-    priority = state.admission.reserve(_sender(http, writer.choices), time.monotonic())
+    priority = state.admission.reserve(_sender(http, choices), time.monotonic())
     try:
+        writer = writer_type(state, body, choices)
         prompts, requests = await encode(), list[Request]()
         seed = int.from_bytes(os.urandom(4)) if body.seed is None else body.seed
         fields = replies.DefaultSampling.__struct_fields__

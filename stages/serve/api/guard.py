@@ -1,10 +1,10 @@
 """The outermost layer of the application: checks the framing, Host, Origin and API key of each request, gives it an id, and
-adds headers to its response, which it counts and may log.
+adds headers to its response, which it counts and may log. An error becomes the reply here.
 
 A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
 read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page or a listed one, which
-gets CORS headers. Paths are matched as they were written, without decoding or folding: no path has a second spelling that a
-check could miss. starlette's TrustedHostMiddleware reads only the first of two Hosts, and its CORSMiddleware refuses nobody:
+gets CORS headers. The path is taken as it was written, without decoding or folding: none has a second spelling that a check
+could miss. starlette's TrustedHostMiddleware reads only the first of two Hosts, and its CORSMiddleware refuses nobody:
 it alone would let a simple POST through.
 """
 
@@ -23,12 +23,10 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stages.serve.errors import ApiError
+from stages.serve.errors import CLIENT_CLOSED_REQUEST, ApiError, error_reply
 
 KEYLESS_PATHS = ("/live", "/health")  # answered without a key
 PAGE_PATH = "/"
-NO_ROUTE = "There is no such route; /openapi.json lists them all."
-PATH = re.compile(r"/|(?:/[A-Za-z0-9_.~:@!$&'()*+,;=-]+)+/?")
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?")  # a name, and perhaps a port
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -37,13 +35,13 @@ SECURITY_HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"), (b"cross-origin-opener-policy", b"same-origin"),
 ]  # fmt: skip
 EXPOSED_HEADERS = ("x-request-id", "x-ignored-fields", "retry-after")  # to scripts of listed origins
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its response
 
 
 class Guard:
     """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS.
 
-    Sets in the request's state `arrived`, by time.monotonic, and `namespace`, that of its key, or empty without keys.
+    Sets in the request's state `arrived`, by time.monotonic, `path`, as it was written, and `namespace`, that of its key, or
+    empty without keys.
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
     other pages that may call it; their preflights are answered, without a key. `log`: off, short or json, a line on stdout
@@ -56,17 +54,17 @@ class Guard:
     ) -> None:  # fmt: skip
         self._app, self._hosts, self._origins, self._log, self._count = app, hosts, origins, log, count
         self._keys = [_hash(key.encode()) for key in keys]
-        self._checked: ASGIApp = self._with_key
+        self._checked: ASGIApp = self._answer
         if origins:
             self._checked = CORSMiddleware(
-                self._with_key, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+                self._answer, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
                 expose_headers=EXPOSED_HEADERS, allow_private_network=True,
             )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no web sockets
             return
-        state, app, status = scope.setdefault("state", {}), self._checked, CLIENT_CLOSED_REQUEST
+        state, status = scope.setdefault("state", {}), CLIENT_CLOSED_REQUEST
         arrived_at, arrived = datetime.datetime.now(datetime.UTC), time.monotonic()
         request_id, path = f"req_{secrets.token_hex(12)}", scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         state |= {"arrived": arrived, "path": path}
@@ -82,10 +80,9 @@ class Guard:
 
         try:
             self._check_sender(scope, Headers(scope=scope), path)
+            await self._checked(scope, receive, send_with_headers)
         except ApiError as error:
-            app = error.reply()
-        try:
-            await app(scope, receive, send_with_headers)
+            await error.reply()(scope, receive, send_with_headers)
         finally:
             if self._log != "off":
                 entry = {
@@ -98,18 +95,16 @@ class Guard:
                 with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
                     print(json.dumps(entry) if self._log == "json" else short, flush=True)
 
-    async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on a request with a key, or one that needs none."""
-        state, app = scope["state"], self._app
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request with a key, or one that needs none; any other, and one that fails, with an error."""
+        state = scope["state"]
         try:
             needs_key = self._keys and state["path"] not in KEYLESS_PATHS
             authorizations = Headers(scope=scope).getlist("authorization")
             state["namespace"] = self._check_key(authorizations, state["path"]) if needs_key else ""
-            if not PATH.fullmatch(state["path"]):
-                raise ApiError(404, NO_ROUTE, code="not_found")
-        except ApiError as error:
-            app = error.reply()
-        await app(scope, receive, send)
+            await self._app(scope, receive, send)
+        except Exception as error:
+            await error_reply(error)(scope, receive, send)
 
     def _check_sender(self, scope: Scope, headers: Headers, path: str) -> None:
         """Raises ApiError for a body of two declared lengths, a Host that is not ours, or a page that is not allowed."""

@@ -55,7 +55,7 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
             operation["requestBody"] = {"required": True, "content": json_body(route.body)}
         if "{model" in route.path:
             operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": TEXT}]
-        paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = operation
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
     keys = {"key": {"type": "http", "scheme": "bearer"}, "password": {"type": "http", "scheme": "basic"}}
     openapi = {
         "openapi": "3.1.0", "info": {"title": "Thrice", "version": version, "description": ABOUT}, "paths": paths,
