@@ -112,11 +112,11 @@ def train_step(
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype)
         updates = jax.lax.optimization_barrier(updates)  # or XLA would keep their squares too
-        sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
         trainable, opt_state = layout.pin((trainable, opt_state))
-    refused = (~sound).astype(jnp.int32)
+    refused = (~finite).astype(jnp.int32)
     return TrainState(state.step + 1, trainable, opt_state), StepMetrics(loss, objective.count(batch), grad_norm, refused)

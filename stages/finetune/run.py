@@ -107,7 +107,7 @@ class FineTuning(ModelStage):
         self.dataset = prepare_conversations(
             examples.data, examples.validation, tuning.objective, self.plan.recipe.context, flags.seed, self.chat, console
         )
-        self.facts = {
+        self.metadata = {
             "learns": trainable.describe(),
             "objective": tuning.objective,
             "beta": tuning.beta,
@@ -136,7 +136,7 @@ class FineTuning(ModelStage):
             *([("", dataset.overlap)] if dataset.overlap else []),
             ("template", self.chat.template_name),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {quantity(steps, plan.noun)}, {long}"),
+            ("length", f"{plan.length()}; about {quantity(steps, plan.step_name)}, {long}"),
         ]
 
     def print_example(self) -> None:

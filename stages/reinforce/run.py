@@ -100,7 +100,7 @@ class ReinforcementLearning(ModelStage, Steps):
         self.plan = RunPlan(
             self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
         )
-        self.facts = {
+        self.metadata = {
             "learns": trainable.describe(),
             "text": {"data": f"{self.task} on {self.prompts.name}", "digest": f"{self.task} {self.prompts.digest}"},
             "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},

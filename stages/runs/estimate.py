@@ -65,11 +65,10 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """One run: the model (`name`), how it is trained, for how many `steps` (or rounds, see `noun`) or `seconds` of training.
+    """One run: the model (`name`), how it is trained, and for how many `steps` or `seconds` of training.
 
-    `least_steps`: those to make even if the time is over.
-    `trainable`: the parameters that train, None for all. `base`: the type of frozen matrices, see `TrainableSplit`. `mesh`: the
-    devices that share a step.
+    `trainable`: the parameters that train, None for all. `base`: the type of the frozen matrices under an adapter. `step_name`:
+    the word for a step. `least_steps`: those to make even if the time is over. `mesh`: the devices that share a step.
     """
 
     name: str
@@ -80,7 +79,7 @@ class RunPlan:
     seconds: float | None
     trainable: TrainablePaths | None = None
     base: Literal["float", "int8"] = "float"
-    noun: Literal["step", "round"] = "step"
+    step_name: Literal["step", "round"] = "step"
     least_steps: int = 0
     mesh: MeshShape = ONE_DEVICE
 
@@ -147,9 +146,9 @@ class RunPlan:
 
     def length(self) -> str:
         """Returns the length of the run, in words."""
-        lengths = [quantity(self.steps, self.noun)] if self.steps else []
+        lengths = [quantity(self.steps, self.step_name)] if self.steps else []
         lengths += [f"{duration(self.seconds)} of training time"] if self.seconds else []
-        least = f", but at least {quantity(self.least_steps, self.noun)}" if self.least_steps else ""
+        least = f", but at least {quantity(self.least_steps, self.step_name)}" if self.least_steps else ""
         return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2) + least
 
     def predict(self, step_seconds: float) -> tuple[int, str]:
@@ -211,7 +210,7 @@ def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
 
 def memory_estimate(plan: RunPlan, needed: int) -> str:
     """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
-    limit = f"{format_bytes(plan.memory_limit)} that are left for a {plan.noun}"
+    limit = f"{format_bytes(plan.memory_limit)} that are left for a {plan.step_name}"
     limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // processes.process_count()
     phrase = (

@@ -96,7 +96,7 @@ class Loop:
         self.failure: OSError | None = None  # of a line that could not be written, which ends the run once it is saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
             loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
-        self.last_sound, self.refused_whole = loop_state, False  # before the refused steps that no other follows
+        self.last_finite, self.refused_whole = loop_state, False  # before the refused steps that no other follows
 
     def run(self, steps: Steps, state: TrainState) -> tuple[TrainState, int]:
         """Returns the last state, which is saved, and 128 + the signal that ended the loop, or 0.
@@ -106,14 +106,14 @@ class Loop:
         """
         loop_state, plan = self.loop_state, self.plan
         done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
-        answer = f"Finishing this {plan.noun}, then saving (once more: stop at once)."
+        answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as self.deferral, self.saver:
             self._evaluate_and_save(steps, state, done())  # what a signal prevented
             begin = time.perf_counter()
             while not done() and not self._stopped():
                 self.saver.poll()
                 if not self.refused_whole:
-                    self.last_sound = dataclasses.replace(loop_state)
+                    self.last_finite = dataclasses.replace(loop_state)
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
                 self._count(refused, self._agree_on(end - begin))
@@ -171,7 +171,7 @@ class Loop:
 
     def _stop_after_failure(self, state: TrainState, error: OSError) -> None:
         """Saves, then raises what `_noting_failure` noted."""
-        at = f"{self.plan.noun} {self.loop_state.step:,}"
+        at = f"{self.plan.step_name} {self.loop_state.step:,}"
         try:
             if self.saved_step != self.loop_state.step:
                 self.save(state)
@@ -201,7 +201,7 @@ class Loop:
         now, step_seconds = self.loop_state, 1 / (self.timer.warm_rate() or 1)
         left = self.plan.seconds_left(now.step, now.seconds, step_seconds)
         now.predicted = now.step + round(left / step_seconds), now.seconds + left
-        predicted = f"{quantity(now.predicted[0], self.plan.noun)} in {duration(now.predicted[1])}"
+        predicted = f"{quantity(now.predicted[0], self.plan.step_name)} in {duration(now.predicted[1])}"
         with self._noting_failure():
             self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went")])
 
@@ -220,26 +220,26 @@ class Loop:
 
     def _stop_after_refusals(self, steps: Steps, state: TrainState) -> None:
         """Raises UserError, with the run saved before the refused steps, which changed no weight, and will be run again."""
-        sound, stopped, noun = self.last_sound, self.loop_state, self.plan.noun
-        refused = f"{stopped.refused_in_a_row} updates in a row, up to {noun} {stopped.step:,},"  # several a round
-        self.loop_state = sound
-        if self.saved_step is None or self.saved_step < sound.step:
+        saved, stopped, step_name = self.last_finite, self.loop_state, self.plan.step_name
+        refused = f"{stopped.refused_in_a_row} updates in a row, up to {step_name} {stopped.step:,},"  # several a round
+        self.loop_state = saved
+        if self.saved_step is None or self.saved_step < saved.step:
             self.save(state)
         self.saver.wait()
         where = ""
-        if noun == "step":
-            first, last = sound.step - sound.refused_in_a_row, stopped.step - 1
+        if step_name == "step":
+            first, last = saved.step - saved.refused_in_a_row, stopped.step - 1
             refused, where = f"{REFUSED_IN_A_ROW} steps in a row", f", in batches {first} to {last} of the data,"
         raise UserError(
-            f"{refused} had a loss or gradient that is not a number{where} and changed no weight; the run is saved at {noun} "
-            f"{self.saved_step:,} in {self.options.folder}. Lower {steps.advice}."
+            f"{refused} had a loss or gradient that is not a number{where} and changed no weight; the run is saved at "
+            f"{step_name} {self.saved_step:,} in {self.options.folder}. Lower {steps.advice}."
         )
 
     def _live_line(self, steps: Steps) -> list[str]:
         plan, now, step_seconds = self.plan, self.loop_state, self.timer.mean()
         left = plan.seconds_left(now.step, now.seconds, step_seconds)
         return [
-            f"{plan.noun} {now.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
+            f"{plan.step_name} {now.step:,}" + (f"/{plan.steps:,}" if plan.steps else ""),
             *steps.fields(now, step_seconds),
             *([self._validation(steps.evaluator)] if steps.evaluator else []),
             format_bytes(peak_rss_bytes()),
@@ -268,12 +268,12 @@ class Loop:
         either."""
         loop_state = self.loop_state
         # Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
-        sound = not loop_state.refused_in_a_row
-        evaluates = sound and steps.evaluator and (done or loop_state.is_due("evaluate", self._evaluation_interval()))
+        finite = not loop_state.refused_in_a_row
+        evaluates = finite and steps.evaluator and (done or loop_state.is_due("evaluate", self._evaluation_interval()))
         if evaluates:
             with _returning_freed_memory(steps.buffer_bytes):
                 self._evaluate(steps, state, done)
-        saves = sound and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
+        saves = finite and (loop_state.is_due("save", self.options.save_every) or loop_state.best_step == loop_state.step)
         if saves:
             loop_state.begin("save")
         is_saved = self.saved_step == loop_state.step  # perhaps by a stop before the restart, without this evaluation

@@ -66,9 +66,9 @@ def device_with_mesh(device: Device, shape: MeshShape | None) -> Device:
     return dataclasses.replace(device, mesh=f"{shape.devices} devices{in_processes}, {shape}") if shape else device
 
 
-def refuse_different_runs(facts: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
+def refuse_different_runs(metadata: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
     """Raises UserError in every process when their run.json, architecture, intervals or checkpoints differ."""
-    shared = {name: value for name, value in facts.items() if name not in PER_PROCESS_ENTRIES}
+    shared = {name: value for name, value in metadata.items() if name not in PER_PROCESS_ENTRIES}
     shared |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
     processes.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})
 

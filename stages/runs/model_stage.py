@@ -39,12 +39,12 @@ from stages.runs.stage import Stage
 
 
 class ModelStage(Stage):
-    """A Stage that trains a loaded model. The subclass sets `plan`, and `facts` to its own entries of run.json.
+    """A Stage that trains a loaded model. The subclass sets `plan`, and `metadata` to its own entries of run.json.
 
     `trainable` is in float32, `frozen` in the compute type or int8, as steps read it; of a LoRA nothing else is saved.
     """
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     frozen: Any  # valid after `load_weights`
 
     def __init__(
@@ -67,7 +67,7 @@ class ModelStage(Stage):
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
     def load_weights(self) -> None:
-        """Splits the parameters, and adds the digest of all, as loaded, to the facts, for `find_previous_run`."""
+        """Splits the parameters, and adds the digest of all, as loaded, to the metadata, for `find_previous_run`."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
         with host_memory(self.on_mesh):  # changes no array of `params`
@@ -84,11 +84,11 @@ class ModelStage(Stage):
             source = str(path.absolute())
         elif "/" in source:  # on the hub, at the commit that was loaded
             source = f"{self.model.hub_id}@{self.model.checkpoint.name}"
-        self.facts = {
+        self.metadata = {
             "kind": "adapter" if self.lora else "model",
             "base": {"model": source, "digest": digest(params), "name": self.model.name},
             "tokenizer": {"kind": "the model's", "digest": self.model.tokenizer.digest},
-            **self.facts,
+            **self.metadata,
         }
         if plan.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # frees the float weights
@@ -128,7 +128,7 @@ class ModelStage(Stage):
         self.chat.close()
         if not self.lora:
             return self.folder / "checkpoints" / str(step)
-        base, params = self.facts["base"], self.model.params
+        base, params = self.metadata["base"], self.model.params
         if params is not None and digest(params) != base["digest"]:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(self.plan.cfg, trainable) as whole:

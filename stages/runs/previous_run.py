@@ -43,7 +43,7 @@ class PreviousRun:
         return is_done and not manifest.verify(self.folder / "checkpoints" / str(step))
 
 
-def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
+def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
     """Returns the run in a run folder to resume; None when it was stopped before its first checkpoint.
 
     Raises UserError when the one there trains something else, naming what differs; digests of base and data are compared
@@ -52,7 +52,7 @@ def find_previous_run(folder: Path, facts: dict[str, Any], cfg: ModelConfig) -> 
     record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
     if not steps:
         return None
-    before, now = settings(record, read_config(folder)), settings(facts, cfg)
+    before, now = settings(record, read_config(folder)), settings(metadata, cfg)
     if refused := refusals(before, now):
         refuse_other_order(folder, record)
         raise UserError(
@@ -87,9 +87,9 @@ OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}  # not every 
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 
-def settings(facts: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """Returns all that is compared, {path in run.json: value}; `config/...` is the architecture's."""
-    leaves = leaf_paths(json.loads(json.dumps(facts)) | {"config": json.loads(json.dumps(cfg.to_json()))})
+    leaves = leaf_paths(json.loads(json.dumps(metadata)) | {"config": json.loads(json.dumps(cfg.to_json()))})
     return {path: value for path, value in leaves.items() if not NOT_COMPARED.fullmatch(path)}
 
 
@@ -127,15 +127,15 @@ def describe_changes(changes: Changes) -> list[str]:
 def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:
     done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
     console.print(
-        f"This run is finished: {quantity(done.step, plan.noun)} in {duration(done.seconds)}, {summary}. "
-        f"To train it further give more --{plan.noun}s or --max-time; to begin anew, --overwrite."
+        f"This run is finished: {quantity(done.step, plan.step_name)} in {duration(done.seconds)}, {summary}. "
+        f"To train it further give more --{plan.step_name}s or --max-time; to begin anew, --overwrite."
     )
     for line in describe_changes(previous.changes):
         console.print(f"changed, which trains nothing: {line}", style="yellow")
 
 
-def resume(previous: PreviousRun, stage: Stage, facts: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, the latter into `facts` too."""
+def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
+    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, the latter into `metadata` too."""
     like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
     with console.task("loading the checkpoint"):
         loaded = checkpoint.load(previous.folder, *like)
@@ -156,7 +156,7 @@ def resume(previous: PreviousRun, stage: Stage, facts: dict[str, Any], console: 
     if previous.changes.keys() & {"text/validation", "text/validation_digest"}:  # a best on another would never be
         loop_state.best = loop_state.best_step = None  # beaten, or always
     noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
-    facts["changes"] = previous.record.get("changes", []) + noted
+    metadata["changes"] = previous.record.get("changes", []) + noted
     cfg = stage.plan.cfg
     trainable, optimizer = from_file_order(cfg, (stage.from_saved(loaded.params), loaded.optimizer))
     return TrainState(place(cfg, jnp.int32(loop_state.step)), trainable, optimizer), loop_state

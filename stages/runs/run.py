@@ -51,15 +51,15 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
 
 def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
-    facts = run_facts(options, plan, stage.facts)
+    metadata = run_metadata(options, plan, stage.metadata)
     stage.place()
     previous = None
     if holds_run(folder) and not options.overwrite:
         from stages.runs import previous_run  # which a new run does without
 
-        previous = previous_run.find_previous_run(folder, facts, plan.cfg)
+        previous = previous_run.find_previous_run(folder, metadata, plan.cfg)
     shared = {name: str(getattr(options, name)) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
-    refuse_different_runs(facts, plan.cfg, shared, previous.loop_state.step if previous else 0)
+    refuse_different_runs(metadata, plan.cfg, shared, previous.loop_state.step if previous else 0)
     _print_plan(options, stage, console)
     if previous and previous.is_finished(plan):
         previous_run.print_finished(previous, plan, console)
@@ -68,7 +68,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
         previous_run.refuse_other_order(folder, previous.record)
     stage.begin_compiling(beside_reading=previous is not None)
     if previous:
-        state, loop_state = previous_run.resume(previous, stage, facts, console)
+        state, loop_state = previous_run.resume(previous, stage, metadata, console)
     else:
         with console.task("initialising"):
             state, loop_state = init_sharded(stage.initial_state, stage.trainable), LoopState()
@@ -76,42 +76,42 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             clear_run(folder)
     if processes.is_first():
         with updating(folder):
-            write_json(folder / "run.json", facts)  # first: a folder with files and without it is taken for someone else's
+            write_json(folder / "run.json", metadata)  # first: a folder with files and without it is taken for someone else's
             save_tokenizer(folder / "tokenizer", stage.tokenizer, stage.stop_token_ids, stage.sampling)
             write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.trainable)
     loop = Loop(plan, options, stage.frozen_as_loaded, loop_state, console)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
-        saved = f"the run is saved up to {plan.noun} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
+        saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         state, code = loop.run(stage.prepare_steps(state, loop_state), state)
         console.close_live()
         if code:
             console.print(
-                f"Stopped at {plan.noun} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
+                f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
                 f"{folder / 'checkpoints' / str(loop_state.step)}.\nTo go on: {resume}"
             )
             return code
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
     report, peak = stage.finish(state, loop.loop_state, loop.timer.warm_rate(), before), peak_rss_bytes()
     result = report.result | {
-        f"{plan.noun}s": loop_state.step, "refused_steps": loop_state.refused, "peak_rss_bytes": peak,
+        f"{plan.step_name}s": loop_state.step, "refused_steps": loop_state.refused, "peak_rss_bytes": peak,
         "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
     }  # fmt: skip
     if processes.is_first():
         with updating(folder):
-            write_json(folder / "run.json", facts | {"result": result})
-    _print_summary(report, plan.noun, loop_state, peak, folder, facts["text"]["data"], console)
+            write_json(folder / "run.json", metadata | {"result": result})
+    _print_summary(report, plan.step_name, loop_state, peak, folder, metadata["text"]["data"], console)
     return 0
 
 
-def run_facts(options: RunOptions, plan: RunPlan, stage_facts: dict[str, Any]) -> dict[str, Any]:
+def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
     return nonfinite_as_text({
         "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
         "seed": plan.seed, "order": epoch_order.VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
         "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
-        "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_facts,
+        "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_metadata,
     })  # fmt: skip
 
 
@@ -121,21 +121,21 @@ def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:
 
 
 def _print_summary(
-    report: RunReport, noun: str, loop_state: LoopState, peak: int, folder: Path, data: str, console: Console
+    report: RunReport, step_name: str, loop_state: LoopState, peak: int, folder: Path, data: str, console: Console
 ) -> None:
-    """Prints the report of a run of steps or rounds (`noun`) on `data`, and `peak`, the most bytes that it took."""
+    """Prints the report of a run of steps or rounds (`step_name`) on `data`, and `peak`, the most bytes that it took."""
     for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
     console.print()
-    trained = f"{quantity(loop_state.step, noun)} in {duration(loop_state.seconds)}"
+    trained = f"{quantity(loop_state.step, step_name)} in {duration(loop_state.seconds)}"
     if loop_state.predicted:
         steps, seconds = loop_state.predicted
         trained += f" ({steps:,} in {duration(seconds)} predicted)"
     if loop_state.refused:
         trained += f"; {quantity(loop_state.refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
     rows = [*report.rows, ("trained", trained)]
-    if noun == "step" and loop_state.best_step is not None:
+    if step_name == "step" and loop_state.best_step is not None:
         rows.append(("best", f"quick validation {loop_state.best:.3f}: {folder / 'checkpoints' / str(loop_state.best_step)}"))
     console.print_rows([*rows, ("memory", f"{format_bytes(peak)} at most"), ("saved", report.saved)])
     console.print("\nnext", style="bold")

@@ -109,7 +109,7 @@ class Stage(Protocol):
     """One way to train: from random weights, fine-tuning, or reinforcement learning. Its methods are called in this order."""
 
     plan: RunPlan
-    facts: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
+    metadata: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
     tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]  # ids that end a completion
     sampling: Mapping[str, Any] = {}  # recommended for the trained model
@@ -117,7 +117,7 @@ class Stage(Protocol):
     frozen_as_loaded: Any = None  # those that a checkpoint holds beside them
 
     def load_weights(self) -> None:
-        """Sets `trainable`, `frozen_as_loaded` and `facts`. Raises UserError when memory is too small."""
+        """Sets `trainable`, `frozen_as_loaded` and `metadata`. Raises UserError when memory is too small."""
 
     def place(self) -> None:
         """Spreads what was loaded over the mesh."""

@@ -125,7 +125,7 @@ class Training(Stage):
         optimizer, key = make_optimizer(recipe.optimizer), lambda: jax.random.key(plan.seed)
         # One object, for JAX traces it only once.
         self.begin = jax.jit(lambda: init_state(optimizer, group_columns(cfg, init_params(cfg, key()))))
-        self.facts = {
+        self.metadata = {
             "preset": plan.name,
             "text": {
                 "data": text.data, "validation": str(text.validation) if text.validation else None, "digest": data.digest,
@@ -173,7 +173,7 @@ class Training(Stage):
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",
-                f"{quantity(steps, plan.noun)}, {format_count(epochs)} epochs, {long} at {EXPECTED_MFU:.0%} of this "
+                f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, {long} at {EXPECTED_MFU:.0%} of this "
                 f"machine's {format_count(top)}FLOP/s in {cfg.dtype}; again after the first steps, by their time",
             ),
             *(self._mesh_rows() if self.is_planned else []),

@@ -44,7 +44,7 @@ from stages.runs import loop, model_stage
 from stages.runs.folder import MetricsLog
 from stages.runs.loop import RunOptions
 from stages.runs.previous_run import differences, settings
-from stages.runs.run import run_facts
+from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
@@ -314,7 +314,7 @@ def variants(flags: Any, other: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def is_noticed(before: Any, after: Any) -> bool:
-    """Whether a change from (facts, architecture) to another is refused, or recorded in run.json."""
+    """Whether a change from (metadata, architecture) to another is refused, or recorded in run.json."""
     there, now = settings(*before), settings(*after)
     return bool(differences(there, now))
 
@@ -342,7 +342,7 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
         made = make(flags, options, Console(io.StringIO()))
         if stage == "finetune":
             made.load_weights()
-        return run_facts(options, made.plan, made.facts), made.plan.cfg
+        return run_metadata(options, made.plan, made.metadata), made.plan.cfg
 
     before, unnoticed = described(flags), []
     assert not is_noticed(before, before)
