@@ -176,7 +176,7 @@ def print_table(
 
     grid = Table(
         title=title, box=box.SIMPLE_HEAD if any(heads) else None, title_justify="left", pad_edge=False, title_style="bold"
-    )  # fmt: skip
+    )
     for place, head in enumerate(heads):
         grid.add_column(head, justify="left" if place < left else "right", no_wrap=not (sentences and place == len(heads) - 1))
     for row in rows:

@@ -8,6 +8,7 @@ Start-up figures are the second of two starts, when compiled programs are in the
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bench.cli import Json, run_bench
+from bench.cli import Json, print_table, run_bench
 from engine.errors import UserError
 
 
@@ -35,35 +36,32 @@ class CommandsFlags:
 
 
 class Measurement(NamedTuple):
-    """A measured number, and the bar that it must not exceed, or must reach if `least`."""
+    """A measured number, and the bar that it must not exceed."""
 
     name: str
     value: float
     unit: str
     bar: float
-    least: bool = False
-
-
-Measurements = tuple[list[Measurement], Json]  # and the document's other entries
 
 
 def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        figures, document = (
-            training(folder, flags.data, flags.max_time) if flags.of == "training" else resuming(folder, flags.data)
-        )
-    document["figures"] = []
-    for figure in figures:
-        met = figure.value >= figure.bar if figure.least else figure.value <= figure.bar
-        bar = f"at {'least' if figure.least else 'most'} {figure.bar:g}{'' if met else '   ** not met **'}"
-        print(f"{figure.name:<30} {figure.value:8.3f} {figure.unit:<9}  {bar}")
-        document["figures"].append(figure._asdict() | {"met": met})
-    return document
+    with tempfile.TemporaryDirectory() as folder:
+        measure = resuming if flags.of == "resuming" else functools.partial(training, max_time=flags.max_time)
+        figures = measure(Path(folder), flags.data)
+    unmet = [figure for figure in figures if not figure.value <= figure.bar]
+    print_table(
+        "Whole commands",
+        ("", "measured", "", "at most", ""),
+        [
+            (figure.name, f"{figure.value:.3f}", figure.unit, f"{figure.bar:g}", "** not met **" * (figure in unmet))
+            for figure in figures
+        ],
+    )
+    return {"rows": [figure._asdict() | {"met": figure not in unmet} for figure in figures]}
 
 
-def training(folder: Path, data: str, max_time: str) -> Measurements:
+def training(folder: Path, data: str, max_time: str) -> list[Measurement]:
     """Measures a training run, its start-up, and the start-up of generation from it."""
     train = ["stages.train", "--data", data, "--max-time"]
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
@@ -79,15 +77,15 @@ def training(folder: Path, data: str, max_time: str) -> Measurements:
         Measurement("--help", statistics.median(_run(["stages.train", "--help"]) for _ in range(5)), "s", 0.3),
         Measurement("command to first token", first, "s", 1),
         Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
-    ], {"max_time": max_time, "train_result": result}
+    ]
 
 
-def resuming(folder: Path, data: str) -> Measurements:
+def resuming(folder: Path, data: str) -> list[Measurement]:
     """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of a step of 2 x 128 tokens."""
     command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--optimizer", "adamw"]
     command += ["--steps", "1000", "--log-every", "1"]
     seconds = [_until_step(command, folder / "run", stop) for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)]
-    return [Measurement("command to first resumed step", seconds[-1], "s", 10)], {"seconds": seconds}
+    return [Measurement("command to first resumed step", seconds[-1], "s", 10)]
 
 
 def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float:

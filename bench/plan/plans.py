@@ -159,9 +159,15 @@ def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
 
 
 def plan_break_even(
-    name: str, m: Any, d: Any, extra: float, lengths: Sequence[float], precision: str, tuning: float,
+    name: str,
+    m: Any,
+    d: Any,
+    extra: float,
+    lengths: Sequence[float],
+    precision: str,
+    tuning: float,
     investments: dict[str, Interval],
-) -> Answer:  # fmt: skip
+) -> Answer:
     """Returns the requests after which `extra` tokens before each prompt cost as much as each investment, in device-hours.
 
     The low bound is a cheap investment against a dear prompt, the high bound the other way round. Costs are in device-hours

@@ -34,7 +34,7 @@ from engine.counting.hardware import (
     device_memory_bytes,
     measure_ceilings,
     require_memory,
-)  # fmt: skip
+)
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.format import finite, si

@@ -96,9 +96,10 @@ def compile_program(
 def cost_of(program: Any, function: Any, *args: Any, calls: int = 1, steps: int = 1) -> dict[str, Any]:
     """Returns the cost of `calls` of a program, compiled of `function`. XLA counts the body of a loop of `steps` once."""
     return {
-        "peak_bytes": xla_peak(program), "walker": jaxpr_cost(function, *args) * calls,
+        "peak_bytes": xla_peak(program),
+        "walker": jaxpr_cost(function, *args) * calls,
         "xla": xla_flops(program) * calls * steps,
-    }  # fmt: skip
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ SHAPES = {
 USED = {  # the flags of each measurement
     "training": ("shapes", "dtype", "allocator", "rounds"),
     "finetuning": ("shapes", "model", "context", "batch", "rank", "rounds"),
-    "mesh": ("shapes", "mesh", "optimizer", "dtype", "rounds"),
+    "mesh": ("shapes", "mesh", "dtype", "rounds"),
     "saving": ("preset", "interval", "batch", "context", "steps", "rounds"),
     "recipes": (),
 }
@@ -51,8 +51,6 @@ class StepFlags:
     rank: int = 8
     """Of each LoRA pair."""
     mesh: str = "fsdp=2"
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the steps on a mesh."""
     preset: str = "smollm2-135m"
     """Of saving: the model; its state is weights and both moments of AdamW, in float32."""
     interval: float = 60.0
@@ -96,7 +94,7 @@ def measure_step(flags: StepFlags) -> Json:
     for shape in shapes:
         inputs = make_step_inputs(shape, flags.dtype)
         if flags.of == "mesh":
-            documents.append(ways.measure_mesh(inputs, shape, parse_mesh(flags.mesh), flags.optimizer, flags.rounds))
+            documents.append(ways.measure_mesh(inputs, shape, parse_mesh(flags.mesh), flags.rounds))
             continue
         if flags.of == "training":
             steps = ways.optimizer_ways(inputs)

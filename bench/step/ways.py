@@ -99,14 +99,14 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     }
 
 
-def measure_mesh(inputs: StepInputs, shape: Shape, size: MeshShape, kind: OptimizerKind, rounds: int) -> Json:
+def measure_mesh(inputs: StepInputs, shape: Shape, size: MeshShape, rounds: int) -> Json:
     """Measures the step on one device and on a mesh, and counts the bytes that the latter's collectives move.
 
     Raises UserError for a mesh that does not fit.
     """
     check_mesh(size, inputs.cfg, shape.batch)
     batch = jax.device_get(inputs.batch)
-    make = lambda: make_way(inputs.cfg, inputs.params, {}, batch, kind=kind, on_mesh=True)
+    make = lambda: make_way(inputs.cfg, inputs.params, {}, batch, on_mesh=True)
     ways = {"one device": make()}
     with jax.set_mesh(make_mesh(size)):
         ways[str(size)] = make()

@@ -177,7 +177,11 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
     serving.print_tables(document)
     output = capsys.readouterr().out.replace("\u202f", " ")
     for text in (
-        "ready after 9.5 s, at most 8   ** not met **", "0.80 (0.79 to 0.81) of it, at least 0.85   ** not met **", "50%",
-        "9 of 9", "6.0 requests/s of the mix, 260 tokens/s", "100 ms, p80 400 ms",
-    ):  # fmt: skip
+        "ready after 9.5 s, at most 8   ** not met **",
+        "0.80 (0.79 to 0.81) of it, at least 0.85   ** not met **",
+        "50%",
+        "9 of 9",
+        "6.0 requests/s of the mix, 260 tokens/s",
+        "100 ms, p80 400 ms",
+    ):
         assert text in output

@@ -137,9 +137,17 @@ def test_an_out_folder_that_cannot_be_written_is_said_before_anything_is_measure
 def test_a_time_is_explained_where_it_is_off_the_ratio_of_flops_by_more_than_fifteen_percent():
     ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=1000, f32_gflops=250, int8_gflops=2000, read_gbs=10, update_gbs=20)
     forward = Row(
-        "evaluation forward", "inference", lambda: None, dict, tokens=100, formula=Flops({"a": PassFlops(forward=10**9)}),
-        peak_bytes=0, memory={}, traffic=10**6, walker=JaxprCost(matmul=10**9),
-    )  # fmt: skip
+        "evaluation forward",
+        "inference",
+        lambda: None,
+        dict,
+        tokens=100,
+        formula=Flops({"a": PassFlops(forward=10**9)}),
+        peak_bytes=0,
+        memory={},
+        traffic=10**6,
+        walker=JaxprCost(matmul=10**9),
+    )
     explain = lambda row, seconds: explain_time(row, seconds, forward, 1e-4, ceilings)
     step = dataclasses.replace(forward, walker=JaxprCost(matmul=3 * 10**9))
     assert explain(step, 3e-4 * 1.14) is None

@@ -18,7 +18,7 @@ from engine.counting.trainable_paths import (
     lora_only,
     target_shapes,
     top_frozen,
-)  # fmt: skip
+)
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.transformer import init_params
@@ -114,12 +114,19 @@ def modes(cfg: ModelConfig) -> dict[str, TrainablePaths]:
     of = lambda select: TrainablePaths(frozenset(filter(select, leaf_shapes(cfg))))
     lora = lambda rank, *targets: lora_only(cfg, LoraConfig(rank, targets=targets) if targets else LoraConfig(rank))
     return {
-        "everything": all_trainable(cfg), "bottom frozen": bottom_frozen(cfg, 1),
-        "all blocks frozen": bottom_frozen(cfg, cfg.layers), "top frozen": top_frozen(cfg, 1),
-        "lookup only": top_frozen(cfg, cfg.layers), "last layer": bottom_frozen(cfg, cfg.layers - 1),
+        "everything": all_trainable(cfg),
+        "bottom frozen": bottom_frozen(cfg, 1),
+        "all blocks frozen": bottom_frozen(cfg, cfg.layers),
+        "top frozen": top_frozen(cfg, 1),
+        "lookup only": top_frozen(cfg, cfg.layers),
+        "last layer": bottom_frozen(cfg, cfg.layers - 1),
         "last block alone": of(lambda path: path.startswith(f"blocks/{cfg.layers - 1}/")),
-        "norms": of(lambda path: path.endswith("norm")), "head only": head_only(cfg), "lora": lora(5),
-        "lora on v and down": lora(3, "v", "down"), "lora on down": lora(3, "down"), "lora on gate": lora(3, "gate"),
+        "norms": of(lambda path: path.endswith("norm")),
+        "head only": head_only(cfg),
+        "lora": lora(5),
+        "lora on v and down": lora(3, "v", "down"),
+        "lora on down": lora(3, "down"),
+        "lora on gate": lora(3, "gate"),
         "lora on q and up": lora(2, "q", "up"),
         "one lora, high up": TrainablePaths(frozenset(), frozenset({f"blocks/{cfg.layers - 1}/out"}), 2),
-    }  # fmt: skip
+    }
