@@ -14,7 +14,6 @@ import numpy as np
 from bench.cli import Json, Shape, print_table, progress
 from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_token_batch
 from bench.timing import describe_noise, measure, ratio
-from engine.counting.collectives import read_collectives
 from engine.counting.flops import train_flops
 from engine.counting.hardware import square_product
 from engine.counting.memory import training_memory
@@ -100,7 +99,7 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
 
 
 def measure_mesh(inputs: StepInputs, shape: Shape, size: MeshShape, rounds: int) -> Json:
-    """Measures the step on one device and on a mesh, and counts the bytes that the latter's collectives move.
+    """Measures the step on one device and on a mesh. `stages.train --mesh ... --dry-run` says what the latter exchanges.
 
     Raises UserError for a mesh that does not fit.
     """
@@ -111,9 +110,7 @@ def measure_mesh(inputs: StepInputs, shape: Shape, size: MeshShape, rounds: int)
     with jax.set_mesh(make_mesh(size)):
         ways[str(size)] = make()
         document = measure_ways(str(shape), ways, shape.batch * shape.tokens, inputs.cfg.dtype, rounds)
-    moved = sum(each.bytes * each.times for each in read_collectives(ways[str(size)].step.program.as_text() or ""))
-    print(f"collectives of {size}: {moved / 1e6:.2f} MB a step on a device")
-    return document | {"mesh": size._asdict(), "collective_bytes": moved}
+    return document | {"mesh": size._asdict()}
 
 
 def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, rounds: int) -> Json:
