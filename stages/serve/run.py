@@ -46,7 +46,8 @@ def run(flags: ServeFlags) -> int:
     with server.bind(flags.host, flags.port) as sock, Console() as console:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
-        sys.setswitchinterval(0.0005)  # weights are read beside compilation, and later requests beside the engine's steps
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(0.0005)  # threads take turns sooner: weights are read beside compilation
         device = start_jax(flags.device, one_arena=False)
         # Imports of JAX come after its start.
         import jax
@@ -67,6 +68,7 @@ def run(flags: ServeFlags) -> int:
                 flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
                 name=flags.name, queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
             )  # fmt: skip
+        sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
         gc.set_threshold(2_000)  # as Python has it
         if hosts is not None:
