@@ -129,10 +129,11 @@ def train(flags: ByHandFlags) -> None:
         if flags.out:
             from engine.files import atomic_folder
             from engine.storage.huggingface.folder import save_folder
+            from engine.text.tokenizer import ModelTokenizer
 
             with atomic_folder(flags.out) as building:
-                save_folder(building, cfg, params, {"eos_token_id": text.tokenizer.eos_id}, dtype="float32")
-                text.tokenizer.save(building)
+                tokenizer = ModelTokenizer(text.tokenizer, (text.tokenizer.eos_id,), {})
+                save_folder(building, cfg, params, tokenizer, dtype="float32")
             console.print_rows([("saved", str(flags.out)), ("next", command_line("generate", "--model", flags.out))])
 
 

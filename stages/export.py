@@ -180,6 +180,7 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
     from engine.storage.huggingface.folder import save_folder
     from engine.storage.model_loader import check_loads
+    from engine.text.tokenizer import ModelTokenizer
 
     cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
     if out.suffix == ".gguf":
@@ -198,12 +199,8 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
             save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
             tokenizer.save(building)
             return ""
-        tokens = {"eos_token_id": list(model.eos_ids) if len(model.eos_ids) > 1 else model.eos_ids[0]}
-        for name in ("bos_token", "pad_token"):
-            token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
-            tokens |= {} if token is None else {f"{name}_id": token}
-        save_folder(building, cfg, params, tokens, dtype=dtype, sampling=model.sampling, report=report)
-        tokenizer.save(building)
+        written = ModelTokenizer(tokenizer, model.eos_ids, dict(model.sampling))
+        save_folder(building, cfg, params, written, dtype=dtype, report=report)
         check_loads(building, out)
     return ""
 

@@ -8,7 +8,7 @@ import tokenizers
 from tiny import lively_params, tiny_config
 from tokenizers import AddedToken
 
-from engine.text.tokenizer import Tokenizer, train_bpe
+from engine.text.tokenizer import ModelTokenizer, Tokenizer, train_bpe
 
 PROSE = "Hello there, how are you? I am well. The assistant answers what the user asks; the system says how. 1234 " * 5
 START, END = "<|im_start|>", "<|im_end|>"
@@ -48,8 +48,7 @@ def save_chat_model(folder: Path, **sizes: Any) -> None:
     folder.mkdir(exist_ok=True)
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab, **sizes)
-    save_folder(folder, cfg, lively_params(cfg), {"eos_token_id": [tokenizer.eos_id]}, dtype="float32")
-    tokenizer.save(folder)
+    save_folder(folder, cfg, lively_params(cfg), ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32")
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 Nothing in a folder is ever run: no pickle is opened, no code is imported, nothing is fetched.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from engine.model.config import ModelConfig
 from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import DEFAULTS, config_from, config_to, note_unknown
 from engine.storage.huggingface.hub import cached_id
-from engine.storage.huggingface.tokenizer import GENERATION, read_tokenizer, write_sampling
+from engine.storage.huggingface.tokenizer import read_tokenizer, save_tokenizer
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, layout_of, split_params
 from engine.text import OnProgress
+from engine.text.tokenizer import ModelTokenizer
 from engine.untrusted import quote, read_json_object
 
 
@@ -54,16 +54,13 @@ def _are_equal(first: safetensors.StoredTensor, second: safetensors.StoredTensor
 
 
 def save_folder(
-    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokens: dict[str, Any], *, dtype: str,
-    sampling: Mapping[str, Any] | None = None, report: OnProgress = None,
-) -> None:  # fmt: skip
-    """Writes config.json, generation_config.json and model.safetensors, every weight in `dtype`; no tokenizer.
+    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokenizer: ModelTokenizer, *, dtype: str, report: OnProgress = None
+) -> None:
+    """Writes config.json, model.safetensors, every weight in `dtype`, and what `save_tokenizer` writes.
 
-    params, report: as in `split_params`. `tokens`: bos_token_id, eos_token_id and pad_token_id, if any. `sampling`: the
-    recommended one. Raises UserError for an architecture that no family has.
+    params, report: as in `split_params`. Raises UserError for an architecture that no family has.
     """
-    write_json(folder / "config.json", config_to(cfg, dtype, tokens))
-    write_json(folder / GENERATION, tokens | write_sampling(sampling or {}))
+    write_json(folder / "config.json", config_to(cfg, dtype, save_tokenizer(folder, *tokenizer)))
     leaves = list(layout_of(cfg, HUGGING_FACE_NAMES))
     tensors = {part.name: jax.ShapeDtypeStruct(part.shape, dtype) for leaf in leaves for part in leaf.parts}
     arrays = (array for _, array in split_params(leaves, params, report))

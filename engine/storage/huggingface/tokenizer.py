@@ -23,13 +23,21 @@ def read_tokenizer(folder: Path, vocab: int, eos: Any = None) -> ModelTokenizer:
     generation = read_json_object(path) if path.exists() else {}
     eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), vocab, path)
     tokenizer = load_tokenizer(folder, vocab, eos_ids)
-    return ModelTokenizer(tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), read_sampling(generation))
+    return ModelTokenizer(tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation))
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> None:
-    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, as `read_tokenizer` reads them."""
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, as `read_tokenizer` reads them.
+
+    Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id if there are such tokens.
+    """
+    tokens: dict[str, Any] = {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
+    for name in ("bos_token", "pad_token"):
+        token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
+        tokens |= {} if token is None else {f"{name}_id": token}
     tokenizer.save(folder)
-    write_json(folder / GENERATION, {"eos_token_id": list(eos_ids)} | write_sampling(sampling))
+    write_json(folder / GENERATION, tokens | _write_sampling(sampling))
+    return tokens
 
 
 def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
@@ -41,12 +49,12 @@ def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
     return ids
 
 
-def read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
     greedy = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None} if values.get("do_sample") is False else {}
     return {name: value for name in SAMPLING if (value := {**values, **greedy}.get(name)) is not None}
 
 
-def write_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields from which `read_sampling` reads the same, and transformers too."""
+def _write_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields from which `_read_sampling` reads the same, and transformers too."""
     return {"do_sample": sampling.get("temperature") != 0, **sampling} if sampling else {}
