@@ -1,16 +1,18 @@
-"""Convert a run that an earlier version saved in Orbax's format, so that all commands load it: in place, whole or not at all.
+"""Convert a run that an earlier version saved, so that all commands load it: in place, whole or not at all.
 
 uv run --extra older python -m stages.convert --model runs/demo-shakespeare
+
+Earlier versions saved in Orbax's format, and held q, k and v in one array, and gate and up: each is one of its own now.
 """
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from engine.errors import UserError
-from engine.files import atomic_folder
+from engine.files import atomic_folder, write_json
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.flags import parser, path
@@ -19,40 +21,75 @@ from stages.cli.process import leave
 MAX_METADATA_BYTES = 64 * 2**20
 
 
+class StoredArray(NamedTuple):
+    """An array of an old checkpoint, unread."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class ConvertFlags:
     """The run."""
 
     model: Annotated[Path, parser(path, "RUN")]
-    """A run folder. Its tokenizer, log and adapter stay as they are."""
+    """A run folder. Its tokenizer and log stay as they are."""
 
 
 def convert(flags: ConvertFlags) -> None:
     """Replaces all checkpoints of the run at once. Raises UserError when one is damaged, and changes nothing then."""
     signals.set_phase("while the run was converted: it is as it was, or converted whole.")
     from engine import manifest
+    from engine.storage.model_loader import locate
     from stages.runs.folder import lock_run
 
     run = flags.model
     if not (run / "run.json").is_file():
         raise UserError(f"There is no run at {run}: --model takes a run folder.")
     with lock_run(run):
-        old = sorted((path.parent for path in run.glob("checkpoints/*/params") if path.is_dir()), key=lambda step: step.name)
+        old = [step for step in sorted(run.glob("checkpoints/[0-9]*"), key=lambda step: step.name) if _is_old(step)]
         if not old:
-            print(f"Nothing to convert: no checkpoint of {run} is in Orbax's format.")
+            print(f"Nothing to convert: no checkpoint of {run} is of an earlier version.")
             return
         if damaged := [line for step in old for line in manifest.verify(step)]:
             raise UserError(f"{run} is damaged: {'; '.join(damaged)}. Move that checkpoint elsewhere, and convert the others.")
+        adapter = locate(str(run)).format == "adapter"
+        widths = _adapted_widths(run) if adapter else _widths(run)
         with atomic_folder(run / "checkpoints") as building:
             for entry in (run / "checkpoints").glob("[!.]*"):
                 if entry in old:
-                    _convert_step(entry, building / entry.name)
+                    _convert_step(entry, building / entry.name, widths)
                 else:
                     shutil.copytree(entry, building / entry.name)
+        if adapter:
+            _name_base_anew(run)
     print(f"Converted {', '.join(str(step) for step in old)}.")
 
 
-def _convert_step(old: Path, new: Path) -> None:
+def _is_old(step: Path) -> bool:
+    from engine.storage import checkpoint
+
+    return (step / "params").is_dir() or any(map(checkpoint.JOINED_BEFORE.fullmatch, checkpoint.stored_arrays(step, "params")))
+
+
+def _widths(run: Path) -> dict[str, int]:
+    """Returns the columns of each matrix of a block."""
+    from engine.storage.run_folder import read_config
+
+    return {name: columns for name, (_, columns) in read_config(run).matrices.items()}
+
+
+def _adapted_widths(run: Path) -> dict[str, int]:
+    """As `_widths`, of the matrices that a LoRA run adapts."""
+    from engine.storage.model_loader import read_adapter_record, read_config
+
+    base, _, lora = read_adapter_record(run)
+    return {name: columns for name, (_, columns) in read_config(base).matrices.items() if name in lora.adapted_matrices}
+
+
+def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:
     import jax
     import numpy as np
 
@@ -62,21 +99,68 @@ def _convert_step(old: Path, new: Path) -> None:
     new.mkdir()
     entries = {}
     for part in ("params", "optimizer"):
-        stores = _open_arrays(old / part)
-        shapes = {name: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for name, store in stores.items()}
-        arrays = lambda stores=stores: (store.read().result() for store in stores.values())  # one at a time
-        encode = lambda shapes=shapes, arrays=arrays: safetensors.encode(shapes, arrays())
+        arrays = [piece for array in _open_arrays(old, part) for piece in _apart(array, widths)]
+        shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype, _ in arrays}
+        encode = lambda shapes=shapes, arrays=arrays: safetensors.encode(
+            shapes, (read() for *_, read in arrays)
+        )  # one at a time
         entries[f"{part}.safetensors"] = manifest.write_checked(new / f"{part}.safetensors", encode)
     entries["state.json"] = manifest.write_checked(new / "state.json", lambda: [np.fromfile(old / "state.json", np.uint8)])
     (new / manifest.NAME).write_bytes(manifest.render(entries))
 
 
-def _open_arrays(folder: Path) -> dict[str, Any]:
-    """Opens the arrays of one part of an old checkpoint, by path: Orbax keeps them in one OCDBT database of TensorStore's."""
+def _apart(array: StoredArray, widths: dict[str, int]) -> Iterator[StoredArray]:
+    """Yields an array, or those that lie side by side in it: of `widths` columns, or a LoRA pair's a of equal ones."""
+    from engine.model.config import JOINED
+    from engine.storage.checkpoint import JOINED_BEFORE
+
+    path, shape, dtype, read = array
+    if not (match := JOINED_BEFORE.fullmatch(path)):
+        yield array
+        return
+    start, joined, bias, half = match.groups()
+    names, first = [name for name in JOINED[joined] if name in widths], 0
+    for name in names:
+        columns = shape[-1] // len(names) if half == "a" else widths[name]
+        cut = lambda first=first, stop=first + columns: read()[..., first:stop]
+        end = (bias or "") + (f"/{half}" if half else "")
+        yield StoredArray(f"{start}{name}{end}", (*shape[:-1], columns), dtype, cut)
+        first += columns
+
+
+def _name_base_anew(run: Path) -> None:
+    """Writes the base's digest of today, which is over q, k and v apart, into a LoRA run. Raises UserError for another base."""
+    import jax.numpy as jnp
+
+    from engine.model.weights.matmul import join_projections
+    from engine.storage import adapter, digest, run_folder
+    from engine.storage.model_loader import load_model, read_adapter_record
+
+    name, trained_on, _ = read_adapter_record(run)
+    base = load_model(name, part="cached")
+    blocks = join_projections(base.params)["blocks"]
+    if base.cfg.qkv_bias:
+        apart = ("q_bias", "k_bias", "v_bias")
+        join = lambda block: (
+            {path: leaf for path, leaf in block.items() if path not in apart}
+            | {"qkv_bias": jnp.concatenate([block[path] for path in apart])}
+        )
+        blocks = {layer: join(block) for layer, block in blocks.items()}
+    adapter.check_base(run, digest.digest(base.params | {"blocks": blocks}), trained_on, name)
+    record, now = run_folder.read_json(run / "run.json"), digest.digest(base.params)
+    with run_folder.updating(run):
+        write_json(run / "run.json", record | {"base": record["base"] | {"digest": now}})
+    if (folder := run / "adapter").is_dir():
+        adapter.save_adapter(folder, base.cfg, adapter.load_adapter(folder, base.cfg), base=now, base_name=base.name)
+
+
+def _open_arrays(step: Path, part: str) -> list[StoredArray]:
+    """Opens the arrays of one part of an old checkpoint: Orbax keeps them in one OCDBT database of TensorStore's."""
     from engine.untrusted import read_json_object
 
+    folder = step / part
     if not folder.is_dir():
-        return {}  # a part without arrays
+        return _open_safetensors(step, part)
     try:
         import tensorstore
     except ImportError:
@@ -91,7 +175,25 @@ def _open_arrays(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / '_METADATA'} is damaged: it does not name the arrays of a checkpoint.") from None
     database = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/"}
     source = lambda path: {"driver": "auto", "kvstore": {**database, "path": ".".join(path) + "/"}}
-    return {"/".join(path): tensorstore.open(source(path), read=True).result() for path in paths}
+    stores = {"/".join(path): tensorstore.open(source(path), read=True).result() for path in paths}
+    whole = lambda store: lambda: store.read().result()
+    return [StoredArray(path, store.shape, store.dtype.numpy_dtype, whole(store)) for path, store in stores.items()]
+
+
+def _open_safetensors(step: Path, part: str) -> list[StoredArray]:
+    import numpy as np
+
+    from engine.storage import checkpoint
+
+    def whole(array: checkpoint.StoredArray) -> Callable[[], Any]:
+        def read() -> np.ndarray:
+            array.read(tuple((0, size) for size in array.shape), out := np.empty(array.shape, array.dtype))
+            return out
+
+        return read
+
+    stored = checkpoint.stored_arrays(step, part)
+    return [StoredArray(path, array.shape, array.dtype, whole(array)) for path, array in stored.items()]
 
 
 def main(args: Sequence[str] | None = None) -> int:

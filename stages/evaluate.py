@@ -91,7 +91,7 @@ def evaluate(flags: EvaluateFlags) -> None:
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
-        model = dataclasses.replace(model, params=layout.place(model.cfg, model.params))
+        model = dataclasses.replace(model, params=layout.place(model.params))
         if flags.weights:
             model = with_weights(model, flags.weights)
         before = digest_in_memory(model.params)

@@ -187,8 +187,7 @@ def _ways(cfg: ModelConfig, row: Json) -> list[str]:
     """Returns the ways of training in which a row's array is kept."""
     kept = ["all weights"]
     for way, adapter in FROZEN.items():
-        parts = adapter.adapted_parts if adapter else ()
-        adapted = {matrix for matrix, columns in cfg.parts.items() if not columns.keys().isdisjoint(parts)}
+        adapted = adapter.adapted_matrices if adapter else ()
         # A pair's gradient reads the matrix's input, as the matrix's own would.
         if {"dx", *adapted} & {*row["needed_for"]}:
             kept.append(way)

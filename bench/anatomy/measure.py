@@ -37,7 +37,7 @@ def anatomy(model: BenchModel) -> Json:
             moved += [{"stage": f"{name} {words}".rstrip(), "work": work, "changes": each} for words, each in stages]
         rows.append(row)
     progress("answering requests", replace=True)
-    answer_tokens, held = real_steps.answer(model, served)
+    answer_tokens, held = real_steps.answer(model, prepare_params(cfg, model.params, whole=False))  # every leaf apart
     work = f"{real_steps.REQUESTS} requests, {answer_tokens:,} tokens of answers"
     moved.append({"stage": "serving", "work": work, "changes": held})
     for stage in moved:  # in the order of the forward pass

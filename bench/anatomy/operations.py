@@ -5,17 +5,16 @@ from typing import NamedTuple
 from bench.anatomy.programs import CAPACITY, CHUNK, LORA, ROWS, B, T
 from bench.cli import Json
 from engine.counting.flops import Flops, PassFlops, add_layers
-from engine.counting.params import MATRICES
 from engine.counting.program_flops import decode_program_flops, gradient_layer_flops, prefill_program_flops
 from engine.counting.traffic import inference_bytes, train_bytes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
-from engine.model.config import ModelConfig
+from engine.model.config import MATRICES, ModelConfig
 from engine.training.loss import CHUNK as LOSS_CHUNK
 from engine.training.loss import LOGITS_LIMIT
 
-PRODUCTS = {
-    "qkv": "queries, keys, values", "attention": "attention", "out": "attention's output", "gate_up": "gate and up",
-    "down": "down", "lora": "LoRA's pairs", "head": "head",
+PRODUCTS = {  # what is shown: the products that it adds up
+    "queries, keys, values": ("q", "k", "v"), "attention": ("attention",), "attention's output": ("out",),
+    "gate and up": ("gate", "up"), "down": ("down",), "LoRA's pairs": ("lora",), "head": ("head",),
 }  # fmt: skip
 
 
@@ -70,9 +69,10 @@ def operation_rows(cfg: ModelConfig) -> list[Json]:
     for name, way in count_ways(cfg).items():
         passes = lambda part, n=way.tokens: [(part.forward + part.recompute) / n, part.dx / n, part.dw / n]
         parts = add_layers(way.layers).parts
+        products = {words: sum((parts[name] for name in names), PassFlops()) for words, names in PRODUCTS.items()}
         rows.append({
             "way": name, "flops_per_token": way.flops / way.tokens,
             "by_layer": [passes(layer.by_pass) for layer in way.layers],
-            "by_product": {words: passes(parts[part]) for part, words in PRODUCTS.items() if parts[part].total},
+            "by_product": {words: passes(product) for words, product in products.items() if product.total},
         })  # fmt: skip
     return rows

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
 from engine.inference.sampling import SamplingArrays
+from engine.mesh import layout
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.ops import platform
@@ -55,14 +56,14 @@ def params_shapes(cfg: ModelConfig) -> Any:
 
 def serving_params(cfg: ModelConfig, weights: Any = "plain") -> Any:
     """Returns shapes of weights as served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
-    return _serving_params(cfg, weights, platform())
+    return _serving_params(cfg, weights, platform(), layout.column_shards() == 1)
 
 
 @functools.cache
-def _serving_params(cfg: ModelConfig, weights: Any, _: str) -> Any:
+def _serving_params(cfg: ModelConfig, weights: Any, _: str, whole: bool) -> Any:
     """By platform, because each has its own layout of int8 weights."""
     rules = lambda params: matmul_rules(params, weights)
-    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)))
+    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)), whole)
     return jax.eval_shape(make, params_shapes(cfg))
 
 
@@ -72,7 +73,7 @@ def adapter_and_base(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
     freeze = lambda params: cast_matrices(
         quantize(params, matmul_rules(params, "full")) if base == "int8" else params, cfg.dtype
     )
-    adapters = jax.eval_shape(lambda params: init_lora(cfg, params, jax.random.key(0), LORA), params_shapes(cfg))
+    adapters = jax.eval_shape(lambda: init_lora(cfg, jax.random.key(0), LORA))
     return adapters, jax.eval_shape(freeze, params_shapes(cfg))
 
 

@@ -49,7 +49,7 @@ def train(
     paths = leaf_paths(shapes.trainable)
     has_pairs = any(isinstance(leaf, LoRA) for leaf in paths.values())
     if has_pairs:
-        trainable = init_lora(model.cfg, model.params, jax.random.key(1), LORA)
+        trainable = init_lora(model.cfg, jax.random.key(1), LORA)
     else:
         trainable = jax.tree.map(jnp.copy, split(model.params, paths)[0])
     start = leaf_paths(model.params)

@@ -88,19 +88,21 @@ def make(spec: dict[str, Any]) -> Run:
 
 
 def _state(file: Any, tied: bool) -> dict[str, Any]:
-    """Returns our leaves under torch's names; the weight of a Linear is (out, in)."""
+    """Returns our leaves under torch's names; the weight of a Linear is (out, in), those of one input one below another."""
     import torch
 
-    state = {}
-    for path in file.files:
+    joined = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+    parts: dict[str, list[Any]] = {}
+    for path in sorted(file.files, key=lambda path: "qkv".find(path.rpartition("/")[2][0])):  # q before k before v
         root, _, name = path.replace("/", ".").partition(".")
         if root != "params":
             continue
         leaf = torch.from_numpy(file[path])
-        if name.endswith("qkv_bias"):
-            state[name.removesuffix("_bias") + ".bias"] = leaf
-        else:
-            state[name + ".weight"] = leaf.T if leaf.ndim == 2 and name != "embed" else leaf
+        folder, dot, last = name.rpartition(".")
+        matrix, kind = last.removesuffix("_bias"), "bias" if last.endswith("_bias") else "weight"
+        target = f"{folder}{dot}{joined.get(matrix, matrix)}.{kind}"
+        parts.setdefault(target, []).append(leaf.T if leaf.ndim == 2 and name != "embed" else leaf)
+    state = {name: torch.cat(leaves) for name, leaves in parts.items()}
     if tied:
         state["head.weight"] = state["embed.weight"]
     return state

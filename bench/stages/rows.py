@@ -139,7 +139,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
     paths = kind.trainable_paths
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
     if paths.adapted:
-        trainable = init_lora(cfg, params, jax.random.key(1), ADAPTER)
+        trainable = init_lora(cfg, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)
     else:
         trainable, rest = split(params, paths.weights)
@@ -234,7 +234,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
     blocks = {name: PassFlops(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
-    formula = Flops(blocks | {"qkv": parts["qkv"], "head": PassFlops()})
+    formula = Flops(blocks | {name: parts[name] for name in "qkv"} | {"head": PassFlops()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
         "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,

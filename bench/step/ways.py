@@ -20,7 +20,7 @@ from engine.counting.memory import training_memory
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, lora_only
 from engine.counting.xla import xla_peak
 from engine.device import device_name
-from engine.mesh.layout import global_batch, group_columns, init_sharded, make_mesh
+from engine.mesh.layout import global_batch, init_sharded, make_mesh
 from engine.mesh.shape import MeshShape, check_mesh
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import split
@@ -65,7 +65,7 @@ def make_way(
     )
     flops = train_flops(cfg, tokens, attention="full", trainable=paths, remat="none").total * rows * tokens
     begin = lambda: new_state(tx, trainable)
-    state = init_sharded(jax.jit(lambda: group_columns(cfg, begin()))) if on_mesh else begin()
+    state = init_sharded(jax.jit(begin)) if on_mesh else begin()
     options = LORA_COMPILER_OPTIONS if base == "int8" else None
     step = TrainingStep(cfg, tx, state, frozen, global_batch(batch), compiler_options=options, microbatches=microbatches)
     return Way(step, flops, memory.total)
@@ -86,7 +86,7 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     make = lambda trainable, frozen, paths, **options: make_way(cfg, trainable, frozen, data, paths=paths, **options)
     frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))
     queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
-    pairs = lambda adapter: init_lora(cfg, params, jax.random.key(0), adapter)
+    pairs = lambda adapter: init_lora(cfg, jax.random.key(0), adapter)
     int8 = cast_matrices(quantize(params, matmul_rules(params, "full")), cfg.dtype)
     return {
         "everything": make(cast_matrices(params, "float32"), {}, all_trainable(cfg)),

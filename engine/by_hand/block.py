@@ -45,8 +45,9 @@ class AttentionResiduals(NamedTuple):
     """The arrays that attention saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
-    h: ndarray  # (B, T, D)         dweight of qkv, whose input it was
-    raw: ndarray | None  # (B, T, N + 2 K, H)   dx and dgain of the norms of q and k, if any; v lies in the same array
+    h: ndarray  # (B, T, D)         dweight of q, k and v, whose input it was
+    raw_q: ndarray | None  # (B, T, N, H)   dx and dgain of the norm of q, if there is one
+    raw_k: ndarray | None  # (B, T, K, H)   dx and dgain of the norm of k, if there is one
     q: ndarray  # (B, K, G T, H)    dk, which is a sum of queries
     k: ndarray  # (B, K, T, H)      dq, which is a sum of keys
     v: ndarray  # (B, K, T, H)      the derivative by the attention weights that it was mixed with
@@ -58,7 +59,7 @@ class SwigluResiduals(NamedTuple):
     """The arrays that the feed-forward half saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)       the norm's dx and dgain
-    h: ndarray  # (B, T, D)       dweight of gate_up, whose input it was
+    h: ndarray  # (B, T, D)       dweight of gate and up, whose input it was
     gate: ndarray  # (B, T, F)    dup, which it was multiplied with, and the slope of silu
     up: ndarray  # (B, T, F)      dgate, which it was multiplied with
     hidden: ndarray  # (B, T, F)  dweight of down, whose input it was
@@ -80,7 +81,8 @@ def attention_with_residuals(
     q, k, v = _rotate(cfg, w, raw, tables)
     weights = attention_weights(q, k, tables.mask)
     mixed = merge_heads(ungroup_heads(weighted_values(weights, v), x.shape[1]))
-    return x + project(mixed, w["out"]), AttentionResiduals(x, h, raw if cfg.qk_norm else None, q, k, v, weights, mixed)
+    raw_q, raw_k = raw[:2] if cfg.qk_norm else (None, None)
+    return x + project(mixed, w["out"]), AttentionResiduals(x, h, raw_q, raw_k, q, k, v, weights, mixed)
 
 
 def attention_backward(
@@ -95,28 +97,30 @@ def attention_backward(
     dq, dk = attention_weights_backward(dweights, residuals.weights, residuals.q, residuals.k)
     dq, dk, dv = ungroup_heads(dq, T), ungroup_heads(dk, T), ungroup_heads(dv, T)
     dq, dk = rope_backward(dq, tables.cos, tables.sin), rope_backward(dk, tables.cos, tables.sin)
-    if residuals.raw is not None:
-        q, k, _ = np.split(residuals.raw, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
-        dq, d["q_norm"] = rms_norm_backward(dq, q, w["q_norm"], cfg.eps)
-        dk, d["k_norm"] = rms_norm_backward(dk, k, w["k_norm"], cfg.eps)
-    dqkv = merge_heads(np.concatenate([dq, dk, dv], axis=2))
-    if cfg.qkv_bias:
-        d["qkv_bias"] = bias_backward(dqkv)
-    dh, d["qkv"] = project_backward(dqkv, residuals.h, w["qkv"])
+    if residuals.raw_q is not None and residuals.raw_k is not None:
+        dq, d["q_norm"] = rms_norm_backward(dq, residuals.raw_q, w["q_norm"], cfg.eps)
+        dk, d["k_norm"] = rms_norm_backward(dk, residuals.raw_k, w["k_norm"], cfg.eps)
+    dh = np.zeros_like(residuals.h)
+    for name, dheads in (("q", dq), ("k", dk), ("v", dv)):
+        dproduct = merge_heads(dheads)
+        if cfg.qkv_bias:
+            d[f"{name}_bias"] = bias_backward(dproduct)
+        dpart, d[name] = project_backward(dproduct, residuals.h, w[name])
+        dh += dpart
     dx, d["attn_norm"] = rms_norm_backward(dh, residuals.x, w["attn_norm"], cfg.eps)
     return dy + dx, d
 
 
 def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
     """Adds the SwiGLU half to the residual stream: x (B, T, D) -> (B, T, D)."""
-    gate, up = np.split(project(rms_norm(x, w["mlp_norm"], cfg.eps), w["gate_up"]), 2, axis=-1)
-    return x + project(swiglu(gate, up), w["down"])
+    h = rms_norm(x, w["mlp_norm"], cfg.eps)
+    return x + project(swiglu(project(h, w["gate"]), project(h, w["up"])), w["down"])
 
 
 def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
     """Returns `feed_forward`'s result, and the residuals for `feed_forward_backward`."""
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
-    gate, up = np.split(project(h, w["gate_up"]), 2, axis=-1)
+    gate, up = project(h, w["gate"]), project(h, w["up"])
     hidden = swiglu(gate, up)
     return x + project(hidden, w["down"]), SwigluResiduals(x, h, gate, up, hidden)
 
@@ -125,8 +129,10 @@ def feed_forward_backward(cfg: ModelConfig, w: Weights, residuals: SwigluResidua
     """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights."""
     d: Weights = {}
     dhidden, d["down"] = project_backward(dy, residuals.hidden, w["down"])
-    dgate_up = np.concatenate(swiglu_backward(dhidden, residuals.gate, residuals.up), axis=-1)
-    dh, d["gate_up"] = project_backward(dgate_up, residuals.h, w["gate_up"])
+    dgate, dup = swiglu_backward(dhidden, residuals.gate, residuals.up)
+    dh, d["gate"] = project_backward(dgate, residuals.h, w["gate"])
+    dpart, d["up"] = project_backward(dup, residuals.h, w["up"])
+    dh += dpart
     dx, d["mlp_norm"] = rms_norm_backward(dh, residuals.x, w["mlp_norm"], cfg.eps)
     return dy + dx, d
 
@@ -136,17 +142,15 @@ def merge_heads(heads: ndarray) -> ndarray:
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> ndarray:
-    """h (B, T, D) -> q, k and v as heads (B, T, N + 2 K, H)."""
-    qkv = project(h, w["qkv"])
-    if cfg.qkv_bias:
-        qkv = qkv + w["qkv_bias"]
-    return qkv.reshape(*qkv.shape[:2], -1, cfg.head_dim)
+def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> tuple[ndarray, ...]:
+    """h (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H)."""
+    products = (project(h, w[name]) + w[f"{name}_bias"] if cfg.qkv_bias else project(h, w[name]) for name in "qkv")
+    return tuple(product.reshape(*product.shape[:2], -1, cfg.head_dim) for product in products)
 
 
-def _rotate(cfg: ModelConfig, w: Weights, heads: ndarray, tables: PositionTables) -> list[ndarray]:
-    """heads (B, T, N + 2 K, H) -> q (B, K, G T, H), k and v (B, K, T, H): q and k normed and rotated."""
-    q, k, v = np.split(heads, [cfg.heads, cfg.heads + cfg.kv_heads], axis=2)
+def _rotate(cfg: ModelConfig, w: Weights, heads: tuple[ndarray, ...], tables: PositionTables) -> list[ndarray]:
+    """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and rotated."""
+    q, k, v = heads
     if cfg.qk_norm:
         q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
     q, k = rope(q, tables.cos, tables.sin), rope(k, tables.cos, tables.sin)

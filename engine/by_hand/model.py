@@ -93,7 +93,7 @@ def loss_and_gradient(
 
 def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
     """Returns how many numbers the residuals hold: a block's fields in the order of `block.py`, times L."""
-    norms = cfg.qkv_width if cfg.qk_norm else 0
+    norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm else 0
     attention = 2 * cfg.width + norms + cfg.qkv_width + cfg.heads * T + cfg.heads * cfg.head_dim
     swiglu = 2 * cfg.width + 3 * cfg.ff
     return B * T * (cfg.layers * (attention + swiglu) + 2 * cfg.width)

@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from engine.counting.params import MATRICES, leaf_shapes
+from engine.counting.params import leaf_shapes
 from engine.counting.trainable_paths import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.errors import UserError, did_you_mean
-from engine.model.config import ModelConfig
+from engine.model.config import JOINED, MATRICES, ModelConfig
 
 Attention = Literal["causal", "full"] | int
 
@@ -87,12 +87,12 @@ def flops_by_layer(
     the bottom up, and last of the head.
 
     By default everything trains and `remat` is the config's: `block` repeats the forward pass of each block that has a
-    backward pass, except its last product, `down`, whose result no gradient reads; `full` repeats all of it once anything
-    trains. `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going back, the last
-    one padded.
+    backward pass, except products whose result no gradient reads: its last, `down`, and `up` where that alone trains; `full`
+    repeats all of it once anything trains. `loss_chunk`: the columns of the logits that exist at once; each chunk is computed
+    again going back, the last one padded.
 
     `as_run` counts this engine's program, which merges a LoRA pair into a base smaller than its inputs and outputs, at R
-    operations a weight and none a row (`model/weights/lora_matmul.py`), in place of multiplying beside it; lets a matrix
+    operations a weight and none a row (`model/weights/lora.py`), in place of multiplying beside it; lets a matrix
     take the norm's gain, so that the lowest gain needs no gradient of its input; and with `cfg.scan` runs one program for
     all blocks, so that frozen ones save nothing. Raises UserError when a path of `trainable` is not in the model.
     """
@@ -129,55 +129,64 @@ class _Counter:
     def add(self, name: str, flops: PassFlops) -> None:
         self.tally[name] = self.tally.get(name, PassFlops()) + flops
 
-    def multiply(self, name: str, path: str, inputs: int, columns: int) -> None:
+    def multiply(self, path: str, inputs: int, columns: int, name: str = "") -> bool:
+        """Counts a product with the matrix at `path`; returns whether it trains."""
+        name = name or path.rpartition("/")[2]
         size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
         self.add(name, PassFlops(forward=size, dx=size * self.live, dw=size * trains))
-        adapted = self.adapted(path)
+        adapted = path in self.trainable.adapted
         if adapted:
             # da needs g bᵀ even where no gradient goes further down.
-            down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs * len(adapted), sum(adapted)))
+            down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs, columns))
             pairs = PassFlops(forward=down + up, dx=up + down * self.live, dw=down + up)
             if self.is_merged(inputs, columns):
                 # The backward pass computes x a for db, and merges again the weight that dX goes through.
-                merge = 2 * inputs * self.trainable.rank * sum(adapted)
+                merge = 2 * inputs * self.trainable.rank * columns
                 pairs = PassFlops(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
             self.add("lora", pairs)
-        self.live |= trains or bool(adapted)
+        return trains or adapted
 
     def is_merged(self, inputs: int, columns: int) -> bool:
         return self.as_run and self.rows * (inputs + columns) > inputs * columns
 
-    def gain_needs_dx(self, gain: str, matrix: str, columns: int) -> bool:
-        """Whether a norm's gain trains, and its gradient is not found in that of the matrix (`norm_and_weight`)."""
-        converted = self.as_run and self.cfg.dtype != "float32" and matrix in self.trainable.weights and self.rows > columns
-        return gain in self.trainable.weights and not converted
+    def norm_and_multiply(self, prefix: str, gain: str, names: tuple[str, ...]) -> bool:
+        """Counts the products of one norm's result; returns whether the gradient of that is needed.
 
-    def adapted(self, path: str) -> list[int]:
-        """Returns the column counts of the matrix's parts that have a LoRA pair."""
-        folder, _, matrix = path.rpartition("/")
-        parts = self.cfg.parts.get(matrix, {})
-        return [stop - start for part, (start, stop) in parts.items() if f"{folder}/{part}" in self.trainable.adapted]
+        A gain that trains needs it, but where its own is found in that of the matrices (`norm_and_project`).
+        """
+        weights, shapes = self.trainable.weights, self.cfg.matrices
+        converts = self.as_run and self.cfg.dtype != "float32"
+        folded = converts and all(prefix + name in weights and self.rows > shapes[name][1] for name in names)
+        self.live |= prefix + gain in weights and not folded
+        needs_dx = self.live
+        trained = [self.multiply(prefix + name, *shapes[name]) for name in names]
+        self.live |= any(trained)
+        return needs_dx
 
     def block(self, prefix: str, square: int, remat: bool) -> dict[str, PassFlops]:
         cfg, weights = self.cfg, self.trainable.weights
         self.tally = {}
-        self.live |= self.gain_needs_dx(prefix + "attn_norm", prefix + "qkv", cfg.qkv_width)
-        self.multiply("qkv", prefix + "qkv", cfg.width, cfg.qkv_width)
-        values = self.live or prefix + "qkv_bias" in weights
-        queries, keys = (values or prefix + gain in weights for gain in ("q_norm", "k_norm"))
-        self.live = queries or keys
+        below = self.live or prefix + "attn_norm" in weights
+        self.norm_and_multiply(prefix, "attn_norm", JOINED["qkv"])
+        trains = lambda name: below or bool({prefix + name, f"{prefix}{name}_bias"} & (weights | self.trainable.adapted))
+        values = trains("v")
+        queries, keys = (trains(name) or f"{prefix}{name}_norm" in weights for name in "qk")
+        self.live |= queries or keys or values
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
-        self.add("attention", PassFlops(square, dx=square // 2 * sum((values, self.live, queries, keys))))
-        self.multiply("out", prefix + "out", cfg.heads * cfg.head_dim, cfg.width)
-        self.live |= self.gain_needs_dx(prefix + "mlp_norm", prefix + "gate_up", 2 * cfg.ff)
-        self.multiply("gate_up", prefix + "gate_up", cfg.width, 2 * cfg.ff)
-        self.multiply("down", prefix + "down", cfg.ff, cfg.width)
+        self.add("attention", PassFlops(square, dx=square // 2 * sum((values, queries or keys, queries, keys))))
+        self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
+        reads_up = self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
+        reads_up |= not {prefix + "gate", prefix + "down"}.isdisjoint(weights | self.trainable.adapted)
+        self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
         if not (remat and self.live):
             return self.tally
-        unread = {"down": 2 * self.rows * cfg.ff * cfg.width}
-        if self.adapted(prefix + "down"):
-            rows = cfg.ff if self.is_merged(cfg.ff, cfg.width) else self.rows
-            unread["lora"] = 2 * rows * self.trainable.rank * cfg.width
+        unread = {"lora": 0}
+        for name in ("down", "up")[: 2 - reads_up]:
+            inputs, columns = cfg.matrices[name]
+            unread[name] = 2 * self.rows * inputs * columns
+            if prefix + name in self.trainable.adapted:
+                rows = inputs if self.is_merged(inputs, columns) else self.rows
+                unread["lora"] += 2 * rows * self.trainable.rank * columns
         for name, part in self.tally.items():
             self.tally[name] += PassFlops(recompute=part.forward - unread.get(name, 0))
         return self.tally
@@ -186,7 +195,7 @@ class _Counter:
         columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
         self.tally = {}
         self.live |= "norm" in self.trainable.weights
-        self.multiply("head", "embed" if self.cfg.tied else "head", self.cfg.width, columns)
+        self.live |= self.multiply("embed" if self.cfg.tied else "head", self.cfg.width, columns, "head")
         if loss_chunk and self.live:
             self.add("head", PassFlops(recompute=self.tally["head"].forward))
         return self.tally

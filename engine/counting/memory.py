@@ -14,7 +14,7 @@ from engine.counting.flops import twice_mean_keys
 from engine.counting.params import leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, lowest_gradient, target_shapes
 from engine.model.attention import QUERY_BLOCK, has_kernel
-from engine.model.config import ModelConfig
+from engine.model.config import JOINED, ModelConfig
 from engine.model.cross_entropy import COLUMNS
 
 FLOAT32 = 4
@@ -97,7 +97,7 @@ def training_memory(
     if base == "int8":
         wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width  # the head's columns in the compute type
     else:
-        # LoRA is merged into matrices smaller than their `rows` of inputs and outputs (`model/weights/lora_matmul.py`): at each
+        # LoRA is merged into matrices smaller than their `rows` of inputs and outputs (`model/weights/lora.py`): at each
         # product, and again in the backward pass behind a barrier, which XLA gives a copy of the base.
         adapted = TrainablePaths(frozenset(), trainable.adapted)
         paths = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _trainable_leaves(cfg, adapted, layer)]
@@ -139,8 +139,7 @@ def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) 
 
 def _trainable_leaves(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[str]:
     prefix = f"blocks/{layer}/"
-    adapted = {name for name, parts in cfg.parts.items() if any(prefix + part in trainable.adapted for part in parts)}
-    return adapted | {path.removeprefix(prefix) for path in trainable.weights if path.startswith(prefix)}
+    return {path.removeprefix(prefix) for path in trainable.weights | trainable.adapted if path.startswith(prefix)}
 
 
 def _residual_bytes(cfg: ModelConfig, tokens: int, trainable: set[str]) -> int:
@@ -149,7 +148,7 @@ def _residual_bytes(cfg: ModelConfig, tokens: int, trainable: set[str]) -> int:
     A value that only a weight's gradient reads is kept only where that weight is in `trainable`.
     """
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    operands = cfg.width * len(trainable & {"qkv", "gate_up"})  # results of both norms
+    operands = cfg.width * sum(not trainable.isdisjoint(read) for read in JOINED.values())  # results of both norms
     operands += query + 2 * key  # q, k, v
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up

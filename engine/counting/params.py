@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 from engine.model.config import ModelConfig
 
-MATRICES = ("qkv", "out", "gate_up", "down")  # of a block, in the order of the forward pass
-
 
 def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns path -> shape of every parameter, such as 'blocks/0/qkv', bottom first. A tied model has no `head`."""
-    block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,), "qkv": (cfg.width, cfg.qkv_width)}
+    """Returns path -> shape of every parameter, such as 'blocks/0/q', bottom first. A tied model has no `head`."""
+    matrices = cfg.matrices
+    block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,)}
+    block |= {name: matrices[name] for name in "qkv"}
     if cfg.qkv_bias:
-        block["qkv_bias"] = (cfg.qkv_width,)
+        block |= {f"{name}_bias": matrices[name][1:] for name in "qkv"}
     if cfg.qk_norm:
         block |= {"q_norm": (cfg.head_dim,), "k_norm": (cfg.head_dim,)}
-    block |= {"out": (cfg.heads * cfg.head_dim, cfg.width), "mlp_norm": (cfg.width,)}
-    block |= {"gate_up": (cfg.width, 2 * cfg.ff), "down": (cfg.ff, cfg.width)}
+    block |= {"out": matrices["out"], "mlp_norm": (cfg.width,)}
+    block |= {name: matrices[name] for name in ("gate", "up", "down")}
     shapes: dict[str, tuple[int, ...]] = {"embed": (cfg.vocab, cfg.width)}
     shapes |= {f"blocks/{layer}/{name}": shape for layer in range(cfg.layers) for name, shape in block.items()}
     shapes["norm"] = (cfg.width,)

@@ -9,9 +9,8 @@ import dataclasses
 
 from engine.counting.flops import train_flops
 from engine.counting.memory import FLOAT32, dtype_bytes, inference_memory, training_memory
-from engine.counting.params import MATRICES
 from engine.counting.trainable_paths import TrainablePaths, lowest_gradient
-from engine.model.config import ModelConfig
+from engine.model.config import MATRICES, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

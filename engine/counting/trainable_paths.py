@@ -9,10 +9,7 @@ from engine.model.config import LoraConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainablePaths:
-    """The paths of the leaves that train (`weights`), and of the targets that get a LoRA pair of `rank` (`adapted`).
-
-    A target is a part of a matrix: `blocks/3/q` is the columns of `blocks/3/qkv` that compute the queries.
-    """
+    """The paths of the leaves that train (`weights`), and of the matrices that get a LoRA pair of `rank` (`adapted`)."""
 
     weights: frozenset[str]
     adapted: frozenset[str] = frozenset()
@@ -51,19 +48,13 @@ def head_only(cfg: ModelConfig) -> TrainablePaths:
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
     """Returns a LoRA pair on each target of every block (Hu et al., 2106.09685)."""
-    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted_parts)
+    paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted_matrices)
     return TrainablePaths(frozenset(), paths, adapter.rank)
 
 
 def target_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns path -> (rows, columns) of every possible LoRA target."""
-    leaves = leaf_shapes(cfg)
-    return {
-        f"blocks/{layer}/{target}": (leaves[f"blocks/{layer}/{matrix}"][0], stop - start)
-        for layer in range(cfg.layers)
-        for matrix, parts in cfg.parts.items()
-        for target, (start, stop) in parts.items()
-    }
+    """Returns path -> (rows, columns) of every matrix that a LoRA pair can adapt."""
+    return {f"blocks/{layer}/{name}": shape for layer in range(cfg.layers) for name, shape in cfg.matrices.items()}
 
 
 def lowest_gradient(cfg: ModelConfig, trainable: TrainablePaths) -> int:

@@ -21,13 +21,13 @@ from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
 from engine.model.weights.lora import merge_lora
-from engine.model.weights.matmul import cast_matrices
+from engine.model.weights.matmul import cast_matrices, join_projections
 
 CHUNK = 64  # prompt tokens a prefill call in `bench`
 
 
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
-    """Prepares weights for inference, once: matrices in the compute dtype, adapters merged.
+    """Prepares weights for inference, once: matrices in the compute dtype, adapters merged, those of one input side by side.
 
     Gains, biases and Int8 leaves stay; a CPU that holds them `whole` gets integers in the layout in which it multiplies them
     fastest, and for the kernel of `engine/model/native` where there is one.
@@ -40,7 +40,8 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
             return leaf
         return store_transposed(leaf) if native_problem() else pack_for_kernel(leaf)
 
-    return cast_matrices(map_paths(lay_out, merge_lora(params, cfg.dtype)), cfg.dtype)
+    params = cast_matrices(merge_lora(params, cfg.dtype), cfg.dtype)
+    return map_paths(lay_out, join_projections(params) if whole else params)
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")

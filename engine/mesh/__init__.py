@@ -4,7 +4,7 @@
                   sharded_shapes, inference_shapes                                       shapes on no mesh; on the first device
                   init_sharded(begin, ...), make_sharded_cache(make)                     call it
                   place, global_batch, pin, pin_cache, shard_rows, spread_rows,
-                  shard_columns, replicate, regather, group_columns, ungroup_columns     return the argument as it is
+                  shard_columns, replicate, regather                                     return the argument as it is
                   look_up(f, ...), attend_by_head(kernel, ...), map_whole_matrices(f, )  call f on the arrays as they are
                   row_shards, column_shards, spread_shards; batch_share                  1; (1, 0)
                   split_* and join_*, cut_rows and join_cuts, stack_rows                 slice, concatenate, reshape

@@ -6,9 +6,6 @@
         state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
 
 `rules.py` says which axes cut what. Without a mesh nothing here adds to a program: the room's docstring has a table.
-
-On a `tensor` axis of t devices, the columns of a matrix with several parts (q, k, v; gate, up) lie in t groups: each holds
-its t-th of every part, and a device computes whole heads. That is in memory only; files hold the parts one after another.
 """
 
 import math
@@ -25,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 from engine.errors import UserError
 from engine.mesh.rules import cache_spec, fitting_spec, map_specs
 from engine.mesh.shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
-from engine.model.column_groups import file_order, join_groups, regroup, split_groups
 from engine.model.config import ModelConfig
 
 SPREAD_ORDER = ("fsdp", "tensor", "data")  # of axes that whole matrices are dealt out along; `data` has them all already
@@ -109,34 +105,25 @@ def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
 
 
 def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
-    """Returns `begin(*args)`; on a mesh each device computes its own part: random numbers are those of one device.
-
-    Matrices come with their columns grouped, see `group_columns`.
-    """
+    """Returns `begin(*args)`; on a mesh each device computes its own part: random numbers are those of one device."""
     if current_mesh() is None:
         return begin(*args)
     return jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, *args)))(*args)
 
 
-def place(cfg: ModelConfig, params: Any) -> Any:
-    """Lays parameters, ordered as in files, out over the mesh. Each device reads its own part; NumPy may be memory-mapped.
+def place(params: Any) -> Any:
+    """Lays parameters out over the mesh. Each device reads its own part; NumPy may be memory-mapped.
 
     To load a model that no single device holds, do so in `device.host_memory`.
     """
-    mesh = current_mesh()
-    if mesh is None:
+    if current_mesh() is None:
         return params
-    wanted = jax.eval_shape(lambda tree: group_columns(cfg, tree), params)
 
-    def read(x: Any, order: Any = None) -> Callable[[Any], np.ndarray]:
+    def read(x: Any, where: NamedSharding) -> Array:
         whole = np.asarray(x)  # no copy of an array in the host's memory, which JAX would send to every device to index it
-        return lambda index: whole[index] if order is None else whole[index[:-1]][..., order[index[-1]]]
+        return jax.make_array_from_callback(whole.shape, where, whole.__getitem__)
 
-    readers = regroup(cfg, params, lambda x, widths: read(x, file_order(widths, column_shards())), column_shards())
-    make = lambda leaf, where, part: jax.make_array_from_callback(
-        leaf.shape, where, part if callable(part) else read(part), dtype=leaf.dtype
-    )
-    return jax.tree.map(make, wanted, shardings(wanted), readers)
+    return jax.tree.map(read, params, shardings(params))
 
 
 def batch_share(rows: int) -> tuple[int, int]:
@@ -257,22 +244,6 @@ def regather(weights: Any, *others: Any) -> tuple[Any, ...]:
     return (weights, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weights, *others))
 
 
-def split_columns(x: Array, widths: Sequence[int], axis: int = -1) -> list[Array]:
-    """Splits an axis into parts of these widths, which lie in groups on a `tensor` axis."""
-    return split_groups(x, widths, axis, column_shards())
-
-
-def join_columns(parts: Sequence[Array], axis: int = -1) -> Array:
-    """Joins parts along an axis, in groups on a `tensor` axis: the inverse of `split_columns`."""
-    return join_groups(parts, axis, column_shards())
-
-
-def in_first_part(count: int, first: int) -> Array:
-    """Returns (count,) bool: whether each place of a joined axis lies in its first part, of `first` places."""
-    groups = column_shards()
-    return jnp.arange(count) < first if groups == 1 else jnp.arange(count) % (count // groups) < first // groups
-
-
 def stack_rows(x: Array, parts: int) -> Array:
     """x (B, ...) -> (parts, B / parts, ...), each of rows from every device."""
     if row_shards() == 1:
@@ -283,13 +254,13 @@ def stack_rows(x: Array, parts: int) -> Array:
 
 def split_rows(x: Array, parts: int) -> list[Array]:
     """Splits x (B, ...) into equal parts, each of rows from every device."""
-    part = x.shape[0] // parts
-    return split_groups(x, [part] * parts, 0, _row_groups(part))
+    groups = _row_groups(len(x) // parts)
+    return [part.reshape(-1, *x.shape[1:]) for part in jnp.split(x.reshape(groups, -1, *x.shape[1:]), parts, axis=1)]
 
 
 def join_rows(parts: Sequence[Array]) -> Array:
     """Joins parts (B, ...) to rows of which every device holds its own: the inverse of `split_rows`."""
-    return join_groups(parts, 0, _row_groups(len(parts[0])))
+    return _join_groups(parts, 0, _row_groups(len(parts[0])))
 
 
 def _row_groups(rows: int) -> int:
@@ -307,7 +278,19 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
 
 def join_cuts(parts: Sequence[Array]) -> Array:
     """Joins all that `cut_rows` cut from one array, in order."""
-    return join_groups(parts, 0, spread_shards(sum(map(len, parts))))
+    return _join_groups(parts, 0, spread_shards(sum(map(len, parts))))
+
+
+def join_columns(parts: Sequence[Array]) -> Array:
+    """Joins parts (M, F) along F, so that each device of a `tensor` axis joins its own columns of them."""
+    return _join_groups(parts, 1, column_shards())
+
+
+def _join_groups(parts: Sequence[Array], axis: int, groups: int) -> Array:
+    """Joins parts along an axis. Each has the shares of `groups` devices in turn, and each device's shares come together."""
+    before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
+    grouped = [x.reshape(*before, groups, -1, *after) for x in parts]
+    return jnp.concatenate(grouped, axis=axis + 1).reshape(*before, -1, *after)
 
 
 def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
@@ -338,25 +321,3 @@ def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
             stack = jax.lax.with_sharding_constraint(stack, spec)
         results |= zip(places, stack)
     return jax.tree.unflatten(treedef, [results[place] for place in range(len(leaves))])
-
-
-def change_array(x: Array, widths: Sequence[int], before: int, after: int) -> Array:
-    """Returns x with its columns, of parts of these widths, in `after` groups for `before`."""
-    return join_groups(split_groups(x, widths, -1, before), -1, after)
-
-
-def group_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] = change_array) -> Any:
-    """Returns a tree of parameters, ordered as in files, with the columns of every matrix grouped for the `tensor` axis.
-
-    `change(x, widths, before, after)` gives what stands for an array whose columns are to be grouped.
-    """
-    return _change_groups(cfg, tree, 1, column_shards(), change)
-
-
-def ungroup_columns(cfg: ModelConfig, tree: Any, change: Callable[[Array, list[int], int, int], Any] = change_array) -> Any:
-    """The inverse of `group_columns`: parameters ordered as in files."""
-    return _change_groups(cfg, tree, column_shards(), 1, change)
-
-
-def _change_groups(cfg: ModelConfig, tree: Any, before: int, after: int, change: Callable[..., Any]) -> Any:
-    return tree if before == after else regroup(cfg, tree, lambda x, widths: change(x, widths, before, after), after)

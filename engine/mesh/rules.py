@@ -12,12 +12,12 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from engine.model.column_groups import LEAF
-
+# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
+LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|scale|a|b))?")
 RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
     (r"embed", P(None, ("tensor", "fsdp"))),
     (r"head", P(("tensor", "fsdp"), None)),
-    (r"blocks/\d+/(qkv|gate_up)", P("fsdp", "tensor")),
+    (r"blocks/\d+/(q|k|v|gate|up)", P("fsdp", "tensor")),
     (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
     (r"(blocks/\d+/)?\w*(norm|bias)", P()),
 )

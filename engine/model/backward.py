@@ -5,7 +5,8 @@ The rules of `jax.grad` do neither. Where a product needs an operand turned over
 """
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,29 +41,28 @@ def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) 
 matmul = _with_backward(layers.matmul, matmul_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """As `layers.matmul_two`, in two products, so that backward has nothing to cut or join."""
-    left, right = _halves(w.astype(x.dtype))
-    return jnp.dot(x, left, preferred_element_type=dtype), jnp.dot(x, right, preferred_element_type=dtype)
+def _matmul_each_backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array, ...]], gs: tuple[Array, ...]):
+    """The sum of the weights' dx, in float32, and each weight's dw; x is transposed once for all."""
+    x, weights = residuals
+    weights, gs = layout.regather(weights, tuple(g.astype(x.dtype) for g in gs))
+    dx, x_transposed = input_gradient(gs, [w.astype(x.dtype) for w in weights]), transpose(x)
+    return dx, tuple(layers.dot32(x_transposed, g).astype(w.dtype) for g, w in zip(gs, weights))
 
 
-def _halves(x: Array) -> list[Array]:
-    return layout.split_columns(x, [x.shape[1] // 2] * 2)
+def input_gradient(gs: Sequence[Array], weights: Sequence[Array]) -> Array:
+    """Each g (M, F), w (D, F) -> the sum of g w^T (M, D), added up in float32, in g's dtype.
+
+    Where devices share the columns it is one product, or they would add up the results of each.
+    """
+    if layout.column_shards() > 1:
+        gs, weights = [layout.join_columns(gs)], [layout.join_columns(weights)]
+    if len(gs) == 1:
+        return jnp.einsum("mf,df->md", gs[0], weights[0], preferred_element_type=gs[0].dtype)
+    products = (layers.einsum32("mf,df->md", g, w) for g, w in zip(gs, weights))
+    return functools.reduce(operator.add, products).astype(gs[0].dtype)
 
 
-def _matmul_two_backward(dtype: DTypeLike, residuals: tuple[Array, Array], gs: tuple[Array, Array]):
-    x, w = residuals
-    w, left, right = layout.regather(w, gs[0].astype(x.dtype), gs[1].astype(x.dtype))
-    w_left, w_right = _halves(w.astype(x.dtype))
-    dx = layers.einsum32("mf,df->md", left, w_left)
-    dx = dx + layers.einsum32("mf,df->md", right, w_right)
-    x_transposed = transpose(x)
-    dw = layout.join_columns([layers.dot32(x_transposed, g) for g in (left, right)])
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-matmul_two.defvjp(lambda x, w, dtype: (matmul_two(x, w, dtype), (x, w)), _matmul_two_backward)
+matmul_each = _with_backward(layers.matmul_each, _matmul_each_backward)
 
 
 def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -132,7 +132,7 @@ def _swiglu_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array)
 swiglu = _with_backward(layers.swiglu, _swiglu_backward)
 
 
-def _rotate(x: Array, cos: Array, sin: Array, scale: Array, dtype: DTypeLike) -> Array:
+def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
     """scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): to exchange halves is to reverse an axis.
 
     A loop over the last axis is then one of vectors. Ten times as fast as to reverse inside H, as is the barrier, which keeps
@@ -141,19 +141,19 @@ def _rotate(x: Array, cos: Array, sin: Array, scale: Array, dtype: DTypeLike) ->
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))  # or each head would compute them
     cos, sin = cos[:, :, None, None], sin[:, :, None]
-    rotated = (pairs.astype(jnp.float32) * cos + jnp.flip(pairs, axis=-2).astype(jnp.float32) * sin) * scale[:, None, None]
+    rotated = (pairs.astype(jnp.float32) * cos + jnp.flip(pairs, axis=-2).astype(jnp.float32) * sin) * scale
     return jax.lax.optimization_barrier(rotated.astype(dtype)).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def rope(x: Array, scale: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
-    """As `layers.rope`. Backward is the rotation the other way; scale and positions get no gradient."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
+    """As `layers.rope`. Backward is the rotation the other way; positions get no gradient."""
     return _rotate(x, cos, sin, scale, dtype)
 
 
-def _rope_backward(dtype: DTypeLike, residuals: tuple[Array, ...], g: Array):
-    like, scale, cos, sin = residuals
-    return _rotate(g, cos, -sin, scale, like.dtype), None, None, None
+def _rope_backward(scale: float, dtype: DTypeLike, residuals: tuple[Array, ...], g: Array):
+    like, cos, sin = residuals
+    return _rotate(g, cos, -sin, scale, like.dtype), None, None
 
 
-rope.defvjp(lambda x, scale, *rest: (rope(x, scale, *rest), (jnp.zeros((), x.dtype), scale, *rest[:2])), _rope_backward)
+rope.defvjp(lambda x, cos, sin, *static: (rope(x, cos, sin, *static), (jnp.zeros((), x.dtype), cos, sin)), _rope_backward)

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from engine.errors import UserError, did_you_mean
 
-LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the parts of a block's matrices, in order
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # of a block, in the order of the forward pass
+JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # those that read the same input, and their name side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +82,15 @@ class ModelConfig:
 
     @property
     def qkv_width(self) -> int:
-        """Columns of the fused query, key and value matrix: (N + 2K) H."""
+        """Columns of a token's queries, keys and values: (N + 2K) H."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
-    def parts(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """The parts of each matrix of a block, as columns: {"qkv": {"q": (start, stop), ...}, "out": {"out": ...}, ...}."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "qkv": {"q": (0, query), "k": (query, query + key), "v": (query + key, query + 2 * key)},
-            "out": {"out": (0, self.width)},
-            "gate_up": {"gate": (0, self.ff), "up": (self.ff, 2 * self.ff)},
-            "down": {"down": (0, self.width)},
-        }
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shape (in, out) of each matrix of a block, in the order of the forward pass."""
+        D, F, queries, keys = self.width, self.ff, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes = (D, queries), (D, keys), (D, keys), (queries, D), (D, F), (D, F), (F, D)
+        return dict(zip(MATRICES, shapes, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as a dict that `from_json` reads."""
@@ -129,18 +126,18 @@ class LoraConfig:
             raise UserError(f"A LoRA rank must be at least 1, not {self.rank!r}.")
         if not 0 < self.alpha < float("inf"):
             raise UserError(f"A LoRA alpha must be above 0 and finite, not {self.alpha!r}.")
-        known = ", ".join(LORA_TARGETS)
+        known = ", ".join(MATRICES)
         for name in self.targets:
-            if name not in (*LORA_TARGETS, "o", "all"):
-                raise UserError(f"LoRA adapts {known}, or all; there is no target {name!r}.{did_you_mean(name, LORA_TARGETS)}")
+            if name not in (*MATRICES, "o", "all"):
+                raise UserError(f"LoRA adapts {known}, or all; there is no target {name!r}.{did_you_mean(name, MATRICES)}")
         if not self.targets:
             raise UserError(f"LoRA needs at least one target: {known}, or all.")
 
     @property
-    def adapted_parts(self) -> tuple[str, ...]:
-        """The names of LORA_TARGETS that are adapted, in that order; `all` is every one, `o` is `out`."""
+    def adapted_matrices(self) -> tuple[str, ...]:
+        """The names of MATRICES that are adapted, in that order; `all` is every one, `o` is `out`."""
         names = {"out" if name == "o" else name for name in self.targets}
-        return tuple(name for name in LORA_TARGETS if name in names or "all" in names)
+        return tuple(name for name in MATRICES if name in names or "all" in names)
 
     def __str__(self) -> str:
         """The fields as `from_text` reads them, to the bit."""

@@ -4,6 +4,7 @@ Elementwise work and softmax are float32: bfloat16 arithmetic is emulated on a C
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
-def matmul_two(x: Array, w: Array, dtype: DTypeLike) -> list[Array]:
-    """x (M, D), w (D, 2F) -> the product's left and right half, (M, F) each in `dtype`."""
-    return jnp.split(matmul(x, w, dtype), 2, axis=-1)
+def matmul_each(x: Array, weights: Sequence[Array], dtype: DTypeLike) -> tuple[Array, ...]:
+    """x (M, D), each w (D, F) -> each product (M, F) in `dtype`."""
+    return tuple(matmul(x, w, dtype) for w in weights)
 
 
 def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:
@@ -68,12 +69,12 @@ def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rope(x: Array, scale: Array, cos: Array, sin: Array, dtype: DTypeLike) -> Array:
-    """x (B, T, N, H), scale (N,), cos and sin (B, T, H / 2) -> scale * x rotated by its position, in `dtype`.
+def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
+    """x (B, T, N, H), cos and sin (B, T, H / 2) -> scale * x rotated by its position, in `dtype`.
 
     Pairs are (i, i + H / 2), as in Hugging Face's files.
     """
-    first, second = jnp.split(x.astype(jnp.float32) * scale[:, None], 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32) * scale, 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)
 

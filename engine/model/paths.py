@@ -1,4 +1,4 @@
-"""Parameters by path, such as `blocks/3/qkv`; rules are patterns on whole paths, and the first match wins."""
+"""Parameters by path, such as `blocks/3/q`; rules are patterns on whole paths, and the first match wins."""
 
 import re
 from collections.abc import Callable, Collection, Sequence

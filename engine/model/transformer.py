@@ -4,11 +4,13 @@ Flax Linen is a thin shell: a module names and shapes its parameters, `apply` is
 imports flax.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from engine.mesh import layout
@@ -18,7 +20,7 @@ from engine.model.cache import segmented
 from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.paths import Params
-from engine.model.weights.matmul import lookup, norm_and_weight, project, project_two, unembed
+from engine.model.weights.matmul import lookup, norm_and_project, project, unembed
 
 # A tied embedding is also the head, whose logits start at TIED_STD, lower for a small vocabulary; an untied one starts as large
 # as what blocks add. Bits per byte of a tied 4 x 256 after 500 steps of 1,024 tokens, two seeds: 2.307 and 2.316 with the
@@ -55,37 +57,37 @@ class Block(nn.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         with jax.named_scope("attention"):
-            gain, weight = self.gain("attn_norm", cfg.width), self.weight("qkv", cfg.width, cfg.qkv_width)
-            h, qkv = norm_and_weight(x, gain, weight, cfg.eps, dtype)
-            mixed, cached = self.attention(project(h, qkv, dtype), rotary, segments, cached)
+            queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+            q, k, v = self.norm_and_project(x, "attn_norm", "qkv", {"q": queries, "k": keys, "v": keys})
+            mixed, cached = self.attention(q, k, v, rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
             x = layout.shard_rows(x)
         with jax.named_scope("mlp"):
-            gain, weight = self.gain("mlp_norm", cfg.width), self.weight("gate_up", cfg.width, 2 * cfg.ff)
-            h, gate_up = norm_and_weight(x, gain, weight, cfg.eps, dtype)
-            gate, up = project_two(h, gate_up, dtype)
+            gate, up = self.norm_and_project(x, "mlp_norm", "gate_up", {"gate": cfg.ff, "up": cfg.ff})
             hidden = layout.shard_columns(backward.swiglu(gate, up, dtype))
             x = x + project(hidden, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), jnp.float32)
             x = layout.shard_rows(x)
         return x, cached
 
-    def attention(self, qkv: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        """qkv (B, T, (N + 2K) * H) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
+    def norm_and_project(self, x: Array, norm: str, joined: str, columns: dict[str, int]) -> Sequence[Array]:
+        """x (B, T, D) -> its product, once normalised, with each weight: (B, T, columns), in the compute dtype.
+
+        Where `join_projections` has joined the weights for inference, it is cut out of one product.
+        """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        B, T, _ = qkv.shape
-        if cfg.qkv_bias:
-            qkv = qkv + self.param("qkv_bias", nn.initializers.zeros, (cfg.qkv_width,)).astype(dtype)
-        qkv = qkv.reshape(B, T, cfg.heads + 2 * cfg.kv_heads, cfg.head_dim)
-        qk, v = layout.split_columns(qkv, [cfg.heads + cfg.kv_heads, cfg.kv_heads], axis=2)
-        if cfg.qk_norm:
-            # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
-            q_gain, k_gain = self.gain("q_norm", cfg.head_dim), self.gain("k_norm", cfg.head_dim)
-            gains = layout.join_columns([jnp.tile(q_gain, (cfg.heads, 1)), jnp.tile(k_gain, (cfg.kv_heads, 1))], axis=0)
-            qk = jax.lax.optimization_barrier(backward.rms_norm(qk, gains, cfg.eps, dtype))
-        # The scores' factor, on the queries.
-        scale = jnp.where(layout.in_first_part(qk.shape[2], cfg.heads), cfg.head_dim**-0.5, 1.0)
-        qk = backward.rope(qk, scale, *rotary, dtype)
-        q, k = layout.split_columns(qk, [cfg.heads, cfg.kv_heads], axis=2)
+        gain = self.gain(norm, cfg.width)
+        if self.has_variable("params", joined):
+            weight = self.weight(joined, cfg.width, sum(columns.values()))
+            whole = project(backward.rms_norm(x, gain, cfg.eps, dtype), weight, dtype)
+            return jnp.split(whole, np.cumsum([*columns.values()])[:-1].tolist(), axis=-1)
+        return norm_and_project(x, gain, [self.weight(name, cfg.width, n) for name, n in columns.items()], cfg.eps, dtype)
+
+    def attention(self, q: Array, k: Array, v: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
+        """q (B, T, N * H), k and v (B, T, K * H) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        q, k, v = (self.heads(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+        q = backward.rope(q, *rotary, cfg.head_dim**-0.5, dtype)  # with the scores' factor
+        k = backward.rope(k, *rotary, 1.0, dtype)
         if isinstance(cached, segmented.SegmentedLayer):
             return segmented.attention(q, k, v, cached)
         if cached is not None:
@@ -102,6 +104,17 @@ class Block(nn.Module):
         # 0 times a stale NaN is NaN, so masked values are cleared first.
         seen = mask[:, -1, None, :, None]
         return attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
+
+    def heads(self, name: str, x: Array) -> Array:
+        """x (B, T, N * H) -> (B, T, N, H), of queries, keys or values, with a bias and normalised where the model has that."""
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        if cfg.qkv_bias:
+            x = x + self.param(f"{name}_bias", nn.initializers.zeros, x.shape[-1:]).astype(dtype)
+        x = x.reshape(*x.shape[:2], -1, cfg.head_dim)
+        if not cfg.qk_norm or name == "v":
+            return x
+        # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
+        return jax.lax.optimization_barrier(backward.rms_norm(x, self.gain(f"{name}_norm", cfg.head_dim), cfg.eps, dtype))
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))

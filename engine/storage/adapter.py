@@ -1,7 +1,7 @@
 """Saves and loads LoRA adapters in PEFT's layout, with the digest of the weights they were trained on.
 
     FOLDER/adapter_config.json         rank, alpha, adapted modules and the name of the base, as PEFT reads them
-           adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted part, float32; its metadata:
+           adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted matrix, float32; its metadata:
                                        thrice.base, digest of the base's params
            manifest.json               SHA-256 of both files, which other libraries do not look at
 
@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,11 +51,8 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     for path, leaf in leaves.items():
         _, layer, name = path.split("/")
         layers.add(int(layer))
-        names = {columns: part for part, columns in cfg.parts[name].items()}
-        for start, stop, *pair in leaf.parts():
-            part = names[start, stop]
-            modules.add(HUGGING_FACE_NAMES[part].split(".")[-2])
-            arrays |= {tensor: np.asarray(a, np.float32).T for tensor, a in zip(_tensor_names(int(layer), part), pair)}
+        modules.add(HUGGING_FACE_NAMES[name].split(".")[-2])
+        arrays |= zip(_tensor_names(int(layer), name), (np.asarray(x, np.float32).T for x in (leaf.a, leaf.b)))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
         "lora_alpha": _alpha(rank, scale), "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
@@ -109,22 +107,16 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
             raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
     leaves: dict[str, Any] = {}
     for layer in range(cfg.layers):
-        for leaf, parts in cfg.parts.items():
-            pairs: dict[tuple[int, int], list[np.ndarray]] = {}
-            for part, (start, stop) in parts.items():
-                names = [name for name in _tensor_names(layer, part) if name in arrays]
-                if len(names) == 1:
-                    raise UserError(f"{path} has {names[0]!r} alone, without the other half of a pair.")
-                if names:
-                    a, b = (arrays.pop(name).T for name in names)
-                    if b.shape[1] != stop - start:
-                        raise UserError(f"{path}: the tensor {names[1]!r} has {b.shape[1]} rows, and not {stop - start}.")
-                    pairs[start, stop] = [a, b]
-            if len({a.shape for a, _ in pairs.values()}) > 1:
-                raise UserError(f"{path}: the lora_A of layer {layer} read inputs of different widths.")
-            if pairs:
-                left, right = (jnp.asarray(np.concatenate(side, axis=1)) for side in zip(*pairs.values()))
-                leaves[f"blocks/{layer}/{leaf}"] = LoRA(None, left, right, scale, tuple(pairs))
+        for matrix, shape in cfg.matrices.items():
+            names = [name for name in _tensor_names(layer, matrix) if name in arrays]
+            if len(names) == 1:
+                raise UserError(f"{path} has {names[0]!r} alone, without the other half of a pair.")
+            if names:
+                a, b = (jnp.asarray(arrays.pop(name).T) for name in names)
+                adapter = LoRA(None, a, b, scale)
+                if adapter.shape != shape:
+                    raise UserError(f"{path}: {' and '.join(names)} adapt a matrix of {adapter.shape}, and not of {shape}.")
+                leaves[f"blocks/{layer}/{matrix}"] = adapter
     if arrays:
         raise UserError(f"{path} has a tensor {quote(min(arrays))}, which has no place in this architecture.")
     if not leaves:
@@ -141,14 +133,10 @@ def check_base(folder: Path, base: str, trained_on: str, base_name: Any) -> None
         )
 
 
-def build_adapter(cfg: ModelConfig, lora: LoraConfig, arrays: Any) -> dict[str, Any]:
+def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:
     """Returns a tree of LoRA leaves, without their base, from a checkpoint's arrays {"a": ..., "b": ...} of each."""
-    leaves: dict[str, Any] = {}
-    for layer, matrices in arrays["blocks"].items():
-        for name, pair in matrices.items():
-            columns = tuple(place for part, place in cfg.parts[name].items() if part in lora.adapted_parts)
-            leaves[f"blocks/{layer}/{name}"] = LoRA(None, pair["a"], pair["b"], lora.alpha / lora.rank, columns)
-    return unflatten(leaves)
+    adapter = lambda pair: LoRA(None, pair["a"], pair["b"], lora.alpha / lora.rank)
+    return jax.tree.map(adapter, arrays, is_leaf=lambda node: "a" in node)
 
 
 def _tensor_names(layer: int, part: str) -> list[str]:

@@ -1,11 +1,11 @@
 """Saves checkpoints beside training and loads them; from one a run resumes bit for bit.
 
-    FOLDER/checkpoints/STEP/params.safetensors      the weights by path, such as `blocks/0/qkv`; inference reads this alone
+    FOLDER/checkpoints/STEP/params.safetensors      the weights by path, such as `blocks/0/q`; inference reads this alone
                             optimizer.safetensors   the optimizer's state, by path
                             state.json              step, PRNG settings, and the caller's state
                             manifest.json           SHA-256 of every file above
 
-Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/qkv[0:64,0:96]`
+Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/q[0:64,0:96]`
 is rows 0 to 63 and columns 0 to 95. Any number of processes loads them by slice onto any mesh.
 
 A checkpoint is built in a hidden folder, read back from the disk and compared with memory, and appears by one rename: a kill at
@@ -43,6 +43,8 @@ from engine.storage.huggingface import safetensors
 from engine.untrusted import quote, read_json_object
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
+# An array of an earlier version, which held q, k, v or gate, up side by side: of a weight, of a moment, or of a LoRA pair.
+JOINED_BEFORE = re.compile(r"((?:.*/)?blocks/\d+/)(qkv|gate_up)(_bias)?(?:/(a|b))?")
 PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
 ALIGNMENT = 64  # bytes
@@ -324,8 +326,8 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
-    params = _read_tree(newest / "params", stored_arrays(newest, "params"), params_like)
-    optimizer = _read_tree(newest / "optimizer", stored_arrays(newest, "optimizer"), optimizer_like)
+    params = _read_tree(newest / "params", _current_arrays(newest, "params"), params_like)
+    optimizer = _read_tree(newest / "optimizer", _current_arrays(newest, "optimizer"), optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
@@ -342,19 +344,30 @@ def load_params(path: Path) -> LoadedCheckpoint:
         raise UserError(f"There is no checkpoint at {path}.")
     elif lines := manifest.verify(newest, skip="optimizer"):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    record, stored = _read_state(newest), stored_arrays(newest, "params")
+    record, stored = _read_state(newest), _current_arrays(newest, "params")
     like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
     params = _read_tree(newest / "params", stored, like)
     return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
 
 
-def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
-    """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is there whole."""
+def _current_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
+    """As `stored_arrays`. Raises UserError, naming the command that converts, for a checkpoint of an earlier version."""
     if (checkpoint / part).is_dir():
         raise UserError(
             f"{checkpoint} was saved by an earlier version, in Orbax's format. Convert its run once: uv run --extra older "
             f"python -m stages.convert --model {checkpoint.parents[1]}"
         )
+    arrays = stored_arrays(checkpoint, part)
+    if any(map(JOINED_BEFORE.fullmatch, arrays)):
+        raise UserError(
+            f"{checkpoint} was saved by an earlier version, with q, k and v in one array. Convert its run once: "
+            f"python -m stages.convert --model {checkpoint.parents[1]}"
+        )
+    return arrays
+
+
+def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
+    """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is there whole."""
     boxes: dict[str, dict[Box, safetensors.StoredTensor]] = {}
     for path in sorted(checkpoint.glob(f"{part}.*safetensors")):
         for name, tensor in safetensors.read_header(path)[0].items():

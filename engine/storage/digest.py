@@ -9,7 +9,7 @@ import numpy as np
 
 
 def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Returns the leaves by path, in path order: `{("blocks", "0", "qkv"): leaf, ...}`.
+    """Returns the leaves by path, in path order: `{("blocks", "0", "q"): leaf, ...}`.
 
     Dict keys, fields and positions are names alike, so dicts and lists read from disk have the paths of the dataclasses and
     tuples they were saved from. Raises ValueError when two leaves share a path.

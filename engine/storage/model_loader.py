@@ -209,7 +209,7 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     assert run is not None
     if run.resolve() in adapted_by:
         raise UserError(f"{run} is named as a base of itself. Restore its run.json from a copy, or train anew.")
-    base_name, *_ = _read_record(run)
+    base_name, *_ = read_adapter_record(run)
     try:
         base = load_model(base_name, on_config=on_config, part="cached", adapted_by=(*adapted_by, run.resolve()))
     except UserError as error:
@@ -225,12 +225,12 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
 
 
 def _trained_adapter(run: Path, loaded: checkpoint.LoadedCheckpoint, cfg: ModelConfig, base: str) -> Any:
-    base_name, trained_on, lora = _read_record(run)
+    base_name, trained_on, lora = read_adapter_record(run)
     check_base(loaded.path, base, trained_on, base_name)
-    return build_adapter(cfg, lora, loaded.params)
+    return build_adapter(lora, loaded.params)
 
 
-def _read_record(run: Path) -> tuple[str, str, LoraConfig]:
+def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
     """Returns the name and the digest of a LoRA run's base, and its LoraConfig."""
     match run_folder.read_json(run / "run.json"):
         case {"base": {"model": str(name), "digest": str(base)}, "learns": str(learns)}:

@@ -1,10 +1,10 @@
 """Maps a file's tensors to the leaves of the params tree, and back.
 
-Files keep a matrix as (out, in), one for each of q, k, v, gate and up; the tree keeps (in, out), with [q | k | v] and
-[gate | up] side by side in one leaf. All is checked before the first weight is read, and no more than a few million
-numbers exist beside the tree.
+Files keep a matrix as (out, in), the tree as (in, out). All is checked before the first weight is read, and no more than a
+few million numbers exist beside the tree.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.counting.params import leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
@@ -26,29 +27,21 @@ CHUNK = 2**20  # numbers read and converted at a time
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # the files' names of dtypes
 
 
-class Part(NamedTuple):
-    """A tensor of a file and its shape there. `paired`: rows a head of q and k, read together, for GGUF interleaves them."""
-
-    name: str
-    shape: tuple[int, ...]
-    paired: int = 0
-
-
 class Leaf(NamedTuple):
-    """A leaf of the params tree: its parts, side by side."""
+    """A leaf of the params tree, at `path`, and the tensor of a file that holds it: its `name`, and `stored`, its shape there.
+
+    `paired`: rows a head of q and k, read together, for GGUF interleaves them.
+    """
 
     path: str
-    parts: tuple[Part, ...]
+    name: str
+    stored: tuple[int, ...]
+    paired: int = 0
 
     @property
     def transposed(self) -> bool:
-        """Whether the leaf is (in, out) while its parts are (out, in)."""
-        return len(self.parts[0].shape) == 2 and self.path != "embed"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
-        return shape[::-1] if self.transposed else shape
+        """Whether the leaf is (in, out) while the tensor is (out, in)."""
+        return len(self.stored) == 2 and self.path != "embed"
 
 
 # A part of the model -> its name in a Hugging Face file, and in a GGUF file; `{}` stands for a layer's number.
@@ -70,47 +63,33 @@ HUGGING_FACE_NAMES, GGUF_NAMES = (
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture; `names`: HUGGING_FACE_NAMES or GGUF_NAMES."""
-    D, F, V, H = cfg.width, cfg.ff, cfg.vocab, cfg.head_dim
-    q, kv = cfg.heads * H, cfg.kv_heads * H
-    qkv = lambda end, *inner: [Part("q" + end, (q, *inner), H), Part("k" + end, (kv, *inner), H), Part("v" + end, (kv, *inner))]
-    block = {
-        "attn_norm": [Part("attn_norm", (D,))],
-        "qkv": qkv("", D),
-        **({"qkv_bias": qkv("_bias")} if cfg.qkv_bias else {}),
-        **({name: [Part(name, (H,))] for name in ("q_norm", "k_norm")} if cfg.qk_norm else {}),
-        "out": [Part("out", (D, q))],
-        "mlp_norm": [Part("mlp_norm", (D,))],
-        "gate_up": [Part("gate", (F, D)), Part("up", (F, D))],
-        "down": [Part("down", (D, F))],
-    }
-
-    yield Leaf("embed", (Part(names["embed"], (V, D)),))
+    """Yields every leaf of the architecture, bottom first; `names`: HUGGING_FACE_NAMES or GGUF_NAMES."""
+    shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))  # a file may claim any number of layers
+    block = {path.removeprefix("blocks/0/"): shape for path, shape in shapes.items() if path.startswith("blocks/")}
+    yield Leaf("embed", names["embed"], shapes["embed"])
     for layer in range(cfg.layers):
-        for path, parts in block.items():
-            named = (part._replace(name=names[part.name].format(layer)) for part in parts)
-            yield Leaf(f"blocks/{layer}/{path}", tuple(named))
-    yield Leaf("norm", (Part(names["norm"], (D,)),))
-    if not cfg.tied:
-        yield Leaf("head", (Part(names["head"], (V, D)),))
+        for part, shape in block.items():
+            paired = cfg.head_dim if part in ("q", "k", "q_bias", "k_bias") else 0
+            yield Leaf(f"blocks/{layer}/{part}", names[part].format(layer), shape[::-1], paired)
+    for part in ("norm", "head")[: 2 - cfg.tied]:
+        yield Leaf(part, names[part], shapes[part][::-1])
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
-    """Returns the leaves after checking that the file has their parts, and no other tensor.
+    """Returns the leaves after checking that the file has their tensors, and no other.
 
     Raises UserError for a tensor of another shape or name, and at the first one missing, however many layers are claimed.
     Callers leave out of `shapes` what may be ignored, such as inv_freq.
     """
     complete: list[Leaf] = []
     for leaf in leaves:
-        for name, shape, _ in leaf.parts:
-            if name not in shapes:
-                close = did_you_mean(name, sorted(shapes)[:999])
-                raise UserError(f"{path} has no tensor {name!r}, which this architecture needs.{close}")
-            if shapes[name] != shape:
-                raise UserError(f"{path}: the tensor {name!r} should be {list(shape)} and is {list(shapes[name])}.")
+        if leaf.name not in shapes:
+            close = did_you_mean(leaf.name, sorted(shapes)[:999])
+            raise UserError(f"{path} has no tensor {leaf.name!r}, which this architecture needs.{close}")
+        if (found := shapes[leaf.name]) != leaf.stored:
+            raise UserError(f"{path}: the tensor {leaf.name!r} should be {list(leaf.stored)} and is {list(found)}.")
         complete.append(leaf)
-    if extra := shapes.keys() - {part.name for leaf in complete for part in leaf.parts}:
+    if extra := shapes.keys() - {leaf.name for leaf in complete}:
         raise UserError(f"{path} has a tensor {quote(min(extra))}, which has no place in this architecture.")
     return complete
 
@@ -138,7 +117,7 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
 
     `report`: numbers read and in all. Raises UserError for a weight that is not a number, or infinite.
     """
-    total, done = sum(math.prod(leaf.shape) for leaf in model.leaves), 0
+    total, done = sum(math.prod(leaf.stored) for leaf in model.leaves), 0
     params: dict[str, Any] = {}
     for leaf in model.leaves:
         value = read_leaf(model, leaf, dtype)
@@ -151,39 +130,34 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> di
 
 def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
     """Reads one leaf, as `read_params` does."""
-    value = np.empty(leaf.shape, jnp.dtype(dtype) if len(leaf.shape) == 2 else np.float32)
+    shape = leaf.stored[::-1] if leaf.transposed else leaf.stored
+    value = np.empty(shape, jnp.dtype(dtype) if len(shape) == 2 else np.float32)
     bits = np.dtype(f"u{value.itemsize}")  # NumPy copies bfloat16 one number at a time, and integers quickly
-    view, at = value.view(bits), 0
-    view = view.T if leaf.transposed else view
-    for part in leaf.parts:
-        unit = part.paired or 1  # a head's rows belong together
-        step = max(1, CHUNK // math.prod(part.shape[1:]) // unit) * unit
-        for start in range(0, part.shape[0], step):
-            stop = min(start + step, part.shape[0])
-            with np.errstate(all="ignore"):  # what is not finite is named below
-                values = model.rows(part.name, start, stop)
-                extremes = np.array([values.min(), values.max()]).astype(value.dtype)  # of a NaN, both are NaN
-                values = values.astype(value.dtype, copy=False)
-            if not np.isfinite(extremes).all():
-                raise UserError(f"The tensor {part.name!r} holds weights that are not finite numbers: it is damaged.")
-            view[at + start : at + stop] = values.view(bits)  # after the cast, which halves it
-        at += part.shape[0]
+    view = value.view(bits).T if leaf.transposed else value.view(bits)
+    rows, unit = leaf.stored[0], leaf.paired or 1  # a head's rows belong together
+    step = max(1, CHUNK // math.prod(leaf.stored[1:]) // unit) * unit
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        with np.errstate(all="ignore"):  # what is not finite is named below
+            values = model.rows(leaf.name, start, stop)
+            extremes = np.array([values.min(), values.max()]).astype(value.dtype)  # of a NaN, both are NaN
+            values = values.astype(value.dtype, copy=False)
+        if not np.isfinite(extremes).all():
+            raise UserError(f"The tensor {leaf.name!r} holds weights that are not finite numbers: it is damaged.")
+        view[start:stop] = values.view(bits)  # after the cast, which halves it
     return value
 
 
-def split_params(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Part, np.ndarray]]:
-    """Yields a file's tensors: the parts of all leaves, in order. `report`: numbers yielded and in all.
+def file_tensors(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Leaf, np.ndarray]]:
+    """Yields each leaf with its numbers as a file holds them. `report`: numbers yielded and in all.
 
     params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time.
     """
     values = leaf_paths(params)
-    total, done = sum(math.prod(leaf.shape) for leaf in leaves), 0
+    total, done = sum(math.prod(leaf.stored) for leaf in leaves), 0
     for leaf in leaves:
         whole = np.asarray(to_dense(values[leaf.path]))
-        whole, at = whole.T if leaf.transposed else whole, 0
-        for part in leaf.parts:
-            yield part, whole[at : at + part.shape[0]]
-            at += part.shape[0]
+        yield leaf, whole.T if leaf.transposed else whole
         done += whole.size
         if report:
             report(done, total)

@@ -1,6 +1,6 @@
 """Initialises LoRA adapters, a tree of trainable parameters beside the frozen params: what fine-tuning trains by default.
 
-    adapters = init_lora(cfg, params, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
+    adapters = init_lora(cfg, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
     state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone
     state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, stays as it is
     plain = merge_lora(merge(state.trainable, params))
@@ -20,30 +20,24 @@ from engine.mesh import layout
 from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import AXES
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import leaf_paths, map_paths, unflatten
+from engine.model.paths import map_paths, unflatten
 from engine.model.transformer import Params
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import LoRA, make_adapter
 
 
-def init_lora(cfg: ModelConfig, params: Params, key: Array, lora: LoraConfig) -> Params:
-    """Makes the adapters of params: at each adapted path a LoRA without a base, which adds nothing yet.
+def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
+    """Makes a model's adapters: at each adapted path a LoRA without a base, which adds nothing yet.
 
     Raises UserError for a rank that is not below an adapted matrix's own.
     """
-    leaves = leaf_paths(params)
     adapters: dict[str, LoRA] = {}
     for layer in range(cfg.layers):
-        for name, parts in cfg.parts.items():
-            columns = [parts[part] for part in parts if part in lora.adapted_parts]
-            if not columns:
-                continue
-            path = f"blocks/{layer}/{name}"
-            rows = leaves[path].shape[0]
-            most = min(rows, *(stop - start for start, stop in columns))
-            if lora.rank >= most:
-                raise UserError(f"A LoRA rank for {path} must lie between 1 and {most - 1}, not {lora.rank}.")
-            adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), rows, columns, lora.rank, lora.alpha)
+        for name in lora.adapted_matrices:
+            path, shape = f"blocks/{layer}/{name}", cfg.matrices[name]
+            if lora.rank >= min(shape):
+                raise UserError(f"A LoRA rank for {path} must lie between 1 and {min(shape) - 1}, not {lora.rank}.")
+            adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), shape, lora.rank, lora.alpha)
     return unflatten(adapters)
 
 

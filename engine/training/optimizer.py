@@ -24,7 +24,7 @@ from engine.training.muon import orthogonalize
 Schedule = Callable[[Array], Array]
 
 # The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to its base.
-MUON_PATHS = r"blocks/\d+/(qkv|out|gate_up|down)"
+MUON_PATHS = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 UNDECAYED = r".*(norm|bias)"  # gains and biases
 
 

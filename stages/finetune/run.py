@@ -217,7 +217,7 @@ class FineTuning(ModelStage):
             self.answers = fits_one_device(params)
         if not self.answers:
             return Scores(held_out, general, ())
-        with self.console.task("answering held-out questions"), on_one_device(cfg, params) as whole:
+        with self.console.task("answering held-out questions"), on_one_device(params) as whole:
             return Scores(held_out, general, ask(cfg, whole, self.chat, questions, self.stop_token_ids))
 
 

@@ -26,7 +26,6 @@ from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import MetricsLog
-from stages.runs.mesh import to_file_order
 from stages.runs.stage import Evaluator, LoopState, Steps
 
 REFUSED_IN_A_ROW = 10
@@ -156,7 +155,7 @@ class Loop:
 
     def save(self, state: TrainState) -> None:
         """Saves beside the steps that follow; `saver.wait` waits until it is on the disk."""
-        loop_state, state = self.loop_state, to_file_order(self.plan.cfg, state)
+        loop_state = self.loop_state
         record = dataclasses.asdict(loop_state)
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
         self.saved_step = loop_state.step

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from engine.counting.hardware import device_memory_bytes
 from engine.device import Device
 from engine.errors import UserError
 from engine.mesh import processes
-from engine.mesh.layout import change_array, group_columns, make_mesh, shardings, ungroup_columns
+from engine.mesh.layout import make_mesh, shardings
 from engine.mesh.shape import MeshShape, parse_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
@@ -73,30 +72,6 @@ def refuse_different_runs(metadata: dict[str, Any], cfg: ModelConfig, options: A
     processes.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})
 
 
-def to_file_order(cfg: ModelConfig, tree: Any) -> Any:
-    """Returns parameters or a state with their columns in the order of files, on the devices where they are.
-
-    For an array that changes stands a call that makes it: a second copy of the whole state might not fit.
-    """
-    return ungroup_columns(cfg, tree, lambda *args: functools.partial(_reordered(), *args))
-
-
-def from_file_order(cfg: ModelConfig, tree: Any) -> Any:
-    """Returns the tree with columns grouped as in memory, one array after another, each in place of the one given."""
-    return group_columns(cfg, tree, lambda *args: _reordered(donate_argnums=0)(*args))
-
-
-def _reordered(**options: Any) -> Callable[..., Any]:
-    """Returns `change_array`, compiled, with a result that lies over the mesh as its argument does."""
-
-    def change(x: Any, widths: list[int], before: int, after: int) -> Any:
-        return jax.jit(change_array, static_argnums=(1, 2, 3), out_shardings=x.sharding, **options)(
-            x, tuple(widths), before, after
-        )
-
-    return change
-
-
 def fits_one_device(tree: Any) -> bool:
     """Whether every process has room for parameters whole on each of its devices, and once more in half as many bytes."""
     if shardings(tree) is None:
@@ -110,8 +85,8 @@ def fits_one_device(tree: Any) -> bool:
 
 
 @contextlib.contextmanager
-def on_one_device(cfg: ModelConfig, tree: Any) -> Iterator[Any]:
-    """Gives parameters whole, as files hold them, on one device of each process, and lets the block compute there.
+def on_one_device(tree: Any) -> Iterator[Any]:
+    """Gives parameters whole, on one device of each process, and lets the block compute there.
 
     All processes must come here; in the block each is for itself.
     """
@@ -119,6 +94,6 @@ def on_one_device(cfg: ModelConfig, tree: Any) -> Iterator[Any]:
         yield tree
         return
     everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-    whole = jax.jit(lambda tree: ungroup_columns(cfg, tree), out_shardings=everywhere)(tree)
+    whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
     with jax.set_mesh(make_mesh(MeshShape(), jax.local_devices()[:1])):
         yield jax.tree.map(lambda x: x.addressable_data(0), whole)

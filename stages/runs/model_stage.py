@@ -20,7 +20,6 @@ from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
-from engine.model.transformer import init_params
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
@@ -73,7 +72,7 @@ class ModelStage(Stage):
         with host_memory(self.on_mesh):  # changes no array of `params`
             if self.lora:
                 base = params if plan.base == "float" else quantize(params, matmul_rules(params, "full"))
-                self.trainable = init_lora(plan.cfg, params, jax.random.key(plan.seed), self.lora)
+                self.trainable = init_lora(plan.cfg, jax.random.key(plan.seed), self.lora)
                 self.frozen = cast_matrices(base, plan.cfg.dtype)
             else:
                 trainable, self.frozen_as_loaded = split(merge_lora(params), plan.trainable.weights)
@@ -96,7 +95,7 @@ class ModelStage(Stage):
     def place(self) -> None:
         """Spreads the parameters over the mesh, from the host's memory, which keeps what was loaded."""
         if self.on_mesh:
-            self.trainable, self.frozen = (place(self.plan.cfg, params) for params in (self.trainable, self.frozen))
+            self.trainable, self.frozen = place(self.trainable), place(self.frozen)
             self.frozen_as_loaded = jax.device_get(self.frozen_as_loaded)
             self.model = dataclasses.replace(self.model, params=jax.device_get(self.model.params))
 
@@ -131,7 +130,7 @@ class ModelStage(Stage):
         base, params = self.metadata["base"], self.model.params
         if params is not None and digest(params) != base["digest"]:
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
-        with on_one_device(self.plan.cfg, trainable) as whole:
+        with on_one_device(trainable) as whole:
             if processes.is_first():
                 name = base["model"] if Path(base["model"]).exists() else base["model"].partition("@")[0]
                 save_adapter(self.folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=name)
@@ -144,12 +143,10 @@ def choose_trainable(
     """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     if lora:
-        key = jax.random.key(0)
-        # Shapes alone: memory has not been checked yet.
-        shapes = jax.eval_shape(lambda key: init_lora(cfg, init_params(cfg, key), key, lora), key)
+        shapes = jax.eval_shape(lambda: init_lora(cfg, jax.random.key(0), lora))  # alone: memory has not been checked yet
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         return lora_only(cfg, lora), (
-            ("LoRA", f"{', '.join(lora.adapted_parts)} of {cfg.layers} layers, rank {lora.rank}"),
+            ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
             ("trainable", f"{count:,} new numbers beside {total:,} frozen ones ({count / total:.1%})"),
         )
     selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)

@@ -21,7 +21,6 @@ from engine.text import epoch_order
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.mesh import from_file_order
 from stages.runs.stage import LoopState, Stage
 
 Changes = dict[str, tuple[Any, Any]]  # path in run.json -> (before, now)
@@ -157,6 +156,4 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
         loop_state.best = loop_state.best_step = None  # beaten, or always
     noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
     metadata["changes"] = previous.record.get("changes", []) + noted
-    cfg = stage.plan.cfg
-    trainable, optimizer = from_file_order(cfg, (stage.from_saved(loaded.params), loaded.optimizer))
-    return TrainState(place(cfg, jnp.int32(loop_state.step)), trainable, optimizer), loop_state
+    return TrainState(place(jnp.int32(loop_state.step)), stage.from_saved(loaded.params), loaded.optimizer), loop_state

@@ -151,7 +151,7 @@ def _make_engine(model: LoadedModel, adapter: Path | None, engine_config: Engine
     with host_memory(not is_whole):
         params, notes = with_adapters(model.cfg, model.params, [adapter] if adapter else [])
         params = engine_config.prepare_params(cfg, params, is_whole)
-    params = jax.block_until_ready(layout.place(cfg, params))
+    params = jax.block_until_ready(layout.place(params))
     try:
         return Engine(cfg, params, engine_config), notes
     except RuntimeError as error:

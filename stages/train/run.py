@@ -18,7 +18,7 @@ from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
 from engine.inference.score import score
 from engine.mesh import processes
-from engine.mesh.layout import current_mesh, group_columns, sharded_shapes
+from engine.mesh.layout import current_mesh, sharded_shapes
 from engine.mesh.shape import ONE_DEVICE, MeshShape, check_mesh
 from engine.model.config import preset
 from engine.model.transformer import init_params
@@ -124,7 +124,7 @@ class Training(Stage):
         check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
         optimizer, key = make_optimizer(recipe.optimizer), lambda: jax.random.key(plan.seed)
         # One object, for JAX traces it only once.
-        self.begin = jax.jit(lambda: init_state(optimizer, group_columns(cfg, init_params(cfg, key()))))
+        self.begin = jax.jit(lambda: init_state(optimizer, init_params(cfg, key())))
         self.metadata = {
             "preset": plan.name,
             "text": {
@@ -224,7 +224,7 @@ class Training(Stage):
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         if fits_one_device(params):
-            with self.console.task("writing a sample"), on_one_device(cfg, params) as whole:
+            with self.console.task("writing a sample"), on_one_device(params) as whole:
                 text = self._sample(whole) if processes.is_first() else ""
             if processes.is_first():
                 with atomic_file(folder / "samples" / f"{step}.txt") as file:

@@ -30,7 +30,7 @@ from engine.by_hand.block import SwigluResiduals
 from engine.by_hand.model import residual_count
 from engine.counting.jaxpr import jaxpr_cost
 from engine.errors import UserError
-from engine.model.config import PRESETS, ModelConfig
+from engine.model.config import MATRICES, PRESETS, ModelConfig
 from engine.training.step import loss_and_gradient
 
 UNEVEN = {"vocab": 300, "width": 96, "layers": 4, "heads": 6, "ff": 160, "context": 64, "head_dim": 16, "dtype": "float32"}
@@ -136,7 +136,7 @@ def test_the_page_draws_each_program_to_scale(page, document):
         assert (picture["lower"] - min(heights)) / (picture["lower"] - picture["upper"]) == pytest.approx(
             row["peak_bytes"] / top, abs=0.001
         )
-    assert "bottom half frozen, 10 steps on 4 sequences of 256 tokens: 9 of 18 weights moved" in page[1]
+    assert "bottom half frozen, 10 steps on 4 sequences of 256 tokens: 12 of 24 weights moved" in page[1]
 
 
 def test_the_switches_of_the_page_work_by_keyboard(page, chrome):
@@ -149,7 +149,7 @@ def test_the_switches_of_the_page_work_by_keyboard(page, chrome):
     assert [text.split(":")[0] for text in shown(".way > p")] == ["LoRA"]
     assert shown(".kept em") == []
     chrome.find_element("id", "k-1").send_keys(Keys.ARROW_LEFT)  # round to the last: gradient checkpointing
-    assert shown(".kept em") == ["not kept"] * 12
+    assert shown(".kept em") == ["not kept"] * 13
     for width in (390, 1280):
         chrome.set_window_size(width, 900)
         assert chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth"), width
@@ -190,7 +190,7 @@ def test_by_hand_training_climbs_and_comes_down():
 
 def test_the_reason_of_each_residual_is_read_from_its_code():
     reasons = [field_reasons(inspect.getsource(kind)) for kind, *_ in HALVES.values()]
-    assert [len(each) for each in reasons] == [8, 5]
+    assert [len(each) for each in reasons] == [9, 5]
     assert reasons[0]["mixed"] == ("(B, T, N H)", "dweight of out, whose input it was")
     with pytest.raises(ValueError, match="up does not say"):
         field_reasons(inspect.getsource(SwigluResiduals).replace("    up: ndarray  # (B, T, F)", "    up: ndarray  #"))
@@ -204,14 +204,14 @@ def test_what_a_block_keeps_is_what_its_derivatives_need(options):
     rows = {(row["half"], row["name"]): row for row in table["rows"]}
     K = model.cfg.kv_heads
     sizes = dict(zip("BTDNKGHF", (2, 7, 96, 6, K, 6 // K, 16, 160)))
-    inputs = {("attention", "h"): "qkv", ("attention", "mixed"): "out"}
-    inputs |= {("feed-forward", "h"): "gate_up", ("feed-forward", "hidden"): "down"}
+    inputs = {("attention", "h"): ["v", "k", "q"], ("attention", "mixed"): ["out"]}
+    inputs |= {("feed-forward", "h"): ["gate", "up"], ("feed-forward", "hidden"): ["down"]}
     for place, row in rows.items():
         assert row["lines"], place
         assert ("dx" in row["needed_for"]) == (place not in inputs)
         if place in inputs:
-            assert row["needed_for"] == [inputs[place]]
-            assert ("LoRA on q and v" in row["kept_by"]) == (inputs[place] == "qkv")
+            assert sorted(row["needed_for"]) == sorted(inputs[place])
+            assert ("LoRA on q and v" in row["kept_by"]) == ("q" in inputs[place])
             assert "frozen" not in row["kept_by"]
         axes = row["axes"].replace(" + ", "+").replace(", ", ",").replace(" ", "*")
         assert row["shape"] == [*eval(axes, sizes)]
@@ -219,7 +219,7 @@ def test_what_a_block_keeps_is_what_its_derivatives_need(options):
     count = residual_count(model.cfg, 2, 7) - 2 * 2 * 7 * model.cfg.width
     assert table["kept"]["all weights"] == 4 * count // model.cfg.layers
     assert table["kept"]["gradient checkpointing"] == 4 * 2 * 7 * model.cfg.width
-    assert (("attention", "raw") in rows) == bool(options.get("qk_norm"))
+    assert (("attention", "raw_q") in rows) == bool(options.get("qk_norm"))
 
 
 def test_the_operations_drawn_are_those_of_the_programs():
@@ -253,7 +253,7 @@ def test_weights_move_where_they_train_and_nowhere_else(document):
     for stage in ("LoRA", "serving"):
         assert still(stages[stage]) == {*stages["training"]}
     assert {*stages["training"]} - still(stages["LoRA with its pairs"]) == {
-        f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")
+        f"blocks/{layer}/{name}" for layer in (0, 1) for name in MATRICES
     }
     assert max(map(max, (changes.values() for changes in stages.values()))) < 0.1
 

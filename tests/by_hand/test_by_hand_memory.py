@@ -100,7 +100,7 @@ def test_every_residual_is_needed():
     dlogits = np.random.default_rng(0).standard_normal((B, T, V))
     expected = model.backward(cfg, params, residuals, dlogits)
     arrays = arrays_in((residuals.blocks, residuals.x, residuals.h, residuals.tables.cos, residuals.tables.sin))
-    assert len(arrays) == 2 * (8 + 5) + 4
+    assert len(arrays) == 2 * (9 + 5) + 4
     for array in arrays:
         before = array.copy()
         array[...] = 1.7

@@ -57,30 +57,27 @@ def _norm(x, gain):
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * gain
 
 
-def _project(cfg, params, prefix, matrix, x):
-    y = x @ params[prefix + matrix]
-    for target, (start, stop) in cfg.parts[matrix].items():
-        if prefix + target + ".a" in params:
-            y = y.at[..., start:stop].add((x @ params[prefix + target + ".a"]) @ params[prefix + target + ".b"])
-    return y
+def _project(params, path, x):
+    y = x @ params[path]
+    return y + (x @ params[path + ".a"]) @ params[path + ".b"] if path + ".a" in params else y
 
 
 def _block(cfg, params, prefix, x):
     B, T = x.shape[:2]
     N, K, H = cfg.heads, cfg.kv_heads, cfg.head_dim
-    qkv = _project(cfg, params, prefix, "qkv", _norm(x, params[prefix + "attn_norm"]))
-    if cfg.qkv_bias:
-        qkv += params[prefix + "qkv_bias"]
-    q, k, v = jnp.split(qkv, [N * H, (N + K) * H], -1)
+    h = _norm(x, params[prefix + "attn_norm"])
+    bias = lambda name: params[f"{prefix}{name}_bias"] if cfg.qkv_bias else 0
+    q, k, v = (_project(params, prefix + name, h) + bias(name) for name in "qkv")
     q, k, v = q.reshape(B, T, K, N // K, H), k.reshape(B, T, K, H), v.reshape(B, T, K, H)
     if cfg.qk_norm:
         q, k = _norm(q, params[prefix + "q_norm"]), _norm(k, params[prefix + "k_norm"])
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k)
     scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)
     o = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores), v).reshape(B, T, N * H)
-    x += _project(cfg, params, prefix, "out", o)
-    gate, up = jnp.split(_project(cfg, params, prefix, "gate_up", _norm(x, params[prefix + "mlp_norm"])), 2, -1)
-    return x + _project(cfg, params, prefix, "down", jax.nn.silu(gate) * up)
+    x += _project(params, prefix + "out", o)
+    h = _norm(x, params[prefix + "mlp_norm"])
+    gate, up = (_project(params, prefix + name, h) for name in ("gate", "up"))
+    return x + _project(params, prefix + "down", jax.nn.silu(gate) * up)
 
 
 def logits(cfg, params, tokens, remat="none"):

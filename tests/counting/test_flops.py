@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from plain_model import count_step, modes, params_of
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops, train_flops
-from engine.counting.params import MATRICES, count_params, leaf_shapes
+from engine.counting.params import count_params, leaf_shapes
 from engine.counting.trainable_paths import (
     TrainablePaths,
     all_trainable,
@@ -19,7 +19,7 @@ from engine.counting.trainable_paths import (
     top_frozen,
 )
 from engine.errors import UserError
-from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
+from engine.model.config import MATRICES, PRESETS, LoraConfig, ModelConfig, preset
 from engine.model.paths import leaf_paths
 
 SMALL = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
@@ -150,7 +150,7 @@ def test_what_cannot_be_trained_is_refused_by_name():
         bottom_frozen(SMALL, 4)
     with pytest.raises(UserError, match="the model has 3"):
         top_frozen(SMALL, -1)
-    with pytest.raises(UserError, match="no parameter 'blocks/0/qkv'"):
-        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset(), frozenset({"blocks/0/qkv"}), 2))
-    with pytest.raises(UserError, match="Did you mean 'blocks/0/qkv'"):
-        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset({"blocks/0/qkw"})))
+    with pytest.raises(UserError, match="no parameter 'blocks/0/norm'"):
+        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset(), frozenset({"blocks/0/norm"}), 2))
+    with pytest.raises(UserError, match="Did you mean 'blocks/0/gate'"):
+        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset({"blocks/0/gaet"})))

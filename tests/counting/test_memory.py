@@ -66,7 +66,7 @@ def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
     params = params_of(cfg)
     trainable, frozen = split(params, chosen.weights)
     if chosen.adapted:
-        trainable = jax.eval_shape(lambda params: init_lora(cfg, params, jax.random.key(0), adapter), params)
+        trainable = jax.eval_shape(lambda params: init_lora(cfg, jax.random.key(0), adapter), params)
     if base == "int8":
         frozen = jax.eval_shape(lambda frozen: quantize(frozen, matmul_rules(frozen, "full")), frozen)
     frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)

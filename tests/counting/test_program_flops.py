@@ -46,15 +46,10 @@ def trees(cfg, paths):
     params = params_of(cfg)
     if not paths.adapted:
         return split(params, paths.weights)
-    adapters = {}
-    for layer in range(cfg.layers):
-        for name, parts in cfg.parts.items():
-            columns = [parts[part] for part in parts if f"blocks/{layer}/{part}" in paths.adapted]
-            if columns:
-                rows = leaf_shapes(cfg)[f"blocks/{layer}/{name}"][0]
-                make = functools.partial(make_adapter, rows=rows, columns=columns, rank=paths.rank, alpha=1.0)
-                adapters[f"blocks/{layer}/{name}"] = jax.eval_shape(make, jax.random.key(0))
-    return unflatten(adapters), params
+    adapter = lambda path: jax.eval_shape(
+        lambda: make_adapter(jax.random.key(0), leaf_shapes(cfg)[path], rank=paths.rank, alpha=1.0)
+    )
+    return unflatten({path: adapter(path) for path in paths.adapted}), params
 
 
 def assert_agreement(cfg, rows, tokens, only=None, microbatches=1, **options):
@@ -134,7 +129,7 @@ def test_reading_and_writing_against_a_cache(kind, slots, backend):
 def test_whatever_the_weights_are_stored_in(backend):
     """Int8 weights are multiplied as often as others; under LoRA they are a frozen base."""
     cfg = KINDS["untied"]
-    matrices = r"blocks/.*/(qkv|out|gate_up|down)"
+    matrices = r"blocks/.*/(q|k|v|out|gate|up|down)"
     stored = lambda how: jax.eval_shape(
         functools.partial(quantize, rules=[(matrices, how), ("head", how)]), trees(cfg, all_trainable(cfg))[0]
     )

@@ -12,6 +12,8 @@ from engine.inference.decode import STEPS, decode_step, decode_steps, prefill, p
 from engine.inference.sampling import sample
 from engine.inference.score import score
 from engine.model.cache.contiguous import make_cache
+from engine.model.config import JOINED
+from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 
@@ -76,10 +78,12 @@ def test_several_steps_at_once_are_one_step_after_another(cfg, params, temperatu
 
 
 def test_weights_are_cast_once_and_gains_stay(params):
-    cast = prepare_params(tiny_config(dtype="bfloat16"), params)
-    for leaf, other in zip(jax.tree.leaves(cast), jax.tree.leaves(params), strict=True):
+    cast, leaves = leaf_paths(prepare_params(tiny_config(dtype="bfloat16"), params)), leaf_paths(params)
+    for path, leaf in cast.items():
+        folder, _, name = path.rpartition("/")
+        parts = [leaves[f"{folder}/{part}"] for part in JOINED[name]] if name in JOINED else [leaves[path]]
         assert leaf.dtype == (jnp.bfloat16 if leaf.ndim == 2 else jnp.float32)
-        np.testing.assert_array_equal(leaf, other.astype(leaf.dtype))
+        np.testing.assert_array_equal(leaf, jnp.concatenate(parts, axis=-1).astype(leaf.dtype))
 
 
 def test_a_text_is_scored_in_the_bits_that_its_tokens_take_which_training_minimises(cfg, params):

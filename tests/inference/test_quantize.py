@@ -14,6 +14,7 @@ from engine.inference.runner import decode_slots
 from engine.inference.sampling import PenaltyArrays, make_token_counts
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import CacheRows, make_kv_segments, segment_edges
+from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8, matmul_rules, quantize
@@ -28,9 +29,10 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
     cfg = tiny_config(tied=tied)
     params = lively_params(cfg)
     before = digest(params)
-    for layout in (quantize(params), prepare_params(cfg, quantize(params))):
+    prepared = prepare_params(cfg, quantize(params))
+    for layout, names in ((quantize(params), MATRICES), (prepared, ("qkv", "out", "gate_up", "down"))):
         kinds = {path: leaf.values.dtype for path, leaf in leaf_paths(layout).items() if isinstance(leaf, Int8)}
-        matrices = [f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "out", "gate_up", "down")]
+        matrices = [f"blocks/{layer}/{name}" for layer in (0, 1) for name in names]
         assert kinds == dict.fromkeys([*matrices, "embed" if tied else "head"], jnp.int8)
     assert digest(params) == before
 

@@ -65,7 +65,7 @@ def facts_of(weights, tied):
     with jax.set_mesh(layout.make_inference_mesh(f"tensor={DEVICES}")):
         with host_memory(True):
             waiting = prepare_params(cfg, quantize(params) if weights == "int8" else params, whole=False)
-        placed = layout.place(cfg, waiting)
+        placed = layout.place(waiting)
         before, three, engine = digest(placed), greedy(placed), make(placed)
     engine.warm()
     compiles = CompileCounter()

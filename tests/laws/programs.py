@@ -37,7 +37,6 @@ from engine.inference.decode import decode_step, decode_steps
 from engine.inference.runner import idle_calls
 from engine.inference.sampling import make_token_counts
 from engine.inference.score import score
-from engine.mesh.layout import group_columns
 from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
 from engine.model.cache.segmented import KVDtype, make_kv_segments
@@ -89,7 +88,7 @@ TRAINING: dict[str, Make] = {
     "initial state, AdamW": initial_state("adamw"),
     "initial state, Muon": initial_state("muon"),
     "initial adapter": lambda cfg: Program(
-        jax.jit(init_lora, static_argnums=(0, 3)), (cfg, params_shapes(cfg), jax.eval_shape(jax.random.key, 0), LORA)
+        jax.jit(init_lora, static_argnums=(0, 2)), (cfg, jax.eval_shape(jax.random.key, 0), LORA)
     ),
     "train step, AdamW": step_program(),
     "train step, Muon": step_program(kind="muon"),
@@ -164,15 +163,12 @@ PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
 
 def lay_out(program: Program, mesh: Any) -> Program:
     """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/rules.py`."""
-    cfg = program.arguments[0]
 
     def place(keys: Any, leaf: Any) -> Any:
         spec = leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, mesh.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     def place_all(tree: Any) -> Any:
-        if not isinstance(tree, dict | TrainState):
-            return tree
-        return jax.tree.map_with_path(place, jax.eval_shape(lambda tree: group_columns(cfg, tree), tree))
+        return jax.tree.map_with_path(place, tree) if isinstance(tree, dict | TrainState) else tree
 
     return program._replace(arguments=tuple(map(place_all, program.arguments)))

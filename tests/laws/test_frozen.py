@@ -19,7 +19,7 @@ from engine.training.step import init_state, loss_and_gradient, train_step
 
 STEPS = 1000
 CFG = tiny_config(dtype="bfloat16")
-MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
+MATRICES = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 
 
 def halves():
@@ -31,7 +31,7 @@ def halves():
 def adapters(kind: str):
     base = lively_params(CFG)
     base = quantize(base, [(MATRICES, "full")]) if kind == "int8" else cast_matrices(base, "bfloat16")
-    return init_lora(CFG, base, jax.random.key(0), LoraConfig(2, targets=("all",))), base
+    return init_lora(CFG, jax.random.key(0), LoraConfig(2, targets=("all",))), base
 
 
 SETUPS = {

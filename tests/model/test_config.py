@@ -147,9 +147,9 @@ def test_how_a_model_is_computed_is_not_its_architecture():
 
 
 def test_an_adapters_targets_are_put_in_the_models_order():
-    assert LoraConfig(targets=("v", "q", "q")).adapted_parts == ("q", "v")
-    assert LoraConfig(targets=("o", "gate")).adapted_parts == ("out", "gate")
-    assert LoraConfig().adapted_parts == tuple(part for parts in tiny_config().parts.values() for part in parts)
+    assert LoraConfig(targets=("v", "q", "q")).adapted_matrices == ("q", "v")
+    assert LoraConfig(targets=("o", "gate")).adapted_matrices == ("out", "gate")
+    assert LoraConfig().adapted_matrices == (*tiny_config().matrices,)
     assert str(LoraConfig(4, targets=("q", "v"))) == "rank=4,alpha=16,targets=q,v"
 
 

@@ -14,11 +14,11 @@ from tiny import lively_params, normal, tiny_config
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize, quantize_matrix, store_transposed
-from engine.model.weights.matmul import cast_matrices, lookup, project, project_two, unembed
+from engine.model.weights.matmul import cast_matrices, lookup, project, project_each, unembed
 
 D, F, V = 20, 28, 41
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-BLOCKS = r"blocks/\d+/(qkv|out|gate_up|down)"
+BLOCKS = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 
 
 def wide(leaf: Int8) -> jax.Array:
@@ -104,8 +104,8 @@ def test_every_way_to_use_a_weight_knows_int8(kind):
     close = lambda a, b: np.testing.assert_allclose(a, b, atol={"int8": 0.15, "full": 1e-4}[kind])
     leaf = quantize_matrix(normal(1, D, 2 * F), kind)
     close(project(x, leaf, F32), x @ wide(leaf))
-    gate, up = project_two(x, leaf, F32)
-    close(jnp.concatenate([gate, up], -1), x @ wide(leaf))
+    for product in project_each(x, [leaf, leaf], F32):
+        close(product, x @ wide(leaf))
     close(project(x[:1, :1], leaf, F32), x[:1, :1] @ wide(leaf))
     table = quantize_matrix(normal(1, V, D), kind, axis=0)
     close(unembed(x, table, F32), x @ wide(table))
@@ -115,17 +115,17 @@ def test_every_way_to_use_a_weight_knows_int8(kind):
 
 def test_rules_say_which_leaves_and_how():
     params = lively_params(tiny_config())
-    small = leaf_paths(quantize(params, [("blocks/0/.*_up", None), (BLOCKS, "int8"), ("embed", "full")]))
+    small = leaf_paths(quantize(params, [("blocks/0/up", None), (BLOCKS, "int8"), ("embed", "full")]))
     kinds = {path: leaf.activations for path, leaf in small.items() if isinstance(leaf, Int8)}
-    assert kinds["blocks/1/gate_up"] == kinds["blocks/0/qkv"] == "int8"
+    assert kinds["blocks/1/up"] == kinds["blocks/0/q"] == "int8"
     assert kinds["embed"] == "full"
-    assert "blocks/0/gate_up" not in kinds
-    assert len(kinds) == 8
+    assert "blocks/0/up" not in kinds
+    assert len(kinds) == 2 * 7
     assert small["embed"].scale.shape == (41,)
-    assert small["blocks/0/qkv"].scale.shape == (48,)
+    assert small["blocks/0/q"].scale.shape == (24,)
     assert small["head"] is params["head"]
     with pytest.raises(UserError, match="matches no parameter"):
-        quantize(params, [("blocks/7/qkv", "int8")])
+        quantize(params, [("blocks/7/q", "int8")])
     with pytest.raises(UserError, match="attn_norm is not one"):
         quantize(params, [(r"blocks/\d+/.*", "int8")])
     with pytest.raises(UserError, match=r"blocks/0/\w+ is not one"):
@@ -135,8 +135,8 @@ def test_rules_say_which_leaves_and_how():
 def test_casting_leaves_int8_and_gains_alone():
     params = quantize(lively_params(tiny_config()), [(BLOCKS, "int8")])
     cast = leaf_paths(cast_matrices(params, "bfloat16"))
-    assert cast["blocks/0/qkv"].values.dtype == jnp.int8
-    assert cast["blocks/0/qkv"].scale.dtype == jnp.float32
+    assert cast["blocks/0/q"].values.dtype == jnp.int8
+    assert cast["blocks/0/q"].scale.dtype == jnp.float32
     assert cast["blocks/0/attn_norm"].dtype == jnp.float32
     assert cast["head"].dtype == jnp.bfloat16
 

@@ -37,8 +37,8 @@ def test_the_first_match_wins_and_matches_whole_paths():
 
 
 def test_a_rule_that_matches_nothing_is_refused_and_the_nearest_path_named(params):
-    with pytest.raises(UserError, match=r"'blocks/0/qkw'.*'blocks/0/qkv'"):
-        first_match([(r"blocks/0/qkw", 1)], params)
+    with pytest.raises(UserError, match=r"'blocks/0/gaet'.*'blocks/0/gate'"):
+        first_match([(r"blocks/0/gaet", 1)], params)
     with pytest.raises(UserError, match=r"'block/.*"):
         first_match([(".*", 1), (r"block/.*", 2)], params)
     with pytest.raises(UserError, match="'embe'"):  # a part of a path is not the path

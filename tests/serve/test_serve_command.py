@@ -271,7 +271,7 @@ def test_an_adapter_is_merged_into_what_is_served(weights):
     """Integers are made of what base and adapter come to, and no gradient is ever asked of them."""
     cfg = tiny_config()
     base = lively_params(cfg)
-    lora = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(cfg, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
     adapted = merge(lora, base)
     assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
     merged = merge_lora(adapted)

@@ -88,7 +88,7 @@ def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, ca
     """The same function, to the bit, with an input in 32 of each matrix 4,096 times as large, and its norm's gain as small."""
     params = load_model(str(trained)).params
     scale = np.where(np.arange(32) == 0, 4096, 1).astype(np.float32)
-    scaled = {"attn_norm": 1 / scale, "mlp_norm": 1 / scale, "qkv": scale[:, None], "gate_up": scale[:, None]}
+    scaled = {"attn_norm": 1 / scale, "mlp_norm": 1 / scale, **dict.fromkeys(("q", "k", "v", "gate", "up"), scale[:, None])}
     block = lambda leaves: leaves | {name: leaves[name] * factor for name, factor in scaled.items()}
     loading(monkeypatch, trained, params=params | {"blocks": {layer: block(params["blocks"][layer]) for layer in "01"}})
     exported(trained, tmp_path / "y.gguf", "--dtype", "float16", "--check")
@@ -145,7 +145,7 @@ def test_an_export_that_was_damaged_is_seen(trained, tmp_path):
 
 def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, capsys, failing):
     plain = load_model(str(trained))
-    adapters = init_lora(plain.cfg, plain.params, jax.random.key(0), LoraConfig(3, 6.0, ("q", "v", "down")))
+    adapters = init_lora(plain.cfg, jax.random.key(0), LoraConfig(3, 6.0, ("q", "v", "down")))
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)  # b begins at zero, and would change nothing
     tuned = loading(monkeypatch, trained, params=merge(adapters, plain.params))
     merged = exported(trained, tmp_path / "merged", "--check")

@@ -118,7 +118,7 @@ def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
         weight = getattr(leaves[path], "base", leaves[path])
         assert digest({"": weight}) == digest({"": leaf})
     changed = {path for path, leaf in leaves.items() if hasattr(leaf, "base")}
-    assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "gate_up", "down")}
+    assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("q", "v", "gate", "up", "down")}
 
 
 def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapted, trained, tmp_path, capsys):
@@ -142,7 +142,6 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     paths = folder / "adapter", folder, step_folder(9), elsewhere
     as_adapters = [with_adapters(base.cfg, base.params, [path])[0] for path in paths]
     assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9], digests[45]]
-    assert leaf_paths(as_adapters[0])["blocks/0/qkv"].columns == leaf_paths(as_adapters[1])["blocks/0/qkv"].columns
     assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
 
 
@@ -255,7 +254,7 @@ def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
 
 def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     """An adapter over an adapter, and weights that learn under one."""
-    for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/qkv"))):
+    for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/q"))):
         folder = tmp_path / name
         few = ["--steps", 2, "--learning-rate", 1e-4, "--log-every", 2]
         assert finetune.main(args(adapted[0], chats, folder, *few, *flags)) == 0
@@ -328,7 +327,7 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
 
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
     folder = tmp_path / "other"
-    assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/qkv", "--steps", 2)) == 0
+    assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/q", "--steps", 2)) == 0
     error = failing(chat.main, ["--model", str(folder), "--adapter", str(adapted[0])])
     assert "was trained on another model" in error
     assert str(trained) in error

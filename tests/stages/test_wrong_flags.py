@@ -84,7 +84,7 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--freeze bottom:3", "the model has 2"),
         ("--train head --freeze head", "Nothing is left to train"),
         ("--lora rank=2,targets=w", "there is no target 'w'"),
-        ("--lora rank=999", r"A LoRA rank for blocks/0/qkv must lie between 1 and \d+, not 999"),
+        ("--lora rank=999", r"A LoRA rank for blocks/0/q must lie between 1 and \d+, not 999"),
         ("--lora rank=2,size=3", "wanted rank=8,alpha=16,targets=q,v"),
         ("--lora rank=0", "wanted an integer, between 1 and 4096"),
         ("--lora rank=2 --freeze bottom:1", "error: --lora leaves the whole model frozen"),

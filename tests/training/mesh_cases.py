@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.models import next_token_batch
 from engine.counting.collectives import read_collectives
-from engine.mesh.layout import global_batch, group_columns, init_sharded, make_mesh, place, shardings, ungroup_columns
+from engine.mesh.layout import global_batch, init_sharded, make_mesh, place, shardings
 from engine.mesh.shape import parse_mesh
 from engine.model import fused_attention, ops
 from engine.model.config import LoraConfig, ModelConfig
@@ -42,13 +42,13 @@ ALL_AXES = "data=2,fsdp=2,tensor=2"
 LORA = LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up"))
 
 
-def batch(step):
-    ids = np.cumsum(np.random.default_rng(step).integers(0, 3, (BATCH, TOKENS + 1)), 1) % CFG.vocab
+def batch(step, direction=1):
+    ids = np.cumsum(np.random.default_rng(step).integers(0, 3, (BATCH, TOKENS + 1)), 1) * direction % CFG.vocab
     return jax.tree.map(np.asarray, next_token_batch(ids.astype(np.int32)))
 
 
 def pairs(step):
-    return Preferences(batch(step), batch(step + 100), np.linspace(-1, 1, BATCH, dtype=np.float32))
+    return Preferences(batch(step), batch(step + 100, -1), np.linspace(-1, 1, BATCH, dtype=np.float32))
 
 
 def packed(step):
@@ -72,7 +72,7 @@ def begin(case, cfg=CFG):
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     params = map_paths(lambda _, x: (0.1 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(np.float32), shapes)
     frozen = quantize(params, matmul_rules(params, "full")) if case == "int8" else params
-    adapters = lambda: init_lora(cfg, shapes, jax.random.key(1), LORA)
+    adapters = lambda: init_lora(cfg, jax.random.key(1), LORA)
     return tx, lambda: init_state(tx, adapters()), jax.tree.map(np.asarray, frozen)
 
 
@@ -86,8 +86,8 @@ def bytes_on_device(tree):
 def train(case, cfg=CFG, microbatches=1, batch=batch):
     tx, make, frozen = begin(case, cfg)
     objective = dpo() if batch is pairs else NEXT_TOKEN
-    frozen = place(cfg, frozen)
-    state = init_sharded(jax.jit(lambda: group_columns(cfg, make())))
+    frozen = place(frozen)
+    state = init_sharded(jax.jit(make))
     held = {"state": bytes_on_device(state), "frozen": bytes_on_device(frozen)}
     arguments = state, frozen, global_batch(batch(0)), np.float32(0), microbatches, objective
     program = train_step.lower(cfg, tx, *arguments).compile()
@@ -103,7 +103,7 @@ def train(case, cfg=CFG, microbatches=1, batch=batch):
     collectives: Counter[str] = Counter()
     for one in read_collectives(program.as_text()):
         collectives[one.kind] += one.bytes * one.times
-    weights = jax.tree.leaves(ungroup_columns(cfg, state.trainable))
+    weights = jax.tree.leaves(state.trainable)
     found = {"losses": losses, "held": held, "donated": donated, "kept": kept, "collectives": collectives}
     return found, [np.asarray(x) for x in weights]
 
@@ -141,7 +141,7 @@ def results():
     _, make, _ = begin("adamw")
     plain = jax.device_get(jax.jit(make)())
     with jax.set_mesh(make_mesh(parse_mesh("fsdp=4,tensor=2"))):
-        state = jax.device_get(ungroup_columns(CFG, init_sharded(jax.jit(lambda: group_columns(CFG, make())))))
+        state = jax.device_get(init_sharded(jax.jit(make)))
         yield "init", {"equal": jax.tree.all(jax.tree.map(np.array_equal, state, plain))}
 
 

@@ -6,6 +6,7 @@ from tiny import tiny_config
 from engine.counting.params import count_params, leaf_shapes
 from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
 from engine.errors import UserError
+from engine.model.config import MATRICES
 from engine.training.freeze import Match, select_trainable
 
 CFG = tiny_config()
@@ -29,14 +30,12 @@ def test_ends_of_the_model_are_those_that_are_counted(cfg):
 
 def test_trained_paths_less_frozen_paths():
     chosen = select_trainable(CFG, train=["blocks/1/.*", "norm"], freeze=[r".*_norm", "bottom:1"])
-    assert chosen.trainable_paths == TrainablePaths(
-        frozenset({f"blocks/1/{name}" for name in ("qkv", "out", "gate_up", "down")} | {"norm"})
-    )
+    assert chosen.trainable_paths == TrainablePaths(frozenset({f"blocks/1/{name}" for name in MATRICES} | {"norm"}))
     assert chosen.matches == (
-        Match("blocks/1/.*", 8, 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
+        Match("blocks/1/.*", 11, 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
         Match("norm", 1, 20),
         Match(".*_norm", 8, 4 * 20 + 4 * 4),
-        Match("bottom:1", 9, 41 * 20 + 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
+        Match("bottom:1", 12, 41 * 20 + 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
     )
     assert chosen.trainable_count == 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 20
 
@@ -44,7 +43,7 @@ def test_trained_paths_less_frozen_paths():
 @pytest.mark.parametrize(
     ("train", "freeze", "words"),
     [
-        (["blocks/0/qkw"], [], "'blocks/0/qkw' matches no parameter. Did you mean 'blocks/0/qkv'?"),
+        (["blocks/0/gaet"], [], "'blocks/0/gaet' matches no parameter. Did you mean 'blocks/0/gate'?"),
         ([], ["embde"], "Did you mean 'embed'?"),
         (["blocks/(2|3)/.*"], [], "matches no parameter"),
         ([], ["bottom:3"], "the model has 2"),

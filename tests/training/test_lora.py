@@ -23,7 +23,7 @@ from engine.training.step import loss_and_gradient
 CFG = tiny_config()
 KEY = jax.random.key(0)
 T = 7
-MATRICES = r"blocks/\d+/(qkv|out|gate_up|down)"
+MATRICES = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 
 
 def with_random_b(adapters, seed: int = 0):
@@ -37,22 +37,22 @@ logits = jax.jit(lambda cfg, params, tokens: forward(cfg, params, tokens, positi
 
 
 def test_adapters_hold_what_was_asked_for(params):
-    adapters = leaf_paths(init_lora(CFG, params, KEY, LoraConfig(3, alpha=12.0, targets=("q", "v", "down"))))
-    assert set(adapters) == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("qkv", "down")}
+    adapters = leaf_paths(init_lora(CFG, KEY, LoraConfig(3, alpha=12.0, targets=("q", "v", "down"))))
+    assert set(adapters) == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("q", "v", "down")}
     assert {leaf.scale for leaf in adapters.values()} == {4.0}
-    assert adapters["blocks/1/qkv"].columns == ((0, 24), (36, 48))
+    assert adapters["blocks/1/v"].shape == (20, 12)
     assert adapters["blocks/1/down"].a.shape == (28, 3)
     assert all(leaf.base is None for leaf in adapters.values())
-    assert len({np.asarray(leaf.a).tobytes() for leaf in adapters.values()}) == 4, "each has its own draw"
-    with pytest.raises(UserError, match=r"rank for blocks/0/qkv must lie between 1 and 11"):
-        init_lora(CFG, params, KEY, LoraConfig(12, targets=("v",)))
+    assert len({np.asarray(leaf.a).tobytes() for leaf in adapters.values()}) == 6, "each has its own draw"
+    with pytest.raises(UserError, match=r"rank for blocks/0/v must lie between 1 and 11"):
+        init_lora(CFG, KEY, LoraConfig(12, targets=("v",)))
 
 
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
     before = digest(base)
-    adapted = merge(with_random_b(init_lora(CFG, base, KEY, LoraConfig(3, targets=("all",)))), base)
+    adapted = merge(with_random_b(init_lora(CFG, KEY, LoraConfig(3, targets=("all",)))), base)
     folded = merge_lora(adapted)
     assert {type(leaf) for leaf in leaf_paths(folded).values()} == {type(params["head"])}
     for rows in (1, 9):
@@ -65,14 +65,14 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
 
 def test_folding_keeps_the_bases_dtype_and_a_plain_model(params):
     half = cast_matrices(params, "bfloat16")
-    folded = leaf_paths(merge_lora(merge(with_random_b(init_lora(CFG, half, KEY, LoraConfig(2, targets=("q", "v")))), half)))
-    assert folded["blocks/0/qkv"].dtype == jnp.bfloat16
+    folded = leaf_paths(merge_lora(merge(with_random_b(init_lora(CFG, KEY, LoraConfig(2, targets=("q", "v")))), half)))
+    assert folded["blocks/0/q"].dtype == jnp.bfloat16
     assert all(a is b for a, b in zip(jax.tree.leaves(merge_lora(params)), jax.tree.leaves(params)))
 
 
 def test_several_adapters_on_one_base_fold_to_their_sum(params):
-    first = with_random_b(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))), 1)
-    second = with_random_b(init_lora(CFG, params, KEY, LoraConfig(2, targets=("all",))), 2)
+    first = with_random_b(init_lora(CFG, KEY, LoraConfig(3, targets=("q", "v"))), 1)
+    second = with_random_b(init_lora(CFG, KEY, LoraConfig(2, targets=("all",))), 2)
     folded = leaf_paths(merge_lora(merge(second, merge(first, params))))
     alone = [leaf_paths(merge_lora(merge(adapters, params))) for adapters in (first, second)]
     for path, leaf in leaf_paths(params).items():
@@ -83,7 +83,7 @@ def test_several_adapters_on_one_base_fold_to_their_sum(params):
 def test_a_learned_adapter_decays_towards_the_base(params):
     """AdamW's decay is on both halves, so that without a gradient what is added goes to nothing."""
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0, schedule="wsd"))
-    adapters = with_random_b(init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v"))))
+    adapters = with_random_b(init_lora(CFG, KEY, LoraConfig(3, targets=("q", "v"))))
     nothing = jax.tree.map(jnp.zeros_like, adapters)
     updates, _ = tx.update(nothing, tx.init(adapters), adapters, progress=jnp.float32(0.01))
     for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(adapters)):
@@ -94,7 +94,7 @@ def test_a_learned_adapter_decays_towards_the_base(params):
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_the_gradient_of_a_step_is_that_of_the_folded_model(params, rows, kind):
     base = params if kind == "array" else quantize(params, [(MATRICES, "full")])
-    adapters = with_random_b(init_lora(CFG, base, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
+    adapters = with_random_b(init_lora(CFG, KEY, LoraConfig(3, targets=("q", "v", "up", "down"))))
     batch = text_batch(0, rows, T)
     loss, gradient = jax.jit(loss_and_gradient, static_argnums=0)(CFG, adapters, base, batch)
 
@@ -128,7 +128,7 @@ def gradients_of_whole_matrices(params, adapters, base) -> list:
 
 
 def test_no_product_is_spent_on_the_gradient_of_a_frozen_matrix(params):
-    adapters = init_lora(CFG, params, KEY, LoraConfig(3, targets=("q", "v", "down")))
+    adapters = init_lora(CFG, KEY, LoraConfig(3, targets=("q", "v", "down")))
     assert gradients_of_whole_matrices(params, adapters, params) == []
     assert gradients_of_whole_matrices(params, adapters, quantize(params, [(MATRICES, "full")])) == []
     assert gradients_of_whole_matrices(params, params, {}), "the check sees none even where there are some"

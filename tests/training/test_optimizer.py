@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from engine.counting.flops import muon_flops
 from engine.counting.jaxpr import jaxpr_cost
 from engine.errors import UserError
+from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths
 from engine.training import muon
 from engine.training.muon import SECOND_BEGINS, STEPS, orthogonal
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-
-MATRICES = {"qkv", "out", "gate_up", "down"}
 
 
 def factors(cfg: OptimizerConfig, *progress: float) -> list[float]:
@@ -148,7 +147,7 @@ def test_muons_momentum_is_optaxs(params, monkeypatch):
         kind="muon", momentum=0.5, weight_decay=0.0, clip=float("inf"), matrix_learning_rate=1.0, schedule="wsd", warmup=0.1
     )
     monkeypatch.setattr(muon, "orthogonal", lambda matrix, dtype: optaxs_muon(matrix))
-    matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("qkv", "down")}}}
+    matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("q", "down")}}}
     ours, theirs = make_optimizer(cfg), optax.contrib.muon(1.0, beta=0.5)
     states = ours.init(matrices), theirs.init(matrices)
     step = jax.jit(lambda g, s: ours.update(g, s, matrices, progress=jnp.float32(0.3), dtype="float32"))

@@ -44,7 +44,7 @@ def test_at_the_reference_the_loss_is_ln_2(dtype, way):
     trainable, frozen = base, {}
     if way == "LoRA":
         frozen = base = cast_matrices(base, dtype)
-        trainable = init_lora(cfg, base, jax.random.key(0), LoraConfig(2, targets=("all",)))
+        trainable = init_lora(cfg, jax.random.key(0), LoraConfig(2, targets=("all",)))
     pairs = pairs_of(0, masked=False)
     pairs = pairs._replace(reference=margins(cfg, base, pairs))
     assert np.abs(pairs.reference).max() > 1
@@ -84,7 +84,7 @@ def test_what_is_preferred_becomes_more_probable_and_the_base_stays(cfg, params)
     before, pairs = digest(frozen), pairs_of(0)
     pairs = pairs._replace(reference=margins(cfg, frozen, pairs))
     tx = make_optimizer(OptimizerConfig(learning_rate=0.03, weight_decay=0.0))
-    state = init_state(tx, init_lora(cfg, frozen, jax.random.key(0), LoraConfig(3, targets=("q", "v", "down"))))
+    state = init_state(tx, init_lora(cfg, jax.random.key(0), LoraConfig(3, targets=("q", "v", "down"))))
     for _ in range(10):
         state, metrics = train_step(cfg, tx, state, frozen, pairs, jnp.float32(0.3), 1, dpo(0.5))
         assert int(metrics.tokens) == B, "the mean is over pairs"

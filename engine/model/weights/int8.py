@@ -131,7 +131,7 @@ def matmul_rules(params: Params, activations: Activations = "int8") -> tuple[Rul
     """
     return (
         (r"blocks/\d+/down", "int16" if activations == "int8" else activations),
-        (r"blocks/\d+/(qkv|out|gate_up)", activations),
+        (r"blocks/\d+/(q|k|v|qkv|out|gate|up|gate_up)", activations),
         ("head" if "head" in params else "embed", activations),
     )
 

@@ -5,6 +5,7 @@ is a new leaf and a new case here.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,11 +15,11 @@ from jax.typing import DTypeLike
 
 from engine.mesh import layout
 from engine.model import backward
+from engine.model.config import JOINED
 from engine.model.ops import ops
 from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
-from engine.model.weights.lora import LoRA, innermost_base, over_groups
-from engine.model.weights.lora_matmul import Cuts, merged_matmul
+from engine.model.weights.lora import LoRA, innermost_base, merged_matmul
 
 Weight = Array | Int8 | LoRA
 
@@ -26,21 +27,22 @@ Weight = Array | Int8 | LoRA
 def project(x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in float32."""
     if isinstance(weight, LoRA):
-        return _project_lora(x, weight, dtype, ((0, weight.shape[1]),))[0]
+        return _project_lora(x, weight, dtype)
     if isinstance(weight, Int8):
         return _over_rows(x, lambda rows: int8_matmul(rows, weight, dtype))
     return _over_rows(x, lambda rows: backward.matmul(rows, weight, dtype))
 
 
-def norm_and_weight(x: Array, gain: Array, weight: Weight, eps: float, dtype: DTypeLike) -> tuple[Array, Weight]:
-    """x (..., in), gain (in,), weight (in, out) -> x normalised, in `dtype`, and the weight to multiply it with.
+def norm_and_project(x: Array, gain: Array, weights: Sequence[Weight], eps: float, dtype: DTypeLike) -> tuple[Array, ...]:
+    """x (..., in), gain (in,), each weight (in, out) -> x normalised times each weight, (..., out) in `dtype`.
 
-    A weight that is converted for the product takes the gain with it: the gain's gradient is then a sum over the
-    weight and not one over all tokens, 3% of a training step of 6 layers by 384 on a CPU.
+    Weights that are converted for the product take the gain with them: the gain's gradient is then a sum over the
+    weights and not one over all tokens, 3% of a training step of 6 layers by 384 on a CPU.
     """
-    if isinstance(weight, Array) and weight.dtype != dtype and _is_smaller(weight, x):
-        return backward.rms_norm(x, None, eps, dtype), weight * gain[:, None]
-    return backward.rms_norm(x, gain, eps, dtype), weight
+    plain = [weight for weight in weights if isinstance(weight, Array) and weight.dtype != dtype and _is_smaller(weight, x)]
+    if len(plain) == len(weights):
+        return project_each(backward.rms_norm(x, None, eps, dtype), [weight * gain[:, None] for weight in plain], dtype)
+    return project_each(backward.rms_norm(x, gain, eps, dtype), weights, dtype)
 
 
 def _is_smaller(weight: Array, x: Array) -> bool:
@@ -48,17 +50,36 @@ def _is_smaller(weight: Array, x: Array) -> bool:
     return x.size // layout.row_shards() > weight.size // layout.column_shards()
 
 
-def project_two(x: Array, weight: Weight, dtype: DTypeLike) -> tuple[Array, Array]:
-    """x (..., in), weight (in, 2F) -> the two halves of the product, (..., F) each in `dtype`."""
-    half = weight.shape[1] // 2
-    if isinstance(weight, LoRA):
-        left, right = _project_lora(x, weight, dtype, ((0, half), (half, 2 * half)))
-        return left, right
-    if not isinstance(weight, Int8) and _is_smaller(weight, x):
-        left, right = backward.matmul_two(x.reshape(-1, x.shape[-1]), weight, dtype)
-        return left.reshape(*x.shape[:-1], -1), right.reshape(*x.shape[:-1], -1)
-    left, right = layout.split_columns(project(x, weight, dtype), [half, half])
-    return left, right
+def project_each(x: Array, weights: Sequence[Weight], dtype: DTypeLike) -> tuple[Array, ...]:
+    """x (..., in), each weight (in, out) -> each product (..., out), as `project`; going back, their dx add up in float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    plain = tuple(weight for weight in weights if not isinstance(weight, LoRA | Int8) and _is_smaller(weight, x))
+    is_dense = lambda weight: _is_merged(weight, x) if isinstance(weight, LoRA) else _is_smaller(weight, x)
+    dense = tuple(weight for weight in weights if not isinstance(weight, Int8) and is_dense(weight))
+    if len(plain) == len(weights):
+        parts = backward.matmul_each(rows, plain, dtype)
+    elif len(dense) == len(weights):
+        parts = merged_matmul(rows, dense, dtype)
+    else:
+        return tuple(project(x, weight, dtype) for weight in weights)
+    return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
+
+
+def join_projections(params: Params) -> Params:
+    """Returns params for inference on one device, in which the weights of `JOINED` that are of one kind lie side by side.
+
+    One product then reads x once.
+    """
+
+    def join(block: Params) -> Params:
+        for name, parts in JOINED.items():
+            weights = [block[part] for part in parts if part in block]  # none where they are joined already
+            if len({jax.tree.structure(weight) for weight in weights}) == 1:
+                joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *weights)
+                block = {path: leaf for path, leaf in block.items() if path not in parts} | {name: joined}
+        return block
+
+    return params | {"blocks": {layer: join(block) for layer, block in params["blocks"].items()}}
 
 
 def unembed(x: Array, embed: Array | Int8, dtype: DTypeLike) -> Array:
@@ -87,29 +108,20 @@ def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
     return map_paths(cast, params)
 
 
-def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike, cuts: Cuts) -> tuple[Array, ...]:
-    """Returns x (base + scale a b), cut by columns into one array for each (start, stop) of `cuts`.
+def _is_merged(weight: LoRA, x: Array) -> bool:
+    """Whether x is multiplied by the merged weight: smaller than x and the result, on a base that multiplies no integers."""
+    base, (rows, columns), share = innermost_base(weight), weight.shape, x.size // layout.row_shards()
+    multiplies_integers = isinstance(base, Int8) and base.activations != "full"
+    return share + share // rows * columns > rows * columns and not multiplies_integers
 
-    The pair is merged first where the weight has fewer numbers than x and the result, unless the base multiplies integers.
-    """
-    if (groups := weight.groups) > 1:
-        shares = tuple((start // groups, stop // groups) for start, stop in cuts)
-        return over_groups(lambda one: _project_lora(x, one, dtype, shares), weight)
-    rows, columns = weight.shape
-    base, share = innermost_base(weight), x.size // layout.row_shards()
-    if share + share // rows * columns > rows * columns and not (isinstance(base, Int8) and base.activations != "full"):
-        parts = merged_matmul(x.reshape(-1, rows), weight, dtype, cuts)
-        return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
+
+def _project_lora(x: Array, weight: LoRA, dtype: DTypeLike) -> Array:
+    """Returns x (base + scale a b)."""
+    if _is_merged(weight, x):
+        return project_each(x, [weight], dtype)[0]
     whole = project(x, jax.lax.stop_gradient(weight.base), dtype)
-    inner = project(x, weight.a, x.dtype)
-    pieces, done = [], 0
-    for place, part in enumerate(weight.parts()):
-        added = project(inner[..., place * weight.rank : (place + 1) * weight.rank], part.b * -weight.scale, dtype)
-        # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
-        pieces += [whole[..., done : part.start], whole[..., part.start : part.stop] - added]
-        done = part.stop
-    whole = jnp.concatenate([*pieces, whole[..., done:]], axis=-1)
-    return tuple(whole[..., start:stop] for start, stop in cuts)
+    # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
+    return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
 
 
 def _over_rows(x: Array, multiply) -> Array:

@@ -18,7 +18,7 @@ from engine.storage.gguf.config import FREQUENCIES, config_from, metadata_of, no
 from engine.storage.gguf.header import read_header
 from engine.storage.gguf.tokenizer import read_tokenizer
 from engine.storage.huggingface.config import architecture_of
-from engine.storage.tensor_layout import DTYPE_NAMES, GGUF_NAMES, StoredModel, check_tensors, layout_of, split_params
+from engine.storage.tensor_layout import DTYPE_NAMES, GGUF_NAMES, StoredModel, check_tensors, file_tensors, layout_of
 from engine.text import OnProgress
 from engine.untrusted import quote, read_at
 
@@ -40,7 +40,7 @@ def open_model(path: Path) -> StoredModel:
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, GGUF_NAMES), shapes, path)
     architecture = header.metadata["general.architecture"]
-    paired = {part.name for leaf in leaves for part in leaf.parts if part.paired and architecture == "llama"}
+    paired = {leaf.name for leaf in leaves if leaf.paired and architecture == "llama"}
 
     def rows(name: str, start: int, stop: int) -> np.ndarray:
         tensor = header.tensors[name]
@@ -84,7 +84,7 @@ def save_gguf(
 ) -> None:
     """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in float32.
 
-    params, report: as in `split_params`. A matrix whose rows are no whole number of Q8_0's blocks of 32 becomes F16. Raises
+    params, report: as in `file_tensors`. A matrix whose rows are no whole number of Q8_0's blocks of 32 becomes F16. Raises
     UserError for an architecture without a name in GGUF.
     """
     architecture = architecture_of(cfg)
@@ -97,23 +97,23 @@ def save_gguf(
     for key, value in ({f"{architecture}.{key}": value for key, value in metadata_of(cfg).items()} | metadata).items():
         value_type = GGUFValueType.get_type(value)
         writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
-    for part in (part for leaf in leaves for part in leaf.parts):
-        kind = wanted if len(part.shape) == 2 else F32
-        kinds[part.name] = kind = F16 if part.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
-        size = math.prod(quant_shape_to_byte_shape(part.shape, kind))
-        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, kind)
+    for leaf in leaves:
+        kind = wanted if len(leaf.stored) == 2 else F32
+        kinds[leaf.name] = kind = F16 if leaf.stored[-1] % GGML_QUANT_SIZES[kind][0] else kind
+        size = math.prod(quant_shape_to_byte_shape(leaf.stored, kind))
+        writer.add_tensor_info(leaf.name, leaf.stored, np.dtype(np.float32), size, kind)
     if cfg.rope_scaling:
         factors = rope_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
         writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for part, array in split_params(leaves, params, report):
+    for leaf, array in file_tensors(leaves, params, report):
         rows = np.ascontiguousarray(array, np.float32)
-        if part.paired and architecture == "llama":
+        if leaf.paired and architecture == "llama":
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
         with np.errstate(over="ignore"):  # infinity is refused when the file is read
-            writer.write_tensor_data(quantize(rows, kinds[part.name]))
+            writer.write_tensor_data(quantize(rows, kinds[leaf.name]))
     if cfg.rope_scaling:
         writer.write_tensor_data(factors)
     writer.close()

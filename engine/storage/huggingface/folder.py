@@ -15,7 +15,7 @@ from engine.storage.huggingface import safetensors
 from engine.storage.huggingface.config import DEFAULTS, config_from, config_to, note_unknown
 from engine.storage.huggingface.hub import cached_id
 from engine.storage.huggingface.tokenizer import read_tokenizer, save_tokenizer
-from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, layout_of, split_params
+from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, file_tensors, layout_of
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer
 from engine.untrusted import quote, read_json_object
@@ -58,10 +58,10 @@ def save_folder(
 ) -> None:
     """Writes config.json, model.safetensors, every weight in `dtype`, and what `save_tokenizer` writes.
 
-    params, report: as in `split_params`. Raises UserError for an architecture that no family has.
+    params, report: as in `file_tensors`. Raises UserError for an architecture that no family has.
     """
     write_json(folder / "config.json", config_to(cfg, dtype, save_tokenizer(folder, *tokenizer)))
     leaves = list(layout_of(cfg, HUGGING_FACE_NAMES))
-    tensors = {part.name: jax.ShapeDtypeStruct(part.shape, dtype) for leaf in leaves for part in leaf.parts}
-    arrays = (array for _, array in split_params(leaves, params, report))
+    tensors = {leaf.name: jax.ShapeDtypeStruct(leaf.stored, dtype) for leaf in leaves}
+    arrays = (array for _, array in file_tensors(leaves, params, report))
     safetensors.write_file(folder / "model.safetensors", tensors, arrays)

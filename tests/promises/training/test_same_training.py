@@ -101,7 +101,7 @@ def test_what_is_frozen(make_tuning, base, quick, expect):
         moved += sum(np.asarray(leaves[path]).tobytes() != np.asarray(before[path]).tobytes() for path in frozen)
         count += len(frozen)
     cfg = dataclasses.replace(model.cfg, dtype="float32")
-    adapted = merge(init_lora(cfg, model.params, jax.random.key(0), lora), model.params)
+    adapted = merge(init_lora(cfg, jax.random.key(0), lora), model.params)
     tokens, positions = np.arange(20)[None], np.arange(20)[None]
     logits = [np.asarray(forward(cfg, params, tokens, positions)[0]) for params in (model.params, adapted)]
     expect(

@@ -26,9 +26,10 @@ def test_every_quantisation_is_read_as_the_library_reads_it(kind, tmp_path):
     stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
     block = params["blocks"]["1"]
     part = lambda name: stored[f"blk.1.{name}.weight"]
-    np.testing.assert_array_equal(block["qkv"], np.concatenate([part("attn_q"), part("attn_k"), part("attn_v")]).T)
-    np.testing.assert_array_equal(block["gate_up"], np.concatenate([part("ffn_gate"), part("ffn_up")]).T)
-    np.testing.assert_array_equal(block["down"], part("ffn_down").T)
+    for name in "qkv":
+        np.testing.assert_array_equal(block[name], part(f"attn_{name}").T)
+    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(block[name], part(f"ffn_{name}").T)
     np.testing.assert_array_equal(params["embed"], stored["token_embd.weight"])
     np.testing.assert_array_equal(block["q_norm"], part("attn_q_norm"))
 
@@ -57,12 +58,12 @@ def test_k_quants_are_read(kind, tmp_path):
 def test_llama_files_keep_rotary_pairs_side_by_side(tmp_path):
     stored = weights()
     model = load_model(tiny_gguf(tmp_path / "llama.gguf"), dtype="float32")
-    qkv = np.asarray(model.params["blocks"]["0"]["qkv"]).T
+    block = {name: np.asarray(leaf).T for name, leaf in model.params["blocks"]["0"].items()}
     q = stored["blk.0.attn_q.weight"].reshape(6, 4, 2, 64)  # head, pair, side
-    np.testing.assert_array_equal(qkv[:48].reshape(6, 2, 4, 64), q.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(block["q"].reshape(6, 2, 4, 64), q.transpose(0, 2, 1, 3))
     k = stored["blk.0.attn_k.weight"].reshape(3, 4, 2, 64)
-    np.testing.assert_array_equal(qkv[48:72].reshape(3, 2, 4, 64), k.transpose(0, 2, 1, 3))
-    np.testing.assert_array_equal(qkv[72:], stored["blk.0.attn_v.weight"])
+    np.testing.assert_array_equal(block["k"].reshape(3, 2, 4, 64), k.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(block["v"], stored["blk.0.attn_v.weight"])
     rows = np.arange(48.0).reshape(24, 2)
     np.testing.assert_array_equal(regroup_rows(regroup_rows(rows, 2, 4), 4, 2), rows)
     assert regroup_rows(rows, 2, 4)[:4, 0].tolist() == [0, 8, 2, 10]
@@ -73,9 +74,9 @@ def test_qwen2_has_biases_and_plain_rows(tmp_path):
     model = load_model(tiny_gguf(tmp_path / "qwen2.gguf", arch="qwen2", tensors=stored), dtype="float32")
     assert model.cfg.qkv_bias
     block = model.params["blocks"]["1"]
-    biases = [stored[f"blk.1.attn_{part}.bias"] for part in "qkv"]
-    np.testing.assert_array_equal(block["qkv_bias"], np.concatenate(biases))
-    np.testing.assert_array_equal(np.asarray(block["qkv"]).T[:48], stored["blk.1.attn_q.weight"])
+    for part in "qkv":
+        np.testing.assert_array_equal(block[f"{part}_bias"], stored[f"blk.1.attn_{part}.bias"])
+    np.testing.assert_array_equal(np.asarray(block["q"]).T, stored["blk.1.attn_q.weight"])
 
 
 def test_what_the_metadata_says_is_the_architecture(tmp_path):

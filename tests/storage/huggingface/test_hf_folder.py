@@ -63,7 +63,7 @@ def test_half_precision_is_read_exactly(kind, tmp_path):
     exact = load_model(write_folder(tmp_path / "wide", CONFIG, wide)).params
     assert same_params(load_model(folder, dtype="float32").params, exact)
     native = load_model(folder).params
-    assert native["embed"].dtype == native["blocks"]["0"]["qkv"].dtype == jnp.bfloat16
+    assert native["embed"].dtype == native["blocks"]["0"]["q"].dtype == jnp.bfloat16
     assert native["norm"].dtype == native["blocks"]["0"]["attn_norm"].dtype == jnp.float32
     assert np.array_equal(native["embed"], exact["embed"].astype(jnp.bfloat16))
 
