@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from engine.errors import UserError
-from engine.files import atomic_folder, write_json
+from engine.files import atomic_folder
 from stages.cli import signals
 from stages.cli.command import run_command
 from stages.cli.flags import parser, path
@@ -35,14 +35,13 @@ class ConvertFlags:
     """The run."""
 
     model: Annotated[Path, parser(path, "RUN")]
-    """A run folder. Its tokenizer and log stay as they are."""
+    """A run folder. Its tokenizer, log and adapter stay as they are."""
 
 
 def convert(flags: ConvertFlags) -> None:
     """Replaces all checkpoints of the run at once. Raises UserError when one is damaged, and changes nothing then."""
     signals.set_phase("while the run was converted: it is as it was, or converted whole.")
     from engine import manifest
-    from engine.storage.model_loader import locate
     from stages.runs.folder import lock_run
 
     run = flags.model
@@ -55,16 +54,13 @@ def convert(flags: ConvertFlags) -> None:
             return
         if damaged := [line for step in old for line in manifest.verify(step)]:
             raise UserError(f"{run} is damaged: {'; '.join(damaged)}. Move that checkpoint elsewhere, and convert the others.")
-        adapter = locate(str(run)).format == "adapter"
-        widths = _adapted_widths(run) if adapter else _widths(run)
+        widths = _widths(run)
         with atomic_folder(run / "checkpoints") as building:
             for entry in (run / "checkpoints").glob("[!.]*"):
                 if entry in old:
                     _convert_step(entry, building / entry.name, widths)
                 else:
                     shutil.copytree(entry, building / entry.name)
-        if adapter:
-            _name_base_anew(run)
     print(f"Converted {', '.join(str(step) for step in old)}.")
 
 
@@ -75,16 +71,11 @@ def _is_old(step: Path) -> bool:
 
 
 def _widths(run: Path) -> dict[str, int]:
-    """Returns the columns of each matrix of a block."""
-    from engine.storage.run_folder import read_config
+    """Returns the columns of each matrix of a block that the run trains: a LoRA run those that it adapts."""
+    from engine.storage.model_loader import locate, read_adapter_record, read_config
 
-    return {name: columns for name, (_, columns) in read_config(run).matrices.items()}
-
-
-def _adapted_widths(run: Path) -> dict[str, int]:
-    """As `_widths`, of the matrices that a LoRA run adapts."""
-    from engine.storage.model_loader import read_adapter_record, read_config
-
+    if locate(str(run)).format != "adapter":
+        return {name: columns for name, (_, columns) in read_config(str(run)).matrices.items()}
     base, _, lora = read_adapter_record(run)
     return {name: columns for name, (_, columns) in read_config(base).matrices.items() if name in lora.adapted_matrices}
 
@@ -126,32 +117,6 @@ def _apart(array: StoredArray, widths: dict[str, int]) -> Iterator[StoredArray]:
         end = (bias or "") + (f"/{half}" if half else "")
         yield StoredArray(f"{start}{name}{end}", (*shape[:-1], columns), dtype, cut)
         first += columns
-
-
-def _name_base_anew(run: Path) -> None:
-    """Writes the base's digest of today, which is over q, k and v apart, into a LoRA run. Raises UserError for another base."""
-    import jax.numpy as jnp
-
-    from engine.model.weights.matmul import join_projections
-    from engine.storage import adapter, digest, run_folder
-    from engine.storage.model_loader import load_model, read_adapter_record
-
-    name, trained_on, _ = read_adapter_record(run)
-    base = load_model(name, part="cached")
-    blocks = join_projections(base.params)["blocks"]
-    if base.cfg.qkv_bias:
-        apart = ("q_bias", "k_bias", "v_bias")
-        join = lambda block: (
-            {path: leaf for path, leaf in block.items() if path not in apart}
-            | {"qkv_bias": jnp.concatenate([block[path] for path in apart])}
-        )
-        blocks = {layer: join(block) for layer, block in blocks.items()}
-    adapter.check_base(run, digest.digest(base.params | {"blocks": blocks}), trained_on, name)
-    record, now = run_folder.read_json(run / "run.json"), digest.digest(base.params)
-    with run_folder.updating(run):
-        write_json(run / "run.json", record | {"base": record["base"] | {"digest": now}})
-    if (folder := run / "adapter").is_dir():
-        adapter.save_adapter(folder, base.cfg, adapter.load_adapter(folder, base.cfg), base=now, base_name=base.name)
 
 
 def _open_arrays(step: Path, part: str) -> list[StoredArray]:

@@ -9,6 +9,7 @@ PEFT's own adapters have neither metadata nor manifest; they are read too, and o
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 from engine import manifest
 from engine.errors import UserError
 from engine.files import atomic_folder, write_json
-from engine.model.config import LoraConfig, ModelConfig
+from engine.model.config import JOINED, LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import join_projections
+from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES
 from engine.untrusted import Fields, quote, read_json_object
@@ -76,7 +79,7 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     return leaves
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> dict[str, Any]:
+def load_adapter(folder: Path, cfg: ModelConfig, *, bases: Iterable[str] = ()) -> dict[str, Any]:
     """Loads a tree of LoRA leaves, without their base, for a model whose params have the digest `base`.
 
     Raises UserError, too, when it was trained on other weights, or does not fit the model.
@@ -95,8 +98,8 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
         raise UserError(f"{folder / CONFIG}: the rank r is 0, and should be at least 1.")
     path, scale = folder / WEIGHTS, alpha / rank
     tensors, metadata = safetensors.read_header(path)
-    if base is not None and (trained_on := metadata.get(BASE)) is not None:
-        check_base(folder, base, trained_on, fields.values.get("base_model_name_or_path"))
+    if bases and (trained_on := metadata.get(BASE)) is not None:
+        check_base(folder, bases, trained_on, fields.values.get("base_model_name_or_path"))
     arrays = {}
     for name, tensor in tensors.items():
         side = int(name.endswith(".lora_B.weight"))
@@ -124,13 +127,29 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, base: str | None = None) -> 
     return unflatten(leaves)
 
 
-def check_base(folder: Path, base: str, trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless the digest of the params at hand, `base`, is that of those an adapter was trained on."""
-    if trained_on != base:
-        raise UserError(
-            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-            f"{base[:16]!r}. It was trained on {ascii(base_name)[:300]}."
-        )
+def base_digests(params: dict[str, Any]) -> Iterator[str]:
+    """Yields the digest of a base's params, then an earlier version's, of q, k, v and gate, up side by side."""
+    yield digest(params)
+    blocks = join_projections(params)["blocks"]
+    biases = [f"{name}_bias" for name in JOINED["qkv"]]
+    for layer, block in blocks.items():
+        if biases[0] in block:
+            whole = jnp.concatenate([block[name] for name in biases])
+            blocks[layer] = {name: leaf for name, leaf in block.items() if name not in biases} | {"qkv_bias": whole}
+    yield digest(params | {"blocks": blocks})
+
+
+def check_base(folder: Path, bases: Iterable[str], trained_on: str, base_name: Any) -> None:
+    """Raises UserError unless one of the digests of the params at hand is that of those an adapter was trained on."""
+    known = []
+    for base in bases:
+        if base == trained_on:
+            return
+        known.append(base)
+    raise UserError(
+        f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
+        f"{known[0][:16]!r}. It was trained on {ascii(base_name)[:300]}."
+    )
 
 
 def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -13,9 +13,8 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
-from engine.storage.adapter import build_adapter, check_base, load_adapter
+from engine.storage.adapter import base_digests, build_adapter, check_base, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
-from engine.storage.digest import digest
 from engine.storage.huggingface import hub
 from engine.storage.huggingface.hub import OnConfig, cached_id, is_hub_name
 from engine.storage.huggingface.tokenizer import read_tokenizer
@@ -215,7 +214,7 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
     loaded = checkpoint.load_params(location.path)
-    params = _put_on(base.params, _trained_adapter(run, loaded, base.cfg, digest(base.params)), loaded.path)
+    params = _put_on(base.params, _trained_adapter(run, loaded, base_digests(base.params)), loaded.path)
     tokenizer, eos_ids, _ = read_tokenizer(run / "tokenizer", base.cfg.vocab)
     notes = location.notes + base.notes + _damage(loaded)
     bases = (*base.bases, base.run or base.checkpoint)
@@ -224,9 +223,9 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     )
 
 
-def _trained_adapter(run: Path, loaded: checkpoint.LoadedCheckpoint, cfg: ModelConfig, base: str) -> Any:
+def _trained_adapter(run: Path, loaded: checkpoint.LoadedCheckpoint, bases: Iterable[str]) -> Any:
     base_name, trained_on, lora = read_adapter_record(run)
-    check_base(loaded.path, base, trained_on, base_name)
+    check_base(loaded.path, bases, trained_on, base_name)
     return build_adapter(lora, loaded.params)
 
 
@@ -245,15 +244,16 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     A folder is in PEFT's layout, or a LoRA run's, or one of its step folders. params stay as they are; several adapters add
     up. Raises UserError for one trained on other weights (by their digest).
     """
-    adapted, base, notes = params, digest(params) if folders else "", tuple[str, ...]()
+    adapted, notes = params, tuple[str, ...]()
     for folder in folders:
+        bases = base_digests(params)
         location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
         if location and location.run and location.format == "adapter":
             loaded = checkpoint.load_params(location.path)
             notes += location.notes + _damage(loaded)
-            adapted = _put_on(adapted, _trained_adapter(location.run, loaded, cfg, base), loaded.path)
+            adapted = _put_on(adapted, _trained_adapter(location.run, loaded, bases), loaded.path)
         else:
-            adapted = _put_on(adapted, load_adapter(folder, cfg, base=base), folder)
+            adapted = _put_on(adapted, load_adapter(folder, cfg, bases=bases), folder)
     return adapted, notes
 
 

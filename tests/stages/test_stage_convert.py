@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import tiny
 
 from engine import manifest
+from engine.errors import UserError
 from engine.files import UNFINISHED
 from engine.model.config import JOINED, MATRICES
 from engine.model.paths import leaf_paths, unflatten
@@ -105,8 +106,8 @@ def test_it_is_refused_with_the_command_and_converted_to_the_bit(trained, old, t
     assert contents(old) == after
 
 
-def test_an_adapters_run_names_its_base_as_it_is_now(trained, tmp_path, failing, capsys):
-    """The digest of the weights that it was trained on is over q, k and v apart now."""
+def test_an_adapter_of_an_earlier_version_knows_its_base(trained, tmp_path, failing):
+    """It names it by a digest over q, k and v side by side."""
     rows = [
         {"messages": [{"role": "user", "content": f"the {n}"}, {"role": "assistant", "content": "sails"}]} for n in range(40)
     ]
@@ -123,9 +124,12 @@ def test_an_adapters_run_names_its_base_as_it_is_now(trained, tmp_path, failing,
         (run / "run.json").write_text(json.dumps(record | {"base": record["base"] | {"digest": before}}))
     save_adapter(run / "adapter", base.cfg, load_adapter(run / "adapter", base.cfg), base=before, base_name="sea")
     assert "stages.convert" in failing(evaluate.main, ["--model", run])
+    assert digest(with_adapters(base.cfg, base.params, [run / "adapter"])[0]) == wanted
     assert convert.main(["--model", str(run)]) == 0
     assert digest(load_model(str(run)).params) == wanted
-    assert digest(with_adapters(base.cfg, base.params, [run / "adapter"])[0]) == wanted
+    other = base.params | {"norm": 2 * base.params["norm"]}
+    with pytest.raises(UserError, match="was trained on another model"):
+        with_adapters(base.cfg, other, [run / "adapter"])
 
 
 @pytest.mark.parametrize("damage", ["a file", "metadata", "no run"])

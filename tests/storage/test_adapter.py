@@ -47,8 +47,8 @@ def saved(folder: Path, params: Any = None) -> Path:
 
 def test_it_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
-    for base in (BASE, None):
-        loaded = load_adapter(folder, CFG, base=base)
+    for bases in ((BASE,), ()):
+        loaded = load_adapter(folder, CFG, bases=bases)
         assert jax.tree.structure(loaded) == jax.tree.structure(adapters())  # the scale is in it
         assert digest(loaded) == digest(adapters())
     assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG, WEIGHTS, manifest.NAME]
@@ -82,7 +82,7 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
     (folder / manifest.NAME).unlink()
-    loaded = load_adapter(folder, CFG, base="f" * 64)
+    loaded = load_adapter(folder, CFG, bases=("f" * 64,))
     for path, leaf in leaf_paths(adapters()).items():
         theirs = leaf_paths(loaded)[path]
         assert theirs.a.dtype == jnp.float32
@@ -161,13 +161,13 @@ def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
     (folder / manifest.NAME).unlink()
     change, message = DAMAGE[how]
     change(folder)
-    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, base=BASE)))
+    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, bases=(BASE,))))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, manifest.NAME])
 def test_no_changed_byte_is_read(name, tmp_path):
     folder = saved(tmp_path)
     (folder / "README.md").write_text("what others may add")
-    load_adapter(folder, CFG, base=BASE)
+    load_adapter(folder, CFG, bases=(BASE,))
     of_bytes(name, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])(folder)
-    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, base=BASE))
+    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, bases=(BASE,)))
