@@ -12,7 +12,6 @@ all merged weights together would be a second model.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from engine.mesh import layout
 from engine.model.backward import input_gradient
 from engine.model.layers import dot32
 from engine.model.ops import transpose
@@ -115,25 +115,31 @@ def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
     return jnp.dot(x.astype(w.dtype), w, preferred_element_type=dtype)
 
 
-def _after(weights: Sequence[Array | LoRA], other: Any) -> tuple[list[Array | LoRA], Any]:
-    """Returns both behind a barrier: nothing is merged before `other` is there. The pairs, whole on every device, need none."""
-    bases = [weight.base if isinstance(weight, LoRA) else weight for weight in weights]
-    bases, other = jax.lax.optimization_barrier((bases, other))
-    on = lambda weight, base: dataclasses.replace(weight, base=base) if isinstance(weight, LoRA) else base
-    return [on(weight, base) for weight, base in zip(weights, bases)], other
+def _after(weight: Array | LoRA, other: Array) -> tuple[Array | LoRA, Array]:
+    """Returns both so that the weight is merged only once `other` is there. The pair, whole on every device, needs no barrier.
+
+    One weight at a time: a barrier keeps all that goes through it, and where one weight has a pair the gradients of others may
+    not be needed.
+    """
+    if not isinstance(weight, LoRA):
+        return layout.regather(weight, other)
+    base, other = jax.lax.optimization_barrier((weight.base, other))
+    return dataclasses.replace(weight, base=base), other
 
 
 def _forward(x: Array, weights: tuple[Array | LoRA, ...], dtype: DTypeLike):
-    ordered: Sequence[Array | LoRA] = weights
-    if any(isinstance(innermost_base(weight), Int8) for weight in weights):  # merged in turn, or all may be here in float32
-        ordered, x = _after(weights, x)
-    return tuple(_dot(x, _merge(weight, x.dtype), dtype) for weight in ordered), (x, weights)
+    results, rows = [], x
+    for weight in weights:
+        if isinstance(innermost_base(weight), Int8):  # merged in turn, or all may be here in float32
+            weight, rows = _after(weight, rows)
+        results.append(_dot(rows, _merge(weight, x.dtype), dtype))
+    return tuple(results), (rows, weights)
 
 
 def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array | LoRA, ...]], gs: tuple[Array, ...]):
     x, weights = residuals
     # Without the barrier XLA would keep what the forward pass merged.
-    ordered, gs = _after(weights, tuple(g.astype(x.dtype) for g in gs))
+    ordered, gs = zip(*(_after(weight, g.astype(x.dtype)) for weight, g in zip(weights, gs)))
     dx, x_transposed = input_gradient(gs, [_merge(weight, x.dtype) for weight in ordered]), transpose(x)
     pairs = [(weight, g) for weight, g in zip(weights, gs) if isinstance(weight, LoRA)]
     # All a side by side: x is read once for db, and once for da.
