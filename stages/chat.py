@@ -77,7 +77,7 @@ def chat(flags: ChatFlags) -> int:
         model = load_model(flags.model, report=report)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes([*model.notes, *adapter_notes])
-    params = prepare_params(model.cfg, params)
+    params, model = prepare_params(model.cfg, params), dataclasses.replace(model, params=None)  # weights once
     tokenizer = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)

@@ -67,17 +67,22 @@ def convert(flags: ConvertFlags) -> None:
 def _is_old(step: Path) -> bool:
     from engine.storage import checkpoint
 
-    return (step / "params").is_dir() or any(map(checkpoint.JOINED_BEFORE.fullmatch, checkpoint.stored_arrays(step, "params")))
+    if (step / "params").is_dir():
+        return True
+    try:
+        return any(map(checkpoint.JOINED_BEFORE.fullmatch, checkpoint.stored_arrays(step, "params")))
+    except UserError:
+        return True  # damaged: its manifest is read next, and names the file
 
 
 def _widths(run: Path) -> dict[str, int]:
     """Returns the columns of each matrix of a block that the run trains: a LoRA run those that it adapts."""
-    from engine.storage.model_loader import locate, read_adapter_record, read_config
+    from engine.storage.model_loader import locate, read_adapter_record
+    from engine.storage.run_folder import read_config
 
-    if locate(str(run)).format != "adapter":
-        return {name: columns for name, (_, columns) in read_config(str(run)).matrices.items()}
-    base, _, lora = read_adapter_record(run)
-    return {name: columns for name, (_, columns) in read_config(base).matrices.items() if name in lora.adapted_matrices}
+    matrices = read_config(run).matrices
+    names = read_adapter_record(run)[2].adapted_matrices if locate(str(run)).format == "adapter" else matrices
+    return {name: matrices[name][1] for name in names}
 
 
 def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:

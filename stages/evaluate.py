@@ -73,7 +73,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
     from stages.runs.text_data import check_text_name
 
-    def digest_in_memory(params: Any) -> str:  # which on a `tensor` axis have another order than in files
+    def digest_in_memory(params: Any) -> str:
         return digest(process_allgather(params, tiled=True) if processes.process_count() > 1 else params)
 
     shape = choose_mesh(flags.mesh.mesh)

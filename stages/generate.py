@@ -79,7 +79,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     prompt = (*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist())
     with host_memory(mesh is not None):
         params = prepare_params(model.cfg, model.params, mesh is None)
-    params = layout.place(params)
+    params, model = layout.place(params), dataclasses.replace(model, params=None)  # weights once
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""

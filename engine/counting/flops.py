@@ -176,7 +176,7 @@ class _Counter:
         self.add("attention", PassFlops(square, dx=square // 2 * sum((values, queries or keys, queries, keys))))
         self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
         reads_up = self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
-        reads_up |= not {prefix + "gate", prefix + "down"}.isdisjoint(weights | self.trainable.adapted)
+        reads_up |= self.as_run or not {prefix + "gate", prefix + "down"}.isdisjoint(weights | self.trainable.adapted)
         self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
         if not (remat and self.live):
             return self.tally

@@ -4,6 +4,7 @@
 compare the two, and `bench` times these programs. They donate the cache, and no parameter.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,8 +41,12 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
             return leaf
         return store_transposed(leaf) if native_problem() else pack_for_kernel(leaf)
 
-    params = cast_matrices(merge_lora(params, cfg.dtype), cfg.dtype)
-    return map_paths(lay_out, join_projections(params) if whole else params)
+    def prepare(tree: Params, join: Callable[[Params], Params] = lambda tree: tree) -> Params:
+        return map_paths(lay_out, join(cast_matrices(merge_lora(tree, cfg.dtype), cfg.dtype)))
+
+    # One block after another: what is merged and not yet joined takes no more room than a block.
+    blocks = {layer: prepare(block, join_projections) if whole else prepare(block) for layer, block in params["blocks"].items()}
+    return prepare({name: leaf for name, leaf in params.items() if name != "blocks"}) | {"blocks": blocks}
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")

@@ -23,7 +23,6 @@ from engine.files import atomic_folder, write_json
 from engine.model.config import JOINED, LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
-from engine.model.weights.matmul import join_projections
 from engine.storage.digest import digest
 from engine.storage.huggingface import safetensors
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES
@@ -80,7 +79,7 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, *, bases: Iterable[str] = ()) -> dict[str, Any]:
-    """Loads a tree of LoRA leaves, without their base, for a model whose params have the digest `base`.
+    """Loads a tree of LoRA leaves, without their base, for a model whose params have one of the digests `bases`.
 
     Raises UserError, too, when it was trained on other weights, or does not fit the model.
     """
@@ -130,13 +129,31 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, bases: Iterable[str] = ()) -
 def base_digests(params: dict[str, Any]) -> Iterator[str]:
     """Yields the digest of a base's params, then an earlier version's, of q, k, v and gate, up side by side."""
     yield digest(params)
-    blocks = join_projections(params)["blocks"]
-    biases = [f"{name}_bias" for name in JOINED["qkv"]]
-    for layer, block in blocks.items():
-        if biases[0] in block:
-            whole = jnp.concatenate([block[name] for name in biases])
-            blocks[layer] = {name: leaf for name, leaf in block.items() if name not in biases} | {"qkv_bias": whole}
+    blocks = {}
+    for layer, block in params["blocks"].items():
+        for name, parts in JOINED.items():
+            for end in ("", "_bias"):
+                if (names := [part + end for part in parts])[0] in block:
+                    whole = _side_by_side([block[part] for part in names])
+                    block = {path: leaf for path, leaf in block.items() if path not in names} | {name + end: whole}
+        blocks[layer] = block
     yield digest(params | {"blocks": blocks})
+
+
+def _depth(weight: Any) -> int:
+    """Returns how many adapters lie on one another."""
+    return 1 + _depth(weight.base) if isinstance(weight, LoRA) else 0
+
+
+def _side_by_side(weights: list[Any]) -> Any:
+    """Returns weights in one array, as an earlier version held them; of adapters, which some may lack, all pairs together."""
+    outermost = max(map(_depth, weights))
+    if not outermost:
+        return jnp.concatenate(weights, axis=-1)
+    pairs = [weight for weight in weights if _depth(weight) == outermost]
+    base = _side_by_side([weight.base if _depth(weight) == outermost else weight for weight in weights])
+    a, b = (jnp.concatenate([getattr(pair, half) for pair in pairs], axis=-1) for half in "ab")
+    return LoRA(base, a, b, pairs[0].scale)
 
 
 def check_base(folder: Path, bases: Iterable[str], trained_on: str, base_name: Any) -> None:

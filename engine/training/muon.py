@@ -26,7 +26,7 @@ SECOND_BEGINS = 1.936  # the largest that the first makes of [0, 1]
 
 
 def orthogonalize() -> optax.GradientTransformationExtraArgs:
-    """Replaces each matrix (in, out), a fused one as a whole, by `orthogonal` of it in `dtype`, an argument of `update`.
+    """Replaces each matrix (in, out) by `orthogonal` of it in `dtype`, an argument of `update`.
 
     That is the model's compute type: the iteration amplifies last bits, in bfloat16 until they show in a float32 run.
     """

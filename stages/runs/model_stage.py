@@ -3,6 +3,7 @@
 Fine-tuning and reinforcement learning are such stages.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,10 +24,10 @@ from engine.model.paths import merge, split
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
-from engine.storage.adapter import save_adapter
+from engine.storage.adapter import base_digests, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import ADAPTER
+from engine.storage.run_folder import ADAPTER, read_json
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
 from engine.training.lora import init_lora
@@ -85,12 +86,20 @@ class ModelStage(Stage):
             source = f"{self.model.hub_id}@{self.model.checkpoint.name}"
         self.metadata = {
             "kind": "adapter" if self.lora else "model",
-            "base": {"model": source, "digest": digest(params), "name": self.model.name},
+            "base": {"model": source, "digest": self._base_digest(params), "name": self.model.name},
             "tokenizer": {"kind": "the model's", "digest": self.model.tokenizer.digest},
             **self.metadata,
         }
         if plan.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # frees the float weights
+
+    def _base_digest(self, params: Any) -> str:
+        """Returns the digest of the base; of a run that an earlier version began, as its run.json has it."""
+        with contextlib.suppress(UserError, AttributeError):  # none, or a damaged one, which is named later
+            recorded = read_json(self.folder / "run.json").get("base", {}).get("digest")
+            if recorded in base_digests(params):
+                return recorded
+        return digest(params)
 
     def place(self) -> None:
         """Spreads the parameters over the mesh, from the host's memory, which keeps what was loaded."""
@@ -128,7 +137,7 @@ class ModelStage(Stage):
         if not self.lora:
             return self.folder / "checkpoints" / str(step)
         base, params = self.metadata["base"], self.model.params
-        if params is not None and digest(params) != base["digest"]:
+        if params is not None and base["digest"] not in base_digests(params):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(trainable) as whole:
             if processes.is_first():

@@ -127,6 +127,8 @@ def test_an_adapter_of_an_earlier_version_knows_its_base(trained, tmp_path, fail
     assert digest(with_adapters(base.cfg, base.params, [run / "adapter"])[0]) == wanted
     assert convert.main(["--model", str(run)]) == 0
     assert digest(load_model(str(run)).params) == wanted
+    assert finetune.main([*map(str, words), "--steps", "3"]) == 0  # goes on
+    assert checkpoint.steps(run)[-1] == 3
     other = base.params | {"norm": 2 * base.params["norm"]}
     with pytest.raises(UserError, match="was trained on another model"):
         with_adapters(base.cfg, other, [run / "adapter"])

@@ -65,21 +65,17 @@ def project_each(x: Array, weights: Sequence[Weight], dtype: DTypeLike) -> tuple
     return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
 
 
-def join_projections(params: Params) -> Params:
-    """Returns params for inference on one device, in which the weights of `JOINED` that are of one kind lie side by side.
+def join_projections(block: Params) -> Params:
+    """Returns a block for inference on one device, in which the weights of `JOINED` that are of one kind lie side by side.
 
     One product then reads x once.
     """
-
-    def join(block: Params) -> Params:
-        for name, parts in JOINED.items():
-            weights = [block[part] for part in parts if part in block]  # none where they are joined already
-            if len({jax.tree.structure(weight) for weight in weights}) == 1:
-                joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *weights)
-                block = {path: leaf for path, leaf in block.items() if path not in parts} | {name: joined}
-        return block
-
-    return params | {"blocks": {layer: join(block) for layer, block in params["blocks"].items()}}
+    for name, parts in JOINED.items():
+        weights = [block[part] for part in parts if part in block]  # none where they are joined already
+        if len({jax.tree.structure(weight) for weight in weights}) == 1:
+            joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *weights)
+            block = {path: leaf for path, leaf in block.items() if path not in parts} | {name: joined}
+    return block
 
 
 def unembed(x: Array, embed: Array | Int8, dtype: DTypeLike) -> Array:
