@@ -28,7 +28,8 @@ def test_a_full_context_sets_the_oldest_turns_aside(visit):
     aside, rest = visit.texts("article.aside .text"), visit.texts("article:not(.aside) .text")
     assert visit.text(".note") == f"Set aside: the model does not see the {len(aside)} turns above."
     assert len(aside) % 2 == 0
-    assert contents(visit.requests()[-1]) == rest[:-1]
+    as_shown = lambda text: re.sub(r"[\x00-\x20\x7f]+", " ", text).strip()  # no browser shows control characters
+    assert [*map(as_shown, contents(visit.requests()[-1]))] == [*map(as_shown, rest[:-1])]
     assert sum(int(n) for n in re.findall(r"context was full: (\d+) turns set aside", "".join(visit.texts(".figures")))) == len(
         aside
     )

@@ -40,6 +40,7 @@ from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
 from engine.storage.model_loader import load_model
+from engine.text.tokenizer import CompletionText
 from engine.training.lora import init_lora
 from stages.cli.console import Console
 from stages.serve import load, server
@@ -136,7 +137,8 @@ def test_a_mesh_of_devices_serves_the_same_text(tmp_path):
     prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode("Hello there").tolist()]
     params = prepare_params(model.cfg, model.params)
     (completion,) = complete(model.cfg, params, [prompt], [SamplingParams(9, temperature=0.0)])
-    assert replies[0].json()["choices"][0]["text"] == model.tokenizer.decode(completion.tokens) != ""
+    text = CompletionText(model.tokenizer.stream())
+    assert replies[0].json()["choices"][0]["text"] == text.push(completion.tokens) + text.close() != ""
 
 
 def test_a_second_signal_ends_it_at_once(folder):

@@ -158,7 +158,7 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
 
     capsys.readouterr()
     alone = exported(trained, tmp_path / "alone", "--adapter", "--check", "--base-name", "Org/Sea-1")
-    assert "of 4 matrices, to the bit" in capsys.readouterr().out
+    assert "of 6 matrices, to the bit" in capsys.readouterr().out
     config = json.loads((alone / "adapter_config.json").read_text())
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     named = lambda: json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"]
