@@ -21,8 +21,8 @@ from stages.cli.process import leave
 MAX_METADATA_BYTES = 64 * 2**20
 
 
-class StoredArray(NamedTuple):
-    """An array of an old checkpoint, unread."""
+class EarlierArray(NamedTuple):
+    """An array of an earlier version's checkpoint, unread."""
 
     path: str
     shape: tuple[int, ...]
@@ -97,15 +97,14 @@ def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:
     for part in ("params", "optimizer"):
         arrays = [piece for array in _open_arrays(old, part) for piece in _apart(array, widths)]
         shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype, _ in arrays}
-        encode = lambda shapes=shapes, arrays=arrays: safetensors.encode(
-            shapes, (read() for *_, read in arrays)
-        )  # one at a time
+        reading = lambda arrays=arrays: (read() for *_, read in arrays)  # one at a time
+        encode = lambda shapes=shapes, reading=reading: safetensors.encode(shapes, reading())
         entries[f"{part}.safetensors"] = manifest.write_checked(new / f"{part}.safetensors", encode)
     entries["state.json"] = manifest.write_checked(new / "state.json", lambda: [np.fromfile(old / "state.json", np.uint8)])
     (new / manifest.NAME).write_bytes(manifest.render(entries))
 
 
-def _apart(array: StoredArray, widths: dict[str, int]) -> Iterator[StoredArray]:
+def _apart(array: EarlierArray, widths: dict[str, int]) -> Iterator[EarlierArray]:
     """Yields an array, or those that lie side by side in it: of `widths` columns, or a LoRA pair's a of equal ones."""
     from engine.model.config import JOINED
     from engine.storage.checkpoint import JOINED_BEFORE
@@ -120,11 +119,11 @@ def _apart(array: StoredArray, widths: dict[str, int]) -> Iterator[StoredArray]:
         columns = shape[-1] // len(names) if half == "a" else widths[name]
         cut = lambda first=first, stop=first + columns: read()[..., first:stop]
         end = (bias or "") + (f"/{half}" if half else "")
-        yield StoredArray(f"{start}{name}{end}", (*shape[:-1], columns), dtype, cut)
+        yield EarlierArray(f"{start}{name}{end}", (*shape[:-1], columns), dtype, cut)
         first += columns
 
 
-def _open_arrays(step: Path, part: str) -> list[StoredArray]:
+def _open_arrays(step: Path, part: str) -> list[EarlierArray]:
     """Opens the arrays of one part of an old checkpoint: Orbax keeps them in one OCDBT database of TensorStore's."""
     from engine.untrusted import read_json_object
 
@@ -147,10 +146,10 @@ def _open_arrays(step: Path, part: str) -> list[StoredArray]:
     source = lambda path: {"driver": "auto", "kvstore": {**database, "path": ".".join(path) + "/"}}
     stores = {"/".join(path): tensorstore.open(source(path), read=True).result() for path in paths}
     whole = lambda store: lambda: store.read().result()
-    return [StoredArray(path, store.shape, store.dtype.numpy_dtype, whole(store)) for path, store in stores.items()]
+    return [EarlierArray(path, store.shape, store.dtype.numpy_dtype, whole(store)) for path, store in stores.items()]
 
 
-def _open_safetensors(step: Path, part: str) -> list[StoredArray]:
+def _open_safetensors(step: Path, part: str) -> list[EarlierArray]:
     import numpy as np
 
     from engine.storage import checkpoint
@@ -163,7 +162,7 @@ def _open_safetensors(step: Path, part: str) -> list[StoredArray]:
         return read
 
     stored = checkpoint.stored_arrays(step, part)
-    return [StoredArray(path, array.shape, array.dtype, whole(array)) for path, array in stored.items()]
+    return [EarlierArray(path, array.shape, array.dtype, whole(array)) for path, array in stored.items()]
 
 
 def main(args: Sequence[str] | None = None) -> int:
