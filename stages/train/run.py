@@ -211,6 +211,7 @@ class Training(Stage):
         plan, data = self.plan, self.data
         with self.console.task("compiling", always=True):
             program = self.compiling.result()
+        self.begin.clear_cache()  # its program takes 40 MB and more
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
         top = self.ceilings.peak_flops(plan.cfg.dtype)
