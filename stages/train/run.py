@@ -124,7 +124,7 @@ class Training(Stage):
         check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
         optimizer, key = make_optimizer(recipe.optimizer), lambda: jax.random.key(plan.seed)
         # One object, for JAX traces it only once.
-        self.begin = jax.jit(lambda: init_state(optimizer, init_params(cfg, key())))
+        self.begin: Any = jax.jit(lambda: init_state(optimizer, init_params(cfg, key())))
         self.metadata = {
             "preset": plan.name,
             "text": {

@@ -96,16 +96,18 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def merged_matmul(x: Array, weights: tuple[Array | LoRA, ...], dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (M, in) -> x times each weight, adapters merged, in `dtype`. Gradients: of x, of the pairs and of plain weights; what
-    lies under a pair is frozen and gets none."""
+def merged_matmul(x: Array, weights: tuple[Array | Int8 | LoRA, ...], dtype: DTypeLike) -> tuple[Array, ...]:
+    """x (M, in) -> x times each weight, adapters merged, in `dtype`.
+
+    Gradients are those of x, of the pairs and of plain weights. An Int8, and what lies under a pair, is frozen and gets none.
+    """
     return _forward(x, weights, dtype)[0]
 
 
-def _merge(weight: Array | LoRA, dtype: DTypeLike) -> Array:
+def _merge(weight: Array | Int8 | LoRA, dtype: DTypeLike) -> Array:
     """Returns the weight, base + scale a b added up in float32, in `dtype`."""
     if not isinstance(weight, LoRA):
-        return weight.astype(dtype)
+        return to_dense(weight).astype(dtype)
     base = to_dense(weight.base)
     less = _dot(weight.a, (weight.b * -weight.scale).astype(dtype), dtype)  # subtracted as in `to_dense`
     return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
@@ -115,19 +117,19 @@ def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
     return jnp.dot(x.astype(w.dtype), w, preferred_element_type=dtype)
 
 
-def _after(weight: Array | LoRA, other: Array) -> tuple[Array | LoRA, Array]:
+def _after(weight: Array | Int8 | LoRA, other: Array) -> tuple[Array | Int8 | LoRA, Array]:
     """Returns both so that the weight is merged only once `other` is there. The pair, whole on every device, needs no barrier.
 
     One weight at a time: a barrier keeps all that goes through it, and where one weight has a pair the gradients of others may
     not be needed.
     """
-    if not isinstance(weight, LoRA):
-        return layout.regather(weight, other)
-    base, other = jax.lax.optimization_barrier((weight.base, other))
-    return dataclasses.replace(weight, base=base), other
+    if isinstance(weight, LoRA):
+        base, other = jax.lax.optimization_barrier((weight.base, other))
+        return dataclasses.replace(weight, base=base), other
+    return jax.lax.optimization_barrier((weight, other)) if isinstance(weight, Int8) else layout.regather(weight, other)
 
 
-def _forward(x: Array, weights: tuple[Array | LoRA, ...], dtype: DTypeLike):
+def _forward(x: Array, weights: tuple[Array | Int8 | LoRA, ...], dtype: DTypeLike):
     results, rows = [], x
     for weight in weights:
         if isinstance(innermost_base(weight), Int8):  # merged in turn, or all may be here in float32
@@ -136,7 +138,7 @@ def _forward(x: Array, weights: tuple[Array | LoRA, ...], dtype: DTypeLike):
     return tuple(results), (rows, weights)
 
 
-def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array | LoRA, ...]], gs: tuple[Array, ...]):
+def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array | Int8 | LoRA, ...]], gs: tuple[Array, ...]):
     x, weights = residuals
     # Without the barrier XLA would keep what the forward pass merged.
     ordered, gs = zip(*(_after(weight, g.astype(x.dtype)) for weight, g in zip(weights, gs)))
@@ -156,7 +158,11 @@ def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array | LoRA, ...]
         for (weight, _), a, b in zip(pairs, da, db)
     )
     gradients = [
-        next(of_pairs) if isinstance(weight, LoRA) else dot32(x_transposed, g).astype(weight.dtype)
+        next(of_pairs)
+        if isinstance(weight, LoRA)
+        else None  # of an Int8, which is frozen
+        if isinstance(weight, Int8)
+        else dot32(x_transposed, g).astype(weight.dtype)
         for weight, g in zip(weights, gs)
     ]
     return dx, tuple(gradients)
