@@ -90,6 +90,14 @@ def loss_and_gradient(
     return jax.lax.scan(add, start, parts)[0]
 
 
+@jax.jit(static_argnames=("cfg", "microbatches", "objective"))
+def gradient_norms(
+    cfg: ModelConfig, trainable: Params, frozen: Params, batch: Any, microbatches: int = 1, objective: Objective = NEXT_TOKEN
+) -> Params:
+    """Returns the norm of each trainable leaf's gradient, () float32. A program of its own: the step's keeps its bits."""
+    return jax.tree.map(optax.tree.norm, loss_and_gradient(cfg, trainable, frozen, batch, microbatches, objective)[1])
+
+
 @jax.jit(static_argnames=("cfg", "tx", "microbatches", "objective"), donate_argnames="state")
 def train_step(
     cfg: ModelConfig,

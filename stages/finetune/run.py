@@ -146,6 +146,10 @@ class FineTuning(ModelStage):
         self.console.print_marked(list(self.chat.marked_pieces(getattr(first, "chosen", first))))
         self.console.print()
 
+    def prompt(self) -> tuple[str, list[int]]:
+        question = self.dataset.questions[0]
+        return question[-1]["content"], self.chat.prompt(question).tolist()
+
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
         """Makes the batches, compiles the step, and returns TrainingSteps."""
         plan, frozen = self.plan, self.frozen

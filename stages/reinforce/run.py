@@ -70,6 +70,7 @@ class ReinforcementLearning(ModelStage, Steps):
         lora = trainable.adapter
         self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
+        self.objective = grpo(self.clip, self.kl)
         self.prompts = prompts_for(rollout.task, rollout.data, flags.seed)
         reward = make_reward(rollout.task)
         super().__init__(flags.model, lora, options.folder, console)
@@ -146,6 +147,10 @@ class ReinforcementLearning(ModelStage, Steps):
         scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
         return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring
 
+    def prompt(self) -> tuple[str, list[int]]:
+        prompt = self.prompts.held_out[0]
+        return prompt.text, prompt_tokens(self.chat, prompt)
+
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> "ReinforcementLearning":
         plan, rows = self.plan, self.plan.recipe.batch
         self.order = EpochOrder(len(self.prompts.train), self.prompts_each, plan.seed)
@@ -155,7 +160,7 @@ class ReinforcementLearning(ModelStage, Steps):
         empty = np.zeros(batch.tokens.shape, np.float32)
         rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
         with self.console.task("compiling training", always=True):
-            self.program = compile_step(plan, state, self.frozen, rollouts, grpo(self.clip, self.kl))
+            self.program = compile_step(plan, state, self.frozen, rollouts, self.objective)
         self.buffer_bytes = temporary_bytes(self.program)
         self._prepare_inference(state.trainable)
         return self
@@ -178,11 +183,12 @@ class ReinforcementLearning(ModelStage, Steps):
         begin, reward = time.perf_counter(), rollout.mean_reward
         scores = self._score(self.trainable, rollout)
         rewards, norm, kl = np.reshape(rollout.rewards, (-1, self.group)), 0.0, {}
-        differs = bool((rewards != rewards[:, :1]).any())
+        differs, self.trained_batch = bool((rewards != rewards[:, :1]).any()), None
         if differs:
             old = self._score(state.trainable, rollout).logprobs if self.updates > 1 else None
             advantages = group_advantages(rewards, -self.fluency * scores.bits_each.reshape(rewards.shape))
             rollouts = Rollouts(scores.batch, np.asarray(advantages).reshape(-1), old, scores.logprobs)
+            self.trained_batch = rollouts
             progress = np.float32(plan.progress(number, loop_state.seconds))
             for _ in range(self.updates):
                 make_room(self.buffer_bytes)

@@ -12,6 +12,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import Message
+from engine.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 120  # of an answer
 MAX_REPEATED = 0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
@@ -59,6 +60,15 @@ def ask(
         Answer(question, text, len(tokens), reason == "stop", repeats_itself(text))
         for (question, _), text, (tokens, reason, _) in zip(pairs, texts, completions)
     )
+
+
+def continue_text(
+    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams
+) -> str:
+    """Returns the text that follows a prompt's tokens, as sampled."""
+    capacity = min(cfg.context, len(prompt) + sampling.max_tokens)
+    (completion,) = complete(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity)
+    return tokenizer.decode(completion.tokens)
 
 
 def repeats_itself(text: str) -> bool:

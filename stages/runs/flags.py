@@ -27,6 +27,8 @@ class FolderFlags:
     """Checkpoints to keep."""
     log_every: Annotated[int, COUNT] = 1
     """Steps (or rounds) between lines of metrics.jsonl."""
+    record: Annotated[Path | None, parser(path, "FILE"), default("off")] = None
+    """Record how the weights move: some 21 of their states, as lines of JSON. Changes nothing of the run."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +82,27 @@ def lock_run(folder: Path) -> Iterator[None]:
             folder.rmdir()  # where it is empty
 
 
-def nonfinite_as_text(value: Any) -> Any:
-    """Replaces floats that JSON lacks by text: a clip of infinity is 'inf'."""
+def replace_nonfinite(value: Any, replace: Callable[[float], Any]) -> Any:
+    """Replaces floats that JSON lacks, within dicts too."""
     if isinstance(value, dict):
-        return {name: nonfinite_as_text(inner) for name, inner in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return {name: replace_nonfinite(inner, replace) for name, inner in value.items()}
+    return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class MetricsLog:
-    """Writes metrics.jsonl, in process 0. Opened at a step, it drops later lines, whose steps run again."""
+class JsonLines:
+    """Writes lines of JSON in process 0, each with its `step`.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self._path = folder / "metrics.jsonl"
+    Opened at a step, it drops later lines, whose steps run again; at step 0 it drops all. Raises UserError for what is no file.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
         if not processes.is_first():
             return
         lines = []
         if self._path.exists():
             with open_regular(self._path) as file:
-                written = file.read().splitlines()
+                written = file.read().splitlines() if step else []
             for line in written:
                 # A line may be half written when a run is killed.
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -112,7 +115,7 @@ class MetricsLog:
         """Adds a line, with null for numbers that are not finite. A refused line is tried once more; then raises OSError."""
         if not processes.is_first():
             return
-        clean = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+        clean = replace_nonfinite(fields, lambda _: None)
         try:
             size = self._path.stat().st_size
             try:

@@ -25,8 +25,9 @@ from stages.cli.command import explain_error
 from stages.cli.console import Console
 from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
-from stages.runs.folder import MetricsLog
+from stages.runs.folder import JsonLines
 from stages.runs.stage import Evaluator, LoopState, Steps
+from stages.runs.watch.recorder import Recorder
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
@@ -40,7 +41,7 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `mesh`: the devices that share a step, if there are several.
+    than EVALUATION_SHARE of the time. `mesh`: the devices that share a step, if there are several. `record`: see `file_sink`.
     """
 
     stage: str
@@ -53,6 +54,7 @@ class RunOptions:
     log_every: int = 1
     eval_every: int | float | None = None
     mesh: MeshShape | None = None
+    record: Path | None = None
 
 
 class StepTimer:
@@ -81,11 +83,13 @@ class StepTimer:
 class Loop:
     """Runs steps to the run's end or to a signal. `frozen` goes into a checkpoint's params beside the trainable ones."""
 
-    def __init__(self, plan: RunPlan, options: RunOptions, frozen: Any, loop_state: LoopState, console: Console) -> None:
+    def __init__(
+        self, plan: RunPlan, options: RunOptions, frozen: Any, loop_state: LoopState, console: Console, recorder: Recorder
+    ) -> None:
         self.plan, self.options = plan, options
         self.saver = BackgroundSaver(options.folder, options.keep, frozen)
-        self.loop_state, self.console = loop_state, console
-        self.timer, self.log = StepTimer(), MetricsLog(options.folder, loop_state.step)
+        self.loop_state, self.console, self.recorder = loop_state, console, recorder
+        self.timer, self.log = StepTimer(), JsonLines(options.folder / "metrics.jsonl", loop_state.step)
         self.has_evaluated = False
         self.deferral: signals.Deferral | None = None
         self.stop_code = 0  # the exit code with which a signal, or a line that cannot be written, ends the loop
@@ -108,11 +112,15 @@ class Loop:
         answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as self.deferral, self.saver:
             self._evaluate_and_save(steps, state, done())  # what a signal prevented
+            self._record(steps, state)
             begin = time.perf_counter()
             while not done() and not self._stopped():
                 self.saver.poll()
                 if not self.refused_whole:
                     self.last_finite = dataclasses.replace(loop_state)
+                progress = plan.progress(loop_state.step + 1, loop_state.seconds + self.timer.mean())
+                if is_recorded := self.recorder.before_step(state.trainable, loop_state.step + 1, progress):
+                    begin = time.perf_counter()
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
                 self._count(refused, self._agree_on(end - begin))
@@ -124,7 +132,10 @@ class Loop:
                 self._report(steps, refused, done())
                 if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
                     self._stop_after_refusals(steps, state)
-                if self._evaluate_and_save(steps, state, done()):
+                has_paused = self._evaluate_and_save(steps, state, done())
+                if is_recorded:
+                    self._record(steps, state)
+                if has_paused or is_recorded:
                     begin = time.perf_counter()
             if self.logged_step != loop_state.step:
                 self._log_step(steps)
@@ -132,6 +143,8 @@ class Loop:
                 self._stop_after_failure(state, self.failure)
             if self.saved_step != loop_state.step:
                 self.save(state)
+            if not self.stop_code:
+                self._record(steps, state)
         if not self.stop_code:  # a signal may have come in the last step, or while it was saved
             self._agree_on(0.0)
         return state, self.stop_code
@@ -254,9 +267,17 @@ class Loop:
         self.logged_step = self.loop_state.step
         self._log(steps.metrics(self.loop_state, self.timer.mean()))
 
-    def _log(self, metrics: dict[str, Any]) -> None:
+    def _log(self, metrics: dict[str, Any], event: str = "step") -> None:
+        fields = {"step": self.loop_state.step, "seconds": self.loop_state.seconds, **metrics}
         with self._noting_failure():
-            self.log.add(step=self.loop_state.step, seconds=self.loop_state.seconds, **metrics)
+            self.log.add(**fields)
+        self.recorder.event(event, **fields)
+
+    def _record(self, steps: Steps, state: TrainState) -> None:
+        if not self.recorder.sinks:
+            return
+        with _returning_freed_memory(steps.buffer_bytes):
+            self.recorder.frame(state.trainable, self.loop_state.step, self.loop_state.seconds, steps.trained_batch)
 
     def _show(self, steps: Steps, important: bool) -> None:
         with self._noting_failure():
@@ -307,7 +328,7 @@ class Loop:
             seconds = processes.gather_numbers(time.perf_counter() - begin)[0][0]
             loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)
         self.has_evaluated = True
-        self._log({evaluator.key: value})
+        self._log({evaluator.key: value}, "validation")
         self._show(steps, important=True)
 
 

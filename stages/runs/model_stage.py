@@ -45,7 +45,6 @@ class ModelStage(Stage):
     """
 
     metadata: dict[str, Any]
-    frozen: Any  # valid after `load_weights`
 
     def __init__(
         self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,

@@ -11,25 +11,36 @@ from typing import Any
 import jax
 
 from engine.counting.hardware import peak_rss_bytes
+from engine.counting.params import leaf_shapes
+from engine.errors import UserError
 from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.mesh.layout import init_sharded
+from engine.model.paths import merge
+from engine.storage.digest import digest
 from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.run_folder import updating
 from engine.text import epoch_order
+from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import command_line, resume_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.folder import clear_run, holds_run, lock_run, nonfinite_as_text
+from stages.runs.folder import clear_run, holds_run, lock_run, replace_nonfinite
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.mesh import device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.stage import LoopState, RunReport, Stage
+from stages.runs.steps import compile_gradient_norms
+from stages.runs.watch.recorder import Recorder, file_sink
+
+SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a recorded sample at most
 
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    if options.record and options.mesh and options.mesh.devices > 1:
+        raise UserError(f"--record takes a run on one device, and this one lies on {options.mesh.devices}. Leave it out.")
     with Console() as console:
         processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here
@@ -80,11 +91,15 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             save_tokenizer(folder / "tokenizer", stage.tokenizer, stage.stop_token_ids, stage.sampling)
             write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.trainable)
-    loop = Loop(plan, options, stage.frozen_as_loaded, loop_state, console)
+    recorder = Recorder([file_sink(options.record)] if options.record else [], console.print)
+    loop = Loop(plan, options, stage.frozen_as_loaded, loop_state, console, recorder)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
-        state, code = loop.run(stage.prepare_steps(state, loop_state), state)
+        steps = stage.prepare_steps(state, loop_state)
+        if recorder.sinks:
+            _begin_recording(options.stage, stage, recorder, state, loop_state)
+        state, code = loop.run(steps, state)
         console.close_live()
         if code:
             console.print(
@@ -101,18 +116,38 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", metadata | {"result": result})
+    recorder.end(loop_state.step, loop_state.seconds, result)
     _print_summary(report, plan.step_name, loop_state, peak, folder, metadata["text"]["data"], console)
     return 0
 
 
+def _begin_recording(name: str, stage: Stage, recorder: Recorder, state: TrainState, loop_state: LoopState) -> None:
+    """Begins to record a run of the stage called `name`."""
+    from engine.inference.request import SamplingParams  # which a run that is not recorded does without
+    from stages.runs.answers import continue_text
+
+    plan, cfg, frozen, (text, prompt) = stage.plan, stage.plan.cfg, stage.frozen, stage.prompt()
+    prompt = prompt[-(cfg.context // 2) :]  # one may fill the context
+    sampling = SamplingParams(SAMPLE, temperature=0.0, stop_token_ids=stage.stop_token_ids)
+    recorder.begin(
+        state.trainable, frozen, [*leaf_shapes(cfg)],
+        sample=lambda trainable: continue_text(cfg, merge(trainable, frozen), stage.tokenizer, prompt, sampling)[:SAMPLE_TEXT],
+        digest=lambda trainable: digest(stage.to_saved(trainable)),
+        compile_norms=lambda trainable, batch: compile_gradient_norms(plan, trainable, frozen, batch, stage.objective),
+        stage=name, name=plan.name, command=resume_command(name), layers=cfg.layers, width=cfg.width,
+        steps=plan.steps, seconds=plan.seconds, step=loop_state.step, prompt=text,
+    )  # fmt: skip
+
+
 def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
-    return nonfinite_as_text({
+    values = {
         "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
         "seed": plan.seed, "order": epoch_order.VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
         "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_metadata,
-    })  # fmt: skip
+    }  # fmt: skip
+    return replace_nonfinite(values, str)  # a clip of infinity is 'inf'
 
 
 def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from engine.text.tokenizer import Tokenizer
-from engine.training.step import TrainState
+from engine.training.step import NEXT_TOKEN, Objective, TrainState
 from stages.cli.console import ReportProgress
 from stages.runs.estimate import RunPlan
 
@@ -84,6 +84,7 @@ class Steps(Protocol):
     buffer_bytes: int = 0  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
     lines_stay: bool = False  # whether every LINE_INTERVAL seconds a line stays on a terminal
     exhausted: bool = False  # whether there is nothing more to learn, which ends the loop
+    trained_batch: Any = None  # that of the last step's first update; None where it made none
 
     def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         """Returns the next state, which may take `state`'s memory, and for each update whether it was refused."""
@@ -114,7 +115,9 @@ class Stage(Protocol):
     stop_token_ids: tuple[int, ...]  # ids that end a completion
     sampling: Mapping[str, Any] = {}  # recommended for the trained model
     trainable: Any = None  # the parameters that steps change, as loaded; None where they begin random
+    frozen: Any  # those beside them, as steps read them; valid after `load_weights`
     frozen_as_loaded: Any = None  # those that a checkpoint holds beside them
+    objective: Objective = NEXT_TOKEN
 
     def load_weights(self) -> None:
         """Sets `trainable`, `frozen_as_loaded` and `metadata`. Raises UserError when memory is too small."""
@@ -139,6 +142,9 @@ class Stage(Protocol):
 
     def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step, of `trainable`; can be traced."""
+
+    def prompt(self) -> tuple[str, list[int]]:
+        """Returns a prompt, as text and as tokens, that shows what the model has learned."""
 
     def to_saved(self, trainable: Any) -> Any:
         """Returns the params of a checkpoint."""

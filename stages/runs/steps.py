@@ -10,7 +10,7 @@ from jax.stages import Compiled
 from engine.allocator import make_room
 from engine.mesh.layout import batch_share, global_batch
 from engine.training.optimizer import make_optimizer, make_schedule
-from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
+from engine.training.step import NEXT_TOKEN, Objective, TrainState, gradient_norms, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.stage import Evaluator, LoopState, Steps
 
@@ -49,6 +49,13 @@ def compile_step(
     return lowered.compile(plan.compiler_options)
 
 
+def compile_gradient_norms(plan: RunPlan, trainable: Any, frozen: Any, batch: Any, objective: Objective) -> Compiled:
+    """Compiles `gradient_norms` to (trainable, frozen, batch) -> norms."""
+    microbatches = plan.recipe.accumulate
+    lowered = gradient_norms.lower(plan.cfg, trainable, frozen, batch, microbatches=microbatches, objective=objective)
+    return lowered.compile(plan.compiler_options)
+
+
 def temporary_bytes(compiled: Compiled) -> int:
     """Returns the bytes of a step's temporary buffer in the host's memory, 0 for a small one: moving it costs page faults."""
     analysis = compiled.memory_analysis() if jax.default_backend() == "cpu" else None
@@ -80,6 +87,7 @@ class TrainingSteps(Steps):
         following = self.batches.at(step + 1) if self.buffer_bytes else None
         make_room(self.buffer_bytes)  # the last step's, in whose place a save's buffers may lie
         state, metrics = self.program(state, self.frozen, self.batch, progress)
+        self.trained_batch = self.batch
         self.batch = following or self.batches.at(step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)

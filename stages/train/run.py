@@ -112,7 +112,7 @@ class Training(Stage):
         text, length, mesh = flags.text, flags.length, options.mesh or ONE_DEVICE
         resumed_batch = recorded_batch(options.folder, options.overwrite)
         recipe = chosen_recipe(flags, options.device.backend, mesh, resumed_batch)
-        self.folder, self.console = options.folder, console
+        self.folder, self.console, self.frozen = options.folder, console, dict[str, Any]()
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
             preset(flags.preset), vocab=data.tokenizer.vocab, context=recipe.context, scan=recipe.scan,
@@ -199,7 +199,7 @@ class Training(Stage):
         def compile_on_mesh() -> Any:
             try:
                 with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                    return compile_step(plan, state, {}, batch, on_traced=traced.set)
+                    return compile_step(plan, state, self.frozen, batch, on_traced=traced.set)
             finally:
                 traced.set()
 
@@ -215,7 +215,7 @@ class Training(Stage):
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
         top = self.ceilings.peak_flops(plan.cfg.dtype)
-        return TrainingSteps(program, {}, MeshBatches(self.batches), evaluator, plan, loop_state, top, ADVICE)
+        return TrainingSteps(program, self.frozen, MeshBatches(self.batches), evaluator, plan, loop_state, top, ADVICE)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
@@ -250,14 +250,16 @@ class Training(Stage):
 
     def _sample(self, params: Any) -> str:
         """Samples a text from the model after a line end."""
-        from engine.inference.decode import prepare_params
-        from engine.inference.engine import complete
         from engine.inference.request import SamplingParams
+        from stages.runs.answers import continue_text
 
-        cfg, tokenizer = self.plan.cfg, self.data.tokenizer
+        tokenizer = self.data.tokenizer
         sampling = SamplingParams(SAMPLE, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,))
-        (completion,) = complete(cfg, prepare_params(cfg, params), [tokenizer.encode("\n").tolist()], [sampling])
-        return tokenizer.decode(completion.tokens)
+        return continue_text(self.plan.cfg, params, tokenizer, tokenizer.encode("\n").tolist(), sampling)
+
+    def prompt(self) -> tuple[str, list[int]]:
+        text = "ROMEO:" if self.data.name == "shakespeare" else "\n"
+        return text, self.tokenizer.encode(text).tolist()
 
 
 def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:

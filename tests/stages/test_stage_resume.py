@@ -41,7 +41,7 @@ from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
-from stages.runs.folder import MetricsLog
+from stages.runs.folder import JsonLines
 from stages.runs.loop import RunOptions
 from stages.runs.previous_run import differences, settings
 from stages.runs.run import run_metadata
@@ -238,16 +238,16 @@ def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp
 
 
 def test_a_line_of_metrics_that_is_refused_once_is_whole(tmp_path, monkeypatch):
-    log, append = MetricsLog(tmp_path, 0), MetricsLog.append
+    log, append = JsonLines(tmp_path / "metrics.jsonl", 0), JsonLines.append
     log.add(step=1, loss=2.5)
 
-    def half(self: MetricsLog, fields: dict[str, Any]) -> None:
-        monkeypatch.setattr(MetricsLog, "append", append)
+    def half(self: JsonLines, fields: dict[str, Any]) -> None:
+        monkeypatch.setattr(JsonLines, "append", append)
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(MetricsLog, "append", half)
+    monkeypatch.setattr(JsonLines, "append", half)
     log.add(step=2, loss=2.25)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
@@ -295,7 +295,7 @@ OTHER = {
 }  # fmt: skip
 BESIDE = {
     "preset", "model", "out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose",
-    "mesh", "processes", "process", "coordinator", "join_within", "accelerator",
+    "record", "mesh", "processes", "process", "coordinator", "join_within", "accelerator",
 }  # fmt: skip
 
 

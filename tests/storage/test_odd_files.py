@@ -26,7 +26,7 @@ from engine.text.corpus import read_corpus
 from engine.text.template import read_template
 from engine.text.tokenizer import byte_tokenizer
 from stages.cli.command import explain_error
-from stages.runs.folder import MetricsLog
+from stages.runs.folder import JsonLines
 
 
 def pipe(path: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_log_of_a_run(tmp_path, impatient):
         folder = tmp_path / kind
         folder.mkdir()
         make(folder / "metrics.jsonl")
-        is_refused(lambda folder=folder: MetricsLog(folder, 1), kind)
+        is_refused(lambda folder=folder: JsonLines(folder / "metrics.jsonl", 1), kind)
 
 
 @pytest.mark.parametrize(

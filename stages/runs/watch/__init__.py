@@ -1,0 +1,1 @@
+"""Watching a run: what is recorded of it while it trains."""

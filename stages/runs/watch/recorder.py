@@ -1,0 +1,188 @@
+"""Records a run: events of how its weights move, for sinks such as a file of JSON lines, which `file_sink` returns.
+
+A sink takes one event, a dict that JSON can hold, whose numbers are finite or None, with `event` and `step` in it:
+
+    begin       the run and its tensors: `path`, `shape`, `layer`, `trainable`, and the `rows` and `columns` of its mosaic
+    step        a line of metrics.jsonl; `validation` is one too, of an evaluation
+    frame       the weights at the start, after each of FIRST steps, after each PARTS-th of the run, and at the end: `digest` of
+                what a checkpoint holds; `changed`, elements of which a bit changed since the frame before (`changed_in` each
+                tensor), and `frozen_changed` since the start; `gradient_norms` of the step's batch; `sample`
+    end         the run's `result`, and the last frame's `digest`. A run that was stopped has none
+
+A frame's `mosaic` has for each tensor, in base64, an int8 a patch of weights, row by row: their mean over the tensor's number
+in `limits`, times 127. A run that is resumed goes on in the file.
+"""
+
+import base64
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.storage.digest import leaves_by_path
+from stages.cli.command import explain_error
+from stages.runs.folder import JsonLines, replace_nonfinite
+
+FIRST, PARTS = 4, 16
+PIXELS = 12_000  # of a frame at most, unless there are more tensors
+ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
+
+Sink = Callable[[dict[str, Any]], object]
+
+
+def file_sink(path: Path) -> Sink:
+    """Returns a sink that writes a line for each event. The first one's step says which lines of an older file stay."""
+    lines: list[JsonLines] = []
+
+    def write(event: dict[str, Any]) -> None:
+        if not lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines.append(JsonLines(path, event["step"]))
+        lines[0].add(**event)
+
+    return write
+
+
+class Recorder:
+    """Gives the events of a run to `sinks`; without any it does nothing.
+
+    It reads weights and changes none, and never ends the run: of what goes wrong `say` gets a sentence, once, and the sink, or
+    the recording, ends. Takes three times the memory of the trainable weights and once that of the frozen ones.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], say: Callable[[str], None]) -> None:
+        self.sinks, self.say = [*sinks], say
+        self.shown: dict[str, np.ndarray] = {}  # the weights of the last frame
+        self.pixels: dict[str, tuple[str, float]] = {}  # its mosaics, each with its limit
+        self.frame_step, self.part, self.digest = -1, 0, ""
+        self.before: Any = None  # the trainable weights before a step whose frame is due
+        self.norms: Callable[..., Any] | None = None
+
+    def begin(
+        self, trainable: Any, frozen: Any, order: Sequence[str], *, sample: Callable[[Any], str],
+        digest: Callable[[Any], str], compile_norms: Callable[[Any, Any], Callable[..., Any]], **header: Any,
+    ) -> None:  # fmt: skip
+        """Begins with the weights before the first step. `header`: the run's own fields of the event.
+
+        `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights;
+        `compile_norms(trainable, batch)` returns the program (trainable, frozen, batch) -> norms of their gradients.
+        """
+        if not self.sinks:
+            return
+        with self._going_on():
+            self.frozen, self.sample, self.digest_of, self.compile_norms = frozen, sample, digest, compile_norms
+            places = {path: place for place, path in enumerate(order)}
+            trained, still = _arrays(trainable), _arrays(frozen)
+            # An array in a leaf, such as a LoRA's `a`, lies at the leaf's place.
+            place = lambda path: (places.get(path, places.get(path.rpartition("/")[0], len(places))), path in trained, path)
+            self.paths, self.trained = sorted(trained | still, key=place), set(trained)
+            self.shown = trained | still
+            shapes = {path: self.shown[path].shape for path in self.paths}
+            self.patch = _patch([*shapes.values()])
+            tensors = []
+            for path, shape in shapes.items():
+                rows, columns = _grid(shape, self.patch)
+                layer = int(path.split("/")[1]) if path.startswith("blocks/") else None
+                kind = {"path": path, "shape": shape, "layer": layer, "trainable": path in trained}
+                tensors.append(kind | {"rows": rows, "columns": columns})
+            trainable_count, frozen_count = (sum(array.size for array in arrays.values()) for arrays in (trained, still))
+            header |= {"params": trainable_count + frozen_count, "trainable": trainable_count, "tensors": tensors}
+        self.event("begin", **header)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Gives an event to each sink."""
+        for sink in [*self.sinks]:
+            with self._going_on([sink]):
+                sink(replace_nonfinite({"event": kind, **fields}, lambda _: None))
+
+    def before_step(self, trainable: Any, step: int, progress: float) -> bool:
+        """Keeps the weights if the frame of the next step, the `step`-th, is due at this `progress`; returns whether it is."""
+        part = int(progress * PARTS)
+        if self.sinks and (step <= FIRST or part > self.part):
+            self.part = max(part, self.part)
+            with self._going_on():
+                self.before = jax.tree.map(jnp.copy, trainable)  # the step takes the place of the weights
+        return self.before is not None
+
+    def frame(self, trainable: Any, step: int, seconds: float, batch: Any = None) -> None:
+        """Records the weights after a step, unless they are. `batch`: what the step was trained on."""
+        if not self.sinks or step == self.frame_step:
+            return
+        fields: dict[str, Any] = {}
+        with self._going_on():
+            if batch is not None and self.before is not None:
+                self.norms = self.norms or self.compile_norms(self.before, batch)
+                norms = _arrays(self.norms(self.before, self.frozen, batch))
+                fields["gradient_norms"] = {path: float(norms[path]) for path in self.paths if path in norms}
+            self.before = None
+            copies = jax.tree.map(jnp.copy, trainable)  # a view of the weights themselves would keep the next step from them
+            now = _arrays(copies, copy=False) | _arrays(self.frozen, copy=False)
+            changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
+            self.shown |= {path: now[path] for path in self.trained}
+            self.pixels |= {
+                path: _pixels(now[path], self.patch) for path in self.paths if changed[path] or path not in self.pixels
+            }
+            self.frame_step, self.digest = step, self.digest_of(copies)
+            fields |= {
+                "changed": sum(changed[path] for path in self.trained),
+                "frozen_changed": sum(count for path, count in changed.items() if path not in self.trained),
+                "changed_in": {path: changed[path] for path in self.paths if path in self.trained},
+                "digest": self.digest,
+                "mosaic": {path: self.pixels[path][0] for path in self.paths},
+                "limits": {path: self.pixels[path][1] for path in self.paths},
+                "sample": self.sample(copies),
+            }
+        self.event("frame", step=step, seconds=seconds, **fields)
+
+    def end(self, step: int, seconds: float, result: dict[str, Any]) -> None:
+        self.event("end", step=step, seconds=seconds, digest=self.digest, result=result)
+
+    @contextlib.contextmanager
+    def _going_on(self, sinks: Sequence[Sink] | None = None) -> Iterator[None]:
+        """Drops the sinks, all of them if none are named, after an error, and says so."""
+        try:
+            yield
+        except Exception as error:
+            self.before = None
+            self.sinks = [sink for sink in self.sinks if sinks and sink not in sinks]
+            sentence = explain_error(error) or f"{type(error).__name__}: {error}."
+            with contextlib.suppress(OSError):
+                self.say(f"The recording ended, and the run goes on: {sentence}")
+
+
+def _arrays(tree: Any, copy: bool = True) -> dict[str, np.ndarray]:
+    """Returns the arrays of a tree by path, on the host; without `copy` perhaps the very memory of the tree's."""
+    return {"/".join(path): np.asarray(jnp.copy(leaf) if copy else leaf) for path, leaf in leaves_by_path(tree).items()}
+
+
+def _changed(before: np.ndarray, now: np.ndarray) -> int:
+    """Counts the elements whose bits differ."""
+    bits = f"u{now.itemsize}"
+    return int(np.count_nonzero(before.view(bits) != now.view(bits)))
+
+
+def _grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
+    """Returns the rows and columns of a tensor's mosaic; a vector is one row."""
+    return -(-math.prod(shape[:-1]) // patch), -(-math.prod(shape[-1:]) // patch)
+
+
+def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Returns the side of the smallest patch with which the mosaics of all tensors have PIXELS at most."""
+    largest = max(math.prod(shape) for shape in shapes)
+    return next((n for n in range(1, largest) if sum(math.prod(_grid(shape, n)) for shape in shapes) <= PIXELS), largest)
+
+
+def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
+    """Returns a tensor's mosaic, and the limit that ROBUST of its pixels are within."""
+    matrix = np.nan_to_num(array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0)
+    rows, columns = (np.arange(0, size, patch) for size in matrix.shape)
+    sums = np.add.reduceat(np.add.reduceat(matrix, rows, 0), columns, 1)
+    means = sums / np.outer(*(np.diff(at, append=size) for at, size in zip((rows, columns), matrix.shape)))
+    limit = float(np.quantile(np.abs(means), ROBUST))
+    pixels = np.clip(np.rint(means * (127 / limit if limit else 0)), -127, 127).astype(np.int8)
+    return base64.b64encode(pixels.tobytes()).decode(), limit
