@@ -1,0 +1,44 @@
+"""Write the page of a recording of a model's lives: python -m stages.runs.watch DOCUMENT.json PAGE.html
+
+`python -m bench.lives` makes the document and calls this.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from engine.files import make_folder
+from engine.untrusted import read_json_object
+from stages.cli.command import run_command
+from stages.cli.flags import parser, path
+from stages.cli.process import leave
+from stages.runs.watch.page import write_page
+
+MAX_DOCUMENT_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class PageFlags:
+    """The two files."""
+
+    document: Annotated[tyro.conf.Positional[Path], parser(path, "DOCUMENT")]
+    """The recording, JSON."""
+    page: Annotated[tyro.conf.Positional[Path], parser(path, "PAGE")]
+    """The page to write, HTML."""
+
+
+def make_page(flags: PageFlags) -> None:
+    document = read_json_object(flags.document, MAX_DOCUMENT_BYTES)
+    make_folder(flags.page.parent)
+    write_page(document, flags.page)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return run_command("runs.watch", __doc__, PageFlags, make_page, args)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,162 @@
+'use strict';
+// The page itself: buttons, keyboard and clock, and what is drawn when. A live page hands every event to `receive`.
+
+const FRAME_SECONDS = 1.8;
+const BUTTONS = {'train': 'Train', 'fine-tune': 'Fine-tune', 'answer': 'Answer'};
+const still = matchMedia('(prefers-reduced-motion: reduce)');
+
+function when() {
+  const frame = frames()[state.frame];
+  if (!frame) return 'no frame';
+  if (isAnswering()) return `answer ${state.frame + 1} of ${frames().length}`;
+  return `step ${count(frame.step)} of ${count(Math.max(life().begin.steps ?? 0, frames().at(-1).step))} · ${frame.seconds.toFixed(1)} s`;
+}
+
+// Draws what another frame changes.
+function drawFrame() {
+  Object.assign($('scrub'), {max: Math.max(0, frames().length - 1), value: state.frame, ariaValueText: when()});
+  $('scrub').disabled = $('play').disabled = frames().length < 2;
+  $('when').textContent = when();
+  drawWeights();
+  drawText();
+  moveCurves();
+}
+
+// Draws what another life, width or theme changes.
+function draw() {
+  for (const button of document.querySelectorAll('#lives button, #ways button')) button.ariaPressed = [state.life, state.way].includes(button.value);
+  $('ways').hidden = state.life !== 'fine-tune';
+  drawCurves();
+  drawMemory();
+  drawFrame();
+}
+
+function show(frame) {
+  state.frame = Math.max(0, Math.min(frames().length - 1, frame));
+  drawFrame();
+}
+
+function choose(life, way = state.way) {
+  Object.assign(state, {life, way});
+  state.frame = state.playing ? 0 : Math.max(0, frames().length - 1);
+  draw();
+  $('status').textContent = `${LIVES[chosen()].title}, ${when()}`;
+}
+
+function drawPhase(phase) {
+  drawPass(phase);
+  for (const chart of memories) chart.show(phase);
+}
+
+let started = 0;
+
+function play(on = !state.playing) {
+  state.playing = on && frames().length > 1;
+  $('play').textContent = state.playing ? 'Pause' : 'Play';
+  drawPhase(1);
+  if (!state.playing) return;
+  if (state.frame >= frames().length - 1) show(0);
+  started = performance.now();
+  requestAnimationFrame(tick);
+}
+
+function tick(now) {
+  if (!state.playing) return;
+  let phase = (now - started) / 1000 / FRAME_SECONDS;
+  if (phase >= 1) {
+    if (state.frame >= frames().length - 1) return play(false);
+    show(state.frame + 1);
+    [phase, started] = [0, now];
+  }
+  if (!still.matches) drawPhase(Math.max(0, phase));
+  requestAnimationFrame(tick);
+}
+
+function press(event) {
+  const {key, target} = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || (target.matches('input') && target.id !== 'scrub')) return;
+  const life = Object.keys(BUTTONS)[Number(key) - 1];
+  const ways = Object.keys(WAYS);
+  if (life) choose(life, life === 'fine-tune' && state.life === life ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
+  else if (key === 'ArrowLeft' || key === 'ArrowRight') {
+    play(false);
+    show(state.frame + (key === 'ArrowLeft' ? -1 : 1));
+  } else if (key === ' ' && !target.matches('button:not(#bar [aria-pressed=true]), summary')) play();
+  else return;
+  event.preventDefault();
+}
+
+let isWaiting = false;
+
+// Takes an event of a run that goes on. The page follows the newest frame unless an earlier one was chosen.
+function receive(event) {
+  const {lives} = state.recording;
+  if (event.event === 'begin') {
+    state.way = lifeOf(event);
+    state.life = state.way === 'train' ? 'train' : 'fine-tune';
+    lives[state.way] = {};
+  }
+  if (!lives[state.way]) return;
+  const follows = state.frame >= frames().length - 1;
+  fold(lives[state.way], event);
+  if (follows) state.frame = Math.max(0, frames().length - 1);
+  if (isWaiting) return;
+  isWaiting = true;
+  requestAnimationFrame(() => {
+    isWaiting = false;
+    draw();
+  });
+}
+
+function refuse(sentence) {
+  $('alert').textContent = sentence;
+  $('alert').hidden = false;
+}
+
+// Returns what keeps a document from being shown, in a sentence, or nothing.
+function problem(recording) {
+  if (!recording?.lives || typeof recording.lives !== 'object') return 'This page holds no recording of a model’s lives, or one of another format. python -m bench.lives makes one.';
+  const lives = Object.entries(recording.lives).filter(([, each]) => each?.frames?.length);
+  if (!lives.length && !recording.live) return 'This recording is empty: it has no frame of any life.';
+  const [name] = lives.find(([life, {begin}]) => !(life in LIVES) || !Array.isArray(begin?.tensors) || !finite(begin.layers)) ?? [];
+  return name && `The life “${name}” of this recording is of another format: the page does not know it, or not its tensors.`;
+}
+
+function start() {
+  let recording = null;
+  try {
+    recording = JSON.parse($('recording').textContent);
+  } catch {} // said below
+  const sentence = problem(recording);
+  if (sentence) {
+    $('bar').hidden = document.querySelector('main').hidden = true;
+    return refuse(sentence);
+  }
+  state.recording = recording;
+  const {params, layers} = recording;
+  $('about').textContent = `The same model${params ? `, ${count(params)} weights in ${layers} blocks,` : ''} is trained from random weights, fine-tuned, and asked: what moves, what comes back, and what it costs.`;
+  const button = (value, act, ...text) => make('button', {type: 'button', value, onclick: act}, ...text);
+  $('lives').append(...Object.entries(BUTTONS).map(([life, text], at) => button(life, () => choose(life), make('kbd', {}, at + 1), text)));
+  $('ways').append(...Object.entries(WAYS).map(([way, text]) => button(way, () => choose('fine-tune', way), text)));
+  $('play').onclick = () => play();
+  $('scrub').oninput = ({target}) => {
+    play(false);
+    show(target.valueAsNumber);
+  };
+  document.addEventListener('keydown', press);
+  let width = innerWidth;
+  addEventListener('resize', () => {
+    if (width !== innerWidth) draw();
+    width = innerWidth;
+  });
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
+  state.way = Object.keys(WAYS).find((way) => recording.lives[way]?.frames?.length) ?? 'frozen';
+  drawCost();
+  drawRequests();
+  drawMade();
+  choose(recording.lives.train?.frames?.length || !recording.lives[state.way] ? 'train' : 'fine-tune');
+  drawPhase(1);
+}
+
+addEventListener('error', ({message}) => refuse(`Something on this page went wrong, and what it shows may be incomplete: ${message}`));
+start();

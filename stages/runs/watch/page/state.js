@@ -1,0 +1,85 @@
+'use strict';
+// What the page knows: the recording, whose lives are built of events, and what is chosen. Drawing reads it and changes nothing.
+
+const WAYS = {'frozen': 'Half frozen', 'lora': 'LoRA', 'all': 'All weights'};
+const state = {recording: {lives: {}}, life: 'train', way: 'frozen', frame: 0, playing: false};
+
+// Adds an event of a recording to a life; an unknown one changes nothing.
+function fold(life, event) {
+  const list = {step: 'steps', validation: 'validation', frame: 'frames'}[event.event];
+  if (list) (life[list] ??= []).push(event);
+  else if (event.event === 'begin' || event.event === 'end') life[event.event] = event;
+}
+
+// Which life a run is, by its first event.
+function lifeOf(begin) {
+  if (begin.stage === 'train') return 'train';
+  if (begin.tensors.some((tensor) => tensor.path.endsWith('/a'))) return 'lora';
+  return begin.tensors.every((tensor) => tensor.trainable) ? 'all' : 'frozen';
+}
+
+const chosen = () => (state.life === 'fine-tune' ? state.way : state.life);
+const isAnswering = () => state.life === 'answer';
+const answers = () => state.recording.answer;
+const life = () => state.recording.lives[chosen()];
+const frames = () => (isAnswering() ? answers()?.answers : life()?.frames) ?? [];
+
+// The life and the place of the frame whose weights are shown: in answering the last one of the run that answers, known by
+// its digest, else of the first that there is.
+function shown() {
+  if (!isAnswering()) return {of: life(), index: state.frame, frame: frames()[state.frame]};
+  const trained = Object.values(state.recording.lives).filter((each) => each?.frames?.length);
+  const of = trained.find((each) => each.end?.digest === answers()?.before) ?? trained[0];
+  return {of, index: of?.frames.length - 1, frame: answers() && of?.frames.at(-1)};
+}
+
+const decoded = new WeakMap();
+
+// A tensor's picture at a frame: values from -127 to 127, of `limit`. A tensor that a frame leaves out is as in the one before.
+function pixels(of, index, path) {
+  while (index > 0 && !(path in of.frames[index].mosaic)) index -= 1;
+  const frame = of.frames[index];
+  if (!decoded.has(frame)) decoded.set(frame, {});
+  const cache = decoded.get(frame);
+  cache[path] ??= Int8Array.from(atob(frame.mosaic[path] ?? ''), (letter) => letter.charCodeAt(0) << 24 >> 24);
+  return {values: cache[path], limit: frame.limits[path] ?? 0};
+}
+
+const sizeOf = (tensor) => tensor.shape.reduce((product, each) => product * each, 1);
+
+// Columns of the model's picture: 0 is the embedding, then come the blocks, last the head.
+const columnOf = (begin, {layer, path}) => (Number.isInteger(layer) ? layer + 1 : path.startsWith('embed') ? 0 : begin.layers + 1);
+const columnName = (begin, column) => (column === 0 ? 'embedding' : column > begin.layers ? 'head' : `block ${column - 1}`);
+// Backward goes no further to the left than the first column that trains.
+const firstTrainable = (begin) => Math.min(...begin.tensors.filter((each) => each.trainable).map((each) => columnOf(begin, each)));
+
+// The norm of the gradient of each column; undefined where there is none.
+function columnNorms(begin, frame) {
+  const squares = [];
+  for (const tensor of begin.tensors) {
+    const norm = frame.gradient_norms?.[tensor.path];
+    const column = columnOf(begin, tensor);
+    if (finite(norm)) squares[column] = (squares[column] ?? 0) + norm ** 2;
+  }
+  return squares.map(Math.sqrt);
+}
+
+// Bytes at each position of a step, over all kinds.
+const sums = (memory) => Object.values(memory.bytes).reduce((total, list) => list.map((bytes, at) => bytes + (total[at] ?? 0)), []);
+
+const finite = (number) => Number.isFinite(number);
+const times = (ratio) => (finite(ratio) ? ratio.toFixed(2) : '–');
+const count = (number) => number.toLocaleString('en-US');
+
+function round(number, digits = 3) {
+  if (!finite(number)) return '–';
+  if (number && Math.abs(number) < 1e-4) return number.toExponential(digits - 1);
+  return Math.abs(number) >= 1000 ? count(Math.round(number)) : String(Number(number.toPrecision(digits)));
+}
+
+// A number with its unit: 1.2 MB, 27 µs.
+function si(number, unit) {
+  if (!finite(number)) return '–';
+  const at = number ? Math.max(-3, Math.min(5, Math.floor(Math.log10(number) / 3 + 1e-9))) : 0;
+  return `${Number((number / 1000 ** at).toPrecision(3))} ${['n', 'µ', 'm', '', 'k', 'M', 'G', 'T', 'P'][at + 3]}${unit}`;
+}

@@ -1,0 +1,60 @@
+'use strict';
+// The sentences of the page that depend on the life that is shown, or on the recording's numbers.
+
+const WHY = 'The learning rate begins at 0, so the first step changes nothing. A head of its own begins at zero, and until it has moved, no gradient passes through it to the layers before. LoRA’s b begins at zero too, and until it has moved, a gets no gradient.';
+const LIVES = {
+  'train': {
+    name: 'Training', title: 'Training moves every weight', predicted: 0,
+    lead: 'A model is a large set of numbers, its weights. Training begins with random ones. In each step the model guesses how a text goes on (forward); for every weight the gradient is found: how the error of the guess changes with it (backward); and each weight moves a little to where the error is smaller (update).',
+    say: 'Where the lower picture is green, weights have moved since the frame before: that is all that learning is.',
+    laws: ['tests/by_hand/test_by_hand_training.py'],
+  },
+  'frozen': {
+    name: 'Half frozen', title: 'Frozen weights do not move by one bit', predicted: 1,
+    lead: 'Fine-tuning goes on with a trained model and a small text. Here the first half of the model is frozen: its weights take part in every guess, and no update reaches them.',
+    say: 'The gradient comes back from the right and stops at the last layer that needs it, so nothing is green to the left of there.',
+    laws: ['tests/laws/test_frozen.py'],
+  },
+  'lora': {
+    name: 'LoRA', title: 'LoRA moves thin strips beside the weights', predicted: 1,
+    lead: 'LoRA freezes the whole model and puts two thin matrices, a and b, beside some of its matrices. These strips alone are trained; their product is added to what the frozen matrix computes.',
+    say: 'The gradient passes back through frozen matrices, as it must reach the strips of the first block; only the strips below the matrices turn green.',
+    laws: ['tests/laws/test_frozen.py', 'tests/training/test_lora.py'],
+  },
+  'all': {
+    name: 'All weights', title: 'Fine-tuning all weights is training, continued', predicted: 0,
+    lead: 'Here no weight is frozen: forward, backward and update are those of training. It costs less than training only because it reads much less text.',
+    say: 'All of the lower picture is green, as in training.',
+    laws: ['tests/by_hand/test_by_hand_training.py'],
+  },
+  'answer': {
+    name: 'Answering', title: 'Answering moves nothing', predicted: 2,
+    lead: 'To answer, the model runs forward once for each token (a piece of a word) that it writes. There is no right answer to compare with, so there is no error, no gradient and no update. Ask as often as you like.',
+    say: 'The lower picture stays empty however often one asks: the SHA-256, a fingerprint of all bits of the weights, is the same before and after.',
+    laws: ['tests/laws/test_forward_only.py', 'tests/promises/test_weights_unchanged.py'],
+  },
+};
+const KIND_WORDS = {
+  'parameters': 'the weights', 'optimizer state': 'two numbers for each weight that trains', 'KV cache': 'notes on the tokens read so far',
+  'gradients': 'how the error changes with each weight', 'residuals': 'activations that forward keeps for backward', 'temporaries': 'used at once and dropped',
+};
+
+// The questions of a learner and their answers, as pairs.
+function questions() {
+  const {lives, cost = [], answer} = state.recording;
+  const begin = lives.lora?.begin;
+  const peak = (each) => si(Math.max(...sums(each.memory)), 'B');
+  const ratios = (stage) => cost.filter((row) => row.stage === stage).map((row) => ` Here: **${times(row.counted_ratio)}** by counting, **${times(row.time_ratio)}** by the clock.`).join('');
+  return Object.entries({
+    'Does it learn when I correct it?': `No. ${answer ? `In ${count(answer.asked)} answers **${count(answer.changed)} of ${count(answer.of)}** weights changed` : 'Answering changes no weight'}. A correction helps only for as long as it stands in the text that is sent along with your next question; in a new conversation it is gone. Only another training step would move a weight.`,
+    'Does it remember what I, or somebody else, asked before?': 'No. A request knows the text that it sends and nothing else. What the model noted about that text, its KV cache, is dropped when the answer ends, and no other request can read it. A chat seems to remember because the whole conversation is sent again each time.',
+    'Why three?': `For a token, the forward pass uses each weight once. Backward uses it twice more: once to find how the error changes with what came into the layer, which the layer before needs, and once to find how it changes with the weight itself. One and two are three; answering is the one.${ratios('train')}`,
+    'What does LoRA move?': `Only its strips${begin ? `: **${count(begin.trainable)}** numbers beside **${count(begin.params - begin.trainable)}** weights, which stay as they are to the last bit` : ''}. What the strips compute is added to what the matrices compute, so the answers change although none of the model’s own weights did. Take the strips away, and the old model is back.`,
+    'What does freezing save, and what not?': `It saves the gradients and optimizer state of the frozen weights, and the backward pass through all layers before the first one that trains${lives.frozen?.memory && lives.train?.memory ? `: memory peaks at **${peak(lives.frozen)}** instead of **${peak(lives.train)}**` : ''}. It does not save the forward pass: every token still goes through all layers. And where the first block trains, as with LoRA, the way back through the layers stays, and only the gradients of the frozen weights are spared: about 2 instead of 3.${ratios('lora')}`,
+    'Why do many requests cost little more than one?': 'To write one token, the processor must read every weight from memory, which takes longer than computing with it. Requests that are answered together share this one reading: each adds only its own arithmetic and its own KV cache. So it goes on until the arithmetic takes as long as the reading.',
+    'Why does training need more memory than answering?': `Backward needs what each layer computed on the way forward, so all of it is kept until backward comes by; beside each weight that trains lie its gradient and two numbers of the optimizer. Answering holds the weights and a KV cache.${lives.train?.memory && answer?.memory ? ` Training peaks at **${peak(lives.train)}**, answering at **${peak(answer)}**.` : ''}`,
+    'Is fine-tuning cheaper than training?': 'A token of it is hardly cheaper: 2 to 3 forward passes instead of 3. Fine-tuning is cheap because it begins with a model that can already write, and so reads few texts.',
+    'Fine-tune, or put what it must know into the question?': 'What stands in the question is read again with every request, at one forward pass a token, and leaves nothing behind. Fine-tuning is paid once, at 2 to 3 forward passes a token, and the weights keep it.',
+    'Why do some weights stand still in the first frames?': WHY,
+  });
+}

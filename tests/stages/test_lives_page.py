@@ -1,0 +1,273 @@
+"""The page of a model's three lives, in a real browser: every counter is the recording's, and all of it goes by keyboard."""
+
+import base64
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from chromium import chromium
+from selenium.webdriver import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from stages.runs.watch import __main__ as watch
+from stages.runs.watch.page import page_html
+
+LAYERS, WIDTH, VOCAB, FRAMES = 2, 6, 20, 4
+KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
+MODEL = [("embed", (VOCAB, WIDTH), None)]
+for block in range(LAYERS):
+    shapes = {"attn_norm": (WIDTH,), "q": (WIDTH, WIDTH), "down": (16, WIDTH)}
+    MODEL += [(f"blocks/{block}/{name}", shape, block) for name, shape in shapes.items()]
+MODEL += [("norm", (WIDTH,), None), ("head", (WIDTH, VOCAB), None)]
+
+
+def life(way: str) -> dict:
+    """A life by the recorder's events, with numbers that differ in every place."""
+    rng = np.random.default_rng(len(way))
+    tensors = []
+    for path, shape, layer in MODEL:
+        trains = way in ("train", "all") or (way == "frozen" and (layer == 1 or path in ("norm", "head")))
+        tensors.append((path, shape, layer, trains))
+        if way == "lora" and path.endswith("/q"):
+            tensors += [(f"{path}/a", (WIDTH, 2), layer, True), (f"{path}/b", (2, WIDTH), layer, True)]
+    sizes = {path: math.prod(shape) for path, shape, _, _ in tensors}
+    trained = [path for path, _, _, trains in tensors if trains]
+    begin = {
+        "event": "begin", "stage": "train" if way == "train" else "finetune", "step": 0, "steps": 40, "prompt": "The sea ",
+        "command": f"python -m stages.{way}", "layers": LAYERS, "width": WIDTH, "params": sum(sizes.values()),
+        "trainable": sum(sizes[path] for path in trained),
+        "tensors": [
+            {
+                "path": path, "shape": shape, "layer": layer, "trainable": trains,
+                "rows": shape[0] if shape[1:] else 1, "columns": shape[-1],
+            }
+            for path, shape, layer, trains in tensors
+        ],
+    }  # fmt: skip
+    still = {path: rng.integers(-127, 127, sizes[path]).astype(np.int8) for path in sizes}
+    frames = []
+    for index in range(FRAMES):
+        moved = {path: rng.integers(-127, 127, sizes[path]).astype(np.int8) for path in trained}
+        frames.append({
+            "event": "frame", "step": 13 * index, "seconds": 1.5 * index, "digest": f"{index}{way}".encode().hex() * 8,
+            "changed": sum(sizes[path] for path in trained) - 7 * (FRAMES - index) if index else 0, "frozen_changed": 0,
+            "mosaic": {path: base64.b64encode((still | moved)[path].tobytes()).decode() for path in sizes},
+            "changed_in": {path: sizes[path] for path in trained}, "limits": dict.fromkeys(sizes, 0.1),
+            "sample": f"<i>{way}</i> {index}",
+            **({"gradient_norms": dict.fromkeys(trained, 0.1 * index)} if index else {}),
+        })  # fmt: skip
+    return {
+        "begin": begin, "frames": frames, "end": {"event": "end", "step": 40, "digest": frames[-1]["digest"], "result": {}},
+        "steps": [{"event": "step", "step": step, "seconds": step, "loss": 9 - step / 10} for step in range(1, 40, 4)],
+        "validation": [{"event": "validation", "step": 20, "seconds": 1, "quick_val_bits_per_byte": 3.25}],
+        "memory": memory(2, 4), "command": begin["command"], **({} if way == "train" else {"before": "b", "after": "a"}),
+    }  # fmt: skip
+
+
+def memory(backward: int | None, update: int | None) -> dict:
+    return {"bytes": {kind: [1000, 3000, 5000, 4000, 2000] for kind in KINDS}, "backward": backward, "update": update}
+
+
+@pytest.fixture(scope="module")
+def document():
+    lives = {way: life(way) for way in ("train", "frozen", "lora", "all")}
+    sha = lives["all"]["end"]["digest"]
+    request = {"prompt": "Who am I?", "text": "</script><b>I do not know.</b>"}
+    cost = {
+        "passes": "forward", "flops_per_token": 2e6, "counted_ratio": 3.0, "seconds_per_token": 0.036, "time_ratio": 2.5,
+        "bytes": 7000,
+    }  # fmt: skip
+    return {
+        "preset": "tiny", "params": 500, "layers": LAYERS, "price": 0.5, "watts": None, "lives": lives, "predicted": [3, 2, 1],
+        "answer": {
+            "asked": 100, "before": sha, "after": sha, "changed": 0, "of": 500, "seconds": 2.0, "tokens": 900,
+            "answers": [{"prompt": f"Question {index}", "text": f"Answer {index}"} for index in range(3)],
+            "independent": [request, request | {"prompt": "Me?"}, {"prompt": "I am Ida.", "text": "Ida.", "edited": True}],
+            "memory": memory(None, None), "cache_bytes": [10, 20, 30],
+        },
+        "cost": [{"stage": stage, **cost} for stage in ("train", "frozen", "lora", "all", "answer")],
+        "circumstances": {"machine": "a test"},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    yield from chromium(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def open_page(browser, tmp_path_factory):
+    """Opens the page of a document, and returns what finds the text of an element as it can be seen."""
+
+    def open_page(document):
+        path = tmp_path_factory.mktemp("page") / "lives.html"
+        path.write_text(page_html(document), encoding="utf-8")
+        browser.get(path.as_uri())
+        return lambda css: " ".join(each.text for each in browser.find_elements("css selector", css))
+
+    yield open_page
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)") == []
+
+
+def press(browser, *keys: str) -> None:
+    for key in keys:
+        browser.switch_to.active_element.send_keys(key)
+
+
+def texts(browser, css: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.textContent)"
+    return browser.execute_script(script, css)
+
+
+def count(number: int) -> str:
+    return f"{number:,}"
+
+
+def test_every_counter_is_the_recordings_in_all_lives_by_keyboard(browser, open_page, document):
+    see = open_page(document)
+    # 2 chooses fine-tuning, and the next way of it when pressed again.
+    for key, way in (("1", "train"), ("2", "frozen"), ("2", "lora"), ("2", "all")):
+        press(browser, key, *[Keys.ARROW_LEFT] * FRAMES)
+        recorded = document["lives"][way]
+        begin = recorded["begin"]
+        frozen = begin["params"] - begin["trainable"]
+        for frame in recorded["frames"]:
+            assert see("#changed") == count(frame["changed"])
+            assert see("#changed-of").startswith(f"of {count(begin['trainable'])} ")
+            assert frame["digest"][:16] in see("#changed-more")
+            assert (f"0 of {count(frozen)} frozen weights changed" in see("#changed-more")) == bool(frozen)
+            assert f"step {frame['step']} of 40" in see("#when")
+            assert see(".sample").replace("\n", "") == begin["prompt"] + frame["sample"]
+            norms = frame.get("gradient_norms", {})
+            columns = [[path for path, _, layer in MODEL if layer == block] for block in range(LAYERS)]
+            shown = texts(browser, "#columns b")
+            for number, paths in zip(shown[1:-1], columns, strict=True):
+                squares = [norm**2 for path, norm in norms.items() if path.startswith(tuple(paths))]
+                assert number == (f"{math.sqrt(sum(squares)):.2g}" if squares else "")
+            press(browser, Keys.ARROW_RIGHT)
+    press(browser, "3")
+    answer = document["answer"]
+    for index, each in enumerate(answer["answers"]):
+        press(browser, *[Keys.ARROW_LEFT] * FRAMES, *[Keys.ARROW_RIGHT] * index)
+        assert (see("#changed"), see("#changed-of")) == ("0", "of 500 weights changed in 100 answers")
+        assert (see("#before"), see("#after")) == (answer["before"], answer["after"])
+        assert see(".sample") == f"{each['prompt']}\n{each['text']}"
+    assert "nothing comes back" in see("#backward")
+
+
+def pixels(browser, canvas: str) -> int:
+    """Counts the colours of a picture of the model; an empty one has 2: the ground of tensors, and none between them."""
+    return browser.execute_script(
+        "const it = document.getElementById(arguments[0]);"
+        "return new Set(new Uint32Array(it.getContext('2d').getImageData(0, 0, it.width, it.height).data.buffer)).size", canvas,
+    )  # fmt: skip
+
+
+def test_change_is_where_weights_trained_and_nowhere_in_answering(browser, open_page, document):
+    open_page(document)
+    colours = {}
+    for key, way in (("1", "train"), ("2", "frozen"), ("2", "lora"), ("2", "all"), ("3", "answer")):
+        press(browser, key)
+        colours[way] = pixels(browser, "model-change")
+        assert pixels(browser, "model-weights") > 50
+    assert colours["answer"] == 2
+    assert 2 < colours["lora"] < colours["frozen"] <= colours["train"]
+
+
+def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
+    see = open_page(document)
+    press(browser, "1", Keys.ARROW_LEFT, " ")
+    assert see("#play") == "Pause"
+    press(browser, " ")
+    assert see("#play") == "Play"
+    press(browser, " ")
+    WebDriverWait(browser, 30, 0.05).until(lambda _: see("#play") == "Play")
+    assert f"step {document['lives']['train']['frames'][-1]['step']} of" in see("#when")
+
+
+def test_prices_and_requests_answer_to_the_reader(browser, open_page, document):
+    see = open_page(document)
+    watts = browser.find_element("id", "watts")
+    watts.send_keys("100")
+    row = see("#cost tbody tr:first-child")
+    assert row.split()[-2:] == ["5", "1,000"]  # 0.036 s a token, a million of them, at 0.5 dollars an hour and 100 W
+    card = "#requests .card:first-child p"
+    assert see(card) == "Who am I?\n</script><b>I do not know.</b>"
+    for name, text in (("Edit its context", "Ida."), ("Close it", "gone"), ("Close it", "do not know")):
+        browser.find_element("xpath", f"//button[text()='{name}']").send_keys(" ")
+        assert text in see(card)
+
+
+def test_pictures_are_tables_too_and_fit_a_narrow_screen(browser, open_page, document):
+    see = open_page(document)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        for key in "123":
+            press(browser, key)
+            for summary in browser.find_elements("css selector", "details:not([open]) summary"):
+                if summary.is_displayed():
+                    summary.send_keys(Keys.ENTER)
+            assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+            assert "blocks/1/q" in see("#weights table")
+            assert "forward" in see("#cost table")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda _: {}, "holds no recording"),
+        (lambda _: {"rows": [1]}, "of another format"),
+        (lambda _: {"lives": {}}, "empty"),
+        (lambda whole: {"lives": {"train": whole["lives"]["train"] | {"frames": []}}}, "empty"),
+        (lambda whole: {"lives": {"train": whole["lives"]["train"] | {"begin": {"event": "begin"}}}}, "of another format"),
+        (lambda whole: {"lives": {"lora": whole["lives"]["lora"]}}, "LoRA moves thin strips"),
+        (lambda whole: {"lives": {"train": whole["lives"]["train"]}}, "Training moves every weight"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(browser, open_page, document, change, sentence):
+    see = open_page(change(document))
+    assert sentence in see("body")
+    if see("#bar"):
+        press(browser, "3")
+        assert "Nothing was asked in this recording." in see("#changed-of")
+        press(browser, "2", "2")
+        assert "The cost of a token was not measured in this recording." in see("#cost")
+        assert re.search(r"no frame of this life: (Half frozen|LoRA|All weights)|numbers in the strips", see("#changed-of"))
+
+
+def test_events_one_by_one_make_the_same_page(browser, open_page, document):
+    open_page({"lives": {"train": document["lives"]["train"]}})
+    parts = "#changed, #changed-of, #when, .sample, #columns, #curves"
+    whole = texts(browser, parts)
+    see = open_page({"lives": {}, "live": True})
+    assert see("#changed-of") == "The first frame is on its way."
+    recorded = document["lives"]["train"]
+    events = [recorded["begin"], *recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]]
+    for event in events:
+        browser.execute_script("receive(arguments[0])", event)
+    WebDriverWait(browser, 10, 0.05).until(lambda _: texts(browser, parts) == whole)
+    assert "Nothing was asked" not in see("body")
+
+
+def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, capsys):
+    source, target = tmp_path / "lives.json", tmp_path / "site" / "lives.html"
+    source.write_text(json.dumps(document))
+    assert watch.main([str(source), str(target)]) == 0
+    html = target.read_text(encoding="utf-8")
+    assert html.count("</script>") == html.count("<script")
+    kept = json.loads(re.search(r'id="recording">(.*?)</script>', html)[1])  # a tensor that did not move is there once
+    assert [list(frame["mosaic"]) for frame in kept["lives"]["lora"]["frames"][1:]] == [
+        [f"blocks/{block}/q/{pair}" for block in range(LAYERS) for pair in "ab"]
+    ] * (FRAMES - 1)
+    for content in ('{"price": NaN}', "[]", "{"):
+        source.write_text(content)
+        assert watch.main([str(source), str(tmp_path / "no.html")]) == 2
+        assert capsys.readouterr().err.count("\n") <= 2
+        assert not (tmp_path / "no.html").exists()
