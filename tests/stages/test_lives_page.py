@@ -256,7 +256,7 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
     assert "Nothing was asked" not in see("body")
 
 
-def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, capsys):
+def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, capsys):
     source, target = tmp_path / "lives.json", tmp_path / "site" / "lives.html"
     source.write_text(json.dumps(document))
     assert watch.main([str(source), str(target)]) == 0
@@ -266,6 +266,9 @@ def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, capsys):
     assert [list(frame["mosaic"]) for frame in kept["lives"]["lora"]["frames"][1:]] == [
         [f"blocks/{block}/q/{pair}" for block in range(LAYERS) for pair in "ab"]
     ] * (FRAMES - 1)
+    browser.get(target.as_uri())
+    browser.find_element("link text", "Train it here").click()
+    assert browser.title == "Train it here"
     for content in ('{"price": NaN}', "[]", "{"):
         source.write_text(content)
         assert watch.main([str(source), str(tmp_path / "no.html")]) == 2

@@ -1,6 +1,6 @@
 """Write the page of a recording of a model's lives: python -m stages.runs.watch DOCUMENT.json PAGE.html
 
-`python -m bench.lives` makes the document and calls this.
+`python -m bench.lives` makes the document and calls this. train.html, in which a browser trains, is written beside the page.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from stages.cli.command import run_command
 from stages.cli.flags import parser, path
 from stages.cli.process import leave
 from stages.runs.watch.page import write_page
+from stages.runs.watch.page.train_here import write_train_page
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
@@ -34,6 +35,7 @@ def make_page(flags: PageFlags) -> None:
     document = read_json_object(flags.document, MAX_DOCUMENT_BYTES)
     make_folder(flags.page.parent)
     write_page(document, flags.page)
+    write_train_page(flags.page.parent)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -185,6 +185,7 @@ function drawMade() {
   const plain = (value) => (value && typeof value === 'object' ? Object.entries(value).map(([name, each]) => `${name} ${plain(each)}`).join(', ') : value);
   $('questions').replaceChildren(...questions().map(([question, answer]) => make('div', {}, make('dt', {}, question), make('dd', {}, rich(answer)))));
   fill('made', '', [make('p', {className: 'say'}, live ? 'This page is fed by a run that goes on now.' : 'Every figure is of one recording of one real model. The page computes nothing anew and asks no network.'),
+    ...(live ? [] : [make('p', {className: 'say'}, make('a', {href: 'train.html'}, 'Train it here'), ', in the file beside this page: a model of 202,176 weights learns a text of yours.')]),
     make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
     make('p', {className: 'quiet'}, Object.entries(circumstances).map(([name, value]) => `${name.replaceAll('_', ' ')}: ${plain(value)}`).join(' · '))]);
 }
