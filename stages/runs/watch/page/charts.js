@@ -1,7 +1,10 @@
 'use strict';
 // Elements, charts and tables. Charts are SVG in the size in which they are seen, so that their text keeps its own.
 
-const KINDS = {'parameters': 'green', 'optimizer state': 'grey', 'KV cache': 'teal', 'gradients': 'rust', 'residuals': 'pink', 'temporaries': 'violet'};
+const KINDS = {
+  'parameters': 'green', 'optimizer state': 'grey', 'KV cache': 'teal', 'gradients': 'rust', 'residuals': 'pink',
+  'temporaries': 'violet',
+};
 const $ = (id) => document.getElementById(id);
 
 function make(tag, properties = {}, ...children) {
@@ -31,10 +34,13 @@ function axes(width, height, top, format) {
   const power = 10 ** Math.floor(Math.log10(top / 4.5 || 1));
   const step = [1, 2, 2.5, 5, 10].find((each) => each * power >= top / 4.5) * power;
   const nodes = [];
-  for (let tick = 0; tick <= top; tick += step) nodes.push(line(left, y(tick), right, y(tick), tick ? 'grid' : 'axis'), words(format(tick), left - 6, y(tick) + 4, 'end'));
+  for (let tick = 0; tick <= top; tick += step) {
+    nodes.push(line(left, y(tick), right, y(tick), tick ? 'grid' : 'axis'), words(format(tick), left - 6, y(tick) + 4, 'end'));
+  }
   return {x, y, lower, upper, nodes};
 }
-const picture = (width, height, label, ...nodes) => svg('svg', {viewBox: `0 0 ${width} ${height}`, height, role: 'img', 'aria-label': label}, nodes);
+const picture = (width, height, label, ...nodes) =>
+  svg('svg', {viewBox: `0 0 ${width} ${height}`, height, role: 'img', 'aria-label': label}, nodes);
 
 // Memory over one step as stacked areas, from 0 to `top` bytes. `chart.show(phase)` moves a line through its passes.
 function memoryChart(memory, top, width) {
@@ -45,13 +51,15 @@ function memoryChart(memory, top, width) {
   let below = total.map(() => 0);
   for (const [kind, colour] of Object.entries(KINDS)) {
     const above = below.map((bytes, position) => bytes + (memory.bytes[kind]?.[position] ?? 0));
-    const steps = (bytes) => bytes.flatMap((value, position) => [[at(position), y(value)], [at(position + 1), y(value)]]);
-    const corners = [...steps(above), ...steps(below).reverse()].map((point) => point.map((each) => each.toFixed(1)).join());
-    nodes.push(svg('path', {d: `M${corners.join('L')}Z`, style: `color: var(--${colour})`}));
+    const steps = (bytes) => bytes.flatMap((value, position) => [position, position + 1].map((x) =>
+      `${at(x).toFixed(1)},${y(value).toFixed(1)}`));
+    const path = [...steps(above), ...steps(below).reverse()].join('L');
+    nodes.push(svg('path', {d: `M${path}Z`, style: `color: var(--${colour})`}));
     below = above;
   }
   const peak = Math.max(...total);
-  const bounds = finite(memory.backward) ? [0, memory.backward, memory.update ?? total.length, total.length] : [0, total.length];
+  const {backward, update = total.length} = memory;
+  const bounds = finite(backward) ? [0, backward, update, total.length] : [0, total.length];
   const names = bounds.length > 2 ? ['forward', 'backward', 'update'] : ['forward alone'];
   names.forEach((name, pass) => {
     const [from, to] = [at(bounds[pass]), at(bounds[pass + 1])];
@@ -59,13 +67,15 @@ function memoryChart(memory, top, width) {
     if (to - from > name.length * 6) nodes.push(words(name, (from + to) / 2, 14, 'middle'));
   });
   const now = line(at(0), upper, at(0), lower, 'now');
-  const chart = picture(width, height, `Memory over one step: ${si(total[0], 'B')} at its beginning, ${si(peak, 'B')} at most.`, nodes,
-    svg('circle', {cx: at(total.indexOf(peak) + 0.5), cy: y(peak), r: 4, class: 'peak'}), words('operations, in the order they run →', width - 6, height - 6, 'end'), now);
+  nodes.push(svg('circle', {cx: at(total.indexOf(peak) + 0.5), cy: y(peak), r: 4, class: 'peak'}));
+  nodes.push(words('operations, in the order they run →', width - 6, height - 6, 'end'), now);
+  const label = `Memory over one step: ${si(total[0], 'B')} at its beginning, ${si(peak, 'B')} at most.`;
+  const chart = picture(width, height, label, nodes);
   chart.show = (phase) => {
     const times = bounds.length > 2 ? [0, BACKWARD, UPDATE, 1] : [0, 1];
     const pass = Math.max(0, times.findLastIndex((time) => time <= phase && time < 1));
-    const position = bounds[pass] + (bounds[pass + 1] - bounds[pass]) * (phase - times[pass]) / (times[pass + 1] - times[pass]);
-    now.setAttribute('transform', `translate(${at(position) - at(0)} 0)`);
+    const part = (phase - times[pass]) / (times[pass + 1] - times[pass]);
+    now.setAttribute('transform', `translate(${at(bounds[pass] + (bounds[pass + 1] - bounds[pass]) * part) - at(0)} 0)`);
     now.setAttribute('visibility', phase < 1 ? 'visible' : 'hidden');
   };
   chart.show(1);
@@ -78,7 +88,8 @@ function curveChart(points, width, height, label, format = round) {
   const last = points.at(-1)[0] || 1;
   const place = ([across, up]) => [x(Math.max(0, across / last)), y(Math.max(0, up))];
   const dot = svg('circle', {r: 4.5, class: 'dot'});
-  const chart = picture(width, height, label, nodes, svg('polyline', {points: points.map(place).join(' '), class: 'line'}),
+  nodes.push(svg('polyline', {points: points.map(place).join(' '), class: 'line'}));
+  const chart = picture(width, height, label, nodes,
     words('0', x(0), height - 6), words(count(last), x(1), height - 6, 'end'), dot);
   chart.show = (until) => {
     const point = points.findLast((each) => each[0] <= until) ?? points[0];
@@ -90,26 +101,24 @@ function curveChart(points, width, height, label, format = round) {
   return chart;
 }
 
-const legend = (pairs) => make('ul', {className: 'legend'}, pairs.map(([colour, ...text]) => make('li', {}, make('i', {className: colour, style: `color: var(--${colour})`}), ...text)));
+const legend = (pairs) => make('ul', {className: 'legend'}, pairs.map(([colour, ...text]) =>
+  make('li', {}, make('i', {className: colour, style: `color: var(--${colour})`}), ...text)));
 
 // A table whose rows begin with their name. A column whose head begins with a dot holds words.
 function table(caption, heads, rows) {
-  const cell = (tag, text, at) => make(tag, {className: heads[at][0] === '.' ? 'words' : ''}, text ?? '–');
-  return make('div', {className: 'scroll', tabIndex: 0, role: 'region', ariaLabel: caption}, make('table', {}, make('caption', {}, caption),
-    make('thead', {}, make('tr', {}, heads.map((head, at) => Object.assign(cell('th', head.replace('.', ''), at), {scope: 'col'})))),
-    make('tbody', {}, rows.map((row) => make('tr', {}, row.map((text, at) => (at ? cell('td', text, at) : Object.assign(cell('th', `${text}`, at), {scope: 'row'}))))))));
+  const cell = (tag, text, at, scope) => make(tag, {scope, className: heads[at][0] === '.' ? 'words' : ''}, text ?? '–');
+  const line = (row) => make('tr', {}, row.map((text, at) => cell(at ? 'td' : 'th', text, at, 'row')));
+  return make('div', {className: 'scroll', tabIndex: 0, role: 'region', ariaLabel: caption},
+    make('table', {}, make('caption', {}, caption),
+      make('thead', {}, make('tr', {}, heads.map((head, at) => cell('th', head.replace('.', ''), at, 'col')))),
+      make('tbody', {}, rows.map(line))));
 }
 
-const opened = new Set();  // tables that stay open when their chapter is drawn again
+const tables = {};
 
-// A table behind a line to open it; made when it is opened.
+// A table behind a line to open it, which stays open when its chapter is drawn again.
 function asTable(name, ...contents) {
-  const details = make('details', {open: opened.has(name)}, make('summary', {}, `As a table: ${name}`));
-  const fill = () => {
-    opened[details.open ? 'add' : 'delete'](name);
-    if (details.open && details.childNodes.length === 1) details.append(table(...contents.map((each) => (each instanceof Function ? each() : each))));
-  };
-  details.ontoggle = fill;
-  if (details.open) fill();
-  return details;
+  tables[name] ??= make('details');
+  tables[name].replaceChildren(make('summary', {}, `As a table: ${name}`), table(...contents));
+  return tables[name];
 }

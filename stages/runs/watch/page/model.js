@@ -4,7 +4,6 @@
 
 const GAP = 1;  // patches between tensors
 const BETWEEN = 3;  // patches between columns
-const TALLEST = 240;  // pixels
 const BACKWARD = 0.38;  // the parts of a step's time after which backward and update begin
 const UPDATE = 0.8;
 
@@ -41,31 +40,24 @@ function pack(tensors, width) {
   return {boxes, width: wide, height: y + high};
 }
 
-// Lays the model out for a picture of so many pixels: blocks that are large, dense and not too tall, and both ends as high as they.
+// Lays the model out for a picture of so many pixels: blocks as wide as one or two of their longest tensors, both ends as high.
 function layoutOf(begin, pixelsWide) {
   const tensors = Array.from({length: begin.layers + 2}, () => []);
   for (const tensor of begin.tensors) tensors[columnOf(begin, tensor)].push(tensor);
   const longest = Math.max(8, ...tensors.slice(1, -1).flat().flatMap((tensor) => [tensor.rows, tensor.columns]));
-  const patches = begin.tensors.reduce((sum, tensor) => sum + tensor.rows * tensor.columns, 0);
-  let best = {score: -1};
-  for (let times = 1; times < 7; times += 0.25) {
-    const columns = tensors.map((each) => pack(each, Math.floor(longest * times) + 1));
-    const height = Math.max(8, ...columns.slice(1, -1).map((column) => column.height));
-    for (const end of [0, columns.length - 1]) {
-      let width = 8;
-      do columns[end] = pack(tensors[end], width++); while (columns[end].height > height && width < 2000);
-    }
-    let x = 0;
-    for (const column of columns) {
-      column.x = x;
-      x += Math.max(column.width, 6) + BETWEEN;
-    }
-    const width = x - BETWEEN;
-    const tall = height * pixelsWide / width;
-    const score = tall > TALLEST ? 1 / tall : tall * (patches / width / height) ** 2;
-    if (score > best.score) best = {columns, width, height, score};
+  const times = pixelsWide / tensors.length > 120 ? 2 : 1;
+  const columns = tensors.map((each) => pack(each, (longest + GAP) * times));
+  const height = Math.max(8, ...columns.slice(1, -1).map((column) => column.height));
+  for (const end of [0, columns.length - 1]) {
+    let width = 8;
+    do columns[end] = pack(tensors[end], width++); while (columns[end].height > height && width < 2000);
   }
-  return best;
+  let x = 0;
+  for (const column of columns) {
+    column.x = x;
+    x += Math.max(column.width, 6) + BETWEEN;
+  }
+  return {columns, width: x - BETWEEN, height};
 }
 
 // 255 colours, from blue below zero over a ground to rust above it. The ground is greener the larger the `share` of weights
@@ -107,7 +99,8 @@ function paint(canvas, layout, valuesOf, coloursOf) {
 function changeOf(of, index, {path}) {
   const [now, before] = [pixels(of, index, path), pixels(of, Math.max(0, index - 1), path)];
   const moved = Float32Array.from(now.values, (value, at) => value * now.limit - before.values[at] * before.limit);
-  const scale = Math.max(2.5 * Math.sqrt(moved.reduce((sum, each) => sum + each ** 2, 0) / (moved.length || 1)), 4 * now.limit) || 1;
+  const rootMeanSquare = Math.sqrt(moved.reduce((sum, each) => sum + each ** 2, 0) / moved.length);
+  const scale = Math.max(2.5 * rootMeanSquare, 4 * now.limit) || 1;
   return Int8Array.from(moved, (each) => Math.max(-127, Math.min(127, Math.round(127 * each / scale))));
 }
 
@@ -134,22 +127,26 @@ function drawModel() {
     const names = at && at <= begin.layers ? [name, name.slice(6)] : [name, name.slice(0, 5), name[0]];
     const fits = names.find((text) => text.length * 7 < pixelsWide + 4) ?? '';
     const bar = make('i', {style: `height: ${finite(norms[at]) ? Math.max(4, 100 * norms[at] / largest) : 0}%`});
-    return make('div', {style: `left: ${percent(column.x)}; width: ${percent(column.width)}; --at: ${1 - (column.x + column.width) / layout.width}`},
-      make('span', {}, fits), make('div', {}, bar), make('b', {}, pixelsWide > 28 && finite(norms[at]) ? round(norms[at], 2) : ''));
+    const reached = 1 - (column.x + column.width) / layout.width;
+    return make('div', {style: `left: ${percent(column.x)}; width: ${percent(column.width)}; --at: ${reached}`},
+      make('span', {}, fits), make('div', {}, bar),
+      make('b', {}, pixelsWide > 28 && finite(norms[at]) ? round(norms[at], 2) : ''));
   }));
   const first = firstTrainable(begin);
   figure.className = isAnswering() ? 'answer' : first ? 'stops' : '';
   figure.style.setProperty('--stop', isAnswering() ? 1 : layout.columns[first].x / layout.width);
+  const end = first ? `, as far as ${columnName(begin, first)}: nothing before it trains` : '';
   $('backward').textContent = isAnswering() ? 'backward: nothing comes back. No error, no gradient, no update.'
-    : `backward: gradients come back, with the norm of each layer${first ? `, as far as ${columnName(begin, first)}: nothing before it trains` : ''}`;
+    : `backward: gradients come back, with the norm of each layer${end}`;
   $('update').textContent = isAnswering() ? 'change over all answers: none' : 'update: what changed since the frame before';
-  $('model-weights').ariaLabel = `The weights: ${begin.layers} blocks between embedding and head. Activations go from left to right. ${$('backward').textContent}.`;
+  $('model-weights').ariaLabel = `The weights: ${begin.layers} blocks between embedding and head; ${$('backward').textContent}`;
 }
 
 // Shows the passes at a part of a step's time; 1 shows all of it. Answering is forward alone, once for each token.
 function drawPass(phase) {
   const part = (from, to) => Math.max(0, Math.min(1, (phase - from) / (to - from)));
   const forward = phase === 1 ? 1 : isAnswering() ? phase * 4 % 1 : part(0, BACKWARD);
-  for (const [name, value] of Object.entries({forward, backward: part(BACKWARD, UPDATE), update: part(UPDATE, 1)})) $('model').style.setProperty(`--${name}`, value);
+  const passes = {forward, backward: part(BACKWARD, UPDATE), update: part(UPDATE, 1)};
+  for (const [name, value] of Object.entries(passes)) $('model').style.setProperty(`--${name}`, value);
   $('model').classList.toggle('moving', phase < 1);
 }

@@ -9,7 +9,8 @@ function when() {
   const frame = frames()[state.frame];
   if (!frame) return 'no frame';
   if (isAnswering()) return `answer ${state.frame + 1} of ${frames().length}`;
-  return `step ${count(frame.step)} of ${count(Math.max(life().begin.steps ?? 0, frames().at(-1).step))} · ${frame.seconds.toFixed(1)} s`;
+  const last = Math.max(life().begin.steps ?? 0, frames().at(-1).step);
+  return `step ${count(frame.step)} of ${count(last)} · ${frame.seconds.toFixed(1)} s`;
 }
 
 // Draws what another frame changes.
@@ -24,7 +25,8 @@ function drawFrame() {
 
 // Draws what another life, width or theme changes.
 function draw() {
-  for (const button of document.querySelectorAll('#lives button, #ways button')) button.ariaPressed = [state.life, state.way].includes(button.value);
+  const isChosen = ({value}) => [state.life, state.way].includes(value);
+  for (const button of document.querySelectorAll('#bar button[value]')) button.ariaPressed = isChosen(button);
   $('ways').hidden = state.life !== 'fine-tune';
   drawCurves();
   drawMemory();
@@ -77,7 +79,8 @@ function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || (target.matches('input') && target.id !== 'scrub')) return;
   const life = Object.keys(BUTTONS)[Number(key) - 1];
   const ways = Object.keys(WAYS);
-  if (life) choose(life, life === 'fine-tune' && state.life === life ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
+  const isAgain = life === 'fine-tune' && state.life === life;
+  if (life) choose(life, isAgain ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
   else if (key === 'ArrowLeft' || key === 'ArrowRight') {
     play(false);
     show(state.frame + (key === 'ArrowLeft' ? -1 : 1));
@@ -115,11 +118,13 @@ function refuse(sentence) {
 
 // Returns what keeps a document from being shown, in a sentence, or nothing.
 function problem(recording) {
-  if (!recording?.lives || typeof recording.lives !== 'object') return 'This page holds no recording of a model’s lives, or one of another format. python -m bench.lives makes one.';
+  if (!recording?.lives || typeof recording.lives !== 'object') {
+    return 'This page holds no recording of a model’s lives, or one of another format. python -m bench.lives makes one.';
+  }
   const lives = Object.entries(recording.lives).filter(([, each]) => each?.frames?.length);
   if (!lives.length && !recording.live) return 'This recording is empty: it has no frame of any life.';
-  const [name] = lives.find(([life, {begin}]) => !(life in LIVES) || !Array.isArray(begin?.tensors) || !finite(begin.layers)) ?? [];
-  return name && `The life “${name}” of this recording is of another format: the page does not know it, or not its tensors.`;
+  const [name] = lives.find(([life, {begin}]) => !LIVES[life] || !Array.isArray(begin?.tensors) || !finite(begin.layers)) ?? [];
+  return name && `The life “${name}” of this recording is of another format: the page does not know it, or its tensors.`;
 }
 
 function start() {
@@ -133,10 +138,12 @@ function start() {
     return refuse(sentence);
   }
   state.recording = recording;
-  const {params, layers} = recording;
-  $('about').textContent = `The same model${params ? `, ${count(params)} weights in ${layers} blocks,` : ''} is trained from random weights, fine-tuned, and asked: what moves, what comes back, and what it costs.`;
+  const size = recording.params ? `, ${count(recording.params)} weights in ${recording.layers} blocks,` : '';
+  $('about').textContent = `The same model${size} is trained from random weights, fine-tuned, and asked: what moves, what `
+    + 'comes back, and what it costs.';
   const button = (value, act, ...text) => make('button', {type: 'button', value, onclick: act}, ...text);
-  $('lives').append(...Object.entries(BUTTONS).map(([life, text], at) => button(life, () => choose(life), make('kbd', {}, at + 1), text)));
+  $('lives').append(...Object.entries(BUTTONS).map(([life, text], at) =>
+    button(life, () => choose(life), make('kbd', {}, at + 1), text)));
   $('ways').append(...Object.entries(WAYS).map(([way, text]) => button(way, () => choose('fine-tune', way), text)));
   $('play').onclick = () => play();
   $('scrub').oninput = ({target}) => {
@@ -158,5 +165,5 @@ function start() {
   drawPhase(1);
 }
 
-addEventListener('error', ({message}) => refuse(`Something on this page went wrong, and what it shows may be incomplete: ${message}`));
+addEventListener('error', ({message}) => refuse(`Something went wrong, and this page may be incomplete: ${message}`));
 start();

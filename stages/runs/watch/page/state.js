@@ -1,5 +1,5 @@
 'use strict';
-// What the page knows: the recording, whose lives are built of events, and what is chosen. Drawing reads it and changes nothing.
+// What the page knows: the recording, whose lives are built of events, and what is chosen. Drawing reads it, no more.
 
 const WAYS = {'frozen': 'Half frozen', 'lora': 'LoRA', 'all': 'All weights'};
 const state = {recording: {lives: {}}, life: 'train', way: 'frozen', frame: 0, playing: false};
@@ -48,10 +48,10 @@ function pixels(of, index, path) {
 const sizeOf = (tensor) => tensor.shape.reduce((product, each) => product * each, 1);
 
 // Columns of the model's picture: 0 is the embedding, then come the blocks, last the head.
-const columnOf = (begin, {layer, path}) => (Number.isInteger(layer) ? layer + 1 : path.startsWith('embed') ? 0 : begin.layers + 1);
+const columnOf = ({layers}, {layer, path}) => (Number.isInteger(layer) ? layer + 1 : path.startsWith('embed') ? 0 : layers + 1);
 const columnName = (begin, column) => (column === 0 ? 'embedding' : column > begin.layers ? 'head' : `block ${column - 1}`);
 // Backward goes no further to the left than the first column that trains.
-const firstTrainable = (begin) => Math.min(...begin.tensors.filter((each) => each.trainable).map((each) => columnOf(begin, each)));
+const firstTrainable = (begin) => columnOf(begin, begin.tensors.find((tensor) => tensor.trainable));
 
 // The norm of the gradient of each column; undefined where there is none.
 function columnNorms(begin, frame) {
@@ -65,7 +65,7 @@ function columnNorms(begin, frame) {
 }
 
 // Bytes at each position of a step, over all kinds.
-const sums = (memory) => Object.values(memory.bytes).reduce((total, list) => list.map((bytes, at) => bytes + (total[at] ?? 0)), []);
+const sums = ({bytes}) => Object.values(bytes).reduce((total, list) => list.map((each, at) => each + (total[at] ?? 0)), []);
 
 const finite = (number) => Number.isFinite(number);
 const times = (ratio) => (finite(ratio) ? ratio.toFixed(2) : '–');

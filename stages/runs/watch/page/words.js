@@ -1,7 +1,7 @@
 'use strict';
 // The sentences of the page that depend on the life that is shown, or on the recording's numbers.
 
-const WHY = 'The learning rate begins at 0, so the first step changes nothing. A head of its own begins at zero, and until it has moved, no gradient passes through it to the layers before. LoRA’s b begins at zero too, and until it has moved, a gets no gradient.';
+const WHY = 'Some weights stand still in the first frames: the learning rate begins at 0, so the first step changes nothing. A head of its own begins at zero, and until it has moved, no gradient passes through it to the layers before. LoRA’s b begins at zero too, and until it has moved, a gets no gradient.';
 const LIVES = {
   'train': {
     name: 'Training', title: 'Training moves every weight', predicted: 0,
@@ -35,8 +35,23 @@ const LIVES = {
   },
 };
 const KIND_WORDS = {
-  'parameters': 'the weights', 'optimizer state': 'two numbers for each weight that trains', 'KV cache': 'notes on the tokens read so far',
-  'gradients': 'how the error changes with each weight', 'residuals': 'activations that forward keeps for backward', 'temporaries': 'used at once and dropped',
+  'parameters': 'the weights', 'optimizer state': 'two numbers for each weight that trains',
+  'KV cache': 'notes on the tokens read so far', 'gradients': 'how the error changes with each weight',
+  'residuals': 'activations that forward keeps for backward', 'temporaries': 'used at once and dropped',
+};
+// Under each picture one sentence or two.
+const SAY = {
+  text: 'The model is given the grey words and writes on, always with the token that it finds most likely. The words are the same in every frame; the weights alone differ.',
+  curves: 'From left to right are the steps; the dot is at the frame that is shown. Bits per byte say how well the model guesses a text that it never trains on: fewer are better.',
+  step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. All pictures of a step have one height scale, and are drawn from the program that the compiler, XLA, made.',
+  cache: 'Answering holds the weights and a KV cache, which grows by the same few bytes with every token and is dropped when the answer ends.',
+  cost: 'Forward is one, and backward is two more: one to find how the error changes with each layer’s input, one for the weights themselves. A frozen half spares half of both, LoRA nearly all of the second. The update and reading from memory come on top, so that seconds are not quite operations.',
+  bill: 'What one token costs: operations (multiplications and additions) and seconds, both measured; × is beside answering. Dollars and watt-hours are for a million tokens.',
+  requests: 'The same weights answer both at the same time, and neither knows of the other: change the words that one sends, and its answer changes; close it, and it is gone.',
+  closed: 'Closed: its text and its KV cache are gone. Nothing of it is left in the model, and the other request never saw it.',
+  recorded: 'Every figure is of one recording of one real model. The page asks no network.',
+  here: ', in the file beside this page: a model of 202,176 weights learns a text of yours.',
+  live: 'This page is fed by a run that goes on now.',
 };
 
 // The questions of a learner and their answers, as pairs.
@@ -55,6 +70,6 @@ function questions() {
     'Why does training need more memory than answering?': `Backward needs what each layer computed on the way forward, so all of it is kept until backward comes by; beside each weight that trains lie its gradient and two numbers of the optimizer. Answering holds the weights and a KV cache.${lives.train?.memory && answer?.memory ? ` Training peaks at **${peak(lives.train)}**, answering at **${peak(answer)}**.` : ''}`,
     'Is fine-tuning cheaper than training?': 'A token of it is hardly cheaper: 2 to 3 forward passes instead of 3. Fine-tuning is cheap because it begins with a model that can already write, and so reads few texts.',
     'Fine-tune, or put what it must know into the question?': 'What stands in the question is read again with every request, at one forward pass a token, and leaves nothing behind. Fine-tuning is paid once, at 2 to 3 forward passes a token, and the weights keep it.',
-    'Why do some weights stand still in the first frames?': WHY,
+    'Why do some weights stand still in the first frames?': WHY.replace(/.*frames: t/, 'T'),
   });
 }
