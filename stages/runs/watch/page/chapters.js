@@ -57,12 +57,13 @@ function drawWeights() {
 }
 
 const card = (title, ...contents) => make('div', {className: 'card'}, make('h3', {}, title), contents);
-const exchange = ({prompt, text}) => [make('b', {}, prompt), '\n', text];
+const exchange = ({prompt, text}) => [make('b', {}, prompt), /^\s/.test(text) ? '' : '\n', text];
 
 function drawText() {
   const frame = frames()[state.frame];
+  const isTraining = state.life === 'train';
   $('text-title').textContent = isAnswering() ? 'It answers, and is the same model afterwards'
-    : state.life === 'train' ? 'From noise to words' : 'The same question, before and after';
+    : isTraining ? 'From noise to words' : 'The same question, before and after';
   if (!frame) return fill('text', lack());
   if (isAnswering()) {
     const {asked, tokens, seconds, answers: all} = answers();
@@ -73,10 +74,11 @@ function drawText() {
         all.map((each, at) => [at + 1, each.prompt, each.text]))]);
   }
   const {begin, before, after, frames: all} = life();
-  const written = (title, text) => card(title, make('p', {}, text ?? '–'));
+  const text = frame.sample ?? '';
+  const written = (title, sample) => card(title, make('p', {}, sample?.trim() ?? '–'));
   fill('text', '', [
-    after ? make('div', {className: 'panels two'}, written('Before fine-tuning', before), written('After it', after)) : '',
-    make('p', {className: 'sample'}, make('b', {}, begin.prompt ?? ''), state.life === 'train' ? '' : '\n', frame.sample ?? ''),
+    make('p', {className: 'sample'}, make('b', {}, begin.prompt ?? ''), isTraining ? text : `\n${text.trim()}`),
+    isTraining ? '' : make('div', {className: 'panels two'}, written('Before fine-tuning', before), written('After it', after)),
     say(SAY.text),
     asTable('the text of every frame', 'The text after each recorded step.', ['step', '.text'],
       all.map(({step, sample}) => [step, sample]))]);
@@ -86,6 +88,7 @@ let curves = [];
 const NAMES = {
   loss: 'error (loss)', grad_norm: 'gradient norm', learning_rate_factor: 'learning rate, of its largest',
   tokens_per_second: 'tokens a second', quick_val_bits_per_byte: 'bits per byte, on other text',
+  val_nats_per_token: 'error on other text',
 };
 
 // Small multiples of all that the run wrote down. Another frame moves only their dots.
@@ -100,6 +103,9 @@ function drawCurves() {
     return {title, value, points, figure: make('figure', {}, make('h3', {}, title, value))};
   });
   $('curves').closest('section').hidden = !curves.length;
+  const [first, last] = [0, -1].map((at) => [...series.loss?.values() ?? []].at(at));
+  $('curves-title').textContent = first > last ? `The error falls from ${round(first)} to ${round(last)}`
+    : 'The error while it learns';
   const all = [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b);
   $('curves').replaceChildren(
     make('div', {className: 'panels'}, curves.map((curve) => curve.figure)),
@@ -172,8 +178,9 @@ function drawCost() {
   const share = (ratio) => `${100 * ratio / longest}%`;
   const bar = (ratio, colour) =>
     make('p', {}, make('i', {style: `color: var(--${colour}); width: ${share(ratio ?? 0)}`}), `${times(ratio)} ×`);
-  const bars = cost.map((row) => make('div', {}, make('span', {}, name(row)), make('div', {},
-    bar(row.counted_ratio, 'blue'), bar(row.time_ratio, 'amber'), make('u', {style: `left: ${share(onPaper(row))}`}))));
+  const mark = (row) => (onPaper(row) ? make('u', {style: `left: ${share(onPaper(row))}`}) : '');
+  const bars = cost.map((row) => make('div', {}, make('span', {}, name(row)),
+    make('div', {}, bar(row.counted_ratio, 'blue'), bar(row.time_ratio, 'amber'), mark(row))));
   const bill = make('div');
   const field = (id, text, value) => make('label', {}, text,
     make('input', {id, type: 'number', min: 0, step: 'any', value: value ?? '', placeholder: 'not known', oninput: drawBill}));
@@ -185,7 +192,7 @@ function drawCost() {
     bill.replaceChildren(table(SAY.bill,
       ['life', '.passes', 'operations', '×', 'seconds', '×', 'on paper', 'memory', 'dollars', 'watt-hours'],
       cost.map((row) => [name(row), row.passes, si(row.flops_per_token, ''), times(row.counted_ratio),
-        si(row.seconds_per_token, 's'), times(row.time_ratio), onPaper(row), si(row.bytes, 'B'), ...million(row)])));
+        si(row.seconds_per_token, 's'), times(row.time_ratio), onPaper(row) ?? '–', si(row.bytes, 'B'), ...million(row)])));
   }
   drawBill();
   fill('cost', '', [

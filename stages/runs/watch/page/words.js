@@ -10,8 +10,8 @@ const LIVES = {
     laws: ['tests/by_hand/test_by_hand_training.py'],
   },
   'frozen': {
-    name: 'Half frozen', title: 'Frozen weights do not move by one bit', predicted: 1,
-    lead: 'Fine-tuning goes on with a trained model and a small text. Here the first half of the model is frozen: its weights take part in every guess, and no update reaches them.',
+    name: 'Half frozen', title: 'Frozen weights do not move by one bit',
+    lead: 'Fine-tuning goes on with a trained model and a small text. Here about half of the model is frozen, the embedding and the first blocks: they take part in every guess, and no update reaches them.',
     say: 'The gradient comes back from the right and stops at the last layer that needs it, so nothing is green to the left of there.',
     laws: ['tests/laws/test_frozen.py'],
   },
@@ -42,10 +42,10 @@ const KIND_WORDS = {
 // Under each picture one sentence or two.
 const SAY = {
   text: 'The model is given the grey words and writes on, always with the token that it finds most likely. The words are the same in every frame; the weights alone differ.',
-  curves: 'From left to right are the steps; the dot is at the frame that is shown. Bits per byte say how well the model guesses a text that it never trains on: fewer are better.',
+  curves: 'From left to right are the steps; the dot is at the frame that is shown. Other text is text that it never trains on; there, too, less is better.',
   step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. All pictures of a step have one height scale, and are drawn from the program that the compiler, XLA, made.',
   cache: 'Answering holds the weights and a KV cache, which grows by the same few bytes with every token and is dropped when the answer ends.',
-  cost: 'Forward is one, and backward is two more: one to find how the error changes with each layer’s input, one for the weights themselves. A frozen half spares half of both, LoRA nearly all of the second. The update and reading from memory come on top, so that seconds are not quite operations.',
+  cost: 'Forward is one, and backward is two more: one to find how the error changes with each layer’s input, one for the weights themselves. A frozen beginning spares its share of both, LoRA nearly all of the second. The update and reading from memory come on top, so that seconds are not quite operations.',
   bill: 'What one token costs: operations (multiplications and additions) and seconds, both measured; × is beside answering. Dollars and watt-hours are for a million tokens.',
   requests: 'The same weights answer both at the same time, and neither knows of the other: change the words that one sends, and its answer changes; close it, and it is gone.',
   closed: 'Closed: its text and its KV cache are gone. Nothing of it is left in the model, and the other request never saw it.',
