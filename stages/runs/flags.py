@@ -29,6 +29,10 @@ class FolderFlags:
     """Steps (or rounds) between lines of metrics.jsonl."""
     record: Annotated[Path | None, parser(path, "FILE"), default("off")] = None
     """Record how the weights move: some 21 of their states, as lines of JSON. Changes nothing of the run."""
+    watch: Annotated[int | None, parser(integer(0, 65535), "PORT"), default("off")] = None
+    """Show the run on a page at 127.0.0.1:PORT while it goes on: curves, weights, texts. 0 takes a free port."""
+    tensorboard: Annotated[bool, default("off")] = False
+    """Write the numbers of metrics.jsonl for TensorBoard too, into the run folder."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A run folder: the files of one training run, and the lock that holds it for one process.
 
-Beside what engine/storage/run_folder.py lists it holds metrics.jsonl, a line every few steps, and samples/STEP.txt. A folder
-with files but no run.json is never written to.
+Beside what engine/storage/run_folder.py lists it holds metrics.jsonl, a line every few steps, samples/STEP.txt, and perhaps
+tensorboard/. A folder with files but no run.json is never written to.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.run_folder import ADAPTER, ROOT, read_json
 
-RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
+RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tensorboard", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
 
 
 def default_folder(model: str, data: str) -> Path:

@@ -41,7 +41,8 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `mesh`: the devices that share a step, if there are several. `record`: see `file_sink`.
+    than EVALUATION_SHARE of the time. `mesh`: the devices that share a step, if there are several. `record`: see `file_sink`;
+    `watch`: a port.
     """
 
     stage: str
@@ -55,6 +56,8 @@ class RunOptions:
     eval_every: int | float | None = None
     mesh: MeshShape | None = None
     record: Path | None = None
+    watch: int | None = None
+    tensorboard: bool = False
 
 
 class StepTimer:
@@ -274,7 +277,7 @@ class Loop:
         self.recorder.event(event, **fields)
 
     def _record(self, steps: Steps, state: TrainState) -> None:
-        if not self.recorder.sinks:
+        if not self.recorder.wants_frame(self.loop_state.step):
             return
         with _returning_freed_memory(steps.buffer_bytes):
             self.recorder.frame(state.trainable, self.loop_state.step, self.loop_state.seconds, steps.trained_batch)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a recorded sample at m
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns the exit code: 0, or 128 + the signal that stopped it."""
-    if options.record and options.mesh and options.mesh.devices > 1:
-        raise UserError(f"--record takes a run on one device, and this one lies on {options.mesh.devices}. Leave it out.")
+    if (options.record or options.watch is not None) and options.mesh and options.mesh.devices > 1:
+        flag = "--record" if options.record else "--watch"
+        raise UserError(f"{flag} takes a run on one device, and this one lies on {options.mesh.devices}. Leave it out.")
     with Console() as console:
         processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here
@@ -51,16 +52,36 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
         options = dataclasses.replace(options, device=device_with_mesh(options.device, options.mesh))
         holds_run(options.folder)  # raises for an unusable folder, before minutes of preparation
         first = processes.is_first()
-        with lock_run(options.folder) if first else contextlib.nullcontext():
+        with lock_run(options.folder) if first else contextlib.nullcontext(), _recording(options, console) as recorder:
             processes.refuse_unshared(options.folder)
             with processes.process_0_first():
                 stage = make_stage(console)
                 stage.load_weights()
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                return _execute(options, stage, console)
+                return _execute(options, stage, console, recorder)
 
 
-def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
+@contextlib.contextmanager
+def _recording(options: RunOptions, console: Console) -> Iterator[Recorder]:
+    """Yields what takes the run's events, if anything does; only what is asked for is imported."""
+    sinks, is_watched = [], lambda: False
+    with contextlib.ExitStack() as stack:
+        if options.record:
+            sinks.append(file_sink(options.record))
+        if options.tensorboard and processes.is_first():
+            from stages.runs.watch.tensorboard import tensorboard_sink
+
+            sinks.append(stack.enter_context(tensorboard_sink(options.folder / "tensorboard")))
+        if options.watch is not None:
+            from stages.runs.watch.server import serving
+
+            watch = stack.enter_context(serving(options.watch))
+            console.print_rows([("watch", watch.url)])
+            sinks, is_watched = [*sinks, watch], watch.is_watched
+        yield Recorder(sinks, console.print, bool(options.record), is_watched)
+
+
+def _execute(options: RunOptions, stage: Stage, console: Console, recorder: Recorder) -> int:
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
     metadata = run_metadata(options, plan, stage.metadata)
     stage.place()
@@ -91,13 +112,12 @@ def _execute(options: RunOptions, stage: Stage, console: Console) -> int:
             save_tokenizer(folder / "tokenizer", stage.tokenizer, stage.stop_token_ids, stage.sampling)
             write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.trainable)
-    recorder = Recorder([file_sink(options.record)] if options.record else [], console.print)
     loop = Loop(plan, options, stage.frozen_as_loaded, loop_state, console, recorder)
     if plan.progress(loop_state.step, loop_state.seconds) < 1:
         saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         steps = stage.prepare_steps(state, loop_state)
-        if recorder.sinks:
+        if options.record or options.watch is not None:
             _begin_recording(options.stage, stage, recorder, state, loop_state)
         state, code = loop.run(steps, state)
         console.close_live()

@@ -13,6 +13,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from stages.runs.watch import __main__ as watch
 from stages.runs.watch.page import page_html
+from stages.runs.watch.server import serving
 
 LAYERS, WIDTH, VOCAB, FRAMES = 2, 6, 20, 4
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
@@ -36,7 +37,7 @@ def life(way: str) -> dict:
     trained = [path for path, _, _, trains in tensors if trains]
     begin = {
         "event": "begin", "stage": "train" if way == "train" else "finetune", "step": 0, "steps": 40, "prompt": "The sea ",
-        "command": f"python -m stages.{way}", "layers": LAYERS, "width": WIDTH, "params": sum(sizes.values()),
+        "name": "tiny", "command": f"python -m stages.{way}", "layers": LAYERS, "width": WIDTH, "params": sum(sizes.values()),
         "trainable": sum(sizes[path] for path in trained),
         "tensors": [
             {
@@ -244,16 +245,16 @@ def test_what_is_missing_is_said_in_a_sentence(browser, open_page, document, cha
 
 def test_events_one_by_one_make_the_same_page(browser, open_page, document):
     open_page({"lives": {"train": document["lives"]["train"]}})
-    parts = "#changed, #changed-of, #when, .sample, #columns, #curves"
-    whole = texts(browser, parts)
-    see = open_page({"lives": {}, "live": True})
-    assert see("#changed-of") == "The first frame is on its way."
+    see = lambda: [texts(browser, part) for part in ("#changed", "#changed-of", "#when", ".sample", "#columns", "#curves")]
+    whole = see()
     recorded = document["lives"]["train"]
-    events = [recorded["begin"], *recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]]
-    for event in events:
-        browser.execute_script("receive(arguments[0])", event)
-    WebDriverWait(browser, 10, 0.05).until(lambda _: texts(browser, parts) == whole)
-    assert "Nothing was asked" not in see("body")
+    with serving(0) as served:
+        browser.get(served.url)
+        assert texts(browser, "#changed-of") == ["The first frame is on its way."]
+        for event in (recorded["begin"], *recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]):
+            served(event)
+        WebDriverWait(browser, 10, 0.05).until(lambda _: see() == whole)
+        assert "Nothing was asked" not in browser.find_element("tag name", "body").text
 
 
 def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, capsys):

@@ -295,7 +295,7 @@ OTHER = {
 }  # fmt: skip
 BESIDE = {
     "preset", "model", "out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose",
-    "record", "mesh", "processes", "process", "coordinator", "join_within", "accelerator",
+    "record", "watch", "tensorboard", "mesh", "processes", "process", "coordinator", "join_within", "accelerator",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ in `limits`, times 127. A run that is resumed goes on in the file.
 import base64
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from stages.runs.folder import JsonLines, replace_nonfinite
 FIRST, PARTS = 4, 16
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
 ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
+WATCHING = 0.01  # the share of the time that frames take which nobody but a watcher asked for
 
 Sink = Callable[[dict[str, Any]], object]
 
@@ -51,15 +53,20 @@ def file_sink(path: Path) -> Sink:
 class Recorder:
     """Gives the events of a run to `sinks`; without any it does nothing.
 
+    Where the run is not `recorded`, frames are made while it `is_watched` alone, as often as WATCHING allows.
     It reads weights and changes none, and never ends the run: of what goes wrong `say` gets a sentence, once, and the sink, or
     the recording, ends. Takes three times the memory of the trainable weights and once that of the frozen ones.
     """
 
-    def __init__(self, sinks: Sequence[Sink], say: Callable[[str], None]) -> None:
-        self.sinks, self.say = [*sinks], say
+    def __init__(
+        self, sinks: Sequence[Sink], say: Callable[[str], None], recorded: bool = True,
+        is_watched: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.sinks, self.say, self.recorded, self.is_watched = [*sinks], say, recorded, is_watched
         self.shown: dict[str, np.ndarray] = {}  # the weights of the last frame
         self.pixels: dict[str, tuple[str, float]] = {}  # its mosaics, each with its limit
         self.frame_step, self.part, self.digest = -1, 0, ""
+        self.frames, self.rests_until = 0, 0.0
         self.before: Any = None  # the trainable weights before a step whose frame is due
         self.norms: Callable[..., Any] | None = None
 
@@ -77,20 +84,20 @@ class Recorder:
         with self._going_on():
             self.frozen, self.sample, self.digest_of, self.compile_norms = frozen, sample, digest, compile_norms
             places = {path: place for place, path in enumerate(order)}
-            trained, still = _arrays(trainable), _arrays(frozen)
+            trained, still = _shapes(trainable), _shapes(frozen)
             # An array in a leaf, such as a LoRA's `a`, lies at the leaf's place.
             place = lambda path: (places.get(path, places.get(path.rpartition("/")[0], len(places))), path in trained, path)
             self.paths, self.trained = sorted(trained | still, key=place), set(trained)
-            self.shown = trained | still
-            shapes = {path: self.shown[path].shape for path in self.paths}
+            shapes = trained | still
             self.patch = _patch([*shapes.values()])
             tensors = []
-            for path, shape in shapes.items():
+            for path in self.paths:
+                shape = shapes[path]
                 rows, columns = _grid(shape, self.patch)
                 layer = int(path.split("/")[1]) if path.startswith("blocks/") else None
                 kind = {"path": path, "shape": shape, "layer": layer, "trainable": path in trained}
                 tensors.append(kind | {"rows": rows, "columns": columns})
-            trainable_count, frozen_count = (sum(array.size for array in arrays.values()) for arrays in (trained, still))
+            trainable_count, frozen_count = (sum(map(math.prod, each.values())) for each in (trained, still))
             header |= {"params": trainable_count + frozen_count, "trainable": trainable_count, "tensors": tensors}
         self.event("begin", **header)
 
@@ -103,16 +110,20 @@ class Recorder:
     def before_step(self, trainable: Any, step: int, progress: float) -> bool:
         """Keeps the weights if the frame of the next step, the `step`-th, is due at this `progress`; returns whether it is."""
         part = int(progress * PARTS)
-        if self.sinks and (step <= FIRST or part > self.part):
+        is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
+        if self.sinks and (step <= FIRST or part > self.part if self.recorded else is_asked_for):
             self.part = max(part, self.part)
             with self._going_on():
                 self.before = jax.tree.map(jnp.copy, trainable)  # the step takes the place of the weights
         return self.before is not None
 
+    def wants_frame(self, step: int) -> bool:
+        is_wanted = self.recorded or self.before is not None or self.is_watched()
+        return bool(self.sinks) and step != self.frame_step and is_wanted
+
     def frame(self, trainable: Any, step: int, seconds: float, batch: Any = None) -> None:
         """Records the weights after a step, unless they are. `batch`: what the step was trained on."""
-        if not self.sinks or step == self.frame_step:
-            return
+        begin = time.monotonic()
         fields: dict[str, Any] = {}
         with self._going_on():
             if batch is not None and self.before is not None:
@@ -121,7 +132,8 @@ class Recorder:
                 fields["gradient_norms"] = {path: float(norms[path]) for path in self.paths if path in norms}
             self.before = None
             copies = jax.tree.map(jnp.copy, trainable)  # a view of the weights themselves would keep the next step from them
-            now = _arrays(copies, copy=False) | _arrays(self.frozen, copy=False)
+            now = _arrays(copies, copy=False) | _arrays(self.frozen, copy=not self.shown)
+            self.shown = self.shown or now
             changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
             self.shown |= {path: now[path] for path in self.trained}
             self.pixels |= {
@@ -138,9 +150,13 @@ class Recorder:
                 "sample": self.sample(copies),
             }
         self.event("frame", step=step, seconds=seconds, **fields)
+        self.frames += 1
+        took = time.monotonic() - begin if self.frames > 2 else 0.0  # the first two also compile
+        self.rests_until = begin + took / WATCHING
 
     def end(self, step: int, seconds: float, result: dict[str, Any]) -> None:
-        self.event("end", step=step, seconds=seconds, digest=self.digest, result=result)
+        digest = self.digest if step == self.frame_step else None
+        self.event("end", step=step, seconds=seconds, digest=digest, result=result)
 
     @contextlib.contextmanager
     def _going_on(self, sinks: Sequence[Sink] | None = None) -> Iterator[None]:
@@ -158,6 +174,10 @@ class Recorder:
 def _arrays(tree: Any, copy: bool = True) -> dict[str, np.ndarray]:
     """Returns the arrays of a tree by path, on the host; without `copy` perhaps the very memory of the tree's."""
     return {"/".join(path): np.asarray(jnp.copy(leaf) if copy else leaf) for path, leaf in leaves_by_path(tree).items()}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {"/".join(path): leaf.shape for path, leaf in leaves_by_path(tree).items()}
 
 
 def _changed(before: np.ndarray, now: np.ndarray) -> int:

@@ -1,5 +1,5 @@
 'use strict';
-// The page itself: buttons, keyboard and clock, and what is drawn when. A live page hands every event to `receive`.
+// The page itself: buttons, keyboard and clock, and what is drawn when.
 
 const FRAME_SECONDS = 1.8;
 const BUTTONS = {'train': 'Train', 'fine-tune': 'Fine-tune', 'answer': 'Answer'};
@@ -77,7 +77,7 @@ function tick(now) {
 function press(event) {
   const {key, target} = event;
   if (event.ctrlKey || event.metaKey || event.altKey || (target.matches('input') && target.id !== 'scrub')) return;
-  const life = Object.keys(BUTTONS)[Number(key) - 1];
+  const life = !state.recording.live && Object.keys(BUTTONS)[Number(key) - 1];
   const ways = Object.keys(WAYS);
   const isAgain = life === 'fine-tune' && state.life === life;
   if (life) choose(life, isAgain ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
@@ -87,28 +87,6 @@ function press(event) {
   } else if (key === ' ' && !target.matches('button:not(#bar [aria-pressed=true]), summary')) play();
   else return;
   event.preventDefault();
-}
-
-let isWaiting = false;
-
-// Takes an event of a run that goes on. The page follows the newest frame unless an earlier one was chosen.
-function receive(event) {
-  const {lives} = state.recording;
-  if (event.event === 'begin') {
-    state.way = lifeOf(event);
-    state.life = state.way === 'train' ? 'train' : 'fine-tune';
-    lives[state.way] = {};
-  }
-  if (!lives[state.way]) return;
-  const follows = state.frame >= frames().length - 1;
-  fold(lives[state.way], event);
-  if (follows) state.frame = Math.max(0, frames().length - 1);
-  if (isWaiting) return;
-  isWaiting = true;
-  requestAnimationFrame(() => {
-    isWaiting = false;
-    draw();
-  });
 }
 
 function refuse(sentence) {
