@@ -53,7 +53,7 @@ function drawWeights() {
   };
   $('weights').replaceChildren(say(sentence), isAnswering() ? '' : say(WHY), law(...laws),
     asTable('every tensor at this frame', $('backward').textContent,
-      ['tensor', 'shape', 'trains', 'changed', 'full colour at', 'gradient norm'], of.begin.tensors.map(row)));
+      ['tensor', 'shape', 'trains', 'changed', 'full colour at', 'gradient norm'], () => of.begin.tensors.map(row)));
 }
 
 const card = (title, ...contents) => make('div', {className: 'card'}, make('h3', {}, title), contents);
@@ -71,7 +71,7 @@ function drawText() {
       make('p', {className: 'sample'}, exchange(frame)),
       say(`One of ${count(asked)} answers: ${count(tokens)} tokens in ${round(seconds)} seconds.`),
       asTable('answers', 'What was asked, and what was answered.', ['number', '.question', '.answer'],
-        all.map((each, at) => [at + 1, each.prompt, each.text]))]);
+        () => all.map((each, at) => [at + 1, each.prompt, each.text]))]);
   }
   const {begin, before, after, frames: all} = life();
   const text = frame.sample ?? '';
@@ -81,7 +81,7 @@ function drawText() {
     isTraining ? '' : make('div', {className: 'panels two'}, written('Before fine-tuning', before), written('After it', after)),
     say(SAY.text),
     asTable('the text of every frame', 'The text after each recorded step.', ['step', '.text'],
-      all.map(({step, sample}) => [step, sample]))]);
+      () => all.map(({step, sample}) => [step, sample]))]);
 }
 
 let curves = [];
@@ -106,12 +106,12 @@ function drawCurves() {
   const [first, last] = [0, -1].map((at) => [...series.loss?.values() ?? []].at(at));
   $('curves-title').textContent = first > last ? `The error falls from ${round(first)} to ${round(last)}`
     : 'The error while it learns';
-  const all = [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b);
+  const rows = () => [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b)
+    .map((step) => [step, ...curves.map((curve) => round(curve.points.get(step)))]);
   $('curves').replaceChildren(
     make('div', {className: 'panels'}, curves.map((curve) => curve.figure)),
     say(SAY.curves),
-    asTable('every recorded line', 'What the run wrote down.', ['step', ...curves.map((curve) => curve.title)],
-      all.map((step) => [step, ...curves.map((curve) => round(curve.points.get(step)))])));
+    asTable('every recorded line', 'What the run wrote down.', ['step', ...curves.map((curve) => curve.title)], rows));
   for (const curve of curves) {
     curve.chart = curveChart([...curve.points], curve.figure.clientWidth || 300, 140, `${curve.title} over the steps`);
     curve.figure.append(curve.chart);
@@ -152,7 +152,7 @@ function drawMemory() {
     say(isAnswering() ? SAY.cache : SAY.step),
     law('tests/counting/test_memory.py', 'tests/laws/test_forward_only.py'),
     asTable('what is held at the peak', 'Memory at the peak of one step.', ['life', ...Object.keys(KINDS), 'peak'],
-      all.map(row))]);
+      () => all.map(row))]);
   const top = Math.max(...all.flatMap((name) => sums(memory(name))));
   const width = panels[0]?.clientWidth || 300;
   memories = pair.map((name) => memoryChart(memory(name), top, width));
@@ -221,7 +221,7 @@ function drawRequests() {
     say(SAY.requests),
     law('tests/laws/test_forward_only.py', 'tests/promises/test_no_leaks.py'),
     asTable('all requests', 'What was sent, and what came back.', ['request', '.sent', '.answer'],
-      all.map((each, at) => [each.edited ? '1, edited' : at + 1, each.prompt, each.text]))]);
+      () => all.map((each, at) => [each.edited ? '1, edited' : at + 1, each.prompt, each.text]))]);
 }
 
 function drawMade() {

@@ -83,7 +83,8 @@ function memoryChart(memory, top, width) {
 }
 
 // A curve of points (x, y). `chart.show(x)` moves its dot to the last point until there, and returns that point's y.
-function curveChart(points, width, height, label, format = round) {
+function curveChart(all, width, height, label, format = round) {
+  const points = all.filter((_, at) => at % Math.ceil(all.length / 600) === 0 || at === all.length - 1);  // few enough to draw
   const {x, y, nodes} = axes(width, height, Math.max(...points.map((point) => point[1]), 0), format);
   const last = points.at(-1)[0] || 1;
   const place = ([across, up]) => [x(Math.max(0, across / last)), y(Math.max(0, up))];
@@ -116,9 +117,13 @@ function table(caption, heads, rows) {
 
 const tables = {};
 
-// A table behind a line to open it, which stays open when its chapter is drawn again.
-function asTable(name, ...contents) {
-  tables[name] ??= make('details');
-  tables[name].replaceChildren(make('summary', {}, `As a table: ${name}`), table(...contents));
-  return tables[name];
+// A table behind a line to open it, which stays open when its chapter is drawn again. `rows` makes them when they are seen.
+function asTable(name, caption, heads, rows) {
+  const details = tables[name] ??= make('details', {}, make('summary', {}, `As a table: ${name}`));
+  details.ontoggle = () => {
+    details.querySelector('.scroll')?.remove();
+    if (details.open) details.append(table(caption, heads, rows()));
+  };
+  details.ontoggle();
+  return details;
 }
