@@ -7,6 +7,7 @@ MOVED = {
     "bench.accelerator": "bench --checks",
     "bench.finetuning": "bench.step --of finetuning",
     "bench.inference": "bench.peers --of serving",
+    "bench.life": "bench.lives",
     "bench.quantisation": "stages.evaluate --weights int8",
     "bench.recipes": "bench.step --of recipes",
     "bench.saving": "bench.step --of saving",

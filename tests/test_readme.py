@@ -30,7 +30,7 @@ SHORT = {
     "stages.by_hand": ["--steps", "2"],
 }
 # Commands of minutes, and those that need what a test does not install.
-LONG = {"bench", "bench.anatomy", "bench.life", "bench.peers", "bench.serving"}
+LONG = {"bench", "bench.anatomy", "bench.lives", "bench.peers", "bench.serving"}
 # No test fetches a model or trains one for minutes: the run of 20 steps stands in for them.
 STANDS_IN = dict.fromkeys(("smollm2-135m-instruct", "runs/demo-shakespeare"), "runs/short")
 

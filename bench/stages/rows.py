@@ -50,6 +50,7 @@ from engine.training.preference import Preferences, dpo, margins
 from engine.training.step import NEXT_TOKEN, Objective, loss_and_gradient, train_step
 
 ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Row:
     peak_bytes: int | None  # that the compiled program needs, by XLA
     memory: dict[str, int]  # the same, predicted, by component
     traffic: int  # bytes that it must read and write
+    program: Any = None  # compiled; None for NumPy
     walker: JaxprCost | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
     xla: int | None = None  # the operations, by XLA
@@ -96,6 +98,7 @@ def compile_program(
 def cost_of(program: Any, function: Any, *args: Any, calls: int = 1, steps: int = 1) -> dict[str, Any]:
     """Returns the cost of `calls` of a program, compiled of `function`. XLA counts the body of a loop of `steps` once."""
     return {
+        "program": program,
         "peak_bytes": xla_peak(program),
         "walker": jaxpr_cost(function, *args) * calls,
         "xla": xla_flops(program) * calls * steps,
@@ -129,7 +132,9 @@ def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     ]
 
 
-def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch) -> Row:
+def training_row(
+    cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch, optimizer: OptimizerConfig = OPTIMIZER
+) -> Row:
     """Compiles a step of `kind` on the batch; `params` are copied where they train.
 
     Frozen matrices are stored in the compute type. In fine-tuning only the second half of each row counts in the loss, as
@@ -137,7 +142,7 @@ def training_row(cfg: ModelConfig, params: Any, kind: TrainingKind, batch: Batch
     """
     B, T = batch.tokens.shape
     paths = kind.trainable_paths
-    tx = make_optimizer(OptimizerConfig(learning_rate=1e-4))
+    tx = make_optimizer(optimizer)
     if paths.adapted:
         trainable = init_lora(cfg, jax.random.key(1), ADAPTER)
         frozen = cast_matrices(params, cfg.dtype)

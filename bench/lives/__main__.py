@@ -1,0 +1,94 @@
+"""Records the three lives of one model, and writes them as a page to watch: it is trained, fine-tuned three ways, and asked.
+
+    python -m bench.lives                            the demo on Shakespeare: lives/lives.html, in four minutes on two cores
+    python -m bench.lives --preset nano --out page   another architecture, in another folder
+    python -m bench.lives --price 0.20 --watts 90    what this machine costs an hour, and what it draws
+
+The runs are commands that a person types, with --record. Then the trained model answers 100 requests, and its weights are
+compared with those before, to the bit. lives.json has every figure of the page.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bench.cli import Json, circumstances, print_table, progress, run_bench
+from engine.device import start_jax
+from engine.errors import UserError
+from engine.files import atomic_file
+from engine.format import si, times
+from engine.model.config import preset
+
+
+@dataclasses.dataclass(frozen=True)
+class LivesFlags:
+    preset: str = "demo"
+    """The architecture."""
+    data: str = "shakespeare"
+    """The text to train on: shakespeare, python, or a file. It is fine-tuned on `voice`, which comes with this project."""
+    price: Annotated[float, tyro.conf.arg(metavar="DOLLARS")] = 0.10
+    """Dollars an hour of this machine."""
+    watts: float | None = None
+    """Watts that this machine draws."""
+    quick: bool = False
+    """Runs of a few seconds, which learn little: all of it in about a minute."""
+    out: Path = Path("lives")
+    """A folder for lives.html and lives.json."""
+
+
+def measure_lives(flags: LivesFlags) -> Json:
+    """Records the lives, writes the page, prints the costs and returns the document. Raises UserError where a run fails."""
+    for name in ("price", "watts"):
+        if (value := getattr(flags, name)) is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} must be a number above 0, not {value:g}.")
+    preset(flags.preset)  # raises for a name that is not known, before JAX starts
+    start_jax()
+    from bench.lives.answers import answer_requests
+    from bench.lives.costs import measure_costs
+    from bench.lives.recording import record_lives, run_module
+    from engine.storage.model_loader import load_model
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lives = record_lives(flags.preset, flags.data, folder, flags.quick)
+        progress("asking the trained model")
+        model = load_model(str(folder / "train"))
+        answer = answer_requests(model, lives["train"]["begin"]["prompt"])
+        progress("measuring a step of each life, interleaved")
+        cost, memory = measure_costs(model, folder, flags.quick)
+    for life, over_time in memory.items():
+        (lives | {"answer": answer})[life]["memory"] = over_time
+    document: Json = {
+        "circumstances": circumstances(flags), "preset": flags.preset, "price": flags.price, "watts": flags.watts,
+        "params": answer["of"], "layers": model.cfg.layers, "width": model.cfg.width, "vocab": model.cfg.vocab,
+        "lives": lives, "answer": answer, "cost": cost, "predicted": [3, 2, 1],
+    }  # fmt: skip
+    print_summary(document)
+    source, page = flags.out / "lives.json", flags.out / "lives.html"
+    with atomic_file(source) as file:  # first: it stays if the page cannot be made
+        file.write(json.dumps(document, default=str).encode())
+    run_module(["stages.runs.watch", str(source), str(page)])
+    print(f"the page: {page}", file=sys.stderr)
+    return document
+
+
+def print_summary(document: Json) -> None:
+    """Prints what each life costs, and what answering changed."""
+    rows = [
+        (row["stage"], times(row["counted_ratio"]), times(row["time_ratio"]), si(row["bytes"], "B"), row["passes"])
+        for row in document["cost"]
+    ]
+    print_table(f"A model of {document['params']:,} parameters", ("", "operations", "time", "peak", "passes"), rows)
+    answer = document["answer"]
+    print(f"{answer['changed']:,} of {answer['of']:,} weights changed in answering {answer['asked']} requests.")
+    print(f"SHA-256 before {answer['before']}\n        after  {answer['after']}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.lives", __doc__, LivesFlags, measure_lives))

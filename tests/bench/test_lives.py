@@ -1,0 +1,156 @@
+"""The lives of a real model, recorded by the real command, and the laws that hold in what was recorded."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.lives.recording import read_life
+from engine.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lives(*flags):
+    return [sys.executable, "-m", "bench.lives", *map(str, flags)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"The {i * 7919 % 1000}th ship of {i * 31 % 97} goes down to the sea.\n" for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(text, tmp_path_factory):
+    """The folder of a quick recording."""
+    folder = tmp_path_factory.mktemp("lives")
+    words = lives("--quick", "--data", text, "--price", "0.2", "--watts", "90", "--out", folder)
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "A model of" in run.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def document(page):
+    return json.loads((page / "lives.json").read_text())
+
+
+@pytest.mark.journeys
+def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
+    frozen = {}
+    for name, life in document["lives"].items():
+        tensors, frames = life["begin"]["tensors"], life["frames"]
+        trained = {tensor["path"] for tensor in tensors if tensor["trainable"]}
+        frozen[name] = len(tensors) - len(trained)
+        assert [frame["frozen_changed"] for frame in frames] == [0] * len(frames), name
+        assert frames[4]["gradient_norms"].keys() == trained, name
+        for frame in frames[4:]:
+            assert frame["changed_in"].keys() == trained, name
+            assert all(frame["changed_in"].values()), (name, frame["step"])
+        assert len({frame["digest"] for frame in frames[3:]}) == len(frames[3:]), name
+        assert frames[-1]["digest"] == life["end"]["digest"], name
+        assert (frames[-1]["step"], life["steps"][-1]["step"]) == (life["end"]["step"],) * 2, name
+        assert life["before"] != life["after"], name
+    assert frozen["train"] == frozen["all"] == 0
+    assert frozen["frozen"] > 0
+    assert frozen["lora"] == len(document["lives"]["train"]["begin"]["tensors"])  # the pairs lie beside all of them
+
+
+@pytest.mark.journeys
+def test_answering_changes_no_bit_and_no_request_knows_of_another(document):
+    answer = document["answer"]
+    assert (answer["asked"], answer["changed"], answer["of"]) == (100, 0, document["lives"]["train"]["begin"]["params"])
+    assert answer["before"] == answer["after"] == document["lives"]["train"]["end"]["digest"]
+    assert len(answer["answers"]) == 12
+    first, second, edited = answer["independent"]
+    assert answer["same_alone"]
+    assert edited["edited"]
+    assert len({first["text"], second["text"], edited["text"]}) == 3
+    *growing, dropped = answer["cache_bytes"]
+    assert dropped == 0
+    (position,) = {after - before for before, after in itertools.pairwise(growing)}
+    assert growing[0] % position == 0
+
+
+@pytest.mark.journeys
+def test_costs_are_near_what_counting_predicts(document):
+    costs = {row["stage"]: row for row in document["cost"]}
+    counted = {stage: row["counted_ratio"] for stage, row in costs.items()}
+    assert counted == pytest.approx({"train": 3, "frozen": 2.2, "lora": 2, "all": 3, "answer": 1}, rel=0.15)
+    assert costs["answer"]["time_ratio"] == 1
+    for stage, row in costs.items():
+        assert row["counted_ratio"] / 2 < row["time_ratio"] < 2.5 * row["counted_ratio"], stage  # others use the machine too
+        assert row["flops_per_token"] > 2 * 0.5 * document["params"]
+    for life in (*document["lives"].values(), document["answer"]):
+        kinds = life["memory"]["bytes"]
+        assert {len(column) for column in kinds.values()} == {min(400, len(kinds["parameters"]))}
+    assert document["answer"]["memory"]["backward"] is None
+    assert max(document["answer"]["memory"]["bytes"]["KV cache"]) > 0
+    train = document["lives"]["train"]["memory"]
+    assert 0 < train["backward"] < train["update"]
+    assert costs["answer"]["bytes"] < costs["lora"]["bytes"] < costs["train"]["bytes"]
+
+
+@pytest.mark.journeys
+def test_the_page_is_one_file_that_needs_no_network(page, document):
+    source = (page / "lives.html").read_text()
+    assert len(source.encode()) <= 1_500_000
+    assert document["answer"]["before"] in source
+    assert {"lives.html", "lives.json"} <= {path.name for path in page.iterdir()}
+    assert (document["price"], document["watts"]) == (0.2, 90)
+
+
+def test_ctrl_c_ends_the_runs_too(text, tmp_path):
+    """The signal goes to the command alone, as `kill -INT` sends it."""
+    process = subprocess.Popen(
+        lives("--quick", "--data", text, "--out", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (running := [child for child in children.read_text().split() if "stages.train" in command_line(child)]):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)  # until it is waited for
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1].endswith("stopped\n")
+    assert process.returncode == 130
+    assert "stages.train" not in command_line(running[0])
+    assert [*tmp_path.iterdir()] == []
+
+
+def command_line(pid):
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset", "demmo"], "Did you mean 'demo'?"),
+        (["--price", "0"], "--price must be a number above 0"),
+        (["--watts", "nan"], "--watts must be a number above 0"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--out", "/proc/no"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_recorded_is_a_sentence(flags, words, tmp_path):
+    run = subprocess.run(lives("--out", tmp_path, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
+    error = run.stderr.splitlines()[-1]
+    assert (run.returncode, error.startswith("error: "), words in error) == (2, True, True), run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_run_that_was_not_recorded_to_its_end_is_named(tmp_path):
+    path = tmp_path / "train.jsonl"
+    with pytest.raises(UserError, match=r"train\.jsonl does not hold a run from its beginning to its end"):
+        read_life(path)
+    path.write_text('{"event": "begin"}\n{"event": "frame"}\n{"event": "end", "st')  # of a run that was killed
+    with pytest.raises(UserError, match="does not hold"):
+        read_life(path)
