@@ -189,6 +189,19 @@ def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
     assert f"step {document['lives']['train']['frames'][-1]['step']} of" in see("#when")
 
 
+def test_without_motion_frames_follow_each_other_and_nothing_moves(browser, open_page, document):
+    see = open_page(document)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]})
+    try:
+        press(browser, "1", " ")
+        moving = "return document.querySelectorAll('.moving').length"
+        first = see("#when")
+        WebDriverWait(browser, 10, 0.05).until(lambda _: browser.execute_script(moving) or see("#when") != first)
+        assert browser.execute_script(moving) == 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 def test_prices_and_requests_answer_to_the_reader(browser, open_page, document):
     see = open_page(document)
     watts = browser.find_element("id", "watts")

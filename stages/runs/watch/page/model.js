@@ -132,6 +132,7 @@ function drawModel() {
       make('span', {}, fits), make('div', {}, bar),
       make('b', {}, pixelsWide > 28 && finite(norms[at]) ? round(norms[at], 2) : ''));
   }));
+  $('tied').hidden = begin.tensors.some((tensor) => tensor.path === 'head');
   const first = firstTrainable(begin);
   figure.className = isAnswering() ? 'answer' : first ? 'stops' : '';
   figure.style.setProperty('--stop', isAnswering() ? 1 : layout.columns[first].x / layout.width);
