@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +188,14 @@ def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
     press(browser, " ")
     WebDriverWait(browser, 30, 0.05).until(lambda _: see("#play") == "Play")
     assert f"step {document['lives']['train']['frames'][-1]['step']} of" in see("#when")
+
+
+def test_every_law_that_the_page_names_is_there():
+    root = Path(__file__).parents[2]
+    pages = (root / "stages" / "runs" / "watch" / "page").glob("*.js")
+    laws = {law for page in pages for law in re.findall(r"tests/\w+/test_\w+\.py", page.read_text("utf-8"))}
+    assert len(laws) > 5
+    assert [law for law in laws if not (root / law).exists()] == []
 
 
 def test_without_motion_frames_follow_each_other_and_nothing_moves(browser, open_page, document):

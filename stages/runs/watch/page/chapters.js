@@ -1,8 +1,8 @@
 'use strict';
 // The chapters of the page. Each function fills one section from the state, or says in a sentence what the recording lacks.
 
-const law = (...files) => make('p', {className: 'law'}, 'Held by ',
-  files.flatMap((file, at) => [at ? ' and ' : '', make('code', {}, file)]));
+const law = (...files) => make('p', {className: 'law'}, 'Proved by ',
+  files.flatMap((file, at) => [at ? ', ' : '', make('code', {}, file)]));
 
 // Fills a section. Without contents it says why it is empty; on a live page, where they may still come, it is hidden.
 function fill(id, lack, contents) {
@@ -199,7 +199,7 @@ function drawCost() {
     make('div', {className: 'bars', role: 'img', ariaLabel: 'The cost of a token, as in the table below'}, bars),
     legend([['blue', 'operations, counted'], ['amber', 'seconds, measured'], ['ink', 'on paper']]),
     say(SAY.cost),
-    law('tests/counting/test_flops.py', 'tests/counting/test_xla.py'), inputs, bill]);
+    law('tests/counting/test_flops.py', 'tests/bench/test_lives.py'), inputs, bill]);
 }
 
 // Two requests side by side. The context of the first can be edited, and it can be closed.

@@ -7,31 +7,31 @@ const LIVES = {
     name: 'Training', title: 'Training moves every weight', predicted: 0,
     lead: 'A model is a large set of numbers, its weights. Training begins with random ones. In each step the model guesses how a text goes on (forward); for every weight the gradient is found: how the error of the guess changes with it (backward); and each weight moves a little to where the error is smaller (update).',
     say: 'Where the lower picture is green, weights have moved since the frame before: that is all that learning is.',
-    laws: ['tests/by_hand/test_by_hand_training.py'],
+    laws: ['tests/bench/test_lives.py', 'tests/stages/test_record.py'],
   },
   'frozen': {
     name: 'Half frozen', title: 'Frozen weights do not move by one bit',
     lead: 'Fine-tuning goes on with a trained model and a small text. Here about half of the model is frozen, the embedding and the first blocks: they take part in every guess, and no update reaches them.',
     say: 'The gradient comes back from the right and stops at the last layer that needs it, so nothing is green to the left of there.',
-    laws: ['tests/laws/test_frozen.py'],
+    laws: ['tests/laws/test_frozen.py', 'tests/bench/test_lives.py'],
   },
   'lora': {
     name: 'LoRA', title: 'LoRA moves thin strips beside the weights', predicted: 1,
     lead: 'LoRA freezes the whole model and puts two thin matrices, a and b, beside some of its matrices. These strips alone are trained; their product is added to what the frozen matrix computes.',
     say: 'The gradient passes back through frozen matrices, as it must reach the strips of the first block; only the strips below the matrices turn green.',
-    laws: ['tests/laws/test_frozen.py', 'tests/training/test_lora.py'],
+    laws: ['tests/laws/test_frozen.py', 'tests/bench/test_lives.py'],
   },
   'all': {
     name: 'All weights', title: 'Fine-tuning all weights is training, continued', predicted: 0,
     lead: 'Here no weight is frozen: forward, backward and update are those of training. It costs less than training only because it reads much less text.',
     say: 'All of the lower picture is green, as in training.',
-    laws: ['tests/by_hand/test_by_hand_training.py'],
+    laws: ['tests/bench/test_lives.py', 'tests/stages/test_record.py'],
   },
   'answer': {
     name: 'Answering', title: 'Answering moves nothing', predicted: 2,
     lead: 'To answer, the model runs forward once for each token (a piece of a word) that it writes. There is no right answer to compare with, so there is no error, no gradient and no update. Ask as often as you like.',
     say: 'The lower picture stays empty however often one asks: the SHA-256, a fingerprint of all bits of the weights, is the same before and after.',
-    laws: ['tests/laws/test_forward_only.py', 'tests/promises/test_weights_unchanged.py'],
+    laws: ['tests/laws/test_forward_only.py', 'tests/bench/test_lives.py', 'tests/promises/test_weights_unchanged.py'],
   },
 };
 const KIND_WORDS = {
