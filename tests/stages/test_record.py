@@ -174,5 +174,8 @@ def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     recorder.frame({"head": trainable["head"].at[0, :2].set(np.float32([math.nan, -0.0]))}, 1, 0.5)
     assert (seen[2]["changed"], seen[2]["frozen_changed"], seen[2]["changed_in"]) == (2, 1, {"head": 2})
     assert seen[2]["digest"] != digest(trainable)
+    recorder.frame(trainable, 2, 0.5)
+    recorder.frame(trainable, 3, 0.5)
+    assert [event["changed"] for event in seen[3:]] == [2, 0]
     assert len(said) == 1
     assert "ZeroDivisionError" in said[0]
