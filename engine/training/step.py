@@ -90,7 +90,7 @@ def loss_and_gradient(
     return jax.lax.scan(add, start, parts)[0]
 
 
-@jax.jit(static_argnames=("cfg", "microbatches", "objective"))
+@jax.jit(static_argnames=("cfg", "microbatches", "objective"), compiler_options=LORA_COMPILER_OPTIONS)
 def gradient_norms(
     cfg: ModelConfig, trainable: Params, frozen: Params, batch: Any, microbatches: int = 1, objective: Objective = NEXT_TOKEN
 ) -> Params:

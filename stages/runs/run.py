@@ -22,7 +22,7 @@ from engine.storage.digest import digest
 from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.run_folder import updating
 from engine.text import epoch_order
-from engine.training.step import TrainState
+from engine.training.step import TrainState, gradient_norms
 from stages.cli import signals
 from stages.cli.command import command_line, resume_command
 from stages.cli.console import Console
@@ -31,7 +31,6 @@ from stages.runs.folder import clear_run, holds_run, lock_run, replace_nonfinite
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.mesh import device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.stage import LoopState, RunReport, Stage
-from stages.runs.steps import compile_gradient_norms
 from stages.runs.watch.recorder import Recorder, file_sink
 
 SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a recorded sample at most
@@ -153,7 +152,9 @@ def _begin_recording(name: str, stage: Stage, recorder: Recorder, state: TrainSt
         state.trainable, frozen, [*leaf_shapes(cfg)],
         sample=lambda trainable: continue_text(cfg, merge(trainable, frozen), stage.tokenizer, prompt, sampling)[:SAMPLE_TEXT],
         digest=lambda trainable: digest(stage.to_saved(trainable)),
-        compile_norms=lambda trainable, batch: compile_gradient_norms(plan, trainable, frozen, batch, stage.objective),
+        gradient_norms=lambda trainable, batch: gradient_norms(
+            cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=stage.objective
+        ),
         stage=name, name=plan.name, command=resume_command(name), layers=cfg.layers, width=cfg.width,
         steps=plan.steps, seconds=plan.seconds, step=loop_state.step, prompt=text,
     )  # fmt: skip

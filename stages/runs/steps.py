@@ -10,7 +10,7 @@ from jax.stages import Compiled
 from engine.allocator import make_room
 from engine.mesh.layout import batch_share, global_batch
 from engine.training.optimizer import make_optimizer, make_schedule
-from engine.training.step import NEXT_TOKEN, Objective, TrainState, gradient_norms, train_step
+from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.stage import Evaluator, LoopState, Steps
 
@@ -46,13 +46,6 @@ def compile_step(
         plan.cfg, tx, state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
     )
     on_traced()
-    return lowered.compile(plan.compiler_options)
-
-
-def compile_gradient_norms(plan: RunPlan, trainable: Any, frozen: Any, batch: Any, objective: Objective) -> Compiled:
-    """Compiles `gradient_norms` to (trainable, frozen, batch) -> norms."""
-    microbatches = plan.recipe.accumulate
-    lowered = gradient_norms.lower(plan.cfg, trainable, frozen, batch, microbatches=microbatches, objective=objective)
     return lowered.compile(plan.compiler_options)
 
 

@@ -97,12 +97,19 @@ def test_a_recorded_training_run(text, tmp_path):
         assert math.hypot(*frame["gradient_norms"].values()) == pytest.approx(norms[frame["step"]], rel=1e-3)
 
 
+def tune(model: Path, where: Path, folder: Path, *more: str) -> Path:
+    """Fine-tunes in a few recorded steps, and returns the recording."""
+    chats, file = where / "chats.jsonl", folder.with_suffix(".jsonl")
+    chats.write_text("\n".join(json.dumps({"prompt": f"the {word}", "completion": "red sails."}) for word in WORDS.split()))
+    flags = ("--model", model, "--data", chats, "--out-dir", folder, "--context", 32, "--general", "none", "--steps", 8)
+    assert finetune.main([*map(str, flags), *more, "--record", str(file)]) == 0
+    return file
+
+
 @pytest.mark.parametrize("name", TUNING)
 def test_a_recorded_fine_tuning(name, trained, tmp_path):
-    chats, file, folder = tmp_path / "chats.jsonl", tmp_path / "run.jsonl", tmp_path / "tuned"
-    chats.write_text("\n".join(json.dumps({"prompt": f"the {word}", "completion": "red sails."}) for word in WORDS.split()))
-    flags = ("--model", trained, "--data", chats, "--out-dir", folder, "--context", 32, "--general", "none", "--steps", 8)
-    assert finetune.main([*map(str, flags), *TUNING[name], "--record", str(file)]) == 0
+    folder = tmp_path / "tuned"
+    file = tune(trained, tmp_path, folder, *TUNING[name])
     check_law(file, folder)
     (begin,) = events(file, "begin")
     pair = [tensor["path"] for tensor in begin["tensors"] if re.fullmatch(r"blocks/0/q(/.*)?", tensor["path"])]
@@ -110,6 +117,8 @@ def test_a_recorded_fine_tuning(name, trained, tmp_path):
         "lora": ["blocks/0/q", "blocks/0/q/a", "blocks/0/q/b"],
         "over int8": ["blocks/0/q/scale", "blocks/0/q/values", "blocks/0/q/a", "blocks/0/q/b"],
     }.get(name, ["blocks/0/q"])
+    if name == "lora":  # an adapter on an adapter: the first is frozen
+        check_law(tune(folder, tmp_path, tmp_path / "again", *TUNING[name]), tmp_path / "again")
 
 
 def test_a_recorded_round_of_reinforcement(trained, tmp_path):
@@ -166,7 +175,7 @@ def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     recorder = Recorder([lambda _: 1 / 0, seen.append], said.append)
     trainable, frozen = {"head": jnp.zeros((2, 3))}, {"embed": jnp.zeros((3, 2), jnp.bfloat16)}
     recorder.begin(
-        trainable, frozen, ["embed", "head"], sample=lambda _: "text", digest=digest, compile_norms=lambda *_: None, step=0
+        trainable, frozen, ["embed", "head"], sample=lambda _: "text", digest=digest, gradient_norms=lambda *_: None, step=0
     )
     assert [tensor["path"] for tensor in seen[0]["tensors"]] == ["embed", "head"]
     recorder.frame(trainable, 0, 0.0)

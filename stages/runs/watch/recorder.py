@@ -15,6 +15,7 @@ in `limits`, times 127. A run that is resumed goes on in the file.
 
 import base64
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,37 +69,30 @@ class Recorder:
         self.frame_step, self.part, self.digest = -1, 0, ""
         self.frames, self.rests_until = 0, 0.0
         self.before: Any = None  # the trainable weights before a step whose frame is due
-        self.norms: Callable[..., Any] | None = None
 
     def begin(
         self, trainable: Any, frozen: Any, order: Sequence[str], *, sample: Callable[[Any], str],
-        digest: Callable[[Any], str], compile_norms: Callable[[Any, Any], Callable[..., Any]], **header: Any,
+        digest: Callable[[Any], str], gradient_norms: Callable[[Any, Any], Any], **header: Any,
     ) -> None:  # fmt: skip
         """Begins with the weights before the first step. `header`: the run's own fields of the event.
 
-        `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights;
-        `compile_norms(trainable, batch)` returns the program (trainable, frozen, batch) -> norms of their gradients.
+        `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights,
+        `gradient_norms` the batch too.
         """
         if not self.sinks:
             return
         with self._going_on():
-            self.frozen, self.sample, self.digest_of, self.compile_norms = frozen, sample, digest, compile_norms
-            places = {path: place for place, path in enumerate(order)}
+            self.frozen, self.sample, self.digest_of, self.gradient_norms = frozen, sample, digest, gradient_norms
             trained, still = _shapes(trainable), _shapes(frozen)
-            # An array in a leaf, such as a LoRA's `a`, lies at the leaf's place.
-            place = lambda path: (places.get(path, places.get(path.rpartition("/")[0], len(places))), path in trained, path)
-            self.paths, self.trained = sorted(trained | still, key=place), set(trained)
-            shapes = trained | still
+            shapes, self.trained = _together(trained, still), trained.keys()
+            places = {path: place for place, path in enumerate(order)}
+            # An array in a leaf, such as a LoRA's `a`, has the leaf's place.
+            place = lambda path: max(places.get(leaf, -1) for leaf in itertools.accumulate(path.split("/"), "{}/{}".format))
+            self.paths = sorted(shapes, key=lambda path: (place(path), path in trained, path))
             self.patch = _patch([*shapes.values()])
-            tensors = []
-            for path in self.paths:
-                shape = shapes[path]
-                rows, columns = _grid(shape, self.patch)
-                layer = int(path.split("/")[1]) if path.startswith("blocks/") else None
-                kind = {"path": path, "shape": shape, "layer": layer, "trainable": path in trained}
-                tensors.append(kind | {"rows": rows, "columns": columns})
-            trainable_count, frozen_count = (sum(map(math.prod, each.values())) for each in (trained, still))
-            header |= {"params": trainable_count + frozen_count, "trainable": trainable_count, "tensors": tensors}
+            tensors = [_describe(path, shapes[path], self.patch) | {"trainable": path in trained} for path in self.paths]
+            counts = [sum(map(math.prod, each.values())) for each in (trained, still)]
+            header |= {"params": sum(counts), "trainable": counts[0], "tensors": tensors}
         self.event("begin", **header)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -127,12 +121,11 @@ class Recorder:
         fields: dict[str, Any] = {}
         with self._going_on():
             if batch is not None and self.before is not None:
-                self.norms = self.norms or self.compile_norms(self.before, batch)
-                norms = _arrays(self.norms(self.before, self.frozen, batch))
+                norms = _arrays(self.gradient_norms(self.before, batch))
                 fields["gradient_norms"] = {path: float(norms[path]) for path in self.paths if path in norms}
             self.before = None
             copies = jax.tree.map(jnp.copy, trainable)  # a view of the weights themselves would keep the next step from them
-            now = _arrays(copies, copy=False) | _arrays(self.frozen, copy=not self.shown)
+            now = _together(_arrays(copies, copy=False), _arrays(self.frozen, copy=not self.shown))
             self.shown = self.shown or now
             changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
             self.shown |= {path: now[path] for path in self.trained}
@@ -176,6 +169,12 @@ def _arrays(tree: Any, copy: bool = True) -> dict[str, np.ndarray]:
     return {"/".join(path): np.asarray(jnp.copy(leaf) if copy else leaf) for path, leaf in leaves_by_path(tree).items()}
 
 
+def _together[T](trained: dict[str, T], still: dict[str, T]) -> dict[str, T]:
+    """Returns both; of an adapter on an adapter the frozen one is called `q/base/a`."""
+    name = lambda path: "{}/base/{}".format(*path.rsplit("/", 1)) if path in trained else path
+    return {name(path): value for path, value in still.items()} | trained
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {"/".join(path): leaf.shape for path, leaf in leaves_by_path(tree).items()}
 
@@ -189,6 +188,12 @@ def _changed(before: np.ndarray, now: np.ndarray) -> int:
 def _grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
     """Returns the rows and columns of a tensor's mosaic; a vector is one row."""
     return -(-math.prod(shape[:-1]) // patch), -(-math.prod(shape[-1:]) // patch)
+
+
+def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
+    rows, columns = _grid(shape, patch)
+    layer = int(path.split("/")[1]) if path.startswith("blocks/") else None
+    return {"path": path, "shape": shape, "layer": layer, "rows": rows, "columns": columns}
 
 
 def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
