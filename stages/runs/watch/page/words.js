@@ -35,7 +35,7 @@ const LIVES = {
   },
 };
 const KIND_WORDS = {
-  'parameters': 'the weights', 'optimizer state': 'two numbers for each weight that trains',
+  'parameters': 'the weights', 'optimizer state': 'what the optimizer remembers of each weight that trains',
   'KV cache': 'notes on the tokens read so far', 'gradients': 'how the error changes with each weight',
   'residuals': 'activations that forward keeps for backward', 'temporaries': 'used at once and dropped',
 };
@@ -68,7 +68,7 @@ function questions() {
     'What does LoRA move?': `Only its strips${begin ? `: **${count(begin.trainable)}** numbers beside **${count(begin.params - begin.trainable)}** weights, which stay as they are to the last bit` : ''}. What the strips compute is added to what the matrices compute, so the answers change although none of the model’s own weights did. Take the strips away, and the old model is back.`,
     'What does freezing save, and what not?': `It saves the gradients and optimizer state of the frozen weights, and the backward pass through all layers before the first one that trains${lives.frozen?.memory && lives.train?.memory ? `: memory peaks at **${peak(lives.frozen)}** instead of **${peak(lives.train)}**` : ''}.${ratios('frozen')} It does not save the forward pass: every token still goes through all layers. And where the first block trains, as with LoRA, the way back through the layers stays, and only the gradients of the frozen weights are spared: about 2 instead of 3.${ratios('lora')}`,
     'Why do many requests cost little more than one?': 'To write one token, the processor must read every weight from memory, which takes longer than computing with it. Requests that are answered together share this one reading: each adds only its own arithmetic and its own KV cache. So it goes on until the arithmetic takes as long as the reading.',
-    'Why does training need more memory than answering?': `Backward needs what each layer computed on the way forward, so all of it is kept until backward comes by; beside each weight that trains lie its gradient and two numbers of the optimizer. Answering holds the weights and a KV cache.${lives.train?.memory && answer?.memory ? ` Training peaks at **${peak(lives.train)}**, answering at **${peak(answer)}**.` : ''}`,
+    'Why does training need more memory than answering?': `Backward needs what each layer computed on the way forward, so all of it is kept until backward comes by; beside each weight that trains lie its gradient and what the optimizer remembers of it. Answering holds the weights and a KV cache.${lives.train?.memory && answer?.memory ? ` Training peaks at **${peak(lives.train)}**, answering at **${peak(answer)}**.` : ''}`,
     'Is fine-tuning cheaper than training?': 'A token of it is hardly cheaper: 2 to 3 forward passes instead of 3. Fine-tuning is cheap because it begins with a model that can already write, and so reads few texts.',
     'Fine-tune, or put what it must know into the question?': 'What stands in the question is read again with every request, at one forward pass a token, and leaves nothing behind. Fine-tuning is paid once, at 2 to 3 forward passes a token, and the weights keep it.',
     'Why do some weights stand still in the first frames?': WHY.replace(/.*frames: t/, 'T'),
