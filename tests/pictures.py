@@ -1,5 +1,10 @@
-"""Makes the README's pictures that need a browser: `python tests/pictures.py`. The others `python -m bench --out` makes."""
+"""Makes the README's pictures that need a browser: `uv run --with pillow python tests/pictures.py`.
 
+The others `python -m bench --out` makes.
+"""
+
+import base64
+import io
 import re
 import subprocess
 import sys
@@ -36,6 +41,37 @@ def anatomy(chrome, folder: Path) -> None:
     chrome.save_screenshot(PICTURES / "anatomy.png")
 
 
+LIVES = (("1", "", 16), ("2", "Half frozen", 8), ("2", "LoRA", 8), ("3", "", 8))  # key, way to fine-tune, frames
+
+
+def lives(chrome, folder: Path) -> None:
+    """Takes a moving picture of the page of `bench.lives`, 20 seconds long, light and dark."""
+    from PIL import Image  # of Pillow, which nothing else here needs
+
+    subprocess.run([sys.executable, "-m", "bench.lives", "--out", folder], check=True)
+    chrome.set_window_size(1280, 900)
+    chrome.get((folder / "lives.html").as_uri())
+    chrome.execute_script("document.documentElement.style.overflow = 'hidden'")
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
+        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        images = []
+        for key, way, count in LIVES:
+            chrome.find_element("tag name", "body").send_keys(key)
+            if way:
+                chrome.find_element("xpath", f"//button[contains(., '{way}')]").click()
+            for number in range(count):
+                chrome.execute_script(
+                    "const scrub = document.getElementById('scrub'); scrub.value = scrub.max * arguments[0];"
+                    "scrub.dispatchEvent(new Event('input', {bubbles: true})); scrollTo(0, document.querySelector('header').offsetHeight)",
+                    number / (count - 1),
+                )
+                shot = chrome.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
+                images.append(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").resize((800, 470)))
+        path = PICTURES / f"lives-{scheme}.webp"
+        images[0].save(path, save_all=True, append_images=images[1:], duration=20_000 // len(images), loop=0, quality=60, method=6)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         browser = chromium(Path(folder) / "profile")
@@ -43,4 +79,5 @@ if __name__ == "__main__":
         chrome.set_window_size(1000, 700)
         anatomy(chrome, Path(folder) / "page")
         chat(chrome)
+        lives(chrome, Path(folder) / "lives")
         next(browser, None)
