@@ -39,8 +39,7 @@ SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a recorded sample at m
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns the exit code: 0, or 128 + the signal that stopped it."""
     if (options.record or options.watch is not None) and options.mesh and options.mesh.devices > 1:
-        flag = "--record" if options.record else "--watch"
-        raise UserError(f"{flag} takes a run on one device, and this one lies on {options.mesh.devices}. Leave it out.")
+        raise UserError(f"--record and --watch take a run on one device, and this one lies on {options.mesh.devices}.")
     with Console() as console:
         processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here
@@ -72,9 +71,9 @@ def _recording(options: RunOptions, console: Console) -> Iterator[Recorder]:
 
             sinks.append(stack.enter_context(tensorboard_sink(options.folder / "tensorboard")))
         if options.watch is not None:
-            from stages.runs.watch.server import serving
+            from stages.runs.watch.server import Watch
 
-            watch = stack.enter_context(serving(options.watch))
+            watch = stack.enter_context(Watch(options.watch))
             console.print_rows([("watch", watch.url)])
             sinks, is_watched = [*sinks, watch], watch.is_watched
         yield Recorder(sinks, console.print, bool(options.record), is_watched)

@@ -14,7 +14,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from stages.runs.watch import __main__ as watch
 from stages.runs.watch.page import page_html
-from stages.runs.watch.server import serving
+from stages.runs.watch.server import Watch
 
 LAYERS, WIDTH, VOCAB, FRAMES = 2, 6, 20, 4
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
@@ -270,7 +270,7 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
     see = lambda: [texts(browser, part) for part in ("#changed", "#changed-of", "#when", ".sample", "#columns", "#curves")]
     whole = see()
     recorded = document["lives"]["train"]
-    with serving(0) as served:
+    with Watch(0) as served:
         browser.get(served.url)
         assert texts(browser, "#changed-of") == ["The first frame is on its way."]
         for event in (recorded["begin"], *recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]):
