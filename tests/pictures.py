@@ -43,6 +43,11 @@ def anatomy(chrome, folder: Path) -> None:
 
 LIVES = (("1", "", 16), ("2", "Half frozen", 8), ("2", "LoRA", 8), ("3", "", 8))  # key, way to fine-tune, frames
 
+SCRUB = """const scrub = document.getElementById('scrub');
+scrub.value = scrub.max * arguments[0];
+scrub.dispatchEvent(new Event('input', {bubbles: true}));
+scrollTo(0, document.querySelector('header').offsetHeight);"""
+
 
 def lives(chrome, folder: Path) -> None:
     """Takes a moving picture of the page of `bench.lives`, 20 seconds long, light and dark."""
@@ -61,15 +66,13 @@ def lives(chrome, folder: Path) -> None:
             if way:
                 chrome.find_element("xpath", f"//button[contains(., '{way}')]").click()
             for number in range(count):
-                chrome.execute_script(
-                    "const scrub = document.getElementById('scrub'); scrub.value = scrub.max * arguments[0];"
-                    "scrub.dispatchEvent(new Event('input', {bubbles: true})); scrollTo(0, document.querySelector('header').offsetHeight)",
-                    number / (count - 1),
-                )
+                chrome.execute_script(SCRUB, number / (count - 1))
                 shot = chrome.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
                 images.append(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").resize((800, 470)))
         path = PICTURES / f"lives-{scheme}.webp"
-        images[0].save(path, save_all=True, append_images=images[1:], duration=20_000 // len(images), loop=0, quality=60, method=6)
+        images[0].save(
+            path, save_all=True, append_images=images[1:], duration=20_000 // len(images), loop=0, quality=60, method=6
+        )
 
 
 if __name__ == "__main__":

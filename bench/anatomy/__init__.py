@@ -1,1 +1,1 @@
-"""Shows what a step holds and does over time: memory, residuals, operations, and which weights move."""
+"""Shows what a step holds and does over time: memory, residuals and operations."""

@@ -45,7 +45,7 @@ def measure_anatomy(flags: AnatomyFlags) -> Json:
 
 
 def print_summary(document: Json) -> None:
-    """Prints what each step holds at its peak, how long it takes, what a block keeps, and which weights moved."""
+    """Prints what each step holds at its peak, how long it takes, and what a block keeps."""
     from bench.report.templates import environment
 
     size = lambda bytes: si(bytes, "B") if bytes else ABSENT

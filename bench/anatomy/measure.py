@@ -1,4 +1,4 @@
-"""Measures the anatomy of a model's steps: what they hold, keep and compute, how fast they run, and which weights they move."""
+"""Measures the anatomy of a model's steps: what they hold, keep and compute, and how fast they run."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,16 +12,13 @@ from bench.anatomy.programs import B, T, compile_drawn
 from bench.cli import Json, progress
 from bench.models import BenchModel, tokens_for
 from engine.counting.hardware import best_ceilings, ceiling_rounds, saved_ceilings
-from engine.counting.params import leaf_shapes
 from engine.inference.decode import prepare_params
 from engine.model.config import ModelConfig
-
-MOVING = "training", "bottom half frozen", "LoRA"  # programs whose weights are looked at
 
 
 def anatomy(model: BenchModel) -> Json:
     """Measures a model's programs, in turns with the machine's ceilings."""
-    cfg, rows, moved, served = model.cfg, list[Json](), list[Json](), None
+    cfg, rows, served = model.cfg, list[Json](), None
     progress(f"compiling the steps of {model.name}, and taking some")
     rounds = ceiling_rounds()
     for name, work, program, compiled in compile_drawn(cfg):
@@ -31,17 +28,8 @@ def anatomy(model: BenchModel) -> Json:
             served = served or prepare_params(cfg, model.params)
             row["seconds"] = real_steps.infer(name, compiled, model, served, rounds)
         else:
-            row["seconds"], changes = real_steps.train(program, compiled, model, rounds)
-            work = f"{real_steps.steps_of(model)} steps on {work}"
-            stages = changes.items() if name in MOVING else ()
-            moved += [{"stage": f"{name} {words}".rstrip(), "work": work, "changes": each} for words, each in stages]
+            row["seconds"] = real_steps.train(program, compiled, model, rounds)
         rows.append(row)
-    progress("answering requests", replace=True)
-    answer_tokens, held = real_steps.answer(model, prepare_params(cfg, model.params, whole=False))  # every leaf apart
-    work = f"{real_steps.REQUESTS} requests, {answer_tokens:,} tokens of answers"
-    moved.append({"stage": "serving", "work": work, "changes": held})
-    for stage in moved:  # in the order of the forward pass
-        stage["changes"] = {path: stage["changes"][path] for path in leaf_shapes(cfg)}
     ceilings = next(rounds)
     if saved := saved_ceilings():  # others' work only lowers them
         ceilings = best_ceilings(ceilings, saved)
@@ -49,7 +37,7 @@ def anatomy(model: BenchModel) -> Json:
     tokens = tokens_for(model, B, T + 1)
     return {
         "model": model.name, "config": cfg.to_json(), "rows": rows, "by_hand": by_hand_memory(cfg, model.params, tokens),
-        "residuals": block_residuals(cfg, model.params, tokens[:, :-1]), "operations": operation_rows(cfg), "moved": moved,
+        "residuals": block_residuals(cfg, model.params, tokens[:, :-1]), "operations": operation_rows(cfg),
         "roofline": {
             "flops": ceilings.peak_flops(cfg.dtype), "bytes": 1e9 * ceilings.read_gbs, "points": list(_points(cfg, rows)),
         },

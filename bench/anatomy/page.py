@@ -1,7 +1,6 @@
 """Lays out the pictures of a model's anatomy, in units of a phone's pixels, and writes them as one self-contained page."""
 
 import cmath
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,17 +112,13 @@ def write_page(folder: Path, document: Json) -> Path:
 
 def layouts(document: Json) -> dict[str, Any]:
     """Returns what the macros of pictures.html.j2 draw, from the document of `measure.anatomy`."""
-    roof, moved = document["roofline"], document["moved"]
-    changes = [change for stage in moved for change in stage["changes"].values() if change]
-    low, high = math.log(min(changes)), math.log(max(changes))
-    shades = {change: 0.3 + 0.7 * (math.log(change) - low) / ((high - low) or 1) for change in changes}
+    roof = document["roofline"]
     return {
         "rows": document["rows"], "memory": _areas(document["rows"]), "by_hand": _areas(document["by_hand"]),
         "by_hand_rows": document["by_hand"],
         "colours": COLOURS, "config": document["config"],
         "residuals": document["residuals"], "operations": document["operations"],
         "roof": roof, "roofline": [roofline(roof["flops"], roof["bytes"], roof["points"], width) for width in (560.0, 360.0)],
-        "moved": moved, "shades": shades,
     }  # fmt: skip
 
 
