@@ -148,6 +148,15 @@ def test_every_link_and_picture_is_there():
             assert (readme.parent / (link or picture)).exists(), f"{readme}: {link}{picture}"
 
 
+def test_headings_and_lines_of_trees_are_whole():
+    for readme in READMES:
+        text = readme.read_text()
+        assert not re.findall(r"^.*\S.*[^#]## .*", text, re.M), f"{readme}: a heading stands inside a line"
+        for line in (line for tree in re.findall(r"```tree\n(.*?)```", text, re.S) for line in tree.splitlines()):
+            # A folder that is no package has no docstring.
+            assert line.endswith((".", "/")), f"{readme}: a docstring's first line is no sentence: {line}"
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_trees_and_tables_are_those_of_the_code_and_the_results(readme):
     """Written by `python tests/readmes.py`."""

@@ -1,9 +1,9 @@
 """Measures the stage table of `python -m bench`: compiles every row of one model and times them in turns."""
 
 import dataclasses
-import itertools
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -145,23 +145,22 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
 
 def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray) -> Iterator[Row]:
     """Compiles and yields every row of the table. Inference reads `frozen` and `int8`."""
-    kinds, done = training_kinds(cfg), itertools.count(1)
-    total = len(kinds) + len(DECODES) + 4
-    compiling = lambda name: progress(f"compiling {next(done)} of {total}: {name}", replace=True)
-    for kind in kinds:
-        compiling(kind.name)
-        yield training_row(cfg, params, kind, batch)
-    compiling(FORWARD)
-    yield evaluation_row(cfg, frozen, batch)
-    compiling("prefill")
-    yield prefill_row(cfg, frozen, tokens)
-    compiling("a prompt as it is served")
-    yield from served_rows(cfg, frozen, tokens[0])
+    makers: dict[str, Callable[[], Row | Iterable[Row]]] = {
+        kind.name: functools.partial(training_row, cfg, params, kind, batch) for kind in training_kinds(cfg)
+    }
+    makers |= {
+        FORWARD: functools.partial(evaluation_row, cfg, frozen, batch),
+        "prefill": functools.partial(prefill_row, cfg, frozen, tokens),
+        "a prompt as it is served": functools.partial(served_rows, cfg, frozen, tokens[0]),
+    }
     for name, slots, weights in DECODES:
-        compiling(name)
-        yield decode_row(cfg, int8 if weights else frozen, slots, tokens.shape[1], name=name, weights=weights)
-    compiling("by hand")
-    yield from by_hand_rows(cfg, params, jax.tree.map(lambda x: x[:1], batch))
+        served = int8 if weights else frozen
+        makers[name] = functools.partial(decode_row, cfg, served, slots, tokens.shape[1], name=name, weights=weights)
+    makers["by hand"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
+    for done, (name, make) in enumerate(makers.items(), 1):
+        progress(f"compiling {done} of {len(makers)}: {name}", replace=True)
+        rows = make()
+        yield from [rows] if isinstance(rows, Row) else rows
 
 
 def weight_digests(row: Row) -> list[str]:

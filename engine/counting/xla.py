@@ -1,4 +1,6 @@
-"""XLA's own analysis of a program: operations and peak memory. Its known faults:
+"""XLA's own analysis of a program: operations and peak memory.
+
+Its known faults:
 
 - The body of a loop counts once, however often it runs: a scan over 8 layers reports an eighth of their work. Ask about
   a program without loops (no `cfg.scan`, one microbatch, one decoding step).

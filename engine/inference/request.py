@@ -1,5 +1,6 @@
-"""Request: a prompt and its SamplingParams, with the ranges of their fields; Event: its new tokens. Imports no jax: flags
-read it.
+"""Request: a prompt and its SamplingParams, with the ranges of their fields; Event: its new tokens.
+
+Imports no jax: flags read it.
 """
 
 import dataclasses

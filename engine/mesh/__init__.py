@@ -1,4 +1,6 @@
-"""A mesh of devices, and the processes that share one. What each function does without a mesh, or with one process:
+"""A mesh of devices, and the processes that share one.
+
+What each function does without a mesh, or with one process:
 
     layout.py     make_inference_mesh(None), current_mesh, shardings                     None
                   sharded_shapes, inference_shapes                                       shapes on no mesh; on the first device

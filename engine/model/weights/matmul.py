@@ -1,7 +1,7 @@
 """Multiplies by any kind of weight: an Array, an Int8, or a LoRA on either.
 
-A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. A new kind of weight
-is a new leaf and a new case here.
+A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. `engine/README.md`
+lists the other files that know the kinds.
 """
 
 import dataclasses

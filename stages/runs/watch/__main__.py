@@ -1,4 +1,6 @@
-"""Write the page of a recording of a model's lives: python -m stages.runs.watch DOCUMENT.json PAGE.html
+"""Write the page of a recording of a model's lives.
+
+    python -m stages.runs.watch DOCUMENT.json PAGE.html
 
 `python -m bench.lives` makes the document and calls this. train.html, in which a browser trains, is written beside the page.
 """

@@ -1,5 +1,6 @@
-"""The outermost layer of the application: checks the framing, Host, Origin and API key of each request, gives it an id, and
-adds headers to its response, which it counts and may log. An error becomes the reply here.
+"""The outermost layer of the application: checks the framing, Host, Origin and API key of each request.
+
+It gives each request an id, adds headers to its response, counts it and may log it. An error becomes the reply here.
 
 A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
 read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page or a listed one, which
