@@ -8,8 +8,8 @@
     python -m bench --list                         the other measurements
     python -m bench.compare A/bench.json B/bench.json    two results, by the ratios that both measured
 
-All rows run in turns, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking the
-traced program, by XLA.
+All rows run interleaved, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking
+the traced program, by XLA.
 """
 
 import dataclasses

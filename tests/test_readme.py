@@ -1,5 +1,6 @@
 """Every command of every README is run here, as it is written, but for flags that make it short."""
 
+import json
 import os
 import re
 import shlex
@@ -32,7 +33,9 @@ SHORT = {
 # Commands of minutes, and those that need what a test does not install.
 LONG = {"bench", "bench.anatomy", "bench.lives", "bench.peers", "bench.serving"}
 # No test fetches a model or trains one for minutes: the run of 20 steps stands in for them.
+# Its context is too short for the preferences that are shipped.
 STANDS_IN = dict.fromkeys(("smollm2-135m-instruct", "runs/demo-shakespeare"), "runs/short")
+STANDS_IN["voice-preferences"] = "preferences.jsonl"
 
 
 def commands(readme: Path) -> list[list[str]]:
@@ -73,10 +76,12 @@ def short(command: tuple[str, ...], text: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with a text and with the run of 20 steps."""
+    """A folder with a text, with preferences, and with the run of 20 steps."""
     folder = tmp_path_factory.mktemp("readme")
     lines = (f"The {i * 7919 % 1000}th line of a small text, which says {i * 31 % 97} things.\n" for i in range(1500))
     (folder / "text.txt").write_text("".join(lines))
+    rows = ({"prompt": f"Line {i}?", "chosen": f"It says {i}.", "rejected": "No."} for i in range(20))
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = next(command for command in EVERY if "runs/short" in command and "stages.train" in command)
     subprocess.run([sys.executable, *short(command, folder / "text.txt")], cwd=folder, env=ENVIRONMENT, check=True)
     return folder

@@ -1,4 +1,4 @@
-"""Measures the stage table of `python -m bench`: compiles every row of one model and times them in turns."""
+"""Measures the stage table of `python -m bench`: compiles every row of one model and times them interleaved."""
 
 import dataclasses
 import functools

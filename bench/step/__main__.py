@@ -8,7 +8,7 @@
     python -m bench.step --of recipes                     every experiment on the default training run, and what it gave
 
 A step is `train_step`: bfloat16 products, float32 weights, clipping, AdamW, and the guard against non-finite steps. Steps
-that are compared run in turns. Models of --shapes read bytes.
+that are compared run interleaved. Models of --shapes read bytes.
 """
 
 import csv

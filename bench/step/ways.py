@@ -1,4 +1,4 @@
-"""Times the ways of one training step in turns with each other and with a square matmul, and counts their FLOPs and memory.
+"""Times the ways of one training step, interleaved with each other and with a square matmul, and counts their FLOPs and memory.
 
 Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8); one device, and a mesh of virtual devices, which share the
 processor's cores, so that a ratio above 1 is what the mesh itself costs. Frozen matrices are stored in the compute type.

@@ -1,6 +1,6 @@
 """The promises of training (T1 to T14) and of serving (S1 to S11, X2 to X5): pytest's options, the server, and the table.
 
-    pytest tests/promises -m promises -n 0                    each promise tried: an hour on two cores
+    pytest tests/promises -m promises -n 0                    each promise tried: hours on two cores, those of serving one
     pytest tests/promises -m promises -n 0 --quick            fewer repetitions
     pytest tests/promises -m promises -n 0 --promise S4,X3    some of them
     pytest tests/promises/training -m promises -n 0           those of training: training/conftest.py
