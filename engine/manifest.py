@@ -1,4 +1,4 @@
-"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before they are used."""
+"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before a file is used."""
 
 import concurrent.futures
 import errno

@@ -1,4 +1,4 @@
-"""X3 and X4: with a key set every route but two needs it, and a web page elsewhere cannot drive the local server."""
+"""X3 and X4: every route but two needs the key that is set, and a web page elsewhere cannot drive the local server."""
 
 import json
 
