@@ -58,7 +58,7 @@ def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
         assert len({frame["digest"] for frame in frames[3:]}) == len(frames[3:]), name
         assert frames[-1]["digest"] == life["end"]["digest"], name
         assert (frames[-1]["step"], life["steps"][-1]["step"]) == (life["end"]["step"],) * 2, name
-        assert life["before"] != life["after"], name
+    assert document["lives"]["train"]["before"] != document["lives"]["train"]["after"]
     assert frozen["train"] == frozen["all"] == 0
     assert frozen["frozen"] > 0
     assert frozen["lora"] == len(document["lives"]["train"]["begin"]["tensors"])  # the pairs lie beside all of them
@@ -111,7 +111,7 @@ def test_the_page_is_one_file_that_needs_no_network(page, document):
 def test_ctrl_c_ends_the_runs_too(text, tmp_path):
     """The signal goes to the command alone, as `kill -INT` sends it."""
     process = subprocess.Popen(
-        lives("--quick", "--data", text, "--out", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        lives("--data", text, "--out", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (running := [child for child in children.read_text().split() if "stages.train" in command_line(child)]):
