@@ -13,7 +13,6 @@ from typing import Annotated
 import tyro
 
 from engine.files import make_folder
-from engine.untrusted import read_json_object
 from stages.cli.command import run_command
 from stages.cli.flags import parser, path
 from stages.cli.process import leave
@@ -34,6 +33,8 @@ class PageFlags:
 
 
 def make_page(flags: PageFlags) -> None:
+    from engine.untrusted import read_json_object  # loads NumPy, which --help does without
+
     document = read_json_object(flags.document, MAX_DOCUMENT_BYTES)
     make_folder(flags.page.parent)
     write_page(document, flags.page)
