@@ -140,6 +140,7 @@ def test_a_browser_that_does_not_read_holds_nobody_up(monkeypatch):
         begin = time.perf_counter()
         for step in range(300):
             watch({"event": "frame", "step": step, "mosaic": "A" * 100_000})
+            assert watch.events[-1][1] == "frame"  # the newest is never dropped
             for each in range(20):
                 watch({"event": "step", "step": step, "loss": each})
         assert time.perf_counter() - begin < 5
