@@ -41,9 +41,11 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     prompts = [prompt, *(f"{name}:\n" for name in NAMES)]
     requests = [request(prompts[number % len(prompts)], number) for number in range(ASKED)]
     first, second, edited = (request(text, 0) for text in INDEPENDENT)
-    answers, seconds = timed(engine, requests)
-    (alone,), alone_seconds = timed(engine, [first])
-    independent = timed(engine, [first, second])[0] + timed(engine, [edited])[0]
+    begin = clock()
+    answers = complete(engine, requests)
+    seconds = clock() - begin
+    (alone,) = complete(engine, [first])
+    independent = complete(engine, [first, second]) + complete(engine, [edited])
     changed = sum(
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
         for path, leaf in leaf_paths(engine.params).items()
@@ -58,16 +60,15 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
             {"prompt": text, "text": tokenizer.decode(tokens), "edited": text == INDEPENDENT[2]}
             for text, tokens in zip(INDEPENDENT, independent)
         ],
-        "same_alone": alone == independent[0], "alone_seconds": alone_seconds,
+        "same_alone": alone == independent[0],
         "cache_bytes": [position_bytes * position for position in positions],
     }  # fmt: skip
 
 
-def timed(engine: Engine, requests: Sequence[Request]) -> tuple[list[list[int]], float]:
-    """Returns the tokens that answer each request, and the seconds until all are answered."""
-    begin = clock()
+def complete(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """Returns the tokens that answer each request."""
     answers: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
     while engine.busy:
         for event in engine.step():
             answers[event.id] += event.tokens
-    return list(answers.values()), clock() - begin
+    return list(answers.values())

@@ -51,7 +51,7 @@ def run_module(command: Sequence[str], recording: Path | None = None) -> None:
     """
     words, environment = [sys.executable, "-m", *command], os.environ | {"PYTHONPATH": str(ROOT)}
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
         subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment) as process,
     ):
         try:
