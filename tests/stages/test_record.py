@@ -154,11 +154,16 @@ def test_a_killed_run_leaves_lines_and_goes_on_in_the_file(text, tmp_path, monke
 
 def test_what_goes_wrong_is_said_once_and_the_run_goes_on(text, tmp_path, monkeypatch, capsys):
     (file := tmp_path / "file").touch()
-    for number, (path, sentence) in enumerate(((tmp_path, "a file is needed"), (file / "run.jsonl", "File exists"))):
+    (link := tmp_path / "link").symlink_to(file)
+    trained_on = text.read_bytes()
+    wrong = {tmp_path: "a file is needed", file / "run.jsonl": "File exists", text: "no recording", link: "no recording"}
+    for number, (path, sentence) in enumerate(wrong.items()):
         assert train.main(tiny(text, tmp_path / str(number), "--steps", 3, "--record", path)) == 0
         output = capsys.readouterr().out
         assert output.count("The recording ended, and the run goes on: ") == 1
         assert sentence in output
+    assert text.read_bytes() == trained_on
+    assert link.is_symlink()
     monkeypatch.setattr("stages.runs.watch.recorder._pixels", lambda *_: 1 / 0)
     assert train.main(tiny(text, tmp_path / "broken", "--steps", 3, "--record", tmp_path / "broken.jsonl")) == 0
     assert capsys.readouterr().out.count("The recording ended, and the run goes on: ZeroDivisionError") == 1

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.errors import UserError
+from engine.files import open_regular
 from engine.storage.digest import leaves_by_path
 from stages.cli.command import explain_error
 from stages.runs.folder import JsonLines, replace_nonfinite
@@ -33,22 +35,34 @@ from stages.runs.folder import JsonLines, replace_nonfinite
 FIRST, PARTS = 4, 16
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
 ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
+BEGINNING = b'{"event": '  # of a recording
 WATCHING = 0.01  # the share of the time that frames take which nobody but a watcher asked for
 
 Sink = Callable[[dict[str, Any]], object]
 
 
 def file_sink(path: Path) -> Sink:
-    """Returns a sink that writes a line for each event. The first one's step says which lines of an older file stay."""
+    """Returns a sink that writes a line for each event. The first one's step says which lines of an older recording stay.
+
+    It raises UserError where another file lies at `path`, such as the text that is trained on, or a link, such as /dev/stdout.
+    """
     lines: list[JsonLines] = []
 
     def write(event: dict[str, Any]) -> None:
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink() or (path.is_file() and not _is_recording(path)):
+                raise UserError(f"{path} is no recording, and is not replaced. Give another file with --record.")
             lines.append(JsonLines(path, event["step"]))
         lines[0].add(**event)
 
     return write
+
+
+def _is_recording(path: Path) -> bool:
+    """Whether a file begins as a recording does, or is empty."""
+    with open_regular(path) as file:
+        return file.read(len(BEGINNING)) in (BEGINNING, b"")
 
 
 class Recorder:
