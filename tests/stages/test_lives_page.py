@@ -242,6 +242,22 @@ def test_pictures_are_tables_too_and_fit_a_narrow_screen(browser, open_page, doc
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_the_focus_stays_in_a_table_which_arrow_keys_scroll(browser, open_page, document):
+    see = open_page(document)
+    browser.set_window_size(500, 700)
+    try:
+        browser.find_element("css selector", "#weights summary").send_keys(Keys.ENTER, Keys.ARROW_LEFT)
+        assert f"step {13 * (FRAMES - 2)} of" in see("#when")
+        focused = "document.activeElement === document.querySelector('#weights {}')"
+        assert browser.execute_script(f"return {focused.format('summary')}")
+        press(browser, Keys.TAB, Keys.ARROW_LEFT)
+        assert f"step {13 * (FRAMES - 2)} of" in see("#when")
+        browser.execute_script("show(1)")
+        assert browser.execute_script(f"return {focused.format('.scroll')}")
+    finally:
+        browser.set_window_size(1200, 800)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

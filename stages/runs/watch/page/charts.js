@@ -117,12 +117,25 @@ function table(caption, heads, rows) {
 
 const tables = {};
 
+// Draws, and gives the focus back to an element that was taken out and put in again, scrolled as far as it was.
+function keepFocus(draw) {
+  const {activeElement: focused} = document;
+  const {scrollLeft} = focused;
+  draw();
+  if (focused === document.activeElement || !focused.isConnected) return;
+  focused.focus({preventScroll: true});
+  focused.scrollLeft = scrollLeft;
+}
+
 // A table behind a line to open it, which stays open when its chapter is drawn again. `rows` makes them when they are seen.
 function asTable(name, caption, heads, rows) {
   const details = tables[name] ??= make('details', {}, make('summary', {}, `As a table: ${name}`));
   details.ontoggle = () => {
-    details.querySelector('.scroll')?.remove();
-    if (details.open) details.append(table(caption, heads, rows()));
+    const shown = details.querySelector('.scroll');
+    if (!details.open) return shown?.remove();
+    const region = table(caption, heads, rows());
+    if (shown) shown.replaceChildren(...region.children); // which may have the focus
+    else details.append(region);
   };
   details.ontoggle();
   return details;

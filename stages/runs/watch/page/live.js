@@ -28,8 +28,10 @@ function receive(event) {
   requestAnimationFrame(() => {
     if (isOther) draw();
     else {
-      drawCurves();
-      moveCurves();
+      keepFocus(() => {
+        drawCurves();
+        moveCurves();
+      });
     }
     isWaiting = isOther = false;
   });

@@ -28,14 +28,16 @@ function draw() {
   const isChosen = ({value}) => [state.life, state.way].includes(value);
   for (const button of document.querySelectorAll('#bar button[value]')) button.ariaPressed = isChosen(button);
   $('ways').hidden = state.life !== 'fine-tune';
-  drawCurves();
-  drawMemory();
-  drawFrame();
+  keepFocus(() => {
+    drawCurves();
+    drawMemory();
+    drawFrame();
+  });
 }
 
 function show(frame) {
   state.frame = Math.max(0, Math.min(frames().length - 1, frame));
-  drawFrame();
+  keepFocus(drawFrame);
 }
 
 function choose(life, way = state.way) {
@@ -80,6 +82,7 @@ function press(event) {
   const life = !state.recording.live && Object.keys(BUTTONS)[Number(key) - 1];
   const ways = Object.keys(WAYS);
   const isAgain = life === 'fine-tune' && state.life === life;
+  if (!life && target.matches('.scroll')) return; // a table, which such keys scroll
   if (life) choose(life, isAgain ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
   else if (key === 'ArrowLeft' || key === 'ArrowRight') {
     play(false);
