@@ -37,7 +37,9 @@ def anatomy(chrome, folder: Path) -> None:
     """Takes a picture of the page of `bench.anatomy`."""
     subprocess.run([sys.executable, "-m", "bench.anatomy", "--preset", "tiny", "--out", folder], check=True)
     chrome.get(next(folder.glob("*.html")).as_uri())
-    chrome.execute_script("document.documentElement.style.overflow = 'hidden'; window.scrollTo(0, 500)")
+    chrome.set_window_size(1000, 910)
+    chrome.execute_script("document.documentElement.style.overflow = 'hidden'")
+    chrome.execute_script("document.querySelector('figure').scrollIntoView(); scrollBy(0, -12)")
     chrome.save_screenshot(PICTURES / "anatomy.png")
 
 
@@ -79,8 +81,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         browser = chromium(Path(folder) / "profile")
         chrome = next(browser)
-        chrome.set_window_size(1000, 700)
         anatomy(chrome, Path(folder) / "page")
+        chrome.set_window_size(1000, 700)
         chat(chrome)
         lives(chrome, Path(folder) / "lives")
         next(browser, None)
