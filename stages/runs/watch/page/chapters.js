@@ -105,7 +105,7 @@ function drawCurves() {
   $('curves').closest('section').hidden = !curves.length;
   const [first, last] = [0, -1].map((at) => [...series.loss?.values() ?? []].at(at));
   $('curves-title').textContent = first > last ? `The error falls from ${round(first)} to ${round(last)}`
-    : 'The error while it learns';
+    : series.loss ? 'The error while it learns' : 'The run in numbers';
   const rows = () => [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b)
     .map((step) => [step, ...curves.map((curve) => round(curve.points.get(step)))]);
   $('curves').replaceChildren(

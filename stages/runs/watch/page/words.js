@@ -1,7 +1,7 @@
 'use strict';
 // The sentences of the page that depend on the life that is shown, or on the recording's numbers.
 
-const WHY = 'Some weights stand still in the first frames: the learning rate begins at 0, so the first step changes nothing. A head of its own begins at zero, and until it has moved, no gradient passes through it to the layers before. LoRA’s b begins at zero too, and until it has moved, a gets no gradient.';
+const WHY = 'Some weights stand still in the first frames: the learning rate begins at 0, so the first step changes nothing or next to nothing. A head of its own begins at zero, and until it has moved, no gradient passes through it to the layers before. LoRA’s b begins at zero too, and until it has moved, a gets no gradient.';
 const LIVES = {
   'train': {
     name: 'Training', title: 'Training moves every weight', predicted: 0,
