@@ -11,6 +11,7 @@ compared with those before, to the bit. lives.json has every figure of the page.
 import dataclasses
 import json
 import math
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -47,6 +48,7 @@ def measure_lives(flags: LivesFlags) -> Json:
     for name in ("price", "watts"):
         if (value := getattr(flags, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} must be a number above 0, not {value:g}.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run that goes on ends too, and its folder
     preset(flags.preset)  # raises for a name that is not known, before JAX starts
     start_jax()
     from bench.lives.answers import answer_requests

@@ -108,8 +108,9 @@ def test_the_page_is_one_file_that_needs_no_network(page, document):
     assert (document["price"], document["watts"]) == (0.2, 90)
 
 
-def test_ctrl_c_ends_the_runs_too(text, tmp_path):
-    """The signal goes to the command alone, as `kill -INT` sends it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs_too(number, text, tmp_path):
+    """The signal goes to the command alone, as `kill` sends it."""
     process = subprocess.Popen(
         lives("--data", text, "--out", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_the_runs_too(text, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)  # until it is waited for
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.communicate(timeout=30)[1].endswith("stopped\n")
     assert process.returncode == 130
     assert "stages.train" not in command_line(running[0])
