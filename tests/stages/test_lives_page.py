@@ -295,6 +295,18 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
         assert "Nothing was asked" not in browser.find_element("tag name", "body").text
 
 
+def test_a_long_life_makes_no_large_page(browser, open_page, document):
+    """As of a fast machine: of its lines some are left out, and the first and the last are not."""
+    train = document["lives"]["train"]
+    steps = [train["steps"][0] | {"step": step, "loss": 9 - step / 3e5, "grad_norm": step / 7} for step in range(1, 20_001)]
+    open_page({"lives": {"train": train | {"steps": steps}}})
+    assert len(browser.page_source) < len(page_html({"lives": {"train": train}})) + 60_000
+    shown = browser.execute_script("return life().steps")
+    assert [step["step"] for step in shown] == sorted({step["step"] for step in shown})
+    assert (shown[0]["step"], shown[-1]["step"]) == (1, 20_000)
+    assert shown[-1]["loss"] == pytest.approx(steps[-1]["loss"], rel=1e-4)
+
+
 def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, capsys):
     source, target = tmp_path / "lives.json", tmp_path / "site" / "lives.html"
     source.write_text(json.dumps(document))

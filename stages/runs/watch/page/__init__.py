@@ -11,6 +11,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.files import atomic_file
 
+LINES = 300  # of metrics, of a life
 PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>')
 
 
@@ -26,7 +27,7 @@ def page_html(document: dict[str, Any]) -> str:
         return f"<{tag}>\n{(folder / (match[1] or match[2])).read_text('utf-8')}</{tag}>"
 
     try:
-        recording = json.dumps(_without_repeats(document), separators=(",", ":"), allow_nan=False)
+        recording = json.dumps(_smaller(document), separators=(",", ":"), allow_nan=False)
     except ValueError:
         raise UserError("The recording holds a number that is not finite: null is what should stand there.") from None
     html = PARTS.sub(inside, (folder / "page.html").read_text("utf-8"))
@@ -40,8 +41,11 @@ def write_page(document: dict[str, Any], path: Path) -> None:
         file.write(html.encode())
 
 
-def _without_repeats(document: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out of each frame the tensors whose mosaic is that of the frame before: the page looks back for them."""
+def _smaller(document: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what is not seen, for a page of a megabyte whatever the machine: most lines of a long life, and digits.
+
+    A tensor whose mosaic is that of the frame before is left out too: the page looks back for it.
+    """
     lives = document.get("lives")
     smaller = {}
     for name, life in lives.items() if isinstance(lives, dict) else ():
@@ -50,6 +54,13 @@ def _without_repeats(document: dict[str, Any]) -> dict[str, Any]:
         for frame in (life or {}).get("frames", []):
             mosaic = {path: pixels for path, pixels in frame.get("mosaic", {}).items() if last.get(path) != pixels}
             last |= mosaic
-            frames.append(frame | {"mosaic": mosaic})
+            rounded = {kind: _rounded(frame[kind]) for kind in ("gradient_norms", "limits") if kind in frame}
+            frames.append(frame | rounded | {"mosaic": mosaic})
         smaller[name] = life and life | {"frames": frames}
+        if life and len(steps := life.get("steps", [])) > LINES:
+            smaller[name]["steps"] = [_rounded(steps[place * (len(steps) - 1) // (LINES - 1)]) for place in range(LINES)]
     return document | {"lives": smaller} if smaller else document
+
+
+def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in numbers.items()}

@@ -111,7 +111,7 @@ function drawCurves() {
   $('curves').replaceChildren(
     make('div', {className: 'panels'}, curves.map((curve) => curve.figure)),
     say(SAY.curves),
-    asTable('every recorded line', 'What the run wrote down.', ['step', ...curves.map((curve) => curve.title)], rows));
+    asTable('the recorded lines', 'What the run wrote down; of a long run, some of its lines.', ['step', ...curves.map((curve) => curve.title)], rows));
   for (const curve of curves) {
     curve.chart = curveChart([...curve.points], curve.figure.clientWidth || 300, 140, `${curve.title} over the steps`);
     curve.figure.append(curve.chart);
