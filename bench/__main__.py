@@ -40,7 +40,7 @@ class StageTableFlags:
     price: Annotated[float, tyro.conf.arg(metavar="DOLLARS")] = 0.1
     """Dollars an hour of this machine; the default is about what two shared cores are let for."""
     max_time: float = 120.0
-    """Seconds the whole may take, compiling included; rounds are added while they fit."""
+    """Seconds to fit the whole into, compiling included. Rounds are added while they fit; 6 are made even if they do not."""
     quick: bool = False
     """The fewest rounds that a verdict needs."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
@@ -115,7 +115,7 @@ def command(flags: StageTableFlags) -> str:
 def measurements() -> dict[str, str]:
     """Returns the other measurements by name with the first line of their docstrings, without importing them."""
     names, here = {}, Path(__file__).parent
-    for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__)}:
+    for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__), here / "compare.py"}:
         source = path.read_text(encoding="utf-8")
         if "\nif __name__ ==" in source:
             name = path.stem if path.parent == here else path.parent.name

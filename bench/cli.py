@@ -114,7 +114,7 @@ def _with_common(flags: type[Any], name: str) -> type[Any]:
     about = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
     more: list[tuple[str, Any, Any]] = [("json", Annotated[bool, off, about], False)]
     if "out" not in hints:
-        file = f"A folder for {name.rpartition('.')[2]}.json, which bench.compare reads."
+        file = f"A folder for {name.rpartition('.')[2]}.json."
         more.append(("out", Annotated[Path | None, tyro.conf.arg(metavar="PATH", help=file, help_behavior_hint="")], None))
     return dataclasses.make_dataclass(flags.__name__, more, bases=(flags,), frozen=True)
 

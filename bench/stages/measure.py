@@ -37,7 +37,7 @@ from engine.counting.hardware import (
 )
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
-from engine.format import finite, si
+from engine.format import duration, finite, si
 from engine.inference.decode import prepare_params
 from engine.model.config import PRESETS, ModelConfig, preset
 from engine.model.weights.int8 import quantize
@@ -87,8 +87,11 @@ def stage_table(
         jax.block_until_ready(call())
     seconds, left = clock() - started, max_time - AFTERWARDS - (clock() - begin)
     rounds = MIN_ROUNDS if fewest_rounds else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / seconds)))
-    if rounds * seconds > left:
-        progress(f"{rounds} rounds of this model take {rounds * seconds:.0f} s; a smaller --batch or --context takes less")
+    if (over := rounds * seconds - left) > 0:
+        progress(
+            f"This takes about {duration(over)} longer than --max-time {max_time:g}: the fewest rounds, {rounds}, take "
+            f"{duration(rounds * seconds)}; a smaller --batch or --context takes less"
+        )
     report = lambda done, total: progress(f"round {done} of {total}", replace=True)
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token.
@@ -151,12 +154,12 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
     makers |= {
         FORWARD: functools.partial(evaluation_row, cfg, frozen, batch),
         "prefill": functools.partial(prefill_row, cfg, frozen, tokens),
-        "a prompt as it is served": functools.partial(served_rows, cfg, frozen, tokens[0]),
+        "chunked prefill into a slot, prefix-cache hit": functools.partial(served_rows, cfg, frozen, tokens[0]),
     }
     for name, slots, weights in DECODES:
         served = int8 if weights else frozen
         makers[name] = functools.partial(decode_row, cfg, served, slots, tokens.shape[1], name=name, weights=weights)
-    makers["by hand"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
+    makers["by hand: forward, training step"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
     for done, (name, make) in enumerate(makers.items(), 1):
         progress(f"compiling {done} of {len(makers)}: {name}", replace=True)
         rows = make()

@@ -1,4 +1,4 @@
-"""Prints the stage table: each row's operations, its cost on this machine, explanations and claims."""
+"""Prints the stage table: each row's operations, its cost on this machine, claims and explanations."""
 
 import statistics
 from typing import Any
@@ -8,13 +8,16 @@ from engine.format import money, percent, si, times
 
 
 def print_stages(document: dict[str, Any]) -> None:
-    """Prints the two tables, the explanations, and the claims."""
+    """Prints the two tables, the claims, and the explanations."""
     out, rows = console(), document["rows"]
     counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
     print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
     measured = ("", "a token takes", "roofline", "× forward", "peak", "predicted", "moved a token", "of ceiling", "$ a million")
     title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
     print_table(title, measured, map(_measured, rows))
+    for claim in document["claims"]:
+        out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
+    out.print()
     for row in rows:
         if row["explanation"]:
             predicted = row["predicted_seconds_per_token"]
@@ -24,9 +27,6 @@ def print_stages(document: dict[str, Any]) -> None:
     if errors := [abs(roofline / seconds - 1) for roofline, seconds in pairs if roofline]:
         half = f"half of the {len(errors)} rows within {statistics.median(errors):.0%} of what was measured"
         out.print(f"The roofline, from the forward pass's share of the ceiling and the memory's bytes, predicts {half}.")
-    out.print()
-    for claim in document["claims"]:
-        out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
     out.print(f"\n{document['noise']}", markup=False)
 
 
@@ -35,7 +35,7 @@ def _counted(row: dict[str, Any]) -> list[str]:
     walker, elementwise = flops["walker"], flops["walker_elementwise"]
     return [
         row["name"], row["weights"], si(flops["formula"], ""),
-        "-" if walker is None else "= formula" if walker == flops["formula"] else si(walker, ""),
+        "= formula" if walker == flops["formula"] else si(walker, ""),
         si(elementwise and round(elementwise), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
     ]  # fmt: skip
 
