@@ -55,8 +55,10 @@ def fetch(name: str, part: Part, on_config: OnConfig, report: OnProgress) -> Pat
     no more, `cached` nothing. `report`: bytes done and in all. Raises UserError for what cannot be had.
     """
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import logging
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # else it asks for a list of programs to tell the hub which one started it
+    logging.set_verbosity_error()  # a line a retry would stand above the sentence that says why none helped
     hub_id, _, revision = name.partition("@")
     bar = _progress_bar(report) if report else None
     is_offline = part == "cached" or constants.HF_HUB_OFFLINE

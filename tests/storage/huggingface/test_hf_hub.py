@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import logging
 import os
 import re
 import shutil
@@ -177,6 +178,7 @@ def test_what_cannot_be_had_is_one_sentence_and_costs_no_weights(hub, capsys):
     hub.error = ""
     hub.is_down = True
     refused(ID, f"Could not fetch {ID} from {hub.url}", "503")
+    assert not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING)  # of each retry
     hub.is_down = False
     (hub.folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "gemma3"}))
     refused(ID, "'gemma3' is not known here; llama, mistral, qwen2, qwen3 are")
