@@ -70,6 +70,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from engine.text.conversations import SHIPPED
     from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
     from stages.runs.text_data import check_text_name
 
@@ -83,7 +84,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
         if flags.data and data is None:
-            check_text_name(flags.data)
+            check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
         console.print_notes(model.notes)

@@ -263,7 +263,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: Corpus[str]) ->
     agreement = float((logits(model.params).argmax(-1) == written.argmax(-1)).mean())
     before, after = bits_per_byte(model.params), bits_per_byte(export.params)
     rows += [
-        ("logits", f"{difference:.1e} of the largest apart from the model's, rounded alike"),
+        ("logits", f"differ by at most {difference:.1e} of the largest from the model's, with its weights rounded as here"),
         ("loss", f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of "
                  f"{source.name}); the most probable token stays in {agreement:.1%} of places"),
     ]  # fmt: skip

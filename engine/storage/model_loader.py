@@ -13,7 +13,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
-from engine.storage.adapter import base_digests, build_adapter, check_base, load_adapter
+from engine.storage.adapter import CONFIG, base_digests, build_adapter, check_base, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.huggingface import hub
 from engine.storage.huggingface.hub import OnConfig, cached_id, is_hub_name
@@ -110,6 +110,9 @@ def _run_of(path: Path, name: str) -> Path:
             return step.parents[1]
     if name in ASSETS:
         raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
+    if (path / CONFIG).exists():
+        both = f"; --model {path.parent} loads both" * (path.parent / "run.json").exists()
+        raise UserError(f"{path} holds an adapter, which chat and serve take by --adapter, beside its base by --model{both}.")
     if path.exists():
         raise UserError(f"{path} holds no model that is known here; --model takes {FORMS}.")
     raise UserError(f"There is no model at {path}; --model takes {FORMS}.{did_you_mean(name, MODELS)}")

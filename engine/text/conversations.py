@@ -94,7 +94,9 @@ def read_conversations(source: Path | str) -> Conversations:
     name = str(source)
     path = SHIPPED.get(name) or Path(source).expanduser()
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+        problem = "is not a file" if path.exists() else "does not exist"
+        if path.is_dir():
+            problem = "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
         raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}")
     if path.suffix.lower() in (".txt", ".md"):
         return Conversations(name, lambda: iter([Text(decode_utf8(path.read_bytes(), path), str(path))]))

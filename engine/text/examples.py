@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.errors import UserError
+from engine.format import quantity
 from engine.text import OnProgress
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import Conversation, Preference, Record, Text
@@ -38,7 +39,7 @@ class DatasetSummary:
 
     def describe(self) -> list[str]:
         """Returns lines for people: the counts, and for each reason the first row it was given for."""
-        counts = f"{self.used:,} of {self.rows:,} kept, {len(self.truncated):,} of them truncated"
+        counts = f"{self.used:,} of {quantity(self.rows, 'row')} kept, {len(self.truncated):,} of them truncated"
         lines = [f"{counts}; {len(self.dropped):,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}

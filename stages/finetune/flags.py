@@ -8,13 +8,17 @@ from engine.errors import UserError
 from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
 from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, TrainableFlags
 
+DATA = (
+    "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; for --objective preference, "
+    "of prompt, chosen and rejected. `voice` and `voice-preferences` come with this project."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExampleFlags:
     """The training data."""
 
-    data: Annotated[str, parser(str, "DATA")] = "voice"
-    """A .jsonl of messages, prompt/completion, Alpaca, ShareGPT or text; or `voice`, which comes with this project."""
+    data: Annotated[str, parser(str, "DATA"), default("voice", DATA)] = "voice"
     validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")] = None
     """Conversations that are never trained on; those that are in --data too are left out."""
     general: Annotated[str, parser(str, "TEXT")] = "python"

@@ -15,6 +15,7 @@ from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
+from engine.text.examples import Pair
 from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
@@ -24,7 +25,7 @@ from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
 from stages.finetune.flags import FinetuneFlags
 from stages.runs.answers import Answer, ask, compare, describe_faults
-from stages.runs.conversation_data import digest_examples, prepare_conversations
+from stages.runs.conversation_data import digest_examples, open_conversations, prepare_conversations
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import RunOptions
@@ -101,6 +102,8 @@ class FineTuning(ModelStage):
 
         if examples.general != "none":
             check_text_name(examples.general)
+        for data in filter(None, (examples.data, examples.validation)):
+            open_conversations(data, tuning.objective)  # raises before a model is loaded
         template, on_mesh = read_template(examples.template), options.mesh is not None
         super().__init__(flags.model, lora, options.folder, console, template, make_plan, on_mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
@@ -125,25 +128,28 @@ class FineTuning(ModelStage):
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
         rows, *problems = dataset.summary.describe()
+        examples = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         return [
             self.model_row(),
             *self.matches,
             ("predicted", plan.cost_relative_to_full()),
             ("memory", memory_estimate(plan, plan.memory.total)),
-            ("data", f"{dataset.name} ({dataset.kind}): {rows}"),
+            ("data", f"{dataset.name} ({dataset.kind}): {rows}; {quantity(len(dataset.train), examples)} to train on"),
             *(("", line) for line in problems),
-            ("validation", f"{dataset.held_out_name}: {len(dataset.held_out):,} examples"),
+            ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), examples)}"),
             *([("", dataset.overlap)] if dataset.overlap else []),
             ("template", self.chat.template_name),
-            ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, {recipe.optimizer.learning_rate:g}"),
+            ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
             ("length", f"{plan.length()}; about {quantity(steps, plan.step_name)}, {long}"),
         ]
 
     def print_example(self) -> None:
-        """Prints the first example, marking the tokens that are trained on."""
-        self.console.print("\nthe first example; what is trained on is marked", style="bold")
+        """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
         first = self.dataset.train[0]
-        self.console.print_marked(list(self.chat.marked_pieces(getattr(first, "chosen", first))))
+        answers = {"the chosen answer": first.chosen, "the rejected answer": first.rejected} if isinstance(first, Pair) else {}
+        for name, example in (answers or {"the first example": first}).items():
+            self.console.print(f"\n{name}; what is trained on is marked", style="bold")
+            self.console.print_marked(list(self.chat.marked_pieces(example)))
         self.console.print()
 
     def prompt(self) -> tuple[str, list[int]]:
@@ -190,8 +196,8 @@ class FineTuning(ModelStage):
             result,
             compare(before.answers, after.answers),
             rows,
-            f"{path} ({trained_count:,} numbers)",
-            ["chat", "evaluate", "export"],
+            f"{path} ({trained_count:,} parameters)",
+            ["chat", "serve", "evaluate", "export"],
         )
 
     def _batches(self) -> PackedBatches | PreferenceBatches:

@@ -13,8 +13,7 @@ class RolloutFlags:
     """The prompts, and how completions are sampled."""
 
     task: Annotated[str, parser(str, "TASK")] = "length:12"
-    """`length:N` (words), `regex:PATTERN` (found in the answer), `sum` (the last number is right), or `yes-no` (the answer
-    begins so)."""
+    """`length:N` words, `regex:PATTERN` found in the answer, `sum` (the last number is right), or `yes-no` (how it begins)."""
     data: Annotated[Path | None, parser(path, "FILE"), default("prompts that come with the task")] = None
     """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` needs answers."""
     prompts: Annotated[int, parser(integer(1, 1024), "N")] = 2
@@ -50,7 +49,7 @@ class DurationFlags:
     max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m, but at least 20 rounds, when neither is given")] = (
         None
     )
-    """Time in rounds, such as 90s, 3m; compiling and measuring are not counted."""
+    """Time in rounds, such as 90 (seconds) or 3m; compiling and measuring are not counted."""
     rounds: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Times that completions are sampled and trained on."""
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from engine.errors import UserError
+from engine.format import quantity
 from engine.model.config import ModelConfig
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations
@@ -63,13 +64,13 @@ def prepare_conversations(
 
     Without `validation` a tenth of the rows, chosen by `seed`, is held out.
     """
-    conversations = _read(data, objective)
+    conversations = open_conversations(data, objective)
     with console.task(f"reading {data}") as report:
         train, summary = make_examples(conversations, chat, seq, report)
     rows = _rows_of(train, conversations)
     validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
     if validation:
-        source = _read(validation, objective)
+        source = open_conversations(validation, objective)
         held_out, _ = make_examples(source, chat, seq)
         texts, rows = {row.text for row in rows.values()}, _rows_of(held_out, source)
         held_out, overlap = _without_copies(held_out, rows, texts, validation, data)
@@ -114,8 +115,8 @@ def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> t
         groups[normalize(row.text)].append(where)
     if len(groups) < 2:
         raise UserError(
-            f"{data} has {len(rows):,} usable rows, {len(groups)} of them different: too few to hold any out; give others with "
-            "--validation."
+            f"{data} has {quantity(len(rows), 'usable row')}{', 1 of them different' * (len(rows) > 1)}: too few to hold any "
+            "out; give others with --validation."
         )
     rank = lambda text: (len(groups[text]), hashlib.sha256(f"{seed} {text}".encode()).digest())
     held_out = set[str]()
@@ -138,7 +139,8 @@ def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
     return [[*itertools.takewhile(is_asked, row.messages)] for row in chosen if not isinstance(row, Text)]
 
 
-def _read(data: str, objective: str) -> Conversations:
+def open_conversations(data: str, objective: str) -> Conversations:
+    """Opens a data set, of which it reads the first row. Raises UserError for one that the objective cannot use."""
     conversations = read_conversations(data)
     is_preference = objective == "preference"
     if (conversations.kind == "preference") != is_preference:

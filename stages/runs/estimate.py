@@ -173,7 +173,7 @@ class RunPlan:
         """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
         full = dataclasses.replace(self, trainable=all_trainable(self.cfg), base="float")
         flops, memory = self.step_flops / full.step_flops, self.memory.total / full.memory.total
-        return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained (predicted)"
+        return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained"
 
 
 def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | float:

@@ -42,7 +42,7 @@ class LengthFlags:
     max_time: Annotated[
         float | None, parser(seconds, "TIME"), default("3m without --steps, and a fine-tuning then 100 steps at least")
     ] = None
-    """Training time, such as 90s, 3m, 1h, which ends the run; compiling, evaluating and saving are not counted."""
+    """Training time, such as 90 (seconds), 3m or 1h, which ends the run; compiling, evaluating and saving are not counted."""
     steps: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Batches to train on."""
 

@@ -124,8 +124,8 @@ class ModelStage(Stage):
 
     def model_row(self) -> tuple[str, str]:
         plan, cfg = self.plan, self.plan.cfg
-        numbers = f"{count_params(cfg).total:,} numbers, {'int8' if plan.base == 'int8' else cfg.dtype}"
-        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {numbers}"
+        size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
+        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
 
     def save_trained(self, step: int, trainable: Any) -> Path:
         """Saves an adapter, if one was trained, beside the checkpoints. Returns where the trained parameters are.
@@ -155,12 +155,12 @@ def choose_trainable(
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         return lora_only(cfg, lora), (
             ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
-            ("trainable", f"{count:,} new numbers beside {total:,} frozen ones ({count / total:.1%})"),
+            ("trainable", f"{count:,} new parameters beside {total:,} frozen ones ({count / total:.1%})"),
         )
     selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)
     count = selection.trainable_count
     return selection.trainable_paths, (
-        *((match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} numbers")
+        *((match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} parameters")
           for match in selection.matches),
-        ("trainable", f"{count:,} of {total:,} numbers ({count / total:.1%})"),
+        ("trainable", f"{count:,} of {total:,} parameters ({count / total:.1%})"),
     )  # fmt: skip

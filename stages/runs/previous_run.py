@@ -83,6 +83,8 @@ FIXED = {
 }  # fmt: skip
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}  # not every run has them
+BY_FLAG = re.compile("(recipe|rollout|update)/.*|config/dtype|steps|beta|general|template|text/(data|validation)")
+FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 
@@ -111,16 +113,24 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             sources = (f"{name}/{part}" for part in ("data", "kind", "model"))
             path = next((source for source in sources if before.get(source) or now.get(source)), path)
             values = before.get(path), now.get(path)
+            if values[0] == values[1] and path.endswith(("/data", "/model")):
+                name = f"{name} (what is read from {values[0]} has changed)"
         refused.append(f"{name} ({values[0]} there, {values[1]} now)" if values[0] != values[1] else name)
     return refused
 
 
 def describe_changes(changes: Changes) -> list[str]:
-    """Returns lines: `learning_rate: 0.003 -> 0.01`."""
-    lines = {path: f"{path.rpartition('/')[2]}: {before} -> {now}" for path, (before, now) in changes.items()}
-    if "text/validation_digest" in lines:
-        lines["text/validation_digest"] = "what is in the validation data"
-    return [*lines.values()]
+    """Returns lines, with the flag where one sets it: `--learning-rate: 0.003 -> 0.01`."""
+    lines = []
+    for path, (before, now) in changes.items():
+        name = path.rpartition("/")[2]
+        if path == "text/validation_digest":
+            lines.append("what is in the validation data")
+        elif path == "max_seconds":
+            lines.append(f"--max-time: {before and duration(before)} -> {now and duration(now)}")
+        elif path not in FOLLOWS:
+            lines.append(f"{f'--{name.replace("_", "-")}' if BY_FLAG.fullmatch(path) else name}: {before} -> {now}")
+    return lines
 
 
 def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +56,14 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
     return train, held_out
 
 
-def check_text_name(data: str) -> None:
-    """Raises UserError when `data` names no text."""
+def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
+    """Raises UserError when `data` names no text. `conversations`: names of those that could stand there too."""
     if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
-        hint = did_you_mean(data, TEXTS) or f" Give a file, a folder, or one of {', '.join(TEXTS)}."
-        raise UserError(f"There is no text at {data}.{hint}")
+        names, also = (*TEXTS, *conversations), ", nor a file of conversations" * bool(conversations)
+        hint = did_you_mean(data, names) or f" Give a file, a folder, or one of {', '.join(names)}."
+        raise UserError(f"There is no text at {data}{also}.{hint}")
 
 
 def evaluation_source(data: str, console: Console) -> Source:

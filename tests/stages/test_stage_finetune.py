@@ -86,9 +86,10 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     folder, printed = adapted
     total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
     assert "LoRA        q, v, gate, up, down of 2 layers, rank 4" in printed
-    assert re.search(rf"trainable +[\d,]+ new numbers beside {total:,} frozen ones", printed)
+    assert re.search(rf"trainable +[\d,]+ new parameters beside {total:,} frozen ones", printed)
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
-    assert f"{len(WORD)} of {len(WORD)} kept, 0 of them truncated; 0 dropped" in printed
+    trained_on = rf"{len(WORD) - round(len(WORD) / 10)} examples to train on"
+    assert f"{len(WORD)} of {len(WORD)} rows kept, 0 of them truncated; 0 dropped; {trained_on}" in printed
     assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is a target
     losses = result(folder)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
@@ -171,7 +172,7 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     assert evaluate.main(["--model", str(trained), "--data", str(chats)]) == 0
     printed = capsys.readouterr().out
     assert f"{chats} (messages)" in printed
-    assert f"{len(WORD)} of {len(WORD)} kept" in printed
+    assert f"{len(WORD)} of {len(WORD)} rows kept" in printed
     assert float(re.findall(r"nats per token +(\S+)", printed)[0]) > measured + 0.5
 
 
@@ -221,7 +222,7 @@ def test_what_is_frozen_stays_to_the_bit(trained, chats, tmp_path, capsys, monke
     assert finetune.main(args(trained, chats, folder, *more, *rules)) == 0
     printed = capsys.readouterr().out
     for phrase in ("blocks/1/(q|k|v|out) ", "head "):
-        assert re.search(rf"^{re.escape(phrase)} *\d+ (leaf|leaves), [\d,]+ numbers$", printed, re.M)
+        assert re.search(rf"^{re.escape(phrase)} *\d+ (leaf|leaves), [\d,]+ parameters$", printed, re.M)
     base, model = (load_model(str(run)) for run in (trained, folder))
     before, after = leaf_paths(base.params), leaf_paths(model.params)
     moved = {path for path in before if digest({"": before[path]}) != digest({"": after[path]})}
@@ -247,7 +248,8 @@ def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
     assert losses["unit"] == "preference loss"
     assert losses["before"]["held_out"] == pytest.approx(math.log(2), abs=1e-6)
     assert losses["after"]["held_out"] < 0.6
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert re.search(r"(?s)the chosen answer; what .*\[\[ red sails\..*the rejected answer; what .*\[\[ a far land\.", printed)
     assert evaluate.main(["--model", str(folder)]) == 0
     assert "100% of them" in capsys.readouterr().out
 
@@ -300,7 +302,7 @@ def test_no_held_out_row_is_a_copy_of_a_training_row(trained, tmp_path, capsys, 
     assert finetune.main([*dry, "--validation", str(other)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"3 of the 4 rows of \S+other.jsonl are in \S+data.jsonl too, 1 of them to the letter: left out", printed)
-    assert "other.jsonl: 1 examples" in printed
+    assert "other.jsonl: 1 example\n" in printed
     rows(other, loud[:2])
     assert "nothing is held out. Give another --validation" in failing(finetune.main, [*dry, "--validation", other])
     rows(data, [items[0]] * 8)

@@ -43,7 +43,7 @@ from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
 from stages.runs.folder import JsonLines
 from stages.runs.loop import RunOptions
-from stages.runs.previous_run import differences, settings
+from stages.runs.previous_run import FIXED, differences, refusals, settings
 from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
@@ -282,7 +282,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, 
     output = capsys.readouterr().out
     assert f"damaged: {victim}" in output
     assert "resumed at step 2 (the newest intact one)" in output
-    assert "changed: learning_rate: 0.003 -> 0.001" in output
+    assert "changed: --learning-rate: 0.003 -> 0.001" in output
     assert (folder / "checkpoints" / "damaged-4").exists()
     assert manifest.verify(folder / "checkpoints" / "4") == []
 
@@ -317,6 +317,11 @@ def is_noticed(before: Any, after: Any) -> bool:
     """Whether a change from (metadata, architecture) to another is refused, or recorded in run.json."""
     there, now = settings(*before), settings(*after)
     return bool(differences(there, now))
+
+
+def test_other_contents_of_the_same_file_are_said():
+    there = dict.fromkeys(FIXED, "the same") | {"text/data": "chats.jsonl"}
+    assert refusals(there, there | {"text/digest": "other"}) == ["text (what is read from chats.jsonl has changed)"]
 
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])

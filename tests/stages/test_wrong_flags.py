@@ -19,11 +19,12 @@ FILES = {  # that the flags below name; one that ends in / is a folder
     "mixed.jsonl": f'{CHATS[0]}\n{{"prompt": "a"}}',
     "role.jsonl": f'{CHATS[0]}\n{{"messages": [{{"role": "usr", "content": "a"}}]}}',
     "strange/mine.txt": "mine", "full/config.json": "{}", "theirs/config.json": '{"model_type": "mamba"}', "folder.gguf/": "",
-    "bad.gguf": b"PK\x03\x04 is another kind of file",
+    "peft/adapter_config.json": "{}", "bad.gguf": b"PK\x03\x04 is another kind of file",
 }  # fmt: skip
 NO_MODEL = [
     ("--model nowhere", "There is no model at nowhere; --model takes a run folder"),
     ("--model nothing", "holds no model that is known here"),
+    ("--model peft", "peft holds an adapter, which chat and serve take by --adapter, beside its base by --model"),
     ("--model short.txt", "holds no model that is known here"),
     ("--model shakespeare", "is a text, not a model"),
     ("--model gone.gguf", r"There is no model at gone\.gguf"),
@@ -94,6 +95,8 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--objective preference", "holds messages data, .*--objective answers fits it"),
         ("--general shakspeare", r"There is no text at shakspeare\. Did you mean 'shakespeare'"),
         ("--validation gone.jsonl", r"gone\.jsonl does not exist"),
+        ("--model nowhere --data gone.jsonl", r"gone\.jsonl does not exist"),  # before it looks for a model
+        ("--data nothing", r"nothing is a folder, and one file is read: join its texts into a \.txt"),
         ("--template gone.jinja", r"gone\.jinja"),
         *BROKEN_ROWS,
         NO_MODEL[-1],
@@ -104,7 +107,10 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--data gone.jsonl", r"There is no file gone\.jsonl"),
     ],
     "evaluate": [
-        ("--model nowhere --data gone.txt", r"There is no text at gone\.txt"),  # before it looks for a model
+        (
+            "--model nowhere --data gone.txt",
+            r"There is no text at gone\.txt, nor a file of conversations\. Give .* voice",
+        ),  # before it looks for a model
         ("--stride 65", "is at most the window"),
         *BROKEN_ROWS,
         *NO_MODEL,
