@@ -159,7 +159,7 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
     for name, slots, weights in DECODES:
         served = int8 if weights else frozen
         makers[name] = functools.partial(decode_row, cfg, served, slots, tokens.shape[1], name=name, weights=weights)
-    makers["by hand: forward, training step"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
+    makers["by hand"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
     for done, (name, make) in enumerate(makers.items(), 1):
         progress(f"compiling {done} of {len(makers)}: {name}", replace=True)
         rows = make()
