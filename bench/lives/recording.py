@@ -83,7 +83,4 @@ def read_life(recording: Path) -> Json:
     )
     if not (begin and frames and end):
         raise UserError(f"{recording} does not hold a run from its beginning to its end: start the run anew, with --record.")
-    return {
-        "begin": begin[0], "steps": steps, "validation": validation, "frames": frames, "end": end[-1],
-        "before": frames[0]["sample"], "after": frames[-1]["sample"],
-    }  # fmt: skip
+    return {"begin": begin[0], "steps": steps, "validation": validation, "frames": frames, "end": end[-1]}

@@ -28,9 +28,9 @@ function drawCounter(begin, frame) {
     of = `of ${count(begin.trainable)} ${what} changed since the frame before`;
     more = [
       state.frame ? '' : 'There is no frame before this one. ',
-      state.frame > 4 && frame.changed < begin.trainable ? 'The others hold the very number that they held. ' : '',
+      state.frame > 4 && frame.changed < begin.trainable ? 'The others stand still: their token did not occur, or their move was below the last bit. ' : '',
       frozen ? `${count(frame.frozen_changed)} of ${count(frozen)} frozen weights changed. ` : '',
-      'SHA‑256 ', sha('sha', `${frame.digest.slice(0, 16)}…`),
+      'Fingerprint (SHA‑256) ', sha('sha', `${frame.digest.slice(0, 16)}…`),
     ];
   }
   $('changed').textContent = changed;
@@ -39,19 +39,20 @@ function drawCounter(begin, frame) {
 }
 
 function drawWeights() {
-  const {of, frame} = shown();
+  const {of, index, frame} = shown();
   const {title, lead, say: sentence, laws} = LIVES[chosen()];
   $('weights-title').textContent = title;
   $('weights-lead').textContent = lead;
   drawCounter(of?.begin, frame);
   drawModel();
   if (!frame) return $('weights').replaceChildren();
+  const norms = normsOf(of, index);
   const row = ({path, shape, trainable}) => {
     const trains = trainable && !isAnswering();
     return [path, shape.join(' × '), trains ? 'yes' : 'no', trains ? count(frame.changed_in?.[path] ?? 0) : '0',
-      round(frame.limits[path]), trains ? round(frame.gradient_norms?.[path]) : '–'];
+      round(frame.limits[path]), trains ? round(norms[path]) : '–'];
   };
-  $('weights').replaceChildren(say(sentence), isAnswering() ? '' : say(WHY), law(...laws),
+  $('weights').replaceChildren(say(sentence), isAnswering() ? '' : say(STILL), law(...laws),
     asTable('every tensor at this frame', $('backward').textContent,
       ['tensor', 'shape', 'trains', 'changed', 'full colour at', 'gradient norm'], () => of.begin.tensors.map(row)));
 }
@@ -69,16 +70,16 @@ function drawText() {
     const {asked, tokens, seconds, answers: all} = answers();
     return fill('text', '', [
       make('p', {className: 'sample'}, exchange(frame)),
-      say(`One of ${count(asked)} answers: ${count(tokens)} tokens in ${round(seconds)} seconds.`),
+      say(`${all.length} of ${count(asked)} answers can be read here; all of them are ${count(tokens)} tokens, written in ${round(seconds)} seconds.`),
       asTable('answers', 'What was asked, and what was answered.', ['number', '.question', '.answer'],
         () => all.map((each, at) => [at + 1, each.prompt, each.text]))]);
   }
-  const {begin, before, after, frames: all} = life();
+  const {begin, frames: all} = life();
   const text = frame.sample ?? '';
-  const written = (title, sample) => card(title, make('p', {}, sample?.trim() ?? '–'));
   fill('text', '', [
-    make('p', {className: 'sample'}, make('b', {}, begin.prompt ?? ''), isTraining ? text : `\n${text.trim()}`),
-    isTraining ? '' : make('div', {className: 'panels two'}, written('Before fine-tuning', before), written('After it', after)),
+    make('div', {className: 'panels two'},
+      make('p', {className: 'sample'}, make('b', {}, begin.prompt ?? ''), isTraining ? text : `\n${text.trim()}`),
+      isTraining ? '' : card('Before fine-tuning', make('p', {}, all[0].sample?.trim() ?? '–'))),
     say(SAY.text),
     asTable('the text of every frame', 'The text after each recorded step.', ['step', '.text'],
       () => all.map(({step, sample}) => [step, sample]))]);
@@ -104,7 +105,7 @@ function drawCurves() {
   });
   $('curves').closest('section').hidden = !curves.length;
   const [first, last] = [0, -1].map((at) => [...series.loss?.values() ?? []].at(at));
-  $('curves-title').textContent = first > last ? `The error falls from ${round(first)} to ${round(last)}`
+  $('curves-title').textContent = first > last ? `The error falls from ${times(first)} to ${times(last)}`
     : series.loss ? 'The error while it learns' : 'The run in numbers';
   const rows = () => [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b)
     .map((step) => [step, ...curves.map((curve) => round(curve.points.get(step)))]);
@@ -190,9 +191,9 @@ function drawCost() {
     const hourly = [...inputs.querySelectorAll('input')].map((input) => input.valueAsNumber);
     const million = (row) => hourly.map((each) => round(row.seconds_per_token * 1e6 / 3600 * each));
     bill.replaceChildren(table(SAY.bill,
-      ['life', '.passes', 'operations', '×', 'seconds', '×', 'on paper', 'memory', 'dollars', 'watt-hours'],
+      ['life', '.passes', 'operations', '×', 'seconds', '×', 'on paper', 'dollars', 'watt-hours'],
       cost.map((row) => [name(row), row.passes, si(row.flops_per_token, ''), times(row.counted_ratio),
-        si(row.seconds_per_token, 's'), times(row.time_ratio), onPaper(row) ?? '–', si(row.bytes, 'B'), ...million(row)])));
+        si(row.seconds_per_token, 's'), times(row.time_ratio), onPaper(row) ?? '–', ...million(row)])));
   }
   drawBill();
   fill('cost', '', [
@@ -227,7 +228,7 @@ function drawRequests() {
 function drawMade() {
   const {circumstances = {}, lives, live} = state.recording;
   const plain = (value) => (value && typeof value === 'object'
-    ? Object.entries(value).map(([name, each]) => `${name.replaceAll('_', ' ')} ${plain(each)}`).join(' · ') : value);
+    ? Object.entries(value).filter(([, each]) => each).map(([name, each]) => `${name.replaceAll('_', ' ')} ${plain(each)}`).join(' · ') : value);
   $('questions').replaceChildren(...questions().map(([question, answer]) =>
     make('div', {}, make('dt', {}, question), make('dd', {}, rich(answer)))));
   fill('made', '', [

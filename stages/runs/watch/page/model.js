@@ -119,7 +119,7 @@ function drawModel() {
   const moved = (tensor) => (isAnswering() ? new Int8Array(tensor.rows * tensor.columns) : changeOf(of, index, tensor));
   paint($('model-weights'), layout, ({path}) => pixels(of, index, path).values, () => palettes[0] ??= paletteOf());
   paint($('model-change'), layout, moved, (tensor) => palettes[share(tensor)] ??= paletteOf(share(tensor)));
-  const norms = isAnswering() ? [] : columnNorms(begin, frame);
+  const norms = isAnswering() ? [] : columnNorms(of, index);
   const largest = Math.max(...norms.filter(finite));
   $('columns').replaceChildren(...layout.columns.map((column, at) => {
     const pixelsWide = column.width * across / layout.width;
@@ -138,7 +138,7 @@ function drawModel() {
   figure.style.setProperty('--stop', isAnswering() ? 1 : layout.columns[first].x / layout.width);
   const end = first ? `, as far as ${columnName(begin, first)}: nothing before it trains` : '';
   $('backward').textContent = isAnswering() ? 'backward: nothing comes back. No error, no gradient, no update.'
-    : `backward: gradients come back, with the norm of each layer${end}`;
+    : `backward: gradients come back, with their size (norm) in each layer${end}`;
   $('update').textContent = isAnswering() ? 'change over all answers: none' : 'update: what changed since the frame before';
   $('model-weights').ariaLabel = `The weights: ${begin.layers} blocks between embedding and head; ${$('backward').textContent}`;
 }

@@ -53,12 +53,15 @@ const columnName = (begin, column) => (column === 0 ? 'embedding' : column > beg
 // Backward goes no further to the left than the first column that trains.
 const firstTrainable = (begin) => columnOf(begin, begin.tensors.find((tensor) => tensor.trainable));
 
+// The gradient's norms by path, as last measured: a run that ends by the clock does not know its last step before.
+const normsOf = ({frames}, index) => frames.slice(0, index + 1).findLast((each) => each.gradient_norms)?.gradient_norms ?? {};
+
 // The norm of the gradient of each column; undefined where there is none.
-function columnNorms(begin, frame) {
-  const squares = [];
-  for (const tensor of begin.tensors) {
-    const norm = frame.gradient_norms?.[tensor.path];
-    const column = columnOf(begin, tensor);
+function columnNorms(of, index) {
+  const [norms, squares] = [normsOf(of, index), []];
+  for (const tensor of of.begin.tensors) {
+    const norm = norms[tensor.path];
+    const column = columnOf(of.begin, tensor);
     if (finite(norm)) squares[column] = (squares[column] ?? 0) + norm ** 2;
   }
   return squares.map(Math.sqrt);

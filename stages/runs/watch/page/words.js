@@ -1,7 +1,7 @@
 'use strict';
 // The sentences of the page that depend on the life that is shown, or on the recording's numbers.
 
-const WHY = 'Some weights stand still in the first frames: the learning rate begins at 0, so the first step changes nothing or next to nothing. A head of its own begins at zero, and until it has moved, no gradient passes through it to the layers before. LoRA’s b begins at zero too, and until it has moved, a gets no gradient.';
+const STILL = 'Some weights stand still in the first frames: the learning rate, the length of a step, begins at 0, so the first step changes nothing or next to nothing. A head of its own begins at zero, and lets no gradient through before it has moved; LoRA’s b does the same to a.';
 const LIVES = {
   'train': {
     name: 'Training', title: 'Training moves every weight', predicted: 0,
@@ -17,7 +17,7 @@ const LIVES = {
   },
   'lora': {
     name: 'LoRA', title: 'LoRA moves thin strips beside the weights', predicted: 1,
-    lead: 'LoRA freezes the whole model and puts two thin matrices, a and b, beside some of its matrices. These strips alone are trained; their product is added to what the frozen matrix computes.',
+    lead: 'LoRA freezes the whole model and puts two thin matrices, a and b, beside some of its matrices. These strips, the adapters, are all that is trained; their product is added to what the frozen matrix computes.',
     say: 'The gradient passes back through frozen matrices, as it must reach the strips of the first block; only the strips below the matrices turn green.',
     laws: ['tests/laws/test_frozen.py', 'tests/bench/test_lives.py'],
   },
@@ -35,21 +35,21 @@ const LIVES = {
   },
 };
 const KIND_WORDS = {
-  'parameters': 'the weights', 'optimizer state': 'what the optimizer remembers of each weight that trains',
+  'parameters': 'the weights', 'optimizer state': 'what the update remembers of each weight that trains',
   'KV cache': 'notes on the tokens read so far', 'gradients': 'how the error changes with each weight',
-  'residuals': 'activations that forward keeps for backward', 'temporaries': 'used at once and dropped',
+  'residuals': 'what forward keeps for backward', 'temporaries': 'used at once and dropped',
 };
 // Under each picture one sentence or two.
 const SAY = {
-  text: 'The model is given the grey words and writes on, always with the token that it finds most likely. The words are the same in every frame; the weights alone differ.',
-  curves: 'From left to right are the steps; the dot is at the frame that is shown. Other text is text that it never trains on; there, too, less is better.',
-  step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. All pictures of a step have one height scale, and are drawn from the program that the compiler, XLA, made.',
+  text: 'The model is given the grey words, the same in every frame, and writes on, always with the token that it finds most likely: the weights alone differ.',
+  curves: 'The steps go from left to right; the dot is at the frame that is shown. A norm is a size; the learning rate is the length of a step. Other text is never trained on; the error there, or the bits per byte (about a letter), should fall too.',
+  step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. Both pictures have one scale, and are drawn from the program that XLA, the compiler, made.',
   cache: 'Answering holds the weights and a KV cache, which grows by the same amount with every token and is dropped when the answer ends.',
-  cost: 'Forward is one, and backward is two more: one to find how the error changes with each layer’s input, one for the weights themselves. A frozen beginning spares its share of both, LoRA nearly all of the second. The update and reading from memory come on top, so that seconds are not quite operations.',
-  bill: 'What one token costs: operations (multiplications and additions), counted, and seconds, measured; × is beside answering. Dollars and watt-hours are for a million tokens. Each row is of one batch of text; answering, in the picture of memory, writes one token at a time and so holds less.',
-  requests: 'The same weights answer both at the same time, and neither knows of the other: change the words that one sends, and its answer changes; close it, and it is gone.',
-  closed: 'Closed: its text and its KV cache are gone. Nothing of it is left in the model, and the other request never saw it.',
-  recorded: 'Every figure is of one recording of one real model. The page asks no network.',
+  cost: 'Forward is one and backward two more: see “Why three?” below. A frozen beginning spares its share of backward, LoRA nearly one of its two. The seconds also hold the update and the reading from memory, and vary with what else the machine does.',
+  bill: 'What one token costs in a large batch, where the forward pass reads all tokens at once: operations (multiplications and additions) and seconds; × is over answering. Dollars and watt-hours are for a million tokens.',
+  requests: 'The same weights answer both at the same time, and neither knows of the other: change the words that one sends, its context, and its answer changes; close it, and it is gone.',
+  closed: 'Closed: its text and its KV cache are gone, and the other request never saw them.',
+  recorded: 'Every figure is of one recording of one real model.',
   here: ', in the file beside this page: a model of 202,176 weights learns a text of yours.',
   live: 'This page is fed by a run that goes on now.',
 };
@@ -60,17 +60,15 @@ function questions() {
   const begin = lives.lora?.begin;
   const peak = (each) => si(Math.max(...sums(each.memory)), 'B');
   const row = (stage) => cost.find((each) => each.stage === stage);
-  const ratios = (stage) => (row(stage) ? ` Here it is **${times(row(stage).counted_ratio)}** by counting, **${times(row(stage).time_ratio)}** by the clock.` : '');
+  const ratios = (stage) => (row(stage) ? ` Here a token costs **${times(row(stage).counted_ratio)}** forward passes by counting, **${times(row(stage).time_ratio)}** by the clock.` : '');
   return Object.entries({
     'Does it learn when I correct it?': `No. ${answer ? `In ${count(answer.asked)} answers **${count(answer.changed)} of ${count(answer.of)}** weights changed` : 'Answering changes no weight'}. A correction helps only for as long as it stands in the text that is sent along with your next question; in a new conversation it is gone. Only another training step would move a weight.`,
     'Does it remember what I, or somebody else, asked before?': 'No. A request knows the text that it sends and nothing else. What the model noted about that text, its KV cache, is dropped when the answer ends, and no other request can read it. A chat seems to remember because the whole conversation is sent again each time.',
-    'Why three?': `For a token, the forward pass uses each weight once. Backward uses it twice more: once to find how the error changes with what came into the layer, which the layer before needs, and once to find how it changes with the weight itself. One and two are three; answering is the one.${ratios('train')} The clock counts the update too.`,
+    'Why three?': `For a token, the forward pass uses each weight once. Backward uses it twice more: once to find how the error changes with what came into the layer, which the layer before needs, and once to find how it changes with the weight itself. One and two are three; answering is the one.${ratios('train')}`,
     'What does LoRA move?': `Only its strips${begin ? `: **${count(begin.trainable)}** numbers beside **${count(begin.params - begin.trainable)}** weights, which stay as they are to the last bit` : ''}. What the strips compute is added to what the matrices compute, so the answers change although none of the model’s own weights did. Take the strips away, and the old model is back.`,
-    'What does freezing save, and what not?': `It saves the gradients and optimizer state of the frozen weights, and the backward pass through all layers before the first one that trains${lives.frozen?.memory && lives.all?.memory ? `: memory peaks at **${peak(lives.frozen)}**, and at **${peak(lives.all)}** where all weights are fine-tuned` : ''}.${ratios('frozen')} It does not save the forward pass: every token still goes through all layers. And where the first block trains, as with LoRA, the way back through the layers stays, and only the gradients of the frozen weights are spared: about 2 instead of 3.${ratios('lora')}`,
-    'Why do many requests cost little more than one?': `To write one token, the processor must read every weight from memory, which takes longer than computing with it. Requests that are answered together share this one reading: each adds only its own arithmetic and its own KV cache. So it goes on until the arithmetic takes as long as the reading.${answer?.alone_seconds ? ` Here one request took **${round(answer.alone_seconds, 2)}** seconds alone, and ${count(answer.asked)} took **${round(answer.seconds, 2)}**.` : ''}`,
-    'Why does training need more memory than answering?': `Backward needs what each layer computed on the way forward, so all of it is kept until backward comes by; beside each weight that trains lie its gradient and what the optimizer remembers of it. Answering holds the weights and a KV cache.${lives.train?.memory && answer?.memory ? ` Training peaks at **${peak(lives.train)}**, answering at **${peak(answer)}**.` : ''}`,
-    'Is fine-tuning cheaper than training?': 'A token of it is hardly cheaper: 2 to 3 forward passes instead of 3. Fine-tuning is cheap because it begins with a model that can already write, and so reads few texts.',
-    'Fine-tune, or put what it must know into the question?': 'What stands in the question is read again with every request, at one forward pass a token, and leaves nothing behind. Fine-tuning is paid once, at 2 to 3 forward passes a token, and the weights keep it.',
-    'Why do some weights stand still in the first frames?': WHY.replace(/.*frames: t/, 'T'),
+    'What does freezing save, and what not?': `It saves the gradients and optimizer state of the frozen weights, and the backward pass through all layers before the first one that trains${lives.frozen?.memory && lives.all?.memory ? `: memory peaks at **${peak(lives.frozen)}**, and at **${peak(lives.all)}** where all weights are fine-tuned` : ''}.${ratios('frozen')} It does not save the forward pass: every token still goes through all layers. And where the first block trains, as with LoRA, the way back through the layers stays, and only the gradients of the frozen weights are spared.${ratios('lora')}`,
+    'Why do many requests cost little more than one?': `To write one token, the processor must read every weight from memory, which takes longer than computing with it. Requests that are answered together share this one reading: each adds only its own arithmetic and its own KV cache, which is little until the arithmetic takes as long as the reading.${answer?.alone_seconds ? ` Here one request took **${round(answer.alone_seconds, 2)}** seconds alone, and ${count(answer.asked)} took **${round(answer.seconds, 2)}**.` : ''}`,
+    'Why does training need more memory than answering?': `What each layer computed on the way forward is kept until backward needs it; beside each weight that trains lie its gradient and what the update remembers of it. Answering holds the weights and a KV cache.${lives.train?.memory && answer?.memory ? ` Training peaks at **${peak(lives.train)}**, answering at **${peak(answer)}**.` : ''}`,
+    'When should I fine-tune, and when is a longer question enough?': 'What stands in the question is read again with every request, at one forward pass a token, and leaves nothing behind: enough for what few requests need, or what changes. Fine-tuning is paid once, at 2 to 3 forward passes a token of its texts, and the weights keep it: for what every request needs.',
   });
 }
