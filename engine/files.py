@@ -153,7 +153,12 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing."""
+    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing.
+
+    Raises UserError for a pipe or a device, such as /dev/stdout, in whose place the file would come.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device; a file is needed.")
     with _unfinished(path, Path.touch) as temporary:
         with temporary.open("wb") as file:
             yield file

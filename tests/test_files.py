@@ -115,3 +115,14 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(UserError, match=f"{path} is a folder, a pipe or a device"):
             open_regular(path)
+
+
+def test_no_file_comes_in_the_place_of_a_pipe_or_a_device(tmp_path):
+    pipe, device = tmp_path / "pipe", tmp_path / "device"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/full")
+    for path in (pipe, device):
+        with pytest.raises(UserError, match="a pipe or a device"), atomic_file(path):
+            pass
+    assert pipe.is_fifo()
+    assert device.is_symlink()
