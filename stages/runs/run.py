@@ -27,7 +27,7 @@ from stages.cli import signals
 from stages.cli.command import command_line, resume_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.folder import clear_run, holds_run, lock_run, replace_nonfinite
+from stages.runs.folder import RUN_FILES, clear_run, holds_run, lock_run, replace_nonfinite
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.mesh import device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.stage import LoopState, RunReport, Stage
@@ -40,6 +40,9 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns the exit code: 0, or 128 + the signal that stopped it."""
     if (options.record or options.watch is not None) and options.mesh and options.mesh.devices > 1:
         raise UserError(f"--record and --watch take a run on one device, and this one lies on {options.mesh.devices}.")
+    own = [(options.folder / name).resolve() for name in RUN_FILES]
+    if options.record and any(options.record.resolve().is_relative_to(path) for path in own):
+        raise UserError(f"{options.record} is for what the run itself writes. Give another file with --record.")
     with Console() as console:
         processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here

@@ -169,7 +169,11 @@ def test_what_goes_wrong_is_said_once_and_the_run_goes_on(text, tmp_path, monkey
     assert capsys.readouterr().out.count("The recording ended, and the run goes on: ZeroDivisionError") == 1
 
 
-def test_several_devices_are_refused(text, tmp_path, failing):
+def test_several_devices_and_files_of_the_run_itself_are_refused(text, tmp_path, failing):
+    for name in ("metrics.jsonl", "samples/1.txt"):
+        error = failing(train.main, tiny(text, tmp_path / "run", "--steps", 2, "--record", tmp_path / "run" / name))
+        assert "for what the run itself writes" in error
+        assert not (tmp_path / "run").exists()
     error = failing(train.main, tiny(text, tmp_path / "run", "--mesh", "fsdp=2", "--dry-run", "--record", tmp_path / "file"))
     assert "one device" in error
 
