@@ -261,7 +261,7 @@ class ReinforcementLearning(ModelStage, Steps):
         rows = [("reward", reward), ("answers", bits), ("time", f"{inference} of inference, {training} of training")]
         if exhausted:
             rows.append(("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward"))
-        return RunReport(result, texts, rows, str(path), ["chat", "export"])
+        return RunReport(result, texts, rows, str(path), ["chat", "serve", "export"])
 
     def measure(self, trainable: Any) -> tuple[Rollout, float]:
         """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.
