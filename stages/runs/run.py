@@ -96,6 +96,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: Reco
     _print_plan(options, stage, console)
     if previous and previous.is_finished(plan):
         previous_run.print_finished(previous, plan, console)
+        if options.record:
+            console.print(f"Nothing was recorded in {options.record}: no step was left.")
         return 0
     if previous:
         previous_run.refuse_other_order(folder, previous.record)

@@ -51,7 +51,7 @@ from engine.training.loss import summed_loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, dpo, margins
 from engine.training.reinforce import Rollouts, grpo, log_probabilities
-from engine.training.step import TrainState, init_state
+from engine.training.step import TrainState, gradient_norms, init_state
 
 TAIL = 16  # tokens of a short chunk
 # Two members of the family that share few options, large enough for XLA to choose the kernels of real models.
@@ -104,6 +104,7 @@ TRAINING: dict[str, Make] = {
     "train step, preference": step_program(dpo(), preference_shapes, lora="plain"),
     "train step, preference, all": step_program(dpo(), preference_shapes),
     "train step, reinforce": step_program(grpo(0.2, 0.1), rollout_shapes, lora="plain"),
+    "gradient norms": lambda cfg: Program(gradient_norms, (cfg, params_shapes(cfg), {}, batch_shapes())),
     "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())),
     "margins": lambda cfg: Program(margins, (cfg, serving_params(cfg), preference_shapes())),
     "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, serving_params(cfg), batch_shapes())),

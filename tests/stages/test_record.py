@@ -164,6 +164,9 @@ def test_what_goes_wrong_is_said_once_and_the_run_goes_on(text, tmp_path, monkey
         assert sentence in output
     assert text.read_bytes() == trained_on
     assert link.is_symlink()
+    assert train.main(tiny(text, tmp_path / "0", "--steps", 3, "--record", tmp_path / "late.jsonl")) == 0
+    assert "Nothing was recorded" in capsys.readouterr().out
+    assert not (tmp_path / "late.jsonl").exists()
     monkeypatch.setattr("stages.runs.watch.recorder._pixels", lambda *_: 1 / 0)
     assert train.main(tiny(text, tmp_path / "broken", "--steps", 3, "--record", tmp_path / "broken.jsonl")) == 0
     assert capsys.readouterr().out.count("The recording ended, and the run goes on: ZeroDivisionError") == 1

@@ -111,6 +111,8 @@ def read_library() -> bytes:
                 problem = f"{compiler[0]} failed: {output.splitlines()[0]}"
                 continue
             library = built.read_bytes()
+            if not path.is_file():  # a pipe that somebody has put there
+                path.unlink(missing_ok=True)
             with atomic_file(path) as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(library + hashlib.sha256(library).digest())
