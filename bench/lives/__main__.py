@@ -67,10 +67,19 @@ def measure_lives(flags: LivesFlags) -> Json:
     for life, over_time in memory.items():
         (lives | {"answer": answer})[life]["memory"] = over_time
     document: Json = {
-        "circumstances": circumstances(flags), "preset": flags.preset, "price": flags.price, "watts": flags.watts,
-        "params": answer["of"], "layers": model.cfg.layers, "width": model.cfg.width, "vocab": model.cfg.vocab,
-        "lives": lives, "answer": answer, "cost": cost, "predicted": [3, 2, 1],
-    }  # fmt: skip
+        "circumstances": circumstances(flags),
+        "preset": flags.preset,
+        "price": flags.price,
+        "watts": flags.watts,
+        "params": answer["of"],
+        "layers": model.cfg.layers,
+        "width": model.cfg.width,
+        "vocab": model.cfg.vocab,
+        "lives": lives,
+        "answer": answer,
+        "cost": cost,
+        "predicted": [3, 2, 1],
+    }
     print_summary(document)
     source, page = flags.out / "lives.json", flags.out / "lives.html"
     with atomic_file(source) as file:  # first: it stays if the page cannot be made

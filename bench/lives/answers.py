@@ -53,8 +53,13 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     position_bytes = config.slot_bytes(cfg, cfg.context) // config.edges[-1]
     positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]  # at last it is dropped
     return {
-        "asked": ASKED, "before": sha, "after": digest(engine.params), "changed": changed,
-        "of": sum(leaf.size for leaf in before.values()), "seconds": seconds, "tokens": sum(map(len, answers)),
+        "asked": ASKED,
+        "before": sha,
+        "after": digest(engine.params),
+        "changed": changed,
+        "of": sum(leaf.size for leaf in before.values()),
+        "seconds": seconds,
+        "tokens": sum(map(len, answers)),
         "answers": [{"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)],
         "independent": [
             {"prompt": text, "text": tokenizer.decode(tokens), "edited": text == INDEPENDENT[2]}
@@ -62,7 +67,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         ],
         "same_alone": alone == independent[0],
         "cache_bytes": [position_bytes * position for position in positions],
-    }  # fmt: skip
+    }
 
 
 def complete(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:

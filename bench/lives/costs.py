@@ -50,11 +50,18 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     costs = []
     for life, row in rows.items():
         times, flops = ratio(timings[life], timings["answer"]), row.formula.total
-        costs.append({
-            "stage": life, "passes": passes[life], "flops_per_token": flops / row.tokens,
-            "counted_ratio": flops / forward.formula.total, "seconds_per_token": timings[life].median / row.tokens,
-            "time_ratio": times.ratio, "time_ratio_interval": [times.low, times.high], "bytes": row.peak_bytes,
-        })  # fmt: skip
+        costs.append(
+            {
+                "stage": life,
+                "passes": passes[life],
+                "flops_per_token": flops / row.tokens,
+                "counted_ratio": flops / forward.formula.total,
+                "seconds_per_token": timings[life].median / row.tokens,
+                "time_ratio": times.ratio,
+                "time_ratio_interval": [times.low, times.high],
+                "bytes": row.peak_bytes,
+            }
+        )
     return costs, {life: memory_document(memory_over_time(program)) for life, program in programs.items()}
 
 
@@ -64,5 +71,6 @@ def memory_document(memory: MemoryOverTime) -> Json:
     place = lambda position: None if position is None else min(bisect.bisect_left(positions, position), len(positions) - 1)
     return {
         "bytes": {kind: [column[position] for position in positions] for kind, column in memory.bytes.items()},
-        "backward": place(memory.backward), "update": place(memory.update),
-    }  # fmt: skip
+        "backward": place(memory.backward),
+        "update": place(memory.update),
+    }

@@ -153,15 +153,24 @@ def _begin_recording(name: str, stage: Stage, recorder: Recorder, state: TrainSt
     prompt = prompt[-(cfg.context // 2) :]  # one may fill the context
     sampling = SamplingParams(SAMPLE, temperature=0.0, stop_token_ids=stage.stop_token_ids)
     recorder.begin(
-        state.trainable, frozen, [*leaf_shapes(cfg)],
+        state.trainable,
+        frozen,
+        [*leaf_shapes(cfg)],
         sample=lambda trainable: continue_text(cfg, merge(trainable, frozen), stage.tokenizer, prompt, sampling)[:SAMPLE_TEXT],
         digest=lambda trainable: digest(stage.to_saved(trainable)),
         gradient_norms=lambda trainable, batch: gradient_norms(
             cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=stage.objective
         ),
-        stage=name, name=plan.name, command=resume_command(name), layers=cfg.layers, width=cfg.width,
-        steps=plan.steps, seconds=plan.seconds, step=loop_state.step, prompt=text,
-    )  # fmt: skip
+        stage=name,
+        name=plan.name,
+        command=resume_command(name),
+        layers=cfg.layers,
+        width=cfg.width,
+        steps=plan.steps,
+        seconds=plan.seconds,
+        step=loop_state.step,
+        prompt=text,
+    )
 
 
 def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:

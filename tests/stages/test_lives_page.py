@@ -37,35 +37,57 @@ def life(way: str) -> dict:
     sizes = {path: math.prod(shape) for path, shape, _, _ in tensors}
     trained = [path for path, _, _, trains in tensors if trains]
     begin = {
-        "event": "begin", "stage": "train" if way == "train" else "finetune", "step": 0, "steps": 40, "prompt": "The sea ",
-        "name": "tiny", "command": f"python -m stages.{way}", "layers": LAYERS, "width": WIDTH, "params": sum(sizes.values()),
+        "event": "begin",
+        "stage": "train" if way == "train" else "finetune",
+        "step": 0,
+        "steps": 40,
+        "prompt": "The sea ",
+        "name": "tiny",
+        "command": f"python -m stages.{way}",
+        "layers": LAYERS,
+        "width": WIDTH,
+        "params": sum(sizes.values()),
         "trainable": sum(sizes[path] for path in trained),
         "tensors": [
             {
-                "path": path, "shape": shape, "layer": layer, "trainable": trains,
-                "rows": shape[0] if shape[1:] else 1, "columns": shape[-1],
+                "path": path,
+                "shape": shape,
+                "layer": layer,
+                "trainable": trains,
+                "rows": shape[0] if shape[1:] else 1,
+                "columns": shape[-1],
             }
             for path, shape, layer, trains in tensors
         ],
-    }  # fmt: skip
+    }
     still = {path: rng.integers(-127, 127, sizes[path]).astype(np.int8) for path in sizes}
     frames = []
     for index in range(FRAMES):
         moved = {path: rng.integers(-127, 127, sizes[path]).astype(np.int8) for path in trained}
-        frames.append({
-            "event": "frame", "step": 13 * index, "seconds": 1.5 * index, "digest": f"{index}{way}".encode().hex() * 8,
-            "changed": sum(sizes[path] for path in trained) - 7 * (FRAMES - index) if index else 0, "frozen_changed": 0,
-            "mosaic": {path: base64.b64encode((still | moved)[path].tobytes()).decode() for path in sizes},
-            "changed_in": {path: sizes[path] for path in trained}, "limits": dict.fromkeys(sizes, 0.1),
-            "sample": f"<i>{way}</i> {index}",
-            **({"gradient_norms": dict.fromkeys(trained, 0.1 * index)} if 0 < index < FRAMES - 1 else {}),
-        })  # fmt: skip
+        frames.append(
+            {
+                "event": "frame",
+                "step": 13 * index,
+                "seconds": 1.5 * index,
+                "digest": f"{index}{way}".encode().hex() * 8,
+                "changed": sum(sizes[path] for path in trained) - 7 * (FRAMES - index) if index else 0,
+                "frozen_changed": 0,
+                "mosaic": {path: base64.b64encode((still | moved)[path].tobytes()).decode() for path in sizes},
+                "changed_in": {path: sizes[path] for path in trained},
+                "limits": dict.fromkeys(sizes, 0.1),
+                "sample": f"<i>{way}</i> {index}",
+                **({"gradient_norms": dict.fromkeys(trained, 0.1 * index)} if 0 < index < FRAMES - 1 else {}),
+            }
+        )
     return {
-        "begin": begin, "frames": frames, "end": {"event": "end", "step": 40, "digest": frames[-1]["digest"], "result": {}},
+        "begin": begin,
+        "frames": frames,
+        "end": {"event": "end", "step": 40, "digest": frames[-1]["digest"], "result": {}},
         "steps": [{"event": "step", "step": step, "seconds": step, "loss": 9 - step / 10} for step in range(1, 40, 4)],
         "validation": [{"event": "validation", "step": 20, "seconds": 1, "quick_val_bits_per_byte": 3.25}],
-        "memory": memory(2, 4), "command": begin["command"],
-    }  # fmt: skip
+        "memory": memory(2, 4),
+        "command": begin["command"],
+    }
 
 
 def memory(backward: int | None, update: int | None) -> dict:
@@ -78,20 +100,37 @@ def document():
     sha = lives["all"]["end"]["digest"]
     request = {"prompt": "Who am I?", "text": "</script><b>I do not know.</b>"}
     cost = {
-        "passes": "forward", "flops_per_token": 2e6, "counted_ratio": 3.0, "seconds_per_token": 0.036, "time_ratio": 2.5,
+        "passes": "forward",
+        "flops_per_token": 2e6,
+        "counted_ratio": 3.0,
+        "seconds_per_token": 0.036,
+        "time_ratio": 2.5,
         "bytes": 7000,
-    }  # fmt: skip
+    }
     return {
-        "preset": "tiny", "params": 500, "layers": LAYERS, "price": 0.5, "watts": None, "lives": lives, "predicted": [3, 2, 1],
+        "preset": "tiny",
+        "params": 500,
+        "layers": LAYERS,
+        "price": 0.5,
+        "watts": None,
+        "lives": lives,
+        "predicted": [3, 2, 1],
         "answer": {
-            "asked": 100, "before": sha, "after": sha, "changed": 0, "of": 500, "seconds": 2.0, "tokens": 900,
+            "asked": 100,
+            "before": sha,
+            "after": sha,
+            "changed": 0,
+            "of": 500,
+            "seconds": 2.0,
+            "tokens": 900,
             "answers": [{"prompt": f"Question {index}", "text": f"Answer {index}"} for index in range(3)],
             "independent": [request, request | {"prompt": "Me?"}, {"prompt": "I am Ida.", "text": "Ida.", "edited": True}],
-            "memory": memory(None, None), "cache_bytes": [10, 20, 30],
+            "memory": memory(None, None),
+            "cache_bytes": [10, 20, 30],
         },
         "cost": [{"stage": stage, **cost} for stage in ("train", "frozen", "lora", "all", "answer")],
         "circumstances": {"machine": "a test"},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +203,9 @@ def pixels(browser, canvas: str) -> int:
     """Counts the colours of a picture of the model; an empty one has 2: the ground of tensors, and none between them."""
     return browser.execute_script(
         "const it = document.getElementById(arguments[0]);"
-        "return new Set(new Uint32Array(it.getContext('2d').getImageData(0, 0, it.width, it.height).data.buffer)).size", canvas,
-    )  # fmt: skip
+        "return new Set(new Uint32Array(it.getContext('2d').getImageData(0, 0, it.width, it.height).data.buffer)).size",
+        canvas,
+    )
 
 
 def test_change_is_where_weights_trained_and_nowhere_in_answering(browser, open_page, document):

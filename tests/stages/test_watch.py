@@ -120,9 +120,13 @@ def test_what_is_not_ours_is_refused():
         port = int(watch.url.rpartition(":")[2])
         ours = f"Host: 127.0.0.1:{port}"
         for headers in (
-            [], ["Host: evil.example"], [f"Host: 127.0.0.1.evil.example:{port}"], [ours, "Host: evil.example"],
-            [ours, "Sec-Fetch-Site: cross-site"], [ours, "Sec-Fetch-Site: same-site"],
-        ):  # fmt: skip
+            [],
+            ["Host: evil.example"],
+            [f"Host: 127.0.0.1.evil.example:{port}"],
+            [ours, "Host: evil.example"],
+            [ours, "Sec-Fetch-Site: cross-site"],
+            [ours, "Sec-Fetch-Site: same-site"],
+        ):
             assert sends(port, *headers) == "403", headers
         for headers in ([ours], ["Host: localhost"], [ours, "Sec-Fetch-Site: same-origin"]):
             assert sends(port, *headers) == "200", headers

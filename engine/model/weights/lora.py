@@ -157,14 +157,12 @@ def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array | Int8 | LoR
         dataclasses.replace(weight, base=None, a=a.astype(weight.a.dtype), b=b.astype(weight.b.dtype))
         for (weight, _), a, b in zip(pairs, da, db)
     )
-    gradients = [
-        next(of_pairs)
-        if isinstance(weight, LoRA)
-        else None  # of an Int8, which is frozen
-        if isinstance(weight, Int8)
-        else dot32(x_transposed, g).astype(weight.dtype)
-        for weight, g in zip(weights, gs)
-    ]
+    gradients: list[Any] = []
+    for weight, g in zip(weights, gs):
+        if isinstance(weight, LoRA):
+            gradients.append(next(of_pairs))
+        else:  # an Int8 is frozen
+            gradients.append(None if isinstance(weight, Int8) else dot32(x_transposed, g).astype(weight.dtype))
     return dx, tuple(gradients)
 
 

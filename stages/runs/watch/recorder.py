@@ -74,9 +74,12 @@ class Recorder:
     """
 
     def __init__(
-        self, sinks: Sequence[Sink], say: Callable[[str], None], recorded: bool = True,
+        self,
+        sinks: Sequence[Sink],
+        say: Callable[[str], None],
+        recorded: bool = True,
         is_watched: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sinks, self.say, self.recorded, self.is_watched = [*sinks], say, recorded, is_watched
         self.shown: dict[str, np.ndarray] = {}  # the weights of the last frame
         self.pixels: dict[str, tuple[str, float]] = {}  # its mosaics, each with its limit
@@ -85,9 +88,16 @@ class Recorder:
         self.before: Any = None  # the trainable weights before a step whose frame is due
 
     def begin(
-        self, trainable: Any, frozen: Any, order: Sequence[str], *, sample: Callable[[Any], str],
-        digest: Callable[[Any], str], gradient_norms: Callable[[Any, Any], Any], **header: Any,
-    ) -> None:  # fmt: skip
+        self,
+        trainable: Any,
+        frozen: Any,
+        order: Sequence[str],
+        *,
+        sample: Callable[[Any], str],
+        digest: Callable[[Any], str],
+        gradient_norms: Callable[[Any, Any], Any],
+        **header: Any,
+    ) -> None:
         """Begins with the weights before the first step. `header`: the run's own fields of the event.
 
         `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights,

@@ -27,10 +27,11 @@ from stages.runs.watch.page import page_html
 
 HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)
 HEADERS = {
-    "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-}  # fmt: skip
+}
 KEPT = {"frame": 60}  # events of the kind at most
 KEPT_OF_OTHERS = 2000
 PAUSE = 1.0  # seconds between writes to a browser, whose drawing takes time from the run
