@@ -170,7 +170,7 @@ def test_it_ends_though_nobody_reads_what_it_prints(folder):
 
 
 def test_ctrl_c_while_it_compiles(folder):
-    slow = "import time, engine.inference.engine as s; s.Engine.warm = lambda *_: time.sleep(60)\n" + SLOW
+    slow = "import time, engine.inference.engine as s; s.Engine.warm = lambda *_, **__: time.sleep(60)\n" + SLOW
     with Started(folder, program=("-c", slow), begun="template") as server:
         time.sleep(0.5)
         server.process.send_signal(signal.SIGINT)
