@@ -20,6 +20,7 @@ enum { FINE = 254 };                                         // as in int8.py
 enum { ROWS = 6 };                                           // that share one reading of a strip's weights, at most
 enum { PART = 64 * 1024 };                                   // bytes of weight that a thread takes at a time, about
 enum { ROUNDED = 16 * 1024 };                                // numbers that a thread rounds at a time, about
+enum { AHEAD = 4096 };  // bytes of weight: processors fetch ahead, but not past a page. Into the second cache: the first is too small
 enum { PATIENCE = 10000 };                                   // looks at the others' parts before giving them the processor
 
 // Sums: 16 int32, a column each. Weights: a step. Inputs: 4 of one row, for each column. STRIPS of 16 columns share one
@@ -114,6 +115,7 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
   for (int64_t i = 0; i < steps; i++) {
     Weights weights[STRIPS];
     UNROLL for (int s = 0; s < strips; s++) weights[s] = read_weights(w + (s * steps + i) * STEP);
+    if (strips == 1) __builtin_prefetch(w + i * STEP + AHEAD, 0, 2);
     UNROLL for (int row = 0; row < rows; row++) {
       int32_t four;
       memcpy(&four, x[row] + i * INPUTS, sizeof four);
