@@ -46,7 +46,7 @@ from engine.training.lora import init_lora
 from engine.training.loss import CHUNK as LOSS_CHUNK
 from engine.training.loss import LOGITS_LIMIT
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, dpo, margins
+from engine.training.preference import Preferences, margins, preference_objective
 from engine.training.step import NEXT_TOKEN, Objective, loss_and_gradient, train_step
 
 ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
@@ -154,7 +154,7 @@ def training_row(
     data: Any = batch
     objective: Objective = NEXT_TOKEN
     if kind.preference:
-        objective = dpo(0.1)
+        objective = preference_objective("dpo", 0.1)
         chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
         pairs = Preferences(chosen, rejected)
         data = pairs._replace(reference=margins(cfg, frozen, pairs))

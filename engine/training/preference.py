@@ -1,15 +1,16 @@
-"""DPO: trains on preferences without a reward model (Rafailov et al. 2023, 2305.18290, equation 7).
+"""Trains on preferences without a reward model: LOSSES of a pair of answers, a chosen and a rejected one.
 
-A model's margin for a pair is log p(chosen) - log p(rejected), each summed over what the mask counts. DPO raises it above
-that of a reference model, whose margins are computed once, before training:
+DPO raises the margin log p(chosen) - log p(rejected) above that of a reference model, whose margins are computed once, before
+training. ORPO and SimPO need no reference:
 
     pairs = pairs._replace(reference=margins(cfg, base, pairs))
-    state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, dpo(beta=0.1))
+    state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, preference_objective("dpo", beta=0.1))
 
 With adapters the reference is the base itself: there is no second copy of the model.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from engine.training.step import Objective
 class Preferences(NamedTuple):
     """B pairs: row i of `chosen` is preferred to row i of `rejected`, (B, T) each; masks count only the completions.
 
-    `reference` (B,) float32: the reference model's margins.
+    `reference` (B,) float32: the reference model's margins, which only DPO reads. A row whose masks count nothing is padding.
     """
 
     chosen: Batch
@@ -36,27 +37,80 @@ class Preferences(NamedTuple):
     reference: Any = None
 
 
-def margin(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
-    """Returns (B,) float32 nats: log p(chosen) - log p(rejected), in one forward pass over all 2 B rows."""
+class AnswerLogProbs(NamedTuple):
+    """The log-probabilities of B pairs by one model, (B,) float32 nats each, summed over an answer's tokens or their mean."""
+
+    chosen: Array
+    rejected: Array
+    chosen_mean: Array
+    rejected_mean: Array
+
+
+def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> AnswerLogProbs:
+    """Returns both answers' log-probabilities, in one forward pass over all 2 B rows."""
     both = jax.tree.map(lambda a, b: layout.join_rows([a, b]), pairs.chosen, pairs.rejected)
-    chosen, rejected = layout.split_rows(-target_losses(cfg, params, both).sum(-1), 2)
-    return chosen - rejected
+    summed = -target_losses(cfg, params, both).sum(-1)
+    mean = summed / jnp.maximum(jnp.count_nonzero(both.mask, axis=-1), 1)
+    return AnswerLogProbs(*layout.split_rows(summed, 2), *layout.split_rows(mean, 2))
+
+
+def margin(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
+    """Returns (B,) float32 nats: log p(chosen) - log p(rejected)."""
+    logprobs = answer_logprobs(cfg, params, pairs)
+    return logprobs.chosen - logprobs.rejected
 
 
 margins = jax.jit(margin, static_argnums=0)
 
 
-@functools.cache
-def dpo(beta: float = 0.1) -> Objective:
-    """Returns the objective (summed loss, number of pairs): -log sigmoid(beta (margin - reference)) of each pair.
+def _dpo(logprobs: AnswerLogProbs, reference: Array, beta: float) -> Array:
+    """-log sigmoid(beta (margin - reference)) (Rafailov et al. 2023, 2305.18290, equation 7): ln 2 at the reference."""
+    return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - reference))
 
-    The loss is ln 2 where the model is the reference; there are no metrics beside it.
-    A larger `beta` keeps the model nearer to the reference. Raises UserError when it is not above 0.
+
+def _orpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
+    """The chosen answer's loss a token, and beta times that of the odds ratio (Hong et al. 2024, 2403.07691, equations 6, 7).
+
+    An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p).
     """
+    chosen, rejected = logprobs.chosen_mean, logprobs.rejected_mean
+    log_odds_ratio = (chosen - jax.nn.log1mexp(-chosen)) - (rejected - jax.nn.log1mexp(-rejected))
+    return -chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)
+
+
+def _simpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
+    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma) (Meng et al. 2024, 2405.14734, equation 6).
+
+    gamma is SIMPO_MARGIN times beta, the ratio that the paper found to do well.
+    """
+    return -jax.nn.log_sigmoid(beta * (logprobs.chosen_mean - logprobs.rejected_mean - SIMPO_MARGIN))
+
+
+class PreferenceLoss(NamedTuple):
+    """A loss of each pair, (B,) float32, by log-probabilities, reference margins and `beta`; the paper's own beta."""
+
+    of_pairs: Callable[[AnswerLogProbs, Array, float], Array]
+    beta: float
+
+
+SIMPO_MARGIN = 0.5
+LOSSES = {"dpo": PreferenceLoss(_dpo, 0.1), "orpo": PreferenceLoss(_orpo, 0.1), "simpo": PreferenceLoss(_simpo, 2.0)}
+
+
+@functools.cache
+def preference_objective(name: str = "dpo", beta: float | None = None) -> Objective:
+    """Returns the objective of one of LOSSES: the summed loss, and the number of pairs. A pair of padding has a loss of 0.
+
+    `beta`: None for the loss's own. A larger one keeps a model of DPO nearer to the reference, and gives the odds ratio of ORPO
+    more weight. Raises UserError when it is not above 0.
+    """
+    loss = LOSSES[name]
+    beta = loss.beta if beta is None else beta
     if not beta > 0:
         raise UserError(f"beta must be above 0, not {beta!r}: at 0 no preference would count.")
 
     def summed(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
-        return -jax.nn.log_sigmoid(beta * (margin(cfg, params, pairs) - pairs.reference)).sum()
+        losses = loss.of_pairs(answer_logprobs(cfg, params, pairs), pairs.reference, beta)
+        return jnp.where(pairs.chosen.mask.any(-1), losses, 0).sum()
 
     return Objective(summed, lambda pairs: jnp.asarray(pairs.chosen.mask.shape[0]))

@@ -34,9 +34,11 @@ class TuningFlags:
     """The objective, the batch of a step, and the optimizer."""
 
     objective: Annotated[str, one_of("answers", "preference")] = "answers"
-    """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one (DPO)."""
-    beta: Annotated[float, positive(10)] = 0.1
-    """Of preference: how far the model may move away from where it began."""
+    """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one, by --loss."""
+    loss: Annotated[str, one_of("dpo", "orpo", "simpo")] = "dpo"
+    """Of preference: dpo, beside the model before training; orpo and simpo, which need no pass of that one."""
+    beta: Annotated[float | None, positive(100), default("0.1; 2 for simpo")] = None
+    """Of preference. dpo: the larger, the nearer the model stays to where it began. orpo, simpo: weight of the comparison."""
     batch: Annotated[int, BATCH] = 2
     """Rows a step (pairs, for preference)."""
     accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None

@@ -19,7 +19,7 @@ from engine.text.examples import Pair
 from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
-from engine.training.preference import dpo
+from engine.training.preference import LOSSES, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.finetune.data import PreferenceBatches, held_out_evaluator
@@ -73,7 +73,8 @@ class FineTuning(ModelStage):
         lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.batch
         is_preference = tuning.objective == "preference"
-        self.objective = dpo(tuning.beta) if is_preference else NEXT_TOKEN
+        self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
+        self.has_reference = is_preference and tuning.loss == "dpo"
         rate = (2e-3 if lora else 2e-5) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=tuning.learning_rate or rate, schedule="cosine", warmup=tuning.warmup,
@@ -113,7 +114,8 @@ class FineTuning(ModelStage):
         self.metadata = {
             "learns": trainable.describe(),
             "objective": tuning.objective,
-            "beta": tuning.beta,
+            "loss": tuning.loss,
+            "beta": tuning.beta or LOSSES[tuning.loss].beta,
             "pack": None if is_preference else self.pack,
             "general": examples.general,
             "template": self.chat.template_name,
@@ -204,12 +206,16 @@ class FineTuning(ModelStage):
         train, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
         if self.objective is NEXT_TOKEN:
             return PackedBatches(train, seq, self.batch, plan.seed, self.pack)
-        with self.console.task("computing reference log-probabilities", always=True):
-            return PreferenceBatches(plan.cfg, self.initial_params(), train, seq, self.batch, plan.seed)
+        with self.console.task("computing reference log-probabilities", always=self.has_reference):
+            return PreferenceBatches(plan.cfg, self._reference(), train, seq, self.batch, plan.seed)
 
     def _evaluator(self, limit: int | None = None) -> Any:
-        plan, initial, examples = self.plan, self.initial_params(), self.dataset.held_out[:limit]
-        return held_out_evaluator(plan.cfg, self.frozen, initial, examples, self.objective, plan.recipe.context)
+        plan, examples = self.plan, self.dataset.held_out[:limit]
+        return held_out_evaluator(plan.cfg, self.frozen, self._reference(), examples, self.objective, plan.recipe.context)
+
+    def _reference(self) -> Any:
+        """Returns the params before training where the loss compares with them, else None."""
+        return self.initial_params() if self.has_reference else None
 
     def measure(self, trainable: Any) -> Scores:
         """Scores the held-out set and general text, and answers the questions."""

@@ -83,7 +83,7 @@ FIXED = {
 }  # fmt: skip
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}  # not every run has them
-BY_FLAG = re.compile("(recipe|rollout|update)/.*|config/dtype|steps|beta|general|template|text/(data|validation)")
+BY_FLAG = re.compile("(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|general|template|text/(data|validation)")
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
@@ -162,7 +162,12 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
     for line in describe_changes(previous.changes):
         console.print(f"changed: {line}", style="yellow")
-    if previous.changes.keys() & {"text/validation", "text/validation_digest"}:  # a best on another would never be
+    if previous.changes.keys() & {
+        "text/validation",
+        "text/validation_digest",
+        "loss",
+        "beta",
+    }:  # a best by another would never be
         loop_state.best = loop_state.best_step = None  # beaten, or always
     noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
     metadata["changes"] = previous.record.get("changes", []) + noted

@@ -49,7 +49,7 @@ from engine.text.batch import Batch
 from engine.training.lora import init_lora
 from engine.training.loss import summed_loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, dpo, margins
+from engine.training.preference import Preferences, margins, preference_objective
 from engine.training.reinforce import Rollouts, grpo, log_probabilities
 from engine.training.step import TrainState, gradient_norms, init_state
 
@@ -101,8 +101,8 @@ TRAINING: dict[str, Make] = {
     "train step, head alone": step_program(train=["head"]),
     "train step, LoRA": step_program(lora="plain"),
     "train step, LoRA on int8": step_program(lora="int8", microbatches=2),
-    "train step, preference": step_program(dpo(), preference_shapes, lora="plain"),
-    "train step, preference, all": step_program(dpo(), preference_shapes),
+    "train step, preference": step_program(preference_objective(), preference_shapes, lora="plain"),
+    "train step, preference, all": step_program(preference_objective(), preference_shapes),
     "train step, reinforce": step_program(grpo(0.2, 0.1), rollout_shapes, lora="plain"),
     "gradient norms": lambda cfg: Program(gradient_norms, (cfg, params_shapes(cfg), {}, batch_shapes())),
     "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())),

@@ -26,7 +26,7 @@ from engine.storage.model_loader import load_model, with_adapters
 from engine.storage.run_folder import updating
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import Pair
-from engine.training.preference import dpo
+from engine.training.preference import preference_objective
 from engine.training.step import NEXT_TOKEN
 from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
@@ -254,6 +254,19 @@ def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
     assert "100% of them" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+def test_preferences_without_a_reference(trained, pairs, tmp_path, capsys, loss):
+    folder = tmp_path / loss
+    options = args(trained, pairs, folder, "--objective", "preference", "--loss", loss, "--lora", LORA)
+    assert finetune.main(options) == 0
+    losses, printed = result(folder), capsys.readouterr().out
+    assert losses["after"]["held_out"] < losses["before"]["held_out"]
+    assert "computing reference log-probabilities" not in printed
+    assert json.loads((folder / "run.json").read_text())["loss"] == loss
+    assert evaluate.main(["--model", str(folder)]) == 0
+    assert "100% of them" in capsys.readouterr().out
+
+
 def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     """An adapter over an adapter, and weights that learn under one."""
     for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/q"))):
@@ -389,6 +402,6 @@ def test_the_devices_of_a_mesh_share_the_held_out_set():
     assert len(many.batches) == -(-len(one.batches) // 4)
     assert many.size == one.size == sum(int(example.mask[1:].sum()) for example in examples)
     assert many.evaluate(params) == pytest.approx(one.evaluate(params), rel=1e-6)
-    preferences = held_out_evaluator(cfg, {}, params, pairs, dpo(), 7)
+    preferences = held_out_evaluator(cfg, {}, params, pairs, preference_objective(), 7)
     assert preferences.size == len(pairs) == 3
     assert preferences.evaluate(params) == pytest.approx(math.log(2), rel=1e-6)

@@ -28,7 +28,7 @@ from engine.model.weights.int8 import matmul_rules, quantize
 from engine.training import loss
 from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, dpo
+from engine.training.preference import Preferences, preference_objective
 from engine.training.step import NEXT_TOKEN, init_state, train_step
 
 CFG = ModelConfig(vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, context=64, qk_norm=True, dtype="float32")
@@ -85,7 +85,7 @@ def bytes_on_device(tree):
 
 def train(case, cfg=CFG, microbatches=1, batch=batch):
     tx, make, frozen = begin(case, cfg)
-    objective = dpo() if batch is pairs else NEXT_TOKEN
+    objective = preference_objective() if batch is pairs else NEXT_TOKEN
     frozen = place(frozen)
     state = init_sharded(jax.jit(make))
     held = {"state": bytes_on_device(state), "frozen": bytes_on_device(frozen)}

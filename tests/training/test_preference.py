@@ -1,4 +1,4 @@
-"""DPO: ln 2 at the reference, the gradient of the formula, and margins that only answers count in."""
+"""Preferences: ln 2 at DPO's reference, losses and gradients of the papers' formulas, margins of the answers alone."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, dpo, margins
+from engine.training.preference import Preferences, margins, preference_objective
 from engine.training.step import init_state, loss_and_gradient, train_step
 
 B, T = 4, 7
@@ -48,28 +48,52 @@ def test_at_the_reference_the_loss_is_ln_2(dtype, way):
     pairs = pairs_of(0, masked=False)
     pairs = pairs._replace(reference=margins(cfg, base, pairs))
     assert np.abs(pairs.reference).max() > 1
-    loss, gradient = differentiate(cfg, trainable, frozen, pairs, 1, dpo(0.1))
+    loss, gradient = differentiate(cfg, trainable, frozen, pairs, 1, preference_objective("dpo", 0.1))
     assert abs(float(loss) - np.log(2)) < 1e-6
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_loss_and_gradient_are_the_papers(cfg, params):
-    pairs, beta = pairs_of(0)._replace(reference=np.array([0.3, -2.0, 1.0, 4.0], np.float32)), 0.7
-    np.testing.assert_allclose(
-        margins(cfg, params, pairs),
-        by_the_formula(cfg, params, pairs.chosen) - by_the_formula(cfg, params, pairs.rejected),
-        atol=1e-4,
-    )
+def sigmoid(x: jax.Array) -> jax.Array:
+    return 1 / (1 + jnp.exp(-x))
+
+
+def dpo(chosen, rejected, sizes, reference):
+    return -jnp.log(sigmoid(0.7 * (chosen - rejected - reference)))
+
+
+def orpo(chosen, rejected, sizes, _):
+    p, q = (jnp.exp(total / size) for total, size in zip((chosen, rejected), sizes))
+    return -jnp.log(p) - 0.7 * jnp.log(sigmoid(jnp.log((p / (1 - p)) / (q / (1 - q)))))
+
+
+def simpo(chosen, rejected, sizes, _):
+    return -jnp.log(sigmoid(0.7 * chosen / sizes[0] - 0.7 * rejected / sizes[1] - 0.35))
+
+
+@pytest.mark.parametrize("paper", [dpo, orpo, simpo], ids=lambda paper: paper.__name__)
+def test_loss_and_gradient_are_the_papers(cfg, params, paper):
+    pairs = pairs_of(0)._replace(reference=np.array([0.3, -2.0, 1.0, 4.0], np.float32))
+    sizes = [side.mask.sum(-1) for side in (pairs.chosen, pairs.rejected)]
+    assert not np.array_equal(*sizes)
 
     def formula(params):
-        margin = by_the_formula(cfg, params, pairs.chosen) - by_the_formula(cfg, params, pairs.rejected)
-        return -jnp.log(jax.nn.sigmoid(beta * (margin - pairs.reference))).mean()
+        answers = [by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected)]
+        return paper(*answers, sizes, pairs.reference).mean()
 
-    expected, reference = jax.jit(jax.value_and_grad(formula))(params)
+    expected, gradient = jax.jit(jax.value_and_grad(formula))(params)
+    objective = preference_objective(paper.__name__, 0.7)
     for microbatches in (1, 2):
-        loss, gradient = differentiate(cfg, params, {}, pairs, microbatches, dpo(beta))
+        loss, ours = differentiate(cfg, params, {}, pairs, microbatches, objective)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
-        assert_near(gradient, reference, 1e-4)
+        assert_near(ours, gradient, 1e-4)
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)]), pairs)
+    np.testing.assert_allclose(objective.summed_loss(cfg, params, padded) / B, expected, rtol=1e-5)
+
+
+def test_margins_are_of_the_answers_alone(cfg, params):
+    pairs = pairs_of(0)
+    chosen, rejected = (by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected))
+    np.testing.assert_allclose(margins(cfg, params, pairs), chosen - rejected, atol=1e-4)
 
 
 def test_prompts_do_not_count(cfg, params):
@@ -86,7 +110,7 @@ def test_what_is_preferred_becomes_more_probable_and_the_base_stays(cfg, params)
     tx = make_optimizer(OptimizerConfig(learning_rate=0.03, weight_decay=0.0))
     state = init_state(tx, init_lora(cfg, jax.random.key(0), LoraConfig(3, targets=("q", "v", "down"))))
     for _ in range(10):
-        state, metrics = train_step(cfg, tx, state, frozen, pairs, jnp.float32(0.3), 1, dpo(0.5))
+        state, metrics = train_step(cfg, tx, state, frozen, pairs, jnp.float32(0.3), 1, preference_objective("dpo", 0.5))
         assert int(metrics.tokens) == B, "the mean is over pairs"
     assert float(metrics.loss) < 0.5
     assert (margins(cfg, merge(state.trainable, frozen), pairs) > pairs.reference + 0.2).all()
@@ -94,6 +118,7 @@ def test_what_is_preferred_becomes_more_probable_and_the_base_stays(cfg, params)
 
 
 def test_one_beta_is_one_objective_and_must_count():
-    assert dpo(0.25) is dpo(0.25)
+    assert preference_objective("dpo", 0.25) is preference_objective("dpo", 0.25)
+    assert preference_objective("simpo") is not preference_objective("orpo")
     with pytest.raises(UserError, match="beta must be above 0"):
-        dpo(0.0)
+        preference_objective("dpo", 0.0)
