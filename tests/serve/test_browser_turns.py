@@ -10,7 +10,7 @@ import pytest
 from selenium.webdriver import Keys
 from tiny_server import say
 
-from stages.serve.api import completions
+from stages.serve.api import generation
 
 MORE = "Tell me more."
 
@@ -139,7 +139,7 @@ def test_an_answer_goes_on_after_a_cut(visit):
 
 
 def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
-    monkeypatch.setattr(completions, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.02)
     step, go = tiny_server.engine.step, threading.Event()
     monkeypatch.setattr(tiny_server.engine, "step", lambda: step() if go.is_set() else time.sleep(0.01) or [])
 

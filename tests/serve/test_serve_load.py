@@ -19,8 +19,8 @@ from bench.serving.client import Client as BenchClient
 from bench.serving.client import completion_request
 from engine.inference.sequence import Sequence
 from stages.serve import state, tokenizer_pool
-from stages.serve.api import completions
-from stages.serve.api.completions import Generation
+from stages.serve.api import generation, writer
+from stages.serve.api.generation import Generation
 from stages.serve.api.requests import INLINE_BYTES
 
 LONG = 130  # tokens
@@ -69,7 +69,7 @@ def test_a_cancelled_request_frees_its_slot(tiny_server, slowed):
 
 
 def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
-    monkeypatch.setattr(completions, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "SEND_SECONDS", 0.2)
     body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b"",
@@ -122,7 +122,7 @@ def test_a_429_comes_before_a_large_body_is_read(tiny_server, monkeypatch):
 
 def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, slowed, monkeypatch):
     """In comments, which clients leave out. A request that wants several answers is one in the queue."""
-    monkeypatch.setattr(completions, "WAIT_SECONDS", 0.002)
+    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.002)
     slowed(0.1)
     with ThreadPoolExecutor(SLOTS + 1) as pool:
         pool.submit(client.complete, most=40, n=SLOTS, ignore_eos=True)

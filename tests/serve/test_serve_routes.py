@@ -21,8 +21,8 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer
 from stages.serve import state as module
 from stages.serve.api.app import ROUTES
-from stages.serve.api.completions import CompletionWriter, Piece
-from stages.serve.api.requests import CompletionRequest
+from stages.serve.api.completions import CompletionRequest, CompletionWriter
+from stages.serve.api.generation import Piece
 from stages.serve.state import system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
 

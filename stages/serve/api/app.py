@@ -1,103 +1,21 @@
-"""Makes the ASGI application from its ROUTES, of which the OpenAPI document is made too; has the short handlers."""
+"""Makes the ASGI application from its ROUTES, of which the OpenAPI document is made too."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import UNSET
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stages.serve.api import openapi as schema
-from stages.serve.api import replies
-from stages.serve.api.completions import chat_completions, completions, encode_messages, json_reply
+from stages.serve.api import status, tokens
+from stages.serve.api.chat import ChatChunk, ChatReply, ChatRequest, chat_completions
+from stages.serve.api.completions import CompletionReply, CompletionRequest, completions
+from stages.serve.api.generation import check_ready
 from stages.serve.api.guard import Guard
-from stages.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_body
+from stages.serve.api.requests import read_body
 from stages.serve.errors import ApiError
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
-
-
-async def models(state: ServerState, _: Request) -> Response:
-    return json_reply(replies.ModelList([_card(state)]))
-
-
-async def model(state: ServerState, http: Request) -> Response:
-    state.check_model(http.path_params["model"])
-    return json_reply(_card(state))
-
-
-def _card(state: ServerState) -> replies.ModelCard:
-    defaults = replies.DefaultSampling(*(getattr(state.sampling, name) for name in replies.DefaultSampling.__struct_fields__))
-    return replies.ModelCard(
-        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity,
-        price_per_hour=state.price, default_sampling=defaults,
-    )  # fmt: skip
-
-
-async def tokenize(state: ServerState, http: Request) -> Response:
-    state.admission.check_open()
-    async with read_body(state, http, TokenizeRequest) as body:
-        if (body.prompt is UNSET) == (body.messages is UNSET):
-            raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
-        if isinstance(body.messages, list):
-            if body.add_special_tokens is not UNSET:
-                message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
-                raise ApiError(400, message, param="add_special_tokens")
-            tokens = await encode_messages(state, body.messages, body)
-        else:
-            if body.add_generation_prompt is not None or body.continue_final_message is not None:
-                message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
-                raise ApiError(400, message, param="continue_final_message")
-            (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
-    return json_reply(replies.TokenizeReply(len(tokens), state.engine.capacity, tokens))
-
-
-async def detokenize(state: ServerState, http: Request) -> Response:
-    state.admission.check_open()
-    async with read_body(state, http, DetokenizeRequest) as body:
-        if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
-            raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
-        return json_reply(replies.DetokenizeReply(await state.tokenizer.decode(body.tokens)))
-
-
-async def health(state: ServerState, _: Request) -> Response:
-    status, engine = state.status, state.engine
-    reply = replies.Health(
-        status, engine.has_long_programs, engine.engine.running, engine.waiting, engine.compiles_after_ready,
-        round(engine.seconds_since_tick, 3),
-    )  # fmt: skip
-    return json_reply(reply, 200 if status == "ok" else 503)
-
-
-async def live(*_: object) -> Response:
-    """Replies while the process runs, without a key."""
-    return json_reply(replies.Live())
-
-
-async def metrics(state: ServerState, _: Request) -> Response:
-    """Replies in Prometheus's text format."""
-    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def attestation(state: ServerState, _: Request) -> Response:
-    """Replies with the digest of the weights at load and now."""
-    now, then = await state.hash_weights(), state.digest
-    reply = replies.Attestation(
-        digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
-    )
-    return json_reply(reply)
-
-
-async def openapi(_: ServerState, http: Request) -> Response:
-    return Response(http.app.openapi, media_type="application/json")
-
-
-async def page(_: ServerState, http: Request) -> Response:
-    html, policy = http.app.page
-    return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
-
 
 MODEL_PREFIX = "/v1/models/"
 MODEL_PATH = MODEL_PREFIX + "{model}"
@@ -105,9 +23,10 @@ BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 
 class Route(NamedTuple):
-    """One route. `handler` takes the state and the request. `errors`: statuses besides those of every route.
+    """One route. `handler` takes the state, the request and, if there is a `body`, that body, read as its type.
 
-    `body` and `reply`: Structs, None where there is no JSON.
+    `reply`: the type of a JSON reply; `chunk`: of what a stream has, for a route that makes completions. `errors`: statuses
+    besides those that every route has, or every one with a body.
     """
 
     method: str
@@ -117,30 +36,34 @@ class Route(NamedTuple):
     handler: Callable[..., Any]
     body: Any = None
     reply: Any = None
+    chunk: Any = None
     errors: tuple[int, ...] = ()
-    streams: bool = False
     media: str = "application/json"
+
+    @property
+    def statuses(self) -> tuple[int, ...]:
+        """All statuses of its errors."""
+        return (*self.errors, *(BODY_ERRORS if self.body else ()), *((500,) if self.chunk else ()), 401, 403)
 
 
 ROUTES = [
     Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.", chat_completions,
-          ChatRequest, replies.ChatReply, (*BODY_ERRORS, 500), True),
+          ChatRequest, ChatReply, ChatChunk),
     Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions,
-          CompletionRequest, replies.CompletionReply, (*BODY_ERRORS, 500), True),
-    Route("GET", "/v1/models", "listModels", "The model that is served.", models, reply=replies.ModelList),
-    Route("GET", MODEL_PATH, "retrieveModel", "The model of that name.", model, reply=replies.ModelCard,
-          errors=(404,)),
-    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokenize,
-          TokenizeRequest, replies.TokenizeReply, BODY_ERRORS),
-    Route("POST", "/detokenize", "detokenize", "The text of tokens.", detokenize,
-          DetokenizeRequest, replies.DetokenizeReply, BODY_ERRORS),
-    Route("GET", "/health", "health", "Whether requests are answered.", health, reply=replies.Health, errors=(503,)),
-    Route("GET", "/live", "live", "Whether the process runs.", live, reply=replies.Live),
-    Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", metrics, media="text/plain"),
-    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", attestation,
-          reply=replies.Attestation),
-    Route("GET", "/openapi.json", "openapi", "This document.", openapi, media="application/json"),
-    Route("GET", "/", "page", "A page to talk to the model.", page, media="text/html"),
+          CompletionRequest, CompletionReply, CompletionReply),
+    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokens.tokenize,
+          tokens.TokenizeRequest, tokens.TokenizeReply),
+    Route("POST", "/detokenize", "detokenize", "The text of tokens.", tokens.detokenize,
+          tokens.DetokenizeRequest, tokens.DetokenizeReply),
+    Route("GET", "/v1/models", "listModels", "The model that is served.", status.models, reply=status.ModelList),
+    Route("GET", MODEL_PATH, "retrieveModel", "The model of that name.", status.model, reply=status.ModelCard, errors=(404,)),
+    Route("GET", "/health", "health", "Whether requests are answered.", status.health, reply=status.Health, errors=(503,)),
+    Route("GET", "/live", "live", "Whether the process runs.", status.live, reply=status.Live),
+    Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", status.metrics, media="text/plain"),
+    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", status.attestation,
+          reply=status.Attestation),
+    Route("GET", "/openapi.json", "openapi", "This document.", status.openapi),
+    Route("GET", "/", "page", "A page to talk to the model.", status.page, media="text/html"),
 ]  # fmt: skip
 
 
@@ -152,10 +75,10 @@ class Api:
 
     def __init__(self, state: ServerState, version: str) -> None:
         self._state, self.page, self.openapi = state, make_page(), schema.document(ROUTES, state.engine.cfg.vocab, version)
-        self._routes: dict[str, dict[str, Callable[..., Any]]] = {}
+        self._routes: dict[str, dict[str, Route]] = {}
         for route in ROUTES:
             methods = self._routes.setdefault(route.path, {})
-            methods |= dict.fromkeys(("GET", "HEAD") if route.method == "GET" else (route.method,), route.handler)
+            methods |= dict.fromkeys(("GET", "HEAD") if route.method == "GET" else (route.method,), route)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"], path, method = self, scope["state"]["path"], scope["method"]
@@ -168,8 +91,19 @@ class Api:
             allowed = ", ".join(methods)
             message = f"{scope['path']} is not asked for with {method}, but with {allowed}."
             raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
-        response = await methods[method](self._state, Request(scope, receive))
+        response = await self._respond(methods[method], Request(scope, receive))
         await response(scope, receive, send)
+
+    async def _respond(self, route: Route, http: Request) -> ASGIApp:
+        state = self._state
+        if not route.body:
+            return await route.handler(state, http)
+        if route.chunk:
+            check_ready(state, http)
+        else:
+            state.admission.check_open()
+        async with read_body(state, http, route.body) as body:
+            return await route.handler(state, http, body)
 
 
 def make_app(

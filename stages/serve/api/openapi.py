@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from stages.serve.api.replies import ChatChunk
 from stages.serve.api.requests import MAX_PROMPTS
 from stages.serve.errors import ErrorReply
 
@@ -25,7 +24,7 @@ json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components
 
 def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
     """Returns OpenAPI 3.1 of the routes as JSON."""
-    types = [kind for route in routes for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
+    types = [kind for route in routes for kind in (route.body, route.reply, route.chunk) if kind] + [ErrorReply]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     components["CompletionRequest"]["properties"]["prompt"] = {
@@ -44,10 +43,10 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
     for route in routes:
         kind = "object" if route.media == "application/json" else "string"
         success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
-        if route.streams:
+        if route.chunk:
             success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
         responses: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
-        for status in (*route.errors, 401, 403):
+        for status in route.statuses:
             content = success if (route.path, status) == ("/health", 503) else json_body(ErrorReply)
             responses[str(status)] = {"description": STATUSES[status], "content": content}
         operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "responses": responses}

@@ -1,4 +1,4 @@
-"""Types of the bodies of requests, every field with its bounds; reads a body within bounds of size and time as its type.
+"""Reads the body of a request within bounds of size and time as its type; has the types of fields that dialects share.
 
 An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
 than none. Fields of OpenAI's that change no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields.
@@ -8,10 +8,10 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
 
 from engine.inference.request import RANGES
@@ -23,25 +23,22 @@ INLINE_BYTES = 65_536  # more are decoded in a thread
 BODY_SECONDS = 20.0  # for a body to come
 
 MAX_PROMPTS = 64
-MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
 
 
-def _in_range(name: str) -> Meta:
+def in_range(name: str) -> Meta:
+    """Returns the bounds of a field of SamplingParams."""
     bounds = RANGES[name]
     return Meta(gt=bounds.least, le=bounds.most) if bounds.above else Meta(ge=bounds.least, le=bounds.most)
 
 
-Penalty = Annotated[float, Meta(ge=-2, le=2)]  # as OpenAI has it; the engine takes more
-MaxTokens = Annotated[int, _in_range("max_tokens")]
-LogProbs = Annotated[int, _in_range("logprobs")]
+MaxTokens = Annotated[int, in_range("max_tokens")]
+LogProbs = Annotated[int, in_range("logprobs")]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
-BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
-LogitBias = Annotated[dict[BiasedToken, Annotated[float, _in_range("logit_bias")]], Meta(max_length=1024)]
 EmptyList = Annotated[list[None], Meta(max_length=0)]
 
 # Why this server does not grant a field.
@@ -67,134 +64,21 @@ IGNORED = (
 )  # fmt: skip
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """`include_usage`: a last chunk has the token counts."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
-
-
 class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A request that names a model."""
 
     model: str = "default"
 
 
-class CompletionFields(ModelRequest, kw_only=True):
-    """The fields of both kinds of completion. Null means the default."""
+class GenerationRequest(ModelRequest, kw_only=True):
+    """A request for completions, whole or streamed."""
 
-    max_tokens: MaxTokens | None = None
-    temperature: Annotated[float, _in_range("temperature")] | None = None
-    top_p: Annotated[float, _in_range("top_p")] | None = None
-    top_k: Annotated[int, _in_range("top_k")] | None = None
-    min_p: Annotated[float, _in_range("min_p")] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = None
-    logit_bias: LogitBias | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=16)] | None = None
-    stop: Stops | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
-    ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def ignored(self) -> list[str]:
         """The fields that were sent and do nothing here."""
         return [name for name in IGNORED if getattr(self, name, None) is not None]
-
-
-class CompletionRequest(CompletionFields, kw_only=True):
-    """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists."""
-
-    prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1, max_length=MAX_IDS)]
-    logprobs: LogProbs | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
-
-
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A part of a message. Only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A message of a conversation. Fields of an earlier reply other than its text must be empty."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
-    name: Literal[""] | None = None
-    refusal: Literal[""] | None = None
-    annotations: EmptyList | None = None
-    tool_calls: EmptyList | None = None
-    tool_call_id: str | None = None
-    function_call: None = None
-    audio: None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
-
-
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The format of replies. Only text is supported."""
-
-    type: Literal["text"]
-
-
-class ChatRequest(CompletionFields, kw_only=True):
-    """POST /v1/chat/completions. `continue_final_message`, without `add_generation_prompt`: goes on with the last message."""
-
-    messages: Messages
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    max_completion_tokens: MaxTokens | None = None
-    logprobs: bool | None = None
-    top_logprobs: LogProbs | None = None
-    response_format: TextFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
-    tools: EmptyList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prediction: dict[str, Any] | None = None
-    service_tier: str | None = None
-    reasoning_effort: str | None = None
-    verbosity: str | None = None
-
-
-class TokenizeRequest(ModelRequest, kw_only=True):
-    """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does.
-
-    `add_special_tokens`, true by default, is about a text; those of a conversation are its template's.
-    """
-
-    prompt: str | UnsetType = UNSET
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    messages: Messages | UnsetType = UNSET
-    add_special_tokens: bool | UnsetType = UNSET
-
-
-class DetokenizeRequest(ModelRequest, kw_only=True):
-    tokens: TokenIds
 
 
 @contextlib.asynccontextmanager

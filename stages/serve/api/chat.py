@@ -1,0 +1,206 @@
+"""POST /v1/chat/completions, OpenAI's: answers a conversation."""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
+
+from engine.inference.request import LogProb
+from stages.serve.api.completions import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage
+from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts
+from stages.serve.api.requests import EmptyList, LogProbs, MaxTokens
+from stages.serve.api.writer import respond
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+from stages.serve.tokenizer_pool import token_text
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a message. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A message of a conversation. Fields of an earlier reply other than its text must be empty."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
+    name: Literal[""] | None = None
+    refusal: Literal[""] | None = None
+    annotations: EmptyList | None = None
+    tool_calls: EmptyList | None = None
+    tool_call_id: str | None = None
+    function_call: None = None
+    audio: None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+
+
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """The format of replies. Only text is supported."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(CompletionFields, kw_only=True):
+    """POST /v1/chat/completions. `continue_final_message`, without `add_generation_prompt`: goes on with the last message."""
+
+    messages: Messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: LogProbs | None = None
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
+    tools: EmptyList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
+    service_tier: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+
+class TopLogProb(msgspec.Struct):
+    """A token, its log-probability in nats, and its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogProb(TopLogProb):
+    """The sampled token, and the most probable ones in its place."""
+
+    top_logprobs: list[TopLogProb]
+
+
+class ChatLogProbs(msgspec.Struct):
+    """Log-probabilities of the tokens of a chat choice."""
+
+    content: list[TokenLogProb]
+    refusal: None = None
+
+
+class ReplyMessage(msgspec.Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ReplyMessage
+    finish_reason: Reason
+    logprobs: ChatLogProbs | None = None
+
+
+class ChatReply(ReplyFields, kw_only=True):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: ReplyUsage
+
+
+class Delta(msgspec.Struct):
+    """The new part of the assistant's message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: Delta
+    finish_reason: Reason | None = None
+    logprobs: ChatLogProbs | None = None
+
+
+class ChatChunk(ReplyFields, kw_only=True):
+    """One `data:` of a stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    usage: ReplyUsage | UnsetType | None = UNSET
+
+
+class ChatWriter(ChoicesWriter):
+    """Writes the replies and chunks of a chat."""
+
+    id_prefix, reply_type, chunk_type = "chatcmpl", ChatReply, ChatChunk
+
+    def __init__(self, state: ServerState, body: ChatRequest) -> None:
+        super().__init__(state, body)
+        self._wants_logprobs, self._n = body.logprobs, body.n or 1
+
+    def choice(self, piece: Piece) -> ChatChoice:
+        message = ReplyMessage(piece.text)
+        return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))  # type: ignore[arg-type]
+
+    def begin(self, usage: Usage) -> Iterable[ChatChunk]:
+        return [self.chunk(ChatChunkChoice(index, Delta("assistant", ""))) for index in range(self._n)]
+
+    def chunks(self, piece: Piece) -> Iterator[Any]:
+        if piece.text or piece.logprobs:
+            delta = Delta(content=piece.text) if piece.text else Delta()
+            yield self.chunk(ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece)))
+        if piece.finish_reason:
+            yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
+
+    def _logprobs(self, piece: Piece) -> ChatLogProbs | None:
+        return ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self._wants_logprobs else None
+
+    def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
+        shown = lambda token, nats: ((text := token_text(self.tokenizer, token))[0], nats, list(text[1]))
+        top = [TopLogProb(*shown(token, nats)) for token, nats in logprob.top]
+        return TokenLogProb(*shown(logprob.token, logprob.logprob), top)
+
+
+def conversation(state: ServerState, messages: list[Message], *, begins: bool | None, goes_on: bool | None) -> Prompts:
+    """Returns the prompt of messages, of which the role `developer` becomes `system`.
+
+    It goes up to the assistant's next turn, which `begins`, or to the end of its last one if that `goes_on`: vLLM's
+    add_generation_prompt and continue_final_message. Raises ApiError.
+    """
+    turns = [{"role": "system" if each.role == "developer" else each.role, "content": each.text} for each in messages]
+    if (goes_on is True) == (begins is not False):
+        message = "add_generation_prompt must be false with continue_final_message true, and true without."
+        raise ApiError(400, message, param="add_generation_prompt")
+    if not goes_on:
+        return chat_prompts(state, turns)
+    answer = turns.pop()
+    if answer["role"] != "assistant" or not turns:
+        message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
+        raise ApiError(400, message, param="messages")
+    return chat_prompts(state, turns, answer["content"])
+
+
+async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequest) -> ASGIApp:
+    """Writes the assistant's next turn, `n` times."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        message = "max_completion_tokens is sent beside max_tokens, its older name: send only one of them."
+        raise ApiError(400, message, param="max_completion_tokens")
+    writer = ChatWriter(state, body)
+    prompts = conversation(state, body.messages, begins=body.add_generation_prompt, goes_on=body.continue_final_message)
+    generation = await body.generate(
+        state, http, prompts, max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )  # fmt: skip
+    return respond(body, writer, generation)

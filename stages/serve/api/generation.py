@@ -1,0 +1,277 @@
+"""Generation: the completions of one HTTP request in any dialect, from prompts to the pieces of their texts."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive
+
+from engine.errors import InvalidField
+from engine.inference.request import SEEDS, Event, LogProb, Request, check_request
+from engine.text.tokenizer import CompletionText
+from stages.serve.admission import Sender
+from stages.serve.api.requests import INLINE_BYTES, content_length
+from stages.serve.errors import ApiError, ClientGone
+from stages.serve.state import ServerState
+from stages.serve.tokenizer_pool import context_overflow
+
+MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
+KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
+WAIT_SECONDS = 0.5  # between looks at what a request waits for
+
+Reason = Literal["stop", "length"]
+
+
+class Prompts(NamedTuple):
+    """The prompts of one request, in `field` of its body: `encode` returns the tokens of each.
+
+    Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
+    """
+
+    field: str
+    encode: Callable[[], Awaitable[list[list[int]]]]
+    stop_token_ids: frozenset[int]
+    number: int = 1
+    strips_space: bool = False
+
+
+class Piece(NamedTuple):
+    """New text of choice number `choice`, its log-probabilities, and why the choice ended, or None.
+
+    `stop`: the stop string that ended it.
+    """
+
+    choice: int
+    text: str
+    logprobs: Sequence[LogProb]
+    finish_reason: Reason | None
+    stop: str | None = None
+
+
+class Usage(NamedTuple):
+    """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+@dataclasses.dataclass(eq=False)
+class Choice:
+    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache.
+
+    `end`: stop, length, error, or abort when the client left. `strips_space`: whether the space that may begin it is left out.
+    """
+
+    index: int
+    request: Request
+    completion: CompletionText
+    strips_space: bool
+    first_token: float = 0.0
+    cached: int = 0
+    end: str = "abort"
+
+
+class Generation:
+    """The completions of one HTTP request in the engine, in its reserved place. `watch_disconnect` must be entered, once.
+
+    They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
+    count once. `arrived`: by time.monotonic.
+    """
+
+    def __init__(
+        self, state: ServerState, requests: Sequence[Request], priority: int, stops: Sequence[str], repeats: int,
+        arrived: float, strips_space: bool,
+    ) -> None:  # fmt: skip
+        self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
+        self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
+        completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
+        self._choices = [Choice(index, request, completion(), strips_space) for index, request in enumerate(requests)]
+        self._unfinished = {
+            choice: state.engine.submit(choice.request, priority, functools.partial(self._receive, choice))
+            for choice in self._choices
+        }
+
+    def _receive(self, choice: Choice, event: Event) -> None:
+        self._events.put_nowait((choice, event))
+
+    async def pieces(self) -> AsyncIterator[Piece | str]:
+        """Yields the pieces of all completions as they come, in between what the request waits for: whenever that changes and
+        after KEEP_ALIVE_SECONDS of silence.
+
+        Raises ClientGone when the client has left, ApiError when the engine has failed.
+        """
+        engine, wait, last = self._state.engine, "waiting", time.monotonic()
+        is_first = True
+        while self._unfinished:
+            try:
+                seconds = WAIT_SECONDS if is_first or not engine.has_long_programs else KEEP_ALIVE_SECONDS
+                item = await asyncio.wait_for(self._events.get(), seconds)
+            except TimeoutError:
+                before, wait = wait, self._wait()
+                if wait != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
+                    last = time.monotonic()
+                    yield wait
+                continue
+            if item is None:
+                raise ClientGone
+            is_first, wait, last = False, "waiting", time.monotonic()
+            if item[0] in self._unfinished:
+                yield self._piece(*item)
+
+    def _wait(self) -> str:
+        """Returns what the request waits for: programs, others before it, or its turn in the engine."""
+        engine = self._state.engine.engine
+        if self._priority in engine.held_priorities:
+            return "waiting for the programs for long texts"
+        position = engine.queue_position(self._priority)
+        return f"place {position} in the queue" if position else "waiting"
+
+    async def collect(self) -> list[Piece]:
+        """Returns one piece for each completion, with all of it. Raises as `pieces`."""
+        parts: list[list[Piece]] = [[] for _ in self._choices]
+        async for piece in self.pieces():
+            if isinstance(piece, Piece):
+                parts[piece.choice].append(piece)
+        return [
+            own[-1]._replace(text="".join(part.text for part in own), logprobs=[each for part in own for each in part.logprobs])
+            for own in parts
+        ]
+
+    @contextlib.asynccontextmanager
+    async def watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
+        """Within the block, `pieces` notices a client that leaves. Its end cancels what is unfinished and frees the place."""
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                continue
+            self._events.put_nowait(None)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            for handle in self._unfinished.values():
+                handle.cancel()
+            self._unfinished.clear()
+            for choice in self._choices:
+                self._state.metrics.count_end(choice.end)
+            self._state.admission.release()
+
+    @property
+    def usage(self) -> Usage:
+        prompts = self._choices[:: self._repeats]
+        return Usage(
+            sum(len(choice.request.prompt) for choice in prompts),
+            sum(choice.completion.tokens for choice in self._choices),
+            sum(choice.cached for choice in prompts),
+        )
+
+    def log_fields(self) -> dict[str, int | float | str | None]:
+        """Returns what the access log says of the completions."""
+        usage, first = self.usage, min((choice.first_token for choice in self._choices if choice.first_token), default=None)
+        return {
+            "prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "completion_tokens": usage.completion,
+            "finish": "+".join(choice.end for choice in self._choices),
+            "first_token_seconds": first and round(first - self._arrived, 4),
+        }  # fmt: skip
+
+    def _piece(self, choice: Choice, event: Event) -> Piece:
+        completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
+        before = completion.tokens
+        text = completion.push(event.tokens)
+        if event.tokens and not choice.first_token:
+            choice.first_token = now
+            metrics.ttft.observe(now - self._arrived)
+        choice.cached = event.cached_tokens
+        if event.finish_reason == "error":
+            choice.end = "error"
+            del self._unfinished[choice]
+            if self._state.engine.error:
+                raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
+            raise ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
+        if event.finish_reason:
+            text += completion.close()
+        reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
+        if reason:
+            choice.end = reason
+            handle = self._unfinished.pop(choice)
+            if not event.finish_reason:
+                handle.cancel()
+            seconds, prompt = now - self._arrived, len(choice.request.prompt)
+            metrics.count_completion(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
+            if not self._unfinished:
+                self._state.admission.record(seconds)
+        if choice.strips_space and text:
+            text, choice.strips_space = text.removeprefix(" "), False
+        return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason, completion.stopped)
+
+
+def chat_prompts(state: ServerState, turns: Sequence[dict[str, str]], answer: str = "", field: str = "messages") -> Prompts:
+    """Returns the prompt of a conversation, of whose next turn, the assistant's, `answer` is there."""
+
+    async def encode() -> list[list[int]]:
+        return [await state.tokenizer.encode_chat(turns, answer)]
+
+    ends = state.stop_token_ids | state.tokenizer.eot_ids
+    return Prompts(field, encode, ends, strips_space=state.tokenizer.strips_space and not answer)
+
+
+def check_ready(state: ServerState, http: HttpRequest) -> None:
+    """Raises ApiError while no completion can be admitted: 503 when not ready, 429 for a large body when places are taken.
+
+    That of a small one waits until its number of completions is known.
+    """
+    state.check_ready()
+    if content_length(http) > INLINE_BYTES:
+        state.admission.check(_sender(http, 0), time.monotonic())
+
+
+def _sender(http: HttpRequest, choices: int) -> Sender:
+    (address, port), length = http.client or ("", 0), content_length(http)
+    return Sender(port, (address, http.state.namespace, length if length > INLINE_BYTES else choices))
+
+
+async def generate(
+    state: ServerState, http: HttpRequest, prompts: Prompts, options: Mapping[str, Any], *, n: int = 1,
+    stops: Sequence[str] = (), ignore_eos: bool | None = False,
+) -> Generation:  # fmt: skip
+    """Begins `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
+
+    `options`: the fields of SamplingParams that the request has; None stands for the default. At most `max_tokens` are
+    generated, by default and at most as many as fit. A place is reserved before the prompts become tokens, and freed whatever
+    happens. Raises ApiError.
+    """
+    capacity, choices = state.engine.capacity, prompts.number * n
+    if choices > MAX_COMPLETIONS:
+        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+        raise ApiError(400, message, param="n")
+    given = {name: value for name, value in options.items() if value is not None}
+    limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
+    ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if ignore_eos else prompts.stop_token_ids)
+    priority = state.admission.reserve(_sender(http, choices), time.monotonic())
+    try:
+        requests: list[Request] = []
+        for prompt in await prompts.encode():
+            room = capacity - len(prompt)
+            if room < 1:
+                raise context_overflow(len(prompt), capacity, prompts.field)
+            given |= {"max_tokens": min(limit, room), "seed": (seed + len(requests)) % SEEDS, "stop_token_ids": ends}
+            rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
+            requests += [Request(tuple(prompt), row, http.state.namespace) for row in rows]
+            check_request(requests[-1], state.engine.cfg.vocab, capacity)
+        generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts.strips_space)
+        http.state.generation = generation
+        return generation
+    except BaseException as error:
+        state.admission.release()
+        if isinstance(error, InvalidField):
+            raise ApiError(400, str(error), param=error.field) from None
+        raise

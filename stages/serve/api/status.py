@@ -1,0 +1,116 @@
+"""What the server says of itself: its models, health, metrics, the digest of its weights, its routes and its page."""
+
+import time
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stages.serve.api.completions import DefaultSampling
+from stages.serve.api.writer import json_reply
+from stages.serve.state import ServerState, Status
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """The served model. `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "thrice"
+    root: str
+    max_model_len: int
+    price_per_hour: float | None = None
+    default_sampling: DefaultSampling
+
+
+class ModelList(msgspec.Struct):
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class Health(msgspec.Struct):
+    """The reply of GET /health: whether requests are answered, or why not.
+
+    `long_texts_ready`: whether the programs for texts over 512 tokens are there too; such a text waits for them.
+    """
+
+    status: Status
+    long_texts_ready: bool
+    running: int
+    waiting: int
+    compiles_after_ready: int
+    seconds_since_tick: float
+
+
+class Live(msgspec.Struct):
+    """The reply of GET /live: the process runs."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Attestation(msgspec.Struct, kw_only=True):
+    """One SHA-256 over all weights, at load and now."""
+
+    object: Literal["attestation"] = "attestation"
+    algorithm: Literal["sha256"] = "sha256"
+    digest: str
+    digest_at_load: str
+    unchanged: bool
+    loaded_at: int
+    checked_at: int
+
+
+async def models(state: ServerState, _: Request) -> Response:
+    return json_reply(ModelList([_card(state)]))
+
+
+async def model(state: ServerState, http: Request) -> Response:
+    state.check_model(http.path_params["model"])
+    return json_reply(_card(state))
+
+
+def _card(state: ServerState) -> ModelCard:
+    defaults = DefaultSampling(*(getattr(state.sampling, name) for name in DefaultSampling.__struct_fields__))
+    return ModelCard(
+        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity,
+        price_per_hour=state.price, default_sampling=defaults,
+    )  # fmt: skip
+
+
+async def health(state: ServerState, _: Request) -> Response:
+    status, engine = state.status, state.engine
+    reply = Health(
+        status, engine.has_long_programs, engine.engine.running, engine.waiting, engine.compiles_after_ready,
+        round(engine.seconds_since_tick, 3),
+    )  # fmt: skip
+    return json_reply(reply, 200 if status == "ok" else 503)
+
+
+async def live(*_: object) -> Response:
+    """Replies while the process runs, without a key."""
+    return json_reply(Live())
+
+
+async def metrics(state: ServerState, _: Request) -> Response:
+    """Replies in Prometheus's text format."""
+    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def attestation(state: ServerState, _: Request) -> Response:
+    """Replies with the digest of the weights at load and now."""
+    now, then = await state.hash_weights(), state.digest
+    reply = Attestation(
+        digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
+    )
+    return json_reply(reply)
+
+
+async def openapi(_: ServerState, http: Request) -> Response:
+    return Response(http.app.openapi, media_type="application/json")
+
+
+async def page(_: ServerState, http: Request) -> Response:
+    html, policy = http.app.page
+    return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})

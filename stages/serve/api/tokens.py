@@ -1,0 +1,66 @@
+"""POST /tokenize and /detokenize, vLLM's: a text or a conversation to tokens, and back."""
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stages.serve.api.chat import Messages, conversation
+from stages.serve.api.requests import ModelRequest, TokenIds
+from stages.serve.api.writer import json_reply
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+
+
+class TokenizeRequest(ModelRequest, kw_only=True):
+    """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does.
+
+    `add_special_tokens`, true by default, is about a text; those of a conversation are its template's.
+    """
+
+    prompt: str | UnsetType = UNSET
+    messages: Messages | UnsetType = UNSET
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | UnsetType = UNSET
+
+
+class TokenizeReply(msgspec.Struct):
+    """The reply of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizeRequest(ModelRequest, kw_only=True):
+    tokens: TokenIds
+
+
+class DetokenizeReply(msgspec.Struct):
+    """The reply of POST /detokenize."""
+
+    prompt: str
+
+
+async def tokenize(state: ServerState, _: Request, body: TokenizeRequest) -> Response:
+    if (body.prompt is UNSET) == (body.messages is UNSET):
+        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+    if isinstance(body.messages, list):
+        if body.add_special_tokens is not UNSET:
+            message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+            raise ApiError(400, message, param="add_special_tokens")
+        flags = {"begins": body.add_generation_prompt, "goes_on": body.continue_final_message}
+        (tokens,) = await conversation(state, body.messages, **flags).encode()
+    else:
+        if body.add_generation_prompt is not None or body.continue_final_message is not None:
+            message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
+            raise ApiError(400, message, param="continue_final_message")
+        (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
+    return json_reply(TokenizeReply(len(tokens), state.engine.capacity, tokens))
+
+
+async def detokenize(state: ServerState, _: Request, body: DetokenizeRequest) -> Response:
+    if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
+        raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
+    return json_reply(DetokenizeReply(await state.tokenizer.decode(body.tokens)))
