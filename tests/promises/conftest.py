@@ -1,4 +1,4 @@
-"""The promises of training (T1 to T14) and of serving (S1 to S11, X2 to X5): pytest's options, the server, and the table.
+"""The promises of training (T1 to T14) and of serving (S1 to S11, S17, X2 to X5): pytest's options, the server, and the table.
 
     pytest tests/promises -m promises -n 0                    each promise tried: hours on two cores, those of serving one
     pytest tests/promises -m promises -n 0 --quick            fewer repetitions

@@ -1,0 +1,32 @@
+"""S17: the scheduler is right under any schedule; a failure names its seed, which replays it."""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+
+import pytest
+from figures import exactly
+from simulated import simulate
+
+PARTS, BLOCK = 4, 1_000
+
+
+def failures(seeds: range) -> list[str]:
+    found = []
+    for seed in seeds:
+        try:
+            simulate(seed)
+        except Exception as error:
+            found.append(f"simulate({seed}): {type(error).__name__} {error}")
+    return found
+
+
+@pytest.mark.promises("S17", "a request gets what it gets alone under any schedule, on a simulated device")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_any_schedule(part, quick, expect):
+    count = 1_000_000 // PARTS // (100 if quick else 1)
+    blocks = [range(first, min(first + BLOCK, (part + 1) * count)) for first in range(part * count, (part + 1) * count, BLOCK)]
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found = [*itertools.chain.from_iterable(pool.map(failures, blocks))]
+    print(*found[:20], sep="\n")
+    expect(exactly("violations", len(found), 0), over=f"{count:,} schedules")

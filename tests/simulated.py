@@ -1,0 +1,223 @@
+"""Runs the real engine on a device made of lists, under a schedule that a seed draws: arrivals, cancellations, programs that
+come late. What a request gets must be what it gets alone.
+
+A key/value of the fake device is a number made of its token, its position and all keys/values before it in the slot, so that
+one that is missing, stale or in another's place changes every token that follows; a token of `POISON` makes it NaN, which
+spoils all texts that see it.
+"""
+
+import collections
+import itertools
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.inference import engine as engine_module
+from engine.inference.config import EngineConfig
+from engine.inference.engine import Engine
+from engine.inference.request import MAX_LOGPROBS, Request, SamplingParams
+from engine.inference.runner import SampledTokens
+from engine.inference.sequence import STEPS
+from engine.model.config import ModelConfig
+
+VOCAB, CAPACITY, CHUNK, TAIL = 7, 64, 8, 4
+POISON = VOCAB - 1
+CFG = ModelConfig(VOCAB, 8, 1, 1, 8, CAPACITY)
+EMPTY, NAN = 0, -1
+MOST_STEPS = 600  # of a schedule after its last arrival
+
+
+def key_value(token: int, position: int, before: list[int]) -> int:
+    """Returns the number in the KV cache of a token; 24 bits, which a float32 holds."""
+    return NAN if token == POISON or NAN in before[:position] else 1 + hash((token, position, *before[:position])) % 2**24
+
+
+def next_token(token: int, position: int, seen: list[int], request: SamplingParams, counts: tuple[int, ...]) -> int:
+    """Returns what is sampled after a token: most often by it alone, so that texts repeat and drafts are right."""
+    drawn = hash((*seen[: position + 1], request.seed, position)) % 40
+    if request.adjusts_logits:
+        drawn = hash((drawn, counts)) % 40
+    return drawn % VOCAB if drawn < 9 else (3 * token + 1) % POISON
+
+
+class FakeRunner:
+    """What `ModelRunner` is to an engine, in Python: its KV cache is a list for each slot."""
+
+    mesh, cache_bytes = None, 0
+
+    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig) -> None:
+        self.params, self.config = params, config
+        edges, short = config.edges, config.short_edges
+        self.limit, self.positions = short[-1], edges[-1]
+        self.segments = SimpleNamespace(edges=short)
+        self.has_long_programs = False
+        self.cache = [[EMPTY] * edges[-1] for _ in range(config.slots)]
+        self.counts = [(0,) * VOCAB for _ in range(config.rows)]
+
+    def load_long_programs(self) -> None:
+        self.has_long_programs, self.segments = True, SimpleNamespace(edges=self.config.edges)
+
+    def warm(self, *_: Any) -> None:
+        pass
+
+    def _seen(self, stop: int) -> int:
+        """Returns how many positions a call on those below `stop` gets."""
+        if min(stop, self.positions) <= self.limit:
+            return self.limit
+        assert self.has_long_programs, "a call on positions that no program reaches yet"
+        return self.positions
+
+    def prefill(self, tokens: Any, slot: int, start: int, stop: int) -> None:
+        assert start + tokens.shape[1] <= self._seen(stop)
+        for position, token in enumerate(tokens[0].tolist(), start):
+            self.cache[slot][position] = key_value(token, position, self.cache[slot])
+
+    def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
+        assert start + count <= self._seen(stop)
+        self.cache[slot][start : start + count] = [NAN if np.isnan(x) else int(x) for x in chunk[0, :count]]
+
+    def read(self, slot: int, start: int, size: int, stop: int) -> Any:
+        assert start + size <= self._seen(stop)
+        part = np.array(self.cache[slot][start : start + size], np.float32)
+        return np.where(part == NAN, np.nan, part)[None].repeat(2 * CFG.layers, 0)
+
+    def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
+        seen = self._seen(stop)
+        edges = [*(edge for edge in self.config.edges if edge < min(seen, max_positions)), seen]
+        for begin, end in itertools.pairwise(edges):
+            if begin >= start:
+                self.cache[slot][begin:end] = [EMPTY] * (end - begin)
+        return seen
+
+    def copy(self, slot: int, targets: Any, stop: int, max_positions: int) -> None:
+        seen = self._seen(stop)
+        end = min(edge for edge in self.config.edges if edge >= min(seen, max_positions))
+        for target in targets:
+            self.cache[target][:end] = self.cache[slot][:end]
+
+    def set_counts(self, slot: int, prompt: Any, logit_bias: Any) -> None:
+        self.counts[slot] = counts_of(prompt, logit_bias)
+
+    def decode(self, token: Any, rows: Any, sampling: Any, steps: int, logprobs: bool, stop: int) -> SampledTokens:
+        seen, R = self._seen(stop), len(token)
+        sampled = SampledTokens(
+            np.zeros((STEPS, R), np.int32), np.zeros((STEPS, R), bool), np.zeros((STEPS, R), np.float32),
+            *(np.zeros((STEPS, R, min(MAX_LOGPROBS, VOCAB)), np.float32) for _ in range(2)),
+        )  # fmt: skip
+        current = token.tolist()
+        own = [min(row, self.config.slots - 1) for row in range(R)]
+        for step in range(steps):
+            active = sorted((int(rows.position[row]) + step, row) for row in range(R) if rows.position[row] >= 0)
+            for position, row in active:
+                value = key_value(current[row], position, self.cache[own[row]])
+                for source, target in zip(rows.source, rows.target):
+                    if source == row and target < self.config.slots and position < seen:
+                        self.cache[target][position] = value
+            for position, row in active:
+                text = self.cache[own[row]]
+                reached = next((edge for edge in self.config.edges if edge > position), seen)
+                sampled.finite[step, row] = NAN not in text[:reached]  # what lies behind is multiplied by 0, and NaN stays NaN
+                current[row] = next_token(current[row], position, text, sampling[row], self.counts[row])
+                sampled.token[step, row] = current[row]
+                counts = list(self.counts[row])
+                counts[current[row]] += 1
+                self.counts[row] = tuple(counts)
+        return sampled
+
+
+def counts_of(prompt: Any, logit_bias: Any) -> tuple[int, ...]:
+    return tuple([*prompt].count(token) * 100 + int(logit_bias.get(token, 0)) for token in range(VOCAB))
+
+
+def alone(request: Request) -> tuple[list[int], str | None]:
+    """Returns the tokens of a request and its finish reason, from the formulas, without an engine."""
+    sampling, text, output = request.sampling, list[int](), list[int]()
+    counts = list(counts_of(request.prompt, sampling.logit_bias))
+    for position, token in enumerate(request.prompt):
+        text.append(key_value(token, position, text))
+    while True:
+        if NAN in text:
+            return output, "error"
+        token = next_token((*request.prompt, *output)[-1], len(text) - 1, text, sampling, tuple(counts))
+        counts[token] += 1
+        if token in sampling.stop_token_ids:
+            return output, "stop"
+        output.append(token)
+        if len(output) == sampling.max_tokens:
+            return output, "length"
+        text.append(key_value(token, len(text), text))
+
+
+def draw_request(rng: random.Random) -> Request:
+    """Draws a request: few beginnings, so that prompts share them, and few namespaces."""
+    beginning = random.Random(rng.randrange(3)).choices(range(POISON), k=40)
+    prompt = [*beginning[: rng.randrange(1, 40)], *rng.choices(range(POISON), k=rng.randrange(3))]
+    if rng.random() < 0.1:
+        prompt[rng.randrange(len(prompt))] = POISON
+    sampling = SamplingParams(
+        max_tokens=rng.randint(1, min(20, CAPACITY - len(prompt))), seed=rng.randrange(3),
+        presence_penalty=float(rng.random() < 0.2), logit_bias={2: 5.0} if rng.random() < 0.1 else {},
+        stop_token_ids=(rng.randrange(POISON),) if rng.random() < 0.3 else (),
+        logprobs=1 if rng.random() < 0.1 else None,
+    )  # fmt: skip
+    return Request(tuple(prompt), sampling, rng.choice(["", "", "a", "b"]))
+
+
+def simulate(seed: int) -> None:
+    """Runs the schedule of a seed to its end. Raises AssertionError where a promise is broken."""
+    rng = random.Random(seed)
+    slots, chunk_bytes = rng.randint(1, 5), 2 * CFG.layers * CHUNK * 4
+    config = EngineConfig(
+        slots, CAPACITY, prefix_cache_bytes=rng.choice([0, 2, 40]) * chunk_bytes, speculate=rng.random() < 0.7,
+        chunk=CHUNK, tail=rng.choice([TAIL, CHUNK]), short=rng.choice([None, 16, 32]),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "ModelRunner", FakeRunner)
+        engine = Engine(CFG, {}, config)
+    engine.warm(long_programs=False)
+    if rng.random() < 0.5:
+        engine.load_long_programs()
+    requests = [draw_request(rng) for _ in range(rng.randint(1, 9))]
+    due, loads_at = sorted(rng.randrange(60) for _ in requests), rng.randrange(120)
+    ids, cancelled, output, reasons = {}, set[int](), {}, {}
+    namespaces = collections.Counter(request.namespace for request in requests)
+    clock = 0
+    while due or engine.busy:
+        assert clock < 60 + MOST_STEPS, "a request is never finished"
+        while due and due[0] <= clock:
+            due.pop(0)
+            request = requests[len(ids)]
+            ids[engine.submit(request, rng.randrange(3))] = request
+        if ids and rng.random() < 0.03:
+            id = rng.choice([*ids])
+            if engine.cancel(id):
+                cancelled.add(id)
+        if clock >= loads_at:
+            engine.load_long_programs()
+        for event in engine.step():
+            assert event.id not in {*cancelled, *reasons}, "an event after the end"
+            output[event.id] = output.get(event.id, []) + event.tokens
+            if event.finish_reason:
+                reasons[event.id] = event.finish_reason
+                shares = namespaces[ids[event.id].namespace] > 1 or engine.config.short  # a text that restarts finds itself
+                assert shares or not event.cached_tokens, "the prefix cache gave a prompt of another namespace"
+        check_slots(engine)
+        clock += 1
+    for id, request in ids.items():
+        if id not in cancelled:
+            assert (output.get(id, []), reasons.get(id)) == alone(request), f"request {id} is not what it is alone"
+
+
+def check_slots(engine: Engine) -> None:
+    scheduler = engine.scheduler
+    owned = [sequence.slot for sequence in scheduler.running]
+    assert sorted([*owned, *scheduler.free, *scheduler.copies]) == list(range(scheduler.slots)), (
+        "a slot has two owners, or none"
+    )
+    assert not scheduler.copies or len(owned) == 1
+    waiting = [sequence.order for sequence in scheduler.waiting]
+    assert waiting == sorted(waiting)
+    assert engine.prefix_cache.bytes <= engine.prefix_cache.limit
