@@ -60,7 +60,7 @@ def test_a_promise_that_cannot_be_tried_is_not_kept_whichever_worker_tries_it():
 def test_a_promise_is_chosen_by_its_name():
     code, output = run_promises("no-such-model", "", "-n", "0", "--promise", "S99")
     assert code == 4, output
-    serving = "S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11"
+    serving = "S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11, S17"
     training = "T1, T2, T3, T4, T5, T6, T7, T8, T9, T10, T11, T14"
     assert f"There is no promise S99; there are {serving}, {training}, X2, X3, X4, X5." in output
     table = Path(__file__).with_name("README.md").read_text()
