@@ -35,12 +35,48 @@ def key_value(token: int, position: int, before: list[int]) -> int:
     return NAN if token == POISON or NAN in before[:position] else 1 + hash((token, position, *before[:position])) % 2**24
 
 
-def next_token(token: int, position: int, seen: list[int], request: SamplingParams, counts: tuple[int, ...]) -> int:
-    """Returns what is sampled after a token: most often by it alone, so that texts repeat and drafts are right."""
+def next_token(
+    token: int, position: int, seen: list[int], request: SamplingParams, counts: tuple[int, ...], allowed: int = -1
+) -> int:  # fmt: skip
+    """Returns what is sampled after a token, a bit of `allowed`: most often by it alone, so that texts repeat and drafts are
+    right."""
     drawn = hash((*seen[: position + 1], request.seed, position)) % 40
     if request.adjusts_logits:
         drawn = hash((drawn, counts)) % 40
-    return drawn % VOCAB if drawn < 9 else (3 * token + 1) % POISON
+    first = drawn % VOCAB if drawn < 9 else (3 * token + 1) % POISON
+    return next((other for n in range(VOCAB) if allowed >> (other := (first + n) % VOCAB) & 1), 0)
+
+
+class FakeConstraint:
+    """What `Constraint` is to an engine: by the tokens so far it allows one token, two or all, and has an end."""
+
+    failed = False
+
+    def __init__(self, seed: int, tokens: tuple[int, ...] = ()) -> None:
+        self.seed, self.tokens = seed, tokens
+
+    def begin(self) -> "FakeConstraint":
+        return FakeConstraint(self.seed)
+
+    def allowed(self, drafts: Any = ()) -> set[int]:
+        drawn = hash((self.seed, *self.tokens, *drafts)) % 1000
+        return [{drawn % POISON}, {drawn % POISON, (drawn + 2) % POISON}, {*range(POISON)}][drawn // 10 % 3]
+
+    def fill(self, masks: Any, rows: Any, drafts: Any) -> None:
+        for n, row in enumerate(rows):
+            masks[row] = sum(1 << token for token in self.allowed(drafts[:n]))
+
+    def allowed_drafts(self, drafts: Any, count: int) -> list[int]:
+        forced = list[int]()
+        while len(forced) < count and len(allowed := self.allowed(forced)) == 1:
+            forced += allowed
+        good = itertools.takewhile(lambda n: drafts[n] in self.allowed(drafts[:n]), range(len(drafts or ())))
+        return forced or [drafts[n] for n in good]
+
+    def accept(self, token: int) -> str | None:
+        assert token in self.allowed(), "a token that the grammar forbids"
+        self.tokens = (*self.tokens, token)
+        return "stop" if len(self.tokens) > 3 and hash(self.tokens) % 9 == 0 else None
 
 
 class FakeRunner:
@@ -101,7 +137,9 @@ class FakeRunner:
     def set_counts(self, slot: int, prompt: Any, logit_bias: Any) -> None:
         self.counts[slot] = counts_of(prompt, logit_bias)
 
-    def decode(self, token: Any, rows: Any, sampling: Any, steps: int, logprobs: bool, stop: int) -> SampledTokens:
+    def decode(
+        self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, stop: int
+    ) -> SampledTokens:  # fmt: skip
         seen, R = self._seen(stop), len(token)
         sampled = SampledTokens(
             np.zeros((STEPS, R), np.int32), np.zeros((STEPS, R), bool), np.zeros((STEPS, R), np.float32),
@@ -120,7 +158,8 @@ class FakeRunner:
                 text = self.cache[own[row]]
                 reached = next((edge for edge in self.config.edges if edge > position), seen)
                 sampled.finite[step, row] = NAN not in text[:reached]  # what lies behind is multiplied by 0, and NaN stays NaN
-                current[row] = next_token(current[row], position, text, sampling[row], self.counts[row])
+                allowed = int(masks.allowed[row, 0]) if masks.masked[row] else -1
+                current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
                 sampled.token[step, row] = current[row]
                 counts = list(self.counts[row])
                 counts[current[row]] += 1
@@ -136,16 +175,20 @@ def alone(request: Request) -> tuple[list[int], str | None]:
     """Returns the tokens of a request and its finish reason, from the formulas, without an engine."""
     sampling, text, output = request.sampling, list[int](), list[int]()
     counts = list(counts_of(request.prompt, sampling.logit_bias))
+    constraint: Any = request.constraint and request.constraint.begin()
     for position, token in enumerate(request.prompt):
         text.append(key_value(token, position, text))
     while True:
         if NAN in text:
             return output, "error"
-        token = next_token((*request.prompt, *output)[-1], len(text) - 1, text, sampling, tuple(counts))
+        allowed = sum(1 << token for token in constraint.allowed()) if constraint else -1
+        token = next_token((*request.prompt, *output)[-1], len(text) - 1, text, sampling, tuple(counts), allowed)
         counts[token] += 1
         if token in sampling.stop_token_ids:
             return output, "stop"
         output.append(token)
+        if constraint and constraint.accept(token):
+            return output, "stop"
         if len(output) == sampling.max_tokens:
             return output, "length"
         text.append(key_value(token, len(text), text))
@@ -163,7 +206,8 @@ def draw_request(rng: random.Random) -> Request:
         stop_token_ids=(rng.randrange(POISON),) if rng.random() < 0.3 else (),
         logprobs=1 if rng.random() < 0.1 else None,
     )  # fmt: skip
-    return Request(tuple(prompt), sampling, rng.choice(["", "", "a", "b"]))
+    constraint: Any = FakeConstraint(rng.randrange(5)) if rng.random() < 0.3 else None
+    return Request(tuple(prompt), sampling, rng.choice(["", "", "a", "b"]), constraint)
 
 
 def simulate(seed: int) -> None:

@@ -111,8 +111,8 @@ def sampling_of(rows: int, **fields: Any) -> Any:
     return jax.device_put(sampling_arrays(SamplingParams(**fields).per_row(rows)))
 
 
-def request_of(prompt: Any, max_tokens: int, namespace: str = "", **fields: Any) -> Any:
+def request_of(prompt: Any, max_tokens: int, namespace: str = "", constraint: Any = None, **fields: Any) -> Any:
     """Returns a Request with these sampling parameters."""
     from engine.inference.request import Request, SamplingParams
 
-    return Request(prompt, SamplingParams(max_tokens=max_tokens, **fields), namespace)
+    return Request(prompt, SamplingParams(max_tokens=max_tokens, **fields), namespace, constraint)

@@ -24,6 +24,7 @@ from engine.inference.config import EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
+from engine.inference.sampling import make_token_masks
 from engine.inference.scheduler import Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 from engine.model.config import ModelConfig
@@ -261,21 +262,24 @@ class Engine:
             self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
         token: Any = np.zeros(self.rows, np.int32)
         position: Any = np.full(self.rows, -1, np.int32)
-        sampling = [IDLE_SAMPLING] * self.rows
+        sampling, masks = [IDLE_SAMPLING] * self.rows, make_token_masks(self.rows, self.cfg.vocab)
         for row in batch.rows:
             token[row.row], position[row.row] = row.token, row.position
             sampling[row.row] = row.sequence.request.sampling
+            masks.masked[row.row] = row.sequence.constraint is not None
+        for sequence in batch.sequences:
+            if sequence.constraint:
+                sequence.constraint.fill(masks.allowed, batch.rows_of(sequence), batch.drafts)
         rows = make_rows(position, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled = self.runner.decode(token, rows, sampling, batch.steps, logprobs, stop)
+        sampled = self.runner.decode(token, rows, sampling, masks, batch.steps, logprobs, stop)
         self.decode_steps += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
         return [event for event in events if event.tokens or event.finish_reason]
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
         """Appends to a sequence the tokens sampled for it, as far as they count."""
-        rows = [row.row for row in batch.rows if row.sequence is sequence]
-        samples = [(step, row) for row in rows for step in range(batch.steps)]
+        samples = [(step, row) for row in batch.rows_of(sequence) for step in range(batch.steps)]
         values = (int(sampled.token[at]) if sampled.finite[at] else None for at in samples)
         tokens, reason = sequence.accept(values, batch.drafts)
         repeated = min(len(tokens), sequence.to_repeat)

@@ -6,11 +6,14 @@ Imports no jax: flags read it.
 import dataclasses
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from engine.errors import InvalidField
 
-FinishReason = Literal["stop", "length", "error"]
+if TYPE_CHECKING:  # flags read this file, and need no tokenizer
+    from engine.inference.constraints import Constraint
+
+FinishReason = Literal["stop", "length", "error", "grammar"]
 MAX_LOGPROBS = 20  # alternatives a token, at most
 SEEDS = 2**32
 
@@ -73,8 +76,8 @@ class SamplingParams:
     logit of every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty`
     divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858);
     `logit_bias` is added. `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled
-    one, before any of this. A token of `stop_token_ids` ends the completion and is not part of it. Raises InvalidField for
-    a value out of RANGES.
+    one, before any of this and before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of
+    it. Raises InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16
@@ -129,12 +132,13 @@ def token_ids(name: str, values: Any) -> tuple[int, ...]:
 class Request:
     """A prompt of token ids, and how to continue it. Only prompts of one `namespace` share the prefix cache.
 
-    Raises InvalidField.
+    The completion keeps to the grammar of `constraint`, which `GrammarCompiler` compiles. Raises InvalidField.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     namespace: str = ""
+    constraint: "Constraint | None" = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
@@ -151,10 +155,11 @@ class LogProb(NamedTuple):
 
 
 class Event(NamedTuple):
-    """New tokens of a request, and why it is finished: stop, length, error; or None.
+    """New tokens of a request, and why it is finished: stop, length, error, grammar; or None.
 
-    'stop': a stop token was sampled, which is not among the tokens. 'length': max_tokens are there. 'error': the logits
-    were no numbers. `cached_tokens` of the prompt came from the prefix cache. `stop_token`: with 'stop'.
+    'stop': a stop token was sampled, which is not among the tokens, or the grammar has come to its end. 'length': max_tokens
+    are there. 'error': the logits were no numbers. 'grammar': it became too complex to be followed. `cached_tokens` of the
+    prompt came from the prefix cache. `stop_token`: with 'stop'.
     """
 
     id: int

@@ -25,9 +25,12 @@ from engine.inference.sampling import (
     PenaltyArrays,
     SamplingArrays,
     TokenCounts,
+    TokenMasks,
     adjust_logits,
     count_prompt,
     make_token_counts,
+    make_token_masks,
+    mask_logits,
     penalty_arrays,
     sample,
     sampling_arrays,
@@ -80,12 +83,12 @@ def prefill_chunk(
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
 def decode_slots(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: CacheRows,
-    sampling: SamplingArrays, penalties: PenaltyArrays, steps: Array, logprobs: Array,
+    sampling: SamplingArrays, penalties: PenaltyArrays, masks: TokenMasks, steps: Array, logprobs: Array,
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    One program does one step or several, for one row or all: a row's numbers are the same to the bit. Without `logprobs`
-    () bool log-probabilities are 0.
+    One program does one step or several, for one row or all: a row's numbers are the same to the bit. `masks` are those of the
+    first step. Without `logprobs` () bool log-probabilities are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)
@@ -100,7 +103,8 @@ def decode_slots(
             adjusted = jax.lax.cond(
                 penalties.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, penalties
             )
-            token = sample(adjusted, position + 1, sampling)
+            allowed = jax.lax.cond(masks.masked.any(), mask_logits, lambda logits, _: logits, adjusted, masks)
+            token = sample(allowed, position + 1, sampling)
             new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))
             sampled = SampledTokens(*(array.at[i].set(row) for array, row in zip(sampled, new)))
             counts = counts._replace(counts=counts.counts.at[own, token].add(position >= 0))
@@ -143,7 +147,7 @@ def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments:
     """Returns calls in which no row and no slot is in use. From shapes in place of arrays, they can be lowered, not run."""
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
     rows, idle = make_rows(np.full(config.rows, -1, np.int32), segments.slots), [SamplingParams()] * config.rows
-    sampling = sampling_arrays(idle), penalty_arrays(idle)
+    sampling, masks = (sampling_arrays(idle), penalty_arrays(idle)), make_token_masks(config.rows, cfg.vocab)
     has_tail = config.tail < config.chunk
 
     def prefill(size: int) -> Call:
@@ -163,7 +167,7 @@ def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments:
 
     token = np.zeros(config.rows, np.int32)
     return Programs(
-        decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, step, np.bool_(False))),
+        decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, masks, step, np.bool_(False))),
         prefill_chunk=prefill(config.chunk),
         prefill_tail=prefill(config.tail) if has_tail else None,
         clear_slot=(clear_slot, (segments, nowhere, start, step)),
@@ -284,15 +288,16 @@ class ModelRunner:
         self.counts = set_token_counts(self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab))
 
     def decode(
-        self, token: Any, rows: CacheRows, sampling: Sequence[SamplingParams], steps: int, logprobs: bool, stop: int
-    ) -> SampledTokens:
+        self, token: Any, rows: CacheRows, sampling: Sequence[SamplingParams], masks: TokenMasks, steps: int, logprobs: bool,
+        stop: int,
+    ) -> SampledTokens:  # fmt: skip
         """Samples the `steps` tokens that follow token (R,) int32 in each row, on positions below `stop`, as NumPy arrays.
 
-        Without `logprobs` the log-probabilities stay on the device.
+        `masks` are good for one step. Without `logprobs` the log-probabilities stay on the device.
         """
         sampled, segments, self.counts = decode_slots(
             self.cfg, self.params, self.segments_below(stop), self.counts, token, rows,
-            sampling_arrays(sampling), penalty_arrays(sampling), np.int32(steps), np.bool_(logprobs),
+            sampling_arrays(sampling), penalty_arrays(sampling), masks, np.int32(steps), np.bool_(logprobs),
         )  # fmt: skip
         self.store(segments)
         # As NumPy arrays: indexing a JAX array would compile a program.

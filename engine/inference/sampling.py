@@ -40,6 +40,13 @@ class PenaltyArrays(NamedTuple):
     repetition_penalty: Array
 
 
+class TokenMasks(NamedTuple):
+    """Which rows a grammar constrains, (R,) bool, and the tokens it allows there, a bit each: (R, ceil(V/32)) uint32."""
+
+    masked: Array
+    allowed: Array
+
+
 class TokenCounts(NamedTuple):
     """Each slot's logit bias (B, V) float32, and its output's count of each token (B, V) int32 (see IN_PROMPT)."""
 
@@ -59,6 +66,11 @@ def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
 
 def _columns(rows: Sequence[SamplingParams], kind: Any) -> Any:
     return kind(*(np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32)) for name in kind._fields))
+
+
+def make_token_masks(rows: int, vocab: int) -> TokenMasks:
+    """Returns the masks, as NumPy arrays, of rows without a grammar."""
+    return TokenMasks(np.zeros(rows, np.bool_), np.zeros((rows, -(-vocab // 32)), np.uint32))  # type: ignore[arg-type]
 
 
 def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
@@ -88,6 +100,13 @@ def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) 
     adjusted = jnp.where(counts.counts > 0, repeated, logits) + counts.bias
     adjusted = adjusted - frequency * in_output - jnp.where(in_output > 0, presence, 0)
     return jnp.where(adjusts, adjusted, logits)
+
+
+def mask_logits(logits: Array, masks: TokenMasks) -> Array:
+    """Returns logits (R, V), -inf for the tokens that a row's grammar forbids; unchanged to the bit in rows without one."""
+    bits = (masks.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0
+    return jnp.where(allowed | ~masks.masked[:, None], logits, -jnp.inf)
 
 
 def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:

@@ -52,6 +52,10 @@ class Decode(NamedTuple):
         """The sequences of the rows, each once."""
         return [row.sequence for row in self.rows if row.row == row.sequence.slot]
 
+    def rows_of(self, sequence: Sequence) -> list[int]:
+        """The rows of a sequence: its own, then those after its draft tokens."""
+        return [row.row for row in self.rows if row.sequence is sequence]
+
     @property
     def draft_writes(self) -> list[tuple[int, int]]:
         """(row, slot) of each write beside the rows' own, so that a single sequence and its copies hold the same text."""
@@ -139,8 +143,8 @@ class Scheduler:
                 for n, (row, token) in enumerate(zip(self.spare_rows or self.copies, drafts), 1)
             ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
-        if any(not sequence.output_tokens for sequence in decoding):
-            steps = 1  # a request waits for its first token
+        if any(sequence.constraint or not sequence.output_tokens for sequence in decoding):
+            steps = 1  # a grammar's mask is for one token, or a request waits for its first
         elif prefilling:
             steps = STEPS_BESIDE_PREFILL
         elif drafts is not None:

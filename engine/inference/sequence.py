@@ -16,8 +16,8 @@ class Sequence:
 
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. The first
     `cleared_positions` of its slot hold nothing of another text. `drafter` is made when draft tokens are first asked for.
-    `to_repeat`: tokens of the output that it had sent before it lost its slot, and has to generate again.
-    `stop_token`: the one that ended it.
+    `constraint` follows its output through the request's grammar. `to_repeat`: tokens of the output that it had sent before
+    it lost its slot, and has to generate again. `stop_token`: the one that ended it.
     """
 
     id: int
@@ -32,6 +32,9 @@ class Sequence:
     drafter: Drafter | None = None
     to_repeat: int = 0
     stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        self.constraint = self.request.constraint and self.request.constraint.begin()
 
     @property
     def order(self) -> tuple[int, int]:
@@ -72,6 +75,7 @@ class Sequence:
         self.to_repeat += len(self.output_tokens)
         self.slot, self.prefilled_tokens, self.cached_tokens, self.cleared_positions = -1, 0, 0, 0
         self.output_tokens, self.drafter = [], None
+        self.__post_init__()
 
     def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
         """Returns the tokens to prefill of the chunk that comes next, or is begun, and how many of them are there already."""
@@ -80,9 +84,15 @@ class Sequence:
         return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
 
     def draft_tokens(self, count: int) -> list[int] | None:
-        """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately."""
+        """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately.
+
+        Those that its grammar forces come before those looked up.
+        """
         self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
-        return self.drafter.draft(count) or ([] if self.drafter.is_worthwhile else None)
+        drafts = self.drafter.draft(count)
+        if self.constraint:
+            return self.constraint.allowed_drafts(drafts, count)
+        return drafts or ([] if self.drafter.is_worthwhile else None)
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
@@ -93,10 +103,15 @@ class Sequence:
         sampled, accepted = list(sampled), []
         reason: FinishReason | None = None
         for index, token in enumerate(sampled):
+            if self.constraint and self.constraint.failed:
+                reason = "grammar"
+                break
             if token is None or token in self.request.sampling.stop_token_ids:
                 reason, self.stop_token = "error" if token is None else "stop", token
                 break
             accepted.append(token)
+            if self.constraint and (reason := self.constraint.accept(token)):
+                break
             if len(accepted) == self.remaining:
                 reason = "length"
                 break

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tiny import lively_params, request_of, tiny_config, tokens_of
+from tokenizers import AddedToken
 
 from engine.inference.config import EngineConfig
+from engine.inference.constraints import Constraint, GrammarCompiler, json_grammar, regex_grammar
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
@@ -47,6 +49,41 @@ def make_engine(dtype: str, **options: Any) -> Engine:
         "short": SHORT,
     }
     return Engine(cfg, options.pop("params", params), EngineConfig(**{**shape, **options}))
+
+
+class Letters:
+    """As much of a tokenizer as a grammar needs: a letter a token, and two that end a text."""
+
+    SYMBOLS = '{}[]":, -.0123456789abcdefghijklmnopqrs'
+
+    def __init__(self) -> None:
+        self.controls = {39: AddedToken("<end>"), 40: AddedToken("<over>")}
+
+    def bytes_of(self, token: int) -> bytes:
+        return b"" if token in self.controls else self.SYMBOLS[token].encode()
+
+    def encode(self, text: str, continued: bool = False) -> Any:
+        return np.array([self.SYMBOLS.index(letter) for letter in text if letter in self.SYMBOLS])
+
+    def decode(self, tokens: Any) -> str:
+        return b"".join(map(self.bytes_of, tokens)).decode()
+
+
+LETTERS: Any = Letters()
+# A record whose keys and signs are forced, where the model decides letters, a number and whether to go on; words; anything.
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "pattern": "^[a-s]{1,4}$"}, "age": {"enum": [1, 20, 99]},
+                   "more": {"type": "array", "items": {"enum": ["red", "blackish"]}, "maxItems": 2}},
+    "required": ["name", "age", "more"],
+    "additionalProperties": False,
+}  # fmt: skip
+GRAMMARS = [json_grammar(SCHEMA), regex_grammar("(one|two, )*[a-f]{3}"), json_grammar({"type": "object"})]
+
+
+@functools.cache
+def constraint_of(grammar: str) -> Constraint:
+    return GrammarCompiler(LETTERS, 41, LETTERS.controls).compile(grammar)
 
 
 class Log:
@@ -128,6 +165,7 @@ def _requests() -> list[Request]:
         [{}, {}, {"stop_token_ids": (3,)}, {"stop_token_ids": (1, 2, 9)}],
         [{"logprobs": None}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 20}],
         [{}, {}, {"namespace": "key"}],
+        [{}, {}, {}, *({"constraint": constraint_of(grammar), "stop_token_ids": (39, 40)} for grammar in GRAMMARS)],
     ]  # fmt: skip
     requests = []
     for number in range(50):

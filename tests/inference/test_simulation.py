@@ -9,6 +9,7 @@ from engine.inference.sequence import Sequence
 
 SCHEDULES = 500
 accept, restart, finish, chunk_key = Sequence.accept, Sequence.restart, Scheduler.finish, engine.chunk_key
+begin = Sequence.__post_init__
 
 
 def restart_half(sequence):
@@ -20,6 +21,11 @@ def restart_half(sequence):
 def restart_silently(sequence):
     restart(sequence)
     sequence.to_repeat = 0
+
+
+def begin_once(sequence):
+    if not hasattr(sequence, "constraint"):
+        begin(sequence)
 
 
 def finish_and_lose(scheduler, sequence):
@@ -36,6 +42,7 @@ FAULTS = {
     "a namespace is not in the key": (engine, "root_key", lambda namespace: b""),
     "a restart keeps the count of what was prefilled": (Sequence, "restart", restart_half),
     "a restart forgets what was sent": (Sequence, "restart", restart_silently),
+    "a restart goes on in the grammar": (Sequence, "__post_init__", begin_once),
     "a held text is decoded": (Scheduler, "is_held", lambda *_: False),
     "a finished sequence's slot is lost": (Scheduler, "finish", finish_and_lose),
 }

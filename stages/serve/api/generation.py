@@ -191,9 +191,11 @@ class Generation:
             choice.first_token = now
             metrics.ttft.observe(now - self._arrived)
         choice.cached = event.cached_tokens
-        if event.finish_reason == "error":
+        if event.finish_reason == "error" or event.finish_reason == "grammar":
             choice.end = "error"
             del self._unfinished[choice]
+            if event.finish_reason == "grammar":
+                raise ApiError(400, "The grammar became too complex to be followed any further: give a simpler one.")
             if self._state.engine.error:
                 raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
             raise ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")

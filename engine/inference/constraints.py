@@ -1,0 +1,177 @@
+"""Constraints: the tokens with which a grammar lets a completion go on, as bit masks. llguidance follows the grammar.
+
+    constraint = GrammarCompiler(tokenizer, cfg.vocab, end_ids).compile(json_grammar(schema))
+    engine.submit(Request(prompt, sampling, constraint=constraint))
+
+A grammar is in llguidance's dialect of Lark. Imports no jax.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.text.tokenizer import Tokenizer
+
+MAX_BYTES = 65_536  # of a grammar: the time to compile a schema grows with the square of its properties, to about 1 s
+MAX_FORCED_BYTES = 16_384  # with which every text would begin
+MAX_DEPTH = 100  # of a schema
+MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile it grows with the square
+# Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them ends it.
+LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
+# JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced, and a model may write
+# line ends for ever.
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Constraint:
+    """Follows one completion through a grammar; `begin` returns a copy that is at the beginning, for each completion.
+
+    A grammar that becomes too complex on the way has `failed`.
+    """
+
+    def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
+        self._matcher, self._end_ids = matcher, end_ids
+
+    def begin(self) -> "Constraint":
+        return Constraint(self._matcher.deep_copy(), self._end_ids)
+
+    @property
+    def failed(self) -> bool:
+        return self._matcher.is_error()
+
+    def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
+        """Writes which tokens may come next into masks (R, ceil(V/32)) uint32: row rows[0], and rows[n] after n of the drafts.
+
+        The drafts must be allowed, see `allowed_drafts`.
+        """
+        for row, draft in zip(rows, [*drafts, None]):
+            self._matcher.unsafe_compute_mask_ptr(masks[row].ctypes.data, masks[row].nbytes)
+            if self.failed:  # any token: it does not count
+                masks[row] = ~np.uint32(0)
+            elif draft is not None:
+                self._matcher.consume_token(draft)
+        if drafts and not self.failed:
+            self._matcher.rollback(len(drafts))
+
+    def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
+        """Returns up to `count` tokens that the grammar forces, else those of the drafts that it allows."""
+        forced = self._matcher.compute_ff_tokens()[:count]
+        if forced or not drafts:
+            return forced
+        stop = next((n for n, token in enumerate(drafts) if token in self._end_ids), len(drafts))
+        return list(drafts[: self._matcher.validate_tokens(list(drafts[:stop]))])
+
+    def accept(self, token: int) -> Literal["stop", "grammar"] | None:
+        """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the grammar has failed."""
+        if not self._matcher.consume_token(token):
+            return "grammar"
+        return "stop" if self._matcher.is_stopped() else None
+
+
+class GrammarCompiler:
+    """Compiles grammars for a tokenizer, and a model of `vocab` ids. Each of `end_ids` may end a text where the grammar does.
+
+    Raises UserError where llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, end_ids: Collection[int]) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise UserError("Grammars need llguidance: install the extra `serve` (uv sync --extra serve).") from None
+        self._library: Any = llguidance
+        self._tokenizer = self._library.LLTokenizer(_Vocabulary(tokenizer, vocab, min(end_ids)), vocab, sorted(end_ids))
+        self._limits, self._end_ids = self._library.LLParserLimits(**LIMITS), frozenset(end_ids)
+
+    def compile(self, grammar: str) -> Constraint:
+        """Compiles a grammar, in about a second at most, without Python's lock. Raises UserError, which says what is wrong."""
+        if len(grammar.encode()) > MAX_BYTES:
+            raise UserError(f"it has more than {MAX_BYTES:,} bytes")
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        trial = Constraint(matcher.deep_copy(), self._end_ids)  # a beginning that has no end shows in the first mask, or in
+        trial.fill(np.zeros((1, -(-self._tokenizer.vocab_size // 32)), np.uint32), [0], [])  # what is forced
+        if trial.failed:
+            raise UserError(_explain(trial._matcher.get_error()))
+        if len(trial._matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
+            raise UserError("no text satisfies it, for it has no end")
+        return Constraint(matcher, self._end_ids)
+
+
+class _Vocabulary:
+    """The tokens as llguidance asks for them; control tokens are for no text."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, end: int) -> None:
+        controls = tokenizer.controls
+        self._tokenizer, self.eos_token_id, self.special_token_ids = tokenizer, end, [*controls]
+        name = lambda token: controls[token].content.encode() if token in controls else tokenizer.bytes_of(token)
+        self.tokens = [name(token) for token in range(vocab)]
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, continued=True).tolist()
+
+
+def json_grammar(schema: dict[str, Any], lenient: bool = False) -> str:
+    """Returns the grammar of JSON values that a JSON Schema describes.
+
+    A keyword that cannot be enforced is refused by the compiler, or ignored if `lenient`. Raises UserError for a schema that
+    is nested too deeply or too costly.
+    """
+    return f"start: {json_rule(schema, lenient)}"
+
+
+def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
+    """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls."""
+    for name, value in _items(schema):
+        if name == "multipleOf" and isinstance(value, int | float) and len(_digits(value)) > len(str(MAX_MULTIPLE)) - 1:
+            raise UserError(f"multipleOf {value} has too many digits to be enforced")
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS | {'lenient': lenient}}, ensure_ascii=False)}"
+
+
+def choice_grammar(choices: Sequence[str]) -> str:
+    """Returns the grammar of exactly these texts."""
+    return f"start: {' | '.join(map(json.dumps, choices))}"
+
+
+def regex_grammar(pattern: str) -> str:
+    """Returns the grammar of texts that match a regular expression, of Rust's crate, from their beginning to their end."""
+    from llguidance import regex_to_lark
+
+    return f"start: /{regex_to_lark(pattern)}/"
+
+
+def lark_grammar(text: str) -> str:
+    """Returns a grammar in Lark as it is, and one in llama.cpp's GBNF as Lark. Raises UserError."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except Exception as error:
+        raise UserError(f"it is neither Lark nor GBNF: {error}") from None
+
+
+def _items(schema: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_DEPTH:
+        raise UserError(f"it is nested more than {MAX_DEPTH} deep")
+    if isinstance(schema, dict):
+        yield from schema.items()
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _items(value, depth + 1)
+
+
+def _digits(number: float) -> str:
+    return f"{number:.15f}".rstrip("0").replace(".", "").lstrip("0")
+
+
+def _explain(error: str) -> str:
+    """Returns llguidance's error as one line, without its place in the grammar, and what it says of its own state."""
+    if "NoExtension" in error:
+        return "no text satisfies it"
+    error = re.sub(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?|\n *\d+ \| .*|<non-verbose/>", "", error, flags=re.S)
+    return re.sub(r"\s+", " ", error).strip()[:300]

@@ -1,0 +1,132 @@
+"""Constraints: a completion keeps to its grammar, whoever decodes beside it; a grammar that cannot be followed is refused."""
+
+import json
+import time
+
+import jsonschema_rs
+import numpy as np
+import pytest
+from engine_requests import GRAMMARS, LETTERS, SCHEMA, SLOTS, complete, complete_alone, constraint_of, make_engine, text
+from tiny import request_of
+
+from engine.errors import UserError
+from engine.inference.constraints import GrammarCompiler, choice_grammar, json_grammar, lark_grammar, regex_grammar
+
+ENDS = tuple(LETTERS.controls)
+
+
+def constrained(grammar=GRAMMARS[0], max_tokens=50, seed=0, **fields):
+    fields = {"stop_token_ids": ENDS} | fields
+    return request_of(text(seed, 9), max_tokens, seed=seed, constraint=constraint_of(grammar), **fields)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.5])
+def test_an_answer_is_valid_or_was_cut_off(temperature):
+    engine = make_engine("float32")
+    requests = [
+        constrained(max_tokens=size, seed=seed, temperature=temperature) for size in (50, 49, 12) for seed in range(SLOTS)
+    ]
+    completions = complete(engine, requests)
+    assert {each.finish_reason for each in completions} == {"stop", "length"}
+    for completion in completions:
+        answer = LETTERS.decode(completion.tokens)
+        if completion.finish_reason == "stop":
+            jsonschema_rs.validate(SCHEMA, json.loads(answer))
+        else:
+            assert json.loads('{"name": "a", "age": 1, "more": ["red"]}').keys() == SCHEMA["properties"].keys()
+            assert '{"name": "'.startswith(answer[:10])
+
+
+def test_neighbours_keep_their_bits_and_nothing_is_compiled_for_a_grammar():
+    from stages.cli.compile_counter import CompileCounter
+
+    engine = make_engine("int8/bfloat16")
+    engine.warm()
+    compiled = CompileCounter()
+    plain = [request_of(text(seed, 9), 30, seed=seed, temperature=1.0, logprobs=3) for seed in range(SLOTS - 2)]
+    both = complete(engine, [*plain, constrained(), constrained(GRAMMARS[1], temperature=1.3)])
+    assert both[: len(plain)] == [complete_alone("int8/bfloat16", request) for request in plain]
+    assert compiled.count == 0
+
+
+def test_what_a_grammar_forces_is_decoded_in_fewer_steps():
+    """`test_engine_company` holds that the tokens are the same."""
+    forced = constrained(choice_grammar(["abcdefghi" * 3]), temperature=1.0)
+    steps = {}
+    for speculate in (False, True):
+        engine = make_engine("float32", speculate=speculate)
+        (completion,) = complete(engine, [forced])
+        assert (LETTERS.decode(completion.tokens), completion.finish_reason) == ("abcdefghi" * 3, "stop")
+        steps[speculate] = engine.decode_steps
+    assert steps[False] == 27
+    assert steps[True] < 10
+
+
+def test_any_token_that_ends_a_text_ends_it_where_the_grammar_lets_it():
+    for end in ENDS:
+        bias = {token: (100.0 if token == end else -100.0) for token in ENDS}
+        completion = complete_alone("float32", constrained(regex_grammar("ab*"), logit_bias=bias, temperature=0.0))
+        assert (LETTERS.decode(completion.tokens), completion.finish_reason) == ("a", "stop")
+
+
+def test_log_probabilities_are_the_models_own_whatever_the_grammar_allows():
+    (free,) = complete(make_engine("float32"), [request_of(text(0, 9), 1, temperature=0.0, logprobs=20)])
+    (held,) = complete(make_engine("float32"), [constrained(max_tokens=1, temperature=0.0, logprobs=20)])
+    assert held.logprobs[0][2] == free.logprobs[0][2]
+    assert LETTERS.decode(held.tokens) == "{" != LETTERS.decode(free.tokens)
+
+
+def test_a_grammar_that_becomes_too_complex_ends_its_completion_alone():
+    endless = {"$defs": {"c": {"type": "object", "properties": {"c": {"$ref": "#/$defs/c"}}, "required": ["c"]}}}
+    schema = {"type": "object", "properties": {"a": {"const": 1}, "b": {"$ref": "#/$defs/c"}}, "required": ["a", "b"]}
+    lazily = json_grammar(endless | {"anyOf": [schema, {"const": 1}]})
+    beside = request_of(text(1, 9), 30, temperature=0.0)
+    completions = complete(make_engine("float32"), [constrained(lazily, logit_bias={0: 100.0}), beside])
+    assert completions[0].finish_reason == "grammar"
+    assert completions[1] == complete_alone("float32", beside)
+
+
+def nested(depth):
+    return {"type": "array", "items": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (lambda: json_grammar({"type": "integer", "minimum": 5, "maximum": 3}), r"minimum \(5\) is greater than maximum \(3\)"),
+        (lambda: json_grammar({"$ref": "#"}), "no text satisfies it"),
+        (lambda: json_grammar({"type": "object", "properties": {"c": {"$ref": "#"}}, "required": ["c"]}), "it has no end"),
+        (lambda: json_grammar(nested(500)), "nested more than 100 deep"),
+        (lambda: json_grammar({"not": {"type": "string"}}), "not"),
+        (lambda: json_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
+        (lambda: json_grammar({"$ref": "http://elsewhere/x.json"}), "elsewhere"),
+        (lambda: json_grammar({"multipleOf": 999983}), "multipleOf 999983 has too many digits"),
+        (lambda: json_grammar({"enum": ["x" * 66_000]}), "more than 65,536 bytes"),
+        (lambda: json_grammar({"properties": {f"p{n}": {"enum": [1, 2]} for n in range(800)}}), None),
+        (lambda: regex_grammar("(a"), "unclosed group"),
+        (lambda: regex_grammar("(?=a)b"), "look-around"),
+        (lambda: regex_grammar("(((a{1,100}){1,100}){1,100}){1,100}"), None),
+        (lambda: regex_grammar("[ab]*a[ab]{25}c"), None),
+        (lambda: lark_grammar("neither"), "neither Lark nor GBNF"),
+        (lambda: lark_grammar("start: missing"), "missing"),
+        (lambda: lark_grammar("start: start start"), "no text satisfies it"),
+    ],
+)
+def test_a_grammar_is_compiled_in_bounded_time_or_refused(grammar, reason):
+    begun = time.thread_time()
+    if reason:
+        with pytest.raises(UserError, match=reason) as refused:
+            GrammarCompiler(LETTERS, 41, ENDS).compile(grammar())
+        assert "\n" not in str(refused.value)
+        assert "x-guidance" not in str(refused.value)
+    else:
+        GrammarCompiler(LETTERS, 41, ENDS).compile(grammar())
+    assert time.thread_time() - begun < 5
+
+
+def test_llamas_grammars_are_read_too():
+    compiler = GrammarCompiler(LETTERS, 41, ENDS)
+    for source in ('root ::= "ab" [c-d]', 'start: "ab" /[c-d]/'):
+        masks = np.zeros((1, 2), np.uint32)
+        compiler.compile(lark_grammar(source)).begin().fill(masks, [0], [])
+        assert masks.tolist() == [[1 << LETTERS.SYMBOLS.index("a"), 0]]
