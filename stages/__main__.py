@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from stages.cli.process import leave
+from stages.cli.command import leave
 
 
 def stages() -> dict[str, str]:

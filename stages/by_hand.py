@@ -20,10 +20,9 @@ from engine.format import format_bytes
 from engine.mesh.processes import refuse_cluster
 from engine.model.config import preset
 from stages.cli import signals
-from stages.cli.command import command_line, run_command
+from stages.cli.command import command_line, leave, run_command
 from stages.cli.console import Console
 from stages.cli.flags import BATCH, COUNT, VerboseFlag, default, integer, parser, path, positive
-from stages.cli.process import leave
 
 SAMPLE = 160  # tokens
 
@@ -71,8 +70,7 @@ def train(flags: ByHandFlags) -> None:
     from engine.model.transformer import init_params
     from engine.text.windows import TextBatches
     from engine.training.optimizer import OptimizerConfig, make_schedule
-    from stages.runs.text_data import prepare_text
-    from stages.runs.validation import quick_evaluator
+    from stages.runs.text_data import prepare_text, quick_evaluator
 
     if flags.out and flags.out.exists():
         raise UserError(f"{flags.out} is there already; give another --out.")

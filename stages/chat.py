@@ -27,11 +27,9 @@ from engine.inference.request import Event, Request, SamplingParams
 from engine.mesh.processes import MISTAKE
 from engine.text.jsonl import decode_utf8
 from stages.cli import signals
-from stages.cli.command import run_command
+from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, default, parser, path
-from stages.cli.process import leave
-from stages.cli.sampling import choose_sampling
+from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, choose_sampling, default, parser, path
 
 if TYPE_CHECKING:
     from engine.inference.engine import Engine

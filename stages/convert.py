@@ -14,9 +14,8 @@ from typing import Annotated, Any, NamedTuple
 from engine.errors import UserError
 from engine.files import atomic_folder
 from stages.cli import signals
-from stages.cli.command import run_command
+from stages.cli.command import leave, run_command
 from stages.cli.flags import parser, path
-from stages.cli.process import leave
 
 MAX_METADATA_BYTES = 64 * 2**20
 

@@ -23,10 +23,9 @@ from engine.errors import UserError
 from engine.format import format_count
 from engine.mesh import processes
 from stages.cli import signals
-from stages.cli.command import run_command
+from stages.cli.command import leave, run_command
 from stages.cli.console import Console
 from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, one_of, parser
-from stages.cli.process import leave
 from stages.runs.flags import MeshFlags
 
 if TYPE_CHECKING:
@@ -142,24 +141,23 @@ def evaluate_text(
 ) -> Rows:  # fmt: skip
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     from engine.mesh import layout
-    from stages.runs import validation
-    from stages.runs.text_data import digest_tokens, encode_text, evaluation_source, source_name
+    from stages.runs import text_data
 
     with processes.process_0_first():
-        source = evaluation_source(data, console) if data else _validation_source(model, record, console)
-        text, cfg = encode_text(source, model.tokenizer, console), model.cfg
+        source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
+        text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
         raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
     beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
-    batch = batch or validation.rows_in_memory(cfg, seq)
+    batch = batch or text_data.rows_in_memory(cfg, seq)
     window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch * layout.row_shards()} at a time"
-    processes.refuse_differences({"text": digest_tokens(text)})
-    console.print_rows([("text", source_name(source)), ("window", window)])
+    processes.refuse_differences({"text": text_data.digest_tokens(text)})
+    console.print_rows([("text", text_data.source_name(source)), ("window", window)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        nats = validation.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
+        nats = text_data.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
     seconds = time.perf_counter() - begin
     scored = len(text.tokens) - 1
     per_token, perplexity = _likelihood(nats, scored)
@@ -168,7 +166,7 @@ def evaluate_text(
         ("bytes", f"{text.bytes:,}"),
         ("nats per token", per_token),
         ("perplexity per token", perplexity),
-        ("bits per byte", f"{validation.bits_per_byte(nats, text.bytes):.4f}"),
+        ("bits per byte", f"{text_data.bits_per_byte(nats, text.bytes):.4f}"),
         ("seconds", f"{seconds:.1f} ({format_count(scored / seconds)} tokens/s)"),
     ]
 
@@ -197,7 +195,7 @@ def evaluate_conversations(
     from engine.text.examples import Pair, make_examples
     from engine.text.packing import evaluation_batches
     from stages.runs import conversation_data as conversations
-    from stages.runs.validation import EVALUATION_ROWS
+    from stages.runs.text_data import EVALUATION_ROWS
 
     record = record if record.get("stage") == "finetune" else {}
     chat = ChatTokenizer(model.tokenizer)
@@ -253,16 +251,15 @@ def evaluate_conversations(
 
 def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Console) -> Rows:
     """Returns the run's scores before fine-tuning on the held-out set, and before and now on a general text."""
-    from stages.runs import validation
-    from stages.runs.text_data import TEXTS
+    from stages.runs import text_data
 
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
     rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []
-    if before.get("general") is None or not (text in TEXTS or Path(text).exists()):
+    if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
         return rows
     cfg, params, context = model.cfg, model.params, record["recipe"]["context"]
-    now = validation.general_bits_per_byte(cfg, params, model.tokenizer, text, context, console)
+    now = text_data.general_bits_per_byte(cfg, params, model.tokenizer, text, context, console)
     return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]
 
 

@@ -20,11 +20,9 @@ from engine.files import atomic_file, atomic_folder
 from engine.format import format_bytes
 from engine.text.corpus import Corpus
 from stages.cli import signals
-from stages.cli.command import command_line, run_command
+from stages.cli.command import command_line, leave, run_command
 from stages.cli.console import Console, ReportProgress
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, default, one_of, parser, path
-from stages.cli.process import leave
-from stages.cli.sampling import choose_sampling
+from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, choose_sampling, default, one_of, parser, path
 
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
@@ -219,7 +217,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: Corpus[str]) ->
     from engine.model.transformer import forward
     from engine.model.weights.lora import to_dense
     from engine.storage.model_loader import load_model
-    from stages.runs import validation
+    from stages.runs import text_data
 
     def rounded(path: str, leaf: Any) -> Any:
         """Returns a weight as the export holds it, in float32."""
@@ -241,8 +239,8 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: Corpus[str]) ->
 
     def bits_per_byte(params: Any) -> float:
         seq = min(WINDOW, cfg.context, len(tokens) - 1)
-        nats = validation.score_text(cfg, params, tokens, seq, seq, 2)
-        return validation.bits_per_byte(nats, model.tokenizer.count_bytes(tokens[1:]))
+        nats = text_data.score_text(cfg, params, tokens, seq, seq, 2)
+        return text_data.bits_per_byte(nats, model.tokenizer.count_bytes(tokens[1:]))
 
     export = load_model(str(out), dtype="float32")
     faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]

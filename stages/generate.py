@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 from engine.device import Device, host_memory, start_jax
 from engine.format import duration
 from engine.text.jsonl import decode_utf8
-from stages.cli import process, signals
-from stages.cli.command import run_command
+from stages.cli import command, signals
+from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, default, integer, parser
-from stages.cli.process import leave
-from stages.cli.sampling import choose_sampling
+from stages.cli.flags import CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, choose_sampling, default, integer, parser
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import CompletionText
@@ -60,6 +58,7 @@ def generate(flags: GenerateFlags) -> None:
 
 
 def _generate(flags: GenerateFlags, device: Device) -> None:
+    from engine.counting.xla import CompileCounter
     from engine.inference.config import EngineConfig
     from engine.inference.decode import prepare_params
     from engine.inference.engine import Engine
@@ -68,7 +67,6 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.tokenizer import CompletionText
-    from stages.cli.compile_counter import CompileCounter
 
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()
@@ -115,7 +113,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
     notes.print(
         f"\n{total:,} tokens, the first {duration(first - begin)} after the prompt and "
-        f"{duration(first - process.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
+        f"{duration(first - command.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
     )
     if before:
         after = digest(params)

@@ -27,3 +27,17 @@ def xla_peak(program: jax.stages.Compiled) -> int:
         raise RuntimeError(f"The {jax.default_backend()} backend does not say what memory a program takes.")
     total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return total - memory.alias_size_in_bytes  # outputs that reuse donated arguments
+
+
+class CompileCounter:
+    """Counts in `count` the programs compiled or fetched from the compilation cache since `reset`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def reset(self) -> None:
+        self.count = 0

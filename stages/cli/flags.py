@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from engine.errors import did_you_mean
+from engine.errors import InvalidField, did_you_mean
 from engine.inference.request import RANGES, Range
+from stages.cli.console import Console
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -148,3 +149,29 @@ class CompletionFlags(SamplingFlags):
     """Tokens of a completion at most."""
     seed: Annotated[int, _sampling("seed", "N")] = 0
     """The same seed samples the same text."""
+
+
+def choose_sampling(
+    recommended: Mapping[str, Any], flags: Mapping[str, float | None], default: Mapping[str, float], console: Console,
+    *, penalties: bool = False,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Returns fields of SamplingParams, each by a flag that is not None, else the model, else default, and a line that says so.
+
+    Ignores, and prints it, what the model recommends out of range, and a penalty without `penalties`, where none is computed.
+    """
+    usable: dict[str, Any] = {}
+    for name, value in recommended.items():
+        try:
+            RANGES[name].check(name, value)
+            if name == "repetition_penalty" and value != 1 and not penalties:
+                raise InvalidField(name, f"{name} is {value:g}, and only `stages.serve` computes it.")
+            usable[name] = 0 if (name, value) == ("top_k", -1) else value  # all, as transformers spells it
+        except InvalidField as error:
+            console.print(f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow")
+    fields: dict[str, Any] = {}
+    parts = []
+    for source, values in (("by a flag", flags), ("as the model recommends", usable), ("by default", default)):
+        new = {name: value for name, value in values.items() if value is not None and name not in fields}
+        fields |= new
+        parts += [f"{', '.join(f'{name} {value:g}' for name, value in new.items())} {source}"] if new else []
+    return fields, "; ".join(parts)

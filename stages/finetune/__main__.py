@@ -15,13 +15,95 @@ fewer hardly change a tone. It ends with up to three held-out questions, answere
 not stop or repeats itself.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 from engine.device import start_jax
+from engine.errors import UserError
 from stages.cli import signals
-from stages.cli.command import run_command
-from stages.cli.process import leave
-from stages.finetune.flags import FinetuneFlags
+from stages.cli.command import leave, run_command
+from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
+from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, ModelRunFlags, TrainableFlags
+
+DATA = (
+    "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; for --objective preference, "
+    "of prompt, chosen and rejected. `voice` and `voice-preferences` come with this project."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleFlags:
+    """The training data."""
+
+    data: Annotated[str, parser(str, "DATA"), default("voice", DATA)] = "voice"
+    validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")] = None
+    """Conversations that are never trained on; those that are in --data too are left out."""
+    general: Annotated[str, parser(str, "TEXT")] = "python"
+    """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
+    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
+    """A chat template (Jinja) to use in place of the model's."""
+    no_pack: Annotated[bool, default("off")] = False
+    """One example a row. Packed, several short ones share a row and do not see one another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningFlags:
+    """The objective, the batch of a step, and the optimizer."""
+
+    objective: Annotated[str, one_of("answers", "preference")] = "answers"
+    """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one, by --loss."""
+    loss: Annotated[str, one_of("dpo", "orpo", "simpo")] = "dpo"
+    """Of preference: dpo, beside the model before training; orpo and simpo, which need no pass of that one."""
+    beta: Annotated[float | None, positive(100), default("0.1; 2 for simpo")] = None
+    """Of preference. dpo: the larger, the nearer the model stays to where it began. orpo, simpo: weight of the comparison."""
+    batch: Annotated[int, BATCH] = 2
+    """Rows a step (pairs, for preference)."""
+    accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None
+    """Parts the batch is read in, one after another: less memory, the same step."""
+    context: Annotated[int | None, parser(integer(16), "N"), default("256, or the model's where that is less")] = None
+    """Tokens a row."""
+    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-5 without LoRA")] = None
+    """AdamW's."""
+    warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
+    """Share of the run in which the learning rate rises; then it falls by a cosine."""
+    weight_decay: Annotated[float, parser(number(0, 10), "X")] = 0.0
+    """Pull of what is trained towards zero."""
+    clip: Annotated[float, positive()] = 1.0
+    """Largest norm of the gradient."""
+    scan: Annotated[bool, default("off")] = False
+    """Compile one layer and loop over it: sooner compiled, slower steps."""
+    remat: Annotated[bool, default("off")] = False
+    """Gradient checkpointing: recompute each layer in the backward pass. Less memory, more work."""
+    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a fifth of the run")] = None
+    """Steps or training time between evaluations on the validation conversations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneFlags(ModelRunFlags):
+    """Flags of fine-tuning: the model, the data, the trainable parameters, and the step."""
+
+    examples: ExampleFlags
+    trainable: TrainableFlags
+    tuning: TuningFlags
+    length: LengthFlags
+    folder: FolderFlags
+    mesh: MeshFlags
+
+    def check_together(self) -> None:
+        if self.tuning.scan and self.trainable.adapter is None:
+            raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
+        if self.tuning.batch % self.microbatches:
+            raise UserError(
+                f"A batch of {self.tuning.batch} cannot be read in {self.microbatches} equal parts: give another --batch or "
+                "--accumulate."
+            )
+
+    @property
+    def microbatches(self) -> int:
+        """Parts the batch is read in: over an int8 base a row each, which takes least memory."""
+        return self.tuning.accumulate or (self.tuning.batch if self.trainable.base == "int8" else 1)
 
 
 def finetune(flags: FinetuneFlags) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.rewards import TASKS, make_reward
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_for, rollout_batch, score_completions
 from stages.runs.answers import before_and_after
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
@@ -31,8 +30,10 @@ from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import RunOptions
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import execute
-from stages.runs.stage import LoopState, RunReport, Steps
-from stages.runs.steps import compile_step, temporary_bytes
+from stages.runs.stage import LoopState, RunReport, Steps, compile_step, temporary_bytes
+
+if TYPE_CHECKING:  # else the command would be imported a second time, by its name
+    from stages.reinforce.__main__ import ReinforceFlags
 
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
@@ -45,7 +46,7 @@ ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in rew
 TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a round and, in a checkpoint, of all rounds
 
 
-def run(flags: ReinforceFlags, device: Device) -> int:
+def run(flags: "ReinforceFlags", device: Device) -> int:
     """Trains, or resumes; returns 0, or 128 + the signal that stopped it."""
     task = flags.rollout.task.partition(":")[0]
     intervals = dataclasses.asdict(flags.folder)
@@ -65,7 +66,7 @@ class ReinforcementLearning(ModelStage, Steps):
 
     advice, lines_stay = "--learning-rate", True
 
-    def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: "ReinforceFlags", options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
         lora = trainable.adapter
         self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts

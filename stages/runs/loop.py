@@ -21,9 +21,8 @@ from engine.storage import checkpoint
 from engine.storage.checkpoint import BackgroundSaver
 from engine.training.step import TrainState
 from stages.cli import signals
-from stages.cli.command import explain_error
+from stages.cli.command import explain_error, process_start
 from stages.cli.console import Console
-from stages.cli.process import process_start
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import JsonLines
 from stages.runs.stage import Evaluator, LoopState, Steps

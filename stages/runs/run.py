@@ -70,7 +70,7 @@ def _recording(options: RunOptions, console: Console) -> Iterator[Recorder]:
         if options.record:
             sinks.append(file_sink(options.record))
         if options.tensorboard and processes.is_first():
-            from stages.runs.watch.tensorboard import tensorboard_sink
+            from stages.runs.watch.recorder import tensorboard_sink
 
             sinks.append(stack.enter_context(tensorboard_sink(options.folder / "tensorboard")))
         if options.watch is not None:

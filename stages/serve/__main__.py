@@ -11,8 +11,7 @@ end; a second one ends at once.
 from collections.abc import Sequence
 
 from engine.errors import require_serve_packages
-from stages.cli.command import run_command, typed_arguments
-from stages.cli.process import leave
+from stages.cli.command import leave, run_command, typed_arguments
 from stages.serve.flags import ServeFlags
 
 

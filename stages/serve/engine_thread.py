@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.counting.xla import CompileCounter
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
-from stages.cli.compile_counter import CompileCounter
 
 IDLE_SECONDS = 0.25  # between ticks without work: signs of life
 Listener = Callable[[Event], None]

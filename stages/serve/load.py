@@ -30,7 +30,7 @@ from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import read_template
 from stages.cli.console import Console
-from stages.cli.sampling import choose_sampling
+from stages.cli.flags import choose_sampling
 from stages.serve.errors import REMEDY, explain
 from stages.serve.state import ServerState
 

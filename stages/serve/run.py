@@ -16,8 +16,8 @@ from engine.device import start_jax
 from engine.errors import UserError
 from engine.format import duration
 from stages.cli import signals
+from stages.cli.command import process_start
 from stages.cli.console import Console
-from stages.cli.process import process_start
 from stages.serve import server
 from stages.serve.api.guard import HOST, LOCAL_HOSTS
 from stages.serve.errors import explain

@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -37,11 +37,11 @@ from stages.runs.folder import default_folder, recorded_batch
 from stages.runs.loop import RunOptions
 from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
 from stages.runs.run import execute
-from stages.runs.stage import LoopState, RunReport, Stage
-from stages.runs.steps import MeshBatches, TrainingSteps, compile_step
-from stages.runs.text_data import prepare_text
-from stages.runs.validation import bits_per_byte, quick_evaluator, rows_in_memory, score_text
-from stages.train.flags import TrainFlags
+from stages.runs.stage import LoopState, MeshBatches, RunReport, Stage, TrainingSteps, compile_step
+from stages.runs.text_data import bits_per_byte, prepare_text, quick_evaluator, rows_in_memory, score_text
+
+if TYPE_CHECKING:  # else the command would be imported a second time, by its name
+    from stages.train.__main__ import TrainFlags
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
@@ -73,14 +73,14 @@ def recipe(preset: str, vocab: int) -> Recipe:
     )
 
 
-def run(flags: TrainFlags, device: Device) -> int:
+def run(flags: "TrainFlags", device: Device) -> int:
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(flags.preset, flags.text.data)
     options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=choose_mesh(flags.mesh.mesh))
     return execute(options, lambda console: Training(flags, options, console))
 
 
-def chosen_recipe(flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
+def chosen_recipe(flags: "TrainFlags", backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
     The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to a multiple of the devices
@@ -108,7 +108,7 @@ def _replace(config: Any, **values: Any) -> Any:
 class Training(Stage):
     """Trains from random weights. Only the constructor reads the flags."""
 
-    def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: "TrainFlags", options: RunOptions, console: Console) -> None:
         text, length, mesh = flags.text, flags.length, options.mesh or ONE_DEVICE
         resumed_batch = recorded_batch(options.folder, options.overwrite)
         recipe = chosen_recipe(flags, options.device.backend, mesh, resumed_batch)

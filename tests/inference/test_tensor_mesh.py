@@ -41,6 +41,7 @@ def facts_of(weights, tied):
     import numpy as np
     from tiny import lively_params
 
+    from engine.counting.xla import CompileCounter
     from engine.device import host_memory
     from engine.inference.config import EngineConfig
     from engine.inference.decode import prepare_params
@@ -50,7 +51,6 @@ def facts_of(weights, tied):
     from engine.mesh import layout
     from engine.model.weights.int8 import quantize
     from engine.storage.digest import digest
-    from stages.cli.compile_counter import CompileCounter
 
     cfg = wide_config(tied=tied)
     params = lively_params(cfg)

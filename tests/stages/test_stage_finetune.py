@@ -31,10 +31,10 @@ from engine.training.step import NEXT_TOKEN
 from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
-from stages.finetune.data import held_out_evaluator
+from stages.finetune.run import held_out_evaluator
 from stages.runs.conversation_data import digest_examples
 from stages.runs.estimate import RunPlan
-from stages.runs.validation import EVALUATION_ROWS
+from stages.runs.text_data import EVALUATION_ROWS
 
 WORD = WORDS.split()
 STEPS = 45

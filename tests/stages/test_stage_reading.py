@@ -199,12 +199,12 @@ def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, t
 
 
 def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text, trained, monkeypatch):
-    from stages.runs import validation
+    from stages.runs import text_data
 
     tokenizer = byte_tokenizer()
     tokens = open_token_file([text.read_text()[:1000]], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
-    quick = validation.quick_evaluator(read_config(trained), tokens, tokenizer, counted)
+    quick = text_data.quick_evaluator(read_config(trained), tokens, tokenizer, counted)
     for batch in quick.batches:
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
@@ -212,8 +212,8 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
     assert quick.evaluate(None) == pytest.approx(1 / np.log(2))
     windows = np.concatenate([batch.tokens for batch in quick.batches])
     for shards in (2, 7, 64):
-        monkeypatch.setattr(validation, "row_shards", lambda shards=shards: shards)
-        others = validation.quick_evaluator(read_config(trained), tokens, tokenizer, counted).batches
+        monkeypatch.setattr(text_data, "row_shards", lambda shards=shards: shards)
+        others = text_data.quick_evaluator(read_config(trained), tokens, tokenizer, counted).batches
         np.testing.assert_array_equal(np.concatenate([batch.tokens[batch.mask.all(1)] for batch in others]), windows)
         assert all(len(batch.tokens) == len(others[0].tokens) for batch in others)
         assert len(others[0].tokens) % shards == 0

@@ -38,7 +38,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages import evaluate
 from stages.cli.console import Console
-from stages.finetune.flags import FinetuneFlags
+from stages.finetune.__main__ import FinetuneFlags
 from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
 from stages.runs.folder import JsonLines
@@ -47,7 +47,7 @@ from stages.runs.previous_run import FIXED, differences, refusals, settings
 from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
-from stages.train.flags import TrainFlags
+from stages.train.__main__ import TrainFlags
 from stages.train.run import Training
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ from engine.by_hand import adamw
 from engine.by_hand.generate import generate
 from engine.by_hand.tree import leaves, tree_map
 from engine.model.config import ModelConfig
-from stages.runs.watch.page import train_here
-from stages.runs.watch.page.train_here import write_train_page
+from stages.runs.watch.page import FOLDER, write_train_page
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +130,7 @@ def test_what_cannot_be_is_a_sentence(page):
 
 
 def test_the_library_is_as_bundled_and_the_page_reaches_no_network(chrome, tmp_path):
-    folder = Path(train_here.__file__).parent
+    folder = FOLDER / "train_here"
     digest, version = re.search(
         r"SHA-256 `(\w{64})`.*@jax-js/jax@([\d.]+)", (folder / "vendor/README.md").read_text(), re.DOTALL
     ).groups()

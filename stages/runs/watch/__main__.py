@@ -13,11 +13,9 @@ from typing import Annotated
 import tyro
 
 from engine.files import make_folder
-from stages.cli.command import run_command
+from stages.cli.command import leave, run_command
 from stages.cli.flags import parser, path
-from stages.cli.process import leave
-from stages.runs.watch.page import write_page
-from stages.runs.watch.page.train_here import write_train_page
+from stages.runs.watch.page import write_page, write_train_page
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 

@@ -87,7 +87,7 @@ def carry_out(job: dict[str, Any]) -> NoReturn:
     sys.argv = [stage.__file__ or "", *job["words"]]
     exec(job["patch"], {})
     faults.arm(*job["fault"])
-    importlib.import_module("stages.cli.process").leave(stage.main())
+    importlib.import_module("stages.cli.command").leave(stage.main())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax, jax.numpy as jnp, optax
 from engine.storage.digest import digest
 from engine.text.windows import TextBatches
 from engine.training import step
-from stages.runs import steps as training_steps
+from stages.runs import stage as training_steps
 at, loss, make = TextBatches.at, step.NEXT_TOKEN.summed_loss, training_steps.make_optimizer
 run = training_steps.TrainingSteps.run
 def noted(self, state, loop_state):

@@ -83,7 +83,7 @@ def test_a_signal_in_every_phase(make_run, side_by_side, quick, expect):
 @pytest.mark.promises(*T5)
 def test_a_second_signal(make_run, quick, expect):
     """While the loop finishes a step that takes long."""
-    slow = "import time, stages.runs.steps as t; at = t.TrainingSteps.run\n"
+    slow = "import time, stages.runs.stage as t; at = t.TrainingSteps.run\n"
     slow += "t.TrainingSteps.run = lambda *a: time.sleep(3 * (a[2].step == 5)) or at(*a)"
     seconds = []
     for _ in range(1 if quick else 5):

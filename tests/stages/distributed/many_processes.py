@@ -34,7 +34,7 @@ def start():
             join = ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}") * (count > 1)
             words = typed(stage, *args, *join, *own(process))
             if code := patch(process):
-                run = f"from stages.cli.process import leave\nfrom stages.{stage}.__main__ import main\nleave(main())"
+                run = f"from stages.cli.command import leave\nfrom stages.{stage}.__main__ import main\nleave(main())"
                 words = [sys.executable, "-c", f"{code}\n{run}", *words[3:]]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             started.append(subprocess.Popen(words, cwd=ROOT, **pipes))

@@ -1,6 +1,6 @@
-"""Makes the page on which a model's lives are watched: one HTML file with its style, scripts and recording inside.
+"""Makes the page on which a model's lives are watched, and *Train it here*, in which a browser trains a model.
 
-Its parts lie beside this file. The page asks for nothing from a network.
+Each is one HTML file with its style and scripts inside, which lie beside this file. Neither asks for anything from a network.
 """
 
 import json
@@ -12,7 +12,8 @@ from engine.errors import UserError
 from engine.files import atomic_file
 
 LINES = 300  # of metrics, of a life
-PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>')
+FOLDER = Path(__file__).parent
+PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="(\w+\.js)"></script>')
 
 
 def page_html(document: dict[str, Any]) -> str:
@@ -20,18 +21,21 @@ def page_html(document: dict[str, Any]) -> str:
 
     Raises UserError for a number that is not finite.
     """
-    folder = Path(__file__).parent
-
-    def inside(match: re.Match[str]) -> str:
-        tag = "style" if match[1] else "script"
-        return f"<{tag}>\n{(folder / (match[1] or match[2])).read_text('utf-8')}</{tag}>"
-
     try:
         recording = json.dumps(_smaller(document), separators=(",", ":"), allow_nan=False)
     except ValueError:
         raise UserError("The recording holds a number that is not finite: null is what should stand there.") from None
-    html = PARTS.sub(inside, (folder / "page.html").read_text("utf-8"))
-    return html.replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
+    return _whole(FOLDER / "page.html").replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
+
+
+def _whole(path: Path) -> str:
+    """Returns an HTML file with the styles and scripts inside that it names."""
+
+    def inside(match: re.Match[str]) -> str:
+        tag = "style" if match[1] else "script"
+        return f"<{tag}>\n{(path.parent / (match[1] or match[2])).read_text('utf-8')}</{tag}>"
+
+    return PARTS.sub(inside, path.read_text("utf-8"))
 
 
 def write_page(document: dict[str, Any], path: Path) -> None:
@@ -64,3 +68,13 @@ def _smaller(document: dict[str, Any]) -> dict[str, Any]:
 
 def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in numbers.items()}
+
+
+def write_train_page(folder: Path) -> Path:
+    """Writes `folder`/train.html whole; returns its path. The library in it is text until somebody presses a button."""
+    here = FOLDER / "train_here"
+    licence, library = ((here / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
+    html = _whole(here / "train.html").replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
+    with atomic_file(folder / "train.html") as file:
+        file.write(html.encode())
+    return folder / "train.html"
