@@ -38,7 +38,7 @@ def test_an_answer_is_valid_or_was_cut_off(temperature):
 
 
 def test_neighbours_keep_their_bits_and_nothing_is_compiled_for_a_grammar():
-    from stages.cli.compile_counter import CompileCounter
+    from engine.counting.xla import CompileCounter
 
     engine = make_engine("int8/bfloat16")
     engine.warm()
