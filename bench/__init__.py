@@ -5,6 +5,7 @@ import sys
 # A command's old name, and what it is now. Python imports this package before it looks for a module that is named with -m.
 MOVED = {
     "bench.accelerator": "bench --checks",
+    "bench.anatomy": "bench --out FOLDER",
     "bench.finetuning": "bench.step --of finetuning",
     "bench.inference": "bench.peers --of serving",
     "bench.life": "bench.lives",

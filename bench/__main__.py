@@ -1,7 +1,7 @@
 """Measures the stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes, money.
 
     python -m bench                                one model, one run, about two minutes on two cores
-    python -m bench --out report                   a minute more: report.html, with pictures, and its figures as files
+    python -m bench --out report                   half a minute more: report.html, with pictures, and two of them as files
     python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
     python -m bench --quick --json                 fewer rounds; nothing but a line of JSON on stdout
     python -m bench --checks                       the device beside the processor: same numbers, no request affects another
@@ -22,9 +22,11 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, progress, run_bench
+from bench.cli import Json, run_bench, write_page
 from engine.device import start_jax
 from engine.errors import UserError
+
+PARTS = [Path(__file__).parent / "stages" / "page" / f"report.{kind}" for kind in ("html", "css", "js")]  # of the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class StageTableFlags:
     quick: bool = False
     """The fewest rounds that a verdict needs."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
-    """A folder for report.html, stages.svg, passes.svg, stages.md and bench.json."""
+    """A folder for report.html, stages.svg, passes.svg and bench.json."""
     checks: bool = False
     """Hold the device's numbers against the processor's instead; exit code 1 when one is too far off."""
     list: bool = False
@@ -66,27 +68,26 @@ def measure(flags: StageTableFlags) -> Json:
         from bench.checks import measure_checks
 
         return measure_checks()
-    from bench.models import find_model
-    from bench.report.page import write_report
     from bench.stages.measure import stage_table
     from bench.stages.terminal import print_stages
 
     document = stage_table(
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=flags.price, max_time=flags.max_time,
-        fewest_rounds=flags.quick,
+        fewest_rounds=flags.quick, pictures=bool(flags.out),
     )  # fmt: skip
     document["command"] = command(flags)
-    if flags.out:
-        from bench.anatomy.measure import anatomy
-
-        try:
-            document["anatomy"] = anatomy(find_model(flags.preset, flags.model))
-        except UserError as error:  # of a backend: the table has been measured, and stands without its pictures
-            progress(f"without the pictures of a step: {error}")
     print_stages(document)
-    if flags.out:
-        print(f"the report: {write_report(flags.out, document)}", file=sys.stderr)
     return document
+
+
+def write_report(source: Path, document: Json) -> Path | None:
+    """Writes report.html beside the table's document, and two pictures for READMEs; none of a document that holds no table."""
+    if "rows" not in document:
+        return None
+    from bench.stages.pictures import write_pictures
+
+    write_pictures(source.parent, document)
+    return write_page(source, "report.html", *PARTS)
 
 
 def check_flags(flags: StageTableFlags) -> None:
@@ -124,4 +125,4 @@ def measurements() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_bench("bench", __doc__, StageTableFlags, measure))
+    sys.exit(run_bench("bench", __doc__, StageTableFlags, measure, write_pages=write_report))

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,6 +26,8 @@ from engine.errors import UserError
 from engine.files import atomic_file, write_problem
 
 Json = dict[str, Any]  # a JSON object
+ROOT = Path(__file__).parent.parent
+REPORT_SECONDS = 5.0  # between two lines on a process's progress
 PIPED_WIDTH = 140  # of a pipe: the widest table fits
 INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
 
@@ -42,15 +45,15 @@ class Shape(NamedTuple):
 
 
 def run_bench[Flags](
-    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], Json],
-    args: Sequence[str] | None = None,
+    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], Json], args: Sequence[str] | None = None,
+    write_pages: Callable[[Path, Json], Path | None] | None = None,
 ) -> int:  # fmt: skip
     """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
     The document that `measure` returns goes with its `circumstances` into the folder of --out, as a file named by the end of
     `name`; with --json it is printed as a line on stdout, and all else on stderr. A check of the document that does not hold
     returns 1. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's.
-    `name` follows `python -m`.
+    `name` follows `python -m`. `write_pages` takes the file in the folder of --out and what it holds, and returns the page.
     """
     try:
         options = tyro.cli(
@@ -66,8 +69,11 @@ def run_bench[Flags](
             beside["machine"] |= result.pop("machine", {})
             document = json.dumps(beside | result, default=str)
         if options.out:
-            with atomic_file(options.out / f"{name.rpartition('.')[2]}.json") as file:
+            source = options.out / f"{name.rpartition('.')[2]}.json"
+            with atomic_file(source) as file:
                 file.write(document.encode() + b"\n")
+            if write_pages and (page := write_pages(source, result)):
+                print(f"the page: {page}", file=sys.stderr)
         if options.json:
             print(document, flush=True)
         return int(not all(check["holds"] for check in result.get("checks", ())))
@@ -84,13 +90,44 @@ def run_bench[Flags](
         return 2
 
 
+def write_page(source: Path, page: str, *parts: Path) -> Path:
+    """Writes a page of the site beside a document: that of the lives, or one of these parts. Returns its path."""
+    path = source.with_name(page)
+    run_module(["stages.runs.watch", str(source), str(path), *map(str, parts)])
+    return path
+
+
+def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None) -> None:
+    """Runs `python -m command`, and calls `report` every REPORT_SECONDS. The process ends when this one is interrupted.
+
+    Raises UserError with the process's own error when it fails.
+    """
+    words, environment = [sys.executable, "-m", *command], os.environ | {"PYTHONPATH": str(ROOT)}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment) as process,
+    ):
+        try:
+            while process.returncode is None:
+                try:
+                    process.wait(REPORT_SECONDS)
+                except subprocess.TimeoutExpired:
+                    report()
+        finally:
+            process.kill()
+        output.seek(0)
+        if process.returncode:
+            error = " ".join(output.read().rpartition("error: ")[2][-600:].split())
+            raise UserError(f"python -m {command[0]} ended with {process.returncode}: {error}")
+
+
 def circumstances(flags: Any) -> Json:
     """Returns what each document says of its measurement: the machine, the commit, date, versions, load and flags."""
     model, instructions = processor()
-    root, commit = Path(__file__).parent.parent, ""
-    if (root / ".git").exists():
+    commit = ""
+    if (ROOT / ".git").exists():
         with contextlib.suppress(OSError):
-            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
             commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "machine": {

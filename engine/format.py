@@ -1,8 +1,7 @@
-"""Formats numbers for people: durations, counts, bytes, money, ratios, columns of tables. An absent number is a dash."""
+"""Formats numbers for people: durations, counts, bytes, money, ratios. An absent number is a dash."""
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 _PREFIXES = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
@@ -61,29 +60,20 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
-def above_zero(value: Any) -> float | None:
-    """Returns the value as a finite float above zero, for a bar or a logarithmic axis, or None."""
-    return number if (number := finite(value)) is not None and number > 0 else None
-
-
-def si(value: Any, unit: str, *, short: bool = False) -> str:
-    """Formats with an SI prefix: `21.3 MFLOP`, `612 µs`. `short`: only the digits that a round value on an axis needs."""
+def si(value: Any, unit: str) -> str:
+    """Formats with an SI prefix: `21.3 MFLOP`, `612 µs`."""
     if (value := finite(value)) is None:
         return ABSENT
-    if short and not value:
-        return "0"
     power = _power(value)
-    scaled = value / 10.0**power
-    return f"{f'{scaled:.3g}' if short else significant(scaled)}{_SPACE}{_PREFIXES[power]}{unit}".rstrip(_SPACE)
+    return f"{significant(value / 10.0**power)}{_SPACE}{_PREFIXES[power]}{unit}".rstrip(_SPACE)
 
 
-def in_words(value: Any, *, short: bool = False) -> str:
-    """Formats a count in words: `96.2 million`, `12.3 thousand`, `640`. `short`: `10 million`, for an axis."""
+def in_words(value: Any) -> str:
+    """Formats a count in words: `96.2 million`, `12.3 thousand`, `640`."""
     if (value := finite(value)) is None:
         return ABSENT
     power = max(0, min(_power(value), 12))
-    scaled = value / 10.0**power
-    return " ".join(filter(None, [f"{scaled:,.3g}" if short else significant(scaled), _WORDS.get(power)]))
+    return " ".join(filter(None, [significant(value / 10.0**power), _WORDS.get(power)]))
 
 
 def money(value: Any) -> str:
@@ -115,33 +105,6 @@ def significant(value: float) -> str:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))
     return f"{value:,.{decimals}f}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """Formats a column's numbers over one power of ten and with the same decimals, so that they compare by eye."""
-
-    power: int
-    decimals: int
-
-    def unit(self, unit: str) -> str:
-        return f"{_PREFIXES[self.power]}{unit}"
-
-    def text(self, value: Any) -> str:
-        return ABSENT if (value := finite(value)) is None else f"{value / 10.0**self.power:,.{self.decimals}f}"
-
-
-def column(values: Iterable[Any], *, digits: int = 3, prefixed: bool = True) -> Column:
-    """Chooses the prefix of the middle value, and decimals that show `digits` digits of the smallest number.
-
-    With prefixes there are at most `digits` decimals, and none beside numbers of a thousand and more.
-    """
-    sizes = sorted(abs(value) for value in map(finite, values) if value)
-    if not sizes:
-        return Column(0, 0)
-    power = _power(sizes[len(sizes) // 2]) if prefixed else 0
-    decimals = max(0, digits - 1 - math.floor(math.log10(sizes[0] / 10.0**power)))
-    return Column(power, 0 if sizes[-1] / 10.0**power >= 1000 else min(decimals, digits) if prefixed else decimals)
 
 
 def _power(value: float) -> int:

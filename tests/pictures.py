@@ -33,14 +33,14 @@ def chat(chrome) -> None:
         server.terminate()
 
 
-def anatomy(chrome, folder: Path) -> None:
-    """Takes a picture of the page of `bench.anatomy`."""
-    subprocess.run([sys.executable, "-m", "bench.anatomy", "--preset", "tiny", "--out", folder], check=True)
-    chrome.get(next(folder.glob("*.html")).as_uri())
-    chrome.set_window_size(1000, 910)
+def memory(chrome, folder: Path) -> None:
+    """Takes a picture of the first chapter of `bench --out`: the memory of a step over time."""
+    subprocess.run([sys.executable, "-m", "bench", "--preset", "tiny", "--quick", "--out", folder], check=True)
+    chrome.set_window_size(1000, 1140)
+    chrome.get((folder / "report.html").as_uri())
     chrome.execute_script("document.documentElement.style.overflow = 'hidden'")
     chrome.execute_script("document.querySelector('figure').scrollIntoView(); scrollBy(0, -12)")
-    chrome.save_screenshot(PICTURES / "anatomy.png")
+    chrome.save_screenshot(PICTURES / "memory.png")
 
 
 LIVES = (("1", "", 16), ("2", "Half frozen", 8), ("2", "LoRA", 8), ("3", "", 8))  # key, way to fine-tune, frames
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         browser = chromium(Path(folder) / "profile")
         chrome = next(browser)
-        anatomy(chrome, Path(folder) / "page")
+        memory(chrome, Path(folder) / "page")
         chrome.set_window_size(1000, 700)
         chat(chrome)
         lives(chrome, Path(folder) / "lives")

@@ -9,7 +9,6 @@ compared with those before, to the bit. lives.json has every figure of the page.
 """
 
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -19,10 +18,9 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, circumstances, print_table, progress, run_bench
+from bench.cli import Json, print_table, progress, run_bench, write_page
 from engine.device import start_jax
 from engine.errors import UserError
-from engine.files import atomic_file
 from engine.format import si, times
 from engine.model.config import preset
 
@@ -44,7 +42,7 @@ class LivesFlags:
 
 
 def measure_lives(flags: LivesFlags) -> Json:
-    """Records the lives, writes the page, prints the costs and returns the document. Raises UserError where a run fails."""
+    """Records the lives, prints the costs and returns the document. Raises UserError where a run fails."""
     for name in ("price", "watts"):
         if (value := getattr(flags, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} must be a number above 0, not {value:g}.")
@@ -53,7 +51,7 @@ def measure_lives(flags: LivesFlags) -> Json:
     start_jax()
     from bench.lives.answers import answer_requests
     from bench.lives.costs import measure_costs
-    from bench.lives.recording import record_lives, run_module
+    from bench.lives.recording import record_lives
     from engine.storage.model_loader import load_model
 
     with tempfile.TemporaryDirectory() as name:
@@ -67,7 +65,6 @@ def measure_lives(flags: LivesFlags) -> Json:
     for life, over_time in memory.items():
         (lives | {"answer": answer})[life]["memory"] = over_time
     document: Json = {
-        "circumstances": circumstances(flags),
         "preset": flags.preset,
         "price": flags.price,
         "watts": flags.watts,
@@ -81,11 +78,6 @@ def measure_lives(flags: LivesFlags) -> Json:
         "predicted": [3, 2, 1],
     }
     print_summary(document)
-    source, page = flags.out / "lives.json", flags.out / "lives.html"
-    with atomic_file(source) as file:  # first: it stays if the page cannot be made
-        file.write(json.dumps(document, default=str).encode())
-    run_module(["stages.runs.watch", str(source), str(page)])
-    print(f"the page: {page}", file=sys.stderr)
     return document
 
 
@@ -102,4 +94,5 @@ def print_summary(document: Json) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_bench("bench.lives", __doc__, LivesFlags, measure_lives))
+    write_pages = lambda source, _: write_page(source, "lives.html")
+    sys.exit(run_bench("bench.lives", __doc__, LivesFlags, measure_lives, write_pages=write_pages))

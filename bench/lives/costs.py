@@ -1,22 +1,20 @@
 """Measures a step of each life and a forward pass, interleaved: operations, seconds, peak memory, and memory over time."""
 
-import bisect
 from pathlib import Path
 
-from bench.anatomy.memory import MemoryOverTime, memory_over_time, thin
-from bench.anatomy.programs import decode_program
 from bench.cli import Json
 from bench.models import BenchModel, next_token_batch, tokens_for
-from bench.stages.rows import ADAPTER, Row, evaluation_row, training_kinds, training_row
+from bench.stages.checks import SLOTS
+from bench.stages.memory import memory_over_time
+from bench.stages.rows import ADAPTER, Row, decode_row, evaluation_row, training_kinds, training_row
 from bench.timing import MIN_ROUNDS, measure, ratio
 from engine.counting.flops import muon_flops
-from engine.inference.decode import decode_step, prepare_params
+from engine.inference.decode import prepare_params
 from engine.storage.model_loader import LoadedModel
 from engine.storage.run_folder import read_json
 from engine.training.optimizer import OptimizerConfig
 
 ROUNDS = 20
-POSITIONS = 400  # of memory over time, at most
 ROWS = {  # of the stage table: the one that computes as a life does, and its passes
     "train": ("pre-training step", "forward and backward"),
     "frozen": ("bottom half frozen", "forward, and backward to the middle"),
@@ -29,7 +27,7 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     """Returns the costs of each life and of `answer`, per token, and the memory of one step of each over time.
 
     All steps are of one batch, as the training run's; each has the optimizer of its own run, in `folder`. The cost of `answer`
-    is that of the forward pass over the batch, to which all ratios are; its memory is that of a decode step.
+    is that of the forward pass over the batch, to which all ratios are; its memory is that of decoding.
     """
     recipes = {life: read_json(folder / life / "run.json")["recipe"] for life in ROWS}
     cfg, B, T = model.cfg, recipes["train"]["batch"], recipes["train"]["context"]
@@ -40,9 +38,9 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
         for life, (name, _) in ROWS.items()
     }
     programs = {life: row.program for life, row in rows.items()}
-    decode = decode_program(decode_step)(cfg)
-    programs["answer"] = decode.function.lower(*decode.arguments).compile()
-    rows["answer"] = forward = evaluation_row(cfg, prepare_params(cfg, model.params), batch)
+    served = prepare_params(cfg, model.params)
+    programs["answer"] = decode_row(cfg, served, SLOTS, T, name="answer", weights=None).program
+    rows["answer"] = forward = evaluation_row(cfg, served, batch)
     passes = {life: words for life, (_, words) in ROWS.items()} | {"answer": "forward"}
     if recipes["train"]["optimizer"]["kind"] == "muon":
         passes["train"] += f"; the update of Muon takes {muon_flops(cfg) / forward.formula.total:.1f} forward passes more"
@@ -62,15 +60,4 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
                 "bytes": row.peak_bytes,
             }
         )
-    return costs, {life: memory_document(memory_over_time(program)) for life, program in programs.items()}
-
-
-def memory_document(memory: MemoryOverTime) -> Json:
-    """Returns bytes by kind at no more than POSITIONS positions, and the first of these in the backward pass and the update."""
-    positions = thin(memory, POSITIONS)
-    place = lambda position: None if position is None else min(bisect.bisect_left(positions, position), len(positions) - 1)
-    return {
-        "bytes": {kind: [column[position] for position in positions] for kind, column in memory.bytes.items()},
-        "backward": place(memory.backward),
-        "update": place(memory.update),
-    }
+    return costs, {life: memory_over_time(program).document() for life, program in programs.items()}

@@ -1,22 +1,16 @@
 """Runs the stages of a model's life as processes that record themselves, and reads what they recorded."""
 
+import functools
 import json
-import os
 import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from bench.cli import Json, progress
+from bench.cli import Json, progress, run_module
 from bench.stages.rows import ADAPTER
 from engine.errors import UserError
 from engine.model.config import preset
 
-ROOT = Path(__file__).parents[2]
 RATE = "2e-3"  # of each fine-tuning: with rates of their own, one could not see what each way of it does
-REPORT_SECONDS = 5.0  # between two lines of progress
 
 
 def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict[str, Json]:
@@ -39,34 +33,14 @@ def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict
         recording, command = folder / f"{name}.jsonl", [*command, "--out-dir", str(folder / name)]
         shown = shlex.join(["python", "-m", *command]).replace(f"{folder}/", "runs/")
         progress(shown)
-        run_module([*command, "--record", str(recording)], recording)
+        run_module([*command, "--record", str(recording)], functools.partial(_report, recording))
         lives[name] = read_life(recording) | {"command": shown}
     return lives
 
 
-def run_module(command: Sequence[str], recording: Path | None = None) -> None:
-    """Runs `python -m command`, and prints how far its recording has come. The process ends when this one is interrupted.
-
-    Raises UserError with the process's own error when it fails.
-    """
-    words, environment = [sys.executable, "-m", *command], os.environ | {"PYTHONPATH": str(ROOT)}
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment) as process,
-    ):
-        try:
-            while process.returncode is None:
-                try:
-                    process.wait(REPORT_SECONDS)
-                except subprocess.TimeoutExpired:
-                    if recording and (events := _events(recording)):
-                        progress(f"  step {events[-1]['step']:,}", replace=True)
-        finally:
-            process.kill()
-        output.seek(0)
-        if process.returncode:
-            error = " ".join(output.read().rpartition("error: ")[2][-600:].split())
-            raise UserError(f"python -m {command[0]} ended with {process.returncode}: {error}")
+def _report(recording: Path) -> None:
+    if events := _events(recording):
+        progress(f"  step {events[-1]['step']:,}", replace=True)
 
 
 def _events(recording: Path) -> list[Json]:

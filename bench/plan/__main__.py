@@ -112,7 +112,7 @@ def check_flags(flags: PlanFlags) -> None:
 
 
 def answer(flags: PlanFlags) -> Json:
-    """Prints and returns the answer to one question, and writes the page of --out."""
+    """Prints and returns the answer to one question; with --out, what its page computes with too."""
     from bench.plan.answer import amount
     from bench.plan.fits import device_numbers
     from bench.plan.hardware import find_hardware
@@ -149,8 +149,10 @@ def answer(flags: PlanFlags) -> Json:
     else:
         result = plan_training(name, flags.method, m, d, read("tokens"), flags.devices)
     result.print()
+    document = result.document()
     if flags.out:
-        from bench.plan.page import write_page
+        from bench.plan.page import sliders
+        from bench.plan.validate import validation
         from engine.model.config import PRESETS
 
         devices = {each.name: device_numbers(each) for each in accelerators().values()} | {device.name: d}
@@ -158,10 +160,16 @@ def answer(flags: PlanFlags) -> Json:
         state = {"model": name, "hardware": device.name, "cached": flags.cached, "precision": flags.precision}
         state |= {"replica" if flags.requests else "devices": flags.devices}
         state |= {each: read(each) for each in asked if getattr(flags, each)}
-        path = write_page(flags.out, result.document(), {name: cfg} | PRESETS, devices, state)
-        print(f"the page: {path}", file=sys.stderr)
-    return result.document()
+        document |= {"validation": validation(), "sliders": sliders({name: cfg} | PRESETS, devices, state)}
+    return document
+
+
+def write_pages(source: Path, document: Json) -> Path:
+    """Writes plan.html beside its document; returns its path."""
+    from bench.plan.page import write_plan  # imports NumPy, as --help need not
+
+    return write_plan(source, document)
 
 
 if __name__ == "__main__":
-    sys.exit(run_bench("bench.plan", __doc__, PlanFlags, plan))
+    sys.exit(run_bench("bench.plan", __doc__, PlanFlags, plan, write_pages=write_pages))

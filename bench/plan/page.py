@@ -1,26 +1,24 @@
-"""Writes the planner's page: sliders that compute in the browser by the formulas of `formulas.py`, and the validation.
+"""Writes the planner's page, whose sliders compute in the browser by the formulas of `formulas.py`.
 
 The formulas are written out as JavaScript, so that page and terminal compute by one source.
 """
 
 import ast
 import inspect
-import json
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.cli import Json
+from bench.cli import Json, write_page
 from bench.plan import formulas
 from bench.plan.answer import POWER
 from bench.plan.fits import SLOTS, fit_serving
 from bench.plan.model import job
 from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, PRECISIONS
-from bench.plan.validate import validation
-from bench.report.templates import environment
-from engine.files import atomic_file
 from engine.model.config import ModelConfig
 
+HERE = Path(__file__).parent
 METHODS = ("pretrain", "full", "freeze", "lora:16", "qlora:16", "preference", "rl")
 _OPERATORS: dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.Gt: ">", ast.GtE: ">=", ast.LtE: "<=",
@@ -28,9 +26,9 @@ _OPERATORS: dict[type, str] = {
 }  # fmt: skip
 
 
-def write_page(folder: Path, document: Json, models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Path:
-    """Writes `folder`/plan.html and returns its path. `devices`: of `hardware.numbers`; the sliders begin at `state`."""
-    data = {
+def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Json:
+    """Returns the numbers that the page computes with. `devices`: of `hardware.numbers`; the sliders begin at `state`."""
+    return {
         "models": {
             name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in METHODS} for name, cfg in models.items()
         },
@@ -39,14 +37,14 @@ def write_page(folder: Path, document: Json, models: dict[str, ModelConfig], dev
         "serving": fit_serving()._asdict(), "precisions": PRECISIONS, "slots": SLOTS, "power": POWER, "memory": MEMORY,
         "adapter": ADAPTER_BOUND, "state": state, "law": vars(LAW),
     }  # fmt: skip
-    text = (
-        environment(Path(__file__).parent)
-        .get_template("page.html.j2")
-        .render(formulas=javascript(formulas), data=json.dumps(data), document=document, validation=validation())
-    )
-    with atomic_file(folder / "plan.html") as file:
-        file.write(text.encode())
-    return folder / "plan.html"
+
+
+def write_plan(source: Path, _: Json) -> Path:
+    """Writes plan.html beside its document, with the formulas as a script, and returns its path."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "formulas.js"
+        script.write_text(javascript(formulas), encoding="utf-8")
+        return write_page(source, "plan.html", HERE / "plan.html", HERE / "plan.css", script, HERE / "plan.js")
 
 
 def javascript(module: ModuleType) -> str:

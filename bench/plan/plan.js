@@ -1,4 +1,6 @@
+'use strict';
 /* The sliders: reads them, computes by the formulas above, and writes intervals. `plans` alone knows no page. */
+const DATA = readDocument().sliders;
 const around = (middle, spread) => [middle * Math.exp(-spread), middle, middle * Math.exp(spread)];
 
 /* Dollars and kilowatt-hours of device-hours; absent where the device has no price or watts. */
@@ -63,11 +65,6 @@ const UNITS = {"FLOPs": "flop", "share of peak": "share", "device-hours": "hours
   "between tokens": "seconds", "replicas": "count", "can serve at most": " requests/s", "answer tokens at most": "/s"};
 const unit = (name) => UNITS[name] ?? (/memory/.test(name) ? "bytes" : /dollars/.test(name) ? "dollars" : /energy/.test(name) ? "energy" : "rate");
 const three = (value) => value >= 1000 ? Math.round(+value.toPrecision(3)).toLocaleString("en") : `${+value.toPrecision(3)}`;
-const SCALES = [[1e12, " trillion"], [1e9, " billion"], [1e6, " million"], [1e3, " thousand"]];
-function words(value) {
-  const [scale, name] = SCALES.find(([scale]) => value >= 0.9995 * scale) ?? [1, ""];
-  return three(value / scale) + name;
-}
 function time(seconds) {
   for (const [scale, name] of [[172800, "days"], [3600, "h"], [60, "min"], [1, "s"]])
     if (seconds >= scale) return `${three(seconds / (name === "days" ? 86400 : scale))} ${name}`;
@@ -77,12 +74,12 @@ function written(value, kind) {
   switch (kind) {
     case "flop": return `${value.toExponential(2).replace("e+", "e")}`;
     case "share": return `${Math.round(100 * value)}%`;
-    case "hours": return `${words(value)} h`;
+    case "hours": return `${inWords(value)} h`;
     case "seconds": return time(value);
     case "bytes": return `${three(value / 1e9)} GB`;
-    case "dollars": return `$${value >= 1e6 ? words(value) : three(value)}`;
+    case "dollars": return `$${value >= 1e6 ? inWords(value) : three(value)}`;
     case "energy": return value < 0.1 ? `${three(1000 * value)} Wh` : value < 1e4 ? `${three(value)} kWh` : `${three(value / 1000)} MWh`;
-    default: return words(value) + (kind.endsWith("/s") ? kind : "");
+    default: return inWords(value) + (kind.endsWith("/s") ? kind : "");
   }
 }
 const find = (selector) => document.querySelector(selector);
@@ -122,30 +119,27 @@ function slowest(load) {
   return `${Math.round(100 * load[name] / load.token_seconds)}% of the time goes into ${parts[name]}.`;
 }
 function plot(even, each) {
-  const ways = {"longer prompt": ["way0", each.computed, 0], "longer prompt, cached": ["way1", each.cached, 0],
+  const ways = {"a longer prompt": ["way0", each.computed, 0], "a longer prompt, cached": ["way1", each.cached, 0],
     "LoRA": ["way2", 0, even["lora:16"][1]], "full tuning": ["way4", 0, even.full[1]], "training": ["way3", 0, even.pretrain[1]]};
-  const last = Math.ceil(Math.log10(2 * even.pretrain[1] / each.cached)), first = Math.max(0, Math.floor(Math.log10(even["lora:16"][1] / each.computed)) - 2);
-  const top = Math.ceil(Math.log10(2 * Math.max(even.pretrain[1], each.cached * 10 ** first)));
-  const bottom = Math.floor(Math.log10(Math.min(even["lora:16"][1], each.cached * 10 ** (first + 1))));
-  const wide = Math.max(300, find("#plot").clientWidth || 640), right = wide - 12, tall = wide < 480 ? 240 : 330, foot = tall - 40;
-  find("#plot").setAttribute("viewBox", `0 0 ${wide} ${tall}`);
-  const x = (power) => 58 + (right - 58) * (power - first) / (last - first), y = (power) => foot - (foot - 15) * (power - bottom) / (top - bottom);
-  const sparse = (power, from, count) => (power - from) % Math.ceil(count / (wide < 480 ? 3 : 5)) === 0;
-  const priced = DATA.hardware[exactly.hardware].low, sign = priced ? "$" : "";
-  let drawing = "";
-  for (let power = first; power <= last; power++) if (sparse(power, first, last - first))
-    drawing += `<line class="grid" x1="${x(power)}" x2="${x(power)}" y1="15" y2="${foot}"/><text class="tick" x="${x(power)}" y="${foot + 16}" text-anchor="${power === last ? "end" : "middle"}">${words(10 ** power)}</text>`;
-  for (let power = bottom; power <= top; power++) if (sparse(power, bottom, top - bottom))
-    drawing += `<line class="grid" x1="58" x2="${right}" y1="${y(power)}" y2="${y(power)}"/><text class="tick" x="52" y="${y(power) + 4}" text-anchor="end">${sign}${power < 0 ? +(10 ** power).toPrecision(1) : words(10 ** power)}</text>`;
-  for (const [style, slope, fixed] of Object.values(ways)) {
-    const at = (power) => Math.log10(slope * 10 ** power + fixed);
-    let from = first, to = last;
-    if (slope) { from = Math.max(first, bottom - Math.log10(slope)); to = Math.min(last, top - Math.log10(slope)); }
-    drawing += `<line class="line ${style}" x1="${x(from)}" y1="${y(at(from))}" x2="${x(to)}" y2="${y(at(to))}"/>`;
-  }
-  const name = priced ? "dollars" : "device-hours";
-  find("#plot").innerHTML = drawing + `<text class="axis-name" x="${right}" y="${tall - 6}" text-anchor="end">requests, log scale</text><text class="axis-name" x="4" y="11">${name}, log scale</text>`;
-  find("#key").innerHTML = Object.entries(ways).map(([way, [style]]) => `<li><svg viewBox="0 0 32 8" aria-hidden="true"><line class="line ${style}" x1="0" x2="32" y1="4" y2="4"/></svg>${way}</li>`).join("");
+  const power = (value, round) => 10 ** round(Math.log10(value));
+  const low = Math.max(1, power(even["lora:16"][1] / each.computed, Math.floor) / 100), high = power(2 * even.pretrain[1] / each.cached, Math.ceil);
+  const priced = DATA.hardware[exactly.hardware].low;
+  const across = {name: "requests", low, high, format: inWords};
+  const up = {name: priced ? "dollars" : "device-hours", format: (value) => (priced ? "$" : "") + (value < 1 ? +value.toPrecision(1) : value < 1e4 ? count(value) : inWords(value)),
+    low: power(Math.min(even["lora:16"][1], each.cached * low * 10), Math.floor), high: power(2 * Math.max(even.pretrain[1], each.cached * low), Math.ceil)};
+  const lines = Object.values(ways).map(([kind, slope, fixed]) => ({kind, points: [low, high].map((requests) => [requests, slope * requests + fixed])}));
+  find("#plot").replaceChildren(logChart(find("#plot").clientWidth || 640, "What each way has cost after so many requests", across, up, {lines}), lineKey(Object.entries(ways).map(([way, [kind]]) => [kind, way])));
+}
+/* What was predicted without itself, and what the formulas are. */
+function errors() {
+  const {validation} = readDocument();
+  const notes = (title) => make("details", {}, make("summary", {}, `${validation[title].length} ${title}`),
+    make("ul", {}, validation[title].map(({name, error, why}) => make("li", {}, make("b", {}, name), `: ${error < 0 ? "−" : "+"}${percent(Math.abs(error))}; ${why}`))));
+  const formulas = [...document.scripts].find(({textContent}) => textContent.includes("function efficiency(")).textContent;
+  find("#errors").replaceChildren(
+    table("The error is the median, without its sign.", ["predicted", "rows", "median error", "inside the interval"],
+      Object.entries(validation.table).map(([name, row]) => [name, row.rows, `${(100 * row.median).toFixed(1)}%`, percent(row.inside)])),
+    notes("outside their interval"), notes("not clean, so in no figure"), make("details", {}, make("summary", {}, "The formulas"), make("pre", {tabIndex: 0}, formulas)));
 }
 const POWERS = {devices: 2, replica: 2, tokens: 10, requests: 10, prompt: 10, answer: 10, extra: 10, tuning: 10};
 const START = {method: "pretrain", devices: 8, tokens: 1e11, requests: 20, prompt: 1000, answer: 250, cached: 0, replica: 1, precision: "bfloat16", extra: 2000, tuning: 1e7};
@@ -154,30 +148,35 @@ let exactly = {...START, ...DATA.state};
 function refresh() {
   for (const field of fields) if (field.type === "range") {
     const value = exactly[field.name];
-    field.previousElementSibling.textContent = field.name === "cached" ? `${Math.round(100 * value)}%` : words(value);
+    field.previousElementSibling.textContent = field.name === "cached" ? `${Math.round(100 * value)}%` : inWords(value);
     field.setAttribute("aria-valuetext", field.previousElementSibling.textContent);
   }
   const {trained, served, most, loaded, even, each} = plans(exactly), device = DATA.hardware[exactly.hardware];
   show("#trained", trained.lines);
+  const [days, dollars] = ["wall time", "dollars"].map((name) => trained.lines[name] && written(trained.lines[name][1], unit(name)));
+  const fits = trained.result.needed <= SHARE * device.memory;
+  find("#training").textContent = fits ? `${inWords(exactly.tokens)} tokens take ${days}${dollars ? ` and ${dollars}` : ""}` : "It does not fit";
   find("#trained-binds").textContent = binding(trained.result, device);
   const best = optimal(trained.result.flops, ...["a", "b", "alpha", "beta"].map((name) => DATA.law[name]));
-  find("#trained-best").textContent = `As many FLOPs train ${words(best)} parameters on ${words(trained.result.flops / 6 / best)} tokens to the least loss (Besiroglu 2024).`;
+  find("#trained-best").textContent = `As many FLOPs train ${inWords(best)} parameters on ${inWords(trained.result.flops / 6 / best)} tokens to the least loss (Besiroglu 2024).`;
   find("#trained-where").textContent = `Efficiency: ${device.origin}.` + (device.price ? ` Price: ${device.price}.` : " No price was found in a source.");
   const length = exactly.prompt + exactly.answer, refused = tooLong(length), longer = tooLong(length + exactly.extra);
   const place = `${exactly.model} on ${exactly.hardware}`, some = exactly.replica > 1 ? `${exactly.replica} × ` : "";
   show("#served", most.fits && !refused ? served : {}, {
     "can serve at most": `Full: one replica of ${exactly.model} on ${some}${exactly.hardware}`,
-    "replicas": `At the ${words(exactly.requests)} requests a second asked for, ${loaded.batch} at once in a replica`,
+    "replicas": `At the ${inWords(exactly.requests)} requests a second asked for, ${loaded.batch} at once in a replica`,
   });
+  find("#serving").textContent = refused || !most.fits ? "Serve" : `${inWords(exactly.requests)} requests a second take ${served.replicas[1] === 1 ? "one replica" : `${inWords(served.replicas[1])} replicas`}`;
+  find("#even").textContent = longer ? "A longer prompt, or tuning, or training?" : `Tuning with LoRA pays after ${inWords(even["lora:16"][1] / each.computed)} requests`;
   find("#even-where").textContent = `${place}: what it has cost after so many requests. A longer prompt costs with each of them, tuning and training once.`;
   find("#served-binds").textContent = refused || (most.fits ? slowest(loaded) : "It does not fit: take more devices in a replica, or fewer bits.");
   find("#served-where").textContent = `Rates: ${DATA.serving.origin}.`;
-  find("#plot").parentElement.hidden = Boolean(longer);
+  find("#plot").hidden = Boolean(longer);
   if (!longer) plot(even, each);
   const bounds = (cost) => [even["lora:16"][0] / (cost * Math.exp(DATA.serving.spread)), even["lora:16"][2] * Math.exp(DATA.serving.spread) / cost];
   const [fewest, many] = bounds(each.computed), [least, most_] = bounds(each.cached);
-  const both = (cost) => `${words(cost / each.computed)} requests (${words(cost / each.cached)} with a prefix cache)`;
-  find("#manager").textContent = longer || `A longer prompt and LoRA cost the same at ${both(even["lora:16"][1])}. Both costs are known within bounds only, so put ${words(exactly.extra)} tokens into each prompt while fewer than ${words(fewest)} (${words(least)}) are to come, and tune with LoRA beyond ${words(many)} (${words(most_)}). Training a model anew costs the same at ${both(even.pretrain[1])}. That is computing alone: examples cost too, and how good answers are must be measured.`;
+  const both = (cost) => `${inWords(cost / each.computed)} requests (${inWords(cost / each.cached)} with a prefix cache)`;
+  find("#manager").textContent = longer || `A longer prompt and LoRA cost the same at ${both(even["lora:16"][1])}. Both costs are known within bounds only, so put ${inWords(exactly.extra)} tokens into each prompt while fewer than ${inWords(fewest)} (${inWords(least)}) are to come, and tune with LoRA beyond ${inWords(many)} (${inWords(most_)}). Training a model anew costs the same at ${both(even.pretrain[1])}. That is computing alone: examples cost too, and how good answers are must be measured.`;
 }
 const options = {model: Object.keys(DATA.models), hardware: Object.keys(DATA.hardware), method: Object.keys(Object.values(DATA.models)[0]), precision: Object.keys(DATA.precisions)};
 for (const field of fields) {
@@ -191,4 +190,5 @@ for (const field of fields) {
   });
 }
 refresh();
+errors();
 addEventListener("resize", refresh);

@@ -15,7 +15,10 @@ from bench.models import find_model, next_token_batch, tokens_for
 from bench.stages.by_hand_rows import by_hand_rows
 from bench.stages.checks import logits_error, model_state, serve_beside_others
 from bench.stages.claims import Evidence, claims
+from bench.stages.memory import memory_over_time
+from bench.stages.residuals import block_residuals
 from bench.stages.rows import (
+    ADAPTER,
     Row,
     decode_row,
     evaluation_row,
@@ -37,6 +40,7 @@ from engine.counting.hardware import (
 )
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
+from engine.errors import UserError
 from engine.format import duration, finite, si
 from engine.inference.decode import prepare_params
 from engine.model.config import PRESETS, ModelConfig, preset
@@ -49,6 +53,12 @@ MAX_ROUNDS = 15
 TOLERANCE = 0.15  # of the predicted ratio of times, beyond which a row is explained
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
+CHECKPOINTED = "gradient checkpointing"  # the pre-training step with it, which is no row of the table
+DRAWN = (  # the rows whose memory is drawn
+    "pre-training step", "bottom half frozen", f"LoRA rank {ADAPTER.rank} on q and v", CHECKPOINTED, "prefill",
+    "decode with 8 slots",
+)  # fmt: skip
+RESIDUAL_ROWS = 4  # sequences of which a block's residuals are counted
 # Name, slots, and the type of matrices where it is not the model's own.
 DECODES: tuple[tuple[str, int, str | None], ...] = (
     ("decode alone", 1, None), ("decode with 8 slots", 8, None), ("decode with 32 slots", 32, None),
@@ -57,13 +67,21 @@ DECODES: tuple[tuple[str, int, str | None], ...] = (
 
 
 def stage_table(
-    preset_name: str, model_name: str | None, *, batch: int, context: int, price: float, max_time: float, fewest_rounds: bool
+    preset_name: str,
+    model_name: str | None,
+    *,
+    batch: int,
+    context: int,
+    price: float,
+    max_time: float,
+    fewest_rounds: bool,
+    pictures: bool,
 ) -> dict[str, Any]:
     """Measures the table of the named model, else of a preset with random weights, in about `max_time` seconds in all.
 
     Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added while they fit.
-    `fewest_rounds`: no more than a verdict needs. Progress goes to stderr. Raises UserError for what does not fit or is not
-    there.
+    `fewest_rounds`: no more than a verdict needs. `pictures`: with the memory of each of DRAWN over time, and what a block
+    keeps for its backward pass. Progress goes to stderr. Raises UserError for what does not fit or is not there.
     """
     begin = clock()
     check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
@@ -124,6 +142,23 @@ def stage_table(
         "rounds": rounds,
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
+        **(_pictures(cfg, model.params, rows, data) if pictures else {}),
+    }  # fmt: skip
+
+
+def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch) -> dict[str, Any]:
+    """Returns the memory of programs over time, none where the backend does not say, and what a block keeps for backward."""
+    progress("finding what a step holds over time, and what a block keeps ...")
+    remat = training_row(dataclasses.replace(cfg, remat="block"), params, training_kinds(cfg)[0], batch)
+    drawn = {name: row for name in DRAWN if (row := {**rows, CHECKPOINTED: remat}.get(name))}
+    memory = {}
+    try:
+        memory = {name: memory_over_time(row.program).document() for name, row in drawn.items()}
+    except UserError as error:  # of a backend: the table has been measured, and stands without them
+        progress(f"without the memory of a step: {error}")
+    return {
+        "memory": memory, "config": cfg.to_json(),
+        "residuals": block_residuals(cfg, params, np.asarray(batch.tokens[:RESIDUAL_ROWS])),
     }  # fmt: skip
 
 
@@ -192,6 +227,7 @@ def row_document(
     used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)
     if row.utilisation_of == "MFU":
         used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
+    by_layer = [layer.by_pass for layer in row.layers]
     counted = {
         "formula": flops.total, "walker": row.walker and row.walker.matmul,
         "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla,
@@ -211,6 +247,7 @@ def row_document(
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
         "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
+        "layers": [[*map(per_token, (each.forward + each.recompute, each.dx, each.dw))] for each in by_layer],
         "series": row.series, "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings),
     }  # fmt: skip
 

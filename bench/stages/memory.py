@@ -5,6 +5,7 @@ scheduled program says when each is made and last read. Both are protocol buffer
 from the compilation cache; field numbers below are those of that file. A loop's body runs once here.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -14,9 +15,11 @@ from typing import Any
 
 import jax
 
+from bench.cli import Json
 from engine.counting.xla import xla_peak
 from engine.errors import UserError
 
+POSITIONS = 400  # that a document has of a schedule, at most
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 _BACKWARD, _OPTIMIZER = "transpose(jvp", "/optimizer/"
 Value = Any  # a set of Buffers, or a tuple of Values
@@ -38,6 +41,19 @@ class MemoryOverTime:
     @property
     def alive(self) -> list[int]:
         return [sum(column) for column in zip(*self.bytes.values())]
+
+    def document(self) -> Json:
+        """Returns the bytes by kind at POSITIONS positions at most, the first of these in backward and in the update, and the
+        peak by XLA. Of equal stretches of the schedule, the position with most alive stands for each: peaks stay."""
+        alive = self.alive
+        parts = min(len(alive), POSITIONS)
+        cuts = [len(alive) * part // parts for part in range(parts + 1)]
+        positions = [max(range(low, high), key=alive.__getitem__) for low, high in itertools.pairwise(cuts)]
+        place = lambda position: None if position is None else min(bisect.bisect_left(positions, position), parts - 1)
+        return {
+            "bytes": {kind: [column[position] for position in positions] for kind, column in self.bytes.items()},
+            "backward": place(self.backward), "update": place(self.update), "xla": self.xla,
+        }  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
@@ -134,7 +150,9 @@ class _Program:
             for assigned in map(read_message, allocation.get(9, [])):
                 place, number = (allocation.get(1, [0])[0], assigned.get(2, [0])[0]), assigned.get(1, [0])[0]
                 instruction, index = defined[number]
-                self.results[instruction][index] = buffers.setdefault(first[number], Buffer(assigned[3][0], place, argument))
+                self.results[instruction][index] = buffers.setdefault(
+                    first[number], Buffer(assigned.get(3, [0])[0], place, argument)
+                )
 
     def _opcode(self, instruction: int) -> str:
         return self.instructions[instruction][2][0].decode()
@@ -297,10 +315,3 @@ def _argument_kind(label: str) -> str:
         if name.startswith(start):
             return kind
     return "temporaries"
-
-
-def thin(memory: MemoryOverTime, most: int) -> list[int]:
-    """Returns at most `most` positions in order, of equal stretches of the schedule the one with most alive: peaks stay."""
-    alive = memory.alive
-    cuts = [len(alive) * part // most for part in range(most + 1)] if len(alive) > most else list(range(len(alive) + 1))
-    return [max(range(low, high), key=alive.__getitem__) for low, high in itertools.pairwise(cuts)]

@@ -5,7 +5,7 @@ Training runs forward and backward; evaluation, prefill, prefill into a server's
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ import numpy as np
 
 from bench.models import TrainingStep, new_state
 from bench.stages.checks import SLOTS
-from engine.counting.flops import Flops, PassFlops, prefill_flops
+from engine.counting.flops import Flops, PassFlops, add_layers, prefill_flops
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.program_flops import (
     decode_program_flops,
-    gradient_program_flops,
+    gradient_layer_flops,
     prefill_program_flops,
     score_program_flops,
 )
@@ -69,6 +69,7 @@ class Row:
     peak_bytes: int | None  # that the compiled program needs, by XLA
     memory: dict[str, int]  # the same, predicted, by component
     traffic: int  # bytes that it must read and write
+    layers: Sequence[Flops] = ()  # of a training step: the formula of each block, and last of the head
     program: Any = None  # compiled; None for NumPy
     walker: JaxprCost | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
@@ -163,14 +164,14 @@ def training_row(
     walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
-    formula = gradient_program_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
+    layers = gradient_layer_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
     predicted = training_memory(cfg, B, T, trainable=paths)
 
     def weights() -> Any:
         return merge(step.state.trainable, frozen) if paths.weights else (frozen, step.state.trainable)
 
     return Row(
-        kind.name, kind.stage, step, weights, tokens=B * T, formula=formula,
+        kind.name, kind.stage, step, weights, tokens=B * T, formula=add_layers(layers), layers=layers,
         memory={
             "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
             "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),

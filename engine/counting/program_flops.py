@@ -7,24 +7,18 @@ with one row to two (`model/ops.py`).
 
 from collections.abc import Collection
 
-from engine.counting.flops import Flops, add_layers, decode_flops, flops_by_layer, forward_flops, prefill_flops
+from engine.counting.flops import Flops, decode_flops, flops_by_layer, forward_flops, prefill_flops
 from engine.counting.trainable_paths import TrainablePaths
 from engine.model.attention import QUERY_BLOCK
 from engine.model.config import ModelConfig
 from engine.model.ops import ops
 
 
-def gradient_program_flops(
-    cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None, loss_chunk: int | None = None
-) -> Flops:
-    """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`; arguments as of `flops_by_layer`."""
-    return add_layers(gradient_layer_flops(cfg, batch, tokens, trainable=trainable, loss_chunk=loss_chunk))
-
-
 def gradient_layer_flops(
     cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None, loss_chunk: int | None = None
 ) -> list[Flops]:
-    """Returns the same for each block, from the bottom up, and last for the head."""
+    """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`, for each block from the bottom up, and
+    last for the head. Arguments as of `flops_by_layer`."""
     return flops_by_layer(
         cfg, tokens, rows=batch * tokens, attention=QUERY_BLOCK, trainable=trainable, loss_chunk=loss_chunk, as_run=True
     )

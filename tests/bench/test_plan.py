@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.cli import run_bench
 from bench.plan import formulas
-from bench.plan.__main__ import PlanFlags, answer, plan
+from bench.plan.__main__ import PlanFlags, answer, plan, write_pages
 from bench.plan.fits import device_numbers, predict_efficiency
 from bench.plan.hardware import find_hardware, rapl_joules
 from bench.plan.model import job
@@ -154,7 +155,7 @@ def test_a_closed_pipe_ends_an_answer_in_silence():
 
 
 def test_an_answer_comes_without_jax_and_its_document_only_where_it_is_asked_for(tmp_path):
-    answer = "run_bench('bench.plan', '', PlanFlags, plan)"
+    answer = "run_bench('bench.plan', '', PlanFlags, plan, write_pages=write_pages)"
     code = f"import sys; from bench.plan.__main__ import *; {answer}; assert 'jax' not in sys.modules"
     command = [sys.executable, "-c", code, "--model", "llama-3.2-1b", "--tokens", "100B", "--devices", "8"]
     run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=True)
@@ -210,7 +211,8 @@ SERVED = {
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, chrome):
     folder = tmp_path_factory.mktemp("plan")
-    plan(PlanFlags(model="llama-3.2-1b", tokens="100B", devices=8, out=folder))
+    flags = ["--model", "llama-3.2-1b", "--tokens", "100B", "--devices", "8", "--out", str(folder)]
+    assert run_bench("bench.plan", "", PlanFlags, plan, flags, write_pages) == 0
     chrome.get((folder / "plan.html").as_uri())
     return chrome
 

@@ -1,175 +1,139 @@
-import itertools
+"""The page of the stage table in a browser, its pictures as files, and how pages of one folder name one another."""
+
 import json
-import os
-import re
-import stat
+import math
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from bench.report.charts import decade_ticks, even_ticks, logarithmic, separate
-from bench.report.page import page, write_report
+from bench.__main__ import PARTS
+from bench.cli import write_page
+from bench.models import random_model, tokens_for
+from bench.stages.pictures import write_pictures
+from bench.stages.residuals import block_residuals
 from engine.errors import UserError
+from engine.model.config import PRESETS
+from stages.runs.watch.page import page_html
 
-# A made-up stage table with every kind of row: the shape of what `python -m bench` measures, not a measurement.
-TABLE = (Path(__file__).parent / "stage_table.json").read_text(encoding="utf-8")
-SVG = "{http://www.w3.org/2000/svg}"
-VOID = {"meta", "br", "input"}
+TABLE = (Path(__file__).parents[2] / "bench" / "results" / "zen4" / "bench.json").read_text(encoding="utf-8")
+KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
+NASTY = "<b onclick='x'>\"&amp;</title></script></svg>"
 
 
-def document():
+@pytest.fixture(scope="module")
+def pictures():
+    """What --out adds to the table's document."""
+    model = random_model("tiny", PRESETS["tiny"])
+    bytes = {kind: [1000, 3000, 2000] for kind in KINDS}
+    return {
+        "memory": {
+            "pre-training step": {"bytes": bytes, "backward": 1, "update": 2, "xla": 20000},
+            "prefill": {"bytes": {kind: [size // 9 for size in sizes] for kind, sizes in bytes.items()}, "xla": 2000},
+        },
+        "config": model.cfg.to_json(),
+        "residuals": block_residuals(model.cfg, model.params, tokens_for(model, 2, 5)),
+    }
+
+
+@pytest.fixture
+def document(pictures):
     """A new document each time, so that a test may change it."""
-    return json.loads(TABLE)
+    document = json.loads(TABLE) | pictures
+    document["rows"][0]["layers"] = document["rows"][2]["layers"] = [[4e6, 4e6, 4e6], [2e6, 2e6, 2e6]]
+    return document
 
 
-class Reader(HTMLParser):
-    """The text of a page by element, the tags, and whether each is closed where it should be."""
+@pytest.fixture
+def show(chrome, tmp_path):
+    """Opens the page of a document, and returns all of its text."""
 
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.faults, self.tags, self.text = [], [], [], []
-        self.feed(source)
+    def show(document):
+        path = tmp_path / "report.html"
+        path.write_text(page_html(document, PARTS), encoding="utf-8")
+        chrome.get(path.as_uri())
+        assert [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"] == []
+        parts = chrome.execute_script(
+            "return ['#alert', 'header', 'main'].map((part) => document.querySelector(part).textContent)"
+        )
+        return " ".join(parts)
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(tag)
-
-    def handle_data(self, data):
-        if not {"style", "title", "pre"} & set(self.open):
-            self.text.append(data)
-
-    def page_text(self):
-        return " ".join(" ".join(self.text).split())
+    return show
 
 
-def drawings(source):
-    return [ET.fromstring(result) for result in re.findall(r"<svg .*?</svg>", source, flags=re.DOTALL)]
-
-
-def points_of(path):
-    return [tuple(map(float, pair.split())) for pair in re.split("[MLZ]", path) if pair]
-
-
-def of_class(root, tag, name):
-    return [element for element in root.iter(SVG + tag) if element.get("class") == name]
-
-
-def test_a_page_is_well_formed_and_its_identifiers_are_its_own():
-    reader = Reader(page(document()))
-    assert (reader.faults, reader.open) == ([], [])
-    names = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
-    assert len(names) == len(set(names))
-    links = [attributes["href"] for tag, attributes in reader.tags if tag == "a"]
-    assert links
-    assert {link.removeprefix("#") for link in links} <= set(names)
-    labels = [name for _, attributes in reader.tags for name in attributes.get("aria-labelledby", "").split()]
-    assert set(labels) <= set(names)
-
-
-def test_the_file_needs_nothing_else(tmp_path):
-    source = write_report(tmp_path, document()).read_text(encoding="utf-8")
-    assert not re.search(r"(?i)https?:", source.replace("http://www.w3.org/2000/svg", ""))
-    assert not re.search(r"(?i)<(script|link|img|iframe|object|embed)\b|@import|url\(|\bsrc=|\son\w+=", source)
-
-
-def test_every_row_claim_note_and_command_is_said():
-    doc = document()
-    reader = Reader(page(doc))
-    page_text = reader.page_text()
-    for row in doc["rows"]:
-        assert row["name"] in page_text
-        if row["explanation"]:
-            assert row["explanation"] in page_text
-    for claim in doc["claims"]:
-        assert claim["claim"] in page_text
-        assert claim["verdict"] in page_text
-        assert claim["value"] is None or str(claim["value"]) in page_text
-    assert page_text.count(f"Regenerate: {doc['command']}") == 2 + 3 + 1  # table and claims, three figures, method
-    assert doc["noise"] in page_text
-
-
-@pytest.mark.parametrize("place", ["row", "claim", "verdict", "value", "explanation", "model", "device", "command", "series"])
-def test_text_from_outside_stays_text(place):
-    doc, nasty = document(), "<b onclick='x'>\"&amp;</title></svg>"
-    row, decode = doc["rows"][0], next(row for row in doc["rows"] if row["slots"])
-    if place == "row":
-        row["name"] = decode["name"] = nasty
-    elif place == "model":
-        doc["model"]["name"] = nasty
-    else:
-        owners = {"explanation": decode, "series": decode, "device": doc["machine"], "command": doc}
-        owners.get(place, doc["claims"][0])[place] = nasty
-    reader = Reader(page(doc))
-    assert reader.faults == []
-    assert not any(tag == "b" and attributes for tag, attributes in reader.tags)
-    assert nasty in reader.page_text() or place in ("series", "command")
-    texts = "".join("".join(root.itertext()) for root in drawings(page(doc)))
-    assert nasty in texts or place not in ("row", "series")
-
-
-def test_each_drawing_is_xml_that_names_and_describes_itself_and_stays_within_its_frame():
-    numbers = {"x", "y", "x1", "x2", "y1", "y2", "cx", "cy"}
-    result = drawings(page(document()))
-    assert len(result) == 6
-    for root in result:
-        title, description = root[0], root[1]
-        assert (title.tag, description.tag) == (f"{SVG}title", f"{SVG}desc")
-        assert root.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
-        assert title.text
-        assert len(description.text) > 30
-        _, _, width, height = map(float, root.get("viewBox").split())
-        for element in root.iter():
-            for name in numbers & set(element.keys()):
-                limit = height if "y" in name else width
-                assert -0.01 <= float(element.get(name)) <= limit + 0.01, ET.tostring(element)
-            if element.tag == f"{SVG}path":
-                points = points_of(element.get("d"))
-                assert all(-0.01 <= x <= width + 0.01 and -0.01 <= y <= height + 0.01 for x, y in points), ET.tostring(element)
-
-
-def bar_widths(root):
-    """Name of a row -> {colour: width}."""
-    result = {}
-    for group in root.iter(f"{SVG}g"):
-        rectangles, texts = group.findall(f"{SVG}rect"), group.findall(f"{SVG}text")
-        if rectangles and len(texts) == 3:
-            result[texts[0].text] = {each.get("class"): float(each.get("width")) for each in rectangles}
-    return result
-
-
-def test_bars_are_as_long_as_their_numbers():
-    bars = bar_widths(drawings(page(document()))[0])
-    assert len(bars) == len(document()["rows"])
-    unit = bars["evaluation forward"]["blue"]
-    assert bars["pre-training step"] == pytest.approx(
-        {"blue": unit, "amber": unit, "rust": unit, "grey": max(0.6, 0.004 * unit)}, abs=0.02
+def test_every_row_claim_and_note_is_said_memory_first_and_residuals_last(document, show, chrome):
+    text = show(document)
+    for row in document["rows"]:
+        assert row["name"] in text
+        assert (row["explanation"] or "") in text
+    for claim in document["claims"]:
+        assert all(claim[part] in text for part in ("claim", "verdict", "value"))
+    assert document["noise"] in text
+    titles = [each.text for each in chrome.find_elements("css selector", "h2")]
+    assert titles[:2] == [
+        "Training climbs and comes down; inference is flat",
+        "Training takes 3.00 times the operations of a forward pass",
+    ]
+    assert titles[-1].startswith("For experts")
+    assert len(titles) == 10
+    assert chrome.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert (
+        len(chrome.find_elements("xpath", "//b[starts-with(., 'An example')]"))
+        == len(chrome.find_elements("css selector", "clipPath"))
+        == 3
     )
-    assert bars["bottom half frozen"]["amber"] == pytest.approx(unit / 2, abs=0.02)
-    assert set(bars["decode, 8 slots"]) == {"blue"}
 
 
-def test_ceilings_lie_where_bytes_and_operations_put_them():
-    """A machine on which 8 slots take exactly what reading takes: dot and line meet."""
-    doc = document()
-    row = next(row for row in doc["rows"] if row["slots"] == 8)
-    row["seconds_per_token"] = row["bytes_per_token"] / (doc["ceilings"]["read_gbs"] * 1e9)
-    root = drawings(page(doc))[2]
-    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in of_class(root, "circle", "dot way0")]
-    (line,) = of_class(root, "path", "line memory")
-    points = points_of(line.get("d"))
-    (x0, y0), (x1, y1) = next((a, b) for a, b in itertools.pairwise(points) if a[0] <= dots[1][0] <= b[0])
-    assert y0 + (dots[1][0] - x0) / (x1 - x0) * (y1 - y0) == pytest.approx(dots[1][1], abs=0.5)
-    assert dots[0][1] < dots[1][1] < dots[2][1]
+def test_the_switches_work_by_keyboard_on_a_phone_too(document, show, chrome):
+    from selenium.webdriver import Keys
+
+    show(document)
+    dropped = lambda: len(chrome.find_elements("css selector", ".dropped"))
+    assert dropped() == 0
+    button = chrome.find_element("xpath", "//button[starts-with(., 'gradient checkpointing')]")
+    button.send_keys(Keys.ENTER)
+    assert dropped() == len(document["residuals"]["rows"]) - 1  # the block's input is kept
+    assert button.get_attribute("aria-pressed") == "true"
+    for width in (360, 1280):
+        chrome.set_window_size(width, 900)
+        assert chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth"), width
+
+
+def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, chrome):
+    show(document)
+    widths = chrome.execute_script(
+        "return [...document.querySelectorAll('section:nth-of-type(2) .stacked > div')].map((each) =>"
+        " [...each.querySelectorAll('i')].map((part) => part.getBoundingClientRect().width))"
+    )
+    assert len(widths) == sum(row["flop_ratio_to_forward"] > 0 for row in document["rows"])
+    forward, dx, dw, _ = widths[0]
+    assert dx / forward == pytest.approx(
+        document["rows"][0]["flops_per_token"]["dx"] / document["rows"][0]["flops_per_token"]["forward"], rel=0.02
+    )
+    assert forward + dx + dw == pytest.approx(3 * widths[8][0], rel=0.02)
+    axis = {"name": "x", "low": 1, "high": 10000}
+    script = """const axis = {...arguments[0], format: String};
+    const chart = logChart(600, '', axis, axis, {dots: arguments[1].map((at) => ({at, kind: 'way0', text: '7'}))});
+    const numbers = (each) => ['cx', 'cy', 'x', 'y'].map((name) => +each.getAttribute(name));
+    return ['circle', 'text'].map((tag) => [...chart.querySelectorAll(tag)].map(numbers));"""
+    dots, texts = chrome.execute_script(script, axis, [[10, 10], [100, 1000], [110, 1000]])
+    (x0, y0), (x1, y1), (x2, y2) = (dot[:2] for dot in dots)
+    assert (x1 - x0) / (x2 - x1) == pytest.approx(1 / math.log10(1.1), rel=0.01)
+    assert y1 == y2 < y0
+    near, far = texts[-2][2:], texts[-1][2:]
+    assert math.dist(near, far) > 12, "no text covers another"
+    assert chrome.execute_script("return [logTicks(0.9, 1100, 9), logTicks(15, 600, 9)]") == [
+        [1, 10, 100, 1000],
+        [20, 50, 100, 200, 500],
+    ]
+
+
+def test_text_from_outside_stays_text(document, show, chrome):
+    row = document["rows"][0]
+    row["name"] = row["explanation"] = document["model"]["name"] = document["command"] = document["noise"] = NASTY
+    document["claims"][0] = {"claim": NASTY, "verdict": NASTY, "value": NASTY}
+    assert show(document).count(NASTY) >= 8
+    assert chrome.find_elements("css selector", "[onclick]") == []
 
 
 def emptied(value):
@@ -185,106 +149,43 @@ def without(value, missing):
     return [without(each, missing) for each in value] if isinstance(value, list) else value
 
 
-def keys(value):
-    if isinstance(value, dict):
-        return set(value) | {name for inside in value.values() for name in keys(inside)}
-    return {name for each in value for name in keys(each)} if isinstance(value, list) else set()
+def test_what_is_missing_is_a_dash_or_left_out(document, show):
+    assert "holds no stage table" in show({})
+    assert "holds no stage table" in show({"rows": []})
+    table = json.loads(TABLE)
+    keys = {*table, *table["rows"][0], *table["rows"][0]["flops_per_token"], *table["ceilings"], *table["model"]} - {
+        "rows",
+        "name",
+    }
+    for each in (emptied(table), *(without(table, key) for key in sorted(keys))):
+        text = show(each)
+        assert "pre-training step" in text
+        assert [word for word in ("undefined", "NaN", "null", "Infinity", "[object") if word in text] == []
 
 
-def test_what_is_missing_is_a_dash_or_left_out():
-    for doc in ({}, {"rows": []}, emptied(document())):
-        reader = Reader(page(doc))
-        assert (reader.faults, reader.open) == ([], [])
-        assert not drawings(page(doc))
-        assert "None" not in reader.page_text()
-        assert "nan" not in reader.page_text()
-    assert "pre-training step" in reader.page_text()
+def test_the_pictures_are_files_of_their_own(tmp_path):
+    document = json.loads(TABLE)
+    write_pictures(tmp_path, document)
+    for name, words in (("stages.svg", {row["name"] for row in document["rows"]}), ("passes.svg", {"training", "inference"})):
+        source = (tmp_path / name).read_text(encoding="utf-8")
+        root = ET.fromstring(source)
+        assert words <= {leaf.text for leaf in root.iter() if leaf.tag.endswith("text")}
+        assert "prefers-color-scheme: dark" in source
+        assert len(source) < 30_000
 
 
-@pytest.mark.parametrize("missing", sorted(keys(document()) - {"name", "claim", "verdict"}))
-def test_any_one_number_may_be_missing(missing):
-    reader = Reader(page(without(document(), missing)))
-    assert (reader.faults, reader.open) == ([], [])
-    assert "None" not in reader.page_text()
-
-
-@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0, -1.0, "much", True])
-@pytest.mark.parametrize(
-    "name", ["seconds_per_token", "usd_per_million_tokens", "peak_bytes", "slots", "flop_ratio_to_forward", "spread"]
-)
-def test_odd_numbers_do_not_break_the_page(name, odd):
-    doc = document()
-    for rows in (doc["rows"][-1:], doc["rows"]):
-        for row in rows:
-            row[name] = odd
-        assert Reader(page(doc)).faults == []
-
-
-@pytest.mark.parametrize(
-    ("verdict", "kind"),
-    [
-        ("true", "holds"), ("True, on this machine", "holds"), ("false: a third", "fails"), ("undecided: x", "open"),
-        ("partly: little", "partly"), ("depends", "partly"), ("", "partly"),
-    ],
-)  # fmt: skip
-def test_a_verdict_in_words_has_a_mark(verdict, kind):
-    source = page({"claims": [{"claim": "a", "verdict": verdict}]})
-    assert f'<li class="{kind}">' in source
-
-
-def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = write_report(tmp_path / "made" / "for it", document())
-    assert path == tmp_path / "made" / "for it" / "report.html"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    before = path.read_bytes()
-    assert before == write_report(tmp_path, document()).read_bytes(), "the same document makes the same bytes"
-    assert len(before) < 200_000
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written: No space left on device. Choose another folder"):
-        write_report(path.parent, {})
-    assert path.read_bytes() == before
-    with pytest.raises(UserError, match=r"--out .*report.html cannot be written"):
-        write_report(path, document())
-    assert sorted(os.listdir(path.parent)) == ["passes.svg", "report.html", "stages.md", "stages.svg"]
-
-
-def test_ticks_and_labels():
-    assert even_ticks(3.0, 6) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
-    assert even_ticks(240e6, 4) == [0, 1e8, 2e8]
-    assert decade_ticks(0.9, 1100, 9) == [1, 10, 100, 1000]
-    assert decade_ticks(15, 600, 9) == [20, 50, 100, 200, 500]
-    for low in (1.0, 2.1, 4.9, 9.7):
-        assert decade_ticks(low, 2.56 * low, 8), low
-    assert separate([5, 6, 30], 10, 0, 100) == [5, 15, 30]
-    assert separate([95, 96], 10, 0, 100) == [90, 100]
-    assert separate([40, 10], 10, 0, 100) == [40, 10]
-    assert logarithmic(1, 100, 0, 10)(10) == pytest.approx(5)
-
-
-def test_the_first_figure_is_a_picture_of_its_own(tmp_path):
-    write_report(tmp_path, document())
-    source = (tmp_path / "stages.svg").read_text(encoding="utf-8")
-    root = ET.fromstring(source)
-    assert root.tag.endswith("svg")
-    names = {leaf.text for leaf in root.iter() if leaf.tag.endswith("text")}
-    assert {row["name"] for row in document()["rows"]} <= names
-    style = next(leaf.text for leaf in root.iter() if leaf.tag.endswith("style"))
-    assert "prefers-color-scheme: dark" in style
-    for used in {leaf.get("class") for leaf in root.iter() if leaf.tag.endswith("rect")}:
-        assert f"svg rect.{used}" in style
-    assert len(source) < 30_000
-
-
-def test_the_table_in_markdown_has_a_line_for_every_row_and_claim(tmp_path):
-    doc = document()
-    write_report(tmp_path, doc)
-    lines = (tmp_path / "stages.md").read_text(encoding="utf-8").splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + len(doc["rows"])
-    assert {line.count("|") for line in table} == {13}
-    assert sum(line.startswith("- **") for line in lines) == len(doc["claims"])
-    assert f"`uv run {doc['command']}`" in lines[0]
+def test_pages_of_one_folder_name_one_another(tmp_path):
+    source = tmp_path / "bench.json"
+    source.write_text(TABLE, encoding="utf-8")
+    first = write_page(source, "report.html", *PARTS)
+    assert "href=" not in first.read_text().partition("</nav>")[0].rpartition("<nav")[2]
+    (tmp_path / "lives.html").write_text("of another program")
+    write_page(source, "plan.html", *PARTS)
+    for name in ("report.html", "plan.html"):
+        nav = (tmp_path / name).read_text().partition("</nav>")[0].rpartition("<nav")[2]
+        assert nav.count("<a href=") == 3
+        assert f'href="{name}" aria-current="page"' in nav
+    assert (tmp_path / "lives.html").read_text() == "of another program"
+    source.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"bench\.json"):
+        write_page(source, "report.html", *PARTS)

@@ -31,13 +31,13 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """The document of one small run, and the reports it wrote, in HTML and Markdown."""
+    """The document of one small run, and the page that it wrote."""
     folder = tmp_path_factory.mktemp("report")
     command = [sys.executable, "-c", QUICKLY_MEASURED, "bench", *SMALL, "--json", "--price", "3.6", "--out", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1, "--json prints the document and nothing else"
-    return json.loads(result.stdout), (folder / "report.html").read_text(), (folder / "stages.md").read_text()
+    return json.loads(result.stdout), (folder / "report.html").read_text()
 
 
 def rows_of(table):
@@ -78,14 +78,21 @@ def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table
 
 
 def test_the_claims_are_decided_and_the_report_holds_every_row(table):
-    document, page, _ = table
+    document, page = table
     result = {claim["claim"]: claim["verdict"] for claim in document["claims"] if claim["value"]}
     assert len(result) == 18
     assert result["Requests do not affect one another."] == "true"
     assert result["The model improves as you use it."] == "false"
     assert result["Inference is only half the computation of training."].startswith("false: a third")
     assert all(row["name"] in page for row in document["rows"])
-    assert page.count("<svg") >= 4
+    steps = [row for row in document["rows"] if row["layers"]]
+    assert len(steps) == 8
+    for row in steps:
+        counted = row["flops_per_token"]
+        passes = [sum(parts) for parts in zip(*row["layers"])]
+        assert passes == pytest.approx([counted[part] for part in ("forward", "dx", "dw")])
+    assert next(iter(document["memory"])) == "pre-training step"
+    assert len(document["memory"]) == 6
 
 
 def test_the_other_measurements_are_named(capsys):

@@ -8,11 +8,12 @@ import pytest
 from plain_model import batch_of, cache_of, modes, params_of, shaped
 from tiny import B, T, tiny_config
 
+from engine.counting.flops import add_layers
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import leaf_shapes
 from engine.counting.program_flops import (
     decode_program_flops,
-    gradient_program_flops,
+    gradient_layer_flops,
     prefill_program_flops,
     score_program_flops,
 )
@@ -59,7 +60,9 @@ def assert_agreement(cfg, rows, tokens, only=None, microbatches=1, **options):
             continue
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
         counted = jaxpr_cost(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
-        formula = gradient_program_flops(cfg, rows // microbatches, tokens, trainable=paths, **options).total * microbatches
+        formula = (
+            add_layers(gradient_layer_flops(cfg, rows // microbatches, tokens, trainable=paths, **options)).total * microbatches
+        )
         assert counted == formula, name
 
 
@@ -141,4 +144,4 @@ def test_whatever_the_weights_are_stored_in(backend):
     adapters, _ = trees(cfg, paths)
     for rows in (FEW, MANY):
         counted = jaxpr_cost(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
-        assert counted.matmul == gradient_program_flops(cfg, rows, T, trainable=paths).total
+        assert counted.matmul == add_layers(gradient_layer_flops(cfg, rows, T, trainable=paths)).total

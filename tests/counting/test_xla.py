@@ -7,9 +7,10 @@ import jax
 import pytest
 from plain_model import batch_of, cache_of, params_of, shaped
 
+from engine.counting.flops import add_layers
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import count_params
-from engine.counting.program_flops import gradient_program_flops, score_program_flops
+from engine.counting.program_flops import gradient_layer_flops, score_program_flops
 from engine.counting.trainable_paths import bottom_frozen
 from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.decode import decode_step, prefill
@@ -73,7 +74,7 @@ def test_a_scan_reports_one_layer_however_many_there_are():
 def test_forward_is_a_third_of_a_step_by_all_three_counters():
     f, arguments = gradient(CFG)
     ahead = (functools.partial(score, CFG), (params_of(CFG), BATCH))
-    assert gradient_program_flops(CFG, B, T).total == 3 * score_program_flops(CFG, B, T).total
+    assert add_layers(gradient_layer_flops(CFG, B, T)).total == 3 * score_program_flops(CFG, B, T).total
     assert jaxpr_cost(f, *arguments).matmul == 3 * jaxpr_cost(ahead[0], *ahead[1]).matmul
     step, third = (xla_flops(jax.jit(f).lower(*arguments)) for f, arguments in ((f, arguments), ahead))
     assert step / third == pytest.approx(3.00, rel=0.01)

@@ -8,56 +8,152 @@ can be exported for another platform.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from bench.anatomy.programs import (
-    CAPACITY,
-    CHUNK,
-    LORA,
-    ROWS,
-    B,
-    Make,
-    Program,
-    T,
-    adapter_and_base,
-    batch_shapes,
-    decode_program,
-    params_shapes,
-    prefill_program,
-    serving_params,
-    shape_of,
-    step_program,
-)  # fmt: skip
 from engine.inference.config import EngineConfig
-from engine.inference.decode import decode_step, decode_steps
+from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
 from engine.inference.runner import idle_calls
-from engine.inference.sampling import make_token_counts
+from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.inference.score import score
+from engine.mesh import layout
 from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
+from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.native import library
-from engine.model.paths import merge
+from engine.model.ops import platform
+from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params
 from engine.model.weights import int8
+from engine.model.weights.int8 import matmul_rules, quantize
+from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
+from engine.training.freeze import select_trainable
 from engine.training.lora import init_lora
 from engine.training.loss import summed_loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, margins, preference_objective
 from engine.training.reinforce import Rollouts, grpo, log_probabilities
-from engine.training.step import TrainState, gradient_norms, init_state
+from engine.training.step import (
+    LORA_COMPILER_OPTIONS,
+    NEXT_TOKEN,
+    Objective,
+    TrainState,
+    gradient_norms,
+    init_state,
+    train_step,
+)
 
+B, T = 4, 256  # of a training batch: two blocks of queries
+ROWS, CAPACITY, CHUNK = 5, 192, 64  # of inference; ROWS is no other size, so that a shape tells what it is
+LORA = LoraConfig(rank=4)
 TAIL = 16  # tokens of a short chunk
 # Two members of the family that share few options, large enough for XLA to choose the kernels of real models.
 QWEN3 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=3, head_dim=16, qk_norm=True)
 PAIRED = dataclasses.replace(QWEN3, kv_heads=2)  # which tensor=2 divides
 QWEN2 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32")
+
+
+class Program(NamedTuple):
+    """A jitted function with its arguments, and the compiler options that the product gives it."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, str] | None = None
+
+
+Make = Callable[[ModelConfig], Program]
+
+
+def shape_of(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def batch_shapes(rows: int = B, tokens: int = T) -> Batch:
+    ids = shape_of(jnp.int32, rows, tokens)
+    return Batch(ids, ids, shape_of(bool, rows, tokens), ids, ids)
+
+
+@functools.cache
+def params_shapes(cfg: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+def serving_params(cfg: ModelConfig, weights: Any = "plain") -> Any:
+    """Returns shapes of weights as served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
+    return _serving_params(cfg, weights, platform(), layout.column_shards() == 1)
+
+
+@functools.cache
+def _serving_params(cfg: ModelConfig, weights: Any, _: str, whole: bool) -> Any:
+    """By platform, because each has its own layout of int8 weights."""
+    rules = lambda params: matmul_rules(params, weights)
+    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)), whole)
+    return jax.eval_shape(make, params_shapes(cfg))
+
+
+@functools.cache
+def adapter_and_base(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
+    """Returns the shapes of an adapter of every matrix, and of its frozen base, plain or int8."""
+    freeze = lambda params: cast_matrices(
+        quantize(params, matmul_rules(params, "full")) if base == "int8" else params, cfg.dtype
+    )
+    adapters = jax.eval_shape(lambda: init_lora(cfg, jax.random.key(0), LORA))
+    return adapters, jax.eval_shape(freeze, params_shapes(cfg))
+
+
+def step_program(
+    objective: Objective = NEXT_TOKEN, data: Callable[[], Any] = batch_shapes, kind: Any = "adamw", lora: str | None = None,
+    microbatches: int = 1, remat: Any = None, **rules: list[str],
+) -> Make:  # fmt: skip
+    """Makes a training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8.
+
+    With `remat` (none or block) the layers are a scan.
+    """
+
+    def make(cfg: ModelConfig) -> Program:
+        if remat:
+            cfg = dataclasses.replace(cfg, scan=True, remat=remat)
+        if lora:
+            trainable, frozen = adapter_and_base(cfg, lora)
+        else:
+            trainable, frozen = split(params_shapes(cfg), select_trainable(cfg, **rules).trainable_paths.weights)
+            frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
+        tx = make_optimizer(OptimizerConfig(kind=kind))
+        state = jax.eval_shape(lambda trainable: init_state(tx, trainable), trainable)
+        arguments = cfg, tx, state, frozen, data(), shape_of(jnp.float32), microbatches, objective
+        return Program(train_step, arguments, LORA_COMPILER_OPTIONS if lora == "int8" else None)
+
+    return make
+
+
+def prefill_program(weights: str = "plain", rows: int = ROWS) -> Make:
+    def make(cfg: ModelConfig) -> Program:
+        cache, lengths = jax.eval_shape(lambda: make_cache(cfg, rows, CAPACITY)), shape_of(jnp.int32, rows)
+        return Program(prefill, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, rows, CHUNK), lengths, cache))
+
+    return make
+
+
+def decode_program(function: Any, weights: str = "plain") -> Make:
+    def make(cfg: ModelConfig) -> Program:
+        cache = jax.eval_shape(lambda: make_cache(cfg, ROWS, CAPACITY))
+        options = [sampling_shapes(ROWS)] if function is decode_steps else []
+        return Program(function, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, ROWS), cache, *options))
+
+    return make
+
+
+def sampling_shapes(rows: int) -> SamplingArrays:
+    number = shape_of(jnp.float32, rows)
+    return SamplingArrays(number, shape_of(jnp.int32, rows), number, number, shape_of(jnp.uint32, rows))
 
 
 def text_shapes() -> Batch:

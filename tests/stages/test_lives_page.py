@@ -129,7 +129,7 @@ def document():
             "cache_bytes": [10, 20, 30],
         },
         "cost": [{"stage": stage, **cost} for stage in ("train", "frozen", "lora", "all", "answer")],
-        "circumstances": {"machine": "a test"},
+        "machine": "a test",
     }
 
 

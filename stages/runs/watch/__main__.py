@@ -1,8 +1,10 @@
-"""Write the page of a recording of a model's lives.
+"""Write a page of the site: that of a recording of a model's lives, or one with parts of its own.
 
-    python -m stages.runs.watch DOCUMENT.json PAGE.html
+    python -m stages.runs.watch lives.json lives.html
+    python -m stages.runs.watch DOCUMENT.json PAGE.html BODY.html [STYLE.css] SCRIPT.js ...
 
-`python -m bench.lives` makes the document and calls this. train.html, in which a browser trains, is written beside the page.
+`python -m bench.lives`, `bench` and `bench.plan` make a document and call this. train.html, in which a browser trains, is
+written beside the page of lives.
 """
 
 import dataclasses
@@ -22,12 +24,14 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class PageFlags:
-    """The two files."""
+    """The files."""
 
     document: Annotated[tyro.conf.Positional[Path], parser(path, "DOCUMENT")]
     """The recording, JSON."""
     page: Annotated[tyro.conf.Positional[Path], parser(path, "PAGE")]
     """The page to write, HTML."""
+    parts: tyro.conf.Positional[tuple[Annotated[Path, parser(path, "PART")], ...]] = ()
+    """Parts of a page of its own, in place of those of the lives: a body in HTML, then styles and scripts."""
 
 
 def make_page(flags: PageFlags) -> None:
@@ -35,8 +39,11 @@ def make_page(flags: PageFlags) -> None:
 
     document = read_json_object(flags.document, MAX_DOCUMENT_BYTES)
     make_folder(flags.page.parent)
-    write_page(document, flags.page)
-    write_train_page(flags.page.parent)
+    if flags.parts:
+        write_page(document, flags.page, flags.parts)
+    else:
+        write_page(document, flags.page)
+        write_train_page(flags.page.parent)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,10 +1,12 @@
-"""Makes the page on which a model's lives are watched, and *Train it here*, in which a browser trains a model.
+"""Makes the pages of the site, and *Train it here*: each is one HTML file with all that it needs inside, and asks no network.
 
-Each is one HTML file with its style and scripts inside, which lie beside this file. Neither asks for anything from a network.
+The shell, its style and what draws charts and tables lie beside this file, and the parts of the page on which a model's lives
+are watched. Another page has parts of its own. Pages that lie in one folder name one another.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,31 @@ from engine.files import atomic_file
 LINES = 300  # of metrics, of a life
 FOLDER = Path(__file__).parent
 PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="(\w+\.js)"></script>')
+LIVES = [FOLDER / name for name in ("lives.html", "state.js", "words.js", "model.js", "chapters.js", "page.js", "live.js")]
+SITE = {"lives.html": "Three lives", "report.html": "What each stage costs", "plan.html": "What it will take"}
+LINKS = re.compile(r'(<nav id="site" aria-label="Pages">).*?(</nav>)')
 
 
-def page_html(document: dict[str, Any]) -> str:
-    """Returns the page of a recording: the lives, answers and costs that `bench.lives` writes, or a part of them.
+def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
+    """Returns the page of a document, drawn by `parts`: a body in HTML, then styles and scripts.
 
-    Raises UserError for a number that is not finite.
+    Those of the lives draw what `bench.lives` writes, or a part of it. Raises UserError for a number that is not finite.
     """
     try:
         recording = json.dumps(_smaller(document), separators=(",", ":"), allow_nan=False)
     except ValueError:
         raise UserError("The recording holds a number that is not finite: null is what should stand there.") from None
-    return _whole(FOLDER / "page.html").replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
+    page = _whole(FOLDER / "shell.html")
+    for path in parts:
+        text = path.read_text("utf-8")
+        place, part = {
+            ".html": ("<!-- page -->", text),
+            ".css": ("</head>", f"<style>\n{text}</style>\n"),
+            ".js": ("</body>", f"<script>\n{text}</script>\n"),
+        }[path.suffix]
+        page = page.replace(place, part + place)
+    # The document last: nothing in it is taken for a place of the shell.
+    return page.replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
 
 
 def _whole(path: Path) -> str:
@@ -38,11 +53,22 @@ def _whole(path: Path) -> str:
     return PARTS.sub(inside, path.read_text("utf-8"))
 
 
-def write_page(document: dict[str, Any], path: Path) -> None:
-    """Writes the page, whole or not at all. Raises UserError as `page_html` does."""
-    html = page_html(document)
+def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIVES) -> None:
+    """Writes the page, whole or not at all, and links it with the pages of SITE beside it. Raises UserError as `page_html`."""
+    _write(path, page_html(document, parts))
+    present = [path.with_name(name) for name in SITE if path.with_name(name).is_file()]
+    for each in present if len(present) > 1 else ():
+        links = (
+            f'<a href="{other.name}"{' aria-current="page"' * (other == each)}>{SITE[other.name]}</a>' for other in present
+        )
+        text = each.read_text("utf-8")
+        if (linked := LINKS.sub(rf"\1{' '.join(links)}\2", text, count=1)) != text:
+            _write(each, linked)
+
+
+def _write(path: Path, text: str) -> None:
     with atomic_file(path) as file:
-        file.write(html.encode())
+        file.write(text.encode())
 
 
 def _smaller(document: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +101,5 @@ def write_train_page(folder: Path) -> Path:
     here = FOLDER / "train_here"
     licence, library = ((here / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
     html = _whole(here / "train.html").replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
-    with atomic_file(folder / "train.html") as file:
-        file.write(html.encode())
+    _write(folder / "train.html", html)
     return folder / "train.html"

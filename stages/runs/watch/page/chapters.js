@@ -226,7 +226,7 @@ function drawRequests() {
 }
 
 function drawMade() {
-  const {circumstances = {}, lives, live} = state.recording;
+  const {machine, commit, date, load, versions, flags, lives, live} = state.recording;
   const plain = (value) => (value && typeof value === 'object'
     ? Object.entries(value).filter(([, each]) => each).map(([name, each]) => `${name.replaceAll('_', ' ')} ${plain(each)}`).join(' · ') : value);
   $('questions').replaceChildren(...questions().map(([question, answer]) =>
@@ -235,5 +235,5 @@ function drawMade() {
     say(live ? SAY.live : SAY.recorded),
     live ? '' : say([make('a', {href: 'train.html'}, 'Train it here'), SAY.here]),
     make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
-    make('p', {className: 'quiet'}, plain(circumstances))]);
+    make('p', {className: 'quiet'}, plain({machine, commit, date, load, versions, flags}) ?? '')]);
 }

@@ -4,8 +4,6 @@
 
 const GAP = 1;  // patches between tensors
 const BETWEEN = 3;  // patches between columns
-const BACKWARD = 0.38;  // the parts of a step's time after which backward and update begin
-const UPDATE = 0.8;
 
 // A tensor lies on its long side; one that is longer than `width` is folded into lines.
 function boxOf(tensor, width) {

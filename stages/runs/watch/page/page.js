@@ -92,11 +92,6 @@ function press(event) {
   event.preventDefault();
 }
 
-function refuse(sentence) {
-  $('alert').textContent = sentence;
-  $('alert').hidden = false;
-}
-
 // Returns what keeps a document from being shown, in a sentence, or nothing.
 function problem(recording) {
   if (!recording?.lives || typeof recording.lives !== 'object') {
@@ -109,10 +104,7 @@ function problem(recording) {
 }
 
 function start() {
-  let recording = null;
-  try {
-    recording = JSON.parse($('recording').textContent);
-  } catch {} // said below
+  const recording = readDocument();
   const sentence = problem(recording);
   if (sentence) {
     $('bar').hidden = document.querySelector('main').hidden = true;
@@ -146,5 +138,4 @@ function start() {
   drawPhase(1);
 }
 
-addEventListener('error', ({message}) => refuse(`Something went wrong, and this page may be incomplete: ${message}`));
 start();

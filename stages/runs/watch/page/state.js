@@ -66,23 +66,3 @@ function columnNorms(of, index) {
   }
   return squares.map(Math.sqrt);
 }
-
-// Bytes at each position of a step, over all kinds.
-const sums = ({bytes}) => Object.values(bytes).reduce((total, list) => list.map((each, at) => each + (total[at] ?? 0)), []);
-
-const finite = (number) => Number.isFinite(number);
-const times = (ratio) => (finite(ratio) ? ratio.toFixed(2) : '–');
-const count = (number) => number.toLocaleString('en-US');
-
-function round(number, digits = 3) {
-  if (!finite(number)) return '–';
-  if (number && Math.abs(number) < 1e-4) return number.toExponential(digits - 1);
-  return Math.abs(number) >= 1000 ? count(Math.round(number)) : String(Number(number.toPrecision(digits)));
-}
-
-// A number with its unit: 1.2 MB, 27 µs.
-function si(number, unit) {
-  if (!finite(number)) return '–';
-  const at = number ? Math.max(-3, Math.min(5, Math.floor(Math.log10(number) / 3 + 1e-9))) : 0;
-  return `${Number((number / 1000 ** at).toPrecision(3))} ${['n', 'µ', 'm', '', 'k', 'M', 'G', 'T', 'P'][at + 3]}${unit}`;
-}
