@@ -112,7 +112,7 @@ def test_models(ai):
     [
         ({"temperature": 3}, "temperature"), ({"messages": []}, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )  # fmt: skip
 def test_errors_are_the_clients_own(ai, fields, param):

@@ -20,6 +20,7 @@ MAX_BYTES = 65_536  # of a grammar: the time to compile a schema grows with the 
 MAX_FORCED_BYTES = 16_384  # with which every text would begin
 MAX_DEPTH = 100  # of a schema
 MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile it grows with the square
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 # Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them ends it.
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced, and a model may write
@@ -89,8 +90,7 @@ class GrammarCompiler:
 
     def compile(self, grammar: str) -> Constraint:
         """Compiles a grammar, in about a second at most, without Python's lock. Raises UserError, which says what is wrong."""
-        if len(grammar.encode()) > MAX_BYTES:
-            raise UserError(f"it has more than {MAX_BYTES:,} bytes")
+        check_size(grammar)
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         trial = Constraint(matcher.deep_copy(), self._end_ids)  # a beginning that has no end shows in the first mask, or in
         trial.fill(np.zeros((1, -(-self._tokenizer.vocab_size // 32)), np.uint32), [0], [])  # what is forced
@@ -128,10 +128,22 @@ def json_grammar(schema: dict[str, Any], lenient: bool = False) -> str:
 
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls."""
+    options = JSON_OPTIONS | {"lenient": lenient}
+    try:
+        text = json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+    except RecursionError:
+        raise UserError(TOO_DEEP) from None
+    check_size(text)
     for name, value in _items(schema):
-        if name == "multipleOf" and isinstance(value, int | float) and len(_digits(value)) > len(str(MAX_MULTIPLE)) - 1:
-            raise UserError(f"multipleOf {value} has too many digits to be enforced")
-    return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS | {'lenient': lenient}}, ensure_ascii=False)}"
+        if name == "multipleOf" and isinstance(value, int | float) and not 0 < _digits(value) <= MAX_MULTIPLE:
+            raise UserError(f"multipleOf {value} cannot be enforced, for it has too many digits")
+    return f"%json {text}"
+
+
+def check_size(text: str) -> None:
+    """Raises UserError for a grammar, or a part of one, that would take too long to compile."""
+    if len(text.encode()) > MAX_BYTES:
+        raise UserError(f"it has more than {MAX_BYTES:,} bytes")
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
@@ -158,15 +170,16 @@ def lark_grammar(text: str) -> str:
 
 def _items(schema: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if depth > MAX_DEPTH:
-        raise UserError(f"it is nested more than {MAX_DEPTH} deep")
+        raise UserError(TOO_DEEP)
     if isinstance(schema, dict):
         yield from schema.items()
     for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
         yield from _items(value, depth + 1)
 
 
-def _digits(number: float) -> str:
-    return f"{number:.15f}".rstrip("0").replace(".", "").lstrip("0")
+def _digits(number: float) -> int:
+    """Returns a number without its point: 25 for 0.25."""
+    return int(f"{number:.15f}".rstrip("0").replace(".", "") or 0)
 
 
 def _explain(error: str) -> str:

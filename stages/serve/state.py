@@ -18,6 +18,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from stages.serve.admission import Admission
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
+from stages.serve.grammars import GrammarPool
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
@@ -46,6 +47,7 @@ class ServerState:
         self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
         self.tokenizer = TokenizerPool(chat, engine.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
+        self.grammars = GrammarPool(model.tokenizer, engine.cfg.vocab, self.stop_token_ids | self.tokenizer.eot_ids)
         self.metrics = Metrics(name, self.engine)
         self._hashing: asyncio.Task[str] | None = None
 

@@ -21,6 +21,10 @@ DEEP = b"[" * 100_000
 LARGE = b"9" * 5000
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(depth - 1)} if depth else {}
+
+
 BAD_FIELDS: list[dict[str, Any]] = [
     *({"max_tokens": value} for value in (0, "5", 1.5, True, 2**31, 10**40)),
     *({"temperature": value} for value in (-0.1, 2.1, "hot")),
@@ -60,7 +64,17 @@ def test_a_field_of_a_completion(client, change, param):
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages[...].tool_calls", "no tools"),
         ({"tools": [{"type": "function"}]}, "tools", "no tools"), ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"functions": []}, "functions", "no tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "belongs to"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+         "response_format.json_schema.schema", "not"),
+        ({"guided_json": {"type": "integer", "minimum": 5, "maximum": 3}}, "guided_json", "greater"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "no text satisfies it"),
+        ({"guided_json": nested(120)}, "guided_json", "100 deep"),
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed"),
+        ({"guided_choice": []}, "guided_choice", "length"),
+        ({"guided_regex": "a", "grammar": "b"}, "grammar", "only one"),
+        ({"guided_grammar": "b"}, "guided_grammar", "neither"),
         ({"modalities": ["audio"]}, "modalities[0]", "text"), ({"top_logprobs": 3}, "top_logprobs", "without logprobs"),
         ({"logprobs": 3}, "logprobs", "bool"), ({"reasoning_effort": 1}, "reasoning_effort", "str"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", ">= 1"), ({"prompt": "a"}, "prompt", "unknown field"),

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions, OpenAI's: answers a conversation."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -8,12 +9,14 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
+from engine.inference.constraints import json_grammar
 from engine.inference.request import LogProb
 from stages.serve.api.completions import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts
 from stages.serve.api.requests import EmptyList, LogProbs, MaxTokens
 from stages.serve.api.writer import respond
 from stages.serve.errors import ApiError
+from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
 
@@ -46,10 +49,20 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The format of replies. Only text is supported."""
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A schema that an answer is to satisfy; it is enforced whether or not it is `strict`."""
 
-    type: Literal["text"]
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """The format of answers: text, a JSON object, or JSON that satisfies a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(CompletionFields, kw_only=True):
@@ -61,7 +74,7 @@ class ChatRequest(CompletionFields, kw_only=True):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: LogProbs | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
     tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -75,6 +88,19 @@ class ChatRequest(CompletionFields, kw_only=True):
     service_tier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+
+    @property
+    def grammars(self) -> list[Grammar]:
+        """The grammars that the request asks for."""
+        grammars, wanted = super().grammars, self.response_format
+        if wanted and wanted.type != "text":
+            field = "response_format" if wanted.type == "json_object" else "response_format.json_schema.schema"
+            if (wanted.json_schema is None) != (wanted.type == "json_object"):
+                message = "response_format.json_schema belongs to the type json_schema, and only to it."
+                raise ApiError(400, message, param="response_format.json_schema")
+            schema = (wanted.json_schema and wanted.json_schema.schema) or {"type": "object"}
+            grammars.append(Grammar(field, partial(json_grammar, schema)))
+        return grammars
 
 
 class TopLogProb(msgspec.Struct):

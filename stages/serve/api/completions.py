@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -10,6 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
+from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from stages.serve.api.generation import Generation, Piece, Prompts, Reason, Usage, generate
 from stages.serve.api.requests import (
     MAX_IDS,
@@ -19,12 +21,14 @@ from stages.serve.api.requests import (
     LogProbs,
     MaxTokens,
     Stops,
+    StopText,
     TokenId,
     TokenIds,
     in_range,
 )
 from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
+from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
 
@@ -33,6 +37,12 @@ DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 Penalty = Annotated[float, Meta(ge=-2, le=2)]  # as OpenAI has it; the engine takes more
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
 LogitBias = Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)]
+
+
+GRAMMARS: dict[str, Callable[..., str]] = {
+    "guided_json": json_grammar, "guided_regex": regex_grammar, "guided_choice": choice_grammar,
+    "guided_grammar": lark_grammar, "grammar": lark_grammar,
+}  # fmt: skip
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,6 +71,17 @@ class CompletionFields(GenerationRequest, kw_only=True):
     ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[StopText], Meta(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+
+    @property
+    def grammars(self) -> list[Grammar]:
+        """The grammars that the request asks for, under vLLM's names, and llama.cpp's `grammar`."""
+        given = {name: getattr(self, name) for name in GRAMMARS}
+        return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
 
     async def generate(self, state: ServerState, http: HttpRequest, prompts: Prompts, **options: Any) -> Generation:
         """Begins the completions; `options` are fields of SamplingParams that this kind has in its own form."""
@@ -70,7 +91,9 @@ class CompletionFields(GenerationRequest, kw_only=True):
         names = (*DefaultSampling.__struct_fields__, "seed", "stop_token_ids")
         given = {name: getattr(self, name) for name in names} | {"logit_bias": bias} | options
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return await generate(state, http, prompts, given, n=self.n or 1, stops=stops, ignore_eos=self.ignore_eos)
+        return await generate(
+            state, http, prompts, given, n=self.n or 1, stops=stops, ignore_eos=self.ignore_eos, grammars=self.grammars
+        )
 
 
 class CompletionRequest(CompletionFields, kw_only=True):

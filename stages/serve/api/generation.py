@@ -18,6 +18,7 @@ from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api.requests import INLINE_BYTES, content_length
 from stages.serve.errors import ApiError, ClientGone
+from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
@@ -243,13 +244,13 @@ def _sender(http: HttpRequest, choices: int) -> Sender:
 
 async def generate(
     state: ServerState, http: HttpRequest, prompts: Prompts, options: Mapping[str, Any], *, n: int = 1,
-    stops: Sequence[str] = (), ignore_eos: bool | None = False,
+    stops: Sequence[str] = (), ignore_eos: bool | None = False, grammars: Sequence[Grammar] = (),
 ) -> Generation:  # fmt: skip
     """Begins `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
 
-    `options`: the fields of SamplingParams that the request has; None stands for the default. At most `max_tokens` are
-    generated, by default and at most as many as fit. A place is reserved before the prompts become tokens, and freed whatever
-    happens. Raises ApiError.
+    All keep to the grammar, of which there is one at most. `options`: the fields of SamplingParams that the request has; None
+    stands for the default. At most `max_tokens` are generated, by default and at most as many as fit. A place is reserved
+    before the prompts become tokens, and freed whatever happens. Raises ApiError.
     """
     capacity, choices = state.engine.capacity, prompts.number * n
     if choices > MAX_COMPLETIONS:
@@ -258,8 +259,12 @@ async def generate(
     given = {name: value for name, value in options.items() if value is not None}
     limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
     ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if ignore_eos else prompts.stop_token_ids)
+    if len(grammars) > 1:
+        message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
+        raise ApiError(400, message, param=grammars[1].field)
     priority = state.admission.reserve(_sender(http, choices), time.monotonic())
     try:
+        constraint = await state.grammars.compile(grammars[0]) if grammars else None
         requests: list[Request] = []
         for prompt in await prompts.encode():
             room = capacity - len(prompt)
@@ -267,7 +272,7 @@ async def generate(
                 raise context_overflow(len(prompt), capacity, prompts.field)
             given |= {"max_tokens": min(limit, room), "seed": (seed + len(requests)) % SEEDS, "stop_token_ids": ends}
             rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
-            requests += [Request(tuple(prompt), row, http.state.namespace) for row in rows]
+            requests += [Request(tuple(prompt), row, http.state.namespace, constraint) for row in rows]
             check_request(requests[-1], state.engine.cfg.vocab, capacity)
         generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts.strips_space)
         http.state.generation = generation

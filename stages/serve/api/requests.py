@@ -48,7 +48,6 @@ UNSUPPORTED = {
         "The model is given no tools here",
     ),
     **dict.fromkeys(("modalities", "audio"), "Answers are text"),
-    "response_format": "Answers are text; their format is not enforced here",
     "echo": "The prompt is not repeated in the completion here",
     "suffix": "Text is only continued at its end here",
     "best_of": "Every completion made is returned here; use n",
