@@ -3,6 +3,7 @@
 import sys
 import traceback
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 from starlette.responses import Response
@@ -28,7 +29,10 @@ class ErrorObject(msgspec.Struct):
 
 
 class ErrorReply(msgspec.Struct):
+    """An error as OpenAI's clients read it, and Anthropic's, which look at the type too."""
+
     error: ErrorObject
+    type: Literal["error"] = "error"
 
 
 class ApiError(Exception):
@@ -40,22 +44,24 @@ class ApiError(Exception):
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers
-        error = ErrorObject(message, ERROR_TYPES.get(status, "invalid_request_error"), param, code)
-        self.body = msgspec.json.encode(ErrorReply(error))
+        self.error = ErrorObject(message, ERROR_TYPES.get(status, "invalid_request_error"), param, code)
+        self.body = msgspec.json.encode(ErrorReply(self.error))
 
-    def reply(self) -> Response:
-        return Response(self.body, self.status, self.headers, media_type="application/json")
+    def reply(self, path: str) -> Response:
+        """Returns the reply to a request for that path. Ollama's clients read a sentence alone."""
+        body = msgspec.json.encode({"error": self.error.message}) if path.startswith("/api/") else self.body
+        return Response(body, self.status, self.headers, media_type="application/json")
 
 
 class ClientGone(Exception):
     """Raised when the client has left: nobody reads a reply."""
 
 
-def error_reply(error: Exception) -> Response:
-    """Returns the reply to a request that failed with this error."""
+def error_reply(error: Exception, path: str) -> Response:
+    """Returns the reply to a request for that path that failed with this error."""
     if isinstance(error, ClientGone):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return (error if isinstance(error, ApiError) else internal_error(error)).reply()
+    return (error if isinstance(error, ApiError) else internal_error(error)).reply(path)
 
 
 def internal_error(error: BaseException) -> ApiError:

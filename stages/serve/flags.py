@@ -43,8 +43,8 @@ class ServeFlags:
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)
-    name: Annotated[str | None, parser(str, "NAME"), default("the model's")] = None
-    """The name by which clients ask for the model; `default` always works too."""
+    name: Annotated[str | None, parser(str, "NAME,..."), default("the model's")] = None
+    """Names by which clients ask for the model; `default` always works too."""
     host: Annotated[str, parser(str, "ADDRESS")] = "127.0.0.1"
     """The address to listen on. One that others can reach needs an API key."""
     port: Annotated[int, parser(integer(0, 65535), "N")] = 8000

@@ -5,7 +5,7 @@ import datetime
 import queue
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,13 @@ class CompileAhead:
 
 
 def load_state(
-    model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, name: str | None = None,
+    model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, names: Sequence[str] = (),
     adapter: Path | None = None, template: Path | None = None, queue: int = 32, price: float | None = None,
     sampling: Mapping[str, float | None] | None = None,
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
     """Loads a model, with the adapter in a folder and the template in a file, and prints the banner.
 
-    `sampling`: by flags. Returns the state, which has `name`, `queue` and `price`, and the compilation that goes on. Raises
+    `sampling`: by flags. Returns the state, which has `names`, `queue` and `price`, and the compilation that goes on. Raises
     UserError.
     """
     source = read_template(template)
@@ -123,13 +123,13 @@ def load_state(
         ahead.stop()
         raise
     own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
-    name = name or own_name or "model"
+    names = names or [own_name or "model"]
     less = "" if engine.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     default = {"temperature": 1.0}  # as OpenAI has it
     fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
     console.print_rows([
-        ("model", f"{name}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
+        ("model", f"{', '.join(names)}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
         ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
         ("slots", f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
@@ -141,7 +141,7 @@ def load_state(
     console.print_notes(notes)
     if engine_config.weights == "int8" and device.backend == "cpu" and engine.devices == 1 and (problem := native_problem()):
         console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
-    return ServerState(name, model, SamplingParams(**fields), engine, sha256, chat, queue, price), ahead
+    return ServerState(names, model, SamplingParams(**fields), engine, sha256, chat, queue, price), ahead
 
 
 def _make_engine(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:

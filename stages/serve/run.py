@@ -66,7 +66,7 @@ def run(flags: ServeFlags) -> int:
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
             state, ahead = load_state(
                 flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
-                name=flags.name, queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
+                names=_split(flags.name), queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
             )  # fmt: skip
         sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from engine.counting.hardware import machine_identity
@@ -30,15 +31,16 @@ Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
-    `name`: by which clients ask for the model. `sampling`: of a request that leaves its fields out. `queue`: requests that
-    may wait.
+    `names`: by which clients ask for the model; `name` is the first, which replies have. `sampling`: of a request that leaves
+    its fields out. `queue`: requests that may wait.
     """
 
     def __init__(
-        self, name: str, model: LoadedModel, sampling: SamplingParams, engine: Engine, digest: str, chat: ChatTokenizer,
-        queue: int, price: float | None,
+        self, names: Sequence[str], model: LoadedModel, sampling: SamplingParams, engine: Engine, digest: str,
+        chat: ChatTokenizer, queue: int, price: float | None,
     ) -> None:  # fmt: skip
-        self.name, self.digest, self.price, self.loaded_at = name, digest, price, int(time.time())
+        self.name, self.names = names[0], names
+        self.digest, self.price, self.loaded_at = digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
         self.fingerprint = system_fingerprint(
             digest, engine, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
@@ -48,14 +50,15 @@ class ServerState:
         self.tokenizer = TokenizerPool(chat, engine.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.grammars = GrammarPool(model.tokenizer, engine.cfg.vocab, self.stop_token_ids | self.tokenizer.eot_ids)
-        self.metrics = Metrics(name, self.engine)
+        self.metrics = Metrics(self.name, self.engine)
         self._hashing: asyncio.Task[str] | None = None
 
     def check_model(self, name: str) -> None:
-        """Raises ApiError unless the name is the model's or `default`."""
-        if name not in (self.name, "default"):
+        """Raises ApiError unless the name is one of the model's or `default`. Ollama's clients may add `:latest` to it."""
+        if name.removesuffix(":latest") not in (*self.names, "default"):
             short = name if len(name) <= 100 else name[:100] + "..."
-            message = f"There is no model {short!r} here; {self.name!r} is served, also as 'default'."
+            names = ", ".join(map(repr, self.names))
+            message = f"There is no model {short!r} here; {names} is served, also as 'default': ask for that, or see --name."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_ready(self) -> None:

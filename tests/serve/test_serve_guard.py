@@ -5,6 +5,7 @@ import base64
 import httpx
 import pytest
 from elsewhere import KEY, OPEN, WRONG_KEYS, from_elsewhere, without_the_key
+from starlette.datastructures import Headers
 from tiny_server import TinyServer, ask, good, read_all, refused
 
 from stages.serve.api import guard
@@ -74,9 +75,9 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
     real = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     guarded = guard.Guard(lambda *_: None, ["a", "b", "c"], None, frozenset())
-    namespaces = [guarded._check_key([f"Bearer {key}"], "/v1/models") for key in ("a", "b")]
+    namespaces = [guarded._check_key(Headers({"authorization": f"Bearer {key}"}), "/v1/models") for key in ("a", "b")]
     with pytest.raises(ApiError):
-        guarded._check_key(["Bearer d"], "/v1/models")
+        guarded._check_key(Headers({"x-api-key": "d"}), "/v1/models")
     assert len(compared) == 9
     assert namespaces[0] != namespaces[1]
     assert len(namespaces[0]) == 64  # a digest, not the key

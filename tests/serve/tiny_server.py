@@ -47,7 +47,7 @@ class TinyServer:
         config = EngineConfig(SLOTS, CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32)
         self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
-        self.state = ServerState("tiny", model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)
+        self.state = ServerState(["tiny"], model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 

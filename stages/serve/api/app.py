@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from stages.serve.api import anthropic, ollama, responses, status, tokens
 from stages.serve.api import openapi as schema
-from stages.serve.api import status, tokens
-from stages.serve.api.chat import ChatChunk, ChatReply, ChatRequest, chat_completions
+from stages.serve.api.chat import ChatReply, ChatRequest, chat_completions
 from stages.serve.api.completions import CompletionReply, CompletionRequest, completions
 from stages.serve.api.generation import check_ready
 from stages.serve.api.guard import Guard
@@ -25,8 +25,8 @@ BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 class Route(NamedTuple):
     """One route. `handler` takes the state, the request and, if there is a `body`, that body, read as its type.
 
-    `reply`: the type of a JSON reply; `chunk`: of what a stream has, for a route that makes completions. `errors`: statuses
-    besides those that every route has, or every one with a body.
+    `reply`: the type of a JSON reply. `streams`: whether it makes completions, streamed or whole. `errors`: statuses besides
+    those that every route has, or every one with a body.
     """
 
     method: str
@@ -36,21 +36,32 @@ class Route(NamedTuple):
     handler: Callable[..., Any]
     body: Any = None
     reply: Any = None
-    chunk: Any = None
+    streams: bool = False
     errors: tuple[int, ...] = ()
     media: str = "application/json"
 
     @property
     def statuses(self) -> tuple[int, ...]:
         """All statuses of its errors."""
-        return (*self.errors, *(BODY_ERRORS if self.body else ()), *((500,) if self.chunk else ()), 401, 403)
+        return (*self.errors, *(BODY_ERRORS if self.body else ()), *((500,) if self.streams else ()), 401, 403)
 
 
 ROUTES = [
     Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.", chat_completions,
-          ChatRequest, ChatReply, ChatChunk),
+          ChatRequest, ChatReply, streams=True),
     Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions,
-          CompletionRequest, CompletionReply, CompletionReply),
+          CompletionRequest, CompletionReply, streams=True),
+    Route("POST", "/v1/responses", "createResponse", "Answers a conversation, as events or whole.", responses.responses,
+          responses.ResponseRequest, responses.ResponseReply, streams=True),
+    Route("POST", "/v1/messages", "createMessage", "Answers a conversation, as Anthropic has it.", anthropic.messages,
+          anthropic.MessagesRequest, anthropic.MessageReply, streams=True),
+    Route("POST", "/v1/messages/count_tokens", "countTokens", "The tokens of a conversation.", anthropic.count_tokens,
+          anthropic.CountTokensRequest, anthropic.CountTokensReply),
+    Route("POST", "/api/chat", "ollamaChat", "Answers a conversation, as Ollama has it.", ollama.chat,
+          ollama.OllamaChatRequest, ollama.OllamaReply, streams=True),
+    Route("POST", "/api/generate", "ollamaGenerate", "Answers or continues a prompt, as Ollama has it.", ollama.generate_text,
+          ollama.OllamaGenerateRequest, ollama.OllamaReply, streams=True),
+    Route("GET", "/api/tags", "ollamaTags", "The model that is served, as Ollama has it.", ollama.tags, reply=ollama.Tags),
     Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokens.tokenize,
           tokens.TokenizeRequest, tokens.TokenizeReply),
     Route("POST", "/detokenize", "detokenize", "The text of tokens.", tokens.detokenize,
@@ -98,7 +109,7 @@ class Api:
         state = self._state
         if not route.body:
             return await route.handler(state, http)
-        if route.chunk:
+        if route.streams:
             check_ready(state, http)
         else:
             state.admission.check_open()

@@ -56,11 +56,16 @@ class Piece(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held."""
+    """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
+
+    `first_seconds`: from the request's arrival to the first token, 0 before it; `seconds`: until now.
+    """
 
     prompt: int
     completion: int
     cached: int
+    first_seconds: float
+    seconds: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -169,19 +174,22 @@ class Generation:
     @property
     def usage(self) -> Usage:
         prompts = self._choices[:: self._repeats]
+        first = min((choice.first_token for choice in self._choices if choice.first_token), default=self._arrived)
         return Usage(
             sum(len(choice.request.prompt) for choice in prompts),
             sum(choice.completion.tokens for choice in self._choices),
             sum(choice.cached for choice in prompts),
+            first - self._arrived,
+            time.monotonic() - self._arrived,
         )
 
     def log_fields(self) -> dict[str, int | float | str | None]:
         """Returns what the access log says of the completions."""
-        usage, first = self.usage, min((choice.first_token for choice in self._choices if choice.first_token), default=None)
+        usage = self.usage
         return {
             "prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "completion_tokens": usage.completion,
             "finish": "+".join(choice.end for choice in self._choices),
-            "first_token_seconds": first and round(first - self._arrived, 4),
+            "first_token_seconds": round(usage.first_seconds, 4) or None,
         }  # fmt: skip
 
     def _piece(self, choice: Choice, event: Event) -> Piece:

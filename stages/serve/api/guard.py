@@ -83,7 +83,7 @@ class Guard:
             self._check_sender(scope, Headers(scope=scope), path)
             await self._checked(scope, receive, send_with_headers)
         except ApiError as error:
-            await error.reply()(scope, receive, send_with_headers)
+            await error.reply(path)(scope, receive, send_with_headers)
         finally:
             if self._log != "off":
                 entry = {
@@ -101,11 +101,10 @@ class Guard:
         state = scope["state"]
         try:
             needs_key = self._keys and state["path"] not in KEYLESS_PATHS
-            authorizations = Headers(scope=scope).getlist("authorization")
-            state["namespace"] = self._check_key(authorizations, state["path"]) if needs_key else ""
+            state["namespace"] = self._check_key(Headers(scope=scope), state["path"]) if needs_key else ""
             await self._app(scope, receive, send)
         except Exception as error:
-            await error_reply(error)(scope, receive, send)
+            await error_reply(error, state["path"])(scope, receive, send)
 
     def _check_sender(self, scope: Scope, headers: Headers, path: str) -> None:
         """Raises ApiError for a body of two declared lengths, a Host that is not ours, or a page that is not allowed."""
@@ -128,12 +127,15 @@ class Guard:
         if is_foreign and "origin" not in headers and not is_link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
-    def _check_key(self, authorizations: list[str], path: str) -> str:
+    def _check_key(self, headers: Headers, path: str) -> str:
         """Returns the namespace of a valid key: its hash in hex. Raises ApiError (401) for a wrong or missing one.
+
+        The header is Authorization, or Anthropic's x-api-key.
 
         Compares with every key, each in constant time, so that timing gives none away.
         """
-        scheme, _, value = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
+        sent = [*headers.getlist("authorization"), *(f"Bearer {key}" for key in headers.getlist("x-api-key"))]
+        scheme, _, value = (sent[0] if len(sent) == 1 else "").partition(" ")
         key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         if scheme.lower() == "basic":  # the password, after any user name
             with contextlib.suppress(ValueError):
@@ -142,7 +144,11 @@ class Guard:
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
             challenge = 'Basic realm="Thrice", charset="UTF-8"' if path == PAGE_PATH else "Bearer"
-            message = "The API key is wrong." if key else "An API key is needed: send `Authorization: Bearer KEY`."
+            message = (
+                "The API key is wrong."
+                if key
+                else "An API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
+            )
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
         return hashed.hex()
 

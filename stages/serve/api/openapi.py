@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from stages.serve.api.chat import ChatChunk
 from stages.serve.api.requests import MAX_PROMPTS
 from stages.serve.errors import ErrorReply
 
@@ -24,7 +25,7 @@ json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components
 
 def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
     """Returns OpenAPI 3.1 of the routes as JSON."""
-    types = [kind for route in routes for kind in (route.body, route.reply, route.chunk) if kind] + [ErrorReply]
+    types = [kind for route in routes for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     components["CompletionRequest"]["properties"]["prompt"] = {
@@ -43,7 +44,7 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
     for route in routes:
         kind = "object" if route.media == "application/json" else "string"
         success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
-        if route.chunk:
+        if route.streams:
             success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
         responses: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
         for status in route.statuses:

@@ -38,7 +38,8 @@ LogProbs = Annotated[int, in_range("logprobs")]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
-Stops = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
+StopTexts = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
+Stops = StopText | StopTexts
 EmptyList = Annotated[list[None], Meta(max_length=0)]
 
 # Why this server does not grant a field.
@@ -54,12 +55,20 @@ UNSUPPORTED = {
     "name": "The names of speakers are not given to the model",
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
     "web_search_options": "There is no search here",
+    **dict.fromkeys(
+        ("store", "previous_response_id", "conversation", "background", "context"),
+        "This server remembers nothing: send the whole conversation each time",
+    ),
+    **dict.fromkeys(("images", "image"), "The model reads text alone"),
+    "truncation": "Nothing is left out of a conversation here: shorten it",
+    **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
+    "format": "Answers are text; their format is not enforced here",
 }
 
 # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls", "reasoning_effort", "verbosity",
+    "prediction", "parallel_tool_calls", "reasoning_effort", "verbosity", "reasoning", "cache_control", "keep_alive",
 )  # fmt: skip
 
 

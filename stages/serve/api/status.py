@@ -63,18 +63,18 @@ class Attestation(msgspec.Struct, kw_only=True):
 
 
 async def models(state: ServerState, _: Request) -> Response:
-    return json_reply(ModelList([_card(state)]))
+    return json_reply(ModelList([_card(state, name) for name in state.names]))
 
 
 async def model(state: ServerState, http: Request) -> Response:
     state.check_model(http.path_params["model"])
-    return json_reply(_card(state))
+    return json_reply(_card(state, state.name))
 
 
-def _card(state: ServerState) -> ModelCard:
+def _card(state: ServerState, name: str) -> ModelCard:
     defaults = DefaultSampling(*(getattr(state.sampling, name) for name in DefaultSampling.__struct_fields__))
     return ModelCard(
-        id=state.name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity,
+        id=name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity,
         price_per_hour=state.price, default_sampling=defaults,
     )  # fmt: skip
 

@@ -31,16 +31,16 @@ class Writer:
         """Returns the body of a reply with one piece for each completion."""
         raise NotImplementedError
 
-    def begin(self, usage: Usage) -> Iterable[msgspec.Struct]:
+    def begin(self, usage: Usage) -> Iterable[Any]:
         return ()
 
-    def chunks(self, piece: Piece) -> Iterable[msgspec.Struct]:
+    def chunks(self, piece: Piece) -> Iterable[Any]:
         raise NotImplementedError
 
-    def end(self, usage: Usage) -> Iterable[msgspec.Struct]:
+    def end(self, usage: Usage) -> Iterable[Any]:
         return ()
 
-    def frame(self, chunk: msgspec.Struct) -> bytes:
+    def frame(self, chunk: Any) -> bytes:
         return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
     def error(self, error: ApiError) -> bytes:
@@ -48,6 +48,18 @@ class Writer:
 
     def comment(self, text: str) -> bytes:
         return f": {text}\n\n".encode()
+
+
+class EventWriter(Writer):
+    """Writes server-sent events that have their chunk's type as a name."""
+
+    last = b""
+
+    def frame(self, chunk: Any) -> bytes:
+        return b"event: " + chunk["type"].encode() + b"\n" + super().frame(chunk)
+
+    def error(self, error: ApiError) -> bytes:
+        return b"event: error\n" + super().error(error)
 
 
 def respond(body: GenerationRequest, writer: Writer, generation: Generation) -> ASGIApp:

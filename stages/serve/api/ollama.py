@@ -1,0 +1,186 @@
+"""Ollama's routes: POST /api/chat and /api/generate, GET /api/tags."""
+
+import datetime
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import jax
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from engine.counting.params import count_params
+from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
+from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
+from stages.serve.api.writer import Writer, json_reply, respond
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+
+
+class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`num_predict`: the most tokens, as many as fit if negative. A penalty is for tokens of the whole text."""
+
+    num_predict: Annotated[int, Meta(ge=-2, le=2**31 - 1)] | None = None
+    temperature: Annotated[float, in_range("temperature")] | None = None
+    top_k: Annotated[int, in_range("top_k")] | None = None
+    top_p: Annotated[float, in_range("top_p")] | None = None
+    min_p: Annotated[float, in_range("min_p")] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    repeat_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    stop: Stops | None = None
+    mirostat: Literal[0] | None = None
+    # What is a flag of this server, or has no meaning in it.
+    num_ctx: int | None = None
+    num_keep: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    num_thread: int | None = None
+    repeat_last_n: int | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+
+
+class OllamaRequest(GenerationRequest, kw_only=True):
+    """The fields of /api/chat and /api/generate."""
+
+    stream: bool = True
+    options: Options = msgspec.field(default_factory=Options)
+    format: Literal[""] | None = None
+    think: Literal[False] | None = None
+    logprobs: Literal[False] | None = None
+    keep_alive: float | str | None = None
+
+    async def respond(self, state: ServerState, http: Request, writer: Writer, prompts: Prompts) -> ASGIApp:
+        names = ("temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty")
+        options = {name: getattr(self.options, name) for name in names}
+        options["repetition_penalty"] = self.options.repeat_penalty
+        most, stop = self.options.num_predict, self.options.stop
+        if most == 0:
+            raise ApiError(
+                400, "num_predict must be at least 1, or negative for as many tokens as fit.", param="options.num_predict"
+            )
+        options["max_tokens"] = most if most and most > 0 else None
+        stops = [stop] if isinstance(stop, str) else stop or []
+        return respond(self, writer, await generate(state, http, prompts, options, stops=stops))
+
+
+class OllamaMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    thinking: str | None = None
+    images: EmptyList | None = None
+    tool_calls: EmptyList | None = None
+
+
+class OllamaChatRequest(OllamaRequest, kw_only=True):
+    """POST /api/chat."""
+
+    messages: Annotated[list[OllamaMessage], Meta(min_length=1, max_length=4096)]
+    tools: EmptyList | None = None
+
+
+class OllamaGenerateRequest(OllamaRequest, kw_only=True):
+    """POST /api/generate. With `raw` the prompt is continued, else it is a message of the user's."""
+
+    prompt: Annotated[str, Meta(min_length=1)]
+    system: str | None = None
+    raw: bool | None = None
+    suffix: Literal[""] | None = None
+    template: Literal[""] | None = None
+    images: EmptyList | None = None
+    context: EmptyList | None = None
+
+
+class OllamaReply(msgspec.Struct, kw_only=True):
+    """A whole reply, and one line of a stream. Durations are in nanoseconds, the prompt's from the request's arrival."""
+
+    model: str
+    created_at: datetime.datetime
+    message: dict[str, str] | UnsetType = UNSET
+    response: str | UnsetType = UNSET
+    done: bool = False
+    done_reason: Reason | UnsetType = UNSET
+    total_duration: int | UnsetType = UNSET
+    prompt_eval_count: int | UnsetType = UNSET
+    prompt_eval_duration: int | UnsetType = UNSET
+    eval_count: int | UnsetType = UNSET
+    eval_duration: int | UnsetType = UNSET
+
+
+class OllamaWriter(Writer):
+    """Writes the replies of /api/chat, or of /api/generate, a stream as a line of JSON for each piece."""
+
+    media, last = "application/x-ndjson", b""
+
+    def __init__(self, state: ServerState, is_chat: bool) -> None:
+        self._model, self._is_chat = state.name, is_chat
+        self._reason: Reason | None = None
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> OllamaReply:
+        self._reason = pieces[0].finish_reason
+        return self._reply(pieces[0].text, **self._end(usage))
+
+    def chunks(self, piece: Piece) -> Iterable[OllamaReply]:
+        self._reason = piece.finish_reason
+        return [self._reply(piece.text)] if piece.text else []
+
+    def end(self, usage: Usage) -> Iterable[OllamaReply]:
+        return [self._reply("", **self._end(usage))]
+
+    def frame(self, chunk: Any) -> bytes:
+        return msgspec.json.encode(chunk) + b"\n"
+
+    def error(self, error: ApiError) -> bytes:
+        return self.frame({"error": str(error)})
+
+    def comment(self, text: str) -> bytes:
+        return b""  # a line of JSON has none
+
+    def _reply(self, text: str, **end: Any) -> OllamaReply:
+        form = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"response": text}
+        return OllamaReply(model=self._model, created_at=datetime.datetime.now(datetime.UTC), **form, **end)
+
+    def _end(self, usage: Usage) -> dict[str, Any]:
+        first, total = (round(seconds * 1e9) for seconds in (usage.first_seconds, usage.seconds))
+        return {
+            "done": True, "done_reason": self._reason, "total_duration": total,
+            "prompt_eval_count": usage.prompt, "prompt_eval_duration": first, "eval_count": usage.completion,
+            "eval_duration": total - first,
+        }  # fmt: skip
+
+
+async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
+    """Writes the assistant's next turn."""
+    turns = [{"role": each.role, "content": each.content} for each in body.messages]
+    return await body.respond(state, http, OllamaWriter(state, True), chat_prompts(state, turns))
+
+
+async def generate_text(state: ServerState, http: Request, body: OllamaGenerateRequest) -> ASGIApp:
+    """Answers a prompt, or continues it."""
+
+    async def encode() -> list[list[int]]:
+        return await state.tokenizer.encode([body.prompt])
+
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    turns = [*system, {"role": "user", "content": body.prompt}]
+    prompts = Prompts("prompt", encode, state.stop_token_ids) if body.raw else chat_prompts(state, turns, field="prompt")
+    return await body.respond(state, http, OllamaWriter(state, False), prompts)
+
+
+class Tags(msgspec.Struct):
+    """The reply of GET /api/tags."""
+
+    models: list[dict[str, Any]]
+
+
+async def tags(state: ServerState, _: Request) -> Response:
+    engine, at = state.engine.engine, datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+    details = {"format": "thrice", "family": "llama", "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
+               "quantization_level": engine.config.weights or engine.cfg.dtype}  # fmt: skip
+    model = {"modified_at": at, "size": size, "digest": state.digest, "details": details}
+    return json_reply(Tags([{"name": name, "model": name, **model} for name in state.names]))

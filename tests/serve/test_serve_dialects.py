@@ -1,0 +1,203 @@
+"""Dialects beside OpenAI's completions, each through its own client's first example: only the address is another."""
+
+import json
+import random
+
+import anthropic
+import ollama
+import openai
+import pytest
+from fuzz import FIELDS, VALUES
+from tiny_server import TinyServer, good, refused, say
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
+
+
+@pytest.fixture(autouse=True)
+def named(tiny_server, monkeypatch):
+    """As `--name` names it, for examples whose model nobody changed; greedy, as answers are compared."""
+    monkeypatch.setattr(tiny_server.state, "names", ["tiny", CLAUDE, GEMMA, GPT])
+    monkeypatch.setattr(tiny_server.state, "sampling", tiny_server.state.sampling.__class__(temperature=0))
+
+
+@pytest.fixture
+def answer(client):
+    """The text that the chat route answers to HELLO, in at most so many tokens."""
+    return lambda most, **more: good(client.chat(most=most, **more))["choices"][0]["message"]["content"]
+
+
+@pytest.fixture
+def claude(tiny_server):
+    with anthropic.Anthropic(base_url=tiny_server.url, api_key="any") as client:
+        yield client
+
+
+@pytest.fixture
+def gpt(tiny_server):
+    with openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key="any") as client:
+        yield client
+
+
+@pytest.fixture
+def gemma(tiny_server):
+    return ollama.Client(host=tiny_server.url)
+
+
+def test_responses(gpt, answer):
+    response = gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=9)
+    assert response.output_text == answer(9)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.usage.output_tokens == 9
+    history = [*HELLO, *response.output, {"role": "user", "content": [{"type": "input_text", "text": "there"}]}]
+    longer = gpt.responses.create(model=GPT, instructions="Be brief.", input=history, max_output_tokens=3, store=False)
+    assert longer.usage.input_tokens > response.usage.total_tokens
+    assert (longer.instructions, longer.store) == ("Be brief.", False)
+
+
+def test_responses_streamed(gpt, answer):
+    text = answer(30)
+    with gpt.responses.stream(model=GPT, input=HELLO, max_output_tokens=30) as stream:
+        events = list(stream)
+        final = stream.get_final_response() if events[-1].type == "response.completed" else events[-1].response
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type.removeprefix("response.") for event in events if "delta" not in event.type] == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.done", "content_part.done",
+        "output_item.done", final.status,
+    ]  # fmt: skip
+    assert "".join(event.delta for event in events if event.type.endswith("delta")) == text == final.output_text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"store": True}, "store"), ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"), ({"background": True}, "background"),
+    ],
+)  # fmt: skip
+def test_a_response_to_what_is_not_sent(client, fields, param):
+    problem = refused(client.post("/v1/responses", json={"input": "Hello there"} | fields))
+    assert problem["param"] == param
+    assert "This server remembers nothing" in problem["message"]
+
+
+def test_messages(claude, answer):
+    message = claude.messages.create(model=CLAUDE, max_tokens=9, messages=HELLO)
+    assert (message.content[0].text, message.stop_reason) == (answer(9), "max_tokens")
+    assert message.usage.input_tokens + message.usage.cache_read_input_tokens > 0
+    stop = answer(9)[2:4]
+    stopped = claude.messages.create(model=CLAUDE, max_tokens=9, messages=HELLO, stop_sequences=[stop])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
+    blocks = [{"type": "text", "text": "Hello there", "cache_control": {"type": "ephemeral"}}]
+    again = claude.messages.create(model=CLAUDE, max_tokens=9, messages=[{"role": "user", "content": blocks}])
+    assert again.content == message.content
+    counted = claude.messages.count_tokens(model=CLAUDE, messages=HELLO)
+    assert counted.input_tokens == again.usage.input_tokens + again.usage.cache_read_input_tokens
+    system = claude.messages.create(model=CLAUDE, max_tokens=9, messages=HELLO, system="Be brief.")
+    assert system.usage.input_tokens + system.usage.cache_read_input_tokens > counted.input_tokens
+
+
+def test_messages_streamed(claude, answer):
+    with claude.messages.stream(model=CLAUDE, max_tokens=30, messages=HELLO) as stream:
+        text = "".join(stream.text_stream)
+        message = stream.get_final_message()
+    assert text == message.content[0].text == answer(30)
+    whole = claude.messages.create(model=CLAUDE, max_tokens=30, messages=HELLO)
+    assert (whole.content[0].text, whole.stop_reason) == (text, message.stop_reason)
+    assert whole.usage.output_tokens == message.usage.output_tokens
+    cut = [*HELLO, {"role": "assistant", "content": answer(4)}]
+    rest = claude.messages.create(model=CLAUDE, max_tokens=5, messages=cut).content[0].text
+    flags = {"add_generation_prompt": False, "continue_final_message": True}
+    assert rest == answer(5, **flags, messages=cut)
+
+
+def test_an_error_of_a_message_is_its_clients_own(claude, tiny_server):
+    with pytest.raises(anthropic.NotFoundError, match="There is no model"):
+        claude.messages.create(model="claude-none", max_tokens=9, messages=HELLO)
+    with pytest.raises(anthropic.BadRequestError, match="no tools") as caught:
+        claude.messages.create(model=CLAUDE, max_tokens=9, messages=HELLO, tools=[{"name": "f", "input_schema": {}}])
+    assert caught.value.body["error"]["type"] == "invalid_request_error"
+
+
+def test_a_key_in_anthropics_header():
+    with TinyServer(keys=("right",), warm=False) as server:
+        for name, key in (("x-api-key", "right"), ("authorization", "Bearer right")):
+            with server.client(headers={name: key}) as client:
+                assert client.get("/v1/models").status_code == 200
+        both = {"x-api-key": "right", "authorization": "Bearer wrong"}
+        for headers in ({"x-api-key": "wrong"}, {"x-api-key": ""}, both):
+            with server.client(headers=headers) as client:
+                refused(client.get("/v1/models"), 401)
+
+
+def test_ollama_chats_and_generates(gemma, answer):
+    options = {"num_predict": 9, "num_ctx": 64}
+    reply = gemma.chat(model=GEMMA, messages=HELLO, options=options)
+    assert (reply.message.content, reply.done, reply.done_reason) == (answer(9), True, "length")
+    assert reply.eval_count == 9
+    assert 0 < reply.prompt_eval_duration < reply.total_duration
+    parts = list(gemma.chat(model=f"{GEMMA}:latest", messages=HELLO, options=options, stream=True))
+    assert "".join(part.message.content for part in parts) == answer(9)
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert gemma.generate(model=GEMMA, prompt="Hello there", options=options).response == answer(9)
+    assert gemma.generate(model=GEMMA, prompt="Hello there", options={"num_predict": -1}).eval_count > 9
+
+
+def test_ollama_continues_a_raw_prompt(gemma, client):
+    reply = gemma.generate(model=GEMMA, prompt="Hello there", raw=True, options={"num_predict": 6})
+    assert reply.response == good(client.complete(most=6))["choices"][0]["text"]
+
+
+def test_ollama_lists_the_model(gemma):
+    models = gemma.list().models
+    assert [model.model for model in models] == ["tiny", CLAUDE, GEMMA, GPT]
+    assert models[0].size > 0
+
+
+def test_an_error_of_ollamas_is_a_sentence(gemma, client):
+    for fields, words in (({"model": "none"}, "There is no model"), ({"options": {"num_predict": 0}}, "num_predict")):
+        with pytest.raises(ollama.ResponseError, match=words) as caught:
+            gemma.chat(**{"model": GEMMA, "messages": HELLO} | fields)
+        assert isinstance(caught.value.error, str)
+    assert isinstance(client.get("/api/none").json()["error"], str)
+
+
+SOUND = {
+    "/v1/responses": {"input": HELLO, "max_output_tokens": 1},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 1, "system": "Be brief."},
+    "/v1/messages/count_tokens": {"messages": HELLO},
+    "/api/chat": {"messages": HELLO, "options": {"num_predict": 1}, "stream": False},
+    "/api/generate": {"prompt": "Hello there", "options": {"num_predict": 1}, "stream": False},
+}
+ODD = (*VALUES, [{"role": "user"}], [{"role": "user", "content": [{"type": "image", "source": {}}]}], {"num_predict": "a"})
+
+
+@pytest.mark.parametrize("path", SOUND)
+def test_odd_bodies_are_refused_in_a_sentence(client, path):
+    """Or answered, where the value stands for nothing."""
+    good(client.post(path, json=SOUND[path]))
+    rng, fields = random.Random(0), [*SOUND[path], *FIELDS, "think", "context", "include", "text", "truncation", "reasoning"]
+    for _ in range(120):
+        content = json.dumps(SOUND[path] | {rng.choice(fields): rng.choice(ODD)})
+        reply = client.post_bytes(path, content)
+        assert reply.status_code in (200, 400, 404), (content, reply.text)
+        error = reply.json().get("error") if reply.status_code > 200 else "none"
+        assert error if isinstance(error, str) else error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/api/chat"])
+def test_a_stream_that_fails_ends_with_an_error(client, tiny_server, monkeypatch, path):
+    step = tiny_server.engine.step
+    monkeypatch.setattr(tiny_server.engine, "step", lambda: [event._replace(finish_reason="error") for event in step()])
+    body = {"input": "Hello"} if "responses" in path else {"messages": HELLO} | ({"max_tokens": 5} if "v1" in path else {})
+    last = client.post(path, json=body | {"stream": True}).text.strip().split("\n")[-1]
+    assert "finite logits" in json.dumps(json.loads(last.removeprefix("data: ")))
+
+
+def test_every_dialect_counts_its_tokens_alike(client, gpt, claude, gemma):
+    count = len(client.tokens(messages=HELLO))
+    assert good(client.chat())["usage"]["prompt_tokens"] == count
+    assert gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=1).usage.input_tokens == count
+    assert claude.messages.count_tokens(model=CLAUDE, messages=HELLO).input_tokens == count
+    assert gemma.chat(model=GEMMA, messages=HELLO, options={"num_predict": 1}).prompt_eval_count == count
+    assert say()["messages"] == HELLO
