@@ -111,7 +111,7 @@ def test_models(ai):
     ("fields", "param"),
     [
         ({"temperature": 3}, "temperature"), ({"messages": []}, "messages"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g", "parameters": {}}}]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )  # fmt: skip

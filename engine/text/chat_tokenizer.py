@@ -2,10 +2,12 @@
 
 import collections
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,7 @@ CHATML, PLAIN = (
 )
 ROLES = ("system", "user", "assistant", "tool")
 PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private use: no character of any text
+COMPARED = ("role", "type")  # fields of messages and tools by which templates choose what to write
 
 
 class Example(NamedTuple):
@@ -62,14 +65,17 @@ class ChatTokenizer:
         """Ends the template's process; the next use starts another."""
         self.template.close()
 
-    def prompt(self, messages: Sequence[Message], answer: str = "") -> np.ndarray:
+    def prompt(
+        self, messages: Sequence[Message], answer: str = "", more: Mapping[str, Any] = MappingProxyType({})
+    ) -> np.ndarray:
         """Tokenizes a conversation and its generation prompt, the beginning of the assistant's next turn: (T,) int32.
 
-        With `answer`, the text that this turn has so far, whose tokens follow as if the model had just written them.
+        With `answer`, the text that this turn has so far, whose tokens follow as if the model had just written them. `more`:
+        what else the template reads, such as `tools`.
         Raises UserError as `check_messages` and `Template.render`.
         """
         check_messages(messages)
-        prompt = np.concatenate(self._pieces(*self._render(messages, prompt=True)))
+        prompt = np.concatenate(self._pieces(*self._render(messages, True, more)))
         if not answer:
             return prompt
         continued = len(prompt) > 0 and int(prompt[-1]) not in self.tokenizer.controls
@@ -112,11 +118,13 @@ class ChatTokenizer:
             tokens = [token for token, _ in run]
             yield "".join(controls[token].content for token in tokens) if named else self.tokenizer.decode(tokens), counts
 
-    def _render(self, messages: Sequence[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
+    def _render(
+        self, messages: Sequence[Message], prompt: bool = False, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
         """Returns the text, the (start, stop) of the assistant's turns in it, and the marks as `_mask_controls` does."""
-        messages, marks = self._mask_controls(messages)
+        (messages, more), marks = self._mask_controls((messages, more))
         jobs = [job for index in _answers(messages) for job in ((messages[:index], True), (messages[: index + 1], False))]
-        texts = self.template.render([*jobs, (messages, True)] if prompt else jobs)
+        texts = self.template.render([*jobs, (messages, True)] if prompt else jobs, more)
         text, end = texts[-1], 0
         turns: list[tuple[int, int]] = []
         for before, after in itertools.batched(texts[: len(jobs)], 2):
@@ -170,22 +178,30 @@ class ChatTokenizer:
     def _name(self, match: str) -> str:
         return match if match in self._ids else match.strip()
 
-    def _mask_controls(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """Replaces one character of every control token in a message, whole or cut off by its edge, by one of private use.
+    def _mask_controls(self, values: Any) -> tuple[Any, dict[str, str]]:
+        """Replaces one character of every control token in a text of the values, whole or cut off by its edge, by one of
+        private use.
 
-        Returns the messages, and the character that each mark stands for. The template handles the text as any other (trims
+        Returns the values, and the character that each mark stands for. The template handles the text as any other (trims
         it, looks into it) and makes no control token of it; then the characters are put back.
         """
-        texts = [self.source, *(message["content"] for message in messages)]
-        unused = (mark for mark in map(chr, PRIVATE) if not any(mark in text for text in texts))
+        whole = self.source + json.dumps(values, ensure_ascii=False, default=dict)
+        unused = (mark for mark in map(chr, PRIVATE) if mark not in whole)
         marks: dict[str, str] = collections.defaultdict(lambda: next(unused))
-        masked = []
-        for message in messages:
-            text = list(message["content"])
-            for at in {*self._places(message["content"])}:
+
+        def mask(value: Any, name: str = "") -> Any:
+            if isinstance(value, Mapping):
+                return {mask(key): mask(inner, key) for key, inner in value.items()}
+            if isinstance(value, list | tuple):
+                return [mask(inner) for inner in value]
+            if not isinstance(value, str) or (name in COMPARED and value.isidentifier()):
+                return value
+            text = list(value)
+            for at in {*self._places(value)}:
                 text[at] = marks[text[at]]
-            masked.append({**message, "content": "".join(text)})
-        return masked, {mark: original for original, mark in marks.items()}
+            return "".join(text)
+
+        return mask(values), {mark: original for original, mark in marks.items()}
 
     def _places(self, text: str) -> Iterator[int]:
         """Yields where to break a control token, or a part that text before or after could complete to one."""

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import UserError
@@ -23,7 +24,7 @@ BATCH = 32  # renderings in one request
 MAX_REPLY_BYTES = 8_000_000  # a rendering's reply, everything escaped
 FIXED_DAY = "2026-01-01T00:00:00"  # that templates print: the same tokens every day
 
-Message = Mapping[str, str]  # role: system, user, assistant or tool; content: text
+Message = Mapping[str, Any]  # role: system, user, assistant or tool; content: text; what else a template reads: tool_calls
 
 
 def read_template(path: Path | None) -> str | None:
@@ -48,12 +49,14 @@ class Template:
         self.process: TemplateProcess | None = None
         self._lock = threading.Lock()
 
-    def render(self, jobs: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+    def render(
+        self, jobs: Sequence[tuple[Sequence[Message], bool]], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[str]:
         """Renders each (messages, prompt) as text; `prompt` adds the generation prompt, the start of the assistant's turn.
 
-        Several in one call are quicker: most of the time is the way there and back. Raises InvalidConversation when the
-        template refuses the messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory and
-        output.
+        `more`: variables of these jobs, such as tools. Several in one call are quicker: most of the time is the way there and
+        back. Raises InvalidConversation when the template refuses the messages, UserError when it cannot be compiled, fails, or
+        exceeds its limits of time, memory and output.
         """
         texts: list[str] = []
         with self._lock:
@@ -62,7 +65,7 @@ class Template:
                     self.process = TemplateProcess(self._start)
                     weakref.finalize(self, self.process.end)
                 try:
-                    self.process.send([([*map(dict, messages)], prompt) for messages, prompt in part])
+                    self.process.send([[([*map(dict, messages)], prompt) for messages, prompt in part], dict(more)])
                     reply = self.process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
                 except BaseException:
                     self.close()  # a late reply would be taken for the next one

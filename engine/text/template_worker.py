@@ -53,8 +53,8 @@ def forbid_system_access() -> None:
     sys.addaudithook(watch)
 
 
-def compile_template(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool], str]:
-    """Compiles the template to a function of (messages, prompt)."""
+def compile_template(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool, dict], str]:
+    """Compiles the template to a function of (messages, prompt, further variables)."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
@@ -79,9 +79,9 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.fromisoformat(now).strftime)
     template = environment.from_string(source)
 
-    def render(messages: list, prompt: bool) -> str:
+    def render(messages: list, prompt: bool, more: dict) -> str:
         inputs = {"messages": messages, "add_generation_prompt": prompt}
-        context = template.new_context({"tools": None, "documents": None, **variables, **inputs})
+        context = template.new_context({"tools": None, "documents": None, **variables, **more, **inputs})
         parts, size = [], 0
         for part in template.root_render_func(context):
             size += len(part.encode("utf-8", "surrogatepass"))
@@ -122,21 +122,21 @@ def main() -> None:
     sys.path[:] = start.pop("path")
     import jinja2.sandbox  # noqa: F401  before the limits: imports open files and take time
 
-    templates: list[Callable[[list, bool], str]] = []
+    templates: list[Callable[[list, bool, dict], str]] = []
 
     def prepare() -> dict[str, Any]:
         templates.append(compile_template(**start))
         return {}
 
-    def render(jobs: list) -> dict[str, Any]:
-        return {"texts": [templates[0](*job) for job in jobs]}
+    def render(jobs: list, more: dict) -> dict[str, Any]:
+        return {"texts": [templates[0](messages, prompt, more) for messages, prompt in jobs]}
 
     reply(dict)
     limit_resources()
     reply(prepare)
     forbid_system_access()
     for line in sys.stdin:
-        reply(render, json.loads(line))
+        reply(render, *json.loads(line))
 
 
 if __name__ == "__main__":

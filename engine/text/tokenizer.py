@@ -95,12 +95,12 @@ class CompletionText:
             end, _, self.stopped = min(matches)
             self._uncertain = ""
             return text[: end - len(self.stopped)]
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        certain = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
         self._uncertain = text[certain:]
         return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Returns how many characters at a text's end may begin a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 

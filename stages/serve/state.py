@@ -24,7 +24,7 @@ from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
 STUCK_SECONDS = 4.0  # without a tick until the engine is stuck; 503 is promised within 5
-LIBRARIES = ("thrice", "jaxlib", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
+LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 

@@ -6,13 +6,16 @@ event loop goes on meanwhile.
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from engine.errors import UserError
 from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
+from stages.serve.tools import Turn, tool_format
 
 SHORT_CHARACTERS = 16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
 COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
@@ -24,6 +27,7 @@ class TokenizerPool:
     def __init__(self, chat: ChatTokenizer, capacity: int) -> None:
         self.tokenizer, self._chat, self._capacity = chat.tokenizer, chat, capacity
         self.eot_ids = frozenset(chat.eot_ids)
+        self.tool_format, self.knows_tools = tool_format(chat.source)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = (ThreadPoolExecutor(1, thread_name_prefix="tokenize") for _ in range(2))
 
@@ -41,20 +45,24 @@ class TokenizerPool:
 
         return await self._run(sum(map(len, texts)), "prompt", encode)
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]], answer: str = "") -> list[int]:
-        """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there. Raises ApiError."""
+    async def encode_chat(self, messages: Sequence[Turn], answer: str = "", more: Mapping[str, Any] | None = None) -> list[int]:
+        """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there.
+
+        `more`: what else the template reads. Raises ApiError.
+        """
         if answer and self.strips_space:
             answer = f" {answer}"
         # The template runs once, and twice more for each answer in the conversation.
         turns = 1 + sum(message["role"] == "assistant" for message in messages)
-        size = turns * sum(len(message["content"]) for message in messages) + len(answer)
+        others = len(json.dumps([more, [message.get("tool_calls") for message in messages]]))
+        size = turns * (sum(len(message["content"]) for message in messages) + others) + len(answer)
 
         def encode(chat: ChatTokenizer) -> list[int]:
             if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, self._capacity, "messages")
-            return chat.prompt(messages, answer).tolist()
+            return chat.prompt(messages, answer, more or {}).tolist()
 
         return await self._run(size, "messages", encode)
 

@@ -18,12 +18,12 @@ SLOTS, QUEUE, CAPACITY = 3, 4, 150
 
 
 @functools.cache
-def tiny_model() -> Any:
+def tiny_model(context: int = CAPACITY) -> Any:
     """As `load_model` gives it: ChatML's control tokens, 334 tokens in all."""
     from engine.storage.model_loader import LoadedModel
 
     tokenizer = chat_tokenizer()
-    cfg = tiny_config(vocab=tokenizer.vocab)
+    cfg = tiny_config(vocab=tokenizer.vocab, context=context)
     return LoadedModel("tiny", cfg, lively_params(cfg), tokenizer, (tokenizer.eos_id,), Path("tiny"))
 
 
@@ -31,8 +31,9 @@ class TinyServer:
     """Listens while its block lasts. `state` is what its routes share, `url` where they are."""
 
     def __init__(
-        self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off"
-    ) -> None:
+        self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off",
+        context: int = CAPACITY,
+    ) -> None:  # fmt: skip
         from engine.inference import decode
         from engine.inference.config import EngineConfig
         from engine.inference.engine import Engine
@@ -42,9 +43,9 @@ class TinyServer:
         from stages.serve.state import ServerState
 
         self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
-        self.model = model = tiny_model()
+        self.model = model = tiny_model(context)
         params = decode.prepare_params(model.cfg, model.params)
-        config = EngineConfig(SLOTS, CAPACITY, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32)
+        config = EngineConfig(SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32)
         self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
         self.state = ServerState(["tiny"], model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)

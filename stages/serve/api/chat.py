@@ -1,5 +1,6 @@
 """POST /v1/chat/completions, OpenAI's: answers a conversation."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from stages.serve.errors import ApiError
 from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
+from stages.serve.tools import NO_TOOLS, Tool, ToolUse, Turn
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -26,24 +28,84 @@ class TextPart(msgspec.Struct, forbid_unknown_fields=True):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
+
+
+class FunctionCall(msgspec.Struct):
+    """A call's function, and its arguments as JSON. Without a name: the next part of them."""
+
+    name: str | UnsetType
+    arguments: str
+
+
+class MessageCall(msgspec.Struct, kw_only=True):
+    """A call of a tool, in a message or, with its `index`, in a stream."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = "function"
+    function: FunctionCall
+
+    @property
+    def turn(self) -> Turn:
+        """The call as templates read it: its arguments are an object, or what else a model wrote."""
+        arguments: Any = self.function.arguments
+        with contextlib.suppress(msgspec.DecodeError):
+            arguments = msgspec.json.decode(arguments)
+        return {"id": self.id or "", "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A function that the model may call. `strict`: what of the schema cannot be enforced is refused, not ignored."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolField(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    type: Literal["function"]
+    function: Function
+    cache_control: dict[str, Any] | None = None
+
+
+class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, forbid_unknown_fields=True):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A message of a conversation. Fields of an earlier reply other than its text must be empty."""
+    """A message of a conversation. An assistant's that calls tools needs no content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
-    name: Literal[""] | None = None
+    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)] | None = None
+    name: str | None = None
     refusal: Literal[""] | None = None
     annotations: EmptyList | None = None
-    tool_calls: EmptyList | None = None
+    tool_calls: Annotated[list[MessageCall], Meta(max_length=128)] | None = None
     tool_call_id: str | None = None
+    cache_control: dict[str, Any] | None = None
+    parsed: Any = None  # by OpenAI's client, which sends it back
     function_call: None = None
     audio: None = None
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def turn(self) -> Turn:
+        """The message as templates read it; the role `developer` becomes `system`."""
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ApiError(400, "messages[...].content: only an assistant's message with tool_calls may have none.",
+                           param="messages[...].content")  # fmt: skip
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        calls = {"tool_calls": [call.turn for call in self.tool_calls]} if self.tool_calls else {}
+        named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name))}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **calls, **named}
 
 
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
@@ -76,8 +138,9 @@ class ChatRequest(CompletionFields, kw_only=True):
     top_logprobs: LogProbs | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
-    tools: EmptyList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -88,6 +151,29 @@ class ChatRequest(CompletionFields, kw_only=True):
     service_tier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """The tools, and whether they are to be called. Raises ApiError."""
+        tools = []
+        for each in self.tools or ():
+            function = each.function
+            parameters = {"type": "object", "properties": {}, **(function.parameters or {})}
+            if parameters["type"] != "object":
+                message = f"tools: the parameters of {function.name} must be an object."
+                raise ApiError(400, message, param="tools[...].function.parameters")
+            tools.append(Tool(function.name, function.description or "", parameters, function.strict is True))
+        named = isinstance(self.tool_choice, NamedTool)
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice or "auto"
+        if (named and choice not in {tool.name for tool in tools}) or (choice == "required" and not tools):
+            raise ApiError(
+                400,
+                f"tool_choice: there is no tool {choice!r:.80} in tools."
+                if named
+                else "tool_choice is required, and tools has none.",
+                param="tool_choice",
+            )
+        return ToolUse(tools, choice, self.parallel_tool_calls is not False)
 
     @property
     def grammars(self) -> list[Grammar]:
@@ -125,9 +211,10 @@ class ChatLogProbs(msgspec.Struct):
 
 
 class ReplyMessage(msgspec.Struct):
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[MessageCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -148,6 +235,7 @@ class Delta(msgspec.Struct):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[MessageCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -175,7 +263,8 @@ class ChatWriter(ChoicesWriter):
         self._wants_logprobs, self._n = body.logprobs, body.n or 1
 
     def choice(self, piece: Piece) -> ChatChoice:
-        message = ReplyMessage(piece.text)
+        calls = [MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls]
+        message = ReplyMessage(piece.text or (None if calls else ""), tool_calls=calls or UNSET)
         return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))  # type: ignore[arg-type]
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
@@ -185,6 +274,11 @@ class ChatWriter(ChoicesWriter):
         if piece.text or piece.logprobs:
             delta = Delta(content=piece.text) if piece.text else Delta()
             yield self.chunk(ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece)))
+        for call in piece.calls:
+            begins = {"id": call.id, "type": "function"} if call.id else {"id": UNSET, "type": UNSET}
+            function = FunctionCall(call.name or UNSET, call.arguments)
+            delta = Delta(tool_calls=[MessageCall(index=call.number, function=function, **begins)])
+            yield self.chunk(ChatChunkChoice(piece.choice, delta))
         if piece.finish_reason:
             yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
 
@@ -197,34 +291,40 @@ class ChatWriter(ChoicesWriter):
         return TokenLogProb(*shown(logprob.token, logprob.logprob), top)
 
 
-def conversation(state: ServerState, messages: list[Message], *, begins: bool | None, goes_on: bool | None) -> Prompts:
-    """Returns the prompt of messages, of which the role `developer` becomes `system`.
+def conversation(
+    state: ServerState, messages: list[Message], *, begins: bool | None, goes_on: bool | None, tools: ToolUse = NO_TOOLS,
+    variables: dict[str, Any] | None = None,
+) -> Prompts:  # fmt: skip
+    """Returns the prompt of messages; `tools` and `variables` as of `chat_prompts`.
 
     It goes up to the assistant's next turn, which `begins`, or to the end of its last one if that `goes_on`: vLLM's
     add_generation_prompt and continue_final_message. Raises ApiError.
     """
-    turns = [{"role": "system" if each.role == "developer" else each.role, "content": each.text} for each in messages]
+    turns = [message.turn for message in messages]
     if (goes_on is True) == (begins is not False):
         message = "add_generation_prompt must be false with continue_final_message true, and true without."
         raise ApiError(400, message, param="add_generation_prompt")
     if not goes_on:
-        return chat_prompts(state, turns)
+        return chat_prompts(state, turns, tools=tools, variables=variables)
     answer = turns.pop()
     if answer["role"] != "assistant" or not turns:
         message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
         raise ApiError(400, message, param="messages")
-    return chat_prompts(state, turns, answer["content"])
+    return chat_prompts(state, turns, answer["content"], variables=variables)
 
 
 async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequest) -> ASGIApp:
     """Writes the assistant's next turn, `n` times."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        message = "max_completion_tokens is sent beside max_tokens, its older name: send only one of them."
+    if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
+        message = "max_completion_tokens is sent beside max_tokens, its older name, with another value."
         raise ApiError(400, message, param="max_completion_tokens")
     writer = ChatWriter(state, body)
-    prompts = conversation(state, body.messages, begins=body.add_generation_prompt, goes_on=body.continue_final_message)
+    prompts = conversation(
+        state, body.messages, begins=body.add_generation_prompt, goes_on=body.continue_final_message, tools=body.tool_use,
+        variables=body.chat_template_kwargs,
+    )  # fmt: skip
     generation = await body.generate(
         state, http, prompts, max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

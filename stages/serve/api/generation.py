@@ -21,18 +21,20 @@ from stages.serve.errors import ApiError, ClientGone
 from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
+from stages.serve.tools import NO_TOOLS, CallParser, ToolCall, ToolUse, Turn, describe_tools, join_calls
 
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 WAIT_SECONDS = 0.5  # between looks at what a request waits for
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
 
 
 class Prompts(NamedTuple):
     """The prompts of one request, in `field` of its body: `encode` returns the tokens of each.
 
     Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
+    `tools`: those that a completion may call.
     """
 
     field: str
@@ -40,12 +42,13 @@ class Prompts(NamedTuple):
     stop_token_ids: frozenset[int]
     number: int = 1
     strips_space: bool = False
+    tools: ToolUse = NO_TOOLS
 
 
 class Piece(NamedTuple):
     """New text of choice number `choice`, its log-probabilities, and why the choice ended, or None.
 
-    `stop`: the stop string that ended it.
+    `stop`: the stop string that ended it. `calls` of tools, or their next parts, are none of the text.
     """
 
     choice: int
@@ -53,6 +56,7 @@ class Piece(NamedTuple):
     logprobs: Sequence[LogProb]
     finish_reason: Reason | None
     stop: str | None = None
+    calls: Sequence[ToolCall] = ()
 
 
 class Usage(NamedTuple):
@@ -79,6 +83,7 @@ class Choice:
     request: Request
     completion: CompletionText
     strips_space: bool
+    parser: CallParser | None
     first_token: float = 0.0
     cached: int = 0
     end: str = "abort"
@@ -93,12 +98,15 @@ class Generation:
 
     def __init__(
         self, state: ServerState, requests: Sequence[Request], priority: int, stops: Sequence[str], repeats: int,
-        arrived: float, strips_space: bool,
+        arrived: float, prompts: Prompts,
     ) -> None:  # fmt: skip
         self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
-        self._choices = [Choice(index, request, completion(), strips_space) for index, request in enumerate(requests)]
+        parser = lambda: CallParser(state.tokenizer.tool_format) if prompts.tools.offered else None
+        self._choices = [
+            Choice(index, request, completion(), prompts.strips_space, parser()) for index, request in enumerate(requests)
+        ]
         self._unfinished = {
             choice: state.engine.submit(choice.request, priority, functools.partial(self._receive, choice))
             for choice in self._choices
@@ -145,10 +153,11 @@ class Generation:
         async for piece in self.pieces():
             if isinstance(piece, Piece):
                 parts[piece.choice].append(piece)
-        return [
-            own[-1]._replace(text="".join(part.text for part in own), logprobs=[each for part in own for each in part.logprobs])
-            for own in parts
-        ]
+        together = lambda own: own[-1]._replace(
+            text="".join(part.text for part in own), logprobs=[each for part in own for each in part.logprobs],
+            calls=join_calls(call for part in own for call in part.calls),
+        )  # fmt: skip
+        return list(map(together, parts))
 
     @contextlib.asynccontextmanager
     async def watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
@@ -222,17 +231,30 @@ class Generation:
                 self._state.admission.record(seconds)
         if choice.strips_space and text:
             text, choice.strips_space = text.removeprefix(" "), False
-        return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason, completion.stopped)
+        calls: Sequence[ToolCall] = ()
+        if choice.parser:
+            text, calls = choice.parser.push(text, bool(reason))
+            reason = "tool_calls" if reason == "stop" and choice.parser.calls else reason
+        return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason, completion.stopped, calls)
 
 
-def chat_prompts(state: ServerState, turns: Sequence[dict[str, str]], answer: str = "", field: str = "messages") -> Prompts:
-    """Returns the prompt of a conversation, of whose next turn, the assistant's, `answer` is there."""
+def chat_prompts(
+    state: ServerState, turns: Sequence[Turn], answer: str = "", field: str = "messages", tools: ToolUse = NO_TOOLS,
+    variables: Mapping[str, Any] | None = None,
+) -> Prompts:  # fmt: skip
+    """Returns the prompt of a conversation, of whose next turn, the assistant's, `answer` is there.
+
+    `variables`: what else the template reads.
+    """
+    more = {**(variables or {}), "tools": [tool.definition for tool in tools.offered] or None}
+    if not state.tokenizer.knows_tools:
+        turns = describe_tools(turns, tools.offered)
 
     async def encode() -> list[list[int]]:
-        return [await state.tokenizer.encode_chat(turns, answer)]
+        return [await state.tokenizer.encode_chat(turns, answer, more)]
 
     ends = state.stop_token_ids | state.tokenizer.eot_ids
-    return Prompts(field, encode, ends, strips_space=state.tokenizer.strips_space and not answer)
+    return Prompts(field, encode, ends, strips_space=state.tokenizer.strips_space and not answer, tools=tools)
 
 
 def check_ready(state: ServerState, http: HttpRequest) -> None:
@@ -272,7 +294,8 @@ async def generate(
         raise ApiError(400, message, param=grammars[1].field)
     priority = state.admission.reserve(_sender(http, choices), time.monotonic())
     try:
-        constraint = await state.grammars.compile(grammars[0]) if grammars else None
+        grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammars[0] if grammars else None)
+        constraint = await state.grammars.compile(grammar) if grammar else None
         requests: list[Request] = []
         for prompt in await prompts.encode():
             room = capacity - len(prompt)
@@ -282,7 +305,7 @@ async def generate(
             rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
             requests += [Request(tuple(prompt), row, http.state.namespace, constraint) for row in rows]
             check_request(requests[-1], state.engine.cfg.vocab, capacity)
-        generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts.strips_space)
+        generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts)
         http.state.generation = generation
         return generation
     except BaseException as error:

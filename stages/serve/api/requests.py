@@ -45,14 +45,13 @@ EmptyList = Annotated[list[None], Meta(max_length=0)]
 # Why this server does not grant a field.
 UNSUPPORTED = {
     **dict.fromkeys(
-        ("tools", "tool_choice", "tool_calls", "functions", "function_call"),
-        "The model is given no tools here",
+        ("functions", "function_call"),
+        "Functions are called tools now: send tools and tool_choice",
     ),
     **dict.fromkeys(("modalities", "audio"), "Answers are text"),
     "echo": "The prompt is not repeated in the completion here",
     "suffix": "Text is only continued at its end here",
     "best_of": "Every completion made is returned here; use n",
-    "name": "The names of speakers are not given to the model",
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
     "web_search_options": "There is no search here",
     **dict.fromkeys(
@@ -68,7 +67,7 @@ UNSUPPORTED = {
 # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls", "reasoning_effort", "verbosity", "reasoning", "cache_control", "keep_alive",
+    "prediction", "reasoning_effort", "verbosity", "reasoning", "cache_control", "keep_alive",
 )  # fmt: skip
 
 

@@ -1,0 +1,226 @@
+"""Tools: their definitions in a prompt, the grammar of calls to them, and the calls in the text of a completion.
+
+A model calls a tool as its chat template shows it: between `<tool_call>` and `</tool_call>` (Hermes, Qwen), or with an answer
+that is one JSON object (Llama 3). A template that knows no tools gets Hermes' own description of them as a system message.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from engine.inference.constraints import json_rule
+from engine.text.tokenizer import overlap
+from stages.serve.grammars import Grammar
+
+Turn = dict[str, Any]  # a message as templates read it
+
+# After Hermes 2 Pro (Teknium et al. 2024), as Qwen 2.5's template has it.
+PREAMBLE = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+class Tool(NamedTuple):
+    """A function that the model may call. `parameters`: JSON Schema; `strict`: all of it is enforced or refused."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    strict: bool = False
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The tool as templates read it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
+
+
+class ToolCall(NamedTuple):
+    """A call in a completion, or the next part of its arguments: then `id` and `name` are empty."""
+
+    number: int
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolFormat(NamedTuple):
+    """How a model writes a call: `begin` {"name": ..., `key`: ...} `end`. Without a `begin` it is all of an answer."""
+
+    begin: str
+    key: str
+    end: str
+
+    def opening(self, name: str) -> str:
+        """What comes before the arguments."""
+        return f'{self.begin}{{"name": {json.dumps(name)}, "{self.key}": '
+
+    def call(self, name: str, arguments: str) -> str:
+        return f"{self.opening(name)}{arguments}}}{self.end}"
+
+
+HERMES = ToolFormat("<tool_call>\n", "arguments", "\n</tool_call>")
+
+
+def tool_format(template: str) -> tuple[ToolFormat, bool]:
+    """Returns the format in which a chat template shows calls, and whether the template knows tools at all."""
+    if not re.search(r"\btools\b", template):
+        return HERMES, False
+    if "<tool_call>" in template:
+        return HERMES, True
+    return ToolFormat("", "parameters" if '"parameters"' in template else "arguments", ""), True
+
+
+class ToolUse(NamedTuple):
+    """The tools of a request. `choice`: auto, none, required, or the name of the tool that is to be called."""
+
+    tools: Sequence[Tool] = ()
+    choice: str = "auto"
+    parallel: bool = True
+
+    @property
+    def offered(self) -> Sequence[Tool]:
+        return () if self.choice == "none" else self.tools
+
+    def grammar(self, form: ToolFormat, answer: Grammar | None) -> Grammar | None:
+        """Returns the grammar of calls and text, or of an answer that has a grammar of its own."""
+        if not self.offered:
+            return answer
+        tools = [tool for tool in self.tools if self.choice in ("auto", "required", tool.name)]
+        several = self.parallel and self.choice in ("auto", "required") and bool(form.begin)
+        text = None if self.choice != "auto" else answer.make if answer else lambda: ""
+        return Grammar("tools", lambda: tool_grammar(form, tools, several, text and text()))
+
+
+NO_TOOLS = ToolUse()
+
+
+def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
+    """Returns each call with all its arguments."""
+    calls: list[ToolCall] = []
+    for part in parts:
+        if part.id:
+            calls.append(part)
+        else:
+            calls[-1] = calls[-1]._replace(arguments=calls[-1].arguments + part.arguments)
+    return calls
+
+
+def tool_grammar(form: ToolFormat, tools: Sequence[Tool], several: bool, text: str | None) -> str:
+    """Returns the grammar of an answer that calls a tool, or `several`.
+
+    In place of a call there may be text: None for no text, "" for any, or the grammar `start: ...` of one rule. Raises
+    UserError for parameters that cannot be enforced.
+    """
+    end = json.dumps("}" + form.end)
+    # Where an answer may be JSON too, both are read in the same parts.
+    parts = lambda name: [form.opening(name)] if form.begin else ["{", '"name"', ": ", f'"{name}"', ", ", f'"{form.key}"', ": "]
+    opening = lambda tool: " ".join(map(json.dumps, parts(tool.name)))
+    calls = [f"{opening(tool)} {json_rule(dict(tool.parameters), not tool.strict)} {end}" for tool in tools]
+    if text == "" and form.begin:  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
+        mark = form.begin.strip()
+        rest = " | ".join(call.replace(json.dumps(mark)[:-1], '"', 1) for call in calls)
+        start = "(mark call)* text" if several else "mark call | text"
+        return f"start: {start}\nmark[lazy]: TEXT {json.dumps(mark)}\ntext: TEXT\nTEXT: /(?s:.*)/\ncall: {rest}"
+    start = 'call ("\\n" call)*' if several else "call"
+    other = "" if text is None else " | text"
+    rule = "" if text is None else f"\ntext: {text.removeprefix('start: ')}" if text else "\ntext: | /[^\\{](?s:.*)/"
+    return f"start: {start}{other}\ncall: {' | '.join(calls)}{rule}"
+
+
+def describe_tools(turns: Iterable[Turn], tools: Sequence[Tool]) -> list[Turn]:
+    """Returns turns for a template that knows no tools: described in the system message, calls and results as text."""
+    described: list[Turn] = []
+    has_calls = False
+    for turn in turns:
+        has_calls = has_calls or "tool_calls" in turn
+        if turn["role"] == "tool" and has_calls:
+            text = f"<tool_response>\n{turn['content']}\n</tool_response>"
+            if described and described[-1]["role"] == "user" and described[-1]["content"].endswith("</tool_response>"):
+                described[-1]["content"] += f"\n{text}"
+            else:
+                described.append({"role": "user", "content": text})
+            continue
+        functions = [call["function"] for call in turn.get("tool_calls", ())]
+        calls = [HERMES.call(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions]
+        described.append({**turn, "content": "\n".join(filter(None, (turn["content"], *calls)))})
+    if tools:
+        lines = "\n".join(json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
+        preamble = PREAMBLE.format(tools=lines)
+        if described and described[0]["role"] == "system":
+            described[0]["content"] += f"\n\n{preamble}"
+        else:
+            described.insert(0, {"role": "system", "content": preamble})
+    return described
+
+
+class CallParser:
+    """Takes the calls out of a completion's text as it comes."""
+
+    def __init__(self, form: ToolFormat) -> None:
+        self._form, self._mark = form, form.begin + '{"name": "'
+        self._head = re.compile(re.escape(form.begin) + r'\{"name": "([^"]*)", "' + form.key + '": ')
+        self._text, self._begun, self._after_call, self.calls = "", False, False, 0
+        self._depth = self._tail = 0  # open brackets of the arguments; characters still to come behind them
+        self._in_arguments = self._in_string = self._escaped = False
+
+    def push(self, text: str, last: bool) -> tuple[str, list[ToolCall]]:
+        """Returns what becomes certain to be text, and the calls. `last`: no more text comes."""
+        self._text += text
+        content, calls = "", list[ToolCall]()
+        while self._text:
+            if self._in_arguments:
+                part = self._take(self._end_of_arguments())
+                calls.append(ToolCall(self.calls - 1, "", "", part))
+            elif self._tail:
+                self._tail -= len(self._take(self._tail))
+            elif head := self._head.match(self._text):
+                self._take(head.end())
+                self.calls, self._in_arguments, self._begun = self.calls + 1, True, True
+                calls.append(ToolCall(self.calls - 1, f"call_{uuid.uuid4().hex[:24]}", head[1], ""))
+            elif part := self._take(self._certain(last)):
+                part = part.lstrip() if self._after_call else part  # line ends between calls are no text
+                content, self._begun, self._after_call = content + part, True, self._after_call and not part
+            else:
+                break
+        return content, calls
+
+    def _take(self, size: int) -> str:
+        taken, self._text = self._text[:size], self._text[size:]
+        return taken
+
+    def _certain(self, last: bool) -> int:
+        """Returns how much of the text belongs to no call: up to where one begins, or may begin."""
+        text, mark = self._text, self._mark
+        if last or (self._begun and not self._form.begin):
+            return len(text)
+        if not self._form.begin:
+            return 0 if mark.startswith(text[: len(mark)]) else len(text)
+        at = text.find(mark)
+        return at if at >= 0 else len(text) - overlap(text, mark)
+
+    def _end_of_arguments(self) -> int:
+        """Returns how much of the text belongs to the arguments, a JSON object."""
+        for at, letter in enumerate(self._text):
+            if self._in_string:
+                self._in_string = self._escaped or letter != '"'
+                self._escaped = letter == "\\" and not self._escaped
+                continue
+            self._in_string = letter == '"'
+            self._depth += (letter in "{[") - (letter in "}]")
+            if not self._depth:
+                self._in_arguments, self._tail, self._after_call = False, len("}" + self._form.end), True
+                return at + 1
+        return len(self._text)

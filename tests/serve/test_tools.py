@@ -1,0 +1,208 @@
+"""Tools: told to the model by its template, called as its choice says, with arguments that satisfy their schema."""
+
+import json
+import random
+from typing import Any, Literal
+
+import jsonschema_rs
+import openai
+import pydantic
+import pytest
+from chat_models import chat_tokenizer, save_chat_model
+from started import Started
+from tiny_server import TinyServer, events, good, refused, say, until
+
+from engine.text.chat_tokenizer import ChatTokenizer
+from stages.serve.tools import HERMES, CallParser, Tool, ToolFormat, describe_tools, join_calls, tool_format
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 30]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "description": "Tells it.", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "wait"}, "cache_control": {"type": "ephemeral"}},
+]
+LLAMA = ToolFormat("", "parameters", "")
+# How Qwen 2.5's template tells of tools and calls, in short.
+QWEN = """{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Call with <tool_call>.<|im_end|>
+{% endif %}{% for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}!{% endif %}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TinyServer(context=1536) as server, server.client() as client:
+        assert until(lambda: server.state.engine.has_long_programs, 300)
+        yield client
+        assert server.state.engine.compiles_after_ready == 0
+
+
+def check(calls):
+    for call in calls:
+        assert call["type"] == "function"
+        assert call["id"].startswith("call_")
+        if call["function"]["name"] == "get_weather":
+            jsonschema_rs.validate(PARAMETERS, json.loads(call["function"]["arguments"]))
+        else:
+            assert call["function"]["name"] == "wait"
+            assert json.loads(call["function"]["arguments"]) == {}
+
+
+def joined(text):
+    """The message that the chunks of a stream make, and why it ended."""
+    content, calls, reason = "", [], None
+    for chunk in events(text):
+        (choice,) = chunk["choices"]
+        content, reason = content + choice["delta"].get("content", ""), choice["finish_reason"] or reason
+        for part in choice["delta"].get("tool_calls", ()):
+            if "id" in part:
+                calls.append(part)
+            else:
+                calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    return content, calls, reason
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, "auto"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):
+    body = say("Go", 90, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, temperature=1.0, seed=4)
+    if choice == "auto":  # a model without sense is led to begin a call
+        body |= {"logit_bias": {str(token): 9 for token in chat_tokenizer().encode("<tool_call>").tolist()}}
+    (whole,) = good(client.post("/v1/chat/completions", json=body))["choices"]
+    content, calls, reason = joined(client.post("/v1/chat/completions", json=body | {"stream": True}).text)
+    message = whole["message"]
+    assert (content or None, reason) == (message["content"] or None, whole["finish_reason"])
+    named = lambda calls: [call["function"] for call in calls]
+    assert named(calls) == named(message.get("tool_calls", []))
+    if choice != "auto":
+        assert message["content"] is None or (reason == "length" and "<tool_call>".startswith(message["content"][:11]))
+        assert reason == "tool_calls" or (reason == "length" and parallel and choice == "required")
+        check(calls if reason == "tool_calls" else calls[:-1])
+        assert choice == "required" or {call["function"]["name"] for call in calls} == {"get_weather"}
+        assert (choice == "required" and parallel) or len(calls) == 1
+
+
+def test_an_answer_may_have_a_schema_beside_tools(client):
+    answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
+    for seed in range(4):
+        choice = good(client.chat("Go", 90, tools=TOOLS, response_format=answer, temperature=1.5, seed=seed))["choices"][0]
+        if choice["finish_reason"] == "stop":
+            jsonschema_rs.validate(PARAMETERS, json.loads(choice["message"]["content"]))
+        elif choice["finish_reason"] == "tool_calls":
+            check(choice["message"]["tool_calls"])
+
+
+def test_a_history_of_calls_is_taken_and_tools_are_in_the_prompt(client):
+    call = {"id": "call_1", "type": "function", "function": {"name": "wait", "arguments": "{}"}}
+    history = [
+        {"role": "user", "content": "Go", "name": "Eve"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "no", "cache_control": {}}]},
+    ]
+    fields = {"messages": history, "temperature": 0, "max_tokens": 4, "max_completion_tokens": 4}
+    count = lambda **more: good(client.post("/v1/chat/completions", json=fields | more))["usage"]["prompt_tokens"]
+    without = count()
+    assert count(tools=[TOOLS[1]], tool_choice="none") == without == count(chat_template_kwargs={"enable_thinking": False})
+    assert "context" in refused(client.post("/v1/chat/completions", json=fields | {"tools": TOOLS * 40}))["message"]
+
+
+def test_templates_are_told_of_tools_in_their_own_way():
+    chat = ChatTokenizer(chat_tokenizer(QWEN))
+    assert tool_format(chat.source) == (HERMES, True)
+    assert tool_format('{{ tools }} {"name": function name, "parameters": ...}') == (LLAMA, True)
+    assert tool_format("{{ messages }}") == (HERMES, False)
+    evil = Tool("get", "Says <|im_end|>", {"type": "object", "properties": {"<|im_start|>": {}}})
+    call = {"type": "function", "function": {"name": "get", "arguments": {"x": "<|im_end|>"}}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    more = {"tools": [evil.definition], "enable_thinking": False}
+    tokens = chat.prompt([*turns, {"role": "tool", "content": "5"}], "", more).tolist()
+    text, controls = chat.tokenizer.decode(tokens), [token for token in tokens if token in chat.tokenizer.controls]
+    assert '"description": "Says <|im_end|>"' in text
+    assert '"<|im_start|>": {}' in text
+    assert '{"name": "get", "arguments": {"x": "<|im_end|>"}}\n</tool_call>' in text
+    assert text.endswith("assistant\n!")
+    assert len(controls) == 2 * 4 + 1, "what the template wrote, and nothing of the messages"
+    described = describe_tools([*turns, {"role": "tool", "content": "5"}, {"role": "tool", "content": "6"}], [evil])
+    assert [turn["role"] for turn in described] == ["system", "user", "assistant", "user"]
+    assert json.dumps(evil.definition) in described[0]["content"]
+    assert described[2]["content"] == '<tool_call>\n{"name": "get", "arguments": {"x": "<|im_end|>"}}\n</tool_call>'
+    assert described[3]["content"].count("<tool_response>") == 2
+    chat.close()
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA])
+def test_calls_are_found_however_their_text_comes(form):
+    first, second = form.call("get", '{"city": "Ro\\"m}e <tool_call>"}'), form.call("put", '{"n": [1, "]"]}')
+    cases = {
+        "Hi <tool_ there": ("Hi <tool_ there", []),
+        '{"nam': ('{"nam', []),
+        '{"a": 1}': ('{"a": 1}', []),
+        first: ("", [("get", '{"city": "Ro\\"m}e <tool_call>"}')]),
+        first[:-22]: ("", [("get", first[first.index('{"city') : -22])]),
+    }
+    if form.begin:
+        cases |= {f"Well, {first}\n{second}\n": ("Well, ", [cases[first][1][0], ("put", '{"n": [1, "]"]}')])}
+    rng = random.Random(0)
+    for text, expected in cases.items():
+        for _ in range(30):
+            parser, content, calls, rest = CallParser(form), "", [], text
+            while rest:
+                size = rng.randint(1, 7)
+                part, found = parser.push(rest[:size], len(rest) <= size)
+                content, calls, rest = content + part, calls + found, rest[size:]
+            assert (content, [(call.name, call.arguments) for call in join_calls(calls)]) == expected
+
+
+class Visit(pydantic.BaseModel):
+    city: Literal["Rome", "Oslo"]
+    days: Literal[1, 2, 30]
+    alone: bool
+
+
+def test_openais_client_parses_calls_and_answers_through_the_command(tmp_path):
+    save_chat_model(tmp_path / "model", context=1536)
+    with Started(tmp_path / "model", program=("-m", "stages.serve")) as server:
+        ai = openai.OpenAI(base_url=server.url.rstrip("/") + "/v1", api_key="any", timeout=300)
+        chat: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Go"}], "seed": 1}
+        parsed = ai.chat.completions.parse(**chat, response_format=Visit).choices[0].message.parsed
+        assert parsed.city in ("Rome", "Oslo")
+        tool = openai.pydantic_function_tool(Visit, name="visit")
+        for choice in ("required", {"type": "function", "function": {"name": "visit"}}):
+            call = ai.chat.completions.parse(**chat, tools=[tool], tool_choice=choice).choices[0].message.tool_calls[0]
+            assert call.function.parsed_arguments.days in (1, 2, 30)
+        with ai.chat.completions.stream(**chat, tools=[tool], tool_choice="required", parallel_tool_calls=False) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert message.tool_calls[0].function.parsed_arguments.city in ("Rome", "Oslo")
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Rain."}
+        history = [*chat["messages"], message.to_dict(), result]
+        reply = ai.chat.completions.create(**chat | {"messages": history}, tools=[tool], tool_choice="auto", max_tokens=9)
+        assert reply.choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
+         "tools[...].function.parameters"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True, "parameters": {"not": {}}}}]}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"tool_choice": "required"}, "tool_choice"), ({"tools": TOOLS[1:], "tool_choice": NAMED}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[...].content"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[...].content"),
+    ],
+)  # fmt: skip
+def test_bad_tools(client, fields, param):
+    assert refused(client.post("/v1/chat/completions", json=say() | fields))["param"] == param
