@@ -68,7 +68,7 @@ def train(flags: ByHandFlags) -> None:
     from engine.counting.hardware import require_memory
     from engine.counting.params import count_params
     from engine.model.transformer import init_params
-    from engine.text.windows import TextBatches
+    from engine.text.batch import TextBatches
     from engine.training.optimizer import OptimizerConfig, make_schedule
     from stages.runs.text_data import prepare_text, quick_evaluator
 

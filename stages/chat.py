@@ -25,7 +25,7 @@ from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.inference.request import Event, Request, SamplingParams
 from engine.mesh.processes import MISTAKE
-from engine.text.jsonl import decode_utf8
+from engine.text.corpus import decode_utf8
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console

@@ -192,8 +192,7 @@ def evaluate_conversations(
     from engine.inference.score import score
     from engine.mesh import layout
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair, make_examples
-    from engine.text.packing import evaluation_batches
+    from engine.text.examples import Pair, evaluation_batches, make_examples
     from stages.runs import conversation_data as conversations
     from stages.runs.text_data import EVALUATION_ROWS
 

@@ -173,9 +173,8 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     """
     from engine.storage.adapter import save_adapter, without_adapters
     from engine.storage.digest import digest
-    from engine.storage.gguf.config import sampling_metadata
     from engine.storage.gguf.file import save_gguf
-    from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
+    from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, sampling_metadata, tokenizer_metadata
     from engine.storage.huggingface.folder import save_folder
     from engine.storage.model_loader import check_loads
     from engine.text.tokenizer import ModelTokenizer
@@ -281,7 +280,7 @@ def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
 
     ours = adapter_leaves(model.params)
     theirs = leaf_paths(load_adapter(out, model.cfg))
-    faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out))
+    faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out).tokenizer)
     faults += [f"whether {name} is adapted" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = ours[name], theirs[name]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from engine.device import Device, host_memory, start_jax
 from engine.format import duration
-from engine.text.jsonl import decode_utf8
+from engine.text.corpus import decode_utf8
 from stages.cli import command, signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console

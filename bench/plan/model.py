@@ -32,11 +32,11 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
             f"{did_you_mean(model, list(PRESETS))}"
         )
     if path.suffix == ".gguf":  # this and what follows imports NumPy
-        from engine.storage.gguf.config import config_from
+        from engine.storage.gguf.file import config_from
         from engine.storage.gguf.header import read_header
 
         return path.stem, config_from(read_header(path))
-    from engine.storage.huggingface.config import config_from as config_of_fields
+    from engine.storage.huggingface.folder import config_from as config_of_fields
     from engine.untrusted import read_json_object
 
     fields = read_json_object(path)

@@ -9,7 +9,6 @@ PEFT's own adapters have neither metadata nor manifest; they are read too, and o
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +77,10 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     return leaves
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, *, bases: Iterable[str] = ()) -> dict[str, Any]:
-    """Loads a tree of LoRA leaves, without their base, for a model whose params have one of the digests `bases`.
+def load_adapter(folder: Path, cfg: ModelConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Loads a tree of LoRA leaves, without their base, for a model with the params `base`.
 
-    Raises UserError, too, when it was trained on other weights, or does not fit the model.
+    Raises UserError, too, when it was trained on other weights, as far as its metadata tell, or does not fit the model.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
@@ -97,8 +96,8 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, bases: Iterable[str] = ()) -
         raise UserError(f"{folder / CONFIG}: the rank r is 0, and should be at least 1.")
     path, scale = folder / WEIGHTS, alpha / rank
     tensors, metadata = safetensors.read_header(path)
-    if bases and (trained_on := metadata.get(BASE)) is not None:
-        check_base(folder, bases, trained_on, fields.values.get("base_model_name_or_path"))
+    if base is not None and (trained_on := metadata.get(BASE)) is not None:
+        check_base(folder, base, trained_on, fields.values.get("base_model_name_or_path"))
     arrays = {}
     for name, tensor in tensors.items():
         side = int(name.endswith(".lora_B.weight"))
@@ -126,9 +125,18 @@ def load_adapter(folder: Path, cfg: ModelConfig, *, bases: Iterable[str] = ()) -
     return unflatten(leaves)
 
 
-def base_digests(params: dict[str, Any]) -> Iterator[str]:
-    """Yields the digest of a base's params, then an earlier version's, of q, k, v and gate, up side by side."""
-    yield digest(params)
+class _Joined:
+    """Arrays side by side in one, which exists only while it is read."""
+
+    def __init__(self, arrays: list[Any]) -> None:
+        self.arrays, self.dtype = arrays, arrays[0].dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(array) for array in self.arrays], axis=-1)
+
+
+def earlier_digest(params: dict[str, Any]) -> str:
+    """Returns the digest of a base's params as an earlier version held them: q, k, v and gate, up side by side."""
     blocks = {}
     for layer, block in params["blocks"].items():
         for name, parts in JOINED.items():
@@ -137,7 +145,7 @@ def base_digests(params: dict[str, Any]) -> Iterator[str]:
                     whole = _side_by_side([block[part] for part in names])
                     block = {path: leaf for path, leaf in block.items() if path not in names} | {name + end: whole}
         blocks[layer] = block
-    yield digest(params | {"blocks": blocks})
+    return digest(params | {"blocks": blocks})
 
 
 def _depth(weight: Any) -> int:
@@ -146,27 +154,23 @@ def _depth(weight: Any) -> int:
 
 
 def _side_by_side(weights: list[Any]) -> Any:
-    """Returns weights in one array, as an earlier version held them; of adapters, which some may lack, all pairs together."""
+    """Returns weights as one; of adapters, which some may lack, all pairs together."""
     outermost = max(map(_depth, weights))
     if not outermost:
-        return jnp.concatenate(weights, axis=-1)
+        return _Joined(weights)
     pairs = [weight for weight in weights if _depth(weight) == outermost]
     base = _side_by_side([weight.base if _depth(weight) == outermost else weight for weight in weights])
-    a, b = (jnp.concatenate([getattr(pair, half) for pair in pairs], axis=-1) for half in "ab")
-    return LoRA(base, a, b, pairs[0].scale)
+    halves: list[Any] = [_Joined([getattr(pair, half) for pair in pairs]) for half in "ab"]
+    return LoRA(base, halves[0], halves[1], pairs[0].scale)
 
 
-def check_base(folder: Path, bases: Iterable[str], trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless one of the digests of the params at hand is that of those an adapter was trained on."""
-    known = []
-    for base in bases:
-        if base == trained_on:
-            return
-        known.append(base)
-    raise UserError(
-        f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-        f"{known[0][:16]!r}. It was trained on {ascii(base_name)[:300]}."
-    )
+def check_base(folder: Path, params: dict[str, Any], trained_on: str, base_name: Any) -> None:
+    """Raises UserError unless `trained_on`, the digest of the params an adapter was trained on, is that of these params."""
+    if trained_on != (own := digest(params)) and trained_on != earlier_digest(params):
+        raise UserError(
+            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
+            f"{own[:16]!r}. It was trained on {ascii(base_name)[:300]}."
+        )
 
 
 def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:

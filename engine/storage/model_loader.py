@@ -2,30 +2,33 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from engine import manifest
 from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint, run_folder
-from engine.storage.adapter import CONFIG, base_digests, build_adapter, check_base, load_adapter
+from engine.storage.adapter import CONFIG, build_adapter, check_base, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.huggingface import hub
-from engine.storage.huggingface.hub import OnConfig, cached_id, is_hub_name
-from engine.storage.huggingface.tokenizer import read_tokenizer
+from engine.storage.huggingface.hub import cached_id, is_hub_name
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
 from engine.text import OnProgress
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, ORG/NAME or "
     "ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
 )
+
+
+OnConfig = Callable[[ModelConfig], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ def locate(
         return Location("gguf", fetch(name, report)["model"])
     path, notes = (Path(name).expanduser(), ()) if name else run_folder.newest_run()
     if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
-        return Location("hugging face", hub.fetch(name, part, on_config, report))
+        return Location("hugging face", hub.fetch(name, part, lambda folder: on_config(_read_config(folder)), report))
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
@@ -123,7 +126,7 @@ def read_config(name: str | None) -> ModelConfig:
     location = locate(name, part="config")
     if location.run:
         return run_folder.read_config(location.run)
-    return _reader(location.path).read_config(location.path)
+    return _read_config(location.path)
 
 
 def load_model(
@@ -164,7 +167,7 @@ def load_model(
     if location.format == "adapter":
         return _load_adapted(location, on_config, adapted_by)
     cfg = run_folder.read_config(run)
-    tokenizer, eos_ids, sampling = read_tokenizer(run / "tokenizer", cfg.vocab)
+    tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     prepare(cfg)
     loaded = checkpoint.load_params(location.path)
     notes, title = location.notes + _damage(loaded), model_name(str(run))
@@ -178,6 +181,10 @@ def _damage(loaded: checkpoint.LoadedCheckpoint) -> tuple[str, ...]:
 
 def _open(path: Path) -> StoredModel:
     return _reader(path).open_model(path)
+
+
+def _read_config(path: Path) -> ModelConfig:
+    return _reader(path).read_config(path)
 
 
 def _reader(path: Path) -> ModuleType:
@@ -216,9 +223,8 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
         base = load_model(base_name, on_config=on_config, part="cached", adapted_by=(*adapted_by, run.resolve()))
     except UserError as error:
         raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
-    loaded = checkpoint.load_params(location.path)
-    params = _put_on(base.params, _trained_adapter(run, loaded, base_digests(base.params)), loaded.path)
-    tokenizer, eos_ids, _ = read_tokenizer(run / "tokenizer", base.cfg.vocab)
+    params, loaded = _add_trained(location, base.params, base.params)
+    tokenizer, eos_ids, _ = load_tokenizer(run / "tokenizer", base.cfg.vocab)
     notes = location.notes + base.notes + _damage(loaded)
     bases = (*base.bases, base.run or base.checkpoint)
     return LoadedModel(
@@ -226,10 +232,13 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     )
 
 
-def _trained_adapter(run: Path, loaded: checkpoint.LoadedCheckpoint, bases: Iterable[str]) -> Any:
-    base_name, trained_on, lora = read_adapter_record(run)
-    check_base(loaded.path, bases, trained_on, base_name)
-    return build_adapter(lora, loaded.params)
+def _add_trained(location: Location, base: Any, params: Any) -> tuple[Any, checkpoint.LoadedCheckpoint]:
+    """Returns params with a LoRA run's adapter, which was trained on `base`, and the checkpoint that it was loaded from."""
+    assert location.run is not None
+    base_name, trained_on, lora = read_adapter_record(location.run)
+    loaded = checkpoint.load_params(location.path)
+    check_base(loaded.path, base, trained_on, base_name)
+    return _put_on(params, build_adapter(lora, loaded.params), loaded.path), loaded
 
 
 def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
@@ -249,14 +258,14 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     """
     adapted, notes = params, tuple[str, ...]()
     for folder in folders:
-        bases = base_digests(params)
         location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
-        if location and location.run and location.format == "adapter":
-            loaded = checkpoint.load_params(location.path)
+        if location and location.format == "adapter":
+            adapted, loaded = _add_trained(location, params, adapted)
             notes += location.notes + _damage(loaded)
-            adapted = _put_on(adapted, _trained_adapter(location.run, loaded, bases), loaded.path)
-        else:
-            adapted = _put_on(adapted, load_adapter(folder, cfg, bases=bases), folder)
+            continue
+        adapted = _put_on(adapted, load_adapter(folder, cfg, params), folder)
+        if not (folder / manifest.NAME).exists():
+            notes += (f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed",)
     return adapted, notes
 
 

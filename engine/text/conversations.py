@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UserError, did_you_mean
 from engine.text.chat_tokenizer import ROLES
-from engine.text.corpus import Corpus
-from engine.text.jsonl import check_text, decode_utf8, json_type, read_rows
+from engine.text.corpus import Corpus, check_text, decode_utf8, json_type, read_rows
 from engine.text.template import Message
 
 VOICE = Path(__file__).with_name("voice")

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from engine.files import atomic_file, write_json
 from engine.untrusted import quote, read_json_object, read_text
 
 END = "<|endoftext|>"
+GENERATION = "generation_config.json"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # by the names of SamplingParams
+MAX_EOS_IDS = 64
 MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 
 # The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one sign
@@ -233,20 +236,23 @@ def byte_tokenizer() -> Tokenizer:
     return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
-def load_tokenizer(folder: Path, vocab: int | None = None, eos_ids: Sequence[int] = ()) -> Tokenizer:
-    """Loads the tokenizer that `save`, or a Hugging Face export, put into `folder`, with its chat template.
+def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> ModelTokenizer:
+    """Loads what `save_tokenizer`, or a Hugging Face export, put into `folder`, with its chat template.
 
-    `vocab`: the ids of the model it is for. The first of `eos_ids`, which a model's files name, ends a text where
-    tokenizer_config.json names no eos_token. Raises UserError when a file is missing or damaged, and for a tokenizer that is
-    not a BPE that knows every byte, has more ids than `vocab`, or no token that ends a text.
+    `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where generation_config.json has
+    none. The first of these ids ends a text where tokenizer_config.json names no eos_token. Raises UserError when a file is
+    missing or damaged, and for a tokenizer that is not a BPE that knows every byte, has more ids than `vocab`, or no token that
+    ends a text.
     """
-    source, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    source, beside, generation_file = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / GENERATION
     if not source.is_file():
         other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
         instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
         raise UserError(f"{folder} has no tokenizer.json{instead}.")
     text = read_text(source, MAX_TOKENIZER_BYTES)
     inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
+    generation = read_json_object(generation_file) if generation_file.exists() else {}
+    eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), vocab or inner.get_vocab_size(), generation_file)
     config = read_json_object(beside) if beside.exists() else {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
@@ -267,7 +273,41 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos_ids: Sequence[int
         raise UserError(
             f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do not belong together."
         )
-    return tokenizer
+    return ModelTokenizer(tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation))
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, as `load_tokenizer` reads them.
+
+    Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id if there are such tokens.
+    """
+    tokens: dict[str, Any] = {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
+    for name in ("bos_token", "pad_token"):
+        token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
+        tokens |= {} if token is None else {f"{name}_id": token}
+    tokenizer.save(folder)
+    write_json(folder / GENERATION, tokens | _write_sampling(sampling))
+    return tokens
+
+
+def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
+    """Returns the ids in the field `eos_token_id`: null, an id, or a list of them. Raises UserError for anything else."""
+    ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab:
+            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
+    return ids
+
+
+def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
+    greedy = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None} if values.get("do_sample") is False else {}
+    return {name: value for name in SAMPLING if (value := {**values, **greedy}.get(name)) is not None}
+
+
+def _write_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields from which `_read_sampling` reads the same, and transformers too."""
+    return {"do_sample": sampling.get("temperature") != 0, **sampling} if sampling else {}
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:

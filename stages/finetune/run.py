@@ -20,9 +20,8 @@ from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
-from engine.text.epoch_order import ALL, EpochOrder
-from engine.text.examples import Pair
-from engine.text.packing import PackedBatches, PairBatch, evaluation_batches, evaluation_pairs, pair_batch
+from engine.text.batch import ALL, EpochOrder
+from engine.text.examples import PackedBatches, Pair, PairBatch, evaluation_batches, evaluation_pairs, pair_batch
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, preference_objective

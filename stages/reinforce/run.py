@@ -17,7 +17,7 @@ from engine.inference.decode import prepare_params
 from engine.model.paths import merge
 from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
-from engine.text.epoch_order import EpochOrder
+from engine.text.batch import EpochOrder
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.rewards import TASKS, make_reward

@@ -16,8 +16,7 @@ from engine.model.config import ModelConfig
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import DatasetSummary, Pair, make_examples
-from engine.text.packing import PairBatch, evaluation_pairs
+from engine.text.examples import DatasetSummary, Pair, PairBatch, evaluation_pairs, make_examples
 from engine.text.template import Message
 from engine.training.preference import Preferences, margins
 from stages.cli.console import Console

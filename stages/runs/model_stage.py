@@ -24,7 +24,7 @@ from engine.model.paths import merge, split
 from engine.model.weights.int8 import matmul_rules, quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices
-from engine.storage.adapter import base_digests, save_adapter
+from engine.storage.adapter import earlier_digest, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER, read_json
@@ -94,11 +94,10 @@ class ModelStage(Stage):
 
     def _base_digest(self, params: Any) -> str:
         """Returns the digest of the base; of a run that an earlier version began, as its run.json has it."""
+        own, recorded = digest(params), None
         with contextlib.suppress(UserError, AttributeError):  # none, or a damaged one, which is named later
             recorded = read_json(self.folder / "run.json").get("base", {}).get("digest")
-            if recorded in base_digests(params):
-                return recorded
-        return digest(params)
+        return recorded if recorded not in (None, own) and recorded == earlier_digest(params) else own
 
     def place(self) -> None:
         """Spreads the parameters over the mesh, from the host's memory, which keeps what was loaded."""
@@ -136,7 +135,7 @@ class ModelStage(Stage):
         if not self.lora:
             return self.folder / "checkpoints" / str(step)
         base, params = self.metadata["base"], self.model.params
-        if params is not None and base["digest"] not in base_digests(params):
+        if params is not None and base["digest"] != digest(params) and base["digest"] != earlier_digest(params):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(trainable) as whole:
             if processes.is_first():

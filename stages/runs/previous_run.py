@@ -17,7 +17,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.run_folder import read_config, read_json
-from engine.text import epoch_order
+from engine.text.batch import ORDER_VERSION
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
@@ -67,7 +67,7 @@ def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) 
 
 def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
     """Raises UserError for a run that read its data in another order than this version's: it would read some of it twice."""
-    if record.get("order") != epoch_order.VERSION:
+    if record.get("order") != ORDER_VERSION:
         raise UserError(
             f"{folder} holds a run whose batches came in the order of another version: it cannot be resumed. "
             f"Evaluate, tune or export it with --model {folder}, or give --overwrite to begin anew."

@@ -19,9 +19,9 @@ from engine.mesh import processes
 from engine.mesh.layout import init_sharded
 from engine.model.paths import merge
 from engine.storage.digest import digest
-from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.run_folder import updating
-from engine.text import epoch_order
+from engine.text.batch import ORDER_VERSION
+from engine.text.tokenizer import save_tokenizer
 from engine.training.step import TrainState, gradient_norms
 from stages.cli import signals
 from stages.cli.command import command_line, resume_command
@@ -177,7 +177,7 @@ def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, A
     """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
     values = {
         "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
-        "seed": plan.seed, "order": epoch_order.VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
+        "seed": plan.seed, "order": ORDER_VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
         "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_metadata,
     }  # fmt: skip

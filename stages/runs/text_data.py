@@ -20,10 +20,10 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.storage import assets
 from engine.storage.assets import TEXTS
+from engine.text.batch import count_windows, evaluation_windows, window_batch
 from engine.text.corpus import Corpus, hold_out, read_corpus, without_copies
 from engine.text.token_file import TokenFile, open_bin, open_token_file
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from engine.text.windows import count_windows, evaluation_windows, window_batch
 from stages.cli.console import Console, ReportProgress
 from stages.runs.stage import Evaluator
 
@@ -128,7 +128,7 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
         path = Path(spec).expanduser()
         if not path.exists():
             raise UserError(f"--tokenizer is `bytes`, `bpe:2048` or a folder with a tokenizer.json, not {spec!r}.")
-        return load_tokenizer(path.parent if path.is_file() else path)
+        return load_tokenizer(path.parent if path.is_file() else path).tokenizer
     if not vocab.isdigit() or not 257 <= int(vocab) <= 1_000_000:
         raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {vocab!r}.")
     if isinstance(source, Path):
@@ -144,7 +144,7 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
         manifest.write_manifest(building)
 
     manifest.build_once(folder, train)
-    return load_tokenizer(folder)
+    return load_tokenizer(folder).tokenizer
 
 
 def _beginning(corpus: Corpus[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from engine.mesh.layout import current_mesh, sharded_shapes
 from engine.mesh.shape import ONE_DEVICE, MeshShape, check_mesh
 from engine.model.config import preset
 from engine.model.transformer import init_params
-from engine.text.windows import TextBatches
+from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console

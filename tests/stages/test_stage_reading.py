@@ -11,11 +11,10 @@ import pytest
 from tiny_runs import command
 
 from engine.inference.runner import ModelRunner
-from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, updating
 from engine.text.token_file import open_token_file
-from engine.text.tokenizer import CompletionText, byte_tokenizer
+from engine.text.tokenizer import CompletionText, byte_tokenizer, save_tokenizer
 from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce

@@ -31,9 +31,8 @@ from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json, updating
-from engine.text import epoch_order
+from engine.text.batch import ORDER_VERSION, TextBatches
 from engine.text.chat_tokenizer import ChatTokenizer
-from engine.text.windows import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages import evaluate
@@ -191,7 +190,7 @@ def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text,
     words = tiny(text, folder, "--steps", 2)
     assert train.main(words) == 0
     record = read_json(folder / "run.json")
-    assert record.pop("order") == epoch_order.VERSION
+    assert record.pop("order") == ORDER_VERSION
     with updating(folder):
         write_json(folder / "run.json", record)  # as earlier versions wrote it
     for more in (["--steps", "3"], ["--seed", "1"]):

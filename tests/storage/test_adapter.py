@@ -26,7 +26,8 @@ from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_a
 from engine.storage.digest import digest
 
 CFG = tiny_config()
-BASE = "0123456789abcdef" * 4
+BASE_PARAMS = lively_params(CFG)
+BASE = digest(BASE_PARAMS)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model.layers.0.self_attn."
 
@@ -47,8 +48,8 @@ def saved(folder: Path, params: Any = None) -> Path:
 
 def test_it_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
-    for bases in ((BASE,), ()):
-        loaded = load_adapter(folder, CFG, bases=bases)
+    for base in (BASE_PARAMS, None):
+        loaded = load_adapter(folder, CFG, base)
         assert jax.tree.structure(loaded) == jax.tree.structure(adapters())  # the scale is in it
         assert digest(loaded) == digest(adapters())
     assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG, WEIGHTS, manifest.NAME]
@@ -82,7 +83,7 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
     (folder / manifest.NAME).unlink()
-    loaded = load_adapter(folder, CFG, bases=("f" * 64,))
+    loaded = load_adapter(folder, CFG, BASE_PARAMS)
     for path, leaf in leaf_paths(adapters()).items():
         theirs = leaf_paths(loaded)[path]
         assert theirs.a.dtype == jnp.float32
@@ -134,7 +135,7 @@ DAMAGE = {
     "a weight that is no number": (of_bytes(WEIGHTS, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
     "another base": (
         of_bytes(WEIGHTS, lambda data: data.replace(BASE.encode(), b"f" * 64)),
-        "another model.*ffff.*0123456789abcdef.*trained on 'tiny'",
+        f"another model.*ffff.*{BASE[:16]}.*trained on 'tiny'",
     ),
     "another rank": (rewritten(r=4), "and its rank 4"),
     "rank 0": (rewritten(r=0), "should be at least 1"),
@@ -161,13 +162,13 @@ def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
     (folder / manifest.NAME).unlink()
     change, message = DAMAGE[how]
     change(folder)
-    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, bases=(BASE,))))
+    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, BASE_PARAMS)))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, manifest.NAME])
 def test_no_changed_byte_is_read(name, tmp_path):
     folder = saved(tmp_path)
     (folder / "README.md").write_text("what others may add")
-    load_adapter(folder, CFG, bases=(BASE,))
+    load_adapter(folder, CFG, BASE_PARAMS)
     of_bytes(name, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])(folder)
-    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, bases=(BASE,)))
+    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, BASE_PARAMS))

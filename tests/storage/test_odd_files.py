@@ -19,12 +19,11 @@ from engine import manifest
 from engine.errors import UserError
 from engine.files import write_json
 from engine.storage import run_folder
-from engine.storage.huggingface.tokenizer import save_tokenizer
 from engine.storage.model_loader import load_model
 from engine.text.conversations import read_conversations
 from engine.text.corpus import read_corpus
 from engine.text.template import read_template
-from engine.text.tokenizer import byte_tokenizer
+from engine.text.tokenizer import byte_tokenizer, save_tokenizer
 from stages.cli.command import explain_error
 from stages.runs.folder import JsonLines
 

@@ -13,7 +13,7 @@ from engine.storage.gguf.file import save_gguf
 from engine.storage.huggingface.folder import save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
-from engine.text.tokenizer import ModelTokenizer, load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 
 FORMS = [("gguf", dtype) for dtype in DTYPE_NAMES] + [("folder", dtype) for dtype in DTYPE_NAMES if dtype != "q8_0"]
 FAMILIES = {
@@ -35,7 +35,7 @@ def test_what_is_written_comes_back(form, dtype, family, tmp_path):
         model = load_model(tmp_path / "x.gguf", dtype="float32")
     else:
         tiny_tokenizer(tmp_path, 41)
-        save_folder(tmp_path, cfg, params, ModelTokenizer(load_tokenizer(tmp_path), (40,), {}), dtype=dtype, report=report)
+        save_folder(tmp_path, cfg, params, load_tokenizer(tmp_path), dtype=dtype, report=report)
         assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40, "pad_token_id": 40}
         model = load_model(tmp_path, dtype="float32")
     assert reports[-1][0] == reports[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.epoch_order import EpochOrder, permutation
-from engine.text.windows import TextBatches
+from engine.text.batch import EpochOrder, TextBatches, permutation
 
 KNOWN = [
     (1, 3, 0, 5, [0, 0, 0]),

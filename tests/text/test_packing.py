@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.text.chat_tokenizer import Example
-from engine.text.examples import Pair
-from engine.text.packing import PackedBatches, evaluation_batches, evaluation_pairs, pack_rows, pair_batch
+from engine.text.examples import PackedBatches, Pair, evaluation_batches, evaluation_pairs, pack_rows, pair_batch
 
 
 def example(*tokens: int, counts: bool = True) -> Example:

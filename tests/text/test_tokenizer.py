@@ -141,7 +141,7 @@ def test_too_small_a_vocabulary_or_text():
 @BOTH
 def test_saved_and_loaded(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    loaded = load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path).tokenizer
     assert loaded.digest == tokenizer.digest
     assert (loaded.vocab, loaded.eos_id, loaded.config) == (tokenizer.vocab, tokenizer.eos_id, tokenizer.config)
     np.testing.assert_array_equal(loaded.encode(PROSE + END), tokenizer.encode(PROSE + END))
@@ -156,7 +156,7 @@ def test_another_end_is_taken_from_the_config(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     for named in ("<|im_end|>", {"content": "<|im_end|>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
-        loaded = load_tokenizer(tmp_path)
+        loaded = load_tokenizer(tmp_path).tokenizer
         assert loaded.eos_id == 320
         assert loaded.vocab == 321
         assert loaded.decode(loaded.encode(f"{PROSE}<|im_end|>{END}")) == f"{PROSE}<|im_end|>{END}"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.text.windows import TextBatches, count_windows, evaluation_windows
+from engine.text.batch import TextBatches, count_windows, evaluation_windows
 
 # A token that tells its own place, so that a batch tells where it was cut.
 PLACES = np.arange(1000, dtype=np.uint16)

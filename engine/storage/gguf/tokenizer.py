@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import UserError
-from engine.storage.gguf.config import read_sampling
 from engine.storage.gguf.header import STRING, ArrayLocation, Header, read_numbers, read_strings
 from engine.text.tokenizer import ModelTokenizer, Tokenizer, build_tokenizer
 from engine.untrusted import known_name, quote
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
 SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
+# SamplingParams' name -> llama.cpp's key of the recommended value.
+SAMPLING_KEYS = {name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")}
+SAMPLING_KEYS |= {"temperature": "general.sampling.temp", "repetition_penalty": "general.sampling.penalty_repeat"}
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names
@@ -188,3 +191,18 @@ def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
     set_pre_tokenizer(like, name)
     written = json.loads(like.to_str())
     return all(tokenizer[part] == written[part] for part in ("pre_tokenizer", "normalizer"))
+
+
+def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recommended sampling, {SamplingParams' name: value as in the file}."""
+    values = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
+    return {name: shortest_decimal(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    return {SAMPLING_KEYS[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
+
+
+def shortest_decimal(value: float) -> float:
+    """Returns the shortest decimal of a float32: 1e-05 and not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import UserError
-from engine.model.config import ModelConfig
-from engine.storage.huggingface.config import config_from
 from engine.storage.huggingface.safetensors import read_index
 from engine.text import OnProgress
-from engine.untrusted import read_json_object
 
-OnConfig = Callable[[ModelConfig], None]
 Part = Literal["all", "config", "cached"]
 # Fetched before the weights, those that there are: where weights are cached, these are too.
 SMALL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -48,10 +44,10 @@ def cached_id(folder: Path) -> str:
     return hub_id if (kind, snapshots.name) == ("models", "snapshots") and is_hub_id(hub_id) else ""
 
 
-def fetch(name: str, part: Part, on_config: OnConfig, report: OnProgress) -> Path:
+def fetch(name: str, part: Part, check_config: Callable[[Path], object], report: OnProgress) -> Path:
     """Returns the folder of a hub's model in the hub's cache, with what it lacked fetched.
 
-    config.json comes first: an architecture that is refused, here or by `on_config`, costs no weights. `part`: `config` fetches
+    config.json comes first, whose folder `check_config` may refuse before any weight is fetched. `part`: `config` fetches
     no more, `cached` nothing. `report`: bytes done and in all. Raises UserError for what cannot be had.
     """
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
@@ -81,7 +77,7 @@ def fetch(name: str, part: Part, on_config: OnConfig, report: OnProgress) -> Pat
     try:
         config = fetch_file("config.json", revision or None)
         commit = config.parent.name
-        on_config(config_from(read_json_object(config), config))
+        check_config(config.parent)
         if part != "config":
             for small in SMALL:
                 fetch_if_there(small)

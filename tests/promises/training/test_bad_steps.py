@@ -15,7 +15,7 @@ STEPS, FIRST = 20, 3
 PATCH = """
 import jax, jax.numpy as jnp, optax
 from engine.storage.digest import digest
-from engine.text.windows import TextBatches
+from engine.text.batch import TextBatches
 from engine.training import step
 from stages.runs import stage as training_steps
 at, loss, make = TextBatches.at, step.NEXT_TOKEN.summed_loss, training_steps.make_optimizer

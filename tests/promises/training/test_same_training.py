@@ -25,7 +25,7 @@ from engine.training.lora import init_lora
 # Runs before the command: each batch that is made leaves its step, and a digest of each row.
 NOTE = """
 import hashlib
-from engine.text.windows import TextBatches
+from engine.text.batch import TextBatches
 at = TextBatches.at
 def noted(self, step, *rows):
     batch = at(self, step, *rows)

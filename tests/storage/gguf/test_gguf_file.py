@@ -11,8 +11,8 @@ from tiny import lively_params, tiny_config
 
 from engine.model.config import RopeScaling
 from engine.storage import model_loader
-from engine.storage.gguf.config import shortest_decimal
 from engine.storage.gguf.file import regroup_rows, save_gguf
+from engine.storage.gguf.tokenizer import shortest_decimal
 from engine.storage.model_loader import load_model
 from engine.text.tokenizer import train_bpe
 

@@ -8,7 +8,7 @@ import pytest
 from refusals import refusal
 
 from engine.model.config import PRESETS, ModelConfig, preset
-from engine.storage.huggingface.config import DEFAULTS, config_from, config_to, note_unknown
+from engine.storage.huggingface.folder import DEFAULTS, config_from, config_to, note_unknown
 
 PATH = Path("config.json")
 COMMON = {
