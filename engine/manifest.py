@@ -54,8 +54,7 @@ def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dic
 def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list[str]:
     """Returns one line per damaged, missing or (unless `extra` is False) extra file; names that begin with `skip` are not read.
 
-    The manifest guards itself too: it holds its own SHA-256 and must be, byte for
-    byte, as `write_manifest` writes it.
+    The manifest guards itself too: it holds its own SHA-256 and must be, byte for byte, as `write_manifest` writes it.
     """
     listing = folder / NAME
     if not listing.exists():
@@ -70,12 +69,8 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
     except (ValueError, KeyError, TypeError, RecursionError):
         return [f"{listing} is damaged"]
 
-    present = _files(folder) if extra else {name for name in wanted if (folder / name).is_file()}
-
     def fault(name: str) -> str | None:
         path = folder / name
-        if name not in present:
-            return f"{path} is missing"
         if name not in wanted:
             return f"{path} does not belong there"
         try:
@@ -85,10 +80,12 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
             return None if describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
         except UserError as error:
             return str(error)
+        except FileNotFoundError:
+            return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
-    names = sorted(name for name in (wanted.keys() | present if extra else wanted) if not (skip and name.startswith(skip)))
+    names = sorted(name for name in {*wanted, *(_files(folder) if extra else ())} if not (skip and name.startswith(skip)))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return [line for line in pool.map(fault, names) if line]
 

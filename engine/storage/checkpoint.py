@@ -82,15 +82,13 @@ def own_pieces(name: str, leaf: Any) -> Pieces:
         raise ValueError(f"save: {name} would be taken for a part of an array.")
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return {name: leaf} if processes.is_first() else {}
-    holders: dict[Box, list[Any]] = {}
-    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
-        holders.setdefault(_box(index, leaf.shape), []).append(device)
+    boxes = {_box(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
+    chosen = zlib.crc32(name.encode()) % (leaf.sharding.num_devices // len(boxes))  # of the devices that hold the same part
     pieces = {}
     for shard in leaf.addressable_shards:
-        box = _box(shard.index, leaf.shape)
-        if shard.device == holders[box][zlib.crc32(name.encode()) % len(holders[box])]:
-            cut = f"[{','.join(f'{start}:{stop}' for start, stop in box)}]" if shard.data.shape != leaf.shape else ""
-            pieces[name + cut] = shard.data
+        if shard.replica_id == chosen:
+            cut = ",".join(f"{start}:{stop}" for start, stop in _box(shard.index, leaf.shape))
+            pieces[f"{name}[{cut}]" if shard.data.shape != leaf.shape else name] = shard.data
     return pieces
 
 

@@ -18,9 +18,9 @@ from engine.text.tokenizer import Tokenizer
 # CHATML is for a model that has its control tokens and no template of its own (the format of Qwen and SmolLM). PLAIN, names
 # and line ends as in a play, is for one without control tokens for roles, such as one trained here from nothing: only the
 # end of an answer is a control token, so it keeps a user from ending the answer but not from writing a role.
-CHATML, PLAIN = (
-    (Path(__file__).with_name("templates") / name).read_text("utf-8").rstrip() for name in ("chatml.jinja", "plain.jinja")
-)
+TEMPLATES = Path(__file__).with_name("templates")
+CHATML = (TEMPLATES / "chatml.jinja").read_text("utf-8").rstrip()
+PLAIN = (TEMPLATES / "plain.jinja").read_text("utf-8").rstrip()
 ROLES = ("system", "user", "assistant", "tool")
 PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private use: no character of any text
 COMPARED = ("role", "type")  # fields of messages and tools by which templates choose what to write
@@ -72,9 +72,8 @@ class ChatTokenizer:
 
         With `answer`, the text that this turn has so far, whose tokens follow as if the model had just written them. `more`:
         what else the template reads, such as `tools`.
-        Raises UserError as `check_messages` and `Template.render`.
+        Raises UserError as `Template.render`.
         """
-        check_messages(messages)
         prompt = np.concatenate(self._pieces(*self._render(messages, True, more)))
         if not answer:
             return prompt
@@ -89,7 +88,6 @@ class ChatTokenizer:
         are left out. Raises InvalidConversation when there is no such turn or nothing before it, UserError when the template
         writes a turn otherwise than it begins one, and as `prompt`.
         """
-        check_messages(messages)
         answers = _answers(messages)
         trained = [index for index in answers if index not in context]
         if not trained or answers[0] == 0:
@@ -104,7 +102,6 @@ class ChatTokenizer:
 
     def answer_example(self, messages: Sequence[Message], where: str = "") -> Example:
         """Makes an example with only the assistant's turn at the end of the messages in the loss. Raises as `examples`."""
-        check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InvalidConversation("it does not end with an answer of the assistant to something")
         text, turns, marks = self._render(messages)
@@ -223,18 +220,6 @@ class ChatTokenizer:
 
 def _answers(messages: Sequence[Message]) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises UserError unless there are messages and each has a role of ROLES and a text for content."""
-    if not messages:
-        raise UserError("there are no messages")
-    for number, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"message {number} has the role {role!r}; wanted one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"message {number} has no text as its content")
 
 
 def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[str, str]:

@@ -90,8 +90,7 @@ class TemplateProcess(subprocess.Popen[bytes]):
         self.unread = bytearray()
         try:
             self.send({**start, "path": [entry for entry in sys.path if entry]})
-            self.reply(START_SECONDS, 1000)
-            _check_reply(self.reply(REPLY_SECONDS, 10_000))
+            _check_reply(self.reply(START_SECONDS, 10_000))
         except BaseException:
             self.end()
             raise

@@ -131,7 +131,6 @@ def main() -> None:
     def render(jobs: list, more: dict) -> dict[str, Any]:
         return {"texts": [templates[0](messages, prompt, more) for messages, prompt in jobs]}
 
-    reply(dict)
     limit_resources()
     reply(prepare)
     forbid_system_access()

@@ -21,8 +21,7 @@ from engine.model.transformer import Params
 from engine.storage import assets
 from engine.storage.assets import TEXTS
 from engine.text.batch import count_windows, evaluation_windows, window_batch
-from engine.text.corpus import Corpus, hold_out, read_corpus, without_copies
-from engine.text.token_file import TokenFile, open_bin, open_token_file
+from engine.text.corpus import Corpus, TokenFile, hold_out, open_bin, open_token_file, read_corpus, without_copies
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from stages.cli.console import Console, ReportProgress
 from stages.runs.stage import Evaluator

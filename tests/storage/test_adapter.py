@@ -24,6 +24,7 @@ from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
+from engine.storage.model_loader import with_adapters
 
 CFG = tiny_config()
 BASE_PARAMS = lively_params(CFG)
@@ -172,3 +173,13 @@ def test_no_changed_byte_is_read(name, tmp_path):
     load_adapter(folder, CFG, BASE_PARAMS)
     of_bytes(name, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])(folder)
     assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, BASE_PARAMS))
+
+
+def test_a_folder_that_nothing_guards_is_noted(tmp_path):
+    folder = saved(tmp_path)
+    assert with_adapters(CFG, BASE_PARAMS, [folder])[1] == ()
+    (folder / manifest.NAME).unlink()
+    of_bytes(WEIGHTS, lambda data: data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])(folder)
+    adapted, (note,) = with_adapters(CFG, BASE_PARAMS, [folder])
+    assert f"{folder} has no manifest.json" in note
+    assert digest(adapted) != digest(with_adapters(CFG, BASE_PARAMS, [saved(tmp_path)])[0])

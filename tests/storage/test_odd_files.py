@@ -4,8 +4,6 @@ with a sentence, at once, and nothing is waited for."""
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,27 +142,6 @@ def test_the_log_of_a_run(tmp_path, impatient):
         folder.mkdir()
         make(folder / "metrics.jsonl")
         is_refused(lambda folder=folder: JsonLines(folder / "metrics.jsonl", 1), kind)
-
-
-@pytest.mark.parametrize(
-    ("value", "extra"),
-    [(None, ()), (7, (7,)), ([7, 8], (7, 8)), pytest.param([[1]], None, marks=pytest.mark.journeys), ("7", None), (True, None)],
-)
-def test_the_eos_ids_of_a_run(models, tmp_path, value, extra):
-    """As in a Hugging Face folder: null, an id, or several."""
-    shutil.copytree(models / "run", tmp_path / "run")
-    write_json(tmp_path / "run" / "tokenizer" / "generation_config.json", {"eos_token_id": value})
-    command = [sys.executable, "-m", "stages.generate", "--model", tmp_path / "run", "--prompt", "a", "--max-tokens", "1"]
-    if extra is None:
-        if value == [[1]]:
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert result.returncode == 2
-            assert result.stderr.startswith("error: ")
-            assert len(result.stderr.splitlines()) == 1
-        with pytest.raises(UserError, match="eos_token_id should be ids below"):
-            load_model(str(tmp_path / "run"))
-        return
-    assert load_model(str(tmp_path / "run")).eos_ids == (byte_tokenizer().eos_id, *extra)
 
 
 @pytest.mark.parametrize("written", ["read", "missing"])

@@ -170,21 +170,6 @@ def test_a_template_without_an_end_is_told_apart():
     assert chat.eot_ids == ()
 
 
-@pytest.mark.parametrize(
-    ("messages", "words"),
-    [
-        ([], "there are no messages"),
-        ([{"role": "im_end", "content": "x"}], "role 'im_end'"),
-        ([{"role": "user"}], "message 1 has no text"),
-        ([{"role": "user", "content": ["x"]}], "message 1 has no text"),
-    ],
-)
-def test_messages_of_no_use(chats, messages, words):
-    for call in (chats["chatml"].prompt, chats["chatml"].examples, chats["chatml"].answer_example):
-        with pytest.raises(UserError, match=words):
-            call(messages)
-
-
 def test_conversations_that_are_no_examples(chats):
     with pytest.raises(InvalidConversation, match="no turn of the assistant"):
         chats["chatml"].examples(talk("a"))

@@ -8,7 +8,7 @@ import pytest
 
 from engine import manifest
 from engine.errors import UserError
-from engine.text.token_file import open_bin, open_token_file
+from engine.text.corpus import open_bin, open_token_file
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 DOCUMENTS = ["The first, é.\n", "the second", "東京 😀 and the third\n"]
@@ -104,7 +104,7 @@ def test_what_does_not_read_back_is_not_kept(monkeypatch, cache):
         manifest.write_manifest(folder)
         (folder / "tokens.bin").write_bytes(b"other")
 
-    monkeypatch.setattr("engine.text.token_file.write_manifest", damage)
+    monkeypatch.setattr("engine.text.corpus.write_manifest", damage)
     with pytest.raises(UserError, match=r"not as they should be, so they were not kept: .*tokens\.bin has 5 bytes"):
         open_token_file(DOCUMENTS, BPE)
     assert list((cache / "tokens").iterdir()) == []

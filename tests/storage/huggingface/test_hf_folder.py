@@ -119,8 +119,7 @@ def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) 
         ("tokenizer_config.json", {"eos_token": "</s>"}, "no token '</s>'"),
         ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": 3}, "chat_template"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
-        ("generation_config.json", {"eos_token_id": 41}, "ids below 41"),
-        ("generation_config.json", {"eos_token_id": [1, "2"]}, "ids below 41"),
+        *(("generation_config.json", {"eos_token_id": ids}, "ids below 41") for ids in (41, [1, "2"], [[1]], "7", True)),
     ],
 )
 def test_a_damaged_file_is_named(name, data, words, folder):
@@ -140,6 +139,8 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(folder):
 def test_every_end_is_known_the_tokenizers_own_first_and_the_recommended_sampling(folder):
     replace(folder, "config.json", CONFIG | {"eos_token_id": 7})
     assert load_model(folder).eos_ids == (40, 7)
+    replace(folder, "generation_config.json", {"eos_token_id": None})
+    assert load_model(folder).eos_ids == (40,)
     replace(folder, "generation_config.json", {"eos_token_id": [3, 40, 5], "temperature": 0.7})
     assert load_model(folder).eos_ids == (40, 3, 5)
     replace(folder, "tokenizer_config.json", {"eos_token": {"content": "%", "__type": "AddedToken"}})
