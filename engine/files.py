@@ -24,7 +24,6 @@ _being_written: dict[Path, Path] = {}  # by this process: each with the path at 
 
 
 def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
-    """Warns that a cache folder cannot be used, and to set the environment variable `variable`."""
     sentence = f"The cache folder {folder} {problem}, so what is compiled or fetched now is not kept"
     warnings.warn(f"{sentence}: set {variable} to a folder that you alone can write.", stacklevel=2)
 
@@ -279,6 +278,5 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON document atomically, ending in a newline."""
     with atomic_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -149,7 +149,6 @@ def earlier_digest(params: dict[str, Any]) -> str:
 
 
 def _depth(weight: Any) -> int:
-    """Returns how many adapters lie on one another."""
     return 1 + _depth(weight.base) if isinstance(weight, LoRA) else 0
 
 

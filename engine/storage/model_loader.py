@@ -155,7 +155,7 @@ def load_model(
     location = locate(name, report, part, check_memory)
     run = location.run
     if not run:
-        stored = _open(location.path)
+        stored: StoredModel = _reader(location.path).open_model(location.path)
         prepare(cfg := stored.cfg)
         tokenizer, eos_ids, sampling = stored.tokenizer()
         params = read_params(stored, dtype or cfg.dtype, report)
@@ -179,10 +179,6 @@ def _damage(loaded: checkpoint.LoadedCheckpoint) -> tuple[str, ...]:
     return (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
 
 
-def _open(path: Path) -> StoredModel:
-    return _reader(path).open_model(path)
-
-
 def _read_config(path: Path) -> ModelConfig:
     return _reader(path).read_config(path)
 
@@ -203,7 +199,7 @@ def check_loads(written: Path, path: Path) -> None:
     to_gguf = path.suffix == ".gguf"
     remedy = "A Hugging Face folder may hold it." * to_gguf
     try:
-        stored = _open(written)
+        stored: StoredModel = _reader(written).open_model(written)
         stored.tokenizer()
         remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."  # of weights, which are rounded
         for leaf in stored.leaves:

@@ -97,8 +97,7 @@ class TextBatches:
         return window_batch(self.tokens, np.add.outer(starts, np.arange(self.seq)) % self._ring)
 
     def _offset(self, epoch: int) -> int:
-        """Returns where the windows of an epoch start, by a seed that no order has."""
-        return int(random_words(1, self.seed + 2**32, epoch)[0]) % self._ring
+        return int(random_words(1, self.seed + 2**32, epoch)[0]) % self._ring  # a seed that no order has
 
 
 def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) -> Iterator[Batch]:

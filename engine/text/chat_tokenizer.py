@@ -62,7 +62,6 @@ class ChatTokenizer:
         self.eot_ids = (last,) if last in tokenizer.controls else ()
 
     def close(self) -> None:
-        """Ends the template's process; the next use starts another."""
         self.template.close()
 
     def prompt(

@@ -58,7 +58,6 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Returns the characters that this token completes."""
         return self._decoder.decode(self._table.get(int(token), b""))
 
 
@@ -165,7 +164,6 @@ class Tokenizer:
         return text.removeprefix(" ") if self._later else text
 
     def bytes_of(self, token: int) -> bytes:
-        """Returns the bytes of a token; none for a control token."""
         return self._table.get(int(token), b"")
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
@@ -183,7 +181,6 @@ class Tokenizer:
         return json.loads(self.inner.to_str())
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, as Hugging Face's libraries read them."""
         with atomic_file(folder / "tokenizer.json") as file:
             file.write(self.inner.to_str(pretty=True).encode())
         write_json(folder / "tokenizer_config.json", self.config)

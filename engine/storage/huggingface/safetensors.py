@@ -91,7 +91,6 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
 
 
 def read_slice(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Reads rows start to stop, in the file's dtype."""
     dtype, row = DTYPES[stored.dtype], stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
     return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
