@@ -126,7 +126,7 @@ def train(flags: ByHandFlags) -> None:
         )
         if flags.out:
             from engine.files import atomic_folder
-            from engine.storage.huggingface.folder import save_folder
+            from engine.storage.huggingface import save_folder
             from engine.text.tokenizer import ModelTokenizer
 
             with atomic_folder(flags.out) as building:

@@ -89,7 +89,7 @@ def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:
     import numpy as np
 
     from engine import manifest
-    from engine.storage.huggingface import safetensors
+    from engine.storage import safetensors
 
     new.mkdir()
     entries = {}

@@ -134,7 +134,7 @@ def export(flags: ExportFlags) -> int:
 def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
     """Returns the name by which PEFT finds `base`. Raises UserError when it is not known, or `base_name` cannot be one."""
     from engine.storage.adapter import adapter_leaves
-    from engine.storage.huggingface.hub import is_hub_id
+    from engine.storage.hub import is_hub_id
 
     adapter_leaves(model.params)  # says so if there are none
     if base_name is None:
@@ -175,7 +175,7 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     from engine.storage.digest import digest
     from engine.storage.gguf.file import save_gguf
     from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, sampling_metadata, tokenizer_metadata
-    from engine.storage.huggingface.folder import save_folder
+    from engine.storage.huggingface import save_folder
     from engine.storage.model_loader import check_loads
     from engine.text.tokenizer import ModelTokenizer
 

@@ -36,7 +36,7 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
         from engine.storage.gguf.header import read_header
 
         return path.stem, config_from(read_header(path))
-    from engine.storage.huggingface.folder import config_from as config_of_fields
+    from engine.storage.huggingface import config_from as config_of_fields
     from engine.untrusted import read_json_object
 
     fields = read_json_object(path)

@@ -22,8 +22,8 @@ from engine.files import atomic_folder, write_json
 from engine.model.config import JOINED, LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA
+from engine.storage import safetensors
 from engine.storage.digest import digest
-from engine.storage.huggingface import safetensors
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES
 from engine.untrusted import Fields, quote, read_json_object
 

@@ -116,10 +116,10 @@ def _write_python(library: Path, into: Path) -> None:
     """
     left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
     documents = {}
-    for file in sorted(library.rglob("*.py")):
-        if left_out.isdisjoint((name := file.relative_to(library)).parts):
+    for source in sorted(library.rglob("*.py")):
+        if left_out.isdisjoint((name := source.relative_to(library)).parts):
             with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are not UTF-8
-                documents[name.as_posix()] = file.read_bytes().decode()
+                documents[name.as_posix()] = source.read_bytes().decode()
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
 

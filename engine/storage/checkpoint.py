@@ -39,7 +39,7 @@ from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished
 from engine.mesh import processes
 from engine.model.paths import unflatten
-from engine.storage.huggingface import safetensors
+from engine.storage import safetensors
 from engine.untrusted import quote, read_json_object
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`

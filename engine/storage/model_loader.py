@@ -13,11 +13,10 @@ from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
-from engine.storage import checkpoint, run_folder
+from engine.storage import checkpoint, hub, run_folder
 from engine.storage.adapter import CONFIG, build_adapter, check_base, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
-from engine.storage.huggingface import hub
-from engine.storage.huggingface.hub import cached_id, is_hub_name
+from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -186,9 +185,9 @@ def _read_config(path: Path) -> ModelConfig:
 def _reader(path: Path) -> ModuleType:
     """Imports the module that reads a Hugging Face folder or a GGUF file; a run folder needs neither's library."""
     if path.is_dir():
-        from engine.storage.huggingface import folder
+        from engine.storage import huggingface
 
-        return folder
+        return huggingface
     from engine.storage.gguf import file
 
     return file

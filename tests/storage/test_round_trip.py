@@ -10,7 +10,7 @@ from tiny import lively_params, tiny_config
 
 from engine.model.paths import leaf_paths
 from engine.storage.gguf.file import save_gguf
-from engine.storage.huggingface.folder import save_folder
+from engine.storage.huggingface import save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
 from engine.text.tokenizer import load_tokenizer

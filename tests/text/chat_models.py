@@ -43,7 +43,7 @@ def chat_tokenizer(template: str | None = None) -> Tokenizer:
 
 def save_chat_model(folder: Path, **sizes: Any) -> None:
     """Saves the tiny model with ChatML's control tokens, as `--model` takes it."""
-    from engine.storage.huggingface.folder import save_folder
+    from engine.storage.huggingface import save_folder
 
     folder.mkdir(exist_ok=True)
     tokenizer = chat_tokenizer()

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig, RopeScaling
 from engine.storage.gguf.header import Header, read_header
 from engine.storage.gguf.tokenizer import read_tokenizer, shortest_decimal
-from engine.storage.huggingface.folder import BLOCKS, architecture_of
+from engine.storage.huggingface import BLOCKS, architecture_of
 from engine.storage.tensor_layout import DTYPE_NAMES, GGUF_NAMES, StoredModel, check_tensors, file_tensors, layout_of
 from engine.text import OnProgress
 from engine.untrusted import Fields, known_name, quote, read_at

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import UserError
-from engine.storage.huggingface.safetensors import read_index
+from engine.storage.safetensors import read_index
 from engine.text import OnProgress
 
 Part = Literal["all", "config", "cached"]

@@ -8,7 +8,7 @@ import pytest
 from refusals import refusal
 
 from engine.model.config import PRESETS, ModelConfig, preset
-from engine.storage.huggingface.folder import DEFAULTS, config_from, config_to, note_unknown
+from engine.storage.huggingface import DEFAULTS, config_from, config_to, note_unknown
 
 PATH = Path("config.json")
 COMMON = {
@@ -107,7 +107,7 @@ def test_the_context_is_one_window(values, context):
     assert config_from(values, PATH).context == context
 
 
-OMITTED = json.loads((Path(__file__).parents[1] / "golden" / "omitted.txt").read_text())["families"]
+OMITTED = json.loads((Path(__file__).parent / "golden" / "omitted.txt").read_text())["families"]
 
 
 @pytest.mark.parametrize(("family", "field"), [(family, field) for family in OMITTED for field in OMITTED[family]["omitted"]])

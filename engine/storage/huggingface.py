@@ -12,8 +12,8 @@ import jax
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig, RopeScaling
-from engine.storage.huggingface import safetensors
-from engine.storage.huggingface.hub import cached_id
+from engine.storage import safetensors
+from engine.storage.hub import cached_id
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, file_tensors, layout_of
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer, load_tokenizer, save_tokenizer

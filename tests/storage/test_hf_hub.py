@@ -24,7 +24,7 @@ from golden.random_weights import draw
 from hf_folders import CONFIG, WEIGHTS, write_folder
 from refusals import refusal
 
-from engine.storage.huggingface.hub import is_hub_name
+from engine.storage.hub import is_hub_name
 from engine.storage.model_loader import load_model, model_name, read_config
 from stages import generate
 
@@ -208,7 +208,7 @@ def test_a_path_comes_first_and_nothing_else_is_asked_of_the_hub(hub):
 
 
 def environment(hub: Hub, folder: Path) -> dict[str, str]:
-    own = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[3])}
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
     return os.environ | own
 
 

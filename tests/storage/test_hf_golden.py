@@ -12,10 +12,10 @@ from hf_folders import write_folder
 from tiny import positions_of
 
 from engine.model.transformer import forward
-from engine.storage.huggingface.folder import BLOCKS
+from engine.storage.huggingface import BLOCKS
 from engine.storage.model_loader import load_model
 
-GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "golden").glob("*.json"))}
+GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
 
 
 def test_there_is_a_golden_file_for_every_family():

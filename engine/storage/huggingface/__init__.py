@@ -1,1 +1,0 @@
-"""Hugging Face folders, read and written: config, safetensors, tokenizer."""
