@@ -249,7 +249,8 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     text = read_text(source, MAX_TOKENIZER_BYTES)
     inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
     generation = read_json_object(generation_file) if generation_file.exists() else {}
-    eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), vocab or inner.get_vocab_size(), generation_file)
+    ids = vocab or max(inner.get_vocab().values(), default=0) + 1
+    eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), ids, generation_file)
     config = read_json_object(beside) if beside.exists() else {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
