@@ -32,15 +32,15 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
             f"{did_you_mean(model, list(PRESETS))}"
         )
     if path.suffix == ".gguf":  # this and what follows imports NumPy
-        from engine.storage.gguf.file import config_from
-        from engine.storage.gguf.header import read_header
+        from engine.storage.architectures import config_from_gguf
+        from engine.storage.gguf_header import read_header
 
-        return path.stem, config_from(read_header(path))
-    from engine.storage.huggingface import config_from as config_of_fields
+        return path.stem, config_from_gguf(read_header(path))
+    from engine.storage.architectures import config_from_json
     from engine.untrusted import read_json_object
 
     fields = read_json_object(path)
-    return path.resolve().parent.name, ModelConfig.from_json(fields) if "vocab" in fields else config_of_fields(fields, path)
+    return path.resolve().parent.name, ModelConfig.from_json(fields) if "vocab" in fields else config_from_json(fields, path)
 
 
 def config_of_size(params: float) -> ModelConfig:

@@ -188,9 +188,9 @@ def _reader(path: Path) -> ModuleType:
         from engine.storage import huggingface
 
         return huggingface
-    from engine.storage.gguf import file
+    from engine.storage import gguf
 
-    return file
+    return gguf
 
 
 def check_loads(written: Path, path: Path) -> None:

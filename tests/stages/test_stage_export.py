@@ -15,8 +15,8 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig, RopeScaling
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
-from engine.storage.gguf.file import save_gguf
-from engine.storage.gguf.tokenizer import tokenizer_metadata
+from engine.storage.gguf import save_gguf
+from engine.storage.gguf_tokenizer import tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.corpus import Corpus
 from engine.training.lora import init_lora

@@ -8,7 +8,7 @@ import pytest
 from refusals import refusal
 
 from engine.model.config import PRESETS, ModelConfig, preset
-from engine.storage.huggingface import DEFAULTS, config_from, config_to, note_unknown
+from engine.storage.architectures import DEFAULTS, config_from_json, config_to_json, note_unknown_json
 
 PATH = Path("config.json")
 COMMON = {
@@ -64,29 +64,29 @@ MISTRAL = PUBLISHED["mistral-7b-v0.3"]
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_their_presets(name):
-    assert config_from(PUBLISHED[name], PATH) == preset(name)
-    assert not note_unknown(PUBLISHED[name], PATH)
+    assert config_from_json(PUBLISHED[name], PATH) == preset(name)
+    assert not note_unknown_json(PUBLISHED[name], PATH)
 
 
 def test_a_field_that_is_not_known_is_named_once_and_ignored():
     future = SMOLLM2 | {"next_month": {"a": 1}, "num_key_value_head": 9} | {f"field_{n}": n for n in range(9)}
-    assert config_from(future, PATH) == preset("smollm2-135m")
-    (note,) = note_unknown(future, PATH)
+    assert config_from_json(future, PATH) == preset("smollm2-135m")
+    (note,) = note_unknown_json(future, PATH)
     assert "'next_month', 'num_key_value_head', 'field_0'" in note
     assert note.endswith("and 3 more")
 
 
 @pytest.mark.parametrize("cfg", PRESETS.values(), ids=PRESETS)
 def test_what_is_written_is_read_as_the_same(cfg):
-    config = config_to(cfg, cfg.dtype, {"eos_token_id": 2})
-    assert config_from(config, PATH) == cfg
+    config = config_to_json(cfg, cfg.dtype, {"eos_token_id": 2})
+    assert config_from_json(config, PATH) == cfg
     assert config["eos_token_id"] == 2
 
 
 def test_float32_files_are_computed_in_float32():
-    assert config_from(SMOLLM2 | {"torch_dtype": "float32"}, PATH).dtype == "float32"
-    assert config_from(SMOLLM2 | {"torch_dtype": None, "dtype": "float32"}, PATH).dtype == "float32"
-    assert config_from(SMOLLM2 | {"torch_dtype": "float16"}, PATH).dtype == "bfloat16"
+    assert config_from_json(SMOLLM2 | {"torch_dtype": "float32"}, PATH).dtype == "float32"
+    assert config_from_json(SMOLLM2 | {"torch_dtype": None, "dtype": "float32"}, PATH).dtype == "float32"
+    assert config_from_json(SMOLLM2 | {"torch_dtype": "float16"}, PATH).dtype == "bfloat16"
 
 
 QWEN = PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window": 100}
@@ -104,7 +104,7 @@ QWEN = PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window"
     ],
 )
 def test_the_context_is_one_window(values, context):
-    assert config_from(values, PATH).context == context
+    assert config_from_json(values, PATH).context == context
 
 
 OMITTED = json.loads((Path(__file__).parent / "golden" / "omitted.txt").read_text())["families"]
@@ -114,12 +114,12 @@ OMITTED = json.loads((Path(__file__).parent / "golden" / "omitted.txt").read_tex
 def test_a_field_left_out_means_what_it_means_to_transformers(family, field):
     config = OMITTED[family]["config"] | {"model_type": family}
     rest = {name: value for name, value in config.items() if name != field}
-    assert config_from(rest, PATH) == config_from(config | OMITTED[family]["omitted"][field], PATH)
+    assert config_from_json(rest, PATH) == config_from_json(config | OMITTED[family]["omitted"][field], PATH)
 
 
 def test_every_default_was_asked_for():
     assert all(OMITTED[family]["omitted"].keys() >= DEFAULTS[family].keys() for family in DEFAULTS)
-    read = config_from(scaled(original_max_position_embeddings=None), PATH)
+    read = config_from_json(scaled(original_max_position_embeddings=None), PATH)
     assert read.rope_scaling.original_context == read.context == 131072
 
 
@@ -151,7 +151,7 @@ def scaled(**changes):
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_by_name(changes, words):
-    sentence = refusal(config_from, SMOLLM2 | changes, PATH)
+    sentence = refusal(config_from_json, SMOLLM2 | changes, PATH)
     assert all(word in sentence for word in words), sentence
 
 
@@ -162,9 +162,9 @@ def test_each_field_that_changes_the_mathematics_is_refused():
         "auto_map": {"AutoModel": "model.Mine"}, "quantization_config": {"bits": 4},
     }  # fmt: skip
     for name, value in fields.items():
-        assert f"{name} is " in refusal(config_from, SMOLLM2 | {name: value}, PATH)
+        assert f"{name} is " in refusal(config_from_json, SMOLLM2 | {name: value}, PATH)
 
 
 def test_a_block_that_nobody_has_cannot_be_written():
     both = ModelConfig(vocab=41, width=20, layers=2, heads=6, head_dim=4, ff=28, context=9, qk_norm=True, qkv_bias=True)
-    assert "both qkv_bias and qk_norm" in refusal(config_to, both, "float32", {})
+    assert "both qkv_bias and qk_norm" in refusal(config_to_json, both, "float32", {})

@@ -12,7 +12,7 @@ from hf_folders import write_folder
 from tiny import positions_of
 
 from engine.model.transformer import forward
-from engine.storage.huggingface import BLOCKS
+from engine.storage.architectures import BLOCKS
 from engine.storage.model_loader import load_model
 
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}

@@ -8,7 +8,7 @@ import pytest
 from gguf_files import tiny_gguf, weights
 from refusals import refusal
 
-from engine.storage.gguf.header import MAX_KEYS, MAX_TENSORS, MAX_TEXT, ArrayLocation, read_header, read_numbers, read_strings
+from engine.storage.gguf_header import MAX_KEYS, MAX_TENSORS, MAX_TEXT, ArrayLocation, read_header, read_numbers, read_strings
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
 text = lambda value: u64(len(value)) + value

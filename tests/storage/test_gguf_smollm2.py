@@ -13,7 +13,7 @@ from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
 from engine.storage.model_loader import load_model
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "llama_cpp.txt").read_text().splitlines()]
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "llama_cpp.txt").read_text().splitlines()]
 NEAR = 0.25  # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is 0.15
 
 # Where the user's own cache is: the tests have one of their own, and 93 MB are not fetched for a test.

@@ -20,7 +20,7 @@ from engine.untrusted import check_adjacent, quote, read_at, read_exactly, trunc
 MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has
 MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two
 MAX_TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
-UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
+UINT32, FLOAT32, STRING, ARRAY, UINT64 = 4, 6, 8, 9, 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
 
 
@@ -99,8 +99,10 @@ class _Reader:
         self.file, self.path, self.size, self.text_left = file, path, size, MAX_TEXT
 
     def number(self, kind: int) -> Any:
+        """Reads a number; of a float32 the shortest decimal, 1e-05 and not 9.999999747378752e-06."""
         scalar = SCALARS[kind]
-        return scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
+        value = scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
+        return float(str(np.float32(value))) if kind == FLOAT32 else value
 
     def require(self, wanted: int) -> int:
         remaining = self.size - self.file.tell()

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
-from engine.storage.gguf.header import read_header
-from engine.storage.gguf.tokenizer import FALLBACK_PRE_TOKENIZER, read_tokenizer, set_pre_tokenizer, tokenizer_metadata
+from engine.storage.gguf_header import read_header
+from engine.storage.gguf_tokenizer import FALLBACK_PRE_TOKENIZER, read_tokenizer, set_pre_tokenizer, tokenizer_metadata
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)
@@ -75,7 +75,7 @@ def test_what_begins_a_text_is_what_the_file_says(tmp_path):
     assert start(add_bos_token=True, bos_token_id=None) == ()
 
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "sentencepiece.txt").read_text().splitlines()]
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "sentencepiece.txt").read_text().splitlines()]
 
 
 def listed_by(listed: dict[str, Any], folder: Path) -> Tokenizer:

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import UserError
-from engine.storage.gguf.header import STRING, ArrayLocation, Header, read_numbers, read_strings
+from engine.storage.gguf_header import STRING, ArrayLocation, Header, read_numbers, read_strings
 from engine.text.tokenizer import ModelTokenizer, Tokenizer, build_tokenizer
 from engine.untrusted import known_name, quote
 
@@ -195,14 +195,8 @@ def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
 
 def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the recommended sampling, {SamplingParams' name: value as in the file}."""
-    values = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
-    return {name: shortest_decimal(value) if isinstance(value, float) else value for name, value in values.items()}
+    return {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
 
 
 def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {SAMPLING_KEYS[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
-
-
-def shortest_decimal(value: float) -> float:
-    """Returns the shortest decimal of a float32: 1e-05 and not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

@@ -1,0 +1,268 @@
+"""The families of models that are known here: ModelConfig from a config.json or a GGUF file's metadata, and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.model.config import ModelConfig, RopeScaling
+from engine.untrusted import Fields, known_name, quote, read_at
+
+if TYPE_CHECKING:
+    from engine.storage.gguf_header import Header
+
+# Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's; GGUF has no name for it.
+BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+GGUF_BLOCKS = {name: block for name, block in BLOCKS.items() if name != "mistral"}
+
+# Our name of a size -> its name in a config.json, and in a GGUF file.
+SIZES = {
+    "vocab": ("vocab_size", "vocab_size"), "width": ("hidden_size", "embedding_length"),
+    "layers": ("num_hidden_layers", "block_count"), "heads": ("num_attention_heads", "attention.head_count"),
+    "kv_heads": ("num_key_value_heads", "attention.head_count_kv"), "head_dim": ("head_dim", "attention.key_length"),
+    "ff": ("intermediate_size", "feed_forward_length"), "context": ("max_position_embeddings", "context_length"),
+}  # fmt: skip
+JSON_SIZES, GGUF_SIZES = ({ours: names[place] for ours, names in SIZES.items()} for place in (0, 1))
+
+
+def _read_sizes(fields: Fields, names: dict[str, str]) -> dict[str, int]:
+    derived = {"kv_heads": 0, "head_dim": 0}  # by ModelConfig, where they are left out or null
+    return {ours: fields.number(theirs, int, derived.get(ours)) for ours, theirs in names.items()}
+
+
+def architecture_of(cfg: ModelConfig) -> str:
+    """Returns the published architecture with this qkv_bias and qk_norm. Raises UserError when there is none."""
+    options = {option: True for option in ("qkv_bias", "qk_norm") if getattr(cfg, option)}
+    for name, block in BLOCKS.items():
+        if block == options:
+            return name
+    raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
+
+
+# config.json
+
+# Fields that change what the weights compute, in a way that is not built here -> the values that do not.
+JSON_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0,),
+    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "quantization_config": (None,), "auto_map": (None,),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "clip_qkv", "no_rope_layers", "attention_chunk_size"), (None, 0)),
+    **dict.fromkeys(("logit_softcapping", "attn_logit_softcapping", "final_logit_softcapping"), (None, 0)),
+}  # fmt: skip
+
+# Fields of most published models that say nothing about what the weights compute.
+JSON_HARMLESS = (
+    "_.*|.*_token_id|(transformers|unsloth|is_llama).*|(torch_)?dtype|architectures|initializer_range|model_type|"
+    "pretraining_tp|use_cache"
+)
+
+JSON_USED = {
+    *JSON_SIZES.values(), "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+}  # fmt: skip
+
+# What a field that is left out means: the defaults of each family's config class in transformers 5.24.0. The rest are None
+# there, and derived; rope_theta is `default_theta`. tests/storage/golden/omitted.txt holds what transformers makes of each.
+_COMMON = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_QWEN = _COMMON | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _COMMON | {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}  # fmt: skip
+
+LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELDS}
+
+
+def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
+    """Returns the architecture in a config.json, whose context is at most its attention window.
+
+    A field that is left out has its family's default. Raises UserError, naming it, for one that cannot be computed here.
+    """
+    kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
+    Fields(values, path).check(JSON_ONLY)
+    fields = Fields(DEFAULTS[kind] | values, path)
+    sizes: dict[str, Any] = _read_sizes(fields, JSON_SIZES)
+    theta, scaling = _rope(fields, sizes["context"])
+    sizes["context"] = min(sizes["context"], _window(fields, kind, sizes["layers"]) or sizes["context"])
+    return ModelConfig(
+        **sizes,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        eps=fields.number("rms_norm_eps", float),
+        tied=fields.flag("tie_word_embeddings"),
+        **BLOCKS[kind],
+        dtype="float32" if "float32" in (values.get("dtype"), values.get("torch_dtype")) else "bfloat16",
+    )
+
+
+def note_unknown_json(values: dict[str, Any], path: Path) -> tuple[str, ...]:
+    return Fields(values, path).note_unknown({*JSON_USED, *JSON_ONLY}, JSON_HARMLESS)
+
+
+def _window(fields: Fields, kind: str, layers: int) -> int:
+    """Returns how many keys some layer attends to at most, 0 for all.
+
+    Attention in windows is not built here; among as many tokens as a window has keys, it is the plain one.
+    """
+    types = fields.values.get("layer_types")
+    if not isinstance(types, list | None):
+        raise UserError(f"{fields.path}: layer_types should be a list, not {quote(types)}.")
+    in_windows = fields.values.get("sliding_window") is not None and "sliding_window" in DEFAULTS[kind]
+    if in_windows and kind != "mistral":
+        has_windows = "sliding_attention" in types if types else fields.number("max_window_layers", int) < layers
+        in_windows = fields.flag("use_sliding_window") and has_windows
+    for layer in types or ():
+        if layer != "full_attention" and not (in_windows and layer == "sliding_attention"):
+            raise UserError(f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here.")
+    return fields.number("sliding_window", int) if in_windows else 0
+
+
+def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
+    """Returns theta and scaling; since transformers 5 they are both in `rope_parameters`."""
+    path = fields.path
+    values = {"rope_theta": fields.values["rope_theta"]}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = fields.values.get(name)
+        if not isinstance(value, dict | None):
+            raise UserError(f"{path}: {name} should be an object or null, not {quote(value)}.")
+        values |= value or {}
+    rope = Fields(values, path)
+    theta = rope.number("rope_theta", float)
+    kind = known_name(values.get("rope_type", values.get("type", "default")), ROPE_FIELDS, "rope_type", path)
+    for name, value in values.items():
+        extra = name not in ("rope_type", "type", "rope_theta", *ROPE_FIELDS[kind])
+        if extra and not (name == "partial_rotary_factor" and value == 1):
+            raise UserError(f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here.")
+    if kind == "default":
+        return theta, None
+    factor, low, high = (rope.number(name, float) for name in LLAMA3_FIELDS[:3])
+    original = rope.number(LLAMA3_FIELDS[3], int, context)
+    if not (low < high and factor > 0 and original > 0):
+        raise UserError(f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0.")
+    return theta, RopeScaling(factor, low, high, original)
+
+
+def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config.json in transformers 4's names, which 5 reads too. `tokens`: bos_token_id and the like."""
+    kind = architecture_of(cfg)
+    scaling = cfg.rope_scaling and dict(zip(LLAMA3_FIELDS, dataclasses.astuple(cfg.rope_scaling)))
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        **{theirs: getattr(cfg, ours) for ours, theirs in JSON_SIZES.items()},
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": scaling and {"rope_type": "llama3", **scaling},
+        "tie_word_embeddings": cfg.tied,
+        **({"attention_bias": False} if kind != "qwen2" else {}),
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **tokens,
+    }
+
+
+# GGUF
+
+HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
+EPS, THETA, WINDOW = "attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.sliding_window"
+GGUF_USED = {*GGUF_SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW}
+GGUF_HARMLESS = "rope.scaling.(original_context_length|finetuned)|tensor_data_layout|use_parallel_residual"
+# Keys that change what the weights compute, in a way that is not built here -> the values that do not.
+GGUF_ONLY: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0, 0.0), "rope.scale_linear": (1.0,), "expert_count": (0,),
+    "expert_used_count": (0,), "attention.causal": (True,), "logit_scale": (1.0,), "rope.scaling.attn_factor": (1.0,),
+    "residual_scale": (1.0,), "embedding_scale": (1.0,), "attention.scale": (0.0,), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+}  # fmt: skip
+FREQUENCIES = "rope_freqs.weight"
+
+# Llama 3.1's and 3.2's; a file holds only what they make of each frequency.
+KNOWN_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
+
+
+def config_from_gguf(header: "Header") -> ModelConfig:
+    """Returns a file's architecture; refuses, by name, a key that is missing or cannot be computed here."""
+    path, metadata = header.path, header.metadata
+    kind = known_name(metadata.get("general.architecture"), GGUF_BLOCKS, "general.architecture", path)
+    own = _gguf_fields(header)
+    own.check(GGUF_ONLY)
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise UserError(f"{path} is one of several parts, by its key 'split.count': merge them first.")
+    table = header.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise UserError(f"{path} has no embedding, token_embd.weight, or not one of two dimensions.")
+    fields = own._replace(values=own.values | {"vocab_size": table.shape[0]})
+    theta = fields.number(THETA, float, 10000.0)
+    sizes: dict[str, Any] = _read_sizes(fields, GGUF_SIZES)
+    # Within the first window of keys, attention in windows is the plain one.
+    sizes["context"] = min(sizes["context"], fields.number(WINDOW, int, 0) or sizes["context"])
+    cfg = ModelConfig(
+        **sizes,
+        rope_theta=theta,
+        rope_scaling=_read_scaling(header, theta),
+        eps=fields.number(EPS, float),
+        tied="output.weight" not in header.tensors,
+        **BLOCKS[kind],
+    )
+    for key in HEAD_WIDTHS:
+        if (value := fields.number(key, int, cfg.head_dim)) != cfg.head_dim:
+            raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
+    return cfg
+
+
+def _gguf_fields(header: "Header") -> Fields:
+    prefix = f"{header.metadata['general.architecture']}."
+    own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    return Fields(own, header.path, prefix)
+
+
+def note_unknown_gguf(header: "Header") -> tuple[str, ...]:
+    return _gguf_fields(header).note_unknown({*GGUF_USED, *GGUF_ONLY}, GGUF_HARMLESS)
+
+
+def config_to_gguf(cfg: ModelConfig) -> dict[str, Any]:
+    """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
+    sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()} | dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
+    return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta}
+
+
+def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+    """Returns the divisor of each RoPE frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3 Herd of Models, 3.4.1)."""
+    frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
+    turns = scaling.original_context * frequencies / (2 * np.pi)
+    blend = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
+    return (1 / (blend + (1 - blend) / scaling.factor)).astype(np.float32)
+
+
+def _read_scaling(header: "Header", theta: float) -> RopeScaling | None:
+    tensor = header.tensors.get(FREQUENCIES)
+    if tensor is None:
+        return None
+    if tensor.kind.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
+        raise UserError(f"{header.path}: {FREQUENCIES} should be a short row of float32.")
+    factors = read_at(header.path, tensor.offset, tensor.size).view("<f4")
+    if (factors == 1).all():
+        return None
+    for scaling in KNOWN_SCALINGS:
+        if np.allclose(rope_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
+            return scaling
+    raise UserError(
+        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings that Llama 3.1 and 3.2 were published with. A GGUF file "
+        "does not say how it was made; the model's Hugging Face folder does, in config.json."
+    )

@@ -1,1 +1,0 @@
-"""GGUF files, read and written: header, config, tokenizer, weights."""
