@@ -38,7 +38,7 @@ class Admission:
     def __init__(self, slots: int, queue: int) -> None:
         self.limit, self.held = slots + queue, (queue + 1) // 2
         self.reserved = 0
-        self._refused: dict[Sender, Refusal] = {}
+        self.refused: dict[Sender, Refusal] = {}
         self.draining = False
         self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
         self._priorities = itertools.count(1)
@@ -55,7 +55,7 @@ class Admission:
         That is the sender itself on the same connection, else the first of its group whose time has come.
         """
         self.check_open()
-        refused = self._refused = {each: last for each, last in self._refused.items() if now <= last.due + LATE_SECONDS}
+        refused = self.refused = {each: last for each, last in self.refused.items() if now <= last.due + LATE_SECONDS}
         line = [each for each, last in refused.items() if last.in_line]
         early = sender in refused and now < refused[sender].due
         again = [each for each in line if each.group == sender.group and refused[each].due <= now]
@@ -77,7 +77,7 @@ class Admission:
     def reserve(self, sender: Sender, now: float) -> int:
         """Takes a place, until `release`. Returns its priority: the lowest is served first. Raises ApiError as `check`."""
         own = self.check(sender, now)
-        self._refused.pop(own, None)
+        self.refused.pop(own, None)
         self.reserved += 1
         return next(self._priorities)
 

@@ -24,10 +24,11 @@ class Company(RuleBasedStateMachine):
 
     @initialize(
         cache=st.sampled_from([0, 20_000, 10**6]), short=st.sampled_from([CHUNK, SHORT, CAPACITY]), speculate=st.booleans(),
-        holds=st.booleans(),
+        holds=st.booleans(), order=st.permutations(range(SLOTS)),
     )  # fmt: skip
-    def begin(self, cache: int, short: int, speculate: bool, holds: bool) -> None:
+    def begin(self, cache: int, short: int, speculate: bool, holds: bool, order: list[int]) -> None:
         self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, short=short, speculate=speculate)
+        self.engine.scheduler.free = order
         if holds:  # as `warm` does that leaves the programs for longer texts out
             self.engine.scheduler.limit = self.engine.runner.limit
         self.engine.tails_are_exact = True  # as test_inference_engine finds

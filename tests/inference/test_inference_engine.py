@@ -77,29 +77,6 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
 
 
 @EVERY_DTYPE
-def test_the_same_in_every_slot_alone_or_in_company_to_the_bit(dtype):
-    """Greedy, seeded, and with penalties; a short text and one of four chunks; log-probabilities too."""
-    requests = [
-        request_of(text(3, 20), 12, temperature=0.0, logprobs=3), request_of(text(4, 50), 12, seed=9, logprobs=20),
-        request_of(
-            text(6, 33), 12, temperature=0.7, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={3: 2.0}, seed=1,
-            logprobs=0,
-        ),
-    ]  # fmt: skip
-    for request in requests:
-        outputs = {complete_alone(dtype, request)}
-        for slot in range(SLOTS):
-            for company in (0, SLOTS + 2):
-                engine = make_engine(dtype)
-                if company:
-                    engine.load_long_programs()
-                poison(engine, np.nan if slot % 2 else np.inf)
-                engine.scheduler.free = [slot, *(other for other in range(SLOTS) if other != slot)]
-                outputs.add(complete(engine, [request, *REQUESTS[slot : slot + company]])[0])
-        assert len(outputs) == 1
-
-
-@EVERY_DTYPE
 def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
     """Long prompts, and one with penalties that grows long, gives its only slot to a short text and is computed again."""
     engine = make_engine(dtype, prefix_cache_bytes=10**6)
@@ -330,18 +307,6 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
     for _, _, top in completion.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))
         assert sum(np.exp(np.frombuffer(value, np.float32)[0]) for _, value in top) == pytest.approx(1, abs=1e-5)
-
-
-def test_one_slot_answers_one_request_at_a_time():
-    """In two rows, one of which idles: to the bit as one of two slots."""
-    engine, pair = make_engine("bfloat16", slots=1), make_engine("bfloat16", slots=2, speculate=False)
-    requests = [request_of(text(seed, 20), 5, temperature=0.8, seed=seed, logprobs=0) for seed in range(3)]
-    ids, ended = [engine.submit(request) for request in requests], []
-    while engine.busy:
-        ended += [event.id for event in engine.step() if event.finish_reason]
-        assert engine.running <= 1
-    assert ended == ids
-    assert complete(engine, requests) == [complete(pair, [request])[0] for request in requests]
 
 
 @pytest.mark.parametrize(

@@ -1,60 +1,42 @@
-"""The promises of training (T1 to T14) and of serving (S1 to S11, S17, X2 to X5): pytest's options, the server, and the table.
+"""The promises of serving and training (README.md): options, the servers, and a line for each promise at the end.
 
-    pytest tests/promises -m promises -n 0                    each promise tried: hours on two cores, those of serving one
-    pytest tests/promises -m promises -n 0 --quick            fewer repetitions
-    pytest tests/promises -m promises -n 0 --promise S4,X3    some of them
-    pytest tests/promises/training -m promises -n 0           those of training: training/conftest.py
-
-Each promise of serving is tried on the project's own server, a process of its own, over its own loopback; a promise that
-could not be tried is not kept. Without `-n 0` the workers disturb each other's timing. `--junitxml FILE` writes the figures to
-a file.
-The tests in this folder without the mark run by default: they show that a promise that is broken is noticed.
+A test of promise S4 is marked `promises(name="S4")`, and tried on a server of its own process, over loopback; some are tried by
+default too, in a few repetitions and without their bars of time, on the tiny server of tests/serve: see `servers`. A promise
+that could not be tried is not kept. Without `-n 0` the workers disturb each other's timing.
 """
 
-import dataclasses
-import io
 import random
 import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from figures import Figure
 
-from bench.serving.server import Server
-from engine.errors import did_you_mean
+sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")]
 
-ROWS: dict[str, dict[str, Any]] = {}  # of the table, by the promise's name
+from tiny_server import SLOTS, TinyServer
+
+from bench.serving.client import Client
+from bench.serving.server import Server
+
+ROWS: dict[str, list[str]] = {}  # of the summary, by the promise's name
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("promises", "the promises of training and serving")
-    group.addoption("--promise", default="", help="names of promises, such as S4,X3; by default all")
     group.addoption("--quick", action="store_true", help="few repetitions of each promise")
-    group.addoption(
-        "--promises-model", default="smollm2-135m-instruct", help="a run folder, a Hugging Face folder, a .gguf file or a name"
-    )
+    group.addoption("--promises-model", default="smollm2-135m-instruct", help="what `--model` of stages.serve takes")
     group.addoption("--promises-slots", type=int, default=8, help="requests the server answers at the same time")
-    group.addoption("--promises-capacity", help="tokens of prompt and completion together; by default what the server chooses")
-    group.addoption("--promises-weights", default="int8", help="int8, bfloat16 or float32")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Notes which promise a test is of, for its report; keeps the promises that `--promise` names."""
-    names = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("promises"))}
-    for item in names:
-        item.add_marker(pytest.mark.timeout(3600))
-        item.user_properties.append(("promise", item.get_closest_marker("promises").args))
-    chosen = {name.strip().upper() for name in config.getoption("--promise").split(",") if name.strip()}
-    if not chosen:
-        return
-    known = sorted(set(names.values()), key=_place)
-    for name in chosen - {*known}:
-        raise pytest.UsageError(f"There is no promise {name}; there are {', '.join(known)}.{did_you_mean(name, known)}")
-    config.hook.pytest_deselected(items=[item for item in items if names.get(item) not in chosen])
-    items[:] = [item for item in items if names.get(item) in chosen]
-
-
-# Options and the server
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if mark := item.get_closest_marker("promises"):
+            item.add_marker(pytest.mark.timeout(3600))
+            item.user_properties.append(("promise", mark.kwargs["name"]))
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +44,15 @@ def anyio_backend():
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
-def quick(pytestconfig):
-    return pytestconfig.getoption("--quick")
+@pytest.fixture
+def is_real(request):
+    """Whether a promise is tried at length, on a real server."""
+    return request.node.get_closest_marker("promises") is not None
 
 
-@pytest.fixture(scope="session")
-def slots(pytestconfig):
-    return pytestconfig.getoption("--promises-slots")
+@pytest.fixture
+def quick(pytestconfig, is_real):
+    return pytestconfig.getoption("--quick") or not is_real
 
 
 @pytest.fixture
@@ -78,15 +61,12 @@ def rng():
 
 
 @pytest.fixture(scope="session")
-def make_server(pytestconfig, slots):
-    """Makes another server of the same model: `make_server(*flags, key=..., preamble=...)`, for `async with`."""
-    capacity = pytestconfig.getoption("--promises-capacity")
-    flags = ["--slots", str(slots), "--weights", pytestconfig.getoption("--promises-weights")]
-    flags += ["--capacity", capacity] if capacity else []
-    model = pytestconfig.getoption("--promises-model")
+def make_server(pytestconfig):
+    """Makes a server of the model in a process of its own: `make_server(*flags, key=..., preamble=...)`, for `async with`."""
+    flags = ["--slots", str(pytestconfig.getoption("--promises-slots")), "--weights", "int8"]
 
     def make(*more, preamble="", **options):
-        server = Server(model, [*flags, *more], **options)
+        server = Server(pytestconfig.getoption("--promises-model"), [*flags, *more], **options)
         if preamble:
             server.command[1:3] = ["-c", f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())"]
         return server
@@ -94,9 +74,13 @@ def make_server(pytestconfig, slots):
     return make
 
 
-@pytest.fixture(scope="session")
-async def server(anyio_backend, make_server):
-    """The server that most promises are tried on, so that S3 finds it after everything else."""
+@pytest.fixture(scope="session", params=["real"])
+async def server(anyio_backend, make_server, request):
+    """The server that most promises are tried on, so that S3 finds it after everything else; or a tiny one in this process."""
+    if request.param == "tiny":
+        with TinyServer() as tiny:
+            yield SimpleNamespace(port=tiny.port, client=Client(tiny.port), process=None)
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     async with make_server() as server:
         yield server
@@ -107,70 +91,35 @@ def client(server):
     return server.client
 
 
-# The table
+@pytest.fixture
+def slots(pytestconfig, is_real):
+    return pytestconfig.getoption("--promises-slots") if is_real else SLOTS
 
 
 @pytest.fixture
-def expect(record_property):
-    """Records figures for the table and fails when one misses its bar: `expect(*figures, over="how many of what")`."""
+def expect(record_property, is_real):
+    """Records figures and fails when one misses its bar: `expect(*figures, over="how many of what")`."""
 
     def expect(*figures: Figure, over: str = "") -> None:
-        for figure in figures:
-            record_property("figure", dataclasses.asdict(figure))
-        record_property("over", over)
-        missed = [f"{figure}, wanted {figure.wanted}" for figure in figures if not figure.met]
-        assert not missed, "; ".join(missed) + f" ({over})"
+        record_property("figures", f"{'; '.join(map(str, figures))} ({over})")
+        missed = [str(figure) for figure in figures if not figure.is_met and (is_real or not figure.is_time)]
+        assert not missed, f"{'; '.join(missed)} ({over})"
 
     return expect
 
 
 def pytest_runtest_logreport(report):
     """Gathers what a test found of its promise; with xdist the reports come from the workers."""
-    names = [value for key, value in report.user_properties if key == "promise"]
-    if not names or (report.when != "call" and report.passed):
-        return
-    name, statement = names[0]
-    row = ROWS.setdefault(name, {"statement": statement, "figures": [], "over": [], "tests": 0, "failures": []})
-    figures = [Figure(**value) for key, value in report.user_properties if key == "figure"]
-    row["figures"] += figures
-    row["over"] += [value for key, value in report.user_properties if key == "over" and value]
-    row["tests"] += 1
-    if not report.passed:
+    properties: dict[str, Any] = dict(report.user_properties)
+    if "promise" in properties and (report.when == "call" or not report.passed):
         crash = getattr(report.longrepr, "reprcrash", None)
-        message = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0][:200]
-        row["failures"].append("" if figures else f"{report.nodeid.rpartition('::')[2]}: {message}")
+        found = properties.get("figures") or (crash.message.splitlines()[0] if crash else report.nodeid.rpartition("::")[2])
+        ROWS.setdefault(properties["promise"], []).append(f"{'kept' if report.passed else 'NOT KEPT'}: {found}")
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
+    for name, results in sorted(ROWS.items(), key=lambda row: (row[0][0], int(row[0][1:]))):
+        terminalreporter.write_line("\n    ".join([f"{name:3} {results[0]}", *results[1:]]))
     if ROWS:
-        count = sum(not row["failures"] for row in ROWS.values())
-        few = " With --quick, so over few repetitions." if config.getoption("--quick") else ""
-        terminalreporter.write_line(f"{format_table(ROWS)}\n{count} of {len(ROWS)} promises kept.{few}")
-
-
-def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    """The table: promise, figure wanted, figure measured, kept or not; in the order of the promises' names."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("", "promise", "figure wanted", "figure measured", "kept?"):
-        table.add_column(head, no_wrap=head in ("", "kept?"))
-    for name in sorted(rows, key=_place):
-        row = rows[name]
-        wanted = [figure.wanted for figure in row["figures"]]
-        measured = [*map(str, row["figures"]), *filter(None, row["failures"])]
-        if row["tests"] > 1:
-            wanted.append("every test passes")
-            measured.append(f"{row['tests'] - len(row['failures'])} of {row['tests']} pass")
-        over = f" ({'; '.join(row['over'])})" if row["over"] else ""
-        mark = "NO" if row["failures"] else "yes"
-        table.add_row(name, row["statement"], "; ".join(wanted) or "-", "; ".join(measured) + over, mark)
-    text = io.StringIO()
-    Console(file=text, width=160, highlight=False, markup=False).print(table)
-    return text.getvalue()
-
-
-def _place(name: str) -> tuple[str, int]:
-    return name[0], int(name[1:])
+        count = sum(all(result.startswith("kept") for result in results) for results in ROWS.values())
+        terminalreporter.write_line(f"{count} of {len(ROWS)} promises kept.")

@@ -1,15 +1,16 @@
-"""A figure of a promise: a measured number and the bar it is held to."""
+"""A figure of a promise: a measured number and the bar it is held to; and the servers that a promise is tried on."""
 
-import dataclasses
 import math
 import operator
+from typing import NamedTuple
+
+import pytest
 
 RELATIONS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One measured number, and how it must relate to its bar; NaN meets none."""
+class Figure(NamedTuple):
+    """One measured number, and how it must relate to its bar; NaN, for what never came, meets none."""
 
     name: str
     value: float
@@ -18,28 +19,24 @@ class Figure:
     unit: str = ""
 
     @property
-    def met(self) -> bool:
+    def is_met(self) -> bool:
         return RELATIONS[self.relation](self.value, self.bar)
 
     @property
-    def wanted(self) -> str:
-        return f"{self.name} {self.relation} {_number(self.bar)}{self.unit}"
+    def is_time(self) -> bool:
+        return self.unit in (" s", " ms")
 
     def __str__(self) -> str:
-        return f"{self.name} {_number(self.value)}{self.unit}"
+        return f"{self.name} {self.value:,.4g}{self.unit}, wanted {self.relation} {self.bar:,.4g}"
 
 
 at_most = lambda name, value, bar, unit="": Figure(name, value, "≤", bar, unit)
 at_least = lambda name, value, bar, unit="": Figure(name, value, "≥", bar, unit)
 milliseconds = lambda name, seconds, bar: Figure(name, 1e3 * seconds, "≤", bar, " ms")  # bar in milliseconds
+exactly = lambda name, value, bar: Figure(name, math.nan if value is None else value, "=", bar)
 
 
-def exactly(name: str, value: float | None, bar: float) -> Figure:
-    """A count or a code that must be `bar`; None, for one that never came, is not."""
-    return Figure(name, math.nan if value is None else value, "=", bar)
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "none"
-    return f"{value:,.0f}" if math.isinf(value) or value == int(value) else f"{value:,.3g}"
+def servers(name: str, fixture: str = "server") -> pytest.MarkDecorator:
+    """Tries a promise on the tiny server in the default run, and on the real one under `-m promises`; `fixture` makes both."""
+    marks = pytest.mark.promises(name=name)
+    return pytest.mark.parametrize(fixture, ["tiny", pytest.param("real", marks=marks)], indirect=True)

@@ -1,16 +1,18 @@
-"""S5 and S11: overload is refused, not suffered, and short requests are not starved by a long prompt."""
+"""S1, S2, S4, S5 and S11: what a server does for each of many: the same bits, no text of another, its slot back, its turn."""
 
 import asyncio
 import math
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from figures import at_least, at_most, milliseconds
-from openai_like import read_metrics
+from figures import at_least, at_most, exactly, milliseconds, servers
+from openai_like import chat_request, read_metrics
 
-from bench.serving.client import Client, complete, completion_request, random_text, send
-from bench.serving.measure import open_loop, percentile
+from bench.serving.client import Client, Completion, complete, completion_request, connect, random_text, send
+from bench.serving.measure import closed_loop, open_loop, percentile
 from bench.serving.server import Server
 from engine.counting.hardware import clock
 from engine.inference.config import CHUNK
@@ -19,9 +21,195 @@ pytestmark = pytest.mark.anyio
 
 OVERLOAD = 10  # times what the server can do
 MEAN_TOKENS = 48  # of a request: were all alike, they would end together
+STUCK = 10.0  # seconds after which a slot counts as never to be freed
+PART = 8  # characters of a secret that give it away
+
+REQUESTS = (
+    completion_request("The capital of France is", 10, logprobs=2),
+    completion_request("Once upon a time there was a", 16, logprobs=1, temperature=1, seed=7),
+    completion_request("one two three one two three one two", 20, logprobs=1, stream=False),
+    chat_request("Name a colour.", 12, logprobs=True, top_logprobs=3),
+    chat_request("Tell me about the sea.", 16, logprobs=True, temperature=1, top_p=0.9, seed=11),
+    completion_request("The assistant answers what the user asks; the system says ", 8, logprobs=1, stream=False),
+    completion_request("A list: apples, pears,", 14, logprobs=1, temperature=1, seed=3, frequency_penalty=0.5, stop=["\n"]),
+    completion_request("It was the best of times, it was", 12, logprobs=1, logit_bias={"30": 2}, stream=False),
+)
 
 
-@pytest.mark.promises("S5", "overload is refused, not suffered")
+async def repeat_under_load(
+    client: Client, requests: Sequence[dict[str, Any]], slots: int, repetitions: int, rng: random.Random
+) -> tuple[int, int, int]:
+    """Sends `requests` over and over, in random order, among others that come, go and hang up at random, then alone.
+
+    Returns the most distinct outputs of one request, the outputs beyond the first of each when log-probabilities count
+    too, and how many were not answered.
+    """
+    completions: dict[int, list[Completion]] = defaultdict(list)
+    order = [place % len(requests) for place in range(repetitions)]
+    rng.shuffle(order)
+    places, stop = iter(order), asyncio.Event()
+
+    async def repeat() -> None:
+        for place in places:
+            completions[place].append(await complete(client, requests[place]))
+            if rng.random() < 0.1:  # now and then few are left, so that a request is also alone
+                await asyncio.sleep(rng.random() * 0.3)
+
+    async def disturb() -> None:
+        while not stop.is_set():
+            fields: dict[str, Any] = {"temperature": rng.choice((0, 1)), "seed": rng.randrange(2**32)}
+            body = completion_request(random_text(rng, rng.randint(3, 40)), rng.randint(1, 24), **fields)
+            await complete(client, body, timeout=0.05 if rng.random() < 0.2 else 30.0)
+            await asyncio.sleep(rng.expovariate(4))
+
+    neighbours = [asyncio.create_task(disturb()) for _ in range(slots)]
+    await asyncio.gather(*(repeat() for _ in range(slots)))
+    stop.set()
+    await asyncio.gather(*neighbours)
+    for place, body in enumerate(requests):
+        completions[place].append(await complete(client, body))
+    texts = [{(each.text, each.finish_reason) for each in group} for group in completions.values()]
+    bits = [
+        {(each.text, each.finish_reason, *(value.hex() for value in each.logprobs)) for each in group}
+        for group in completions.values()
+    ]
+    unanswered = sum(not each.finished for group in completions.values() for each in group)
+    return max(map(len, texts)), sum(len(outputs) - 1 for outputs in bits), unanswered
+
+
+@servers("S1")
+async def test_the_same_request_gives_the_same_bits(client, slots, quick, rng, expect):
+    """Half seeded at temperature 1, among as many others; log-probabilities compared as floats, which JSON carries whole."""
+    while not (health := (await client.get("/health")).json())["long_texts_ready"]:
+        await asyncio.sleep(0.05)
+    repetitions = 96 if quick else 1000
+    texts, different_bits, unanswered = await repeat_under_load(client, REQUESTS, slots, repetitions, rng)
+    again = (await client.get("/health")).json()
+    expect(
+        exactly("distinct outputs", texts, 1),
+        at_most("outputs with other bits", different_bits, 0),
+        at_most("unanswered", unanswered, 0),
+        at_most("programs compiled", again["compiles_after_ready"] - health["compiles_after_ready"], 0),
+        over=f"{repetitions} repetitions of {len(REQUESTS)} requests",
+    )
+
+
+@pytest.mark.promises(name="S2")
+async def test_no_completion_holds_anothers_secret(client, slots, quick, rng, expect):
+    count = 64 if quick else 600
+    leaked, echoed = await exchange_secrets(client, 2 * slots, count, rng)
+    expect(
+        at_most("answers with another's secret", leaked, 0),
+        at_least("with their own", echoed, count // 4),
+        over=f"{count} prompts, two to a slot; free slots filled with NaN and Inf: tests/inference/test_inference_engine.py",
+    )
+
+
+async def exchange_secrets(client: Client, streams: int, count: int, rng: random.Random) -> tuple[int, int]:
+    """Sends prompts that each hold a secret of their own and ask for it.
+
+    Returns how many completions hold a part of another's secret, and how many a part of their own.
+    """
+    secrets = [f"{rng.getrandbits(48):012x}" for _ in range(count)]
+    texts: list[tuple[str, str]] = []
+    remaining = iter(secrets)
+
+    async def stream() -> None:
+        for secret in remaining:
+            shared = random_text(random.Random(9), rng.choice((0, 140)))  # many begin alike, by whole chunks
+            prompt = f"{shared} The password is {secret}. Repeat: the password is {secret}. The password is"
+            fields = {"temperature": rng.choice((0, 1)), "seed": rng.randrange(2**32)}
+            texts.append((secret, (await complete(client, completion_request(prompt, 14, **fields))).text))
+
+    await asyncio.gather(*(stream() for _ in range(streams)))
+    owner = {part: secret for secret in secrets for part in _parts(secret)}
+    leaked = sum(any(owner.get(part, own) != own and part not in own for part in _parts(text)) for own, text in texts)
+    echoed = sum(any(owner.get(part) == own for part in _parts(text)) for own, text in texts)
+    return leaked, echoed
+
+
+def _parts(text: str) -> set[str]:
+    return {text[at : at + PART] for at in range(len(text) - PART + 1)}
+
+
+@pytest.mark.promises(name="S4")
+async def test_a_disconnect_frees_the_slot(client, slots, quick, rng, expect):
+    clients = slots + 2  # two of them wait for a slot
+    bodies = [completion_request(random_text(rng, 12), 40, ignore_eos=True) for _ in range(slots)]
+    completions, _ = await closed_loop(client, bodies, slots)
+    step = percentile([completion.time_per_output_token for completion in completions], 0.5)  # when every slot is in use
+    waits: list[float] = []
+    stuck = 0
+    for wave in range(-(-(60 if quick else 1000) // clients)):
+        waits += await (_leave_at_once if wave % 8 == 7 else _leave_in_turn)(client, clients, rng)
+        stuck += await _still_held(client)
+    expect(  # within 250 ms, or a decode step where that is longer
+        milliseconds("slot free p99", percentile(waits, 0.99), 1e3 * max(0.25, step)),
+        at_most("stuck", stuck, 0),
+        over=f"{len(waits)} aborts, streaming or not, waiting, reading or answering; "
+        f"p50 {1e3 * percentile(waits, 0.5):.0f} ms; a decode step takes {1e3 * step:.0f} ms",
+    )
+
+
+async def _leave_in_turn(client: Client, count: int, rng: random.Random) -> list[float]:
+    """One after the other leaves at a random moment -> seconds from each abort until the server holds one fewer.
+
+    Nobody comes meanwhile, and the next leaves when the last one is gone, so that no wait is another's.
+    """
+    connections = [await _open(client, rng) for _ in range(count)]
+    while await _requests_held(client) < count:
+        await asyncio.sleep(0.002)
+    rng.shuffle(connections)
+    waits: list[float] = []
+    while connections and not any(wait > STUCK for wait in waits):
+        await asyncio.sleep(rng.random() / 10)
+        waits.append(await _cut(client, [connections.pop()], len(connections), rng))
+    for writer in connections:
+        writer.transport.abort()
+    return waits
+
+
+async def _leave_at_once(client: Client, count: int, rng: random.Random) -> list[float]:
+    """All leave at once, before the server may have seen them -> for each, seconds until it holds nobody."""
+    connections = [await _open(client, rng) for _ in range(count)]
+    return [await _cut(client, connections, 0, rng, first_look=0.05)] * count  # by then it has seen them
+
+
+async def _open(client: Client, rng: random.Random) -> Any:
+    """The connection of a request, streaming or not, that goes on for longer than anybody waits."""
+    prompt = random_text(rng, rng.choice((8, 60, 200)))
+    body = completion_request(prompt, 400, ignore_eos=True, stream=rng.random() < 0.6)
+    _, writer = await connect(client.port)
+    writer.write(client.encode("POST", "/v1/completions", body, {})[1])
+    return writer
+
+
+async def _cut(client: Client, writers: list[Any], left: int, rng: random.Random, first_look: float = 0.002) -> float:
+    """Ends connections, by a reset or politely -> seconds until the server holds `left` requests or fewer."""
+    begin = clock()
+    for writer in writers:
+        writer.transport.abort() if rng.random() < 0.5 else writer.close()
+    await asyncio.sleep(first_look)
+    while await _requests_held(client) > left and clock() - begin < STUCK:
+        await asyncio.sleep(0.002)
+    return clock() - begin
+
+
+async def _requests_held(client: Client) -> int:
+    """Requests with a slot or waiting for one."""
+    health = (await client.get("/health")).json()
+    return health["running"] + health["waiting"]
+
+
+async def _still_held(client: Client, timeout: float = 5.0) -> int:
+    """Requests that the server still holds after `timeout` seconds; 0 as soon as it holds none."""
+    begin = clock()
+    while (count := await _requests_held(client)) and clock() - begin < timeout:
+        await asyncio.sleep(0.01)
+    return count
+
+
+@pytest.mark.promises(name="S5")
 async def test_overload_is_refused(server, slots, quick, rng, expect):
     """Ten times what the server can do, arriving whether it answers or not; before and after, as much as it can take."""
     seconds = 6.0 if quick else 16.0
@@ -72,7 +260,7 @@ def _medium_request(rng: random.Random) -> dict[str, Any]:
     return completion_request(random_text(rng, 10), tokens, ignore_eos=True, stream=False)
 
 
-@pytest.mark.promises("S11", "short requests are not starved by a long prompt")
+@pytest.mark.promises(name="S11")
 async def test_a_short_request_beside_long_prompts(server, client, quick, rng, expect):
     """Short requests one after another, alone and while a prompt as long as fits is being read beside them all the time."""
     count = 12 if quick else 60

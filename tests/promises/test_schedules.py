@@ -21,7 +21,7 @@ def failures(seeds: range) -> list[str]:
     return found
 
 
-@pytest.mark.promises("S17", "a request gets what it gets alone under any schedule, on a simulated device")
+@pytest.mark.promises(name="S17")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_any_schedule(part, quick, expect):
     count = 1_000_000 // PARTS // (100 if quick else 1)

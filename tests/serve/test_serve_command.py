@@ -32,18 +32,15 @@ from engine.errors import UserError
 from engine.inference import config as engine_config
 from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
-from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.model.config import LoraConfig
 from engine.model.native.library import native_problem
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, merge_lora
-from engine.storage.model_loader import load_model
-from engine.text.tokenizer import CompletionText
 from engine.training.lora import init_lora
 from stages.cli.console import Console
-from stages.serve import load, server
+from stages.serve import load
 from stages.serve.__main__ import main
 from stages.serve.engine_thread import EngineThread
 from stages.serve.load import CompileAhead
@@ -121,26 +118,6 @@ def test_a_damaged_kernel_is_built_again_and_one_cut_while_in_use_harms_nothing(
         assert server.ends() == 0
 
 
-def test_a_mesh_of_devices_serves_the_same_text(tmp_path):
-    """As one device, here that of the engine by itself."""
-    save_chat_model(tmp_path, width=24, ff=36)
-    flags = ("--weights", "float32", "--keys-values", "float32", "--mesh", "tensor=3")
-    with Started(tmp_path, *flags, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}) as server:
-        replies = [server.client.post("/v1/completions", json=ask(most=9, model="default", logprobs=1)) for _ in range(2)]
-        assert replies[0].json()["choices"] == replies[1].json()["choices"]
-        server.process.send_signal(signal.SIGTERM)
-        assert server.ends() == 0
-    assert "3 of them along tensor" in server.output
-    assert "Weights unchanged" in server.output
-    assert "0 programs compiled since all were there" in server.output
-    model = load_model(str(tmp_path))
-    prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode("Hello there").tolist()]
-    params = prepare_params(model.cfg, model.params)
-    (completion,) = complete(model.cfg, params, [prompt], [SamplingParams(9, temperature=0.0)])
-    text = CompletionText(model.tokenizer.stream())
-    assert replies[0].json()["choices"][0]["text"] == text.push(completion.tokens) + text.close() != ""
-
-
 def test_a_second_signal_ends_it_at_once(folder):
     with Started(folder, env={"THRICE_API_KEY": "one,two"}, key="two") as server:
         assert "2 API keys" in server.output
@@ -200,11 +177,6 @@ def test_an_address_others_can_reach_needs_a_key(host, capsys, monkeypatch):
     for empty in ("", " , "):
         monkeypatch.setenv("THRICE_API_KEY", empty)
         assert "give --api-key" in refuses(capsys, "--host", host, "--port", 0)
-
-
-def test_addresses_of_this_machine_alone():
-    assert all(map(server.is_local, ("127.0.0.1", "127.8.9.1", "localhost", "::1")))
-    assert not any(map(server.is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
 
 
 def test_without_its_extra_it_says_how_to_get_it(folder):

@@ -27,17 +27,6 @@ from stages.serve.state import system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
 
 
-def test_a_completion(client):
-    result = good(client.complete(most=6))
-    assert result["object"] == "text_completion"
-    assert result["model"] == "tiny"
-    (choice,) = result["choices"]
-    assert choice["finish_reason"] in ("length", "stop")
-    assert result["usage"]["total_tokens"] == result["usage"]["prompt_tokens"] + result["usage"]["completion_tokens"]
-    assert good(client.complete(most=6))["choices"] == result["choices"]
-    assert good(client.post("/v1/completions", json={"prompt": "a"}))["usage"]["completion_tokens"] <= 16
-
-
 def test_a_prompt_in_all_its_forms(client):
     ids = client.tokens("Hello there")
     text = good(client.complete("Hello there"))["choices"][0]["text"]
@@ -147,31 +136,6 @@ def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     assert choice.logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
 
 
-def test_log_probabilities(client):
-    result = good(client.chat(most=6, logprobs=True, top_logprobs=3))
-    for each in result["choices"][0]["logprobs"]["content"]:
-        assert len(each["top_logprobs"]) == 3
-        assert each["logprob"] == each["top_logprobs"][0]["logprob"]  # greedy takes the most probable
-        assert each["token"] == each["top_logprobs"][0]["token"]
-        assert each["token"].startswith("bytes:") or each["token"].encode() == bytes(each["bytes"])
-    plain = good(client.complete(most=6, logprobs=0))["choices"][0]["logprobs"]
-    assert plain["top_logprobs"] is None
-    assert len(plain["token_logprobs"]) == 6
-    assert max(plain["token_logprobs"]) < 0
-
-
-def test_stop_strings_end_a_text_before_them(client):
-    full_text = good(client.complete(most=40, ignore_eos=True))["choices"][0]["text"]
-    stop = full_text[10:13]
-    result = good(client.complete(most=40, ignore_eos=True, stop=["\x00nowhere", stop]))
-    assert result["choices"][0]["text"] == full_text[: full_text.index(stop)]
-    assert result["choices"][0]["finish_reason"] == "stop"
-    assert result["usage"]["completion_tokens"] < 40
-    body = ask(most=40, ignore_eos=True, stop=stop, stream=True)
-    text = "".join(chunk["choices"][0]["text"] for chunk in events(client.post("/v1/completions", json=body).text))
-    assert text == full_text[: full_text.index(stop)]
-
-
 def test_sampling_parameters(client):
     text = lambda **more: good(client.complete(most=12, ignore_eos=True, **more))["choices"][0]["text"]
     greedy = text()
@@ -212,13 +176,6 @@ def test_stop_tokens_are_not_part_of_the_text(client, tiny_server):
 def test_the_body_of_a_reply_does_not_wait_for_its_head_to_be_acknowledged(client):
     """Nagle's algorithm would hold back each on a connection that stays open, for 40 ms."""
     assert sorted(client.get("/live").elapsed.total_seconds() for _ in range(15))[7] < 0.03
-
-
-def test_models(client):
-    (card,) = good(client.get("/v1/models"))["data"]
-    assert (card["id"], card["max_model_len"], card["price_per_hour"]) == ("tiny", CAPACITY, 0.25)
-    assert good(client.get("/v1/models/tiny")) == good(client.get("/v1/models/default")) == card
-    assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 
 def test_text_to_tokens_and_back(client):

@@ -139,9 +139,11 @@ def good(reply: httpx.Response) -> Any:
 
 
 def refused(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
-    """The error object of a reply of that status."""
+    """The error object of a reply of that status. Ollama's clients read a sentence."""
     assert reply.status_code == status, reply.text
     problem = reply.json()["error"]
+    if reply.url.path.startswith("/api/"):
+        return {"message": problem}
     assert set(problem) == {"message", "type", "param", "code"}
     assert problem["message"]
     return problem

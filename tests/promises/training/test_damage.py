@@ -31,7 +31,7 @@ CORRUPTIONS = {
 }
 
 
-@pytest.mark.promises("T2", "a damaged newest checkpoint is named, and the one before it is used; no damage passes for data")
+@pytest.mark.promises(name="T2")
 def test_every_file_corrupted_in_every_way(make_run, reference, side_by_side, quick, expect):
     """Each file of a run folder, and of what is cached, corrupted in each way; then the same command again."""
     wanted = reference()

@@ -1,4 +1,4 @@
-"""T1, T3 and T8: a run that is ended, killed or refused by the disk at any moment goes on to the same bits."""
+"""T1, T3, T7 and T8: a run that is ended, killed or refused by the disk at any moment goes on to the same bits."""
 
 import contextlib
 import errno
@@ -7,22 +7,20 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
 from faults import ENDED
 from figures import Figure, at_most, exactly
+from fork_server import ROOT
 from tiny_training import SAVE_EVERY, Fault, TinyRun, bits, differing
 
 MUON, ADAMW = (), ("--optimizer", "adamw")
 MOST_LOST = 2 * SAVE_EVERY  # training goes on while a save is written, but the next one waits for it
 LAST = 2000  # more changes on disk than any of these runs makes
-T1 = (
-    "T1",
-    "a kill at any instant leaves whole checkpoints only, and costs at most the steps between two saves and those taken while "
-    "a save was written",
-)
 
 
 def conclude(expect, runs: list[TinyRun], different: int, over: str, *figures) -> None:
@@ -62,7 +60,7 @@ def survive_each(make_run, reference, side_by_side, strides, code: int, faults) 
     return every, different, f"{happened}: {', '.join(f'{count} at {kind}' for kind, count in kinds)}"
 
 
-@pytest.mark.promises(*T1)
+@pytest.mark.promises(name="T1")
 def test_ends_at_every_change_on_disk(make_run, reference, side_by_side, quick, expect):
     """The process ends at its k-th change on disk, for each k (Muon) and each eighth (AdamW); the next one goes on."""
     strides = {MUON: 90} if quick else {MUON: 1, ADAMW: 8}
@@ -70,7 +68,7 @@ def test_ends_at_every_change_on_disk(make_run, reference, side_by_side, quick, 
     conclude(expect, runs, different, f"ends {happened}", *work_lost(runs))
 
 
-@pytest.mark.promises("T8", "a disk that is full, broken or read-only is reported within a step, and harms no older checkpoint")
+@pytest.mark.promises(name="T8")
 def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick, expect):
     """The k-th change fails: no space or read-only, as all after it do, or an error once."""
 
@@ -84,7 +82,7 @@ def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick
     conclude(expect, runs, different, f"refusals {happened}", late)
 
 
-@pytest.mark.promises(*T1)
+@pytest.mark.promises(name="T1")
 def test_kills_at_random_moments(make_run, reference, side_by_side, quick, expect):
     """SIGKILL, and again; saves take half of the time of these runs."""
     length = ("--steps", 60, "--save-every", SAVE_EVERY, "--log-every", 1, "--eval-every", 10)
@@ -121,7 +119,7 @@ def end(process: int, seconds: float) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.promises("T3", "a resumed run is the uninterrupted one to the bit: losses, weights, optimizer, data, keys")
+@pytest.mark.promises(name="T3")
 def test_kills_at_random_steps(make_run, make_tuning, side_by_side, quick, expect):
     """SIGKILL at random steps of 200, in pretraining with Muon and in fine-tuning with LoRA."""
     steps = 60 if quick else 200
@@ -148,3 +146,19 @@ def test_kills_at_random_steps(make_run, make_tuning, side_by_side, quick, expec
     killed = side_by_side(kill, enumerate(kinds))
     runs, different = [run for run, _ in killed], sum(count for _, count in killed)
     conclude(expect, runs, different, f"{times} SIGKILLs each of {', '.join(kinds)}")
+
+
+@pytest.mark.promises(name="T7")
+def test_two_processes(make_run, text, side_by_side, expect):
+    """100 steps in processes of their own, two at a time, by Muon and AdamW. By default the clock decides when to evaluate."""
+    length = ("--steps", 100, "--log-every", 1, "--eval-every", 20)
+    runs = {name: [make_run("--optimizer", name, server=half, length=length) for half in (0, 1)] for name in ("muon", "adamw")}
+
+    def train(half: int) -> None:
+        for name in runs:
+            words = [sys.executable, "-m", "stages.train", *runs[name][half].words]
+            subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+
+    side_by_side(train, (0, 1))
+    different = sum(bits(a.folder) != bits(b.folder) for a, b in runs.values())
+    expect(exactly("pairs that differ in a bit", different, 0), over="2 pairs of 100 steps; there is no slower mode to ask for")

@@ -15,7 +15,7 @@ from engine.mesh.processes import RESTART
 from engine.storage import checkpoint
 
 
-@pytest.mark.promises("T9", "when one of several processes dies all others end, and the same command resumes exactly")
+@pytest.mark.promises(name="T9")
 def test_one_of_several_dies(start, text, tmp_path, quick, expect):
     """kill -9 of each in turn; then to the end with as many processes, which changes no bit, and with half as many."""
     words = lambda folder: tiny(text, folder, *FLAGS, "--steps", 16 if quick else 40)
@@ -57,7 +57,7 @@ Evaluator.evaluate = lambda *arguments: (time.sleep(SECONDS), evaluate(*argument
 """
 
 
-@pytest.mark.promises("T9", "when one of several processes dies all others end, and the same command resumes exactly")
+@pytest.mark.promises(name="T9")
 def test_a_slow_process_is_not_taken_for_dead(start, text, tmp_path, quick, expect):
     """One is stopped for 35 s before it joins; then it takes longer for each program that it compiles and each evaluation."""
     seconds = 35 if quick else 60

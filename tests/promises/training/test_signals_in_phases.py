@@ -4,13 +4,10 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from figures import at_most, exactly
-from fork_server import ROOT
 from tiny_training import TinyRun
 
 from engine.storage import checkpoint
@@ -28,7 +25,6 @@ PHASES = {
 }
 ON_TERMINAL = "import os; os.dup2(os.open({!r}, os.O_WRONLY | os.O_NOCTTY), 1); os.dup2(1, 2)"
 COMPILES = "import jax; jax.config.update('jax_enable_compilation_cache', False)"  # else it takes no time
-T5 = ("T5", "Ctrl-C, SIGTERM or a closed terminal in any phase saves, and says so; a second signal ends at once")
 
 
 def wait_until(begun, run: TinyRun) -> None:
@@ -38,7 +34,7 @@ def wait_until(begun, run: TinyRun) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.promises(*T5)
+@pytest.mark.promises(name="T5")
 def test_a_signal_in_every_phase(make_run, side_by_side, quick, expect):
     trials = list(itertools.islice(itertools.cycle(PHASES), 6 if quick else 54))
     slowest, wrong = [0.0], []
@@ -78,40 +74,3 @@ def test_a_signal_in_every_phase(make_run, side_by_side, quick, expect):
         at_most("to leave", max(slowest), 10, " s"),
         over=f"{len(trials)} signals: {', '.join(PHASES)}",
     )
-
-
-@pytest.mark.promises(*T5)
-def test_a_second_signal(make_run, quick, expect):
-    """While the loop finishes a step that takes long."""
-    slow = "import time, stages.runs.stage as t; at = t.TrainingSteps.run\n"
-    slow += "t.TrainingSteps.run = lambda *a: time.sleep(3 * (a[2].step == 5)) or at(*a)"
-    seconds = []
-    for _ in range(1 if quick else 5):
-        run = make_run(length=ENDLESS)
-        process = run.start(patch=slow)
-        wait_until(lambda run: len(run.rows()) == 5, run)
-        for _ in range(2):
-            begin = time.monotonic()
-            os.kill(process, signal.SIGTERM)
-            time.sleep(0.1)
-        assert run.server.wait() == 128 + signal.SIGTERM, run.output.read_text()
-        seconds.append(time.monotonic() - begin)
-    expect(at_most("after a second one", max(seconds), 1, " s"))
-
-
-@pytest.mark.promises(*T5)
-def test_a_signal_as_the_interpreter_starts(text, tmp_path, quick, expect):
-    """Processes of their own, from the first moment; before Python runs our code it answers by itself."""
-    wrong = []
-    for number in range(2 if quick else 10):
-        command = [sys.executable, "-m", "stages.train", "tiny", "--data", text, "--out-dir", tmp_path / "run"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        time.sleep(0.02 * 1.6**number)
-        sent = (signal.SIGINT, signal.SIGTERM)[number % 2]
-        process.send_signal(sent)
-        printed = process.communicate(timeout=30)[0]
-        ours = "Traceback" in printed and f'"{ROOT}/' in printed
-        if process.returncode not in (128 + sent, -sent) or ours or (process.returncode > 0) != ("Stopped " in printed):
-            wrong.append(f"{0.02 * 1.6**number:.2f} s: {process.returncode} {printed[-300:]}")
-    print(*wrong, sep="\n")
-    expect(exactly("tracebacks or other codes", len(wrong), 0))

@@ -1,9 +1,10 @@
-"""T14: the peak of a real run's resident memory beside what its first lines say."""
+"""T11 and T14: what saving costs a run, and the peak of its memory beside what its first lines say."""
 
 import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from figures import at_least, at_most
@@ -12,7 +13,7 @@ from tiny_runs import ROOT, typed, write_text
 UNITS = {"MB": 1e6, "GB": 1e9}
 
 
-@pytest.mark.promises("T14", "memory stays within the plan")
+@pytest.mark.promises(name="T14")
 def test_memory_is_as_planned(text, tmp_path, quick, expect, pytestconfig):
     """From random weights with both optimizers, a LoRA on int8, and from rewards; over a save and an evaluation."""
     conversations = tmp_path / "chats.jsonl"
@@ -49,3 +50,15 @@ def test_memory_is_as_planned(text, tmp_path, quick, expect, pytestconfig):
         at_least("peak over plan, least", min(ratios.values()), 0.85),
         over=", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()),
     )
+
+
+@pytest.mark.promises(name="T11")
+def test_saving_beside_training(tmp_path, quick, expect):
+    """`python -m bench.step --of saving`: 135 million parameters with AdamW; few with --quick."""
+    few = ("--preset", "nano", "--rounds", "6", "--interval", "10") if quick else ()
+    words = [sys.executable, "-m", "bench.step", "--of", "saving", "--json", *few]
+    output = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found = json.loads(output)
+    shares = {name: f"{share:.1%}" for name, share in found["shares_of_interval"].items()}
+    over = f"{found['state_bytes'] / 1e9:.2f} GB every {found['interval']:g} s; slowed {shares['slowed']}"
+    expect(at_most("stopped", 100 * found["shares_of_interval"]["stopped"], 2, "%"), over=over)
