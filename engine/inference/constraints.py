@@ -73,6 +73,29 @@ class Constraint:
         return "stop" if self._matcher.is_stopped() else None
 
 
+class ForcedTokens(Constraint):
+    """Lets a completion be nothing but these tokens, whose log-probabilities are asked for: `score.scored_request`."""
+
+    failed = False
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens, self._done = tuple(tokens), 0
+
+    def begin(self) -> "ForcedTokens":
+        return ForcedTokens(self.tokens)
+
+    def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
+        for row, token in zip(rows, self.tokens[self._done :]):
+            masks[row] = 0
+            masks[row, token // 32] = np.uint32(1) << np.uint32(token % 32)
+
+    def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
+        return list(self.tokens[self._done : self._done + count])
+
+    def accept(self, token: int) -> None:
+        self._done += 1
+
+
 class GrammarCompiler:
     """Compiles grammars for a tokenizer, and a model of `vocab` ids. Each of `end_ids` may end a text where the grammar does.
 

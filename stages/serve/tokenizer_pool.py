@@ -36,12 +36,15 @@ class TokenizerPool:
         """A copy for long texts, made on first use."""
         return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
-    async def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """Returns the tokens of each text, with the model's start tokens if `special`. Raises ApiError."""
-        start = self.tokenizer.bos_ids if special else ()
+    async def encode(self, texts: Sequence[str], special: bool = True, continued: bool = False) -> list[list[int]]:
+        """Returns the tokens of each text, with the model's start tokens if `special`, or as one that is `continued`.
+
+        Raises ApiError.
+        """
+        start = self.tokenizer.bos_ids if special and not continued else ()
 
         def encode(_: ChatTokenizer) -> list[list[int]]:
-            return [[*start, *self.tokenizer.encode(text).tolist()] for text in texts]
+            return [[*start, *self.tokenizer.encode(text, continued).tolist()] for text in texts]
 
         return await self._run(sum(map(len, texts)), "prompt", encode)
 

@@ -33,7 +33,7 @@ BAD_FIELDS: list[dict[str, Any]] = [
     *({"logit_bias": value} for value in ([], {"x": 1}, {"333333": 1}, {"07": 1}, {"7\n": 1}, {"00": 1})),
 ]  # fmt: skip
 BAD_COMPLETION = [
-    {"logprobs": 21}, {"logprobs": True}, {"echo": True}, {"best_of": 2}, {"suffix": "end"}, {"messages": []},
+    {"logprobs": 21}, {"logprobs": True}, {"echo": "yes"}, {"best_of": 2}, {"suffix": "end"}, {"messages": []},
     *({"prompt": value} for value in (None, [], [[]], ["a", 1], [334], [[1], [334]], "", {"a": 1}, ["a"] * 65)),
 ]  # fmt: skip
 BAD_CHAT: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from stages.serve.api.generation import Piece, Prompts, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, GenerationRequest, MaxTokens, StopTexts, in_range
+from stages.serve.api.requests import EmptyList, MaxTokens, ModelRequest, StopTexts, in_range
 from stages.serve.api.writer import EventWriter, json_reply, respond
 from stages.serve.state import ServerState
 
@@ -37,7 +37,7 @@ class Turn(msgspec.Struct, forbid_unknown_fields=True):
     content: Blocks
 
 
-class CountTokensRequest(GenerationRequest, kw_only=True):
+class CountTokensRequest(ModelRequest, kw_only=True):
     """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's."""
 
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=4096)]
@@ -58,6 +58,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     """POST /v1/messages."""
 
     max_tokens: MaxTokens
+    stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, in_range("top_p")] | None = None
     top_k: Annotated[int, in_range("top_k")] | None = None

@@ -1,5 +1,6 @@
 """POST /v1/completions, OpenAI's: continues texts. Its fields of sampling and the form of its replies are the chat's too."""
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
+from engine.inference.request import LogProb
 from stages.serve.api.generation import Generation, Piece, Prompts, Reason, Usage, generate
 from stages.serve.api.requests import (
     MAX_IDS,
@@ -83,7 +85,9 @@ class CompletionFields(GenerationRequest, kw_only=True):
         given = {name: getattr(self, name) for name in GRAMMARS}
         return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
 
-    async def generate(self, state: ServerState, http: HttpRequest, prompts: Prompts, **options: Any) -> Generation:
+    async def generate(
+        self, state: ServerState, http: HttpRequest, prompts: Prompts, *, scores: bool = False, **options: Any
+    ) -> Generation:
         """Begins the completions; `options` are fields of SamplingParams that this kind has in its own form."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
@@ -92,16 +96,21 @@ class CompletionFields(GenerationRequest, kw_only=True):
         given = {name: getattr(self, name) for name in names} | {"logit_bias": bias} | options
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return await generate(
-            state, http, prompts, given, n=self.n or 1, stops=stops, ignore_eos=self.ignore_eos, grammars=self.grammars
-        )
+            state, http, prompts, given, n=self.n or 1, stops=stops, ignore_eos=self.ignore_eos, grammars=self.grammars,
+            scores=scores,
+        )  # fmt: skip
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
-    """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists."""
+    """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists.
+
+    `echo`: the prompt comes before its completion, its log-probabilities too. `max_tokens` may then be 0.
+    """
 
     prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1, max_length=MAX_IDS)]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     logprobs: LogProbs | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
@@ -129,11 +138,14 @@ class ReplyUsage(msgspec.Struct):
 
 
 class CompletionLogProbs(msgspec.Struct):
-    """Lists of one length: tokens, log-probabilities, the most probable in their place, and the offsets in the text."""
+    """Lists of one length: tokens, log-probabilities, the most probable in their place, and the offsets in the text.
+
+    The first token of a prompt has none.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -183,16 +195,16 @@ class ChoicesWriter(Writer):
         raise NotImplementedError
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
-        return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=_usage(usage))
+        return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=reply_usage(usage))
 
     def chunk(self, *choices: Any, usage: ReplyUsage | None = None) -> Any:
         return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
 
     def end(self, usage: Usage) -> Iterable[Any]:
-        return [self.chunk(usage=_usage(usage))] if self._wants_usage else []
+        return [self.chunk(usage=reply_usage(usage))] if self._wants_usage else []
 
 
-def _usage(usage: Usage) -> ReplyUsage:
+def reply_usage(usage: Usage) -> ReplyUsage:
     return ReplyUsage(usage.prompt, usage.completion, usage.prompt + usage.completion, CachedTokens(usage.cached))
 
 
@@ -221,8 +233,28 @@ class CompletionWriter(ChoicesWriter):
             offsets.append(self._offsets[piece.choice])  # part of a character: its offset
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
         name = lambda token: token_text(self.tokenizer, token)[0]
-        top = [{name(token): nats for token, nats in each.top} for each in logprobs] if self._top_logprobs else None
-        return CompletionLogProbs([name(each.token) for each in logprobs], [each.logprob for each in logprobs], top, offsets)
+        top = [{name(token): nats for token, nats in each.top} or None for each in logprobs] if self._top_logprobs else None
+        values = [None if each.logprob != each.logprob else each.logprob for each in logprobs]
+        return CompletionLogProbs([name(each.token) for each in logprobs], values, top, offsets)
+
+
+class EchoWriter(CompletionWriter):
+    """Writes replies in which each completion comes behind its prompt. `prompts`: their tokens, once they are encoded."""
+
+    def __init__(self, state: ServerState, body: CompletionRequest, choices: int, prompts: list[list[int]]) -> None:
+        super().__init__(state, body, choices)
+        self._prompts, self._n, self._completes = prompts, body.n or 1, body.max_tokens != 0
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> Any:
+        rest, echoed = iter(pieces), list[Piece]()
+        for prompt in self._prompts:
+            scores = next(rest).logprobs if self._top_logprobs is not None and len(prompt) > 1 else []
+            for _ in range(self._n):
+                piece = next(rest) if self._completes else Piece(0, "", [], "length")
+                logprobs = [LogProb(prompt[0], math.nan, ()), *scores, *piece.logprobs]
+                text = self.tokenizer.decode(prompt) + piece.text
+                echoed.append(piece._replace(choice=len(echoed), text=text, logprobs=logprobs))
+        return super().reply(echoed, usage._replace(prompt=sum(map(len, self._prompts))))
 
 
 async def completions(state: ServerState, http: HttpRequest, body: CompletionRequest) -> ASGIApp:
@@ -236,10 +268,19 @@ async def completions(state: ServerState, http: HttpRequest, body: CompletionReq
     if (count := len(texts)) > MAX_PROMPTS:
         raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
 
-    async def encode() -> list[list[int]]:
-        return await state.tokenizer.encode(texts) if kinds == {str} else texts
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens")
+    if body.echo and body.stream:
+        raise ApiError(400, "echo is answered whole: leave stream out.", param="echo")
+    encoded: list[list[int]] = []
 
-    prompts = Prompts("prompt", encode, state.stop_token_ids, count)
-    writer = CompletionWriter(state, body, count * (body.n or 1))
-    max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
-    return respond(body, writer, await body.generate(state, http, prompts, max_tokens=max_tokens, logprobs=body.logprobs))
+    async def encode() -> list[list[int]]:
+        encoded[:] = await state.tokenizer.encode(texts) if kinds == {str} else texts
+        return encoded
+
+    prompts, choices = Prompts("prompt", encode, state.stop_token_ids, count), count * (body.n or 1)
+    writer = EchoWriter(state, body, choices, encoded) if body.echo else CompletionWriter(state, body, choices)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    scores = bool(body.echo and body.logprobs is not None)
+    generation = await body.generate(state, http, prompts, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores)
+    return respond(body, writer, generation)

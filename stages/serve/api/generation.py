@@ -13,7 +13,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
 from engine.errors import InvalidField
+from engine.inference.constraints import ForcedTokens
 from engine.inference.request import SEEDS, Event, LogProb, Request, check_request
+from engine.inference.score import scored_request
 from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api.requests import INLINE_BYTES, content_length
@@ -88,6 +90,12 @@ class Choice:
     cached: int = 0
     end: str = "abort"
 
+    @property
+    def scored_tokens(self) -> Sequence[int]:
+        """The tokens whose log-probabilities are asked for, where they are given: they are none of a completion's."""
+        constraint = self.request.constraint
+        return constraint.tokens if isinstance(constraint, ForcedTokens) else ()
+
 
 class Generation:
     """The completions of one HTTP request in the engine, in its reserved place. `watch_disconnect` must be entered, once.
@@ -102,10 +110,13 @@ class Generation:
     ) -> None:  # fmt: skip
         self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
-        completion = lambda: CompletionText(state.tokenizer.tokenizer.stream(), stops)
+        completion = lambda request: CompletionText(
+            state.tokenizer.tokenizer.stream(), () if isinstance(request.constraint, ForcedTokens) else stops
+        )
         parser = lambda: CallParser(state.tokenizer.tool_format) if prompts.tools.offered else None
         self._choices = [
-            Choice(index, request, completion(), prompts.strips_space, parser()) for index, request in enumerate(requests)
+            Choice(index, request, completion(request), prompts.strips_space, parser())
+            for index, request in enumerate(requests)
         ]
         self._unfinished = {
             choice: state.engine.submit(choice.request, priority, functools.partial(self._receive, choice))
@@ -182,11 +193,12 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        prompts = self._choices[:: self._repeats]
+        completions = [choice for choice in self._choices if not choice.scored_tokens]
+        prompts = (completions or self._choices)[:: self._repeats]
         first = min((choice.first_token for choice in self._choices if choice.first_token), default=self._arrived)
         return Usage(
-            sum(len(choice.request.prompt) for choice in prompts),
-            sum(choice.completion.tokens for choice in self._choices),
+            sum(len(choice.request.prompt) for choice in prompts) + sum(len(each.scored_tokens) for each in self._choices),
+            sum(choice.completion.tokens for choice in completions),
             sum(choice.cached for choice in prompts),
             first - self._arrived,
             time.monotonic() - self._arrived,
@@ -274,37 +286,60 @@ def _sender(http: HttpRequest, choices: int) -> Sender:
 
 async def generate(
     state: ServerState, http: HttpRequest, prompts: Prompts, options: Mapping[str, Any], *, n: int = 1,
-    stops: Sequence[str] = (), ignore_eos: bool | None = False, grammars: Sequence[Grammar] = (),
+    stops: Sequence[str] = (), ignore_eos: bool | None = False, grammars: Sequence[Grammar] = (), scores: bool | None = False,
 ) -> Generation:  # fmt: skip
     """Begins `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
 
     All keep to the grammar, of which there is one at most. `options`: the fields of SamplingParams that the request has; None
-    stands for the default. At most `max_tokens` are generated, by default and at most as many as fit. A place is reserved
-    before the prompts become tokens, and freed whatever happens. Raises ApiError.
+    stands for the default. At most `max_tokens` are generated, by default and at most as many as fit; with 0 there is no
+    completion. With `scores` the tokens of each prompt but its first come before its completions, if there are others. Raises
+    ApiError.
     """
-    capacity, choices = state.engine.capacity, prompts.number * n
-    if choices > MAX_COMPLETIONS:
-        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
-        raise ApiError(400, message, param="n")
+    capacity, space, vocab = state.engine.capacity, http.state.namespace, state.engine.cfg.vocab
     given = {name: value for name, value in options.items() if value is not None}
     limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
     ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if ignore_eos else prompts.stop_token_ids)
     if len(grammars) > 1:
         message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
         raise ApiError(400, message, param=grammars[1].field)
-    priority = state.admission.reserve(_sender(http, choices), time.monotonic())
-    try:
+
+    async def make_requests() -> list[Request]:
         grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammars[0] if grammars else None)
         constraint = await state.grammars.compile(grammar) if grammar else None
         requests: list[Request] = []
-        for prompt in await prompts.encode():
+        for number, prompt in enumerate(await prompts.encode()):
             room = capacity - len(prompt)
-            if room < 1:
+            if room < bool(limit):
                 raise context_overflow(len(prompt), capacity, prompts.field)
-            given |= {"max_tokens": min(limit, room), "seed": (seed + len(requests)) % SEEDS, "stop_token_ids": ends}
-            rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
-            requests += [Request(tuple(prompt), row, http.state.namespace, constraint) for row in rows]
-            check_request(requests[-1], state.engine.cfg.vocab, capacity)
+            if scores and len(prompt) > 1:
+                requests.append(scored_request(prompt[:1], prompt[1:], space, given["logprobs"]))
+                check_request(requests[-1], vocab, capacity)
+            if limit:
+                given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
+                rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
+                requests += [Request(tuple(prompt), row, space, constraint) for row in rows]
+                check_request(requests[-1], vocab, capacity)
+        return requests
+
+    return await begin(state, http, prompts, make_requests, n, stops)
+
+
+async def begin(
+    state: ServerState, http: HttpRequest, prompts: Prompts, make_requests: Callable[[], Awaitable[list[Request]]],
+    n: int = 1, stops: Sequence[str] = (),
+) -> Generation:  # fmt: skip
+    """Begins the requests that `make_requests` returns: `n` completions of each prompt, or the scores of given ones.
+
+    A place is reserved before the prompts become tokens, and freed whatever happens. Raises ApiError.
+    """
+    state.check_ready()
+    choices = prompts.number * n
+    if choices > MAX_COMPLETIONS:
+        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+        raise ApiError(400, message, param="n")
+    priority = state.admission.reserve(_sender(http, choices), time.monotonic())
+    try:
+        requests = await make_requests()
         generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts)
         http.state.generation = generation
         return generation

@@ -49,7 +49,6 @@ UNSUPPORTED = {
         "Functions are called tools now: send tools and tool_choice",
     ),
     **dict.fromkeys(("modalities", "audio"), "Answers are text"),
-    "echo": "The prompt is not repeated in the completion here",
     "suffix": "Text is only continued at its end here",
     "best_of": "Every completion made is returned here; use n",
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
@@ -76,16 +75,16 @@ class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str = "default"
 
+    @property
+    def ignored(self) -> list[str]:
+        """The fields that were sent and do nothing here."""
+        return [name for name in IGNORED if getattr(self, name, None) is not None]
+
 
 class GenerationRequest(ModelRequest, kw_only=True):
     """A request for completions, whole or streamed."""
 
     stream: bool | None = None
-
-    @property
-    def ignored(self) -> list[str]:
-        """The fields that were sent and do nothing here."""
-        return [name for name in IGNORED if getattr(self, name, None) is not None]
 
 
 @contextlib.asynccontextmanager

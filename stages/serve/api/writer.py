@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stages.serve.api.generation import Generation, Piece, Usage
-from stages.serve.api.requests import GenerationRequest
+from stages.serve.api.requests import ModelRequest
 from stages.serve.errors import ApiError, ClientGone, internal_error
 
 SEND_SECONDS = 60.0  # for a client to read what it was sent
@@ -62,10 +62,10 @@ class EventWriter(Writer):
         return b"event: error\n" + super().error(error)
 
 
-def respond(body: GenerationRequest, writer: Writer, generation: Generation) -> ASGIApp:
+def respond(body: ModelRequest, writer: Writer, generation: Generation) -> ASGIApp:
     """Returns what responds with a generation, streamed if the body says so."""
     headers = {"X-Ignored-Fields": ", ".join(body.ignored)} if body.ignored else {}
-    return functools.partial(_send_stream if body.stream else _send_reply, writer, generation, headers)
+    return functools.partial(_send_stream if getattr(body, "stream", False) else _send_reply, writer, generation, headers)
 
 
 async def _send_reply(

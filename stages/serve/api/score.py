@@ -1,0 +1,98 @@
+"""POST /v1/score: how probable each of several given answers to a prompt is."""
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
+
+from engine.inference.request import Request, check_request
+from engine.inference.score import scored_request
+from stages.serve.api.chat import Messages
+from stages.serve.api.completions import ReplyUsage, reply_usage
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Prompts, Usage, begin, chat_prompts
+from stages.serve.api.requests import MAX_IDS, ModelRequest, TokenId
+from stages.serve.api.writer import Writer, respond
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+from stages.serve.tokenizer_pool import context_overflow
+
+Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
+
+
+class ScoreRequest(ModelRequest, kw_only=True):
+    """POST /v1/score. Each candidate goes on with the prompt, or is the assistant's answer to the messages."""
+
+    candidates: Annotated[list[Text], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
+    prompt: Text | None = None
+    messages: Messages | None = None
+
+
+class Score(msgspec.Struct, kw_only=True):
+    """A candidate's log-probability, nats, the sum of its tokens'; `share`: its probability among the candidates."""
+
+    index: int
+    logprob: float
+    share: float
+    token_logprobs: list[float]
+
+
+class ScoreReply(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    system_fingerprint: str
+    data: list[Score]
+    usage: ReplyUsage
+
+
+class ScoreWriter(Writer):
+    """Writes the reply of /v1/score."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> ScoreReply:
+        each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
+        sums = list(map(math.fsum, each))
+        weights = [math.exp(logprob - max(sums)) for logprob in sums]
+        data = [
+            Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
+            for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
+        ]
+        state = self._state
+        return ScoreReply(model=state.name, system_fingerprint=state.fingerprint, data=data, usage=reply_usage(usage))
+
+
+async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> ASGIApp:
+    """Scores each candidate; the prefix cache holds the prompt for all but the first."""
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+    capacity, vocab, tokenizer = state.engine.capacity, state.engine.cfg.vocab, state.tokenizer
+
+    async def encode() -> list[list[int]]:
+        return await tokenizer.encode([body.prompt]) if isinstance(body.prompt, str) else [body.prompt or []]
+
+    turns = [each.turn for each in body.messages or ()]
+    prompts = chat_prompts(state, turns) if turns else Prompts("prompt", encode, frozenset())
+
+    async def make_requests() -> list[Request]:
+        (prompt,) = await prompts.encode()
+        texts = [each for each in body.candidates if isinstance(each, str)]
+        if body.messages and tokenizer.strips_space:
+            texts = [f" {text}" for text in texts]
+        encoded = iter(await tokenizer.encode(texts, continued=True))
+        requests = []
+        for candidate in body.candidates:
+            tokens = next(encoded) if isinstance(candidate, str) else candidate
+            if len(prompt) + len(tokens) > capacity:
+                raise context_overflow(len(prompt) + len(tokens), capacity, "candidates")
+            requests.append(scored_request(prompt, tokens, http.state.namespace))
+            check_request(requests[-1], vocab, capacity)
+            if max(tokens) >= vocab:
+                raise ApiError(400, f"candidates holds an id outside the vocabulary of {vocab:,}.", param="candidates")
+        return requests
+
+    writer = ScoreWriter(state)
+    return respond(body, writer, await begin(state, http, prompts, make_requests, len(body.candidates)))
