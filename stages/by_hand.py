@@ -62,9 +62,7 @@ def train(flags: ByHandFlags) -> None:
 
     from engine import by_hand
     from engine.by_hand import adamw
-    from engine.by_hand.generate import generate
-    from engine.by_hand.model import residual_count
-    from engine.by_hand.tree import to_numpy, tree_map
+    from engine.by_hand.model import generate, residual_count, to_numpy, tree_map
     from engine.counting.hardware import require_memory
     from engine.counting.params import count_params
     from engine.model.transformer import init_params

@@ -63,7 +63,7 @@ def measure_training(
     report = lambda done, total: progress(f"training, {dtype}: round {done} of {total}")
     timings = measure(calls, rounds=rounds, report=report)
     ours, tokens, rows = timings[OURS].median, shape.batch * shape.tokens, []
-    flops = train_flops(inputs.cfg, shape.tokens, attention="full", remat="none").total * tokens
+    flops = train_flops(inputs.cfg, shape.tokens, attention="full").total * tokens
     for name in list(calls)[1:]:
         theirs, over = timings[name].median, ratio(timings[OURS], timings[name])
         same = bool(np.isclose(losses[OURS], losses[name], rtol=0.01))

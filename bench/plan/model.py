@@ -6,8 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.counting.flops import train_flops
-from engine.counting.params import count_params, leaf_shapes
-from engine.counting.trainable_paths import all_trainable, bottom_frozen, lora_only, target_shapes
+from engine.counting.params import all_trainable, bottom_frozen, count_params, leaf_shapes, lora_only, target_shapes
 from engine.errors import UserError, did_you_mean
 from engine.format import in_words
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
@@ -79,7 +78,7 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
     trained = sum(math.prod(shape) for path, shape in leaf_shapes(cfg).items() if path in trainable.weights)
     frozen = count.total - trained
     trained += trainable.rank * sum(sum(pairs[path]) for path in trainable.adapted)
-    flops = train_flops(cfg, context, attention="causal", trainable=trainable, remat="none").by_pass
+    flops = train_flops(cfg, context, attention="causal", trainable=trainable).by_pass
     reference = name in ("preference", "rl")  # the model before training reads the same tokens
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     # Residuals of a token in a block, in 16 bits, with fused attention; the last part only a weight's gradient reads.

@@ -9,11 +9,9 @@ import numpy as np
 
 from bench.stages.rows import Row
 from engine.by_hand import adamw
-from engine.by_hand.model import forward, loss_and_gradient
-from engine.by_hand.tree import to_numpy, tree_map
+from engine.by_hand.model import forward, loss_and_gradient, to_numpy, tree_map
 from engine.counting.flops import Flops, forward_flops, train_flops
-from engine.counting.memory import inference_memory, training_memory
-from engine.counting.traffic import Traffic, inference_bytes, train_bytes
+from engine.counting.memory import Traffic, inference_bytes, inference_memory, train_bytes, training_memory
 from engine.model.config import ModelConfig
 from engine.text.batch import Batch
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.cli import Json
 from engine.by_hand import block, layers
-from engine.by_hand.tree import to_numpy
+from engine.by_hand.model import to_numpy
 from engine.model.config import LoraConfig, ModelConfig
 
 HALVES: dict[str, tuple[Any, Any, Any]] = {

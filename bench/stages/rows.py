@@ -14,17 +14,19 @@ import numpy as np
 
 from bench.models import TrainingStep, new_state
 from bench.stages.checks import SLOTS
-from engine.counting.flops import Flops, PassFlops, add_layers, prefill_flops
-from engine.counting.jaxpr import JaxprCost, jaxpr_cost
-from engine.counting.memory import inference_memory, training_memory
-from engine.counting.program_flops import (
+from engine.counting.flops import (
+    Flops,
+    PassFlops,
+    add_layers,
     decode_program_flops,
     gradient_layer_flops,
+    prefill_flops,
     prefill_program_flops,
     score_program_flops,
 )
-from engine.counting.traffic import inference_bytes, train_bytes
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.jaxpr import JaxprCost, jaxpr_cost
+from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
+from engine.counting.params import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
 from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.config import CHUNK as SLOT_CHUNK
 from engine.inference.config import MIN_ROWS
@@ -36,15 +38,15 @@ from engine.inference.score import score
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.loss import CHUNK as LOSS_CHUNK
+from engine.model.loss import LOGITS_LIMIT
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import Int8
+from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
-from engine.training.lora import init_lora
-from engine.training.loss import CHUNK as LOSS_CHUNK
-from engine.training.loss import LOGITS_LIMIT
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, margins, preference_objective
 from engine.training.step import NEXT_TOKEN, Objective, loss_and_gradient, train_step

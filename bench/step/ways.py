@@ -17,18 +17,18 @@ from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.hardware import square_product
 from engine.counting.memory import training_memory
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, lora_only
+from engine.counting.params import TrainablePaths, all_trainable, bottom_frozen, lora_only
 from engine.counting.xla import xla_peak
 from engine.device import device_name
 from engine.mesh.layout import global_batch, init_sharded, make_mesh
 from engine.mesh.shape import MeshShape, check_mesh
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.loss import loss_chunks
 from engine.model.paths import split
-from engine.model.weights.int8 import matmul_rules, quantize
+from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
-from engine.training.lora import init_lora
-from engine.training.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import LORA_COMPILER_OPTIONS
 
@@ -63,7 +63,7 @@ def make_way(
     memory = training_memory(
         cfg, part, tokens, optimizer=kind, trainable=paths, base=base, microbatches=microbatches, loss_chunks=chunks
     )
-    flops = train_flops(cfg, tokens, attention="full", trainable=paths, remat="none").total * rows * tokens
+    flops = train_flops(cfg, tokens, attention="full", trainable=paths).total * rows * tokens
     begin = lambda: new_state(tx, trainable)
     state = init_sharded(jax.jit(begin)) if on_mesh else begin()
     options = LORA_COMPILER_OPTIONS if base == "int8" else None
@@ -87,7 +87,7 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))
     queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
     pairs = lambda adapter: init_lora(cfg, jax.random.key(0), adapter)
-    int8 = cast_matrices(quantize(params, matmul_rules(params, "full")), cfg.dtype)
+    int8 = cast_matrices(quantize(params, "full"), cfg.dtype)
     return {
         "everything": make(cast_matrices(params, "float32"), {}, all_trainable(cfg)),
         "upper half": make(split(params, upper.weights)[0], split(frozen, upper.weights)[1], upper),

@@ -4,9 +4,8 @@ Read in this order:
 
     layers.py    each layer forward and backward, with the derivation of its gradient
     block.py     a block forward, forward with residuals, and backward; what each residual is for
-    model.py     tokens to logits, loss, and gradient
+    model.py     tokens to logits, loss, and gradient; text from the forward pass alone
     adamw.py     from a gradient to new weights
-    generate.py  text from the forward pass alone
 
 `dx` is the derivative of the loss by x: it has x's shape, and says of each number in x how much the loss rises with it. A
 backward function takes the derivative by its layer's result, and the residuals that the forward pass keeps for it; it

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from engine.by_hand.tree import Params, leaves, tree_map
+from engine.by_hand.model import Params, leaves, tree_map
 
 
 class AdamWConfig(NamedTuple):
@@ -17,8 +17,6 @@ class AdamWConfig(NamedTuple):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient; inf for no clipping
-    embedding_factor: float = 1.0  # on the embedding's learning rate
-    head_factor: float = 1.0  # on the head's
 
 
 class Moments(NamedTuple):
@@ -46,14 +44,13 @@ def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, f
     count = int(moments.taken) + 1
     correction1, correction2 = 1 - cfg.beta1**count, 1 - cfg.beta2**count
     rate = cfg.learning_rate * float(factor)
-    rates = tree_map(lambda _: rate, params) | {"embed": rate * cfg.embedding_factor, "head": rate * cfg.head_factor}
 
     first = tree_map(lambda m, g: cfg.beta1 * m + (1 - cfg.beta1) * shrink * g, moments.first, gradient)
     second = tree_map(lambda v, g: cfg.beta2 * v + (1 - cfg.beta2) * (shrink * g) ** 2, moments.second, gradient)
 
-    def update(p: ndarray, m: ndarray, v: ndarray, rate: float) -> ndarray:
+    def update(p: ndarray, m: ndarray, v: ndarray) -> ndarray:
         direction = (m / correction1) / (np.sqrt(v / correction2) + cfg.eps)
         decay = cfg.weight_decay if p.ndim > 1 else 0.0
         return p - rate * (direction + decay * p)
 
-    return tree_map(update, params, first, second, rates), Moments(np.array(count, np.int32), first, second)
+    return tree_map(update, params, first, second), Moments(np.array(count, np.int32), first, second)

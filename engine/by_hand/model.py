@@ -1,14 +1,16 @@
-"""The whole model: tokens to logits, to the loss, and back to a gradient for every weight."""
+"""The whole model: tokens to logits, to the loss, and back to a gradient for every weight; and greedy generation."""
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from engine.by_hand import block, layers
-from engine.by_hand.tree import Params, to_numpy
 from engine.errors import UserError
 from engine.model.config import ModelConfig
+
+Params = dict[str, Any]  # nested, of NumPy arrays
 
 
 class Residuals(NamedTuple):
@@ -117,3 +119,57 @@ def _tables(
     T = tokens.shape[1]
     positions = np.arange(T)[None] if positions is None else positions
     return block.PositionTables(*layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T))
+
+
+def generate(
+    cfg: ModelConfig, params: Any, prompt: Sequence[int], *, max_tokens: int, eos_id: int | None = None
+) -> Iterator[int]:
+    """Yields the most probable tokens after the prompt until `eos_id`, `max_tokens`, or a full context.
+
+    Each token computes the whole text again, of which a KV cache (`inference/decode.py`) spares all but the last row.
+    Raises UserError for a prompt that is empty or leaves no room.
+    """
+    if not 0 < len(prompt) < cfg.context:
+        raise UserError(f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of {cfg.context}.")
+    text = list(prompt)
+    for _ in range(min(max_tokens, cfg.context - len(prompt))):
+        token = int(forward(cfg, params, np.array([text]))[0, -1].argmax())
+        if token == eos_id:
+            return
+        yield token
+        text.append(token)
+
+
+def to_numpy(params: Any) -> Params:
+    """Returns the tree with NumPy arrays as leaves; arrays in host memory are not copied.
+
+    Raises UserError for a leaf that is not a plain array (an Int8 or a LoRA), or when the leaves are not all float32 or
+    all float64.
+    """
+
+    def convert(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, dict):
+            return {name: convert(f"{path}/{name}" if path else name, value) for name, value in leaf.items()}
+        if isinstance(leaf, tuple) or not hasattr(leaf, "dtype"):
+            raise UserError(
+                f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold adapters and give weights "
+                "that are not quantized."
+            )
+        return np.asarray(leaf)
+
+    tree = convert("", params)
+    kinds = sorted({leaf.dtype.name for leaf in leaves(tree)})
+    if kinds not in (["float32"], ["float64"]):
+        raise UserError(f"The by-hand model computes in float32 or in float64, and these weights are {' and '.join(kinds)}.")
+    return tree
+
+
+def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
+    """Returns the tree of f(leaf of the first, leaf of the second, ...)."""
+    if not isinstance(trees[0], dict):
+        return f(*trees)
+    return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
+
+
+def leaves(tree: Any) -> list[ndarray]:
+    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from engine.counting.collectives import Collective  # imports NumPy, which --help does without
+    from engine.counting.xla import Collective  # imports NumPy, which --help does without
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
   the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
 - Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or the size of the query
-  blocks of `model/backward.py`, each against the keys up to its own end (full where the size does not divide T).
+  blocks of `model/attention.py`, each against the keys up to its own end (full where the size does not divide T).
 - Backward is what reverse-mode differentiation needs: dW = xᵀ g where the weight trains, dX = g Wᵀ above the lowest
   parameter that trains. "6 N" is the case where all train (Kaplan et al., 2001.08361, section 2.1).
 """
@@ -12,13 +12,21 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
-from engine.counting.params import leaf_shapes
-from engine.counting.trainable_paths import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient, target_shapes
+from engine.counting.params import (
+    NONE_TRAINABLE,
+    TrainablePaths,
+    all_trainable,
+    leaf_shapes,
+    lowest_gradient,
+    target_shapes,
+)  # fmt: skip
 from engine.errors import UserError, did_you_mean
+from engine.model.attention import QUERY_BLOCK
 from engine.model.config import JOINED, MATRICES, ModelConfig
+from engine.model.ops import ops
 
 Attention = Literal["causal", "full"] | int
 
@@ -51,7 +59,6 @@ class Flops:
 
     @property
     def by_pass(self) -> PassFlops:
-        """The sum of the parts."""
         return sum(self.parts.values(), PassFlops())
 
     @property
@@ -63,12 +70,12 @@ class Flops:
 
 
 def train_flops(cfg: ModelConfig, tokens: int, **options: Any) -> Flops:
-    """Returns the sum of `flops_by_layer`; arguments and errors as there.
+    """Returns the FLOPs of a training step **per token**, whatever a program skips or repeats; options as of `flops_by_layer`.
 
-    With `attention="full", remat="none"` a token takes the 6 N + 12 L D T of MFU (PaLM, 2204.02311, appendix B), whatever a
-    program skips or repeats: N is `count_params(cfg).matmul`, D heads x head_dim.
+    With `attention="full"` those are the 6 N + 12 L D T of MFU (PaLM, 2204.02311, appendix B): N is
+    `count_params(cfg).matmul`, D heads x head_dim.
     """
-    return add_layers(flops_by_layer(cfg, tokens, **options))
+    return add_layers(flops_by_layer(dataclasses.replace(cfg, scan=False, remat="none"), tokens, **options))
 
 
 def add_layers(layers: Iterable[Flops]) -> Flops:
@@ -81,40 +88,34 @@ def add_layers(layers: Iterable[Flops]) -> Flops:
 
 def flops_by_layer(
     cfg: ModelConfig, tokens: int, *, attention: Attention, rows: int = 1, trainable: TrainablePaths | None = None,
-    remat: Literal["none", "block", "full"] | None = None, loss_chunk: int | None = None, as_run: bool = False,
+    loss_chunk: int | None = None,
 ) -> list[Flops]:  # fmt: skip
-    """Returns the FLOPs of a training step **per token** (or for `rows` tokens) of sequences of `tokens`: of each block from
-    the bottom up, and last of the head.
+    """Returns the FLOPs of this engine's training step for `rows` tokens of sequences of `tokens`: of each block from the
+    bottom up, and last of the head. By default everything trains.
 
-    By default everything trains and `remat` is the config's: `block` repeats the forward pass of each block that has a
-    backward pass, except products whose result no gradient reads: its last, `down`, and `up` where that alone trains; `full`
-    repeats all of it once anything trains. `loss_chunk`: the columns of the logits that exist at once; each chunk is computed
-    again going back, the last one padded.
+    - `cfg.remat`: `block` repeats the forward pass of each block that has a backward pass, but for its last product, `down`.
+    - `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going back, the last one padded.
+    - More rows than a base has inputs and outputs have a LoRA pair merged into it, at R operations a weight and none a row
+      (`model/weights/matmul.py`). More rows than columns have a matrix take the norm's gain, so that the lowest gain needs
+      no gradient of its input.
+    - `cfg.scan` runs one program for all blocks, so that frozen ones save nothing.
 
-    `as_run` counts this engine's program, which merges a LoRA pair into a base smaller than its inputs and outputs, at R
-    operations a weight and none a row (`model/weights/lora.py`), in place of multiplying beside it; lets a matrix
-    take the norm's gain, so that the lowest gain needs no gradient of its input; and with `cfg.scan` runs one program for
-    all blocks, so that frozen ones save nothing. Raises UserError when a path of `trainable` is not in the model.
+    Raises UserError when a path of `trainable` is not in the model.
     """
     trainable = all_trainable(cfg) if trainable is None else trainable
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
         if unknown := sorted(paths - known.keys()):
             raise UserError(f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}")
-    if scan := as_run and cfg.scan:
+    if cfg.scan:
         spread = lambda paths: frozenset(
             re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path) for path in paths for layer in range(cfg.layers)
         )
         trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
-    live = "embed" in trainable.weights or (scan and lowest_gradient(cfg, trainable) == 0)
-    counter = _Counter(cfg, trainable, rows, as_run, live)
+    live = "embed" in trainable.weights or (cfg.scan and lowest_gradient(cfg, trainable) == 0)
+    counter = _Counter(cfg, trainable, rows, live)
     square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
-    remat = remat or cfg.remat
-    tallies = [counter.block(f"blocks/{layer}/", square, remat == "block") for layer in range(cfg.layers)]
-    tallies.append(counter.head(loss_chunk))
-    if counter.live and remat == "full":
-        again = lambda tally: {name: part + PassFlops(recompute=part.forward) for name, part in tally.items()}
-        tallies = list(map(again, tallies))
-    return list(map(Flops, tallies))
+    tallies = [counter.block(f"blocks/{layer}/", square) for layer in range(cfg.layers)]
+    return list(map(Flops, [*tallies, counter.head(loss_chunk)]))
 
 
 @dataclasses.dataclass
@@ -122,7 +123,6 @@ class _Counter:
     cfg: ModelConfig
     trainable: TrainablePaths
     rows: int
-    as_run: bool
     live: bool  # something below trains, so the gradient must reach here
     tally: dict[str, PassFlops] = dataclasses.field(default_factory=dict)  # of this layer so far
 
@@ -147,23 +147,20 @@ class _Counter:
         return trains or adapted
 
     def is_merged(self, inputs: int, columns: int) -> bool:
-        return self.as_run and self.rows * (inputs + columns) > inputs * columns
+        return self.rows * (inputs + columns) > inputs * columns
 
-    def norm_and_multiply(self, prefix: str, gain: str, names: tuple[str, ...]) -> bool:
-        """Counts the products of one norm's result; returns whether the gradient of that is needed.
+    def norm_and_multiply(self, prefix: str, gain: str, names: tuple[str, ...]) -> None:
+        """Counts the products of one norm's result.
 
-        A gain that trains needs it, but where its own is found in that of the matrices (`norm_and_project`).
+        A gain that trains needs its gradient, but where its own is found in that of the matrices (`norm_and_project`).
         """
         weights, shapes = self.trainable.weights, self.cfg.matrices
-        converts = self.as_run and self.cfg.dtype != "float32"
-        folded = converts and all(prefix + name in weights and self.rows > shapes[name][1] for name in names)
+        folded = self.cfg.dtype != "float32" and all(prefix + name in weights and self.rows > shapes[name][1] for name in names)
         self.live |= prefix + gain in weights and not folded
-        needs_dx = self.live
         trained = [self.multiply(prefix + name, *shapes[name]) for name in names]
         self.live |= any(trained)
-        return needs_dx
 
-    def block(self, prefix: str, square: int, remat: bool) -> dict[str, PassFlops]:
+    def block(self, prefix: str, square: int) -> dict[str, PassFlops]:
         cfg, weights = self.cfg, self.trainable.weights
         self.tally = {}
         below = self.live or prefix + "attn_norm" in weights
@@ -175,18 +172,15 @@ class _Counter:
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
         self.add("attention", PassFlops(square, dx=square // 2 * sum((values, queries or keys, queries, keys))))
         self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
-        reads_up = self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
-        reads_up |= self.as_run or not {prefix + "gate", prefix + "down"}.isdisjoint(weights | self.trainable.adapted)
+        self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
         self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
-        if not (remat and self.live):
+        if not (cfg.remat == "block" and self.live):
             return self.tally
-        unread = {"lora": 0}
-        for name in ("down", "up")[: 2 - reads_up]:
-            inputs, columns = cfg.matrices[name]
-            unread[name] = 2 * self.rows * inputs * columns
-            if prefix + name in self.trainable.adapted:
-                rows = inputs if self.is_merged(inputs, columns) else self.rows
-                unread["lora"] += 2 * rows * self.trainable.rank * columns
+        inputs, columns = cfg.matrices["down"]
+        unread = {"down": self.tally["down"].forward}
+        if prefix + "down" in self.trainable.adapted:
+            rows = inputs if self.is_merged(inputs, columns) else self.rows
+            unread["lora"] = 2 * rows * self.trainable.rank * columns
         for name, part in self.tally.items():
             self.tally[name] += PassFlops(recompute=part.forward - unread.get(name, 0))
         return self.tally
@@ -210,7 +204,7 @@ def twice_mean_keys(tokens: int, attention: Attention) -> int:
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
     """Returns the FLOPs **per token** of evaluating sequences of `tokens`: logits at every position."""
-    return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE, remat="none")
+    return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE)
 
 
 def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached: int = 0) -> Flops:
@@ -245,3 +239,44 @@ def muon_flops(cfg: ModelConfig) -> int:
         times, squares = (4, 4) if long < NEARLY_SQUARE * short else (1, 9)
         total += times * 4 * short * short * long + squares * 2 * short**3
     return cfg.layers * total
+
+
+# This engine's jitted programs on JAX's platform: exactly what `jaxpr.py` must count in them. A program may do more than its
+# model needs. It computes causal attention in blocks (a fused kernel's work is near that), merges LoRA into the base for many
+# rows, and attends to a whole cache, masked or not; on a CPU it pads a product with one row to two (`model/ops.py`).
+
+
+def gradient_layer_flops(cfg: ModelConfig, batch: int, tokens: int, **options: Any) -> list[Flops]:
+    """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`, for each block from the bottom up, and
+    last for the head. Options as of `flops_by_layer`."""
+    return flops_by_layer(cfg, tokens, rows=batch * tokens, attention=QUERY_BLOCK, **options)
+
+
+def score_program_flops(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
+    """Returns the FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
+    return forward_flops(cfg, tokens, attention=QUERY_BLOCK) * (batch * tokens)
+
+
+def prefill_program_flops(cfg: ModelConfig, slots: int, tokens: int, capacity: int) -> Flops:
+    """Returns the FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache of `capacity` places.
+
+    Logits are computed at each prompt's last position; on a CPU a lone prompt's twice.
+    """
+    parts = prefill_flops(cfg, tokens, attention="full", cached=capacity - tokens).parts
+    return Flops(parts | {"head": parts["head"] * _times(slots)}) * slots
+
+
+def decode_program_flops(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
+    """Returns the FLOPs of decoding one token for each of `slots`, with a cache of `capacity` places.
+
+    Computed twice: products with weights with `int16_activations` (matrices such as "down"), multiplied as two int8 digits
+    (`model/weights/int8.py`); and on a CPU those of a lone slot, and attention with one query head a key head, as one row.
+    """
+    parts = decode_flops(cfg, capacity).parts
+    times = lambda name: _times(cfg.groups) if name == "attention" else _times(slots) * (2 if name in int16_activations else 1)
+    return Flops({name: part * times(name) for name, part in parts.items()}) * slots
+
+
+def _times(rows: int) -> int:
+    """Returns how often a product with `rows` rows is computed."""
+    return 2 if rows == 1 and ops().pads_lone_row else 1

@@ -195,7 +195,6 @@ def _ceilings_file() -> Path:
 
 
 def peak_rss_bytes() -> int:
-    """Returns this process's peak resident memory."""
     # On Linux getrusage also counts the parent's peak; this file does not.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

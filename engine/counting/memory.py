@@ -1,8 +1,12 @@
-"""Memory by formula: the peak bytes of a training step and of a served model, before anything is allocated.
+"""Memory by formula: the peak bytes of a training step and of a served model, and the bytes that a step moves.
 
 Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the compiler decides which
 values to keep and which to compute twice: the terms follow XLA on a CPU, with elementwise work in float32 and products in
 `cfg.dtype` (compare with `xla_peak` of the compiled step). A scan over the layers keeps a third less.
+
+The traffic, the numerator of MBU, is what must be read and written: every product reads its weights once; a block's values
+are written and read once going forward, and read once going back where they were kept. Copies, masks and what does not fit a
+fused loop are left out, so most programs move more; one whose data fits the processor's cache moves less.
 """
 
 import dataclasses
@@ -10,12 +14,11 @@ import math
 from collections.abc import Collection
 from typing import Literal
 
-from engine.counting.flops import twice_mean_keys
-from engine.counting.params import leaf_shapes
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, lowest_gradient, target_shapes
+from engine.counting.flops import add_layers, flops_by_layer, twice_mean_keys
+from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lowest_gradient, target_shapes
 from engine.model.attention import QUERY_BLOCK, has_kernel
-from engine.model.config import JOINED, ModelConfig
-from engine.model.cross_entropy import COLUMNS
+from engine.model.config import JOINED, MATRICES, ModelConfig
+from engine.model.loss import COLUMNS
 
 FLOAT32 = 4
 
@@ -184,3 +187,62 @@ def inference_memory(
 def dtype_bytes(cfg: ModelConfig) -> int:
     """Returns the bytes of a number in the compute type."""
     return 2 if cfg.dtype == "bfloat16" else FLOAT32
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes moved by one step or call, by component."""
+
+    weights: int  # and in training their conversion to the compute type
+    activations: int
+    logits: int
+    cache: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:
+    """Predicts the bytes moved by **a step** of AdamW on `batch` sequences of `tokens`; by default everything trains.
+
+    AdamW reads gradient, weight and two moments and writes the last three, in float32: 28 bytes a trainable parameter.
+    Weights are read once forward, and above the lowest trainable parameter once for dX and once for remat.
+    """
+    memory = training_memory(cfg, batch, tokens, trainable=trainable)
+    parts = add_layers(flops_by_layer(dataclasses.replace(cfg, scan=False), 1, attention="full", trainable=trainable)).parts
+    read = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
+    width = dtype_bytes(cfg)
+    converted = memory.copies // width * (FLOAT32 + width)  # trainable matrices, read in one type and written in the other
+    block = training_memory(cfg, batch, tokens).block
+    reached = cfg.layers - (lowest_gradient(cfg, trainable) if trainable else 0)
+    again = reached if cfg.remat == "block" else 0
+    return Traffic(
+        weights=width * read + converted,
+        activations=block * (2 * (cfg.layers + again) + reached),
+        logits=2 * memory.logits,
+        gradients=memory.gradients,
+        optimizer=3 * memory.gradients + 2 * memory.optimizer,
+    )
+
+
+def inference_bytes(
+    cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
+) -> Traffic:
+    """Predicts the bytes moved by **a call** on `tokens` of each of `slots` requests, which share one reading of the weights.
+
+    Arguments as of `inference_memory`: a decoding step has one token, and evaluation no cache but every logit.
+    """
+    memory = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
+    width = dtype_bytes(cfg)
+    # Rows of a lookup table, which is never int8.
+    unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * width
+    row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width  # one token's keys and values
+    return Traffic(
+        weights=memory.params - unread,
+        activations=2 * cfg.layers * memory.activations,
+        logits=2 * memory.logits,
+        cache=memory.cache + (row * slots * tokens if length else 0),
+    )

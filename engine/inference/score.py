@@ -8,7 +8,7 @@ from jax import Array
 from engine.inference.constraints import ForcedTokens
 from engine.inference.request import Request, SamplingParams
 from engine.model.config import ModelConfig
-from engine.model.cross_entropy import cross_entropy
+from engine.model.loss import target_losses
 from engine.model.transformer import Params
 from engine.text.batch import Batch
 
@@ -18,7 +18,7 @@ LOGITS_LIMIT = 64 * 2**20  # bytes of float32 logits made at once
 @jax.jit(static_argnames="cfg")
 def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
-    return cross_entropy(cfg, params, batch, LOGITS_LIMIT).sum()
+    return target_losses(cfg, params, batch, LOGITS_LIMIT).sum()
 
 
 def scored_request(prompt: Sequence[int], tokens: Sequence[int], namespace: str = "", top: int = 0) -> Request:

@@ -5,10 +5,14 @@
         batch = global_batch(batches.at(step))       # of each process's own rows
         state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
 
-`rules.py` says which axes cut what. Without a mesh nothing here adds to a program: the room's docstring has a table.
+A rule on a leaf's path says which axes cut it, the first match wins: `data` repeats the weights, `fsdp` cuts them and
+gathers each one where it is used (Rajbhandari et al. 2020, 1910.02054), `tensor` cuts the products (Shoeybi et al. 2019,
+1909.08053). Without a mesh nothing here adds to a program: functions return their arguments, or call what they are given,
+and count 1 device.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,11 +24,53 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import UserError
-from engine.mesh.rules import cache_spec, fitting_spec, map_specs
 from engine.mesh.shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
 from engine.model.config import ModelConfig
 
-SPREAD_ORDER = ("fsdp", "tensor", "data")  # of axes that whole matrices are dealt out along; `data` has them all already
+Specs = Callable[[Any, Any], Any]  # (a tree, axis -> devices) -> the axes that cut each leaf
+
+# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
+LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|scale|a|b))?")
+RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
+    (r"embed", P(None, ("tensor", "fsdp"))),
+    (r"head", P(("tensor", "fsdp"), None)),
+    (r"blocks/\d+/(q|k|v|gate|up)", P("fsdp", "tensor")),
+    (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
+    (r"(blocks/\d+/)?\w*(norm|bias)", P()),
+)
+
+
+def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
+
+    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it (`check_mesh` refuses matrices like
+    that). Numbers that belong to no parameter are whole everywhere. Raises ValueError for a matrix without a rule.
+    """
+    match = LEAF.fullmatch(path)
+    spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
+    if len(shape) < 2:
+        return P()
+    if match is None or spec is None:
+        raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
+    thin = {"a": P(("tensor", "fsdp"), None), "b": P(None, ("tensor", "fsdp"))}  # their long axis over all that cut the matrix
+    return fitting_spec(thin.get(match["part"], spec), shape, sizes)
+
+
+def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
+    """Returns the spec without the axes that do not divide the array."""
+    count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+    return P(*(names if names and size % count(names) == 0 else None for names, size in zip(spec, shape)))
+
+
+def leaf_specs(tree: Any, sizes: Any) -> Any:
+    """Returns a tree like `tree` of the axes that cut each leaf."""
+    path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    return jax.tree.map_with_path(lambda keys, leaf: leaf_spec(path(keys), leaf.shape, sizes), tree)
+
+
+def cache_specs(tree: Any, sizes: Any) -> Any:
+    """Returns the same of a KV cache, of arrays (B, K, ...): key heads over `tensor`; all that has fewer than 3 axes whole."""
+    return jax.tree.map(lambda x: P(None, "tensor") if x.ndim > 2 and x.shape[1] % sizes["tensor"] == 0 else P(), tree)
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,19 +110,19 @@ def current_mesh() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
-def shardings(tree: Any) -> Any:
+def shardings(tree: Any, specs: Specs = leaf_specs) -> Any:
     """Returns a tree like `tree` (of arrays or shapes) of NamedShardings, or None without a mesh.
 
     A moment lies as its parameter does, for optax keeps it in a tree with the parameter's own path.
     """
     mesh = current_mesh()
-    return mesh and map_specs(lambda spec, _: NamedSharding(mesh, spec), tree, mesh.shape)
+    return mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh.shape))
 
 
 def sharded_shapes(begin: Callable[[], Any]) -> Any:
     """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a checkpoint into."""
     shapes = jax.eval_shape(begin)
-    return shapes if (wanted := shardings(shapes)) is None else _shapes_on(shapes, wanted)
+    return shapes if current_mesh() is None else _shapes_on(shapes, shardings(shapes))
 
 
 def _shapes_on(tree: Any, wheres: Any) -> Any:
@@ -84,7 +130,7 @@ def _shapes_on(tree: Any, wheres: Any) -> Any:
 
 
 def make_sharded_cache(make: Callable[[], Any]) -> Any:
-    """Returns `make()`, a KV cache, on a mesh laid out as `pin_cache` does, each device making its own part."""
+    """Returns `make()`, a KV cache; on a mesh each device makes its own part."""
     return make() if current_mesh() is None else jax.jit(lambda: pin_cache(make()))()
 
 
@@ -96,11 +142,9 @@ def own_device() -> jax.Device:
 
 def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
     """Returns the shapes of parameters and of KV caches, with where they lie: on the mesh, or on this process's device."""
-    mesh = current_mesh()
-    if mesh is None:
+    wheres: Any = shardings(params), shardings(state, cache_specs)
+    if current_mesh() is None:
         wheres = jax.tree.map(lambda _: SingleDeviceSharding(own_device()), (params, state))
-    else:
-        wheres = shardings(params), jax.tree.map(lambda x: NamedSharding(mesh, cache_spec(x.shape, mesh.shape)), state)
     return _shapes_on((params, state), wheres)
 
 
@@ -148,19 +192,26 @@ def global_batch(batch: Any) -> Any:
     mesh = current_mesh()
     if mesh is None:
         return batch
-    where, processes = NamedSharding(mesh, P(ROWS)), batch_share(MeshShape(**mesh.shape).row_shards)[0]
-    place = lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), (x.shape[0] * processes, *x.shape[1:]))
-    return jax.tree.map(place, batch)
+    where = NamedSharding(mesh, P(ROWS))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch)
 
 
 # Inside a program: on the mesh it is traced for. To pin is `with_sharding_constraint`.
 
 
-def pin_cache(tree: Any) -> Any:
-    """Pins the arrays of a KV cache (B, K, ...): their key heads over `tensor`; all that has fewer than 3 axes whole."""
+def pin(tree: Any, specs: Specs = leaf_specs) -> Any:
+    """Pins parameters, gradients or a whole state where the rules say."""
     mesh = jax.sharding.get_abstract_mesh()
-    constrain = lambda x: jax.lax.with_sharding_constraint(x, cache_spec(x.shape, mesh.shape))
-    return tree if mesh.empty else jax.tree.map(constrain, tree)
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, specs(tree, mesh.shape))
+
+
+def pin_cache(tree: Any) -> Any:
+    return pin(tree, cache_specs)
+
+
+def replicate(tree: Any) -> Any:
+    """Pins arrays whole on every device: gathered here, once for all that follows."""
+    return pin(tree, lambda _, sizes: P())
 
 
 def _size(*axes: str) -> int:
@@ -169,18 +220,15 @@ def _size(*axes: str) -> int:
 
 
 def row_shards() -> int:
-    """Returns the number of devices that share the rows of a batch: 1 without a mesh."""
     return _size(*ROWS)
 
 
 def column_shards() -> int:
-    """Returns the size of the `tensor` axis: 1 without a mesh."""
     return _size("tensor")
 
 
 def _pin(x: Array, *axes: Any) -> Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting_spec(P(*axes), x.shape, mesh.shape))
+    return pin(x, lambda x, sizes: fitting_spec(P(*axes), x.shape, sizes))
 
 
 def shard_rows(x: Array) -> Array:
@@ -217,11 +265,6 @@ def shard_columns(x: Array) -> Array:
     return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
 
 
-def replicate(tree: Any) -> Any:
-    """Pins arrays whole on every device: gathered here, once for all that follows."""
-    return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(tree, P())
-
-
 def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
     """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None) (B, T, N, H), each device its own rows and
     heads: XLA cannot cut a kernel. What does not divide is whole everywhere."""
@@ -233,12 +276,6 @@ def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: A
     return jax.shard_map(kernel, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False)(q, k, v, mask)
 
 
-def pin(tree: Any) -> Any:
-    """Pins parameters, gradients or a whole state where the rules say."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else map_specs(lambda spec, x: jax.lax.with_sharding_constraint(x, spec), tree, mesh.shape)
-
-
 def regather(weights: Any, *others: Any) -> tuple[Any, ...]:
     """Returns the trees unchanged; XLA gathers the weights anew for backward, and need not keep what forward gathered."""
     return (weights, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weights, *others))
@@ -246,24 +283,14 @@ def regather(weights: Any, *others: Any) -> tuple[Any, ...]:
 
 def stack_rows(x: Array, parts: int) -> Array:
     """x (B, ...) -> (parts, B / parts, ...), each of rows from every device."""
-    if row_shards() == 1:
+    groups = row_groups(len(x) // parts)
+    if groups == 1:
         return x.reshape(parts, -1, *x.shape[1:])
-    grouped = x.reshape(row_shards(), parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    grouped = x.reshape(groups, parts, -1, *x.shape[1:]).swapaxes(0, 1)
     return grouped.reshape(parts, -1, *x.shape[1:])
 
 
-def split_rows(x: Array, parts: int) -> list[Array]:
-    """Splits x (B, ...) into equal parts, each of rows from every device."""
-    groups = _row_groups(len(x) // parts)
-    return [part.reshape(-1, *x.shape[1:]) for part in jnp.split(x.reshape(groups, -1, *x.shape[1:]), parts, axis=1)]
-
-
-def join_rows(parts: Sequence[Array]) -> Array:
-    """Joins parts (B, ...) to rows of which every device holds its own: the inverse of `split_rows`."""
-    return _join_groups(parts, 0, _row_groups(len(parts[0])))
-
-
-def _row_groups(rows: int) -> int:
+def row_groups(rows: int) -> int:
     """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device holds."""
     return row_shards() if rows % row_shards() == 0 else 1
 
@@ -276,18 +303,11 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
     return x.reshape(groups, -1, *x.shape[1:])[:, start : start + size].reshape(-1, *x.shape[1:])
 
 
-def join_cuts(parts: Sequence[Array]) -> Array:
-    """Joins all that `cut_rows` cut from one array, in order."""
-    return _join_groups(parts, 0, spread_shards(sum(map(len, parts))))
+def join(parts: Sequence[Array], groups: int, axis: int = 0) -> Array:
+    """Joins parts along an axis. Each has the shares of `groups` devices in turn, and each device's shares come together.
 
-
-def join_columns(parts: Sequence[Array]) -> Array:
-    """Joins parts (M, F) along F, so that each device of a `tensor` axis joins its own columns of them."""
-    return _join_groups(parts, 1, column_shards())
-
-
-def _join_groups(parts: Sequence[Array], axis: int, groups: int) -> Array:
-    """Joins parts along an axis. Each has the shares of `groups` devices in turn, and each device's shares come together."""
+    Along 0, with the groups of the whole, it is the inverse of `stack_rows` and of `cut_rows`.
+    """
     before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
     grouped = [x.reshape(*before, groups, -1, *after) for x in parts]
     return jnp.concatenate(grouped, axis=axis + 1).reshape(*before, -1, *after)
@@ -302,16 +322,14 @@ def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.tree.map(f, tree)
-    each = jax.shard_map(
-        lambda share: jax.lax.map(f, share), in_specs=P(SPREAD_ORDER), out_specs=P(SPREAD_ORDER), check_vma=False
-    )
-    specs = map_specs(lambda spec, _: spec, tree, mesh.shape)
+    order = ("fsdp", "tensor", "data")  # in which the matrices are dealt out; `data` has them all already
+    each = jax.shard_map(lambda share: jax.lax.map(f, share), in_specs=P(order), out_specs=P(order), check_vma=False)
     leaves, treedef = jax.tree.flatten(tree)
-    kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(specs)))
+    kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(leaf_specs(tree, mesh.shape))))
     results: dict[int, Array] = {}
     for kind in dict.fromkeys(kinds):
         places = [place for place, other in enumerate(kinds) if other == kind]
-        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(SPREAD_ORDER[:2])]
+        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(order[:2])]
         stack = jnp.stack([leaves[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
         for spec in between:

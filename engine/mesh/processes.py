@@ -122,7 +122,6 @@ def is_first() -> bool:
 
 
 def process_count() -> int:
-    """Returns the number of processes of this run."""
     return group.processes
 
 

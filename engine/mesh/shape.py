@@ -24,7 +24,6 @@ class MeshShape(NamedTuple):
 
     @property
     def row_shards(self) -> int:
-        """The devices that share the rows of a batch."""
         return self.data * self.fsdp
 
     def __str__(self) -> str:

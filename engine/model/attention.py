@@ -1,6 +1,6 @@
 """Attention for training, and over cached keys, by the platform that a program is compiled for.
 
-A fused kernel (`fused_attention.py`) takes the shapes it can. Elsewhere causal attention goes in blocks of queries: keys
+A fused kernel (`ops.py`) takes the shapes it can. Elsewhere causal attention goes in blocks of queries: keys
 after a block are never multiplied, and the softmax weights are kept for the backward pass in the compute dtype, B N T T / 2
 numbers. `layers.py` has both functions as on paper.
 """

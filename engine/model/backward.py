@@ -1,12 +1,11 @@
 """The functions of `layers.py` with backward rules by hand (custom_vjp), the same on every platform.
 
 A weight's gradient is summed and returned in float32, and no float32 copy of an activation is kept for the backward pass.
-The rules of `jax.grad` do neither. Where a product needs an operand turned over, it goes through `ops().transpose`.
+The rules of `jax.grad` do neither. Where a product needs an operand turned over, it goes through `ops.transpose`.
 """
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,30 +38,6 @@ def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) 
 
 
 matmul = _with_backward(layers.matmul, matmul_backward)
-
-
-def _matmul_each_backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array, ...]], gs: tuple[Array, ...]):
-    """The sum of the weights' dx, in float32, and each weight's dw; x is transposed once for all."""
-    x, weights = residuals
-    weights, gs = layout.regather(weights, tuple(g.astype(x.dtype) for g in gs))
-    dx, x_transposed = input_gradient(gs, [w.astype(x.dtype) for w in weights]), transpose(x)
-    return dx, tuple(layers.dot32(x_transposed, g).astype(w.dtype) for g, w in zip(gs, weights))
-
-
-def input_gradient(gs: Sequence[Array], weights: Sequence[Array]) -> Array:
-    """Each g (M, F), w (D, F) -> the sum of g w^T (M, D), added up in float32, in g's dtype.
-
-    Where devices share the columns it is one product, or they would add up the results of each.
-    """
-    if layout.column_shards() > 1:
-        gs, weights = [layout.join_columns(gs)], [layout.join_columns(weights)]
-    if len(gs) == 1:
-        return jnp.einsum("mf,df->md", gs[0], weights[0], preferred_element_type=gs[0].dtype)
-    products = (layers.einsum32("mf,df->md", g, w) for g, w in zip(gs, weights))
-    return functools.reduce(operator.add, products).astype(gs[0].dtype)
-
-
-matmul_each = _with_backward(layers.matmul_each, _matmul_each_backward)
 
 
 def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

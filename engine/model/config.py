@@ -26,8 +26,7 @@ class ModelConfig:
     With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. Products are computed in `dtype`; weights in training are
     float32. `scan` and `remat` change how the training program runs, never what it computes: `scan` compiles one block
     and loops over it (compile time); `remat='block'`, gradient checkpointing, saves each block's input and recomputes the
-    rest in the backward pass (memory). `'full'` runs the whole forward pass again: it is there to be counted and
-    measured, for its peak is that of `'none'`.
+    rest in the backward pass (memory).
 
     Raises UserError when the numbers do not describe a model.
     """
@@ -48,7 +47,7 @@ class ModelConfig:
     qkv_bias: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     scan: bool = False
-    remat: Literal["none", "block", "full"] = "none"
+    remat: Literal["none", "block"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
@@ -72,8 +71,8 @@ class ModelConfig:
             raise UserError(f"ModelConfig: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even.")
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"ModelConfig: dtype must be 'bfloat16' or 'float32', not {self.dtype!r}.")
-        if self.remat not in ("none", "block", "full"):
-            raise UserError(f"ModelConfig: remat must be 'none', 'block' or 'full', not {self.remat!r}.")
+        if self.remat not in ("none", "block"):
+            raise UserError(f"ModelConfig: remat must be 'none' or 'block', not {self.remat!r}.")
 
     @property
     def groups(self) -> int:
@@ -93,7 +92,6 @@ class ModelConfig:
         return dict(zip(MATRICES, shapes, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as a dict that `from_json` reads."""
         return dataclasses.asdict(self)
 
     @classmethod

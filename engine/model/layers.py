@@ -4,7 +4,6 @@ Elementwise work and softmax are float32: bfloat16 arithmetic is emulated on a C
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,6 @@ def einsum32(equation: str, *operands: Array) -> Array:
 def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
     """x (M, D), w (D, F) -> (M, F) in `dtype`; multiplied in x's dtype."""
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=dtype)
-
-
-def matmul_each(x: Array, weights: Sequence[Array], dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (M, D), each w (D, F) -> each product (M, F) in `dtype`."""
-    return tuple(matmul(x, w, dtype) for w in weights)
 
 
 def matmul_rows(x: Array, w: Array, dtype: DTypeLike) -> Array:

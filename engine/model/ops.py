@@ -1,50 +1,90 @@
-"""Chooses how a program is computed by the platform that it is compiled for: the one table of what differs.
+"""Chooses how a program is computed by the platform that it is compiled for: the one table of what differs, and its kernels.
 
 That is the platform of JAX's default device where the program is traced. The default device is part of the key under which
 JAX keeps its traces, so `with jax.default_device("tpu")` traces any program for a TPU, on a machine that has none, and
 nobody passes a platform along. Everything that is not here is the same program everywhere.
+
+Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU. No scores reach memory: a kernel
+keeps a block of them at a time and computes them anew in its own backward pass (Dao et al. 2022, 2205.14135). Each takes
+q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and returns causal attention
+(B, T, N * H); or None for shapes, types and machines that it cannot serve.
 """
 
+import dataclasses
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from engine.model import fused_attention
+Kernel = Callable[[Array, Array, Array, Array | None], Array | None]
+LANES = 128  # numbers in a row of a TPU's vector unit: the kernel's blocks are multiples of it
 
 
-def _transpose_in_memory(x: Array) -> Array:
-    """x (..., M, N) -> (..., N, M), moved in memory.
+def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
+    """cuDNN's attention, in 16 bits, on an NVIDIA GPU from Ampere on, where JAX has found cuDNN.
 
-    XLA on a CPU hands a product to its fast library only when the left operand lies in memory with the summed axis last;
-    the fallback is ten times slower. Without the barrier XLA folds the transpose into a neighbouring product, without the
-    layout it relabels the axes; either way the next product takes the slow path.
+    With segments the mask is one (B, 1, T, T) array of 16 bits for all heads.
     """
-    x = jax.lax.optimization_barrier(x).swapaxes(-1, -2)
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])
+    return cudnn_masked(q, k, v, mask, causal=True)
 
 
-def _transpose_by_name(x: Array) -> Array:
-    """x (..., M, N) -> (..., N, M): a GPU's and a TPU's product reads its operands in either order."""
-    return x.swapaxes(-1, -2)
+def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool = False) -> Array | None:
+    """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may attend."""
+    if mask is not None and (q.shape[1] % 2 or k.shape[1] % 2):  # cuDNN has no gradient for it, and says so too late
+        return None
+    heads = None if mask is None else mask[:, None]
+    try:
+        out = jax.nn.dot_product_attention(q, k, v, mask=heads, is_causal=causal, scale=1.0, implementation="cudnn")
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # of cuDNN, the card, the type or the shape
+        if jax.default_backend() == "gpu":
+            warnings.warn(f"cuDNN's attention cannot serve {q.dtype}{q.shape}, so plain products do: {error}", stacklevel=2)
+        return None
+    return out.reshape(*out.shape[:2], -1)
+
+
+def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: bool = False) -> Array:
+    """Splash attention, JAX's own kernel for TPUs, which skips the blocks that causality masks.
+
+    Texts are padded to a multiple of LANES: what lies behind a token is masked in any case.
+    """
+    # Here, for Pallas takes half a second to import, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+    B, T, N, _ = q.shape
+    padded = T + -T % LANES
+    block = next(size for size in (512, 256, LANES) if padded % size == 0)
+    names = [field.name for field in dataclasses.fields(pallas.BlockSizes) if field.name.startswith("block_")]
+    blocks: Any = dict.fromkeys(names, block)
+    kernel = pallas.make_splash_mha(
+        pallas.MultiHeadMask([pallas.CausalMask((padded, padded)) for _ in range(N)]),
+        block_sizes=pallas.BlockSizes(**blocks), head_shards=1, q_seq_shards=1, interpret=interpret,
+    )  # fmt: skip
+    by_head = lambda x: jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+    ids = [] if segments is None else [jnp.pad(segments, ((0, 0), (0, padded - T)))]
+    attend = lambda q, k, v, *ids: kernel(q, k, v, *(pallas.SegmentIds(each, each) for each in ids))
+    out = jax.vmap(attend)(by_head(q), by_head(k), by_head(v), *ids)
+    return out.transpose(0, 2, 1, 3)[:, :T].reshape(B, T, -1)
 
 
 class Ops(NamedTuple):
     """The choices of one platform."""
 
-    transpose: Callable[[Array], Array]
+    transposes_in_memory: bool  # see `transpose`
     pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
-    fused_attention: fused_attention.Kernel | None  # causal, of whole texts
-    fused_prefill: fused_attention.Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
+    fused_attention: Kernel | None  # causal, of whole texts
+    fused_prefill: Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
 
 
 PLATFORMS = {
     # jax.nn.dot_product_attention is two to three times slower than the plain products on a CPU.
-    "cpu": Ops(_transpose_in_memory, True, None),
-    "gpu": Ops(_transpose_by_name, False, fused_attention.cudnn, fused_attention.cudnn_masked),
-    "tpu": Ops(_transpose_by_name, False, fused_attention.splash),
+    "cpu": Ops(True, True, None),
+    "gpu": Ops(False, False, cudnn, cudnn_masked),
+    "tpu": Ops(False, False, splash),
 }
 
 
@@ -55,10 +95,18 @@ def platform() -> str:
 
 
 def ops() -> Ops:
-    """Returns the choices of the platform that JAX computes on."""
     return PLATFORMS[platform()]
 
 
 def transpose(x: Array) -> Array:
-    """x (..., M, N) -> (..., N, M), where a product needs it turned over."""
-    return ops().transpose(x)
+    """x (..., M, N) -> (..., N, M), where a product needs it turned over. On a CPU it is moved in memory.
+
+    There XLA hands a product to its fast library only when the left operand lies in memory with the summed axis last; the
+    fallback is ten times slower. Without the barrier XLA folds the transpose into a neighbouring product, without the layout
+    it relabels the axes; either way the next product takes the slow path. A GPU's and a TPU's product reads its operands in
+    either order.
+    """
+    if not ops().transposes_in_memory:
+        return x.swapaxes(-1, -2)
+    x = jax.lax.optimization_barrier(x).swapaxes(-1, -2)
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -1,10 +1,7 @@
-"""Parameters by path, such as `blocks/3/q`; rules are patterns on whole paths, and the first match wins."""
+"""Parameters by path, such as `blocks/3/q`: nested dicts as flat ones, mapped, split and merged."""
 
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
-
-from engine.errors import UserError, did_you_mean
 
 Params = dict[str, Any]  # nested; a leaf is an Array, Int8 or LoRA
 
@@ -38,30 +35,7 @@ def unflatten(leaves: dict[str, Any]) -> Params:
 
 
 def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
-    """Replaces each leaf by f(path, leaf)."""
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
-
-
-def match_paths(pattern: str, paths: Collection[str]) -> list[str]:
-    """Returns the paths that a regular expression matches whole. Raises UserError for none, naming the nearest."""
-    try:
-        matches = [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise UserError(f"{pattern!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
-    if not matches:
-        raise UserError(f"{pattern!r} matches no parameter.{did_you_mean(pattern, list(paths))}")
-    return matches
-
-
-def first_match(rules: Sequence[tuple[str, Any]], params: Params) -> dict[str, Any]:
-    """Returns {path: value of the first rule (pattern, value) that matches it}, without paths that none matches.
-
-    Raises UserError for a rule that matches no path, naming the nearest.
-    """
-    matches: dict[str, Any] = {}
-    for pattern, value in rules:
-        matches = dict.fromkeys(match_paths(pattern, leaf_paths(params)), value) | matches
-    return matches
 
 
 def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:

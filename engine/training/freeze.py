@@ -9,11 +9,9 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from engine.counting.params import leaf_shapes
-from engine.counting.trainable_paths import TrainablePaths, bottom_frozen, top_frozen
-from engine.errors import UserError
+from engine.counting.params import TrainablePaths, bottom_frozen, leaf_shapes, top_frozen
+from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
-from engine.model.paths import match_paths
 
 
 class Match(NamedTuple):
@@ -63,5 +61,11 @@ def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
         if not frozen:
             raise UserError(f"{rule!r} names no block: give a number from 1 to {cfg.layers}.")
         return frozen
-    patterns = {"all": ".*", "head": "embed" if cfg.tied else "head"}
-    return match_paths(patterns.get(rule, rule), shapes)
+    pattern = {"all": ".*", "head": "embed" if cfg.tied else "head"}.get(rule, rule)
+    try:
+        matches = [path for path in shapes if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise UserError(f"{rule!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
+    if not matches:
+        raise UserError(f"{rule!r} matches no parameter.{did_you_mean(rule, list(shapes))}")
+    return matches

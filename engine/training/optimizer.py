@@ -99,11 +99,11 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
     XLA would keep its result, and those that depend on it, rather than divide again in each loop over them.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def clip(updates: Any, _: Any) -> Any:
         factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: u * factor, updates), state
+        return jax.tree.map(lambda u: u * factor, updates)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(clip)
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from jax import Array
 from engine.errors import UserError
 from engine.mesh import layout
 from engine.model.config import ModelConfig
+from engine.model.loss import target_losses
 from engine.model.transformer import Params
 from engine.text.batch import Batch
-from engine.training.loss import target_losses
 from engine.training.step import Objective
 
 
@@ -48,10 +48,10 @@ class AnswerLogProbs(NamedTuple):
 
 def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> AnswerLogProbs:
     """Returns both answers' log-probabilities, in one forward pass over all 2 B rows."""
-    both = jax.tree.map(lambda a, b: layout.join_rows([a, b]), pairs.chosen, pairs.rejected)
+    both = jax.tree.map(lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.chosen, pairs.rejected)
     summed = -target_losses(cfg, params, both).sum(-1)
     mean = summed / jnp.maximum(jnp.count_nonzero(both.mask, axis=-1), 1)
-    return AnswerLogProbs(*layout.split_rows(summed, 2), *layout.split_rows(mean, 2))
+    return AnswerLogProbs(*layout.stack_rows(summed, 2), *layout.stack_rows(mean, 2))
 
 
 def margin(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:

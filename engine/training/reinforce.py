@@ -1,11 +1,16 @@
-"""GRPO: a policy gradient from rewards of completions, whose baseline is the group's mean.
+"""GRPO: a policy gradient from rewards of completions, whose baseline is the group's mean; and rewards by rule.
 
 After Shao et al. 2024 (2402.03300, equation 3). Several completions of each prompt are sampled and rewarded. The advantage
 of a completion's tokens is its reward less its group's mean, in standard deviations. A completion weighs the same however
 long it is: in a mean over all tokens the long ones, where they are the worse, would make all that is sampled less probable.
+
+    reward = make_reward("length:12")
+    reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
 """
 
 import functools
+import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from engine.errors import UserError
+from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
+from engine.model.loss import target_losses
 from engine.model.transformer import Params
 from engine.text.batch import Batch
-from engine.training.loss import target_losses
 from engine.training.step import Objective
 
 
@@ -81,3 +86,56 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
         return (jnp.where(mask, loss, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).sum()
 
     return Objective(summed, lambda rollouts: jnp.asarray(rollouts.batch.mask.shape[0]))
+
+
+Reward = Callable[[str, int | None], float]  # (completion, right number or None) -> 0 to 1
+
+TASKS = {
+    "length": "length:N, an answer of N words",
+    "regex": "regex:PATTERN, an answer in which the pattern is found",
+    "sum": "sum, an answer that ends with the right number",
+    "yes-no": "yes-no, an answer that begins with Yes or No",
+}
+LONGEST = 4000  # characters of a completion that a pattern is searched in
+
+
+def make_reward(task: str) -> Reward:
+    """Makes the reward of `length:12`, `regex:PATTERN`, `sum` or `yes-no`. Raises UserError for anything else."""
+    name, _, rest = task.partition(":")
+    if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
+        return length_reward(int(rest))
+    if name == "regex" and rest:
+        return regex_reward(rest)
+    if task == "sum":
+        return sum_reward
+    if task == "yes-no":
+        return regex_reward(r"^(Yes|No)\b")
+    if name in TASKS:
+        raise UserError(f"The task {task!r} should be {TASKS[name]}{' from 1 to 1000' if name == 'length' else ''}.")
+    raise UserError(f"There is no task {task!r}; there are {'; '.join(TASKS.values())}.{did_you_mean(name, [*TASKS])}")
+
+
+def length_reward(words: int) -> Reward:
+    """Rewards a completion of that many words with 1, another with the ratio of the counts. A word has no white space."""
+    ratio = lambda count: min(count, words) / max(count, words)
+    return lambda completion, _: ratio(len(completion.split()))
+
+
+def regex_reward(pattern: str) -> Reward:
+    """Rewards a completion with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
+
+    A pattern such as `(a+)+$` may take exponentially long: bound its time if patterns come from others. Raises UserError
+    for what is no pattern.
+    """
+    try:
+        expression = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{pattern!r} is not a regular expression: {error}.") from error
+    return lambda completion, _: float(expression.search(completion[:LONGEST]) is not None)
+
+
+def sum_reward(completion: str, right: int | None) -> float:
+    """Rewards a completion with 1 if its last integer is the right one, else 0. Commas between thousands are skipped."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", completion[-LONGEST:])
+    integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash after a word or a number is no sign
+    return float(bool(integers) and right is not None and int(integers[-1]) == right)

@@ -11,10 +11,10 @@ from jax import Array
 
 from engine.mesh import layout
 from engine.model.config import ModelConfig
+from engine.model.loss import summed_loss
 from engine.model.paths import merge
 from engine.model.transformer import Params
-from engine.training.lora import gather_frozen
-from engine.training.loss import summed_loss
+from engine.model.weights.lora import gather_frozen
 
 
 class TrainState(NamedTuple):
@@ -76,7 +76,7 @@ def loss_and_gradient(
     def share(trainable: Params, frozen: Params, part: Any) -> Array:
         return objective.summed_loss(cfg, gather_frozen(merge(trainable, frozen)), part) / total
 
-    differentiate = jax.value_and_grad(jax.checkpoint(share) if cfg.remat == "full" else share)
+    differentiate = jax.value_and_grad(share)
     if microbatches == 1:
         return differentiate(trainable, frozen, batch)
     parts = jax.tree.map(lambda x: layout.stack_rows(x, microbatches), batch)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from engine.allocator import return_freed_memory
 from engine.counting.hardware import doubt_ceilings
-from engine.device import Device
+from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.format import quantity
 from engine.inference.score import score

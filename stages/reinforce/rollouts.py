@@ -24,8 +24,7 @@ from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.corpus import check_text, json_type, normalize, read_rows
 from engine.text.examples import evaluation_batches
-from engine.training.reinforce import log_probabilities
-from engine.training.rewards import Reward
+from engine.training.reinforce import Reward, log_probabilities
 from stages.cli.console import ReportProgress
 
 THINGS = (

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.allocator import make_room
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
-from engine.device import Device
+from engine.device import Device, make_room
 from engine.errors import UserError
 from engine.format import duration, format_count
 from engine.inference.decode import prepare_params
@@ -19,8 +18,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
 from engine.training.optimizer import OptimizerConfig
-from engine.training.reinforce import Rollouts, group_advantages, grpo
-from engine.training.rewards import TASKS, make_reward
+from engine.training.reinforce import TASKS, Rollouts, group_advantages, grpo, make_reward
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_for, rollout_batch, score_completions

@@ -21,19 +21,18 @@ from engine.counting.hardware import (
     saved_ceilings,
 )  # fmt: skip
 from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
-from engine.counting.params import count_params
-from engine.counting.trainable_paths import TrainablePaths, all_trainable
+from engine.counting.params import TrainablePaths, all_trainable, count_params
 from engine.format import duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
-from engine.training.loss import loss_chunks
+from engine.model.loss import loss_chunks
 from engine.training.optimizer import OptimizerConfig
 from engine.training.step import LORA_COMPILER_OPTIONS
 from stages.cli.console import Console
 
 MEASURE_PROGRAM = (
-    "from engine.allocator import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
+    "from engine.device import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
 PROCESS_BYTES, LAYER_BYTES = 475_000_000, 8_000_000  # of Python and JAX; of a layer's programs, and of compiling them
@@ -86,7 +85,7 @@ class RunPlan:
     @property
     def step_flops(self) -> int:
         """FLOPs of a step, 6N + 12LDT a token, less the products for gradients that no trainable parameter needs."""
-        flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable, remat="none")
+        flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable)
         return flops.total * self.step_tokens
 
     @property

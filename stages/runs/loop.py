@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.allocator import return_freed_memory
 from engine.counting.hardware import peak_rss_bytes
-from engine.device import Device
+from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes

@@ -13,16 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.counting.params import count_params
-from engine.counting.trainable_paths import TrainablePaths, lora_only
+from engine.counting.params import TrainablePaths, count_params, lora_only
 from engine.device import host_memory
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
-from engine.model.weights.int8 import matmul_rules, quantize
-from engine.model.weights.lora import merge_lora
+from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.adapter import earlier_digest, save_adapter
 from engine.storage.digest import digest
@@ -30,7 +29,6 @@ from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER, read_json
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
-from engine.training.lora import init_lora
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
@@ -71,7 +69,7 @@ class ModelStage(Stage):
         assert plan.trainable is not None
         with host_memory(self.on_mesh):  # changes no array of `params`
             if self.lora:
-                base = params if plan.base == "float" else quantize(params, matmul_rules(params, "full"))
+                base = params if plan.base == "float" else quantize(params, "full")
                 self.trainable = init_lora(plan.cfg, jax.random.key(plan.seed), self.lora)
                 self.frozen = cast_matrices(base, plan.cfg.dtype)
             else:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from engine.allocator import make_room
+from engine.device import make_room
 from engine.mesh.layout import batch_share, global_batch
 from engine.text.tokenizer import Tokenizer
 from engine.training.optimizer import make_optimizer, make_schedule

@@ -15,10 +15,9 @@ import jax
 import numpy as np
 
 from engine.counting.accelerators import Accelerator
-from engine.counting.collectives import Collective, read_collectives
 from engine.counting.flops import muon_flops, train_flops
-from engine.counting.traffic import train_bytes
-from engine.counting.xla import xla_peak
+from engine.counting.memory import train_bytes
+from engine.counting.xla import Collective, read_collectives, xla_peak
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.format import duration, format_bytes, si

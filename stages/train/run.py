@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from engine.allocator import return_freed_memory
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings, doubt_ceilings
 from engine.counting.params import count_params
-from engine.device import Device
+from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity

@@ -11,7 +11,7 @@ from tiny import FAMILY, tiny_config, tokens_of
 from wide import weights
 
 from engine.by_hand import model
-from engine.by_hand.tree import leaves
+from engine.by_hand.model import leaves
 
 B, T, V = 3, 64, 41
 NOISE = 40_000  # bytes of Python's own objects

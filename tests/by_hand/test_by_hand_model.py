@@ -12,7 +12,7 @@ from wide import QWEN3, assert_trees_close, batch_of, float64_engine, in_float64
 
 from engine import by_hand
 from engine.by_hand import layers, model
-from engine.by_hand.tree import leaves, to_numpy, tree_map
+from engine.by_hand.model import leaves, to_numpy, tree_map
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
 from engine.model.transformer import forward

@@ -10,13 +10,13 @@ from wide import QWEN2, QWEN3, assert_trees_close, batch_of, float64_engine, in_
 
 from engine import by_hand
 from engine.by_hand import adamw
-from engine.by_hand.tree import leaves, tree_map
+from engine.by_hand.model import leaves, tree_map
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import init_state, train_step
 
 # Clipping that bites and that does not; with decay and without; other means than the usual.
 SETTINGS = [
-    adamw.AdamWConfig(learning_rate=0.02, weight_decay=0.3, embedding_factor=3.0, head_factor=0.3),
+    adamw.AdamWConfig(learning_rate=0.02, weight_decay=0.3),
     adamw.AdamWConfig(learning_rate=0.1, beta1=0.5, beta2=0.999, weight_decay=0.0, clip=float("inf")),
     adamw.AdamWConfig(learning_rate=0.01, beta1=0.0, weight_decay=2.0, clip=50.0),
 ]

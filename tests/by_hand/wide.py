@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import FAMILY, T, lively_params, positions_of, tokens_of
 
-from engine.by_hand.tree import tree_map
+from engine.by_hand.model import tree_map
 from engine.model.config import ModelConfig
 from engine.text.batch import Batch
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import Primitive
-from plain_model import shaped
+from shapes_only import shaped
 
 from engine.counting.jaxpr import _TRANSCENDENTAL, JaxprCost, jaxpr_cost
 from engine.errors import UserError

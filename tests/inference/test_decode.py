@@ -87,7 +87,7 @@ def test_weights_are_cast_once_and_gains_stay(params):
 
 
 def test_a_text_is_scored_in_the_bits_that_its_tokens_take_which_training_minimises(cfg, params):
-    from engine.training.loss import summed_loss
+    from engine.model.loss import summed_loss
 
     B, T = 2, 7
     mask = np.array([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]], bool)

@@ -17,7 +17,7 @@ from engine.model.cache.segmented import CacheRows, make_kv_segments, segment_ed
 from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
-from engine.model.weights.int8 import Int8, matmul_rules, quantize
+from engine.model.weights.int8 import Int8, quantize
 from engine.model.weights.lora import to_dense
 from engine.storage.digest import digest
 
@@ -42,7 +42,7 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
 def test_logits_stay_near(tied, kind):
     cfg = tiny_config(tied=tied)
     params = lively_params(cfg)
-    small = quantize(prepare_params(cfg, params), matmul_rules(params, kind))
+    small = quantize(prepare_params(cfg, params), kind)
     tokens, positions = tokens_of(0, 3, 11), positions_of(3, 11)
     run = jax.jit(lambda params: forward(cfg, params, tokens, positions)[0])
     plain, rounded = run(params), run(small)
@@ -65,7 +65,7 @@ def wider(tied: bool, kind: str):
     """A model none of whose weights has as many numbers as anything else in a program for 3 rows, 5 or 33."""
     cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied)
     params = lively_params(cfg)
-    return cfg, prepare_params(cfg, quantize(params, matmul_rules(params, kind)))
+    return cfg, prepare_params(cfg, quantize(params, kind))
 
 
 @pytest.mark.parametrize("kind", ["int8", "full"])

@@ -22,22 +22,22 @@ from engine.inference.runner import idle_calls
 from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.inference.score import score
 from engine.mesh import layout
-from engine.mesh.rules import leaf_spec
+from engine.mesh.layout import leaf_spec
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.loss import summed_loss
 from engine.model.native import library
 from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params
 from engine.model.weights import int8
-from engine.model.weights.int8 import matmul_rules, quantize
+from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
-from engine.training.lora import init_lora
-from engine.training.loss import summed_loss
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, margins, preference_objective
 from engine.training.reinforce import Rollouts, grpo, log_probabilities
@@ -94,17 +94,14 @@ def serving_params(cfg: ModelConfig, weights: Any = "plain") -> Any:
 @functools.cache
 def _serving_params(cfg: ModelConfig, weights: Any, _: str, whole: bool) -> Any:
     """By platform, because each has its own layout of int8 weights."""
-    rules = lambda params: matmul_rules(params, weights)
-    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, rules(params)), whole)
+    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, weights), whole)
     return jax.eval_shape(make, params_shapes(cfg))
 
 
 @functools.cache
 def adapter_and_base(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
     """Returns the shapes of an adapter of every matrix, and of its frozen base, plain or int8."""
-    freeze = lambda params: cast_matrices(
-        quantize(params, matmul_rules(params, "full")) if base == "int8" else params, cfg.dtype
-    )
+    freeze = lambda params: cast_matrices(quantize(params, "full") if base == "int8" else params, cfg.dtype)
     adapters = jax.eval_shape(lambda: init_lora(cfg, jax.random.key(0), LORA))
     return adapters, jax.eval_shape(freeze, params_shapes(cfg))
 
@@ -259,7 +256,7 @@ PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
 
 
 def lay_out(program: Program, mesh: Any) -> Program:
-    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/rules.py`."""
+    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/layout.py`."""
 
     def place(keys: Any, leaf: Any) -> Any:
         spec = leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, mesh.shape)

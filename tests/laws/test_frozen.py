@@ -11,16 +11,15 @@ from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.transformer import forward
 from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.training.freeze import select_trainable
-from engine.training.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
 
 STEPS = 1000
 CFG = tiny_config(dtype="bfloat16")
-MATRICES = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 
 
 def halves():
@@ -31,7 +30,7 @@ def halves():
 
 def adapters(kind: str):
     base = lively_params(CFG)
-    base = quantize(base, [(MATRICES, "full")]) if kind == "int8" else cast_matrices(base, "bfloat16")
+    base = quantize(base, "full") if kind == "int8" else cast_matrices(base, "bfloat16")
     return init_lora(CFG, jax.random.key(0), LoraConfig(2, targets=("all",))), base
 
 

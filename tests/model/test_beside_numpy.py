@@ -13,14 +13,13 @@ from tiny import assert_near, lively_params, positions_of, tokens_of
 
 from engine.by_hand import layers as by_hand
 from engine.by_hand import loss_and_gradient as by_hand_gradient
-from engine.model import attention, backward, layers
+from engine.model import attention, backward, layers, loss
 from engine.model.config import LoraConfig, ModelConfig, RopeScaling
 from engine.model.paths import leaf_paths, map_paths
-from engine.model.weights.int8 import Int8, dequantize, matmul_rules, quantize
+from engine.model.weights.int8 import Int8, dequantize, quantize
+from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import project, project_each, unembed
 from engine.text.batch import Batch
-from engine.training import loss
-from engine.training.lora import init_lora
 from engine.training.step import loss_and_gradient
 
 B, T, D, F, V, N, K, H = 5, 62, 320, 864, 700, 6, 3, 64
@@ -78,10 +77,7 @@ def test_matmul(module, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize(
-    "multiply", [layers.matmul_each, backward.matmul_each, project_each], ids=["layers", "backward", "any"]
-)
-def test_matmul_each(multiply, dtype):
+def test_project_each(dtype):
     """Two weights, of different widths."""
 
     def gradients(dys, x, *weights):
@@ -90,7 +86,7 @@ def test_matmul_each(multiply, dtype):
 
     arguments = numbers(0, B * T, D, dtype=dtype), numbers(1, D, F, dtype=dtype), numbers(2, D, D // 2, dtype=dtype)
     each = lambda x, *weights: [by_hand.project(x, w) for w in weights]
-    compare(lambda x, *weights: list(multiply(x, weights, dtype)), each, gradients, arguments, dtype)
+    compare(lambda x, *weights: list(project_each(x, weights, dtype)), each, gradients, arguments, dtype)
 
 
 @DTYPES
@@ -203,7 +199,7 @@ def test_the_step_of_a_model_and_of_an_adapter_at_its_start(base, tied, monkeypa
     params, head = lively_params(cfg), "embed" if tied else "head"
     params |= {head: params[head].astype(BF16).astype(F32)}
     # A head in another type than float32 is a frozen one.
-    frozen = quantize(params, matmul_rules(params, "full")) if base == "int8" else params | {head: params[head].astype(BF16)}
+    frozen = quantize(params, "full") if base == "int8" else params | {head: params[head].astype(BF16)}
     params = map_paths(lambda _, leaf: dequantize(leaf) if isinstance(leaf, Int8) else leaf.astype(F32), frozen)
     segments, mask = np.sort(tokens_of(3, B, T, vocab=3), axis=1), np.random.default_rng(4).random((B, T)) < 0.7
     batch = Batch(tokens_of(0, B, T, vocab=V), tokens_of(1, B, T, vocab=V), mask, positions_of(B, T) + 9, segments)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import FAMILY, assert_near, lively_params, normal, positions_of, tiny_config, tokens_of
 
-from engine.model import attention, fused_attention, layers, ops
+from engine.model import attention, layers, ops
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
@@ -54,7 +54,7 @@ def test_splash_attention_is_attention(T, K, packed):
     q, k, v = normal(0, 2, T, 2, 8), normal(1, 2, T, K, 8), normal(2, 2, T, K, 8)
     segments = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (2, T)), axis=1)) if packed else None
     mixing = normal(4, 2, T, 16)
-    splash = lambda *qkv: fused_attention.splash(*qkv, segments, interpret=True)
+    splash = lambda *qkv: ops.splash(*qkv, segments, interpret=True)
     plain = lambda *qkv: layers.causal_attention(*qkv, segments)
     slope = lambda f: jax.jit(jax.value_and_grad(lambda *qkv: (f(*qkv) * mixing).sum(), (0, 1, 2)))(q, k, v)
     results = slope(splash), slope(plain)
@@ -71,20 +71,20 @@ def test_cudnn_is_asked_for_attention(monkeypatch, packed):
     mixing = normal(4, 2, 10, 24)
     results = [
         jax.value_and_grad(lambda *qkv, f=f: (f(*qkv, segments) * mixing).sum(), (0, 1, 2))(q, k, v)
-        for f in (fused_attention.cudnn, layers.causal_attention)
+        for f in (ops.cudnn, layers.causal_attention)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
     mask = jnp.asarray(np.random.default_rng(5).random((2, 4, 10)) < 0.5).at[..., 0].set(True)
     expected = layers.attention(q[:, :4], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
-    np.testing.assert_allclose(fused_attention.cudnn_masked(q[:, :4], k, v, mask), expected, atol=1e-5)
-    assert fused_attention.cudnn_masked(q[:, :3], k, v, mask[:, :3]) is None, "cuDNN refuses an odd length with a mask"
+    np.testing.assert_allclose(ops.cudnn_masked(q[:, :4], k, v, mask), expected, atol=1e-5)
+    assert ops.cudnn_masked(q[:, :3], k, v, mask[:, :3]) is None, "cuDNN refuses an odd length with a mask"
 
 
 def test_a_model_on_a_tpu_computes_what_a_cpu_computes(monkeypatch):
     """Splash attention in interpret mode inside a model whose layers are a scan, at a length that needs padding."""
     rows, results = (2, 40), []
     for platform, cfg in (("cpu", tiny_config()), ("tpu", tiny_config(scan=True, remat="block"))):
-        kernel = functools.partial(fused_attention.splash, interpret=True)
+        kernel = functools.partial(ops.splash, interpret=True)
         monkeypatch.setitem(ops.PLATFORMS, "tpu", ops.PLATFORMS["tpu"]._replace(fused_attention=kernel))
         monkeypatch.setattr(ops, "platform", lambda platform=platform: platform)
         segments = np.sort(np.random.default_rng(0).integers(0, 3, rows), axis=1).astype(np.int32)
@@ -97,7 +97,7 @@ def test_a_model_on_a_tpu_computes_what_a_cpu_computes(monkeypatch):
 def test_a_kernel_leaves_what_it_cannot_serve():
     """Where there is no cuDNN, attention in blocks takes all, and memory is predicted so."""
     q, k = normal(0, 1, 130, 2, 8), normal(1, 1, 130, 1, 8)
-    assert fused_attention.cudnn(q, k, k, None) is None
+    assert ops.cudnn(q, k, k, None) is None
     for device, kernel in (("cpu", False), ("gpu", False), ("tpu", True)):
         with jax.default_device(device):
             assert attention.has_kernel(FAMILY["qwen3"], 130) == kernel

@@ -37,8 +37,7 @@ from engine.model.config import LoraConfig
 from engine.model.native.library import native_problem
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import LoRA, merge_lora
-from engine.training.lora import init_lora
+from engine.model.weights.lora import LoRA, init_lora, merge_lora
 from stages.cli.console import Console
 from stages.serve import load
 from stages.serve.__main__ import main

@@ -15,11 +15,11 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig, RopeScaling
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
+from engine.model.weights.lora import init_lora
 from engine.storage.gguf import save_gguf
 from engine.storage.gguf_tokenizer import tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.corpus import Corpus
-from engine.training.lora import init_lora
 from stages import evaluate, export
 from stages.export import compare, compare_adapter
 

@@ -12,8 +12,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from engine import by_hand
 from engine.by_hand import adamw
-from engine.by_hand.generate import generate
-from engine.by_hand.tree import leaves, tree_map
+from engine.by_hand.model import generate, leaves, tree_map
 from engine.model.config import ModelConfig
 from stages.runs.watch.page import FOLDER, write_train_page
 

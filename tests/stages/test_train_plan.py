@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from engine.counting import accelerators
 from engine.counting.accelerators import find_accelerator
-from engine.counting.collectives import Collective
 from engine.counting.hardware import Ceilings
 from engine.counting.params import leaf_shapes
+from engine.counting.xla import Collective
 from engine.errors import UserError
 from engine.format import format_bytes
 from engine.mesh import processes

@@ -100,7 +100,7 @@ def test_packed_is_unpacked(cfg, params):
     """The same summed loss, and another number where segments are not told apart; a shift of a segment's positions is none."""
     import jax
 
-    from engine.training.loss import summed_loss
+    from engine.model.loss import summed_loss
 
     loss = jax.jit(lambda batch: summed_loss(cfg, params, batch))
     examples = examples_of([3, 9, 5, 2, 7, 1, 4, 6, 8, 3, 2])

@@ -17,16 +17,15 @@ import jax
 import numpy as np
 
 from bench.models import next_token_batch
-from engine.counting.collectives import read_collectives
+from engine.counting.xla import read_collectives
 from engine.mesh.layout import global_batch, init_sharded, make_mesh, place, shardings
 from engine.mesh.shape import parse_mesh
-from engine.model import fused_attention, ops
+from engine.model import loss, ops
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import map_paths
 from engine.model.transformer import init_params
-from engine.model.weights.int8 import matmul_rules, quantize
-from engine.training import loss
-from engine.training.lora import init_lora
+from engine.model.weights.int8 import quantize
+from engine.model.weights.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, preference_objective
 from engine.training.step import NEXT_TOKEN, init_state, train_step
@@ -58,7 +57,7 @@ def packed(step):
 
 def splash():
     """Sends attention through the TPU's kernel."""
-    kernel = functools.partial(fused_attention.splash, interpret=True)
+    kernel = functools.partial(ops.splash, interpret=True)
     table = ops.PLATFORMS | {"tpu": ops.PLATFORMS["tpu"]._replace(fused_attention=kernel)}
     return patch.multiple(ops, PLATFORMS=table, platform=lambda: "tpu")
 
@@ -71,7 +70,7 @@ def begin(case, cfg=CFG):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     params = map_paths(lambda _, x: (0.1 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(np.float32), shapes)
-    frozen = quantize(params, matmul_rules(params, "full")) if case == "int8" else params
+    frozen = quantize(params, "full") if case == "int8" else params
     adapters = lambda: init_lora(cfg, jax.random.key(1), LORA)
     return tx, lambda: init_state(tx, adapters()), jax.tree.map(np.asarray, frozen)
 
@@ -129,7 +128,7 @@ def results():
         yield "adamw in pieces", on_mesh(ALL_AXES, alone["adamw"], "adamw", cfg=scan, microbatches=2)
     with patch.object(loss, "ROWS_LIMIT", 4 * CFG.vocab * 24):
         yield "int8 in pieces", on_mesh(ALL_AXES, alone["int8"], "int8", cfg=scan, microbatches=2)
-    tied = dataclasses.replace(CFG, tied=True, remat="full")
+    tied = dataclasses.replace(CFG, tied=True, remat="block")
     for name, case, data, context in (
         ("preference", "lora", pairs, contextlib.nullcontext()),
         ("splash", "adamw", packed, splash()),

@@ -3,8 +3,15 @@
 import pytest
 from tiny import tiny_config
 
-from engine.counting.params import count_params, leaf_shapes
-from engine.counting.trainable_paths import TrainablePaths, all_trainable, bottom_frozen, head_only, top_frozen
+from engine.counting.params import (
+    TrainablePaths,
+    all_trainable,
+    bottom_frozen,
+    count_params,
+    head_only,
+    leaf_shapes,
+    top_frozen,
+)
 from engine.errors import UserError
 from engine.model.config import MATRICES
 from engine.training.freeze import Match, select_trainable

@@ -93,13 +93,11 @@ def optaxs_muon(matrix):
     return tx.update({"w": matrix}, tx.init({"w": matrix}), {"w": matrix})[0]["w"]
 
 
-SHAPES = pytest.mark.parametrize("shape", [(20, 48), (48, 20), (24, 20), (20, 20)])
-
-
-@SHAPES
-def test_singular_values_go_through_the_polynomials(shape):
-    """In float64 by a singular value decomposition: those of a wide matrix begin at the second step."""
-    matrix = np.random.default_rng(0).standard_normal(shape, np.float32)
+@pytest.mark.parametrize("shape", [(20, 48), (48, 20), (24, 20), (20, 20)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_singular_values_go_through_the_polynomials(shape, size):
+    """In float64 by a singular value decomposition: those of a wide matrix begin at the second step. Whatever their size."""
+    matrix = np.float32(size) * np.random.default_rng(0).standard_normal(shape, np.float32)
     u, values, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     values /= (1.01 * np.sqrt(np.sum(values**8))) ** 0.25
     steps = STEPS
@@ -122,23 +120,6 @@ def test_each_polynomial_begins_where_those_before_it_end():
         if at == 0:
             assert values.max() == pytest.approx(SECOND_BEGINS, abs=1e-3)
     assert 0.73 < values.min() < values.max() < 1.14
-
-
-@SHAPES
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_what_comes_out_is_nearly_orthogonal_whatever_the_size(shape, dtype, size):
-    """Singular values near 1, but for those that were nearly 0 to begin with, which a square matrix has."""
-    matrix = size * np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    rows, columns = shape
-    out = np.asarray(orthogonal(jnp.asarray(matrix), jnp.dtype(dtype))) / max(1, columns / rows) ** 0.5
-    u, before, v = np.linalg.svd(matrix, full_matrices=False)
-    after = np.diag(u.T @ out @ v.T)  # in the matrix's own directions
-    clear = before > 0.05 * before[0]
-    assert clear.sum() >= min(shape) - 2
-    assert (after[clear] > 0.65).all()
-    assert (after < 1.25).all()
-    np.testing.assert_allclose(np.linalg.svd(out, compute_uv=False), np.sort(np.abs(after))[::-1], atol=0.03)
 
 
 def test_muons_momentum_is_optaxs(params, monkeypatch):

@@ -1,4 +1,6 @@
-"""The policy gradient: nothing to learn where all are rewarded alike, the formula elsewhere, and reward that rises."""
+"""The policy gradient: nothing to learn where all are rewarded alike, the formula elsewhere, and reward that rises; rewards."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,16 @@ from engine.errors import UserError
 from engine.model.transformer import forward, init_params
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.reinforce import Rollouts, group_advantages, grpo, log_probabilities
+from engine.training.reinforce import (
+    LONGEST,
+    TASKS,
+    Rollouts,
+    group_advantages,
+    grpo,
+    log_probabilities,
+    make_reward,
+    sum_reward,
+)
 from engine.training.step import init_state, loss_and_gradient, train_step
 
 B, T = 4, 7
@@ -94,30 +105,6 @@ def test_on_its_own_samples_the_first_step_is_the_plain_policy_gradient(cfg, par
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), gradient, other)
 
 
-def test_the_pull_is_zero_at_the_reference_and_above_it_elsewhere(cfg, params):
-    """Without advantage the loss is KL alone: no gradient where the model is the reference, towards it elsewhere."""
-    batch = random_batch(0)
-    own, zero = np.asarray(log_probabilities(cfg, params, batch)), np.zeros(B, np.float32)
-    loss, gradient = differentiate(cfg, params, {}, Rollouts(batch, zero, own, own), 1, grpo(0.2, 1.0))
-    assert abs(float(loss)) < 1e-6
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-5
-    for shift in (-0.5, 0.5):
-        loss, gradient = differentiate(cfg, params, {}, Rollouts(batch, zero, own, own + np.float32(shift)), 1, grpo(0.2, 1.0))
-        np.testing.assert_allclose(loss, np.exp(shift) - shift - 1, rtol=1e-4)
-        assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
-
-
-def test_beyond_the_clip_a_token_gains_nothing_more(cfg, params):
-    batch = random_batch(0)
-    own = np.asarray(log_probabilities(cfg, params, batch))
-    for sign in (1.0, -1.0):  # already far more probable than when it was sampled, or far less
-        old = own - np.float32(sign * 0.5)
-        for advantage, learns in ((sign, False), (-sign, True)):
-            rollouts = Rollouts(batch, np.full(B, advantage, np.float32), old)
-            gradient = differentiate(cfg, params, {}, rollouts, 1, grpo(0.2))[1]
-            assert any(leaf.any() for leaf in jax.tree.leaves(gradient)) == learns
-
-
 def test_rewarded_tokens_are_sampled_more_often():
     """Tokens below 10 are rewarded; sampled uniformly at first, mostly them after some steps."""
     cfg = tiny_config()
@@ -148,3 +135,59 @@ def test_settings_that_mean_nothing_are_refused(cfg, params):
             grpo(*wrong)
     with pytest.raises(ValueError, match="needs the reference"):
         loss_and_gradient(cfg, params, {}, Rollouts(random_batch(0), ADVANTAGE), 1, grpo(0.2, 0.1))
+
+
+# Rewards: from 0 to 1, 1 exactly where the task is done, and never anything for what was not asked.
+
+
+@given(st.integers(1, 30), st.lists(st.sampled_from(["sea", "a", "Iron,", "\u00e9t\u00e9"]), max_size=40))
+def test_length_is_the_ratio_of_the_two_counts(words, completion):
+    reward = make_reward(f"length:{words}")
+    value = reward("  ".join(completion) + "\n", None)
+    assert 0 <= value <= 1
+    assert (value == 1) == (len(completion) == words)
+    assert value == pytest.approx(min(len(completion), words) / max(len(completion), words))
+    assert reward(" ".join([*completion, "more"]), None) >= value if len(completion) < words else True
+
+
+def test_a_pattern_is_found_or_not():
+    assert make_reward(r"regex:^(Yes|No)\b")("Yes, it is.", None) == 1
+    assert make_reward(r"regex:^(Yes|No)\b")("Yesterday", None) == 0
+    assert [make_reward("yes-no")(text, None) for text in ("No.", "Yes, it is", "Nothing", "Oh, yes")] == [1, 1, 0, 0]
+    assert make_reward("regex:a:b")("see a:b there", None) == 1  # colons in a pattern are its own
+    late = "x" * LONGEST + "here"
+    assert make_reward("regex:here")(late, None) == 0
+    assert make_reward("regex:here")(late[4:], None) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "value"),
+    [
+        ("3 + 4 = 7.", 7, 1), ("7", 7, 1), ("It is 7, not 8.", 7, 0), ("seven", 7, 0), ("", 7, 0), ("007", 7, 1),
+        ("-3", 3, 0), ("-3", -3, 1), ("10-3", 3, 1), ("1,234", 1234, 1), ("1, 234", 234, 1), ("0", 0, 1), ("7", None, 0),
+        ("9" * (2 * LONGEST), 9, 0),
+    ],
+)  # fmt: skip
+def test_the_last_integer_is_the_answer(answer, right, value):
+    assert sum_reward(answer, right) == value
+    assert make_reward("sum") is sum_reward
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("length", "should be length:N"), ("length:0", "from 1 to 1000"), ("length:x", "should be length:N"),
+        ("length:-1", "should be length:N"), ("regex:", "should be regex:PATTERN"), ("regex:(", "not a regular expression"),
+        ("regex:a{99999999999}", "not a regular expression"), ("sum:3", "should be sum"),
+        ("lenght:3", "Did you mean 'length'"), ("", "There is no task ''"),
+    ],
+)  # fmt: skip
+def test_what_is_no_task_is_said(task, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        make_reward(task)
+
+
+def test_every_task_is_described():
+    assert {name: make_reward(f"{name}{':3' * (name in ('length', 'regex'))}") is not None for name in TASKS} == dict.fromkeys(
+        TASKS, True
+    )

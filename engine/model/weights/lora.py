@@ -1,13 +1,11 @@
 """LoRA: a frozen base weight plus the product of two thin trained matrices, a b (Hu et al. 2021, 2106.09685).
 
-Many rows are multiplied by the merged weight. Unmerged, the pair would cost every row two thin products and two passes over
-results as wide as the base's: on a CPU half as much again as the base's own product. Merging costs R operations a weight. The
-backward pass still needs no gradient of the whole matrix: with W = base + scale a b and y = x W,
+    adapters = init_lora(cfg, key, LoraConfig(rank=8, alpha=16, targets=("q", "v")))
+    state = init_state(tx, adapters)                    # clipping, moments and checkpoints see the adapters alone
+    state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, stays as it is
+    plain = merge_lora(merge(state.trainable, params))
 
-    dx = g W^T,    da = x^T (g (scale b)^T),    db = (x a)^T (scale g).
-
-W is rounded to x's dtype, as in full training. The backward pass merges again, in a hundredth of the time of the products:
-all merged weights together would be a second model.
+Several adapters on one base add up: `merge(second, merge(first, params))`. `matmul.py` multiplies by them.
 """
 
 import dataclasses
@@ -16,15 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from engine.errors import UserError
 from engine.mesh import layout
-from engine.model.backward import input_gradient
-from engine.model.layers import dot32
-from engine.model.ops import transpose
-from engine.model.paths import Params, map_paths
+from engine.mesh.shape import AXES
+from engine.model.config import LoraConfig, ModelConfig
+from engine.model.paths import Params, map_paths, unflatten
 from engine.model.weights.int8 import Int8, dequantize
 
 
@@ -62,6 +60,21 @@ def make_adapter(key: Array, shape: tuple[int, int], rank: int, alpha: float) ->
     return LoRA(None, jax.random.normal(key, (rows, rank)) * rows**-0.5, jnp.zeros((rank, columns)), alpha / rank)
 
 
+def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
+    """Makes a model's adapters: at each adapted path a LoRA without a base, which adds nothing yet.
+
+    Raises UserError for a rank that is not below an adapted matrix's own.
+    """
+    adapters: dict[str, LoRA] = {}
+    for layer in range(cfg.layers):
+        for name in lora.adapted_matrices:
+            path, shape = f"blocks/{layer}/{name}", cfg.matrices[name]
+            if lora.rank >= min(shape):
+                raise UserError(f"A LoRA rank for {path} must lie between 1 and {min(shape) - 1}, not {lora.rank}.")
+            adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), shape, lora.rank, lora.alpha)
+    return unflatten(adapters)
+
+
 def innermost_base(weight: Any) -> Any:
     """Returns the Array or Int8 below all adapters."""
     return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
@@ -95,75 +108,23 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
     return map_paths(merge, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def merged_matmul(x: Array, weights: tuple[Array | Int8 | LoRA, ...], dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (M, in) -> x times each weight, adapters merged, in `dtype`.
+def gather_frozen(params: Params) -> Params:
+    """Gathers LoRA pairs (once) and Int8 bases (once a product) along `fsdp` before XLA widens them; `tensor` still cuts them.
 
-    Gradients are those of x, of the pairs and of plain weights. An Int8, and what lies under a pair, is frozen and gets none.
+    If each product gathered its pair, XLA would exchange slices of it with the merged weights.
     """
-    return _forward(x, weights, dtype)[0]
 
+    def gather(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LoRA | Int8):
+            return leaf
+        spec = layout.leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
+        rows, columns = (axis if axis == "tensor" else None for axis in spec)
+        if isinstance(leaf, Int8):  # cut until then, or a loop would hold what forward gathered for backward
+            values = layout.pin({path: leaf.values})[path]
+            return dataclasses.replace(leaf, values=values, gathered=P(rows, columns))
+        pin = jax.lax.with_sharding_constraint
+        return dataclasses.replace(
+            leaf, a=pin(leaf.a, P(rows, None)), b=pin(leaf.b, P(None, columns)), base=gather(path, leaf.base)
+        )
 
-def _merge(weight: Array | Int8 | LoRA, dtype: DTypeLike) -> Array:
-    """Returns the weight, base + scale a b added up in float32, in `dtype`."""
-    if not isinstance(weight, LoRA):
-        return to_dense(weight).astype(dtype)
-    base = to_dense(weight.base)
-    less = _dot(weight.a, (weight.b * -weight.scale).astype(dtype), dtype)  # subtracted as in `to_dense`
-    return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
-
-
-def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
-    return jnp.dot(x.astype(w.dtype), w, preferred_element_type=dtype)
-
-
-def _after(weight: Array | Int8 | LoRA, other: Array) -> tuple[Array | Int8 | LoRA, Array]:
-    """Returns both so that the weight is merged only once `other` is there. The pair, whole on every device, needs no barrier.
-
-    One weight at a time: a barrier keeps all that goes through it, and where one weight has a pair the gradients of others may
-    not be needed.
-    """
-    if isinstance(weight, LoRA):
-        base, other = jax.lax.optimization_barrier((weight.base, other))
-        return dataclasses.replace(weight, base=base), other
-    return jax.lax.optimization_barrier((weight, other)) if isinstance(weight, Int8) else layout.regather(weight, other)
-
-
-def _forward(x: Array, weights: tuple[Array | Int8 | LoRA, ...], dtype: DTypeLike):
-    results, rows = [], x
-    for weight in weights:
-        if isinstance(innermost_base(weight), Int8):  # merged in turn, or all may be here in float32
-            weight, rows = _after(weight, rows)
-        results.append(_dot(rows, _merge(weight, x.dtype), dtype))
-    return tuple(results), (rows, weights)
-
-
-def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Array | Int8 | LoRA, ...]], gs: tuple[Array, ...]):
-    x, weights = residuals
-    # Without the barrier XLA would keep what the forward pass merged.
-    ordered, gs = zip(*(_after(weight, g.astype(x.dtype)) for weight, g in zip(weights, gs)))
-    dx, x_transposed = input_gradient(gs, [_merge(weight, x.dtype) for weight in ordered]), transpose(x)
-    pairs = [(weight, g) for weight, g in zip(weights, gs) if isinstance(weight, LoRA)]
-    # All a side by side: x is read once for db, and once for da.
-    ends = np.cumsum([weight.rank for weight, _ in pairs])[:-1].tolist()
-    inner = jnp.split(transpose(_dot(x, jnp.concatenate([weight.a for weight, _ in pairs], 1).astype(x.dtype), x.dtype)), ends)
-    thin = [
-        jnp.einsum("mf,rf->mr", g, (weight.b * weight.scale).astype(x.dtype), preferred_element_type=x.dtype)
-        for weight, g in pairs
-    ]
-    da = jnp.split(transpose(dot32(transpose(jnp.concatenate(thin, axis=1)), x)), ends, axis=1)
-    db = [weight.scale * dot32(rows, g) for rows, (weight, g) in zip(inner, pairs)]
-    of_pairs = iter(
-        dataclasses.replace(weight, base=None, a=a.astype(weight.a.dtype), b=b.astype(weight.b.dtype))
-        for (weight, _), a, b in zip(pairs, da, db)
-    )
-    gradients: list[Any] = []
-    for weight, g in zip(weights, gs):
-        if isinstance(weight, LoRA):
-            gradients.append(next(of_pairs))
-        else:  # an Int8 is frozen
-            gradients.append(None if isinstance(weight, Int8) else dot32(x_transposed, g).astype(weight.dtype))
-    return dx, tuple(gradients)
-
-
-merged_matmul.defvjp(_forward, _backward)
+    return params if jax.sharding.get_abstract_mesh().empty else map_paths(gather, params)

@@ -1,0 +1,209 @@
+"""Next-token cross-entropy, float32. Chooses how many logits exist at once: all, a few rows, or a chunk of the vocabulary.
+
+With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. By rows it is
+computed in the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice,
+unless the head is trained: its gradient x^T (p - one-hot) needs them again. An int8 head is also multiplied a few columns at
+a time: widened, it would be larger than its logits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.mesh import layout
+from engine.model import backward
+from engine.model.config import ModelConfig
+from engine.model.layers import MASKED
+from engine.model.transformer import Params, hidden_states, logits_of
+from engine.model.weights import int8
+from engine.model.weights.int8 import Int8
+from engine.model.weights.lora import to_dense
+from engine.model.weights.matmul import project
+
+LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
+CHUNK = 4096  # columns of the vocabulary a chunk
+ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
+COLUMNS = 8192  # of an int8 head that are widened at once
+
+
+def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | None = None) -> Array:
+    """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
+
+    Makes at most `limit` bytes of logits at a time on a device, a few rows of them; None: as training does. A frozen head
+    then has ROWS_LIMIT; a trained one makes a chunk of the vocabulary at a time beyond LOGITS_LIMIT: by rows, the gradient of
+    its matrix would be a sum of one a piece, which takes 3 times the memory of a chunk's (943 MB for 310, 4,096 rows of
+    49,152 logits).
+    """
+    head_trains = limit is None and not head_is_frozen(cfg, params)
+    limit = limit or (LOGITS_LIMIT if head_trains else ROWS_LIMIT)
+    targets = jnp.where(batch.mask, batch.targets, 0)
+    hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
+    if 4 * targets.size * cfg.vocab <= limit * layout.spread_shards(len(targets)):
+        losses = token_losses(logits_of(cfg, params, layout.spread_rows(hidden)), targets)
+    elif head_trains:
+        losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
+    else:
+        rows = layout.spread_rows(layout.spread_rows(hidden).reshape(-1, cfg.width)), targets.reshape(-1)
+        head = layout.replicate(head_weight(cfg, params))
+        with jax.named_scope("head"):
+            losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+    return jnp.where(batch.mask, losses, 0.0)
+
+
+def summed_loss(cfg: ModelConfig, params: Params, batch: Any) -> Array:
+    """Returns the summed nats of the batch's masked-in targets, each times its weight where the mask has weights."""
+    losses = target_losses(cfg, params, batch)
+    return (losses if batch.mask.dtype == bool else losses * batch.mask).sum()
+
+
+def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
+    """Returns the number of pieces of `target_losses`' logits for `rows` tokens on a device."""
+    size = 4 * rows * cfg.vocab
+    if head_is_frozen:
+        return -(-size // ROWS_LIMIT)
+    return 1 if size <= LOGITS_LIMIT else -(-cfg.vocab // CHUNK)
+
+
+def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
+    """Whether the head is frozen, by its type: trained weights are float32."""
+    matrix = head_weight(cfg, params)
+    return isinstance(matrix, Int8) or matrix.dtype != jnp.float32
+
+
+def head_weight(cfg: ModelConfig, params: Params) -> Array | Int8:
+    """Returns the matrix of the head: (D, V), or the embedding (V, D) where the two are tied."""
+    return params["embed" if cfg.tied else "head"]
+
+
+def token_losses(logits: Array, targets: Array) -> Array:
+    """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) - logits[target]."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+class _Columns(NamedTuple):
+    """Some columns of the logits, or of their gradient: those from `start` on, (rows, columns)."""
+
+    start: int
+    values: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
+    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time on a device."""
+    losses = []
+    for rows, labels in _parts(size, hidden, targets):
+        pieces = _logits(weight, rows, tied)
+        losses.append(_normalizer(pieces) - _picked(pieces, labels))
+    return layout.join(losses, layout.spread_shards(len(hidden)))
+
+
+def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
+    length = len(arrays[0]) // layout.spread_shards(len(arrays[0]))
+    return [tuple(layout.cut_rows(array, at, size) for array in arrays) for at in range(0, length, size)]
+
+
+def _normalizer(pieces: list[_Columns]) -> Array:
+    """(rows,): log sum exp of all columns."""
+    return functools.reduce(jnp.logaddexp, [jax.nn.logsumexp(piece.values, axis=-1) for piece in pieces])
+
+
+def _picked(pieces: list[_Columns], targets: Array) -> Array:
+    """(rows,): the logit of each target."""
+    picked = jnp.zeros(len(targets))
+    for start, values in pieces:
+        at = jnp.clip(targets - start, 0, values.shape[1] - 1)
+        picked = jnp.where(at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], picked)
+    return picked
+
+
+def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
+    if not isinstance(weight, Int8):
+        return [_Columns(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
+    pieces: list[_Columns] = []
+    for start in range(0, len(weight.scale), COLUMNS):
+        weight, x, _ = jax.lax.optimization_barrier((weight, x, pieces[-1:]))  # one after the other
+        part = int8.slice_columns(weight, start, start + COLUMNS)
+        pieces.append(_Columns(start, int8.int8_matmul(x, part, jnp.float32)))
+    return pieces
+
+
+def _slope(pieces: list[_Columns], targets: Array) -> list[_Columns]:
+    """p - one-hot, the gradient of each row's loss by its logits."""
+    whole = _normalizer(pieces)[:, None]
+    hit = lambda piece: piece.start + jnp.arange(piece.values.shape[1]) == targets[:, None]
+    return [_Columns(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
+
+
+def _head_backward(weight: Any, rows: Array, slopes: list[_Columns], tied: bool) -> tuple[Array, Array | None]:
+    """Returns the gradients of rows and weight for the gradient of the logits."""
+    if not isinstance(weight, Int8):
+        rule = backward.matmul_rows_backward if tied else backward.matmul_backward
+        return rule(jnp.float32, (rows, weight), slopes[0].values)
+    total = jnp.zeros(rows.shape)
+    for start, g in slopes:
+        weight, total = jax.lax.optimization_barrier((weight, total))
+        part = int8.slice_columns(weight, start, start + COLUMNS)
+        total = total + int8.widened_backward(jnp.float32, (part, jnp.zeros((), rows.dtype)), g)[0]
+    return total.astype(rows.dtype), None
+
+
+def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int):
+    losses: list[Array] = []
+    slopes: list[Array] = []
+    for rows, labels in _parts(size, hidden, targets):
+        if slopes:  # one part after another, or all logits might exist at once
+            rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
+        pieces = _logits(weight, rows, tied)
+        losses.append(_normalizer(pieces) - _picked(pieces, labels))
+        slopes.append(_head_backward(weight, rows, _slope(pieces, labels), tied)[0])
+    groups = layout.spread_shards(len(hidden))
+    return layout.join(losses, groups), (weight, hidden, targets, layout.join(slopes, groups))
+
+
+def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):
+    weight, hidden, targets, slope = residuals
+    # XLA drops this loop unless the head trains.
+    dweight: Array | None = None
+    for rows, labels, count in _parts(size, hidden, targets, g):
+        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), labels)]
+        part = _head_backward(weight, rows, counted, tied)[1]
+        dweight = part if dweight is None or part is None else dweight + part
+    return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
+
+
+_row_losses.defvjp(_forward, _backward)
+
+
+def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
+    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time, forward and backward.
+
+    A running maximum and sum give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the backward pass makes each
+    chunk's logits again.
+    """
+    B, T, D = hidden.shape
+    hidden, targets = layout.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
+    columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
+    count = -(-cfg.vocab // chunk)
+    columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
+    chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)
+
+    def add_chunk(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
+        highest, total, picked = carry
+        weight, start = part
+        logits = project(hidden, weight, jnp.float32)
+        logits = jnp.where(start + jnp.arange(chunk) < cfg.vocab, logits, -jnp.inf)
+        new_highest = jnp.maximum(highest, logits.max(-1))
+        total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[:, None]).sum(-1)
+        at = targets - start
+        here = (at >= 0) & (at < chunk)
+        logit = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=-1)[:, 0]
+        return (new_highest, total, jnp.where(here, logit, picked)), None
+
+    rows = hidden.shape[0]
+    start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(rows))
+    (highest, total, picked), _ = jax.lax.scan(jax.checkpoint(add_chunk), start, (chunks, jnp.arange(count) * chunk))
+    return (highest + jnp.log(total) - picked).reshape(B, T)
