@@ -5,12 +5,15 @@
                                        thrice.base, digest of the base's params
            manifest.json               SHA-256 of both files, which other libraries do not look at
 
-PEFT's own adapters have neither metadata nor manifest; they are read too, and only shapes tell whether they fit.
+PEFT's own adapters have neither metadata nor manifest; they are read too, and only shapes tell whether they fit. So are rsLoRA,
+ranks and alphas by module, DoRA, and modules that were trained whole.
 """
 
 import math
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,43 +24,67 @@ from engine.errors import UserError
 from engine.files import atomic_folder, write_json
 from engine.model.config import JOINED, LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
-from engine.model.weights.lora import LoRA
+from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import safetensors
 from engine.storage.digest import digest
-from engine.storage.tensor_layout import HUGGING_FACE_NAMES
+from engine.storage.tensor_layout import HUGGING_FACE_NAMES, layout_of
 from engine.untrusted import Fields, quote, read_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "thrice.base"
-# Fields of PEFT that change what an adapter computes or where it is applied -> the values that do not.
+# Fields of PEFT that change what an adapter computes or where it is applied, and are not read here -> the values that do not.
 ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)} | dict.fromkeys((
-    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
-    "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+    "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
+    "alora_invocation_tokens", "use_qalora",
 ), (None, False, {}, []))  # fmt: skip
+MODEL = "base_model.model."  # before the base's own name of a module
+
+
+class DoRA(NamedTuple):
+    """An adapter, and the length of each column of the adapted matrix: magnitude (out,) (Liu et al. 2024, 2402.09353)."""
+
+    adapter: LoRA
+    magnitude: jax.Array
+
+    def on(self, base: Any) -> jax.Array:
+        """Returns magnitude (base + scale a b) / its columns' norms, equation 5, in the base's dtype."""
+        weight = to_dense(base)
+        merged = to_dense(self.adapter.on(weight.astype(jnp.float32)))
+        return (merged * (self.magnitude / jnp.linalg.norm(merged, axis=0))).astype(weight.dtype)
+
+
+class Replacement(NamedTuple):
+    """A weight that was trained whole beside the adapters (PEFT's modules_to_save)."""
+
+    weight: jax.Array
+
+    def on(self, base: Any) -> jax.Array:
+        return self.weight.astype(to_dense(base).dtype)
 
 
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
     """Writes the LoRA leaves of params (with or without their base) in place of `folder`; returns it.
 
-    Atomic. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, one lies
-    on another, or they differ in rank or scale.
+    Atomic. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, or one lies on another.
     """
     leaves = adapter_leaves(params)
-    sizes = {(leaf.rank, leaf.scale) for leaf in leaves.values()}
-    if len(sizes) > 1:
-        raise UserError("The adapters differ in rank or scale, and PEFT's layout has one of each; export it merged instead.")
-    rank, scale = sizes.pop()
+    (rank, scale), _ = Counter((leaf.rank, leaf.scale) for leaf in leaves.values()).most_common(1)[0]
     arrays: dict[str, np.ndarray] = {}
-    modules, layers = set(), set()
+    modules, layers, ranks, alphas = set(), set(), {}, {}
     for path, leaf in leaves.items():
         _, layer, name = path.split("/")
+        module = HUGGING_FACE_NAMES[name].format(layer).removesuffix(".weight")
         layers.add(int(layer))
-        modules.add(HUGGING_FACE_NAMES[name].split(".")[-2])
-        arrays |= zip(_tensor_names(int(layer), name), (np.asarray(x, np.float32).T for x in (leaf.a, leaf.b)))
+        modules.add(module.rpartition(".")[2])
+        if (leaf.rank, leaf.scale) != (rank, scale):
+            ranks[module], alphas[module] = leaf.rank, _alpha(leaf.rank, leaf.scale)
+        for side, half in (("A", leaf.a), ("B", leaf.b)):
+            arrays[f"{MODEL}{module}.lora_{side}.weight"] = np.asarray(half, np.float32).T
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
         "lora_alpha": _alpha(rank, scale), "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
+        "rank_pattern": ranks, "alpha_pattern": alphas,
         "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
     }  # fmt: skip
     with atomic_folder(folder) as building:
@@ -78,51 +105,101 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Loads a tree of LoRA leaves, without their base, for a model with the params `base`.
+    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base, for a model with the params `base`.
 
     Raises UserError, too, when it was trained on other weights, as far as its metadata tell, or does not fit the model.
     """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    if not is_adapter(folder):
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
     if (folder / manifest.NAME).exists() and (damaged := manifest.verify(folder, extra=False)):
         raise UserError(
             f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it again; after a change of your "
             f"own, remove {manifest.NAME}."
         )
-    fields = Fields(read_json_object(folder / CONFIG), folder / CONFIG)
+    fields, path = Fields(read_json_object(folder / CONFIG), folder / CONFIG), folder / WEIGHTS
     fields.check(ONLY)
-    rank, alpha = fields.number("r", int), fields.number("lora_alpha", float)
-    if rank < 1:
-        raise UserError(f"{folder / CONFIG}: the rank r is 0, and should be at least 1.")
-    path, scale = folder / WEIGHTS, alpha / rank
     tensors, metadata = safetensors.read_header(path)
     if base is not None and (trained_on := metadata.get(BASE)) is not None:
-        check_base(folder, base, trained_on, fields.values.get("base_model_name_or_path"))
-    arrays = {}
-    for name, tensor in tensors.items():
-        side = int(name.endswith(".lora_B.weight"))
-        if len(tensor.shape) != 2 or tensor.shape[side] != rank or tensor.dtype not in safetensors.FLOATS:
-            raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, and its rank {rank}.")
-        arrays[name] = safetensors.read_slice(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
-        if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
+        check_base(folder, base, trained_on, base_name(folder))
+    arrays = {name: _read(path, name, tensor) for name, tensor in tensors.items()}
     leaves: dict[str, Any] = {}
-    for layer in range(cfg.layers):
-        for matrix, shape in cfg.matrices.items():
-            names = [name for name in _tensor_names(layer, matrix) if name in arrays]
-            if len(names) == 1:
-                raise UserError(f"{path} has {names[0]!r} alone, without the other half of a pair.")
-            if names:
-                a, b = (jnp.asarray(arrays.pop(name).T) for name in names)
-                adapter = LoRA(None, a, b, scale)
-                if adapter.shape != shape:
-                    raise UserError(f"{path}: {' and '.join(names)} adapt a matrix of {adapter.shape}, and not of {shape}.")
-                leaves[f"blocks/{layer}/{matrix}"] = adapter
+    for leaf in layout_of(cfg, HUGGING_FACE_NAMES):
+        name = MODEL + leaf.name
+        if (whole := arrays.pop(name, None)) is not None:
+            if whole.shape != leaf.stored:
+                raise UserError(f"{path}: {name} should be {list(leaf.stored)} and is {list(whole.shape)}.")
+            leaves[leaf.path] = Replacement(jnp.asarray(whole.T if leaf.transposed else whole))
+        elif leaf.path.rpartition("/")[2] in cfg.matrices:
+            module = leaf.name.removesuffix(".weight")
+            pair = {end: arrays.pop(end) for side in "AB" if (end := f"{MODEL}{module}.lora_{side}.weight") in arrays}
+            magnitude = arrays.pop(f"{MODEL}{module}.lora_magnitude_vector", None)
+            if pair:
+                leaves[leaf.path] = _join(path, fields, module, pair, leaf.stored, magnitude)
     if arrays:
         raise UserError(f"{path} has a tensor {quote(min(arrays))}, which has no place in this architecture.")
     if not leaves:
         raise UserError(f"{folder} is damaged: it holds no adapter of any matrix.")
     return unflatten(leaves)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def base_name(folder: Path) -> str:
+    """Returns the name of an adapter's base, as PEFT has it: a folder, or an id on the Hugging Face hub; empty when unknown."""
+    name = read_json_object(folder / CONFIG).get("base_model_name_or_path")
+    return name if isinstance(name, str) else ""
+
+
+def _read(path: Path, name: str, tensor: safetensors.StoredTensor) -> np.ndarray:
+    if not tensor.shape or tensor.dtype not in safetensors.FLOATS:
+        raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, which is no weight.")
+    array = safetensors.read_slice(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
+    return array
+
+
+def _join(
+    path: Path, fields: Fields, module: str, pair: dict[str, np.ndarray], stored: tuple[int, ...], magnitude: np.ndarray | None
+) -> LoRA | DoRA:
+    """Returns the adapter of a matrix, `stored` (out, in) in its base's file, by a pair (R, in), (out, R)."""
+    if len(pair) == 1:
+        raise UserError(f"{path} has {next(iter(pair))!r} alone, without the other half of a pair.")
+    rank = _setting(fields, "rank_pattern", module, fields.number("r", int))
+    alpha = _setting(fields, "alpha_pattern", module, fields.number("lora_alpha", float))
+    if rank < 1:
+        raise UserError(f"{fields.path}: the rank of {module} is 0, and should be at least 1.")
+    a, b = pair.values()
+    if (a.shape, b.shape) != ((rank, stored[1]), (stored[0], rank)):
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        raise UserError(f"{path}: the pair of {module} is {shapes}; its matrix is {list(stored)}, and its rank {rank}.")
+    adapter = LoRA(None, jnp.asarray(a.T), jnp.asarray(b.T), alpha / (rank**0.5 if fields.values.get("use_rslora") else rank))
+    if not fields.values.get("use_dora"):
+        if magnitude is not None:
+            raise UserError(f"{path} has a lora_magnitude_vector of {module}, and {fields.path.name} does not say use_dora.")
+        return adapter
+    if magnitude is None or magnitude.shape != stored[:1]:
+        raise UserError(f"{path} has no lora_magnitude_vector of {stored[0]} numbers for {module}, which use_dora asks for.")
+    return DoRA(adapter, jnp.asarray(magnitude))
+
+
+def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
+    """Returns a module's own rank or alpha, by the first name in the field that ends the module's, else `default`.
+
+    PEFT's names may be regular expressions; those are refused: in a file that nobody vouches for one can take for ever.
+    """
+    patterns = fields.values.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{fields.path}: {name} should be an object.")
+    for pattern in patterns:
+        if not re.fullmatch(r"\^?[\w.]+", pattern):
+            raise UserError(f"{fields.path}: {name} has {quote(pattern)}, and only names of modules are read, no patterns.")
+        plain = pattern.removeprefix("^")
+        if module == plain or (plain == pattern and module.endswith(f".{plain}")):
+            return Fields(patterns, fields.path, f"{name}.").number(pattern, type(default))
+    return default
 
 
 class _Joined:
@@ -176,12 +253,6 @@ def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:
     """Returns a tree of LoRA leaves, without their base, from a checkpoint's arrays {"a": ..., "b": ...} of each."""
     adapter = lambda pair: LoRA(None, pair["a"], pair["b"], lora.alpha / lora.rank)
     return jax.tree.map(adapter, arrays, is_leaf=lambda node: "a" in node)
-
-
-def _tensor_names(layer: int, part: str) -> list[str]:
-    return [
-        f"base_model.model.{HUGGING_FACE_NAMES[part].format(layer).removesuffix('weight')}lora_{side}.weight" for side in "AB"
-    ]
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:

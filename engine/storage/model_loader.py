@@ -12,9 +12,10 @@ from engine.counting.hardware import require_memory
 from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import merge
+from engine.model.paths import leaf_paths, merge
+from engine.model.weights.lora import LoRA
 from engine.storage import checkpoint, hub, run_folder
-from engine.storage.adapter import CONFIG, build_adapter, check_base, load_adapter
+from engine.storage.adapter import CONFIG, base_name, build_adapter, check_base, is_adapter, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
@@ -22,8 +23,8 @@ from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMS = (
-    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, ORG/NAME or "
-    "ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
+    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, an adapter's folder "
+    "in PEFT's layout, ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
 )
 
 
@@ -39,7 +40,8 @@ class LoadedModel:
     `bases`: the run folders, or other files and folders, of the models below a LoRA run's adapter.
     `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
     lines to print: why this run, what is damaged, which fields are not known, whether the context is cut. `sampling`:
-    recommended, by the names of SamplingParams; values as the model's files have them.
+    recommended, by the names of SamplingParams; values as the model's files have them. `merged`: paths of weights with a DoRA
+    in them, or trained whole, which PEFT's layout would not give back.
     """
 
     name: str
@@ -53,13 +55,15 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bases: tuple[Path, ...] = ()
+    merged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.checkpoint})"
 
 
 class Location(NamedTuple):
-    """A model's format and path. `adapter`: a LoRA run. `run`: the run folder, if it is in one. `notes`: why this run."""
+    """A model's format and path. `adapter`: a LoRA run, or without a `run` a folder in PEFT's layout. `run`: the run folder,
+    if it is in one. `notes`: why this run."""
 
     format: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
@@ -94,12 +98,14 @@ def locate(
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
         return Location("hugging face", path)
+    if is_adapter(path) and not (path / "run.json").exists():
+        return Location("adapter", path)
     run = _run_of(path, name or str(path))
     notes += run_folder.verify(run)
     record = run_folder.read_json(run / "run.json")
     # Earlier versions wrote no kind; what an adapter's run learns began with its rank.
-    is_adapter = record.get("kind") == "adapter" or ("kind" not in record and str(record.get("learns")).startswith("rank="))
-    return Location("adapter" if is_adapter else "run", path, run, notes)
+    is_lora = record.get("kind") == "adapter" or ("kind" not in record and str(record.get("learns")).startswith("rank="))
+    return Location("adapter" if is_lora else "run", path, run, notes)
 
 
 def _run_of(path: Path, name: str) -> Path:
@@ -112,9 +118,6 @@ def _run_of(path: Path, name: str) -> Path:
             return step.parents[1]
     if name in ASSETS:
         raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
-    if (path / CONFIG).exists():
-        both = f"; --model {path.parent} loads both" * (path.parent / "run.json").exists()
-        raise UserError(f"{path} holds an adapter, which chat and serve take by --adapter, beside its base by --model{both}.")
     if path.exists():
         raise UserError(f"{path} holds no model that is known here; --model takes {FORMS}.")
     raise UserError(f"There is no model at {path}; --model takes {FORMS}.{did_you_mean(name, MODELS)}")
@@ -125,6 +128,8 @@ def read_config(name: str | None) -> ModelConfig:
     location = locate(name, part="config")
     if location.run:
         return run_folder.read_config(location.run)
+    if location.format == "adapter":
+        return read_config(_base_of(location))
     return _read_config(location.path)
 
 
@@ -153,6 +158,8 @@ def load_model(
 
     location = locate(name, report, part, check_memory)
     run = location.run
+    if location.format == "adapter":
+        return _load_adapted(location, on_config, adapted_by)
     if not run:
         stored: StoredModel = _reader(location.path).open_model(location.path)
         prepare(cfg := stored.cfg)
@@ -163,8 +170,6 @@ def load_model(
         notes = stored.notes + ((cut,) if cfg.context < stored.context else ())
         sampling = RECOMMENDED_SAMPLING.get(name or "", sampling)
         return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling)
-    if location.format == "adapter":
-        return _load_adapted(location, on_config, adapted_by)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     prepare(cfg)
@@ -208,23 +213,35 @@ def check_loads(written: Path, path: Path) -> None:
         raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()) from None
 
 
+def _base_of(location: Location) -> str:
+    """Returns the name of the model that a LoRA run or a folder in PEFT's layout adapts."""
+    if location.run:
+        return read_adapter_record(location.run)[0]
+    if not (name := base_name(location.path)):
+        raise UserError(f"{location.path / CONFIG} does not name the model it adapts: give that by --model, to chat or serve.")
+    return name
+
+
 def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
-    run = location.run
-    assert run is not None
-    if run.resolve() in adapted_by:
-        raise UserError(f"{run} is named as a base of itself. Restore its run.json from a copy, or train anew.")
-    base_name, *_ = read_adapter_record(run)
-    try:
-        base = load_model(base_name, on_config=on_config, part="cached", adapted_by=(*adapted_by, run.resolve()))
+    folder, name = location.run or location.path, _base_of(location)
+    if folder.resolve() in adapted_by:
+        raise UserError(f"{folder} is named as a base of itself. Restore its record from a copy, or train anew.")
+    try:  # nothing is fetched from the hub: nobody named the base here
+        base = load_model(name, on_config=on_config, part="cached", adapted_by=(*adapted_by, folder.resolve()))
     except UserError as error:
-        raise UserError(f"{run} adapts {base_name}, which cannot be read: {error}") from None
-    params, loaded = _add_trained(location, base.params, base.params)
-    tokenizer, eos_ids, _ = load_tokenizer(run / "tokenizer", base.cfg.vocab)
-    notes = location.notes + base.notes + _damage(loaded)
-    bases = (*base.bases, base.run or base.checkpoint)
-    return LoadedModel(
-        model_name(str(run)), base.cfg, params, tokenizer, eos_ids, loaded.path, run, base.hub_id, notes, base.sampling, bases
-    )
+        raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
+    if location.run:
+        params, loaded = _add_trained(location, base.params, base.params)
+        tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
+        source, notes, merged = loaded.path, _damage(loaded), tuple[str, ...]()
+    else:
+        params, merged, notes = _add_folder(base.cfg, folder, base.params, base.params)
+        tokenizer, eos_ids, source = base.tokenizer, base.eos_ids, folder
+    return dataclasses.replace(
+        base, name=model_name(str(folder)), params=params, tokenizer=tokenizer, eos_ids=eos_ids, checkpoint=source,
+        run=location.run, notes=location.notes + base.notes + notes, bases=(*base.bases, base.run or base.checkpoint),
+        merged=base.merged + merged,
+    )  # fmt: skip
 
 
 def _add_trained(location: Location, base: Any, params: Any) -> tuple[Any, checkpoint.LoadedCheckpoint]:
@@ -258,10 +275,17 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
             adapted, loaded = _add_trained(location, params, adapted)
             notes += location.notes + _damage(loaded)
             continue
-        adapted = _put_on(adapted, load_adapter(folder, cfg, params), folder)
-        if not (folder / manifest.NAME).exists():
-            notes += (f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed",)
+        adapted, _, more = _add_folder(cfg, folder, params, adapted)
+        notes += more
     return adapted, notes
+
+
+def _add_folder(cfg: ModelConfig, folder: Path, base: Any, params: Any) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """Returns params with an adapter in PEFT's layout, for `base`; the paths where it is merged in; and notes to print."""
+    adapter = load_adapter(folder, cfg, base)
+    merged = tuple(path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA))
+    note = f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed"
+    return _put_on(params, adapter, folder), merged, () if (folder / manifest.NAME).exists() else (note,)
 
 
 def _put_on(params: Any, adapter: Any, path: Path) -> Any:

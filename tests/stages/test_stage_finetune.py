@@ -340,6 +340,25 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
 
+def test_an_adapter_in_pefts_layout_is_a_model(adapted, chats, tmp_path, capsys):
+    """It loads on the base that it names: written, measured, exported and tuned again as its run is."""
+    run, folder = adapted[0], adapted[0] / "adapter"
+
+    def printed(command, *words):
+        assert command.main([*map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    written = [printed(generate, "--model", model, "--prompt", "the king", "--max-tokens", 8) for model in (run, folder)]
+    assert written[0].splitlines()[-1] == written[1].splitlines()[-1] != ""
+    measured = [printed(evaluate, "--model", model, "--data", chats) for model in (run, folder)]
+    perplexity = [re.findall(r"nats per token +(\S+)", text) for text in measured]
+    assert perplexity[0] == perplexity[1] != []
+    printed(export, "--model", folder, "--adapter", "--base-name", "Org/Sea-1", "--out", again := tmp_path / "again")
+    weights = [(place / "adapter_model.safetensors").read_bytes() for place in (folder, again)]
+    assert weights[0] == weights[1]
+    assert "rank 2" in printed(finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run")
+
+
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
     folder = tmp_path / "other"
     assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/q", "--steps", 2)) == 0

@@ -24,7 +24,7 @@ FILES = {  # that the flags below name; one that ends in / is a folder
 NO_MODEL = [
     ("--model nowhere", "There is no model at nowhere; --model takes a run folder"),
     ("--model nothing", "holds no model that is known here"),
-    ("--model peft", "peft holds an adapter, which chat and serve take by --adapter, beside its base by --model"),
+    ("--model peft", "peft holds no model that is known here"),
     ("--model short.txt", "holds no model that is known here"),
     ("--model shakespeare", "is a text, not a model"),
     ("--model gone.gguf", r"There is no model at gone\.gguf"),

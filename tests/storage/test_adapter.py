@@ -91,12 +91,54 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
         np.testing.assert_array_equal(theirs.a, leaf.a.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+def test_ranks_and_scales_that_differ_come_back_to_the_bit(tmp_path):
+    """As one rank and alpha, and others by the names of modules."""
+    leaves = leaf_paths(adapters()) | leaf_paths(adapters(alpha=6.0, layers=(1,)))
+    leaves["blocks/0/out"] = make_adapter(jax.random.key(4), CFG.matrices["out"], 5, 7.0)
+    folder = saved(tmp_path, unflatten(leaves))
+    loaded = leaf_paths(load_adapter(folder, CFG, BASE_PARAMS))
+    assert {path: (leaf.rank, leaf.scale) for path, leaf in loaded.items()} == {
+        path: (leaf.rank, leaf.scale) for path, leaf in leaves.items()
+    }
+    assert digest(unflatten(loaded)) == digest(unflatten(leaves))
+    rewritten(rank_pattern={"o_proj": 5}, alpha_pattern={"q_proj": 3.0, "^model.layers.1.self_attn.q_proj": 9.0})(folder)
+    (folder / manifest.NAME).unlink()
+    loaded = leaf_paths(load_adapter(folder, CFG, BASE_PARAMS))
+    assert (loaded["blocks/0/out"].rank, loaded["blocks/1/q"].scale, loaded["blocks/1/v"].scale) == (5, 1.0, 4.0)
+
+
+def test_a_rank_stabilised_scale_is_read(tmp_path):
+    folder = saved(tmp_path)
+    (folder / manifest.NAME).unlink()
+    rewritten(use_rslora=True)(folder)
+    assert leaf_paths(load_adapter(folder, CFG))["blocks/0/q"].scale == 12 / 3**0.5
+
+
+def test_a_dora_and_weights_trained_whole_are_merged(tmp_path):
+    folder = saved(tmp_path, adapters(layers=(0,)))
+    (folder / manifest.NAME).unlink()
+    rng, tensors = np.random.default_rng(0), load_file(folder / WEIGHTS)
+    head = rng.normal(size=(CFG.vocab, CFG.width)).astype(np.float32)
+    sizes = {name: tensor.shape[0] for name, tensor in tensors.items() if "lora_B" in name}
+    for name, size in sizes.items():
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rng.uniform(1, 2, size).astype(np.float32)
+    save_file(tensors | {"base_model.model.lm_head.weight": head}, folder / WEIGHTS)
+    rewritten(use_dora=True, modules_to_save=["lm_head"])(folder)
+    (adapted, notes), before = with_adapters(CFG, BASE_PARAMS, [folder]), leaf_paths(BASE_PARAMS)
+    assert "no manifest.json" in notes[0]
+    np.testing.assert_array_equal(adapted["head"], head.T)
+    a, b = (tensors[f"{PREFIX}q_proj.lora_{side}.weight"].T for side in "AB")
+    direction = np.asarray(before["blocks/0/q"], np.float64) + 4.0 * a @ b  # alpha / rank
+    expected = tensors[f"{PREFIX}q_proj.lora_magnitude_vector"] * direction / np.sqrt((direction**2).sum(0))
+    np.testing.assert_allclose(adapted["blocks"]["0"]["q"], expected, rtol=1e-5)
+    assert digest(BASE_PARAMS) == BASE
+
+
 def test_only_what_the_layout_can_say_is_saved(tmp_path):
     several = leaf_paths(adapters())
     base = jnp.zeros((20, 24))
     for wrong, message in (
         (lively_params(CFG), "no LoRA adapters"),
-        (unflatten(several | leaf_paths(adapters(alpha=6.0, layers=(1,)))), "differ in rank or scale"),
         (unflatten({"blocks/0/q": several["blocks/0/q"].on(several["blocks/0/q"].on(base))}), "several adapters"),
     ):
         with pytest.raises(UserError, match=message):
@@ -144,13 +186,22 @@ DAMAGE = {
     "scale not finite": (rewritten(lora_alpha=float("nan")), "lora_alpha should be one number of ordinary size"),
     "another type": (rewritten(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
     "a bias": (rewritten(bias="all"), "bias is 'all'"),
-    "DoRA": (rewritten(use_dora=True), "use_dora is True"),
-    "ranks by pattern": (rewritten(rank_pattern={"q_proj": 2}), "rank_pattern is"),
-    "whole modules": (rewritten(modules_to_save=["lm_head"]), "modules_to_save is"),
+    "DoRA without magnitudes": (rewritten(use_dora=True), "no lora_magnitude_vector of 24 numbers for model.layers.0"),
+    "magnitudes without DoRA": (
+        of_tensors(lambda all: all | {f"{PREFIX}q_proj.lora_magnitude_vector": np.ones(24, np.float32)}),
+        "does not say use_dora",
+    ),
+    "another rank by name": (rewritten(rank_pattern={"q_proj": 2}), "and its rank 2"),
+    "ranks by pattern": (rewritten(rank_pattern={"(a+)+$": 2}), "only names of modules are read"),
+    "ranks in a list": (rewritten(rank_pattern=[2]), "rank_pattern should be an object"),
+    "whole modules of another shape": (
+        of_tensors(lambda all: all | {"base_model.model.lm_head.weight": np.ones((3, 5), np.float32)}),
+        "lm_head.weight should be",
+    ),
     "half a pair": (of_tensors(lambda all: {name: all[name] for name in all if name != Q_B}), "other half of a pair"),
     "a layer too many": (of_tensors(lambda all: all | {Q_B.replace("0", "7", 1): all[Q_B]}), "no place in this architecture"),
-    "another width": (of_tensors(lambda all: all | {Q_B: all[Q_B][:-1].copy()}), "adapt a matrix of .20, 23., and not"),
-    "another input": (of_tensors(lambda all: all | {Q_A: all[Q_A][:, 1:].copy()}), "adapt a matrix of .19, 24., and not"),
+    "another width": (of_tensors(lambda all: all | {Q_B: all[Q_B][:-1].copy()}), "24, 20., and its rank 3"),
+    "another input": (of_tensors(lambda all: all | {Q_A: all[Q_A][:, 1:].copy()}), "24, 20., and its rank 3"),
     "integers": (of_tensors(lambda all: all | {Q_B: all[Q_B].astype(np.int32)}), "is I32"),
     "nothing": (of_tensors(lambda all: {}), "no adapter of any matrix"),
 }
