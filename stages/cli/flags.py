@@ -110,7 +110,7 @@ ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
     default(
         "the newest finished run in runs/",
-        "A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model.",
+        "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model.",
     ),
 ]  # fmt: skip
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
