@@ -11,10 +11,14 @@ from typing import Any, Self
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = """
-import sys, time, engine.inference.engine as s
+# While the file of the variable HOLD is there, no step is taken beyond those that give requests their slots.
+HOLDS = """
+import os, sys, time, engine.inference.engine as s
 step = s.Engine.step
-s.Engine.step = lambda self: (time.sleep(0.15), step(self))[1]
+def hold(self):
+    is_held = self.running and not self.waiting and os.path.exists(os.environ.get("HOLD", ""))
+    return (time.sleep(0.01), [])[1] if is_held else step(self)
+s.Engine.step = hold
 from stages.serve.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -22,10 +26,10 @@ sys.exit(main(sys.argv[1:]))
 
 class Started:
     """A server in a process of its own, ready when the block begins, or once it has printed `begun`. `program`: for Python; by
-    default its steps are slow."""
+    default it can be held."""
 
     def __init__(
-        self, folder: Path, *flags: object, env: Any = None, key: str = "", program: Sequence[str] = ("-c", SLOW),
+        self, folder: Path, *flags: object, env: Any = None, key: str = "", program: Sequence[str] = ("-c", HOLDS),
         begun: str = "Ctrl-C",
     ) -> None:  # fmt: skip
         words = ["--model", folder, "--port", 0, "--slots", 2, *flags]

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 from chat_models import save_chat_model
-from started import SLOW, Started
+from started import HOLDS, Started
 from tiny import lively_params, tiny_config
 from tiny_server import ask, until
 
@@ -67,9 +66,15 @@ def running(server: Started, count: int, status: str = "ok") -> bool:
     return until(lambda: is_so(server.client.get("/health").json()), 20)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_is_under_way_end(folder, number):
-    with Started(folder, "--name", "sea") as server:
+@pytest.fixture
+def hold(tmp_path):
+    """A file: while it is there, the servers that are started with its variable hold the requests that have a slot."""
+    (tmp_path / "hold").touch()
+    return tmp_path / "hold"
+
+
+def test_a_signal_lets_what_is_under_way_end(folder, hold):
+    with Started(folder, "--name", "sea", env={"HOLD": str(hold)}) as server:
         assert "weights   int8" in server.output
         assert re.search(r"compiling \.\.\. \d", server.output)
         replies: list[httpx.Response] = []
@@ -79,12 +84,13 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
             for more in ({"stream": True}, {})
         ]
         assert running(server, 2)
-        server.process.send_signal(number)
-        assert running(server, 1, "draining")
+        server.process.send_signal(signal.SIGTERM)
+        assert running(server, 2, "draining")
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
             late = server.client.post(path, json=ask(model="sea"))
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
             assert late.headers["retry-after"]
+        hold.unlink()
         for thread in threads:
             thread.join()
         assert server.ends() == 0
@@ -96,6 +102,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, number):
         assert "Traceback" not in server.output
 
 
+@pytest.mark.night
 @pytest.mark.journeys
 def test_a_damaged_kernel_is_built_again_and_one_cut_while_in_use_harms_nothing(folder, tmp_path):
     if problem := native_problem():
@@ -117,8 +124,8 @@ def test_a_damaged_kernel_is_built_again_and_one_cut_while_in_use_harms_nothing(
         assert server.ends() == 0
 
 
-def test_a_second_signal_ends_it_at_once(folder):
-    with Started(folder, env={"THRICE_API_KEY": "one,two"}, key="two") as server:
+def test_a_second_signal_ends_it_at_once(folder, hold):
+    with Started(folder, env={"THRICE_API_KEY": "one,two", "HOLD": str(hold)}, key="two") as server:
         assert "2 API keys" in server.output
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
 
@@ -146,9 +153,9 @@ def test_it_ends_though_nobody_reads_what_it_prints(folder):
 
 
 def test_ctrl_c_while_it_compiles(folder):
-    slow = "import time, engine.inference.engine as s; s.Engine.warm = lambda *_, **__: time.sleep(60)\n" + SLOW
-    with Started(folder, program=("-c", slow), begun="template") as server:
-        time.sleep(0.5)
+    compiles = "import threading, engine.inference.engine as s\n"
+    compiles += "s.Engine.warm = lambda *_, **__: (print('compiles', flush=True), threading.Event().wait())\n" + HOLDS
+    with Started(folder, program=("-c", compiles), begun="compiles") as server:
         server.process.send_signal(signal.SIGINT)
         assert server.ends() == 130
     assert "Stopped before it was ready." in server.output

@@ -48,6 +48,7 @@ class Streamed:
         return self.text
 
 
+@pytest.mark.night  # the default run holds the law in process: test_engine_thread.py
 @pytest.mark.journeys
 def test_a_long_text_at_the_start_says_what_it_waits_for_and_a_short_one_is_answered_first(browser, tmp_path):
     """One slot: a long text waits for it, and one that grew long gives it up and goes on where it was."""
