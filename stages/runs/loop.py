@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device, return_freed_memory
@@ -25,7 +25,9 @@ from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import JsonLines
 from stages.runs.stage import Evaluator, LoopState, Steps
-from stages.runs.watch.recorder import Recorder
+
+if TYPE_CHECKING:  # a run that nobody watches or records does without
+    from stages.runs.watch.recorder import Recorder
 
 REFUSED_IN_A_ROW = 10
 RECENT = 20  # steps over which speed is averaged
@@ -85,7 +87,13 @@ class Loop:
     """Runs steps to the run's end or to a signal. `frozen` goes into a checkpoint's params beside the trainable ones."""
 
     def __init__(
-        self, plan: RunPlan, options: RunOptions, frozen: Any, loop_state: LoopState, console: Console, recorder: Recorder
+        self,
+        plan: RunPlan,
+        options: RunOptions,
+        frozen: Any,
+        loop_state: LoopState,
+        console: Console,
+        recorder: "Recorder | None",
     ) -> None:
         self.plan, self.options = plan, options
         self.saver = BackgroundSaver(options.folder, options.keep, frozen)
@@ -120,7 +128,8 @@ class Loop:
                 if not self.refused_whole:
                     self.last_finite = dataclasses.replace(loop_state)
                 progress = plan.progress(loop_state.step + 1, loop_state.seconds + self.timer.mean())
-                if is_recorded := self.recorder.before_step(state.trainable, loop_state.step + 1, progress):
+                is_recorded = self.recorder and self.recorder.before_step(state.trainable, loop_state.step + 1, progress)
+                if is_recorded:
                     begin = time.perf_counter()
                 state, refused = steps.run(state, loop_state)
                 end = time.perf_counter()
@@ -272,10 +281,11 @@ class Loop:
         fields = {"step": self.loop_state.step, "seconds": self.loop_state.seconds, **metrics}
         with self._noting_failure():
             self.log.add(**fields)
-        self.recorder.event(event, **fields)
+        if self.recorder:
+            self.recorder.event(event, **fields)
 
     def _record(self, steps: Steps, state: TrainState) -> None:
-        if not self.recorder.wants_frame(self.loop_state.step):
+        if not (self.recorder and self.recorder.wants_frame(self.loop_state.step)):
             return
         with _returning_freed_memory(steps.buffer_bytes):
             self.recorder.frame(state.trainable, self.loop_state.step, self.loop_state.seconds, steps.trained_batch)

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -31,7 +31,9 @@ from stages.runs.folder import RUN_FILES, clear_run, holds_run, lock_run, replac
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.mesh import device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.stage import LoopState, RunReport, Stage
-from stages.runs.watch.recorder import Recorder, file_sink
+
+if TYPE_CHECKING:
+    from stages.runs.watch.recorder import Recorder
 
 SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a recorded sample at most
 
@@ -63,15 +65,18 @@ def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
 
 
 @contextlib.contextmanager
-def _recording(options: RunOptions, console: Console) -> Iterator[Recorder]:
+def _recording(options: RunOptions, console: Console) -> Iterator["Recorder | None"]:
     """Yields what takes the run's events, if anything does; only what is asked for is imported."""
+    if not (options.record or options.tensorboard or options.watch is not None):
+        yield None
+        return
+    from stages.runs.watch.recorder import Recorder, file_sink, tensorboard_sink
+
     sinks, is_watched = [], lambda: False
     with contextlib.ExitStack() as stack:
         if options.record:
             sinks.append(file_sink(options.record))
         if options.tensorboard and processes.is_first():
-            from stages.runs.watch.recorder import tensorboard_sink
-
             sinks.append(stack.enter_context(tensorboard_sink(options.folder / "tensorboard")))
         if options.watch is not None:
             from stages.runs.watch.server import Watch
@@ -82,7 +87,7 @@ def _recording(options: RunOptions, console: Console) -> Iterator[Recorder]:
         yield Recorder(sinks, console.print, bool(options.record), is_watched)
 
 
-def _execute(options: RunOptions, stage: Stage, console: Console, recorder: Recorder) -> int:
+def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Recorder | None") -> int:
     folder, plan, resume = options.folder, stage.plan, resume_command(options.stage)
     metadata = run_metadata(options, plan, stage.metadata)
     stage.place()
@@ -120,8 +125,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: Reco
         saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         steps = stage.prepare_steps(state, loop_state)
-        if options.record or options.watch is not None:
-            _begin_recording(options.stage, stage, recorder, state, loop_state)
+        if recorder and (options.record or options.watch is not None):
+            _begin_recording(options, stage, recorder, state, loop_state)
         state, code = loop.run(steps, state)
         console.close_live()
         if code:
@@ -139,13 +144,13 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: Reco
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", metadata | {"result": result})
-    recorder.end(loop_state.step, loop_state.seconds, result)
+    if recorder:
+        recorder.end(loop_state.step, loop_state.seconds, result)
     _print_summary(report, plan.step_name, loop_state, peak, folder, metadata["text"]["data"], console)
     return 0
 
 
-def _begin_recording(name: str, stage: Stage, recorder: Recorder, state: TrainState, loop_state: LoopState) -> None:
-    """Begins to record a run of the stage called `name`."""
+def _begin_recording(options: RunOptions, stage: Stage, recorder: "Recorder", state: TrainState, loop_state: LoopState) -> None:
     from engine.inference.request import SamplingParams  # which a run that is not recorded does without
     from stages.runs.answers import continue_text
 
@@ -161,9 +166,10 @@ def _begin_recording(name: str, stage: Stage, recorder: Recorder, state: TrainSt
         gradient_norms=lambda trainable, batch: gradient_norms(
             cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=stage.objective
         ),
-        stage=name,
+        stage=options.stage,
         name=plan.name,
-        command=resume_command(name),
+        command=resume_command(options.stage),
+        folder=str(options.folder.absolute()),
         layers=cfg.layers,
         width=cfg.width,
         steps=plan.steps,

@@ -1,19 +1,21 @@
 """The page of a model's three lives, in a real browser: every counter is the recording's, and all of it goes by keyboard."""
 
-import base64
 import json
 import math
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from chromium import chromium
 from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from engine.model.paths import unflatten
 from stages.runs.watch import __main__ as watch
 from stages.runs.watch.page import page_html
+from stages.runs.watch.recorder import Recorder
 from stages.runs.watch.server import Watch
 
 LAYERS, WIDTH, VOCAB, FRAMES = 2, 6, 20, 4
@@ -26,59 +28,30 @@ MODEL += [("norm", (WIDTH,), None), ("head", (WIDTH, VOCAB), None)]
 
 
 def life(way: str) -> dict:
-    """A life by the recorder's events, with numbers that differ in every place."""
-    rng = np.random.default_rng(len(way))
-    tensors = []
+    """A life as the recorder writes it, of weights of which more are drawn anew at each frame."""
+    rng, events = np.random.default_rng(len(way)), []
+    draw = lambda shapes: unflatten({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
+    trained, still = {}, {}
     for path, shape, layer in MODEL:
         trains = way in ("train", "all") or (way == "frozen" and (layer == 1 or path in ("norm", "head")))
-        tensors.append((path, shape, layer, trains))
+        (trained if trains else still)[path] = shape
         if way == "lora" and path.endswith("/q"):
-            tensors += [(f"{path}/a", (WIDTH, 2), layer, True), (f"{path}/b", (2, WIDTH), layer, True)]
-    sizes = {path: math.prod(shape) for path, shape, _, _ in tensors}
-    trained = [path for path, _, _, trains in tensors if trains]
-    begin = {
-        "event": "begin",
-        "stage": "train" if way == "train" else "finetune",
-        "step": 0,
-        "steps": 40,
-        "prompt": "The sea ",
-        "name": "tiny",
-        "command": f"python -m stages.{way}",
-        "layers": LAYERS,
-        "width": WIDTH,
-        "params": sum(sizes.values()),
-        "trainable": sum(sizes[path] for path in trained),
-        "tensors": [
-            {
-                "path": path,
-                "shape": shape,
-                "layer": layer,
-                "trainable": trains,
-                "rows": shape[0] if shape[1:] else 1,
-                "columns": shape[-1],
-            }
-            for path, shape, layer, trains in tensors
-        ],
-    }
-    still = {path: rng.integers(-127, 127, sizes[path]).astype(np.int8) for path in sizes}
-    frames = []
-    for index in range(FRAMES):
-        moved = {path: rng.integers(-127, 127, sizes[path]).astype(np.int8) for path in trained}
-        frames.append(
-            {
-                "event": "frame",
-                "step": 13 * index,
-                "seconds": 1.5 * index,
-                "digest": f"{index}{way}".encode().hex() * 8,
-                "changed": sum(sizes[path] for path in trained) - 7 * (FRAMES - index) if index else 0,
-                "frozen_changed": 0,
-                "mosaic": {path: base64.b64encode((still | moved)[path].tobytes()).decode() for path in sizes},
-                "changed_in": {path: sizes[path] for path in trained},
-                "limits": dict.fromkeys(sizes, 0.1),
-                "sample": f"<i>{way}</i> {index}",
-                **({"gradient_norms": dict.fromkeys(trained, 0.1 * index)} if 0 < index < FRAMES - 1 else {}),
-            }
-        )
+            trained |= {f"{path}/a": (WIDTH, 2), f"{path}/b": (2, WIDTH)}
+    recorder, trainable, step = Recorder([events.append], print), draw(trained), 0
+    recorder.begin(
+        trainable, draw(still), [path for path, *_ in MODEL], sample=lambda _: f"<i>{way}</i> {step}",
+        digest=lambda _: f"{step}{way}".encode().hex() * 8,
+        gradient_norms=lambda weights, _: jax.tree.map(lambda _: np.float32(step / 130), weights),
+        stage="train" if way == "train" else "finetune", step=0, steps=40, prompt="The sea ", name="tiny",
+        command=f"python -m stages.{way}", layers=LAYERS, width=WIDTH,
+    )  # fmt: skip
+    recorder.frame(trainable, 0, 0.0)
+    for step in (13, 26, 39):
+        recorder.before_step(trainable, step, step / 40)
+        moved = lambda new, old, share=step / 50: np.where(rng.random(new.shape) < share, new, old)
+        trainable = jax.tree.map(moved, draw(trained), trainable)
+        recorder.frame(trainable, step, step / 9, None if step == 39 else "a batch")  # a run by the clock may not know its last
+    begin, *frames = events
     return {
         "begin": begin,
         "frames": frames,
@@ -333,6 +306,17 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
             served(event)
         WebDriverWait(browser, 10, 0.05).until(lambda _: see() == whole)
         assert "Nothing was asked" not in browser.find_element("tag name", "body").text
+
+
+def test_a_page_of_reinforcement_speaks_of_no_fine_tuning(browser, document):
+    recorded, body = document["lives"]["all"], lambda: browser.find_element("tag name", "body").text
+    with Watch(0) as served:
+        browser.get(served.url)
+        for event in (recorded["begin"] | {"stage": "reinforce"}, *recorded["steps"], *recorded["frames"]):
+            served(event)
+        WebDriverWait(browser, 10, 0.05).until(lambda _: f"step {recorded['frames'][-1]['step']} of" in body())
+        assert "Reinforcement moves what trains" in body()
+        assert "ine-tun" not in body()
 
 
 def test_a_long_life_makes_no_large_page(browser, open_page, document):

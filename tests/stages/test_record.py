@@ -21,12 +21,7 @@ from stages.runs.watch.recorder import FIRST, PARTS, PIXELS, Recorder
 from stages.train import __main__ as train
 
 STEPS = 40
-TUNING = {
-    "lora": ("--lora", "rank=2,alpha=4,targets=q,v"),
-    "bottom frozen": ("--freeze", "bottom:1"),
-    "over int8": ("--base", "int8"),
-    "all": ("--train", "all"),
-}
+TUNING = {"lora": ("--lora", "rank=2,alpha=4,targets=q,v"), "over int8": ("--base", "int8")}  # bench.lives records the rest
 
 
 def events(file: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -113,10 +108,8 @@ def test_a_recorded_fine_tuning(name, trained, tmp_path):
     check_law(file, folder)
     (begin,) = events(file, "begin")
     pair = [tensor["path"] for tensor in begin["tensors"] if re.fullmatch(r"blocks/0/q(/.*)?", tensor["path"])]
-    assert pair == {
-        "lora": ["blocks/0/q", "blocks/0/q/a", "blocks/0/q/b"],
-        "over int8": ["blocks/0/q/scale", "blocks/0/q/values", "blocks/0/q/a", "blocks/0/q/b"],
-    }.get(name, ["blocks/0/q"])
+    base = {"lora": ["blocks/0/q"], "over int8": ["blocks/0/q/scale", "blocks/0/q/values"]}
+    assert pair == [*base[name], "blocks/0/q/a", "blocks/0/q/b"]
     if name == "lora":  # an adapter on an adapter: the first is frozen
         check_law(tune(folder, tmp_path, tmp_path / "again", *TUNING[name]), tmp_path / "again")
 
@@ -133,7 +126,7 @@ def test_a_recorded_round_of_reinforcement(trained, tmp_path):
     assert trained_rounds == {frame["step"] for frame in frames if frame["changed"]}
 
 
-def test_a_killed_run_leaves_lines_and_goes_on_in_the_file(text, tmp_path, monkeypatch):
+def test_a_killed_run_leaves_lines_and_goes_on_in_the_file_and_no_other_does(text, tmp_path, monkeypatch, capsys):
     file, folder = tmp_path / "run.jsonl", tmp_path / "run"
     file.write_text('{"event": "end", "step": 0}\n')  # of another run
     words = tiny(text, folder, "--steps", 12, "--log-every", 1, "--save-every", 5, "--record", file)
@@ -150,6 +143,12 @@ def test_a_killed_run_leaves_lines_and_goes_on_in_the_file(text, tmp_path, monke
     assert [event["step"] for event in events(file, "begin")] == [0, saved]
     assert [event["step"] for event in events(file, "step")] == [*range(1, 13)]
     assert events(file, "frame")[-1]["digest"] == events(file)[-1]["digest"] == saved_digest(folder)
+    recorded, other = file.read_bytes(), tiny(text, tmp_path / "other", "--record", file)
+    assert train.main(tiny(text, tmp_path / "other", "--steps", 2)) == 0
+    capsys.readouterr()
+    assert train.main([*other, "--steps", "4"]) == 0
+    assert f"{file} holds the recording of another run (folder {folder}, and here" in capsys.readouterr().out
+    assert file.read_bytes() == recorded
 
 
 def test_what_goes_wrong_is_said_once_and_the_run_goes_on(text, tmp_path, monkeypatch, capsys):
@@ -184,7 +183,8 @@ def test_several_devices_and_files_of_the_run_itself_are_refused(text, tmp_path,
 def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     """Of a frozen weight too: -0.0 is not 0.0."""
     seen, said = [], []
-    recorder = Recorder([lambda _: 1 / 0, seen.append], said.append)
+    watched = False
+    recorder = Recorder([lambda _: 1 / 0, seen.append], said.append, True, lambda: watched)
     trainable, frozen = {"head": jnp.zeros((2, 3))}, {"embed": jnp.zeros((3, 2), jnp.bfloat16)}
     recorder.begin(
         trainable, frozen, ["embed", "head"], sample=lambda _: "text", digest=digest, gradient_norms=lambda *_: None, step=0
@@ -200,3 +200,6 @@ def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     assert [event["changed"] for event in seen[3:]] == [2, 0]
     assert len(said) == 1
     assert "ZeroDivisionError" in said[0]
+    assert not recorder.before_step(trainable, FIRST + 1, 0.01)
+    watched, recorder.rests_until = True, 0.0
+    assert recorder.before_step(trainable, FIRST + 1, 0.01), "who watches sees more than the record's parts"

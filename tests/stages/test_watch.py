@@ -173,7 +173,7 @@ def test_nobody_looks(text, tmp_path, monkeypatch, capsys):
     assert train.main(tiny(text, tmp_path / "run", "--steps", 20, "--watch", 0)) == 0
     assert "recording ended" not in capsys.readouterr().out
     program = f"import sys; from stages.train.__main__ import main; main({tiny(text, tmp_path / 'plain', '--steps', 2)!r})"
-    program += "; print({'stages.runs.watch.server', 'stages.runs.watch.tensorboard', 'tensorboardX'} & set(sys.modules))"
+    program += "; print({'stages.runs.watch.recorder', 'stages.runs.watch.server', 'tensorboardX'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout.endswith("set()\n")
 
 

@@ -8,7 +8,7 @@ written beside the page of lives.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +46,7 @@ def make_page(flags: PageFlags) -> None:
         write_train_page(flags.page.parent)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("runs.watch", __doc__, PageFlags, make_page, args)
+main = functools.partial(run_command, "runs.watch", __doc__, PageFlags, make_page)
 
 
 if __name__ == "__main__":

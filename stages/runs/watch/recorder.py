@@ -9,13 +9,15 @@ A sink takes one event, a dict that JSON can hold, whose numbers are finite or N
                 tensor), and `frozen_changed` since the start; `gradient_norms` of the step's batch; `sample`
     end         the run's `result`, and the last frame's `digest`. A run that was stopped has none
 
-A frame's `mosaic` has for each tensor, in base64, an int8 a patch of weights, row by row: their mean over the tensor's number
-in `limits`, times 127. A run that is resumed goes on in the file.
+A run that is watched makes frames between these too, for all sinks. A frame's `mosaic` has for each tensor, in base64, an
+int8 a patch of weights, row by row: their mean over the tensor's number in `limits`, times 127. A run that is resumed goes on
+in the file.
 """
 
 import base64
 import contextlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,8 @@ FIRST, PARTS = 4, 16
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
 ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
 BEGINNING = b'{"event": '  # of a recording
+SAME_RUN = ("stage", "name", "folder")  # fields of `begin` by which a run knows its own recording
+MAX_LINE = 2**20  # bytes of the first line of a recording
 WATCHING = 0.01  # the share of the time that frames take which nobody but a watcher asked for
 
 Sink = Callable[[dict[str, Any]], object]
@@ -44,31 +48,46 @@ Sink = Callable[[dict[str, Any]], object]
 def file_sink(path: Path) -> Sink:
     """Returns a sink that writes a line for each event. The first one's step says which lines of an older recording stay.
 
-    It raises UserError where another file lies at `path`, such as the text that is trained on, or a link, such as /dev/stdout.
+    It raises UserError where another file lies at `path`, such as the text that is trained on, or a link, such as /dev/stdout;
+    and where a run that is resumed finds the recording of another one.
     """
     lines: list[JsonLines] = []
 
     def write(event: dict[str, Any]) -> None:
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_symlink() or (path.is_file() and not _is_recording(path)):
-                raise UserError(f"{path} is no recording, and is not replaced. Give another file with --record.")
+            _refuse_other_file(path, event)
             lines.append(JsonLines(path, event["step"]))
         lines[0].add(**event)
 
     return write
 
 
-def _is_recording(path: Path) -> bool:
-    """Whether a file begins as a recording does, or is empty."""
+def _refuse_other_file(path: Path, begin: dict[str, Any]) -> None:
+    """Raises UserError unless the run that begins may write here: nothing is here, or a recording, of itself if it goes on."""
+    other = "Give another file with --record."
+    if path.is_symlink():
+        raise UserError(f"{path} is no recording, and is not replaced. {other}")
+    if not path.is_file():
+        return
     with open_regular(path) as file:
-        return file.read(len(BEGINNING)) in (BEGINNING, b"")
+        line = file.readline(MAX_LINE)
+    if not line.startswith(BEGINNING) and line:
+        raise UserError(f"{path} is no recording, and is not replaced. {other}")
+    if begin["step"] and line:
+        try:
+            first = json.loads(line)
+        except ValueError:
+            first = {}
+        if differing := [name for name in SAME_RUN if first.get(name) != begin.get(name)]:
+            was, now = (str(event.get(differing[0])) for event in (first, begin))
+            raise UserError(f"{path} holds the recording of another run ({differing[0]} {was}, and here {now}). {other}")
 
 
 class Recorder:
     """Gives the events of a run to `sinks`; without any it does nothing.
 
-    Where the run is not `recorded`, frames are made while it `is_watched` alone, as often as WATCHING allows.
+    While the run `is_watched`, frames are made as often as WATCHING allows too; where it is not `recorded`, then alone.
     It reads weights and changes none, and never ends the run: of what goes wrong `say` gets a sentence, once, and the sink, or
     the recording, ends. Takes three times the memory of the trainable weights and once that of the frozen ones.
     """
@@ -120,7 +139,6 @@ class Recorder:
         self.event("begin", **header)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Gives an event to each sink."""
         for sink in [*self.sinks]:
             with self._going_on([sink]):
                 sink(replace_nonfinite({"event": kind, **fields}, lambda _: None))
@@ -129,7 +147,7 @@ class Recorder:
         """Keeps the weights if the frame of the next step, the `step`-th, is due at this `progress`; returns whether it is."""
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
-        if self.sinks and (step <= FIRST or part > self.part if self.recorded else is_asked_for):
+        if self.sinks and (is_asked_for or (self.recorded and (step <= FIRST or part > self.part))):
             self.part = max(part, self.part)
             with self._going_on():
                 self.before = jax.tree.map(jnp.copy, trainable)  # the step takes the place of the weights
@@ -204,7 +222,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _changed(before: np.ndarray, now: np.ndarray) -> int:
-    """Counts the elements whose bits differ."""
     bits = f"u{now.itemsize}"
     return int(np.count_nonzero(before.view(bits) != now.view(bits)))
 

@@ -79,7 +79,7 @@ function drawText() {
   fill('text', '', [
     make('div', {className: 'panels two'},
       make('p', {className: 'sample'}, make('b', {}, begin.prompt ?? ''), isTraining ? text : `\n${text.trim()}`),
-      isTraining ? '' : card('Before fine-tuning', make('p', {}, all[0].sample?.trim() ?? '–'))),
+      isTraining ? '' : card('Before', make('p', {}, all[0].sample?.trim() ?? '–'))),
     say(SAY.text),
     asTable('the text of every frame', 'The text after each recorded step.', ['step', '.text'],
       () => all.map(({step, sample}) => [step, sample]))]);

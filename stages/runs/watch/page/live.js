@@ -4,6 +4,7 @@
 const KEPT = 2000; // events of a kind, of which every second is dropped when there are more
 const clock = () => new Date().toLocaleTimeString();
 
+const told = {...LIVES}; // a run of another stage may follow
 let isWaiting = false;
 let isOther = false; // whether more than the curves is to be drawn
 
@@ -14,6 +15,7 @@ function receive(event) {
     state.way = lifeOf(event);
     state.life = state.way === 'train' ? 'train' : 'fine-tune';
     lives[state.way] = {};
+    LIVES[state.way] = {...told[state.way], ...(event.stage === 'reinforce' ? REINFORCEMENT : {})};
   }
   if (!lives[state.way]) return;
   const follows = state.frame >= frames().length - 1;

@@ -34,6 +34,11 @@ const LIVES = {
     laws: ['tests/laws/test_forward_only.py', 'tests/bench/test_lives.py', 'tests/promises/test_weights_unchanged.py'],
   },
 };
+// What a page that a run serves says of reinforcement in place of its way of fine-tuning.
+const REINFORCEMENT = {
+  name: 'Reinforcement', title: 'Reinforcement moves what trains, and nothing else',
+  lead: 'In each round the model answers a few prompts several times, which moves no weight. A rule rewards the answers, and the weights that train move to make those more probable that were rewarded above the others.',
+};
 const KIND_WORDS = {
   'parameters': 'the weights', 'optimizer state': 'what the update remembers of each weight that trains',
   'KV cache': 'notes on the tokens read so far', 'gradients': 'how the error changes with each weight',
