@@ -8,9 +8,9 @@ saved on the way, and a signal ends it; `stages.train` is for runs that are wort
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -133,8 +133,7 @@ def train(flags: ByHandFlags) -> None:
             console.print_rows([("saved", str(flags.out)), ("next", command_line("generate", "--model", flags.out))])
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("by_hand", __doc__, ByHandFlags, train, args)
+main = functools.partial(run_command, "by_hand", __doc__, ByHandFlags, train)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ answer, goes to standard output, everything else to standard error.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -264,8 +265,7 @@ class ChatSession:
             self._engine.cancel(id)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("chat", __doc__, ChatFlags, chat, args, one_arena=False)
+main = functools.partial(run_command, "chat", __doc__, ChatFlags, chat, one_arena=False)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ Earlier versions saved in Orbax's format, and held q, k and v in one array, and 
 """
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -164,8 +165,7 @@ def _open_safetensors(step: Path, part: str) -> list[EarlierArray]:
     return [EarlierArray(path, array.shape, array.dtype, whole(array)) for path, array in stored.items()]
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("convert", __doc__, ConvertFlags, convert, args)
+main = functools.partial(run_command, "convert", __doc__, ConvertFlags, convert)
 
 
 if __name__ == "__main__":

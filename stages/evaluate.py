@@ -12,9 +12,9 @@ beside what was measured before fine-tuning.
 """
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +65,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     import jax
     from jax.experimental.multihost_utils import process_allgather
 
+    from engine.inference.config import EngineConfig
     from engine.mesh import layout
     from engine.storage import run_folder
     from engine.storage.digest import digest
@@ -92,8 +93,10 @@ def evaluate(flags: EvaluateFlags) -> None:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
         model = dataclasses.replace(model, params=layout.place(model.params))
-        if flags.weights:
-            model = with_weights(model, flags.weights)
+        if flags.weights:  # as `stages.serve --weights` stores them
+            config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
+            cfg = config.model_config(model.cfg)
+            model = dataclasses.replace(model, cfg=cfg, params=config.prepare_params(cfg, model.params))
         before = digest_in_memory(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):
@@ -109,20 +112,6 @@ def evaluate(flags: EvaluateFlags) -> None:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
 
 
-def with_weights(model: "LoadedModel", weights: str) -> "LoadedModel":
-    """Returns the model with its matrices as `stages.serve --weights` stores them: adapters merged, int8 or in a dtype."""
-    from engine.inference.decode import prepare_params
-    from engine.model.weights.int8 import quantize
-    from engine.model.weights.lora import merge_lora
-
-    cfg, params = model.cfg, merge_lora(model.params, model.cfg.dtype)
-    if weights == "int8":
-        params = quantize(params)
-    else:
-        cfg = dataclasses.replace(cfg, dtype=weights)  # type: ignore[arg-type]
-    return dataclasses.replace(model, cfg=cfg, params=prepare_params(cfg, params))
-
-
 def _read_conversations(data: str) -> "Conversations | None":
     from engine.text.conversations import SHIPPED, read_conversations
 
@@ -131,8 +120,9 @@ def _read_conversations(data: str) -> "Conversations | None":
     return conversations if conversations and conversations.kind != "text" else None
 
 
-def _likelihood(nats: float, tokens: int) -> tuple[str, str]:
-    return f"{nats / tokens:.4f}", f"{math.exp(min(nats / tokens, 700)):.3f}"
+def _likelihood(nats: float) -> tuple[str, str]:
+    """Returns the mean nats of a token, and its perplexity, in words."""
+    return f"{nats:.4f}", f"{math.exp(min(nats, 700)):.3f}"
 
 
 def evaluate_text(
@@ -160,7 +150,7 @@ def evaluate_text(
         nats = text_data.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
     seconds = time.perf_counter() - begin
     scored = len(text.tokens) - 1
-    per_token, perplexity = _likelihood(nats, scored)
+    per_token, perplexity = _likelihood(nats / scored)
     return [
         ("tokens", f"{len(text.tokens):,}"),
         ("bytes", f"{text.bytes:,}"),
@@ -189,10 +179,10 @@ def evaluate_conversations(
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     import numpy as np
 
-    from engine.inference.score import score
     from engine.mesh import layout
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair, evaluation_batches, make_examples
+    from engine.text.examples import Pair, make_examples
+    from engine.training.step import NEXT_TOKEN
     from stages.runs import conversation_data as conversations
     from stages.runs.text_data import EVALUATION_ROWS
 
@@ -230,15 +220,11 @@ def evaluate_conversations(
                 ("margin", f"{margin.mean():.3f} nats on average"),
             ]
         else:
-            batches, nats = list(evaluation_batches(examples, seq, together)), 0.0
-            for number, batch in enumerate(batches, 1):
-                nats += float(score(model.cfg, model.params, batch))
-                report(number, len(batches))
-            tokens = sum(int(batch.mask.sum()) for batch in batches)
-            per_token, perplexity = _likelihood(nats, tokens)
+            evaluator = conversations.held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, seq)
+            per_token, perplexity = _likelihood(evaluator.evaluate(model.params, report) or 0.0)
             rows = [
                 ("examples", f"{len(examples):,}"),
-                ("answer tokens", f"{tokens:,}"),
+                ("answer tokens", f"{evaluator.size:,}"),
                 ("nats per token", f"{per_token} of what the assistant says, the end of each answer included"),
                 ("perplexity", perplexity),
             ]
@@ -262,8 +248,7 @@ def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Co
     return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("evaluate", __doc__, EvaluateFlags, evaluate, args)
+main = functools.partial(run_command, "evaluate", __doc__, EvaluateFlags, evaluate)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ written.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -302,8 +302,7 @@ def _tokenizer_faults(ours: "Tokenizer", theirs: "Tokenizer") -> list[str]:
     return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("export", __doc__, ExportFlags, export, args)
+main = functools.partial(run_command, "export", __doc__, ExportFlags, export)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Text goes to standard output, everything else to standard error.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -146,8 +147,7 @@ class ContinuationPrinter:
         return completion.tokens
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("generate", __doc__, GenerateFlags, generate, args, one_arena=False)
+main = functools.partial(run_command, "generate", __doc__, GenerateFlags, generate, one_arena=False)
 
 
 if __name__ == "__main__":

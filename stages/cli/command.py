@@ -41,7 +41,7 @@ _IMPORTED = time.perf_counter()
 
 
 def run_command[Flags](
-    name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None,
+    name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None = None,
     one_arena: bool = True,
 ) -> int:  # fmt: skip
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
@@ -116,7 +116,6 @@ def explain_error(error: BaseException, flags: Any = None) -> str | None:
 
 
 def _flag_names(flags: Any) -> set[str]:
-    """Returns the names of all fields of a dataclass and of those within it."""
     if not dataclasses.is_dataclass(flags):
         return set()
     return {field.name for field in dataclasses.fields(flags)}.union(*map(_flag_names, vars(flags).values()))
@@ -143,7 +142,6 @@ def command_line(stage: str, *words: object) -> str:
 
 
 def typed_arguments() -> list[str]:
-    """Returns the arguments of the command in progress."""
     return _arguments
 
 

@@ -50,7 +50,6 @@ class Console(contextlib.AbstractContextManager["Console"]):
             print(text, file=self.stream, flush=True)
 
     def print_notes(self, notes: Sequence[str]) -> None:
-        """Prints what a person should know of the model that was loaded, a line each."""
         for note in notes:
             self.print(note, style="yellow")
 
@@ -155,7 +154,6 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self._draw(frame)
 
     def close_live(self) -> None:
-        """Removes the live line from the terminal."""
         if self._live:
             self._live.stop()
             self._live = None

@@ -16,7 +16,7 @@ not stop or repeats itself.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -114,8 +114,7 @@ def finetune(flags: FinetuneFlags) -> int:
     return run(flags, device)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("finetune", __doc__, FinetuneFlags, finetune, args)
+main = functools.partial(run_command, "finetune", __doc__, FinetuneFlags, finetune)
 
 
 if __name__ == "__main__":

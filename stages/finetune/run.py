@@ -1,8 +1,7 @@
-"""Fine-tuning: the Stage, its run from flags, preference batches, and the evaluators of both objectives."""
+"""The Stage that fine-tunes a model, its run from flags, and its batches of preferences."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,30 +11,34 @@ from engine.counting.hardware import doubt_ceilings
 from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.format import quantity
-from engine.inference.score import score
 from engine.mesh import processes
-from engine.mesh.layout import row_shards
 from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
 from engine.text.batch import ALL, EpochOrder
-from engine.text.examples import PackedBatches, Pair, PairBatch, evaluation_batches, evaluation_pairs, pair_batch
+from engine.text.examples import PackedBatches, Pair, pair_batch
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, preference_objective
-from engine.training.step import NEXT_TOKEN, Objective, TrainState
+from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.runs.answers import Answer, ask, compare, describe_faults
-from stages.runs.conversation_data import digest_examples, open_conversations, pair_margins, prepare_conversations
+from stages.runs.conversation_data import (
+    digest_examples,
+    held_out_evaluator,
+    open_conversations,
+    pair_margins,
+    prepare_conversations,
+)
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import RunOptions
 from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import execute
-from stages.runs.stage import Evaluator, LoopState, MeshBatches, RunReport, TrainingSteps, compile_step
-from stages.runs.text_data import EVALUATION_ROWS, check_text_name, general_bits_per_byte
+from stages.runs.stage import LoopState, MeshBatches, RunReport, TrainingSteps, compile_step
+from stages.runs.text_data import check_text_name, general_bits_per_byte
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
     from stages.finetune.__main__ import FinetuneFlags
@@ -71,50 +74,13 @@ class PreferenceBatches:
 
     def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
         self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
-        parts = [reference for _, reference in _with_margins(cfg, initial, pairs, seq, batch)]
+        parts = [reference for _, reference in pair_margins(cfg, initial, pairs, seq, batch)]
         self._reference = np.concatenate(parts)[: len(pairs)]
         self.epoch = self.order.epoch
 
     def at(self, step: int, rows: slice = ALL) -> Preferences:
         part = pair_batch(self.pairs, np.array([index for _, index in self.order.at(step, rows)]), self.seq)
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
-
-
-def _with_margins(
-    cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, rows: int
-) -> Iterable[tuple[PairBatch, np.ndarray]]:
-    """Returns what `pair_margins` yields; with margins of 0 where `initial` is None: the loss then reads none."""
-    if initial is not None:
-        return pair_margins(cfg, initial, pairs, seq, rows)
-    return ((part, np.zeros(rows, np.float32)) for part in evaluation_pairs(pairs, seq, rows))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
-    return objective.summed_loss(cfg, params, batch)
-
-
-def held_out_evaluator(
-    cfg: ModelConfig, frozen: Any, initial: Any, examples: Sequence[Any], objective: Objective, seq: int
-) -> Evaluator:
-    """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean preference loss).
-
-    `initial`: the params before training, for a loss that has a reference. On a mesh its devices share the rows,
-    EVALUATION_ROWS each.
-    """
-    rows = EVALUATION_ROWS * row_shards()
-    batches: Sequence[Any]
-    summed: Callable[..., Any]
-    if objective is NEXT_TOKEN:
-        batches, unit, key = list(evaluation_batches(examples, seq, rows)), "nats/token", "val_nats_per_token"
-        summed, size = score, max(sum(int(batch.mask.sum()) for batch in batches), 1)
-    else:
-        batches = [
-            Preferences(part.chosen, part.rejected, reference)
-            for part, reference in _with_margins(cfg, initial, examples, seq, rows)
-        ]
-        unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
-    return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)
 
 
 class FineTuning(ModelStage):

@@ -14,7 +14,7 @@ it stopped.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -91,8 +91,7 @@ def reinforce(flags: ReinforceFlags) -> int:
     return run(flags, device)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("reinforce", __doc__, ReinforceFlags, reinforce, args)
+main = functools.partial(run_command, "reinforce", __doc__, ReinforceFlags, reinforce)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,6 @@ class Scores(NamedTuple):
 
 
 def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
-    """Returns the tokens of a conversation that asks the prompt."""
     return chat.prompt([{"role": "user", "content": prompt.text}]).tolist()
 
 

@@ -31,7 +31,6 @@ class Answer:
 
     @property
     def faults(self) -> str:
-        """Describes what is wrong with the answer; empty when nothing is."""
         faults = [] if self.stops else [f"does not stop within {self.tokens} tokens"]
         return " and ".join([*faults, *["repeats itself"] * self.repeats])
 
@@ -65,7 +64,6 @@ def ask(
 def continue_text(
     cfg: ModelConfig, params: Params, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams
 ) -> str:
-    """Returns the text that follows a prompt's tokens, as sampled."""
     capacity = min(cfg.context, len(prompt) + sampling.max_tokens)
     (completion,) = complete(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity)
     return tokenizer.decode(completion.tokens)

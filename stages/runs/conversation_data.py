@@ -1,25 +1,33 @@
-"""Conversation data: reads and tokenizes the examples that `--data` and `--validation` name."""
+"""Conversation data: reads and tokenizes the examples that `--data` and `--validation` name, and evaluates on them."""
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from engine.errors import UserError
 from engine.format import quantity
+from engine.inference.score import score
+from engine.mesh.layout import row_shards
 from engine.model.config import ModelConfig
+from engine.model.paths import merge
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import DatasetSummary, Pair, PairBatch, evaluation_pairs, make_examples
+from engine.text.examples import DatasetSummary, Pair, PairBatch, evaluation_batches, evaluation_pairs, make_examples
 from engine.text.template import Message
 from engine.training.preference import Preferences, margins
+from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
+from stages.runs.stage import Evaluator
+from stages.runs.text_data import EVALUATION_ROWS
 
 HELD_OUT = 0.1
 QUESTIONS = 3  # of the held-out set, or for texts these
@@ -154,6 +162,40 @@ def open_conversations(data: str, objective: str) -> Conversations:
 def pair_margins(
     cfg: ModelConfig, params: Any, pairs: Sequence[Pair], seq: int, rows: int
 ) -> Iterator[tuple[PairBatch, np.ndarray]]:
-    """Yields batches of `rows` pairs in order, each with its margins (rows,) by a model; rows behind the last are padding."""
+    """Yields batches of `rows` pairs in order, each with its margins (rows,) by a model; rows behind the last are padding.
+
+    Without `params` margins are 0, for a loss that reads none.
+    """
     for part in evaluation_pairs(pairs, seq, rows):
-        yield part, process_allgather(margins(cfg, params, Preferences(part.chosen, part.rejected)), tiled=True)
+        if params is None:
+            yield part, np.zeros(rows, np.float32)
+        else:
+            yield part, process_allgather(margins(cfg, params, Preferences(part.chosen, part.rejected)), tiled=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
+    return objective.summed_loss(cfg, params, batch)
+
+
+def held_out_evaluator(
+    cfg: ModelConfig, frozen: Any, initial: Any, examples: Sequence[Any], objective: Objective, seq: int
+) -> Evaluator:
+    """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean preference loss).
+
+    `initial`: the params before training, for a loss that has a reference. On a mesh its devices share the rows,
+    EVALUATION_ROWS each.
+    """
+    rows = EVALUATION_ROWS * row_shards()
+    batches: Sequence[Any]
+    summed: Callable[..., Any]
+    if objective is NEXT_TOKEN:
+        batches, unit, key = list(evaluation_batches(examples, seq, rows)), "nats/token", "val_nats_per_token"
+        summed, size = score, max(sum(int(batch.mask.sum()) for batch in batches), 1)
+    else:
+        batches = [
+            Preferences(part.chosen, part.rejected, reference)
+            for part, reference in pair_margins(cfg, initial, examples, seq, rows)
+        ]
+        unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
+    return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)

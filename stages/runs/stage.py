@@ -58,7 +58,6 @@ class LoopState:
         return (self.step - step if isinstance(length, int) else self.seconds - seconds) >= length
 
     def begin(self, name: str) -> None:
-        """Begins the named interval here."""
         self.intervals = self.intervals | {name: (self.step, self.seconds)}
 
 

@@ -175,7 +175,6 @@ def _digest_file(path: Path) -> str:
 
 
 def source_name(source: Source) -> str:
-    """Returns the path or the name of the asset."""
     return str(source) if isinstance(source, Path) else source.name
 
 

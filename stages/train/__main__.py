@@ -9,7 +9,7 @@ The same command run again resumes where it stopped.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -123,8 +123,7 @@ def train(flags: TrainFlags) -> int:
     return run(flags, device)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("train", __doc__, TrainFlags, train, args)
+main = functools.partial(run_command, "train", __doc__, TrainFlags, train)
 
 
 if __name__ == "__main__":

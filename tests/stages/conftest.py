@@ -1,10 +1,14 @@
 """A small text, and a model trained on it once."""
 
+import io
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from tiny_runs import tiny, write_text
 
+from stages import chat
 from stages.train import __main__ as train
 
 
@@ -39,5 +43,18 @@ def failing(capsys):
         assert code == 2, output.out + output.err
         assert "Traceback" not in output.err
         return output.err
+
+    return call
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Chats by lines from a pipe, greedily. Returns the exit code, and what came to stdout and stderr."""
+
+    def call(lines: bytes, model: Path, *flags: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        code = chat.main(["--model", str(model), "--temperature", "0", *map(str, flags)])
+        return code, *capsys.readouterr()
 
     return call

@@ -8,30 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from tiny_runs import ROOT, command
 
 PROMPT = "\r\n> "
-QUICK = ("--temperature", "0", "--max-tokens", "6")
+QUICK = ("--max-tokens", 6)
 
 
-def piped(model: Path, text: str, *flags: object) -> subprocess.CompletedProcess:
-    return command("chat", "--model", model, *QUICK, *flags, stdin=text.encode())
-
-
-def test_piped_lines_are_turns(trained):
-    result = piped(trained, "the king\n\nthe sea\n")
-    assert result.returncode == 0, result.stderr
-    assert b"\x1b" not in result.stdout + result.stderr
-    assert re.fullmatch(r"> the king\n(?s:.+)\n\n> the sea\n(?s:.+)\n\n", result.stdout.decode())  # one can be read
-    assert b"turn" not in result.stderr
-    again = piped(trained, "the king\nthe sea\n/system  be brief \n/system\n/clear\n//clear\n", "--verbose")
-    assert again.stdout.startswith(result.stdout)  # what begins with a slash is no turn
-    assert again.stdout.count(b"> ") == 3
-    assert b"> /clear\n" in again.stdout
-    output = again.stderr.decode()
+def test_piped_lines_are_turns(trained, talk):
+    first = command("chat", "--model", trained, "--temperature", 0, *QUICK, stdin=b"the king\n\nthe sea\n")
+    assert first.returncode == 0, first.stderr
+    assert b"\x1b" not in first.stdout + first.stderr
+    assert re.fullmatch(r"> the king\n(?s:.+)\n\n> the sea\n(?s:.+)\n\n", first.stdout.decode())  # one can be read
+    assert b"turn" not in first.stderr
+    lines = b"the king\nthe sea\n/system  be brief \n/system\n/clear\n//clear\n"
+    code, replies, output = talk(lines, trained, *QUICK, "--verbose")
+    assert code == 0
+    assert replies.startswith(first.stdout.decode())  # what begins with a slash is no turn
+    assert replies.count("> ") == 3
+    assert "> /clear\n" in replies
     reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", output)]
     assert len(reads) == 3
     assert reads[0] < reads[1] > reads[2]  # the second turn reads the first again, the third none
@@ -40,24 +36,24 @@ def test_piped_lines_are_turns(trained):
                   "plain template", r"cut off: --max-tokens is 6", "weights unchanged: SHA-256",
                   "sampling +temperature 0 by a flag; top_p 0.9 by default"):  # fmt: skip
         assert re.search(words, output)
-    unknown = piped(trained, "/stats\n")
-    assert unknown.returncode == 2
-    assert b"no command /stats; there are /clear, /system TEXT and /quit." in unknown.stderr
+    code, _, error = talk(b"/stats\n", trained)
+    assert code == 2
+    assert "no command /stats; there are /clear, /system TEXT and /quit." in error
 
 
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        (b"the king and queen of a far land " * 9, rb"This message alone makes \d+ tokens and the model's context holds 64"),
-        (b"the king and queen\n" * 9, rb"The conversation has \d+ tokens and .* holds 64: /clear begins a new one"),
-        (b"caf\xe9", b"Line 2 of the input is not UTF-8: byte 0xE9"),
+        (b"the king and queen of a far land " * 9, r"This message alone makes \d+ tokens and the model's context holds 64"),
+        (b"the king and queen\n" * 9, r"The conversation has \d+ tokens and .* holds 64: /clear begins a new one"),
+        (b"caf\xe9", "Line 2 of the input is not UTF-8: byte 0xE9"),
     ],
 )
-def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained):
-    result = command("chat", "--model", trained, *QUICK, stdin=b"the king\n" + second + b"\nthe sea\n")
-    assert result.returncode == 2
-    assert re.search(words, result.stderr)
-    assert b"Traceback" not in result.stderr
+def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained, talk):
+    code, _, error = talk(b"the king\n" + second + b"\nthe sea\n", trained, *QUICK)
+    assert code == 2
+    assert re.search(words, error)
+    assert "Traceback" not in error
 
 
 class Terminal:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from tiny import lively_params, tiny_config, tokens_of
-from tiny_runs import WORDS, at_step, command, interrupt, metrics
+from tiny_runs import WORDS, at_step, interrupt, metrics
 
 from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths
@@ -31,8 +31,7 @@ from engine.training.step import NEXT_TOKEN
 from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
-from stages.finetune.run import held_out_evaluator
-from stages.runs.conversation_data import digest_examples
+from stages.runs.conversation_data import digest_examples, held_out_evaluator
 from stages.runs.estimate import RunPlan
 from stages.runs.text_data import EVALUATION_ROWS
 
@@ -146,17 +145,15 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
 
 
-def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys):
+def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys, talk):
     folder, _ = adapted
     assert generate.main(["--model", str(folder), "--prompt", "the", "--max-tokens", "4", "--verbose"]) == 0
     assert "weights unchanged" in capsys.readouterr().err
-    replies = []
-    for model in (("--model", folder), ("--model", trained, "--adapter", folder), ("--model", trained)):
-        process = command("chat", *model, "--temperature", 0, "--max-tokens", 8, stdin=b"the far\n")
-        assert process.returncode == 0, process.stderr
-        replies.append(process.stdout)
+    models = (folder,), (trained, "--adapter", folder), (trained,)
+    replies = [talk(b"the far\n", *model, "--max-tokens", 8)[:2] for model in models]
     assert replies[0] == replies[1] != replies[2], "the run and its adapter speak alike, and not as the base does"
-    assert replies[0].startswith(b"> the far\nred ")
+    assert replies[0][0] == 0
+    assert replies[0][1].startswith("> the far\nred ")
     assert evaluate.main(["--model", str(folder)]) == 0
     printed = capsys.readouterr().out
     measured = float(re.findall(r"nats per token +(\S+)", printed)[0])

@@ -75,8 +75,11 @@ def config(page):
     return ModelConfig(**fields, dtype="float32")
 
 
-def test_the_first_20_losses_are_those_of_by_hand(page):
-    losses = page.train(20)[:20]
+def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page):
+    """The first 20 losses are those of engine/by_hand; an answer changes no weight."""
+    assert page.ask("ab")[1] == "0"  # random weights answer too
+    page.get("$('text').value = 'To be, or not to be, that is the question. '.repeat(4)")
+    losses = page.train(60)
     cfg, options = config(page), page.get("ADAMW")
     warmup = options.pop("warmup")
     params = weights_of(page, "initialWeights()")
@@ -91,14 +94,7 @@ def test_the_first_20_losses_are_those_of_by_hand(page):
         expected.append(loss)
         factor = min(1, (step + 1) / warmup)
         params, moments = adamw.step(adamw.AdamWConfig(**options), params, gradient, moments, factor)
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert expected[-1] < expected[0] - 2
-
-
-def test_it_answers_with_the_weights_that_it_has_and_changes_none(page):
-    assert page.ask("ab")[1] == "0"  # random weights answer too
-    page.get("$('text').value = 'To be, or not to be, that is the question. '.repeat(4)")
-    losses = page.train(60)
+    np.testing.assert_allclose(losses[:20], expected, rtol=1e-4)
     assert losses[-1] < 0.5 < 5 < losses[0]
     assert 202_000 < int(page.text("changed").replace(",", "")) <= 202_176
     weights = weights_of(page, "run.weights")
@@ -106,8 +102,7 @@ def test_it_answers_with_the_weights_that_it_has_and_changes_none(page):
     answer, changed = page.ask("To be,")
     assert changed == "0"
     assert answer.startswith(" or not to be, that is the question.")
-    expected = generate(config(page), weights, list(b"To be,"), max_tokens=58)
-    assert answer.encode()[:58] == bytes(expected)
+    assert answer.encode()[:58] == bytes(generate(cfg, weights, list(b"To be,"), max_tokens=58))
     assert page.ask("To be,") == (answer, changed)
     # The counter counts: an answer that moves one weight is found out.
     page.get("(run.answer = run.logits, run.move = jax.numpy.array([2, ...Array(63).fill(1)]), 0)")
