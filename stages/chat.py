@@ -26,7 +26,6 @@ from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.inference.request import Event, Request, SamplingParams
 from engine.mesh.processes import MISTAKE
-from engine.text.corpus import decode_utf8
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
@@ -149,6 +148,8 @@ def _typed_lines(notes: Console) -> Iterator[str]:
 
 def _piped_lines() -> Iterator[str]:
     """Yields lines from a pipe or a file. Raises UserError for one that is not UTF-8."""
+    from engine.text.corpus import decode_utf8
+
     for number, line in enumerate(sys.stdin.buffer, 1):
         yield decode_utf8(line, f"Line {number} of the input").rstrip("\r\n")
 

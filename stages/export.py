@@ -18,7 +18,6 @@ from engine.device import start_jax
 from engine.errors import UserError
 from engine.files import atomic_file, atomic_folder
 from engine.format import format_bytes
-from engine.text.corpus import Corpus
 from stages.cli import signals
 from stages.cli.command import command_line, leave, run_command
 from stages.cli.console import Console, ReportProgress
@@ -26,6 +25,7 @@ from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, choose_sampling
 
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
+    from engine.text.corpus import Corpus
     from engine.text.tokenizer import Tokenizer
     from stages.runs.text_data import Source
 
@@ -76,6 +76,7 @@ def export(flags: ExportFlags) -> int:
     from engine.model.weights.lora import LoRA, to_dense
     from engine.storage import run_folder
     from engine.storage.model_loader import load_model
+    from engine.text.corpus import Corpus
     from stages.runs.text_data import TEXTS, evaluation_source
 
     def merge_adapters(_: str, leaf: Any) -> Any:  # in float32: their small numbers are rounded once, as they are written
@@ -206,7 +207,7 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     return ""
 
 
-def compare(model: "LoadedModel", out: Path, dtype: str, source: Corpus[str]) -> Comparison:
+def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") -> Comparison:
     """Compares the export with `model`, rounded alike, and measures on the beginning of a text what rounding costs.
 
     Returns rows to print, and what differs in tokens, EOS ids and logits, or costs too much.

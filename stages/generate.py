@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from engine.device import Device, host_memory, start_jax
 from engine.format import duration
-from engine.text.corpus import decode_utf8
 from stages.cli import command, signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
@@ -67,6 +66,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.mesh import layout
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from engine.text.corpus import decode_utf8
     from engine.text.tokenizer import CompletionText
 
     notes = Console(sys.stderr)
