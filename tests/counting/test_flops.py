@@ -106,7 +106,8 @@ def test_the_lowest_block_that_the_backward_pass_enters():
     ways = all_trainable(SMALL), bottom_frozen(SMALL, 2), top_frozen(SMALL, 2), head_only(SMALL)
     assert [lowest_gradient(SMALL, paths) for paths in ways] == [0, 2, 0, SMALL.layers]
     assert lowest_gradient(SMALL, lora_only(SMALL, LoraConfig(2, targets=("down",)))) == 0
-    assert lowest_gradient(tied := dataclasses.replace(SMALL, tied=True), head_only(tied)) == 0
+    tied = dataclasses.replace(SMALL, tied=True)
+    assert lowest_gradient(tied, head_only(tied)) == 0
 
 
 # ---- bad input
