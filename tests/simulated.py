@@ -158,7 +158,7 @@ class FakeRunner:
                 text = self.cache[own[row]]
                 reached = next((edge for edge in self.config.edges if edge > position), seen)
                 sampled.finite[step, row] = NAN not in text[:reached]  # what lies behind is multiplied by 0, and NaN stays NaN
-                allowed = int(masks.allowed[row, 0]) if masks.masked[row] else -1
+                allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.masked[row] else -1
                 current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
                 sampled.token[step, row] = current[row]
                 counts = list(self.counts[row])
@@ -182,6 +182,8 @@ def alone(request: Request) -> tuple[list[int], str | None]:
         if NAN in text:
             return output, "error"
         allowed = sum(1 << token for token in constraint.allowed()) if constraint else -1
+        if len(output) < sampling.min_tokens:
+            allowed = allowed & ~sum(1 << token for token in sampling.stop_token_ids) or allowed
         token = next_token((*request.prompt, *output)[-1], len(text) - 1, text, sampling, tuple(counts), allowed)
         counts[token] += 1
         if token in sampling.stop_token_ids:
@@ -200,10 +202,11 @@ def draw_request(rng: random.Random) -> Request:
     prompt = [*beginning[: rng.randrange(1, 40)], *rng.choices(range(POISON), k=rng.randrange(3))]
     if rng.random() < 0.1:
         prompt[rng.randrange(len(prompt))] = POISON
+    most = rng.randint(1, min(20, CAPACITY - len(prompt)))
     sampling = SamplingParams(
-        max_tokens=rng.randint(1, min(20, CAPACITY - len(prompt))), seed=rng.randrange(3),
+        max_tokens=most, seed=rng.randrange(3),
         presence_penalty=float(rng.random() < 0.2), logit_bias={2: 5.0} if rng.random() < 0.1 else {},
-        stop_token_ids=(rng.randrange(POISON),) if rng.random() < 0.3 else (),
+        stop_token_ids=(rng.randrange(POISON),) if rng.random() < 0.3 else (), min_tokens=rng.choice([0, 0, most // 2, most]),
         logprobs=1 if rng.random() < 0.1 else None,
     )  # fmt: skip
     constraint: Any = FakeConstraint(rng.randrange(5)) if rng.random() < 0.3 else None

@@ -24,7 +24,7 @@ from engine.inference.config import EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
-from engine.inference.sampling import make_token_masks
+from engine.inference.sampling import TokenMasks, make_token_masks
 from engine.inference.scheduler import Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 from engine.model.config import ModelConfig
@@ -262,20 +262,32 @@ class Engine:
             self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
         token: Any = np.zeros(self.rows, np.int32)
         position: Any = np.full(self.rows, -1, np.int32)
-        sampling, masks = [IDLE_SAMPLING] * self.rows, make_token_masks(self.rows, self.cfg.vocab)
+        sampling = [IDLE_SAMPLING] * self.rows
         for row in batch.rows:
             token[row.row], position[row.row] = row.token, row.position
             sampling[row.row] = row.sequence.request.sampling
-            masks.masked[row.row] = row.sequence.constraint is not None
-        for sequence in batch.sequences:
-            if sequence.constraint:
-                sequence.constraint.fill(masks.allowed, batch.rows_of(sequence), batch.drafts)
         rows = make_rows(position, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled = self.runner.decode(token, rows, sampling, masks, batch.steps, logprobs, stop)
+        sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, stop)
         self.decode_steps += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
         return [event for event in events if event.tokens or event.finish_reason]
+
+    def _masks(self, batch: Decode) -> TokenMasks:
+        """Returns the tokens that each row may sample: by its grammar, and no stop token before its `min_tokens`."""
+        masks = make_token_masks(self.rows, self.cfg.vocab)
+        for sequence in batch.sequences:
+            rows = batch.rows_of(sequence)
+            if sequence.constraint:
+                sequence.constraint.fill(masks.allowed, rows, batch.drafts)
+                masks.masked[rows] = True
+            for row in rows[: sequence.stopless_tokens]:
+                allowed = masks.allowed[row].copy() if sequence.constraint else ~masks.allowed[row]
+                for token in sequence.request.sampling.stop_token_ids:
+                    allowed[token // 32] &= ~np.uint32(1 << token % 32)
+                if allowed.any():  # else its grammar ends here
+                    masks.masked[row], masks.allowed[row] = True, allowed
+        return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
         """Appends to a sequence the tokens sampled for it, as far as they count."""

@@ -53,9 +53,10 @@ class Range(NamedTuple):
 
 RANGES = {
     "max_tokens": Range(1, 2**31 - 1, integer=True),
+    "min_tokens": Range(0, 2**31 - 1, integer=True),
     "temperature": Range(0, 2, note=" (greedy)"),
     "top_k": Range(-1, 2**31 - 1, integer=True, note=" or 0 (all tokens)"),
-    "top_p": Range(0, 1, above=True, note=" (all tokens)"),
+    "top_p": Range(0, 1),
     "min_p": Range(0, 1, note=" (all tokens)"),
     "seed": Range(0, SEEDS - 1, integer=True),
     "presence_penalty": Range(-100, 100),
@@ -77,7 +78,7 @@ class SamplingParams:
     divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858);
     `logit_bias` is added. `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled
     one, before any of this and before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of
-    it. Raises InvalidField for a value out of RANGES.
+    it; none is sampled before `min_tokens`. Raises InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16
@@ -92,6 +93,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     logprobs: int | None = None
     stop_token_ids: Collection[int] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", frozenset(token_ids("stop_token_ids", self.stop_token_ids)))
@@ -105,6 +107,8 @@ class SamplingParams:
                     allowed.check(f"logit_bias of token {token}", value, name)
             elif name != "logprobs" or self.logprobs is not None:
                 allowed.check(name, getattr(self, name))
+        if self.min_tokens > self.max_tokens:
+            raise InvalidField("min_tokens", f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}.")
 
     @property
     def adjusts_logits(self) -> bool:

@@ -152,7 +152,8 @@ class Scheduler:
         else:
             steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
         room = self.limit - max(sequence.position for sequence in decoding)
-        steps = min(steps, room, max(sequence.remaining for sequence in decoding))
+        stopless = [sequence.stopless_tokens for sequence in decoding if sequence.stopless_tokens]
+        steps = min(steps, room, max(sequence.remaining for sequence in decoding), *stopless)
         return Decode(rows, steps, [], self.copies, False)
 
     def record_prefill(self, sequence: Sequence, count: int) -> None:

@@ -66,6 +66,11 @@ class Sequence:
         return self.request.sampling.max_tokens - len(self.output_tokens)
 
     @property
+    def stopless_tokens(self) -> int:
+        """Tokens still to come before one may end it."""
+        return max(0, self.request.sampling.min_tokens - len(self.output_tokens))
+
+    @property
     def max_positions(self) -> int:
         """The most positions of its slot that may be written, by the last dispatch's surplus too."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS

@@ -162,7 +162,7 @@ def _requests() -> list[Request]:
          {"temperature": 0.9, "min_p": 0.1, "top_k": 9, "top_p": 0.8}],
         [{}, {}, {}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.4, "repetition_penalty": 1.2},
          {"logit_bias": {3: 4.0, 5: -100.0}}],
-        [{}, {}, {"stop_token_ids": (3,)}, {"stop_token_ids": (1, 2, 9)}],
+        [{}, {}, {"stop_token_ids": (3,)}, {"stop_token_ids": (1, 2, 9), "min_tokens": 1}],
         [{"logprobs": None}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 20}],
         [{}, {}, {"namespace": "key"}],
         [{}, {}, {}, *({"constraint": constraint_of(grammar), "stop_token_ids": (39, 40)} for grammar in GRAMMARS)],

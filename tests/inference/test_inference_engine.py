@@ -321,3 +321,15 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
 def test_slots_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_engine("float32", **options)
+
+
+def test_no_stop_token_comes_before_min_tokens():
+    everything = tuple(range(1, 41))  # token 0 alone is no end
+    engine = make_engine("float32")
+    for least in (0, 1, 5, 12):
+        request = request_of(text(0, 9), 12, temperature=1.0, seed=1, stop_token_ids=everything, min_tokens=least)
+        (completion,) = complete(engine, [request])
+        assert completion.tokens[:least] == (0,) * least
+        assert completion.finish_reason == ("length" if len(completion.tokens) == 12 else "stop")
+    with pytest.raises(UserError, match="min_tokens is 13, more than max_tokens, 12"):
+        request_of(text(0, 9), 12, min_tokens=13)

@@ -14,9 +14,10 @@ GOOD = {"prompt": (1, 2, 3), "max_tokens": 5}
 NAN, INF = float("nan"), float("inf")
 BAD = {
     "max_tokens": [0, -1, 2.0, True, None, "5", 10**400],
+    "min_tokens": [-1, 17, 2.0, None],
     "temperature": [-0.1, 2.1, NAN, INF, 10**400, "hot", None, True],
     "top_k": [-2, 1.5, 2**31],
-    "top_p": [0, 0.0, 1.01, NAN],
+    "top_p": [-0.1, 1.01, NAN],
     "min_p": [-0.1, 1.1],
     "seed": [-1, 2**32, 0.5, "x", 10**5000],
     "presence_penalty": [101, NAN],

@@ -26,9 +26,9 @@ def nested(depth: int) -> dict[str, Any]:
 # By the kind of field; each value is refused by the field's name.
 BAD_FIELDS: list[dict[str, Any]] = [
     *({"max_tokens": value} for value in (0, "5", 1.5, True, 2**31, 10**40)), {"temperature": 2.1}, {"temperature": "hot"},
-    {"top_p": 0}, {"top_p": 1.1}, {"min_p": 1.1}, {"top_k": -2}, {"presence_penalty": 2.1}, {"frequency_penalty": -2.1},
+    {"top_p": -0.1}, {"top_p": 1.1}, {"min_p": 1.1}, {"top_k": -2}, {"presence_penalty": 2.1}, {"frequency_penalty": -2.1},
     {"repetition_penalty": 0}, {"seed": 2**63}, {"n": 0}, {"n": 17}, {"stop": 5}, {"stop": ["a"] * 17}, {"stop": "a" * 257},
-    {"stop_token_ids": [9999]}, {"stream": "yes"}, {"stream_options": {}}, {"model": 5}, {"temprature": 1},
+    {"stop_token_ids": [9999]}, {"stream": "yes"}, {"stream_options": {}}, {"model": 5}, {"min_tokens": 6}, {"temprature": 1},
     {"stream_options": {"include_usage": True}, "stream": False},
     *({"logit_bias": value} for value in ([], {"x": 1}, {"333333": 1}, {"07": 1}, {"7\n": 1}, {"00": 1})),
 ]  # fmt: skip

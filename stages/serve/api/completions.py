@@ -58,6 +58,7 @@ class CompletionFields(GenerationRequest, kw_only=True):
     """The fields of both kinds of completion. Null means the default."""
 
     max_tokens: MaxTokens | None = None
+    min_tokens: Annotated[int, in_range("min_tokens")] | None = None
     temperature: Annotated[float, in_range("temperature")] | None = None
     top_p: Annotated[float, in_range("top_p")] | None = None
     top_k: Annotated[int, in_range("top_k")] | None = None
@@ -92,7 +93,7 @@ class CompletionFields(GenerationRequest, kw_only=True):
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
         bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
-        names = (*DefaultSampling.__struct_fields__, "seed", "stop_token_ids")
+        names = (*DefaultSampling.__struct_fields__, "min_tokens", "seed", "stop_token_ids")
         given = {name: getattr(self, name) for name in names} | {"logit_bias": bias} | options
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return await generate(

@@ -30,7 +30,7 @@ MAX_IDS = 2**18  # more than any context holds
 def in_range(name: str) -> Meta:
     """Returns the bounds of a field of SamplingParams."""
     bounds = RANGES[name]
-    return Meta(gt=bounds.least, le=bounds.most) if bounds.above else Meta(ge=bounds.least, le=bounds.most)
+    return Meta(ge=bounds.least, le=bounds.most)
 
 
 MaxTokens = Annotated[int, in_range("max_tokens")]
