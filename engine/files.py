@@ -36,8 +36,8 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home) / "thrice"
 
 
-def cache_folder(*parts: str, room: int = 2**20) -> Path:
-    """Makes and returns a folder below `cache_root()`.
+def cache_folder(name: str, room: int = 2**20) -> Path:
+    """Makes and returns a folder in `cache_root()`.
 
     Compiled programs are loaded from there as code, so it is made private (mode 0700). If others can write there or own it, if
     it has no `room`, bytes, or cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those
@@ -45,7 +45,7 @@ def cache_folder(*parts: str, room: int = 2**20) -> Path:
     for a temporary folder either.
     """
     root = cache_root()
-    folder = root.joinpath(*parts)
+    folder = root / name
     with contextlib.suppress(OSError):
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     untrusted = trust_problem(root) or trust_problem(folder)
@@ -56,11 +56,11 @@ def cache_folder(*parts: str, room: int = 2**20) -> Path:
         root = _temporary_cache(root, room, links=not untrusted)
         os.environ["THRICE_CACHE"] = str(root)
         with contextlib.suppress(OSError):
-            root.joinpath(*parts).mkdir(parents=True, exist_ok=True, mode=0o700)
+            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
     elif root.stat().st_mode & 0o077:
         with contextlib.suppress(PermissionError):
             root.chmod(0o700)
-    return root.joinpath(*parts)
+    return root / name
 
 
 def trust_problem(path: Path | int) -> str:

@@ -36,13 +36,12 @@ SPLIT = (
     r"|\s{1,64}"
 )
 
-# A letter or digit before a space, or a letter before a digit: no token of this pattern, nor of those of GPT-2, Llama 3
-# and Qwen, contains such a pair, so a text cut there keeps its tokens.
-WORD_END = re.compile(r"[^\W_](?=\s)|[A-Za-z](?=\d)")
+# A letter or digit before a space, a letter before a digit, or a line end before a letter or digit: no token of this pattern,
+# nor of those of GPT-2, Llama 3 and Qwen, contains such a pair, so a text cut there keeps its tokens.
+TOKEN_END = re.compile(r"[^\W_](?=\s)|[A-Za-z](?=\d)|\n(?=[^\W_])")
 
 PIECE = 16_384  # characters encoded at a time: stays in the CPU's cache
 TOGETHER = 64  # pieces a call, spread over the cores
-LOOKAHEAD = 256  # more than the pattern looks ahead
 
 # The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -129,8 +128,8 @@ class Tokenizer:
         byte_level = "ByteLevel" in decoder
         self._table = _byte_table(inner, byte_level)
         self._later = None if byte_level else _without_first_space(fields)
-        # Where a token reaches across the end of a word, a text is encoded in one piece.
-        self._cuts = byte_level or not any(WORD_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
+        # Where a token reaches across such a place, a text is encoded in one piece.
+        self._cuts = byte_level or not any(TOKEN_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
         self.controls = {token: added for token, added in inner.get_added_tokens_decoder().items() if added.special}
         self.vocab = max(self._table) + 1
         self._lengths = np.array([len(self.bytes_of(token)) for token in range(self.vocab)])
@@ -186,27 +185,13 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Cuts text between tokens into pieces of about PIECE characters; more where no token ends sooner."""
-        start, size = 0, PIECE
-        while self._cuts and len(text) - start > size:
-            if cut := self._cut(text, start, start + size):
-                yield text[start:cut]
-                start, size = cut, PIECE
-            else:
-                size *= 2
+        """Cuts text between tokens into pieces of PIECE characters and what follows up to the next place to cut."""
+        start = 0
+        while self._cuts and (cut := TOKEN_END.search(text, start + PIECE)):
+            yield text[start : cut.end()]
+            start = cut.end()
         if start < len(text):
             yield text[start:]
-
-    def _cut(self, text: str, start: int, stop: int) -> int | None:
-        """Returns a place before `stop` where a token surely ends, given that one starts at `start`, or None."""
-        if word_ends := [*WORD_END.finditer(text, max(start, stop - 2 * LOOKAHEAD), stop)]:
-            return word_ends[-1].end()
-        if self.inner.pre_tokenizer is None:
-            return None
-        spans = self.inner.pre_tokenizer.pre_tokenize_str(text[start:stop])
-        limit = stop - start - LOOKAHEAD  # beyond it a token may still change
-        ends = [end for _, (_, end) in spans if 0 < end <= limit]
-        return start + ends[-1] if ends else None
 
 
 class ModelTokenizer(NamedTuple):
