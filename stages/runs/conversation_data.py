@@ -26,8 +26,7 @@ from engine.text.template import Message
 from engine.training.preference import Preferences, margins
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
-from stages.runs.stage import Evaluator
-from stages.runs.text_data import EVALUATION_ROWS
+from stages.runs.text_data import EVALUATION_ROWS, Evaluator
 
 HELD_OUT = 0.1
 QUESTIONS = 3  # of the held-out set, or for texts these

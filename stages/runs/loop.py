@@ -24,7 +24,8 @@ from stages.cli.command import explain_error, process_start
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.folder import JsonLines
-from stages.runs.stage import Evaluator, LoopState, Steps
+from stages.runs.stage import LoopState, Steps
+from stages.runs.text_data import Evaluator
 
 if TYPE_CHECKING:  # a run that nobody watches or records does without
     from stages.runs.watch.recorder import Recorder

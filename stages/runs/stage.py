@@ -4,7 +4,7 @@ TrainingSteps, the steps of training and fine-tuning, run a compiled step on one
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,8 +16,8 @@ from engine.mesh.layout import batch_share, global_batch
 from engine.text.tokenizer import Tokenizer
 from engine.training.optimizer import make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
-from stages.cli.console import ReportProgress
 from stages.runs.estimate import RunPlan
+from stages.runs.text_data import Evaluator
 
 LARGE_BUFFER = 2**27  # bytes
 
@@ -59,32 +59,6 @@ class LoopState:
 
     def begin(self, name: str) -> None:
         self.intervals = self.intervals | {name: (self.step, self.seconds)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Evaluates on held-out batches: the sum of `summed_loss(trainable, batch)` over `size`.
-
-    The mean is called `unit` on screen and `key` in metrics.jsonl.
-    """
-
-    batches: Sequence[Any]
-    summed_loss: Callable[[Any, Any], Any]
-    size: float
-    unit: str
-    key: str
-
-    def evaluate(
-        self, trainable: Any, report: ReportProgress = lambda *_: None, stopped: Callable[[], bool] = lambda: False
-    ) -> float | None:
-        """Returns the mean; None when it was `stopped` in between."""
-        total = 0.0
-        for number, batch in enumerate(self.batches, 1):
-            if stopped():
-                return None
-            total += float(self.summed_loss(trainable, batch))
-            report(number, len(self.batches))
-        return total / self.size
 
 
 class Steps(Protocol):

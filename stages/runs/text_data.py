@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from engine.text.batch import count_windows, evaluation_windows, window_batch
 from engine.text.corpus import Corpus, TokenFile, hold_out, open_bin, open_token_file, read_corpus, without_copies
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from stages.cli.console import Console, ReportProgress
-from stages.runs.stage import Evaluator
 
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most
 HELD_OUT = 0.05
@@ -214,6 +213,32 @@ def general_bits_per_byte(
     with console.task(f"evaluating on {text}", always=True) as report:
         nats = score_text(cfg, params, tokens, seq, seq, EVALUATION_ROWS, report)
     return bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates on held-out batches: the sum of `summed_loss(trainable, batch)` over `size`.
+
+    The mean is called `unit` on screen and `key` in metrics.jsonl.
+    """
+
+    batches: Sequence[Any]
+    summed_loss: Callable[[Any, Any], Any]
+    size: float
+    unit: str
+    key: str
+
+    def evaluate(
+        self, trainable: Any, report: ReportProgress = lambda *_: None, stopped: Callable[[], bool] = lambda: False
+    ) -> float | None:
+        """Returns the mean; None when it was `stopped` in between."""
+        total = 0.0
+        for number, batch in enumerate(self.batches, 1):
+            if stopped():
+                return None
+            total += float(self.summed_loss(trainable, batch))
+            report(number, len(self.batches))
+        return total / self.size
 
 
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
