@@ -236,6 +236,7 @@ class ModelRunner:
         self.has_long_programs = False
         self._preparing = threading.Lock()
         self._prepared: tuple[KVSegments, Programs | None] | None = None
+        self.has_kernel = segmented.has_kernel()  # whether decoding attends by the kernel in C
         self.params = self._device_put(params)
         self.segments, self.counts = self._make(lambda: (self._empty(short), make_token_counts(cfg, config.rows)))
 

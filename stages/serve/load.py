@@ -130,7 +130,8 @@ def load_state(
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
     console.print_rows([
         ("model", f"{', '.join(names)}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
-        ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")),
+        ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")
+                   + ("; kernels in C" if engine.runner.has_kernel else "")),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
         ("slots", f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
                   f"{format_bytes(engine.cache_bytes)}"),

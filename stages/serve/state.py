@@ -95,6 +95,7 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
         del options[name]
     inputs = {
         "weights": digest, "config": repr(engine.cfg), "engine": options, "devices": engine.devices,
+        "attention in C": engine.runner.has_kernel,
         "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES], **text,
     }  # fmt: skip

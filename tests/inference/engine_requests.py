@@ -1,11 +1,14 @@
 """Fixtures for the tests of slots: tiny models as they are served, requests of every kind, and slots full of rubbish."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny import lively_params, request_of, tiny_config, tokens_of
 from tokenizers import AddedToken
 
@@ -14,6 +17,7 @@ from engine.inference.constraints import Constraint, GrammarCompiler, json_gramm
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
+from engine.model.cache import segmented
 from engine.model.weights.int8 import quantize
 
 SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
@@ -135,14 +139,24 @@ def complete(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 def complete_alone(dtype: str, request: Request) -> Completion:
     """The completion when there never was another request: no draft tokens, no cached chunks, clean slots."""
-    key = dtype, repr(request)
+    key = dtype, repr(request), segmented.has_kernel()
     if key not in _alone:
         (_alone[key],) = complete(make_engine(dtype, speculate=False), [request])
         assert _alone[key].finish_reason != "error", "no numbers at all would be the same in any company"
     return _alone[key]
 
 
-_alone: dict[tuple[str, str], Completion] = {}
+_alone: dict[tuple[str, str, bool], Completion] = {}
+
+
+@contextlib.contextmanager
+def attends_by_xla() -> Iterator[None]:
+    """Attention as where the kernel in C cannot be built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmented, "has_kernel", lambda: False)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 def text(seed: int, length: int) -> list[int]:

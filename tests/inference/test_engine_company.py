@@ -2,7 +2,19 @@
 
 import numpy as np
 import pytest
-from engine_requests import AS_SERVED, CAPACITY, CHUNK, REQUESTS, SHORT, SLOTS, Log, complete_alone, make_engine, poison
+from engine_requests import (
+    AS_SERVED,
+    CAPACITY,
+    CHUNK,
+    REQUESTS,
+    SHORT,
+    SLOTS,
+    Log,
+    attends_by_xla,
+    complete_alone,
+    make_engine,
+    poison,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -104,6 +116,17 @@ class CompanyAsServed(Company):
 SOME = settings(max_examples=15, stateful_step_count=30, deadline=None)
 Company.TestCase.settings = CompanyOfInt8.TestCase.settings = CompanyAsServed.TestCase.settings = SOME
 TestCompany, TestCompanyOfInt8, TestCompanyAsServed = Company.TestCase, CompanyOfInt8.TestCase, CompanyAsServed.TestCase
+
+
+@pytest.fixture(scope="class")
+def by_xla():
+    with attends_by_xla():
+        yield
+
+
+@pytest.mark.usefixtures("by_xla")
+class TestCompanyByXla(CompanyAsServed.TestCase):
+    """The same without the kernel in C."""
 
 
 def test_the_defaults_of_a_server_are_those_of_the_machine_as_served():

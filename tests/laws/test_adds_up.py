@@ -65,7 +65,8 @@ def test_no_product_reads_a_broadcast(case):
     lowered = program.function.lower(*program.arguments)
     compiled = lowered.compile(program.options).as_text()
     for text in (lowered.as_text("hlo"), compiled):
-        assert " dot(" in text or name in WITHOUT_WEIGHTS or "initial" in name
+        products = " dot(" in text or "thrice_" in text  # by XLA, or all by kernels in C
+        assert products or name in WITHOUT_WEIGHTS or "initial" in name
         assert spread_operands(text) == []
 
 

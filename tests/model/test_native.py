@@ -42,7 +42,7 @@ multiply = jax.jit(int8_matmul, static_argnames="dtype")
 def kernel():
     if problem := native_problem():
         pytest.skip(f"there is no kernel here: {problem}")
-    return read_library()
+    return read_library("int8_matmul")
 
 
 @functools.cache
@@ -149,13 +149,13 @@ def test_another_processor(fresh):
 
 
 def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_path):
-    assert read_library() == kernel
+    assert read_library("int8_matmul") == kernel
     fresh.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was built again"))
-    assert read_library() == kernel
+    assert read_library("int8_matmul") == kernel
     flags = library.processor()[1]
     fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
     fresh.setattr(subprocess, "run", lambda command, **_: open(command[-1], "wb").close())
-    assert read_library() == b""
+    assert read_library("int8_matmul") == b""
     assert len([*(tmp_path / "cache" / "native").iterdir()]) == 2
 
 
@@ -167,7 +167,7 @@ def cached(kernel, fresh, tmp_path):
     compiler.write_text(f'#!/bin/sh\nfor out; do :; done\nexec cp {copy} "$out"\n')
     compiler.chmod(0o755)
     fresh.setenv("CC", str(compiler))
-    assert read_library() == copy.read_bytes()
+    assert read_library("int8_matmul") == copy.read_bytes()
     (path,) = (tmp_path / "cache" / "native").iterdir()
     return path
 
@@ -182,7 +182,7 @@ def test_a_damaged_library_is_built_again(cached):
         damaged.append(bytes(flipped))
     for data in damaged:
         cached.write_bytes(data)
-        assert read_library() == intact[:-32]
+        assert read_library("int8_matmul") == intact[:-32]
         assert cached.read_bytes() == intact
 
 
@@ -196,16 +196,16 @@ def test_a_library_that_another_user_can_have_written_is_built_again(cached, fre
     for mode in (0o620, 0o602, 0o666):
         cached.write_bytes(planted(b"evil"))
         cached.chmod(mode)
-        assert read_library() == intact[:-32]
+        assert read_library("int8_matmul") == intact[:-32]
         assert (cached.read_bytes(), cached.stat().st_mode & 0o777) == (intact, 0o600)
     cached.unlink()
     os.mkfifo(cached)
-    assert read_library() == intact[:-32]
+    assert read_library("int8_matmul") == intact[:-32]
     if os.geteuid():  # else another owner can be given
         return
     cached.write_bytes(planted(b"evil"))
     os.chown(cached, 65534, -1)
-    assert read_library() == intact[:-32]
+    assert read_library("int8_matmul") == intact[:-32]
     assert cached.stat().st_uid == 0
 
 
@@ -222,7 +222,7 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
         pytest.skip("only root can give a folder to another user")
     reason = f"others can write to {tmp_path / name}" if way == "writable" else f"{tmp_path / name} belongs to another user"
     with pytest.warns(UserWarning, match=rf"cache is not used \({reason}\).*set THRICE_CACHE") as sentences:
-        assert [read_library(), read_library()] == [intact[:-32]] * 2
+        assert [read_library("int8_matmul"), read_library("int8_matmul")] == [intact[:-32]] * 2
     assert len(sentences) == 1
     assert cached.read_bytes() == planted(b"evil")
     assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)

@@ -20,6 +20,7 @@ from engine.model.cache.segmented import (
     segment_edges,
     segmented_cache,
 )
+from engine.model.native.library import native_problem
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim
@@ -30,7 +31,16 @@ DTYPES = ("float32", "bfloat16", "int8")
 # the softmax to 8 bits, int8 keeps them to 15.
 NEAR = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 3e-4}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
-attention = jax.jit(segmented.attention)
+# By the kernel in C, where there is one, and by XLA: each compiled by itself.
+PATHS = {path: jax.jit(functools.partial(segmented.attention)) for path in ("kernel", "XLA")}
+
+
+@pytest.fixture(params=PATHS)
+def attention(request, monkeypatch):
+    if request.param == "kernel" and (problem := native_problem()):
+        pytest.skip(f"there is no kernel here: {problem}")
+    monkeypatch.setattr(segmented, "has_kernel", lambda: request.param == "kernel")
+    return PATHS[request.param]
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -75,7 +85,7 @@ def filled(dtype: str) -> tuple[KVSegments, list[np.ndarray]]:
     for slot in range(SLOTS):
         for start in range(0, EDGES[-1], FIRST):
             k, v = (side[slot : slot + 1, start : start + FIRST] for side in numbers)
-            _, layer = attention(normal(rng, 1, FIRST, N, H), k, v, layer_at(segments, rows_of([start], [slot])))
+            _, layer = PATHS["XLA"](normal(rng, 1, FIRST, N, H), k, v, layer_at(segments, rows_of([start], [slot])))
             segments = KVSegments((layer.k,) * 2, (layer.v,) * 2)
     return segments, numbers
 
@@ -93,7 +103,7 @@ def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
         assert (np.abs(joined(layer) - numbers.transpose(0, 2, 1, 3)) <= exact * largest).all()
 
 
-def check_attention(dtype: str, segments: KVSegments, q, k, v, starts, slots) -> None:
+def check_attention(attention, dtype: str, segments: KVSegments, q, k, v, starts, slots) -> None:
     """Each row's tokens see in its slot what plain attention sees over the very keys and values that are stored."""
     out, layer = attention(q, k, v, layer_at(segments, rows_of(starts, slots)))
     rounded = np.asarray(jnp.asarray(q, "bfloat16") if dtype == "bfloat16" else q, np.float64)
@@ -104,17 +114,17 @@ def check_attention(dtype: str, segments: KVSegments, q, k, v, starts, slots) ->
 
 
 @EVERY_DTYPE
-def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_every_slot(dtype):
+def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_every_slot(attention, dtype):
     """Rows stand at different lengths: all from 1 to the capacity, the ones around every edge among them."""
     (segments, _), rng = filled(dtype), np.random.default_rng(1)
     for lengths in np.stack([np.roll(np.arange(EDGES[-1]), 31 * row) for row in range(SLOTS)], 1):
-        check_attention(dtype, segments, *new_qkv(rng, SLOTS), lengths, range(SLOTS))
+        check_attention(attention, dtype, segments, *new_qkv(rng, SLOTS), lengths, range(SLOTS))
     for start in range(0, EDGES[-1], FIRST):
-        check_attention(dtype, segments, *new_qkv(rng, 1, FIRST), [start], [start // FIRST % SLOTS])
+        check_attention(attention, dtype, segments, *new_qkv(rng, 1, FIRST), [start], [start // FIRST % SLOTS])
 
 
 @EVERY_DTYPE
-def test_int8_keys_and_values_are_near_the_ones_that_came(dtype):
+def test_int8_keys_and_values_are_near_the_ones_that_came(attention, dtype):
     """Against the numbers before they were rounded: what a type costs, root mean square, of outputs near 0.3."""
     segments, (k, v) = filled(dtype)
     q = normal(np.random.default_rng(3), SLOTS, 1, N, H)
@@ -127,7 +137,7 @@ def test_int8_keys_and_values_are_near_the_ones_that_came(dtype):
 
 
 @EVERY_DTYPE
-def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(dtype):
+def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtype):
     """Alone among rows that are not in use, and beside rows that reach further, whose slots hold NaN and infinity."""
     (segments, _), rng = filled(dtype), np.random.default_rng(4)
     qkv = new_qkv(rng, 1)
@@ -151,7 +161,7 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(dtype):
 
 
 @EVERY_DTYPE
-def test_what_a_row_may_not_see_does_not_matter(dtype):
+def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
     """Behind its own position other numbers, in its own slot: the same bits. (Cleared slots hold no NaN there.)"""
     segments, _ = filled(dtype)
     new, rows = new_qkv(np.random.default_rng(5), SLOTS), rows_of([3, 15, 16, 33, 70], range(SLOTS))
@@ -169,7 +179,7 @@ def test_what_a_row_may_not_see_does_not_matter(dtype):
     assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
 
 
-def test_rows_are_written_where_they_are_sent_and_nowhere_else():
+def test_rows_are_written_where_they_are_sent_and_nowhere_else(attention):
     """Twice, once, not at all; never beyond the last segment or before the first."""
     segments, _ = filled("float32")
     rng = np.random.default_rng(6)

@@ -14,7 +14,7 @@ from figures import at_least, at_most, exactly
 from bench.serving.client import complete, completion_request, random_text
 from bench.serving.server import Server
 from engine.counting.hardware import clock
-from engine.model.native.library import SOURCE
+from engine.model.native.library import FOLDER
 from engine.text.template import WORKER
 
 pytestmark = pytest.mark.anyio
@@ -136,7 +136,7 @@ def foreign_events(log: Path) -> list[list[str]]:
     """(event, arguments) of what was written and is not the server's own."""
     events = [json.loads(line) for line in log.read_text().splitlines()]
     name, start = OWN_ADDRESS
-    compiles = lambda name, args: name == "subprocess.Popen" and f"{str(SOURCE)!r}, '-o'" in args
+    compiles = lambda name, args: name == "subprocess.Popen" and f"{FOLDER}/" in args and ".c', '-o'" in args
     return [
         event for event in events
         if event != OWN_PROGRAM and not compiles(*event) and not (event[0] == name and event[1].startswith(start))

@@ -18,7 +18,8 @@ from jax import Array
 
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED, einsum32, group_heads, join_heads
-from engine.model.ops import ops
+from engine.model.native.library import native_problem, target
+from engine.model.ops import ops, platform
 from engine.model.weights.int8 import join_digits, round_rows, two_digit_rows
 
 KVDtype = Literal["bfloat16", "float32", "int8"]
@@ -200,16 +201,24 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     """
     rows, stored = layer.rows, layer.k[0]
 
-    def write(side: LayerSegments, new: Array) -> LayerSegments:
-        new = new.transpose(0, 2, 1, 3)[rows.source]
+    def to_stored(new: Array) -> KVArray:
+        new = new.transpose(0, 2, 1, 3)
         if isinstance(stored, Array):
-            return _write(side, new, layer.destinations)
+            return new.astype(stored.dtype)
         values, scale = round_rows(new)
-        return _write(side, QuantizedKV(values, scale[..., 0]), layer.destinations)
+        return QuantizedKV(values, scale[..., 0])
 
-    layer = layer._replace(k=write(layer.k, k), v=write(layer.v, v))
+    new_keys, new_values = to_stored(k), to_stored(v)
     queries = group_heads(q.astype(stored.dtype) if isinstance(stored, Array) else q, k.shape[2])
     R, K, G, T, H = queries.shape
+    if T == 1 < R and has_kernel():
+        out, layer = _attend_by_kernel(queries[:, :, :, 0], new_keys, new_values, layer)
+        return join_heads(out[:, :, :, None]).astype(q.dtype), layer
+
+    def write(side: LayerSegments, new: KVArray) -> LayerSegments:
+        return _write(side, jax.tree.map(lambda array: array[rows.source], new), layer.destinations)
+
+    layer = layer._replace(k=write(layer.k, new_keys), v=write(layer.v, new_values))
     queries = queries.reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     positions = jnp.tile(positions, (1, G))
@@ -219,6 +228,22 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     if is_shared:
         out = out.reshape(K, R, G * T, H).swapaxes(0, 1)
     return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
+
+
+def has_kernel() -> bool:
+    """Whether the kernel in C attends for a token a row: on one CPU where it can be built. XLA attends near as it does."""
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and not native_problem()
+
+
+def _attend_by_kernel(q: Array, new_keys: KVArray, new_values: KVArray, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
+    """q (R, K, G, H), new keys and values (R, K, 1, H) -> (R, K, G, H) float32, and the layer with them, written in place."""
+    stored, tree = jax.tree.flatten((layer.k, layer.v))
+    inputs = [q.astype(jnp.float32), *layer.rows, *jax.tree.leaves((new_keys, new_values))]
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs[0], *stored)]
+    aliases = {len(inputs) + i: 1 + i for i in range(len(stored))}
+    out, *stored = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)(*inputs, *stored)
+    keys, values = jax.tree.unflatten(tree, stored)
+    return out, layer._replace(k=keys, v=values)
 
 
 def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:

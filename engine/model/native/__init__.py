@@ -1,1 +1,1 @@
-"""Code in C that XLA calls on a CPU: int8 products. XLA computes to the same bits where it cannot be built."""
+"""Code in C that XLA calls on a CPU: int8 products, and attention of decoding. XLA computes where it cannot be built."""

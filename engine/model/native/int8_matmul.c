@@ -7,21 +7,14 @@
 // wait for that reading, many for the instruction. Threads of XLA's own pool help. One that comes late finds no part left, so
 // nobody waits for a thread that has not begun.
 #include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "xla/ffi/api/c_api.h"
+#include "threads.h"
 
 enum { COLUMNS = 16, INPUTS = 4, STEP = COLUMNS * INPUTS };  // of a step: the bytes of weight side by side, a cache line
 enum { FINE = 254 };                                         // as in int8.py
 enum { ROWS = 6 };                                           // that share one reading of a strip's weights, at most
-enum { PART = 64 * 1024 };                                   // bytes of weight that a thread takes at a time, about
 enum { ROUNDED = 16 * 1024 };                                // numbers that a thread rounds at a time, about
 enum { AHEAD = 4096 };  // bytes of weight: processors fetch ahead, but not past a page. Into the second cache: the first is too small
-enum { PATIENCE = 10000 };                                   // looks at the others' parts before giving them the processor
 
 // Sums: 16 int32, a column each. Weights: a step. Inputs: 4 of one row, for each column. STRIPS of 16 columns share one
 // reading of the rows: as many as leave ROWS * STRIPS sums in registers, or nearly.
@@ -29,7 +22,6 @@ enum { PATIENCE = 10000 };                                   // looks at the oth
 #include <immintrin.h>
 enum { STRIPS = 4, TOO_HIGH = 128 };  // the instruction takes weights without a sign: 128 too high
 typedef __m512i Sums, Weights, Inputs;
-#define pause() _mm_pause()
 static inline Sums filled(int32_t value) { return _mm512_set1_epi32(value); }
 static inline Weights read_weights(const int8_t *w) { return _mm512_xor_si512(_mm512_load_si512(w), _mm512_set1_epi8(-128)); }
 static inline Inputs spread(int32_t inputs) { return _mm512_set1_epi32(inputs); }
@@ -42,7 +34,6 @@ enum { STRIPS = 1, TOO_HIGH = 0 };
 typedef struct { __m256i half[2]; } Sums;
 typedef struct { __m256i half[2], size[2]; } Weights;  // size: without their signs
 typedef __m256i Inputs;
-#define pause() _mm_pause()
 static inline Sums filled(int32_t value) { return (Sums){{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
 static inline Weights read_weights(const int8_t *w) {
   const __m256i left = _mm256_load_si256((const __m256i *)w), right = _mm256_load_si256((const __m256i *)w + 1);
@@ -66,7 +57,6 @@ enum { STRIPS = 1, TOO_HIGH = 0 };
 typedef struct { int32x4_t val[4]; } Sums;  // not int32x4x4_t, whose registers clang keeps next to one another, by moving them
 typedef struct { int8x16_t val[4]; } Weights;
 typedef int8x16_t Inputs;
-#define pause() __asm__ volatile("yield")
 static inline Sums filled(int32_t value) {
   const int32x4_t four = vdupq_n_s32(value);
   return (Sums){{four, four, four, four}};
@@ -84,9 +74,7 @@ static inline void write_sums(int32_t *to, Sums sums) {
 #error "this processor is not known to multiply int8 fast"
 #endif
 
-typedef struct Task Task;
-struct Task {
-  void (*part)(const Task *, int64_t);
+typedef struct {
   const float *x;
   const int8_t *weight;
   int8_t *rows;       // (M * digits, stride), rounded; each begins a cache line, and ends a step in zeros
@@ -95,13 +83,8 @@ struct Task {
   int32_t *surplus;   // (M * digits), what TOO_HIGH adds to each sum, taken off from the start
   int64_t *active;    // (count), the rounded rows to multiply: those whose scale is a number
   int64_t M, in, out, stride, digits, count;
-  int64_t size, parts;  // of a part, in rows of x or in strips
-  _Atomic int64_t next, done;  // parts
-  _Atomic int holders;         // threads that still read this
-};
-
-#define UNROLL _Pragma("GCC unroll 8")
-#define INLINE static inline __attribute__((always_inline))
+  int64_t size;  // of a part, in rows of x or in strips
+} Task;
 
 // `rows` active rows from the given one on, times 16 * strips columns. Both are constants wherever this is inlined.
 INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip, const int strips) {
@@ -153,7 +136,8 @@ INLINE void multiply_rows(const Task *t, int64_t strip, const int strips) {
   }
 }
 
-static void multiply_part(const Task *t, int64_t part) {
+static void multiply_part(const void *task, int64_t part) {
+  const Task *t = task;
   const int64_t strips = (t->out + COLUMNS - 1) / COLUMNS, end = (part + 1) * t->size, stop = end < strips ? end : strips;
   int64_t strip = part * t->size;
   if (t->count > ROWS)  // fewer are faster in one strip at a time, read in order
@@ -192,7 +176,8 @@ static float round_row(const float *x, int64_t in, int digits, int8_t *rows, int
   return scale;
 }
 
-static void round_part(const Task *t, int64_t part) {
+static void round_part(const void *task, int64_t part) {
+  const Task *t = task;
   const int64_t end = (part + 1) * t->size, stop = end < t->M ? end : t->M;
   for (int64_t row = part * t->size; row < stop; row++) {
     int8_t *rounded = t->rows + row * t->digits * t->stride;
@@ -206,72 +191,8 @@ static void round_part(const Task *t, int64_t part) {
   }
 }
 
-static void release(Task *t) {
-  if (atomic_fetch_sub(&t->holders, 1) == 1) free(t);
-}
-
-static void take_parts(Task *t) {
-  for (int64_t part; (part = atomic_fetch_add(&t->next, 1)) < t->parts;) {
-    t->part(t, part);
-    atomic_fetch_add(&t->done, 1);
-  }
-}
-
-static void help(void *t) {
-  take_parts(t);
-  release(t);
-}
-
-static XLA_FFI_Error *out_of_memory(const XLA_FFI_Api *xla) {
-  XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "out of memory",
-                                     XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
-  return xla->XLA_FFI_Error_Create(&error);
-}
-
-// Returns 0 after dropping XLA's error.
-static int failed(const XLA_FFI_Api *xla, XLA_FFI_Error *error) {
-  XLA_FFI_Error_Destroy_Args drop = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
-  if (error) xla->XLA_FFI_Error_Destroy(&drop);
-  return error != NULL;
-}
-
-// Does all of `like`'s parts, with the threads of XLA's pool. Threads that come late still read the task, so it is a copy.
-static XLA_FFI_Error *run(XLA_FFI_CallFrame *call, int64_t threads, const Task *like) {
-  const XLA_FFI_Api *xla = call->api;
-  if (like->parts < 2) {
-    if (like->parts) like->part(like, 0);
-    return NULL;
-  }
-  Task *t = malloc(sizeof *t);
-  if (!t) return out_of_memory(xla);
-  *t = *like;
-  const int helpers = threads < t->parts ? threads - 1 : t->parts - 1;
-  atomic_store(&t->holders, 1 + helpers);
-  for (int i = 0; i < helpers; i++) {
-    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, call->ctx, help, t};
-    if (failed(xla, xla->XLA_FFI_ThreadPool_Schedule(&task))) release(t);
-  }
-  take_parts(t);
-  for (int spins = 0; atomic_load(&t->done) < t->parts; spins++) {
-    if (spins < PATIENCE) pause();
-    else sched_yield();  // to a thread that was interrupted within its part
-  }
-  release(t);
-  return NULL;
-}
-
-static int64_t ceiling(int64_t count, int64_t size) { return (count + size - 1) / size; }
-static size_t lines(size_t bytes) { return ceiling(bytes, STEP) * STEP; }
-
 XLA_FFI_Error *thrice_int8_matmul(XLA_FFI_CallFrame *call) {
-  const XLA_FFI_Api *xla = call->api;
-  if (call->extension_start && call->extension_start->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)call->extension_start)->metadata;
-    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    metadata->traits = 0;
-    return NULL;
-  }
+  if (answered_version(call)) return NULL;
   XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
   Task t = {.x = arguments[0]->data, .weight = arguments[1]->data, .sums = results[0]->data, .scales = results[1]->data,
             .M = arguments[0]->dims[0], .in = arguments[0]->dims[1], .out = results[0]->dims[1]};
@@ -280,28 +201,21 @@ XLA_FFI_Error *thrice_int8_matmul(XLA_FFI_CallFrame *call) {
   const int64_t all = t.M * t.digits;
   const size_t rounded = lines(all * t.stride), surplus = lines(all * sizeof *t.surplus);
   char *memory = aligned_alloc(STEP, rounded + surplus + lines(all * sizeof *t.active));
-  if (!memory) return out_of_memory(xla);
+  if (!memory) return out_of_memory(call->api);
   t.rows = (int8_t *)memory;
   t.surplus = (int32_t *)(memory + rounded);
   t.active = (int64_t *)(memory + rounded + surplus);
 
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args pool = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, call->ctx, &threads};
-  if (failed(xla, xla->XLA_FFI_ThreadPool_NumThreads(&pool)) || threads < 1) threads = 1;
-
-  t.part = round_part;
+  const int64_t threads = count_threads(call);
   t.size = ceiling(ROUNDED, t.in);
-  t.parts = ceiling(t.M, t.size);
-  XLA_FFI_Error *error = run(call, threads, &t);
+  XLA_FFI_Error *error = run(call, threads, round_part, &t, ceiling(t.M, t.size));
   if (!error) {
     for (int64_t row = 0; row < all; row++)
       if (!isnan(t.scales[row / t.digits])) t.active[t.count++] = row;
     const int64_t strips = ceiling(t.out, COLUMNS);
     const int64_t rounds = ceiling(strips * t.stride * COLUMNS, threads * PART);  // in which each thread takes a part
-    t.part = multiply_part;
     t.size = ceiling(strips, threads * rounds);
-    t.parts = t.count ? ceiling(strips, t.size) : 0;
-    error = run(call, threads, &t);
+    error = run(call, threads, multiply_part, &t, t.count ? ceiling(strips, t.size) : 0);
   }
   free(memory);
   return error;

@@ -1,6 +1,6 @@
-"""Builds `int8_matmul.c` for this machine, once, into the user's cache folder, and registers it with XLA.
+"""Builds the kernels in C for this machine, once, into the user's cache folder, and registers them with XLA: all or none.
 
-The file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
+Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
 cache is a digest of all that it depends on, the processor's instructions among them, so that machines may share a folder.
 The file ends in the SHA-256 of the library before it: one that is damaged, or that others can write, is built again.
 """
@@ -30,11 +30,12 @@ from engine.device import processor
 from engine.errors import UserError
 from engine.files import atomic_file, cache_folder, open_regular, trust_problem
 
-SOURCE = Path(__file__).with_name("int8_matmul.c")
-COLUMNS, INPUTS = 16, 4  # of a step, as in the C file
-TARGET = "thrice_int8_matmul"  # as XLA knows it, and the C function's name
-# Sums in float32 are nowhere; without contraction a rounding is XLA's, and without traps it is done for many numbers at once.
-FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FOLDER = Path(__file__).parent
+# The kernels, each a C file, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
+KERNELS = {"int8_matmul": "-ffp-contract=off", "decode_attention": "-ffp-contract=fast"}
+COLUMNS, INPUTS = 16, 4  # of a step, as in int8_matmul.c
+# Without traps numbers are rounded many at once.
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library in the cache; it has a few thousand
@@ -65,12 +66,17 @@ def int8_products(x: Array, packed: Array, out: int, digits: int) -> tuple[Array
     """
     M = len(x)
     shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
-    products, scale = jax.ffi.ffi_call(TARGET, shapes)(x.astype(jnp.float32), packed)
+    products, scale = jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed)
     return products, scale
 
 
+def target(kernel: str) -> str:
+    """Returns a kernel's name as XLA knows it, which is that of its C function."""
+    return f"thrice_{kernel}"
+
+
 def native_problem() -> str:
-    """Loads the kernel, building it if need be, and returns why it cannot be used; empty when it can. Remembers the answer."""
+    """Loads the kernels, building them if need be, and returns why they cannot be used; empty when they can. Remembers it."""
     with _lock:
         return _load()
 
@@ -78,32 +84,35 @@ def native_problem() -> str:
 @functools.cache
 def _load() -> str:
     try:
-        # The bytes that were checked, in memory: a file in the cache could be changed or cut while it is mapped, and may lie
-        # where nothing can be executed. Never closed: dlopen takes a later file of the same number for this one.
-        handle = os.memfd_create(TARGET)
-        with open(handle, "wb", closefd=False) as file:
-            file.write(read_library())
-        library = ctypes.CDLL(f"/proc/self/fd/{handle}")
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+        for kernel in KERNELS:
+            # The bytes that were checked, in memory: a file in the cache could be changed or cut while it is mapped, and may
+            # lie where nothing can be executed. Never closed: dlopen takes a later file of the same number for this one.
+            handle = os.memfd_create(kernel)
+            with open(handle, "wb", closefd=False) as file:
+                file.write(read_library(kernel))
+            function = getattr(ctypes.CDLL(f"/proc/self/fd/{handle}"), target(kernel))
+            jax.ffi.register_ffi_target(target(kernel), jax.ffi.pycapsule(function), platform="cpu")
     except (_Unavailable, UserError, OSError, AttributeError) as error:
         return str(error)
     return ""
 
 
-def read_library() -> bytes:
-    """Returns the shared library of this machine, built if need be. Raises _Unavailable or OSError."""
+def read_library(kernel: str) -> bytes:
+    """Returns a kernel's shared library for this machine, built if need be. Raises _Unavailable or OSError."""
     machine, instructions = platform.machine(), processor()[1]
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
         raise _Unavailable("this processor is not known to multiply int8 fast")
     problem = "there is no C compiler; install one, or the extra `native`"
+    source, flags = FOLDER / f"{kernel}.c", (*FLAGS, KERNELS[kernel])
+    texts = [file.read_text() for file in (source, FOLDER / "threads.h")]
     for compiler in _compilers():
-        key = [SOURCE.read_text(), jaxlib.__version__, *FLAGS, machine, instructions, *compiler, *_stamp(compiler[0])]
+        key = [*texts, jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
         path = cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
         if library := _cached(path):
             return library
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "built.so"
-            arguments = (*FLAGS, TUNING[machine], f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(built))
+            arguments = (*flags, TUNING[machine], f"-I{jax.ffi.include_dir()}", str(source), "-o", str(built))
             try:
                 subprocess.run([*compiler, *arguments], check=True, capture_output=True, timeout=SECONDS)
             except (OSError, subprocess.SubprocessError) as error:

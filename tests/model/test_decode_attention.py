@@ -1,0 +1,169 @@
+"""The kernel that attends for a token a row: near what XLA gives, the same whatever lies beside it, and nothing else read."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config
+
+from engine.model.cache import segmented
+from engine.model.cache.segmented import CacheRows, make_kv_segments
+from engine.model.native.library import native_problem
+
+DTYPES = ("float32", "bfloat16", "int8")
+# Furthest from XLA's result, in parts of the largest value, for scores up to 50: XLA rounds the softmax to bfloat16's 8 bits,
+# and with int8 queries and softmax to 15.
+NEAR = {"float32": 2e-5, "bfloat16": 8e-3, "int8": 1e-3}
+# Slots, key heads, queries of each, head width; edges of segments.
+SHAPES = [
+    ((2, 1, 1, 4), (0, 3)), ((5, 3, 3, 64), (0, 128, 256, 512, 777)), ((3, 2, 7, 20), (0, 8, 16, 30)),
+    ((1, 4, 2, 16), (0, 40, 300)), ((2, 1, 5, 128), (0, 257)),
+]  # fmt: skip
+SIZES, ANY_SEED = st.integers(0, len(SHAPES) - 1), st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    if problem := native_problem():
+        pytest.skip(f"there is no kernel here: {problem}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attend(by_kernel: bool, qkv, segments, rows):
+    """Attention, and the segments' arrays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmented, "has_kernel", lambda: by_kernel)
+        out, layer = segmented.attention(*qkv, segmented.segmented_cache(segments, rows).layer(0))
+    return out, jax.tree.leaves((layer.k, layer.v))
+
+
+def inputs(shape: int, dtype: str, seed: int):
+    """q, k and v of a step, a layer full of numbers of very different sizes, and rows at any positions, some not in use."""
+    (slots, K, G, H), edges = SHAPES[shape]
+    rng, R = np.random.default_rng(seed), max(slots, 2)
+    numbers = lambda *sizes: (rng.standard_normal(sizes) * 10.0 ** rng.uniform(-3, 0.5, (*sizes[:-1], 1))).astype(np.float32)
+
+    def fill(array):
+        if array.dtype == jnp.int8:
+            return jnp.asarray(rng.integers(-127, 128, array.shape), jnp.int8)
+        return jnp.asarray(np.abs(numbers(*array.shape)) / 127 if array.ndim == 3 else numbers(*array.shape), array.dtype)
+
+    cfg = tiny_config(layers=1, heads=K * G, kv_heads=K, head_dim=H)
+    segments = jax.tree.map(fill, make_kv_segments(cfg, slots, edges, dtype))
+    position = rng.integers(-1, edges[-1], R)
+    position[rng.integers(R)] = edges[-1] - 1
+    if slots == 1:
+        position[1] = position[0] - 1
+    source, target = [*range(R), *rng.integers(0, R, 3)], [*np.minimum(np.arange(R), slots - 1), *[slots] * 3]
+    rows = CacheRows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
+    qkv = [jnp.asarray(numbers(R, 1, heads, H) * size) for heads, size in ((K * G, H**-0.5), (K, 1), (K, 1))]
+    return qkv, segments, rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25)
+@given(SIZES, ANY_SEED)
+def test_near_what_xla_gives_and_the_same_is_written(dtype, shape, seed):
+    qkv, segments, rows = inputs(shape, dtype, seed)
+    (ours, written), (theirs, expected) = (attend(by_kernel, qkv, segments, rows) for by_kernel in (True, False))
+    in_use = np.asarray(rows.position) >= 0
+    assert np.isnan(np.asarray(ours)[~in_use]).all()
+    largest = max(float(jnp.abs(array).max()) for array in jax.tree.leaves((segments.v, qkv[2])) if array.dtype != jnp.int8)
+    largest *= 127 if dtype == "int8" else 1
+    np.testing.assert_allclose(np.asarray(ours)[in_use], np.asarray(theirs)[in_use], rtol=0, atol=NEAR[dtype] * largest)
+    for array, other in zip(written, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25)
+@given(SIZES, ANY_SEED, st.sampled_from([np.nan, np.inf, 1e30]))
+def test_a_row_depends_on_its_own_text_alone(dtype, shape, seed, rubbish):
+    """Other rows elsewhere or not in use, and rubbish behind its own position and in all other slots: the same bits."""
+    qkv, segments, rows = inputs(shape, dtype, seed)
+    expected, _ = attend(True, qkv, segments, rows)
+    slots, rng = segments.slots, np.random.default_rng(seed)
+    position = np.asarray(rows.position)
+    row = int(np.argmax(position))
+
+    def spoil(array, start):
+        beyond = start + np.arange(array.shape[2]) > position[row]
+        beyond = beyond | (np.arange(slots) != min(row, slots - 1))[:, None]
+        beyond = beyond.reshape(slots, 1, -1, *[1] * (array.ndim - 3))
+        return jnp.where(beyond, 99 if array.dtype == jnp.int8 else rubbish, array).astype(array.dtype)
+
+    spoilt = segmented.map_segments(
+        lambda segment, start: jax.tree.map(functools.partial(spoil, start=start), segment), segments, segments.edges[:-1]
+    )
+    if slots > 1:
+        others = rng.integers(-1, segments.edges[-1], len(position))
+        rows = rows._replace(position=jnp.asarray(np.where(np.arange(len(position)) == row, position, others), jnp.int32))
+    ours, _ = attend(True, qkv, spoilt, rows)
+    assert np.asarray(ours)[row].tobytes() == np.asarray(expected)[row].tobytes()
+
+
+@pytest.mark.parametrize("spoilt", ["q", "k", "v", "a key", "a value"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_spoils_its_own_row(dtype, spoilt):
+    qkv, segments, rows = inputs(1, dtype, 7)
+    rows = rows._replace(position=jnp.asarray([3, 700, 130, -1, 50], jnp.int32))
+    expected, _ = attend(True, qkv, segments, rows)
+    at = {4: (1, 0, 140, 5), 3: (1, 0, 140)}  # of slot 1, in the last segment
+    spoil = lambda array: array if array.dtype == jnp.int8 else array.at[at[array.ndim]].set(np.nan)
+    spoil_side = lambda side: ((*side[0][:-1], jax.tree.map(spoil, side[0][-1])),)
+    if spoilt in ("q", "k", "v"):
+        qkv["qkv".index(spoilt)] = qkv["qkv".index(spoilt)].at[1, 0, :, 2].set(np.nan)
+    elif spoilt == "a key":
+        segments = segments._replace(k=spoil_side(segments.k))
+    else:
+        segments = segments._replace(v=spoil_side(segments.v))
+    ours, _ = attend(True, qkv, segments, rows)
+    assert np.asarray(ours)[[0, 2, 4]].tobytes() == np.asarray(expected)[[0, 2, 4]].tobytes()
+    assert np.isnan(np.asarray(ours)[1]).any()
+
+
+def bits() -> bytes:
+    """What the kernel gives for each shape and type."""
+    assert not native_problem()
+    results = (attend(True, *inputs(shape, dtype, 11))[0] for shape in range(len(SHAPES)) for dtype in DTYPES)
+    return b"".join(np.asarray(result).tobytes() for result in results)
+
+
+def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))} | environment
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+
+
+def test_the_same_with_one_thread():
+    one = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    result = run_here(f"{one}; import test_decode_attention; sys.stdout.buffer.write(test_decode_attention.bits())")
+    assert result.stdout == bits(), result.stderr.decode()
+
+
+@pytest.mark.night
+def test_no_memory_but_the_arrays_is_touched(tmp_path):
+    """The other tests here with kernels that check each address, where the compiler can build such ones."""
+    names = ("libasan.so", "libstdc++.so")  # the second for the first, which looks for its exceptions when it is loaded
+    find = lambda name: subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+    libraries = [find(name).stdout.strip() for name in names] if shutil.which("cc") else [""]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("the compiler has no address sanitiser")
+    products = Path(__file__).with_name("test_native.py")
+    tests = [__file__, f"{products}::test_products_have_the_bits_that_xla_gives_them"]
+    options = ["-q", "-n", "0", "-m", "not night", "-p", "no:cacheprovider", "-k", "not one_thread"]
+    result = run_here(
+        f"import pytest; raise SystemExit(pytest.main({[*options, *tests]}))",
+        CC="cc -fsanitize=address -g", LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0",
+        THRICE_CACHE=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
