@@ -33,13 +33,14 @@ def default_weights(backend: str) -> Weights:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The options of an engine. A completion depends on its request, the model and these, to the bit, but not on `speculate`,
-    `prefix_cache_bytes` and `short`.
+    `prefix_cache_bytes`, `short` and `embeds`.
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of
     the default size. speculate: whether a single sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail:
     of a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the
-    longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. Raises UserError.
+    longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. embeds: whether
+    embeddings are asked for. Raises UserError.
     """
 
     slots: int = 8
@@ -52,6 +53,7 @@ class EngineConfig:
     tail: int = TAIL
     segment: int | None = None
     short: int | None = 512
+    embeds: bool = False
 
     def __post_init__(self) -> None:
         if self.slots < 1:

@@ -136,6 +136,8 @@ class Engine:
             if request.sampling.adjusts_logits:
                 self.runner.set_counts(sequence.slot, request.prompt, request.sampling.logit_bias)
         match self.scheduler.schedule():
+            case Prefill(sequence) if sequence.request.embed:
+                return self._embed(sequence)
             case Prefill(sequence):
                 self._prefill(sequence)
                 jax.block_until_ready(self.runner.segments)
@@ -210,6 +212,21 @@ class Engine:
             self.scheduler.record_prefill(sequence, count)
             if not cached or not sequence.to_prefill:
                 return
+
+    def _embed(self, sequence: Sequence) -> list[Event]:
+        """Computes one chunk of a text whose embedding is asked for, without the prefix cache: every token's state counts."""
+        tokens, start = sequence.chunk(self.config.chunk)[0], sequence.prefilled_tokens
+        stop = start + self.config.chunk
+        self._clear(sequence, stop)
+        padded: Any = np.zeros((1, self.config.chunk), np.int32)
+        padded[0, : len(tokens)] = tokens
+        sequence.hidden_sum = sequence.hidden_sum + self.runner.embed(padded, len(tokens), sequence.slot, start, stop)
+        self.scheduler.record_prefill(sequence, len(tokens))
+        if sequence.to_prefill:
+            return []
+        self.scheduler.finish(sequence)
+        embedding = sequence.hidden_sum / len(sequence.request.prompt)
+        return [Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)]
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
         """Copies the next chunk of a prompt, or the beginning of one, from the prefix cache; returns how many tokens that are.

@@ -136,13 +136,15 @@ def token_ids(name: str, values: Any) -> tuple[int, ...]:
 class Request:
     """A prompt of token ids, and how to continue it. Only prompts of one `namespace` share the prefix cache.
 
-    The completion keeps to the grammar of `constraint`, which `GrammarCompiler` compiles. Raises InvalidField.
+    The completion keeps to the grammar of `constraint`, which `GrammarCompiler` compiles. With `embed` there is none: the
+    prompt's embedding is asked for. Raises InvalidField.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     namespace: str = ""
     constraint: "Constraint | None" = None
+    embed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
@@ -163,7 +165,8 @@ class Event(NamedTuple):
 
     'stop': a stop token was sampled, which is not among the tokens, or the grammar has come to its end. 'length': max_tokens
     are there. 'error': the logits were no numbers. 'grammar': it became too complex to be followed. `cached_tokens` of the
-    prompt came from the prefix cache. `stop_token`: with 'stop'.
+    prompt came from the prefix cache. `stop_token`: with 'stop'. `embedding` (D,) float32: the mean over the prompt's tokens
+    of the head's input.
     """
 
     id: int
@@ -172,6 +175,7 @@ class Event(NamedTuple):
     logprobs: Sequence[LogProb] = ()
     cached_tokens: int = 0
     stop_token: int | None = None
+    embedding: Any = None
 
 
 class Completion(NamedTuple):

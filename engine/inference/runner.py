@@ -80,6 +80,17 @@ def prefill_chunk(
     return layout.pin_cache(cache.segments)
 
 
+@jax.jit(static_argnames="cfg", donate_argnames="segments")
+def embed_chunk(
+    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, count: Array, slot: Array, start: Array
+) -> tuple[Array, KVSegments]:
+    """Sums the head's input over the first `count` of tokens (1, T) int32, (1, D) float32; else as `prefill_chunk`."""
+    rows, T = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
+    hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
+    counted = jnp.where(jnp.arange(T)[:, None] < count, hidden.astype(jnp.float32), 0)
+    return counted.sum(1), layout.pin_cache(cache.segments)
+
+
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
 def decode_slots(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: CacheRows,
@@ -134,6 +145,7 @@ class Programs(NamedTuple):
     decode: Call
     prefill_chunk: Call
     prefill_tail: Call | None  # where a tail is shorter than a chunk
+    embed_chunk: Call | None  # where embeddings are asked for
     clear_slot: Call
     copy_slot: Call
     set_token_counts: Call
@@ -170,6 +182,9 @@ def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments:
         decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, masks, step, np.bool_(False))),
         prefill_chunk=prefill(config.chunk),
         prefill_tail=prefill(config.tail) if has_tail else None,
+        embed_chunk=(embed_chunk, (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start))
+        if config.embeds
+        else None,
         clear_slot=(clear_slot, (segments, nowhere, start, step)),
         copy_slot=(copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
         set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
@@ -260,6 +275,14 @@ class ModelRunner:
         """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on; all lie below `stop`."""
         segments = self.segments_below(stop)
         self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start)))
+
+    def embed(self, tokens: Any, count: int, slot: int, start: int, stop: int) -> Any:
+        """As `prefill`; returns the sum of the head's input over the first `count` tokens, (D,) float32, as a NumPy array."""
+        segments = self.segments_below(stop)
+        arguments = map(np.int32, (count, slot, start))
+        summed, segments = embed_chunk(self.cfg, self.params, segments, tokens, *arguments)
+        self.store(segments)
+        return jax.device_get(summed)[0]
 
     def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
         """Writes the first `count` positions of a chunk into a slot, from position `start` on; all lie below `stop`."""
@@ -376,6 +399,8 @@ class ModelRunner:
         if name == "decode":
             _, segments, self.counts = results
             self.store(segments)
+        elif name == "embed_chunk":
+            self.store(results[1])
         elif name == "set_token_counts":
             self.counts = results
         elif not name.startswith("read"):

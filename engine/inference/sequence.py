@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
@@ -17,7 +18,8 @@ class Sequence:
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. The first
     `cleared_positions` of its slot hold nothing of another text. `drafter` is made when draft tokens are first asked for.
     `constraint` follows its output through the request's grammar. `to_repeat`: tokens of the output that it had sent before
-    it lost its slot, and has to generate again. `stop_token`: the one that ended it.
+    it lost its slot, and has to generate again. `stop_token`: the one that ended it. `hidden_sum`: for an embedding, over the
+    prefilled tokens.
     """
 
     id: int
@@ -32,6 +34,7 @@ class Sequence:
     drafter: Drafter | None = None
     to_repeat: int = 0
     stop_token: int | None = None
+    hidden_sum: Any = 0
 
     def __post_init__(self) -> None:
         self.constraint = self.request.constraint and self.request.constraint.begin()
@@ -48,8 +51,8 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Prompt tokens left to prefill: all but the last, which decoding reads."""
-        return len(self.request.prompt) - 1 - self.prefilled_tokens
+        """Prompt tokens left to prefill: all but the last, which decoding reads, if it is to be completed."""
+        return len(self.request.prompt) - (not self.request.embed) - self.prefilled_tokens
 
     @property
     def last_token(self) -> int:
@@ -86,7 +89,7 @@ class Sequence:
         """Returns the tokens to prefill of the chunk that comes next, or is begun, and how many of them are there already."""
         done = self.prefilled_tokens % size
         start = self.prefilled_tokens - done
-        return self.request.prompt[start : min(start + size, len(self.request.prompt) - 1)], done
+        return self.request.prompt[start : min(start + size, self.prefilled_tokens + self.to_prefill)], done
 
     def draft_tokens(self, count: int) -> list[int] | None:
         """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately.

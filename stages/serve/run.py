@@ -61,7 +61,7 @@ def run(flags: ServeFlags) -> int:
         kv_dtype: Any = flags.keys_values
         prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
         engine_config = EngineConfig(
-            flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding
+            flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding, embeds=True
         )
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
             state, ahead = load_state(

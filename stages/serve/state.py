@@ -91,7 +91,7 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     speculative decoding are not in it: they change no bit.
     """
     options = dataclasses.asdict(engine.config)
-    for name in ("speculate", "prefix_cache_bytes", "short"):
+    for name in ("speculate", "prefix_cache_bytes", "short", "embeds"):
         del options[name]
     inputs = {
         "weights": digest, "config": repr(engine.cfg), "engine": options, "devices": engine.devices,

@@ -207,7 +207,7 @@ TRAINING: dict[str, Make] = {
 
 def engine_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16", slots: int = ROWS) -> Make:
     """Makes a program of an engine by its name in `runner.Programs`."""
-    config = EngineConfig(slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL)
+    config = EngineConfig(slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=True)
 
     def make(cfg: ModelConfig) -> Program:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
@@ -236,6 +236,7 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "decode in one slot": engine_program("decode", slots=1),
     "prefill_chunk": engine_program("prefill_chunk"),
     "prefill_tail": engine_program("prefill_tail"),
+    "embed_chunk": engine_program("embed_chunk"),
     "prefill_chunk, int8": engine_program("prefill_chunk", "int8", "int8"),
     "decode_slots": engine_program("decode"),
     "decode_slots, int8": engine_program("decode", "int8", "int8"),

@@ -171,7 +171,7 @@ def test_wrong_methods(client, method):
 
 
 def test_unknown_routes(client):
-    for path in ("/v1", "/v1/", "/v1/embeddings", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x",
+    for path in ("/v1", "/v1/", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x",
                  "/update_weights"):  # fmt: skip
         assert refused(client.get(path), 404)["code"] in ("not_found", "model_not_found")
 

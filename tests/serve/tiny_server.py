@@ -45,7 +45,9 @@ class TinyServer:
         self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
         self.model = model = tiny_model(context)
         params = decode.prepare_params(model.cfg, model.params)
-        config = EngineConfig(SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32)
+        config = EngineConfig(
+            SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32, embeds=True
+        )
         self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
         self.state = ServerState(["tiny"], model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stages.serve.api import anthropic, ollama, responses, score, status, tokens
+from stages.serve.api import anthropic, embeddings, ollama, responses, score, status, tokens
 from stages.serve.api import openapi as schema
 from stages.serve.api.chat import ChatReply, ChatRequest, chat_completions
 from stages.serve.api.completions import CompletionReply, CompletionRequest, completions
@@ -62,6 +62,8 @@ ROUTES = [
     Route("POST", "/api/generate", "ollamaGenerate", "Answers or continues a prompt, as Ollama has it.", ollama.generate_text,
           ollama.OllamaGenerateRequest, ollama.OllamaReply, streams=True),
     Route("GET", "/api/tags", "ollamaTags", "The model that is served, as Ollama has it.", ollama.tags, reply=ollama.Tags),
+    Route("POST", "/v1/embeddings", "createEmbedding", "Texts as vectors.", embeddings.embeddings,
+          embeddings.EmbeddingsRequest, embeddings.EmbeddingsReply),
     Route("POST", "/v1/score", "score", "How probable given answers are.", score.score, score.ScoreRequest, score.ScoreReply),
     Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokens.tokenize,
           tokens.TokenizeRequest, tokens.TokenizeReply),

@@ -14,9 +14,8 @@ from starlette.types import ASGIApp
 
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
-from stages.serve.api.generation import Generation, Piece, Prompts, Reason, Usage, generate
+from stages.serve.api.generation import Generation, Piece, Prompts, Reason, Usage, generate, text_prompts
 from stages.serve.api.requests import (
-    MAX_IDS,
     MAX_PROMPTS,
     MAX_STOPS,
     GenerationRequest,
@@ -24,8 +23,8 @@ from stages.serve.api.requests import (
     MaxTokens,
     Stops,
     StopText,
+    Texts,
     TokenId,
-    TokenIds,
     in_range,
 )
 from stages.serve.api.writer import Writer, respond
@@ -108,7 +107,7 @@ class CompletionRequest(CompletionFields, kw_only=True):
     `echo`: the prompt comes before its completion, its log-probabilities too. `max_tokens` may then be 0.
     """
 
-    prompt: str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1, max_length=MAX_IDS)]
+    prompt: Texts
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     logprobs: LogProbs | None = None
     echo: bool | None = None
@@ -260,28 +259,21 @@ class EchoWriter(CompletionWriter):
 
 async def completions(state: ServerState, http: HttpRequest, body: CompletionRequest) -> ASGIApp:
     """Continues each prompt `n` times; the choices of a prompt follow each other."""
-    texts: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    kinds = {type(prompt) for prompt in texts}
-    if len(kinds) > 1:
-        raise ApiError(400, "prompt must hold only texts, only token ids, or only lists of token ids.", param="prompt")
-    if kinds == {int}:
-        texts = [texts]
-    if (count := len(texts)) > MAX_PROMPTS:
-        raise ApiError(400, f"prompt holds {count} prompts; at most {MAX_PROMPTS} are taken at once.", param="prompt")
-
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens")
     if body.echo and body.stream:
         raise ApiError(400, "echo is answered whole: leave stream out.", param="echo")
-    encoded: list[list[int]] = []
+    prompts = text_prompts(state, "prompt", body.prompt, MAX_PROMPTS)
+    choices, encoded = prompts.number * (body.n or 1), list[list[int]]()
 
     async def encode() -> list[list[int]]:
-        encoded[:] = await state.tokenizer.encode(texts) if kinds == {str} else texts
+        encoded[:] = await prompts.encode()
         return encoded
 
-    prompts, choices = Prompts("prompt", encode, state.stop_token_ids, count), count * (body.n or 1)
     writer = EchoWriter(state, body, choices, encoded) if body.echo else CompletionWriter(state, body, choices)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo and body.logprobs is not None)
-    generation = await body.generate(state, http, prompts, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores)
+    generation = await body.generate(
+        state, http, prompts._replace(encode=encode), max_tokens=max_tokens, logprobs=body.logprobs, scores=scores
+    )
     return respond(body, writer, generation)

@@ -50,7 +50,8 @@ class Prompts(NamedTuple):
 class Piece(NamedTuple):
     """New text of choice number `choice`, its log-probabilities, and why the choice ended, or None.
 
-    `stop`: the stop string that ended it. `calls` of tools, or their next parts, are none of the text.
+    `stop`: the stop string that ended it. `calls` of tools, or their next parts, are none of the text. `embedding`: of the
+    prompt, if that is asked for.
     """
 
     choice: int
@@ -59,6 +60,7 @@ class Piece(NamedTuple):
     finish_reason: Reason | None
     stop: str | None = None
     calls: Sequence[ToolCall] = ()
+    embedding: Any = None
 
 
 class Usage(NamedTuple):
@@ -247,7 +249,25 @@ class Generation:
         if choice.parser:
             text, calls = choice.parser.push(text, bool(reason))
             reason = "tool_calls" if reason == "stop" and choice.parser.calls else reason
-        return Piece(choice.index, text, event.logprobs[: completion.tokens - before], reason, completion.stopped, calls)
+        logprobs = event.logprobs[: completion.tokens - before]
+        return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
+
+
+def text_prompts(state: ServerState, field: str, value: Any, most: int) -> Prompts:
+    """Returns the prompts in a field of the type Texts, at most so many. Raises ApiError."""
+    texts = value if isinstance(value, list) else [value]
+    kinds = {type(text) for text in texts}
+    if len(kinds) > 1:
+        raise ApiError(400, f"{field} must hold only texts, only token ids, or only lists of token ids.", param=field)
+    if kinds == {int}:
+        texts = [texts]
+    if len(texts) > most:
+        raise ApiError(400, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.", param=field)
+
+    async def encode() -> list[list[int]]:
+        return await state.tokenizer.encode(texts) if kinds == {str} else texts
+
+    return Prompts(field, encode, state.stop_token_ids, len(texts))
 
 
 def chat_prompts(
@@ -346,5 +366,5 @@ async def begin(
     except BaseException as error:
         state.admission.release()
         if isinstance(error, InvalidField):
-            raise ApiError(400, str(error), param=error.field) from None
+            raise ApiError(400, str(error), param=prompts.field if error.field == "prompt" else error.field) from None
         raise

@@ -28,9 +28,8 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
     types = [kind for route in routes for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
-    components["CompletionRequest"]["properties"]["prompt"] = {
-        "anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]
-    }
+    texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]}
+    components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts
     components["ChatRequest"] |= {  # top_logprobs is a number only where logprobs is true
         "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
         "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},

@@ -37,6 +37,7 @@ MaxTokens = Annotated[int, in_range("max_tokens")]
 LogProbs = Annotated[int, in_range("logprobs")]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
+Texts = str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1, max_length=MAX_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 StopTexts = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Stops = StopText | StopTexts

@@ -1,0 +1,84 @@
+"""POST /v1/embeddings, OpenAI's: the mean of the last hidden states of each text, of length 1."""
+
+import base64
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
+
+from engine.inference.request import Request, SamplingParams, check_request
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, text_prompts
+from stages.serve.api.requests import ModelRequest, Texts
+from stages.serve.api.writer import Writer, respond
+from stages.serve.errors import ApiError
+from stages.serve.state import ServerState
+from stages.serve.tokenizer_pool import context_overflow
+
+WITHOUT_COMPLETION = SamplingParams(max_tokens=1)
+
+
+class EmbeddingsRequest(ModelRequest, kw_only=True):
+    """POST /v1/embeddings. `input`: a text, several, a list of token ids, or several such lists.
+
+    `dimensions`: how many of an embedding's first numbers are wanted; they are scaled to length 1 again.
+    """
+
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    user: str | None = None
+
+
+class Embedding(msgspec.Struct):
+    """`embedding`: numbers, or in base64 the bytes of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingsReply(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: dict[str, int]
+
+
+class EmbeddingsWriter(Writer):
+    """Writes the reply of /v1/embeddings."""
+
+    def __init__(self, state: ServerState, body: EmbeddingsRequest) -> None:
+        self._model, self._dimensions, self._is_base64 = state.name, body.dimensions, body.encoding_format == "base64"
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
+        data = [Embedding(piece.choice, self._encode(piece.embedding[: self._dimensions])) for piece in pieces]
+        return EmbeddingsReply(
+            model=self._model, data=data, usage={"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
+        )
+
+    def _encode(self, embedding: Any) -> list[float] | str:
+        unit = (embedding / max(np.linalg.norm(embedding), np.finfo(np.float32).tiny)).astype("<f4")
+        return base64.b64encode(unit.tobytes()).decode() if self._is_base64 else unit.tolist()
+
+
+async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequest) -> ASGIApp:
+    """Embeds each text."""
+    capacity, cfg = state.engine.capacity, state.engine.cfg
+    if body.dimensions and body.dimensions > cfg.width:
+        raise ApiError(400, f"An embedding of this model has {cfg.width} dimensions, not more.", param="dimensions")
+    prompts = text_prompts(state, "input", body.input, MAX_COMPLETIONS)
+
+    async def make_requests() -> list[Request]:
+        requests = []
+        for tokens in await prompts.encode():
+            if len(tokens) >= capacity:
+                raise context_overflow(len(tokens), capacity, "input")
+            requests.append(Request(tuple(tokens), WITHOUT_COMPLETION, http.state.namespace, embed=True))
+            check_request(requests[-1], cfg.vocab, capacity)
+        return requests
+
+    writer = EmbeddingsWriter(state, body)
+    return respond(body, writer, await begin(state, http, prompts, make_requests))
