@@ -12,7 +12,7 @@ MOVED = {
     "bench.quantisation": "stages.evaluate --weights int8",
     "bench.recipes": "bench.step --of recipes",
     "bench.saving": "bench.step --of saving",
-    "bench.sharding": "bench.step --of mesh",
+    "bench.sharding": "stages.train --mesh fsdp=2 --dry-run",
     "bench.table": "bench",
     "bench.training": "bench.step",
 }

@@ -15,7 +15,6 @@ the traced program, by XLA.
 import dataclasses
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -65,17 +64,16 @@ def measure(flags: StageTableFlags) -> Json:
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # to compare with: the first that is named computes
     start_jax()
     if flags.checks:
-        from bench.checks import measure_checks
+        from bench.stages.checks import measure_checks
 
         return measure_checks()
     from bench.stages.measure import stage_table
-    from bench.stages.terminal import print_stages
+    from bench.stages.report import print_stages
 
     document = stage_table(
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=flags.price, max_time=flags.max_time,
         fewest_rounds=flags.quick, pictures=bool(flags.out),
     )  # fmt: skip
-    document["command"] = command(flags)
     print_stages(document)
     return document
 
@@ -84,7 +82,7 @@ def write_report(source: Path, document: Json) -> Path | None:
     """Writes report.html beside the table's document, and two pictures for READMEs; none of a document that holds no table."""
     if "rows" not in document:
         return None
-    from bench.stages.pictures import write_pictures
+    from bench.stages.report import write_pictures
 
     write_pictures(source.parent, document)
     return write_page(source, "report.html", *PARTS)
@@ -100,17 +98,6 @@ def check_flags(flags: StageTableFlags) -> None:
             "--batch must be even and at least 2, for preferences come in pairs, and --context a multiple of 64, the tokens of "
             f"a prefill: got {flags.batch} and {flags.context}."
         )
-
-
-def command(flags: StageTableFlags) -> str:
-    """Returns the command line that measures the same again, with the flags that differ from their defaults."""
-    default, words = StageTableFlags(), ["python", "-m", "bench"]
-    if flags.model or flags.preset != default.preset:
-        words += ["--model", flags.model] if flags.model else ["--preset", flags.preset]
-    for name in ("batch", "context", "price"):
-        if (value := getattr(flags, name)) != getattr(default, name):
-            words += [f"--{name}", f"{value:g}"]
-    return shlex.join(words + ["--quick"] * flags.quick)
 
 
 def measurements() -> dict[str, str]:

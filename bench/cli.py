@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -62,8 +63,9 @@ def run_bench[Flags](
         )  # fmt: skip
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            check_out(options.out)
-            beside, result = circumstances(options), measure(options)
+            if options.out and (problem := write_problem(options.out)):
+                raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
+            beside, result = circumstances([name, *(sys.argv[1:] if args is None else args)], options), measure(options)
             if "jax" in sys.modules:
                 beside["machine"]["device"] = device_name()
             beside["machine"] |= result.pop("machine", {})
@@ -121,7 +123,7 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
             raise UserError(f"python -m {command[0]} ended with {process.returncode}: {error}")
 
 
-def circumstances(flags: Any) -> Json:
+def circumstances(command: Sequence[str], flags: Any) -> Json:
     """Returns what each document says of its measurement: the machine, the commit, date, versions, load and flags."""
     model, instructions = processor()
     commit = ""
@@ -136,7 +138,7 @@ def circumstances(flags: Any) -> Json:
         },
         "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
-        "flags": dataclasses.asdict(flags),
+        "command": shlex.join(["python", "-m", *command]), "flags": dataclasses.asdict(flags),
     }  # fmt: skip
 
 
@@ -176,18 +178,6 @@ def check_used(flags: Any, used: Collection[str], by: str) -> None:
     for field in dataclasses.fields(flags):
         if field.name not in {"json", "out", *used} and getattr(flags, field.name) != field.default:
             raise UserError(f"{by} does not use --{field.name.replace('_', '-')}.")
-
-
-def check_out(folder: Path | None) -> None:
-    """Raises UserError when the folder of --out, if one is given, cannot be written."""
-    if folder and (problem := write_problem(folder)):
-        raise UserError(f"--out {folder} cannot be written: {problem}. Choose another folder.")
-
-
-def describe_error(error: Exception) -> str:
-    """Returns a sentence of at most 300 characters: the error's first line, after its type where it is not a UserError."""
-    words = (str(error).strip() or "?").splitlines()[0][:300]
-    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
 
 
 def progress(text: str, replace: bool = False) -> None:

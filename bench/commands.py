@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bench.cli import Json, print_table, run_bench
+from bench.cli import Json, print_table, run_bench, run_module
 from engine.errors import UserError
 
 
@@ -74,7 +74,7 @@ def training(folder: Path, data: str, max_time: str) -> list[Measurement]:
         Measurement("command to first trained step", result["first_step_seconds"], "s", 2.5),
         Measurement("the same, compiling first", cold["first_step_seconds"], "s", 9),
         Measurement("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
-        Measurement("--help", statistics.median(_run(["stages.train", "--help"]) for _ in range(5)), "s", 0.3),
+        Measurement("--help", statistics.median(_help_seconds() for _ in range(5)), "s", 0.3),
         Measurement("command to first token", first, "s", 1),
         Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
     ]
@@ -107,16 +107,13 @@ def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float
 
 def _result(command: list[str], folder: Path) -> Json:
     print(f"python -m {' '.join(command)} ...", flush=True)
-    _run([*command, "--out-dir", str(folder)])
+    run_module([*command, "--out-dir", str(folder)])
     return json.loads((folder / "run.json").read_text())["result"]
 
 
-def _run(command: list[str]) -> float:
-    """Runs `python -m command`; returns its seconds. Raises UserError with its messages when it fails."""
+def _help_seconds() -> float:
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"python -m {' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    run_module(["stages.train", "--help"])
     return time.perf_counter() - begin
 
 

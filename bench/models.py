@@ -1,6 +1,7 @@
 """Makes or loads the model to measure, and tokens to measure it with; makes training steps of a given shape."""
 
 import dataclasses
+from collections.abc import Iterable
 from pydoc_data.topics import topics  # Python's reference, on every machine
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from bench.cli import Shape
 from engine.errors import UserError
+from engine.inference.engine import Engine
+from engine.inference.request import Request
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import init_params
@@ -56,6 +59,15 @@ def load(name: str) -> BenchModel:
         )
     model = load_model(name, dtype="float32")
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
+
+
+def answer(engine: Engine, requests: Iterable[Request]) -> list[list[int]]:
+    """Returns the tokens that answer each request, submitted together to an engine that has no others."""
+    answers: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+    while engine.busy:
+        for event in engine.step():
+            answers[event.id] += event.tokens
+    return list(answers.values())
 
 
 def find_model(preset_name: str, name: str | None) -> BenchModel:

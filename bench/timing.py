@@ -40,6 +40,7 @@ class Timing:
         return Timing(self.name, tuple(seconds * factor for seconds in self.seconds))
 
 
+UNMET = {True: "", False: "   ** not met **", None: "   undecided, within the noise"}  # by whether a bar is exceeded
 MIN_ROUNDS = 6  # with fewer, not even the lowest and the highest ratio enclose the median with 95% certainty
 
 

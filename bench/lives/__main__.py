@@ -49,9 +49,7 @@ def measure_lives(flags: LivesFlags) -> Json:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run that goes on ends too, and its folder
     preset(flags.preset)  # raises for a name that is not known, before JAX starts
     start_jax()
-    from bench.lives.answers import answer_requests
-    from bench.lives.costs import measure_costs
-    from bench.lives.recording import record_lives
+    from bench.lives.recording import answer_requests, measure_costs, record_lives
     from engine.storage.model_loader import load_model
 
     with tempfile.TemporaryDirectory() as name:

@@ -1,16 +1,44 @@
-"""Runs the stages of a model's life as processes that record themselves, and reads what they recorded."""
+"""Records a model's lives: runs the stages as processes, asks the trained model, and measures a step of each life."""
 
+import dataclasses
 import functools
 import json
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from bench.cli import Json, progress, run_module
-from bench.stages.rows import ADAPTER
+from bench.models import BenchModel, answer, next_token_batch, tokens_for
+from bench.stages.checks import SLOTS
+from bench.stages.memory import memory_over_time
+from bench.stages.rows import ADAPTER, Row, decode_row, evaluation_row, training_kinds, training_row
+from bench.timing import MIN_ROUNDS, measure, ratio
+from engine.counting.flops import muon_flops
+from engine.counting.hardware import clock
 from engine.errors import UserError
+from engine.inference.config import SMALL_CHUNK, EngineConfig
+from engine.inference.decode import prepare_params
+from engine.inference.engine import Engine
+from engine.inference.request import Request, SamplingParams
 from engine.model.config import preset
+from engine.model.paths import leaf_paths
+from engine.storage.digest import digest
+from engine.storage.model_loader import LoadedModel
+from engine.storage.run_folder import read_json
+from engine.training.optimizer import OptimizerConfig
 
 RATE = "2e-3"  # of each fine-tuning: with rates of their own, one could not see what each way of it does
+ASKED, TOKENS = 100, 48
+NAMES = ("JULIET", "HAMLET", "MACBETH", "KING", "QUEEN", "FIRST LORD", "CLOWN", "NURSE", "MESSENGER", "DUKE", "ANTONY")
+INDEPENDENT = ("The king is dead.\n\nROMEO:\n", "I love thee, Juliet.\n\nROMEO:\n", "The king is well.\n\nROMEO:\n")
+ROUNDS = 20
+ROWS = {  # of the stage table: the one that computes as a life does, and its passes
+    "train": ("pre-training step", "forward and backward"),
+    "frozen": ("bottom half frozen", "forward, and backward to the middle"),
+    "lora": (f"LoRA rank {ADAPTER.rank} on q and v", "forward, and backward to the adapters"),
+    "all": ("full fine-tuning", "forward and backward"),
+}
 
 
 def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict[str, Json]:
@@ -58,3 +86,93 @@ def read_life(recording: Path) -> Json:
     if not (begin and frames and end):
         raise UserError(f"{recording} does not hold a run from its beginning to its end: start the run anew, with --record.")
     return {"begin": begin[0], "steps": steps, "validation": validation, "frames": frames, "end": end[-1]}
+
+
+def answer_requests(model: LoadedModel, prompt: str) -> Json:
+    """Asks ASKED requests, `prompt` the first of them, and compares all weights before and after: by digest and by element.
+
+    The engine computes in float32, so that it holds the weights of the checkpoint, bit for bit. Two of the three requests of
+    `independent` are asked side by side; the third is the first with another context.
+    """
+    cfg, tokenizer = dataclasses.replace(model.cfg, dtype="float32"), model.tokenizer
+    most = min(TOKENS, cfg.context // 2)
+    config = EngineConfig(SLOTS, cfg.context, kv_dtype="float32", chunk=SMALL_CHUNK, tail=SMALL_CHUNK, short=None)
+    engine = Engine(cfg, prepare_params(cfg, model.params, whole=False), config)
+    before = {path: np.array(leaf) for path, leaf in leaf_paths(engine.params).items()}
+    sha = digest(engine.params)
+    engine.warm()
+
+    def request(text: str, seed: int) -> Request:
+        tokens = tokenizer.encode(text)[most - cfg.context :]
+        return Request(tuple(tokens.tolist()), SamplingParams(max_tokens=most, temperature=0.8, seed=seed))
+
+    prompts = [prompt, *(f"{name}:\n" for name in NAMES)]
+    requests = [request(prompts[number % len(prompts)], number) for number in range(ASKED)]
+    first, second, edited = (request(text, 0) for text in INDEPENDENT)
+    begin = clock()
+    answers = answer(engine, requests)
+    seconds = clock() - begin
+    (alone,) = answer(engine, [first])
+    independent = answer(engine, [first, second]) + answer(engine, [edited])
+    changed = sum(
+        int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
+        for path, leaf in leaf_paths(engine.params).items()
+    )
+    position_bytes = config.slot_bytes(cfg, cfg.context) // config.edges[-1]
+    positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]  # at last it is dropped
+    return {
+        "asked": ASKED,
+        "before": sha,
+        "after": digest(engine.params),
+        "changed": changed,
+        "of": sum(leaf.size for leaf in before.values()),
+        "seconds": seconds,
+        "tokens": sum(map(len, answers)),
+        "answers": [{"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)],
+        "independent": [
+            {"prompt": text, "text": tokenizer.decode(tokens), "edited": text == INDEPENDENT[2]}
+            for text, tokens in zip(INDEPENDENT, independent)
+        ],
+        "same_alone": alone == independent[0],
+        "cache_bytes": [position_bytes * position for position in positions],
+    }
+
+
+def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[Json], dict[str, Json]]:
+    """Returns the costs of each life and of `answer`, per token, and the memory of one step of each over time.
+
+    All steps are of one batch, as the training run's; each has the optimizer of its own run, in `folder`. The cost of `answer`
+    is that of the forward pass over the batch, to which all ratios are; its memory is that of decoding.
+    """
+    recipes = {life: read_json(folder / life / "run.json")["recipe"] for life in ROWS}
+    cfg, B, T = model.cfg, recipes["train"]["batch"], recipes["train"]["context"]
+    batch = next_token_batch(tokens_for(BenchModel(model.name, cfg, model.params, model.tokenizer), B, T + 1))
+    kinds = {kind.name: kind for kind in training_kinds(cfg)}
+    rows: dict[str, Row] = {
+        life: training_row(cfg, model.params, kinds[name], batch, OptimizerConfig(**recipes[life]["optimizer"]))
+        for life, (name, _) in ROWS.items()
+    }
+    programs = {life: row.program for life, row in rows.items()}
+    served = prepare_params(cfg, model.params)
+    programs["answer"] = decode_row(cfg, served, SLOTS, T, name="answer", weights=None).program
+    rows["answer"] = forward = evaluation_row(cfg, served, batch)
+    passes = {life: words for life, (_, words) in ROWS.items()} | {"answer": "forward"}
+    if recipes["train"]["optimizer"]["kind"] == "muon":
+        passes["train"] += f"; the update of Muon takes {muon_flops(cfg) / forward.formula.total:.1f} forward passes more"
+    timings = measure({life: row.run for life, row in rows.items()}, rounds=MIN_ROUNDS if quick else ROUNDS)
+    costs = []
+    for life, row in rows.items():
+        times, flops = ratio(timings[life], timings["answer"]), row.formula.total
+        costs.append(
+            {
+                "stage": life,
+                "passes": passes[life],
+                "flops_per_token": flops / row.tokens,
+                "counted_ratio": flops / forward.formula.total,
+                "seconds_per_token": timings[life].median / row.tokens,
+                "time_ratio": times.ratio,
+                "time_ratio_interval": [times.low, times.high],
+                "bytes": row.peak_bytes,
+            }
+        )
+    return costs, {life: memory_over_time(program).document() for life, program in programs.items()}

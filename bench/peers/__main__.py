@@ -62,15 +62,14 @@ def measure_peers(flags: PeersFlags) -> Json:
         # 0.4 at a load of 9 and 1.1 in a quiet moment.
         print(f"others are at work on this machine (load {load:.1f}): that costs PyTorch more than us and flatters the ratios")
     rows: list[Json] = []
-    absent: list[dict[str, str]] = []
     if "training" in flags.of:
-        with tempfile.TemporaryDirectory() as folder, start_peer(flags.peer_python, "torch_peer.py", absent) as peer:
+        with tempfile.TemporaryDirectory() as folder, start_peer(flags.peer_python, "torch_peer.py") as peer:
             if peer:
                 for dtype in flags.dtypes:
-                    rows += measure_training(shape, dtype, flags.rounds, peer, Path(folder), absent)
+                    rows += measure_training(shape, dtype, flags.rounds, peer, Path(folder))
     if "serving" in flags.of:
-        rows += measure_streams(flags.model, flags.peer_python, absent, new=flags.new, rounds=flags.rounds)
-    return {"rows": rows, "absent": absent}
+        rows += measure_streams(flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds)
+    return {"rows": rows}
 
 
 if __name__ == "__main__":

@@ -72,10 +72,6 @@ class Peer:
         run()
         return run
 
-    @property
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
     def close(self) -> None:
         """Terminates the process and closes its pipes."""
         self.process.terminate()
@@ -86,10 +82,8 @@ class Peer:
 
 
 @contextlib.contextmanager
-def start_peer(
-    python: Path | None, script: str, absent: list[dict[str, str]], needs: str = "torch", make_venv: str = MAKE_VENV
-) -> Iterator[Peer | None]:
-    """Starts a peer script in `python` (None: this one). Yields None, with an entry in `absent`, where its library is missing.
+def start_peer(python: Path | None, script: str, needs: str = "torch", make_venv: str = MAKE_VENV) -> Iterator[Peer | None]:
+    """Starts a peer script in `python` (None: this one). Yields None, and says so, where its library is missing.
 
     `make_venv`: the command for an environment that has the library. Raises UserError when a given `python` cannot be run
     or lacks `needs`.
@@ -108,14 +102,13 @@ def start_peer(
         if missing := hello.get("missing"):
             if missing == needs and python:
                 raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}")
-            note_absent(absent, missing, hello["why"], f"{python} -m pip install {missing}" if python else INSTALL_PEERS)
+            print_absent(missing, hello["why"], f"{python} -m pip install {missing}" if python else INSTALL_PEERS)
             yield None
         else:
             print("peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()), flush=True)
             yield peer
 
 
-def note_absent(absent: list[dict[str, str]], name: str, reason: str, install: str) -> None:
-    """Notes and prints that a peer is missing, why, and how to install it."""
-    absent.append({"name": name, "reason": reason, "install": install})
+def print_absent(name: str, reason: str, install: str) -> None:
+    """Prints that a peer is missing, why, and how to install it."""
     print(f"absent: {name} ({reason})\n        to have it: {install}", flush=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.cli import Json, progress
 from bench.peers.process import Peer, PeerError, start_peer
-from bench.timing import Ratio, measure, ratio
+from bench.timing import UNMET, Ratio, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores
 from engine.errors import UserError
@@ -52,19 +52,16 @@ ROWS = (
 )
 CAPACITY = 1024  # tokens of a stream
 MAX_NEW_TOKENS = 800  # the first stream decodes more
-PROMPTS = Path(__file__).with_name("prompts.toml")
+PROMPTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text("utf-8"))  # by set
 ROUNDS, MOST_TOKENS = 6, 48  # of a whole set; of an answer
 # The least ratios to llama.cpp's speed, without speculation and with it, by the set of prompts; and to our own without.
 REQUIRED: dict[str, tuple[float | None, float]] = {"ordinary": (0.65, 0.8), "repeating": (None, 1.3)}
 NEVER_BELOW = 0.97
-UNMET = {True: "", False: ": ** not met **", None: ": undecided, within the noise"}  # by whether the ratio is above the least
 MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
-def measure_streams(
-    model_name: str, peer_python: Path | None, absent: list[dict[str, str]], *, new: int, rounds: int
-) -> list[Json]:
-    """Times each row on one .gguf file; prints and returns the rows, and notes in `absent` that there is no peer. Raises
+def measure_streams(model_name: str, peer_python: Path | None, *, new: int, rounds: int) -> list[Json]:
+    """Times each row on one .gguf file; prints and returns the rows. Raises
     UserError without such a file. Options are the flags of `bench.peers`."""
     if not 2 <= new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {new}.")
@@ -84,7 +81,7 @@ def measure_streams(
     passages = [model.tokenizer.encode(text[start : start + 4096]).tolist()[:512] for start in starts]
     print(f"{model.name}, int8 weights", flush=True)
     rows = []
-    with start_peer(peer_python, "llama_cpp_peer.py", absent, "llama_cpp", MAKE_VENV) as peer:
+    with start_peer(peer_python, "llama_cpp_peer.py", "llama_cpp", MAKE_VENV) as peer:
         for row in ROWS:
             progress(f"compiling {row.name}")
             prompts = [passage[: row.prompt] for passage in passages[: row.streams]]
@@ -105,7 +102,7 @@ def measure_streams(
             )
         chat = ChatTokenizer(model.tokenizer)
         ends = {*model.eos_ids, *chat.eot_ids}
-        for name, texts in read_prompts().items():
+        for name, texts in PROMPTS.items():
             prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
             calls = chat_calls(model.cfg, weights, prompts, most, ends)
             if peer:
@@ -113,11 +110,6 @@ def measure_streams(
             rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), ROUNDS)
         chat.close()
     return rows
-
-
-def read_prompts() -> dict[str, list[str]]:
-    """Returns the sets of user messages by name."""
-    return tomllib.loads(PROMPTS.read_text("utf-8"))
 
 
 def _peer_call(peer: Peer, file: Path, **spec: Any) -> Call:

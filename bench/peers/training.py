@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.cli import Json, Shape, progress
 from bench.models import PROGRESS, make_step, make_step_inputs
-from bench.peers.process import Peer, PeerError, note_absent
+from bench.peers.process import Peer, PeerError, print_absent
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.device import cores
@@ -22,11 +22,8 @@ from engine.training.optimizer import OptimizerConfig, make_schedule
 OURS = "ours"
 
 
-def measure_training(
-    shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path, absent: list[dict[str, str]]
-) -> list[Json]:
-    """Prints and returns a row each for torch compiled and eager, `same` if its loss is ours; notes in `absent` why one cannot
-    run.
+def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path) -> list[Json]:
+    """Prints and returns a row each for torch compiled and eager, `same` if its loss is ours; says why one cannot run.
 
     `ratio` is our seconds over the peer's. `folder`: for files that the peer reads. Raises UserError when the peer ends.
     """
@@ -57,9 +54,9 @@ def measure_training(
         try:
             calls[name] = peer.prepare(name, spec | {"compile": compiled}, keep)
         except PeerError as error:
-            if peer.has_ended:
+            if peer.process.poll() is not None:
                 raise UserError(f"{name}, {dtype}: {error}") from None
-            note_absent(absent, f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls")
+            print_absent(f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls")
     report = lambda done, total: progress(f"training, {dtype}: round {done} of {total}")
     timings = measure(calls, rounds=rounds, report=report)
     ours, tokens, rows = timings[OURS].median, shape.batch * shape.tokens, []

@@ -113,12 +113,10 @@ def check_flags(flags: PlanFlags) -> None:
 
 def answer(flags: PlanFlags) -> Json:
     """Prints and returns the answer to one question; with --out, what its page computes with too."""
-    from bench.plan.answer import amount
     from bench.plan.fits import device_numbers
-    from bench.plan.hardware import find_hardware
+    from bench.plan.hardware import accelerators, find_hardware
     from bench.plan.model import job, read_model
-    from bench.plan.plans import plan_break_even, plan_budget, plan_serving, plan_training
-    from bench.plan.published import accelerators
+    from bench.plan.plans import amount, plan_break_even, plan_budget, plan_serving, plan_training
 
     given = {"bf16_tflops": flags.peak, "memory_gbs": flags.bandwidth, "memory_gb": flags.memory, "watts": flags.watts}
     device = find_hardware(flags.hardware, given | {"price": flags.price})

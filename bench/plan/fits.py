@@ -7,26 +7,62 @@ two penalties were chosen among three pairs by those same residuals. Of serving 
 what compute and bandwidth yield, and the start of a layer's kernels.
 """
 
+import csv
 import functools
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.plan.formulas import Numbers, efficiency, serving
-from bench.plan.hardware import HERE, numbers, read_calibration
-from bench.plan.published import accelerators, chip, clean_runs, rows, utilisation
+from bench.plan.hardware import HERE, accelerators, numbers, read_calibration
 from engine.counting.accelerators import Accelerator
 
+_TEXT = {"name", "group", "hardware", "precision", "method", "unclean", "source", "note"}
 LEVEL = 0.85  # of the left-out runs that an interval holds
 SLOPE_PENALTY, CHIP_PENALTY = 0.3, 0.5  # the fewer runs a chip has, the nearer it stays to all
 SLOTS = 512  # requests at once, at most: what engines take by default
 # What is tried: shares of the peak and of the bandwidth, and seconds to start a layer's kernels.
 _TRIED = list(itertools.product(np.arange(0.40, 0.86, 0.05), np.arange(0.6, 0.96, 0.05), np.arange(0, 1.3e-4, 1e-5)))
 USES = ("compute_use", "bandwidth_use", "layer_seconds")
+
+
+class Row(SimpleNamespace):
+    """A row, with an attribute for each column; equal to itself alone."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@functools.cache
+def rows(name: str) -> tuple[Any, ...]:
+    """Returns the rows of a file, with a column each; a number that is not there is 0."""
+    with (Path(__file__).parent / "published" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        read = lambda column, text: text if column in _TEXT else float(text or 0)
+        return tuple(Row(**{column: read(column, text) for column, text in row.items()}) for row in csv.DictReader(file))
+
+
+@functools.cache
+def clean_runs() -> tuple[Any, ...]:
+    """Returns the training runs that state their device-hours and count."""
+    return tuple(run for run in rows("training_runs") if run.device_hours and not run.unclean)
+
+
+def utilisation(row: Any) -> float:
+    """Returns a benchmark's share of peak, or a run's over all device-hours, with 6 N and causal attention for each token."""
+    if hasattr(row, "utilisation"):
+        return row.utilisation
+    flops = row.tokens * 6 * (row.params + row.layers * row.width * row.context)
+    return flops / (row.device_hours * 3600e12 * accelerators()[row.hardware].bf16_tflops)
+
+
+def chip(hardware: str) -> str:
+    """Returns the name of the accelerator whose chip this one has, with another memory."""
+    return {"a100-40gb": "a100", "h200": "h100"}.get(hardware, hardware)
 
 
 class Efficiency(NamedTuple):
@@ -144,5 +180,4 @@ def fit_serving(without: int | None = None) -> Fit:
 
 
 def device_numbers(device: Accelerator) -> Any:
-    """Returns what the formulas take of a device."""
     return numbers(device, **efficiency_of(device.name)._asdict(), **fit_serving().uses)

@@ -1,20 +1,19 @@
 """The devices of a plan: a known accelerator, one that flags describe, or this machine, which is measured in 30 seconds."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from bench.cli import Json, Shape, progress
-from bench.plan.published import accelerators
-from engine.counting.accelerators import Accelerator
+from engine.counting.accelerators import Accelerator, read_accelerators
 from engine.errors import UserError, did_you_mean
 from engine.files import cache_folder, cache_root, write_json
 
 HERE = "here"
+accelerators = functools.cache(read_accelerators)
 _SHAPES = (Shape(4, 256, 256, 8), Shape(6, 384, 256, 8), Shape(6, 512, 256, 8))  # whose steps are timed
 
 
@@ -76,12 +75,11 @@ def calibrate() -> Json:
     from bench.models import make_step, make_step_inputs
     from bench.timing import measure
     from engine.counting.flops import train_flops
-    from engine.counting.hardware import best_ceilings, clock, device_memory_bytes, measure_ceilings
+    from engine.counting.hardware import best_ceilings, device_memory_bytes, measure_ceilings
     from engine.training.optimizer import OptimizerConfig
 
     progress("measuring this machine's peak ...")
     ceilings, rates = measure_ceilings(), []
-    joules, start = rapl_joules(), clock()
     for shape in _SHAPES:
         progress(f"training steps of {shape} ...")
         inputs = make_step_inputs(shape, "bfloat16")
@@ -89,27 +87,14 @@ def calibrate() -> Json:
         timing = measure({str(shape): step}, rounds=5, warmups=2)[str(shape)]
         flops = train_flops(inputs.cfg, shape.tokens, attention="causal").total
         rates.append(shape.batch * shape.tokens * flops / timing.median)
-    watts = (rapl_joules() - joules) / (clock() - start)
     ceilings = best_ceilings(ceilings, measure_ceilings())
     device = Accelerator(
         HERE, ceilings.bf16_gflops / 1e3, device_memory_bytes() / 1e9, ceilings.read_gbs, 1, 0, 0, ceilings.int8_gflops / 1e3,
-        watts, 0, 0, f"{ceilings.device}, {ceilings.cores} cores, measured",
+        0, 0, 0, f"{ceilings.device}, {ceilings.cores} cores, measured",
     )  # fmt: skip
     shares = sorted(rate / 1e9 / ceilings.bf16_gflops for rate in rates)
     document = {"device": dataclasses.asdict(device), "shares": shares}
     write_json(cache_folder("plan") / "calibration.json", document)
-    energy = (
-        f"{watts:.0f} W by RAPL, of the processor alone" if watts else "RAPL cannot be read here, so give --watts for energy"
-    )
     print(f"{device.source}: {ceilings.bf16_gflops:,.0f} GFLOP/s in bfloat16, {device.memory_gbs:.0f} GB/s")
-    print(f"training steps reach {shares[0]:.0%} to {shares[-1]:.0%} of it; {energy}")
+    print(f"training steps reach {shares[0]:.0%} to {shares[-1]:.0%} of it; give --watts for energy")
     return document
-
-
-def rapl_joules(root: Path = Path("/sys/class/powercap")) -> float:
-    """Returns the joules that the processor's packages have counted; 0 where the machine does not let them be read."""
-    total = 0.0
-    for file in root.glob("intel-rapl:?/energy_uj"):
-        with contextlib.suppress(OSError, ValueError):
-            total += int(file.read_text()) / 1e6
-    return total

@@ -12,14 +12,12 @@ from typing import Any
 
 from bench.cli import Json, write_page
 from bench.plan import formulas
-from bench.plan.answer import POWER
 from bench.plan.fits import SLOTS, fit_serving
-from bench.plan.model import job
-from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, PRECISIONS
+from bench.plan.model import METHODS, job
+from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, POWER, PRECISIONS
 from engine.model.config import ModelConfig
 
 HERE = Path(__file__).parent
-METHODS = ("pretrain", "full", "freeze", "lora:16", "qlora:16", "preference", "rl")
 _OPERATORS: dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.Gt: ">", ast.GtE: ">=", ast.LtE: "<=",
     ast.Eq: "===",
@@ -28,9 +26,10 @@ _OPERATORS: dict[type, str] = {
 
 def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Json:
     """Returns the numbers that the page computes with. `devices`: of `hardware.numbers`; the sliders begin at `state`."""
+    methods = [method.replace(":K", "").replace(":R", ":16") for method in METHODS]
     return {
         "models": {
-            name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in METHODS} for name, cfg in models.items()
+            name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in methods} for name, cfg in models.items()
         },
         "contexts": {name: cfg.context for name, cfg in models.items()},
         "hardware": {name: vars(device) for name, device in devices.items()},

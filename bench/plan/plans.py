@@ -5,24 +5,123 @@ and by the rule of 20 tokens a parameter, on which the first paper's other metho
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.plan.answer import Answer, Interval, around, costs, interval
-from bench.plan.fits import SLOTS, fit_serving
+from bench.cli import print_table
+from bench.plan.fits import SLOTS, clean_runs, fit_serving
 from bench.plan.formulas import SHARE, Numbers, efficiency, longer_prompt, optimal, serving, training, training_memory
 from bench.plan.hardware import HERE
 from bench.plan.model import config_of_size, job
-from bench.plan.published import clean_runs
 from engine.errors import UserError
-from engine.format import format_bytes, in_words, money
+from engine.format import duration, format_bytes, in_words, money, si, significant
 
+# Of the watts in the table, what runs drew: OLMo-3 on H100, 624 and 649 of 700 (muxup.com/2025q4); LLaMA on A100, 400 and a
+# tenth for the building (2302.13971, table 15).
+POWER = (0.89, 1.10)
+_SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 MEMORY = (0.9, 1.1)  # of the formula, with and without recomputation: the bounds that hold published peaks
 ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
 PRECISIONS = {"bfloat16": (16, 16), "int8": (8, 8), "int4": (4.5, 16)}  # bits of a weight, and of the KV cache
 RULE = 20  # tokens a parameter (2203.15556, table 3)
 LAW = SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
+
+
+class Interval(NamedTuple):
+    """A quantity between two bounds, which are equal where it is exact; `origin`: where it comes from."""
+
+    low: float
+    middle: float
+    high: float
+    unit: str
+    origin: str
+
+    def scaled(self, factor: float, unit: str, origin: str) -> "Interval":
+        return interval((bound * factor for bound in self[:3]), unit, origin)
+
+
+class Answer(NamedTuple):
+    """What was asked, the quantities by name, what binds, and notes."""
+
+    question: str
+    lines: dict[str, Interval]
+    binding: str = ""
+    notes: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """Returns the answer as JSON has it."""
+        lines = {name: line._asdict() for name, line in self.lines.items()}
+        return {"question": self.question, "answer": lines, "binding": self.binding, "notes": self.notes}
+
+    def print(self) -> None:
+        """Prints the quantities as a table, then what binds, and the notes."""
+        rows = []
+        for name, line in self.lines.items():
+            low, middle, high = (write(bound, line.unit) for bound in line[:3])
+            rows.append((name, middle, "" if line.low == line.high else f"{low} to {high}", line.origin))
+        print_table(self.question, ("", "", "", ""), rows, left=4, sentences=True)
+        for text in ([f"what binds: {self.binding}"] if self.binding else []) + [*self.notes]:
+            print(text)
+
+
+def interval(bounds: Iterable[float], unit: str, origin: str) -> Interval:
+    low, middle, high = bounds
+    return Interval(low, middle, high, unit, origin)
+
+
+def around(middle: float, spread: float, unit: str, origin: str) -> Interval:
+    """Returns the interval of a logarithm's spread each way; 0 for what is exact."""
+    return Interval(middle * math.exp(-spread), middle, middle * math.exp(spread), unit, origin)
+
+
+def costs(hours: Interval, d: Any) -> dict[str, Interval]:
+    """Returns dollars and energy of device-hours, where the device has a price and watts."""
+    lines = {}
+    for name, unit, low, high, origin in (
+        ("dollars", "dollars", d.low, d.high, f"${d.low:g} to ${d.high:g} a device-hour: {d.price}"),
+        ("energy", "kWh", *(share * d.watts / 1000 for share in POWER), f"{d.watts:g} W, of which runs draw 89% to 110%"),
+    ):
+        if high:
+            factors = (low, math.sqrt(low * high), high)
+            lines[name] = interval(map(operator.mul, hours[:3], factors), unit, origin)
+    return lines
+
+
+def write(value: float, unit: str) -> str:
+    """Writes a quantity as a person reads it: `8.21 days`, `$240`, `12.4 GB`, `37%`, `26.9 k tokens`."""
+    match unit:
+        case "seconds" if value < 3600:
+            return si(value, "s") if value < 60 else duration(value)
+        case "seconds":
+            return f"{significant(value / 3600)} h" if value < 172800 else f"{significant(value / 86400)} days"
+        case "dollars":
+            return money(value)
+        case "bytes":
+            return format_bytes(value)
+        case "share":
+            return f"{100 * value:.0f}%"
+        case "FLOP":
+            return f"{value:.3g} FLOP"
+        case "hours" | "kWh":
+            return f"{significant(value)} {unit}"
+        case _:
+            return f"{in_words(value) if value >= 1000 else f'{value:.3g}'} {unit}"
+
+
+def amount(flag: str, text: str | None) -> float:
+    """Reads `100B`, `9T`, `5e9` or `1,000`. Raises UserError, naming the flag, for anything else or nothing above 0."""
+    digits = (text or "").strip().replace(",", "")
+    scale = _SCALES.get(digits[-1:], 1.0)
+    try:
+        value = float(digits.rstrip("".join(_SCALES)) if scale > 1 else digits) * scale
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e18:
+        wrong = "is missing: give a number" if text is None else f"must be a number above 0 and below 1e18, not {text!r}"
+        raise UserError(f"{flag} {wrong}, such as 100B, 5e9 or 1,000.")
+    return value
 
 
 def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> Answer:
@@ -36,13 +135,13 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
         spread, origin = math.hypot(spread, math.log(1 + ADAPTER_BOUND)), f"{origin}; LoRA's over full tuning's, within 30%"
     middle, share = result["device_hours"], result["efficiency"]
     # No run is faster than the peak.
-    hours = interval((middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread)), "hours", origin)
+    hours = Interval(middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread), "hours", origin)
     shares = (share * math.exp(-d.spread), share, min(1, share * math.exp(d.spread)))
     lines = {
         "FLOPs": around(result["flops"], 0, "FLOP", "counted: every product, and causal attention"),
         "share of peak": interval(shares, "share", d.origin),
         "device-hours": hours,
-        "wall time": interval((3600 * bound / devices for bound in hours[:3]), "seconds", "device-hours over the devices"),
+        "wall time": hours.scaled(3600 / devices, "seconds", "device-hours over the devices"),
         "memory a device": Interval(
             MEMORY[0] * result["least"], result["needed"], MEMORY[1] * result["needed"], "bytes",
             f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few as fit, and 10%",
@@ -58,7 +157,6 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
 
 
 def holders(m: Any, d: Any) -> str:
-    """Says how many devices d hold the training of m."""
     counts = (2**power for power in range(20))
     enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
     return f"about {enough} would hold it" if enough else f"no number of them holds a text of {m.context:,} tokens"
@@ -108,10 +206,10 @@ def plan_serving(
         "between tokens": around(loaded["token_seconds"], fit.spread, "seconds", at_once),
         "memory a device": around(loaded["needed"], 0, "bytes", "weights and KV cache, by formula"),
     }
-    for label, line in costs(interval((count * devices for count in replicas), "hours", ""), d).items():
-        lines[f"{label} a day"] = interval((24 * bound for bound in line[:3]), line.unit, line.origin)
-        per_million = (bound / (3600 * requests * answer) * 1e6 for bound in line[:3])
-        lines[f"{label} a million answer tokens"] = interval(per_million, line.unit, "all replicas, over the tokens asked for")
+    for label, line in costs(lines["replicas"].scaled(devices, "hours", ""), d).items():
+        lines[f"{label} a day"] = line.scaled(24, line.unit, line.origin)
+        each = line.scaled(1e6 / (3600 * requests * answer), line.unit, "all replicas, over the tokens asked for")
+        lines[f"{label} a million answer tokens"] = each
     parts = {
         "prefilling": "prefill, by compute", "reading": "reading the weights, by memory bandwidth",
         "attending": "reading the KV cache, by memory bandwidth", "multiplying": "products of decoding, by compute",
@@ -176,9 +274,7 @@ def plan_break_even(
     prompt, answer, _ = lengths
     price, unit = (math.sqrt(d.low * d.high), "dollars") if d.low else (1.0, "hours")
     each, fit = longer_prompt(m, d, *PRECISIONS[precision], extra, prompt, answer), fit_serving()
-    lines = {
-        method: interval((bound * price for bound in hours[:3]), unit, hours.origin) for method, hours in investments.items()
-    }
+    lines = {method: hours.scaled(price, unit, hours.origin) for method, hours in investments.items()}
     for kind, words in (("computed", "without a prefix cache"), ("cached", "with a prefix cache")):
         cost = around(each[kind] / 3600 * price, fit.spread, unit, fit.origin)
         lines[f"the longer prompt of a request, {words}"] = cost

@@ -78,19 +78,18 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
 
 def print_tables(document: Json) -> None:
     """Prints the document as tables, and says which bars are not met."""
-    from bench.timing import Ratio  # imports JAX
+    from bench.timing import UNMET, Ratio  # imports JAX
 
-    unmet = {True: "", False: "   ** not met **", None: "   undecided, within the noise"}
     print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
     print(
-        f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{unmet[document['ready_met']]}; "
+        f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{UNMET[document['ready_met']]}; "
         f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
     )
     row = document["rows"][0]
     over = Ratio(row["ratio"], row["low"], row["high"])
     print(
         f"The server makes {row['tokens_per_second']:.0f} tokens/s, its engine alone {row['peer_tokens_per_second']:.0f}: "
-        f"{over} of it, at least {row['bar']:g}{unmet[row['met']]}\n"
+        f"{over} of it, at least {row['bar']:g}{UNMET[row['met']]}\n"
     )
     seconds = lambda of: f"{si(of['p50'], 's')}, p{of['tail_percentile']} {si(of['tail'], 's')}"
     rate, made = document["saturated"].values()

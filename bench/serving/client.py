@@ -154,7 +154,6 @@ async def send(client: Client, body: Json, **options: Any) -> Response:
 
 
 async def complete(client: Client, body: Json, **options: Any) -> "Completion":
-    """Posts a completion request; returns the completion."""
     return read_completion(await send(client, body, **options))
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from bench.cli import Json
-from bench.models import load
+from bench.models import answer, load
 from bench.serving.client import Client, Completion, Response, completion_request, random_text, read_completion, send
 from bench.serving.server import Server
 from bench.timing import measure, ratio
@@ -95,7 +95,7 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
     requests = [Request(tuple(each), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)) for each in prompts]
     texts: set[tuple[str, ...]] = set()
-    output: dict[int, list[int]] = {}
+    output: list[list[int]] = []
 
     def run_server() -> None:
         sent = closed_loop(server.client, [*map(_request, prompts)], slots)
@@ -103,15 +103,11 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
         texts.add(tuple(completion.text for completion in completions))
 
     def run_engine() -> None:
-        output.clear()
-        output.update({engine.submit(request): [] for request in requests})
-        while engine.busy:
-            for event in engine.step():
-                output[event.id] += event.tokens
+        output[:] = answer(engine, requests)
 
     # In a thread, for the connections to the server live in this one.
     timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
-    first = await server.client.post("/detokenize", {"tokens": next(iter(output.values()))})
+    first = await server.client.post("/detokenize", {"tokens": output[0]})
     over, made = ratio(timings["engine"], timings["server"]), slots * NEW_TOKENS
     return over._asdict() | {
         "name": f"server_against_offline_{slots}",

@@ -12,7 +12,6 @@ import numpy as np
 
 from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
-from bench.stages.by_hand_rows import by_hand_rows
 from bench.stages.checks import logits_error, model_state, serve_beside_others
 from bench.stages.claims import Evidence, claims
 from bench.stages.memory import memory_over_time
@@ -20,6 +19,7 @@ from bench.stages.residuals import block_residuals
 from bench.stages.rows import (
     ADAPTER,
     Row,
+    by_hand_rows,
     decode_row,
     evaluation_row,
     prefill_row,
@@ -41,7 +41,7 @@ from engine.counting.hardware import (
 from engine.counting.memory import inference_memory, training_memory
 from engine.counting.params import count_params
 from engine.errors import UserError
-from engine.format import duration, finite, si
+from engine.format import duration, finite
 from engine.inference.decode import prepare_params
 from engine.model.config import PRESETS, ModelConfig, preset
 from engine.model.weights.int8 import quantize
@@ -50,7 +50,6 @@ from engine.storage.model_loader import read_config
 from engine.text.batch import Batch
 
 MAX_ROUNDS = 15
-TOLERANCE = 0.15  # of the predicted ratio of times, beyond which a row is explained
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
 CHECKPOINTED = "gradient checkpointing"  # the pre-training step with it, which is no row of the table
@@ -211,15 +210,13 @@ def row_document(
 ) -> dict[str, Any]:
     """Returns a row of the JSON document; operations, bytes and seconds are those of a token.
 
-    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not be measured. Two
-    predictions of seconds: by operations alone, at the forward pass's speed; and by the roofline, with that share of the
-    products' own ceiling, and all bytes at the memory's.
+    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not be measured.
     """
     rates: dict[str, Any] = {rate: getattr(ceilings, rate) or math.nan for rate in RATES}  # one that is 0 is not known
     ceilings = dataclasses.replace(ceilings, **rates)
     differ = [old != new for old, new in zip(digests, weight_digests(row))]
     changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
-    timing, forward_seconds = timings[row.name], timings[forward.name].median
+    timing = timings[row.name]
     times = ratio(timing, timings[forward.name])
     seconds, flops = timing.median, row.formula.by_pass
     per_token = lambda number: number / row.tokens
@@ -239,39 +236,17 @@ def row_document(
         "flop_ratio_to_forward": relative, "seconds_per_token": seconds, "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
         "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
-        "predicted_seconds_per_token": relative * forward_seconds,
-        "roofline_seconds_per_token": finite(
-            relative * forward_seconds * ceilings.peak_flops(forward.dtype) / ceilings.peak_flops(row.dtype)
-            + per_token(row.traffic) / (1e9 * ceilings.read_gbs)
-        ),
-        "peak_bytes": row.peak_bytes, "predicted_peak_bytes": sum(row.memory.values()), "memory": row.memory,
+        "peak_bytes": row.peak_bytes, "predicted_peak_bytes": row.predicted_bytes,
         "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
-        "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "tokens_per_call": row.tokens, "slots": row.slots,
+        "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "slots": row.slots,
         "layers": [[*map(per_token, (each.forward + each.recompute, each.dx, each.dw))] for each in by_layer],
-        "series": row.series, "explanation": explain_time(row, seconds, forward, forward_seconds, ceilings),
+        "series": row.series, "bound_by": bound_by(row, seconds, ceilings),
     }  # fmt: skip
 
 
-def explain_time(row: Row, seconds: float, forward: Row, forward_seconds: float, ceilings: Ceilings) -> str | None:
-    """Explains a row's time over the forward pass's where it is off the ratio of FLOPs by more than TOLERANCE, else None.
-
-    `seconds` are those of a token.
-    """
-    flops, forward_flops = (_product_flops(each) / each.tokens for each in (row, forward))
-    if not flops:
-        return f"nothing is multiplied: {si(row.traffic / row.tokens, 'B')} a token that were computed before are copied."
-    if abs(seconds / forward_seconds / (flops / forward_flops) - 1) <= TOLERANCE:
-        return None
-    multiplying, reading = flops / ceilings.peak_flops(row.dtype), row.traffic / row.tokens / (1e9 * ceilings.read_gbs)
-    bound = "memory" if reading >= seconds / 2 else "products" if multiplying >= seconds / 2 else "neither alone"
-    steps = row.slots or row.tokens  # tokens that share one reading of the weights
-    return (
-        f"of {si(seconds, 's')} for a token, moving its bytes takes {si(reading, 's')} at the speed of this memory, and its "
-        f"products {si(multiplying, 's')} at this machine's best rate in {row.dtype}: bound by {bound}. The weights are read "
-        f"once for {'one token' if steps == 1 else f'{steps:,} tokens'}."
-    )
-
-
-def _product_flops(row: Row) -> int:
-    """Returns the operations of a call's products, as the program computes them where that is known."""
-    return row.walker.matmul if row.walker else row.formula.total
+def bound_by(row: Row, seconds: float, ceilings: Ceilings) -> str:
+    """Returns what alone takes half of a token's `seconds` at this machine's best rates: memory, products, or neither."""
+    if row.traffic / row.tokens / (1e9 * ceilings.read_gbs) >= seconds / 2:
+        return "memory"
+    products = row.walker.matmul if row.walker else row.formula.total
+    return "products" if products / row.tokens / ceilings.peak_flops(row.dtype) >= seconds / 2 else "neither"

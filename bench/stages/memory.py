@@ -22,7 +22,7 @@ from engine.errors import UserError
 POSITIONS = 400  # that a document has of a schedule, at most
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 _BACKWARD, _OPTIMIZER = "transpose(jvp", "/optimizer/"
-Value = Any  # a set of Buffers, or a tuple of Values
+Index = tuple[int, ...]  # of an array in a value: () of an array alone, (0, 1) in a tuple of tuples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,11 @@ def find_buffers(compiled: jax.stages.Compiled) -> tuple[list[Buffer], int]:
     return ordered, program.position
 
 
-class _Program:
-    """A scheduled program with its buffer assignment; `run` walks it and sets the spans, labels and origins of buffers.
+Value = dict[Index, frozenset[Buffer]]  # the buffers that each array of a value may lie in
 
-    An array's value is the set of buffers that it may lie in, a tuple's a tuple of values.
-    """
+
+class _Program:
+    """A scheduled program with its buffer assignment; `run` walks it and sets the spans, labels and origins of buffers."""
 
     def __init__(self, compiled: jax.stages.Compiled) -> None:
         assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
@@ -129,7 +129,7 @@ class _Program:
         sequences = [read_message(entry) for entry in read_message(module[7][0])[1]]
         self.schedule = {entry[1][0]: [*integers(read_message(entry[2][0]).get(1, []))] for entry in sequences}
         self.position = 0
-        self.results: dict[int, dict[tuple[int, ...], Buffer]] = defaultdict(dict)  # instruction -> index -> buffer
+        self.results: dict[int, dict[Index, Buffer]] = defaultdict(dict)  # instruction -> index -> buffer
         self._assign(read_message(assignment))
 
     def _assign(self, assignment: dict[int, list[Any]]) -> None:
@@ -168,7 +168,7 @@ class _Program:
     def run(self, computation: int, arguments: Sequence[Value] = ()) -> Value:
         """Runs a computation's operations in their order, each at the next position, and returns its result's value."""
         values: dict[int, Value] = {}
-        result: Value = frozenset()
+        result: Value = {}
         for instruction in self.schedule[computation]:
             fields, label = self.instructions[instruction], self._label(instruction)
             inputs = [values[operand] for operand in integers(fields.get(36, []))]
@@ -179,15 +179,16 @@ class _Program:
                 case "bitcast" | "opt-barrier":
                     value = inputs[0]
                 case "tuple":
-                    value = tuple(inputs)
+                    value = {(place, *index): buffers for place, each in enumerate(inputs) for index, buffers in each.items()}
                 case "get-tuple-element":
-                    value = inputs[0][self._number(instruction, 13)]
+                    place = self._number(instruction, 13)
+                    value = {index[1:]: buffers for index, buffers in inputs[0].items() if index[:1] == (place,)}
                 case "while":
                     body, condition = called
                     self._read(inputs, label)
                     self.run(condition, inputs)
                     value = _either(inputs[0], self.run(body, inputs))
-                    self._read(value, label)
+                    self._read([value], label)
                 case "call":
                     value = self.run(called[0], inputs)
                 case "conditional":
@@ -198,14 +199,13 @@ class _Program:
             values[instruction] = value
             if instruction == self.roots[computation]:
                 result = value
-                self._read(value, "")
+                self._read([value], "")
             self.position += 1
         return result
 
     def _make(self, instruction: int, inputs: list[Value], label: str) -> Value:
         """Reads the operands, and returns the value of the buffers that the instruction makes."""
-        self._read(inputs, label)
-        origins = frozenset[str]().union(*(buffer.origins for buffer in _flat(inputs)))
+        origins = frozenset[str]().union(*(buffer.origins for buffer in self._read(inputs, label)))
         if "(head)" in label and any(origin.startswith("batch") for origin in origins):
             origins |= {"loss"}
         if self._opcode(instruction) == "parameter":
@@ -214,40 +214,25 @@ class _Program:
             buffer.end = self.position
             if buffer.start < 0:
                 buffer.start, buffer.label, buffer.last_label, buffer.origins = self.position, label, label, origins
-        return _nest(self.results[instruction])
+        return {index: frozenset({buffer}) for index, buffer in self.results[instruction].items()}
 
-    def _read(self, value: Value, label: str) -> None:
-        for buffer in _flat(value):
+    def _read(self, values: list[Value], label: str) -> list[Buffer]:
+        """Notes that the buffers of these values are read here, and returns them."""
+        buffers = [buffer for value in values for each in value.values() for buffer in each]
+        for buffer in buffers:
             buffer.end, buffer.last_label = self.position, label or buffer.last_label
+        return buffers
 
 
-def _location(data: bytes) -> tuple[int, tuple[int, ...]]:
+def _location(data: bytes) -> tuple[int, Index]:
     """Returns the instruction and the place in its result that a LogicalBufferProto.Location names."""
     location = read_message(data)
     return location[4][0], (*integers(location.get(3, [])),)
 
 
-def _flat(value: Value) -> Iterator[Buffer]:
-    """Yields the buffers of a value, however nested."""
-    for each in value:
-        yield from (each,) if isinstance(each, Buffer) else _flat(each)
-
-
 def _either(first: Value, second: Value) -> Value:
     """Returns the value that is one or the other."""
-    if isinstance(first, frozenset):
-        return first | second
-    return tuple(map(_either, first, second))
-
-
-def _nest(places: dict[tuple[int, ...], Buffer]) -> Value:
-    """Returns the value of buffers by their places in a result: the empty place is an array's."""
-    if places.keys() <= {()}:
-        return frozenset(places.values())
-    inner: dict[int, dict[tuple[int, ...], Buffer]] = defaultdict(dict)
-    for (first, *rest), buffer in ((place, buffer) for place, buffer in places.items() if place):
-        inner[first][(*rest,)] = buffer
-    return tuple(_nest(inner[number]) for number in range(max(inner) + 1))
+    return {index: first.get(index, frozenset()) | second.get(index, frozenset()) for index in first | second}
 
 
 def read_message(data: bytes) -> dict[int, list[Any]]:

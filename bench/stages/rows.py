@@ -5,6 +5,7 @@ Training runs forward and backward; evaluation, prefill, prefill into a server's
 
 import dataclasses
 import functools
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,15 +15,20 @@ import numpy as np
 
 from bench.models import TrainingStep, new_state
 from bench.stages.checks import SLOTS
+from engine.by_hand import adamw
+from engine.by_hand import model as by_hand
+from engine.by_hand.model import to_numpy, tree_map
 from engine.counting.flops import (
     Flops,
     PassFlops,
     add_layers,
     decode_program_flops,
+    forward_flops,
     gradient_layer_flops,
     prefill_flops,
     prefill_program_flops,
     score_program_flops,
+    train_flops,
 )
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
@@ -69,7 +75,7 @@ class Row:
     tokens: int
     formula: Flops
     peak_bytes: int | None  # that the compiled program needs, by XLA
-    memory: dict[str, int]  # the same, predicted, by component
+    predicted_bytes: int  # the same, by formula
     traffic: int  # bytes that it must read and write
     layers: Sequence[Flops] = ()  # of a training step: the formula of each block, and last of the head
     program: Any = None  # compiled; None for NumPy
@@ -167,17 +173,13 @@ def training_row(
     update = cost["walker"].elementwise - walker.elementwise
     chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
     layers = gradient_layer_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
-    predicted = training_memory(cfg, B, T, trainable=paths)
 
     def weights() -> Any:
         return merge(step.state.trainable, frozen) if paths.weights else (frozen, step.state.trainable)
 
     return Row(
         kind.name, kind.stage, step, weights, tokens=B * T, formula=add_layers(layers), layers=layers,
-        memory={
-            "params": predicted.params, "gradients": predicted.gradients, "optimizer": predicted.optimizer,
-            "activations": max(0, predicted.total - predicted.params - predicted.gradients - predicted.optimizer),
-        },
+        predicted_bytes=training_memory(cfg, B, T, trainable=paths).total,
         traffic=train_bytes(cfg, B, T, trainable=paths).total, update=update, dtype=cfg.dtype, **cost | {"walker": walker},
     )  # fmt: skip
 
@@ -247,7 +249,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     yield Row(
         "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,
         tokens=T, formula=formula * chunks, dtype=cfg.dtype, **cost,
-        memory={"params": predicted.params, "cache": predicted.cache, "activations": predicted.activations // SLOTS},
+        predicted_bytes=predicted.params + predicted.cache + predicted.activations // SLOTS,
         traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
     )  # fmt: skip
 
@@ -256,7 +258,7 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], whole, calls=chunks)
     yield Row(
         "prefix-cache hit", "inference", in_turn(lambda *call: program(*call, whole), cached), lambda: params, tokens=T,
-        formula=Flops({}), memory={"cache": predicted.cache + prompt_bytes // chunks}, traffic=2 * prompt_bytes,
+        formula=Flops({}), predicted_bytes=predicted.cache + prompt_bytes // chunks, traffic=2 * prompt_bytes,
         dtype=cfg.dtype, **cost,
     )  # fmt: skip
 
@@ -309,9 +311,58 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
 
 
 def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
-    """Returns the fields `memory` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
-    parts = inference_memory(cfg, slots, length, **options)
+    """Returns the fields `predicted_bytes` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
     return {
-        "memory": {"params": parts.params, "cache": parts.cache, "activations": parts.activations + parts.logits},
+        "predicted_bytes": inference_memory(cfg, slots, length, **options).total,
         "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
     }
+
+
+def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
+    """Returns the rows of a batch: forward alone, to logits, and a training step: loss, every gradient, and AdamW.
+
+    Attention is `full`.
+    """
+    B, T = batch.tokens.shape
+    plain = dataclasses.replace(cfg, dtype="float32", remat="none")
+    weights = to_numpy(params)
+    tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
+    inference, training = inference_memory(plain, B, 0, tokens=T, every_logit=True), training_memory(plain, B, T)
+    zeros = [tree_map(np.zeros_like, weights) for _ in range(2)]
+    trained, moments = weights, adamw.Moments(np.array(0, np.int32), *zeros)
+    optimizer = adamw.AdamWConfig(learning_rate=1e-4)
+
+    def step() -> float:
+        nonlocal trained, moments
+        loss, gradient = by_hand.loss_and_gradient(plain, trained, tokens, targets, mask)
+        trained, moments = adamw.step(optimizer, trained, gradient, moments)
+        return loss
+
+    def row(name: str, run: Callable[[], Any], weights: Callable[[], Any], held: int, **cost: Any) -> Row:
+        cost["formula"] *= B * T
+        return Row(
+            f"by hand: {name}", "by hand", run, weights, tokens=B * T, peak_bytes=_peak(run, held), dtype="float32", **cost
+        )
+
+    return [
+        row(
+            "forward", lambda: by_hand.forward(plain, weights, tokens), lambda: weights, inference.params,
+            formula=forward_flops(plain, T, attention="full"), predicted_bytes=inference.total,
+            traffic=inference_bytes(plain, B, 0, tokens=T, every_logit=True).total,
+        ),
+        row(
+            "training step", step, lambda: trained, training.params + training.optimizer,
+            formula=train_flops(plain, T, attention="full"), predicted_bytes=training.total,
+            traffic=train_bytes(plain, B, T).total,
+        ),
+    ]  # fmt: skip
+
+
+def _peak(run: Callable[[], Any], held: int) -> int:
+    """Returns the most bytes NumPy holds during a call, with those `held` before it."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] + held
+    finally:
+        tracemalloc.stop()

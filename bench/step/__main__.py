@@ -1,9 +1,8 @@
-"""Measures a training step: against the machine's fastest matmul, fine-tuning, on a mesh, while a checkpoint is written.
+"""Measures a training step: against the machine's fastest matmul, fine-tuning, while a checkpoint is written.
 
     python -m bench.step                                  a few shapes beside a matmul of the same rounds, and Muon over AdamW
     python -m bench.step --allocator default              without keeping freed memory: the cost of page faults
     python -m bench.step --of finetuning                  LoRA and a frozen half over a full step; --model measures a real model
-    python -m bench.step --of mesh --mesh tensor=2        virtual devices over one device: a device for each place of the mesh
     python -m bench.step --of saving --preset nano        how long a save stops training, and how much its write slows it
     python -m bench.step --of recipes                     every experiment on the default training run, and what it gave
 
@@ -13,7 +12,6 @@ that are compared run interleaved. Models of --shapes read bytes.
 
 import csv
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -21,17 +19,15 @@ from typing import Literal
 from bench.cli import Json, check_rounds, check_used, parse_shape, print_table, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
-from engine.mesh.shape import parse_mesh
 
 EXPERIMENTS = Path(__file__).with_name("experiments.csv")
 SHAPES = {
     "training": ("4x256x256x16", "6x384x256x16", "8x768x256x8"),
-    "finetuning": ("6x512x256x8",), "mesh": ("6x384x256x16",),
+    "finetuning": ("6x512x256x8",),
 }  # fmt: skip
 USED = {  # the flags of each measurement
     "training": ("shapes", "dtype", "allocator", "rounds"),
     "finetuning": ("shapes", "model", "context", "batch", "rank", "rounds"),
-    "mesh": ("shapes", "mesh", "dtype", "rounds"),
     "saving": ("preset", "interval", "batch", "context", "steps", "rounds"),
     "recipes": (),
 }
@@ -39,7 +35,7 @@ USED = {  # the flags of each measurement
 
 @dataclasses.dataclass(frozen=True)
 class StepFlags:
-    of: Literal["training", "finetuning", "mesh", "saving", "recipes"] = "training"
+    of: Literal["training", "finetuning", "saving", "recipes"] = "training"
     """What to measure."""
     shapes: tuple[str, ...] = ()
     """Each as LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide. By default three of training, else one."""
@@ -50,7 +46,6 @@ class StepFlags:
     """Of fine-tuning, in place of shapes: a run folder, a Hugging Face folder, a .gguf file, or a named model."""
     rank: int = 8
     """Of each LoRA pair."""
-    mesh: str = "fsdp=2"
     preset: str = "smollm2-135m"
     """Of saving: the model; its state is weights and both moments of AdamW, in float32."""
     interval: float = 60.0
@@ -74,18 +69,13 @@ def measure_step(flags: StepFlags) -> Json:
     check_rounds(flags.rounds)
     if min(flags.interval, flags.steps, flags.batch, flags.context, flags.rank) <= 0:
         raise UserError("--interval, --steps, --batch, --context and --rank must be above 0.")
-    if flags.of == "mesh":
-        count = parse_mesh(flags.mesh).devices
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     if flags.allocator == "keep":
-        start_jax("cpu" if flags.of == "mesh" else "auto")  # without it JAX starts by itself, with glibc's own settings
-    if flags.of == "saving":
-        from bench.step.saving import measure_saving
-
-        return measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
+        start_jax()  # without it JAX starts by itself, with glibc's own settings
     from bench.models import BenchModel, load, make_step_inputs
     from bench.step import ways
 
+    if flags.of == "saving":
+        return ways.measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
     if flags.model:
         model, tokens = load(flags.model), flags.batch * flags.context
         steps = ways.finetuning_ways(model, flags.batch, flags.context, flags.rank)
@@ -93,15 +83,11 @@ def measure_step(flags: StepFlags) -> Json:
     documents = []
     for shape in shapes:
         inputs = make_step_inputs(shape, flags.dtype)
-        if flags.of == "mesh":
-            documents.append(ways.measure_mesh(inputs, shape, parse_mesh(flags.mesh), flags.rounds))
-            continue
         if flags.of == "training":
             steps = ways.optimizer_ways(inputs)
         else:
-            steps = ways.finetuning_ways(
-                BenchModel(str(shape), inputs.cfg, inputs.params), shape.batch, shape.tokens, flags.rank
-            )
+            model = BenchModel(str(shape), inputs.cfg, inputs.params)
+            steps = ways.finetuning_ways(model, shape.batch, shape.tokens, flags.rank)
         documents.append(ways.measure_ways(str(shape), steps, shape.batch * shape.tokens, flags.dtype, flags.rounds))
     return {"shapes": documents}
 

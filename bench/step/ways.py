@@ -1,39 +1,37 @@
-"""Times the ways of one training step, interleaved with each other and with a square matmul, and counts their FLOPs and memory.
+"""Times the ways of one training step, interleaved with each other and with a square matmul, and a step beside a save.
 
-Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8); one device, and a mesh of virtual devices, which share the
-processor's cores, so that a ratio above 1 is what the mesh itself costs. Frozen matrices are stored in the compute type.
+Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8). Frozen matrices are stored in the compute type.
 """
 
+import functools
+import statistics
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bench.cli import Json, Shape, print_table, progress
-from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_token_batch
+from bench.cli import Json, print_table, progress
+from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_token_batch, tokens_for
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
-from engine.counting.hardware import square_product
-from engine.counting.memory import training_memory
+from engine.counting.hardware import clock, square_product
 from engine.counting.params import TrainablePaths, all_trainable, bottom_frozen, lora_only
-from engine.counting.xla import xla_peak
 from engine.device import device_name
-from engine.mesh.layout import global_batch, init_sharded, make_mesh
-from engine.mesh.shape import MeshShape, check_mesh
-from engine.model.config import LoraConfig, ModelConfig
-from engine.model.loss import loss_chunks
+from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
+from engine.model.transformer import init_params
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
+from engine.storage.checkpoint import BackgroundSaver
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.step import LORA_COMPILER_OPTIONS
+from engine.training.step import LORA_COMPILER_OPTIONS, init_state
 
-OptimizerKind = Literal["adamw", "muon"]
-COLUMNS = "a step of|trainable|ms|over the first|FLOPs|tokens/s|GFLOP/s|of matmul|predicted GB|XLA GB"
+COLUMNS = "a step of|trainable|ms|over the first|FLOPs|tokens/s|GFLOP/s|of matmul"
 
 
 class Way(NamedTuple):
@@ -41,49 +39,30 @@ class Way(NamedTuple):
 
     step: TrainingStep
     flops: int  # 6 N + 12 L D T a token, less the products for gradients that nothing needs
-    predicted_bytes: int
 
 
 def make_way(
-    cfg: ModelConfig,
-    trainable: Any,
-    frozen: Any,
-    batch: Batch,
-    *,
-    kind: OptimizerKind = "adamw",
-    paths: TrainablePaths | None = None,
-    base: Literal["float", "int8"] = "float",
-    microbatches: int = 1,
-    on_mesh: bool = False,
-) -> Way:
-    """Compiles the step of what is trainable, at `paths`, on a batch; `on_mesh`: of the mesh that is set, if one is."""
+    cfg: ModelConfig, trainable: Any, frozen: Any, batch: Batch, paths: TrainablePaths | None = None,
+    kind: Literal["adamw", "muon"] = "adamw", options: Any = None,
+) -> Way:  # fmt: skip
+    """Compiles the step of what is trainable, at `paths`, on a batch. `options`: of the compiler."""
     rows, tokens = batch.tokens.shape
-    part, tx = rows // microbatches, make_optimizer(OptimizerConfig(kind=kind))
-    chunks = loss_chunks(cfg, part * tokens, head_is_frozen=bool(paths and paths.adapted))
-    memory = training_memory(
-        cfg, part, tokens, optimizer=kind, trainable=paths, base=base, microbatches=microbatches, loss_chunks=chunks
-    )
     flops = train_flops(cfg, tokens, attention="full", trainable=paths).total * rows * tokens
-    begin = lambda: new_state(tx, trainable)
-    state = init_sharded(jax.jit(begin)) if on_mesh else begin()
-    options = LORA_COMPILER_OPTIONS if base == "int8" else None
-    step = TrainingStep(cfg, tx, state, frozen, global_batch(batch), compiler_options=options, microbatches=microbatches)
-    return Way(step, flops, memory.total)
+    tx = make_optimizer(OptimizerConfig(kind=kind))
+    return Way(TrainingStep(cfg, tx, new_state(tx, trainable), frozen, batch, compiler_options=options), flops)
 
 
 def optimizer_ways(inputs: StepInputs) -> dict[str, Way]:
-    """Compiles the full step with AdamW and with Muon."""
-    kinds: dict[str, OptimizerKind] = {"AdamW": "adamw", "Muon": "muon"}
-    return {name: make_way(inputs.cfg, inputs.params, {}, inputs.batch, kind=kind) for name, kind in kinds.items()}
+    make = functools.partial(make_way, inputs.cfg, inputs.params, {}, inputs.batch)
+    return {"AdamW": make(), "Muon": make(kind="muon")}
 
 
 def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dict[str, Way]:
-    """Compiles steps of AdamW on `rows` random sequences that train all weights, the upper half, and LoRA pairs: on q and v, on
-    all seven matrices, and on these over an int8 base, whole and row by row."""
+    """Compiles steps of AdamW on `rows` sequences that train all weights, the upper half, and LoRA pairs: on q and v, on
+    all seven matrices, and on these over an int8 base."""
     cfg, params = model.cfg, model.params
-    text = np.random.default_rng(0).integers(0, cfg.vocab, (rows, tokens + 1), np.int32)
-    data = next_token_batch(text)._replace(segments=jnp.ones((rows, tokens), jnp.int32))
-    make = lambda trainable, frozen, paths, **options: make_way(cfg, trainable, frozen, data, paths=paths, **options)
+    data = next_token_batch(tokens_for(model, rows, tokens + 1))._replace(segments=jnp.ones((rows, tokens), jnp.int32))
+    make = lambda trainable, frozen, paths, **options: make_way(cfg, trainable, frozen, data, paths, **options)
     frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))
     queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
     pairs = lambda adapter: init_lora(cfg, jax.random.key(0), adapter)
@@ -93,24 +72,8 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
         "upper half": make(split(params, upper.weights)[0], split(frozen, upper.weights)[1], upper),
         "LoRA q,v": make(pairs(queries), frozen, lora_only(cfg, queries)),
         "LoRA all": make(pairs(every), frozen, lora_only(cfg, every)),
-        "LoRA all, int8": make(pairs(every), int8, lora_only(cfg, every), base="int8"),
-        "LoRA all, int8, by rows": make(pairs(every), int8, lora_only(cfg, every), base="int8", microbatches=rows),
+        "LoRA all, int8": make(pairs(every), int8, lora_only(cfg, every), options=LORA_COMPILER_OPTIONS),
     }
-
-
-def measure_mesh(inputs: StepInputs, shape: Shape, size: MeshShape, rounds: int) -> Json:
-    """Measures the step on one device and on a mesh. `stages.train --mesh ... --dry-run` says what the latter exchanges.
-
-    Raises UserError for a mesh that does not fit.
-    """
-    check_mesh(size, inputs.cfg, shape.batch)
-    batch = jax.device_get(inputs.batch)
-    make = lambda: make_way(inputs.cfg, inputs.params, {}, batch, on_mesh=True)
-    ways = {"one device": make()}
-    with jax.set_mesh(make_mesh(size)):
-        ways[str(size)] = make()
-        document = measure_ways(str(shape), ways, shape.batch * shape.tokens, inputs.cfg.dtype, rounds)
-    return document | {"mesh": size._asdict()}
 
 
 def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, rounds: int) -> Json:
@@ -120,39 +83,81 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
     timings = measure({"product": multiply} | {way: each.step for way, each in ways.items()}, rounds=rounds, warmups=2)
     first, ceiling = next(iter(ways)), product_flops / timings["product"].median / 1e9
     rows, lines = [], []
-    for way, (step, flops, _) in ways.items():
+    for way, (step, flops) in ways.items():
         seconds, over = timings[way].median, ratio(timings[way], timings[first])
         share = ratio(timings["product"].scaled(flops / product_flops), timings[way])
-        peak, predicted = xla_peak(step.program), ways[way].predicted_bytes
         trainable = sum(leaf.size for leaf in jax.tree.leaves(step.state.trainable))
-        rows.append(
-            {
-                "name": way,
-                "ms_per_step": seconds * 1e3,
-                "over_first": over._asdict(),
-                "flops_over_first": flops / ways[first].flops,
-                "tokens_per_second": tokens / seconds,
-                "gflops": flops / seconds / 1e9,
-                "of_matmul": share._asdict(),
-                "trainable": trainable,
-                "predicted_bytes": predicted,
-                "xla_bytes": peak,
-            }
-        )
-        lines.append(
-            [
-                way,
-                f"{trainable:,}",
-                f"{seconds * 1e3:.1f}",
-                "" if way == first else str(over),
-                f"{rows[-1]['flops_over_first']:.2f}",
-                f"{tokens / seconds:,.0f}",
-                f"{rows[-1]['gflops']:,.0f}",
-                str(share),
-                f"{predicted / 1e9:.2f}",
-                f"{peak / 1e9:.2f}",
-            ]
-        )
+        row = {
+            "name": way, "ms_per_step": seconds * 1e3, "over_first": over._asdict(),
+            "flops_over_first": flops / ways[first].flops, "tokens_per_second": tokens / seconds,
+            "gflops": flops / seconds / 1e9, "of_matmul": share._asdict(), "trainable": trainable,
+        }  # fmt: skip
+        rows.append(row)
+        lines.append([
+            way, f"{trainable:,}", f"{1e3 * seconds:.1f}", "" if way == first else str(over), f"{row['flops_over_first']:.2f}",
+            f"{tokens / seconds:,.0f}", f"{row['gflops']:,.0f}", str(share),
+        ])  # fmt: skip
     print_table(f"{name}, {device_name()}; the matmul makes {ceiling:,.0f} GFLOP/s in {dtype}", COLUMNS.split("|"), lines)
     print(describe_noise(timings))
     return {"shape": name, "dtype": dtype, "ceiling_gflops": ceiling, "rows": rows}
+
+
+def measure_saving(preset_name: str, interval: float, batch: int, context: int, steps: int, rounds: int) -> Json:
+    """Measures how long saving a checkpoint stops training, and how much its write slows the steps beside it; prints the table.
+
+    A round trains steps alone, and steps while a checkpoint is written. Stopped: the seconds of `BackgroundSaver.save`. Slowed:
+    the steps beside the write, less as many steps alone. Shares are of the interval between two checkpoints.
+    """
+    cfg, tx = preset(preset_name), make_optimizer(OptimizerConfig(kind="adamw"))
+    state = jax.jit(lambda key: init_state(tx, init_params(cfg, key)))(jax.random.key(0))
+    data = next_token_batch(jax.random.randint(jax.random.key(1), (batch, context + 1), 0, cfg.vocab))
+    take_step = TrainingStep(cfg, tx, state, {}, data)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
+    stopped: list[float] = []
+    written: list[float] = []
+    counts: list[int] = []  # of steps beside each write
+
+    def step() -> float:
+        begin = clock()
+        jax.block_until_ready((take_step(), take_step.state))
+        return clock() - begin
+
+    def alone() -> float:
+        return statistics.median(step() for _ in range(steps))
+
+    def beside() -> float:
+        """Returns the mean seconds of a step while a checkpoint is written."""
+        begin = clock()
+        saver.save(len(counts), take_step.state.trainable, take_step.state.opt_state, {})
+        stopped.append(clock() - begin)
+        seconds = [step()]
+        while saver.poll():
+            seconds.append(step())
+        written.append(clock() - begin)
+        counts.append(len(seconds))
+        return statistics.mean(seconds)
+
+    progress(f"{preset_name}: a state of {size / 1e9:.2f} GB; compiling a step ...")
+    step()
+    with tempfile.TemporaryDirectory(dir=".") as folder, BackgroundSaver(Path(folder), keep=1) as saver:
+        saver.reserve(take_step.state.trainable, take_step.state.opt_state)
+        step()
+        saver.wait()
+        report = lambda done, total: progress(f"round {done} of {total}")
+        timings = measure({"alone": alone, "beside": beside}, rounds=rounds, warmups=0, report=report, seconds_of=float)
+    times = list(zip(timings["alone"].seconds, timings["beside"].seconds, counts))
+    slowed = [(beside - alone) * count for alone, beside, count in times]
+    rows = {"step": [alone for alone, *_ in times], "stopped": stopped, "slowed": slowed, "written after": written}
+    medians = {name: statistics.median(row) for name, row in rows.items()}
+    shares = {name: medians[name] / interval for name in ("stopped", "slowed")}
+    over = ratio(timings["beside"], timings["alone"])
+    print_table(
+        f"a state of {size / 1e9:.2f} GB",
+        ("", "seconds", f"of {interval:g} s"),
+        [(name, f"{value:.2f}", f"{shares[name]:.1%}" if name in shares else "") for name, value in medians.items()],
+    )
+    print(f"a step beside the write takes {over} of a step alone")
+    return {
+        "preset": preset_name, "state_bytes": size, "interval": interval, "seconds": medians, "shares_of_interval": shares,
+        "beside_over_alone": over._asdict(), "rounds": rows,
+    }  # fmt: skip

@@ -3,9 +3,9 @@
 import jax
 from tiny import lively_params, tiny_config
 
-from bench import checks
 from bench.__main__ import StageTableFlags, measure
 from bench.cli import run_bench
+from bench.stages import checks
 from engine.inference.engine import Engine
 
 

@@ -3,13 +3,13 @@
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.peers.serving import chat_calls, measure_calls, read_prompts
+from bench.peers.serving import PROMPTS, chat_calls, measure_calls
 from engine.inference.decode import prepare_params
 from engine.text.conversations import SHIPPED, read_conversations
 
 
 def test_the_prompts_are_two_sets_and_nobody_trains_on_them():
-    sets = read_prompts()
+    sets = PROMPTS
     assert {name: len(prompts) for name, prompts in sets.items()} == {"ordinary": 24, "repeating": 12}
     prompts = {prompt for each in sets.values() for prompt in each}
     assert len(prompts) == 36

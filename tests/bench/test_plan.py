@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from bench.cli import run_bench
 from bench.plan import formulas
 from bench.plan.__main__ import PlanFlags, answer, plan, write_pages
-from bench.plan.fits import device_numbers, predict_efficiency
-from bench.plan.hardware import find_hardware, rapl_joules
+from bench.plan.fits import clean_runs, device_numbers, predict_efficiency, rows
+from bench.plan.hardware import accelerators, find_hardware
 from bench.plan.model import job
 from bench.plan.page import javascript
 from bench.plan.plans import LAW
-from bench.plan.published import accelerators, clean_runs, rows
 from bench.plan.validate import (
     FLOPS_BOUND,
     figures,
@@ -187,14 +186,6 @@ def test_a_calibrated_machine_is_planned_for(monkeypatch, tmp_path, capsys):
     (tmp_path / "plan" / "calibration.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         find_hardware("here", {})
-
-
-def test_joules_are_those_of_all_packages(tmp_path):
-    assert rapl_joules(tmp_path) == 0
-    for package, joules in enumerate((3, 4)):
-        (tmp_path / f"intel-rapl:{package}").mkdir()
-        (tmp_path / f"intel-rapl:{package}" / "energy_uj").write_text(f"{joules}000000\n")
-    assert rapl_joules(tmp_path) == 7
 
 
 STATES = [

@@ -10,7 +10,7 @@ import pytest
 from bench.__main__ import PARTS
 from bench.cli import write_page
 from bench.models import random_model, tokens_for
-from bench.stages.pictures import write_pictures
+from bench.stages.report import write_pictures
 from bench.stages.residuals import block_residuals
 from engine.errors import UserError
 from engine.model.config import PRESETS
@@ -61,11 +61,10 @@ def show(chrome, tmp_path):
     return show
 
 
-def test_every_row_claim_and_note_is_said_memory_first_and_residuals_last(document, show, chrome):
+def test_every_row_and_claim_is_said_memory_first_and_residuals_last(document, show, chrome):
     text = show(document)
     for row in document["rows"]:
         assert row["name"] in text
-        assert (row["explanation"] or "") in text
     for claim in document["claims"]:
         assert all(claim[part] in text for part in ("claim", "verdict", "value"))
     assert document["noise"] in text
@@ -130,7 +129,7 @@ def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, chrome):
 
 def test_text_from_outside_stays_text(document, show, chrome):
     row = document["rows"][0]
-    row["name"] = row["explanation"] = document["model"]["name"] = document["command"] = document["noise"] = NASTY
+    row["name"] = row["bound_by"] = document["model"]["name"] = document["command"] = document["noise"] = NASTY
     document["claims"][0] = {"claim": NASTY, "verdict": NASTY, "value": NASTY}
     assert show(document).count(NASTY) >= 8
     assert chrome.find_elements("css selector", "[onclick]") == []

@@ -167,17 +167,15 @@ function claims() {
 
 function stages() {
   if (!rows.length) return;
-  const off = (ratio) => (ratio > 3 ? `${times(ratio)} ×` : percent(ratio - 1));
-  const notes = rows.filter((each) => each.explanation);
+  const off = (ratio) => (finite(ratio) && ratio > 3 ? `${times(ratio)} ×` : percent(ratio - 1));
   const spread = (each) => (each.time_ratio_interval ? ` (${each.time_ratio_interval.map(times).join(' to ')})` : '');
   chapter('The stages, counted and measured',
     table('Operations for one token, by three counters: the formulas, the walker (the products in the traced program; elementwise are its other operations), and XLA.',
       ['stage', '.weights', 'formula', 'walker', 'elementwise', 'XLA', '× forward'],
       rows.map((each) => [each.name, each.weights, si(flops(each).formula, ''), flops(each).walker === flops(each).formula ? '= formula' : si(flops(each).walker, ''), si(flops(each).walker_elementwise, ''), si(flops(each).xla, ''), times(each.flop_ratio_to_forward)])),
-    table(`Times are medians of interleaved rounds, ratios with their 95% interval. Off is the time beside that of its operations at the forward pass’s speed. Dollars are for a million tokens at ${money(report.price_per_hour)} an hour.`,
-      ['stage', 'a token takes', 'off', '× forward', 'peak', 'moved a token', 'of its ceiling', 'dollars'],
-      rows.map((each) => [each.name, si(each.seconds_per_token, 's'), off(each.seconds_per_token / each.predicted_seconds_per_token), times(each.time_ratio_to_forward) + spread(each), si(each.peak_bytes, 'B'), si(each.bytes_per_token, 'B'), `${percent(each.utilisation)} ${each.utilisation_of ?? ''}`, money(each.usd_per_million_tokens)])),
-    notes.length ? make('details', {}, make('summary', {}, `${notes.length} notes: what is off, and why`), make('ol', {className: 'notes'}, notes.map((each) => make('li', {}, make('b', {}, `${each.name}: `), each.explanation)))) : []);
+    table(`Times are medians of interleaved rounds, ratios with their 95% interval. Off is the time beside that of its operations at the forward pass’s speed. What a stage is bound by takes half of its time alone, at this machine’s best rates. Dollars are for a million tokens at ${money(report.price_per_hour)} an hour.`,
+      ['stage', 'a token takes', 'off', '× forward', 'peak', 'moved a token', 'of its ceiling', 'bound by', 'dollars'],
+      rows.map((each) => [each.name, si(each.seconds_per_token, 's'), off(each.time_ratio_to_forward / each.flop_ratio_to_forward), times(each.time_ratio_to_forward) + spread(each), si(each.peak_bytes, 'B'), si(each.bytes_per_token, 'B'), `${percent(each.utilisation)} ${each.utilisation_of ?? ''}`, each.bound_by, money(each.usd_per_million_tokens)])));
 }
 
 const ARRAYS = {

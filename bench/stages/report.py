@@ -1,0 +1,60 @@
+"""Shows the stage table: printed with its claims, and as two pictures for READMEs."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from bench.cli import Json, console, print_table
+from engine import format
+from engine.files import atomic_file
+from engine.format import money, percent, si, times
+
+PAGE = Path(__file__).parent / "page"
+
+
+def print_stages(document: dict[str, Any]) -> None:
+    """Prints the two tables and the claims."""
+    out, rows = console(), document["rows"]
+    counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
+    print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
+    measured = ("", "a token takes", "× forward", "peak", "predicted", "moved a token", "of ceiling", "bound by", "$ a million")
+    title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
+    print_table(title, measured, map(_measured, rows))
+    for claim in document["claims"]:
+        out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
+    out.print(f"\n{document['noise']}", markup=False)
+
+
+def _counted(row: dict[str, Any]) -> list[str]:
+    flops = row["flops_per_token"]
+    walker, elementwise = flops["walker"], flops["walker_elementwise"]
+    return [
+        row["name"], row["weights"], si(flops["formula"], ""),
+        "= formula" if walker == flops["formula"] else si(walker, ""),
+        si(elementwise and round(elementwise), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
+    ]  # fmt: skip
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    seconds = row["seconds_per_token"]
+    return [
+        row["name"], f"{si(seconds, 's')} ±{row['spread'] / seconds:.0%}",
+        times(row["time_ratio_to_forward"]),
+        si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
+        si(row["bytes_per_token"], "B"), f"{percent(row['utilisation'])} {row['utilisation_of']}", row["bound_by"],
+        money(row["usd_per_million_tokens"]),
+    ]  # fmt: skip
+
+
+def write_pictures(folder: Path, document: Json) -> None:
+    """Writes `folder`/stages.svg and passes.svg, each whole or not at all. They follow the reader's light or dark theme."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, undefined=jinja2.ChainableUndefined,
+        finalize=lambda value: f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value,
+    )  # fmt: skip
+    templates.filters |= {"times": format.times, "si": format.si}
+    for name in ("stages.svg", "passes.svg"):
+        with atomic_file(folder / name) as file:
+            file.write(templates.get_template(f"{name}.j2").render(document).encode())
