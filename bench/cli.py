@@ -129,8 +129,8 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
     commit = ""
     if (ROOT / ".git").exists():
         with contextlib.suppress(OSError):
-            command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "machine": {
             "processor": model, "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),

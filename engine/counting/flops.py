@@ -24,9 +24,7 @@ from engine.counting.params import (
     target_shapes,
 )  # fmt: skip
 from engine.errors import UserError, did_you_mean
-from engine.model.attention import QUERY_BLOCK
 from engine.model.config import JOINED, MATRICES, ModelConfig
-from engine.model.ops import ops
 
 Attention = Literal["causal", "full"] | int
 
@@ -249,11 +247,15 @@ def muon_flops(cfg: ModelConfig) -> int:
 def gradient_layer_flops(cfg: ModelConfig, batch: int, tokens: int, **options: Any) -> list[Flops]:
     """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`, for each block from the bottom up, and
     last for the head. Options as of `flops_by_layer`."""
+    from engine.model.attention import QUERY_BLOCK  # loads JAX, as the planner does not
+
     return flops_by_layer(cfg, tokens, rows=batch * tokens, attention=QUERY_BLOCK, **options)
 
 
 def score_program_flops(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
     """Returns the FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
+    from engine.model.attention import QUERY_BLOCK  # loads JAX, as the planner does not
+
     return forward_flops(cfg, tokens, attention=QUERY_BLOCK) * (batch * tokens)
 
 
@@ -279,4 +281,6 @@ def decode_program_flops(cfg: ModelConfig, slots: int, capacity: int, *, int16_a
 
 def _times(rows: int) -> int:
     """Returns how often a product with `rows` rows is computed."""
+    from engine.model.ops import ops  # loads JAX too
+
     return 2 if rows == 1 and ops().pads_lone_row else 1

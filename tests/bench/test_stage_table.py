@@ -91,6 +91,7 @@ def test_the_claims_are_decided_and_the_report_holds_every_row(table):
         counted = row["flops_per_token"]
         passes = [sum(parts) for parts in zip(*row["layers"])]
         assert passes == pytest.approx([counted[part] for part in ("forward", "dx", "dw")])
+    assert document["command"].startswith("python -m bench --preset tiny ")
     assert next(iter(document["memory"])) == "pre-training step"
     assert len(document["memory"]) == 6
 
