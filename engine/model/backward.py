@@ -1,7 +1,8 @@
 """The functions of `layers.py` with backward rules by hand (custom_vjp), the same on every platform.
 
 A weight's gradient is summed and returned in float32, and no float32 copy of an activation is kept for the backward pass.
-The rules of `jax.grad` do neither. Where a product needs an operand turned over, it goes through `ops.transpose`.
+The rules of `jax.grad` do neither. Where a product needs an operand turned over, it goes through `ops.transpose`. The
+barriers are held by tests/laws/test_barriers.py.
 """
 
 import functools

@@ -119,7 +119,9 @@ def train_step(
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype)
-        updates = jax.lax.optimization_barrier(updates)  # or XLA would keep their squares too
+        updates = jax.lax.optimization_barrier(
+            updates
+        )  # or XLA would keep their squares too: held by tests/laws/test_barriers.py
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(
