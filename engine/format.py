@@ -84,11 +84,11 @@ def money(value: Any) -> str:
     return f"${value:.2f}" if cents else f"${significant(value)}"
 
 
-def times(value: Any, digits: int = 2) -> str:
+def times(value: Any) -> str:
     """Formats a ratio: `3.00×`, or `14.2×` from ten up."""
     if (value := finite(value)) is None:
         return ABSENT
-    return f"{value:,.{digits if abs(value) < 9.95 else max(0, digits - 1)}f}×"
+    return f"{value:,.{2 if abs(value) < 9.95 else 1}f}×"
 
 
 def percent(value: Any, *, signed: bool = False) -> str:

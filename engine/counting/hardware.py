@@ -13,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +77,6 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
 
     `report(done, total)` counts rounds; a slow machine stops early.
     """
-    rounds, start = ceiling_rounds(), 0.0
-    for done in range(1, _MAX_ROUNDS + 1):
-        ceilings = next(rounds)
-        start = start or clock()  # what the first compiles does not count
-        if report:
-            report(done, _MAX_ROUNDS)
-        if done >= _MIN_ROUNDS and clock() - start > _SECONDS:
-            break
-    return ceilings
-
-
-def ceiling_rounds() -> Iterator[Ceilings]:
-    """Measures all five rates once for each `next`, in a quarter of a second on a CPU, and yields the best so far: endless,
-    so that rounds can take turns with work that is measured against them."""
     device = jax.local_devices()[0]
     numbers = _CPU_NUMBERS if device.platform == "cpu" else 2**28
     products = {rate: square_product(dtype) for dtype, rate in _RATE_OF_DTYPE.items()}
@@ -101,13 +87,18 @@ def ceiling_rounds() -> Iterator[Ceilings]:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.block_until_ready(program())
             best[name] = math.inf
-    while True:
+    start = clock()
+    for done in range(1, _MAX_ROUNDS + 1):
         for name in best:
             begin = clock()
             jax.block_until_ready(programs[name]())
             best[name] = min(best[name], clock() - begin)
-        rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
-        yield Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
+        if report:
+            report(done, _MAX_ROUNDS)
+        if done >= _MIN_ROUNDS and clock() - start > _SECONDS:
+            break
+    rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
+    return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
 def square_product(dtype: str) -> tuple[Callable[[], Any], float]:
