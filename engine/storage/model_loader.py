@@ -104,6 +104,8 @@ def locate(
     notes += run_folder.verify(run)
     record = run_folder.read_json(run / "run.json")
     # Earlier versions wrote no kind; what an adapter's run learns began with its rank.
+    if path == run and isinstance(kept := (record.get("result") or {}).get("kept_step"), int):
+        path, notes = run / "checkpoints" / str(kept), (*notes, f"its step {kept:,} is loaded, the best by its validation")
     is_lora = record.get("kind") == "adapter" or ("kind" not in record and str(record.get("learns")).startswith("rank="))
     return Location("adapter" if is_lora else "run", path, run, notes)
 

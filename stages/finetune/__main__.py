@@ -78,6 +78,10 @@ class TuningFlags:
     """Gradient checkpointing: recompute each layer in the backward pass. Less memory, more work."""
     eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a fifth of the run")] = None
     """Steps or training time between evaluations on the validation conversations."""
+    patience: Annotated[int | None, COUNT, default("the whole length")] = None
+    """End after this many evaluations without a lower validation loss."""
+    keep_best: Annotated[bool, default("off")] = False
+    """Let the run stand for its checkpoint of the lowest validation loss, not for its last."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,9 @@ def run(flags: "FinetuneFlags", device: Device) -> int:
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
     mesh = choose_mesh(flags.mesh.mesh)
-    options = RunOptions("finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, mesh=mesh)
+    options = RunOptions(
+        "finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, mesh=mesh, patience=flags.tuning.patience
+    )
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
@@ -92,6 +94,7 @@ class FineTuning(ModelStage):
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.batch
+        self.keep_best = tuning.keep_best
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference = is_preference and tuning.loss == "dpo"
@@ -194,8 +197,11 @@ class FineTuning(ModelStage):
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
         """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
-        after, plan, seconds = self.measure(state.trainable), self.plan, loop_state.seconds
-        path = self.save_trained(loop_state.step, state.trainable)
+        trainable, step, plan, seconds = state.trainable, loop_state.step, self.plan, loop_state.seconds
+        if self.keep_best and loop_state.best_step is not None and loop_state.best_step != step:
+            step = loop_state.best_step
+            trainable = self.load_trained(step)
+        after, path = self.measure(trainable), self.save_trained(step, trainable)
         rate = loop_state.step / max(seconds, 1e-9)
         speed, share_of_ceiling = rate * plan.step_tokens, (warm_rate or rate) * plan.step_flops / self.peak_flops
         doubt_ceilings(share_of_ceiling)
@@ -204,6 +210,7 @@ class FineTuning(ModelStage):
         result = {
             "before": dataclasses.asdict(before), "after": dataclasses.asdict(after), "unit": unit, "train_seconds": seconds,
             "tokens_per_second": speed, "flops_share_of_ceiling": share_of_ceiling, "general": self.general,
+            "kept_step": step if step != loop_state.step else None,
         }  # fmt: skip
         forgotten = "not measured"
         if before.general is not None:

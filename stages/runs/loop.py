@@ -42,8 +42,8 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `mesh`: the devices that share a step, if there are several. `record`: see `file_sink`;
-    `watch`: a port.
+    than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run. `mesh`: the devices
+    that share a step, if there are several. `record`: see `file_sink`; `watch`: a port.
     """
 
     stage: str
@@ -55,6 +55,7 @@ class RunOptions:
     keep: int
     log_every: int = 1
     eval_every: int | float | None = None
+    patience: int | None = None
     mesh: MeshShape | None = None
     record: Path | None = None
     watch: int | None = None
@@ -118,7 +119,10 @@ class Loop:
         the run saved.
         """
         loop_state, plan = self.loop_state, self.plan
-        done = lambda: steps.exhausted or plan.progress(loop_state.step, loop_state.seconds) >= 1
+        patience = self.options.patience or math.inf
+        done = lambda: (
+            steps.exhausted or loop_state.since_best >= patience or plan.progress(loop_state.step, loop_state.seconds) >= 1
+        )
         answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as self.deferral, self.saver:
             self._evaluate_and_save(steps, state, done())  # what a signal prevented
@@ -334,8 +338,9 @@ class Loop:
             return
         loop_state.begin("evaluate")
         loop_state.validation = value if math.isfinite(value) else None  # JSON has no other
+        loop_state.since_best += 1
         if math.isfinite(value) and (loop_state.best is None or value < loop_state.best):
-            loop_state.best, loop_state.best_step = value, loop_state.step
+            loop_state.best, loop_state.best_step, loop_state.since_best = value, loop_state.step, 0
         if self.has_evaluated:  # the first one also compiled
             seconds = processes.gather_numbers(time.perf_counter() - begin)[0][0]
             loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)

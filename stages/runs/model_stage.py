@@ -23,7 +23,8 @@ from engine.model.paths import merge, split
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices
-from engine.storage.adapter import earlier_digest, save_adapter
+from engine.storage.adapter import build_adapter, earlier_digest, save_adapter
+from engine.storage.checkpoint import load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER, read_json
@@ -123,6 +124,11 @@ class ModelStage(Stage):
         plan, cfg = self.plan, self.plan.cfg
         size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
         return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
+
+    def load_trained(self, step: int) -> Any:
+        """Returns the trained parameters of a checkpoint of this run. Raises UserError when it is damaged."""
+        params = load_params(self.folder / "checkpoints" / str(step)).params
+        return place(build_adapter(self.lora, params) if self.lora else self.from_saved(params))
 
     def save_trained(self, step: int, trainable: Any) -> Path:
         """Saves an adapter, if one was trained, beside the checkpoints. Returns where the trained parameters are.

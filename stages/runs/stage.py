@@ -38,6 +38,7 @@ class LoopState:
     validation: float | None = None  # the last quick one
     best: float | None = None  # the lowest quick validation, or the highest mean reward
     best_step: int | None = None
+    since_best: int = 0  # quick validations
     evaluation_seconds: float = 0.0  # of the longest quick validation
     first_step_seconds: float | None = None  # from the start of the process
     predicted: tuple[int, float] | None = None  # steps and seconds of the whole run, by what its first steps took

@@ -276,6 +276,25 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
         assert load_model(str(folder)).run == folder
 
 
+@pytest.mark.parametrize("flags", [("--lora", LORA), ("--train", "blocks/1/.*")], ids=["LoRA", "block"])
+def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, chats, tmp_path, capsys, flags):
+    """A rate far too high makes every validation worse than the one at a low rate before it."""
+    folder = tmp_path / "patient"
+    far = ("--warmup", 0.9, "--learning-rate", 0.5, "--clip", 1e9, "--eval-every", 2, "--patience", 2, "--keep-best")
+    assert finetune.main(args(trained, chats, folder, *flags, *far)) == 0
+    measured = result(folder)
+    best, kept = measured["best_step"], measured["kept_step"]
+    assert measured["steps"] == best + 4 < STEPS
+    assert kept == best
+    capsys.readouterr()
+    model = load_model(str(folder))
+    assert model.checkpoint == folder.absolute() / "checkpoints" / str(best)
+    assert f"step {best:,} is loaded" in model.notes[-1]
+    validations = {line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line}
+    assert min(validations, key=validations.get) == best
+    assert measured["after"]["held_out"] == pytest.approx(validations[best], rel=1e-5)
+
+
 def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained, chats, tmp_path, monkeypatch, capsys):
     """And a time that is given ends it before; both are said at the start."""
     monkeypatch.setattr(finetune_run, "SECONDS", 0.001)
