@@ -1,12 +1,13 @@
 """Dialects beside OpenAI's completions, each through its own client's first example: only the address is another."""
 
 import json
+from typing import Any
 
 import anthropic
 import ollama
 import openai
 import pytest
-from tiny_server import TinyServer, good, refused, say
+from tiny_server import TinyServer, good, refused, say, until
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
@@ -64,6 +65,50 @@ def test_responses_streamed(gpt, answer):
         "output_item.done", final.status,
     ]  # fmt: skip
     assert "".join(event.delta for event in events if event.type.endswith("delta")) == text == final.output_text
+
+
+WEATHER: dict[str, Any] = {
+    "type": "function", "name": "get_weather", "description": "Tells it.",
+    "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
+                   "additionalProperties": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """Of a server with room for the description of a tool."""
+    with TinyServer(context=1536) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
+        assert until(lambda: server.state.engine.has_long_programs, 300)
+        yield client
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+def test_a_response_calls_a_function(roomy, choice):
+    fields: dict[str, Any] = {"model": "tiny", "input": HELLO, "tools": [WEATHER], "tool_choice": choice, "temperature": 0}
+    response = roomy.responses.create(**fields, parallel_tool_calls=False, max_output_tokens=200)
+    (call,) = response.output
+    assert (call.type, call.name, response.status) == ("function_call", "get_weather", "completed")
+    assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+    with roomy.responses.stream(**fields, parallel_tool_calls=False, max_output_tokens=200) as stream:
+        events = list(stream)
+    (again,) = events[-1].response.output
+    assert (again.name, again.arguments) == (call.name, call.arguments)
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments
+    assert [event.type.removeprefix("response.") for event in events if "delta" not in event.type] == [
+        "created", "in_progress", "output_item.added", "function_call_arguments.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+    final = roomy.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
+    assert final.output[0].type == "message"
+    assert final.usage.input_tokens > len(call.arguments)
+
+
+def test_a_response_may_call_or_speak(roomy):
+    response = roomy.responses.create(model="tiny", input="Hello there", tools=[WEATHER], max_output_tokens=9, temperature=0)
+    assert {item.type for item in response.output} <= {"message", "function_call"}
+    with pytest.raises(openai.BadRequestError, match="no tool 'other'"):
+        roomy.responses.create(model="tiny", input="a", tools=[WEATHER], tool_choice={"type": "function", "name": "other"})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions, OpenAI's: answers a conversation."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -48,11 +48,14 @@ class MessageCall(msgspec.Struct, kw_only=True):
 
     @property
     def turn(self) -> Turn:
-        """The call as templates read it: its arguments are an object, or what else a model wrote."""
-        arguments: Any = self.function.arguments
-        with contextlib.suppress(msgspec.DecodeError):
-            arguments = msgspec.json.decode(arguments)
-        return {"id": self.id or "", "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call_turn(self.id or "", str(self.function.name), self.function.arguments)
+
+
+def call_turn(id: str, name: str, arguments: Any) -> Turn:
+    """Returns a call as templates read it: its arguments are an object, or what else a model wrote."""
+    with contextlib.suppress(msgspec.DecodeError):
+        arguments = msgspec.json.decode(arguments)
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -127,6 +130,22 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     json_schema: JsonSchema | None = None
 
 
+def tool_use(functions: Sequence[Function], named: str | None, choice: Any, parallel: bool | None) -> ToolUse:
+    """Returns the functions as tools. `named`: the one to be called, in place of the choice. Raises ApiError."""
+    tools = []
+    for function in functions:
+        parameters = {"type": "object", "properties": {}, **(function.parameters or {})}
+        if parameters["type"] != "object":
+            message = f"tools: the parameters of {function.name} must be an object."
+            raise ApiError(400, message, param="tools[...].function.parameters")
+        tools.append(Tool(function.name, function.description or "", parameters, function.strict is True))
+    if named is not None and named not in {tool.name for tool in tools}:
+        raise ApiError(400, f"tool_choice: there is no tool {named!r:.80} in tools.", param="tool_choice")
+    if choice == "required" and not tools:
+        raise ApiError(400, "tool_choice is required, and tools has none.", param="tool_choice")
+    return ToolUse(tools, choice if named is None else named, parallel is not False)
+
+
 class ChatRequest(CompletionFields, kw_only=True):
     """POST /v1/chat/completions. `continue_final_message`, without `add_generation_prompt`: goes on with the last message."""
 
@@ -155,25 +174,10 @@ class ChatRequest(CompletionFields, kw_only=True):
     @property
     def tool_use(self) -> ToolUse:
         """The tools, and whether they are to be called. Raises ApiError."""
-        tools = []
-        for each in self.tools or ():
-            function = each.function
-            parameters = {"type": "object", "properties": {}, **(function.parameters or {})}
-            if parameters["type"] != "object":
-                message = f"tools: the parameters of {function.name} must be an object."
-                raise ApiError(400, message, param="tools[...].function.parameters")
-            tools.append(Tool(function.name, function.description or "", parameters, function.strict is True))
-        named = isinstance(self.tool_choice, NamedTool)
-        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice or "auto"
-        if (named and choice not in {tool.name for tool in tools}) or (choice == "required" and not tools):
-            raise ApiError(
-                400,
-                f"tool_choice: there is no tool {choice!r:.80} in tools."
-                if named
-                else "tool_choice is required, and tools has none.",
-                param="tool_choice",
-            )
-        return ToolUse(tools, choice, self.parallel_tool_calls is not False)
+        choice = self.tool_choice
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        functions = [each.function for each in self.tools or ()]
+        return tool_use(functions, named, "auto" if choice is None else choice, self.parallel_tool_calls)
 
     @property
     def grammars(self) -> list[Grammar]:

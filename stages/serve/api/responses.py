@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -10,11 +10,13 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from stages.serve.api.chat import Function, call_turn, tool_use
 from stages.serve.api.generation import Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, MaxTokens, in_range
 from stages.serve.api.writer import EventWriter, respond
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
+from stages.serve.tools import Turn
 
 
 class InputText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -26,20 +28,46 @@ class InputText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logprobs: EmptyList | None = None
 
 
-class InputMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A message of a conversation, or an earlier answer as it was sent."""
+class InputItem(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A message, an answer as it was sent, a call of a function, or what it returned."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputText], Meta(min_length=1, max_length=256)]
-    type: Literal["message"] = "message"
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] = "user"
+    content: str | Annotated[list[InputText], Meta(min_length=1, max_length=256)] = ""
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+    output: str | list[InputText] = ""
     id: str | None = None
     status: str | None = None
     phase: str | None = None
 
-    @property
-    def turn(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+def _turns(items: list[InputItem]) -> list[Turn]:
+    """Returns the items as messages; calls belong to the assistant's message before them."""
+    turns: list[Turn] = []
+    text = lambda parts: parts if isinstance(parts, str) else "".join(part.text for part in parts)
+    for item in items:
+        if item.type == "message":
+            turns.append({"role": "system" if item.role == "developer" else item.role, "content": text(item.content)})
+        elif item.type == "function_call_output":
+            turns.append({"role": "tool", "content": text(item.output), "tool_call_id": item.call_id})
+        else:
+            if not turns or turns[-1]["role"] != "assistant":
+                turns.append({"role": "assistant", "content": ""})
+            turns[-1].setdefault("tool_calls", []).append(call_turn(item.call_id, item.name, item.arguments))
+    return turns
+
+
+class FunctionField(Function, kw_only=True):
+    type: Literal["function"]
+
+
+class NamedField(msgspec.Struct, forbid_unknown_fields=True):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    name: str
 
 
 class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -50,7 +78,7 @@ class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
 class ResponseRequest(GenerationRequest, kw_only=True):
     """POST /v1/responses. `input`: a question, or a conversation."""
 
-    input: str | Annotated[list[InputMessage], Meta(min_length=1, max_length=4096)]
+    input: str | Annotated[list[InputItem], Meta(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: Annotated[float, in_range("temperature")] | None = None
@@ -62,8 +90,8 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
-    tools: EmptyList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[FunctionField], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedField | None = None
     parallel_tool_calls: bool | None = None
     reasoning: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
@@ -75,7 +103,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
 
 class ResponseReply(msgspec.Struct, kw_only=True):
-    """A whole reply, and what the first and last events of a stream hold. `output`: one message, once it is there."""
+    """A whole reply, and what the first and last events of a stream hold. `output`: a message, calls of functions, or both."""
 
     id: str
     object: Literal["response"] = "response"
@@ -90,9 +118,9 @@ class ResponseReply(msgspec.Struct, kw_only=True):
     max_output_tokens: int | None
     metadata: dict[str, str]
     text: TextOptions
-    tools: list[None] = []
-    tool_choice: Literal["auto"] = "auto"
-    parallel_tool_calls: bool = False
+    tools: list[FunctionField]
+    tool_choice: str | NamedField
+    parallel_tool_calls: bool
     previous_response_id: None = None
     store: bool = False
 
@@ -104,41 +132,65 @@ class ResponseWriter(EventWriter):
         self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time()), "model": state.name,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": body.metadata or {},
-            "text": TextOptions({"type": "text"}),
+            "text": TextOptions({"type": "text"}), "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
         }  # fmt: skip
-        self._item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant"}
-        self._text, self._status, self._count = "", "completed", 0
+        self._output: list[dict[str, Any]] = []
+        self._status, self._count = "completed", 0
 
     def reply(self, pieces: list[Piece], usage: Usage) -> ResponseReply:
-        self._take(pieces[0])
+        list(self.chunks(pieces[0]))
+        list(self._close())
         return self._ended(usage)
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:
         started = ResponseReply(**self._head)
         yield self._event("created", response=started)
         yield self._event("in_progress", response=started)
-        item = {**self._item, "status": "in_progress", "content": []}
-        yield self._event("output_item.added", output_index=0, item=item)
-        yield self._part_event("content_part.added", part=_part(""))
 
-    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
-        self._take(piece)
-        return [self._part_event("output_text.delta", delta=piece.text, logprobs=[])] if piece.text else []
+    def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        self._status = "incomplete" if piece.finish_reason == "length" else "completed"
+        if piece.text or (piece.finish_reason and not piece.calls and not self._output):
+            if not self._output or self._output[-1]["type"] != "message":
+                yield from self._open("message", f"msg_{uuid.uuid4().hex}", role="assistant", content=[])
+                yield self._part_event("content_part.added", part=_part(""))
+                self._output[-1]["content"] = [_part("")]
+            if piece.text:
+                self._output[-1]["content"][0]["text"] += piece.text
+                yield self._part_event("output_text.delta", delta=piece.text, logprobs=[])
+        for call in piece.calls:
+            if call.id:
+                yield from self._open("function_call", f"fc_{uuid.uuid4().hex}", call_id=call.id, name=call.name, arguments="")
+            if call.arguments:
+                self._output[-1]["arguments"] += call.arguments
+                yield self._item_event("function_call_arguments.delta", delta=call.arguments)
 
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
-        ended = self._ended(usage)
-        yield self._part_event("output_text.done", text=self._text, logprobs=[])
-        yield self._part_event("content_part.done", part=_part(self._text))
-        yield self._event("output_item.done", output_index=0, item=ended.output[0])
-        yield self._event(self._status, response=ended)
+        yield from self._close()
+        yield self._event(self._status, response=self._ended(usage))
+
+    def _open(self, kind: str, id: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Begins the next item of the output, once the last has ended."""
+        yield from self._close()
+        self._output.append({"id": id, "type": kind, "status": "in_progress", **fields})
+        yield self._event("output_item.added", output_index=len(self._output) - 1, item=self._output[-1])
+
+    def _close(self) -> Iterator[dict[str, Any]]:
+        if not self._output:
+            return
+        item = self._output[-1]
+        item["status"] = self._status
+        if item["type"] == "message":
+            (part,) = item["content"]
+            yield self._part_event("output_text.done", text=part["text"], logprobs=[])
+            yield self._part_event("content_part.done", part=part)
+        else:
+            yield self._item_event("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
+        yield self._event("output_item.done", output_index=len(self._output) - 1, item=item)
 
     def error(self, error: ApiError) -> bytes:
         fields = msgspec.structs.asdict(error.error) | {"type": "error", "sequence_number": self._count}
         return self.frame(fields)
-
-    def _take(self, piece: Piece) -> None:
-        self._text += piece.text
-        self._status = "incomplete" if piece.finish_reason == "length" else "completed"
 
     def _ended(self, usage: Usage) -> ResponseReply:
         counts = {
@@ -147,13 +199,16 @@ class ResponseWriter(EventWriter):
             "total_tokens": usage.prompt + usage.completion,
         }  # fmt: skip
         reply = ResponseReply(**self._head, status=self._status, usage=counts)  # type: ignore[arg-type]
-        reply.output = [{**self._item, "status": self._status, "content": [_part(self._text)]}]
+        reply.output = self._output
         if self._status == "incomplete":
             reply.incomplete_details = {"reason": "max_output_tokens"}
         return reply
 
     def _part_event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return self._event(kind, output_index=0, content_index=0, item_id=self._item["id"], **fields)
+        return self._item_event(kind, content_index=0, **fields)
+
+    def _item_event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return self._event(kind, output_index=len(self._output) - 1, item_id=self._output[-1]["id"], **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._count += 1
@@ -166,9 +221,11 @@ def _part(text: str) -> dict[str, Any]:
 
 async def responses(state: ServerState, http: Request, body: ResponseRequest) -> ASGIApp:
     """Writes the assistant's next turn."""
-    turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else [each.turn for each in body.input]
+    turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _turns(body.input)
     if body.instructions:
         turns.insert(0, {"role": "system", "content": body.instructions})
+    choice, named = body.tool_choice or "auto", isinstance(body.tool_choice, NamedField) and body.tool_choice.name
+    tools = tool_use(body.tools or (), named or None, choice, body.parallel_tool_calls)
     options = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
     writer = ResponseWriter(state, body)
-    return respond(body, writer, await generate(state, http, chat_prompts(state, turns, field="input"), options))
+    return respond(body, writer, await generate(state, http, chat_prompts(state, turns, field="input", tools=tools), options))
