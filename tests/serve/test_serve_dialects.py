@@ -221,3 +221,17 @@ def test_every_dialect_counts_its_tokens_alike(client, gpt, claude, gemma):
     assert claude.messages.count_tokens(model=CLAUDE, messages=HELLO).input_tokens == count
     assert gemma.chat(model=GEMMA, messages=HELLO, options={"num_predict": 1}).prompt_eval_count == count
     assert say()["messages"] == HELLO
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "a", "images": ["aGk="]}]}),
+    ],
+)  # fmt: skip
+def test_an_image_is_refused_in_a_sentence(client, path, body):
+    error = client.post(path, json=body).json()["error"]
+    assert "The model reads text alone" in (error if isinstance(error, str) else error["message"])

@@ -50,7 +50,7 @@ UNSUPPORTED = {
         "Functions are called tools now: send tools and tool_choice",
     ),
     **dict.fromkeys(("modalities", "audio"), "Answers are text"),
-    "suffix": "Text is only continued at its end here",
+    "suffix": "Text is only continued at its end here: leave it out",
     "best_of": "Every completion made is returned here; use n",
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
     "web_search_options": "There is no search here",
@@ -58,7 +58,7 @@ UNSUPPORTED = {
         ("store", "previous_response_id", "conversation", "background", "context"),
         "This server remembers nothing: send the whole conversation each time",
     ),
-    **dict.fromkeys(("images", "image"), "The model reads text alone"),
+    **dict.fromkeys(("images", "image", "image_url", "input_image"), "The model reads text alone"),
     "truncation": "Nothing is left out of a conversation here: shorten it",
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
     "format": "Answers are text; their format is not enforced here",
@@ -179,7 +179,8 @@ def _invalid(text: str) -> ApiError:
     code = "invalid_value"
     if field:
         code = "unknown_parameter" if "unknown" in problem else "missing_required_parameter"
-    why = next((f" {UNSUPPORTED[name]}." for name in re.findall(r"\w+", param) if name in UNSUPPORTED), "")
+    named = [*re.findall(r"\w+", param), *re.findall(r"enum value '(\w+)'", problem)]
+    why = next((f" {UNSUPPORTED[name]}." for name in named if name in UNSUPPORTED), "")
     return ApiError(400, f"{_short(param) or 'The body'}: {_short(problem, 300)}.{why}", param=_short(param) or None, code=code)
 
 
