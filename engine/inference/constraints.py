@@ -8,7 +8,7 @@ A grammar is in llguidance's dialect of Lark. Imports no jax.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,6 @@ MAX_BYTES = 65_536  # of a grammar: the time to compile a schema grows with the 
 MAX_FORCED_BYTES = 16_384  # with which every text would begin
 MAX_DEPTH = 100  # of a schema
 MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile it grows with the square
-TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 # Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them ends it.
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced, and a model may write
@@ -152,14 +151,8 @@ def json_grammar(schema: dict[str, Any], lenient: bool = False) -> str:
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls."""
     options = JSON_OPTIONS | {"lenient": lenient}
-    try:
-        text = json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
-    except RecursionError:
-        raise UserError(TOO_DEEP) from None
+    text = json.dumps({**_checked(schema, 0), "x-guidance": options}, ensure_ascii=False)
     check_size(text)
-    for name, value in _items(schema):
-        if name == "multipleOf" and isinstance(value, int | float) and not 0 < _digits(value) <= MAX_MULTIPLE:
-            raise UserError(f"multipleOf {value} cannot be enforced, for it has too many digits")
     return f"%json {text}"
 
 
@@ -191,13 +184,43 @@ def lark_grammar(text: str) -> str:
         raise UserError(f"it is neither Lark nor GBNF: {error}") from None
 
 
-def _items(schema: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _checked(schema: Any, depth: int) -> Any:
+    """Returns a schema, or a part of one, with its patterns for Rust. Raises UserError for one that is too deep or costly."""
     if depth > MAX_DEPTH:
-        raise UserError(TOO_DEEP)
-    if isinstance(schema, dict):
-        yield from schema.items()
-    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        yield from _items(value, depth + 1)
+        raise UserError(f"it is nested more than {MAX_DEPTH} deep")
+    if isinstance(schema, list):
+        return [_checked(value, depth + 1) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    multiple, checked = schema.get("multipleOf"), dict[str, Any]()
+    if isinstance(multiple, int | float) and not 0 < _digits(multiple) <= MAX_MULTIPLE:
+        raise UserError(f"multipleOf {multiple} cannot be enforced, for it has too many digits")
+    for name, value in schema.items():
+        if name == "pattern" and isinstance(value, str):
+            checked[name] = _rust_pattern(value)
+        elif name == "patternProperties" and isinstance(value, dict):
+            checked[name] = {_rust_pattern(pattern): _checked(inner, depth + 2) for pattern, inner in value.items()}
+        else:
+            inner = _checked(value, depth + 1)
+            checked[name] = value if name in ("const", "enum") else inner
+    return checked
+
+
+def _rust_pattern(pattern: str) -> str:
+    """Returns an ECMAScript pattern, as JSON Schema has them, for Rust's regex crate: texts that match it match both.
+
+    White space and line ends are other characters in each: U+0085 is none in ECMAScript, U+FEFF and U+2028 are none in Rust.
+    """
+    parts, inside = [], ""
+    for part in re.findall(r"\\.|\[\^?|.", pattern, re.S):
+        if part == r"\s":
+            parts.append({"": r"[ \t\n\r\f\v]", "[": r" \t\n\r\f\v"}.get(inside, r"\s\x{FEFF}"))
+        elif not inside and part in (r"\S", "."):
+            parts.append(r"[^\s\x{FEFF}]" if part == r"\S" else r"[^\n\r\x{2028}\x{2029}]")
+        else:
+            parts.append(part)
+        inside = part if not inside and part in ("[", "[^") else "" if part == "]" else inside
+    return "".join(parts)
 
 
 def _digits(number: float) -> int:

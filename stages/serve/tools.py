@@ -84,23 +84,20 @@ def tool_format(template: str) -> tuple[ToolFormat, bool]:
 
 
 class ToolUse(NamedTuple):
-    """The tools of a request. `choice`: auto, none, required, or the name of the tool that is to be called."""
+    """The tools that an answer may call: it must call one that is `required`, and no other than `name` if that is given."""
 
     tools: Sequence[Tool] = ()
-    choice: str = "auto"
+    required: bool = False
+    name: str | None = None
     parallel: bool = True
-
-    @property
-    def offered(self) -> Sequence[Tool]:
-        return () if self.choice == "none" else self.tools
 
     def grammar(self, form: ToolFormat, answer: Grammar | None) -> Grammar | None:
         """Returns the grammar of calls and text, or of an answer that has a grammar of its own."""
-        if not self.offered:
+        if not self.tools:
             return answer
-        tools = [tool for tool in self.tools if self.choice in ("auto", "required", tool.name)]
-        several = self.parallel and self.choice in ("auto", "required") and bool(form.begin)
-        text = None if self.choice != "auto" else answer.make if answer else lambda: ""
+        tools = [tool for tool in self.tools if self.name in (None, tool.name)]
+        several = self.parallel and self.name is None and bool(form.begin)
+        text = None if self.required else answer.make if answer else lambda: ""
         return Grammar("tools", lambda: tool_grammar(form, tools, several, text and text()))
 
 
@@ -167,14 +164,13 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Tool]) -> list[Turn]:
 
 
 class CallParser:
-    """Takes the calls out of a completion's text as it comes."""
+    """Takes the calls out of a completion's text as it comes. The grammar has seen to it that they are whole."""
 
     def __init__(self, form: ToolFormat) -> None:
-        self._form, self._mark = form, form.begin + '{"name": "'
+        self._form, self._mark, self._tail = form, form.begin + '{"name": "', "}" + form.end
         self._head = re.compile(re.escape(form.begin) + r'\{"name": "([^"]*)", "' + form.key + '": ')
-        self._text, self._begun, self._after_call, self.calls = "", False, False, 0
-        self._depth = self._tail = 0  # open brackets of the arguments; characters still to come behind them
-        self._in_arguments = self._in_string = self._escaped = False
+        self._text, self.calls = "", 0
+        self._begun = self._in_arguments = self._after_call = False
 
     def push(self, text: str, last: bool) -> tuple[str, list[ToolCall]]:
         """Returns what becomes certain to be text, and the calls. `last`: no more text comes."""
@@ -182,10 +178,14 @@ class CallParser:
         content, calls = "", list[ToolCall]()
         while self._text:
             if self._in_arguments:
-                part = self._take(self._end_of_arguments())
-                calls.append(ToolCall(self.calls - 1, "", "", part))
-            elif self._tail:
-                self._tail -= len(self._take(self._tail))
+                end = self._end_of_arguments(last)
+                size = end if end >= 0 else len(self._text) - (0 if last else self._may_end())
+                if not size and end < 0:
+                    break
+                calls.append(ToolCall(self.calls - 1, "", "", self._take(size)))
+                if end >= 0:
+                    self._take(len(self._tail))
+                    self._in_arguments, self._after_call = False, True
             elif head := self._head.match(self._text):
                 self._take(head.end())
                 self.calls, self._in_arguments, self._begun = self.calls + 1, True, True
@@ -211,16 +211,12 @@ class CallParser:
         at = text.find(mark)
         return at if at >= 0 else len(text) - overlap(text, mark)
 
-    def _end_of_arguments(self) -> int:
-        """Returns how much of the text belongs to the arguments, a JSON object."""
-        for at, letter in enumerate(self._text):
-            if self._in_string:
-                self._in_string = self._escaped or letter != '"'
-                self._escaped = letter == "\\" and not self._escaped
-                continue
-            self._in_string = letter == '"'
-            self._depth += (letter in "{[") - (letter in "}]")
-            if not self._depth:
-                self._in_arguments, self._tail, self._after_call = False, len("}" + self._form.end), True
-                return at + 1
-        return len(self._text)
+    def _end_of_arguments(self, last: bool) -> int:
+        """Returns where the arguments end, or -1. Their JSON has no line end, with which the tail of a call begins."""
+        if self._form.end:
+            return self._text.find(self._tail)
+        return len(self._text) - 1 if last and self._text.endswith("}") else -1
+
+    def _may_end(self) -> int:
+        """Returns how much at the text's end may belong to the tail of a call."""
+        return overlap(self._text, self._tail) if self._form.end else int(self._text.endswith("}"))

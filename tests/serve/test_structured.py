@@ -20,7 +20,9 @@ def schema_strategy() -> st.SearchStrategy[dict[str, Any]]:
     span = lambda low, high: st.tuples(st.integers(low, high), few).map(lambda pair: (pair[0], sum(pair)))
     leaf = st.one_of(
         st.builds(lambda n: {"type": "string", "minLength": n[0], "maxLength": n[1]}, span(0, 3)),
-        st.sampled_from(["^[a-c]{2,4}$", "^\\d{3}-\\d{4}$", "^(yes|no)\\s?$"]).map(lambda p: {"type": "string", "pattern": p}),
+        st.sampled_from(["^[a-c]{2,4}$", "^\\d{3}-\\d{4}$", "^(yes|no)\\s?$", "^[^\\s]\\S.$"]).map(
+            lambda p: {"type": "string", "pattern": p}
+        ),
         st.sampled_from(["date", "time", "uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
         st.builds(lambda n: {"type": "integer", "minimum": n[0], "maximum": n[1]}, span(-9, 200)),
         st.builds(lambda n: {"type": "number", "minimum": n[0], "exclusiveMaximum": n[1] + 1}, span(-9, 9)),

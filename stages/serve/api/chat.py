@@ -68,20 +68,11 @@ class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class ToolField(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A tool, or in `tool_choice` the name of one."""
+
     type: Literal["function"]
     function: Function
     cache_control: dict[str, Any] | None = None
-
-
-class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-
-
-class NamedTool(msgspec.Struct, forbid_unknown_fields=True):
-    """The tool that is to be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -139,11 +130,10 @@ def tool_use(functions: Sequence[Function], named: str | None, choice: Any, para
             message = f"tools: the parameters of {function.name} must be an object."
             raise ApiError(400, message, param="tools[...].function.parameters")
         tools.append(Tool(function.name, function.description or "", parameters, function.strict is True))
-    if named is not None and named not in {tool.name for tool in tools}:
-        raise ApiError(400, f"tool_choice: there is no tool {named!r:.80} in tools.", param="tool_choice")
-    if choice == "required" and not tools:
-        raise ApiError(400, "tool_choice is required, and tools has none.", param="tool_choice")
-    return ToolUse(tools, choice if named is None else named, parallel is not False)
+    required = choice == "required" or named is not None
+    if named not in (None, *(tool.name for tool in tools)) or (required and not tools):
+        raise ApiError(400, f"tool_choice: there is no tool {named or 'to call'!r:.80} in tools.", param="tool_choice")
+    return ToolUse(() if choice == "none" else tools, required, named, parallel is not False)
 
 
 class ChatRequest(CompletionFields, kw_only=True):
@@ -158,7 +148,7 @@ class ChatRequest(CompletionFields, kw_only=True):
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
     tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolField | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
@@ -175,7 +165,7 @@ class ChatRequest(CompletionFields, kw_only=True):
     def tool_use(self) -> ToolUse:
         """The tools, and whether they are to be called. Raises ApiError."""
         choice = self.tool_choice
-        named = choice.function.name if isinstance(choice, NamedTool) else None
+        named = choice.function.name if isinstance(choice, ToolField) else None
         functions = [each.function for each in self.tools or ()]
         return tool_use(functions, named, "auto" if choice is None else choice, self.parallel_tool_calls)
 

@@ -115,7 +115,7 @@ class Generation:
         completion = lambda request: CompletionText(
             state.tokenizer.tokenizer.stream(), () if isinstance(request.constraint, ForcedTokens) else stops
         )
-        parser = lambda: CallParser(state.tokenizer.tool_format) if prompts.tools.offered else None
+        parser = lambda: CallParser(state.tokenizer.tool_format) if prompts.tools.tools else None
         self._choices = [
             Choice(index, request, completion(request), prompts.strips_space, parser())
             for index, request in enumerate(requests)
@@ -278,9 +278,9 @@ def chat_prompts(
 
     `variables`: what else the template reads.
     """
-    more = {**(variables or {}), "tools": [tool.definition for tool in tools.offered] or None}
+    more = {**(variables or {}), "tools": [tool.definition for tool in tools.tools] or None}
     if not state.tokenizer.knows_tools:
-        turns = describe_tools(turns, tools.offered)
+        turns = describe_tools(turns, tools.tools)
 
     async def encode() -> list[list[int]]:
         return [await state.tokenizer.encode_chat(turns, answer, more)]
