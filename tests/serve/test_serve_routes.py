@@ -204,13 +204,20 @@ def test_attestation(client, tiny_server):
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
     engine = tiny_server.engine
     machine, version = module.machine_identity(), importlib.metadata.version
-    facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1}
+    kernel = lambda there: SimpleNamespace(has_kernel=there)
+    facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1, "runner": kernel(False)}
     of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
     options = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "segment": 32, "kv_dtype": "int8", "weights": "int8"}
     replace = lambda **changes: of(config=dataclasses.replace(engine.config, **changes))
     same, others = (
         of(),
-        [of("1"), of(cfg=tiny_config()), of(devices=2), *(replace(**{name: options[name]}) for name in options)],
+        [
+            of("1"),
+            of(cfg=tiny_config()),
+            of(devices=2),
+            of(runner=kernel(True)),
+            *(replace(**{name: options[name]}) for name in options),
+        ],
     )
     assert same == replace(speculate=False, prefix_cache_bytes=0, short=None)
     for name in machine:

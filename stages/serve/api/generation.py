@@ -304,6 +304,20 @@ def _sender(http: HttpRequest, choices: int) -> Sender:
     return Sender(port, (address, http.state.namespace, length if length > INLINE_BYTES else choices))
 
 
+def make_scored(
+    state: ServerState, http: HttpRequest, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0
+) -> Request:
+    """Returns the request for the log-probabilities of tokens, in a field of the body, after a prompt. Raises ApiError."""
+    count, capacity, vocab = len(prompt) + len(tokens), state.engine.capacity, state.engine.cfg.vocab
+    if count > capacity:
+        raise context_overflow(count, capacity, field)
+    if max(tokens) >= vocab:  # a mask has no bit for it
+        raise ApiError(400, f"{field} holds an id outside the vocabulary of {vocab:,}.", param=field)
+    request = scored_request(prompt, tokens, http.state.namespace, top)
+    check_request(request, vocab, capacity)
+    return request
+
+
 async def generate(
     state: ServerState, http: HttpRequest, prompts: Prompts, options: Mapping[str, Any], *, n: int = 1,
     stops: Sequence[str] = (), ignore_eos: bool | None = False, grammars: Sequence[Grammar] = (), scores: bool | None = False,
@@ -315,7 +329,7 @@ async def generate(
     completion. With `scores` the tokens of each prompt but its first come before its completions, if there are others. Raises
     ApiError.
     """
-    capacity, space, vocab = state.engine.capacity, http.state.namespace, state.engine.cfg.vocab
+    capacity = state.engine.capacity
     given = {name: value for name, value in options.items() if value is not None}
     limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
     ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if ignore_eos else prompts.stop_token_ids)
@@ -332,13 +346,12 @@ async def generate(
             if room < bool(limit):
                 raise context_overflow(len(prompt), capacity, prompts.field)
             if scores and len(prompt) > 1:
-                requests.append(scored_request(prompt[:1], prompt[1:], space, given["logprobs"]))
-                check_request(requests[-1], vocab, capacity)
+                requests.append(make_scored(state, http, prompt[:1], prompt[1:], prompts.field, given["logprobs"]))
             if limit:
                 given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
                 rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
-                requests += [Request(tuple(prompt), row, space, constraint) for row in rows]
-                check_request(requests[-1], vocab, capacity)
+                requests += [Request(tuple(prompt), row, http.state.namespace, constraint) for row in rows]
+                check_request(requests[-1], state.engine.cfg.vocab, capacity)
         return requests
 
     return await begin(state, http, prompts, make_requests, n, stops)

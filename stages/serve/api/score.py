@@ -8,16 +8,14 @@ from msgspec import Meta
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
-from engine.inference.request import Request, check_request
-from engine.inference.score import scored_request
+from engine.inference.request import Request
 from stages.serve.api.chat import Messages
 from stages.serve.api.completions import ReplyUsage, reply_usage
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Prompts, Usage, begin, chat_prompts
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Prompts, Usage, begin, chat_prompts, make_scored
 from stages.serve.api.requests import MAX_IDS, ModelRequest, TokenId
 from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
-from stages.serve.tokenizer_pool import context_overflow
 
 Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
 
@@ -69,7 +67,7 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
     """Scores each candidate; the prefix cache holds the prompt for all but the first."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
-    capacity, vocab, tokenizer = state.engine.capacity, state.engine.cfg.vocab, state.tokenizer
+    tokenizer = state.tokenizer
 
     async def encode() -> list[list[int]]:
         return await tokenizer.encode([body.prompt]) if isinstance(body.prompt, str) else [body.prompt or []]
@@ -86,12 +84,7 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
         requests = []
         for candidate in body.candidates:
             tokens = next(encoded) if isinstance(candidate, str) else candidate
-            if len(prompt) + len(tokens) > capacity:
-                raise context_overflow(len(prompt) + len(tokens), capacity, "candidates")
-            requests.append(scored_request(prompt, tokens, http.state.namespace))
-            check_request(requests[-1], vocab, capacity)
-            if max(tokens) >= vocab:
-                raise ApiError(400, f"candidates holds an id outside the vocabulary of {vocab:,}.", param="candidates")
+            requests.append(make_scored(state, http, prompt, tokens, "candidates"))
         return requests
 
     writer = ScoreWriter(state)
