@@ -169,7 +169,7 @@ def _begin_recording(options: RunOptions, stage: Stage, recorder: "Recorder", st
         stage=options.stage,
         name=plan.name,
         command=resume_command(options.stage),
-        folder=str(options.folder.absolute()),
+        folder=str(options.folder),
         layers=cfg.layers,
         width=cfg.width,
         steps=plan.steps,
