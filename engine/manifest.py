@@ -71,6 +71,8 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
 
     def fault(name: str) -> str | None:
         path = folder / name
+        if not path.is_file():  # a folder in its place too
+            return f"{path} is missing"
         if name not in wanted:
             return f"{path} does not belong there"
         try:
@@ -80,8 +82,6 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
             return None if describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
         except UserError as error:
             return str(error)
-        except FileNotFoundError:
-            return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
