@@ -1,5 +1,6 @@
 """Barriers of a training step: without one, XLA's program needs more memory, or computes more often, by its own figures."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -9,10 +10,19 @@ from programs import PROGRAMS
 from engine.model.config import ModelConfig
 
 CFG = ModelConfig(vocab=512, width=128, layers=1, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True)
+CASES = {  # a program, its model, and the functions whose barriers it would miss: by what figure, at least how many times
+    "train step, AdamW": (CFG, (
+        ("_rms_norm_backward", "temporaries", 1.05), ("_gain_backward", "temporaries", 1.1),
+        ("_swiglu_backward", "temporaries", 1.04), ("_rotate", "transcendentals", 1.01), ("train_step", "instructions", 1.05),
+    )),
+    "train step, LoRA on int8": (dataclasses.replace(CFG, vocab=20_000, width=64), (
+        ("_forward", "temporaries", 1.1), ("_logits", "temporaries", 1.3),
+    )),
+}  # fmt: skip
 BARRIER = jax.lax.optimization_barrier
 
 
-def figures(without: str, monkeypatch) -> dict[str, float]:
+def figures(name: str, without: str, monkeypatch) -> dict[str, float]:
     """Compiles the step without the barriers of one function: bytes of temporaries, transcendental functions, instructions."""
     removed = []
 
@@ -27,8 +37,8 @@ def figures(without: str, monkeypatch) -> dict[str, float]:
 
     monkeypatch.setattr(jax.lax, "optimization_barrier", barrier)
     jax.clear_caches()
-    program = PROGRAMS["train step, AdamW"](CFG)
-    compiled = program.function.lower(*program.arguments).compile()
+    program = PROGRAMS[name](CASES[name][0])
+    compiled = program.function.lower(*program.arguments).compile(program.options)
     assert bool(removed) == bool(without)
     return {
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
@@ -38,11 +48,9 @@ def figures(without: str, monkeypatch) -> dict[str, float]:
 
 
 @pytest.mark.night
-def test_a_step_without_a_barrier_is_dearer(monkeypatch):
-    with_all = figures("", monkeypatch)
-    for function, figure, times in (
-        ("_rms_norm_backward", "temporaries", 1.05), ("_gain_backward", "temporaries", 1.1),
-        ("_swiglu_backward", "temporaries", 1.04), ("_rotate", "transcendentals", 1.01), ("train_step", "instructions", 1.05),
-    ):  # fmt: skip
-        assert figures(function, monkeypatch)[figure] > times * with_all[figure], function
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_without_a_barrier_is_dearer(name, monkeypatch):
+    with_all = figures(name, "", monkeypatch)
+    for function, figure, times in CASES[name][1]:
+        assert figures(name, function, monkeypatch)[figure] > times * with_all[figure], function
     jax.clear_caches()
