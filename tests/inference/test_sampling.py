@@ -66,6 +66,7 @@ def test_tokens_that_tie_with_the_last_one_kept_stay():
     logits[0, [4, 9, 30]] = [2.0, 1.0, 1.0]
     for limit in ({"top_k": 2}, {"top_p": 0.7}):
         assert set(samples(logits, sampling_of(1, **limit)).tolist()) == {4, 9, 30}
+    assert set(samples(logits, sampling_of(1, top_p=0.0)).tolist()) == {4}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
