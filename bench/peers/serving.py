@@ -1,7 +1,7 @@
 """Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
 Both read the same GGUF file with all cores, greedily; ours with int8 weights. Each row has the slots that it can use, and is
-timed while all its streams are under way; those of one are timed without the kernel in C too. The rows of chat are one stream
+timed while all its streams are under way; those of one are timed with XLA's int8 products too. The rows of chat are one stream
 on the prompts of prompts.toml, one after another, each answered to its end or for MOST_TOKENS, speculative and not: their
 speeds are of decoding, in each side's own tokens, for after a near-tie the two answer differently.
 """
@@ -72,7 +72,7 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
     int8 = quantize(model.params)
     weights = prepare_params(model.cfg, int8)
     transpose = lambda _, leaf: store_transposed(leaf) if isinstance(leaf, Int8) else leaf
-    by_xla = prepare_params(model.cfg, map_paths(transpose, int8), whole=False)  # as where there is no kernel
+    by_xla = prepare_params(model.cfg, map_paths(transpose, int8), whole=False)  # products as where there is no kernel
     if problem := native_problem():
         print(f"without the kernel in C: {problem}", flush=True)
     # 32 passages of 512 tokens, evenly spaced in the held-out plays.
@@ -247,7 +247,7 @@ def measure_calls(
                 "native": over("by_xla")._asdict(),
                 "native_same": results["by_xla"]["tokens"] == results[way]["tokens"],
             }
-            line += f"; without the kernel in C {1 / timings['by_xla'].median:.0f}: {over('by_xla')} times"
+            line += f"; with XLA's int8 products {1 / timings['by_xla'].median:.0f}: {over('by_xla')} times"
         print(line, flush=True)
     return rows
 
