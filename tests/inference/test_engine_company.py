@@ -18,7 +18,7 @@ from engine_requests import (
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from test_scheduler import check_slots
+from simulated import check_slots
 from tiny import request_of
 
 from engine.errors import InvalidField
@@ -44,7 +44,7 @@ class Company(RuleBasedStateMachine):
         if holds:  # as `warm` does that leaves the programs for longer texts out
             self.engine.scheduler.limit = self.engine.runner.limit
         self.engine.tails_are_exact = True  # as test_inference_engine finds
-        self.log, self.cancelled, self.were_held = Log(self.engine), set(), set()
+        self.log, self.cancelled = Log(self.engine), set()
 
     @rule(target=ids, request=requests)
     def submit(self, request: Request) -> int:
@@ -73,8 +73,6 @@ class Company(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.scheduler.limit < CAPACITY)
     @rule()
     def load_long_programs(self) -> None:
-        scheduler = self.engine.scheduler
-        self.were_held = {sequence.id for sequence in scheduler.waiting if scheduler.is_held(sequence)}
         self.engine.load_long_programs()
 
     @precondition(lambda self: len(self.engine.scheduler.free) > 0)
@@ -85,10 +83,9 @@ class Company(RuleBasedStateMachine):
     @invariant()
     def bounds_hold(self) -> None:
         if hasattr(self, "engine"):
-            check_slots(self.engine.scheduler, self.were_held)
+            check_slots(self.engine)
             assert not (set(self.log.finished) & self.cancelled)
             assert 0 <= self.engine.used_positions <= SLOTS * CAPACITY
-            assert self.engine.prefix_cache.bytes <= self.engine.prefix_cache.limit
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -76,30 +76,6 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
         assert count_compiles == []
 
 
-@EVERY_DTYPE
-def test_texts_that_were_held_have_the_bits_that_they_have_alone(dtype):
-    """Long prompts, and one with penalties that grows long, gives its only slot to a short text and is computed again."""
-    engine = make_engine(dtype, prefix_cache_bytes=10**6)
-    engine.warm(long_programs=False)
-    engine.scheduler.free = [2]
-    requests = [request_of(text(1, 50), 9, seed=3), request_of(text(1, 50), 9, seed=4)]
-    requests.append(request_of(text(4, 30), 20, seed=5, logprobs=3, presence_penalty=0.5, logit_bias={3: 2.0}))
-    requests.append(request_of(text(6, 5), 8, temperature=0.0))
-    log = Log(engine)
-    ids = [log.submit(request) for request in requests[:3]]
-    while engine.scheduler.has_step:
-        log.step()
-    assert (log.finished, engine.running, [len(log.events[id]) > 0 for id in ids]) == ({}, 1, [False, False, True])
-    ids.append(log.submit(requests[3]))
-    while engine.scheduler.has_step:
-        log.step()
-    assert (list(log.finished), engine.running, engine.waiting, engine.runner.has_long_programs) == (ids[3:], 0, 3, False)
-    engine.cancel(ids.pop(1)), requests.pop(1)
-    engine.load_long_programs()
-    log.drain()
-    assert [log.completion(id) for id in ids] == [complete_alone(dtype, request) for request in requests]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
     """A lone text reaches long segments with wrong drafts, loses its copies to others, and makes new ones as a short text."""

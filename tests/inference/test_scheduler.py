@@ -1,14 +1,9 @@
-"""Scheduler: in plain Python, without a model: every slot has one owner, and every request is served in time."""
+"""Scheduler: in plain Python, without a model: who is prefilled and decoded first. Its slots: test_simulation.py."""
 
-from collections.abc import Collection
-
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from tiny import request_of
 
-from engine.inference.scheduler import DRAFT_ROWS, OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
-from engine.inference.sequence import STEPS, Sequence
+from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
+from engine.inference.sequence import Sequence
 
 SLOTS, CHUNK = 5, 16
 
@@ -43,80 +38,6 @@ class Model:
 
     def output(self, id: int) -> int:
         return len(self.sequences[id].output_tokens)
-
-
-def check_slots(scheduler: Scheduler, were_held: Collection[int] = ()) -> None:
-    """Every slot is one sequence's, a copy of a lone one's, or free; sequences are admitted in order, but for those that are
-    held or `were_held` (ids) when others were admitted."""
-    owned = [sequence.slot for sequence in scheduler.running]
-    assert sorted([*owned, *scheduler.free, *scheduler.copies]) == list(range(scheduler.slots))
-    assert not scheduler.copies or len(owned) == 1
-    waiting = [sequence.id for sequence in scheduler.waiting]
-    assert waiting == sorted(waiting)
-    rest = [sequence.id for sequence in scheduler.waiting if not scheduler.is_held(sequence) and sequence.id not in were_held]
-    assert not rest or rest[0] > max((s.id for s in scheduler.running if not s.to_repeat), default=0)
-
-
-class AnyRequests(RuleBasedStateMachine):
-    """Requests come and are cancelled at any moment; texts of two tokens repeat themselves, so that drafts come true."""
-
-    ids = Bundle("ids")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Model(next_token=lambda sequence: len(sequence.output_tokens) // 3 % 2)
-        self.cancelled: set[int] = set()
-
-    @rule(target=ids, prompt=st.integers(1, 60), max_tokens=st.integers(1, 40))
-    def submit(self, prompt: int, max_tokens: int) -> int:
-        return self.model.submit(prompt, max_tokens)
-
-    @rule(id=consumes(ids))
-    def cancel(self, id: int) -> None:
-        unfinished = self.model.output(id) < self.model.sequences[id].request.sampling.max_tokens
-        assert self.model.scheduler.cancel(id) == unfinished
-        assert not self.model.scheduler.cancel(id)
-        if unfinished:
-            self.cancelled.add(id)
-
-    @rule(count=st.integers(1, 6))
-    def step(self, count: int) -> None:
-        for _ in range(count):
-            before, scheduler = len(self.model.steps), self.model.scheduler
-            busy = bool(scheduler.waiting or scheduler.running)
-            self.model.step()
-            assert (len(self.model.steps) > before) == busy, "there is a step exactly while there is work"
-            if self.model.steps and isinstance(batch := self.model.steps[-1], Decode):
-                self.check_decode(batch)
-
-    def check_decode(self, batch: Decode) -> None:
-        assert 1 <= batch.steps <= STEPS
-        assert len({row.row for row in batch.rows}) == len(batch.rows), "a row for each slot at most"
-        assert len(batch.copies) <= DRAFT_ROWS
-        if batch.drafts:
-            assert (batch.steps, len(batch.sequences)) == (1, 1)
-            assert len(batch.rows) <= 1 + min(len(batch.drafts), len(batch.copies))
-            slots = {batch.sequences[0].slot, *batch.copies}
-            assert {slot for row, slot in batch.draft_writes if row == batch.rows[0].row} == slots - {batch.rows[0].row}
-        else:
-            assert [row.row for row in batch.rows] == [sequence.slot for sequence in batch.sequences]
-
-    @invariant()
-    def slots_have_one_owner(self) -> None:
-        check_slots(self.model.scheduler)
-
-    def teardown(self) -> None:
-        scheduler = self.model.scheduler
-        while scheduler.waiting or scheduler.running:
-            self.model.step()
-        assert sorted(scheduler.free) == list(range(SLOTS))
-        for id, sequence in self.model.sequences.items():
-            if id not in self.cancelled:
-                assert self.model.output(id) == sequence.request.sampling.max_tokens
-
-
-AnyRequests.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestAnyRequests = AnyRequests.TestCase
 
 
 def test_a_long_prompt_holds_nobody_up():
@@ -168,34 +89,6 @@ def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_d
         return model.steps[1].steps
 
     assert steps(True, 1) == STEPS_BETWEEN_DRAFTS < steps(True, 2) == steps(False, 1)
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=9), st.sampled_from([CHUNK, 2 * CHUNK]))
-def test_texts_that_reach_the_limit_are_held_until_it_is_lifted_and_hold_up_no_other(sizes, limit):
-    model = Model(next_token=lambda sequence: len(sequence.output_tokens) // 3 % 2)
-    scheduler = model.scheduler
-    scheduler.limit = limit
-    ids = [model.submit(*size) for size in sizes]
-    scheduler.admit()
-    while scheduler.has_step:
-        model.step()
-        match model.steps[-1]:
-            case Prefill(sequence):
-                assert sequence.prefilled_tokens <= limit
-            case Decode(rows, steps):
-                assert max(row.position for row in rows) + steps <= limit
-        scheduler.admit()
-    held = sorted(id for id, (prompt, max_tokens) in zip(ids, sizes) if prompt + max_tokens - 1 > limit)
-    assert sorted(s.id for s in [*scheduler.waiting, *scheduler.running]) == held
-    assert all(scheduler.is_held(s) and not s.to_prefill for s in scheduler.running)
-    scheduler.limit, admitted = 99, []
-    waiting = [s.id for s in scheduler.waiting]
-    while scheduler.has_step:
-        admitted += [s.id for s in scheduler.admit()]
-        model.step()
-    assert admitted == waiting == sorted(waiting)
-    assert [model.output(id) for id in ids] == [count for _, count in sizes]
 
 
 def test_drafts_that_come_true_are_all_accepted_and_a_wrong_one_ends_what_counts():

@@ -64,9 +64,9 @@ class TinyRun:
         patch = f"{NOTE_SAVES.format(file=str(self.work.with_suffix('.saves')))}\n{patch}"
         return self.server.start(self.stage, self.words, self.output, place, patch, THRICE_CACHE=str(self.cache))
 
-    def live(self, fault: Fault = NO_FAULT, patch: str = "") -> int:
+    def live(self, fault: Fault = NO_FAULT) -> int:
         """Runs the command to its end, however it comes; returns the exit code."""
-        timer = threading.Timer(HANGS, os.kill, (self.start(fault, patch), signal.SIGKILL))
+        timer = threading.Timer(HANGS, os.kill, (self.start(fault), signal.SIGKILL))
         timer.start()
         code = self.server.wait()
         timer.cancel()
@@ -77,10 +77,10 @@ class TinyRun:
         lines = self.work.with_suffix(".log").read_text().splitlines()
         return [line.split("\t") for line in lines]
 
-    def rows(self, folder: Path | None = None) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl."""
         with contextlib.suppress(OSError):
-            lines = ((folder or self.folder) / "metrics.jsonl").read_text().splitlines()
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
             return [json.loads(line) for line in lines if line.endswith("}")]
         return []
 
@@ -136,23 +136,23 @@ class TinyRun:
             self.examine(self.live(), {0}, "the last")
 
 
-def bits(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """What a run logged, as hex, and the digests of the newest (or a) checkpoint's arrays."""
+def bits(folder: Path) -> dict[str, Any]:
+    """What a run logged, as hex, and the digests of the newest checkpoint's arrays."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     value = lambda row, name: row[name].hex() if isinstance(row[name], float) else row[name]
     compared = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
     values = [(row["step"], name, value(row, name)) for row in rows for name in compared(row)]
-    return {"rows": values, **saved_bits(folder, step)}
+    return {"rows": values, **saved_bits(folder)}
 
 
-def saved_bits(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The newest (or a) checkpoint's step and the digests of its arrays, read by the safetensors library."""
+def saved_bits(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint's step and the digests of its arrays, read by the safetensors library."""
     from safetensors.flax import load_file
 
     from engine.model.paths import unflatten
     from engine.storage.digest import digest
 
-    newest = folder.absolute() / "checkpoints" / str(step or checkpoint.steps(folder)[-1])
+    newest = folder.absolute() / "checkpoints" / str(checkpoint.steps(folder)[-1])
     found = {"step": newest.name}
     for part in ("params", "optimizer"):
         files = map(load_file, sorted(newest.glob(f"{part}.*safetensors")))
