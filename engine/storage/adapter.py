@@ -149,7 +149,7 @@ def is_adapter(folder: Path) -> bool:
 def base_name(folder: Path) -> str:
     """Returns the name of an adapter's base, as PEFT has it: a folder, or an id on the Hugging Face hub; empty when unknown."""
     name = read_json_object(folder / CONFIG).get("base_model_name_or_path")
-    return name if isinstance(name, str) else ""
+    return name if isinstance(name, str) and name.isprintable() else ""
 
 
 def _read(path: Path, name: str, tensor: safetensors.StoredTensor) -> np.ndarray:

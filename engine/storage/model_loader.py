@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import os.path
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -73,7 +75,7 @@ class Location(NamedTuple):
 
 def model_name(model: str) -> str:
     """Returns the name of what `--model` names, by its path alone: a run's, a file's or a folder's, and no digest."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not path.exists() and is_hub_name(model):
         return model.partition("@")[0].partition("/")[2]
     path = path.resolve()
@@ -91,7 +93,7 @@ def locate(
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
-    path, notes = (Path(name).expanduser(), ()) if name else run_folder.newest_run()
+    path, notes = (Path(os.path.expanduser(name)), ()) if name else run_folder.newest_run()
     if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
         return Location("hugging face", hub.fetch(name, part, lambda folder: on_config(_read_config(folder)), report))
     if path.suffix == ".gguf" and path.is_file():
@@ -125,13 +127,13 @@ def _run_of(path: Path, name: str) -> Path:
     raise UserError(f"There is no model at {path}; --model takes {FORMS}.{did_you_mean(name, MODELS)}")
 
 
-def read_config(name: str | None) -> ModelConfig:
-    """Reads the architecture of the model `--model` names, and none of its weights."""
-    location = locate(name, part="config")
+def read_config(name: str | None, *, part: hub.Part = "config", adapted_by: tuple[Path, ...] = ()) -> ModelConfig:
+    """Reads the architecture of the model `--model` names, and none of its weights. `part`, `adapted_by`: see `load_model`."""
+    location = locate(name, part=part)
     if location.run:
         return run_folder.read_config(location.run)
     if location.format == "adapter":
-        return read_config(_base_of(location))
+        return _read_base(location, adapted_by, read_config)
     return _read_config(location.path)
 
 
@@ -224,14 +226,20 @@ def _base_of(location: Location) -> str:
     return name
 
 
-def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
+def _read_base[T](location: Location, adapted_by: tuple[Path, ...], read: Callable[..., T]) -> T:
+    """Returns what `read`, `load_model` or `read_config`, makes of the base of a LoRA run or a folder in PEFT's layout."""
     folder, name = location.run or location.path, _base_of(location)
     if folder.resolve() in adapted_by:
         raise UserError(f"{folder} is named as a base of itself. Restore its record from a copy, or train anew.")
     try:  # nothing is fetched from the hub: nobody named the base here
-        base = load_model(name, on_config=on_config, part="cached", adapted_by=(*adapted_by, folder.resolve()))
+        return read(name, part="cached", adapted_by=(*adapted_by, folder.resolve()))
     except UserError as error:
         raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
+
+
+def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
+    folder = location.run or location.path
+    base = _read_base(location, adapted_by, functools.partial(load_model, on_config=on_config))
     if location.run:
         params, loaded = _add_trained(location, base.params, base.params)
         tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)

@@ -71,11 +71,16 @@ def _dpo(logprobs: AnswerLogProbs, reference: Array, beta: float) -> Array:
 def _orpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
     """The chosen answer's loss a token, and beta times that of the odds ratio (Hong et al. 2024, 2403.07691, equations 6, 7).
 
-    An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p).
+    An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p). A p that float32 rounds to 1
+    has the odds of its neighbour, and they no gradient: else one answer that is certain would make the whole step's NaN.
     """
-    chosen, rejected = logprobs.chosen_mean, logprobs.rejected_mean
-    log_odds_ratio = (chosen - jax.nn.log1mexp(-chosen)) - (rejected - jax.nn.log1mexp(-rejected))
-    return -chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)
+
+    def log_odds(mean: Array) -> Array:
+        below_1 = jnp.minimum(mean, -jnp.finfo(mean.dtype).epsneg)
+        return below_1 - jax.nn.log1mexp(-below_1)
+
+    log_odds_ratio = log_odds(logprobs.chosen_mean) - log_odds(logprobs.rejected_mean)
+    return -logprobs.chosen_mean - beta * jax.nn.log_sigmoid(log_odds_ratio)
 
 
 def _simpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:

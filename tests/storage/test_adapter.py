@@ -22,9 +22,10 @@ from engine import manifest
 from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
+from engine.storage import hub
 from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
-from engine.storage.model_loader import with_adapters
+from engine.storage.model_loader import load_model, read_config, with_adapters
 
 CFG = tiny_config()
 BASE_PARAMS = lively_params(CFG)
@@ -215,6 +216,29 @@ def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
     change, message = DAMAGE[how]
     change(folder)
     assert re.search(message, refusal(lambda: load_adapter(folder, CFG, BASE_PARAMS)))
+
+
+@pytest.mark.parametrize("read", [read_config, load_model], ids=lambda read: read.__name__)
+def test_a_base_that_an_adapter_names_is_read_where_it_lies(read, tmp_path, monkeypatch):
+    """Nothing is fetched for it, and its name is no way to go round for ever or to write to a terminal."""
+    folder = saved(tmp_path)
+    (folder / manifest.NAME).unlink()
+    parts = []
+
+    def fetch(name, part, check_config, report):
+        parts.append(part)
+        raise UserError("not there")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    for name, message in {
+        str(folder): "named as a base of itself",
+        "Org/Missing": "adapts Org/Missing, which cannot be read: not there",
+        "~nobody-of-this-name/x": "There is no model at ~nobody",
+        "a\x1b[2Jb": "does not name the model it adapts",
+    }.items():
+        rewritten(base_model_name_or_path=name)(folder)
+        assert message in refusal(read, str(folder))
+    assert parts == ["cached"]
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, manifest.NAME])

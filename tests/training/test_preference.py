@@ -15,7 +15,7 @@ from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, margins, preference_objective
+from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, margins, preference_objective
 from engine.training.step import init_state, loss_and_gradient, train_step
 
 B, T = 4, 7
@@ -88,6 +88,18 @@ def test_loss_and_gradient_are_the_papers(cfg, params, paper):
         assert_near(ours, gradient, 1e-4)
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)]), pairs)
     np.testing.assert_allclose(objective.summed_loss(cfg, params, padded) / B, expected, rtol=1e-5)
+
+
+def test_an_answer_that_is_certain_leaves_every_gradient_finite():
+    """Rows: chosen, rejected or both of probability 1; padding has no answer, and so the same mean of 0."""
+    means = jnp.array([0.0, -1.0, 0.0, -1e-9]), jnp.array([-1.0, 0.0, 0.0, -1e-38])
+
+    def loss(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+        return LOSSES["orpo"].of_pairs(AnswerLogProbs(chosen, rejected, chosen, rejected), jnp.zeros(4), 0.1).sum()
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(*means)
+    assert all(np.isfinite(x).all() for x in (value, *gradients))
+    assert (gradients[0] <= -1).all(), "a certain answer still has its own loss"
 
 
 def test_margins_are_of_the_answers_alone(cfg, params):
