@@ -151,7 +151,7 @@ def json_grammar(schema: dict[str, Any], lenient: bool = False) -> str:
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls."""
     options = JSON_OPTIONS | {"lenient": lenient}
-    text = json.dumps({**_checked(schema, 0), "x-guidance": options}, ensure_ascii=False)
+    text = json.dumps({**_checked(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
     check_size(text)
     return f"%json {text}"
 
@@ -178,30 +178,36 @@ def lark_grammar(text: str) -> str:
     """Returns a grammar in Lark as it is, and one in llama.cpp's GBNF as Lark. Raises UserError."""
     from llguidance.gbnf_to_lark import any_to_lark
 
+    if "%json" in text:  # llguidance's own; it would pass by the bounds on what a schema costs
+        raise UserError("a schema cannot be a part of it (%json): send the schema alone")
     try:
         return any_to_lark(text)
     except Exception as error:
         raise UserError(f"it is neither Lark nor GBNF: {error}") from None
 
 
-def _checked(schema: Any, depth: int) -> Any:
+def _checked(schema: Any, depth: int, lenient: bool) -> Any:
     """Returns a schema, or a part of one, with its patterns for Rust. Raises UserError for one that is too deep or costly."""
     if depth > MAX_DEPTH:
         raise UserError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(schema, list):
-        return [_checked(value, depth + 1) for value in schema]
+        return [_checked(value, depth + 1, lenient) for value in schema]
     if not isinstance(schema, dict):
         return schema
-    multiple, checked = schema.get("multipleOf"), dict[str, Any]()
+    multiple, least, checked = schema.get("multipleOf"), schema.get("minProperties"), dict[str, Any]()
     if isinstance(multiple, int | float) and not 0 < _digits(multiple) <= MAX_MULTIPLE:
         raise UserError(f"multipleOf {multiple} cannot be enforced, for it has too many digits")
+    required = schema.get("required")
+    names = len({*map(str, required)}) if isinstance(required, list) else 0
+    if not lenient and isinstance(least, int) and least > max(1, names):
+        raise UserError(f"minProperties {least} cannot be enforced, for a name that is not required may come twice")
     for name, value in schema.items():
         if name == "pattern" and isinstance(value, str):
             checked[name] = _rust_pattern(value)
         elif name == "patternProperties" and isinstance(value, dict):
-            checked[name] = {_rust_pattern(pattern): _checked(inner, depth + 2) for pattern, inner in value.items()}
+            checked[name] = {_rust_pattern(pattern): _checked(inner, depth + 2, lenient) for pattern, inner in value.items()}
         else:
-            inner = _checked(value, depth + 1)
+            inner = _checked(value, depth + 1, lenient)
             checked[name] = value if name in ("const", "enum") else inner
     return checked
 

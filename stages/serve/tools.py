@@ -172,6 +172,11 @@ class CallParser:
         self._text, self.calls = "", 0
         self._begun = self._in_arguments = self._after_call = False
 
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there are calls, the last of which no stop string has cut."""
+        return self.calls > 0 and not self._in_arguments
+
     def push(self, text: str, last: bool) -> tuple[str, list[ToolCall]]:
         """Returns what becomes certain to be text, and the calls. `last`: no more text comes."""
         self._text += text
@@ -214,7 +219,8 @@ class CallParser:
     def _end_of_arguments(self, last: bool) -> int:
         """Returns where the arguments end, or -1. Their JSON has no line end, with which the tail of a call begins."""
         if self._form.end:
-            return self._text.find(self._tail)
+            end, tail = self._text.find(self._tail), overlap(self._text, self._tail)
+            return len(self._text) - tail if last and end < 0 and tail > 1 else end  # a stop string may cut the tail
         return len(self._text) - 1 if last and self._text.endswith("}") else -1
 
     def _may_end(self) -> int:

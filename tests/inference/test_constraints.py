@@ -101,6 +101,9 @@ def nested(depth):
         (lambda: json_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
         (lambda: json_grammar({"$ref": "http://elsewhere/x.json"}), "elsewhere"),
         (lambda: json_grammar({"multipleOf": 999983}), "multipleOf 999983 cannot be enforced"),
+        (lambda: json_grammar({"minProperties": 2, "patternProperties": {"^x$": {}}}), "minProperties 2 cannot be enforced"),
+        (lambda: json_grammar({"minProperties": 2, "required": 3}), "minProperties 2 cannot be enforced"),
+        (lambda: json_grammar({"minProperties": 2, "required": ["a", "b"]}), None),
         (lambda: json_grammar({"enum": ["x" * 66_000]}), "more than 65,536 bytes"),
         (lambda: json_grammar({"properties": {f"p{n}": {"enum": [1, 2]} for n in range(800)}}), None),
         (lambda: regex_grammar("(a"), "unclosed group"),
@@ -109,6 +112,7 @@ def nested(depth):
         (lambda: regex_grammar("[ab]*a[ab]{25}c"), None),
         (lambda: lark_grammar("neither"), "neither Lark nor GBNF"),
         (lambda: lark_grammar("start: missing"), "missing"),
+        (lambda: lark_grammar('start: %json {"type": "integer", "multipleOf": 999983}'), "send the schema alone"),
         (lambda: lark_grammar("start: start start"), "no text satisfies it"),
     ],
 )

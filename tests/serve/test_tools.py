@@ -103,6 +103,22 @@ def test_an_answer_may_have_a_schema_beside_tools(client):
             check(choice["message"]["tool_calls"])
 
 
+def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client):
+    fields = {"tools": TOOLS[:1], "tool_choice": NAMED, "max_tokens": 90}
+    ended = lambda stop: good(client.chat("Go", **fields, stop=[stop]))["choices"][0]
+    assert ended("city")["finish_reason"] == "stop"
+    assert ended("</tool")["finish_reason"] == "tool_calls"
+    check(ended("</tool")["message"]["tool_calls"])
+
+
+def test_an_answer_that_goes_on_may_have_to_call(client):
+    turns = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Well, "}]
+    body = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "max_tokens": 90}
+    (choice,) = good(client.post("/v1/chat/completions", json=body | {"tools": TOOLS[:1], "tool_choice": NAMED}))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    check(choice["message"]["tool_calls"])
+
+
 def test_a_history_of_calls_is_taken_and_tools_are_in_the_prompt(client):
     call = {"id": "call_1", "type": "function", "function": {"name": "wait", "arguments": "{}"}}
     history = [
@@ -149,6 +165,7 @@ def test_calls_are_found_however_their_text_comes(form):
         '{"nam': ('{"nam', []),
         '{"a": 1}': ('{"a": 1}', []),
         first: ("", [("get", '{"city": "Ro\\"m}e <tool_call>"}')]),
+        first.removesuffix("</tool_call>"): ("", [("get", '{"city": "Ro\\"m}e <tool_call>"}')]),
         first[:-22]: ("", [("get", first[first.index('{"city') : -22])]),
     }
     if form.begin:

@@ -121,6 +121,11 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     json_schema: JsonSchema | None = None
 
 
+def answer_grammar(field: str, schema: dict[str, Any] | None) -> Grammar:
+    """Returns the grammar of JSON that satisfies the schema in a field, or of any object."""
+    return Grammar(field, partial(json_grammar, schema or {"type": "object"}))
+
+
 def tool_use(functions: Sequence[Function], named: str | None, choice: Any, parallel: bool | None) -> ToolUse:
     """Returns the functions as tools. `named`: the one to be called, in place of the choice. Raises ApiError."""
     tools = []
@@ -178,8 +183,7 @@ class ChatRequest(CompletionFields, kw_only=True):
             if (wanted.json_schema is None) != (wanted.type == "json_object"):
                 message = "response_format.json_schema belongs to the type json_schema, and only to it."
                 raise ApiError(400, message, param="response_format.json_schema")
-            schema = (wanted.json_schema and wanted.json_schema.schema) or {"type": "object"}
-            grammars.append(Grammar(field, partial(json_grammar, schema)))
+            grammars.append(answer_grammar(field, wanted.json_schema.schema if wanted.json_schema else None))
         return grammars
 
 
@@ -304,7 +308,7 @@ def conversation(
     if answer["role"] != "assistant" or not turns:
         message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
         raise ApiError(400, message, param="messages")
-    return chat_prompts(state, turns, answer["content"], variables=variables)
+    return chat_prompts(state, turns, answer["content"], tools=tools, variables=variables)
 
 
 async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequest) -> ASGIApp:

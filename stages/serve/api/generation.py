@@ -248,7 +248,7 @@ class Generation:
         calls: Sequence[ToolCall] = ()
         if choice.parser:
             text, calls = choice.parser.push(text, bool(reason))
-            reason = "tool_calls" if reason == "stop" and choice.parser.calls else reason
+            reason = "tool_calls" if reason == "stop" and choice.parser.has_whole_calls else reason
         logprobs = event.logprobs[: completion.tokens - before]
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
 
