@@ -96,7 +96,8 @@ def export(flags: ExportFlags) -> int:
         with console.task("loading") as report:
             model = load_model(flags.model, dtype="float32", report=report)
         if out.resolve() in (path.resolve() for path in model.bases):
-            raise UserError(f"{out} is the base that {model.run} adapts, which would be replaced. Give another --out.")
+            adapted = model.run or model.checkpoint
+            raise UserError(f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out.")
         console.print_notes(model.notes)
         sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
         model = dataclasses.replace(model, sampling=sampling)

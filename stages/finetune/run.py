@@ -140,6 +140,7 @@ class FineTuning(ModelStage):
             "loss": tuning.loss,
             "beta": tuning.beta or LOSSES[tuning.loss].beta,
             "pack": None if is_preference else self.pack,
+            "keep_best": self.keep_best,
             "general": examples.general,
             "template": self.chat.template_name,
             "text": {

@@ -61,6 +61,11 @@ class RunOptions:
     watch: int | None = None
     tensorboard: bool = False
 
+    def is_over(self, plan: RunPlan, loop_state: LoopState) -> bool:
+        """Whether all of the plan is done, or the patience is."""
+        out_of_patience = self.patience is not None and loop_state.since_best >= self.patience
+        return out_of_patience or plan.progress(loop_state.step, loop_state.seconds) >= 1
+
 
 class StepTimer:
     """Measures the seconds of recent steps, and of all but the first, which touches its memory for the first time."""
@@ -119,10 +124,7 @@ class Loop:
         the run saved.
         """
         loop_state, plan = self.loop_state, self.plan
-        patience = self.options.patience or math.inf
-        done = lambda: (
-            steps.exhausted or loop_state.since_best >= patience or plan.progress(loop_state.step, loop_state.seconds) >= 1
-        )
+        done = lambda: steps.exhausted or self.options.is_over(plan, loop_state)
         answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as self.deferral, self.saver:
             self._evaluate_and_save(steps, state, done())  # what a signal prevented

@@ -52,9 +52,11 @@ class ModelStage(Stage):
         self.name, self.lora, self.folder, self.console, self.on_mesh = name, lora, folder, console, on_mesh
         with console.task(f"loading {name}") as report, host_memory(on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
-        for path in (self.model.run, *self.model.bases):
-            if path and path.resolve() == folder.resolve():
-                owner = "the model itself" if path is self.model.run else f"the base that {self.model.run} adapts"
+        checkpoint = self.model.checkpoint
+        for path in (checkpoint, *self.model.bases):
+            if path.resolve().is_relative_to(folder.resolve()):
+                is_own, adapted = path is checkpoint, self.model.run or checkpoint
+                owner = "the model itself" if is_own else f"the base that {adapted} adapts"
                 raise UserError(f"{folder} is the run of {owner}, which would be overwritten. Give another --out-dir.")
         console.print_notes(self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.

@@ -35,11 +35,13 @@ class PreviousRun:
     loop_state: LoopState
     changes: Changes
 
-    def is_finished(self, plan: RunPlan) -> bool:
-        """Whether all of the plan is done and was measured at its end, and the newest checkpoint is intact."""
-        step, has_result = self.loop_state.step, bool(self.record.get("result"))
-        is_done = has_result and plan.progress(step, self.loop_state.seconds) >= 1
-        return is_done and not manifest.verify(self.folder / "checkpoints" / str(step))
+    def is_finished(self, is_over: bool) -> bool:
+        """Whether a run that is over was measured at its end as now asked, and is intact in what it stands for."""
+        result = self.record.get("result")
+        if not (is_over and result) or "keep_best" in self.changes:
+            return False
+        steps = {self.loop_state.step, result.get("kept_step") or self.loop_state.step}
+        return not any(manifest.verify(self.folder / "checkpoints" / str(step)) for step in steps)
 
 
 def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
@@ -83,7 +85,9 @@ FIXED = {
 }  # fmt: skip
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage"}  # not every run has them
-BY_FLAG = re.compile("(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|general|template|text/(data|validation)")
+BY_FLAG = re.compile(
+    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|keep_best|general|template|text/(data|validation)"
+)
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
@@ -135,9 +139,10 @@ def describe_changes(changes: Changes) -> list[str]:
 
 def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:
     done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
+    more = f"more --{plan.step_name}s or --max-time" if plan.progress(done.step, done.seconds) >= 1 else "a larger --patience"
     console.print(
         f"This run is finished: {quantity(done.step, plan.step_name)} in {duration(done.seconds)}, {summary}. "
-        f"To train it further give more --{plan.step_name}s or --max-time; to begin anew, --overwrite."
+        f"To train it further give {more}; to begin anew, --overwrite."
     )
     for line in describe_changes(previous.changes):
         console.print(f"changed, which trains nothing: {line}", style="yellow")
@@ -155,7 +160,7 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
         faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
         if faults := json.loads(processes.gather_strings(json.dumps(faults))[0]):
             lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
-            loop_state.best = loop_state.best_step = None
+            loop_state.best, loop_state.best_step, loop_state.since_best = None, None, 0
     for line in lines:
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
@@ -168,7 +173,7 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
         "loss",
         "beta",
     }:  # a best by another would never be
-        loop_state.best = loop_state.best_step = None  # beaten, or always
+        loop_state.best, loop_state.best_step, loop_state.since_best = None, None, 0  # beaten, or always
     noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
     metadata["changes"] = previous.record.get("changes", []) + noted
     return TrainState(place(jnp.int32(loop_state.step)), stage.from_saved(loaded.params), loaded.optimizer), loop_state

@@ -99,7 +99,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
     shared = {name: str(getattr(options, name)) for name in ("save_every", "eval_every", "log_every", "keep", "mesh")}
     refuse_different_runs(metadata, plan.cfg, shared, previous.loop_state.step if previous else 0)
     _print_plan(options, stage, console)
-    if previous and previous.is_finished(plan):
+    if previous and previous.is_finished(options.is_over(plan, previous.loop_state)):
         previous_run.print_finished(previous, plan, console)
         if options.record:
             console.print(f"Nothing was recorded in {options.record}: no step was left.")
@@ -121,7 +121,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
             write_json(folder / "config.json", plan.cfg.to_json())
     before = stage.measure(stage.trainable)
     loop = Loop(plan, options, stage.frozen_as_loaded, loop_state, console, recorder)
-    if plan.progress(loop_state.step, loop_state.seconds) < 1:
+    if not options.is_over(plan, loop_state):
         saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         steps = stage.prepare_steps(state, loop_state)

@@ -280,8 +280,8 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
 def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, chats, tmp_path, capsys, flags):
     """A rate far too high makes every validation worse than the one at a low rate before it."""
     folder = tmp_path / "patient"
-    far = ("--warmup", 0.9, "--learning-rate", 0.5, "--clip", 1e9, "--eval-every", 2, "--patience", 2, "--keep-best")
-    assert finetune.main(args(trained, chats, folder, *flags, *far)) == 0
+    far = ("--warmup", 0.9, "--learning-rate", 0.5, "--clip", 1e9, "--eval-every", 2, "--patience", 2)
+    assert finetune.main(args(trained, chats, folder, *flags, *far, "--keep-best")) == 0
     measured = result(folder)
     best, kept = measured["best_step"], measured["kept_step"]
     assert measured["steps"] == best + 4 < STEPS
@@ -293,6 +293,26 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     validations = {line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line}
     assert min(validations, key=validations.get) == best
     assert measured["after"]["held_out"] == pytest.approx(validations[best], rel=1e-5)
+
+    def again(*more: object) -> str:
+        assert finetune.main(args(trained, chats, folder, *flags, *far, *more)) == 0
+        return capsys.readouterr().out
+
+    written = (folder / "metrics.jsonl").read_text()
+    assert "To train it further give a larger --patience" in again("--keep-best")
+    assert (folder / "metrics.jsonl").read_text() == written
+    assert "--keep-best: True -> False" in again()
+    assert (result(folder)["kept_step"], result(folder)["steps"]) == (None, best + 4)
+    again("--keep-best")
+    assert result(folder)["kept_step"] == best
+    again("--keep-best", "--patience", 3)
+    best = result(folder)["best_step"]
+    assert result(folder)["steps"] == best + 6 < STEPS
+    damaged = folder / "checkpoints" / str(best) / "params.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert f"forgotten: step {best}" in again("--keep-best", "--patience", 3)
+    assert result(folder)["best_step"] > best
+    assert load_model(str(folder)).checkpoint.name == str(result(folder)["best_step"])
 
 
 def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained, chats, tmp_path, monkeypatch, capsys):
@@ -402,6 +422,9 @@ def test_a_run_is_neither_its_own_base_nor_trained_into_that_of_its_base(adapted
     name_base(run / "checkpoints" / "45")
     assert f"{run} is named as a base of itself" in failing(generate.main, ["--model", run])
     name_base(base / "checkpoints" / "20")
+    for inside in (run, run / "adapter", run / "checkpoints" / "45"):
+        error = failing(finetune.main, args(inside, chats, run, "--overwrite"))
+        assert f"{run} is the run of the model itself, which would be overwritten" in error
     error = failing(finetune.main, args(run, chats, base, "--overwrite"))
     assert f"{base} is the run of the base that {run} adapts, which would be overwritten" in error
     assert digest(load_model(str(base)).params) == record["base"]["digest"]
