@@ -138,11 +138,11 @@ def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
     from engine.storage.adapter import adapter_leaves
     from engine.storage.hub import is_hub_id
 
-    adapter_leaves(model.params)  # says so if there are none
     if model.merged:
         raise UserError(
             f"{model.merged[0]} is trained whole or a DoRA, and only LoRA is written here: export the model merged."
         )
+    adapter_leaves(model.params)  # says so if there are none
     if base_name is None:
         if model.hub_id:
             return model.hub_id

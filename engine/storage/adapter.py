@@ -128,6 +128,11 @@ def load_adapter(folder: Path, cfg: ModelConfig, base: dict[str, Any] | None = N
         if (whole := arrays.pop(name, None)) is not None:
             if whole.shape != leaf.stored:
                 raise UserError(f"{path}: {name} should be {list(leaf.stored)} and is {list(whole.shape)}.")
+            if leaf.path == "embed" and cfg.tied and not fields.flag("ensure_weight_tying"):
+                raise UserError(
+                    f"{path} has an embedding that was trained whole, and the head, which is the same matrix in this model, as "
+                    f"it was: that can be computed here only where {CONFIG} says ensure_weight_tying."
+                )
             leaves[leaf.path] = Replacement(jnp.asarray(whole.T if leaf.transposed else whole))
         elif leaf.path.rpartition("/")[2] in cfg.matrices:
             module = leaf.name.removesuffix(".weight")

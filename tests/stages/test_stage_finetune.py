@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from safetensors.numpy import load_file, save_file
 from tiny import lively_params, tiny_config, tokens_of
 from tiny_runs import WORDS, at_step, interrupt, metrics
 
@@ -376,7 +377,7 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
 
-def test_an_adapter_in_pefts_layout_is_a_model(adapted, chats, tmp_path, capsys):
+def test_an_adapter_in_pefts_layout_is_a_model(adapted, chats, tmp_path, capsys, failing):
     """It loads on the base that it names: written, measured, exported and tuned again as its run is."""
     run, folder = adapted[0], adapted[0] / "adapter"
 
@@ -394,6 +395,18 @@ def test_an_adapter_in_pefts_layout_is_a_model(adapted, chats, tmp_path, capsys)
     weights = [(place / "adapter_model.safetensors").read_bytes() for place in (folder, again)]
     assert weights[0] == weights[1]
     assert "rank 2" in printed(finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run")
+    dora = shutil.copytree(folder, tmp_path / "dora")
+    (dora / "manifest.json").unlink()
+    tensors, config = load_file(dora / "adapter_model.safetensors"), json.loads((dora / "adapter_config.json").read_text())
+    lengths = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(len(b), np.float32)
+        for name, b in tensors.items()
+        if "lora_B" in name
+    }
+    save_file(tensors | lengths, dora / "adapter_model.safetensors")
+    (dora / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    error = failing(export.main, ["--model", dora, "--adapter", "--base-name", "Org/Sea-1", "--out", tmp_path / "none"])
+    assert "is trained whole or a DoRA" in error
 
 
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):

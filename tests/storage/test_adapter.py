@@ -135,6 +135,18 @@ def test_a_dora_and_weights_trained_whole_are_merged(tmp_path):
     assert digest(BASE_PARAMS) == BASE
 
 
+def test_an_embedding_that_is_the_head_too_is_not_taken_for_both(tmp_path):
+    """PEFT trains a copy of it beside the head, which stays as it was, unless it is told to tie the two."""
+    folder, tied = saved(tmp_path), dataclasses.replace(CFG, tied=True)
+    (folder / manifest.NAME).unlink()
+    whole = np.ones((CFG.vocab, CFG.width), np.float32)
+    save_file(load_file(folder / WEIGHTS) | {"base_model.model.model.embed_tokens.weight": whole}, folder / WEIGHTS)
+    assert "trained whole" in refusal(load_adapter, folder, tied)
+    assert "embed" in load_adapter(folder, CFG)
+    rewritten(ensure_weight_tying=True)(folder)
+    assert "embed" in load_adapter(folder, tied)
+
+
 def test_only_what_the_layout_can_say_is_saved(tmp_path):
     several = leaf_paths(adapters())
     base = jnp.zeros((20, 24))
