@@ -60,6 +60,8 @@ class TinyServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        engine = self.state.engine  # what it compiled later would count for the next server of this process
+        until(lambda: engine.has_long_programs or engine.error or not engine.ready)
         self.server.should_exit = True
         self._thread.join(30)
         self.state.engine.stop()
