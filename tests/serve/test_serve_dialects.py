@@ -1,11 +1,12 @@
 """Dialects beside OpenAI's completions, each through its own client's first example: only the address is another."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import ollama
 import openai
+import pydantic
 import pytest
 from tiny_server import TinyServer, good, refused, say, until
 
@@ -102,6 +103,26 @@ def test_a_response_calls_a_function(roomy, choice):
     final = roomy.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
     assert final.output[0].type == "message"
     assert final.usage.input_tokens > len(call.arguments)
+
+
+class Visit(pydantic.BaseModel):
+    city: Literal["Rome", "Oslo"]
+    days: Literal[1, 2, 30]
+
+
+def test_answers_satisfy_a_schema_in_the_dialects_that_have_a_field_for_it(roomy):
+    parsed = roomy.responses.parse(model="tiny", input="Hello there", text_format=Visit, temperature=1.5)
+    assert (parsed.output_parsed.city in ("Rome", "Oslo"), parsed.text.format.name) == (True, "Visit")
+    chat = ollama.Client(host=str(roomy.base_url).removesuffix("/v1/"))
+    for answer in (chat.chat("tiny", HELLO, format=Visit.model_json_schema()).message.content,
+                   chat.generate("tiny", "Hello there", format=Visit.model_json_schema()).response):  # fmt: skip
+        assert Visit.model_validate_json(answer).days in (1, 2, 30)
+    assert chat.generate("tiny", "a", format="json", options={"num_predict": 2}).response.startswith("{")
+    with pytest.raises(ollama.ResponseError, match=r"format: .*minimum"):
+        chat.chat("tiny", HELLO, format={"type": "integer", "minimum": 5, "maximum": 3})
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format\.schema: .*not"):
+        roomy.responses.create(model="tiny", input="a", text=text)
 
 
 def test_a_response_may_call_or_speak(roomy):

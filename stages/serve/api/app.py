@@ -100,7 +100,7 @@ class Api:
             scope["path_params"], path = {"model": path.removeprefix(MODEL_PREFIX)}, MODEL_PATH
         methods = self._routes.get(path)
         if methods is None:
-            raise ApiError(404, "There is no such route; /openapi.json lists them all.", code="not_found")
+            raise ApiError(404, f"There is no route {path!r:.80} here; /openapi.json lists them all.", code="not_found")
         if method not in methods:
             allowed = ", ".join(methods)
             message = f"{scope['path']} is not asked for with {method}, but with {allowed}."

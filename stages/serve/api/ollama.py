@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
+from stages.serve.api.chat import answer_grammar
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
 from stages.serve.api.writer import Writer, json_reply, respond
@@ -45,11 +46,11 @@ class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class OllamaRequest(GenerationRequest, kw_only=True):
-    """The fields of /api/chat and /api/generate."""
+    """The fields of /api/chat and /api/generate. `format`: json, or a JSON schema that the answer satisfies."""
 
     stream: bool = True
     options: Options = msgspec.field(default_factory=Options)
-    format: Literal[""] | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
     think: Literal[False] | None = None
     logprobs: Literal[False] | None = None
     keep_alive: float | str | None = None
@@ -65,7 +66,9 @@ class OllamaRequest(GenerationRequest, kw_only=True):
             )
         options["max_tokens"] = most if most and most > 0 else None
         stops = [stop] if isinstance(stop, str) else stop or []
-        return respond(self, writer, await generate(state, http, prompts, options, stops=stops))
+        schema = self.format if isinstance(self.format, dict) else None
+        grammars = [answer_grammar("format", schema)] if self.format else []
+        return respond(self, writer, await generate(state, http, prompts, options, stops=stops, grammars=grammars))
 
 
 class OllamaMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -61,7 +61,6 @@ UNSUPPORTED = {
     **dict.fromkeys(("images", "image", "image_url", "input_image"), "The model reads text alone"),
     "truncation": "Nothing is left out of a conversation here: shorten it",
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
-    "format": "Answers are text; their format is not enforced here",
 }
 
 # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.

@@ -10,7 +10,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from stages.serve.api.chat import Function, call_turn, tool_use
+from stages.serve.api.chat import Function, answer_grammar, call_turn, tool_use
 from stages.serve.api.generation import Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, MaxTokens, in_range
 from stages.serve.api.writer import EventWriter, respond
@@ -70,8 +70,18 @@ class NamedField(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The format of an answer: text, a JSON object, or JSON that satisfies a schema, `strict` or not."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
 class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
-    format: dict[Literal["type"], Literal["text"]] | None = None
+    format: TextFormat | None = None
     verbosity: str | None = None
 
 
@@ -100,6 +110,10 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     safety_identifier: str | None = None
     service_tier: str | None = None
     user: str | None = None
+
+    @property
+    def format(self) -> TextFormat:
+        return (self.text and self.text.format) or TextFormat("text")
 
 
 class ResponseReply(msgspec.Struct, kw_only=True):
@@ -132,7 +146,7 @@ class ResponseWriter(EventWriter):
         self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time()), "model": state.name,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": body.metadata or {},
-            "text": TextOptions({"type": "text"}), "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
+            "text": TextOptions(body.format), "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": body.parallel_tool_calls is not False,
         }  # fmt: skip
         self._output: list[dict[str, Any]] = []
@@ -227,5 +241,6 @@ async def responses(state: ServerState, http: Request, body: ResponseRequest) ->
     choice, named = body.tool_choice or "auto", isinstance(body.tool_choice, NamedField) and body.tool_choice.name
     tools = tool_use(body.tools or (), named or None, choice, body.parallel_tool_calls)
     options = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
-    writer = ResponseWriter(state, body)
-    return respond(body, writer, await generate(state, http, chat_prompts(state, turns, field="input", tools=tools), options))
+    grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
+    prompts = chat_prompts(state, turns, field="input", tools=tools)
+    return respond(body, ResponseWriter(state, body), await generate(state, http, prompts, options, grammars=grammars))
