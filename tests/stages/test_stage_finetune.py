@@ -377,7 +377,7 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
 
-def test_an_adapter_in_pefts_layout_is_a_model(adapted, chats, tmp_path, capsys, failing):
+def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path, capsys, failing):
     """It loads on the base that it names: written, measured, exported and tuned again as its run is."""
     run, folder = adapted[0], adapted[0] / "adapter"
 
@@ -394,6 +394,12 @@ def test_an_adapter_in_pefts_layout_is_a_model(adapted, chats, tmp_path, capsys,
     printed(export, "--model", folder, "--adapter", "--base-name", "Org/Sea-1", "--out", again := tmp_path / "again")
     weights = [(place / "adapter_model.safetensors").read_bytes() for place in (folder, again)]
     assert weights[0] == weights[1]
+    printed(export, "--model", run, "--adapter", "--base-name", "Org/Sea-1", "--out", again := tmp_path / "with-template")
+    named = json.loads((again / "adapter_config.json").read_text())
+    (again / "manifest.json").unlink()
+    (again / "adapter_config.json").write_text(json.dumps(named | {"base_model_name_or_path": str(trained)}))
+    of_base, own, of_run = (load_model(str(place)).tokenizer.config.get("chat_template") for place in (trained, again, run))
+    assert own == of_run != of_base
     assert "rank 2" in printed(finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run")
     dora = shutil.copytree(folder, tmp_path / "dora")
     (dora / "manifest.json").unlink()
