@@ -4,7 +4,9 @@ import json
 import random
 from typing import Any, Literal
 
+import anthropic
 import jsonschema_rs
+import ollama
 import openai
 import pydantic
 import pytest
@@ -13,6 +15,8 @@ from started import Started
 from tiny_server import TinyServer, events, good, refused, say, until
 
 from engine.text.chat_tokenizer import ChatTokenizer
+from stages.serve.api import chat
+from stages.serve.api import ollama as ollama_route
 from stages.serve.tools import HERMES, CallParser, Tool, ToolFormat, describe_tools, join_calls, tool_format
 
 PARAMETERS = {
@@ -70,6 +74,7 @@ def joined(text):
     return content, calls, reason
 
 
+GO = [{"role": "user", "content": "Go"}]
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
@@ -205,6 +210,53 @@ def test_openais_client_parses_calls_and_answers_through_the_command(tmp_path):
         history = [*chat["messages"], message.to_dict(), result]
         reply = ai.chat.completions.create(**chat | {"messages": history}, tools=[tool], tool_choice="auto", max_tokens=9)
         assert reply.choices[0].finish_reason in ("length", "stop")
+
+
+def test_anthropics_client_calls_tools(client):
+    """Whole or streamed, any tool or a named one; the call and its result go on in the history."""
+    claude = anthropic.Anthropic(base_url=str(client.base_url), api_key="any")
+    asked: dict[str, Any] = {"model": "default", "messages": GO}
+    tools: Any = [{"name": "get_weather", "description": "The weather.", "input_schema": PARAMETERS}]
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
+        fields: Any = asked | {"tools": tools, "tool_choice": choice, "max_tokens": 90}
+        message = claude.messages.create(**fields)
+        (call,) = message.content
+        assert (message.stop_reason, call.type, call.name) == ("tool_use", "tool_use", "get_weather")
+        jsonschema_rs.validate(PARAMETERS, call.input)
+        with claude.messages.stream(**fields) as stream:
+            streamed = stream.get_final_message()
+        assert [block.type for block in streamed.content] == ["tool_use"]
+        jsonschema_rs.validate(PARAMETERS, streamed.content[0].input)
+        assert streamed.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "17 degrees"}]}
+    history = [*GO, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
+    longer = claude.messages.create(**asked | {"messages": history}, tools=tools, tool_choice={"type": "none"}, max_tokens=5)
+    assert [block.type for block in longer.content] == ["text"]
+    count = lambda messages, **more: claude.messages.count_tokens(model="default", messages=messages, **more).input_tokens
+    assert count(history) > count(GO) < count(GO, tools=tools)
+    with pytest.raises(anthropic.BadRequestError, match="no tool 'snow'"):
+        claude.messages.create(**asked, tools=tools, tool_choice={"type": "tool", "name": "snow"}, max_tokens=5)
+
+
+def test_ollamas_client_calls_tools(client, monkeypatch):
+    """Its API has no way to force a call, which the tiny model would never make."""
+    gemma = ollama.Client(host=str(client.base_url))
+    forced = lambda functions, named, choice, parallel: chat.tool_use(functions, named, "required", False)
+    tools = [{"type": "function", "function": {"name": "get_weather", "description": "It.", "parameters": PARAMETERS}}]
+    asked: dict[str, Any] = {"model": "default", "messages": GO, "options": {"num_predict": 90, "temperature": 0}}
+    plain = gemma.chat(**asked, tools=tools)
+    assert plain.message.content
+    assert not plain.message.tool_calls
+    monkeypatch.setattr(ollama_route, "tool_use", forced)
+    message = gemma.chat(**asked, tools=tools).message
+    (call,) = message.tool_calls
+    assert (call.function.name, call.function.arguments["city"] in ("Rome", "Oslo")) == ("get_weather", True)
+    *_, called, last = gemma.chat(**asked, tools=tools, stream=True)
+    assert (called.message.tool_calls, called.done, last.done_reason) == ([call], False, "stop")
+    monkeypatch.undo()
+    history = [*GO, message, {"role": "tool", "tool_name": "get_weather", "content": "17 degrees"}]
+    longer = gemma.chat(model="default", messages=history, options={"num_predict": 3})
+    assert longer.prompt_eval_count > gemma.chat(model="default", messages=GO, options={"num_predict": 1}).prompt_eval_count
 
 
 @pytest.mark.parametrize(

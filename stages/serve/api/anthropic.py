@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from stages.serve.api.chat import Function, ToolName, call_turn, parse_arguments, tool_use
 from stages.serve.api.generation import Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, MaxTokens, ModelRequest, StopTexts, in_range
 from stages.serve.api.writer import EventWriter, json_reply, respond
 from stages.serve.state import ServerState
+from stages.serve.tools import ToolUse, Turn, join_calls
 
 
 class TextBlock(msgspec.Struct, forbid_unknown_fields=True):
@@ -32,26 +34,89 @@ def _text(blocks: Blocks | None) -> str:
     return blocks if isinstance(blocks, str) else "".join(block.text for block in blocks or ())
 
 
-class Turn(msgspec.Struct, forbid_unknown_fields=True):
+class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A block of a message: text, a call of a tool, or what it returned."""
+
+    type: Literal["text", "tool_use", "tool_result"]
+    text: str = ""
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = {}
+    tool_use_id: str = ""
+    content: Blocks | None = None
+    is_error: bool | None = None
+    cache_control: dict[str, Any] | None = None
+    citations: EmptyList | None = None
+    caller: dict[str, Any] | None = None
+
+
+class InputTurn(msgspec.Struct, forbid_unknown_fields=True):
     role: Literal["user", "assistant"]
-    content: Blocks
+    content: str | Annotated[list[TurnBlock], Meta(max_length=256)]
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The message as templates read it, with each result of a tool as a message of its own."""
+        if isinstance(self.content, str):
+            return [{"role": self.role, "content": self.content}]
+        turns: list[Turn] = []
+        for block in self.content:
+            if block.type == "tool_result":
+                turns.append({"role": "tool", "content": _text(block.content), "tool_call_id": block.tool_use_id})
+                continue
+            if not turns or turns[-1]["role"] != self.role:
+                turns.append({"role": self.role, "content": ""})
+            turns[-1]["content"] += block.text
+            if block.type == "tool_use":
+                turns[-1].setdefault("tool_calls", []).append(call_turn(block.id, block.name, block.input))
+        return turns or [{"role": self.role, "content": ""}]
+
+
+class ToolDefinition(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A tool that the model may call. `strict`: what of the schema cannot be enforced is refused, not ignored."""
+
+    name: ToolName
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class ToolChoice(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Whether a tool is called: as the model likes, any, the one of this name, or none."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class CountTokensRequest(ModelRequest, kw_only=True):
     """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's."""
 
-    messages: Annotated[list[Turn], Meta(min_length=1, max_length=4096)]
+    messages: Annotated[list[InputTurn], Meta(min_length=1, max_length=4096)]
     system: Blocks | None = None
     thinking: dict[Literal["type"], Literal["disabled"]] | None = None
-    tools: EmptyList | None = None
+    tools: Annotated[list[ToolDefinition], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
     cache_control: dict[str, Any] | None = None
 
     def prompts(self, state: ServerState) -> Prompts:
-        turns = [{"role": turn.role, "content": _text(turn.content)} for turn in self.messages]
+        turns = [turn for message in self.messages for turn in message.turns]
         if system := _text(self.system):
             turns.insert(0, {"role": "system", "content": system})
-        goes_on = len(turns) > 1 and turns[-1]["role"] == "assistant"
-        return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "")
+        goes_on = len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
+        return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "", tools=self._tools())
+
+    def _tools(self) -> ToolUse:
+        choice = self.tool_choice or ToolChoice(type="auto")
+        functions = [
+            Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
+            for tool in self.tools or ()
+        ]
+        named = (choice.name or "") if choice.type == "tool" else None
+        kind = "required" if choice.type == "any" else choice.type
+        return tool_use(functions, named, kind, not choice.disable_parallel_tool_use)
 
 
 class MessagesRequest(CountTokensRequest, kw_only=True):
@@ -73,9 +138,14 @@ class CountTokensReply(msgspec.Struct):
     input_tokens: int
 
 
-class ReplyBlock(msgspec.Struct):
-    text: str
-    type: Literal["text"] = "text"
+class ReplyBlock(msgspec.Struct, kw_only=True):
+    """A block of a reply: text, or a call of a tool with its `input`, which a stream sends in parts after it."""
+
+    type: Literal["text", "tool_use"]
+    text: str | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    input: dict[str, Any] | UnsetType = UNSET
 
 
 class MessageReply(msgspec.Struct, kw_only=True):
@@ -86,7 +156,7 @@ class MessageReply(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     model: str
     content: list[ReplyBlock] = []
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None = None
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None = None
     stop_sequence: str | None = None
     usage: dict[str, int]
 
@@ -97,24 +167,48 @@ class MessageWriter(EventWriter):
     def __init__(self, state: ServerState) -> None:
         self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": state.name}
         self._stop: dict[str, Any] = {}
+        self._blocks = 0
+        self._in_text = False
 
     def reply(self, pieces: list[Piece], usage: Usage) -> MessageReply:
-        return MessageReply(**self._head, content=[ReplyBlock(pieces[0].text)], usage=_usage(usage), **_stop(pieces[0]))
+        (piece,) = pieces
+        calls = join_calls(piece.calls)
+        blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not calls else []
+        blocks += [ReplyBlock(type="tool_use", id=call.id, name=call.name, input=parse_arguments(call)) for call in calls]
+        return MessageReply(**self._head, content=blocks, usage=_usage(usage), **_stop(piece))
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:
         yield {"type": "message_start", "message": MessageReply(**self._head, usage=_usage(usage))}
-        yield {"type": "content_block_start", "index": 0, "content_block": ReplyBlock("")}
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        if piece.text:
-            yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": piece.text}}
+        if piece.text or (piece.finish_reason and not piece.calls and not self._blocks):
+            if not self._in_text:
+                yield from self._open(ReplyBlock(type="text", text=""))
+            yield self._delta("text_delta", text=piece.text)
+        for call in piece.calls:
+            if call.id:
+                yield from self._open(ReplyBlock(type="tool_use", id=call.id, name=call.name, input={}))
+            if call.arguments:
+                yield self._delta("input_json_delta", partial_json=call.arguments)
         if piece.finish_reason:
             self._stop = _stop(piece)
 
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_stop", "index": 0}
+        yield from self._close()
         yield {"type": "message_delta", "delta": self._stop, "usage": _usage(usage)}
         yield {"type": "message_stop"}
+
+    def _open(self, block: ReplyBlock) -> Iterator[dict[str, Any]]:
+        yield from self._close()
+        self._blocks, self._in_text = self._blocks + 1, block.type == "text"
+        yield {"type": "content_block_start", "index": self._blocks - 1, "content_block": block}
+
+    def _close(self) -> Iterator[dict[str, Any]]:
+        if self._blocks:
+            yield {"type": "content_block_stop", "index": self._blocks - 1}
+
+    def _delta(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._blocks - 1, "delta": {"type": kind, **fields}}
 
 
 def _usage(usage: Usage) -> dict[str, int]:
@@ -124,7 +218,8 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _stop(piece: Piece) -> dict[str, Any]:
-    reason = "max_tokens" if piece.finish_reason == "length" else "end_turn" if piece.stop is None else "stop_sequence"
+    reason = "end_turn" if piece.stop is None else "stop_sequence"
+    reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(piece.finish_reason or "", reason)
     return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 

@@ -20,7 +20,7 @@ from stages.serve.errors import ApiError
 from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import NO_TOOLS, Tool, ToolUse, Turn
+from stages.serve.tools import NO_TOOLS, Tool, ToolCall, ToolUse, Turn
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,15 +53,26 @@ class MessageCall(msgspec.Struct, kw_only=True):
 
 def call_turn(id: str, name: str, arguments: Any) -> Turn:
     """Returns a call as templates read it: its arguments are an object, or what else a model wrote."""
-    with contextlib.suppress(msgspec.DecodeError):
-        arguments = msgspec.json.decode(arguments)
+    if isinstance(arguments, str):
+        with contextlib.suppress(msgspec.DecodeError):
+            arguments = msgspec.json.decode(arguments)
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def parse_arguments(call: ToolCall) -> dict[str, Any]:
+    """Returns the arguments of a whole call; none where the answer was cut off in them."""
+    with contextlib.suppress(msgspec.DecodeError):
+        return msgspec.json.decode(call.arguments)
+    return {}
+
+
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
 
 
 class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A function that the model may call. `strict`: what of the schema cannot be enforced is refused, not ignored."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

@@ -1,7 +1,7 @@
 """Ollama's routes: POST /api/chat and /api/generate, GET /api/tags."""
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -12,12 +12,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
-from stages.serve.api.chat import answer_grammar
+from stages.serve.api.chat import ToolField, answer_grammar, call_turn, parse_arguments, tool_use
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
 from stages.serve.api.writer import Writer, json_reply, respond
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
+from stages.serve.tools import ToolCall, Turn, join_calls
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -71,19 +72,40 @@ class OllamaRequest(GenerationRequest, kw_only=True):
         return respond(self, writer, await generate(state, http, prompts, options, stops=stops, grammars=grammars))
 
 
+class OllamaFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class OllamaCall(msgspec.Struct, kw_only=True):
+    """A call of a tool."""
+
+    function: OllamaFunction
+    id: str = ""
+
+
 class OllamaMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
     images: EmptyList | None = None
-    tool_calls: EmptyList | None = None
+    tool_calls: Annotated[list[OllamaCall], Meta(max_length=128)] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def turn(self) -> Turn:
+        """The message as templates read it."""
+        calls = [call_turn(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()]
+        named = {"name": self.tool_name, "tool_call_id": self.tool_call_id, "tool_calls": calls}
+        return {"role": self.role, "content": self.content, **{name: value for name, value in named.items() if value}}
 
 
 class OllamaChatRequest(OllamaRequest, kw_only=True):
     """POST /api/chat."""
 
     messages: Annotated[list[OllamaMessage], Meta(min_length=1, max_length=4096)]
-    tools: EmptyList | None = None
+    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
 
 
 class OllamaGenerateRequest(OllamaRequest, kw_only=True):
@@ -103,10 +125,10 @@ class OllamaReply(msgspec.Struct, kw_only=True):
 
     model: str
     created_at: datetime.datetime
-    message: dict[str, str] | UnsetType = UNSET
+    message: dict[str, Any] | UnsetType = UNSET
     response: str | UnsetType = UNSET
     done: bool = False
-    done_reason: Reason | UnsetType = UNSET
+    done_reason: Literal["stop", "length"] | UnsetType = UNSET
     total_duration: int | UnsetType = UNSET
     prompt_eval_count: int | UnsetType = UNSET
     prompt_eval_duration: int | UnsetType = UNSET
@@ -122,17 +144,20 @@ class OllamaWriter(Writer):
     def __init__(self, state: ServerState, is_chat: bool) -> None:
         self._model, self._is_chat = state.name, is_chat
         self._reason: Reason | None = None
+        self._calls: list[ToolCall] = []  # a stream has each whole, at its end
 
     def reply(self, pieces: list[Piece], usage: Usage) -> OllamaReply:
-        self._reason = pieces[0].finish_reason
-        return self._reply(pieces[0].text, **self._end(usage))
+        self.chunks(pieces[0])
+        return self._reply(pieces[0].text, self._calls, **self._end(usage))
 
     def chunks(self, piece: Piece) -> Iterable[OllamaReply]:
         self._reason = piece.finish_reason
+        self._calls += piece.calls
         return [self._reply(piece.text)] if piece.text else []
 
     def end(self, usage: Usage) -> Iterable[OllamaReply]:
-        return [self._reply("", **self._end(usage))]
+        calls = [self._reply("", self._calls)] if self._calls else []
+        return [*calls, self._reply("", **self._end(usage))]
 
     def frame(self, chunk: Any) -> bytes:
         return msgspec.json.encode(chunk) + b"\n"
@@ -143,14 +168,16 @@ class OllamaWriter(Writer):
     def comment(self, text: str) -> bytes:
         return b""  # a line of JSON has none
 
-    def _reply(self, text: str, **end: Any) -> OllamaReply:
-        form = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"response": text}
+    def _reply(self, text: str, parts: Sequence[ToolCall] = (), **end: Any) -> OllamaReply:
+        calls = [{"function": {"name": call.name, "arguments": parse_arguments(call)}} for call in join_calls(parts)]
+        message = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        form: dict[str, Any] = {"message": message} if self._is_chat else {"response": text}
         return OllamaReply(model=self._model, created_at=datetime.datetime.now(datetime.UTC), **form, **end)
 
     def _end(self, usage: Usage) -> dict[str, Any]:
         first, total = (round(seconds * 1e9) for seconds in (usage.first_seconds, usage.seconds))
         return {
-            "done": True, "done_reason": self._reason, "total_duration": total,
+            "done": True, "done_reason": "length" if self._reason == "length" else "stop", "total_duration": total,
             "prompt_eval_count": usage.prompt, "prompt_eval_duration": first, "eval_count": usage.completion,
             "eval_duration": total - first,
         }  # fmt: skip
@@ -158,8 +185,9 @@ class OllamaWriter(Writer):
 
 async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
     """Writes the assistant's next turn."""
-    turns = [{"role": each.role, "content": each.content} for each in body.messages]
-    return await body.respond(state, http, OllamaWriter(state, True), chat_prompts(state, turns))
+    tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
+    prompts = chat_prompts(state, [message.turn for message in body.messages], tools=tools)
+    return await body.respond(state, http, OllamaWriter(state, True), prompts)
 
 
 async def generate_text(state: ServerState, http: Request, body: OllamaGenerateRequest) -> ASGIApp:
