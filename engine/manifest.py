@@ -3,8 +3,8 @@
 import concurrent.futures
 import errno
 import hashlib
-import itertools
 import json
+import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from engine.files import atomic_folder, open_regular, read_limited, sync_and_dro
 NAME = "manifest.json"
 MAX_BYTES = 16 * 2**20
 BLOCK = 2**22  # bytes compared at a time
+OTHER_BITS = "{} was read back with other bits than it has in memory"
 
 
 def write_manifest(folder: Path) -> None:
@@ -41,13 +42,18 @@ def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dic
             file.write(data)
     sync_and_drop(path)
     hasher = hashlib.sha256()
+    # Mapped, for training goes on: blocks in the heap could take a part of the place that a step's buffer has just left.
+    back, same = (np.frombuffer(mmap.mmap(-1, BLOCK), dtype) for dtype in (np.uint8, bool))
     blocks = (data[start : start + BLOCK] for data in encode() for start in range(0, len(data), BLOCK))
     with open_regular(path) as file:
-        for block in itertools.chain(blocks, [np.empty(0, np.uint8)]):  # the last: nothing more
-            back = file.read(len(block) or 1)
-            if not np.array_equal(np.frombuffer(back, np.uint8), block):
-                raise OSError(errno.EIO, f"{path.name} was read back with other bits than it has in memory")
-            hasher.update(back)
+        for block in blocks:
+            size = len(block)
+            is_whole = file.readinto(back[:size]) == size
+            if not is_whole or not np.equal(back[:size], block, out=same[:size]).all():
+                raise OSError(errno.EIO, OTHER_BITS.format(path.name))
+            hasher.update(back[:size])
+        if file.read(1):
+            raise OSError(errno.EIO, OTHER_BITS.format(path.name))
         return {"bytes": file.tell(), "sha256": hasher.hexdigest()}
 
 

@@ -117,7 +117,7 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
     ],
     "generate": [
         ("--temperature -1", "--temperature"),
-        ("--top-p 0", "--top-p"),
+        ("--top-p 1.5", "--top-p"),
         ("--max-tokens 0", "--max-tokens"),
         ("--count 0", "--count"),
         (f"--prompt {'the-sea' * 60}", r"\d{3} tokens, and at most 64 fit"),
@@ -126,7 +126,7 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
     "chat": [
         ("--template gone.jinja", "There is no gone.jinja"),
         ("--template broken.jinja", "The chat template failed with TemplateSyntaxError"),
-        ("--top-p 0", "--top-p"),
+        ("--top-p 1.5", "--top-p"),
         ("--adapter short.txt", "There is no adapter at"),
         NO_MODEL[0],
     ],

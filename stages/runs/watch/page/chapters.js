@@ -220,7 +220,7 @@ function drawRequests() {
     make('div', {className: 'panels two'}, card('One request', node, make('div', {className: 'buttons small'}, buttons)),
       second ? card('Another one, at the same time', make('p', {}, exchange(second))) : ''),
     say(SAY.requests),
-    law('tests/laws/test_forward_only.py', 'tests/promises/test_no_leaks.py'),
+    law('tests/laws/test_forward_only.py', 'tests/promises/test_load.py'),
     asTable('all requests', 'What was sent, and what came back.', ['request', '.sent', '.answer'],
       () => all.map((each, at) => [each.edited ? '1, edited' : at + 1, each.prompt, each.text]))]);
 }

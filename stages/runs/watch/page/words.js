@@ -31,7 +31,7 @@ const LIVES = {
     name: 'Answering', title: 'Answering moves nothing', predicted: 2,
     lead: 'To answer, the model runs forward once for each token (a piece of a word) that it writes. There is no right answer to compare with, so there is no error, no gradient and no update. Ask as often as you like.',
     say: 'The lower picture stays empty however often one asks: the SHA-256, a fingerprint of all bits of the weights, is the same before and after.',
-    laws: ['tests/laws/test_forward_only.py', 'tests/bench/test_lives.py', 'tests/promises/test_weights_unchanged.py'],
+    laws: ['tests/laws/test_forward_only.py', 'tests/bench/test_lives.py', 'tests/promises/test_requests.py'],
   },
 };
 // What a page that a run serves says of reinforcement in place of its way of fine-tuning.
