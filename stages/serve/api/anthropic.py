@@ -47,7 +47,6 @@ class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
     citations: EmptyList | None = None
-    caller: dict[str, Any] | None = None
 
 
 class InputTurn(msgspec.Struct, forbid_unknown_fields=True):
