@@ -37,7 +37,7 @@ def key_value(token: int, position: int, before: list[int]) -> int:
 
 def next_token(
     token: int, position: int, seen: list[int], request: SamplingParams, counts: tuple[int, ...], allowed: int = -1
-) -> int:  # fmt: skip
+) -> int:
     """Returns what is sampled after a token, a bit of `allowed`: most often by it alone, so that texts repeat and drafts are
     right."""
     drawn = hash((*seen[: position + 1], request.seed, position)) % 40
@@ -137,14 +137,14 @@ class FakeRunner:
     def set_counts(self, slot: int, prompt: Any, logit_bias: Any) -> None:
         self.counts[slot] = counts_of(prompt, logit_bias)
 
-    def decode(
-        self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, stop: int
-    ) -> SampledTokens:  # fmt: skip
+    def decode(self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, stop: int) -> SampledTokens:
         seen, R = self._seen(stop), len(token)
         sampled = SampledTokens(
-            np.zeros((STEPS, R), np.int32), np.zeros((STEPS, R), bool), np.zeros((STEPS, R), np.float32),
+            np.zeros((STEPS, R), np.int32),
+            np.zeros((STEPS, R), bool),
+            np.zeros((STEPS, R), np.float32),
             *(np.zeros((STEPS, R, min(MAX_LOGPROBS, VOCAB)), np.float32) for _ in range(2)),
-        )  # fmt: skip
+        )
         current = token.tolist()
         own = [min(row, self.config.slots - 1) for row in range(R)]
         for step in range(steps):
@@ -204,11 +204,14 @@ def draw_request(rng: random.Random) -> Request:
         prompt[rng.randrange(len(prompt))] = POISON
     most = rng.randint(1, min(20, CAPACITY - len(prompt)))
     sampling = SamplingParams(
-        max_tokens=most, seed=rng.randrange(3),
-        presence_penalty=float(rng.random() < 0.2), logit_bias={2: 5.0} if rng.random() < 0.1 else {},
-        stop_token_ids=(rng.randrange(POISON),) if rng.random() < 0.3 else (), min_tokens=rng.choice([0, 0, most // 2, most]),
+        max_tokens=most,
+        seed=rng.randrange(3),
+        presence_penalty=float(rng.random() < 0.2),
+        logit_bias={2: 5.0} if rng.random() < 0.1 else {},
+        stop_token_ids=(rng.randrange(POISON),) if rng.random() < 0.3 else (),
+        min_tokens=rng.choice([0, 0, most // 2, most]),
         logprobs=1 if rng.random() < 0.1 else None,
-    )  # fmt: skip
+    )
     constraint: Any = FakeConstraint(rng.randrange(5)) if rng.random() < 0.3 else None
     return Request(tuple(prompt), sampling, rng.choice(["", "", "a", "b"]), constraint)
 
@@ -218,9 +221,14 @@ def simulate(seed: int) -> None:
     rng = random.Random(seed)
     slots, chunk_bytes = rng.randint(1, 5), 2 * CFG.layers * CHUNK * 4
     config = EngineConfig(
-        slots, CAPACITY, prefix_cache_bytes=rng.choice([0, 2, 40]) * chunk_bytes, speculate=rng.random() < 0.7,
-        chunk=CHUNK, tail=rng.choice([TAIL, CHUNK]), short=rng.choice([None, 16, 32]),
-    )  # fmt: skip
+        slots,
+        CAPACITY,
+        prefix_cache_bytes=rng.choice([0, 2, 40]) * chunk_bytes,
+        speculate=rng.random() < 0.7,
+        chunk=CHUNK,
+        tail=rng.choice([TAIL, CHUNK]),
+        short=rng.choice([None, 16, 32]),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
         engine = Engine(CFG, {}, config)

@@ -54,9 +54,13 @@ AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
 CHECKPOINTED = "gradient checkpointing"  # the pre-training step with it, which is no row of the table
 DRAWN = (  # the rows whose memory is drawn
-    "pre-training step", "bottom half frozen", f"LoRA rank {ADAPTER.rank} on q and v", CHECKPOINTED, "prefill",
+    "pre-training step",
+    "bottom half frozen",
+    f"LoRA rank {ADAPTER.rank} on q and v",
+    CHECKPOINTED,
+    "prefill",
     "decode with 8 slots",
-)  # fmt: skip
+)
 RESIDUAL_ROWS = 4  # sequences of which a block's residuals are counted
 # Name, slots, and the type of matrices where it is not the model's own.
 DECODES: tuple[tuple[str, int, str | None], ...] = (
@@ -131,8 +135,13 @@ def stage_table(
     return {
         "machine": {name: getattr(ceilings, name) for name in ("device", "cores", "jax", "backend")},
         "model": {
-            "name": model.name, "params": params, "layers": cfg.layers, "width": cfg.width, "dtype": cfg.dtype,
-            "batch": batch, "context": context,
+            "name": model.name,
+            "params": params,
+            "layers": cfg.layers,
+            "width": cfg.width,
+            "dtype": cfg.dtype,
+            "batch": batch,
+            "context": context,
         },
         "ceilings": {rate: getattr(ceilings, rate) for rate in RATES},
         "rows": list(document_rows.values()),
@@ -142,7 +151,7 @@ def stage_table(
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
         **(_pictures(cfg, model.params, rows, data) if pictures else {}),
-    }  # fmt: skip
+    }
 
 
 def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch) -> dict[str, Any]:

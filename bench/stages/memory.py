@@ -52,8 +52,10 @@ class MemoryOverTime:
         place = lambda position: None if position is None else min(bisect.bisect_left(positions, position), parts - 1)
         return {
             "bytes": {kind: [column[position] for position in positions] for kind, column in self.bytes.items()},
-            "backward": place(self.backward), "update": place(self.update), "xla": self.xla,
-        }  # fmt: skip
+            "backward": place(self.backward),
+            "update": place(self.update),
+            "xla": self.xla,
+        }
 
 
 @dataclasses.dataclass(eq=False)

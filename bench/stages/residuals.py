@@ -71,12 +71,18 @@ def _run(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
                 absent = residuals._replace(**{name: np.full_like(value, math.nan)})
                 dx, d = backward(cfg, w, absent, np.ones_like(x), *with_tables)
                 needed_for = [of for of, array in (("dx", dx), *d.items()) if np.isnan(array).any()]
-            rows.append({
-                "half": half, "name": name, "axes": reasons[name][0], "reason": reasons[name][1],
-                "shape": list(value.shape), "bytes": value.nbytes,
-                "lines": [line.strip() for line in reading if re.search(rf" = .*residuals\.{name}\b", line)],
-                "needed_for": needed_for,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "half": half,
+                    "name": name,
+                    "axes": reasons[name][0],
+                    "reason": reasons[name][1],
+                    "shape": list(value.shape),
+                    "bytes": value.nbytes,
+                    "lines": [line.strip() for line in reading if re.search(rf" = .*residuals\.{name}\b", line)],
+                    "needed_for": needed_for,
+                }
+            )
     return rows
 
 

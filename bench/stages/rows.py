@@ -346,16 +346,24 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
 
     return [
         row(
-            "forward", lambda: by_hand.forward(plain, weights, tokens), lambda: weights, inference.params,
-            formula=forward_flops(plain, T, attention="full"), predicted_bytes=inference.total,
+            "forward",
+            lambda: by_hand.forward(plain, weights, tokens),
+            lambda: weights,
+            inference.params,
+            formula=forward_flops(plain, T, attention="full"),
+            predicted_bytes=inference.total,
             traffic=inference_bytes(plain, B, 0, tokens=T, every_logit=True).total,
         ),
         row(
-            "training step", step, lambda: trained, training.params + training.optimizer,
-            formula=train_flops(plain, T, attention="full"), predicted_bytes=training.total,
+            "training step",
+            step,
+            lambda: trained,
+            training.params + training.optimizer,
+            formula=train_flops(plain, T, attention="full"),
+            predicted_bytes=training.total,
             traffic=train_bytes(plain, B, T).total,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _peak(run: Callable[[], Any], held: int) -> int:

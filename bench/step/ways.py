@@ -42,9 +42,14 @@ class Way(NamedTuple):
 
 
 def make_way(
-    cfg: ModelConfig, trainable: Any, frozen: Any, batch: Batch, paths: TrainablePaths | None = None,
-    kind: Literal["adamw", "muon"] = "adamw", options: Any = None,
-) -> Way:  # fmt: skip
+    cfg: ModelConfig,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    paths: TrainablePaths | None = None,
+    kind: Literal["adamw", "muon"] = "adamw",
+    options: Any = None,
+) -> Way:
     """Compiles the step of what is trainable, at `paths`, on a batch. `options`: of the compiler."""
     rows, tokens = batch.tokens.shape
     flops = train_flops(cfg, tokens, attention="full", trainable=paths).total * rows * tokens
@@ -88,15 +93,28 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
         share = ratio(timings["product"].scaled(flops / product_flops), timings[way])
         trainable = sum(leaf.size for leaf in jax.tree.leaves(step.state.trainable))
         row = {
-            "name": way, "ms_per_step": seconds * 1e3, "over_first": over._asdict(),
-            "flops_over_first": flops / ways[first].flops, "tokens_per_second": tokens / seconds,
-            "gflops": flops / seconds / 1e9, "of_matmul": share._asdict(), "trainable": trainable,
-        }  # fmt: skip
+            "name": way,
+            "ms_per_step": seconds * 1e3,
+            "over_first": over._asdict(),
+            "flops_over_first": flops / ways[first].flops,
+            "tokens_per_second": tokens / seconds,
+            "gflops": flops / seconds / 1e9,
+            "of_matmul": share._asdict(),
+            "trainable": trainable,
+        }
         rows.append(row)
-        lines.append([
-            way, f"{trainable:,}", f"{1e3 * seconds:.1f}", "" if way == first else str(over), f"{row['flops_over_first']:.2f}",
-            f"{tokens / seconds:,.0f}", f"{row['gflops']:,.0f}", str(share),
-        ])  # fmt: skip
+        lines.append(
+            [
+                way,
+                f"{trainable:,}",
+                f"{1e3 * seconds:.1f}",
+                "" if way == first else str(over),
+                f"{row['flops_over_first']:.2f}",
+                f"{tokens / seconds:,.0f}",
+                f"{row['gflops']:,.0f}",
+                str(share),
+            ]
+        )
     print_table(f"{name}, {device_name()}; the matmul makes {ceiling:,.0f} GFLOP/s in {dtype}", COLUMNS.split("|"), lines)
     print(describe_noise(timings))
     return {"shape": name, "dtype": dtype, "ceiling_gflops": ceiling, "rows": rows}
@@ -158,6 +176,11 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
     )
     print(f"a step beside the write takes {over} of a step alone")
     return {
-        "preset": preset_name, "state_bytes": size, "interval": interval, "seconds": medians, "shares_of_interval": shares,
-        "beside_over_alone": over._asdict(), "rounds": rows,
-    }  # fmt: skip
+        "preset": preset_name,
+        "state_bytes": size,
+        "interval": interval,
+        "seconds": medians,
+        "shares_of_interval": shares,
+        "beside_over_alone": over._asdict(),
+        "rounds": rows,
+    }

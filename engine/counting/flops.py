@@ -22,7 +22,7 @@ from engine.counting.params import (
     leaf_shapes,
     lowest_gradient,
     target_shapes,
-)  # fmt: skip
+)
 from engine.errors import UserError, did_you_mean
 from engine.model.config import JOINED, MATRICES, ModelConfig
 

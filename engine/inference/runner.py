@@ -312,9 +312,15 @@ class ModelRunner:
         self.counts = set_token_counts(self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab))
 
     def decode(
-        self, token: Any, rows: CacheRows, sampling: Sequence[SamplingParams], masks: TokenMasks, steps: int, logprobs: bool,
+        self,
+        token: Any,
+        rows: CacheRows,
+        sampling: Sequence[SamplingParams],
+        masks: TokenMasks,
+        steps: int,
+        logprobs: bool,
         stop: int,
-    ) -> SampledTokens:  # fmt: skip
+    ) -> SampledTokens:
         """Samples the `steps` tokens that follow token (R,) int32 in each row, on positions below `stop`, as NumPy arrays.
 
         `masks` are good for one step. Without `logprobs` the log-probabilities stay on the device.

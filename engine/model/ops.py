@@ -62,8 +62,11 @@ def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: b
     blocks: Any = dict.fromkeys(names, block)
     kernel = pallas.make_splash_mha(
         pallas.MultiHeadMask([pallas.CausalMask((padded, padded)) for _ in range(N)]),
-        block_sizes=pallas.BlockSizes(**blocks), head_shards=1, q_seq_shards=1, interpret=interpret,
-    )  # fmt: skip
+        block_sizes=pallas.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     by_head = lambda x: jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
     ids = [] if segments is None else [jnp.pad(segments, ((0, 0), (0, padded - T)))]
     attend = lambda q, k, v, *ids: kernel(q, k, v, *(pallas.SegmentIds(each, each) for each in ids))

@@ -19,11 +19,15 @@ GGUF_BLOCKS = {name: block for name, block in BLOCKS.items() if name != "mistral
 
 # Our name of a size -> its name in a config.json, and in a GGUF file.
 SIZES = {
-    "vocab": ("vocab_size", "vocab_size"), "width": ("hidden_size", "embedding_length"),
-    "layers": ("num_hidden_layers", "block_count"), "heads": ("num_attention_heads", "attention.head_count"),
-    "kv_heads": ("num_key_value_heads", "attention.head_count_kv"), "head_dim": ("head_dim", "attention.key_length"),
-    "ff": ("intermediate_size", "feed_forward_length"), "context": ("max_position_embeddings", "context_length"),
-}  # fmt: skip
+    "vocab": ("vocab_size", "vocab_size"),
+    "width": ("hidden_size", "embedding_length"),
+    "layers": ("num_hidden_layers", "block_count"),
+    "heads": ("num_attention_heads", "attention.head_count"),
+    "kv_heads": ("num_key_value_heads", "attention.head_count_kv"),
+    "head_dim": ("head_dim", "attention.key_length"),
+    "ff": ("intermediate_size", "feed_forward_length"),
+    "context": ("max_position_embeddings", "context_length"),
+}
 JSON_SIZES, GGUF_SIZES = ({ours: names[place] for ours, names in SIZES.items()} for place in (0, 1))
 
 
@@ -185,11 +189,20 @@ GGUF_USED = {*GGUF_SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW}
 GGUF_HARMLESS = "rope.scaling.(original_context_length|finetuned)|tensor_data_layout|use_parallel_residual"
 # Keys that change what the weights compute, in a way that is not built here -> the values that do not.
 GGUF_ONLY: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0, 0.0), "rope.scale_linear": (1.0,), "expert_count": (0,),
-    "expert_used_count": (0,), "attention.causal": (True,), "logit_scale": (1.0,), "rope.scaling.attn_factor": (1.0,),
-    "residual_scale": (1.0,), "embedding_scale": (1.0,), "attention.scale": (0.0,), "attn_logit_softcapping": (0.0,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0, 0.0),
+    "rope.scale_linear": (1.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "logit_scale": (1.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "residual_scale": (1.0,),
+    "embedding_scale": (1.0,),
+    "attention.scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
-}  # fmt: skip
+}
 FREQUENCIES = "rope_freqs.weight"
 
 # Llama 3.1's and 3.2's; a file holds only what they make of each frequency.

@@ -250,10 +250,17 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
         if (folder / "tokenizer.json").is_file():  # with the chat template that it was tuned by
             tokenizer, eos_ids, _ = load_tokenizer(folder, base.cfg.vocab)
     return dataclasses.replace(
-        base, name=model_name(str(folder)), params=params, tokenizer=tokenizer, eos_ids=eos_ids, checkpoint=source,
-        run=location.run, notes=location.notes + base.notes + notes, bases=(*base.bases, base.run or base.checkpoint),
+        base,
+        name=model_name(str(folder)),
+        params=params,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        checkpoint=source,
+        run=location.run,
+        notes=location.notes + base.notes + notes,
+        bases=(*base.bases, base.run or base.checkpoint),
         merged=base.merged + merged,
-    )  # fmt: skip
+    )
 
 
 def _add_trained(location: Location, base: Any, params: Any) -> tuple[Any, checkpoint.LoadedCheckpoint]:

@@ -152,9 +152,13 @@ class CompletionFlags(SamplingFlags):
 
 
 def choose_sampling(
-    recommended: Mapping[str, Any], flags: Mapping[str, float | None], default: Mapping[str, float], console: Console,
-    *, penalties: bool = False,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
+    recommended: Mapping[str, Any],
+    flags: Mapping[str, float | None],
+    default: Mapping[str, float],
+    console: Console,
+    *,
+    penalties: bool = False,
+) -> tuple[dict[str, Any], str]:
     """Returns fields of SamplingParams, each by a flag that is not None, else the model, else default, and a line that says so.
 
     Ignores, and prints it, what the model recommends out of range, and a penalty without `penalties`, where none is computed.

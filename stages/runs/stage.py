@@ -171,9 +171,13 @@ class MeshBatches:
 
 
 def compile_step(
-    plan: RunPlan, state: TrainState, frozen: Any, batch: Any, objective: Objective = NEXT_TOKEN,
+    plan: RunPlan,
+    state: TrainState,
+    frozen: Any,
+    batch: Any,
+    objective: Objective = NEXT_TOKEN,
     on_traced: Callable[[], None] = lambda: None,
-) -> Compiled:  # fmt: skip
+) -> Compiled:
     """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); calls `on_traced` before XLA begins.
 
     The arguments may be shapes.
@@ -199,9 +203,16 @@ class TrainingSteps(Steps):
     """
 
     def __init__(
-        self, program: Compiled, frozen: Any, batches: MeshBatches, evaluator: Evaluator, plan: RunPlan, loop_state: LoopState,
-        peak_flops: float, advice: str,
-    ) -> None:  # fmt: skip
+        self,
+        program: Compiled,
+        frozen: Any,
+        batches: MeshBatches,
+        evaluator: Evaluator,
+        plan: RunPlan,
+        loop_state: LoopState,
+        peak_flops: float,
+        advice: str,
+    ) -> None:
         self.program, self.frozen, self.batches = program, frozen, batches
         self.plan, self.buffer_bytes = plan, temporary_bytes(program)
         self.evaluator = evaluator
@@ -230,9 +241,12 @@ class TrainingSteps(Steps):
         loss = sum(self.losses) / len(self.losses)  # the mean since the last line
         self.losses = []
         return {
-            "loss": loss, "grad_norm": self.grad_norm, "learning_rate_factor": self._factor(loop_state),
-            "tokens_per_second": self.plan.step_tokens / step_seconds, "refused": loop_state.refused,
-        }  # fmt: skip
+            "loss": loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate_factor": self._factor(loop_state),
+            "tokens_per_second": self.plan.step_tokens / step_seconds,
+            "refused": loop_state.refused,
+        }
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
         """Returns loss, learning-rate factor, gradient norm, tokens/s, MFU and epoch, in words."""

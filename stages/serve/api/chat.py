@@ -105,8 +105,11 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def turn(self) -> Turn:
         """The message as templates read it; the role `developer` becomes `system`."""
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ApiError(400, "messages[...].content: only an assistant's message with tool_calls may have none.",
-                           param="messages[...].content")  # fmt: skip
+            raise ApiError(
+                400,
+                "messages[...].content: only an assistant's message with tool_calls may have none.",
+                param="messages[...].content",
+            )
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         calls = {"tool_calls": [call.turn for call in self.tool_calls]} if self.tool_calls else {}
         named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name))}
@@ -301,9 +304,14 @@ class ChatWriter(ChoicesWriter):
 
 
 def conversation(
-    state: ServerState, messages: list[Message], *, begins: bool | None, goes_on: bool | None, tools: ToolUse = NO_TOOLS,
+    state: ServerState,
+    messages: list[Message],
+    *,
+    begins: bool | None,
+    goes_on: bool | None,
+    tools: ToolUse = NO_TOOLS,
     variables: dict[str, Any] | None = None,
-) -> Prompts:  # fmt: skip
+) -> Prompts:
     """Returns the prompt of messages; `tools` and `variables` as of `chat_prompts`.
 
     It goes up to the assistant's next turn, which `begins`, or to the end of its last one if that `goes_on`: vLLM's
@@ -331,11 +339,18 @@ async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequ
         raise ApiError(400, message, param="max_completion_tokens")
     writer = ChatWriter(state, body)
     prompts = conversation(
-        state, body.messages, begins=body.add_generation_prompt, goes_on=body.continue_final_message, tools=body.tool_use,
+        state,
+        body.messages,
+        begins=body.add_generation_prompt,
+        goes_on=body.continue_final_message,
+        tools=body.tool_use,
         variables=body.chat_template_kwargs,
-    )  # fmt: skip
+    )
     generation = await body.generate(
-        state, http, prompts, max_tokens=body.max_completion_tokens or body.max_tokens,
+        state,
+        http,
+        prompts,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )  # fmt: skip
+    )
     return respond(body, writer, generation)

@@ -41,9 +41,12 @@ LogitBias = Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]
 
 
 GRAMMARS: dict[str, Callable[..., str]] = {
-    "guided_json": json_grammar, "guided_regex": regex_grammar, "guided_choice": choice_grammar,
-    "guided_grammar": lark_grammar, "grammar": lark_grammar,
-}  # fmt: skip
+    "guided_json": json_grammar,
+    "guided_regex": regex_grammar,
+    "guided_choice": choice_grammar,
+    "guided_grammar": lark_grammar,
+    "grammar": lark_grammar,
+}
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,9 +99,16 @@ class CompletionFields(GenerationRequest, kw_only=True):
         given = {name: getattr(self, name) for name in names} | {"logit_bias": bias} | options
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return await generate(
-            state, http, prompts, given, n=self.n or 1, stops=stops, ignore_eos=self.ignore_eos, grammars=self.grammars,
+            state,
+            http,
+            prompts,
+            given,
+            n=self.n or 1,
+            stops=stops,
+            ignore_eos=self.ignore_eos,
+            grammars=self.grammars,
             scores=scores,
-        )  # fmt: skip
+        )
 
 
 class CompletionRequest(CompletionFields, kw_only=True):

@@ -107,9 +107,15 @@ class Generation:
     """
 
     def __init__(
-        self, state: ServerState, requests: Sequence[Request], priority: int, stops: Sequence[str], repeats: int,
-        arrived: float, prompts: Prompts,
-    ) -> None:  # fmt: skip
+        self,
+        state: ServerState,
+        requests: Sequence[Request],
+        priority: int,
+        stops: Sequence[str],
+        repeats: int,
+        arrived: float,
+        prompts: Prompts,
+    ) -> None:
         self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         completion = lambda request: CompletionText(
@@ -167,9 +173,10 @@ class Generation:
             if isinstance(piece, Piece):
                 parts[piece.choice].append(piece)
         together = lambda own: own[-1]._replace(
-            text="".join(part.text for part in own), logprobs=[each for part in own for each in part.logprobs],
+            text="".join(part.text for part in own),
+            logprobs=[each for part in own for each in part.logprobs],
             calls=join_calls(call for part in own for call in part.calls),
-        )  # fmt: skip
+        )
         return list(map(together, parts))
 
     @contextlib.asynccontextmanager
@@ -210,10 +217,12 @@ class Generation:
         """Returns what the access log says of the completions."""
         usage = self.usage
         return {
-            "prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "completion_tokens": usage.completion,
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "completion_tokens": usage.completion,
             "finish": "+".join(choice.end for choice in self._choices),
             "first_token_seconds": round(usage.first_seconds, 4) or None,
-        }  # fmt: skip
+        }
 
     def _piece(self, choice: Choice, event: Event) -> Piece:
         completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
@@ -271,9 +280,13 @@ def text_prompts(state: ServerState, field: str, value: Any, most: int) -> Promp
 
 
 def chat_prompts(
-    state: ServerState, turns: Sequence[Turn], answer: str = "", field: str = "messages", tools: ToolUse = NO_TOOLS,
+    state: ServerState,
+    turns: Sequence[Turn],
+    answer: str = "",
+    field: str = "messages",
+    tools: ToolUse = NO_TOOLS,
     variables: Mapping[str, Any] | None = None,
-) -> Prompts:  # fmt: skip
+) -> Prompts:
     """Returns the prompt of a conversation, of whose next turn, the assistant's, `answer` is there.
 
     `variables`: what else the template reads.
@@ -319,9 +332,17 @@ def make_scored(
 
 
 async def generate(
-    state: ServerState, http: HttpRequest, prompts: Prompts, options: Mapping[str, Any], *, n: int = 1,
-    stops: Sequence[str] = (), ignore_eos: bool | None = False, grammars: Sequence[Grammar] = (), scores: bool | None = False,
-) -> Generation:  # fmt: skip
+    state: ServerState,
+    http: HttpRequest,
+    prompts: Prompts,
+    options: Mapping[str, Any],
+    *,
+    n: int = 1,
+    stops: Sequence[str] = (),
+    ignore_eos: bool | None = False,
+    grammars: Sequence[Grammar] = (),
+    scores: bool | None = False,
+) -> Generation:
     """Begins `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
 
     All keep to the grammar, of which there is one at most. `options`: the fields of SamplingParams that the request has; None
@@ -358,9 +379,13 @@ async def generate(
 
 
 async def begin(
-    state: ServerState, http: HttpRequest, prompts: Prompts, make_requests: Callable[[], Awaitable[list[Request]]],
-    n: int = 1, stops: Sequence[str] = (),
-) -> Generation:  # fmt: skip
+    state: ServerState,
+    http: HttpRequest,
+    prompts: Prompts,
+    make_requests: Callable[[], Awaitable[list[Request]]],
+    n: int = 1,
+    stops: Sequence[str] = (),
+) -> Generation:
     """Begins the requests that `make_requests` returns: `n` completions of each prompt, or the scores of given ones.
 
     A place is reserved before the prompts become tokens, and freed whatever happens. Raises ApiError.

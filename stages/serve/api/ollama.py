@@ -177,10 +177,14 @@ class OllamaWriter(Writer):
     def _end(self, usage: Usage) -> dict[str, Any]:
         first, total = (round(seconds * 1e9) for seconds in (usage.first_seconds, usage.seconds))
         return {
-            "done": True, "done_reason": "length" if self._reason == "length" else "stop", "total_duration": total,
-            "prompt_eval_count": usage.prompt, "prompt_eval_duration": first, "eval_count": usage.completion,
+            "done": True,
+            "done_reason": "length" if self._reason == "length" else "stop",
+            "total_duration": total,
+            "prompt_eval_count": usage.prompt,
+            "prompt_eval_duration": first,
+            "eval_count": usage.completion,
             "eval_duration": total - first,
-        }  # fmt: skip
+        }
 
 
 async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
@@ -211,7 +215,11 @@ class Tags(msgspec.Struct):
 async def tags(state: ServerState, _: Request) -> Response:
     engine, at = state.engine.engine, datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
-    details = {"format": "thrice", "family": "llama", "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
-               "quantization_level": engine.config.weights or engine.cfg.dtype}  # fmt: skip
+    details = {
+        "format": "thrice",
+        "family": "llama",
+        "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
+        "quantization_level": engine.config.weights or engine.cfg.dtype,
+    }
     model = {"modified_at": at, "size": size, "digest": state.digest, "details": details}
     return json_reply(Tags([{"name": name, "model": name, **model} for name in state.names]))

@@ -144,11 +144,17 @@ class ResponseWriter(EventWriter):
 
     def __init__(self, state: ServerState, body: ResponseRequest) -> None:
         self._head: dict[str, Any] = {
-            "id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time()), "model": state.name,
-            "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": body.metadata or {},
-            "text": TextOptions(body.format), "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
+            "id": f"resp_{uuid.uuid4().hex}",
+            "created_at": int(time.time()),
+            "model": state.name,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "text": TextOptions(body.format),
+            "tools": body.tools or [],
+            "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-        }  # fmt: skip
+        }
         self._output: list[dict[str, Any]] = []
         self._status, self._count = "completed", 0
 
@@ -208,10 +214,12 @@ class ResponseWriter(EventWriter):
 
     def _ended(self, usage: Usage) -> ResponseReply:
         counts = {
-            "input_tokens": usage.prompt, "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-            "output_tokens": usage.completion, "output_tokens_details": {"reasoning_tokens": 0},
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+            "output_tokens": usage.completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt + usage.completion,
-        }  # fmt: skip
+        }
         reply = ResponseReply(**self._head, status=self._status, usage=counts)  # type: ignore[arg-type]
         reply.output = self._output
         if self._status == "incomplete":

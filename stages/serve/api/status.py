@@ -74,17 +74,25 @@ async def model(state: ServerState, http: Request) -> Response:
 def _card(state: ServerState, name: str) -> ModelCard:
     defaults = DefaultSampling(*(getattr(state.sampling, name) for name in DefaultSampling.__struct_fields__))
     return ModelCard(
-        id=name, created=state.loaded_at, root=state.name, max_model_len=state.engine.capacity,
-        price_per_hour=state.price, default_sampling=defaults,
-    )  # fmt: skip
+        id=name,
+        created=state.loaded_at,
+        root=state.name,
+        max_model_len=state.engine.capacity,
+        price_per_hour=state.price,
+        default_sampling=defaults,
+    )
 
 
 async def health(state: ServerState, _: Request) -> Response:
     status, engine = state.status, state.engine
     reply = Health(
-        status, engine.has_long_programs, engine.engine.running, engine.waiting, engine.compiles_after_ready,
+        status,
+        engine.has_long_programs,
+        engine.engine.running,
+        engine.waiting,
+        engine.compiles_after_ready,
         round(engine.seconds_since_tick, 3),
-    )  # fmt: skip
+    )
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
