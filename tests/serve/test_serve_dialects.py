@@ -105,7 +105,7 @@ def test_a_response_calls_a_function(roomy, choice):
     assert final.usage.input_tokens > len(call.arguments)
 
 
-class Visit(pydantic.BaseModel):
+class Visit(pydantic.BaseModel, extra="forbid"):  # other keys a model without sense may write until its context is full
     city: Literal["Rome", "Oslo"]
     days: Literal[1, 2, 30]
 
