@@ -1,20 +1,23 @@
 """Prefill and decode for rows that start together, in one contiguous KV cache: the readable reference.
 
-`engine.Engine`, which the product runs, samples the same tokens in float32; in bfloat16 it sums in another order. The tests
-compare the two, and `bench` times these programs. They donate the cache, and no parameter.
+`engine.Engine`, which serves many requests, samples the same tokens in float32; in bfloat16 it sums in another order. The tests
+compare the two, `bench` times these programs, and a training run writes its samples by `generate`. They donate the cache, and
+no parameter.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from engine.inference.sampling import SamplingArrays, sample
 from engine.inference.sequence import STEPS
 from engine.mesh import layout
-from engine.model.cache.contiguous import KVCache
+from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.model.ops import platform
@@ -24,7 +27,7 @@ from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices, join_projections
 
-CHUNK = 64  # prompt tokens a prefill call in `bench`
+CHUNK = 64  # prompt tokens a prefill call
 
 
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
@@ -89,3 +92,24 @@ def decode_steps(
 
     (_, cache), tokens = jax.lax.scan(step, (token, cache), length=steps)
     return tokens.T, layout.pin_cache(cache)
+
+
+def generate(
+    cfg: ModelConfig, params: Params, prompt: Sequence[int], count: int, *,
+    temperature: float, seed: int = 0, stop_token_ids: Collection[int] = (),
+) -> list[int]:  # fmt: skip
+    """Returns the `count` tokens that follow a prompt, or those before one of `stop_token_ids`. params: `prepare_params`'s."""
+    number = lambda value, dtype=np.float32: jnp.asarray([value], dtype)
+    sampling = SamplingArrays(number(temperature), number(0, np.int32), number(1), number(0), number(seed, np.uint32))
+    chunks = [*itertools.batched(prompt[:-1], CHUNK)]  # decoding reads the last token
+    capacity = CHUNK * len(chunks) + STEPS * -(-count // STEPS)
+    cache = layout.make_sharded_cache(lambda: make_cache(cfg, 1, capacity))
+    for chunk in chunks:
+        tokens = np.pad(np.array([chunk], np.int32), ((0, 0), (0, CHUNK - len(chunk))))
+        _, cache = prefill(cfg, params, tokens, np.array([len(chunk)], np.int32), cache)
+    token, output = np.array(prompt[-1:], np.int32), list[int]()
+    while len(output) < count and not {*output} & {*stop_token_ids}:
+        following, cache = decode_steps(cfg, params, token, cache, sampling)
+        output += following[0].tolist()
+        token = following[:, -1]
+    return [*itertools.takewhile(lambda token: token not in stop_token_ids, output[:count])]

@@ -4,18 +4,14 @@ import dataclasses
 import re
 import textwrap
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 from engine.inference.decode import prepare_params
 from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
-from engine.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:  # a run on plain text has no chat
-    from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.template import Message
+from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.template import Message
 
 MAX_TOKENS = 120  # of an answer
 MAX_REPEATED = 0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
@@ -41,8 +37,8 @@ class Answer:
 def ask(
     cfg: ModelConfig,
     params: Params,
-    chat: "ChatTokenizer",
-    questions: "Sequence[Sequence[Message]]",
+    chat: ChatTokenizer,
+    questions: Sequence[Sequence[Message]],
     stop_token_ids: Collection[int],
 ) -> tuple[Answer, ...]:
     """Returns the greedy answers to conversations that end with a question, of at most MAX_TOKENS tokens.
@@ -62,14 +58,6 @@ def ask(
         Answer(question, text, len(tokens), reason == "stop", repeats_itself(text))
         for (question, _), text, (tokens, reason, _) in zip(pairs, texts, completions)
     )
-
-
-def continue_text(
-    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams
-) -> str:
-    capacity = min(cfg.context, len(prompt) + sampling.max_tokens)
-    (completion,) = complete(cfg, prepare_params(cfg, params), [prompt], [sampling], capacity)
-    return tokenizer.decode(completion.tokens)
 
 
 def repeats_itself(text: str) -> bool:

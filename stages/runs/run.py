@@ -151,17 +151,22 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
 
 
 def _begin_recording(options: RunOptions, stage: Stage, recorder: "Recorder", state: TrainState, loop_state: LoopState) -> None:
-    from engine.inference.request import SamplingParams  # which a run that is not recorded does without
-    from stages.runs.answers import continue_text
+    from engine.inference.decode import generate, prepare_params  # which a run that is not recorded does without
 
     plan, cfg, frozen, (text, prompt) = stage.plan, stage.plan.cfg, stage.frozen, stage.prompt()
     prompt = prompt[-(cfg.context // 2) :]  # one may fill the context
-    sampling = SamplingParams(SAMPLE, temperature=0.0, stop_token_ids=stage.stop_token_ids)
+    count = min(SAMPLE, cfg.context - len(prompt))
+
+    def sample(trainable: Any) -> str:
+        params = prepare_params(cfg, merge(trainable, frozen))
+        tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=stage.stop_token_ids)
+        return stage.tokenizer.decode(tokens)[:SAMPLE_TEXT]
+
     recorder.begin(
         state.trainable,
         frozen,
         [*leaf_shapes(cfg)],
-        sample=lambda trainable: continue_text(cfg, merge(trainable, frozen), stage.tokenizer, prompt, sampling)[:SAMPLE_TEXT],
+        sample=sample,
         digest=lambda trainable: digest(stage.to_saved(trainable)),
         gradient_norms=lambda trainable, batch: gradient_norms(
             cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=stage.objective

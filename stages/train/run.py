@@ -249,12 +249,15 @@ class Training(Stage):
 
     def _sample(self, params: Any) -> str:
         """Samples a text from the model after a line end."""
-        from engine.inference.request import SamplingParams
-        from stages.runs.answers import continue_text
+        from engine.inference.decode import generate, prepare_params
 
-        tokenizer = self.data.tokenizer
-        sampling = SamplingParams(SAMPLE, temperature=0.8, seed=self.plan.seed, stop_token_ids=(tokenizer.eos_id,))
-        return continue_text(self.plan.cfg, params, tokenizer, tokenizer.encode("\n").tolist(), sampling)
+        cfg, tokenizer = self.plan.cfg, self.data.tokenizer
+        prompt, count = tokenizer.encode("\n").tolist(), min(SAMPLE, cfg.context - 1)
+        ids = generate(
+            cfg, prepare_params(cfg, params), prompt, count,
+            temperature=0.8, seed=self.plan.seed, stop_token_ids=self.stop_token_ids,
+        )  # fmt: skip
+        return tokenizer.decode(ids)
 
     def prompt(self) -> tuple[str, list[int]]:
         text = "ROMEO:" if self.data.name == "shakespeare" else "\n"

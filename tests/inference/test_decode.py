@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
-from engine.inference.decode import STEPS, decode_step, decode_steps, prefill, prepare_params
+from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, generate, prefill, prepare_params
+from engine.inference.engine import complete
+from engine.inference.request import SamplingParams
 from engine.inference.sampling import sample
 from engine.inference.score import score
 from engine.model.cache.contiguous import make_cache
@@ -101,3 +103,15 @@ def test_a_text_is_scored_in_the_bits_that_its_tokens_take_which_training_minimi
     np.testing.assert_allclose(score(cfg, params, batch), loss, rtol=1e-6)
     junk = batch._replace(targets=np.where(mask, batch.targets, -1).astype(np.int32))
     assert float(score(cfg, params, junk)) == float(score(cfg, params, batch))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_lone_prompt_of_any_length_goes_on_as_in_an_engine_and_ends_before_its_stop_token(cfg, params, temperature):
+    prepared = prepare_params(cfg, params)
+    for prompt in (tokens_of(1, 1).tolist(), tokens_of(2, CHUNK + 9).tolist()):
+        sampling = SamplingParams(19, temperature, seed=5)
+        ((expected, *_),) = complete(cfg, prepared, [prompt], [sampling], cfg.context)
+        options = {"temperature": temperature, "seed": 5}
+        assert generate(cfg, prepared, prompt, 19, **options) == expected
+        stop = expected[11]
+        assert generate(cfg, prepared, prompt, 19, **options, stop_token_ids=[stop]) == expected[: expected.index(stop)]

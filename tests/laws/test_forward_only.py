@@ -26,7 +26,7 @@ def served_model(weights: str):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_completing_prompts_changes_no_weight_and_remembers_none(weights, rows):
-    """As commands, samples and rollouts do: a lone prompt, which repeats itself, and several."""
+    """As commands and rollouts do: a lone prompt, which repeats itself, and several."""
     cfg, params = served_model(weights)
     before = digest(params)
     texts = [[1, 2, 3, 4] * 4, *(tokens_of(seed, 20 * seed).tolist() for seed in (1, 2))][:rows]
