@@ -6,6 +6,7 @@ import sys
 MOVED = {
     "bench.accelerator": "bench --checks",
     "bench.anatomy": "bench --out FOLDER",
+    "bench.compare": "bench compare",
     "bench.finetuning": "bench.step --of finetuning",
     "bench.inference": "bench.peers --of serving",
     "bench.life": "bench.lives",

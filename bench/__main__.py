@@ -6,7 +6,7 @@
     python -m bench --quick --json                 fewer rounds; nothing but a line of JSON on stdout
     python -m bench --checks                       the device beside the processor: same numbers, no request affects another
     python -m bench --list                         the other measurements
-    python -m bench.compare A/bench.json B/bench.json    two results, by the ratios that both measured
+    python -m bench compare A/bench.json B/bench.json    two results, by the ratios that both measured
 
 All rows run interleaved, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking
 the traced program, by XLA.
@@ -21,6 +21,7 @@ from typing import Annotated
 
 import tyro
 
+from bench import compare
 from bench.cli import Json, run_bench, write_page
 from engine.device import start_jax
 from engine.errors import UserError
@@ -103,7 +104,7 @@ def check_flags(flags: StageTableFlags) -> None:
 def measurements() -> dict[str, str]:
     """Returns the other measurements by name with the first line of their docstrings, without importing them."""
     names, here = {}, Path(__file__).parent
-    for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__), here / "compare.py"}:
+    for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__)}:
         source = path.read_text(encoding="utf-8")
         if "\nif __name__ ==" in source:
             name = path.stem if path.parent == here else path.parent.name
@@ -112,4 +113,6 @@ def measurements() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["compare"]:
+        sys.exit(run_bench("bench compare", compare.__doc__, compare.CompareFlags, compare.compare, sys.argv[2:]))
     sys.exit(run_bench("bench", __doc__, StageTableFlags, measure, write_pages=write_report))

@@ -30,6 +30,9 @@ Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
 REPORT_SECONDS = 5.0  # between two lines on a process's progress
 PIPED_WIDTH = 140  # of a pipe: the widest table fits
+UNTIMED = ("bench compare", "bench.plan")
+# What README's figures are held to; printed by each measurement with a bar.
+BARS_HOLD = "The bars hold on two quiet cores of a Zen 4 (AVX-512). On another processor a bar that is not met says little."
 INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
 
 
@@ -52,7 +55,8 @@ def run_bench[Flags](
     """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
     The document that `measure` returns goes with its `circumstances` into the folder of --out, as a file named by the end of
-    `name`; with --json it is printed as a line on stdout, and all else on stderr. A check of the document that does not hold
+    `name`, and by what of it is measured (`--of`) where that is not the default; with --json it is printed as a line on stdout,
+    and all else on stderr. The first line says when others use this machine. A check of the document that does not hold
     returns 1. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None for the command line's.
     `name` follows `python -m`. `write_pages` takes the file in the folder of --out and what it holds, and returns the page.
     """
@@ -65,13 +69,16 @@ def run_bench[Flags](
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             if options.out and (problem := write_problem(options.out)):
                 raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
-            beside, result = circumstances([name, *(sys.argv[1:] if args is None else args)], options), measure(options)
+            beside = circumstances([*name.split(), *(sys.argv[1:] if args is None else args)], options)
+            if beside["load"] > cores() / 4 and name not in UNTIMED and not getattr(options, "list", False):
+                print(f"others are at work on this machine (load {beside['load']:.1f}): trust ratios alone", flush=True)
+            result = measure(options)
             if "jax" in sys.modules:
                 beside["machine"]["device"] = device_name()
             beside["machine"] |= result.pop("machine", {})
             document = json.dumps(beside | result, default=str)
         if options.out:
-            source = options.out / f"{name.rpartition('.')[2]}.json"
+            source = options.out / f"{_document_name(name, options)}.json"
             with atomic_file(source) as file:
                 file.write(document.encode() + b"\n")
             if write_pages and (page := write_pages(source, result)):
@@ -90,6 +97,14 @@ def run_bench[Flags](
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _document_name(name: str, options: Any) -> str:
+    """Returns `step` for bench.step, or `step-finetuning` where --of is not its default."""
+    of = getattr(options, "of", None)
+    default = next((field.default for field in dataclasses.fields(options) if field.name == "of"), None)
+    parts = [] if of == default else [of] if isinstance(of, str) else [*(of or ())]
+    return "-".join([name.replace(" ", ".").rpartition(".")[2], *parts])
 
 
 def write_page(source: Path, page: str, *parts: Path) -> Path:

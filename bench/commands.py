@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bench.cli import Json, print_table, run_bench, run_module
+from bench.cli import BARS_HOLD, Json, print_table, run_bench, run_module
 from engine.errors import UserError
 
 
@@ -58,7 +58,8 @@ def measure_commands(flags: CommandsFlags) -> Json:
             for figure in figures
         ],
     )
-    return {"rows": [figure._asdict() | {"met": figure not in unmet} for figure in figures]}
+    print(BARS_HOLD)
+    return {"bars_hold": BARS_HOLD, "rows": [figure._asdict() | {"met": figure not in unmet} for figure in figures]}
 
 
 def training(folder: Path, data: str, max_time: str) -> list[Measurement]:

@@ -1,7 +1,7 @@
 """Compares two results row by row: the ratios that both measured, each with its interval, and whether one has moved.
 
     python -m bench.step --out before    measures, and keeps the document as before/step.json; --out for any measurement
-    python -m bench.compare before/step.json after/step.json
+    python -m bench compare before/step.json after/step.json
 
 A result of another hour is not paired with this one, so seconds are not compared. What is compared are ratios of calls that
 ran in the same rounds of one result. The interval of a ratio over another is that of the quotient of both intervals; a row has
@@ -9,14 +9,13 @@ moved where it does not hold 1.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from bench.cli import Json, print_table, run_bench
+from bench.cli import Json, print_table
 from engine.errors import UserError
 
 MACHINE = "processor", "instructions", "cores", "device"
@@ -89,7 +88,3 @@ def compare_ratios(name: str, before: Interval, after: Interval) -> Json:
         "name": name, **over._asdict(), "before": str(Ratio(*before)), "after": str(Ratio(*after)), "words": str(over),
         "verdict": verdict,
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(run_bench("bench.compare", __doc__, CompareFlags, compare))

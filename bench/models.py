@@ -128,8 +128,8 @@ class TrainingStep:
         **options: Any,
     ) -> None:
         self.state, self.arguments = state, (frozen, batch, np.float32(PROGRESS))
-        lowered: Any = train_step.lower(cfg, tx, state, *self.arguments, **options)
-        self.program = lowered.compile(compiler_options)
+        self.lowered: Any = train_step.lower(cfg, tx, state, *self.arguments, **options)
+        self.program = self.lowered.compile(compiler_options)
 
     def __call__(self) -> Any:
         self.state, metrics = self.program(self.state, *self.arguments)

@@ -45,14 +45,15 @@ MIN_ROUNDS = 6  # with fewer, not even the lowest and the highest ratio enclose 
 
 
 class Ratio(NamedTuple):
-    """The median of the rounds' ratios and its 95% interval, which is None with fewer than MIN_ROUNDS rounds.
+    """The median of the ratios of `rounds` and its 95% interval, which is None with fewer than MIN_ROUNDS rounds.
 
-    All three are None where a call was too short for the clock, or was not measured.
+    All are None where a call was too short for the clock, or was not measured.
     """
 
     ratio: float | None
     low: float | None = None
     high: float | None = None
+    rounds: int | None = None
 
     def exceeds(self, threshold: float) -> bool | None:
         """Whether the ratio is above a threshold; None where the interval holds the threshold or is not known."""
@@ -62,7 +63,8 @@ class Ratio(NamedTuple):
 
     def scaled(self, factor: float) -> "Ratio":
         """Returns the ratio times a factor above 0."""
-        return Ratio(*(None if number is None else number * factor for number in self))
+        ratio, low, high = (None if number is None else number * factor for number in self[:3])
+        return Ratio(ratio, low, high, self.rounds)
 
     def format(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
         """Formats the ratio and its interval, each number by `write`: `1.14 (1.10 to 1.18)`."""
@@ -119,9 +121,14 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     ratios = sorted(x / y for x, y in zip(a.seconds, b.seconds))
     middle = math.exp(statistics.median(map(math.log, ratios)))
     if rounds < MIN_ROUNDS:
-        return Ratio(middle)
+        return Ratio(middle, rounds=rounds)
     rank = int(binom.ppf(0.025, rounds, 0.5))  # at most 2.5% of medians lie below the ratio of this rank, counted from 1
-    return Ratio(middle, ratios[rank - 1], ratios[-rank])
+    return Ratio(middle, ratios[rank - 1], ratios[-rank], rounds)
+
+
+def held_to(over: Ratio, least: float | None) -> str:
+    """Returns a ratio in words, and whether it is the least that is required."""
+    return f"{over} times" + (f" (at least {least:g}{UNMET[over.exceeds(least)]})" if least else "")
 
 
 def describe_noise(timings: Mapping[str, Timing]) -> str:

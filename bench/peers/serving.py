@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.cli import Json, progress
 from bench.peers.process import Peer, PeerError, start_peer
-from bench.timing import UNMET, Ratio, measure, ratio
+from bench.timing import Ratio, held_to, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores
 from engine.errors import UserError
@@ -232,13 +232,13 @@ def measure_calls(
                 "tokens_per_second": rate,
                 "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
                 **peer._asdict(),
-                "must": least,
+                "bar": least,
             }
         )
         line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"
         if way == "speculative":
             per_step = results[way]["decoded"] / results[way]["steps"]
-            rows[-1] |= {"tokens_per_step": per_step, "over_plain": over("plain")._asdict(), "over_plain_must": NEVER_BELOW}
+            rows[-1] |= {"tokens_per_step": per_step, "over_plain": over("plain")._asdict(), "over_plain_bar": NEVER_BELOW}
             line += f", {per_step:.2f} a step; {held_to(over('plain'), NEVER_BELOW)} of plain"
         if "peer" in timings:
             line += f"; llama.cpp {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
@@ -250,8 +250,3 @@ def measure_calls(
             line += f"; with XLA's int8 products {1 / timings['by_xla'].median:.0f}: {over('by_xla')} times"
         print(line, flush=True)
     return rows
-
-
-def held_to(over: Ratio, least: float | None) -> str:
-    """Returns a ratio in words, and whether it is the least that is required."""
-    return f"{over} times" + (f" (at least {least:g}{UNMET[over.exceeds(least)]})" if least else "")

@@ -13,7 +13,7 @@ import dataclasses
 import signal
 import sys
 
-from bench.cli import Json, print_table, progress, run_bench
+from bench.cli import BARS_HOLD, Json, print_table, progress, run_bench
 from engine.device import device_name, start_jax
 from engine.format import si
 
@@ -58,7 +58,7 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
     async with Server(model, server_flags) as server:
         entry, ready = await server.model(), server.ready_seconds
         document: Json = {
-            "model": entry["id"], "device": device_name(), "weights": flags.weights, "slots": slots,
+            "bars_hold": BARS_HOLD, "model": entry["id"], "device": device_name(), "weights": flags.weights, "slots": slots,
             "capacity": entry["max_model_len"], "quick": quick, "first_ready_seconds": first,
             "ready_seconds": ready, "ready_bar": READY_SECONDS, "ready_met": ready < READY_SECONDS,
         }  # fmt: skip
@@ -80,6 +80,7 @@ def print_tables(document: Json) -> None:
     """Prints the document as tables, and says which bars are not met."""
     from bench.timing import UNMET, Ratio  # imports JAX
 
+    print(BARS_HOLD)
     print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
     print(
         f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{UNMET[document['ready_met']]}; "

@@ -242,7 +242,8 @@ def row_document(
     return {
         "name": row.name, "stage": row.stage, "weights": changed,
         "flops_per_token": {name: None if number is None else per_token(number) for name, number in counted.items()},
-        "flop_ratio_to_forward": relative, "seconds_per_token": seconds, "spread": timing.spread,
+        "counters_differ": row.counters_differ, "flop_ratio_to_forward": relative,
+        "seconds_per_token": seconds, "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
         "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": row.predicted_bytes,

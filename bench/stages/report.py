@@ -18,6 +18,9 @@ def print_stages(document: dict[str, Any]) -> None:
     out, rows = console(), document["rows"]
     counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
     print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
+    for why in dict.fromkeys(row["counters_differ"] for row in rows if row["counters_differ"]):
+        names = ", ".join(row["name"] for row in rows if row["counters_differ"] == why)
+        out.print(f"[bold]{names}[/]: {why}")
     measured = ("", "a token takes", "× forward", "peak", "predicted", "moved a token", "of ceiling", "bound by", "$ a million")
     title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
     print_table(title, measured, map(_measured, rows))
@@ -32,7 +35,8 @@ def _counted(row: dict[str, Any]) -> list[str]:
     return [
         row["name"], row["weights"], si(flops["formula"], ""),
         "= formula" if walker == flops["formula"] else si(walker, ""),
-        si(elementwise and round(elementwise), ""), si(flops["xla"], ""), times(row["flop_ratio_to_forward"]),
+        si(elementwise and round(elementwise), ""),
+        si(flops["xla"], "") if row["counters_differ"] else "= walker", times(row["flop_ratio_to_forward"]),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from bench.cli import run_bench
 from bench.compare import CompareFlags, compare
 
-main = functools.partial(run_bench, "bench.compare", None, CompareFlags, compare)
+main = functools.partial(run_bench, "bench compare", None, CompareFlags, compare)
 
 
 def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip", peers=()):
