@@ -30,8 +30,12 @@ SHORT = {
     "stages.chat": ["--max-tokens", "8"],
     "stages.by_hand": ["--steps", "2"],
 }
-# Commands of minutes, and those that need what a test does not install.
-LONG = {"bench", "bench.anatomy", "bench.lives", "bench.peers", "bench.serving"}
+# Commands of minutes, those that need what a test does not install, and those that are another one here.
+LONG = {"bench", "bench.commands", "bench.lives", "bench.peers", "bench.serving"}
+ALIKE = {
+    "bench.step --dtype float32", "bench.step --allocator default",
+    "stages.finetune --model runs/demo-shakespeare --data voice --out-dir runs/demo-voice",
+}  # fmt: skip
 # No test fetches a model or trains one for minutes: the run of 20 steps stands in for them.
 # Its context is too short for the preferences that are shipped.
 STANDS_IN = dict.fromkeys(("smollm2-135m-instruct", "runs/demo-shakespeare"), "runs/short")
@@ -52,7 +56,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 
 def is_long(command: tuple[str, ...]) -> bool:
-    return command[1] in LONG and "--list" not in command
+    return (command[1] in LONG and "--list" not in command) or " ".join(command[1:]) in ALIKE
 
 
 def short(command: tuple[str, ...], text: Path) -> list[str]:

@@ -150,14 +150,14 @@ def test_what_cannot_be_is_refused_in_a_sentence(flags, words, monkeypatch, tmp_
 
 def test_a_closed_pipe_ends_an_answer_in_silence():
     command = f"{sys.executable} -m bench.plan --model llama-3.2-1b --tokens 1M | true"
-    assert subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True).stderr == ""
+    assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_an_answer_comes_without_jax_and_its_document_only_where_it_is_asked_for(tmp_path):
     answer = "run_bench('bench.plan', '', PlanFlags, plan, write_pages=write_pages)"
     code = f"import sys; from bench.plan.__main__ import *; {answer}; assert 'jax' not in sys.modules"
     command = [sys.executable, "-c", code, "--model", "llama-3.2-1b", "--tokens", "100B", "--devices", "8"]
-    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=True)
+    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, check=True)
     done, plain = run("--json"), run("--out", str(tmp_path))
     document = json.loads(done.stdout)
     assert plain.stdout == done.stderr

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.commands import CommandsFlags, measure_commands
 from bench.step.__main__ import StepFlags, measure_step
 from bench.timing import Timing, describe_noise, measure, ratio
 from engine.errors import UserError
@@ -113,3 +114,15 @@ def test_the_record_of_experiments_holds_figures(capsys):
     assert all(row["change"] in capsys.readouterr().out for row in rows[:1])
     with pytest.raises(UserError, match="--of recipes does not use --rank"):
         measure_step(StepFlags(of="recipes", rank=4))
+
+
+def test_a_whole_command_that_misses_its_bar_shows(monkeypatch, capsys):
+    """The commands themselves run at night: tests/test_readme.py."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which the measurement replaces
+    result = {"val_bits_per_byte": 1.9, "first_step_seconds": 3.0, "peak_rss_bytes": 1e9}
+    monkeypatch.setattr("bench.commands._result", lambda *_: result)
+    monkeypatch.setattr("bench.commands._help_seconds", lambda: 0.1)
+    monkeypatch.setattr("bench.commands._first_output", lambda *_: (0.5, "0 recompiles"))
+    rows = measure_commands(CommandsFlags())["rows"]
+    assert [row["name"] for row in rows if not row["met"]] == ["command to first trained step"]
+    assert capsys.readouterr().out.count("** not met **") == 1

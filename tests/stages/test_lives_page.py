@@ -199,7 +199,7 @@ def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
     press(browser, " ")
     assert see("#play") == "Play"
     press(browser, " ")
-    WebDriverWait(browser, 30, 0.05).until(lambda _: see("#play") == "Play")
+    WebDriverWait(browser, 300, 0.05).until(lambda _: see("#play") == "Play")
     assert f"step {document['lives']['train']['frames'][-1]['step']} of" in see("#when")
 
 
@@ -218,7 +218,7 @@ def test_without_motion_frames_follow_each_other_and_nothing_moves(browser, open
         press(browser, "1", " ")
         moving = "return document.querySelectorAll('.moving').length"
         first = see("#when")
-        WebDriverWait(browser, 10, 0.05).until(lambda _: browser.execute_script(moving) or see("#when") != first)
+        WebDriverWait(browser, 300, 0.05).until(lambda _: browser.execute_script(moving) or see("#when") != first)
         assert browser.execute_script(moving) == 0
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
@@ -304,7 +304,7 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
         assert texts(browser, "#changed-of") == ["The first frame is on its way."]
         for event in (recorded["begin"], *recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]):
             served(event)
-        WebDriverWait(browser, 10, 0.05).until(lambda _: see() == whole)
+        WebDriverWait(browser, 300, 0.05).until(lambda _: see() == whole)
         assert "Nothing was asked" not in browser.find_element("tag name", "body").text
 
 
@@ -314,7 +314,7 @@ def test_a_page_of_reinforcement_speaks_of_no_fine_tuning(browser, document):
         browser.get(served.url)
         for event in (recorded["begin"] | {"stage": "reinforce"}, *recorded["steps"], *recorded["frames"]):
             served(event)
-        WebDriverWait(browser, 10, 0.05).until(lambda _: f"step {recorded['frames'][-1]['step']} of" in body())
+        WebDriverWait(browser, 300, 0.05).until(lambda _: f"step {recorded['frames'][-1]['step']} of" in body())
         assert "Reinforcement moves what trains" in body()
         assert "ine-tun" not in body()
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from tiny_runs import ROOT, command
+from tiny_runs import PATIENCE, ROOT, command
 
 PROMPT = "\r\n> "
 QUICK = ("--max-tokens", 6)
@@ -76,9 +76,9 @@ class Terminal:
         self.process.wait()
         os.close(self.master)
 
-    def wait_for(self, *phrases: str, seconds: float = 60) -> str:
+    def wait_for(self, *phrases: str) -> str:
         """Returns the output since the last wait, up to and with the last of these phrases, in this order."""
-        until, output = time.monotonic() + seconds, ""
+        until, output = time.monotonic() + PATIENCE, ""
         for phrase in phrases:
             while phrase not in self.unread:
                 assert time.monotonic() < until, self.unread
@@ -109,7 +109,7 @@ def test_a_person_at_a_terminal(trained):
         terminal.type("/clear\n", "forgotten")
         terminal.type("the sea\\\nof red sails\n", "[turn 1:", PROMPT)
         terminal.type("\x04", "weights unchanged: SHA-256")
-        assert terminal.process.wait(timeout=20) == 0
+        assert terminal.process.wait(timeout=PATIENCE) == 0
 
 
 SLOW = """
@@ -129,10 +129,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(trained):
             terminal.type("the king\n", "the king\r\n")
             terminal.wait_for(*["step"] * 3)  # the first reads the prompt
             terminal.interrupt()
-            terminal.wait_for("[stopped]", seconds=10)
+            terminal.wait_for("[stopped]")
             terminal.type("/clear\n", "forgotten", PROMPT)
         terminal.type("the king\n", "the king\r\n", "step")
         terminal.interrupt()  # while the prompt is read
         assert "step" not in terminal.wait_for("(no answer)", PROMPT)
         terminal.type("/quit\n", "unchanged")
-        assert terminal.process.wait(timeout=20) == 0
+        assert terminal.process.wait(timeout=PATIENCE) == 0

@@ -122,14 +122,14 @@ def test_a_long_task_shows_its_time_and_progress_and_a_short_one_nothing(termina
         with shown.task("outer", always=True):
             with shown.task("inner") as report:
                 report(3, 96)
-                time.sleep(1.3)
+                while not re.search(r"inner \.\.\. (0\.9|[1-9][\d.]*) s, 3 of 96", stream.getvalue()):
+                    time.sleep(0.05)
             with pytest.raises(UserError), shown.task("failing", always=True):
                 raise UserError("a mistake")
     text = stream.getvalue()
-    assert re.search(r"inner \.\.\. (0\.9|1(\.\d)?) s, 3 of 96", text)
     lines = screen(text) if terminal else text.splitlines()
     assert [line for line in lines if "short" in line] == []
-    assert re.fullmatch(r"outer \.\.\. 1\.\d s", lines[-1]) or not terminal
+    assert re.fullmatch(r"outer \.\.\. [\d.]+ s", lines[-1]) or not terminal
     assert text.count("outer ...") > 1 or not terminal
 
 

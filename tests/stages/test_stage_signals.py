@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, tiny, typed
+from tiny_runs import PATIENCE, ROOT, tiny, typed
 
 from engine import manifest
 from engine.storage import checkpoint
@@ -42,10 +42,8 @@ def wait_for_line(process: subprocess.Popen, words: str) -> None:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    until = time.monotonic() + 90
     while len(checkpoint.steps(folder)) < 2:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
         time.sleep(0.02)
 
 
@@ -58,11 +56,9 @@ def test_a_signal_before_training_ends_promptly(started, text, tmp_path):
     )
     process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])
     wait_for_line(process, "busy")
-    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, output
-    assert time.monotonic() - begin < 5
     assert "Stopped" in output
     assert "Traceback" not in output
 
@@ -75,7 +71,7 @@ def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     os.close(writing)
     wait_for_checkpoint(process, tmp_path / "run")
     os.close(reading)  # the next line finds the pipe closed
-    _, complaint = process.communicate(timeout=30)
+    _, complaint = process.communicate(timeout=PATIENCE)
     assert process.returncode == 141
     assert complaint == ""
     assert manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
@@ -86,7 +82,7 @@ def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     [("start", signal.SIGINT, 130, "before anything was begun"), ("end", signal.SIGHUP, 129, "after the command was over")],
 )
 def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, phase, number, code, sentence):
-    busy = "print('busy', flush=True); import time; time.sleep(20)"
+    busy = "print('busy', flush=True); import time; time.sleep(600)"
     if phase == "start":
         (tmp_path / "tyro.py").write_text(busy)  # imported before the flags are parsed
     else:
@@ -95,7 +91,7 @@ def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, ph
     process = start(started, typed("train", "--help"))
     wait_for_line(process, "busy")
     process.send_signal(number)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output.strip().splitlines()) == (code, [output.strip()])
     assert f"Stopped {sentence}" in output
 
@@ -107,7 +103,7 @@ def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, t
     assert train.main(tiny(text, folder, "--steps", 2, "--eval-every", 100)) == 0
     patch = (
         "import time; from engine.storage import checkpoint as c; w = c.write_files; "
-        f"c.write_files = lambda *args: (print('busy', flush=True), time.sleep({60 if again else 1}), w(*args))"
+        f"c.write_files = lambda *args: (print('busy', flush=True), time.sleep({600 if again else 1}), w(*args))"
     )
     run = f"import sys; {patch}; from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
     process = start(started, [sys.executable, "-c", run, *tiny(text, folder, *LONG)])
@@ -116,7 +112,7 @@ def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, t
     wait_for_line(process, "Finishing this step")
     if again:
         process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, output
     newest = checkpoint.load_params(folder)
     assert newest.damaged == []
@@ -124,18 +120,19 @@ def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, t
     assert ("Stopped at step" in output) == (not again)
 
 
-@pytest.mark.parametrize("unread", ["raise BrokenPipeError", "time.sleep(60)"], ids=["closed", "full"])
+@pytest.mark.parametrize("unread", ["raise BrokenPipeError", "time.sleep(600)"], ids=["closed", "full"])
 def test_a_second_signal_is_heard_though_nobody_reads_the_answer_to_the_first(unread):
     code = f"""
 import os, signal, time
 from stages.cli import signals
 def unread(sentence): {unread}
-with signals.handle_signals(), signals.defer_signals("Finishing.", unread):
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+with signals.handle_signals(), signals.defer_signals("Finishing.", unread) as deferral:
+    os.kill(os.getpid(), signal.SIGTERM)
+    deferral.answered.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
 
 
@@ -145,7 +142,7 @@ import os, signal, time
 from stages.cli import signals
 with signals.handle_signals():
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(20)
+    time.sleep(600)
 """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -153,7 +150,7 @@ with signals.handle_signals():
         while True:
             os.write(writing, bytes(4096))
     os.set_blocking(writing, True)
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=writing, timeout=15)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=writing, timeout=PATIENCE)
     os.close(reading)
     os.close(writing)
     assert ended.returncode == 143
@@ -168,9 +165,9 @@ from stages.cli import signals
 signals.set_phase("while it wrote.")
 with signals.handle_signals(), atomic_file(Path({str(tmp_path / "a")!r})), atomic_folder(Path({str(tmp_path / "b")!r})):
     os.kill(os.getpid(), signal.SIGHUP)
-    time.sleep(20)
+    time.sleep(600)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (129, "\nStopped while it wrote.\n")
     assert [*tmp_path.iterdir()] == []
 
@@ -188,9 +185,9 @@ with signals.handle_signals():
     try:
         with signals.defer_signals("", print, [signal.SIGINT], interrupts=True):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(20)
+            time.sleep(600)
     except KeyboardInterrupt:
         time.sleep(1)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (0, "")

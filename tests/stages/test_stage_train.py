@@ -1,11 +1,13 @@
 """Training from the command line: plan, run, and result."""
 
 import io
+import itertools
 import json
 import re
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import ROOT, metrics, tiny, typed
@@ -56,10 +58,14 @@ def test_memory_stays_within_the_plan(text, tmp_path):
     assert peak < 1.05 * float(planned[1]) * {"M": 1e6, "G": 1e9}[planned[2]]
 
 
-def test_time_boxed_run_counts_training_only(text, tmp_path, capsys):
+def test_time_boxed_run_counts_training_only(text, tmp_path, monkeypatch, capsys):
+    """By a clock that moves 0.01 s when it is read: once in a step, and more often in an evaluation."""
+    ticks = itertools.count()
+    monkeypatch.setattr("stages.runs.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
-    assert 1 <= result["train_seconds"] < 2
+    assert 1 <= result["train_seconds"] < 1.02
+    assert 98 <= result["steps"] <= 100
     steps = [line for line in metrics(tmp_path / "run") if "learning_rate_factor" in line]  # others are of evaluations
     assert steps[-1]["learning_rate_factor"] < 0.1  # the schedule follows the time
     assert "epoch" in capsys.readouterr().out

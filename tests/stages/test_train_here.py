@@ -44,7 +44,7 @@ class Page:
         self.chrome.find_element("id", name).send_keys(Keys.ENTER)
 
     def until(self, condition):
-        WebDriverWait(self.chrome, 120, 0.02).until(lambda _: self.get(condition))
+        WebDriverWait(self.chrome, 300, 0.05).until(lambda _: self.get(condition))
 
     def train(self, steps):
         """Returns the losses of at least so many steps."""

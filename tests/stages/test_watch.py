@@ -6,7 +6,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import httpx
 import pytest
 from chromium import chromium
 from selenium.webdriver.support.ui import WebDriverWait
-from tiny_runs import ROOT, metrics, tiny, typed
+from tiny_runs import PATIENCE, ROOT, metrics, tiny, typed
 
 from stages.runs.watch import server
 from stages.runs.watch.server import Watch
@@ -33,7 +32,7 @@ class Run:
         self.port = int(self.url.rpartition(":")[2])
 
     def ends(self) -> int:
-        self.output += self.process.communicate(timeout=60)[0]
+        self.output += self.process.communicate(timeout=PATIENCE)[0]
         return self.process.returncode
 
     def __enter__(self) -> "Run":
@@ -48,7 +47,7 @@ class Run:
 def events(url: str, after: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """The events of a run, each with its id, as a browser gets them that has had those up to `after`."""
     headers = {"Last-Event-ID": after} if after else {}
-    with httpx.stream("GET", f"{url}/events", headers=headers, timeout=30) as reply:
+    with httpx.stream("GET", f"{url}/events", headers=headers, timeout=PATIENCE) as reply:
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         name = ""
         for line in reply.iter_lines():
@@ -72,7 +71,7 @@ def until(url: str, kind: str, after: str = "") -> list[tuple[str, dict[str, Any
 
 def sends(port: int, *headers: str, path: str = "/events") -> str:
     """The status of a request with just these headers."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client:
         client.sendall("\r\n".join((f"GET {path} HTTP/1.1", *headers, "", "")).encode())
         return client.recv(100).decode().split()[1]
 
@@ -94,7 +93,7 @@ def test_a_watched_run(text, tmp_path):
     """
     words = ("--steps", 600, "--eval-every", 100)
     with Run(text, tmp_path / "watched", *words) as run:
-        page = httpx.get(run.url, timeout=30)
+        page = httpx.get(run.url, timeout=PATIENCE)
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "new EventSource('events')" in page.text
         with mute(run.port):
@@ -147,15 +146,14 @@ def test_what_is_not_ours_is_refused():
 def test_a_browser_that_does_not_read_holds_nobody_up(monkeypatch):
     """Nor is more kept for it than for others."""
     monkeypatch.setattr(server, "PAUSE", 0.02)
+    monkeypatch.setattr(server, "PATIENCE", 3600)  # who waited for that browser would wait as long
     with Watch(0) as watch, mute(int(watch.url.rpartition(":")[2])):
         watch({"event": "begin", "step": 0})
-        begin = time.perf_counter()
         for step in range(300):
             watch({"event": "frame", "step": step, "mosaic": "A" * 100_000})
             assert watch.events[-1][1] == "frame"  # the newest is never dropped
             for each in range(20):
                 watch({"event": "step", "step": step, "loss": each})
-        assert time.perf_counter() - begin < 5
         assert watch.is_watched()
         assert len(watch.events) <= 1 + server.KEPT["frame"] + server.KEPT_OF_OTHERS
         watch({"event": "end", "step": 300})
@@ -201,7 +199,7 @@ def chrome(tmp_path):
 @pytest.mark.journeys
 def test_in_a_browser(text, tmp_path, chrome):
     """The page draws frames as they come, says when the run was killed, and goes on with the next one."""
-    wait = lambda script: WebDriverWait(chrome, 60, 0.1).until(lambda _: chrome.execute_script(f"return {script}"))
+    wait = lambda script: WebDriverWait(chrome, PATIENCE, 0.1).until(lambda _: chrome.execute_script(f"return {script}"))
     with Run(text, tmp_path / "run", "--max-time", "10m") as run:
         chrome.get(run.url)
         wait("state.recording.lives.train?.frames?.length >= 2 && state.frame >= 1 && life().steps?.length > 20")

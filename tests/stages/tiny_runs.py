@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300  # seconds for a process to end, however loaded the machine is
 WORDS = "the king and queen of a far land went down to sea where ships with red sails lay at anchor all day"
 
 
@@ -34,7 +35,7 @@ def command(
 ) -> subprocess.CompletedProcess:
     """`python -m stages.STAGE ARGS` from the checkout, its output kept."""
     return subprocess.run(
-        typed(stage, *args), cwd=ROOT, input=stdin, capture_output=True, env=os.environ | (env or {}), timeout=120
+        typed(stage, *args), cwd=ROOT, input=stdin, capture_output=True, env=os.environ | (env or {}), check=False
     )
 
 

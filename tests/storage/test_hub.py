@@ -88,7 +88,7 @@ class Route(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             if self.server.is_slow and "/model-" in self.path:
                 self.server.is_waiting.set()
-                self.server.go_on.wait(60)
+                self.server.go_on.wait(600)
             is_cut = self.server.cut and self.path.endswith(self.server.cut)
             self.wfile.write(body[: len(body) // 2] if is_cut else body)
             if is_cut:
@@ -217,9 +217,9 @@ def test_ctrl_c_ends_a_fetch_at_once_and_leaves_no_part_of_a_file(hub, tmp_path)
     hub.is_slow = True
     command = [sys.executable, "-m", "stages.generate", "--model", ID]
     with subprocess.Popen(command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True) as process:
-        assert hub.is_waiting.wait(120)
+        assert hub.is_waiting.wait(300)
         process.send_signal(signal.SIGINT)
-        _, printed = process.communicate(timeout=30)
+        _, printed = process.communicate(timeout=300)
     assert process.returncode == 130, printed
     assert "Stopped" in printed
     assert not [*(tmp_path / "cache").rglob("*.incomplete")]
@@ -233,7 +233,7 @@ def test_an_adapter_of_a_hub_model_is_trained_and_then_loaded_without_the_hub(hu
     options = ["--model", f"{ID}@v1", "--data", "chats.jsonl", "--general", "none", "--out-dir", "run", "--steps", "1"]
     options += ["--context", "32", "--batch", "2", "--lora", "rank=2,alpha=4,targets=q"]
     tuning = [sys.executable, "-m", "stages.finetune", *options]
-    done = subprocess.run(tuning, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(tuning, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["kind"] == "adapter"
