@@ -22,11 +22,12 @@ from typing import Annotated
 import tyro
 
 from bench import compare
-from bench.cli import Json, run_bench, write_page
+from bench.cli import LOG_CHARTS, Json, run_bench, write_page
 from engine.device import start_jax
 from engine.errors import UserError
 
-PARTS = [Path(__file__).parent / "stages" / "page" / f"report.{kind}" for kind in ("html", "css", "js")]  # of the page
+PAGE = Path(__file__).parent / "stages" / "page"
+PARTS = [PAGE / "report.html", PAGE / "report.css", *LOG_CHARTS, PAGE / "report.js"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from engine.files import atomic_file, write_problem
 
 Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
+LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind in ("css", "js")]  # of pages that have some
 REPORT_SECONDS = 5.0  # between two lines on a process's progress
 PIPED_WIDTH = 140  # of a pipe: the widest table fits
 UNTIMED = ("bench compare", "bench.plan")

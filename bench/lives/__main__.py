@@ -63,9 +63,6 @@ def measure_lives(flags: LivesFlags) -> Json:
     for life, over_time in memory.items():
         (lives | {"answer": answer})[life]["memory"] = over_time
     document: Json = {
-        "preset": flags.preset,
-        "price": flags.price,
-        "watts": flags.watts,
         "params": answer["of"],
         "layers": model.cfg.layers,
         "width": model.cfg.width,

@@ -112,7 +112,9 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     begin = clock()
     answers = answer(engine, requests)
     seconds = clock() - begin
+    begin = clock()
     (alone,) = answer(engine, [first])
+    alone_seconds = clock() - begin
     independent = answer(engine, [first, second]) + answer(engine, [edited])
     changed = sum(
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
@@ -127,6 +129,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         "changed": changed,
         "of": sum(leaf.size for leaf in before.values()),
         "seconds": seconds,
+        "alone_seconds": alone_seconds,
         "tokens": sum(map(len, answers)),
         "answers": [{"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)],
         "independent": [

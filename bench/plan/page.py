@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.cli import Json, write_page
+from bench.cli import LOG_CHARTS, Json, write_page
 from bench.plan import formulas
 from bench.plan.fits import SLOTS, fit_serving
 from bench.plan.model import METHODS, job
@@ -43,7 +43,7 @@ def write_plan(source: Path, _: Json) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "formulas.js"
         script.write_text(javascript(formulas), encoding="utf-8")
-        return write_page(source, "plan.html", HERE / "plan.html", HERE / "plan.css", script, HERE / "plan.js")
+        return write_page(source, "plan.html", HERE / "plan.html", HERE / "plan.css", *LOG_CHARTS, script, HERE / "plan.js")
 
 
 def javascript(module: ModuleType) -> str:

@@ -85,6 +85,9 @@ def _recording(options: RunOptions, console: Console) -> Iterator["Recorder | No
             console.print_rows([("watch", watch.url)])
             sinks, is_watched = [*sinks, watch], watch.is_watched
         yield Recorder(sinks, console.print, bool(options.record), is_watched)
+    if options.watch is not None:
+        kept = f"{options.record} has it, for {command_line('runs.watch', options.record, 'lives.html')}"
+        console.print(f"{watch.url} has ended with the run; {kept if options.record else '--record FILE keeps what it shows'}.")
 
 
 def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Recorder | None") -> int:
@@ -104,6 +107,11 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
         if options.record:
             console.print(f"Nothing was recorded in {options.record}: no step was left.")
         return 0
+    if options.record:
+        from stages.runs.watch.recorder import refuse_other_file
+
+        step = previous.loop_state.step if previous else 0
+        refuse_other_file(options.record, step, stage=options.stage, name=plan.name, folder=str(folder))
     if previous:
         previous_run.refuse_other_order(folder, previous.record)
     stage.begin_compiling(beside_reading=previous is not None)

@@ -106,7 +106,7 @@ def test_the_page_is_one_file_that_needs_no_network(page, document):
     assert len(source.encode()) <= 1_500_000
     assert document["answer"]["before"] in source
     assert {"lives.html", "lives.json"} <= {path.name for path in page.iterdir()}
-    assert (document["price"], document["watts"]) == (0.2, 90)
+    assert (document["flags"]["price"], document["flags"]["watts"]) == (0.2, 90)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -101,7 +101,7 @@ def test_the_switches_work_by_keyboard_on_a_phone_too(document, show, chrome):
 def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, chrome):
     show(document)
     widths = chrome.execute_script(
-        "return [...document.querySelectorAll('section:nth-of-type(2) .stacked > div')].map((each) =>"
+        "return [...document.querySelectorAll('section:nth-of-type(2) .bars > div')].map((each) =>"
         " [...each.querySelectorAll('i')].map((part) => part.getBoundingClientRect().width))"
     )
     assert len(widths) == sum(row["flop_ratio_to_forward"] > 0 for row in document["rows"])

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from engine.model.paths import unflatten
 from stages.runs.watch import __main__ as watch
-from stages.runs.watch.page import page_html
+from stages.runs.watch.page import LAW, page_html
 from stages.runs.watch.recorder import Recorder
 from stages.runs.watch.server import Watch
 
@@ -27,30 +27,32 @@ for block in range(LAYERS):
 MODEL += [("norm", (WIDTH,), None), ("head", (WIDTH, VOCAB), None)]
 
 
-def life(way: str) -> dict:
+def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
     """A life as the recorder writes it, of weights of which more are drawn anew at each frame."""
     rng, events = np.random.default_rng(len(way)), []
     draw = lambda shapes: unflatten({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
     trained, still = {}, {}
-    for path, shape, layer in MODEL:
-        trains = way in ("train", "all") or (way == "frozen" and (layer == 1 or path in ("norm", "head")))
+    for path, shape, layer in model:
+        trains = way in ("train", "all") or (way == "frozen" and (bool(layer) or path in ("norm", "head")))
         (trained if trains else still)[path] = shape
         if way == "lora" and path.endswith("/q"):
             trained |= {f"{path}/a": (WIDTH, 2), f"{path}/b": (2, WIDTH)}
     recorder, trainable, step = Recorder([events.append], print), draw(trained), 0
     recorder.begin(
-        trainable, draw(still), [path for path, *_ in MODEL], sample=lambda _: f"<i>{way}</i> {step}",
+        trainable, draw(still), [path for path, *_ in model], sample=lambda _: f"<i>{way}</i> {step}",
         digest=lambda _: f"{step}{way}".encode().hex() * 8,
         gradient_norms=lambda weights, _: jax.tree.map(lambda _: np.float32(step / 130), weights),
         stage="train" if way == "train" else "finetune", step=0, steps=40, prompt="The sea ", name="tiny",
-        command=f"python -m stages.{way}", layers=LAYERS, width=WIDTH,
+        command=f"python -m stages.{way}", layers=sum(path.endswith("/q") for path, *_ in model), width=WIDTH,
     )  # fmt: skip
     recorder.frame(trainable, 0, 0.0)
-    for step in (13, 26, 39):
+    for step in recorded:
         recorder.before_step(trainable, step, step / 40)
         moved = lambda new, old, share=step / 50: np.where(rng.random(new.shape) < share, new, old)
         trainable = jax.tree.map(moved, draw(trained), trainable)
-        recorder.frame(trainable, step, step / 9, None if step == 39 else "a batch")  # a run by the clock may not know its last
+        recorder.frame(
+            trainable, step, step / 9, None if step == recorded[-1] else "a batch"
+        )  # a run by the clock may not know its last
     begin, *frames = events
     return {
         "begin": begin,
@@ -84,8 +86,7 @@ def document():
         "preset": "tiny",
         "params": 500,
         "layers": LAYERS,
-        "price": 0.5,
-        "watts": None,
+        "flags": {"price": 0.5, "watts": None},
         "lives": lives,
         "predicted": [3, 2, 1],
         "answer": {
@@ -204,11 +205,18 @@ def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
 
 
 def test_every_law_that_the_page_names_is_there():
-    root = Path(__file__).parents[2]
-    pages = (root / "stages" / "runs" / "watch" / "page").glob("*.js")
-    laws = {law for page in pages for law in re.findall(r"tests/\w+/test_\w+\.py", page.read_text("utf-8"))}
+    laws = {*LAW.findall(page_html({}))}
     assert len(laws) > 5
-    assert [law for law in laws if not (root / law).exists()] == []
+    shown = json.loads(re.search(r'id="recording">(.*?)</script>', page_html({}))[1])["laws"]
+    assert shown.keys() == laws
+    assert all(code.startswith(f"def {name.partition('::')[2]}(") for name, code in shown.items())
+
+
+def test_a_law_opens_below_its_picture(browser, open_page, document):
+    see = open_page(document)
+    for summary in browser.find_elements("css selector", "#cost .law summary"):
+        summary.send_keys(Keys.ENTER)
+    assert "3 * work.by_pass.forward == work.total" in see("#cost .law pre")
 
 
 def test_without_motion_frames_follow_each_other_and_nothing_moves(browser, open_page, document):
@@ -259,9 +267,9 @@ def test_the_focus_stays_in_a_table_which_arrow_keys_scroll(browser, open_page, 
     see = open_page(document)
     browser.set_window_size(500, 700)
     try:
-        browser.find_element("css selector", "#weights summary").send_keys(Keys.ENTER, Keys.ARROW_LEFT)
+        browser.find_element("css selector", "#weights > details summary").send_keys(Keys.ENTER, Keys.ARROW_LEFT)
         assert f"step {13 * (FRAMES - 2)} of" in see("#when")
-        focused = "document.activeElement === document.querySelector('#weights {}')"
+        focused = "document.activeElement === document.querySelector('#weights > details {}')"
         assert browser.execute_script(f"return {focused.format('summary')}")
         press(browser, Keys.TAB, Keys.ARROW_LEFT)
         assert f"step {13 * (FRAMES - 2)} of" in see("#when")
@@ -331,6 +339,21 @@ def test_a_long_life_makes_no_large_page(browser, open_page, document):
     assert shown[-1]["loss"] == pytest.approx(steps[-1]["loss"], rel=1e-4)
 
 
+def test_a_deep_model_makes_no_large_page(document):
+    """Thirty layers, as many frames as a real recording has, and its long lines."""
+    model = [
+        (f"blocks/{layer}/{name}", (40, 120), layer) for layer in range(30) for name in ("q", "k", "v", "out", "gate", "down")
+    ]
+    model += [(f"blocks/{layer}/{name}", (40,), layer) for layer in range(30) for name in ("attn_norm", "mlp_norm")]
+    lives = {way: life(way, model, range(1, 21)) for way in document["lives"]}
+    steps = [
+        {"event": "step", "step": step, "loss": step / 7, "grad_norm": step / 9, "seconds": step / 11} for step in range(300)
+    ]
+    html = page_html(document | {"lives": {way: each | {"steps": steps} for way, each in lives.items()}})
+    assert len(lives["lora"]["begin"]["tensors"]) == 30 * 10
+    assert len(html) < 1_400_000
+
+
 def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, capsys):
     source, target = tmp_path / "lives.json", tmp_path / "site" / "lives.html"
     source.write_text(json.dumps(document))
@@ -338,9 +361,11 @@ def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, 
     html = target.read_text(encoding="utf-8")
     assert html.count("</script>") == html.count("<script")
     kept = json.loads(re.search(r'id="recording">(.*?)</script>', html)[1])  # a tensor that did not move is there once
-    assert [list(frame["mosaic"]) for frame in kept["lives"]["lora"]["frames"][1:]] == [
-        [f"blocks/{block}/q/{pair}" for block in range(LAYERS) for pair in "ab"]
-    ] * (FRAMES - 1)
+    lora, *later = kept["lives"]["lora"]["frames"]
+    paths = [tensor["path"] for tensor in kept["lives"]["lora"]["begin"]["tensors"]]
+    moved = [path for path in paths if path.endswith(("/a", "/b"))]
+    assert None not in lora["mosaic"]
+    assert [[path for path, each in zip(paths, frame["mosaic"]) if each] for frame in later] == [moved] * (FRAMES - 1)
     browser.get(target.as_uri())
     browser.find_element("link text", "Train it here").click()
     assert browser.title == "Train it here"

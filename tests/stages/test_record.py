@@ -17,6 +17,7 @@ from engine.storage.digest import digest
 from engine.storage.run_folder import read_json
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce
+from stages.runs.watch import __main__ as watch
 from stages.runs.watch.recorder import FIRST, PARTS, PIXELS, Recorder
 from stages.train import __main__ as train
 
@@ -126,7 +127,7 @@ def test_a_recorded_round_of_reinforcement(trained, tmp_path):
     assert trained_rounds == {frame["step"] for frame in frames if frame["changed"]}
 
 
-def test_a_killed_run_leaves_lines_and_goes_on_in_the_file_and_no_other_does(text, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_leaves_lines_and_goes_on_in_the_file_and_no_other_does(text, tmp_path, monkeypatch, failing):
     file, folder = tmp_path / "run.jsonl", tmp_path / "run"
     file.write_text('{"event": "end", "step": 0}\n')  # of another run
     words = tiny(text, folder, "--steps", 12, "--log-every", 1, "--save-every", 5, "--record", file)
@@ -143,26 +144,37 @@ def test_a_killed_run_leaves_lines_and_goes_on_in_the_file_and_no_other_does(tex
     assert [event["step"] for event in events(file, "begin")] == [0, saved]
     assert [event["step"] for event in events(file, "step")] == [*range(1, 13)]
     assert events(file, "frame")[-1]["digest"] == events(file)[-1]["digest"] == saved_digest(folder)
-    recorded, other = file.read_bytes(), tiny(text, tmp_path / "other", "--record", file)
-    assert train.main(tiny(text, tmp_path / "other", "--steps", 2)) == 0
-    capsys.readouterr()
-    assert train.main([*other, "--steps", "4"]) == 0
-    assert f"{file} holds the recording of another run (folder {folder}, and here" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert watch.main([str(file), str(page)]) == 0
+    assert events(file)[-1]["digest"] in page.read_text(encoding="utf-8")
+    recorded, other = file.read_bytes(), tmp_path / "other"
+    assert train.main(tiny(text, other, "--steps", 2)) == 0
+    files = sorted(other.rglob("*"))
+    error = failing(train.main, tiny(text, other, "--steps", 4, "--record", file))
+    assert f"{file} holds the recording of another run (folder {folder}, and here {other})" in error
     assert file.read_bytes() == recorded
+    assert sorted(other.rglob("*")) == files
+
+
+def test_what_is_no_recording_is_not_replaced(text, tmp_path, failing):
+    (link := tmp_path / "link").symlink_to(tmp_path / "nothing")
+    trained_on = text.read_bytes()
+    for path in (text, link):
+        error = failing(train.main, tiny(text, tmp_path / "run", "--steps", 3, "--record", path))
+        assert f"{path} is no recording, and is not replaced. Give another file with --record." in error
+        assert not (tmp_path / "run").exists()
+    assert text.read_bytes() == trained_on
+    assert link.is_symlink()
 
 
 def test_what_goes_wrong_is_said_once_and_the_run_goes_on(text, tmp_path, monkeypatch, capsys):
     (file := tmp_path / "file").touch()
-    (link := tmp_path / "link").symlink_to(file)
-    trained_on = text.read_bytes()
-    wrong = {tmp_path: "a file is needed", file / "run.jsonl": "File exists", text: "no recording", link: "no recording"}
+    wrong = {tmp_path: "a file is needed", file / "run.jsonl": "File exists"}
     for number, (path, sentence) in enumerate(wrong.items()):
         assert train.main(tiny(text, tmp_path / str(number), "--steps", 3, "--record", path)) == 0
         output = capsys.readouterr().out
         assert output.count("The recording ended, and the run goes on: ") == 1
         assert sentence in output
-    assert text.read_bytes() == trained_on
-    assert link.is_symlink()
     assert train.main(tiny(text, tmp_path / "0", "--steps", 3, "--record", tmp_path / "late.jsonl")) == 0
     assert "Nothing was recorded" in capsys.readouterr().out
     assert not (tmp_path / "late.jsonl").exists()

@@ -17,7 +17,7 @@ function chapter(title, ...contents) {
   document.querySelector('main').append(section);
   for (const each of contents.flat()) section.append(typeof each === 'function' ? each(section.clientWidth || 640) : each);
 }
-const example = (text) => make('p', {className: 'say'}, make('b', {}, 'An example. '), text);
+const example = (text) => say(make('b', {}, 'An example. '), text);
 
 // Buttons of which one is pressed, and what `draw` makes of that one's name below them.
 function switchOf(options, draw) {
@@ -63,11 +63,11 @@ function memoryOverTime() {
 function operations() {
   const bars = rows.filter((each) => isPositive(flops(each).formula, each.flop_ratio_to_forward)).map((each) => {
     const unit = flops(each).formula / each.flop_ratio_to_forward;
-    return {name: each.name, text: `${times(each.flop_ratio_to_forward)} ×`, parts: COUNTED.map(([key, colour]) => [colour, (flops(each)[key] ?? 0) / unit])};
+    return {name: each.name, bars: [{text: `${times(each.flop_ratio_to_forward)} ×`, parts: COUNTED.map(([key, colour]) => [colour, (flops(each)[key] ?? 0) / unit])}]};
   });
   if (!bars.length) return;
   chapter(trained ? `Training takes ${times(trained.flop_ratio_to_forward)} times the operations of a forward pass` : 'The operations of each stage',
-    stackedBars('Operations of each stage, as in the table of stages', bars), legend(COUNTED.map(([, colour, name]) => [colour, name])),
+    barChart('Operations of each stage, as in the table of stages', bars), legend(COUNTED.map(([, colour, name]) => [colour, name])),
     say('Operations for one token, in forward passes. What a stage adds to its forward pass is how the error changes with what each layer was given (dX) and with its weights (dW). The optimizer works once a step on each weight that trains; over a step’s tokens it hardly shows.'));
 }
 
@@ -76,8 +76,8 @@ function layers() {
   if (!ways.length) return;
   const draw = (name) => {
     const {layers: all} = row(name);
-    const bars = all.map((parts, at) => ({name: at === all.length - 1 ? 'head' : `block ${at}`, text: si(parts[0] + parts[1] + parts[2], 'FLOP'), parts: parts.map((size, pass) => [COUNTED[pass][1], size])}));
-    return [stackedBars(`Operations by layer: ${name}`, bars.reverse())];
+    const bars = all.map((parts, at) => ({name: at === all.length - 1 ? 'head' : `block ${at}`, bars: [{text: si(parts[0] + parts[1] + parts[2], 'FLOP'), parts: parts.map((size, pass) => [COUNTED[pass][1], size])}]}));
+    return [barChart(`Operations by layer: ${name}`, bars.reverse())];
   };
   chapter('Backward skips what lies below the lowest weight that trains', ...switchOf(ways.map((each) => [each.name, each.name]), draw),
     legend(COUNTED.slice(0, 3).map(([, colour, name]) => [colour, name])),
@@ -222,9 +222,5 @@ else {
   const {model = {}, machine = {}} = report;
   $('about').textContent = [model.name, finite(model.params) && `${inWords(model.params)} parameters`, machine.device, finite(machine.cores) && `${machine.cores} cores`].filter(Boolean).join(' · ');
   draw();
-  let width = innerWidth;
-  addEventListener('resize', () => {
-    if (width !== innerWidth) draw();
-    width = innerWidth;
-  });
+  onWidth(draw);
 }

@@ -1,6 +1,7 @@
 """Write a page of the site: that of a recording of a model's lives, or one with parts of its own.
 
     python -m stages.runs.watch lives.json lives.html
+    python -m stages.runs.watch RECORDING.jsonl page.html    what a run with --record wrote
     python -m stages.runs.watch DOCUMENT.json PAGE.html BODY.html [STYLE.css] SCRIPT.js ...
 
 `python -m bench.lives`, `bench` and `bench.plan` make a document and call this. train.html, in which a browser trains, is
@@ -17,7 +18,7 @@ import tyro
 from engine.files import make_folder
 from stages.cli.command import leave, run_command
 from stages.cli.flags import parser, path
-from stages.runs.watch.page import write_page, write_train_page
+from stages.runs.watch.page import read_recording, write_page, write_train_page
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
@@ -27,7 +28,7 @@ class PageFlags:
     """The files."""
 
     document: Annotated[tyro.conf.Positional[Path], parser(path, "DOCUMENT")]
-    """The recording, JSON."""
+    """A recording, or another document: JSON."""
     page: Annotated[tyro.conf.Positional[Path], parser(path, "PAGE")]
     """The page to write, HTML."""
     parts: tyro.conf.Positional[tuple[Annotated[Path, parser(path, "PART")], ...]] = ()
@@ -37,7 +38,7 @@ class PageFlags:
 def make_page(flags: PageFlags) -> None:
     from engine.untrusted import read_json_object  # loads NumPy, which --help does without
 
-    document = read_json_object(flags.document, MAX_DOCUMENT_BYTES)
+    document = read_recording(flags.document) or read_json_object(flags.document, MAX_DOCUMENT_BYTES)
     make_folder(flags.page.parent)
     if flags.parts:
         write_page(document, flags.page, flags.parts)

@@ -2,7 +2,8 @@
 
 A sink takes one event, a dict that JSON can hold, whose numbers are finite or None, with `event` and `step` in it:
 
-    begin       the run and its tensors: `path`, `shape`, `layer`, `trainable`, and the `rows` and `columns` of its mosaic
+    begin       the run, its `life` (train, frozen, lora, all) and its tensors: `path`, `shape`, `layer`, `trainable`, and the
+                `rows` and `columns` of its mosaic
     step        a line of metrics.jsonl; `validation` is one too, of an evaluation
     frame       the weights at the start, after each of FIRST steps, after each PARTS-th of the run, and at the end: `digest` of
                 what a checkpoint holds; `changed`, elements of which a bit changed since the frame before (`changed_in` each
@@ -36,9 +37,9 @@ from stages.runs.folder import JsonLines, replace_nonfinite
 
 FIRST, PARTS = 4, 16
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
+PIXELS_OF_TENSOR = 20  # less for each tensor, whose numbers in a frame take as much room
 ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
 BEGINNING = b'{"event": '  # of a recording
-SAME_RUN = ("stage", "name", "folder")  # fields of `begin` by which a run knows its own recording
 MAX_LINE = 2**20  # bytes of the first line of a recording
 WATCHING = 0.01  # the share of the time that frames take which nobody but a watcher asked for
 
@@ -46,25 +47,24 @@ Sink = Callable[[dict[str, Any]], object]
 
 
 def file_sink(path: Path) -> Sink:
-    """Returns a sink that writes a line for each event. The first one's step says which lines of an older recording stay.
-
-    It raises UserError where another file lies at `path`, such as the text that is trained on, or a link, such as /dev/stdout;
-    and where a run that is resumed finds the recording of another one.
-    """
+    """Returns a sink that writes a line for each event. The first one's step says which lines of an older recording stay."""
     lines: list[JsonLines] = []
 
     def write(event: dict[str, Any]) -> None:
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _refuse_other_file(path, event)
             lines.append(JsonLines(path, event["step"]))
         lines[0].add(**event)
 
     return write
 
 
-def _refuse_other_file(path: Path, begin: dict[str, Any]) -> None:
-    """Raises UserError unless the run that begins may write here: nothing is here, or a recording, of itself if it goes on."""
+def refuse_other_file(path: Path, step: int, **run: str) -> None:
+    """Raises UserError unless a run that begins after `step` may record here: nothing is here, or a recording, of itself if
+    it goes on. `run`: the fields of `begin` by which a run knows its own recording.
+
+    What is no recording may be the text that is trained on, or a link, such as /dev/stdout.
+    """
     other = "Give another file with --record."
     if path.is_symlink():
         raise UserError(f"{path} is no recording, and is not replaced. {other}")
@@ -74,14 +74,14 @@ def _refuse_other_file(path: Path, begin: dict[str, Any]) -> None:
         line = file.readline(MAX_LINE)
     if not line.startswith(BEGINNING) and line:
         raise UserError(f"{path} is no recording, and is not replaced. {other}")
-    if begin["step"] and line:
+    if step and line:
         try:
             first = json.loads(line)
         except ValueError:
             first = {}
-        if differing := [name for name in SAME_RUN if first.get(name) != begin.get(name)]:
-            was, now = (str(event.get(differing[0])) for event in (first, begin))
-            raise UserError(f"{path} holds the recording of another run ({differing[0]} {was}, and here {now}). {other}")
+        for name, now in run.items():
+            if (was := first.get(name)) != now:
+                raise UserError(f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}")
 
 
 class Recorder:
@@ -136,6 +136,7 @@ class Recorder:
             tensors = [_describe(path, shapes[path], self.patch) | {"trainable": path in trained} for path in self.paths]
             counts = [sum(map(math.prod, each.values())) for each in (trained, still)]
             header |= {"params": sum(counts), "trainable": counts[0], "tensors": tensors}
+            header["life"] = "train" if header.get("stage") == "train" else _way(tensors)
         self.event("begin", **header)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -237,10 +238,17 @@ def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
     return {"path": path, "shape": shape, "layer": layer, "rows": rows, "columns": columns}
 
 
+def _way(tensors: Sequence[dict[str, Any]]) -> str:
+    """Returns how a run fine-tunes, by its tensors."""
+    if any(tensor["path"].endswith("/a") for tensor in tensors):
+        return "lora"
+    return "all" if all(tensor["trainable"] for tensor in tensors) else "frozen"
+
+
 def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Returns the side of the smallest patch with which the mosaics of all tensors have PIXELS at most."""
-    largest = max(math.prod(shape) for shape in shapes)
-    return next((n for n in range(1, largest) if sum(math.prod(_grid(shape, n)) for shape in shapes) <= PIXELS), largest)
+    """Returns the side of the smallest patch with which the mosaics of all tensors, and their numbers, have PIXELS at most."""
+    largest, most = max(math.prod(shape) for shape in shapes), PIXELS - PIXELS_OF_TENSOR * len(shapes)
+    return next((n for n in range(1, largest) if sum(math.prod(_grid(shape, n)) for shape in shapes) <= most), largest)
 
 
 def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:

@@ -4,6 +4,9 @@ The shell, its style and what draws charts and tables lie beside this file, and 
 are watched. Another page has parts of its own. Pages that lie in one folder name one another.
 """
 
+import ast
+import contextlib
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -11,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import atomic_file, open_regular
 
 LINES = 300  # of metrics, of a life
 FOLDER = Path(__file__).parent
-PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="(\w+\.js)"></script>')
+CHECKOUT = FOLDER.parents[3]
+PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>')
 LIVES = [FOLDER / name for name in ("lives.html", "state.js", "words.js", "model.js", "chapters.js", "page.js", "live.js")]
-SITE = {"lives.html": "Three lives", "report.html": "What each stage costs", "plan.html": "What it will take"}
+TRAIN = [FOLDER / "train_here" / name for name in ("train.html", "train.css", "model.js", "page.js")]
+TRAIN_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+SITE = {
+    "lives.html": "Three lives", "train.html": "Train it here", "report.html": "What each stage costs",
+    "plan.html": "What it will take",
+}  # fmt: skip
+LAW = re.compile(r"tests/\w+/\w+\.py::\w+")
 LINKS = re.compile(r'(<nav id="site" aria-label="Pages">).*?(</nav>)')
+LISTS = {"step": "steps", "validation": "validation", "frame": "frames"}  # of a life, by the kind of event
+BY_TENSOR = ("mosaic", "limits", "changed_in", "gradient_norms")  # values of a frame
 
 
 def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
@@ -26,37 +38,78 @@ def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
 
     Those of the lives draw what `bench.lives` writes, or a part of it. Raises UserError for a number that is not finite.
     """
+    html = _joined(tuple(parts))
+    laws = {name: code for name in sorted({*LAW.findall(html)}) if (code := _law(name))}
     try:
-        recording = json.dumps(_smaller(document), separators=(",", ":"), allow_nan=False)
+        recording = json.dumps(_smaller(document) | {"laws": laws}, separators=(",", ":"), allow_nan=False)
     except ValueError:
         raise UserError("The recording holds a number that is not finite: null is what should stand there.") from None
-    page = _whole(FOLDER / "shell.html")
-    for path in parts:
-        text = path.read_text("utf-8")
-        place, part = {
-            ".html": ("<!-- page -->", text),
-            ".css": ("</head>", f"<style>\n{text}</style>\n"),
-            ".js": ("</body>", f"<script>\n{text}</script>\n"),
-        }[path.suffix]
-        page = page.replace(place, part + place)
     # The document last: nothing in it is taken for a place of the shell.
-    return page.replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
+    return html.replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
 
 
-def _whole(path: Path) -> str:
-    """Returns an HTML file with the styles and scripts inside that it names."""
+@functools.cache
+def _joined(parts: tuple[Path, ...]) -> str:
+    """Returns the shell with the parts in it, and an empty document."""
+    inside = lambda match: _element(FOLDER / (match[1] or match[2]))
+    page = PARTS.sub(inside, (FOLDER / "shell.html").read_text("utf-8"))
+    for path in parts:
+        place = {".html": "<!-- page -->", ".css": "</head>", ".js": "</body>"}[path.suffix]
+        page = page.replace(place, _element(path) + place)
+    return page
 
-    def inside(match: re.Match[str]) -> str:
-        tag = "style" if match[1] else "script"
-        return f"<{tag}>\n{(path.parent / (match[1] or match[2])).read_text('utf-8')}</{tag}>"
 
-    return PARTS.sub(inside, path.read_text("utf-8"))
+def _element(path: Path) -> str:
+    tag = {".css": "style", ".js": "script"}.get(path.suffix)
+    text = path.read_text("utf-8")
+    return f"<{tag}>\n{text}</{tag}>\n" if tag else text
+
+
+@functools.cache
+def _law(name: str) -> str:
+    """Returns the function of this checkout's tests that a page names as its law; empty where the tests are not there."""
+    path, _, function = name.partition("::")
+    source = (CHECKOUT / path).read_text("utf-8") if (CHECKOUT / path).is_file() else ""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function]
+    return "".join(ast.get_source_segment(source, node) or "" for node in functions)
+
+
+def read_recording(path: Path) -> dict[str, Any] | None:
+    """Returns the document of a file that `--record` wrote, of one life; None for another file."""
+    life: dict[str, Any] = {}
+    with open_regular(path) as file:
+        if not file.read(10).startswith(b'{"event": '):
+            return None
+        file.seek(0)
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # the last may be half written
+                event = json.loads(line)
+                if event["event"] in LISTS:
+                    life.setdefault(LISTS[event["event"]], []).append(event)
+                else:
+                    life[event["event"]] = event
+    name = life.get("begin", {}).get("life")
+    return {"lives": {name: life} if isinstance(name, str) else {}}
 
 
 def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIVES) -> None:
     """Writes the page, whole or not at all, and links it with the pages of SITE beside it. Raises UserError as `page_html`."""
     _write(path, page_html(document, parts))
-    present = [path.with_name(name) for name in SITE if path.with_name(name).is_file()]
+    _link_pages(path.parent)
+
+
+def write_train_page(folder: Path) -> Path:
+    """Writes `folder`/train.html whole; returns its path. The library in it is text until somebody presses a button."""
+    licence, library = ((TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
+    html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
+    _write(folder / "train.html", html.replace("<title>", policy + "<title>", 1))
+    _link_pages(folder)
+    return folder / "train.html"
+
+
+def _link_pages(folder: Path) -> None:
+    present = [folder / name for name in SITE if (folder / name).is_file()]
     for each in present if len(present) > 1 else ():
         links = (
             f'<a href="{other.name}"{' aria-current="page"' * (other == each)}>{SITE[other.name]}</a>' for other in present
@@ -72,34 +125,30 @@ def _write(path: Path, text: str) -> None:
 
 
 def _smaller(document: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what is not seen, for a page of a megabyte whatever the machine: most lines of a long life, and digits.
-
-    A tensor whose mosaic is that of the frame before is left out too: the page looks back for it.
-    """
+    """Leaves out what is not seen, for a page of a megabyte whatever the machine and the model: most lines of a long life,
+    digits, and the paths of tensors, in whose order a frame's values are. What is as in the frame before is null there."""
     lives = document.get("lives")
     smaller = {}
     for name, life in lives.items() if isinstance(lives, dict) else ():
-        last: dict[str, str] = {}
+        if not life:
+            continue
+        paths = [tensor["path"] for tensor in life.get("begin", {}).get("tensors", [])]
+        last: dict[int, tuple[Any, Any]] = {}
         frames = []
-        for frame in (life or {}).get("frames", []):
-            mosaic = {path: pixels for path, pixels in frame.get("mosaic", {}).items() if last.get(path) != pixels}
-            last |= mosaic
-            rounded = {kind: _rounded(frame[kind]) for kind in ("gradient_norms", "limits") if kind in frame}
-            frames.append(frame | rounded | {"mosaic": mosaic})
-        smaller[name] = life and life | {"frames": frames}
-        if life and len(steps := life.get("steps", [])) > LINES:
-            smaller[name]["steps"] = [_rounded(steps[place * (len(steps) - 1) // (LINES - 1)]) for place in range(LINES)]
-    return document | {"lives": smaller} if smaller else document
+        for frame in life.get("frames", []):
+            listed = {field: [_rounded(frame[field].get(path), 3) for path in paths] for field in BY_TENSOR if field in frame}
+            for at, picture in enumerate([*zip(listed.get("mosaic", []), listed.get("limits", []))]):
+                if last.get(at) == picture:
+                    listed["mosaic"][at] = listed["limits"][at] = None
+                last[at] = picture
+            frames.append(frame | listed)
+        steps = life.get("steps", [])
+        if len(steps) > LINES:
+            steps = [steps[place * (len(steps) - 1) // (LINES - 1)] for place in range(LINES)]
+        steps = [{field: _rounded(value, 5) for field, value in line.items()} for line in steps]
+        smaller[name] = life | {"frames": frames, "steps": steps}
+    return document | {"lives": smaller} if isinstance(lives, dict) else document
 
 
-def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in numbers.items()}
-
-
-def write_train_page(folder: Path) -> Path:
-    """Writes `folder`/train.html whole; returns its path. The library in it is text until somebody presses a button."""
-    here = FOLDER / "train_here"
-    licence, library = ((here / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
-    html = _whole(here / "train.html").replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
-    _write(folder / "train.html", html)
-    return folder / "train.html"
+def _rounded(value: Any, digits: int) -> Any:
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

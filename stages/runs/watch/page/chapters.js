@@ -1,56 +1,55 @@
 'use strict';
 // The chapters of the page. Each function fills one section from the state, or says in a sentence what the recording lacks.
 
-const law = (...files) => make('p', {className: 'law'}, 'Proved by ',
-  files.flatMap((file, at) => [at ? ', ' : '', make('code', {}, file)]));
+// A text in which **words** stand out.
+const rich = (text) => text.split('**').map((part, at) => (at % 2 ? make('b', {}, part) : part));
+
+// The tests that prove a picture, by name; the code of each opens below it, and stays open when the picture is drawn again.
+const law = (...names) => opened[names] ??= make('div', {className: 'law'}, 'Proved by ', names.map((name) => {
+  const code = state.recording.laws?.[name];
+  const shown = make('code', {}, name);
+  return code ? make('details', {}, make('summary', {}, shown), make('pre', {tabIndex: 0}, code)) : shown;
+}));
 
 // Fills a section. Without contents it says why it is empty; on a live page, where they may still come, it is hidden.
-function fill(id, lack, contents) {
-  $(id).closest('section').hidden = !contents && Boolean(state.recording.live);
-  $(id).replaceChildren(...(contents ?? [make('p', {className: 'absent'}, lack)]));
+function fill(id, lack, ...contents) {
+  $(id).closest('section').hidden = !contents.length && Boolean(state.recording.live);
+  $(id).replaceChildren(...(contents.length ? contents : [make('p', {className: 'absent'}, lack)]));
 }
 const lack = () => (state.recording.live ? 'The first frame is on its way.'
   : isAnswering() ? 'Nothing was asked in this recording.'
   : `This recording has no frame of this life: ${LIVES[chosen()].name}.`);
 
-function drawCounter(begin, frame) {
-  const sha = (id, text) => make('code', {id}, text);
-  let [changed, of, more] = ['', lack(), []];
-  if (frame && isAnswering()) {
-    const {asked, before, after, ...answer} = answers();
-    changed = count(answer.changed);
-    of = `of ${count(answer.of)} weights changed in ${count(asked)} answers`;
-    more = ['SHA-256 before ', sha('before', before), make('br'), 'SHA-256 after ', sha('after', after)];
-  } else if (frame) {
-    const frozen = begin.params - begin.trainable;
-    changed = count(frame.changed);
-    const what = !frozen ? 'weights' : state.way === 'lora' ? 'numbers in the strips' : 'weights that train';
-    of = `of ${count(begin.trainable)} ${what} changed since the frame before`;
-    more = [
-      state.frame ? '' : 'There is no frame before this one. ',
-      state.frame > 4 && frame.changed < begin.trainable ? 'The others stand still: their token did not occur, or their move was below the last bit. ' : '',
-      frozen ? `${count(frame.frozen_changed)} of ${count(frozen)} frozen weights changed. ` : '',
-      'Fingerprint (SHA‑256) ', sha('sha', `${frame.digest.slice(0, 16)}…`),
-    ];
+// What changed, in numbers: the count, what it is of, and more.
+function counter(begin, frame) {
+  if (!frame) return ['', lack(), []];
+  if (isAnswering()) {
+    const {asked, before, after, changed, of} = answers();
+    return [count(changed), `of ${count(of)} weights changed in ${count(asked)} answers`,
+      ['SHA-256 before ', make('code', {id: 'before'}, before), make('br'), 'SHA-256 after ', make('code', {id: 'after'}, after)]];
   }
-  $('changed').textContent = changed;
-  $('changed-of').textContent = of;
-  $('changed-more').replaceChildren(...more);
+  const frozen = begin.params - begin.trainable;
+  const what = !frozen ? 'weights' : state.way === 'lora' ? 'numbers in the strips' : 'weights that train';
+  return [count(frame.changed), `of ${count(begin.trainable)} ${what} changed since the frame before`, [
+    state.frame ? '' : 'There is no frame before this one. ',
+    state.frame > 4 && frame.changed < begin.trainable ? 'The others stand still: their token did not occur, or their move was below the last bit. ' : '',
+    frozen ? `${count(frame.frozen_changed)} of ${count(frozen)} frozen weights changed. ` : '',
+    'Fingerprint (SHA‑256) ', make('code', {}, `${frame.digest.slice(0, 16)}…`)]];
 }
 
 function drawWeights() {
   const {of, index, frame} = shown();
   const {title, lead, say: sentence, laws} = LIVES[chosen()];
-  $('weights-title').textContent = title;
-  $('weights-lead').textContent = lead;
-  drawCounter(of?.begin, frame);
+  const [changed, outOf, more] = counter(of?.begin, frame);
+  for (const [id, text] of Object.entries({'weights-title': title, 'weights-lead': lead, changed, 'changed-of': outOf})) $(id).textContent = text;
+  $('changed-more').replaceChildren(...more);
   drawModel();
   if (!frame) return $('weights').replaceChildren();
   const norms = normsOf(of, index);
   const row = ({path, shape, trainable}) => {
     const trains = trainable && !isAnswering();
     return [path, shape.join(' × '), trains ? 'yes' : 'no', trains ? count(frame.changed_in?.[path] ?? 0) : '0',
-      round(frame.limits[path]), trains ? round(norms[path]) : '–'];
+      round(pixels(of, index, path).limit), trains ? round(norms[path]) : '–'];
   };
   $('weights').replaceChildren(say(sentence), isAnswering() ? '' : say(STILL), law(...laws),
     asTable('every tensor at this frame', $('backward').textContent,
@@ -68,21 +67,20 @@ function drawText() {
   if (!frame) return fill('text', lack());
   if (isAnswering()) {
     const {asked, tokens, seconds, answers: all} = answers();
-    return fill('text', '', [
-      make('p', {className: 'sample'}, exchange(frame)),
+    return fill('text', '', make('p', {className: 'sample'}, exchange(frame)),
       say(`${all.length} of ${count(asked)} answers can be read here; all of them are ${count(tokens)} tokens, written in ${round(seconds)} seconds.`),
       asTable('answers', 'What was asked, and what was answered.', ['number', '.question', '.answer'],
-        () => all.map((each, at) => [at + 1, each.prompt, each.text]))]);
+        () => all.map((each, at) => [at + 1, each.prompt, each.text])));
   }
   const {begin, frames: all} = life();
   const text = frame.sample ?? '';
-  fill('text', '', [
+  fill('text', '',
     make('div', {className: 'panels two'},
       make('p', {className: 'sample'}, make('b', {}, begin.prompt ?? ''), isTraining ? text : `\n${text.trim()}`),
       isTraining ? '' : card('Before', make('p', {}, all[0].sample?.trim() ?? '–'))),
-    say(SAY.text),
+    say(SAY.text), law(RECORDED[1]),
     asTable('the text of every frame', 'The text after each recorded step.', ['step', '.text'],
-      () => all.map(({step, sample}) => [step, sample]))]);
+      () => all.map(({step, sample}) => [step, sample])));
 }
 
 let curves = [];
@@ -110,13 +108,13 @@ function drawCurves() {
   const rows = () => [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b)
     .map((step) => [step, ...curves.map((curve) => round(curve.points.get(step)))]);
   $('curves').replaceChildren(
-    make('div', {className: 'panels'}, curves.map((curve) => curve.figure)),
-    say(SAY.curves),
+    make('div', {className: 'panels'}, curves.map((curve) => curve.figure)), say(SAY.curves),
     asTable('the recorded lines', 'What the run wrote down; of a long run, some of its lines.', ['step', ...curves.map((curve) => curve.title)], rows));
   for (const curve of curves) {
     curve.chart = curveChart([...curve.points], curve.figure.clientWidth || 300, 140, `${curve.title} over the steps`);
     curve.figure.append(curve.chart);
   }
+  moveCurves();
 }
 
 function moveCurves() {
@@ -134,29 +132,26 @@ function drawMemory() {
   memories = [];
   if (!all.length) return fill('memory', 'The memory of a step was not recorded.');
   const memory = (name) => steps[name].memory;
-  const peak = (name) => si(Math.max(...sums(memory(name))), 'B');
+  const top = (name) => Math.max(...sums(memory(name)));
   const row = (name) => {
-    const total = sums(memory(name));
-    const at = total.indexOf(Math.max(...total));
-    return [LIVES[name].name, ...Object.keys(KINDS).map((kind) => si(memory(name).bytes[kind]?.[at], 'B')), peak(name)];
+    const at = sums(memory(name)).indexOf(top(name));
+    return [LIVES[name].name, ...Object.keys(KINDS).map((kind) => si(memory(name).bytes[kind]?.[at], 'B')), si(top(name), 'B')];
   };
   const cache = (isAnswering() && answers()?.cache_bytes) || [];
   const beside = cache.length ? null : state.life === 'train' ? 'answer' : 'train';
   const pair = [chosen(), beside].filter((name) => all.includes(name));
   const panel = (title, note) => make('figure', {}, make('h3', {}, title, make('b', {}, note)));
-  const panels = pair.map((name) => panel(LIVES[name].name, `peak ${peak(name)}`));
+  const panels = pair.map((name) => panel(LIVES[name].name, `peak ${si(top(name), 'B')}`));
   if (cache.length) panels.push(panel('KV cache of one request', si(Math.max(...cache), 'B')));
   const kinds = Object.keys(KINDS).filter((kind) => pair.some((name) => memory(name).bytes[kind]?.some(Boolean)));
-  fill('memory', '', [
-    make('div', {className: 'panels two'}, panels),
+  fill('memory', '', make('div', {className: 'panels two'}, panels),
     legend(kinds.map((kind) => [KINDS[kind], make('strong', {}, kind), `: ${KIND_WORDS[kind]}`])),
     say(isAnswering() ? SAY.cache : SAY.step),
-    law('tests/counting/test_memory.py', 'tests/laws/test_forward_only.py'),
-    asTable('what is held at the peak', 'Memory at the peak of one step.', ['life', ...Object.keys(KINDS), 'peak'],
-      () => all.map(row))]);
-  const top = Math.max(...all.flatMap((name) => sums(memory(name))));
+    law('tests/bench/test_step_memory.py::test_training_climbs_through_forward_and_comes_down_through_backward',
+      'tests/bench/test_step_memory.py::test_inference_keeps_nothing'),
+    asTable('what is held at the peak', 'Memory at the peak of one step.', ['life', ...Object.keys(KINDS), 'peak'], () => all.map(row)));
   const width = panels[0]?.clientWidth || 300;
-  memories = pair.map((name) => memoryChart(memory(name), top, width));
+  memories = pair.map((name) => memoryChart(memory(name), Math.max(...all.map(top)), width));
   if (cache.length) memories.push(cacheChart(cache, width));
   memories.forEach((chart, at) => panels[at].append(chart));
 }
@@ -171,22 +166,15 @@ function cacheChart(cache, width) {
 }
 
 function drawCost() {
-  const {cost = [], predicted = [], price, watts} = state.recording;
+  const {cost = [], predicted = [], flags} = state.recording;
   if (!cost.length) return fill('cost', 'The cost of a token was not measured in this recording.');
   const name = (row) => LIVES[row.stage].name;
   const onPaper = (row) => predicted[LIVES[row.stage].predicted];
-  const longest = Math.max(...cost.flatMap((row) => [row.counted_ratio, row.time_ratio].filter(finite)), ...predicted);
-  const share = (ratio) => `${100 * ratio / longest}%`;
-  const bar = (ratio, colour) =>
-    make('p', {}, make('i', {style: `color: var(--${colour}); width: ${share(ratio ?? 0)}`}), `${times(ratio)} ×`);
-  const mark = (row) => (onPaper(row) ? make('u', {style: `left: ${share(onPaper(row))}`}) : '');
-  const bars = cost.map((row) => make('div', {}, make('span', {}, name(row)),
-    make('div', {}, bar(row.counted_ratio, 'blue'), bar(row.time_ratio, 'amber'), mark(row))));
+  const bar = (ratio, colour) => ({parts: [[colour, ratio ?? 0]], text: `${times(ratio)} ×`});
   const bill = make('div');
-  const field = (id, text, value) => make('label', {}, text,
-    make('input', {id, type: 'number', min: 0, step: 'any', value: value ?? '', placeholder: 'not known', oninput: drawBill}));
-  const inputs = make('div', {className: 'prices'},
-    field('price', 'Dollars an hour of this machine', price), field('watts', 'Watts that it draws', watts));
+  const field = (id, text) => make('label', {}, text, make('input',
+    {id, type: 'number', min: 0, step: 'any', value: flags?.[id] ?? '', placeholder: 'not known', oninput: drawBill}));
+  const inputs = make('div', {className: 'prices'}, field('price', 'Dollars an hour of this machine'), field('watts', 'Watts that it draws'));
   function drawBill() {
     const hourly = [...inputs.querySelectorAll('input')].map((input) => input.valueAsNumber);
     const million = (row) => hourly.map((each) => round(row.seconds_per_token * 1e6 / 3600 * each));
@@ -196,11 +184,12 @@ function drawCost() {
         si(row.seconds_per_token, 's'), times(row.time_ratio), onPaper(row) ?? '–', ...million(row)])));
   }
   drawBill();
-  fill('cost', '', [
-    make('div', {className: 'bars', role: 'img', ariaLabel: 'The cost of a token, as in the table below'}, bars),
-    legend([['blue', 'operations, counted'], ['amber', 'seconds, measured'], ['ink', 'on paper']]),
-    say(SAY.cost),
-    law('tests/counting/test_flops.py', 'tests/bench/test_lives.py'), inputs, bill]);
+  fill('cost', '',
+    barChart('The cost of a token, as in the table below', cost.map((row) =>
+      ({name: name(row), bars: [bar(row.counted_ratio, 'blue'), bar(row.time_ratio, 'amber')], mark: onPaper(row)}))),
+    legend([['blue', 'operations, counted'], ['amber', 'seconds, measured'], ['ink', 'on paper']]), say(SAY.cost),
+    law('tests/counting/test_flops.py::test_forward_is_a_third_of_training', 'tests/bench/test_lives.py::test_costs_are_near_what_counting_predicts'),
+    inputs, bill);
 }
 
 // Two requests side by side. The context of the first can be edited, and it can be closed.
@@ -208,21 +197,20 @@ function drawRequests() {
   const all = answers()?.independent ?? [];
   if (!all.length) return fill('requests', 'No requests were asked side by side in this recording.');
   const [first, second] = all.filter((each) => !each.edited);
+  const edited = all.find((each) => each.edited);
   const node = make('p', {ariaLive: 'polite'}, exchange(first));
   const button = (text, request) => make('button', {type: 'button', ariaPressed: false, onclick: ({target}) => {
     const on = target.ariaPressed === 'false';
     for (const each of buttons) each.ariaPressed = on && each === target;
     node.replaceChildren(...exchange(on ? request : first));
   }}, text);
-  const edited = all.find((each) => each.edited);
-  const buttons = [edited ? button('Edit its context', edited) : '', button('Close it', {prompt: '', text: SAY.closed})];
-  fill('requests', '', [
+  const buttons = [button('Edit its context', edited), button('Close it', {prompt: '', text: SAY.closed})];
+  fill('requests', '',
     make('div', {className: 'panels two'}, card('One request', node, make('div', {className: 'buttons small'}, buttons)),
-      second ? card('Another one, at the same time', make('p', {}, exchange(second))) : ''),
-    say(SAY.requests),
-    law('tests/laws/test_forward_only.py', 'tests/promises/test_load.py'),
+      card('Another one, at the same time', make('p', {}, exchange(second)))),
+    say(SAY.requests), law(SERVED, ASKED),
     asTable('all requests', 'What was sent, and what came back.', ['request', '.sent', '.answer'],
-      () => all.map((each, at) => [each.edited ? '1, edited' : at + 1, each.prompt, each.text]))]);
+      () => all.map((each, at) => [each.edited ? '1, edited' : at + 1, each.prompt, each.text])));
 }
 
 function drawMade() {
@@ -231,9 +219,7 @@ function drawMade() {
     ? Object.entries(value).filter(([, each]) => each).map(([name, each]) => `${name.replaceAll('_', ' ')} ${plain(each)}`).join(' · ') : value);
   $('questions').replaceChildren(...questions().map(([question, answer]) =>
     make('div', {}, make('dt', {}, question), make('dd', {}, rich(answer)))));
-  fill('made', '', [
-    say(live ? SAY.live : SAY.recorded),
-    live ? '' : say([make('a', {href: 'train.html'}, 'Train it here'), SAY.here]),
+  fill('made', '', say(live ? SAY.live : SAY.recorded),
     make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
-    make('p', {className: 'quiet'}, plain({machine, commit, date, load, versions, flags}) ?? '')]);
+    make('p', {className: 'quiet'}, plain({machine, commit, date, load, versions, flags}) ?? ''));
 }

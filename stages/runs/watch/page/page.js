@@ -82,7 +82,7 @@ function press(event) {
   const life = !state.recording.live && Object.keys(BUTTONS)[Number(key) - 1];
   const ways = Object.keys(WAYS);
   const isAgain = life === 'fine-tune' && state.life === life;
-  if (!life && target.matches('.scroll')) return; // a table, which such keys scroll
+  if (!life && target.matches('.scroll, pre')) return; // which such keys scroll
   if (life) choose(life, isAgain ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
   else if (key === 'ArrowLeft' || key === 'ArrowRight') {
     play(false);
@@ -111,10 +111,11 @@ function start() {
     return refuse(sentence);
   }
   state.recording = recording;
+  for (const each of Object.values(recording.lives)) if (each?.frames?.length) nameValues(each);
   const size = recording.params ? `, ${count(recording.params)} weights in ${recording.layers} blocks,` : '';
   $('about').textContent = `The same model${size} is trained from random weights, fine-tuned, and asked: what moves, what `
     + 'comes back, and what it costs.';
-  const button = (value, act, ...text) => make('button', {type: 'button', value, onclick: act}, ...text);
+  const button = (value, onclick, ...text) => make('button', {type: 'button', value, onclick}, ...text);
   $('lives').append(...Object.entries(BUTTONS).map(([life, text], at) =>
     button(life, () => choose(life), make('kbd', {}, at + 1), text)));
   $('ways').append(...Object.entries(WAYS).map(([way, text]) => button(way, () => choose('fine-tune', way), text)));
@@ -124,11 +125,7 @@ function start() {
     show(target.valueAsNumber);
   };
   document.addEventListener('keydown', press);
-  let width = innerWidth;
-  addEventListener('resize', () => {
-    if (width !== innerWidth) draw();
-    width = innerWidth;
-  });
+  onWidth(draw);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
   state.way = Object.keys(WAYS).find((way) => recording.lives[way]?.frames?.length) ?? 'frozen';
   drawCost();

@@ -4,20 +4,6 @@
 const WAYS = {'frozen': 'Half frozen', 'lora': 'LoRA', 'all': 'All weights'};
 const state = {recording: {lives: {}}, life: 'train', way: 'frozen', frame: 0, playing: false};
 
-// Adds an event of a recording to a life; an unknown one changes nothing.
-function fold(life, event) {
-  const list = {step: 'steps', validation: 'validation', frame: 'frames'}[event.event];
-  if (list) (life[list] ??= []).push(event);
-  else if (event.event === 'begin' || event.event === 'end') life[event.event] = event;
-}
-
-// Which life a run is, by its first event.
-function lifeOf(begin) {
-  if (begin.stage === 'train') return 'train';
-  if (begin.tensors.some((tensor) => tensor.path.endsWith('/a'))) return 'lora';
-  return begin.tensors.every((tensor) => tensor.trainable) ? 'all' : 'frozen';
-}
-
 const chosen = () => (state.life === 'fine-tune' ? state.way : state.life);
 const isAnswering = () => state.life === 'answer';
 const answers = () => state.recording.answer;
@@ -31,6 +17,15 @@ function shown() {
   const trained = Object.values(state.recording.lives).filter((each) => each?.frames?.length);
   const of = trained.find((each) => each.end?.digest === answers()?.before) ?? trained[0];
   return {of, index: of?.frames.length - 1, frame: answers() && of?.frames.at(-1)};
+}
+
+// A page holds a frame's values in the order of the tensors, which is short; the events of a run hold them by path.
+function nameValues({begin: {tensors}, frames = []}) {
+  for (const frame of frames) {
+    for (const [field, values] of Object.entries(frame).filter(([, each]) => Array.isArray(each))) {
+      frame[field] = Object.fromEntries(tensors.map(({path}, at) => [path, values[at]]).filter(([, value]) => value != null));
+    }
+  }
 }
 
 const decoded = new WeakMap();
@@ -60,8 +55,7 @@ const normsOf = ({frames}, index) => frames.slice(0, index + 1).findLast((each) 
 function columnNorms(of, index) {
   const [norms, squares] = [normsOf(of, index), []];
   for (const tensor of of.begin.tensors) {
-    const norm = norms[tensor.path];
-    const column = columnOf(of.begin, tensor);
+    const [norm, column] = [norms[tensor.path], columnOf(of.begin, tensor)];
     if (finite(norm)) squares[column] = (squares[column] ?? 0) + norm ** 2;
   }
   return squares.map(Math.sqrt);

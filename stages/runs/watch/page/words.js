@@ -2,36 +2,40 @@
 // The sentences of the page that depend on the life that is shown, or on the recording's numbers.
 
 const STILL = 'Some weights stand still in the first frames: the learning rate, the length of a step, begins at 0, so the first step changes nothing or next to nothing. A head of its own begins at zero, and lets no gradient through before it has moved; LoRA’s b does the same to a.';
+const RECORDED = ['tests/bench/test_lives.py::test_training_moves_what_trains_and_no_bit_of_what_is_frozen', 'tests/stages/test_record.py::check_law'];
+const FROZEN = 'tests/laws/test_frozen.py::test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps';
+const ASKED = 'tests/bench/test_lives.py::test_answering_changes_no_bit_and_no_request_knows_of_another';
+const SERVED = 'tests/laws/test_forward_only.py::test_serving_many_changes_no_weight_and_remembers_no_request';
 const LIVES = {
   'train': {
     name: 'Training', title: 'Training moves every weight', predicted: 0,
     lead: 'A model is a large set of numbers, its weights. Training begins with random ones. In each step the model guesses how a text goes on (forward); for every weight the gradient is found: how the error of the guess changes with it (backward); and each weight moves a little to where the error is smaller (update).',
     say: 'Where the lower picture is green, weights have moved since the frame before: that is all that learning is.',
-    laws: ['tests/bench/test_lives.py', 'tests/stages/test_record.py'],
+    laws: RECORDED,
   },
   'frozen': {
     name: 'Half frozen', title: 'Frozen weights do not move by one bit',
     lead: 'Fine-tuning goes on with a trained model and a small text. Here a part of the model is frozen, such as the embedding and the first blocks: it takes part in every guess, and no update reaches it.',
     say: 'The gradient comes back from the right and stops at the last layer that needs it, so nothing is green to the left of there.',
-    laws: ['tests/laws/test_frozen.py', 'tests/bench/test_lives.py'],
+    laws: [FROZEN, RECORDED[0]],
   },
   'lora': {
     name: 'LoRA', title: 'LoRA moves thin strips beside the weights', predicted: 1,
     lead: 'LoRA freezes the whole model and puts two thin matrices, a and b, beside some of its matrices. These strips, the adapters, are all that is trained; their product is added to what the frozen matrix computes.',
     say: 'The gradient passes back through frozen matrices, as it must reach the strips of the first block; only the strips below the matrices turn green.',
-    laws: ['tests/laws/test_frozen.py', 'tests/bench/test_lives.py'],
+    laws: [FROZEN, RECORDED[0]],
   },
   'all': {
     name: 'All weights', title: 'Fine-tuning all weights is training, continued', predicted: 0,
     lead: 'Here no weight is frozen: forward, backward and update are those of training. It costs less than training only because it reads much less text.',
     say: 'All of the lower picture is green, as in training.',
-    laws: ['tests/bench/test_lives.py', 'tests/stages/test_record.py'],
+    laws: RECORDED,
   },
   'answer': {
     name: 'Answering', title: 'Answering moves nothing', predicted: 2,
     lead: 'To answer, the model runs forward once for each token (a piece of a word) that it writes. There is no right answer to compare with, so there is no error, no gradient and no update. Ask as often as you like.',
     say: 'The lower picture stays empty however often one asks: the SHA-256, a fingerprint of all bits of the weights, is the same before and after.',
-    laws: ['tests/laws/test_forward_only.py', 'tests/bench/test_lives.py', 'tests/promises/test_requests.py'],
+    laws: [ASKED, SERVED],
   },
 };
 // What a page that a run serves says of reinforcement in place of its way of fine-tuning.
@@ -44,18 +48,17 @@ const KIND_WORDS = {
   'KV cache': 'notes on the tokens read so far', 'gradients': 'how the error changes with each weight',
   'residuals': 'what forward keeps for backward', 'temporaries': 'used at once and dropped',
 };
-// Under each picture one sentence or two.
+// Under each picture a sentence or two.
 const SAY = {
   text: 'The model is given the grey words, the same in every frame, and writes on, always with the token that it finds most likely: the weights alone differ.',
   curves: 'The steps go from left to right; the dot is at the frame that is shown. A norm is a size; the learning rate is the length of a step. Other text is never trained on; the error there, or the bits per byte (about a letter), should fall too.',
-  step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. Both pictures have one scale, and are drawn from the program that XLA, the compiler, made.',
+  step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. Both pictures have one scale, and are drawn from the program that XLA, the compiler, made. It computes with copies of the weights in shorter numbers, and what the update computes on the way to new values stands beside the old ones: that is why weights and optimizer state swell within the step, and are at its end as large as at its beginning.',
   cache: 'Answering holds the weights and a KV cache, which grows by the same amount with every token and is dropped when the answer ends.',
   cost: 'Forward is one and backward two more: see “Why three?” below. A frozen beginning spares its share of backward, LoRA nearly one of its two. The seconds also hold the update and the reading from memory, and vary with what else the machine does.',
   bill: 'What one token costs in a large batch, where the forward pass reads all tokens at once: operations (multiplications and additions) and seconds; × is over answering. Dollars and watt-hours are for a million tokens.',
   requests: 'The same weights answer both at the same time, and neither knows of the other: change the words that one sends, its context, and its answer changes; close it, and it is gone.',
   closed: 'Closed: its text and its KV cache are gone, and the other request never saw them.',
   recorded: 'Every figure is of one recording of one real model.',
-  here: ', in the file beside this page: a model of 202,176 weights learns a text of yours.',
   live: 'This page is fed by a run that goes on now.',
 };
 
@@ -64,8 +67,10 @@ function questions() {
   const {lives, cost = [], answer} = state.recording;
   const begin = lives.lora?.begin;
   const peak = (each) => si(Math.max(...sums(each.memory)), 'B');
-  const row = (stage) => cost.find((each) => each.stage === stage);
-  const ratios = (stage) => (row(stage) ? ` Here a token costs **${times(row(stage).counted_ratio)}** forward passes by counting, **${times(row(stage).time_ratio)}** by the clock.` : '');
+  const ratios = (stage) => {
+    const row = cost.find((each) => each.stage === stage);
+    return row ? ` Here a token costs **${times(row.counted_ratio)}** forward passes by counting, **${times(row.time_ratio)}** by the clock.` : '';
+  };
   return Object.entries({
     'Does it learn when I correct it?': `No. ${answer ? `In ${count(answer.asked)} answers **${count(answer.changed)} of ${count(answer.of)}** weights changed` : 'Answering changes no weight'}. A correction helps only for as long as it stands in the text that is sent along with your next question; in a new conversation it is gone. Only another training step would move a weight.`,
     'Does it remember what I, or somebody else, asked before?': 'No. A request knows the text that it sends and nothing else. What the model noted about that text, its KV cache, is dropped when the answer ends, and no other request can read it. A chat seems to remember because the whole conversation is sent again each time.',

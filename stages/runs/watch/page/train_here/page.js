@@ -1,7 +1,8 @@
 'use strict';
-const $ = (id) => document.getElementById(id);
+// What a person does on *Train it here*: trains, and asks.
+
 const pause = () => new Promise((done) => setTimeout(done)); // lets the browser draw, and a press on Stop arrive
-const say = (text, kind = '') => Object.assign($('status'), {textContent: text, className: kind});
+const tell = (text, kind = '') => Object.assign($('progress'), {textContent: text, className: kind});
 const int32 = (rows) => jax.numpy.array(rows, {dtype: jax.numpy.int32});
 
 let run = null; // programs, weights, moments and losses, from the first press on
@@ -9,11 +10,9 @@ let training = false;
 
 /** Runs the library, until now a text in this page, and makes the weights. */
 async function start() {
-  say('The program is compiled: a few seconds.');
+  tell('The program is compiled: a few seconds.');
   await pause();
-  const script = document.createElement('script');
-  script.textContent = $('library').textContent;
-  document.head.append(script);
+  document.head.append(make('script', {textContent: $('library').textContent}));
   const devices = await jax.init('wasm', 'webgpu');
   const gpu = devices.includes('webgpu') && !jax.getWebGPUDevice().adapterInfo?.isFallbackAdapter; // simulated ones are slow
   jax.defaultDevice(gpu ? 'webgpu' : 'wasm');
@@ -29,17 +28,17 @@ async function changedBy(action) {
   const after = await bits();
   let changed = 0;
   before.forEach((words, i) => words.forEach((word, j) => (changed += word !== after[i][j])));
-  return changed.toLocaleString('en');
+  return count(changed);
 }
 
 /** Trains until a press on Stop, or for 1,000 steps: a forgotten tab comes to rest. */
 async function train() {
   const bytes = new TextEncoder().encode($('text').value), least = MODEL.context + 1;
-  if (bytes.length < least) return say(`The text has ${bytes.length} bytes; at least ${least} are needed.`, 'bad');
+  if (bytes.length < least) return tell(`The text has ${bytes.length} bytes; at least ${least} are needed.`, 'bad');
   training = true;
   $('train').textContent = 'Stop';
   if (!run) await start();
-  say(`It trains on the ${jax.defaultDevice() === 'wasm' ? 'processor' : 'graphics card'}.`);
+  tell(`It trains on the ${jax.defaultDevice() === 'wasm' ? 'processor' : 'graphics card'}.`);
   const {losses} = run;
   for (let i = 0; i < 1000 && training; i++) {
     const n = losses.length + 1, rate = ADAMW.learning_rate * Math.min(1, n / ADAMW.warmup);
@@ -50,13 +49,13 @@ async function train() {
       [run.weights, run.first, run.second, loss] = run.step(run.weights, run.first, run.second, ...batch, ...scalars);
       [loss] = await loss.data();
     });
-    if (!Number.isFinite(loss)) throw Error('the loss is not a number');
+    if (!finite(loss)) throw Error('the loss is not a number');
     losses.push(loss);
-    $('figures').textContent = `Step ${n}, loss ${loss.toFixed(3)}`;
-    $('line').setAttribute('points', losses.map((y, x) => `${(600 * x) / Math.max(1, n - 1)},${160 - 28 * y}`).join(' '));
+    $('loss').replaceChildren(make('h3', {}, `Step ${n}`, make('b', {}, `loss ${loss.toFixed(3)}`)),
+      curveChart(losses.map((y, x) => [x, y]), $('loss').clientWidth, 180, 'The loss over the steps'));
     await pause();
   }
-  say(`It stopped at step ${losses.length}. Train goes on from there, on the text that then stands here.`);
+  tell(`It stopped at step ${losses.length}. Train goes on from there, on the text that then stands here.`);
 }
 
 /** Writes the most probable next byte 120 times: the forward pass alone. */
@@ -80,7 +79,7 @@ async function attempt(action) {
     await action();
   } catch (error) {
     run = null;
-    say(`It failed, and its weights are lost: ${error.message}. It needs WebGPU or WebAssembly with SIMD.`, 'bad');
+    tell(`It failed, and its weights are lost: ${error.message}. It needs WebGPU or WebAssembly with SIMD.`, 'bad');
   }
   training = $('ask').disabled = $('train').disabled = false;
   $('train').textContent = 'Train';
@@ -92,7 +91,7 @@ $('ask').form.onsubmit = (event) => {
   attempt(async () => {
     $('train').disabled = true;
     if (!run) await start();
-    say('');
+    tell('');
     $('kept').textContent = await changedBy(answer);
   });
 };
