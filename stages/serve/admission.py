@@ -20,10 +20,14 @@ class Sender(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """When a refused request may come again, and whether it stands in line: not if it came sooner than it was told."""
+    """When a refused request may come again, and whether it stands in line: not if it came sooner than it was told.
+
+    `returned`: it came again, or its client does not count its tries, so nobody knows.
+    """
 
     due: float
     in_line: bool
+    returned: bool
 
 
 class Admission:
@@ -49,19 +53,26 @@ class Admission:
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 
-    def check(self, sender: Sender, now: float) -> Sender:
+    def check(self, sender: Sender, now: float, tries: int | None = None) -> Sender:
         """Raises ApiError unless a place is free beside those held for others. Returns who in the line comes again.
 
-        That is the sender itself on the same connection, else the first of its group whose time has come.
+        That is the sender itself on the same connection, else the first of its group whose time has come. `tries`: how often
+        the request was sent before, by the client's own count; such a client may send many requests over one connection.
         """
         self.check_open()
         refused = self.refused = {each: last for each, last in self.refused.items() if now <= last.due + LATE_SECONDS}
+        if tries is not None:
+            group = [each for each, last in refused.items() if tries and last.in_line and each.group == sender.group]
+            new = sender._replace(port=-next(self._priorities))
+            sender = min(group, key=lambda each: refused[each].due, default=new)
         line = [each for each, last in refused.items() if last.in_line]
         early = sender in refused and now < refused[sender].due
-        again = [each for each in line if each.group == sender.group and refused[each].due <= now]
+        again = [each for each in line if tries != 0 and each.group == sender.group and refused[each].due <= now]
         if early and not refused[sender].in_line:
             again = []  # those are others' places
         own = again[0] if again and sender not in again else sender
+        if again and tries:  # before those that may never come again
+            line = [each for each in line if each == own or refused[each].returned]
         ahead, free = line.index(own) if again else len(line), self.limit - self.reserved
         if free > min(ahead, self.held):
             return own
@@ -70,13 +81,13 @@ class Admission:
             refused.pop(own, None)  # to the end of the line
         mates = sum(each.group == own.group for each in line)
         if own in refused or (len(refused) < MAX_REFUSALS and mates < max(1, self.held)):
-            refused[own] = Refusal(now + wait, bool(again) or not early)
+            refused[own] = Refusal(now + wait, bool(again) or not early, tries != 0)
         message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
         raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
-    def reserve(self, sender: Sender, now: float) -> int:
+    def reserve(self, sender: Sender, now: float, tries: int | None = None) -> int:
         """Takes a place, until `release`. Returns its priority: the lowest is served first. Raises ApiError as `check`."""
-        own = self.check(sender, now)
+        own = self.check(sender, now, tries)
         self.refused.pop(own, None)
         self.reserved += 1
         return next(self._priorities)

@@ -19,7 +19,8 @@ class Simulation:
     """A server with clients that ask for `size` completions, get them, and ask for the next.
 
     An obedient one comes again when Retry-After has passed, and up to `late` seconds later; another after 20 ms. `ports`: each
-    client its own connection (own), each request a new one (new), or all in one program that takes any of its idle ones (pool).
+    client its own connection (own), each request a new one (new), or all in one program that takes any of its idle ones (pool),
+    and says how often it has sent a request (counted).
     """
 
     def __init__(self, slots: int, queue: int, seconds: float, ports: str, late: float, seed: int) -> None:
@@ -35,26 +36,29 @@ class Simulation:
     def at(self, now: float, call: Any) -> None:
         heapq.heappush(self.events, (now, next(self.order), call))
 
-    def client(self, size: int, obedient: bool, port: int = 0, first: float = 0.0, last: float = 0.0, passed: int = 0) -> Any:
-        """Returns an ask of one request, first made at `first` and last at `last`; both 0 for a new one."""
+    def client(
+        self, size: int, obedient: bool, port: int = 0, first: float = 0.0, last: float = 0.0, passed: int = 0, tries: int = 0
+    ) -> Any:
+        """Returns an ask of one request, first made at `first` and last at `last`, `tries` times; all 0 for a new one."""
 
         def ask(now: float) -> None:
             nonlocal port
             if self.ports != "own" or not port:
-                port = self.idle[self.rng.randrange(4)] if self.ports == "pool" else next(self.next_port)
+                port = self.idle[self.rng.randrange(4)] if self.ports in ("pool", "counted") else next(self.next_port)
             begun = first or now
             since = bisect.bisect_right(self.admitted, (last, math.inf))
             overtaken = last > 0 and any(asked > begun for _, asked, *_ in self.admitted[since:])
             again: dict[str, Any] = {"size": size, "obedient": obedient, "port": port}
             try:
-                priority = self.admission.reserve(Sender(port, ("127.0.0.1", "", size)), now)
+                counted = tries if self.ports == "counted" else None
+                priority = self.admission.reserve(Sender(port, ("127.0.0.1", "", size)), now, counted)
             except ApiError as error:
                 assert self.admission.reserved >= self.slots  # no slot is empty for who is in line
                 count = passed + overtaken
                 if obedient:
                     self.passed_over[size] = max(count, self.passed_over.get(size, 0))
                 wait = int(error.headers["Retry-After"]) + self.rng.random() * self.late if obedient else 0.02
-                self.at(now + wait, self.client(first=begun, last=now, passed=count, **again))
+                self.at(now + wait, self.client(first=begun, last=now, passed=count, tries=tries + obedient, **again))
                 return
             self.admitted.append((now, begun, size, obedient))
             heapq.heappush(self.waiting, (priority, now, size))
@@ -86,16 +90,19 @@ class Simulation:
 @settings(max_examples=20)
 @given(
     slots=st.integers(1, 4), queue=st.integers(1, 8), seconds=st.sampled_from([0.02, 0.1, 0.5]), impatient=st.integers(1, 12),
-    sizes=st.sets(st.sampled_from([2, 3, 4, 8]), min_size=1), ports=st.sampled_from(["own", "new", "pool"]),
+    sizes=st.sets(st.sampled_from([2, 3, 4, 8]), min_size=1), ports=st.sampled_from(["own", "new", "pool", "counted"]),
     late=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_who_waits_as_told_is_not_passed_over_twice(slots, queue, seconds, impatient, sizes, ports, late, seed):
     simulation = Simulation(slots, queue, seconds, ports, late, seed)
     for _ in range(impatient):
         simulation.at(simulation.rng.random() * seconds, simulation.client(1, False))
+    sizes = sizes | ({1} if ports == "counted" else set())  # even beside impatient ones of its own size
     for size in sizes:
         simulation.at(0.5 + simulation.rng.random(), simulation.client(size, True))
     simulation.run(30)
+    own = simulation.passed_over.pop(1, 0) if ports == "counted" else 0
+    assert own <= 4
     assert max(simulation.passed_over.values(), default=0) <= 1 + (ports == "new")  # where clients are not told apart
     assert {size for *_, size, obedient in simulation.admitted if obedient} == sizes
 

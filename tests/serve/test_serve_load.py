@@ -118,6 +118,19 @@ def reply_of_refused(client):
     return reply
 
 
+def test_a_client_that_counts_its_tries_is_told_by_them(client, tiny_server, monkeypatch):
+    """As those of OpenAI and Anthropic do, which send all requests over a few connections."""
+    admission = tiny_server.state.admission
+    monkeypatch.setattr(admission, "refused", {})
+    monkeypatch.setattr(admission, "reserved", admission.limit)
+    returned = []
+    for tries in ("0", "0", "1", "many"):
+        headers = {"x-stainless-retry-count": tries}
+        assert refused(client.post("/v1/completions", json=ask(), headers=headers), 429)
+        returned.append([refusal.returned for refusal in admission.refused.values()].count(True))
+    assert returned == [0, 0, 1, 2]
+
+
 def test_a_429_comes_before_a_large_body_is_read(tiny_server, monkeypatch):
     monkeypatch.setattr(tiny_server.state.admission, "reserved", SLOTS + QUEUE)
     for path in ("/v1/completions", "/v1/chat/completions"):
