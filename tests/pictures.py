@@ -48,7 +48,7 @@ LIVES = (("1", "", 16), ("2", "Half frozen", 8), ("2", "LoRA", 8), ("3", "", 8))
 SCRUB = """const scrub = document.getElementById('scrub');
 scrub.value = scrub.max * arguments[0];
 scrub.dispatchEvent(new Event('input', {bubbles: true}));
-scrollTo(0, document.querySelector('header').offsetHeight);"""
+scrollTo(0, document.getElementById("bar").offsetTop);"""
 
 
 def lives(chrome, folder: Path) -> None:

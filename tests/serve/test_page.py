@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from stages.runs.page import SHELL
 from stages.serve import page as package
 from stages.serve.page import page
 
 FOLDER = Path(package.__file__).parent
+SHARED = SHELL.with_name("base.css")
 
 
 class Tags(HTMLParser):
@@ -75,7 +77,7 @@ def test_the_policy_allows_exactly_the_parts_inside_it(html):
     assert (policy["trusted-types"], policy["require-trusted-types-for"]) == ("dompurify", "'script'")
     for tag in ("style", "script"):
         parts = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        assert len(parts) == len(list(FOLDER.rglob("*.css" if tag == "style" else "*.js")))
+        assert len(parts) == len([SHARED, *FOLDER.rglob("*.css")] if tag == "style" else [*FOLDER.rglob("*.js")])
         hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
         assert policy[f"{tag}-src"].split() == [f"'sha256-{each}'" for each in hashes]
 
@@ -103,12 +105,12 @@ def _luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(theme):
-    style = (FOLDER / "page.css").read_text()
-    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", light if theme == "light" else dark))
+    themes = [re.findall(r":root \{(.*?)\}", path.read_text(), re.DOTALL) for path in (SHARED, FOLDER / "page.css")]
+    named = " ".join(light if theme == "light" else dark for light, dark in themes)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", named))
     text = [(ink, back) for ink in ("ink", "soft") for back in ("page", "faint", "shade")]
-    text += [("good", "faint"), ("good", "page"), ("bad", "faint"), ("bad", "bad-back"), ("on-blue", "blue")]
-    edges = [("edge", "page"), ("edge", "faint"), ("blue", "shade"), ("blue", "faint")]
+    text += [("good", "faint"), ("good", "page"), ("bad", "faint"), ("bad", "bad-back"), ("on-link", "link"), ("link", "page")]
+    edges = [("edge", "page"), ("edge", "faint"), ("link", "shade"), ("link", "faint")]
     for (front, back), least in [*((pair, 4.5) for pair in text), *((pair, 3.0) for pair in edges)]:
         darker, lighter = sorted(_luminance(colours[name]) for name in (front, back))
         assert (lighter + 0.05) / (darker + 0.05) >= least, (front, back)

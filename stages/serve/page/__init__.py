@@ -1,14 +1,14 @@
 """Builds the chat page: one document with its style and scripts inside, and a policy under which nothing else can run.
 
-Its parts lie beside this file and are joined when the server starts. The page asks for nothing but this server's routes.
+Its parts lie beside this file, but for the style of all pages, and are joined when the server starts. The page asks for nothing
+but this server's routes.
 """
 
 import base64
 import hashlib
-import re
 from pathlib import Path
 
-PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="([\w./]+\.js)"></script>')
+from stages.runs.page import whole_page
 
 
 def page() -> tuple[bytes, str]:
@@ -16,13 +16,10 @@ def page() -> tuple[bytes, str]:
     folder = Path(__file__).parent
     allowed: dict[str, list[str]] = {"style": [], "script": []}
 
-    def inside(match: re.Match[str]) -> str:
-        tag = "style" if match[1] else "script"
-        text = "\n" + (folder / (match[1] or match[2])).read_text("utf-8")
+    def allow(tag: str, text: str) -> None:
         allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
-        return f"<{tag}>{text}</{tag}>"
 
-    html = PARTS.sub(inside, (folder / "page.html").read_text("utf-8"))
+    html = whole_page(folder / "page.html", allow)
     policy = [
         "default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
         "img-src data:",  # the icon, inside the document

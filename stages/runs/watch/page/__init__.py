@@ -1,7 +1,7 @@
-"""Makes the pages of the site, and *Train it here*: each is one HTML file with all that it needs inside, and asks no network.
+"""Makes the pages of the site, and *Train it here*, in the shell of `stages/runs/page`.
 
-The shell, its style and what draws charts and tables lie beside this file, and the parts of the page on which a model's lives
-are watched. Another page has parts of its own. Pages that lie in one folder name one another.
+The parts of the page on which a model's lives are watched lie beside this file. Another page has parts of its own. Pages that
+lie in one folder name one another.
 """
 
 import ast
@@ -15,11 +15,11 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import atomic_file, open_regular
+from stages.runs.page import SHELL, whole_page
 
 LINES = 300  # of metrics, of a life
 FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parents[3]
-PARTS = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">|<script src="(\w+\.js)"></script>')
 LIVES = [FOLDER / name for name in ("lives.html", "state.js", "words.js", "model.js", "chapters.js", "page.js", "live.js")]
 TRAIN = [FOLDER / "train_here" / name for name in ("train.html", "train.css", "model.js", "page.js")]
 TRAIN_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
@@ -51,18 +51,16 @@ def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
 @functools.cache
 def _joined(parts: tuple[Path, ...]) -> str:
     """Returns the shell with the parts in it, and an empty document."""
-    inside = lambda match: _element(FOLDER / (match[1] or match[2]))
-    page = PARTS.sub(inside, (FOLDER / "shell.html").read_text("utf-8"))
+    page = whole_page(SHELL)
     for path in parts:
-        place = {".html": "<!-- page -->", ".css": "</head>", ".js": "</body>"}[path.suffix]
-        page = page.replace(place, _element(path) + place)
+        text = path.read_text("utf-8")
+        place, part = {
+            ".html": ("<!-- page -->", text),
+            ".css": ("</head>", f"<style>\n{text}</style>\n"),
+            ".js": ("</body>", f"<script>\n{text}</script>\n"),
+        }[path.suffix]
+        page = page.replace(place, part + place)
     return page
-
-
-def _element(path: Path) -> str:
-    tag = {".css": "style", ".js": "script"}.get(path.suffix)
-    text = path.read_text("utf-8")
-    return f"<{tag}>\n{text}</{tag}>\n" if tag else text
 
 
 @functools.cache

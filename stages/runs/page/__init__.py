@@ -1,0 +1,23 @@
+"""Joins the pages that this project shows: each is one HTML file with all that it needs inside, and asks no network.
+
+Beside this file lie the style of all pages, and the shell of the site's, with what draws their charts and tables.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+SHELL = Path(__file__).parent / "shell.html"
+PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="([./\w]+\.js)"></script>')
+
+
+def whole_page(path: Path, found: Callable[[str, str], None] = lambda tag, text: None) -> str:
+    """Returns an HTML file with the styles and scripts inside that it names. Calls `found` with the tag and text of each."""
+
+    def inside(match: re.Match[str]) -> str:
+        tag = "style" if match[1] else "script"
+        text = "\n" + (path.parent / (match[1] or match[2])).read_text("utf-8")
+        found(tag, text)
+        return f"<{tag}>{text}</{tag}>"
+
+    return PARTS.sub(inside, path.read_text("utf-8"))
