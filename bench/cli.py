@@ -115,10 +115,10 @@ def write_page(source: Path, page: str, *parts: Path) -> Path:
     return path
 
 
-def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None) -> None:
-    """Runs `python -m command`, and calls `report` every REPORT_SECONDS. The process ends when this one is interrupted.
+def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None) -> str:
+    """Runs `python -m command`, calls `report` every REPORT_SECONDS, and returns what it printed.
 
-    Raises UserError with the process's own error when it fails.
+    The process ends when this one is interrupted. Raises UserError with the process's own error when it fails.
     """
     words, environment = [sys.executable, "-m", *command], os.environ | {"PYTHONPATH": str(ROOT)}
     with (
@@ -134,9 +134,11 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
         finally:
             process.kill()
         output.seek(0)
+        printed = output.read()
         if process.returncode:
-            error = " ".join(output.read().rpartition("error: ")[2][-600:].split())
+            error = " ".join(printed.rpartition("error: ")[2][-600:].split())
             raise UserError(f"python -m {command[0]} ended with {process.returncode}: {error}")
+    return printed
 
 
 def circumstances(command: Sequence[str], flags: Any) -> Json:

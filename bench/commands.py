@@ -48,7 +48,7 @@ def measure_commands(flags: CommandsFlags) -> Json:
     """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
     with tempfile.TemporaryDirectory() as folder:
         measure = resuming if flags.of == "resuming" else functools.partial(training, max_time=flags.max_time)
-        figures = measure(Path(folder), flags.data)
+        figures, printed = measure(Path(folder), flags.data)
     unmet = [figure for figure in figures if not figure.value <= figure.bar]
     print_table(
         "Whole commands",
@@ -59,15 +59,19 @@ def measure_commands(flags: CommandsFlags) -> Json:
         ],
     )
     print(BARS_HOLD)
-    return {"bars_hold": BARS_HOLD, "rows": [figure._asdict() | {"met": figure not in unmet} for figure in figures]}
+    return {
+        "printed": printed,
+        "bars_hold": BARS_HOLD,
+        "rows": [figure._asdict() | {"met": figure not in unmet} for figure in figures],
+    }
 
 
-def training(folder: Path, data: str, max_time: str) -> list[Measurement]:
-    """Measures a training run, its start-up, and the start-up of generation from it."""
+def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement], list[str]]:
+    """Measures a training run, its start-up, and the start-up of generation from it; returns what the run printed, too."""
     train = ["stages.train", "--data", data, "--max-time"]
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
-    cold = _result([*train, "1s"], folder / "cold")
-    result = _result([*train, max_time], folder / "run")
+    cold, _ = _result([*train, "1s"], folder / "cold")
+    result, printed = _result([*train, max_time], folder / "run")
     first, messages = _first_output(str(folder / "run"), "ROMEO:")
     recompiles = re.search(r"(\d+) recompiles", messages)
     return [
@@ -78,15 +82,15 @@ def training(folder: Path, data: str, max_time: str) -> list[Measurement]:
         Measurement("--help", statistics.median(_help_seconds() for _ in range(5)), "s", 0.3),
         Measurement("command to first token", first, "s", 1),
         Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
-    ]
+    ], printed
 
 
-def resuming(folder: Path, data: str) -> list[Measurement]:
+def resuming(folder: Path, data: str) -> tuple[list[Measurement], list[str]]:
     """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of a step of 2 x 128 tokens."""
     command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--optimizer", "adamw"]
     command += ["--steps", "1000", "--log-every", "1"]
     seconds = [_until_step(command, folder / "run", stop) for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)]
-    return [Measurement("command to first resumed step", seconds[-1], "s", 10)]
+    return [Measurement("command to first resumed step", seconds[-1], "s", 10)], []
 
 
 def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float:
@@ -106,10 +110,11 @@ def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float
     return seconds
 
 
-def _result(command: list[str], folder: Path) -> Json:
+def _result(command: list[str], folder: Path) -> tuple[Json, list[str]]:
+    """Runs a command; returns the result that its run folder holds, and the lines that it printed."""
     print(f"python -m {' '.join(command)} ...", flush=True)
-    run_module([*command, "--out-dir", str(folder)])
-    return json.loads((folder / "run.json").read_text())["result"]
+    printed = run_module([*command, "--out-dir", str(folder)]).splitlines()
+    return json.loads((folder / "run.json").read_text())["result"], printed
 
 
 def _help_seconds() -> float:
