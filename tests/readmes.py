@@ -1,19 +1,34 @@
-"""Writes what READMEs take from elsewhere: the tree of each room, and tables of results. `python tests/readmes.py`."""
+"""Writes what READMEs take from elsewhere: the tree of each room, tables of results, pictures. `python tests/readmes.py`.
+
+A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`: NAME is one of BLOCKS, SOURCE a result or what it reads.
+"""
 
 import ast
+import contextlib
+import io
 import json
 import re
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.format import money, si, times
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
+
+from bench.plan.__main__ import PlanFlags, answer
+from bench.plan.plans import write
+from bench.plan.validate import validation
+from bench.stages.report import write_pictures
+from bench.timing import Ratio
+from engine.format import money, percent, si, times
 
 ROOT = Path(__file__).parent.parent
+PICTURES, PICTURED = ROOT / "bench" / "pictures", ROOT / "bench" / "results" / "zen4" / "bench.json"
 ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests/promises")
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 TREE = re.compile(r"```tree\n.*?```\n", re.DOTALL)
-TABLE = re.compile(r"(<!-- (\S+) of (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\S+) of (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 COLUMN = 26
 # Rows of the stage table, by name, and as the first table of the README calls them: their passes, and the weights that change.
 SUMMARY = {
@@ -25,12 +40,26 @@ EXCERPT = (
     "pre-training step", "bottom half frozen", "LoRA rank 8 on q and v", "evaluation forward", "prefix-cache hit",
     "decode alone", "decode with 8 slots", "decode with 32 slots",
 )  # fmt: skip
+STEP, CHAT = "6x384x256x16", "ordinary_speculative"  # the rows of the README's limits
+PRINTED = ("predicted", "validation", "trained", "memory")  # lines of a training run that the README shows
+TUNED = {  # and of the commands after it
+    "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token", "weights"),
+    "stages.export": ("loss",), "stages.serve": ("ready after",),
+}  # fmt: skip
+Document = dict[str, Any]
 
 
 def written(readme: Path) -> str:
-    """Returns a README with its trees and tables as they should be."""
+    """Returns a README with its trees and blocks as they should be."""
     text = TREE.sub(lambda _: tree(readme.parent), readme.read_text())
-    return TABLE.sub(lambda match: match[1] + table(match[2], json.loads((ROOT / match[3]).read_text())) + match[4], text)
+    return BLOCK.sub(lambda match: match[1] + block(match[2], match[3]) + match[4], text)
+
+
+def sh_commands(readme: Path) -> list[list[str]]:
+    """Lists what follows `python` in each line of a README's sh blocks."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", readme.read_text(), re.S) for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if " python " in line]
+    return [line[line.index("python") + 1 :] for line in words]
 
 
 def tree(room: Path) -> str:
@@ -51,29 +80,249 @@ def _lines(folder: Path, room: Path, depth: int) -> Iterator[str]:
             yield from _lines(path, room, depth + 1)
 
 
-def table(name: str, document: dict[str, Any]) -> str:
-    """Returns a table of the stage table's document: `summary`, `excerpt` or `stages`, which has every row."""
+def block(name: str, source: str) -> str:
+    """Returns the text of a block from a result, or a sentence when this machine has none yet."""
+    path = ROOT / source
+    if path.suffix == ".json" and not path.exists():
+        return f"`{source}` is still to be measured.\n"
+    lines = BLOCKS[name](json.loads(path.read_text()) if path.suffix == ".json" else {})
+    return "".join(f"{line}\n" for line in lines)
+
+
+def table(header: str, rows: Iterable[Iterable[str]], words: Collection[int] = (0,)) -> list[str]:
+    """Returns a table of Markdown; `header` names its columns, of which `words` are not of numbers."""
+    columns = header.split("|")
+    rule = "|".join("---" if place in words else "---:" for place in range(len(columns)))
+    return ["| " + " | ".join(columns) + " |", f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def conditions(document: Document, rounds: int | None = None) -> list[str]:
+    """Returns a sentence on the machine, the day and the state in which a document was measured."""
+    machine, load = document["machine"], document["load"]
+    kind = next((words for flag, words in INSTRUCTIONS.items() if flag in machine["instructions"].split()), "")
+    medians = f", medians of {rounds} interleaved rounds" if rounds else ""
+    lines = [f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."]
+    if load > machine["cores"] / 4:
+        lines.append(f"Others were at work (load {load:.0f}): trust the ratios alone.")
+    return ["", *lines]
+
+
+INSTRUCTIONS = {
+    "amx_bf16": " with AMX",
+    "avx512_bf16": " with AVX-512 and bfloat16",
+    "avx512f": " with AVX-512",
+    "avx2": " with AVX2",
+}
+
+
+def ratio(row: Document) -> str:
+    """Returns a ratio with its interval."""
+    return str(Ratio(row["ratio"], row["low"], row["high"]))
+
+
+def held(met: bool | None, bar: str) -> str:
+    return bar + {True: "", False: ": **not met**", None: ": undecided"}[met]
+
+
+def summary(document: Document) -> list[str]:
     rows = {row["name"]: row for row in document["rows"]}
-    if name == "summary":
-        lines = ["| | passes | weights that change | operations | time |", "|---|---|---|---:|---:|"]
-        for row, words in SUMMARY.items():
-            lines.append("| " + " | ".join([*words, *_ratios(rows[row])]) + " |")
-    else:
-        lines = [
-            "| | weights | operations | time | time a token | peak | $ a million tokens |",
-            "|---|---|---:|---:|---:|---:|---:|",
-        ]
-        for row in EXCERPT if name == "excerpt" else rows:
-            each = rows[row]
-            cost = si(each["seconds_per_token"], "s"), si(each["peak_bytes"], "B"), money(each["usd_per_million_tokens"])
-            lines.append("| " + " | ".join([row, each["weights"], *_ratios(each), *cost]) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [(*words, *_ratios(rows[name])) for name, words in SUMMARY.items()]
+    return table("|passes|weights that change|operations|time", cells, (0, 1, 2))
 
 
-def _ratios(row: dict[str, Any]) -> tuple[str, str]:
+def stages(document: Document) -> list[str]:
+    """Returns the stage table."""
+    cells = []
+    for row in document["rows"]:
+        cost = si(row["seconds_per_token"], "s"), si(row["peak_bytes"], "B"), money(row["usd_per_million_tokens"])
+        cells.append([row["name"], row["weights"], *_ratios(row), *cost])
+    model = document["model"]
+    about = f"{si(model['params'], '')} parameters in {model['dtype']}, {model['batch']} x {model['context']} tokens"
+    lines = table("|weights|operations|time|time a token|peak|$ a million tokens", cells, (0, 1))
+    return [*lines, *conditions(document, document["rounds"]), f"{about}, {money(document['price_per_hour'])} an hour."]
+
+
+def excerpt(document: Document) -> list[str]:
+    return stages(document | {"rows": [row for row in document["rows"] if row["name"] in EXCERPT]})
+
+
+def _ratios(row: Document) -> tuple[str, str]:
     return times(row["flop_ratio_to_forward"]), times(row["time_ratio_to_forward"])
+
+
+def claims(document: Document) -> list[str]:
+    """Returns every claim with its verdict and the figures that decide it."""
+    sentence = lambda words: words[0].upper() + words[1:]
+    return [f"- **{each['claim']}** {sentence(each['verdict'])}. {sentence(each['value'])}" for each in document["claims"]]
+
+
+def verdicts(document: Document) -> list[str]:
+    """Returns five claims in at most 15 words each."""
+    by = {each["claim"]: each for each in document["claims"]}
+
+    def verdict(claim: str) -> str:
+        return by[claim]["verdict"].partition(":")[0].removesuffix(" on this machine")
+
+    half, layers = (
+        "Inference is only half the computation of training.",
+        "Fine-tuning is cheaper because only some layers are updated.",
+    )
+    weights, learns = (
+        "Weights change in training, partly in fine-tuning, never in inference.",
+        "The model improves as you use it.",
+    )
+    cache = "The KV cache decides what serving costs."
+    saved = {part: percent(1 - share["flops"]) for part, share in by[layers]["numbers"].items()}
+    generated = by[learns]["value"].partition(" ")[0]
+    return [
+        f"- “Inference is half the computation”: {verdict(half)}; it is {percent(by[half]['numbers']['flops'])} of training's.",
+        f"- “Fine-tuning is cheaper”: {verdict(layers)}; "
+        f"freezing the bottom half saves {saved['bottom']}, the top {saved['top']}.",
+        f"- “Inference never changes weights”: {verdict(weights)}, by SHA-256 of every leaf.",
+        f"- “The model improves as you use it”: {verdict(learns)}; {generated} generated tokens changed no bit.",
+        f"- “Caching decides serving's cost”: {verdict(cache)}; without it a token takes "
+        f"{times(by[cache]['numbers']['off_over_on']['ratio'])} as long.",
+    ]  # fmt: skip
+
+
+def printed(document: Document) -> list[str]:
+    """Returns what the default training run printed of its prediction and its result."""
+    lines = [line.strip() for line in document["printed"]]
+    shown = [next(line for line in reversed(lines) if line.split()[:1] == [word]) for word in PRINTED]
+    return ["```", *shown, "```"]
+
+
+def tuned(document: Document) -> list[str]:
+    """Returns what fine-tuning, evaluating, exporting and serving printed of their results."""
+    shown = [
+        next(line.strip() for line in document["printed"][command] if line.startswith(word))
+        for command, words in TUNED.items()
+        for word in words
+    ]
+    return ["```", *shown, "```"]
+
+
+def answered(document: Document) -> list[str]:
+    """Returns the choices of the server's answer."""
+    return ["```", '{... "choices": ' + json.dumps(document["answer"]["choices"], ensure_ascii=False) + " ...}", "```"]
+
+
+def commands(document: Document) -> list[str]:
+    cells = [
+        (row["name"], f"{row['value']:.3g} {row['unit']}".strip(), held(row["met"], f"at most {row['bar']:g}"))
+        for row in document["rows"]
+    ]
+    return [*table("|measured|held to", cells), *conditions(document)]
+
+
+def step(document: Document) -> list[str]:
+    """Returns the ways of a step: its speed, over the first way, and as a share of this machine's fastest product."""
+    cells, rounds = [], 0
+    for shape in document["shapes"]:
+        for place, row in enumerate(shape["rows"]):
+            name = f"{shape['shape']}, {row['name']}"
+            over, rounds = "" if place == 0 else ratio(row["over_first"]), row["of_matmul"]["rounds"]
+            cells.append([name, f"{row['tokens_per_second']:,.0f}", f"{row['gflops']:,.0f}", over, ratio(row["of_matmul"])])
+    header = "layers x width x tokens x batch|tokens/s|GFLOP/s|time over the first|share of the fastest product"
+    return [*table(header, cells), *conditions(document, rounds)]
+
+
+def peers(document: Document) -> list[str]:
+    """Returns our speed beside each peer's."""
+    cells = []
+    for row in document["rows"]:
+        bar = (
+            held(Ratio(*(row[key] for key in ("ratio", "low", "high"))).exceeds(row["bar"]), f"{row['bar']:g}")
+            if row["bar"]
+            else ""
+        )
+        name = row["name"].replace("_", " ") + (f", {row['peer']}" if "peer" in row else "")
+        theirs = f"{row['peer_tokens_per_second']:,.0f}" if row["peer_tokens_per_second"] else "not installed"
+        cells.append([name, f"{row['tokens_per_second']:,.0f}", theirs, ratio(row), bar])
+    return [
+        *table("tokens a second|Thrice|peer|ratio, 95% interval|at least", cells),
+        *conditions(document, document["flags"]["rounds"]),
+    ]
+
+
+def serving(document: Document) -> list[str]:
+    """Returns latencies of the server under load, and how much of its engine's throughput it keeps."""
+    tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
+    seconds = lambda of: si(of["p50"], "s") + tail(of)
+    cells = [
+        (
+            percent(row["load"]),
+            f"{row['tokens_per_second']:,.0f}",
+            *(seconds(row[name]) for name in ("ttft", "inter_token", "per_token")),
+        )
+        for row in document["under_load"]
+    ]
+    row = document["rows"][0]
+    header = "load|tokens/s|time to first token, p50|inter-token latency, p50|time per output token, p50"
+    kept = held(row["met"], f"at least {row['bar']:g}")
+    ready = held(document["ready_met"], f"at most {document['ready_bar']:g} s")
+    return [
+        *table(header, cells), "",
+        f"The server keeps {ratio(row)} of its engine's throughput with {document['slots']} streams ({kept}), and is ready",
+        f"after {document['ready_seconds']:.1f} s ({ready}).", *conditions(document)[1:],
+    ]  # fmt: skip
+
+
+def share(document: Document) -> list[str]:
+    """Returns the limit of a training step, as an item of a list."""
+    ((row, *_),) = (shape["rows"] for shape in document["shapes"] if shape["shape"] == STEP)
+    return [f"- A training step reaches {ratio(row['of_matmul'])} of what this processor multiplies; we aim at 0.75."]
+
+
+def chat(document: Document) -> list[str]:
+    """Returns the limit of a single stream, as an item of a list."""
+    (row,) = (row for row in document["rows"] if row["name"] == CHAT)
+    return [f"- A chat of ordinary text makes {ratio(row)} of llama.cpp's tokens a second, which reads fewer bits a weight."]
+
+
+def plan(_: Document) -> list[str]:
+    """Returns what the planner says of the first question of its README."""
+    flags = PlanFlags(model="llama-3.2-1b", tokens="100B", hardware="h100", devices=8)
+    with contextlib.redirect_stdout(io.StringIO()):
+        lines = answer(flags)["answer"]
+    cells = []
+    for name, line in lines.items():
+        low, middle, high = (write(line[bound], line["unit"]) for bound in ("low", "middle", "high"))
+        cells.append((name, middle, "" if low == high else f"{low} to {high}", line["origin"]))
+    return table("|||", cells, (0, 3))
+
+
+def validated(_: Document) -> list[str]:
+    """Returns how far the planner is off what was published."""
+    rows = validation()["table"].items()
+    cells = [(name, str(row["rows"]), f"{row['median']:.1%}", percent(row["inside"])) for name, row in rows]
+    return table("predicted|rows|median error|inside the interval", cells)
+
+
+BLOCKS: dict[str, Callable[[Document], list[str]]] = {
+    each.__name__: each
+    for each in (
+        summary,
+        excerpt,
+        stages,
+        claims,
+        verdicts,
+        printed,
+        tuned,
+        answered,
+        commands,
+        step,
+        peers,
+        serving,
+        share,
+        chat,
+        plan,
+        validated,
+    )
+}
 
 
 if __name__ == "__main__":
     for readme in READMES:
         readme.write_text(written(readme))
+    write_pictures(PICTURES, json.loads(PICTURED.read_text()))

@@ -12,10 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 import tyro
-from readmes import ROOT, written
+from readmes import PICTURED, PICTURES, ROOT, sh_commands, written
 from tiny import QUICKLY_MEASURED
 
 from bench import MOVED
+from bench.stages.report import write_pictures
 
 READMES = [
     path for path in sorted(ROOT.rglob("README.md")) if not re.search(r"/(\.|vendor/)", str(path.relative_to(ROOT.parent)))
@@ -43,20 +44,23 @@ STANDS_IN["voice-preferences"] = "preferences.jsonl"
 
 
 def commands(readme: Path) -> list[list[str]]:
-    """Lists what follows `python` in each line of a README's sh blocks, and in code spans that begin with `uv run python`."""
-    text = readme.read_text()
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    lines += re.findall(r"`(uv run (?:--extra \w+ )?python [^`]*)`", text)
-    words = [shlex.split(line, comments=True) for line in lines if " python " in line]
-    return [line[line.index("python") + 1 :] for line in words]
+    """Lists what follows `python` in each line of a README's sh blocks, and in code spans that begin with it or `uv run`."""
+    spans = re.findall(r"`(?:uv run (?:--extra \w+ )?)?python (-m [^`]*)`", readme.read_text())
+    return sh_commands(readme) + [shlex.split(span) for span in spans]
 
 
 EVERY = list(dict.fromkeys(tuple(command) for readme in READMES for command in commands(readme)))
+CURLS = [
+    curl
+    for readme in READMES
+    for curl in re.findall(r"curl http://127\.0\.0\.1:8000(\S+) .*?-d '(.*?)'", readme.read_text(), re.S)
+]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 
 def is_long(command: tuple[str, ...]) -> bool:
-    return (command[1] in LONG and "--list" not in command) or " ".join(command[1:]) in ALIKE
+    is_other = {"--list", "compare"} & {*command}
+    return (command[1] in LONG and not is_other) or " ".join(command[1:]) in ALIKE
 
 
 def short(command: tuple[str, ...], text: Path) -> list[str]:
@@ -64,6 +68,10 @@ def short(command: tuple[str, ...], text: Path) -> list[str]:
     name, words = command[1], [STANDS_IN.get(word, word) for word in command]
     if {"--list", "recipes"} & {*words}:
         return words
+    if "compare" in words:
+        return [str(PICTURED) if word in ("A", "B") else word for word in words]
+    if "saving" in words:
+        return [*words, "--preset", "tiny", "--steps", "1", "--rounds", "6"]
     words += SHORT.get(name, [])
     if name == "stages.train" and "--steps" in command:
         words = [*words[:2], "tiny", *words[2:]]
@@ -115,7 +123,7 @@ def test_each_command_runs(command, here):
 
 
 def serve(words: list[str], folder: Path) -> None:
-    """Starts the server, sends what the README sends by curl, and stops it."""
+    """Starts the server, sends what the READMEs send by curl, and stops it."""
     words = [sys.executable, *words, "--port", "0", "--slots", "2"]
     with subprocess.Popen(
         words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -124,16 +132,14 @@ def serve(words: list[str], folder: Path) -> None:
         while "Ctrl-C" not in output:
             output += (line := server.stdout.readline())
             assert line, output
-        body = re.search(r"-d '(.*)'", (ROOT / "README.md").read_text())[1]
         url = re.findall(r"page +(\S+)", output)[0]
-        reply = httpx.post(
-            f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=120
-        )
+        headers = {"content-type": "application/json"}
+        replies = [httpx.post(url + path, content=body, headers=headers, timeout=120) for path, body in CURLS]
         server.send_signal(signal.SIGTERM)
         server.communicate()
     assert server.returncode == 0
-    assert reply.status_code == 200, reply.text
-    assert reply.json()["choices"][0]["message"]["role"] == "assistant"
+    assert [reply.status_code for reply in replies] == [200] * 4, [reply.text for reply in replies]
+    assert replies[0].json()["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_the_readme_is_short_and_names_the_test_command_that_ci_runs():
@@ -141,6 +147,33 @@ def test_the_readme_is_short_and_names_the_test_command_that_ci_runs():
     assert len(text.encode()) <= 9_000
     assert "uv run --extra dev pytest" in text
     assert "uv run --extra dev pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def sentences(readme: Path) -> list[str]:
+    """Lists the sentences of a README, without code blocks, tables, headings, the addresses of links, and what is generated."""
+    text = re.sub(r"```.*?```|<!-- \S+ of .*?<!-- end -->|<[^>]+>|^[|#].*?$", "\n\n", readme.read_text(), flags=re.S | re.M)
+    text = re.sub(r"`[^`]*`", lambda code: re.sub(r"[\s.]", "_", code[0]), re.sub(r"\]\([^)]*\)", "]", text))
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:- |\d+\. ))", text)
+    return [each for part in parts for each in re.split(r"(?<=[.!?:])[\"”*)]*\s+", " ".join(part.split()))]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_sentence_has_more_than_thirty_words(readme):
+    long = [each for each in sentences(readme) if sum(bool(re.search(r"\w", word)) for word in each.split()) > 30]
+    assert not long
+
+
+def test_the_five_claims_of_the_readme_have_fifteen_words_at_most():
+    claims = re.findall(r"^- “.*$", (ROOT / "README.md").read_text(), re.M)
+    assert len(claims) == 5
+    assert max(len(claim.removeprefix("- ").split()) for claim in claims) <= 15, claims
+
+
+def test_the_pictures_are_those_of_the_result(tmp_path):
+    """Written by `python tests/readmes.py`."""
+    write_pictures(tmp_path, json.loads(PICTURED.read_text()))
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (PICTURES / path.name).read_text(), path.name
 
 
 def test_the_old_name_of_a_measurement_prints_the_new_command():

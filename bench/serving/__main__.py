@@ -69,7 +69,7 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
-        document["load"] = [
+        document["under_load"] = [
             await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in (0.5, 0.8)
         ]
         document["resident_bytes"] = server.resident_bytes()
@@ -92,7 +92,8 @@ def print_tables(document: Json) -> None:
         f"The server makes {row['tokens_per_second']:.0f} tokens/s, its engine alone {row['peer_tokens_per_second']:.0f}: "
         f"{over} of it, at least {row['bar']:g}{UNMET[row['met']]}\n"
     )
-    seconds = lambda of: f"{si(of['p50'], 's')}, p{of['tail_percentile']} {si(of['tail'], 's')}"
+    tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
+    seconds = lambda of: si(of["p50"], "s") + tail(of)
     rate, made = document["saturated"].values()
     print_table(
         f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix, {made:.0f} tokens/s",
@@ -100,7 +101,7 @@ def print_tables(document: Json) -> None:
         [
             (f"{row['load']:.0%}", f"{row['answered']} of {row['requests']}", f"{row['tokens_per_second']:.0f}",
              *(seconds(row[name]) for name in ("ttft", "inter_token", "per_token")))
-            for row in document["load"]
+            for row in document["under_load"]
         ],
     )  # fmt: skip
 

@@ -57,16 +57,6 @@ def test_rates_of_serving_that_are_left_out_lie_inside_their_intervals():
     assert result["inside"] >= 0.80
 
 
-def test_the_readme_has_these_figures():
-    lines = (Path(__file__).parents[2] / "bench" / "plan" / "README.md").read_text().splitlines()
-    table = validation()["table"]
-    for name, row in table.items():
-        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
-        assert f"| {row['rows']} | {row['median']:.1%}" in line
-        assert f"{row['inside']:.0%} |" in line or "all within 3%" in line
-    assert f"at most {max(abs(each.error) for each in flops_errors()):.1%}" in "\n".join(lines)
-
-
 def test_a_prediction_reads_nothing_of_the_run_itself():
     run = next(run for run in clean_runs() if run.name == "LLaMA-65B")
     others = [other for other in clean_runs() if other is not run]

@@ -171,8 +171,8 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
         "rows": [{"name": "a", "tokens_per_second": 200.0, "peer_tokens_per_second": 250.0, "ratio": 0.8, "low": 0.79,
                   "high": 0.81, "bar": 0.85, "met": False}],
         "saturated": {"requests_per_second": 6.0, "tokens_per_second": 260.0},
-        "load": [{"load": 0.5, "answered": 9, "requests": 9, "tokens_per_second": 99.0, "ttft": times, "inter_token": times,
-                  "per_token": times}],
+        "under_load": [{"load": 0.5, "answered": 9, "requests": 9, "tokens_per_second": 99.0, "ttft": times,
+                        "inter_token": times, "per_token": times}],
     }  # fmt: skip
     serving.print_tables(document)
     output = capsys.readouterr().out.replace("\u202f", " ")
