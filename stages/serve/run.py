@@ -117,8 +117,8 @@ async def serve(
         asyncio.run_coroutine_threadsafe(drain(), loop)  # first: printing fails where nobody reads on
         console.print(f"{sentence} Requests under way: {state.admission.reserved}.")
 
-    console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
     with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):
+        console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
         failing = asyncio.create_task(changed.wait())
         reporting = asyncio.create_task(report_long_programs(engine, console))
         await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)

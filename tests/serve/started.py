@@ -40,7 +40,7 @@ class Started:
         self.output = ""
         self.read_to(begun)
         address = self.url if "Ctrl-C" in self.output else ""
-        self.client = httpx.Client(base_url=address, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self.client = httpx.Client(base_url=address, timeout=300, headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def read_to(self, words: str) -> None:
         while words not in self.output:
@@ -53,7 +53,7 @@ class Started:
         return re.findall(r"page +(\S+)", self.output)[0]
 
     def ends(self):
-        self.output += self.process.communicate(timeout=20)[0]
+        self.output += self.process.communicate(timeout=120)[0]
         return self.process.returncode
 
     def __enter__(self) -> Self:
