@@ -8,8 +8,6 @@ from line import Line
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-SLOW = 0.15  # seconds a piece of a reply: the answers of a tiny model come too fast to be stopped
-
 
 class Visit:
     """One visit to the page: what a person does on it, by the names that they see."""
@@ -17,7 +15,6 @@ class Visit:
     def __init__(self, chrome: Chrome, line: Line) -> None:
         self.chrome, self.line = chrome, line
         line.mend()
-        line.pace = 0
         chrome.get(line.address)
         self.ready()
         chrome.execute_script("settings.seed.value = 1; settings.max_tokens.value = 12")
@@ -41,7 +38,7 @@ class Visit:
             " ? '' : it.id || it.textContent"
         )
 
-    def until(self, true: Callable[[], Any], seconds: float = 30) -> Any:
+    def until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
         return WebDriverWait(self.chrome, seconds, 0.02).until(lambda _: true())
 
     def text(self, css: str) -> str:
@@ -79,10 +76,10 @@ class Visit:
         self.until(lambda: len(self.texts(".figures")) > before)
 
     def partly(self, text: str) -> str:
-        """Asks over a slow line, and returns what can be read while the answer is still coming."""
-        self.line.pace = SLOW
+        """Asks, and returns what can be read of the answer when the first of it has come. Then the line is held."""
+        self.line.hold()
         self.type(text, Keys.ENTER)
-        return self.until(lambda: self.answering and self.text("article.assistant .text").strip())
+        return self.until(lambda: self.line.let_one_through() or self.text("article.assistant .text").strip())
 
     def requests(self) -> list[dict[str, Any]]:
         """The bodies of the requests for answers since `listen`."""

@@ -7,9 +7,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 
+from chat_models import save_chat_model
 from chromium import chromium
 from line import Line
-from tiny_server import TinyServer
+from started import Started
+from tiny_server import TinyServer, until
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,26 @@ def tiny_server():
 def client(tiny_server):
     with tiny_server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def roomy():
+    """A second one, with room for the descriptions of tools and for long conversations."""
+    with TinyServer(context=1536) as server:
+        assert until(lambda: server.state.engine.has_long_programs, 300)
+        yield server
+
+
+@pytest.fixture(params=["in process", pytest.param("the command", marks=[pytest.mark.journeys, pytest.mark.night])])
+def roomy_client(request, tmp_path):
+    """Of a server with that room, at night of the real command too."""
+    if request.param == "in process":
+        with request.getfixturevalue("roomy").client() as client:
+            yield client
+        return
+    save_chat_model(tmp_path / "sea", context=1536)
+    with Started(tmp_path / "sea", program=("-m", "stages.serve")) as server:
+        yield server.client
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,20 @@
-"""A line between a browser and a server that can be slow, and can break."""
+"""A line between a browser and a server that can be held, and can break."""
 
 import contextlib
 import socket
 import threading
-import time
 from typing import Self
 
 
 class Line:
-    """Listens on a port of its own and carries bytes to and from `port`. `pace`: seconds each piece of a reply takes."""
+    """Listens on a port of its own and carries bytes to and from `port`, replies in pieces of 200 bytes.
+
+    A tiny model answers too fast to be stopped: from `hold` to `release` a piece goes on with each `let_one_through`.
+    """
 
     def __init__(self, port: int) -> None:
-        self.pace = 0.0
+        self._held = False
+        self._let_through = threading.Semaphore(0)
         self._port = port
         self._cut = False
         self._ends: list[socket.socket] = []
@@ -26,6 +29,15 @@ class Line:
         self.cut()
         self._door.close()
 
+    def hold(self) -> None:
+        self._held, self._let_through = True, threading.Semaphore(0)
+
+    def let_one_through(self) -> None:
+        self._let_through.release()
+
+    def release(self) -> None:
+        self._held = False
+
     def cut(self) -> None:
         """Breaks everything that is under way, and whatever is begun until `mend`."""
         self._cut = True
@@ -34,7 +46,7 @@ class Line:
                 self._ends.pop().shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
-        self._cut = False
+        self._cut = self._held = False
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
@@ -50,10 +62,10 @@ class Line:
 
     def _carry(self, source: socket.socket, target: socket.socket, reply: bool) -> None:
         with contextlib.suppress(OSError):
-            while piece := source.recv(200 if self.pace and reply else 65536):
+            while piece := source.recv(200 if reply else 65536):
+                while reply and self._held and not self._let_through.acquire(timeout=0.02):
+                    pass
                 target.sendall(piece)
-                if reply:
-                    time.sleep(self.pace)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -67,11 +67,12 @@ def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
 
 
 def test_an_answer_that_a_reload_cut_goes_on(visit, tiny_server, monkeypatch):
-    step = tiny_server.engine.step
-    monkeypatch.setattr(tiny_server.engine, "step", lambda: time.sleep(0.1) or step())
+    step, turns = tiny_server.engine.step, threading.Semaphore(0)
+    monkeypatch.setattr(tiny_server.engine, "step", lambda: step() if turns.acquire(timeout=0.02) else [])
     visit.set("max_tokens", "60")
     visit.type(MORE, Keys.ENTER)
-    part = visit.until(lambda: visit.answering and visit.text("article.assistant .text").strip())
+    part = visit.until(lambda: turns.release() or visit.text("article.assistant .text").strip())
+    assert visit.answering
     visit.reload()
     monkeypatch.undo()
     assert visit.text("article.assistant .text").startswith(part.split("\n")[0])
@@ -115,7 +116,7 @@ def test_a_turn_of_ones_own_is_edited_and_copied(visit):
 
     visit.partly("Three")  # what is edited while it is being answered: that answer ends
     visit.click(".edit")
-    visit.line.pace = 0
+    visit.line.release()
     visit.chrome.switch_to.active_element.send_keys("!", Keys.ENTER)
     visit.until(lambda: contents(visit.requests()[-1])[-1] == "Three!" and not visit.answering)
     assert visit.texts("article.user .text")[-1] == "Three!"
@@ -163,13 +164,13 @@ def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
 
 def test_the_focus_is_never_lost(visit):
     press = lambda css: visit.chrome.find_elements("css selector", css)[-1].send_keys(Keys.ENTER)
-    visit.line.pace = 1
+    visit.line.hold()
     visit.type(MORE)
     press("#send")
     visit.until(lambda: visit.answering)
     assert visit.focus == "ask"
     press("#stop")
-    visit.line.pace = 0
+    visit.line.release()
     visit.finished()
     assert visit.focus == "ask"
     for action in (".again", "#new", "#tries button"):

@@ -20,7 +20,7 @@ from stages.serve.engine_thread import EngineThread
 def test_a_long_text_waits_for_its_programs_and_holds_up_no_short_one(fails, monkeypatch):
     """The engine is ready with the programs for short texts; the others are compiled beside it."""
     cfg = tiny_config()
-    config = EngineConfig(3, 60, kv_dtype="float32", chunk=16, tail=4, short=16)
+    config = EngineConfig(5, 62, kv_dtype="float32", chunk=16, tail=4, short=16)  # of programs that test_engine_company has too
     engine = Engine(cfg, prepare_params(cfg, lively_params(cfg)), config)
     may_prepare, prepare, finished = threading.Event(), engine.runner.compile_long_programs, queue.SimpleQueue()
 

@@ -8,7 +8,7 @@ import ollama
 import openai
 import pydantic
 import pytest
-from tiny_server import TinyServer, good, refused, say, until
+from tiny_server import TinyServer, good, refused, say
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
@@ -75,22 +75,20 @@ WEATHER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def roomy():
-    """Of a server with room for the description of a tool."""
-    with TinyServer(context=1536) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
-        assert until(lambda: server.state.engine.has_long_programs, 300)
+@pytest.fixture
+def wide_gpt(roomy):
+    with openai.OpenAI(base_url=f"{roomy.url}/v1", api_key="any") as client:
         yield client
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
-def test_a_response_calls_a_function(roomy, choice):
+def test_a_response_calls_a_function(wide_gpt, choice):
     fields: dict[str, Any] = {"model": "tiny", "input": HELLO, "tools": [WEATHER], "tool_choice": choice, "temperature": 0}
-    response = roomy.responses.create(**fields, parallel_tool_calls=False, max_output_tokens=200)
+    response = wide_gpt.responses.create(**fields, parallel_tool_calls=False, max_output_tokens=200)
     (call,) = response.output
     assert (call.type, call.name, response.status) == ("function_call", "get_weather", "completed")
     assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
-    with roomy.responses.stream(**fields, parallel_tool_calls=False, max_output_tokens=200) as stream:
+    with wide_gpt.responses.stream(**fields, parallel_tool_calls=False, max_output_tokens=200) as stream:
         events = list(stream)
     (again,) = events[-1].response.output
     assert (again.name, again.arguments) == (call.name, call.arguments)
@@ -100,7 +98,7 @@ def test_a_response_calls_a_function(roomy, choice):
         "created", "in_progress", "output_item.added", "function_call_arguments.done", "output_item.done", "completed",
     ]  # fmt: skip
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
-    final = roomy.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
+    final = wide_gpt.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
     assert final.output[0].type == "message"
     assert final.usage.input_tokens > len(call.arguments)
 
@@ -110,10 +108,10 @@ class Visit(pydantic.BaseModel, extra="forbid"):  # other keys a model without s
     days: Literal[1, 2, 30]
 
 
-def test_answers_satisfy_a_schema_in_the_dialects_that_have_a_field_for_it(roomy):
-    parsed = roomy.responses.parse(model="tiny", input="Hello there", text_format=Visit, temperature=1.5)
+def test_answers_satisfy_a_schema_in_the_dialects_that_have_a_field_for_it(wide_gpt, roomy):
+    parsed = wide_gpt.responses.parse(model="tiny", input="Hello there", text_format=Visit, temperature=1.5)
     assert (parsed.output_parsed.city in ("Rome", "Oslo"), parsed.text.format.name) == (True, "Visit")
-    chat = ollama.Client(host=str(roomy.base_url).removesuffix("/v1/"))
+    chat = ollama.Client(host=roomy.url)
     for answer in (chat.chat("tiny", HELLO, format=Visit.model_json_schema()).message.content,
                    chat.generate("tiny", "Hello there", format=Visit.model_json_schema()).response):  # fmt: skip
         assert Visit.model_validate_json(answer).days in (1, 2, 30)
@@ -122,14 +120,14 @@ def test_answers_satisfy_a_schema_in_the_dialects_that_have_a_field_for_it(roomy
         chat.chat("tiny", HELLO, format={"type": "integer", "minimum": 5, "maximum": 3})
     text: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}
     with pytest.raises(openai.BadRequestError, match=r"text\.format\.schema: .*not"):
-        roomy.responses.create(model="tiny", input="a", text=text)
+        wide_gpt.responses.create(model="tiny", input="a", text=text)
 
 
-def test_a_response_may_call_or_speak(roomy):
-    response = roomy.responses.create(model="tiny", input="Hello there", tools=[WEATHER], max_output_tokens=9, temperature=0)
+def test_a_response_may_call_or_speak(wide_gpt):
+    response = wide_gpt.responses.create(model="tiny", input="Hello there", tools=[WEATHER], max_output_tokens=9, temperature=0)
     assert {item.type for item in response.output} <= {"message", "function_call"}
     with pytest.raises(openai.BadRequestError, match="no tool 'other'"):
-        roomy.responses.create(model="tiny", input="a", tools=[WEATHER], tool_choice={"type": "function", "name": "other"})
+        wide_gpt.responses.create(model="tiny", input="a", tools=[WEATHER], tool_choice={"type": "function", "name": "other"})
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import ollama
 import openai
 import pydantic
 import pytest
-from chat_models import chat_tokenizer, save_chat_model
-from started import Started
-from tiny_server import TinyServer, events, good, refused, say, until
+from chat_models import chat_tokenizer
+from tiny_server import events, good, refused, say
 
 from engine.text.chat_tokenizer import ChatTokenizer
 from stages.serve.api import chat
@@ -41,12 +40,11 @@ QWEN = """{%- if tools %}<|im_start|>system
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}!{% endif %}{% endif %}"""
 
 
-@pytest.fixture(scope="module")
-def client():
-    with TinyServer(context=1536) as server, server.client() as client:
-        assert until(lambda: server.state.engine.has_long_programs, 300)
+@pytest.fixture
+def client(roomy):
+    with roomy.client() as client:
         yield client
-        assert server.state.engine.compiles_after_ready == 0
+    assert roomy.state.engine.compiles_after_ready == 0
 
 
 def check(calls):
@@ -76,12 +74,13 @@ def joined(text):
 
 GO = [{"role": "user", "content": "Go"}]
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
+ROOM = 150  # tokens: more than the letters of the longest call
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED, "auto"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):
-    body = say("Go", 90, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, temperature=1.0, seed=4)
+    body = say("Go", ROOM, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, temperature=1.0, seed=4)
     if choice == "auto":  # a model without sense is led to begin a call
         body |= {"logit_bias": {str(token): 9 for token in chat_tokenizer().encode("<tool_call>").tolist()}}
     (whole,) = good(client.post("/v1/chat/completions", json=body))["choices"]
@@ -101,7 +100,7 @@ def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):
 def test_an_answer_may_have_a_schema_beside_tools(client):
     answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
     for seed in range(4):
-        choice = good(client.chat("Go", 90, tools=TOOLS, response_format=answer, temperature=1.5, seed=seed))["choices"][0]
+        choice = good(client.chat("Go", ROOM, tools=TOOLS, response_format=answer, temperature=1.5, seed=seed))["choices"][0]
         if choice["finish_reason"] == "stop":
             jsonschema_rs.validate(PARAMETERS, json.loads(choice["message"]["content"]))
         elif choice["finish_reason"] == "tool_calls":
@@ -109,7 +108,7 @@ def test_an_answer_may_have_a_schema_beside_tools(client):
 
 
 def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client):
-    fields = {"tools": TOOLS[:1], "tool_choice": NAMED, "max_tokens": 90}
+    fields = {"tools": TOOLS[:1], "tool_choice": NAMED, "max_tokens": ROOM}
     ended = lambda stop: good(client.chat("Go", **fields, stop=[stop]))["choices"][0]
     assert ended("city")["finish_reason"] == "stop"
     assert ended("</tool")["finish_reason"] == "tool_calls"
@@ -118,7 +117,7 @@ def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client
 
 def test_an_answer_that_goes_on_may_have_to_call(client):
     turns = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Well, "}]
-    body = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "max_tokens": 90}
+    body = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "max_tokens": ROOM}
     (choice,) = good(client.post("/v1/chat/completions", json=body | {"tools": TOOLS[:1], "tool_choice": NAMED}))["choices"]
     assert choice["finish_reason"] == "tool_calls"
     check(choice["message"]["tool_calls"])
@@ -192,16 +191,15 @@ class Visit(pydantic.BaseModel):
     alone: bool
 
 
-def test_openais_client_parses_calls_and_answers_through_the_command(tmp_path):
-    save_chat_model(tmp_path / "model", context=1536)
-    with Started(tmp_path / "model", program=("-m", "stages.serve")) as server:
-        ai = openai.OpenAI(base_url=server.url.rstrip("/") + "/v1", api_key="any", timeout=300)
+def test_openais_client_parses_calls_and_answers(roomy_client):
+    with openai.OpenAI(base_url=f"{roomy_client.base_url}/v1", api_key="any", timeout=300) as ai:
         chat: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Go"}], "seed": 1}
         parsed = ai.chat.completions.parse(**chat, response_format=Visit).choices[0].message.parsed
         assert parsed.city in ("Rome", "Oslo")
         tool = openai.pydantic_function_tool(Visit, name="visit")
         for choice in ("required", {"type": "function", "function": {"name": "visit"}}):
-            call = ai.chat.completions.parse(**chat, tools=[tool], tool_choice=choice).choices[0].message.tool_calls[0]
+            forced: Any = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False}
+            call = ai.chat.completions.parse(**chat, **forced).choices[0].message.tool_calls[0]
             assert call.function.parsed_arguments.days in (1, 2, 30)
         with ai.chat.completions.stream(**chat, tools=[tool], tool_choice="required", parallel_tool_calls=False) as stream:
             message = stream.get_final_completion().choices[0].message
@@ -218,7 +216,7 @@ def test_anthropics_client_calls_tools(client):
     asked: dict[str, Any] = {"model": "default", "messages": GO}
     tools: Any = [{"name": "get_weather", "description": "The weather.", "input_schema": PARAMETERS}]
     for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
-        fields: Any = asked | {"tools": tools, "tool_choice": choice, "max_tokens": 90}
+        fields: Any = asked | {"tools": tools, "tool_choice": choice, "max_tokens": ROOM}
         message = claude.messages.create(**fields)
         (call,) = message.content
         assert (message.stop_reason, call.type, call.name) == ("tool_use", "tool_use", "get_weather")
@@ -243,7 +241,7 @@ def test_ollamas_client_calls_tools(client, monkeypatch):
     gemma = ollama.Client(host=str(client.base_url))
     forced = lambda functions, named, choice, parallel: chat.tool_use(functions, named, "required", False)
     tools = [{"type": "function", "function": {"name": "get_weather", "description": "It.", "parameters": PARAMETERS}}]
-    asked: dict[str, Any] = {"model": "default", "messages": GO, "options": {"num_predict": 90, "temperature": 0}}
+    asked: dict[str, Any] = {"model": "default", "messages": GO, "options": {"num_predict": ROOM, "temperature": 0}}
     plain = gemma.chat(**asked, tools=tools)
     assert plain.message.content
     assert not plain.message.tool_calls

@@ -73,10 +73,10 @@ class TinyServer:
         return self.engine.running, self.state.engine.waiting, self.state.admission.reserved
 
     def client(self, **options: Any) -> "Client":
-        return Client(**{"base_url": self.url, "timeout": 60, "verify": False, **options})
+        return Client(**{"base_url": self.url, "timeout": 300, "verify": False, **options})
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), 10)
+        return socket.create_connection(("127.0.0.1", self.port), 120)
 
     def raw(self, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
         """The status and all of the reply to a request written by hand."""
@@ -175,8 +175,8 @@ def read_all(connection: socket.socket) -> bytes:
     return content
 
 
-def until(true: Callable[[], Any], seconds: float = 30.0) -> bool:
-    """Waits until it is true, and says whether it came to be."""
+def until(true: Callable[[], Any], seconds: float = 120.0) -> bool:
+    """Waits until it is true, and says whether it came to be. The limit is for what never comes, not for what is slow."""
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.002)
