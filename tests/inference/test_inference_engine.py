@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from engine_requests import (
+    AS_SERVED,
     CAPACITY,
     CHUNK,
     DTYPES,
@@ -76,7 +77,7 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
         assert count_compiles == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", AS_SERVED])
 def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
     """A lone text reaches long segments with wrong drafts, loses its copies to others, and makes new ones as a short text."""
     request = request_of(text(5, 9), 45, temperature=0.0, logprobs=3)
@@ -135,8 +136,13 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     assert [cached_tokens(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [[0], [51], [48], [16]]
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize(("temperature", "slots"), [(0.0, SLOTS), (0.3, SLOTS), (0.3, 1)])
+BY_DAY = [("float32", 0.0, SLOTS), ("float32", 0.3, SLOTS), ("float32", 0.3, 1), ("int8", 0.3, SLOTS)]
+AT_NIGHT = sorted({(dtype, *case[1:]) for dtype in DTYPES for case in BY_DAY} - {*BY_DAY})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temperature", "slots"), [*BY_DAY, *(pytest.param(*case, marks=pytest.mark.night) for case in AT_NIGHT)]
+)
 def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots, monkeypatch):
     """A text that repeats itself, and one whose every draft is wrong; in one slot, two rows share it and need no copy."""
     request = request_of(REPEATING, 29, temperature=temperature, seed=2, logprobs=3)
@@ -167,11 +173,11 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots,
 
 
 def test_nothing_is_compiled_after_warm(count_compiles):
-    """Engine of a shape no other test has, with one row for drafts, not three; weights on a device that is not named, and on
-    one that is."""
+    """With one row for drafts, not three; weights on a device that is not named, and on one that is."""
     params = served_model("float32")[1]
+    jax.clear_caches()  # of what other tests have compiled
     for weights in (params, jax.device_put(params, jax.devices()[0])):
-        engine = make_engine("float32", params=weights, slots=2, prefix_cache_bytes=10**6)
+        engine = make_engine("float32", params=weights, slots=1, prefix_cache_bytes=10**6)
         count_compiles.clear()
         engine.warm()
         assert weights is not params or len(count_compiles) >= 10, "the count counts"

@@ -76,8 +76,7 @@ def test_a_decode_step_makes_nothing_of_a_weights_size(kind):
     assert bool(made_of_a_weights_size(params, decode_step.lower(cfg, params, token, cache))) == (kind == "full")
 
 
-@pytest.mark.parametrize("slots", [3, 33])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("slots", "tied"), [(3, False), (33, True)])
 def test_neither_does_decoding_for_slots_few_or_many(slots, tied):
     cfg, params = wider(tied, "int8")
     token = jnp.zeros(slots, jnp.int32)

@@ -54,8 +54,12 @@ def spread_in(program, *arguments) -> list[str]:
     return spread_operands(lowered.as_text("hlo")) + spread_operands(lowered.compile().as_text())
 
 
-# Qwen2's own products are those of a training step and of scoring too.
+# Qwen2's own products are those of a training step and of scoring too; these steps multiply as AdamW's, Muon's, LoRA's and a
+# preference's do.
+ALIKE = ("microbatches", "bottom frozen", "top frozen", "Muon, scan", "LoRA, remat", "preference, all")
 NIGHT = {f"{name}, Qwen2" for name in ("train step, LoRA", "prefill, one prompt", "decode_step", "decode_slots")}
+NIGHT |= {f"train step, {kind}, Qwen3" for kind in ALIKE}
+assert {*CASES} >= NIGHT
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.night] * (case in NIGHT)) for case in sorted(CASES)])
