@@ -23,8 +23,7 @@ def served_model(weights: str):
     return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("weights", "rows"), [("float32", 1), ("bfloat16", 3), ("int8", 1), ("int8", 3)])
 def test_completing_prompts_changes_no_weight_and_remembers_none(weights, rows):
     """As commands and rollouts do: a lone prompt, which repeats itself, and several."""
     cfg, params = served_model(weights)

@@ -27,11 +27,3 @@ def test_rope_scores_depend_on_the_distance_alone(at, other, shift, seed):
 def test_a_query_that_sees_nothing_gives_numbers():
     q, k = normal(0, B, T, N, H), normal(1, B, K, 9, H)
     assert np.isfinite(layers.attention(q, k, k, np.zeros((B, T, 9), bool))).all()
-
-
-def test_the_causal_mask_looks_back_inside_the_segment():
-    segments = np.array([[0, 0, 1, 1, 1], [4, 4, 4, 4, 7]])
-    looks = np.asarray(layers.causal_mask(5, segments))
-    for b, t, s in np.ndindex(2, 5, 5):
-        assert looks[b, t, s] == (s <= t and segments[b, t] == segments[b, s])
-    np.testing.assert_array_equal(layers.causal_mask(5), np.tri(5, dtype=bool)[None])

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from tiny_server import CAPACITY, good, refused, until
+from tiny_server import CAPACITY, refused
 
 from engine.model.transformer import hidden_states
-from engine.storage.digest import digest
 
 TEXTS = ["Hello there", "1234", "The assistant answers what the user asks; the system says how. " * 3]
 
@@ -40,24 +39,6 @@ def test_forms_and_dimensions(embed, client):
     np.testing.assert_array_equal(vectors(embed(TEXTS[0]))[0], whole[0])
     cut = vectors(embed(TEXTS, dimensions=5))
     np.testing.assert_allclose(cut, whole[:, :5] / np.linalg.norm(whole[:, :5], axis=1, keepdims=True), rtol=1e-6)
-
-
-def test_embeddings_beside_completions_change_no_bit_and_compile_nothing(embed, client, tiny_server):
-    assert until(lambda: client.get("/health").json()["long_texts_ready"], 300)
-    compiled = client.get("/health").json()["compiles_after_ready"]
-    alone, one = good(client.complete(most=40, ignore_eos=True, logprobs=1))["choices"], vectors(embed(TEXTS[2]))
-    pending = tiny_server.client()
-    with pending, pending.stream("POST", "/v1/completions", json={
-        "model": "tiny", "prompt": "Hello there", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stream": True,
-    }) as stream:  # fmt: skip
-        lines = stream.iter_lines()
-        next(lines)
-        beside = vectors(embed([TEXTS[2]] * 6))
-        assert len(list(lines)) > 0
-    np.testing.assert_array_equal(beside, np.repeat(one, 6, axis=0))
-    assert good(client.complete(most=40, ignore_eos=True, logprobs=1))["choices"] == alone
-    assert client.get("/health").json()["compiles_after_ready"] == compiled
-    assert digest(tiny_server.engine.params) == tiny_server.state.digest
 
 
 @pytest.mark.parametrize(

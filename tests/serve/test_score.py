@@ -1,14 +1,11 @@
 """Log-probabilities of given tokens: /v1/score, and echo of /v1/completions, as lm-eval asks for it."""
 
 import math
-import threading
-from typing import Any
 
 import openai
 import pytest
-from tiny_server import CAPACITY, good, refused, say, until
+from tiny_server import CAPACITY, good, refused, say
 
-from engine.storage.digest import digest
 from stages.serve.tokenizer_pool import token_text
 
 PROMPT = "Hello there, how are you"
@@ -93,22 +90,6 @@ def test_echo_without_log_probabilities(client):
     alone = good(client.complete(PROMPT, 5))["choices"][0]["text"]
     choices = good(client.complete(PROMPT, 5, echo=True, n=2))["choices"]
     assert [choice["text"] for choice in choices] == [PROMPT + alone] * 2
-
-
-def test_scores_change_neither_neighbours_nor_weights_and_compile_nothing(tiny_server, client):
-    assert until(lambda: client.get("/health").json()["long_texts_ready"], 300)
-    compiled = client.get("/health").json()["compiles_after_ready"]
-    alone = good(client.complete(most=40, ignore_eos=True, logprobs=1))["choices"]
-    body: dict[str, Any] = {"prompt": PROMPT, "candidates": ["a", "Hello there, how are you", "é" * 9] * 8}
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(good(client.post("/v1/score", json=body))["data"]))
-    thread.start()
-    with tiny_server.client() as other:
-        assert good(other.complete(most=40, ignore_eos=True, logprobs=1))["choices"] == alone
-    thread.join()
-    assert [each["token_logprobs"] for each in results[0][:3]] * 8 == [each["token_logprobs"] for each in results[0]]
-    assert client.get("/health").json()["compiles_after_ready"] == compiled
-    assert digest(tiny_server.engine.params) == tiny_server.state.digest
 
 
 @pytest.mark.parametrize(

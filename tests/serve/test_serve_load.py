@@ -14,6 +14,7 @@ import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused, until
 
 from engine.inference.sequence import Sequence
+from engine.storage.digest import digest
 from stages.serve import state
 from stages.serve.api import generation, writer
 from stages.serve.api.generation import Generation
@@ -196,6 +197,29 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, h
     priorities = [sequence.priority for sequence in admitted[: sum(wishes)]]
     assert len(priorities) == sum(wishes)
     assert priorities == sorted(priorities)
+
+
+@pytest.mark.parametrize(
+    ("path", "different", "body"),
+    [
+        ("/v1/score", 3, {"prompt": "Hello", "candidates": ["a", "Hello there, how are you", "é" * 9] * 8}),
+        ("/v1/embeddings", 1, {"input": ["The assistant answers what the user asks; the system says how. " * 3] * 6}),
+    ],
+)
+def test_scores_and_embeddings_are_what_they_are_alone_and_so_is_a_completion(client, tiny_server, path, different, body):
+    """No weight is changed, and nothing compiled."""
+    assert until(lambda: tiny_server.state.engine.has_long_programs)
+    completion = lambda: good(client.complete(most=40, ignore_eos=True, logprobs=1))["choices"]
+    results = lambda: good(client.post(path, json=body))["data"]
+    alone, expected, compiled = completion(), results(), tiny_server.state.engine.compiles_after_ready
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.submit(results), pool.submit(completion)
+        assert [each.result() for each in both] == [expected, alone]
+    places = [each.pop("index") for each in expected]
+    assert places == [*range(len(expected))]
+    assert expected[different:] == expected[:-different]
+    assert tiny_server.state.engine.compiles_after_ready == compiled
+    assert digest(tiny_server.engine.params) == tiny_server.state.digest
 
 
 def test_health_tells_that_the_engine_is_stuck(client, tiny_server, held, monkeypatch):

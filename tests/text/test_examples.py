@@ -187,23 +187,6 @@ def test_once_is_once(pack):
         assert actual == sorted(tuple(e.tokens.tolist()) for e in examples)
 
 
-def test_packed_is_unpacked(cfg, params):
-    """The same summed loss, and another number where segments are not told apart; a shift of a segment's positions is none."""
-    import jax
-
-    from engine.model.loss import summed_loss
-
-    loss = jax.jit(lambda batch: summed_loss(cfg, params, batch))
-    examples = examples_of([3, 9, 5, 2, 7, 1, 4, 6, 8, 3, 2])
-    totals = [sum(float(loss(batch)) for batch in evaluation_batches(examples, 16, 4, pack)) for pack in (True, False)]
-    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
-    batch = next(iter(evaluation_batches(examples, 16, 4)))
-    first = float(loss(batch))
-    assert float(loss(batch._replace(segments=(batch.segments > 0).astype(np.int32)))) != pytest.approx(first, rel=1e-4)
-    shifted = batch._replace(positions=np.tile(np.arange(16, dtype=np.int32), (4, 1)))
-    assert float(loss(shifted)) == pytest.approx(first, rel=1e-4)
-
-
 def test_pairs_stand_row_by_row():
     pairs = [Pair(example(n, n + 1, n + 2), example(n, n + 3)) for n in range(1, 8)]
     batch = pair_batch(pairs, np.array([5, 0, 3]), seq=4)
