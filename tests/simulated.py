@@ -1,12 +1,13 @@
 """Runs the real engine on a device made of lists, under a schedule that a seed draws: arrivals, cancellations, programs that
-come late. What a request gets must be what it gets alone.
+come late, adapters that come and go. What a request gets must be what it gets alone.
 
-A key/value of the fake device is a number made of its token, its position and all keys/values before it in the slot, so that
-one that is missing, stale or in another's place changes every token that follows; a token of `POISON` makes it NaN, which
-spoils all texts that see it.
+A key/value of the fake device is a number made of its token, its adapter, its position and all keys/values before it in the
+slot, so that one that is missing, stale or in another's place changes every token that follows; a token of `POISON` makes it
+NaN, which spoils all texts that see it. An adapter is a number.
 """
 
 import collections
+import dataclasses
 import itertools
 import random
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 from engine.inference import engine as engine_module
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
-from engine.inference.request import MAX_LOGPROBS, Request, SamplingParams
+from engine.inference.request import MAX_LOGPROBS, Adapter, Request, SamplingParams
 from engine.inference.runner import SampledTokens
 from engine.inference.sequence import STEPS
 from engine.model.config import ModelConfig
@@ -30,9 +31,10 @@ EMPTY, NAN = 0, -1
 MOST_STEPS = 600  # of a schedule after its last arrival
 
 
-def key_value(token: int, position: int, before: list[int]) -> int:
+def key_value(token: int, position: int, before: list[int], adapter: int) -> int:
     """Returns the number in the KV cache of a token; 24 bits, which a float32 holds."""
-    return NAN if token == POISON or NAN in before[:position] else 1 + hash((token, position, *before[:position])) % 2**24
+    seen = (token, position, adapter, *before[:position])
+    return NAN if token == POISON or NAN in before[:position] else 1 + hash(seen) % 2**24
 
 
 def next_token(
@@ -92,6 +94,11 @@ class FakeRunner:
         self.has_long_programs = False
         self.cache = [[EMPTY] * edges[-1] for _ in range(config.slots)]
         self.counts = [(0,) * VOCAB for _ in range(config.rows)]
+        self.stacks = [0] * (1 + config.adapters)
+
+    def put_adapter(self, index: int, adapter: Any) -> None:
+        number = adapter if isinstance(adapter, int) else 9  # the engine's own, by which it compares chunks
+        self.stacks = [*self.stacks[:index], number, *self.stacks[index + 1 :]]
 
     def load_long_programs(self) -> None:
         self.has_long_programs, self.segments = True, SimpleNamespace(edges=self.config.edges)
@@ -106,10 +113,10 @@ class FakeRunner:
         assert self.has_long_programs, "a call on positions that no program reaches yet"
         return self.positions
 
-    def prefill(self, tokens: Any, slot: int, start: int, stop: int) -> None:
+    def prefill(self, tokens: Any, slot: int, start: int, stop: int, adapter: int) -> None:
         assert start + tokens.shape[1] <= self._seen(stop)
         for position, token in enumerate(tokens[0].tolist(), start):
-            self.cache[slot][position] = key_value(token, position, self.cache[slot])
+            self.cache[slot][position] = key_value(token, position, self.cache[slot], self.stacks[adapter])
 
     def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
         assert start + count <= self._seen(stop)
@@ -137,7 +144,9 @@ class FakeRunner:
     def set_counts(self, slot: int, prompt: Any, logit_bias: Any) -> None:
         self.counts[slot] = counts_of(prompt, logit_bias)
 
-    def decode(self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, stop: int) -> SampledTokens:
+    def decode(
+        self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, stop: int, adapters: Any
+    ) -> SampledTokens:
         seen, R = self._seen(stop), len(token)
         sampled = SampledTokens(
             np.zeros((STEPS, R), np.int32),
@@ -150,7 +159,7 @@ class FakeRunner:
         for step in range(steps):
             active = sorted((int(rows.position[row]) + step, row) for row in range(R) if rows.position[row] >= 0)
             for position, row in active:
-                value = key_value(current[row], position, self.cache[own[row]])
+                value = key_value(current[row], position, self.cache[own[row]], self.stacks[adapters[row]])
                 for source, target in zip(rows.source, rows.target):
                     if source == row and target < self.config.slots and position < seen:
                         self.cache[target][position] = value
@@ -176,8 +185,9 @@ def alone(request: Request) -> tuple[list[int], str | None]:
     sampling, text, output = request.sampling, list[int](), list[int]()
     counts = list(counts_of(request.prompt, sampling.logit_bias))
     constraint: Any = request.constraint and request.constraint.begin()
+    adapter = int(request.adapter.digest) if request.adapter else 0
     for position, token in enumerate(request.prompt):
-        text.append(key_value(token, position, text))
+        text.append(key_value(token, position, text, adapter))
     while True:
         if NAN in text:
             return output, "error"
@@ -193,7 +203,7 @@ def alone(request: Request) -> tuple[list[int], str | None]:
             return output, "stop"
         if len(output) == sampling.max_tokens:
             return output, "length"
-        text.append(key_value(token, len(text), text))
+        text.append(key_value(token, len(text), text, adapter))
 
 
 def draw_request(rng: random.Random) -> Request:
@@ -228,6 +238,7 @@ def simulate(seed: int) -> None:
         chunk=CHUNK,
         tail=rng.choice([TAIL, CHUNK]),
         short=rng.choice([None, 16, 32]),
+        adapters=rng.choice([0, 0, 1, 2]),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
@@ -238,18 +249,26 @@ def simulate(seed: int) -> None:
     requests = [draw_request(rng) for _ in range(rng.randint(1, 9))]
     due, loads_at = sorted(rng.randrange(60) for _ in requests), rng.randrange(120)
     ids, cancelled, output, reasons = {}, set[int](), {}, {}
-    namespaces = collections.Counter(request.namespace for request in requests)
+    namespaces, adapters = collections.Counter[Any](), list[Adapter]()
+    space = lambda request: (request.namespace, request.adapter and request.adapter.digest)
     clock = 0
     while due or engine.busy:
         assert clock < 60 + MOST_STEPS, "a request is never finished"
         while due and due[0] <= clock:
             due.pop(0)
-            request = requests[len(ids)]
+            request = dataclasses.replace(requests[len(ids)], adapter=rng.choice([None, *adapters]))
+            namespaces[space(request)] += 1
             ids[engine.submit(request, rng.randrange(3))] = request
         if ids and rng.random() < 0.03:
             id = rng.choice([*ids])
             if engine.cancel(id):
                 cancelled.add(id)
+        if config.adapters and rng.random() < 0.2:  # one goes, and one of few numbers comes, which has been there before
+            if adapters and rng.random() < 0.7:
+                adapters.pop(rng.randrange(len(adapters)))
+            if index := engine.free_adapter_index([adapter.index for adapter in adapters]):
+                adapters.append(Adapter(str(number := rng.randint(1, 3)), index))
+                engine.runner.put_adapter(index, number)
         if clock >= loads_at:
             engine.load_long_programs()
         for event in engine.step():
@@ -257,8 +276,8 @@ def simulate(seed: int) -> None:
             output[event.id] = output.get(event.id, []) + event.tokens
             if event.finish_reason:
                 reasons[event.id] = event.finish_reason
-                shares = namespaces[ids[event.id].namespace] > 1 or engine.config.short  # a text that restarts finds itself
-                assert shares or not event.cached_tokens, "the prefix cache gave a prompt of another namespace"
+                shares = namespaces[space(ids[event.id])] > 1 or engine.config.short  # a text that restarts finds itself
+                assert shares or not event.cached_tokens, "the prefix cache gave a prompt of another namespace or adapter"
         check_slots(engine)
         clock += 1
     for id, request in ids.items():

@@ -40,7 +40,7 @@ class EngineConfig:
     the default size. speculate: whether a single sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail:
     of a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the
     longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. embeds: whether
-    embeddings are asked for. Raises UserError.
+    embeddings are asked for. adapters: how many there may be at once, of at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8
@@ -54,6 +54,8 @@ class EngineConfig:
     segment: int | None = None
     short: int | None = 512
     embeds: bool = False
+    adapters: int = 0
+    adapter_rank: int = 8
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -130,10 +132,15 @@ class EngineConfig:
         return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)
 
     def bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        """Returns the bytes of weights, slots of so many tokens, and prefix cache."""
+        """Returns the bytes of weights, stacks of adapters, slots of so many tokens, and prefix cache."""
         slot = self.slot_bytes(cfg, capacity)
         prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
-        return self.slots * slot + prefix + count_params(cfg).total * BYTES[self.weights or cfg.dtype]
+        weights = count_params(cfg).total * BYTES[self.weights or cfg.dtype]
+        if self.adapters:
+            weights += (
+                (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values())) * BYTES[cfg.dtype]
+            )
+        return self.slots * slot + prefix + weights
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
         """Returns the bytes of a slot of so many tokens."""

@@ -28,7 +28,9 @@ from engine.inference.sampling import TokenMasks, make_token_masks
 from engine.inference.scheduler import Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 from engine.model.config import ModelConfig
+from engine.model.paths import unflatten
 from engine.model.transformer import Params
+from engine.model.weights.lora import LoRA
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
 MAX_TAILS = 2  # computed after a cached prefix to complete its chunk: more take longer than the whole chunk
@@ -114,6 +116,14 @@ class Engine:
         scheduler = self.scheduler
         return {sequence.priority for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
 
+    def free_adapter_index(self, in_use: Collection[int]) -> int | None:
+        """Returns an index of the stacks that is neither `in_use` nor a request's here, for `ModelRunner.put_adapter`; or None.
+
+        What a request under way reads is never written: the index of an adapter that is gone is free when the last has ended.
+        """
+        held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}
+        return next((index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None)
+
     def cancel(self, id: int) -> bool:
         """Drops a request, without an event. False when there is none of that id."""
         return self.scheduler.cancel(id)
@@ -129,7 +139,7 @@ class Engine:
     def _step(self) -> list[Event]:
         for sequence in self.scheduler.admit():
             request = sequence.request
-            sequence.prefix_key = root_key(request.namespace)
+            sequence.prefix_key = root_key(request.namespace, request.adapter.digest if request.adapter else "")
             if sequence.slot not in self.used_slots:
                 sequence.cleared_positions = self.runner.segments.edges[-1]
             self.used_slots.add(sequence.slot)
@@ -175,17 +185,33 @@ class Engine:
         self.scheduler.limit = sys.maxsize
 
     def _compare_tails(self) -> bool:
-        """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same."""
+        """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same.
+
+        Where there may be adapters, with one that lies in the stacks meanwhile.
+        """
         chunk, tail = self.config.chunk, self.config.tail
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, chunk), dtype=np.int32)
-        results = []
+        results, stacks, adapter = [], self.runner.stacks, int(self.config.adapters > 0)
+        if adapter:
+            self.runner.put_adapter(adapter, self._random_adapter())
         self.used_slots.add(0)
         for size in (chunk, tail):
             for at in range(0, chunk, size):
-                self.runner.prefill(tokens[:, at : at + size], 0, at, chunk)
+                self.runner.prefill(tokens[:, at : at + size], 0, at, chunk, adapter)
             computed = jax.device_get(self.runner.read(0, 0, chunk, chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(computed)])
+        self.runner.stacks = stacks
         return results[0] == results[1]
+
+    def _random_adapter(self) -> Params:
+        """Returns an adapter of every matrix, of random numbers."""
+        rng, rank = np.random.default_rng(0), self.config.adapter_rank
+        normal = lambda *shape: rng.standard_normal(shape, np.float32)
+        return unflatten({
+            f"blocks/{layer}/{name}": LoRA(None, normal(rows, rank), normal(rank, columns), 1 / rows)  # type: ignore[arg-type]
+            for layer in range(self.cfg.layers)
+            for name, (rows, columns) in self.cfg.matrices.items()
+        })  # fmt: skip
 
     def _clear(self, sequence: Sequence, stop: int) -> bool:
         """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it.
@@ -220,7 +246,9 @@ class Engine:
         self._clear(sequence, stop)
         padded: Any = np.zeros((1, self.config.chunk), np.int32)
         padded[0, : len(tokens)] = tokens
-        sequence.hidden_sum = sequence.hidden_sum + self.runner.embed(padded, len(tokens), sequence.slot, start, stop)
+        sequence.hidden_sum = sequence.hidden_sum + self.runner.embed(
+            padded, len(tokens), sequence.slot, start, stop, sequence.request.adapter_index
+        )
         self.scheduler.record_prefill(sequence, len(tokens))
         if sequence.to_prefill:
             return []
@@ -247,7 +275,7 @@ class Engine:
         part = tokens[done : done + size]
         padded: Any = np.zeros((1, size), np.int32)
         padded[0, : len(part)] = part
-        self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, stop)
+        self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, stop, sequence.request.adapter_index)
         return len(part)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> None:
@@ -279,13 +307,13 @@ class Engine:
             self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
         token: Any = np.zeros(self.rows, np.int32)
         position: Any = np.full(self.rows, -1, np.int32)
-        sampling = [IDLE_SAMPLING] * self.rows
+        sampling, adapters = [IDLE_SAMPLING] * self.rows, np.zeros(self.rows, np.int32)
         for row in batch.rows:
             token[row.row], position[row.row] = row.token, row.position
-            sampling[row.row] = row.sequence.request.sampling
+            sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
         rows = make_rows(position, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, stop)
+        sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, stop, adapters)
         self.decode_steps += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
         return [event for event in events if event.tokens or event.finish_reason]

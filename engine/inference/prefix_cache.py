@@ -1,8 +1,8 @@
 """PrefixCache: chunks of prompts' KV cache, for later prompts that begin alike, within a bound on memory.
 
 Chunks start at fixed positions and are computed by one program from those before them, so a hit has the bits of a miss. A
-chunk's key is a hash of namespace and tokens up to its end; the last chunk of a prompt may be shorter. A chunk is of no use
-without those before it, so the last of a prompt is dropped first.
+chunk's key is a hash of namespace, adapter and tokens up to its end; the last chunk of a prompt may be shorter. A chunk is of
+no use without those before it, so the last of a prompt is dropped first.
 """
 
 import hashlib
@@ -14,9 +14,11 @@ import jax
 import numpy as np
 
 
-def root_key(namespace: str) -> bytes:
-    """Returns the key of an empty prompt, the parent of first chunks."""
-    return hashlib.sha256(namespace.encode("utf-8", "surrogatepass")).digest()
+def root_key(namespace: str, adapter: str = "") -> bytes:
+    """Returns the key of an empty prompt, the parent of first chunks. `adapter`: the digest of the one it is computed with."""
+    key = hashlib.sha256(namespace.encode("utf-8", "surrogatepass"))
+    key.update(hashlib.sha256(adapter.encode()).digest() if adapter else b"")
+    return key.digest()
 
 
 def chunk_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:

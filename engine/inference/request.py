@@ -133,8 +133,16 @@ def token_ids(name: str, values: Any) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter in an engine: the digest of its weights, and its index in the stacks, from 1 on."""
+
+    digest: str
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt of token ids, and how to continue it. Only prompts of one `namespace` share the prefix cache.
+    """A prompt of token ids, and how to continue it. Only prompts of one `namespace` and `adapter` share the prefix cache.
 
     The completion keeps to the grammar of `constraint`, which `GrammarCompiler` compiles. With `embed` there is none: the
     prompt's embedding is asked for. Raises InvalidField.
@@ -145,11 +153,17 @@ class Request:
     namespace: str = ""
     constraint: "Constraint | None" = None
     embed: bool = False
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
         if not isinstance(self.namespace, str):
             raise InvalidField("namespace", f"namespace must be a string, not {self.namespace!r:.60}.")
+
+    @property
+    def adapter_index(self) -> int:
+        """The index of its adapter in the stacks; 0 for none."""
+        return self.adapter.index if self.adapter else 0
 
 
 class LogProb(NamedTuple):

@@ -43,6 +43,7 @@ from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params, forward, hidden_states
+from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_stacks
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
@@ -59,6 +60,16 @@ read_chunk = _compiled(segmented.read_chunk, static_argnames="length")
 write_chunk = _compiled(segmented.write_chunk, donate_argnames="segments")
 
 
+class RowAdapters(NamedTuple):
+    """The adapters of B rows: stacks, None where there are none, and each row's index in them, (B,) int32, 0 for none."""
+
+    stacks: Params | None = None
+    indices: Any = None
+
+
+NO_ADAPTERS = RowAdapters()
+
+
 class SampledTokens(NamedTuple):
     """The samples of each step and row; X is MAX_LOGPROBS, or a smaller vocabulary."""
 
@@ -71,21 +82,25 @@ class SampledTokens(NamedTuple):
 
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
 def prefill_chunk(
-    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array
-) -> KVSegments:
+    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array,
+    adapters: RowAdapters = NO_ADAPTERS,
+) -> KVSegments:  # fmt: skip
     """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
     rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
+    params = with_stacks(cfg, params, *adapters)
     cache = hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1]
     return layout.pin_cache(cache.segments)
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
 def embed_chunk(
-    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, count: Array, slot: Array, start: Array
-) -> tuple[Array, KVSegments]:
+    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, count: Array, slot: Array, start: Array,
+    adapters: RowAdapters = NO_ADAPTERS,
+) -> tuple[Array, KVSegments]:  # fmt: skip
     """Sums the head's input over the first `count` of tokens (1, T) int32, (1, D) float32; else as `prefill_chunk`."""
     rows, T = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
+    params = with_stacks(cfg, params, *adapters)
     hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
     counted = jnp.where(jnp.arange(T)[:, None] < count, hidden.astype(jnp.float32), 0)
     return counted.sum(1), layout.pin_cache(cache.segments)
@@ -95,6 +110,7 @@ def embed_chunk(
 def decode_slots(
     cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: CacheRows,
     sampling: SamplingArrays, penalties: PenaltyArrays, masks: TokenMasks, steps: Array, logprobs: Array,
+    adapters: RowAdapters = NO_ADAPTERS,
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
@@ -103,6 +119,7 @@ def decode_slots(
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)
+    params = with_stacks(cfg, params, *adapters)
 
     def step(i: Array, carry: Any) -> Any:
         token, segments, counts, sampled = carry
@@ -155,7 +172,9 @@ class Programs(NamedTuple):
     write_tail: Call | None
 
 
-def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments: KVSegments, counts: TokenCounts) -> Programs:
+def idle_calls(
+    cfg: ModelConfig, config: EngineConfig, params: Params, segments: KVSegments, counts: TokenCounts, stacks: Params | None
+) -> Programs:
     """Returns calls in which no row and no slot is in use. From shapes in place of arrays, they can be lowered, not run."""
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
     rows, idle = make_rows(np.full(config.rows, -1, np.int32), segments.slots), [SamplingParams()] * config.rows
@@ -163,7 +182,7 @@ def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments:
     has_tail = config.tail < config.chunk
 
     def prefill(size: int) -> Call:
-        return prefill_chunk, (cfg, params, segments, np.zeros((1, size), np.int32), nowhere, start)
+        return prefill_chunk, (cfg, params, segments, np.zeros((1, size), np.int32), nowhere, start, row_adapters(stacks, [0]))
 
     def read(size: int) -> Call | None:
         return (read_chunk, (segments, start, start, size)) if config.prefix_cache_bytes else None
@@ -179,12 +198,12 @@ def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments:
 
     token = np.zeros(config.rows, np.int32)
     return Programs(
-        decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, masks, step, np.bool_(False))),
+        decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, masks, step, np.bool_(False),
+                               row_adapters(stacks, [0] * config.rows))),
         prefill_chunk=prefill(config.chunk),
         prefill_tail=prefill(config.tail) if has_tail else None,
-        embed_chunk=(embed_chunk, (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start))
-        if config.embeds
-        else None,
+        embed_chunk=(embed_chunk, (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start,
+                                   row_adapters(stacks, [0]))) if config.embeds else None,
         clear_slot=(clear_slot, (segments, nowhere, start, step)),
         copy_slot=(copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
         set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
@@ -192,7 +211,11 @@ def idle_calls(cfg: ModelConfig, config: EngineConfig, params: Params, segments:
         write_chunk=write(config.chunk),
         read_tail=read(config.tail) if has_tail else None,
         write_tail=write(config.tail) if has_tail else None,
-    )
+    )  # fmt: skip
+
+
+def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:
+    return NO_ADAPTERS if stacks is None else RowAdapters(stacks, np.asarray(index, np.int32))
 
 
 def compile_programs(programs: Programs) -> Generator[tuple[str, int]]:
@@ -217,9 +240,14 @@ def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterat
     state = lambda: (
         make_kv_segments(cfg, config.slots, config.short_edges, config.kv_dtype),
         make_token_counts(cfg, config.rows),
+        empty_stacks(cfg, config),
     )
-    params, (segments, counts) = layout.inference_shapes(params, jax.eval_shape(state))
-    return compile_programs(idle_calls(cfg, config, params, segments, counts))
+    params, state_shapes = layout.inference_shapes(params, jax.eval_shape(state))
+    return compile_programs(idle_calls(cfg, config, params, *state_shapes))
+
+
+def empty_stacks(cfg: ModelConfig, config: EngineConfig) -> Params | None:
+    return make_stacks(cfg, config.adapters, config.adapter_rank) if config.adapters else None
 
 
 def make_rows(position: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
@@ -241,7 +269,7 @@ class ModelRunner:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
     A program gets the segments of `segments_below`, and `store` takes what it returns for them. `limit`: the
-    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs.
+    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs. `stacks`: of adapters.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
@@ -252,7 +280,7 @@ class ModelRunner:
         self._preparing = threading.Lock()
         self._prepared: tuple[KVSegments, Programs | None] | None = None
         self.has_kernel = segmented.has_kernel()  # whether decoding attends by the kernel in C
-        self.params = self._device_put(params)
+        self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(cfg, config))
         self.segments, self.counts = self._make(lambda: (self._empty(short), make_token_counts(cfg, config.rows)))
 
     @property
@@ -271,16 +299,26 @@ class ModelRunner:
         """Keeps what a program returned for the segments that it got."""
         self.segments = segments.join(self.segments.part(len(segments.k[0]), None))
 
-    def prefill(self, tokens: Any, slot: int, start: int, stop: int) -> None:
-        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on; all lie below `stop`."""
-        segments = self.segments_below(stop)
-        self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start)))
+    def put_adapter(self, index: int, adapter: Params) -> None:
+        """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at a time."""
+        assert self.stacks is not None
+        self.stacks = self._device_put(put_adapter(self.cfg, self.stacks, index, adapter))
 
-    def embed(self, tokens: Any, count: int, slot: int, start: int, stop: int) -> Any:
+    def prefill(self, tokens: Any, slot: int, start: int, stop: int, adapter: int) -> None:
+        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on; all lie below `stop`.
+
+        `adapter`: its index.
+        """
+        segments, adapters = self.segments_below(stop), row_adapters(self.stacks, [adapter])
+        self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start), adapters))
+
+    def embed(self, tokens: Any, count: int, slot: int, start: int, stop: int, adapter: int) -> Any:
         """As `prefill`; returns the sum of the head's input over the first `count` tokens, (D,) float32, as a NumPy array."""
         segments = self.segments_below(stop)
         arguments = map(np.int32, (count, slot, start))
-        summed, segments = embed_chunk(self.cfg, self.params, segments, tokens, *arguments)
+        summed, segments = embed_chunk(
+            self.cfg, self.params, segments, tokens, *arguments, row_adapters(self.stacks, [adapter])
+        )
         self.store(segments)
         return jax.device_get(summed)[0]
 
@@ -320,14 +358,17 @@ class ModelRunner:
         steps: int,
         logprobs: bool,
         stop: int,
+        adapters: Any,
     ) -> SampledTokens:
         """Samples the `steps` tokens that follow token (R,) int32 in each row, on positions below `stop`, as NumPy arrays.
 
-        `masks` are good for one step. Without `logprobs` the log-probabilities stay on the device.
+        `masks` are good for one step. `adapters` (R,) int32: their indices. Without `logprobs` the log-probabilities stay on
+        the device.
         """
         sampled, segments, self.counts = decode_slots(
             self.cfg, self.params, self.segments_below(stop), self.counts, token, rows,
             sampling_arrays(sampling), penalty_arrays(sampling), masks, np.int32(steps), np.bool_(logprobs),
+            row_adapters(self.stacks, adapters),
         )  # fmt: skip
         self.store(segments)
         # As NumPy arrays: indexing a JAX array would compile a program.
@@ -394,12 +435,12 @@ class ModelRunner:
         return tree if self.mesh else jax.device_put(tree, layout.own_device())
 
     def _shapes(self, segments: KVSegments) -> Programs:
-        params, (segments, counts) = layout.inference_shapes(self.params, (segments, self.counts))
-        return idle_calls(self.cfg, self.config, params, segments, counts)
+        params, state = layout.inference_shapes(self.params, (segments, self.counts, self.stacks))
+        return idle_calls(self.cfg, self.config, params, *state)
 
     def _run_idle(self, name: str, count: int | None) -> None:
         """Runs a program on the first `count` segments, or all, and keeps the state it returns."""
-        calls = idle_calls(self.cfg, self.config, self.params, self.segments.part(0, count), self.counts)
+        calls = idle_calls(self.cfg, self.config, self.params, self.segments.part(0, count), self.counts, self.stacks)
         program, arguments = getattr(calls, name)
         results = program(*arguments)
         if name == "decode":

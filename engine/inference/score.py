@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from engine.inference.constraints import ForcedTokens
-from engine.inference.request import Request, SamplingParams
+from engine.inference.request import Adapter, Request, SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.loss import target_losses
 from engine.model.transformer import Params
@@ -21,10 +21,12 @@ def score(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     return target_losses(cfg, params, batch, LOGITS_LIMIT).sum()
 
 
-def scored_request(prompt: Sequence[int], tokens: Sequence[int], namespace: str = "", top: int = 0) -> Request:
+def scored_request(
+    prompt: Sequence[int], tokens: Sequence[int], namespace: str = "", top: int = 0, adapter: Adapter | None = None
+) -> Request:
     """Returns the request whose completion of the prompt is `tokens`, each with its log-probability and the `top` others.
 
     They are computed as those of a completion's own tokens are, in the same program.
     """
     sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
-    return Request(tuple(prompt), sampling, namespace, ForcedTokens(tokens))
+    return Request(tuple(prompt), sampling, namespace, ForcedTokens(tokens), adapter=adapter)

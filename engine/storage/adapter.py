@@ -12,6 +12,7 @@ ranks and alphas by module, DoRA, and modules that were trained whole.
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,8 +105,8 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     return leaves
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base, for a model with the params `base`.
+def load_adapter(folder: Path, cfg: ModelConfig, base: Iterable[str] | None = None) -> dict[str, Any]:
+    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base, for a model with the `base_digests`.
 
     Raises UserError, too, when it was trained on other weights, as far as its metadata tell, or does not fit the model.
     """
@@ -133,7 +134,7 @@ def load_adapter(folder: Path, cfg: ModelConfig, base: dict[str, Any] | None = N
                     f"{path} has an embedding that was trained whole, and the head, which is the same matrix in this model, as "
                     f"it was: that can be computed here only where {CONFIG} says ensure_weight_tying."
                 )
-            leaves[leaf.path] = Replacement(jnp.asarray(whole.T if leaf.transposed else whole))
+            leaves[leaf.path] = Replacement(jax.device_put(whole.T if leaf.transposed else whole))
         elif leaf.path.rpartition("/")[2] in cfg.matrices:
             module = leaf.name.removesuffix(".weight")
             pair = {end: arrays.pop(end) for side in "AB" if (end := f"{MODEL}{module}.lora_{side}.weight") in arrays}
@@ -180,14 +181,15 @@ def _join(
     if (a.shape, b.shape) != ((rank, stored[1]), (stored[0], rank)):
         shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise UserError(f"{path}: the pair of {module} is {shapes}; its matrix is {list(stored)}, and its rank {rank}.")
-    adapter = LoRA(None, jnp.asarray(a.T), jnp.asarray(b.T), alpha / (rank**0.5 if fields.values.get("use_rslora") else rank))
+    a, b = jax.device_put((a.T, b.T))  # jnp.asarray would compile a program for each shape, while a server serves
+    adapter = LoRA(None, a, b, alpha / (rank**0.5 if fields.values.get("use_rslora") else rank))
     if not fields.values.get("use_dora"):
         if magnitude is not None:
             raise UserError(f"{path} has a lora_magnitude_vector of {module}, and {fields.path.name} does not say use_dora.")
         return adapter
     if magnitude is None or magnitude.shape != stored[:1]:
         raise UserError(f"{path} has no lora_magnitude_vector of {stored[0]} numbers for {module}, which use_dora asks for.")
-    return DoRA(adapter, jnp.asarray(magnitude))
+    return DoRA(adapter, jax.device_put(magnitude))
 
 
 def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
@@ -245,13 +247,23 @@ def _side_by_side(weights: list[Any]) -> Any:
     return LoRA(base, halves[0], halves[1], pairs[0].scale)
 
 
-def check_base(folder: Path, params: dict[str, Any], trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless `trained_on`, the digest of the params an adapter was trained on, is that of these params."""
-    if trained_on != (own := digest(params)) and trained_on != earlier_digest(params):
-        raise UserError(
-            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-            f"{own[:16]!r}. It was trained on {ascii(base_name)[:300]}."
-        )
+def base_digests(params: dict[str, Any]) -> Iterator[str]:
+    """Yields the digests by which an adapter knows these params as its base: today's, and that of earlier versions."""
+    yield digest(params)
+    yield earlier_digest(params)
+
+
+def check_base(folder: Path, base: Iterable[str], trained_on: str, base_name: Any) -> None:
+    """Raises UserError unless `trained_on`, the digest of the params an adapter was trained on, is among a model's digests."""
+    others = []
+    for known in base:
+        if known == trained_on:
+            return
+        others.append(known)
+    raise UserError(
+        f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
+        f"{others[0][:16]!r}. It was trained on {ascii(base_name)[:300]}."
+    )
 
 
 def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:

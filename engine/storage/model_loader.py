@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os.path
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.lora import LoRA
 from engine.storage import checkpoint, hub, run_folder
-from engine.storage.adapter import CONFIG, base_name, build_adapter, check_base, is_adapter, load_adapter
+from engine.storage.adapter import CONFIG, base_digests, base_name, build_adapter, check_base, is_adapter, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
@@ -240,36 +240,25 @@ def _read_base[T](location: Location, adapted_by: tuple[Path, ...], read: Callab
 def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
     folder = location.run or location.path
     base = _read_base(location, adapted_by, functools.partial(load_model, on_config=on_config))
+    adapter, source, notes = _read_adapter(base.cfg, location, base_digests(base.params))
     if location.run:
-        params, loaded = _add_trained(location, base.params, base.params)
         tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
-        source, notes, merged = loaded.path, _damage(loaded), tuple[str, ...]()
     else:
-        params, merged, notes = _add_folder(base.cfg, folder, base.params, base.params)
-        tokenizer, eos_ids, source = base.tokenizer, base.eos_ids, folder
+        tokenizer, eos_ids = base.tokenizer, base.eos_ids
         if (folder / "tokenizer.json").is_file():  # with the chat template that it was tuned by
             tokenizer, eos_ids, _ = load_tokenizer(folder, base.cfg.vocab)
     return dataclasses.replace(
         base,
         name=model_name(str(folder)),
-        params=params,
+        params=_put_on(base.params, adapter, source),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         checkpoint=source,
         run=location.run,
         notes=location.notes + base.notes + notes,
         bases=(*base.bases, base.run or base.checkpoint),
-        merged=base.merged + merged,
+        merged=(*base.merged, *(path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA))),
     )
-
-
-def _add_trained(location: Location, base: Any, params: Any) -> tuple[Any, checkpoint.LoadedCheckpoint]:
-    """Returns params with a LoRA run's adapter, which was trained on `base`, and the checkpoint that it was loaded from."""
-    assert location.run is not None
-    base_name, trained_on, lora = read_adapter_record(location.run)
-    loaded = checkpoint.load_params(location.path)
-    check_base(loaded.path, base, trained_on, base_name)
-    return _put_on(params, build_adapter(lora, loaded.params), loaded.path), loaded
 
 
 def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
@@ -289,22 +278,29 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     """
     adapted, notes = params, tuple[str, ...]()
     for folder in folders:
-        location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
-        if location and location.format == "adapter":
-            adapted, loaded = _add_trained(location, params, adapted)
-            notes += location.notes + _damage(loaded)
-            continue
-        adapted, _, more = _add_folder(cfg, folder, params, adapted)
-        notes += more
+        adapter, path, more = read_adapter(cfg, folder, base_digests(params))
+        adapted, notes = _put_on(adapted, adapter, path), notes + more
     return adapted, notes
 
 
-def _add_folder(cfg: ModelConfig, folder: Path, base: Any, params: Any) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
-    """Returns params with an adapter in PEFT's layout, for `base`; the paths where it is merged in; and notes to print."""
-    adapter = load_adapter(folder, cfg, base)
-    merged = tuple(path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA))
+def read_adapter(cfg: ModelConfig, folder: Path, base: Iterable[str]) -> tuple[Any, Path, tuple[str, ...]]:
+    """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; where it lies; and notes to print."""
+    location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
+    if not location or location.format != "adapter":
+        location = Location("adapter", folder)
+    adapter, path, notes = _read_adapter(cfg, location, base)
+    return adapter, path, location.notes + notes
+
+
+def _read_adapter(cfg: ModelConfig, location: Location, base: Iterable[str]) -> tuple[Any, Path, tuple[str, ...]]:
+    if location.run:
+        base_name, trained_on, lora = read_adapter_record(location.run)
+        loaded = checkpoint.load_params(location.path)
+        check_base(loaded.path, base, trained_on, base_name)
+        return build_adapter(lora, loaded.params), loaded.path, _damage(loaded)
+    folder = location.path
     note = f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed"
-    return _put_on(params, adapter, folder), merged, () if (folder / manifest.NAME).exists() else (note,)
+    return load_adapter(folder, cfg, base), folder, () if (folder / manifest.NAME).exists() else (note,)
 
 
 def _put_on(params: Any, adapter: Any, path: Path) -> Any:

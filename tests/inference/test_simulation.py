@@ -4,11 +4,13 @@ import pytest
 from simulated import FakeRunner, simulate
 
 from engine.inference import engine
+from engine.inference.request import Request
 from engine.inference.scheduler import Scheduler
 from engine.inference.sequence import Sequence
 
 SCHEDULES = 500
 accept, restart, finish, chunk_key = Sequence.accept, Sequence.restart, Scheduler.finish, engine.chunk_key
+root_key = engine.root_key
 begin = Sequence.__post_init__
 
 
@@ -39,7 +41,14 @@ FAULTS = {
     "copies are not freed": (Scheduler, "_free_copies", lambda _: None),
     "every draft is accepted": (Sequence, "accept", lambda sequence, sampled, drafts=None: accept(sequence, sampled)),
     "a chunk's key is its tokens alone": (engine, "chunk_key", lambda parent, tokens: chunk_key(b"", tokens)),
-    "a namespace is not in the key": (engine, "root_key", lambda namespace: b""),
+    "a namespace is not in the key": (engine, "root_key", lambda _, adapter: root_key("", adapter)),
+    "an adapter is not in the key": (engine, "root_key", lambda namespace, _: root_key(namespace)),
+    "an adapter is replaced under a request": (
+        engine.Engine,
+        "free_adapter_index",
+        lambda _, others: 1 if 1 not in others else None,
+    ),
+    "a row has no adapter": (Request, "adapter_index", 0),
     "a restart keeps the count of what was prefilled": (Sequence, "restart", restart_half),
     "a restart forgets what was sent": (Sequence, "restart", restart_silently),
     "a restart goes on in the grammar": (Sequence, "__post_init__", begin_once),

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from engine.inference.config import EngineConfig
 from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
-from engine.inference.runner import idle_calls
+from engine.inference.runner import empty_stacks, idle_calls
 from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.inference.score import score
 from engine.mesh import layout
@@ -205,14 +205,19 @@ TRAINING: dict[str, Make] = {
 }  # fmt: skip
 
 
-def engine_program(name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16", slots: int = ROWS) -> Make:
+def engine_program(
+    name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16", slots: int = ROWS, adapters: int = 0
+) -> Make:
     """Makes a program of an engine by its name in `runner.Programs`."""
-    config = EngineConfig(slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=True)
+    config = EngineConfig(
+        slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=True, adapters=adapters
+    )
 
     def make(cfg: ModelConfig) -> Program:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
-        function, arguments = getattr(idle_calls(cfg, config, serving_params(cfg, weights), segments, counts), name)
+        stacks = jax.eval_shape(lambda: empty_stacks(cfg, config))
+        function, arguments = getattr(idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks), name)
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 
@@ -241,6 +246,8 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "decode_slots": engine_program("decode"),
     "decode_slots, int8": engine_program("decode", "int8", "int8"),
     "decode_slots, float32 cache": engine_program("decode", "plain", "float32"),
+    "decode_slots, adapters": engine_program("decode", "int8", "int8", adapters=3),
+    "prefill_chunk, adapters": engine_program("prefill_chunk", "int8", "int8", adapters=3),
 }  # fmt: skip
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage import hub
-from engine.storage.adapter import _alpha, load_adapter, save_adapter, without_adapters
+from engine.storage.adapter import _alpha, base_digests, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, read_config, with_adapters
 
@@ -50,7 +50,7 @@ def saved(folder: Path, params: Any = None) -> Path:
 
 def test_it_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
-    for base in (BASE_PARAMS, None):
+    for base in (base_digests(BASE_PARAMS), None):
         loaded = load_adapter(folder, CFG, base)
         assert jax.tree.structure(loaded) == jax.tree.structure(adapters())  # the scale is in it
         assert digest(loaded) == digest(adapters())
@@ -85,7 +85,7 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
     (folder / manifest.NAME).unlink()
-    loaded = load_adapter(folder, CFG, BASE_PARAMS)
+    loaded = load_adapter(folder, CFG, base_digests(BASE_PARAMS))
     for path, leaf in leaf_paths(adapters()).items():
         theirs = leaf_paths(loaded)[path]
         assert theirs.a.dtype == jnp.float32
@@ -97,14 +97,14 @@ def test_ranks_and_scales_that_differ_come_back_to_the_bit(tmp_path):
     leaves = leaf_paths(adapters()) | leaf_paths(adapters(alpha=6.0, layers=(1,)))
     leaves["blocks/0/out"] = make_adapter(jax.random.key(4), CFG.matrices["out"], 5, 7.0)
     folder = saved(tmp_path, unflatten(leaves))
-    loaded = leaf_paths(load_adapter(folder, CFG, BASE_PARAMS))
+    loaded = leaf_paths(load_adapter(folder, CFG, base_digests(BASE_PARAMS)))
     assert {path: (leaf.rank, leaf.scale) for path, leaf in loaded.items()} == {
         path: (leaf.rank, leaf.scale) for path, leaf in leaves.items()
     }
     assert digest(unflatten(loaded)) == digest(unflatten(leaves))
     rewritten(rank_pattern={"o_proj": 5}, alpha_pattern={"q_proj": 3.0, "^model.layers.1.self_attn.q_proj": 9.0})(folder)
     (folder / manifest.NAME).unlink()
-    loaded = leaf_paths(load_adapter(folder, CFG, BASE_PARAMS))
+    loaded = leaf_paths(load_adapter(folder, CFG, base_digests(BASE_PARAMS)))
     assert (loaded["blocks/0/out"].rank, loaded["blocks/1/q"].scale, loaded["blocks/1/v"].scale) == (5, 1.0, 4.0)
 
 
@@ -227,7 +227,7 @@ def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
     (folder / manifest.NAME).unlink()
     change, message = DAMAGE[how]
     change(folder)
-    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, BASE_PARAMS)))
+    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, base_digests(BASE_PARAMS))))
 
 
 @pytest.mark.parametrize("read", [read_config, load_model], ids=lambda read: read.__name__)
@@ -257,9 +257,9 @@ def test_a_base_that_an_adapter_names_is_read_where_it_lies(read, tmp_path, monk
 def test_no_changed_byte_is_read(name, tmp_path):
     folder = saved(tmp_path)
     (folder / "README.md").write_text("what others may add")
-    load_adapter(folder, CFG, BASE_PARAMS)
+    load_adapter(folder, CFG, base_digests(BASE_PARAMS))
     of_bytes(name, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])(folder)
-    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, BASE_PARAMS))
+    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, base_digests(BASE_PARAMS)))
 
 
 def test_a_folder_that_nothing_guards_is_noted(tmp_path):

@@ -1,4 +1,4 @@
-"""Multiplies by any kind of weight: an Array, an Int8, or a LoRA on either.
+"""Multiplies by any kind of weight: an Array, an Int8, or a LoRA or a StackedLoRA on either.
 
 A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. `engine/README.md`
 lists the other files that know the kinds.
@@ -33,11 +33,12 @@ from engine.model.ops import ops, transpose
 from engine.model.paths import Params, map_paths
 from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
 from engine.model.weights.lora import LoRA, innermost_base, to_dense
+from engine.model.weights.stacked_lora import StackedLoRA, adapted
 
 Weight = Array | Int8 | LoRA
 
 
-def project(x: Array, weight: Weight, dtype: DTypeLike) -> Array:
+def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
     """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in float32."""
     if isinstance(weight, LoRA):
         if _is_merged(weight, x):
@@ -45,6 +46,8 @@ def project(x: Array, weight: Weight, dtype: DTypeLike) -> Array:
         whole = project(x, jax.lax.stop_gradient(weight.base), dtype)
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
         return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
+    if isinstance(weight, StackedLoRA):
+        return adapted(project(x, weight.base, dtype), x, weight)
     multiply: Any = int8_matmul if isinstance(weight, Int8) else backward.matmul
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
 

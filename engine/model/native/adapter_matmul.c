@@ -1,0 +1,118 @@
+// What the adapters of some rows add to a product, called by XLA: each row reads its own pair, and one without reads nothing.
+//
+//     x (M, in), index (M) int32, a (A, P R, in), b (A, R, out), edges (P + 1) int32, from 0 to out -> sums (M, out) float32
+//
+// x, a and b are all float32 or all bfloat16. Row m is multiplied by a[index[m]], then columns edges[p] .. edges[p + 1] are
+// made of the p-th R of those numbers by b[index[m]]; a row of index 0 gets zeros. A row's bits depend on itself and its pair.
+#include "threads.h"
+
+#if defined(__AVX512F__)
+enum { W = 16 };
+#elif defined(__AVX2__)
+enum { W = 8 };
+#else
+enum { W = 4 };
+#endif
+enum { SUMS = 2, ROWS = 4 };  // sums that are added to in turn, so that none waits for the last, of so many rows of a
+enum { MIXED = 4 };           // vectors of columns that are mixed at a time
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+typedef struct {
+  const char *x, *a, *b;
+  const int32_t *index, *edges;
+  float *sums;
+  int64_t *active;  // rows that have an adapter
+  int64_t in, out, rank, parts, bytes;  // bytes: of a number
+} Task;
+
+INLINE F load(const char *numbers, const int64_t bytes) {
+  if (bytes == 4) {
+    F f;
+    memcpy(&f, numbers, sizeof f);
+    return f;
+  }
+  Halves halves;
+  memcpy(&halves, numbers, sizeof halves);
+  return (F)(__builtin_convertvector(halves, I) << 16);
+}
+
+INLINE float load_one(const char *number, const int64_t bytes) {
+  uint32_t bits = 0;
+  memcpy((char *)&bits + 4 - bytes, number, bytes);  // little-endian
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+INLINE float sum(F f) {
+  float total = 0;
+  for (int n = 0; n < W; n++) total += f[n];
+  return total;
+}
+
+// The products of x with some rows of a, `stride` bytes apart, which share one reading of it.
+INLINE void dots(const char *x, const char *a, int64_t count, int64_t stride, const int rows, const int64_t bytes, float *to) {
+  F sums[ROWS][SUMS] = {0};
+  int64_t i = 0;
+  for (; i + SUMS * W <= count; i += SUMS * W)
+    UNROLL for (int s = 0; s < SUMS; s++) {
+      const F numbers = load(x + (i + s * W) * bytes, bytes);
+      UNROLL for (int r = 0; r < rows; r++) sums[r][s] += numbers * load(a + r * stride + (i + s * W) * bytes, bytes);
+    }
+  UNROLL for (int r = 0; r < rows; r++) to[r] = sum(sums[r][0] + sums[r][1]);
+  for (; i < count; i++)
+    UNROLL for (int r = 0; r < rows; r++) to[r] += load_one(x + i * bytes, bytes) * load_one(a + r * stride + i * bytes, bytes);
+}
+
+INLINE void mix(const Task *t, const float *inner, const char *b, float *sums, int64_t column, int64_t stop, const int64_t bytes) {
+  const int64_t stride = t->out * bytes;
+  for (; column + MIXED * W <= stop; column += MIXED * W) {
+    F mixed[MIXED] = {0};
+    for (int64_t r = 0; r < t->rank; r++)
+      UNROLL for (int s = 0; s < MIXED; s++) mixed[s] += inner[r] * load(b + r * stride + (column + s * W) * bytes, bytes);
+    memcpy(sums + column, mixed, sizeof mixed);
+  }
+  for (; column < stop; column++) {
+    float mixed = 0;
+    for (int64_t r = 0; r < t->rank; r++) mixed += inner[r] * load_one(b + r * stride + column * bytes, bytes);
+    sums[column] = mixed;
+  }
+}
+
+INLINE void add_adapter(const Task *t, int64_t row, const int64_t bytes) {
+  float *sums = t->sums + row * t->out, inner[t->rank];
+  const int64_t index = t->index[row], stride = t->in * bytes;
+  const char *x = t->x + row * stride, *a = t->a + index * t->parts * t->rank * stride;
+  for (int64_t part = 0; part < t->parts; part++, a += t->rank * stride) {
+    int64_t r = 0;
+    for (; r + ROWS <= t->rank; r += ROWS) dots(x, a + r * stride, t->in, stride, ROWS, bytes, inner + r);
+    for (; r < t->rank; r++) dots(x, a + r * stride, t->in, stride, 1, bytes, inner + r);
+    mix(t, inner, t->b + index * t->rank * t->out * bytes, sums, t->edges[part], t->edges[part + 1], bytes);
+  }
+}
+
+static void add_part(const void *task, int64_t part) {
+  const Task *t = task;
+  if (t->bytes == 4) add_adapter(t, t->active[part], 4);
+  else add_adapter(t, t->active[part], 2);
+}
+
+XLA_FFI_Error *thrice_adapter_matmul(XLA_FFI_CallFrame *call) {
+  if (answered_version(call)) return NULL;
+  XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
+  const XLA_FFI_Buffer *x = arguments[0], *b = arguments[3];
+  Task t = {.x = x->data, .index = arguments[1]->data, .a = arguments[2]->data, .b = b->data, .edges = arguments[4]->data,
+            .sums = results[0]->data, .in = x->dims[1], .out = b->dims[2], .rank = b->dims[1],
+            .parts = arguments[4]->dims[0] - 1, .bytes = x->dtype == XLA_FFI_DataType_F32 ? 4 : 2};
+  const int64_t M = x->dims[0];
+  int64_t active[M], count = 0;
+  for (int64_t row = 0; row < M; row++) {
+    if (t.index[row]) active[count++] = row;
+    else memset(t.sums + row * t.out, 0, t.out * sizeof *t.sums);
+  }
+  t.active = active;
+  const int64_t size = t.rank * (t.parts * t.in + t.out) * t.bytes;  // of a pair
+  return run(call, count * size < PART ? 1 : count_threads(call), add_part, &t, count);
+}
