@@ -86,7 +86,7 @@ def short(command: tuple[str, ...], text: Path) -> list[str]:
         words += ["--data", str(text)]
     if command[-2:] == ("--data", "voice"):
         words += ["--out-dir", "runs/smollm2-135m-instruct-voice"]
-    return words + ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] * ("--adapter" in command)
+    return words + ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] * (command[-2:] == ("--adapter", "--check"))
 
 
 @pytest.fixture(scope="module")

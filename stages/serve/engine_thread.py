@@ -95,6 +95,12 @@ class EngineThread:
 
         self._work.put(drop)
 
+    async def call[T](self, function: Callable[[], T]) -> T:
+        """Returns what a function returns in the engine's thread, between two steps, behind all that was submitted before."""
+        future = self._loop.create_future()
+        self._work.put(lambda: self._post(future.set_result, function()))
+        return await future
+
     def stop(self) -> None:
         """Ends the thread after the step it is in."""
         self._stopping = True

@@ -33,13 +33,28 @@ def _origin(text: str) -> str:
     return match[1] + (match[2] if match[2] and match[2] != own else "")
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    """Parses an adapter's name, empty without one, and its folder."""
+    name, _, folder = text.partition("=") if re.match(r"[\w.:-]+=", text, re.A) else ("", "", text)
+    return name, path(folder)
+
+
 @dataclasses.dataclass(frozen=True)
 class ServeFlags:
     """The model, the address, the clients that are allowed, and how many requests at once."""
 
     model: ModelFlag = None
-    adapter: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
-    """The adapter that a fine-tuning with --lora trained for this model."""
+    adapter: Annotated[
+        tuple[Annotated[tuple[str, Path], parser(_adapter, "[NAME=]FOLDER")], ...], UseAppendAction, default("none")
+    ] = ()
+    """An adapter that a fine-tuning with --lora trained for this model. Requests name it as their model; without a NAME it is
+    part of the model. May be given more than once."""
+    adapter_folder: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
+    """Clients with an API key may add and remove adapters that lie below this folder."""
+    max_adapters: Annotated[int | None, parser(integer(1, 1024), "N"), default("those named, 8 with --adapter-folder")] = None
+    """Adapters with a NAME at once."""
+    max_rank: Annotated[int, parser(integer(1, 1024), "N")] = 16
+    """The largest rank of an adapter with a NAME."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)

@@ -25,12 +25,14 @@ from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.model.paths import unflatten
+from engine.storage.adapter import base_digests
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.cli.flags import choose_sampling
+from stages.serve.adapters import read
 from stages.serve.errors import REMEDY, explain
 from stages.serve.state import ServerState
 
@@ -74,13 +76,13 @@ class CompileAhead:
 
 def load_state(
     model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, names: Sequence[str] = (),
-    adapter: Path | None = None, template: Path | None = None, queue: int = 32, price: float | None = None,
-    sampling: Mapping[str, float | None] | None = None,
+    adapters: Sequence[tuple[str, Path]] = (), adapter_folder: Path | None = None, template: Path | None = None,
+    queue: int = 32, price: float | None = None, sampling: Mapping[str, float | None] | None = None,
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
-    """Loads a model, with the adapter in a folder and the template in a file, and prints the banner.
+    """Loads a model, with the adapters in folders and the template in a file, and prints the banner.
 
-    `sampling`: by flags. Returns the state, which has `names`, `queue` and `price`, and the compilation that goes on. Raises
-    UserError.
+    Adapters without a name become part of the model. `sampling`: by flags. Returns the state, which has `names`, `queue`,
+    `price` and `adapter_folder`, and the compilation that goes on. Raises UserError.
     """
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()
@@ -108,11 +110,18 @@ def load_state(
         ):
             model = load_model(model_name, report=report, on_config=on_config)
         console.print_notes(model.notes)
+        own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
+        names = names or [own_name or "model"]
+        if taken := [name for name, _ in adapters if name in names]:
+            raise UserError(f"{taken[0]} is the model's own name: give the adapter another, or the model by --name.")
         now = datetime.datetime.now().isoformat(timespec="seconds")
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             try:
-                engine, notes = _make_engine(model, adapter, engine_config)
+                base = tuple(base_digests(model.params)) if engine_config.adapters else ()
+                merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
+                trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
+                engine, notes = _make_engine(model, merged, engine_config)
                 sha256 = digest(engine.params)
             except BaseException:
                 with contextlib.suppress(UserError):
@@ -122,14 +131,14 @@ def load_state(
     except BaseException:
         ahead.stop()
         raise
-    own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
-    names = names or [own_name or "model"]
     less = "" if engine.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     default = {"temperature": 1.0}  # as OpenAI has it
     fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
     console.print_rows([
-        ("model", f"{', '.join(names)}: {model.checkpoint}" + (f" with {adapter}" if adapter else "")),
+        ("model", f"{', '.join(names)}: {model.checkpoint}" + "".join(f" with {folder}" for folder in merged)),
+        *([("adapters", f"{', '.join(name for name, _ in adapters) or 'none yet'}; at most {engine_config.adapters} at once, "
+                        f"of rank {engine_config.adapter_rank}")] if engine_config.adapters else []),
         ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")
                    + ("; kernels in C" if engine.runner.has_kernel else "")),
         ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
@@ -139,18 +148,23 @@ def load_state(
         ("template", chat.template_name),
         ("sampling", f"{origins}; what a request says wins"),
     ])  # fmt: skip
-    console.print_notes(notes)
+    console.print_notes([*notes, *(note for _, more in trees for note in more)])
     if engine_config.weights == "int8" and device.backend == "cpu" and engine.devices == 1 and (problem := native_problem()):
         console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
-    return ServerState(names, model, SamplingParams(**fields), engine, sha256, chat, queue, price), ahead
+    state = ServerState(
+        names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder
+    )  # fmt: skip
+    for index, ((name, _), (tree, _)) in enumerate(zip(adapters if engine_config.adapters else (), trees), 1):
+        state.adapters.adapters[name] = state.adapters.put(index, tree)
+    return state, ahead
 
 
-def _make_engine(model: LoadedModel, adapter: Path | None, engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:
-    """Returns the engine, and notes on the adapter to print."""
+def _make_engine(model: LoadedModel, adapters: Sequence[Path], engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:
+    """Returns the engine, and notes on the adapters that are merged, to print."""
     cfg = engine_config.model_config(model.cfg)
     is_whole = layout.current_mesh() is None
     with host_memory(not is_whole):
-        params, notes = with_adapters(model.cfg, model.params, [adapter] if adapter else [])
+        params, notes = with_adapters(model.cfg, model.params, adapters)
         params = engine_config.prepare_params(cfg, params, is_whole)
     params = jax.block_until_ready(layout.place(params))
     try:

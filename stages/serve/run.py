@@ -43,6 +43,7 @@ def run(flags: ServeFlags) -> int:
     if local or flags.allow_host:
         proxies = [name[1] for origin in flags.allow_origin if (name := HOST.fullmatch(origin.partition("://")[2]))]
         hosts = LOCAL_HOSTS | {host.lower() for host in (*_split(flags.allow_host), *proxies, flags.host)}
+    count = check_adapters(flags, bool(keys))
     with server.bind(flags.host, flags.port) as sock, Console() as console:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
@@ -61,11 +62,13 @@ def run(flags: ServeFlags) -> int:
         kv_dtype: Any = flags.keys_values
         prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
         engine_config = EngineConfig(
-            flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding, embeds=True
-        )
+            flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding, embeds=True,
+            adapters=count, adapter_rank=flags.max_rank,
+        )  # fmt: skip
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
             state, ahead = load_state(
-                flags.model, engine_config, device, console, adapter=flags.adapter, template=flags.template,
+                flags.model, engine_config, device, console, adapters=flags.adapter, adapter_folder=flags.adapter_folder,
+                template=flags.template,
                 names=_split(flags.name), queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
             )  # fmt: skip
         sys.setswitchinterval(interval)
@@ -78,6 +81,31 @@ def run(flags: ServeFlags) -> int:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
         finally:
             state.tokenizer.close()
+
+
+def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
+    """Returns how many adapters requests may name at once. Raises UserError for flags that do not go together."""
+    named = [name for name, _ in flags.adapter if name]
+    count = (flags.max_adapters or max(len(named), 8 * bool(flags.adapter_folder))) * bool(named or flags.adapter_folder)
+    names = {"default", *_split(flags.name)}
+    if flags.adapter_folder and not has_keys:
+        raise UserError("--adapter-folder lets clients add adapters: give --api-key (or THRICE_API_KEY) too.")
+    if flags.adapter_folder and not flags.adapter_folder.is_dir():
+        raise UserError(f"There is no folder {flags.adapter_folder} for --adapter-folder.")
+    if flags.max_adapters and not count:
+        raise UserError("--max-adapters is about adapters with a name: give --adapter NAME=FOLDER, or --adapter-folder.")
+    if count and len(named) < len(flags.adapter):
+        raise UserError(
+            "An adapter without a name is part of the model, and those with a name are for the model as it is: "
+            "give each a name, --adapter NAME=FOLDER."
+        )
+    if taken := [name for name in named if named.count(name) > 1 or name in names]:
+        raise UserError(f"The name {taken[0]} is given twice: each adapter has one of its own, and none is the model's.")
+    if len(named) > count:
+        raise UserError(f"--max-adapters is {count}, and {len(named)} adapters are named.")
+    if count and flags.mesh:
+        raise UserError("Adapters by name need the model on one device: leave --mesh out, or merge one by stages.export.")
+    return count
 
 
 def _ready(host: str, port: int, keys: int) -> str:

@@ -2,20 +2,23 @@
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from engine.counting.hardware import machine_identity
 from engine.inference.engine import Engine
-from engine.inference.request import SamplingParams
+from engine.inference.request import Adapter, SamplingParams
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel
 from engine.text.chat_tokenizer import ChatTokenizer
+from stages.serve.adapters import AdapterTable
 from stages.serve.admission import Admission
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
@@ -28,38 +31,66 @@ LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2") 
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
+class ServedModel(NamedTuple):
+    """A model that a request may name: the base, or it with an adapter; `name` and `fingerprint` as replies have them."""
+
+    name: str
+    fingerprint: str
+    adapter: Adapter | None = None
+
+
 class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
     `names`: by which clients ask for the model; `name` is the first, which replies have. `sampling`: of a request that leaves
-    its fields out. `queue`: requests that may wait.
+    its fields out. `queue`: requests that may wait. `base_digests`, `adapter_folder`: as of AdapterTable.
     """
 
     def __init__(
         self, names: Sequence[str], model: LoadedModel, sampling: SamplingParams, engine: Engine, digest: str,
-        chat: ChatTokenizer, queue: int, price: float | None,
+        chat: ChatTokenizer, queue: int, price: float | None, base_digests: Sequence[str] = (),
+        adapter_folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.name, self.names = names[0], names
         self.digest, self.price, self.loaded_at = digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
-        self.fingerprint = system_fingerprint(
+        self._fingerprint = functools.cache(lambda **adapter: system_fingerprint(
             digest, engine, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
-            sampling=repr(sampling),
-        )  # fmt: skip
+            sampling=repr(sampling), **adapter,
+        ))  # fmt: skip
         self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
         self.tokenizer = TokenizerPool(chat, engine.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.grammars = GrammarPool(model.tokenizer, engine.cfg.vocab, self.stop_token_ids | self.tokenizer.eot_ids)
         self.metrics = Metrics(self.name, self.engine)
+        self.adapters = AdapterTable(self.engine, base_digests, adapter_folder)
         self._hashing: asyncio.Task[str] | None = None
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError unless the name is one of the model's or `default`. Ollama's clients may add `:latest` to it."""
-        if name.removesuffix(":latest") not in (*self.names, "default"):
-            short = name if len(name) <= 100 else name[:100] + "..."
-            names = ", ".join(map(repr, self.names))
-            message = f"There is no model {short!r} here; {names} is served, also as 'default': ask for that, or see --name."
-            raise ApiError(404, message, param="model", code="model_not_found")
+    @property
+    def served_names(self) -> list[str]:
+        """The model's names and those of its adapters."""
+        return [*self.names, *self.adapters.adapters]
+
+    def find_model(self, name: str) -> ServedModel:
+        """Returns the model of this name, an adapter's or one of its own, or `default`. Ollama's clients may add `:latest`.
+
+        Raises ApiError for any other.
+        """
+        plain = name.removesuffix(":latest")
+        if adapter := self.adapters.adapters.get(plain):
+            return ServedModel(plain, self._fingerprint(adapter=adapter.digest), adapter)
+        if plain in (*self.names, "default"):
+            return ServedModel(self.name, self._fingerprint())
+        short = name if len(name) <= 100 else name[:100] + "..."
+        names = ", ".join(map(repr, self.served_names[:20]))
+        message = f"There is no model {short!r} here; {names} is served, also as 'default': ask for that, or see --name."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    def adapter_of(self, model: ServedModel) -> Adapter | None:
+        """Returns a model's adapter, for requests that are submitted at once. Raises ApiError if it has been removed since."""
+        if model.adapter and self.adapters.adapters.get(model.name) != model.adapter:
+            raise ApiError(404, f"The adapter {model.name!r} has been removed.", param="model", code="model_not_found")
+        return model.adapter
 
     def check_ready(self) -> None:
         """Raises ApiError (503) while no completion can be admitted: when not ready, failed or draining."""
@@ -87,12 +118,14 @@ class ServerState:
 def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     """Returns system_fingerprint, of OpenAI's API: one name for all that can change a completion, beside the request.
 
-    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends. The prefix cache and
-    speculative decoding are not in it: they change no bit.
+    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends; the adapter's digest.
+    The prefix cache, speculative decoding and the number of adapters are not in it: they change no bit.
     """
     options = dataclasses.asdict(engine.config)
-    for name in ("speculate", "prefix_cache_bytes", "short", "embeds"):
+    for name in ("speculate", "prefix_cache_bytes", "short", "embeds", "adapters"):
         del options[name]
+    if not engine.config.adapters:
+        del options["adapter_rank"]
     inputs = {
         "weights": digest, "config": repr(engine.cfg), "engine": options, "devices": engine.devices,
         "attention in C": engine.runner.has_kernel,

@@ -23,7 +23,7 @@ from stages.serve import state as module
 from stages.serve.api.app import ROUTES
 from stages.serve.api.completions import CompletionRequest, CompletionWriter
 from stages.serve.api.generation import Piece
-from stages.serve.state import system_fingerprint
+from stages.serve.state import ServedModel, system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
 
 
@@ -129,8 +129,8 @@ def test_a_stream_equals_the_whole_reply(client, path):
 
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     tokenizer, text = byte_tokenizer(), "a😀bé"
-    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), name="", fingerprint="")
-    writer = CompletionWriter(state, CompletionRequest(prompt="", logprobs=0), 1)
+    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer))
+    writer = CompletionWriter(state, ServedModel("", ""), CompletionRequest(prompt="", logprobs=0), 1)
     choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
     assert choice.logprobs
     assert choice.logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
@@ -198,7 +198,7 @@ def test_attestation(client, tiny_server):
     result = good(client.get("/v1/attestation"))
     assert result["unchanged"] is True
     assert result["digest"] == result["digest_at_load"] == digest(tiny_server.engine.params)
-    assert good(client.complete())["system_fingerprint"] == tiny_server.state.fingerprint
+    assert good(client.complete())["system_fingerprint"] == tiny_server.state.find_model("tiny").fingerprint
 
 
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
@@ -217,9 +217,11 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
             of(devices=2),
             of(runner=kernel(True)),
             *(replace(**{name: options[name]}) for name in options),
+            *(replace(adapters=2, adapter_rank=rank) for rank in (4, 8)),
         ],
     )
     assert same == replace(speculate=False, prefix_cache_bytes=0, short=None)
+    assert replace(adapters=3, adapter_rank=8) == others[-1]
     for name in machine:
         monkeypatch.setattr(module, "machine_identity", lambda name=name: machine | {name: "another"})
         others.append(of())

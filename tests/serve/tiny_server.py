@@ -32,12 +32,13 @@ class TinyServer:
 
     def __init__(
         self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off",
-        context: int = CAPACITY,
+        context: int = CAPACITY, adapter_folder: Path | None = None,
     ) -> None:  # fmt: skip
         from engine.inference import decode
         from engine.inference.config import EngineConfig
         from engine.inference.engine import Engine
         from engine.inference.request import SamplingParams
+        from engine.storage.adapter import base_digests
         from engine.storage.digest import digest
         from engine.text.chat_tokenizer import ChatTokenizer
         from stages.serve.state import ServerState
@@ -46,11 +47,14 @@ class TinyServer:
         self.model = model = tiny_model(context)
         params = decode.prepare_params(model.cfg, model.params)
         config = EngineConfig(
-            SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32, embeds=True
-        )
+            SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32, embeds=True,
+            adapters=2 * bool(adapter_folder), adapter_rank=3,
+        )  # fmt: skip
         self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
-        self.state = ServerState(["tiny"], model, SamplingParams(), engine, digest(params), chat, QUEUE, 0.25)
+        base = tuple(base_digests(model.params)) if adapter_folder else ()
+        sampling, sha256 = SamplingParams(), digest(params)
+        self.state = ServerState(["tiny"], model, sampling, engine, sha256, chat, QUEUE, 0.25, base, adapter_folder)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 

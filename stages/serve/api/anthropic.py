@@ -14,7 +14,7 @@ from stages.serve.api.chat import Function, ToolName, call_turn, parse_arguments
 from stages.serve.api.generation import Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, MaxTokens, ModelRequest, StopTexts, in_range
 from stages.serve.api.writer import EventWriter, json_reply, respond
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import ToolUse, Turn, join_calls
 
 
@@ -163,8 +163,8 @@ class MessageReply(msgspec.Struct, kw_only=True):
 class MessageWriter(EventWriter):
     """Writes the replies and events of /v1/messages."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": state.name}
+    def __init__(self, model: ServedModel) -> None:
+        self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": model.name}
         self._stop: dict[str, Any] = {}
         self._blocks = 0
         self._in_text = False
@@ -225,7 +225,7 @@ def _stop(piece: Piece) -> dict[str, Any]:
 async def messages(state: ServerState, http: Request, body: MessagesRequest) -> ASGIApp:
     """Writes the assistant's next turn."""
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-    writer = MessageWriter(state)
+    writer = MessageWriter(http.state.model)
     return respond(body, writer, await generate(state, http, body.prompts(state), options, stops=body.stop_sequences or ()))
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stages.serve.api import anthropic, embeddings, ollama, responses, score, status, tokens
+from stages.serve.api import adapters, anthropic, embeddings, ollama, responses, score, status, tokens
 from stages.serve.api import openapi as schema
 from stages.serve.api.chat import ChatReply, ChatRequest, chat_completions
 from stages.serve.api.completions import CompletionReply, CompletionRequest, completions
@@ -17,8 +17,7 @@ from stages.serve.errors import ApiError
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 
-MODEL_PREFIX = "/v1/models/"
-MODEL_PATH = MODEL_PREFIX + "{model}"
+PREFIXES = ("/v1/models/", "/v1/adapters/")  # before a model's name
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 
@@ -70,7 +69,12 @@ ROUTES = [
     Route("POST", "/detokenize", "detokenize", "The text of tokens.", tokens.detokenize,
           tokens.DetokenizeRequest, tokens.DetokenizeReply),
     Route("GET", "/v1/models", "listModels", "The model that is served.", status.models, reply=status.ModelList),
-    Route("GET", MODEL_PATH, "retrieveModel", "The model of that name.", status.model, reply=status.ModelCard, errors=(404,)),
+    Route("GET", "/v1/models/{model}", "retrieveModel", "The model of that name.", status.model, reply=status.ModelCard,
+          errors=(404,)),
+    Route("POST", "/v1/adapters", "addAdapter", "Adds an adapter, which requests may then name as their model.", adapters.add,
+          adapters.AdapterRequest, status.ModelCard, errors=(409,)),
+    Route("DELETE", "/v1/adapters/{model}", "removeAdapter", "Removes an adapter; requests under way go on with it.",
+          adapters.remove, reply=adapters.AdapterReply, errors=(404,)),
     Route("GET", "/health", "health", "Whether requests are answered.", status.health, reply=status.Health, errors=(503,)),
     Route("GET", "/live", "live", "Whether the process runs.", status.live, reply=status.Live),
     Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", status.metrics, media="text/plain"),
@@ -96,8 +100,9 @@ class Api:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"], path, method = self, scope["state"]["path"], scope["method"]
-        if path.startswith(MODEL_PREFIX):
-            scope["path_params"], path = {"model": path.removeprefix(MODEL_PREFIX)}, MODEL_PATH
+        for prefix in PREFIXES:
+            if path.startswith(prefix):
+                scope["path_params"], path = {"model": path.removeprefix(prefix)}, prefix + "{model}"
         methods = self._routes.get(path)
         if methods is None:
             raise ApiError(404, f"There is no route {path!r:.80} here; /openapi.json lists them all.", code="not_found")

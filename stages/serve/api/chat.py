@@ -18,7 +18,7 @@ from stages.serve.api.requests import EmptyList, LogProbs, MaxTokens
 from stages.serve.api.writer import respond
 from stages.serve.errors import ApiError
 from stages.serve.grammars import Grammar
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import NO_TOOLS, Tool, ToolCall, ToolUse, Turn
 
@@ -270,8 +270,8 @@ class ChatWriter(ChoicesWriter):
 
     id_prefix, reply_type, chunk_type = "chatcmpl", ChatReply, ChatChunk
 
-    def __init__(self, state: ServerState, body: ChatRequest) -> None:
-        super().__init__(state, body)
+    def __init__(self, state: ServerState, model: ServedModel, body: ChatRequest) -> None:
+        super().__init__(state, model, body)
         self._wants_logprobs, self._n = body.logprobs, body.n or 1
 
     def choice(self, piece: Piece) -> ChatChoice:
@@ -337,7 +337,7 @@ async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequ
     if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
         message = "max_completion_tokens is sent beside max_tokens, its older name, with another value."
         raise ApiError(400, message, param="max_completion_tokens")
-    writer = ChatWriter(state, body)
+    writer = ChatWriter(state, http.state.model, body)
     prompts = conversation(
         state,
         body.messages,

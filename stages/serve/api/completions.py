@@ -30,7 +30,7 @@ from stages.serve.api.requests import (
 from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
 from stages.serve.grammars import Grammar
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import token_text
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
@@ -193,12 +193,12 @@ class ChoicesWriter(Writer):
     reply_type: ClassVar[Any]
     chunk_type: ClassVar[Any]
 
-    def __init__(self, state: ServerState, body: CompletionFields) -> None:
+    def __init__(self, state: ServerState, model: ServedModel, body: CompletionFields) -> None:
         self.tokenizer = state.tokenizer.tokenizer
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name,
-            "system_fingerprint": state.fingerprint,
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name,
+            "system_fingerprint": model.fingerprint,
         }  # fmt: skip
 
     def choice(self, piece: Piece) -> Any:
@@ -223,8 +223,8 @@ class CompletionWriter(ChoicesWriter):
 
     id_prefix, reply_type, chunk_type = "cmpl", CompletionReply, CompletionReply
 
-    def __init__(self, state: ServerState, body: CompletionRequest, choices: int) -> None:
-        super().__init__(state, body)
+    def __init__(self, state: ServerState, model: ServedModel, body: CompletionRequest, choices: int) -> None:
+        super().__init__(state, model, body)
         self._top_logprobs = body.logprobs
         self._offsets = [0] * choices
         self._streams = [self.tokenizer.stream() for _ in range(choices)]
@@ -251,8 +251,10 @@ class CompletionWriter(ChoicesWriter):
 class EchoWriter(CompletionWriter):
     """Writes replies in which each completion comes behind its prompt. `prompts`: their tokens, once they are encoded."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, choices: int, prompts: list[list[int]]) -> None:
-        super().__init__(state, body, choices)
+    def __init__(
+        self, state: ServerState, model: ServedModel, body: CompletionRequest, choices: int, prompts: list[list[int]]
+    ) -> None:
+        super().__init__(state, model, body, choices)
         self._prompts, self._n, self._completes = prompts, body.n or 1, body.max_tokens != 0
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
@@ -280,7 +282,8 @@ async def completions(state: ServerState, http: HttpRequest, body: CompletionReq
         encoded[:] = await prompts.encode()
         return encoded
 
-    writer = EchoWriter(state, body, choices, encoded) if body.echo else CompletionWriter(state, body, choices)
+    arguments = state, http.state.model, body, choices
+    writer = EchoWriter(*arguments, encoded) if body.echo else CompletionWriter(*arguments)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo and body.logprobs is not None)
     generation = await body.generate(

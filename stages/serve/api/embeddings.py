@@ -14,7 +14,7 @@ from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, te
 from stages.serve.api.requests import ModelRequest, Texts
 from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
 WITHOUT_COMPLETION = SamplingParams(max_tokens=1)
@@ -50,8 +50,8 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
 class EmbeddingsWriter(Writer):
     """Writes the reply of /v1/embeddings."""
 
-    def __init__(self, state: ServerState, body: EmbeddingsRequest) -> None:
-        self._model, self._dimensions, self._is_base64 = state.name, body.dimensions, body.encoding_format == "base64"
+    def __init__(self, model: ServedModel, body: EmbeddingsRequest) -> None:
+        self._model, self._dimensions, self._is_base64 = model.name, body.dimensions, body.encoding_format == "base64"
 
     def reply(self, pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
         data = [Embedding(piece.choice, self._encode(piece.embedding[: self._dimensions])) for piece in pieces]
@@ -72,13 +72,14 @@ async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequ
     prompts = text_prompts(state, "input", body.input, MAX_COMPLETIONS)
 
     async def make_requests() -> list[Request]:
-        requests = []
-        for tokens in await prompts.encode():
+        encoded, requests = await prompts.encode(), []
+        adapter = state.adapter_of(http.state.model)
+        for tokens in encoded:
             if len(tokens) >= capacity:
                 raise context_overflow(len(tokens), capacity, "input")
-            requests.append(Request(tuple(tokens), WITHOUT_COMPLETION, http.state.namespace, embed=True))
+            requests.append(Request(tuple(tokens), WITHOUT_COMPLETION, http.state.namespace, embed=True, adapter=adapter))
             check_request(requests[-1], cfg.vocab, capacity)
         return requests
 
-    writer = EmbeddingsWriter(state, body)
+    writer = EmbeddingsWriter(http.state.model, body)
     return respond(body, writer, await begin(state, http, prompts, make_requests))

@@ -332,7 +332,7 @@ def make_scored(
         raise context_overflow(count, capacity, field)
     if max(tokens) >= vocab:  # a mask has no bit for it
         raise ApiError(400, f"{field} holds an id outside the vocabulary of {vocab:,}.", param=field)
-    request = scored_request(prompt, tokens, http.state.namespace, top)
+    request = scored_request(prompt, tokens, http.state.namespace, top, state.adapter_of(http.state.model))
     check_request(request, vocab, capacity)
     return request
 
@@ -377,7 +377,8 @@ async def generate(
             if limit:
                 given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
                 rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
-                requests += [Request(tuple(prompt), row, http.state.namespace, constraint) for row in rows]
+                adapter = state.adapter_of(http.state.model)
+                requests += [Request(tuple(prompt), row, http.state.namespace, constraint, adapter=adapter) for row in rows]
                 check_request(requests[-1], state.engine.cfg.vocab, capacity)
         return requests
 

@@ -17,7 +17,7 @@ from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prom
 from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
 from stages.serve.api.writer import Writer, json_reply, respond
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import ToolCall, Turn, join_calls
 
 
@@ -141,8 +141,8 @@ class OllamaWriter(Writer):
 
     media, last = "application/x-ndjson", b""
 
-    def __init__(self, state: ServerState, is_chat: bool) -> None:
-        self._model, self._is_chat = state.name, is_chat
+    def __init__(self, model: ServedModel, is_chat: bool) -> None:
+        self._model, self._is_chat = model.name, is_chat
         self._reason: Reason | None = None
         self._calls: list[ToolCall] = []  # a stream has each whole, at its end
 
@@ -191,7 +191,7 @@ async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> AS
     """Writes the assistant's next turn."""
     tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
     prompts = chat_prompts(state, [message.turn for message in body.messages], tools=tools)
-    return await body.respond(state, http, OllamaWriter(state, True), prompts)
+    return await body.respond(state, http, OllamaWriter(http.state.model, True), prompts)
 
 
 async def generate_text(state: ServerState, http: Request, body: OllamaGenerateRequest) -> ASGIApp:
@@ -203,7 +203,7 @@ async def generate_text(state: ServerState, http: Request, body: OllamaGenerateR
     system = [{"role": "system", "content": body.system}] if body.system else []
     turns = [*system, {"role": "user", "content": body.prompt}]
     prompts = Prompts("prompt", encode, state.stop_token_ids) if body.raw else chat_prompts(state, turns, field="prompt")
-    return await body.respond(state, http, OllamaWriter(state, False), prompts)
+    return await body.respond(state, http, OllamaWriter(http.state.model, False), prompts)
 
 
 class Tags(msgspec.Struct):
@@ -222,4 +222,4 @@ async def tags(state: ServerState, _: Request) -> Response:
         "quantization_level": engine.config.weights or engine.cfg.dtype,
     }
     model = {"modified_at": at, "size": size, "digest": state.digest, "details": details}
-    return json_reply(Tags([{"name": name, "model": name, **model} for name in state.names]))
+    return json_reply(Tags([{"name": name, "model": name, **model} for name in state.served_names]))

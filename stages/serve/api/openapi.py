@@ -15,7 +15,8 @@ STATUSES = {
     400: "The request is wrong; `param` names the field.", 401: "There is no key, or a wrong one.",
     403: "The Host or Origin is not one that may use this server.", 404: "There is no such model.",
     408: "The body did not come in time.", 413: "The body is too large.", 415: "The body is not sent as JSON.",
-    429: "All places are taken; Retry-After says how long to wait.", 500: "The server is at fault.",
+    409: "Another adapter is in the way.", 429: "All places are taken; Retry-After says how long to wait.",
+    500: "The server is at fault.",
     503: "Requests are not answered at the moment.",
 }  # fmt: skip
 TEXT, ID = {"type": "string", "minLength": 1}, {"$ref": "#/components/schemas/TokenId"}

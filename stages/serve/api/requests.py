@@ -89,7 +89,9 @@ class GenerationRequest(ModelRequest, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> AsyncIterator[T]:
-    """Reads the JSON body as `kind`. Its bytes count until the block ends, in which its text becomes tokens.
+    """Reads the JSON body as `kind`, and sets in the request's state the `model` that it names.
+
+    Its bytes count until the block ends, in which its text becomes tokens.
 
     Raises ApiError, which names the field at fault, and ClientGone.
     """
@@ -98,7 +100,7 @@ async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: ty
     try:
         await _receive(state, http, content)
         body = _decode(content, kind) if len(content) <= INLINE_BYTES else await asyncio.to_thread(_decode, content, kind)
-        state.check_model(body.model)
+        http.state.model = state.find_model(body.model)
         yield body
     finally:
         state.admission.remove_bytes(len(content))

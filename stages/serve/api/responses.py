@@ -15,7 +15,7 @@ from stages.serve.api.generation import Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, MaxTokens, in_range
 from stages.serve.api.writer import EventWriter, respond
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import Turn
 
 
@@ -142,11 +142,11 @@ class ResponseReply(msgspec.Struct, kw_only=True):
 class ResponseWriter(EventWriter):
     """Writes the replies and events of /v1/responses."""
 
-    def __init__(self, state: ServerState, body: ResponseRequest) -> None:
+    def __init__(self, model: ServedModel, body: ResponseRequest) -> None:
         self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "created_at": int(time.time()),
-            "model": state.name,
+            "model": model.name,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
@@ -251,4 +251,6 @@ async def responses(state: ServerState, http: Request, body: ResponseRequest) ->
     options = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
     grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
     prompts = chat_prompts(state, turns, field="input", tools=tools)
-    return respond(body, ResponseWriter(state, body), await generate(state, http, prompts, options, grammars=grammars))
+    return respond(
+        body, ResponseWriter(http.state.model, body), await generate(state, http, prompts, options, grammars=grammars)
+    )

@@ -15,7 +15,7 @@ from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Prompts, Usage, 
 from stages.serve.api.requests import MAX_IDS, ModelRequest, TokenId
 from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 
 Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
 
@@ -48,8 +48,8 @@ class ScoreReply(msgspec.Struct, kw_only=True):
 class ScoreWriter(Writer):
     """Writes the reply of /v1/score."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
 
     def reply(self, pieces: list[Piece], usage: Usage) -> ScoreReply:
         each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
@@ -59,8 +59,8 @@ class ScoreWriter(Writer):
             Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
             for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
         ]
-        state = self._state
-        return ScoreReply(model=state.name, system_fingerprint=state.fingerprint, data=data, usage=reply_usage(usage))
+        name, fingerprint, _ = self._model
+        return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
 
 
 async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> ASGIApp:
@@ -87,5 +87,5 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
             requests.append(make_scored(state, http, prompt, tokens, "candidates"))
         return requests
 
-    writer = ScoreWriter(state)
+    writer = ScoreWriter(http.state.model)
     return respond(body, writer, await begin(state, http, prompts, make_requests, len(body.candidates)))

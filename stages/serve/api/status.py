@@ -13,13 +13,17 @@ from stages.serve.state import ServerState, Status
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """The served model. `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars."""
+    """A served model. `root`: the base's name; `adapter`: the digest of the one on it, if any.
+
+    `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "thrice"
     root: str
+    adapter: str | None = None
     max_model_len: int
     price_per_hour: float | None = None
     default_sampling: DefaultSampling
@@ -63,20 +67,20 @@ class Attestation(msgspec.Struct, kw_only=True):
 
 
 async def models(state: ServerState, _: Request) -> Response:
-    return json_reply(ModelList([_card(state, name) for name in state.names]))
+    return json_reply(ModelList([model_card(state, name) for name in state.served_names]))
 
 
 async def model(state: ServerState, http: Request) -> Response:
-    state.check_model(http.path_params["model"])
-    return json_reply(_card(state, state.name))
+    return json_reply(model_card(state, state.find_model(http.path_params["model"]).name))
 
 
-def _card(state: ServerState, name: str) -> ModelCard:
+def model_card(state: ServerState, name: str) -> ModelCard:
     defaults = DefaultSampling(*(getattr(state.sampling, name) for name in DefaultSampling.__struct_fields__))
     return ModelCard(
         id=name,
         created=state.loaded_at,
         root=state.name,
+        adapter=adapter.digest if (adapter := state.adapters.adapters.get(name)) else None,
         max_model_len=state.engine.capacity,
         price_per_hour=state.price,
         default_sampling=defaults,

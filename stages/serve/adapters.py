@@ -1,0 +1,100 @@
+"""The adapters that requests name as their model: read from folders when the server starts, or while it serves."""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.inference.request import Adapter
+from engine.model.config import ModelConfig
+from engine.model.paths import leaf_paths, map_paths
+from engine.model.weights.lora import LoRA
+from engine.storage.digest import digest
+from engine.storage.model_loader import read_adapter
+from stages.serve.engine_thread import EngineThread
+from stages.serve.errors import ApiError
+
+
+class AdapterTable:
+    """The adapters by their names, in the stacks of an engine.
+
+    `base`: the digests of the model that they are for. `folder`: from below which clients may add some; none if None.
+    """
+
+    def __init__(self, engine: EngineThread, base: Collection[str], folder: Path | None) -> None:
+        self._engine, self._base, self._folder, self._adding = engine, base, folder, asyncio.Lock()
+        self.adapters: dict[str, Adapter] = {}
+
+    def put(self, index: int, adapter: Any) -> Adapter:
+        """Puts an adapter that `read` returned into new stacks; returns it as requests have it."""
+        self._engine.engine.runner.put_adapter(index, adapter)
+        parts = lambda leaf: {"a": leaf.a, "b": leaf.b, "scale": np.float64(leaf.scale)}
+        return Adapter(digest(map_paths(lambda _, leaf: parts(leaf), adapter)), index)
+
+    async def add(self, name: str, folder: str) -> None:
+        """Reads an adapter from below the folder for them, off the event loop, one at a time. Raises ApiError."""
+        if self._folder is None:
+            message = "No adapters are taken in here; --adapter-folder names the folder from below which they may come."
+            raise ApiError(403, message, code="no_adapters")
+        config = self._engine.engine.config
+        async with self._adding:
+            if name in self.adapters:
+                raise ApiError(409, f"There is an adapter {name!r} already: remove it first.", param="name")
+            live = [adapter.index for adapter in self.adapters.values()]
+            # In the engine's thread, behind every request that has looked its adapter up.
+            if (index := await self._engine.call(lambda: self._engine.engine.free_adapter_index(live))) is None:
+                message = (
+                    f"At most {config.adapters} adapters are held at once (--max-adapters), those that were removed as long as "
+                    "requests with them are under way. Remove one, or try again."
+                )
+                raise ApiError(409, message, code="too_many_adapters", headers={"Retry-After": "1"})
+            root, cfg = self._folder, self._engine.cfg
+            try:
+                adapter, _ = await asyncio.to_thread(lambda: read(cfg, below(root, folder), self._base, config.adapter_rank))
+            except UserError as error:
+                message = str(error).replace(f"{root}/", "")
+                raise ApiError(400, message, param="folder") from None
+            self.adapters[name] = await asyncio.to_thread(self.put, index, adapter)
+
+    def remove(self, name: str) -> None:
+        """Lets no more requests name an adapter; those under way go on with it. Raises ApiError."""
+        if self.adapters.pop(name, None) is None:
+            raise ApiError(404, f"There is no adapter {name!r:.80} here.", code="model_not_found")
+
+
+def read(cfg: ModelConfig, folder: Path, base: Collection[str], rank: int) -> tuple[Any, Sequence[str]]:
+    """Returns an adapter of at most `rank` as a tree of LoRA leaves, and notes to print.
+
+    Raises UserError for one that cannot share a batch, too.
+    """
+    adapter, _, notes = read_adapter(cfg, folder, base)
+    for path, leaf in leaf_paths(adapter).items():
+        if not isinstance(leaf, LoRA):
+            kind = "a DoRA" if hasattr(leaf, "magnitude") else "a weight that was trained whole"
+            raise UserError(
+                f"The adapter {folder} has {kind}, {path}, which can share no batch with other adapters. Merge it by "
+                f"`python -m stages.export --model {folder} --out FOLDER`, and serve that."
+            )
+        if leaf.shape != cfg.matrices.get(path.rpartition("/")[2]):
+            raise UserError(f"The adapter {folder} is damaged: {path} is of {leaf.shape}.")
+        if leaf.rank > rank:
+            raise UserError(f"The adapter {folder} has a rank of {leaf.rank}, above {rank}: --max-rank sets the largest.")
+    return adapter, notes
+
+
+def below(root: Path, name: str) -> Path:
+    """Returns the folder of this name below root. Raises UserError for one that lies elsewhere, is a link or holds one."""
+    parts = name.split("/")
+    folder = root.joinpath(*parts)
+    if not set(parts).isdisjoint(("", ".", "..")) or "\\" in name or not name.isprintable():
+        raise UserError(
+            f"{name!r:.80} is no folder below the one for adapters: name it from there, such as voice or ours/voice."
+        )
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {name!r:.80} below the one for adapters.")
+    if folder.resolve() != root.resolve().joinpath(*parts) or any(path.is_symlink() for path in folder.rglob("*")):
+        raise UserError(f"{name!r:.80} is a link or holds one; copy what it leads to.")
+    return folder
