@@ -72,7 +72,7 @@ def run_bench[Flags](
                 raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
             beside = circumstances([*name.split(), *(sys.argv[1:] if args is None else args)], options)
             if beside["load"] > cores() / 4 and name not in UNTIMED and not getattr(options, "list", False):
-                print(f"others are at work on this machine (load {beside['load']:.1f}): trust ratios alone", flush=True)
+                print(f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True)
             result = measure(options)
             if "jax" in sys.modules:
                 beside["machine"]["device"] = device_name()
@@ -154,10 +154,26 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
             "processor": model, "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
             "cores": cores(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
-        "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": os.getloadavg()[0],
+        "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": busy_cores(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
         "command": shlex.join(["python", "-m", *command]), "flags": dataclasses.asdict(flags),
     }  # fmt: skip
+
+
+def busy_cores() -> float:
+    """Returns how many cores others use now, on this machine or, where it is a virtual one, beside it.
+
+    Looks for half a second where there is /proc/stat; else it is the mean of the last minute.
+    """
+    path = Path("/proc/stat")
+    ticks = []
+    for wait in (0.5, 0.0) if path.exists() else ():
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, path.read_text().split()[1:9])
+        ticks.append((user + nice + system + irq + softirq + steal, idle + iowait))
+        time.sleep(wait)
+    if len(ticks) < 2 or (total := sum(ticks[1]) - sum(ticks[0])) <= 0:
+        return os.getloadavg()[0]
+    return (ticks[1][0] - ticks[0][0]) / total * (os.cpu_count() or 1)
 
 
 def _with_common(flags: type[Any], name: str) -> type[Any]:

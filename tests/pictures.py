@@ -1,6 +1,6 @@
-"""Makes the README's pictures that need a browser: `uv run --with pillow python tests/pictures.py`.
+"""Makes the README's pictures that need a browser, light and dark: `uv run --with pillow python tests/pictures.py`.
 
-The others `python -m bench --out` makes.
+With names of pictures behind it, such as `chat memory`, only those. `python tests/readmes.py` makes the others.
 """
 
 import base64
@@ -15,11 +15,25 @@ from chromium import chromium
 from selenium.webdriver.support.ui import WebDriverWait
 
 PICTURES = Path(__file__).parent.parent / "bench" / "pictures"
+SCHEMES = ("light", "dark")
 QUESTION = "Why do sailors sing? Answer in two sentences."
 
 
-def chat(chrome) -> None:
+def set_scheme(chrome, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def save(chrome, name: str) -> None:
+    """Saves what the browser shows in both schemes."""
+    for scheme in SCHEMES:
+        set_scheme(chrome, scheme)
+        chrome.save_screenshot(PICTURES / f"{name}-{scheme}.png")
+
+
+def chat(chrome, _: Path) -> None:
     """Asks the default model a question on the server's page, and takes its picture when the answer is there."""
+    chrome.set_window_size(1000, 700)
     words = [sys.executable, "-m", "stages.serve", "--model", "smollm2-135m-instruct", "--port", "0", "--slots", "2"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         output = ""
@@ -29,7 +43,7 @@ def chat(chrome) -> None:
         until = WebDriverWait(chrome, 120).until
         until(lambda _: chrome.find_element("id", "ask")).send_keys(QUESTION + "\n")
         until(lambda _: "tokens/s" in chrome.find_element("css selector", "main").text)
-        chrome.save_screenshot(PICTURES / "chat.png")
+        save(chrome, "chat")
         server.terminate()
 
 
@@ -40,7 +54,7 @@ def memory(chrome, folder: Path) -> None:
     chrome.get((folder / "report.html").as_uri())
     chrome.execute_script("document.documentElement.style.overflow = 'hidden'")
     chrome.execute_script("document.querySelector('figure').scrollIntoView(); scrollBy(0, -12)")
-    chrome.save_screenshot(PICTURES / "memory.png")
+    save(chrome, "memory")
 
 
 LIVES = (("1", "", 16), ("2", "Half frozen", 8), ("2", "LoRA", 8), ("3", "", 8))  # key, way to fine-tune, frames
@@ -59,9 +73,8 @@ def lives(chrome, folder: Path) -> None:
     chrome.set_window_size(1280, 900)
     chrome.get((folder / "lives.html").as_uri())
     chrome.execute_script("document.documentElement.style.overflow = 'hidden'")
-    for scheme in ("light", "dark"):
-        features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
-        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    for scheme in SCHEMES:
+        set_scheme(chrome, scheme)
         images = []
         for key, way, count in LIVES:
             chrome.find_element("tag name", "body").send_keys(key)
@@ -81,8 +94,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         browser = chromium(Path(folder) / "profile")
         chrome = next(browser)
-        memory(chrome, Path(folder) / "page")
-        chrome.set_window_size(1000, 700)
-        chat(chrome)
-        lives(chrome, Path(folder) / "lives")
+        for make in (memory, chat, lives):
+            if len(sys.argv) == 1 or make.__name__ in sys.argv:
+                make(chrome, Path(folder) / make.__name__)
         next(browser, None)

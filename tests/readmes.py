@@ -103,7 +103,7 @@ def conditions(document: Document, rounds: int | None = None) -> list[str]:
     medians = f", medians of {rounds} interleaved rounds" if rounds else ""
     lines = [f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."]
     if load > machine["cores"] / 4:
-        lines.append(f"Others were at work (load {load:.0f}): trust the ratios alone.")
+        lines.append(f"Others used {min(load, machine['cores']):.1f} of them: trust the ratios alone.")
     return ["", *lines]
 
 

@@ -1,9 +1,9 @@
 """Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
 Both read the same GGUF file with all cores, greedily; ours with int8 weights. Each row has the slots that it can use, and is
-timed while all its streams are under way; those of one are timed with XLA's int8 products too. The rows of chat are one stream
-on the prompts of prompts.toml, one after another, each answered to its end or for MOST_TOKENS, speculative and not: their
-speeds are of decoding, in each side's own tokens, for after a near-tie the two answer differently.
+timed while all its streams are under way. The rows of chat are one stream on the prompts of prompts.toml, one after another,
+each answered to its end or for MOST_TOKENS, speculative and not: their speeds are of decoding, in each side's own tokens, for
+after a near-tie the two answer differently.
 """
 
 import functools
@@ -24,8 +24,7 @@ from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.model.native.library import native_problem
-from engine.model.paths import map_paths
-from engine.model.weights.int8 import Int8, quantize, store_transposed
+from engine.model.weights.int8 import quantize
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -69,10 +68,7 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
     if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     model = load_model(model_name)
-    int8 = quantize(model.params)
-    weights = prepare_params(model.cfg, int8)
-    transpose = lambda _, leaf: store_transposed(leaf) if isinstance(leaf, Int8) else leaf
-    by_xla = prepare_params(model.cfg, map_paths(transpose, int8), whole=False)  # products as where there is no kernel
+    weights = prepare_params(model.cfg, quantize(model.params))
     if problem := native_problem():
         print(f"without the kernel in C: {problem}", flush=True)
     # 32 passages of 512 tokens, evenly spaced in the held-out plays.
@@ -88,8 +84,6 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
             prefills = row.name.startswith("prefill")
             tokens = 2 if prefills else new
             calls = {"ours": stream_call(model.cfg, weights, prompts, tokens)}
-            if row.streams == 1 and not prefills and not problem:
-                calls["by_xla"] = stream_call(model.cfg, by_xla, prompts, tokens)
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=tokens)
             rows += measure_calls(
@@ -203,7 +197,7 @@ def measure_calls(
     prefilled: int = 0,
 ) -> list[Json]:
     """Times the calls in turns, by the seconds of a decoded token, or of one of `prefilled`; prints and returns a row for each
-    of `required`, which are ours: their least ratio to the call `peer`'s speed, and to that of `plain` and `by_xla`.
+    of `required`, which are ours: their least ratio to the speed of the calls `peer` and `plain`.
 
     Raises ValueError when speculation changes a token.
     """
@@ -242,11 +236,5 @@ def measure_calls(
             line += f", {per_step:.2f} a step; {held_to(over('plain'), NEVER_BELOW)} of plain"
         if "peer" in timings:
             line += f"; llama.cpp {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
-        if "by_xla" in timings:
-            rows[-1] |= {
-                "native": over("by_xla")._asdict(),
-                "native_same": results["by_xla"]["tokens"] == results[way]["tokens"],
-            }
-            line += f"; with XLA's int8 products {1 / timings['by_xla'].median:.0f}: {over('by_xla')} times"
         print(line, flush=True)
     return rows
