@@ -138,3 +138,14 @@ def test_refusals_are_forgotten_and_bounded():
     assert len(admission.refused) == MAX_REFUSALS
     refusal(admission, sender(1), 70)
     assert [*admission.refused] == [sender(1)]
+
+
+def test_who_comes_too_soon_takes_nobodys_place():
+    admission, patient, hasty = Admission(2, 4), sender(10), sender(11)
+    for port in range(6):
+        admission.reserve(sender(port), 0)
+    for each, now in ((patient, 0), (hasty, 0), (hasty, 0.1)):
+        refusal(admission, each, now)
+    admission.release()
+    refusal(admission, hasty, 1.05)
+    assert admission.reserve(patient, 1.1)

@@ -145,7 +145,7 @@ def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
     monkeypatch.setattr(tiny_server.engine, "step", lambda: step() if go.is_set() else time.sleep(0.01) or [])
 
     async def others():
-        async with httpx.AsyncClient(base_url=tiny_server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=tiny_server.url, timeout=300) as client:
             await asyncio.gather(*(client.post("/v1/chat/completions", json=say()) for _ in range(3)))
 
     asking = threading.Thread(target=lambda: asyncio.run(others()))

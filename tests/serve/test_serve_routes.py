@@ -1,7 +1,6 @@
 """Every route as a client sees it, on a server of this process."""
 
 import asyncio
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from tiny import tiny_config
-from tiny_server import CAPACITY, TinyServer, ask, events, good, refused, say, until
+from tiny_server import CAPACITY, TinyServer, ask, events, good, post_head, refused, say, until
 
 from engine.inference.request import LogProb, SamplingParams
 from engine.storage.digest import digest
@@ -264,10 +263,11 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
             client.complete(["Hello there", "how"], 6, ignore_eos=True, user="Hello there"), client.chat(stream=True),
             client.get("/nowhere"), client.post_bytes("/v1/completions", b"Hello there"), httpx.get(server.url + "/?a=there"),
         ]  # fmt: skip
-        step = server.engine.step
-        server.engine.step = lambda: time.sleep(0.05) or step()
-        with contextlib.suppress(httpx.ReadTimeout):
-            client.post("/v1/completions", json=ask(most=100, ignore_eos=True), timeout=1)
+        step, body = server.engine.step, json.dumps(ask(most=100, ignore_eos=True)).encode()
+        server.engine.step = lambda: (time.sleep(0.01), [])[1] if server.engine.running else step()
+        with server.connect() as connection:
+            connection.sendall(post_head("/v1/completions", len(body), **key) + body)
+            assert until(lambda: server.engine.running)
         assert until(lambda: server.load == (0, 0, 0))
     output = capfd.readouterr().out
     for reply, line in zip(replies, output.splitlines()):

@@ -164,11 +164,10 @@ def events(text: str) -> list[Any]:
     return [json.loads(part) for part in parts]
 
 
-def post_head(path: str, length: int) -> bytes:
+def post_head(path: str, length: int, **headers: str) -> bytes:
     """The head of a POST with a JSON body of that length."""
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-    ).encode()
+    headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(length)} | headers
+    return "\r\n".join([f"POST {path} HTTP/1.1", *(": ".join(each) for each in headers.items()), "", ""]).encode()
 
 
 def read_all(connection: socket.socket) -> bytes:

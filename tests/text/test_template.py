@@ -78,6 +78,7 @@ LOOPS = "{% for i in range(99999) %}{% for i in range(99999) %}{% for i in range
 )
 def test_no_template_stalls_or_fills_the_memory(source):
     """It computes for two seconds at most."""
+    gc.collect()  # so that the processes of other templates have ended
     template = Template(source)
     begin = sum(os.times()[2:4])  # of processes that have ended
     with pytest.raises(UserError, match=r"The chat template (ran|failed|needed|wrote|calls)"):
@@ -180,7 +181,7 @@ def test_a_worker_left_alone_ends():
     start = {"path": [p for p in sys.path if p], "source": "ok", "variables": {}, "now": "2026-01-01T00:00:00"}
     process.stdin.write(json.dumps(start).encode() + b"\n")
     process.stdin.close()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
     assert process.stdout is not None
     process.stdout.close()
 
