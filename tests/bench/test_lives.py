@@ -1,4 +1,7 @@
-"""The lives of a real model, recorded by the real command, and the laws that hold in what was recorded."""
+"""The lives of a real model, recorded by the real command, and the laws that hold in what was recorded: at night.
+
+By default the same laws are tested of runs that tests/stages/test_record.py records, and the page in test_lives_page.py.
+"""
 
 import itertools
 import json
@@ -43,6 +46,7 @@ def document(page):
     return json.loads((page / "lives.json").read_text())
 
 
+@pytest.mark.night
 @pytest.mark.journeys
 def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
     frozen = {}
@@ -65,6 +69,7 @@ def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
     assert frozen["lora"] == len(document["lives"]["train"]["begin"]["tensors"])  # the pairs lie beside all of them
 
 
+@pytest.mark.night
 @pytest.mark.journeys
 def test_answering_changes_no_bit_and_no_request_knows_of_another(document):
     answer = document["answer"]
@@ -81,6 +86,7 @@ def test_answering_changes_no_bit_and_no_request_knows_of_another(document):
     assert growing[0] % position == 0
 
 
+@pytest.mark.night
 @pytest.mark.journeys
 def test_costs_are_near_what_counting_predicts(document):
     costs = {row["stage"]: row for row in document["cost"]}
@@ -100,6 +106,7 @@ def test_costs_are_near_what_counting_predicts(document):
     assert costs["answer"]["bytes"] < costs["lora"]["bytes"] < costs["train"]["bytes"]
 
 
+@pytest.mark.night
 @pytest.mark.journeys
 def test_the_page_is_one_file_that_needs_no_network(page, document):
     source = (page / "lives.html").read_text()

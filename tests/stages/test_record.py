@@ -22,7 +22,10 @@ from stages.runs.watch.recorder import FIRST, PARTS, PIXELS, Recorder
 from stages.train import __main__ as train
 
 STEPS = 40
-TUNING = {"lora": ("--lora", "rank=2,alpha=4,targets=q,v"), "over int8": ("--base", "int8")}  # bench.lives records the rest
+TUNING = {
+    "lora": ("--lora", "rank=2,alpha=4,targets=q,v"), "over int8": ("--base", "int8"), "frozen": ("--freeze", "bottom:1"),
+    "all": ("--train", "all"),
+}  # fmt: skip
 
 
 def events(file: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -109,8 +112,10 @@ def test_a_recorded_fine_tuning(name, trained, tmp_path):
     check_law(file, folder)
     (begin,) = events(file, "begin")
     pair = [tensor["path"] for tensor in begin["tensors"] if re.fullmatch(r"blocks/0/q(/.*)?", tensor["path"])]
-    base = {"lora": ["blocks/0/q"], "over int8": ["blocks/0/q/scale", "blocks/0/q/values"]}
-    assert pair == [*base[name], "blocks/0/q/a", "blocks/0/q/b"]
+    quantized, adapter = ["blocks/0/q/scale", "blocks/0/q/values"], ["blocks/0/q/a", "blocks/0/q/b"]
+    parts = {"lora": ["blocks/0/q", *adapter], "over int8": [*quantized, *adapter]}
+    assert pair == parts.get(name, ["blocks/0/q"])
+    assert (begin["trainable"] < begin["params"]) == (name != "all")
     if name == "lora":  # an adapter on an adapter: the first is frozen
         check_law(tune(folder, tmp_path, tmp_path / "again", *TUNING[name]), tmp_path / "again")
 

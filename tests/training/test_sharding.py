@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 from jax.sharding import PartitionSpec as P
-from mesh_cases import CASES
+from mesh_cases import CASES, NIGHT
 
 from engine.errors import UserError
 from engine.mesh.layout import leaf_spec, make_mesh
 from engine.mesh.shape import MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
 
-MESHES = [(case, mesh) for case, meshes in CASES.items() for mesh in meshes]
+MESHES = [
+    pytest.param(case, mesh, marks=[pytest.mark.night] * (mesh not in CASES[case]))
+    for case in CASES
+    for mesh in CASES[case] + NIGHT[case]
+]
 MESHED = pytest.mark.parametrize(("case", "mesh"), MESHES)
 PLAIN = 1_570_816  # bytes that a plain step with AdamW exchanges on all three axes
 # Of a step: its name, the case of one device with its losses, and bytes it exchanges at most, in those of a plain step.
@@ -43,24 +47,34 @@ EXCHANGED = {
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(request):
     """Returns what mesh_cases.py prints, in a process that has eight devices."""
+    night = ["night"] * any(item.get_closest_marker("night") for item in request.session.items)
     root = Path(__file__).parents[2]
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
     }
-    done = subprocess.run([sys.executable, Path(__file__).with_name("mesh_cases.py")], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("mesh_cases.py"), *night], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("name", "alone", "times"), [*VARIANTS, *((f"{case} {mesh}", case, math.inf) for case, mesh in MESHES)]
-)
-def test_losses_and_weights_are_those_of_one_device(trained, name, alone, times):
-    """Variants are on all three axes: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, a TPU's kernel."""
+@MESHED
+def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
+    check_as_one_device(trained, f"{case} {mesh}", case, math.inf)
+
+
+@pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
+def test_variants_are_those_of_one_device(trained, name, alone, times):
+    """On all three axes: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, a TPU's kernel."""
+    check_as_one_device(trained, name, alone, times)
+
+
+def check_as_one_device(trained, name, alone, times):
     one, many = trained[f"{alone} one device"], trained[name]
     assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert one["losses"][0] > one["losses"][-1], "it learns something"

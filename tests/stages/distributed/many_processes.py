@@ -17,6 +17,17 @@ FLAGS = (
     "--steps", STEPS, "--dtype", "float32", "--optimizer", "adamw", "--save-every", 4, "--log-every", 1, "--eval-every", 15,
     "--device", "cpu",
 )  # fmt: skip
+# JAX keeps the programs of process 0 alone, and another's are others, as its devices are: they would be compiled in each test.
+KEEPS_PROGRAMS = """
+from types import SimpleNamespace
+import engine.mesh.processes as mesh_processes
+join = mesh_processes.join
+def join_and_keep(*arguments):
+    join(*arguments)
+    from jax._src import compiler
+    compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
+mesh_processes.join = join_and_keep
+"""
 
 
 def free_port() -> int:
@@ -43,7 +54,7 @@ def start():
         for process in range(count):
             join = ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}") * (count > 1)
             words = typed(stage, *args, *join, *own(process))
-            if code := patch(process):
+            if code := KEEPS_PROGRAMS * (process > 0) + patch(process):
                 run = f"from stages.cli.command import leave\nfrom stages.{stage}.__main__ import main\nleave(main())"
                 words = [sys.executable, "-c", f"{code}\n{run}", *words[3:]]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
