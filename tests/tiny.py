@@ -11,10 +11,13 @@ import numpy as np
 from engine.model.config import ModelConfig, RopeScaling
 
 B, T = 2, 7
-# A program that is `python -m`, but measures this machine's ceilings on small matrices: not as true, and seconds sooner.
-QUICKLY_MEASURED = """
-import runpy, sys, engine.counting.hardware as hardware
+# Has a program measure this machine's ceilings on small matrices: not as true, and seconds sooner.
+SMALL_MATRICES = """
+import engine.counting.hardware as hardware
 hardware._CPU_SIDE, hardware._CPU_NUMBERS, hardware._SECONDS = 512, 2**20, 0.0
+"""
+QUICKLY_MEASURED = f"""{SMALL_MATRICES}
+import runpy, sys
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from tiny import SMALL_MATRICES
 from tiny_runs import tiny, write_text
 
 from stages import chat
+from stages.runs import estimate
 from stages.train import __main__ as train
 
 
@@ -26,9 +28,10 @@ def trained(text, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_stay():
-    """Fine-tuning drops compiled programs, for they take memory; here the next run needs them again."""
+def cheap_runs():
+    """A machine is measured on small matrices. Fine-tuning drops compiled programs, for they take memory; here they stay."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "MEASURE_PROGRAM", SMALL_MATRICES + estimate.MEASURE_PROGRAM)
         patch.setattr("stages.finetune.run._clear_programs", lambda: None)
         yield
 

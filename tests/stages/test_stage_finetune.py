@@ -252,7 +252,7 @@ def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
     assert "100% of them" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+@pytest.mark.parametrize("loss", ["orpo", pytest.param("simpo", marks=pytest.mark.night)])
 def test_preferences_without_a_reference(trained, pairs, tmp_path, capsys, loss):
     folder = tmp_path / loss
     options = args(trained, pairs, folder, "--objective", "preference", "--loss", loss, "--lora", LORA)
