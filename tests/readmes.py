@@ -1,6 +1,7 @@
 """Writes what READMEs take from elsewhere: the tree of each room, tables of results, pictures. `python tests/readmes.py`.
 
-A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`: NAME is one of BLOCKS, SOURCE a result or what it reads.
+A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`. NAME is one of BLOCKS; SOURCE is a result in RESULTS, or
+what the block is computed from.
 """
 
 import ast
@@ -24,7 +25,8 @@ from bench.timing import Ratio
 from engine.format import money, percent, si, times
 
 ROOT = Path(__file__).parent.parent
-PICTURES, PICTURED = ROOT / "bench" / "pictures", ROOT / "bench" / "results" / "zen4" / "bench.json"
+RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "bench" / "pictures"
+PICTURED = RESULTS / "zen4" / "bench.json"
 ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests/promises")
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 TREE = re.compile(r"```tree\n.*?```\n", re.DOTALL)
@@ -43,7 +45,7 @@ EXCERPT = (
 STEP, CHAT = "6x384x256x16", "ordinary_speculative"  # the rows of the README's limits
 PRINTED = ("predicted", "validation", "trained", "memory")  # lines of a training run that the README shows
 TUNED = {  # and of the commands after it
-    "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token", "weights"),
+    "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token",),
     "stages.export": ("loss",), "stages.serve": ("ready after",),
 }  # fmt: skip
 Document = dict[str, Any]
@@ -82,9 +84,9 @@ def _lines(folder: Path, room: Path, depth: int) -> Iterator[str]:
 
 def block(name: str, source: str) -> str:
     """Returns the text of a block from a result, or a sentence when this machine has none yet."""
-    path = ROOT / source
+    path = RESULTS / source
     if path.suffix == ".json" and not path.exists():
-        return f"`{source}` is still to be measured.\n"
+        return f"`bench/results/{source}` is still to be measured.\n"
     lines = BLOCKS[name](json.loads(path.read_text()) if path.suffix == ".json" else {})
     return "".join(f"{line}\n" for line in lines)
 
@@ -195,7 +197,7 @@ def printed(document: Document) -> list[str]:
 def tuned(document: Document) -> list[str]:
     """Returns what fine-tuning, evaluating, exporting and serving printed of their results."""
     shown = [
-        next(line.strip() for line in document["printed"][command] if line.startswith(word))
+        next(re.split(r" of what| \(", line)[0] for line in document["printed"][command] if line.startswith(word))
         for command, words in TUNED.items()
         for word in words
     ]
@@ -203,8 +205,9 @@ def tuned(document: Document) -> list[str]:
 
 
 def answered(document: Document) -> list[str]:
-    """Returns the choices of the server's answer."""
-    return ["```", '{... "choices": ' + json.dumps(document["answer"]["choices"], ensure_ascii=False) + " ...}", "```"]
+    """Returns the message of the server's answer."""
+    message = {name: document["answer"]["choices"][0]["message"][name] for name in ("role", "content")}
+    return ["```", '{... "message": ' + json.dumps(message, ensure_ascii=False) + " ...}", "```"]
 
 
 def commands(document: Document) -> list[str]:
