@@ -150,6 +150,17 @@ def read_limited(path: Path, limit: int) -> bytes:
         raise UserError(f"There is no {path}.") from None
 
 
+def decode_utf8(data: bytes, where: object) -> str:
+    """Returns the text in `data`, without a byte order mark. Raises UserError when it is not UTF-8."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02X} at position {error.start}. "
+            "Convert it (for example with iconv), or leave it out."
+        ) from None
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing.

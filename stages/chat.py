@@ -148,7 +148,7 @@ def _typed_lines(notes: Console) -> Iterator[str]:
 
 def _piped_lines() -> Iterator[str]:
     """Yields lines from a pipe or a file. Raises UserError for one that is not UTF-8."""
-    from engine.text.corpus import decode_utf8
+    from engine.files import decode_utf8
 
     for number, line in enumerate(sys.stdin.buffer, 1):
         yield decode_utf8(line, f"Line {number} of the input").rstrip("\r\n")
@@ -199,7 +199,7 @@ class ChatSession:
 
         A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything is printed.
         """
-        from engine.text.tokenizer import CompletionText
+        from engine.text.completion_text import CompletionText
 
         prompt = self.prompt(message)
         completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None

@@ -65,12 +65,12 @@ def convert(flags: ConvertFlags) -> None:
 
 
 def _is_old(step: Path) -> bool:
-    from engine.storage import checkpoint
+    from engine.storage import checkpoint_reader
 
     if (step / "params").is_dir():
         return True
     try:
-        return any(map(checkpoint.JOINED_BEFORE.fullmatch, checkpoint.stored_arrays(step, "params")))
+        return any(map(checkpoint_reader.JOINED_BEFORE.fullmatch, checkpoint_reader.stored_arrays(step, "params")))
     except UserError:
         return True  # damaged: its manifest is read next, and names the file
 
@@ -107,7 +107,7 @@ def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:
 def _apart(array: EarlierArray, widths: dict[str, int]) -> Iterator[EarlierArray]:
     """Yields an array, or those that lie side by side in it: of `widths` columns, or a LoRA pair's a of equal ones."""
     from engine.model.config import JOINED
-    from engine.storage.checkpoint import JOINED_BEFORE
+    from engine.storage.checkpoint_reader import JOINED_BEFORE
 
     path, shape, dtype, read = array
     if not (match := JOINED_BEFORE.fullmatch(path)):
@@ -152,16 +152,16 @@ def _open_arrays(step: Path, part: str) -> list[EarlierArray]:
 def _open_safetensors(step: Path, part: str) -> list[EarlierArray]:
     import numpy as np
 
-    from engine.storage import checkpoint
+    from engine.storage import checkpoint_reader
 
-    def whole(array: checkpoint.StoredArray) -> Callable[[], Any]:
+    def whole(array: checkpoint_reader.StoredArray) -> Callable[[], Any]:
         def read() -> np.ndarray:
             array.read(tuple((0, size) for size in array.shape), out := np.empty(array.shape, array.dtype))
             return out
 
         return read
 
-    stored = checkpoint.stored_arrays(step, part)
+    stored = checkpoint_reader.stored_arrays(step, part)
     return [EarlierArray(path, array.shape, array.dtype, whole(array)) for path, array in stored.items()]
 
 

@@ -16,9 +16,9 @@ from engine.inference.config import EngineConfig
 from engine.inference.decode import prefill, prepare_params
 from engine.inference.engine import Engine, complete
 from engine.inference.request import Request, SamplingParams
-from engine.inference.score import score
 from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset
+from engine.model.loss import score
 from engine.model.transformer import forward
 from engine.storage.digest import digest
 from engine.text.batch import Batch

@@ -18,7 +18,7 @@ from engine.counting.flops import add_layers, flops_by_layer, twice_mean_keys
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lowest_gradient, target_shapes
 from engine.model.attention import QUERY_BLOCK, has_kernel
 from engine.model.config import JOINED, MATRICES, ModelConfig
-from engine.model.loss import COLUMNS
+from engine.model.loss_by_rows import COLUMNS
 
 FLOAT32 = 4
 

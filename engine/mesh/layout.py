@@ -5,14 +5,11 @@
         batch = global_batch(batches.at(step))       # of each process's own rows
         state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
 
-A rule on a leaf's path says which axes cut it, the first match wins: `data` repeats the weights, `fsdp` cuts them and
-gathers each one where it is used (Rajbhandari et al. 2020, 1910.02054), `tensor` cuts the products (Shoeybi et al. 2019,
-1909.08053). Without a mesh nothing here adds to a program: functions return their arguments, or call what they are given,
-and count 1 device.
+`rules.py` says which axes cut an array. Without a mesh nothing here adds to a program: functions return their arguments, or
+call what they are given, and count 1 device.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,53 +21,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import UserError
+from engine.mesh.rules import cache_specs, fitting_spec, leaf_specs
 from engine.mesh.shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
 from engine.model.config import ModelConfig
 
 Specs = Callable[[Any, Any], Any]  # (a tree, axis -> devices) -> the axes that cut each leaf
-
-# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
-LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|scale|a|b))?")
-RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
-    (r"embed", P(None, ("tensor", "fsdp"))),
-    (r"head", P(("tensor", "fsdp"), None)),
-    (r"blocks/\d+/(q|k|v|gate|up)", P("fsdp", "tensor")),
-    (r"blocks/\d+/(out|down)", P("tensor", "fsdp")),
-    (r"(blocks/\d+/)?\w*(norm|bias)", P()),
-)
-
-
-def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
-    """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
-
-    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it (`check_mesh` refuses matrices like
-    that). Numbers that belong to no parameter are whole everywhere. Raises ValueError for a matrix without a rule.
-    """
-    match = LEAF.fullmatch(path)
-    spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
-    if len(shape) < 2:
-        return P()
-    if match is None or spec is None:
-        raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
-    thin = {"a": P(("tensor", "fsdp"), None), "b": P(None, ("tensor", "fsdp"))}  # their long axis over all that cut the matrix
-    return fitting_spec(thin.get(match["part"], spec), shape, sizes)
-
-
-def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    """Returns the spec without the axes that do not divide the array."""
-    count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
-    return P(*(names if names and size % count(names) == 0 else None for names, size in zip(spec, shape)))
-
-
-def leaf_specs(tree: Any, sizes: Any) -> Any:
-    """Returns a tree like `tree` of the axes that cut each leaf."""
-    path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
-    return jax.tree.map_with_path(lambda keys, leaf: leaf_spec(path(keys), leaf.shape, sizes), tree)
-
-
-def cache_specs(tree: Any, sizes: Any) -> Any:
-    """Returns the same of a KV cache, of arrays (B, K, ...): key heads over `tensor`; all that has fewer than 3 axes whole."""
-    return jax.tree.map(lambda x: P(None, "tensor") if x.ndim > 2 and x.shape[1] % sizes["tensor"] == 0 else P(), tree)
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:

@@ -1,24 +1,16 @@
-"""Next-token cross-entropy, float32. Chooses how many logits exist at once: all, a few rows, or a chunk of the vocabulary.
+"""Next-token cross-entropy, float32. Chooses how many logits exist at once: all, a few rows, or a chunk of the vocabulary."""
 
-With p the softmax of a row's logits, the gradient of its loss by the hidden state is (p - one-hot) W^T. By rows it is
-computed in the forward pass, while the logits exist; the backward pass only scales it. No logits are stored or made twice,
-unless the head is trained: its gradient x^T (p - one-hot) needs them again. An int8 head is also multiplied a few columns at
-a time: widened, it would be larger than its logits.
-"""
-
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from engine.mesh import layout
-from engine.model import backward
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED
+from engine.model.loss_by_rows import row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
-from engine.model.weights import int8
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import project
@@ -26,7 +18,7 @@ from engine.model.weights.matmul import project
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
 CHUNK = 4096  # columns of the vocabulary a chunk
 ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
-COLUMNS = 8192  # of an int8 head that are widened at once
+SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes at once
 
 
 def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | None = None) -> Array:
@@ -49,7 +41,7 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | Non
         rows = layout.spread_rows(layout.spread_rows(hidden).reshape(-1, cfg.width)), targets.reshape(-1)
         head = layout.replicate(head_weight(cfg, params))
         with jax.named_scope("head"):
-            losses = _row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+            losses = row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 
 
@@ -57,6 +49,12 @@ def summed_loss(cfg: ModelConfig, params: Params, batch: Any) -> Array:
     """Returns the summed nats of the batch's masked-in targets, each times its weight where the mask has weights."""
     losses = target_losses(cfg, params, batch)
     return (losses if batch.mask.dtype == bool else losses * batch.mask).sum()
+
+
+@jax.jit(static_argnames="cfg")
+def score(cfg: ModelConfig, params: Params, batch: Any) -> Array:
+    """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
+    return target_losses(cfg, params, batch, SCORED_LIMIT).sum()
 
 
 def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
@@ -82,101 +80,6 @@ def token_losses(logits: Array, targets: Array) -> Array:
     """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) - logits[target]."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-class _Columns(NamedTuple):
-    """Some columns of the logits, or of their gradient: those from `start` on, (rows, columns)."""
-
-    start: int
-    values: Array
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
-    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time on a device."""
-    losses = []
-    for rows, labels in _parts(size, hidden, targets):
-        pieces = _logits(weight, rows, tied)
-        losses.append(_normalizer(pieces) - _picked(pieces, labels))
-    return layout.join(losses, layout.spread_shards(len(hidden)))
-
-
-def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
-    length = len(arrays[0]) // layout.spread_shards(len(arrays[0]))
-    return [tuple(layout.cut_rows(array, at, size) for array in arrays) for at in range(0, length, size)]
-
-
-def _normalizer(pieces: list[_Columns]) -> Array:
-    """(rows,): log sum exp of all columns."""
-    return functools.reduce(jnp.logaddexp, [jax.nn.logsumexp(piece.values, axis=-1) for piece in pieces])
-
-
-def _picked(pieces: list[_Columns], targets: Array) -> Array:
-    """(rows,): the logit of each target."""
-    picked = jnp.zeros(len(targets))
-    for start, values in pieces:
-        at = jnp.clip(targets - start, 0, values.shape[1] - 1)
-        picked = jnp.where(at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], picked)
-    return picked
-
-
-def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
-    if not isinstance(weight, Int8):
-        return [_Columns(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
-    pieces: list[_Columns] = []
-    for start in range(0, len(weight.scale), COLUMNS):
-        # One after the other: held by tests/laws/test_barriers.py, as is the barrier of `_forward`.
-        weight, x, _ = jax.lax.optimization_barrier((weight, x, pieces[-1:]))
-        part = int8.slice_columns(weight, start, start + COLUMNS)
-        pieces.append(_Columns(start, int8.int8_matmul(x, part, jnp.float32)))
-    return pieces
-
-
-def _slope(pieces: list[_Columns], targets: Array) -> list[_Columns]:
-    """p - one-hot, the gradient of each row's loss by its logits."""
-    whole = _normalizer(pieces)[:, None]
-    hit = lambda piece: piece.start + jnp.arange(piece.values.shape[1]) == targets[:, None]
-    return [_Columns(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
-
-
-def _head_backward(weight: Any, rows: Array, slopes: list[_Columns], tied: bool) -> tuple[Array, Array | None]:
-    """Returns the gradients of rows and weight for the gradient of the logits."""
-    if not isinstance(weight, Int8):
-        rule = backward.matmul_rows_backward if tied else backward.matmul_backward
-        return rule(jnp.float32, (rows, weight), slopes[0].values)
-    total = jnp.zeros(rows.shape)
-    for start, g in slopes:
-        weight, total = jax.lax.optimization_barrier((weight, total))
-        part = int8.slice_columns(weight, start, start + COLUMNS)
-        total = total + int8.widened_backward(jnp.float32, (part, jnp.zeros((), rows.dtype)), g)[0]
-    return total.astype(rows.dtype), None
-
-
-def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int):
-    losses: list[Array] = []
-    slopes: list[Array] = []
-    for rows, labels in _parts(size, hidden, targets):
-        if slopes:  # one part after another, or all logits might exist at once
-            rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
-        pieces = _logits(weight, rows, tied)
-        losses.append(_normalizer(pieces) - _picked(pieces, labels))
-        slopes.append(_head_backward(weight, rows, _slope(pieces, labels), tied)[0])
-    groups = layout.spread_shards(len(hidden))
-    return layout.join(losses, groups), (weight, hidden, targets, layout.join(slopes, groups))
-
-
-def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):
-    weight, hidden, targets, slope = residuals
-    # XLA drops this loop unless the head trains.
-    dweight: Array | None = None
-    for rows, labels, count in _parts(size, hidden, targets, g):
-        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), labels)]
-        part = _head_backward(weight, rows, counted, tied)[1]
-        dweight = part if dweight is None or part is None else dweight + part
-    return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
-
-
-_row_losses.defvjp(_forward, _backward)
 
 
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:

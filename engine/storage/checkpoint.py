@@ -1,4 +1,4 @@
-"""Saves checkpoints beside training and loads them; from one a run resumes bit for bit.
+"""Saves checkpoints beside training, from which `checkpoint_reader.py` resumes a run bit for bit.
 
     FOLDER/checkpoints/STEP/params.safetensors      the weights by path, such as `blocks/0/q`; inference reads this alone
                             optimizer.safetensors   the optimizer's state, by path
@@ -6,11 +6,10 @@
                             manifest.json           SHA-256 of every file above
 
 Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/q[0:64,0:96]`
-is rows 0 to 63 and columns 0 to 95. Any number of processes loads them by slice onto any mesh.
+is rows 0 to 63 and columns 0 to 95.
 
 A checkpoint is built in a hidden folder, read back from the disk and compared with memory, and appears by one rename: a kill at
-any instant leaves the older ones and no partial one. Nothing is loaded before its SHA-256 is checked: damage is named, and the
-newest intact checkpoint is used.
+any instant leaves the older ones and no partial one.
 """
 
 import concurrent.futures
@@ -18,7 +17,6 @@ import contextlib
 import errno
 import functools
 import json
-import math
 import mmap
 import os
 import re
@@ -28,7 +26,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,15 +34,11 @@ import numpy as np
 from engine import manifest
 from engine.counting.hardware import free_host_bytes
 from engine.errors import UserError
-from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder, remove_unfinished
+from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder
 from engine.mesh import processes
-from engine.model.paths import unflatten
 from engine.storage import safetensors
-from engine.untrusted import quote, read_json_object
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
-# An array of an earlier version, which held q, k, v or gate, up side by side: of a weight, of a moment, or of a LoRA pair.
-JOINED_BEFORE = re.compile(r"((?:.*/)?blocks/\d+/)(qkv|gate_up)(_bias)?(?:/(a|b))?")
 PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
 ALIGNMENT = 64  # bytes
@@ -52,17 +46,6 @@ TOUCH = 2**24  # bytes at once of new memory
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis
 Pieces = dict[str, Any]  # arrays that this process writes, by their names in its file
-
-
-class LoadedCheckpoint(NamedTuple):
-    """The contents of a checkpoint. `damaged`: one line per damaged file in newer ones."""
-
-    path: Path
-    step: int
-    params: Any
-    optimizer: Any
-    state: dict[str, Any]
-    damaged: list[str]
 
 
 # What a process writes
@@ -82,28 +65,28 @@ def own_pieces(name: str, leaf: Any) -> Pieces:
         raise ValueError(f"save: {name} would be taken for a part of an array.")
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return {name: leaf} if processes.is_first() else {}
-    boxes = {_box(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
+    boxes = {box_of(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
     chosen = zlib.crc32(name.encode()) % (leaf.sharding.num_devices // len(boxes))  # of the devices that hold the same part
     pieces = {}
     for shard in leaf.addressable_shards:
         if shard.replica_id == chosen:
-            cut = ",".join(f"{start}:{stop}" for start, stop in _box(shard.index, leaf.shape))
+            cut = ",".join(f"{start}:{stop}" for start, stop in box_of(shard.index, leaf.shape))
             pieces[f"{name}[{cut}]" if shard.data.shape != leaf.shape else name] = shard.data
     return pieces
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
 
 
-def _path(keys: Any) -> str:
+def path_of(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def leaves_of(tree: Any) -> dict[str, Any]:
     """Returns the leaves by path: dict keys, fields and positions are names alike."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    by_path = {_path(keys): leaf for keys, leaf in leaves}
+    by_path = {path_of(keys): leaf for keys, leaf in leaves}
     if len(by_path) < len(leaves):
         raise ValueError("save: two arrays have one path: of two keys, one is a number and the other its text, or has a slash.")
     return by_path
@@ -127,7 +110,7 @@ class BackgroundSaver:
 
     def reserve(self, *trees: Any) -> None:
         """Begins to make room for copies of such trees, beside training, unless memory is too small for them."""
-        pieces = (own_pieces(*leaf) for tree in trees for leaf in _leaves(tree).items())
+        pieces = (own_pieces(*leaf) for tree in trees for leaf in leaves_of(tree).items())
         size = sum(piece.nbytes + ALIGNMENT for part in pieces for piece in part.values())
         if size <= free_host_bytes():
             self._work = self._pool.submit(self._map_memory, size)
@@ -154,7 +137,7 @@ class BackgroundSaver:
         self.wait()
         self._used = 0
         parts = {part: self._copies(tree) for part, tree in (("params", trainable), ("optimizer", optimizer))}
-        for leaf in _leaves(self.frozen).items():
+        for leaf in leaves_of(self.frozen).items():
             parts["params"] |= own_pieces(*leaf)
         self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best)
         if self._memory is None:
@@ -162,7 +145,7 @@ class BackgroundSaver:
 
     def _copies(self, tree: Any) -> Pieces:
         copies: Pieces = {}
-        for name, leaf in _leaves(tree).items():
+        for name, leaf in leaves_of(tree).items():
             pieces = own_pieces(name, leaf() if callable(leaf) else leaf)
             copies |= pieces if self._memory is None else {piece: self._copy(pieces[piece]) for piece in pieces}
             del pieces  # before the next array is made
@@ -229,8 +212,8 @@ def write(
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
-    record = json.dumps({"step": step, "prng": _prng_settings(), "state": state}, indent=1, allow_nan=False)
-    target = _root(folder) / str(step)
+    record = json.dumps({"step": step, "prng": prng_settings(), "state": state}, indent=1, allow_nan=False)
+    target = checkpoints_of(folder) / str(step)
     own = sum(piece.nbytes for pieces in parts.values() for piece in pieces.values())
     wanted = sum(map(int, processes.gather_strings(str(own), SAVE_TOPIC)))
     try:
@@ -283,193 +266,15 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
                 shutil.rmtree((root / str(old)).rename(root / f".{old}.gone{UNFINISHED}"), ignore_errors=True)
 
 
-# Reading
-
-
-class StoredArray(NamedTuple):
-    """An array in a checkpoint's files. `boxes`: the parts that it was cut into."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    boxes: dict[Box, safetensors.StoredTensor]
-
-    def read(self, wanted: Box, out: np.ndarray) -> None:
-        """Reads a box of the array into `out`, of its shape."""
-        for box, stored in self.boxes.items():
-            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, wanted)]
-            if all(start < stop for start, stop in both):
-                inside = tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(both, wanted))
-                within = [(start - first, stop - first) for (start, stop), (first, _) in zip(both, box)]
-                safetensors.read_box(stored, within, out[inside] if inside else out)
-
-
-def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
-    """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
-
-    params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` with the structure, shapes and dtypes wanted. A leaf with a
-    sharding is placed by it; the others go, uncommitted, to the default device.
-
-    Raises UserError when there is no checkpoint, none is intact (each damaged file is named), a leaf differs in path,
-    shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
-    """
-    chosen = ""
-    if processes.is_first():
-        remove_unfinished(_root(folder))
-        chosen = json.dumps(_newest_intact(folder), default=str)
-    name, damaged = json.loads(processes.gather_strings(chosen)[0])
-    record, settings = _read_state(newest := Path(name)), _prng_settings()
-    if (trained := record["prng"]) != settings:
-        former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
-        raise UserError(
-            f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
-            f"Set the former in the environment ({', '.join(trained).upper()})."
-        )
-    params = _read_tree(newest / "params", _current_arrays(newest, "params"), params_like)
-    optimizer = _read_tree(newest / "optimizer", _current_arrays(newest, "optimizer"), optimizer_like)
-    return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
-
-
-def load_params(path: Path) -> LoadedCheckpoint:
-    """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or from one checkpoint.
-
-    The optimizer may be damaged or gone; `LoadedCheckpoint.optimizer` is None. Changes nothing on disk. Raises UserError as
-    `load` does, but not for PRNG settings.
-    """
-    newest, damaged = Path(path).absolute(), list[str]()
-    if _root(newest).is_dir():
-        newest, damaged = _newest_intact(newest, skip="optimizer")
-    elif not any((newest / name).is_file() for name in ("state.json", manifest.NAME)):
-        raise UserError(f"There is no checkpoint at {path}.")
-    elif lines := manifest.verify(newest, skip="optimizer"):
-        raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    record, stored = _read_state(newest), _current_arrays(newest, "params")
-    like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
-    params = _read_tree(newest / "params", stored, like)
-    return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
-
-
-def _current_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
-    """As `stored_arrays`. Raises UserError, naming the command that converts, for a checkpoint of an earlier version."""
-    if (checkpoint / part).is_dir():
-        raise UserError(
-            f"{checkpoint} was saved by an earlier version, in Orbax's format. Convert its run once: uv run --extra older "
-            f"python -m stages.convert --model {checkpoint.parents[1]}"
-        )
-    arrays = stored_arrays(checkpoint, part)
-    if any(map(JOINED_BEFORE.fullmatch, arrays)):
-        raise UserError(
-            f"{checkpoint} was saved by an earlier version, with q, k and v in one array. Convert its run once: "
-            f"python -m stages.convert --model {checkpoint.parents[1]}"
-        )
-    return arrays
-
-
-def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
-    """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is there whole."""
-    boxes: dict[str, dict[Box, safetensors.StoredTensor]] = {}
-    for path in sorted(checkpoint.glob(f"{part}.*safetensors")):
-        for name, tensor in safetensors.read_header(path)[0].items():
-            box: Box = tuple((0, size) for size in tensor.shape)
-            if match := PART_NAME.fullmatch(name):
-                name, cuts = match.groups()
-                starts, stops = zip(*(map(int, cut.split(":")) for cut in cuts.split(",")))
-                box = tuple(zip(starts, stops))
-            boxes.setdefault(name, {})[box] = tensor
-    arrays = {}
-    for name, parts in boxes.items():
-        cuts = [sorted({*axis}) for axis in zip(*parts)]  # a sharding cuts each axis, and the parts are all that this makes
-        shape = tuple(axis[-1][1] for axis in cuts)
-        whole = all(tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items())
-        whole = whole and all([start for start, _ in axis] == [0, *(stop for _, stop in axis[:-1])] for axis in cuts)
-        whole = whole and math.prod(map(len, cuts)) == len(parts)
-        kinds = {(tensor.dtype, len(tensor.shape)) for tensor in parts.values()}
-        if not whole or len(kinds) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
-            raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")
-        arrays[name] = StoredArray(shape, safetensors.DTYPES[kinds.pop()[0]], parts)
-    return arrays
-
-
-def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
-    """Returns a tree like `like` of the arrays. Raises UserError for other paths, shapes or dtypes."""
-    wanted = _leaves(like)
-    _refuse_difference(where, wanted, stored)
-    room = max((math.prod(array.shape) * array.dtype.itemsize for array in stored.values()), default=0)
-    buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)  # for one after another: new memory for each costs more than reading
-    # JAX copies what does not lie at a multiple of 16 bytes; what does, it may take as it lies, whatever `may_alias` says.
-    buffer = buffer[-buffer.ctypes.data % ALIGNMENT + 8 :]
-    arrays = {name: _read_array(stored[name], leaf.sharding, buffer) for name, leaf in wanted.items()}
-    _refuse_difference(where, wanted, arrays)  # without x64, JAX makes 32 bits of 64
-    return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_path(keys)], like)
-
-
-def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.Array:
-    """Returns an array placed by its sharding, or on the default device. `buffer`: memory to read into, which JAX copies."""
-    places = sharding.addressable_devices_indices_map(stored.shape) if sharding else {None: (slice(None),) * len(stored.shape)}
-    parts, read = [], None
-    for device, index in places.items():
-        if (box := _box(index, stored.shape)) != read:
-            shape = [stop - start for start, stop in box]
-            out = buffer[: math.prod(shape) * stored.dtype.itemsize].view(stored.dtype).reshape(shape)
-            stored.read(box, out)
-            read = box
-        parts.append(jax.block_until_ready(jax.device_put(out, device, may_alias=False)))
-    return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts) if sharding else parts[0]
-
-
-def _refuse_difference(where: Path, wanted: dict[str, Any], came: dict[str, Any]) -> None:
-    kinds = [{name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (wanted, came)]
-    if differing := sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()}):
-        expected, actual = (leaves.get(differing[0], "no such array") for leaves in kinds)
-        more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
-        raise UserError(
-            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} came{more}. Use the config it "
-            "was trained with, or another folder."
-        )
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    match record := read_json_object(path := checkpoint / "state.json"):
-        case {"step": int(), "prng": dict(), "state": _}:
-            return record
-    raise UserError(f"{path} is damaged: it does not say the step and the state of a run.")
-
-
 def steps(folder: Path) -> list[int]:
     """Returns the steps that a run folder has checkpoints of, intact or not, oldest first."""
-    folders = (entry for entry in _root(folder).glob("*") if entry.is_dir())
+    folders = (entry for entry in checkpoints_of(folder).glob("*") if entry.is_dir())
     return sorted(int(entry.name) for entry in folders if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
 
 
-def rename_newer(folder: Path, after: int) -> list[Path]:
-    """Renames each checkpoint newer than step `after`, from which a run resumes, to `damaged-STEP`; returns the new paths.
-
-    Only process 0 does.
-    """
-    root = _root(folder)
-    moved: list[Path] = []
-    if not processes.is_first():
-        return moved
-    for step in [step for step in steps(folder) if step > after]:
-        shutil.rmtree(target := root / f"damaged-{step}", ignore_errors=True)
-        moved.append((root / str(step)).rename(target))
-    return moved
-
-
-def _root(folder: Path) -> Path:
+def checkpoints_of(folder: Path) -> Path:
     return Path(folder).absolute() / "checkpoints"
 
 
-def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[str]]:
-    damaged: list[str] = []
-    for step in reversed(steps(folder)):
-        path = _root(folder) / str(step)
-        if not (lines := manifest.verify(path, skip)):
-            return path, damaged
-        damaged += lines
-    if not damaged:
-        raise UserError(f"{folder} has no checkpoint.")
-    raise UserError(f"{folder} has no intact checkpoint: {'; '.join(damaged)}. Train anew, or restore the files from a copy.")
-
-
-def _prng_settings() -> dict[str, Any]:
+def prng_settings() -> dict[str, Any]:
     return {name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}

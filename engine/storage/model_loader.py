@@ -16,7 +16,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.lora import LoRA
-from engine.storage import checkpoint, hub, run_folder
+from engine.storage import checkpoint_reader, hub, run_folder
 from engine.storage.adapter import CONFIG, base_digests, base_name, build_adapter, check_base, is_adapter, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
@@ -177,12 +177,12 @@ def load_model(
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     prepare(cfg)
-    loaded = checkpoint.load_params(location.path)
+    loaded = checkpoint_reader.load_params(location.path)
     notes, title = location.notes + _damage(loaded), model_name(str(run))
     return LoadedModel(title, cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
 
 
-def _damage(loaded: checkpoint.LoadedCheckpoint) -> tuple[str, ...]:
+def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:
     """Returns notes on newer checkpoints that are damaged, and which is used instead."""
     return (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
 
@@ -295,7 +295,7 @@ def read_adapter(cfg: ModelConfig, folder: Path, base: Iterable[str]) -> tuple[A
 def _read_adapter(cfg: ModelConfig, location: Location, base: Iterable[str]) -> tuple[Any, Path, tuple[str, ...]]:
     if location.run:
         base_name, trained_on, lora = read_adapter_record(location.run)
-        loaded = checkpoint.load_params(location.path)
+        loaded = checkpoint_reader.load_params(location.path)
         check_base(loaded.path, base, trained_on, base_name)
         return build_adapter(lora, loaded.params), loaded.path, _damage(loaded)
     folder = location.path

@@ -8,14 +8,11 @@ runs/NAME/config.json      the architecture
           checkpoints/STEP/
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine import manifest
 from engine.errors import UserError
-from engine.files import atomic_file
 from engine.format import quantity
 from engine.model.config import ModelConfig
 from engine.untrusted import read_json_object
@@ -66,16 +63,6 @@ def _reason_against(run: Path) -> str:
         return f"only {quantity(steps, 'step')}" if steps < TOY_STEPS else ""
     except (UserError, OSError, AttributeError, TypeError):
         return UNFINISHED
-
-
-@contextlib.contextmanager
-def updating(folder: Path) -> Iterator[None]:
-    """Writes the manifest of a run's own files after the block, which writes them; a kill in between leaves no manifest."""
-    (listing := folder / manifest.NAME).unlink(missing_ok=True)
-    yield
-    tokenizer = (f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*"))  # not what a kill left
-    with atomic_file(listing) as file:
-        file.write(manifest.make_manifest(folder, ("config.json", "run.json", *tokenizer)))
 
 
 def verify(folder: Path) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import UserError, did_you_mean
+from engine.files import decode_utf8
 from engine.text.chat_tokenizer import ROLES
-from engine.text.corpus import Corpus, check_text, decode_utf8, json_type, read_rows
+from engine.text.corpus import Corpus
+from engine.text.rows import check_text, json_type, read_rows
 from engine.text.template import Message
 
 VOICE = Path(__file__).with_name("voice")

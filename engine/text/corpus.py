@@ -1,97 +1,21 @@
-"""Reads documents and rows of text files, JSON and parquet; holds documents out; encodes a text once into the cache."""
+"""Reads documents of text files, JSON and parquet; holds documents out; encodes a text once into the cache."""
 
 import collections
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import cache_folder, open_regular
+from engine.files import cache_folder, decode_utf8
 from engine.manifest import build_once, write_manifest
 from engine.text import OnProgress
+from engine.text.rows import read_jsonl_texts, read_parquet_texts
 from engine.text.tokenizer import Tokenizer
-
-
-def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields (row, file:line) of each object: a line each in .jsonl; one after the other, or in an array, in .json.
-
-    Raises UserError for what is not JSON, not an object, or not UTF-8.
-    """
-    try:
-        for row, where in _lines(path) if path.suffix.lower() == ".jsonl" else _values(path):
-            if not isinstance(row, dict):
-                raise UserError(f"{where} should be an object, not {json_type(row)}.")
-            yield row, where
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def decode_utf8(data: bytes, where: object) -> str:
-    """Returns the text in `data`, without a byte order mark. Raises UserError when it is not UTF-8."""
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02X} at position {error.start}. "
-            "Convert it (for example with iconv), or leave it out."
-        ) from None
-
-
-def check_text(value: Any, name: str, where: str) -> str:
-    """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can carry."""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: `{name}` should be text, not {json_type(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: `{name}` has half a character (a lone surrogate).") from None
-    return value
-
-
-def json_type(value: Any) -> str:
-    """Names the type of a JSON value, for an error: `a list`, `text`, `null`."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
-    with open_regular(path) as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if text := decode_utf8(line, where).strip():
-                yield _parsed(json.loads, text, where=where), where
-
-
-def _values(path: Path) -> Iterator[tuple[Any, str]]:
-    with open_regular(path) as file:
-        text = decode_utf8(file.read(), path)
-    decoder, at, line, places = json.JSONDecoder(), 0, 1, Counter[int]()
-    beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
-    while match := beginning.search(text, at):
-        start = match.start()
-        line += text.count("\n", at, start)
-        places[line] += 1  # several may begin on a line
-        where = f"{path}:{line}" + f" (value {places[line]})" * (places[line] > 1)
-        value, at = _parsed(decoder.raw_decode, text, start, where=where)
-        yield value, where
-        line += text.count("\n", start, at)
-
-
-def _parsed(parse: Callable[..., Any], *args: Any, where: str) -> Any:
-    try:
-        return parse(*args)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}.") from None
-
 
 FORMATS = "a text file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
 MARKS = ".,;:!?…\"'“”‘’«»¿¡。，！？、"
@@ -231,34 +155,7 @@ def _read_text(file: Path) -> Iterator[str]:
     yield decode_utf8(file.read_bytes(), file)
 
 
-def _read_jsonl(file: Path) -> Iterator[str]:
-    for row, where in read_rows(file):
-        yield check_text(row.get("text"), "text", where)
-
-
-def _read_parquet(file: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"Reading {file} needs pyarrow, which is not installed: run the command as "
-            "`uv run --extra parquet python -m ...`, or `pip install pyarrow`."
-        ) from None
-    try:
-        table = parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f"{file} has no column `text`; its columns are {', '.join(table.schema_arrow.names)}.")
-        for rows in table.iter_batches(batch_size=1024, columns=["text"]):
-            for text in rows.column(0).to_pylist():
-                if not isinstance(text, str | None):
-                    raise UserError(f"{file}: the column `text` holds {type(text).__name__}; wanted strings.")
-                yield text or ""
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged or not parquet: {error}.") from error
-
-
-READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+READERS = {".jsonl": read_jsonl_texts, ".parquet": read_parquet_texts}
 
 
 TOKEN_BLOCK = 1 << 20  # ids looked at in one go

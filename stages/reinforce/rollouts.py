@@ -22,8 +22,9 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.corpus import check_text, json_type, normalize, read_rows
+from engine.text.corpus import normalize
 from engine.text.examples import evaluation_batches
+from engine.text.rows import check_text, json_type, read_rows
 from engine.training.reinforce import Reward, log_probabilities
 from stages.cli.console import ReportProgress
 

@@ -14,9 +14,9 @@ from jax.experimental.multihost_utils import process_allgather
 
 from engine.errors import UserError
 from engine.format import quantity
-from engine.inference.score import score
 from engine.mesh.layout import row_shards
 from engine.model.config import ModelConfig
+from engine.model.loss import score
 from engine.model.paths import merge
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations

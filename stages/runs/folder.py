@@ -14,15 +14,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from engine import manifest
 from engine.errors import UserError
 from engine.files import atomic_file, folder_lock, make_folder, open_regular, remove_unfinished
-from engine.manifest import NAME
 from engine.mesh import processes
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.run_folder import ADAPTER, ROOT, read_json
 
-RUN_FILES = (NAME, "config.json", "metrics.jsonl", "tensorboard", "tokenizer", "checkpoints", "samples", ADAPTER, "run.json")
+RUN_FILES = (
+    manifest.NAME,
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "tokenizer",
+    "checkpoints",
+    "samples",
+    ADAPTER,
+    "run.json",
+)
 
 
 def default_folder(model: str, data: str) -> Path:
@@ -80,6 +90,16 @@ def lock_run(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # where it is empty
+
+
+@contextlib.contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Writes the manifest of a run's own files after the block, which writes them; a kill in between leaves no manifest."""
+    (listing := folder / manifest.NAME).unlink(missing_ok=True)
+    yield
+    tokenizer = (f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*"))  # not what a kill left
+    with atomic_file(listing) as file:
+        file.write(manifest.make_manifest(folder, ("config.json", "run.json", *tokenizer)))
 
 
 def replace_nonfinite(value: Any, replace: Callable[[float], Any]) -> Any:

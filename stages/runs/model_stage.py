@@ -24,7 +24,7 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.adapter import build_adapter, earlier_digest, save_adapter
-from engine.storage.checkpoint import load_params
+from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import ADAPTER, read_json

@@ -15,7 +15,8 @@ from engine.mesh import processes
 from engine.mesh.layout import place, sharded_shapes
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.storage import checkpoint
+from engine.storage import checkpoint_reader
+from engine.storage.checkpoint import steps as saved_steps
 from engine.storage.run_folder import read_config, read_json
 from engine.text.batch import ORDER_VERSION
 from engine.training.step import TrainState
@@ -50,7 +51,7 @@ def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) 
     Raises UserError when the one there trains something else, naming what differs; digests of base and data are compared
     here.
     """
-    record, steps = read_json(folder / "run.json"), checkpoint.steps(folder)
+    record, steps = read_json(folder / "run.json"), saved_steps(folder)
     if not steps:
         return None
     before, now = settings(record, read_config(folder)), settings(metadata, cfg)
@@ -152,9 +153,9 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
     """Returns the states of the newest intact checkpoint; prints what is damaged or changed, the latter into `metadata` too."""
     like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
     with console.task("loading the checkpoint"):
-        loaded = checkpoint.load(previous.folder, *like)
+        loaded = checkpoint_reader.load(previous.folder, *like)
     loop_state = LoopState.from_json(loaded.state)
-    aside = checkpoint.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
+    aside = checkpoint_reader.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
     if (best := loop_state.best_step) not in (None, loop_state.step):
         faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []

@@ -19,7 +19,6 @@ from engine.mesh import processes
 from engine.mesh.layout import init_sharded
 from engine.model.paths import merge
 from engine.storage.digest import digest
-from engine.storage.run_folder import updating
 from engine.text.batch import ORDER_VERSION
 from engine.text.tokenizer import save_tokenizer
 from engine.training.step import TrainState, gradient_norms
@@ -27,7 +26,7 @@ from stages.cli import signals
 from stages.cli.command import command_line, resume_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan
-from stages.runs.folder import RUN_FILES, clear_run, holds_run, lock_run, replace_nonfinite
+from stages.runs.folder import RUN_FILES, clear_run, holds_run, lock_run, replace_nonfinite, updating
 from stages.runs.loop import Loop, RunOptions
 from stages.runs.mesh import device_with_mesh, make_mesh_here, refuse_different_runs
 from stages.runs.stage import LoopState, RunReport, Stage

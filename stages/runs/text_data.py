@@ -14,9 +14,9 @@ import numpy as np
 from engine import manifest
 from engine.errors import UserError, did_you_mean
 from engine.files import cache_folder
-from engine.inference.score import score
 from engine.mesh.layout import row_shards
 from engine.model.config import ModelConfig
+from engine.model.loss import score
 from engine.model.transformer import Params
 from engine.storage import assets
 from engine.storage.assets import TEXTS

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from engine.inference.constraints import json_rule
-from engine.text.tokenizer import overlap
+from engine.text.completion_text import overlap
 from stages.serve.grammars import Grammar
 
 Turn = dict[str, Any]  # a message as templates read it

@@ -15,11 +15,11 @@ from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.files import atomic_file
 from engine.format import duration, format_bytes, format_count, quantity
-from engine.inference.score import score
 from engine.mesh import processes
 from engine.mesh.layout import current_mesh, sharded_shapes
 from engine.mesh.shape import ONE_DEVICE, MeshShape, check_mesh
 from engine.model.config import preset
+from engine.model.loss import score
 from engine.model.transformer import init_params
 from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer

@@ -18,10 +18,10 @@ from engine.counting.flops import (
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lora_only
 from engine.inference import decode
-from engine.inference.score import score
 from engine.model import loss
 from engine.model.attention import QUERY_BLOCK
 from engine.model.config import LoraConfig
+from engine.model.loss import score
 from engine.model.paths import split, unflatten
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import make_adapter

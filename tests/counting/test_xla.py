@@ -16,8 +16,8 @@ from engine.counting.params import bottom_frozen, count_params
 from engine.counting.xla import Collective, read_collectives, xla_flops, xla_peak
 from engine.errors import UserError
 from engine.inference.decode import decode_step, prefill
-from engine.inference.score import score
 from engine.model.config import ModelConfig
+from engine.model.loss import score
 from engine.model.paths import split
 from engine.training.step import loss_and_gradient
 

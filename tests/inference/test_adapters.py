@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 import pytest
+from engine.inference.score import scored_request
 from engine_requests import AS_SERVED, REQUESTS, Log, complete, make_engine, served_model, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Adapter, Request
-from engine.inference.score import scored_request
 from engine.model.paths import merge, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest

@@ -20,14 +20,13 @@ from engine.inference.config import EngineConfig
 from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
 from engine.inference.runner import empty_stacks, idle_calls
 from engine.inference.sampling import SamplingArrays, make_token_counts
-from engine.inference.score import score
 from engine.mesh import layout
-from engine.mesh.layout import leaf_spec
+from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.loss import summed_loss
+from engine.model.loss import score, summed_loss
 from engine.model.native import library
 from engine.model.ops import platform
 from engine.model.paths import merge, split

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
-from engine.storage import checkpoint
+from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_json
 from stages.finetune import __main__ as finetune
@@ -36,7 +36,7 @@ def events(file: Path, kind: str = "") -> list[dict[str, Any]]:
 
 
 def saved_digest(folder: Path) -> str:
-    return digest(checkpoint.load_params(folder).params)
+    return digest(checkpoint_reader.load_params(folder).params)
 
 
 def check_law(file: Path, folder: Path) -> None:

@@ -17,13 +17,13 @@ from engine.errors import UserError
 from engine.files import UNFINISHED
 from engine.model.config import JOINED, MATRICES
 from engine.model.paths import leaf_paths, unflatten
-from engine.storage import checkpoint
+from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter import load_adapter, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
-from engine.storage.run_folder import updating
 from stages import convert, evaluate
 from stages.finetune import __main__ as finetune
+from stages.runs.folder import updating
 from stages.train import __main__ as train
 
 APART = re.compile(r"((?:.*/)?blocks/\d+/)(q|k|v|gate|up)(_bias)?(/[ab])?")
@@ -98,7 +98,7 @@ def test_it_is_refused_with_the_command_and_converted_to_the_bit(trained, old, t
             ours, theirs = load_file(converted / name), load_file(wanted / name)
             assert ours.keys() == theirs.keys()
             assert all(np.array_equal(array, theirs[path]) for path, array in ours.items())
-    assert digest(checkpoint.load_params(old).params) == digest(checkpoint.load_params(trained).params)
+    assert digest(checkpoint_reader.load_params(old).params) == digest(checkpoint_reader.load_params(trained).params)
     after = contents(old)
     assert all(after[path] == data for path, data in before.items() if "checkpoints" not in path.parts)
     assert convert.main(["--model", str(old)]) == 0

@@ -24,7 +24,6 @@ from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
-from engine.storage.run_folder import updating
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import Pair
 from engine.training.preference import preference_objective
@@ -34,6 +33,7 @@ from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
 from stages.runs.conversation_data import digest_examples, held_out_evaluator
 from stages.runs.estimate import RunPlan
+from stages.runs.folder import updating
 from stages.runs.text_data import EVALUATION_ROWS
 
 WORD = WORDS.split()

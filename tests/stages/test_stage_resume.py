@@ -27,10 +27,10 @@ from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import LoraConfig
 from engine.model.transformer import init_params
-from engine.storage import checkpoint
+from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
-from engine.storage.run_folder import read_config, read_json, updating
+from engine.storage.run_folder import read_config, read_json
 from engine.text.batch import ORDER_VERSION, TextBatches
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -40,7 +40,7 @@ from stages.cli.console import Console
 from stages.finetune.__main__ import FinetuneFlags
 from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
-from stages.runs.folder import JsonLines
+from stages.runs.folder import JsonLines, updating
 from stages.runs.loop import RunOptions
 from stages.runs.previous_run import FIXED, differences, refusals, settings
 from stages.runs.run import run_metadata
@@ -55,7 +55,7 @@ def state_digest(folder: Path) -> str:
     cfg = read_config(folder)
     tx = make_optimizer(OptimizerConfig(**read_json(folder / "run.json")["recipe"]["optimizer"]))
     like = jax.eval_shape(lambda: init_state(tx, init_params(cfg, jax.random.key(0))))
-    loaded = checkpoint.load(folder, like.trainable, like.opt_state)
+    loaded = checkpoint_reader.load(folder, like.trainable, like.opt_state)
     assert not loaded.damaged
     return f"{loaded.step} {digest(loaded.params)} {digest(loaded.optimizer)}"
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import PATIENCE, ROOT, tiny, typed
 
 from engine import manifest
-from engine.storage import checkpoint
+from engine.storage import checkpoint, checkpoint_reader
 from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
@@ -114,7 +114,7 @@ def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, t
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, output
-    newest = checkpoint.load_params(folder)
+    newest = checkpoint_reader.load_params(folder)
     assert newest.damaged == []
     assert (newest.step == 2) == again
     assert ("Stopped at step" in output) == (not again)

@@ -28,8 +28,9 @@ from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save, tiny, 
 from engine import manifest
 from engine.errors import UserError
 from engine.manifest import verify
-from engine.storage import checkpoint
-from engine.storage.checkpoint import BackgroundSaver, load, load_params, steps
+from engine.storage import checkpoint, checkpoint_reader
+from engine.storage.checkpoint import BackgroundSaver, steps
+from engine.storage.checkpoint_reader import load, load_params
 from engine.storage.digest import digest
 
 
@@ -134,7 +135,7 @@ def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_p
     norm = {"norm": np.ones(3, np.float32)}
     path = cut_files(tmp_path, cut(0, 4, 0, 2) | cut(4, 10, 2, 6) | norm, cut(0, 4, 2, 6) | cut(4, 10, 0, 2))
     np.testing.assert_array_equal(load_params(tmp_path).params["w"], whole)
-    stored = checkpoint.stored_arrays(path, "params")["w"]
+    stored = checkpoint_reader.stored_arrays(path, "params")["w"]
     for a, b, c, d in ((0, 10, 0, 6), (2, 7, 1, 5), (3, 4, 5, 6), (5, 9, 0, 6)):
         out = np.empty((b - a, d - c), np.float32)
         stored.read(((a, b), (c, d)), out)

@@ -22,7 +22,7 @@ from engine.text.corpus import read_corpus
 from engine.text.template import read_template
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer
 from stages.cli.command import explain_error
-from stages.runs.folder import JsonLines
+from stages.runs.folder import JsonLines, updating
 
 
 def pipe(path: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_log_of_a_run(tmp_path):
 @pytest.mark.parametrize("written", ["read", "missing"])
 def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch, written):
     """Its last result is written after the manifest was read, or the manifest is not written again yet."""
-    with run_folder.updating(tmp_path):
+    with updating(tmp_path):
         write_json(tmp_path / "config.json", {})
         write_json(tmp_path / "run.json", {})
     describe, ends = manifest.describe, [True]
@@ -146,7 +146,7 @@ def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch
             (tmp_path / manifest.NAME).unlink()
             write_json(tmp_path / "run.json", {"result": 1})
             if written == "read":
-                with run_folder.updating(tmp_path):
+                with updating(tmp_path):
                     pass
         return describe(path)
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from engine.storage import checkpoint
-from engine.storage.checkpoint import BackgroundSaver, LoadedCheckpoint
+from engine.storage import checkpoint, checkpoint_reader
+from engine.storage.checkpoint import BackgroundSaver
+from engine.storage.checkpoint_reader import LoadedCheckpoint
 from engine.storage.digest import digest
 
 
@@ -29,7 +30,7 @@ def write_tiny(folder: Path, step: int, keep: int = 3) -> Path:
 
 
 def load_tiny(folder: Path) -> LoadedCheckpoint:
-    return checkpoint.load(folder, *jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, tiny(0))))
+    return checkpoint_reader.load(folder, *jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, tiny(0))))
 
 
 def same_bits(first: Any, second: Any) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.tokenizer import CompletionText, Detokenizer
+from engine.text.completion_text import CompletionText, Detokenizer
 
 LETTERS = "abé😀"
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]

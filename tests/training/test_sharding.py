@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from mesh_cases import CASES, NIGHT
 
 from engine.errors import UserError
-from engine.mesh.layout import leaf_spec, make_mesh
+from engine.mesh.layout import make_mesh
+from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
 

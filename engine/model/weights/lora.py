@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from engine.errors import UserError
 from engine.mesh import layout
+from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import AXES
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import Params, map_paths, unflatten
@@ -117,7 +118,7 @@ def gather_frozen(params: Params) -> Params:
     def gather(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoRA | Int8):
             return leaf
-        spec = layout.leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
+        spec = leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
         rows, columns = (axis if axis == "tensor" else None for axis in spec)
         if isinstance(leaf, Int8):  # cut until then, or a loop would hold what forward gathered for backward
             values = layout.pin({path: leaf.values})[path]

@@ -14,9 +14,8 @@ from starlette.types import Receive
 
 from engine.errors import InvalidField
 from engine.inference.constraints import ForcedTokens
-from engine.inference.request import SEEDS, Event, LogProb, Request, check_request
-from engine.inference.score import scored_request
-from engine.text.tokenizer import CompletionText
+from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingParams, check_request
+from engine.text.completion_text import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api.requests import INLINE_BYTES, content_length
 from stages.serve.errors import ApiError, ClientGone
@@ -332,7 +331,11 @@ def make_scored(
         raise context_overflow(count, capacity, field)
     if max(tokens) >= vocab:  # a mask has no bit for it
         raise ApiError(400, f"{field} holds an id outside the vocabulary of {vocab:,}.", param=field)
-    request = scored_request(prompt, tokens, http.state.namespace, top, state.adapter_of(http.state.model))
+    # As those of a completion's own tokens are, in the same program.
+    sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
+    request = Request(
+        tuple(prompt), sampling, http.state.namespace, ForcedTokens(tokens), adapter=state.adapter_of(http.state.model)
+    )
     check_request(request, vocab, capacity)
     return request
 

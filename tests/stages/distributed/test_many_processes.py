@@ -19,7 +19,7 @@ from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.processes import RESTART, join
-from engine.storage import checkpoint
+from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter import load_adapter
 from engine.storage.model_loader import read_config
 from stages import by_hand
@@ -60,7 +60,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
 
     first = checkpoint.steps(folder)[-1]
     assert str(first) != saving[0].name.split(".")[1]  # it had not begun to be a checkpoint
-    assert checkpoint.load_params(folder).step == first
+    assert checkpoint_reader.load_params(folder).step == first
     two = start(2, "train", *words, patch=lambda _: SLOW)
     until_saved(folder, first + 4, two)
     two[1].send_signal(signal.SIGTERM)

@@ -1,0 +1,62 @@
+"""Flags that fine-tuning and reinforcement learning share: the model, and which of its parameters train."""
+
+import dataclasses
+import re
+from typing import Annotated, Literal
+
+from engine.errors import UserError
+from engine.model.config import LoraConfig
+from stages.cli.flags import default, integer, number, one_of, parser
+from stages.runs.flags import RunFlags
+
+TARGETS = "q, k, v, out, gate, up, down, or all"
+
+
+def parse_lora(text: str) -> LoraConfig:
+    """Parses 'rank=8,alpha=16,targets=q,v', in which each of the three may be left out."""
+    pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
+    fields = {name: value for name, _, value in pairs}
+    if not fields.keys() <= {"rank", "alpha", "targets"} or len(fields) < len(pairs):
+        raise ValueError(f"wanted rank=8,alpha=16,targets=q,v, each once (targets: {TARGETS}), got {text!r}")
+    rank = integer(1, 4096)(fields.get("rank", "8"))
+    alpha = number(0, above=True)(fields["alpha"]) if "alpha" in fields else 2.0 * rank
+    return LoraConfig(rank, alpha, tuple(fields.get("targets", "all").split(",")))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableFlags:
+    """Which parameters are trainable; without any of these, a LoRA on all matrices."""
+
+    train: Annotated[tuple[str, ...], default("nothing but the adapter", metavar="PATTERN ...")] = ()
+    """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
+    freeze: Annotated[tuple[str, ...], default("nothing", metavar="PATTERN ...")] = ()
+    """`bottom:N`, `top:N`, or patterns: all else is trained."""
+    lora: Annotated[LoraConfig | None, parser(parse_lora, "SIZE"), default("rank=8,alpha=16,targets=all")] = None
+    """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
+    base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
+    """The type of the frozen model under an adapter: `int8` takes half the memory."""
+
+    def check_together(self) -> None:
+        if self.lora and (self.train or self.freeze):
+            raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
+        if self.base == "int8" and (self.train or self.freeze):
+            raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """The LoRA to train; None when parameters of the model itself are trained."""
+        return None if self.train or self.freeze else self.lora or LoraConfig()
+
+    def describe(self) -> str:
+        """Describes the trainable parameters, which must be the same to resume a run: `learns` in run.json."""
+        if self.adapter:
+            return f"{self.adapter}{' over int8' if self.base == 'int8' else ''}"
+        return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRunFlags(RunFlags):
+    """Flags of a run that trains a model further."""
+
+    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
+    """A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model."""
