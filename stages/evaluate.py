@@ -71,13 +71,13 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.conversations import SHIPPED
-    from stages.runs.mesh import choose_mesh, device_with_mesh, make_mesh_here
+    from stages.runs.mesh import device_with_mesh, make_mesh_here
     from stages.runs.text_data import check_text_name
 
     def digest_in_memory(params: Any) -> str:
         return digest(process_allgather(params, tiled=True) if processes.process_count() > 1 else params)
 
-    shape = choose_mesh(flags.mesh.mesh)
+    shape = flags.mesh.shape()
     if shape and flags.weights:
         raise UserError("--weights is for one device; leave --mesh out.")
     mesh = make_mesh_here(shape) if shape else None
@@ -88,7 +88,7 @@ def evaluate(flags: EvaluateFlags) -> None:
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
         console.print_notes(model.notes)
-        console.print_rows([("device", str(device_with_mesh(device, shape))), ("model", str(model))])
+        console.print_rows([("device", str(device_with_mesh(device, shape) if shape else device)), ("model", str(model))])
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})

@@ -34,10 +34,10 @@ from stages.runs.conversation_data import (
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
 from stages.runs.loop import RunOptions
-from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
+from stages.runs.mesh import fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import execute
-from stages.runs.stage import LoopState, MeshBatches, RunReport, TrainingSteps, compile_step
+from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step
 from stages.runs.text_data import check_text_name, general_bits_per_byte
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
@@ -55,10 +55,10 @@ def run(flags: "FinetuneFlags", device: Device) -> int:
     intervals, examples = dataclasses.asdict(flags.folder), flags.examples
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
-    mesh = choose_mesh(flags.mesh.mesh)
     options = RunOptions(
-        "finetune", device, folder, flags.dry_run, **intervals, eval_every=evaluate, mesh=mesh, patience=flags.tuning.patience
-    )
+        "finetune", device, folder, flags.dry_run, **intervals,
+        eval_every=evaluate, mesh=flags.mesh.shape(), patience=flags.tuning.patience,
+    )  # fmt: skip
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 
@@ -85,8 +85,10 @@ class PreferenceBatches:
         return Preferences(part.chosen, part.rejected, self._reference[part.pair])
 
 
-class FineTuning(ModelStage):
+class FineTuning(ModelStage, BatchStage):
     """Fine-tunes a model. Only the constructor reads the flags."""
+
+    advice = "--learning-rate, or warm up longer with --warmup"
 
     answers: bool | None = None  # whether a device holds the model whole, to answer; known after the first measurement
 
@@ -182,8 +184,8 @@ class FineTuning(ModelStage):
         question = self.dataset.questions[0]
         return question[-1]["content"], self.chat.prompt(question).tolist()
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
-        """Makes the batches, compiles the step, and returns TrainingSteps."""
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
+        """Makes the batches, and compiles the step."""
         plan, frozen = self.plan, self.frozen
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
@@ -191,10 +193,7 @@ class FineTuning(ModelStage):
         with self.console.task("compiling", always=True):
             program = compile_step(plan, state, frozen, batches.at(0), self.objective)
         _clear_programs()
-        return TrainingSteps(
-            program, frozen, batches, self._evaluator(QUICK_EXAMPLES), plan, loop_state, self.peak_flops,
-            advice="--learning-rate, or warm up longer with --warmup",
-        )  # fmt: skip
+        self.begin_steps(program, batches, self._evaluator(QUICK_EXAMPLES), loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
         """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""

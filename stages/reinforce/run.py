@@ -28,7 +28,7 @@ from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import RunOptions
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import execute
-from stages.runs.stage import LoopState, RunReport, Steps, compile_step, temporary_bytes
+from stages.runs.stage import LoopState, RunReport, compile_step, temporary_bytes
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
     from stages.reinforce.__main__ import ReinforceFlags
@@ -53,8 +53,8 @@ def run(flags: "ReinforceFlags", device: Device) -> int:
     return execute(options, lambda console: ReinforcementLearning(flags, options, console))
 
 
-class ReinforcementLearning(ModelStage, Steps):
-    """Trains a model on its own completions: a Stage, and the Steps of its loop. Only the constructor reads the flags.
+class ReinforcementLearning(ModelStage):
+    """Trains a model on its own completions. Only the constructor reads the flags.
 
     A step is a round: it samples completions of a few prompts, has the model before training score them, and takes `updates`
     optimizer steps on them. `kl`: the weight of the divergence from that model. `fluency`: the weight of a second reward, the
@@ -150,7 +150,7 @@ class ReinforcementLearning(ModelStage, Steps):
         prompt = self.prompts.held_out[0]
         return prompt.text, prompt_tokens(self.chat, prompt)
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> "ReinforcementLearning":
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
         plan, rows = self.plan, self.plan.recipe.batch
         self.order = EpochOrder(len(self.prompts.train), self.prompts_each, plan.seed)
         loop_state.stage = dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage
@@ -162,14 +162,13 @@ class ReinforcementLearning(ModelStage, Steps):
             self.program = compile_step(plan, state, self.frozen, rollouts, self.objective)
         self.buffer_bytes = temporary_bytes(self.program)
         self._prepare_inference(state.trainable)
-        return self
 
     def _prepare_inference(self, trainable: Any) -> None:
         self.params: Any = None  # first: two copies would be held
         self.params = prepare_params(self.plan.cfg, merge(trainable, self.frozen))
         self.digest = digest(self.params)
 
-    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+    def step(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         """Runs a round; makes no updates when the completions of each prompt have equal rewards.
 
         `exhausted` after ALIKE_ROUNDS such rounds in a row.

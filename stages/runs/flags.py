@@ -6,6 +6,7 @@ from typing import Annotated
 
 from engine.errors import UserError
 from engine.mesh import processes
+from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, parser, path, seconds
 
 
@@ -81,6 +82,14 @@ class MeshFlags:
             )
         if self.processes and (self.process or 0) >= self.processes:
             raise UserError(f"--process {self.process} is one of 0 to {self.processes - 1} when there are {self.processes}.")
+
+    def shape(self) -> MeshShape | None:
+        """Returns the shape, once connected: without --mesh `fsdp` over all devices of several processes, None for one."""
+        if self.mesh or processes.process_count() == 1:
+            return parse_mesh(self.mesh) if self.mesh else None
+        import jax
+
+        return MeshShape(fsdp=jax.device_count())
 
     def connect(self) -> None:
         """Joins the other processes, if there are any."""

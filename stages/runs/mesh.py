@@ -15,18 +15,11 @@ from engine.device import Device
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.layout import make_mesh, shardings
-from engine.mesh.shape import MeshShape, parse_mesh
+from engine.mesh.shape import MeshShape
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 
 PER_PROCESS_ENTRIES = ("command", "device")  # of run.json, in which processes may differ
-
-
-def choose_mesh(text: str | None) -> MeshShape | None:
-    """Returns the shape that `--mesh` asks for; without one `fsdp` over all devices of several processes, None for one."""
-    if text is None:
-        return MeshShape(fsdp=jax.device_count()) if processes.process_count() > 1 else None
-    return parse_mesh(text)
 
 
 def make_mesh_here(shape: MeshShape) -> Mesh:
@@ -59,10 +52,10 @@ def connect_devices(mesh: Mesh) -> Mesh:
     return mesh
 
 
-def device_with_mesh(device: Device, shape: MeshShape | None) -> Device:
+def device_with_mesh(device: Device, shape: MeshShape) -> Device:
     """Returns the device with its mesh and the count of processes, which the banner shows."""
     in_processes = f" in {processes.process_count()} processes" if processes.process_count() > 1 else ""
-    return dataclasses.replace(device, mesh=f"{shape.devices} devices{in_processes}, {shape}") if shape else device
+    return dataclasses.replace(device, mesh=f"{shape.devices} devices{in_processes}, {shape}")
 
 
 def refuse_different_runs(metadata: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:

@@ -1,7 +1,4 @@
-"""Defines what a stage gives the run machine: a Stage, once a run; its Steps, again and again; and the state of their loop.
-
-TrainingSteps, the steps of training and fine-tuning, run a compiled step on one batch after another.
-"""
+"""Stage, the interface of a way to train; BatchStage, whose steps are batches of data; and LoopState, the progress of a run."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -62,26 +59,6 @@ class LoopState:
         self.intervals = self.intervals | {name: (self.step, self.seconds)}
 
 
-class Steps(Protocol):
-    """The steps of a loop: each a batch through a compiled program, or a round of rollouts and updates."""
-
-    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
-    evaluator: Evaluator | None = None
-    buffer_bytes: int = 0  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
-    lines_stay: bool = False  # whether every LINE_INTERVAL seconds a line stays on a terminal
-    exhausted: bool = False  # whether there is nothing more to learn, which ends the loop
-    trained_batch: Any = None  # that of the last step's first update; None where it made none
-
-    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Returns the next state, which may take `state`'s memory, and for each update whether it was refused."""
-
-    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        """Returns the fields of a line of metrics.jsonl."""
-
-    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        """Returns these steps' own fields of the live line."""
-
-
 class RunReport(NamedTuple):
     """The stage's part of run.json's result and of the summary."""
 
@@ -104,6 +81,14 @@ class Stage(Protocol):
     frozen: Any  # those beside them, as steps read them; valid after `load_weights`
     frozen_as_loaded: Any = None  # those that a checkpoint holds beside them
     objective: Objective = NEXT_TOKEN
+    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
+    lines_stay: bool = False  # whether every few seconds a line stays on a terminal
+
+    # Valid after `prepare_steps`.
+    evaluator: Evaluator | None = None
+    buffer_bytes: int = 0  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
+    exhausted: bool = False  # whether there is nothing more to learn, which ends the loop
+    trained_batch: Any = None  # that of the last step's first update; None where it made none
 
     def load_weights(self) -> None:
         """Sets `trainable`, `frozen_as_loaded` and `metadata`. Raises UserError when memory is too small."""
@@ -120,7 +105,7 @@ class Stage(Protocol):
         return
 
     def begin_compiling(self, beside_reading: bool) -> None:
-        """Begins to compile what `prepare_steps` returns, where that can be done before there is a state.
+        """Begins to compile the step, where that can be done before there is a state.
 
         `beside_reading`: whether a checkpoint is read next.
         """
@@ -128,9 +113,6 @@ class Stage(Protocol):
 
     def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step, of `trainable`; can be traced."""
-
-    def prompt(self) -> tuple[str, list[int]]:
-        """Returns a prompt, as text and as tokens, that shows what the model has learned."""
 
     def to_saved(self, trainable: Any) -> Any:
         """Returns the params of a checkpoint."""
@@ -144,8 +126,23 @@ class Stage(Protocol):
         """Measures the model, if the stage compares it before and after training."""
         return None
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> Steps:
-        """Compiles the steps of the loop."""
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
+        """Compiles the step of the loop."""
+
+    def step(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+        """Runs a step: a batch through a compiled program, or a round of rollouts and updates.
+
+        Returns the next state, which may take `state`'s memory, and for each update whether it was refused.
+        """
+
+    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        """Returns the fields of a line of metrics.jsonl."""
+
+    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
+        """Returns this stage's own fields of the live line."""
+
+    def prompt(self) -> tuple[str, list[int]]:
+        """Returns a prompt, as text and as tokens, that shows what the model has learned; only a recording asks for it."""
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
         """Measures at the end, saves what no checkpoint holds, and returns the RunReport, which `execute` prints.
@@ -196,40 +193,28 @@ def temporary_bytes(compiled: Compiled) -> int:
     return size if analysis and (size := analysis.temp_size_in_bytes) >= LARGE_BUFFER else 0
 
 
-class TrainingSteps(Steps):
-    """The Steps of training and fine-tuning: runs a program on one batch after another, from the state's step on.
+class BatchStage(Stage):
+    """A Stage whose step runs a program on one batch after another. `peak_flops`: this machine's, a second."""
 
-    `peak_flops`: this machine's, a second.
-    """
+    peak_flops: float
 
-    def __init__(
-        self,
-        program: Compiled,
-        frozen: Any,
-        batches: MeshBatches,
-        evaluator: Evaluator,
-        plan: RunPlan,
-        loop_state: LoopState,
-        peak_flops: float,
-        advice: str,
-    ) -> None:
-        self.program, self.frozen, self.batches = program, frozen, batches
-        self.plan, self.buffer_bytes = plan, temporary_bytes(program)
-        self.evaluator = evaluator
-        self.peak_flops, self.advice = peak_flops, advice
-        self.schedule = jax.jit(make_schedule(plan.recipe.optimizer))
-        self.batch = batches.at(loop_state.step)
+    def begin_steps(self, program: Compiled, batches: MeshBatches, evaluator: Evaluator, step: int) -> None:
+        """Sets the program, (state, frozen, batch, progress) -> (state, metrics), and the data to read from `step` on."""
+        self.program, self.mesh_batches, self.evaluator = program, batches, evaluator
+        self.buffer_bytes = temporary_bytes(program)
+        self.schedule = jax.jit(make_schedule(self.plan.recipe.optimizer))
+        self.next_batch = batches.at(step)
         self.losses: list[float] = []
         self.loss = self.grad_norm = float("nan")
 
-    def run(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
+    def step(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
         step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
-        following = self.batches.at(step + 1) if self.buffer_bytes else None
+        following = self.mesh_batches.at(step + 1) if self.buffer_bytes else None
         make_room(self.buffer_bytes)  # the last step's, in whose place a save's buffers may lie
-        state, metrics = self.program(state, self.frozen, self.batch, progress)
-        self.trained_batch = self.batch
-        self.batch = following or self.batches.at(step + 1)
+        state, metrics = self.program(state, self.frozen, self.next_batch, progress)
+        self.trained_batch = self.next_batch
+        self.next_batch = following or self.mesh_batches.at(step + 1)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
         self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
@@ -250,7 +235,7 @@ class TrainingSteps(Steps):
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
         """Returns loss, learning-rate factor, gradient norm, tokens/s, MFU and epoch, in words."""
-        plan, epoch = self.plan, self.batches.epoch(loop_state.step)
+        plan, epoch = self.plan, self.mesh_batches.epoch(loop_state.step)
         return [
             f"loss {self.loss:.3f}",
             f"lr {self._factor(loop_state):.0%}",

@@ -34,9 +34,8 @@ from stages.runs.estimate import (
 )
 from stages.runs.folder import default_folder, recorded_batch
 from stages.runs.loop import RunOptions
-from stages.runs.mesh import choose_mesh, fits_one_device, on_one_device
 from stages.runs.run import execute
-from stages.runs.stage import LoopState, MeshBatches, RunReport, Stage, TrainingSteps, compile_step
+from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step
 from stages.runs.text_data import bits_per_byte, prepare_text, quick_evaluator, rows_in_memory, score_text
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
@@ -47,7 +46,6 @@ SAMPLE = 160  # tokens
 EXPECTED_MFU = 0.5  # of the ceiling, for the products of a step
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
-ADVICE = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
 
 # The hyperparameters of each preset unless flags say otherwise: the only place with such numbers.
 _MUON = OptimizerConfig(
@@ -75,7 +73,7 @@ def recipe(preset: str, vocab: int) -> Recipe:
 def run(flags: "TrainFlags", device: Device) -> int:
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(flags.preset, flags.text.data)
-    options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=choose_mesh(flags.mesh.mesh))
+    options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=flags.mesh.shape())
     return execute(options, lambda console: Training(flags, options, console))
 
 
@@ -104,8 +102,10 @@ def _replace(config: Any, **values: Any) -> Any:
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
-class Training(Stage):
+class Training(BatchStage):
     """Trains from random weights. Only the constructor reads the flags."""
+
+    advice = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
 
     def __init__(self, flags: "TrainFlags", options: RunOptions, console: Console) -> None:
         text, length, mesh = flags.text, flags.length, options.mesh or ONE_DEVICE
@@ -134,6 +134,7 @@ class Training(Stage):
             "recipe": dataclasses.asdict(recipe),
         }  # fmt: skip
         self.ceilings = mesh_ceilings(find_ceilings(console), mesh)
+        self.peak_flops = self.ceilings.peak_flops(cfg.dtype)
         self.is_planned = bool(flags.mesh.mesh and options.dry_run)  # for a mesh that need not be here
         self.accelerator = flags.accelerator
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
@@ -149,7 +150,7 @@ class Training(Stage):
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, data, cfg, recipe = self.plan, self.data, self.plan.cfg, self.plan.recipe
-        params, top = count_params(cfg), self.ceilings.peak_flops(cfg.dtype)
+        params = count_params(cfg)
         steps, long = plan.predict(predict_step_seconds(plan, self.ceilings))
         epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
         heads = f"{cfg.heads} heads" + (f" ({cfg.kv_heads} key/value)" if cfg.kv_heads != cfg.heads else "")
@@ -173,7 +174,7 @@ class Training(Stage):
             (
                 "predicted",
                 f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, {long} at {EXPECTED_MFU:.0%} of this "
-                f"machine's {format_count(top)}FLOP/s in {cfg.dtype}; again after the first steps, by their time",
+                f"machine's {format_count(self.peak_flops)}FLOP/s in {cfg.dtype}; again after the first steps, by their time",
             ),
             *(self._mesh_rows() if self.is_planned else []),
         ]
@@ -206,15 +207,14 @@ class Training(Stage):
         if not beside_reading:
             traced.wait()
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> TrainingSteps:
+    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
         plan, data = self.plan, self.data
         with self.console.task("compiling", always=True):
             program = self.compiling.result()
         self.begin.clear_cache()  # its program takes 40 MB and more
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
-        top = self.ceilings.peak_flops(plan.cfg.dtype)
-        return TrainingSteps(program, self.frozen, MeshBatches(self.batches), evaluator, plan, loop_state, top, ADVICE)
+        self.begin_steps(program, MeshBatches(self.batches), evaluator, loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
         """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
@@ -223,15 +223,11 @@ class Training(Stage):
         with self.console.task("evaluating on the whole validation text", always=True) as report:
             seq, batch = cfg.context, rows_in_memory(cfg, cfg.context)
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
-        if fits_one_device(params):
-            with self.console.task("writing a sample"), on_one_device(params) as whole:
-                text = self._sample(whole) if processes.is_first() else ""
-            if processes.is_first():
-                with atomic_file(folder / "samples" / f"{step}.txt") as file:
-                    file.write(text.encode())
-        else:
-            text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
-        mfu = step * plan.step_flops / seconds / self.ceilings.peak_flops(cfg.dtype)
+        text = self._sample(params)
+        if processes.is_first() and text is not None:
+            with atomic_file(folder / "samples" / f"{step}.txt") as file:
+                file.write(text.encode())
+        mfu = step * plan.step_flops / seconds / self.peak_flops
         doubt_ceilings(mfu)
         result = {
             "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
@@ -245,18 +241,30 @@ class Training(Stage):
             ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {mfu:.0%}; {first}"),
         ]
         saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
+        if text is None:
+            text = "No sample: the model is too large for one device. `generate --mesh tensor=N` writes one."
         return RunReport(result, [("what it writes", text)], rows, saved, ["generate", "evaluate"])
 
-    def _sample(self, params: Any) -> str:
-        """Samples a text from the model after a line end."""
+    def _sample(self, params: Any) -> str | None:
+        """Samples a text after a line end, in process 0; None for a model that no device holds whole."""
+        if self.plan.mesh.devices == 1:
+            return self._continue("\n", params)
+        from stages.runs.mesh import fits_one_device, on_one_device
+
+        if not fits_one_device(params):
+            return None
+        with on_one_device(params) as whole:
+            return self._continue("\n", whole) if processes.is_first() else ""
+
+    def _continue(self, text: str, params: Any) -> str:
         from engine.inference.decode import generate, prepare_params
 
-        cfg, tokenizer = self.plan.cfg, self.data.tokenizer
-        prompt, count = tokenizer.encode("\n").tolist(), min(SAMPLE, cfg.context - 1)
-        ids = generate(
-            cfg, prepare_params(cfg, params), prompt, count,
-            temperature=0.8, seed=self.plan.seed, stop_token_ids=self.stop_token_ids,
-        )  # fmt: skip
+        cfg, tokenizer = self.plan.cfg, self.tokenizer
+        with self.console.task("writing a sample"):
+            ids = generate(
+                cfg, prepare_params(cfg, params), tokenizer.encode(text).tolist(), min(SAMPLE, cfg.context - 1),
+                temperature=0.8, seed=self.plan.seed, stop_token_ids=self.stop_token_ids,
+            )  # fmt: skip
         return tokenizer.decode(ids)
 
     def prompt(self) -> tuple[str, list[int]]:

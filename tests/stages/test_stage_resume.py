@@ -133,14 +133,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
     bad: set[bytes] = set()
     prepare_steps = Training.prepare_steps
 
-    def prepare(self: Training, *args: Any) -> Any:
-        order, steps = TextBatches(self.data.train.tokens, 32, 4, 0), prepare_steps(self, *args)
+    def prepare(self: Training, *args: Any) -> None:
+        prepare_steps(self, *args)
+        order = TextBatches(self.data.train.tokens, 32, 4, 0)
         bad.update(order.at(number).tokens.tobytes() for number in batches)
-        program, is_bad = steps.program, lambda batch: batch.tokens.tobytes() in bad
-        steps.program = lambda state, frozen, batch, progress: program(
+        program, is_bad = self.program, lambda batch: batch.tokens.tobytes() in bad
+        self.program = lambda state, frozen, batch, progress: program(
             state, frozen, batch, math.nan if is_bad(batch) else progress
         )
-        return steps
 
     monkeypatch.setattr(Training, "prepare_steps", prepare)
 

@@ -29,12 +29,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.counting.params import leaf_shapes
 from engine.errors import UserError
 from engine.files import open_regular
-from engine.storage.digest import leaves_by_path
-from stages.cli.command import explain_error
+from engine.inference.decode import generate, prepare_params
+from engine.mesh import processes
+from engine.model.paths import merge
+from engine.storage.digest import digest, leaves_by_path
+from engine.training.step import gradient_norms
+from stages.cli.command import command_line, explain_error
+from stages.cli.console import Console
 from stages.runs.folder import JsonLines, replace_nonfinite
+from stages.runs.stage import Stage
 
+SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a sample at most
 FIRST, PARTS = 4, 16
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
 PIXELS_OF_TENSOR = 20  # less for each tensor, whose numbers in a frame take as much room
@@ -82,6 +90,25 @@ def refuse_other_file(path: Path, step: int, **run: str) -> None:
         for name, now in run.items():
             if (was := first.get(name)) != now:
                 raise UserError(f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}")
+
+
+@contextlib.contextmanager
+def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | None, console: Console) -> Iterator["Recorder"]:
+    """Yields what takes a run's events to a file, to a folder for TensorBoard, and to a page at the port `watch`."""
+    sinks, is_watched = [file_sink(record)] if record else [], lambda: False
+    with contextlib.ExitStack() as stack:
+        if tensorboard and processes.is_first():
+            sinks.append(stack.enter_context(tensorboard_sink(tensorboard)))
+        if watch is not None:
+            from stages.runs.watch.server import Watch
+
+            page = stack.enter_context(Watch(watch))
+            console.print_rows([("watch", page.url)])
+            sinks, is_watched = [*sinks, page], page.is_watched
+        yield Recorder(sinks, console.print, record is not None, is_watched)
+    if watch is not None:
+        kept = f"{record} has it, for {command_line('runs.watch', record, 'lives.html')}"
+        console.print(f"{page.url} has ended with the run; {kept if record else '--record FILE keeps what it shows'}.")
 
 
 class Recorder:
@@ -138,6 +165,36 @@ class Recorder:
             header |= {"params": sum(counts), "trainable": counts[0], "tensors": tensors}
             header["life"] = "train" if header.get("stage") == "train" else _way(tensors)
         self.event("begin", **header)
+
+    def begin_run(self, run: Stage, trainable: Any, step: int, **header: Any) -> None:
+        """Begins with a stage's weights before its next step, the one after `step`."""
+        plan, cfg, frozen, (text, prompt) = run.plan, run.plan.cfg, run.frozen, run.prompt()
+        prompt = prompt[-(cfg.context // 2) :]  # one may fill the context
+        count = min(SAMPLE, cfg.context - len(prompt))
+
+        def sample(trainable: Any) -> str:
+            params = prepare_params(cfg, merge(trainable, frozen))
+            tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=run.stop_token_ids)
+            return run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
+
+        self.begin(
+            trainable,
+            frozen,
+            [*leaf_shapes(cfg)],
+            sample=sample,
+            digest=lambda trainable: digest(run.to_saved(trainable)),
+            gradient_norms=lambda trainable, batch: gradient_norms(
+                cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=run.objective
+            ),
+            name=plan.name,
+            layers=cfg.layers,
+            width=cfg.width,
+            steps=plan.steps,
+            seconds=plan.seconds,
+            step=step,
+            prompt=text,
+            **header,
+        )
 
     def event(self, kind: str, **fields: Any) -> None:
         for sink in [*self.sinks]:
