@@ -90,7 +90,7 @@ def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:
     import numpy as np
 
     from engine import manifest
-    from engine.storage import safetensors
+    from engine.storage import safetensors_writer
 
     new.mkdir()
     entries = {}
@@ -98,7 +98,7 @@ def _convert_step(old: Path, new: Path, widths: dict[str, int]) -> None:
         arrays = [piece for array in _open_arrays(old, part) for piece in _apart(array, widths)]
         shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype, _ in arrays}
         reading = lambda arrays=arrays: (read() for *_, read in arrays)  # one at a time
-        encode = lambda shapes=shapes, reading=reading: safetensors.encode(shapes, reading())
+        encode = lambda shapes=shapes, reading=reading: safetensors_writer.encode(shapes, reading())
         entries[f"{part}.safetensors"] = manifest.write_checked(new / f"{part}.safetensors", encode)
     entries["state.json"] = manifest.write_checked(new / "state.json", lambda: [np.fromfile(old / "state.json", np.uint8)])
     (new / manifest.NAME).write_bytes(manifest.render(entries))

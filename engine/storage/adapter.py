@@ -26,7 +26,7 @@ from engine.files import atomic_folder, write_json
 from engine.model.config import JOINED, LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.lora import LoRA, to_dense
-from engine.storage import safetensors
+from engine.storage import safetensors, safetensors_writer
 from engine.storage.digest import digest
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, layout_of
 from engine.untrusted import Fields, quote, read_json_object
@@ -90,7 +90,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     }  # fmt: skip
     with atomic_folder(folder) as building:
         write_json(building / CONFIG, config)
-        safetensors.write_file(building / WEIGHTS, arrays, arrays.values(), {BASE: base})
+        safetensors_writer.write_file(building / WEIGHTS, arrays, arrays.values(), {BASE: base})
         manifest.write_manifest(building)
     return folder
 

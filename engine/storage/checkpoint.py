@@ -36,7 +36,7 @@ from engine.counting.hardware import free_host_bytes
 from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder
 from engine.mesh import processes
-from engine.storage import safetensors
+from engine.storage import safetensors_writer
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
 PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
@@ -57,7 +57,7 @@ def own_pieces(name: str, leaf: Any) -> Pieces:
     Of processes that hold the same part one writes it. Raises TypeError or ValueError for a leaf that could not be loaded.
     """
     dtype = getattr(leaf, "dtype", None)
-    if dtype not in safetensors.NAMES:
+    if dtype not in safetensors_writer.NAMES:
         raise TypeError(f"save: {name} is a {type(leaf).__name__} of {dtype}, which no file can hold.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(f"save: {name} is {dtype}, of which JAX would keep 32 bits when it is loaded.")
@@ -234,7 +234,9 @@ def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None
     entries = {}
     for part, pieces in parts.items():
         name = f"{part}{own}.safetensors"
-        entries[name] = manifest.write_checked(building / name, functools.partial(safetensors.encode, pieces, pieces.values()))
+        entries[name] = manifest.write_checked(
+            building / name, functools.partial(safetensors_writer.encode, pieces, pieces.values())
+        )
     gathered = processes.gather_strings(json.dumps(entries), SAVE_TOPIC)
     if processes.is_first():
         entries = {name: entry for text in gathered for name, entry in json.loads(text).items()}

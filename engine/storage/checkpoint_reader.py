@@ -31,6 +31,7 @@ from engine.storage.checkpoint import (
     prng_settings,
     steps,
 )
+from engine.storage.safetensors_writer import DTYPES
 from engine.untrusted import quote, read_json_object
 
 # An array of an earlier version, which held q, k, v or gate, up side by side: of a weight, of a moment, or of a LoRA pair.
@@ -147,7 +148,7 @@ def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
         kinds = {(tensor.dtype, len(tensor.shape)) for tensor in parts.values()}
         if not whole or len(kinds) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
             raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")
-        arrays[name] = StoredArray(shape, safetensors.DTYPES[kinds.pop()[0]], parts)
+        arrays[name] = StoredArray(shape, DTYPES[kinds.pop()[0]], parts)
     return arrays
 
 

@@ -11,7 +11,7 @@ import jax
 from engine.errors import UserError
 from engine.files import write_json
 from engine.model.config import ModelConfig
-from engine.storage import safetensors
+from engine.storage import safetensors, safetensors_writer
 from engine.storage.architectures import DEFAULTS, config_from_json, config_to_json, note_unknown_json
 from engine.storage.hub import cached_id
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, file_tensors, layout_of
@@ -63,4 +63,4 @@ def save_folder(
     leaves = list(layout_of(cfg, HUGGING_FACE_NAMES))
     tensors = {leaf.name: jax.ShapeDtypeStruct(leaf.stored, dtype) for leaf in leaves}
     arrays = (array for _, array in file_tensors(leaves, params, report))
-    safetensors.write_file(folder / "model.safetensors", tensors, arrays)
+    safetensors_writer.write_file(folder / "model.safetensors", tensors, arrays)

@@ -1,22 +1,19 @@
-"""Reads safetensors files as untrusted data, by slice, and writes them tensor by tensor: models, adapters and checkpoints.
+"""Reads safetensors files as untrusted data, by slice; `safetensors_writer.py` says what a file is.
 
-A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
-tensors' bytes without a gap or an overlap (github.com/huggingface/safetensors, "Format"). The safetensors library is not
-used: it maps files, so that one cut short meanwhile ends the process with SIGBUS; it parses a header of 35 MB into
-400 MB; and it takes a name given twice and unknown fields (measured with 0.8).
+The safetensors library is not used: it maps files, so that one cut short meanwhile ends the process with SIGBUS; it parses a
+header of 35 MB into 400 MB; and it takes a name given twice and unknown fields (measured with 0.8).
 """
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import atomic_file, open_regular
+from engine.files import open_regular
+from engine.storage.safetensors_writer import DTYPES
 from engine.untrusted import (
     check_adjacent,
     parse_json_object,
@@ -30,14 +27,6 @@ from engine.untrusted import (
 MAX_HEADER = 2 * 2**20  # bytes: ten thousand tensors
 BLOCK = 2**22  # bytes of a tensor read at a time
 FLOATS = ("F32", "F16", "BF16")  # of the weights of a model
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
@@ -106,34 +95,6 @@ def read_box(stored: StoredTensor, box: Sequence[tuple[int, int]], out: np.ndarr
     for start in range(first, stop, step):
         block = read_slice(stored, start, min(start + step, stop)).view(bits)
         rows[start - first : start - first + step] = block[(slice(None), *inside)]
-
-
-def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> Iterator[np.ndarray]:
-    """Yields a file's bytes, uint8: the header, then each of the `arrays`, which come one by one in the order of `tensors`.
-
-    tensors: {name: anything with a shape and a dtype}, to which an array is cast. Raises ValueError for an array of another
-    shape.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-    for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
-        if array.shape != tensor.shape:
-            raise ValueError(f"{name} has shape {array.shape} and was announced as {tensor.shape}.")
-        with np.errstate(over="ignore"):  # infinity is refused when the file is read
-            data = np.ascontiguousarray(array, tensor.dtype)
-        yield data.reshape(-1).view(np.uint8)
-
-
-def write_file(path: Path, tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> None:
-    with atomic_file(path) as file:
-        for data in encode(tensors, arrays, metadata):
-            file.write(data)
 
 
 def read_index(index: Path) -> dict[str, str]:

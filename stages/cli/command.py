@@ -22,7 +22,7 @@ import tyro
 
 import stages
 from engine.errors import UserError
-from engine.mesh import processes
+from engine.mesh import lifecycle
 from engine.mesh.processes import MISTAKE
 from stages.cli import signals
 
@@ -74,7 +74,7 @@ def run_command[Flags](
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
         return int(exit.code or 0)
     except BrokenPipeError:
-        processes.end(141, "nobody reads its output.")
+        lifecycle.end(141, "nobody reads its output.")
         # Python flushes stdout on its way out and would complain once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,11 +82,11 @@ def run_command[Flags](
     except Exception as error:
         sentence = explain_error(error, options)
         if sentence is None:
-            processes.end_for_error(error)
+            lifecycle.end_for_error(error)
             raise
         if getattr(options, "verbose", False):
             traceback.print_exc()
-        processes.end(MISTAKE, sentence)
+        lifecycle.end(MISTAKE, sentence)
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return MISTAKE
     finally:

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import stages
 from engine.files import discard_unfinished
-from engine.mesh import processes
+from engine.mesh import lifecycle
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WAKE = signal.SIGURG  # ends a system call in which the main thread waits
@@ -125,7 +125,7 @@ def end_now(number: int, sentence: str) -> NoReturn:
     show_cursor = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""
     stages.write_stderr(f"{show_cursor}Stopped {sentence}")
     discard_unfinished()
-    processes.end(128 + number, "it was stopped by a signal.")
+    lifecycle.end(128 + number, "it was stopped by a signal.")
     os._exit(128 + number)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.errors import UserError
-from engine.mesh import processes
+from engine.mesh import lifecycle, processes
 from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli.flags import COUNT, DeviceFlag, VerboseFlag, default, integer, interval, parser, path, seconds
 
@@ -94,7 +94,7 @@ class MeshFlags:
     def connect(self) -> None:
         """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
-            processes.join(self.coordinator, self.processes or None, self.process, self.join_within)
+            lifecycle.join(self.coordinator, self.processes or None, self.process, self.join_within)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

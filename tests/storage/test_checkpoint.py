@@ -129,7 +129,7 @@ def cut_files(folder: Path, *shards: dict[str, np.ndarray]) -> Path:
 
 
 def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.safetensors, "BLOCK", 32)  # bytes: a few rows at a time
+    monkeypatch.setattr(checkpoint_reader.safetensors, "BLOCK", 32)  # bytes: a few rows at a time
     whole = np.arange(60, dtype=np.float32).reshape(10, 6)
     cut = lambda a, b, c, d: {f"w[{a}:{b},{c}:{d}]": np.ascontiguousarray(whole[a:b, c:d])}
     norm = {"norm": np.ones(3, np.float32)}

@@ -9,7 +9,8 @@ from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from engine.storage.safetensors import DTYPES, MAX_HEADER, read_folder, read_header, read_slice, write_file
+from engine.storage.safetensors import MAX_HEADER, read_folder, read_header, read_slice
+from engine.storage.safetensors_writer import DTYPES, write_file
 
 TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "none": ((0, 5), "F32")}
 

@@ -17,8 +17,9 @@ from many_processes import FLAGS, STEPS, finish, free_port, until_saved
 from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 from engine.errors import UserError
-from engine.mesh import processes
-from engine.mesh.processes import RESTART, join
+from engine.mesh import lifecycle
+from engine.mesh.lifecycle import join
+from engine.mesh.processes import RESTART
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter import load_adapter
 from engine.storage.model_loader import read_config
@@ -162,7 +163,7 @@ def test_processes_that_differ_are_refused(flags, phrases, start, text, tmp_path
 def test_a_process_that_a_signal_ends_says_so_and_tells_the_others_before(monkeypatch, tmp_path):
     calls, printed = [], tmp_path / "stderr"
     monkeypatch.setattr(sys, "stderr", printed.open("w"))
-    monkeypatch.setattr(processes, "end", lambda code, sentence: calls.append(code))
+    monkeypatch.setattr(lifecycle, "end", lambda code, sentence: calls.append(code))
     monkeypatch.setattr(os, "_exit", lambda code: calls.append("gone"))
     end_now(signal.SIGTERM, "here.")
     assert calls == [128 + signal.SIGTERM, "gone"]
