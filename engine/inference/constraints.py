@@ -73,7 +73,7 @@ class Constraint:
 
 
 class ForcedTokens(Constraint):
-    """Lets a completion be nothing but these tokens, whose log-probabilities are asked for: `score.scored_request`."""
+    """Lets a completion be nothing but these tokens, whose log-probabilities are asked for."""
 
     failed = False
 

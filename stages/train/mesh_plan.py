@@ -92,28 +92,18 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
     cfg = plan.cfg.to_json() | {"scan": True}  # compiles one layer
     request = json.dumps((cfg, dataclasses.asdict(plan.recipe), mesh)).encode()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={mesh.devices}"
-    pipe, begin = subprocess.PIPE, time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True,  # Ctrl-C is ours
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    )  # fmt: skip
-    try:
-        while process.returncode is None:
-            try:
-                output, errors = process.communicate(request, timeout=0.2)
-            except subprocess.TimeoutExpired:
-                request, seconds = b"", time.monotonic() - begin
-                if seconds > COMPILE_SECONDS:
-                    raise UserError(f"Compiling for {mesh} took over {duration(COMPILE_SECONDS)} and was given up.") from None
-                console.show_live([f"compiling for {mesh.devices} virtual devices", f"{seconds:.0f} s"].copy)
-    finally:
-        process.kill()
-        process.wait()
-        console.close_live()
+    with console.task(f"compiling for {mesh.devices} virtual devices", always=True):
+        try:
+            process = subprocess.run(
+                [sys.executable, *COMMAND], input=request, capture_output=True, check=False, timeout=COMPILE_SECONDS,
+                start_new_session=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},  # Ctrl-C is ours
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"Compiling for {mesh} took over {duration(COMPILE_SECONDS)} and was given up.") from None
     if process.returncode:
-        reason = errors.decode().strip().rpartition("\n")[2] or f"its process ended with {process.returncode}"
+        reason = process.stderr.decode().strip().rpartition("\n")[2] or f"its process ended with {process.returncode}"
         raise UserError(f"The step does not compile for {mesh}: {reason}")
-    return json.loads(output)
+    return json.loads(process.stdout)
 
 
 def _end_after(parent: int) -> None:

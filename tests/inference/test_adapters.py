@@ -5,16 +5,16 @@ import functools
 
 import numpy as np
 import pytest
-from engine.inference.score import scored_request
 from engine_requests import AS_SERVED, REQUESTS, Log, complete, make_engine, served_model, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, normal, request_of, tiny_config
 
 from engine.inference.config import EngineConfig
+from engine.inference.constraints import ForcedTokens
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
-from engine.inference.request import Adapter, Request
+from engine.inference.request import Adapter, Request, SamplingParams
 from engine.model.paths import merge, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
@@ -78,7 +78,8 @@ def test_a_row_is_its_merged_model_up_to_rounding(number):
     """Log-probabilities of given tokens, nats, in float32: one is computed by the pair, the other by the merged matrix."""
     cfg, _ = served_model("float32")
     merged = prepare_params(cfg, merge(ADAPTERS[number], lively_params(cfg, 3)))
-    scored = scored_request(text(5, 30), text(6, 20))
+    sampling = SamplingParams(max_tokens=20, temperature=0.0, logprobs=0)
+    scored = Request(text(5, 30), sampling, constraint=ForcedTokens(text(6, 20)))
     of = lambda events: np.array([logprob.logprob for event in events for logprob in event.logprobs])
 
     def scores(engine, request):

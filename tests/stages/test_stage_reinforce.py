@@ -70,13 +70,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
 
 
 def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, monkeypatch):
-    run = ReinforcementLearning.run
+    step = ReinforcementLearning.step
 
     def refused_first(self, state, loop_state):
-        state, refused = run(self, state, loop_state)
+        state, refused = step(self, state, loop_state)
         return state, [loop_state.step == 0] * len(refused)
 
-    monkeypatch.setattr(ReinforcementLearning, "run", refused_first)
+    monkeypatch.setattr(ReinforcementLearning, "step", refused_first)
     assert reinforce.main(args(trained, tmp_path / "run")) == 0
     assert ["reward" in line for line in metrics(tmp_path / "run")] == [False, True, True]
 
@@ -106,9 +106,9 @@ def test_a_stopped_run_still_knows_that_nothing_differed(trained, tmp_path, monk
     endless = args(trained, folder, "--task", "regex:^", "--rounds", 100)
     stop_after_a_round(endless, monkeypatch)
     with monkeypatch.context() as count:
-        rounds, run = [], ReinforcementLearning.run
-        counting = lambda self, state, loop_state: rounds.append(len(loop_state.stage["alike"])) or run(self, state, loop_state)
-        count.setattr(ReinforcementLearning, "run", counting)
+        rounds, step = [], ReinforcementLearning.step
+        counting = lambda self, state, now: rounds.append(len(now.stage["alike"])) or step(self, state, now)
+        count.setattr(ReinforcementLearning, "step", counting)
         assert f"In {ALIKE_ROUNDS} rounds in a row" in failing(reinforce.main, endless)
     assert rounds == [*range(1, ALIKE_ROUNDS)]
 
