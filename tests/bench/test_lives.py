@@ -1,6 +1,6 @@
 """The lives of a real model, recorded by the real command, and the laws that hold in what was recorded: at night.
 
-By default the same laws are tested of runs that tests/stages/test_record.py records, and the page in test_lives_page.py.
+By default a tiny model answers, tests/stages/test_record.py tests what training records, and test_lives_page.py the page.
 """
 
 import itertools
@@ -10,11 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tiny import lively_params, tiny_config
 
-from bench.lives.recording import read_life
+from bench.lives.recording import answer_requests, read_life
 from engine.errors import UserError
+from engine.model.paths import leaf_paths
+from engine.storage.digest import digest
+from engine.text.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,9 +77,22 @@ def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
 @pytest.mark.night
 @pytest.mark.journeys
 def test_answering_changes_no_bit_and_no_request_knows_of_another(document):
-    answer = document["answer"]
-    assert (answer["asked"], answer["changed"], answer["of"]) == (100, 0, document["lives"]["train"]["begin"]["params"])
-    assert answer["before"] == answer["after"] == document["lives"]["train"]["end"]["digest"]
+    train = document["lives"]["train"]
+    check_answers(document["answer"], train["begin"]["params"], train["end"]["digest"])
+
+
+def test_a_tiny_model_answers_so_too():
+    tokenizer = byte_tokenizer()
+    cfg = tiny_config(vocab=tokenizer.vocab)
+    params = lively_params(cfg)
+    count = sum(leaf.size for leaf in leaf_paths(params).values())
+    model = SimpleNamespace(cfg=cfg, params=params, tokenizer=tokenizer)
+    check_answers(answer_requests(model, "\n"), count, digest(params))
+
+
+def check_answers(answer, params, sha):
+    assert (answer["asked"], answer["changed"], answer["of"]) == (100, 0, params)
+    assert answer["before"] == answer["after"] == sha
     assert len(answer["answers"]) == 12
     first, second, edited = answer["independent"]
     assert answer["same_alone"]
