@@ -1,4 +1,8 @@
-"""One tiny server for all tests of the routes, and one browser for all of the page."""
+"""One tiny server for each file of tests, and one browser for all of the page.
+
+Not one for all files: between two of them a process may drop what it has compiled (`workers.py`), and a server that was ready
+would compile again.
+"""
 
 import sys
 from pathlib import Path
@@ -14,7 +18,7 @@ from started import Started
 from tiny_server import TinyServer, until
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_server():
     with TinyServer() as server:
         yield server
@@ -26,7 +30,7 @@ def client(tiny_server):
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def roomy():
     """A second one, with room for the descriptions of tools and for long conversations."""
     with TinyServer(context=1536) as server:
@@ -51,7 +55,7 @@ def browser(tmp_path_factory):
     yield from chromium(tmp_path_factory.mktemp("browser"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def line(tiny_server):
     with Line(tiny_server.port) as line:
         yield line
