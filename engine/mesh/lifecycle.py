@@ -4,7 +4,7 @@ JAX's coordination service, in process 0, holds their heartbeats and a key-value
 key that all others wait for, so they end within a second, with its exit code. One that is killed says nothing: its peers'
 collectives fail, which becomes one sentence and the code RESTART, or JAX misses its heartbeat and aborts them (134).
 
-With one process `join` is not called. This file loads without JAX.
+With one process `join` is not called. This file loads without JAX, whose key-value store has no public name.
 """
 
 import contextlib
