@@ -1,6 +1,7 @@
 """Puts load on a server and measures throughput, also against its own engine, and latency."""
 
 import asyncio
+import dataclasses
 import math
 import random
 import statistics
@@ -15,11 +16,12 @@ from engine.counting.hardware import clock
 from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
-from engine.inference.request import Request, SamplingParams
+from engine.inference.request import Adapter, Request, SamplingParams
 from engine.model.weights.int8 import quantize
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
 SHARE_BAR = 0.85  # of its engine's throughput, for the server
+ADAPTER_RANK, ADAPTER_BAR = 8, 0.8  # of as many adapters as streams; their share of the throughput without
 ABOVE = 10  # samples that must lie above a percentile for it to be reported
 
 
@@ -116,6 +118,32 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
         "bar": SHARE_BAR,
         "met": over.exceeds(SHARE_BAR),
         "same_text": len(texts) == 1 and next(iter(texts))[0] == first.json()["prompt"],
+    }
+
+
+def compare_with_adapters(engine: Engine, rounds: int) -> Json:
+    """Compares as many streams as slots, each with an adapter of its own of rank ADAPTER_RANK, with as many without, in turns.
+
+    `ratio`: of their throughput, and `met` whether it exceeds ADAPTER_BAR; each is None where noise hides it.
+    """
+    rng, slots = random.Random(3), engine.config.slots
+    options = dataclasses.replace(engine.config, adapters=slots, adapter_rank=ADAPTER_RANK)
+    adapted = Engine(engine.cfg, engine.params, options)
+    adapted.warm()
+    for index in range(1, slots + 1):
+        adapted.runner.put_adapter(index, adapted.random_adapter())
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+    prompts = [tuple(_random_tokens(rng, PROMPT_TOKENS)) for _ in range(slots)]
+    plain = [Request(each, sampling) for each in prompts]
+    named = [Request(each, sampling, adapter=Adapter(str(n), n)) for n, each in enumerate(prompts, 1)]
+    timings = measure({"plain": lambda: answer(engine, plain), "adapted": lambda: answer(adapted, named)}, rounds=rounds)
+    over, made = ratio(timings["plain"], timings["adapted"]), slots * NEW_TOKENS
+    return over._asdict() | {
+        "name": f"adapters_against_none_{slots}",
+        "tokens_per_second": made / timings["adapted"].median,
+        "peer_tokens_per_second": made / timings["plain"].median,
+        "bar": ADAPTER_BAR,
+        "met": over.exceeds(ADAPTER_BAR),
     }
 
 

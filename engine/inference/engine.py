@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import InvalidField, UserError
 from engine.inference.config import EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
@@ -100,6 +100,8 @@ class Engine:
         Raises InvalidField when the request cannot be served to its end.
         """
         check_request(request, self.cfg.vocab, self.capacity)
+        if not 0 <= request.adapter_index <= self.config.adapters:
+            raise InvalidField("adapter", f"There are {self.config.adapters} adapters, and none at {request.adapter_index}.")
         return self.scheduler.submit(request, priority).id
 
     def queue_position(self, priority: int) -> int:
@@ -193,7 +195,7 @@ class Engine:
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, chunk), dtype=np.int32)
         results, stacks, adapter = [], self.runner.stacks, int(self.config.adapters > 0)
         if adapter:
-            self.runner.put_adapter(adapter, self._random_adapter())
+            self.runner.put_adapter(adapter, self.random_adapter())
         self.used_slots.add(0)
         for size in (chunk, tail):
             for at in range(0, chunk, size):
@@ -203,7 +205,7 @@ class Engine:
         self.runner.stacks = stacks
         return results[0] == results[1]
 
-    def _random_adapter(self) -> Params:
+    def random_adapter(self) -> Params:
         """Returns an adapter of every matrix, of random numbers."""
         rng, rank = np.random.default_rng(0), self.config.adapter_rank
         normal = lambda *shape: rng.standard_normal(shape, np.float32)

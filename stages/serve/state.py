@@ -76,11 +76,11 @@ class ServerState:
 
         Raises ApiError for any other.
         """
-        plain = name.removesuffix(":latest")
-        if adapter := self.adapters.adapters.get(plain):
-            return ServedModel(plain, self._fingerprint(adapter=adapter.digest), adapter)
-        if plain in (*self.names, "default"):
-            return ServedModel(self.name, self._fingerprint())
+        for plain in (name, name.removesuffix(":latest")):
+            if adapter := self.adapters.adapters.get(plain):
+                return ServedModel(plain, self._fingerprint(adapter=adapter.digest), adapter)
+            if plain in (*self.names, "default"):
+                return ServedModel(self.name, self._fingerprint())
         short = name if len(name) <= 100 else name[:100] + "..."
         names = ", ".join(map(repr, self.served_names[:20]))
         message = f"There is no model {short!r} here; {names} is served, also as 'default': ask for that, or see --name."

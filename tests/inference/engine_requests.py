@@ -18,6 +18,7 @@ from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 from engine.model.cache import segmented
+from engine.model.weights import stacked_lora
 from engine.model.weights.int8 import quantize
 
 SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
@@ -151,9 +152,10 @@ _alone: dict[tuple[str, str, bool], Completion] = {}
 
 @contextlib.contextmanager
 def attends_by_xla() -> Iterator[None]:
-    """Attention as where the kernel in C cannot be built."""
+    """Attention and adapters as where the kernels in C cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segmented, "has_kernel", lambda: False)
+        patch.setattr(stacked_lora, "native_problem", lambda: "there is none")
         jax.clear_caches()
         yield
     jax.clear_caches()

@@ -5,12 +5,12 @@ import functools
 
 import numpy as np
 import pytest
-from engine_requests import AS_SERVED, REQUESTS, Log, complete, make_engine, served_model, text
+from engine_requests import AS_SERVED, REQUESTS, Log, attends_by_xla, complete, make_engine, served_model, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, normal, request_of, tiny_config
 
-from engine.inference.config import EngineConfig
+from engine.errors import InvalidField
 from engine.inference.constraints import ForcedTokens
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
@@ -52,7 +52,7 @@ def with_adapter(request: Request, number: int | None, index: int) -> Request:
 
 
 @functools.cache
-def alone(dtype: str, request: int, number: int | None):
+def alone(dtype: str, request: int, number: int | None, by_xla: bool = False):
     places = {} if number is None else {number: 1}
     (completion,) = complete(adapted_engine(dtype, places, speculate=False), [with_adapter(REQUESTS[request], number, 1)])
     return completion
@@ -71,6 +71,22 @@ def test_rows_with_different_adapters_have_the_bits_that_each_has_alone(dtype, r
     engine = adapted_engine(dtype, dict(enumerate(places)), speculate=speculate, prefix_cache_bytes=cache)
     requests = [with_adapter(REQUESTS[n], number, 0 if number is None else places[number]) for n, number in rows]
     assert complete(engine, requests) == [alone(dtype, n, number) for n, number in rows]
+
+
+@pytest.fixture(scope="class")
+def by_xla():
+    with attends_by_xla():
+        yield
+
+
+@pytest.mark.usefixtures("by_xla")
+class TestWithoutTheKernelsInC:
+    @settings(max_examples=6, deadline=None)
+    @given(choices, st.permutations(range(1, COUNT + 1)))
+    def test_rows_with_different_adapters_have_the_bits_that_each_has_alone(self, rows, places):
+        engine = adapted_engine(AS_SERVED, dict(enumerate(places)))
+        requests = [with_adapter(REQUESTS[n], number, 0 if number is None else places[number]) for n, number in rows]
+        assert complete(engine, requests) == [alone(AS_SERVED, n, number, True) for n, number in rows]
 
 
 @pytest.mark.parametrize("number", range(COUNT))
@@ -161,6 +177,8 @@ def test_embeddings_have_their_adapter():
     np.testing.assert_array_equal(vectors[1], vectors[3])
 
 
-def test_an_engine_without_adapters_has_no_stacks():
-    assert make_engine("float32").runner.stacks is None
-    assert EngineConfig().adapters == 0
+def test_an_engine_without_adapters_has_no_stacks_and_takes_no_request_for_one():
+    engine = make_engine("float32")
+    assert engine.runner.stacks is None
+    with pytest.raises(InvalidField, match="0 adapters"):
+        engine.submit(with_adapter(REQUESTS[0], 0, 1))

@@ -15,6 +15,7 @@ enum { W = 4 };
 #endif
 enum { SUMS = 2, ROWS = 4 };  // sums that are added to in turn, so that none waits for the last, of so many rows of a
 enum { MIXED = 4 };           // vectors of columns that are mixed at a time
+enum { AHEAD = 512 };         // bytes of each row of b: their columns lie far apart, where processors do not fetch ahead
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
@@ -59,7 +60,11 @@ INLINE void dots(const char *x, const char *a, int64_t count, int64_t stride, co
   for (; i + SUMS * W <= count; i += SUMS * W)
     UNROLL for (int s = 0; s < SUMS; s++) {
       const F numbers = load(x + (i + s * W) * bytes, bytes);
-      UNROLL for (int r = 0; r < rows; r++) sums[r][s] += numbers * load(a + r * stride + (i + s * W) * bytes, bytes);
+      UNROLL for (int r = 0; r < rows; r++) {
+        const char *from = a + r * stride + (i + s * W) * bytes;
+        if (s * W * bytes % LINE == 0) __builtin_prefetch(from + rows * stride, 0, 2);  // of the next rows
+        sums[r][s] += numbers * load(from, bytes);
+      }
     }
   UNROLL for (int r = 0; r < rows; r++) to[r] = sum(sums[r][0] + sums[r][1]);
   for (; i < count; i++)
@@ -70,8 +75,13 @@ INLINE void mix(const Task *t, const float *inner, const char *b, float *sums, i
   const int64_t stride = t->out * bytes;
   for (; column + MIXED * W <= stop; column += MIXED * W) {
     F mixed[MIXED] = {0};
-    for (int64_t r = 0; r < t->rank; r++)
-      UNROLL for (int s = 0; s < MIXED; s++) mixed[s] += inner[r] * load(b + r * stride + (column + s * W) * bytes, bytes);
+    for (int64_t r = 0; r < t->rank; r++) {
+      const char *from = b + r * stride + column * bytes;
+      UNROLL for (int s = 0; s < MIXED; s++) {
+        if (s * W * bytes % LINE == 0) __builtin_prefetch(from + AHEAD + s * W * bytes, 0, 2);
+        mixed[s] += inner[r] * load(from + s * W * bytes, bytes);
+      }
+    }
     memcpy(sums + column, mixed, sizeof mixed);
   }
   for (; column < stop; column++) {
