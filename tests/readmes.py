@@ -260,14 +260,17 @@ def serving(document: Document) -> list[str]:
         )
         for row in document["under_load"]
     ]
-    row = document["rows"][0]
+    row, adapted = document["rows"]
     header = "load|tokens/s|time to first token, p50|inter-token latency, p50|time per output token, p50"
     kept = held(row["met"], f"at least {row['bar']:g}")
     ready = held(document["ready_met"], f"at most {document['ready_bar']:g} s")
     return [
         *table(header, cells), "",
         f"The server keeps {ratio(row)} of its engine's throughput with {document['slots']} streams ({kept}), and is ready",
-        f"after {document['ready_seconds']:.1f} s ({ready}).", *conditions(document)[1:],
+        f"after {document['ready_seconds']:.1f} s ({ready}).", 
+        f"With an adapter of its own for each stream the engine keeps {ratio(adapted)} "
+        f"({held(adapted['met'], f'at least {adapted["bar"]:g}')}).",
+        *conditions(document)[1:],
     ]  # fmt: skip
 
 
