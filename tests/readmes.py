@@ -267,7 +267,7 @@ def serving(document: Document) -> list[str]:
     return [
         *table(header, cells), "",
         f"The server keeps {ratio(row)} of its engine's throughput with {document['slots']} streams ({kept}), and is ready",
-        f"after {document['ready_seconds']:.1f} s ({ready}).", 
+        f"after {document['ready_seconds']:.1f} s ({ready}).",
         f"With an adapter of its own for each stream the engine keeps {ratio(adapted)} "
         f"({held(adapted['met'], f'at least {adapted["bar"]:g}')}).",
         *conditions(document)[1:],
