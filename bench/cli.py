@@ -71,8 +71,10 @@ def run_bench[Flags](
             if options.out and (problem := write_problem(options.out)):
                 raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
             beside = circumstances([*name.split(), *(sys.argv[1:] if args is None else args)], options)
-            if beside["load"] > cores() / 4 and name not in UNTIMED and not getattr(options, "list", False):
-                print(f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True)
+            if name not in UNTIMED and not getattr(options, "list", False):
+                beside["load"] = busy_cores()
+                if beside["load"] > cores() / 4:
+                    print(f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True)
             result = measure(options)
             if "jax" in sys.modules:
                 beside["machine"]["device"] = device_name()
@@ -154,7 +156,7 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
             "processor": model, "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
             "cores": cores(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
-        "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": busy_cores(),
+        "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
         "command": shlex.join(["python", "-m", *command]), "flags": dataclasses.asdict(flags),
     }  # fmt: skip
