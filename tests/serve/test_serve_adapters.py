@@ -166,6 +166,25 @@ def test_adapters_come_and_go_while_others_are_answered(client, server):
     assert good(client.get("/health"))["compiles_after_ready"] == compiled
 
 
+def test_a_request_whose_adapter_goes_while_its_text_is_read_is_refused(client, server, monkeypatch):
+    """Its index may be another's by then."""
+    good(add(client, "sea", "sea"))
+    encode = server.state.tokenizer.encode
+
+    def remove_first(*values: Any, **options: Any) -> Any:
+        server.state.adapters.adapters.pop("sea", None)
+        return encode(*values, **options)
+
+    monkeypatch.setattr(server.state.tokenizer, "encode", remove_first)
+    for path, body in (
+        ("completions", ask(model="sea")),
+        ("score", {"prompt": "Hello", "candidates": [" sea"], "model": "sea"}),
+        ("embeddings", {"input": "Hello", "model": "sea"}),
+    ):
+        assert "has been removed" in refused(client.post(f"/v1/{path}", json=body), 404)["message"]
+        good(add(client, "sea", "sea"))
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -219,7 +219,8 @@ def load_state(folder: Path, sampling: Any = None, **options: Any) -> tuple[Serv
 @pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
 def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkeypatch):
     monkeypatch.setattr(load, "native_problem", lambda: "there is no compiler")
-    state, ahead = load_state(folder, weights=weights, slots=2, prefix_cache_bytes=10**6)
+    adapters = int(weights == "int8")  # their stacks are arguments of the programs
+    state, ahead = load_state(folder, weights=weights, slots=2, prefix_cache_bytes=10**6, adapters=adapters)
     state.tokenizer.close()
     output = capsys.readouterr().out
     assert re.search(rf"weights +{weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", output)
