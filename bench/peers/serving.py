@@ -1,6 +1,6 @@
 """Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
-Both read the same GGUF file with all cores, greedily; ours with int8 weights. Each row has the slots that it can use, and is
+Both read the same GGUF file with all cores, greedily, and multiply its blocks. Each row has the slots that it can use, and is
 timed while all its streams are under way. The rows of chat are one stream on the prompts of prompts.toml, one after another,
 each answered to its end or for MOST_TOKENS, speculative and not: their speeds are of decoding, in each side's own tokens, for
 after a near-tie the two answer differently.
@@ -19,12 +19,10 @@ from engine.counting.hardware import clock
 from engine.device import cores
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
-from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.model.native.library import native_problem
-from engine.model.weights.int8 import quantize
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -67,15 +65,16 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
     location = locate(model_name)
     if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
-    model = load_model(model_name)
-    weights = prepare_params(model.cfg, quantize(model.params))
-    if problem := native_problem():
-        print(f"without the kernel in C: {problem}", flush=True)
+    problem = native_problem()
+    model = load_model(model_name, blocks=None if problem else {})
+    weights = EngineConfig(weights="file").prepare_params(model.cfg, model.params)
+    if problem:
+        print(f"without the kernels in C, and so in int8: {problem}", flush=True)
     # 32 passages of 512 tokens, evenly spaced in the held-out plays.
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
     starts = (place * (len(text) // 32) for place in range(32))
     passages = [model.tokenizer.encode(text[start : start + 4096]).tolist()[:512] for start in starts]
-    print(f"{model.name}, int8 weights", flush=True)
+    print(model.name, flush=True)
     rows = []
     with start_peer(peer_python, "llama_cpp_peer.py", "llama_cpp", MAKE_VENV) as peer:
         for row in ROWS:

@@ -33,8 +33,8 @@ CHUNK = 64  # prompt tokens a prefill call
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
     """Prepares weights for inference, once: matrices in the compute dtype, adapters merged, those of one input side by side.
 
-    Gains, biases and Int8 leaves stay; a CPU that holds them `whole` gets integers in the layout in which it multiplies them
-    fastest, and for the kernel of `engine/model/native` where there is one.
+    Gains, biases, Blocks and Int8 leaves stay; a CPU that holds Int8 `whole` gets integers in the layout in which it multiplies
+    them fastest, and for the kernel of `engine/model/native` where there is one.
     """
 
     transposes = whole and platform() == "cpu"

@@ -42,6 +42,7 @@ from engine.mesh import layout
 from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
+from engine.model.ops import has_kernel
 from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_stacks
 
@@ -279,7 +280,7 @@ class ModelRunner:
         self.has_long_programs = False
         self._preparing = threading.Lock()
         self._prepared: tuple[KVSegments, Programs | None] | None = None
-        self.has_kernel = segmented.has_kernel()  # whether decoding attends by the kernel in C
+        self.has_kernel = has_kernel()  # whether kernels in C compute
         self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(cfg, config))
         self.segments, self.counts = self._make(lambda: (self._empty(short), make_token_counts(cfg, config.rows)))
 

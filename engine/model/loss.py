@@ -11,6 +11,7 @@ from engine.model.config import ModelConfig
 from engine.model.layers import MASKED
 from engine.model.loss_by_rows import row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
+from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import project
@@ -68,10 +69,10 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
 def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
     """Whether the head is frozen, by its type: trained weights are float32."""
     matrix = head_weight(cfg, params)
-    return isinstance(matrix, Int8) or matrix.dtype != jnp.float32
+    return isinstance(matrix, Int8 | Blocks) or matrix.dtype != jnp.float32
 
 
-def head_weight(cfg: ModelConfig, params: Params) -> Array | Int8:
+def head_weight(cfg: ModelConfig, params: Params) -> Array | Int8 | Blocks:
     """Returns the matrix of the head: (D, V), or the embedding (V, D) where the two are tied."""
     return params["embed" if cfg.tied else "head"]
 

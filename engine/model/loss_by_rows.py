@@ -16,6 +16,7 @@ from jax import Array
 from engine.mesh import layout
 from engine.model import backward
 from engine.model.weights import int8
+from engine.model.weights.blocks import Blocks, block_matmul
 from engine.model.weights.int8 import Int8
 
 COLUMNS = 8192  # of an int8 head that are widened at once
@@ -58,6 +59,8 @@ def _picked(pieces: list[_Columns], targets: Array) -> Array:
 
 
 def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
+    if isinstance(weight, Blocks):
+        return [_Columns(0, block_matmul(x, weight, jnp.float32))]
     if not isinstance(weight, Int8):
         return [_Columns(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
     pieces: list[_Columns] = []

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from engine.model.native.library import native_problem
+
 Kernel = Callable[[Array, Array, Array, Array | None], Array | None]
 LANES = 128  # numbers in a row of a TPU's vector unit: the kernel's blocks are multiples of it
 
@@ -95,6 +97,11 @@ def platform() -> str:
     """Returns the platform that JAX computes on: 'cpu', 'gpu' or 'tpu'."""
     device = jax.config.jax_default_device or jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+def has_kernel() -> bool:
+    """Whether kernels in C compute: on one CPU where they can be built. XLA computes near what they do elsewhere."""
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and not native_problem()
 
 
 def ops() -> Ops:

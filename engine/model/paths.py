@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-Params = dict[str, Any]  # nested; a leaf is an Array, Int8 or LoRA
+Params = dict[str, Any]  # nested; a leaf is an Array, Int8, Blocks or LoRA
 
 
 def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
+from engine.model.weights.blocks import KINDS, pack_blocks
 from engine.storage.architectures import (
     FREQUENCIES,
     architecture_of,
@@ -24,7 +25,15 @@ from engine.storage.architectures import (
 )
 from engine.storage.gguf_header import read_header
 from engine.storage.gguf_tokenizer import read_tokenizer
-from engine.storage.tensor_layout import DTYPE_NAMES, GGUF_NAMES, StoredModel, check_tensors, file_tensors, layout_of
+from engine.storage.tensor_layout import (
+    DTYPE_NAMES,
+    GGUF_NAMES,
+    StoredModel,
+    check_tensors,
+    file_tensors,
+    infinite_weights,
+    layout_of,
+)
 from engine.text import OnProgress
 from engine.untrusted import quote, read_at
 
@@ -48,6 +57,12 @@ def open_model(path: Path) -> StoredModel:
     architecture = header.metadata["general.architecture"]
     paired = {leaf.name for leaf in leaves if leaf.paired and architecture == "llama"}
 
+    kinds = {
+        name: tensor.kind.name
+        for name, tensor in header.tensors.items()
+        if tensor.kind.name in KINDS and len(tensor.shape) == 2
+    }
+
     def rows(name: str, start: int, stop: int) -> np.ndarray:
         tensor = header.tensors[name]
         if len(tensor.shape) == 1:  # a row of its own
@@ -60,10 +75,27 @@ def open_model(path: Path) -> StoredModel:
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
         return regroup_rows(values, cfg.head_dim // 2, 2) if name in paired else values
 
+    def packed(name: str) -> np.ndarray:
+        tensor = header.tensors[name]
+        data = read_at(path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
+        try:
+            return pack_blocks(regroup_rows(data, cfg.head_dim // 2, 2) if name in paired else data, tensor.kind.name)
+        except ValueError:
+            raise infinite_weights(name) from None
+
     title, context = header.metadata.get("general.name"), header.metadata[f"{architecture}.context_length"]
     name = title if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME else path.stem
     return StoredModel(
-        name, cfg, leaves, rows, lambda: read_tokenizer(header, cfg.vocab), context, "", note_unknown_gguf(header)
+        name,
+        cfg,
+        leaves,
+        rows,
+        lambda: read_tokenizer(header, cfg.vocab),
+        context,
+        "",
+        note_unknown_gguf(header),
+        kinds,
+        packed,
     )
 
 

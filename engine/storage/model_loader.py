@@ -20,7 +20,7 @@ from engine.storage import checkpoint_reader, hub, run_folder
 from engine.storage.adapter import CONFIG, base_digests, base_name, build_adapter, check_base, is_adapter, load_adapter
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
-from engine.storage.tensor_layout import StoredModel, read_leaf, read_params
+from engine.storage.tensor_layout import StoredModel, block_leaves, read_leaf, read_params
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -139,13 +139,15 @@ def read_config(name: str | None, *, part: hub.Part = "config", adapted_by: tupl
 
 def load_model(
     name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None,
-    part: hub.Part = "all", adapted_by: tuple[Path, ...] = (),
+    part: hub.Part = "all", adapted_by: tuple[Path, ...] = (), blocks: dict[str, Any] | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
     and in all, while fetching and reading. `on_config` gets the architecture before weights are read. `part`: see `hub.fetch`.
-    `adapted_by`: the LoRA runs of whose base this is a part. Raises UserError, too, when its weights alone exceed the memory.
+    `adapted_by`: the LoRA runs of whose base this is a part. `blocks`: gets, before `on_config` is called, the shapes of the
+    leaves that a GGUF file holds as Blocks, and these stay as they are. Raises UserError, too, when its weights alone exceed
+    the memory.
     """
     run: Path | None = None
 
@@ -166,9 +168,11 @@ def load_model(
         return _load_adapted(location, on_config, adapted_by)
     if not run:
         stored: StoredModel = _reader(location.path).open_model(location.path)
+        if blocks is not None:
+            blocks.update(block_leaves(stored))
         prepare(cfg := stored.cfg)
         tokenizer, eos_ids, sampling = stored.tokenizer()
-        params = read_params(stored, dtype or cfg.dtype, report)
+        params = read_params(stored, dtype or cfg.dtype, report, blocks)
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes = stored.notes + ((cut,) if cfg.context < stored.context else ())

@@ -18,6 +18,7 @@ from engine.counting.params import leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
+from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks
 from engine.model.weights.lora import to_dense
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer
@@ -99,7 +100,8 @@ class StoredModel(NamedTuple):
 
     rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. tokenizer: reads what
     lies beside the weights. `context`: what the file claims; `cfg` has less where attention is in windows. `hub_id`: its id on
-    the Hugging Face hub, empty when unknown. `notes`: on fields that are not known here.
+    the Hugging Face hub, empty when unknown. `notes`: on fields that are not known here. `kinds`: of the tensors in blocks that
+    are multiplied as they are, by name; `packed`: one of them -> the array of Blocks.
     """
 
     name: str
@@ -110,19 +112,38 @@ class StoredModel(NamedTuple):
     context: int
     hub_id: str
     notes: tuple[str, ...]
+    kinds: Mapping[str, str] = {}
+    packed: Callable[[str], np.ndarray] | None = None
 
 
-def read_params(model: StoredModel, dtype: str, report: OnProgress = None) -> dict[str, Any]:
+def block_leaves(model: StoredModel) -> dict[str, Blocks]:
+    """Returns the leaves that a file holds in blocks, by path: shapes in place of arrays."""
+    leaves = {}
+    for leaf in model.leaves:
+        if kind := model.kinds.get(leaf.name):
+            shape = -(-leaf.stored[0] // COLUMNS), leaf.stored[1] // GROUP, KINDS[kind]
+            packed: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
+            leaves[leaf.path] = Blocks(packed, leaf.stored[0], int(leaf.transposed))
+    return leaves
+
+
+def read_params(
+    model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] | None = None
+) -> dict[str, Any]:
     """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32; rows come in our order.
 
-    `report`: numbers read and in all. Raises UserError for a weight that is not a number, or infinite.
+    `blocks`: of `block_leaves`, those that stay as they are. `report`: numbers read and in all. Raises UserError for a weight
+    that is not a number, or infinite.
     """
     total, done = sum(math.prod(leaf.stored) for leaf in model.leaves), 0
     params: dict[str, Any] = {}
     for leaf in model.leaves:
-        value = read_leaf(model, leaf, dtype)
-        params[leaf.path] = jax.device_put(value)
-        done += value.size
+        if blocks and leaf.path in blocks:
+            assert model.packed
+            params[leaf.path] = dataclasses.replace(blocks[leaf.path], packed=jax.device_put(model.packed(leaf.name)))
+        else:
+            params[leaf.path] = jax.device_put(read_leaf(model, leaf, dtype))
+        done += math.prod(leaf.stored)
         if report:
             report(done, total)
     return unflatten(params)
@@ -143,9 +164,13 @@ def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
             extremes = np.array([values.min(), values.max()]).astype(value.dtype)  # of a NaN, both are NaN
             values = values.astype(value.dtype, copy=False)
         if not np.isfinite(extremes).all():
-            raise UserError(f"The tensor {leaf.name!r} holds weights that are not finite numbers: it is damaged.")
+            raise infinite_weights(leaf.name)
         view[start:stop] = values.view(bits)  # after the cast, which halves it
     return value
+
+
+def infinite_weights(name: str) -> UserError:
+    return UserError(f"The tensor {name!r} holds weights that are not finite numbers: it is damaged.")
 
 
 def file_tensors(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Leaf, np.ndarray]]:

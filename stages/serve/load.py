@@ -24,7 +24,9 @@ from engine.inference.runner import compile_ahead
 from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
+from engine.model.ops import has_kernel
 from engine.model.paths import unflatten
+from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import base_digests
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
@@ -48,8 +50,8 @@ class CompileAhead:
         self._stopping = False
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
-    def begin(self, config: EngineConfig, cfg: ModelConfig) -> None:
-        arguments = config, config.model_config(cfg), layout.current_mesh()
+    def begin(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any]) -> None:
+        arguments = config, config.model_config(cfg), blocks, layout.current_mesh()
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="ahead")
         self._thread.start()
 
@@ -63,10 +65,10 @@ class CompileAhead:
         if self._thread:
             self._thread.join()
 
-    def _run(self, config: EngineConfig, cfg: ModelConfig, mesh: Any) -> None:
+    def _run(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any], mesh: Any) -> None:
         with contextlib.suppress(Exception), jax.set_mesh(mesh):
-            loaded = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-            shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params, mesh is None), unflatten(loaded))
+            loaded: dict[str, Any] = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
+            shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params, mesh is None), unflatten(loaded | blocks))
             for program in compile_ahead(cfg, shapes, config):
                 self._compiled.put(program)
                 if self._stopping:
@@ -86,6 +88,9 @@ def load_state(
     """
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()
+    # Adapters know their base by its converted weights, and without a kernel int8 is faster.
+    keeps_blocks = engine_config.weights == "file" and not adapters and not engine_config.adapters and has_kernel()
+    blocks: dict[str, Any] | None = {} if keeps_blocks else None
 
     def on_config(cfg: ModelConfig) -> None:
         with jax.set_mesh(mesh):
@@ -101,14 +106,14 @@ def load_state(
             if device.backend == "cpu":
                 what = f"The weights and {engine_config.slots:,} slots of {capacity:,} tokens take"
                 require_memory(engine_config.bytes(cfg, capacity), what, REMEDY)
-            ahead.begin(engine_config, cfg)
+            ahead.begin(engine_config, cfg, blocks or {})
 
     try:
         with (
             console.task(f"loading {model_name or 'the newest finished run'}") as report,
             host_memory(mesh is not None),
         ):
-            model = load_model(model_name, report=report, on_config=on_config)
+            model = load_model(model_name, report=report, on_config=on_config, blocks=blocks)
         console.print_notes(model.notes)
         own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
         names = names or [own_name or "model"]
@@ -141,7 +146,7 @@ def load_state(
                         f"of rank {engine_config.adapter_rank}")] if engine_config.adapters else []),
         ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")
                    + ("; kernels in C" if engine.runner.has_kernel else "")),
-        ("weights", f"{engine_config.weights}, {weights}, SHA-256 {sha256[:16]}"),
+        ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
         ("slots", f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
                   f"{format_bytes(engine.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
@@ -149,7 +154,8 @@ def load_state(
         ("sampling", f"{origins}; what a request says wins"),
     ])  # fmt: skip
     console.print_notes([*notes, *(note for _, more in trees for note in more)])
-    if engine_config.weights == "int8" and device.backend == "cpu" and engine.devices == 1 and (problem := native_problem()):
+    on_one_cpu = device.backend == "cpu" and engine.devices == 1
+    if engine_config.weights in ("file", "int8") and on_one_cpu and (problem := native_problem()):
         console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
     state = ServerState(
         names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +19,14 @@ from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 from engine.model.cache import segmented
-from engine.model.weights import stacked_lora
+from engine.model.paths import map_paths
+from engine.model.weights import blocks, stacked_lora
+from engine.model.weights.blocks import GROUP, Blocks, pack_blocks
 from engine.model.weights.int8 import quantize
 
 SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache
-AS_SERVED = "int8/bfloat16"  # weights in the one, KV cache in the other: a server's defaults
+AS_SERVED = "file/bfloat16"  # weights in the one, KV cache in the other: a server's defaults
 
 
 class Completion(NamedTuple):
@@ -36,11 +39,24 @@ class Completion(NamedTuple):
 
 @functools.cache
 def served_model(dtype: str) -> tuple[Any, Any]:
-    """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with W8A8."""
+    """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with W8A8, a file's in blocks."""
     weights = dtype.partition("/")[0]
+    if weights == "file":
+        cfg = tiny_config(dtype="bfloat16", tied=True, width=64, ff=96)
+        return cfg, EngineConfig(weights="file").prepare_params(cfg, map_paths(to_blocks, lively_params(cfg, 3)))
     cfg = tiny_config(dtype="float32" if weights == "float32" else "bfloat16", tied=weights == "int8")
     params = lively_params(cfg, 3)
     return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
+
+
+def to_blocks(path: str, leaf: Any) -> Any:
+    """Returns a matrix as a GGUF file's blocks, if it has any: those of `down` in one kind, the embedding in another."""
+    if leaf.ndim < 2 or leaf.shape[-1 if path == "embed" else 0] % GROUP:
+        return leaf
+    kind = "Q8_0" if path == "embed" else "Q4_0" if path.endswith("down") else "Q4_1"
+    rows = np.ascontiguousarray(leaf if path == "embed" else leaf.T, np.float32)
+    packed = pack_blocks(gguf.quantize(rows, gguf.GGMLQuantizationType[kind]), kind)
+    return Blocks(jnp.asarray(packed), len(rows), int(path != "embed"))
 
 
 def make_engine(dtype: str, **options: Any) -> Engine:
@@ -152,9 +168,10 @@ _alone: dict[tuple[str, str, bool], Completion] = {}
 
 @contextlib.contextmanager
 def attends_by_xla() -> Iterator[None]:
-    """Attention and adapters as where the kernels in C cannot be built."""
+    """Attention, adapters and the products of blocks as where the kernels in C cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmented, "has_kernel", lambda: False)
+        for module in (segmented, blocks):
+            patch.setattr(module, "has_kernel", lambda: False)
         patch.setattr(stacked_lora, "native_problem", lambda: "there is none")
         jax.clear_caches()
         yield

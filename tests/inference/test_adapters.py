@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 import pytest
-from engine_requests import AS_SERVED, REQUESTS, Log, attends_by_xla, complete, make_engine, served_model, text
+from engine_requests import REQUESTS, Log, attends_by_xla, complete, make_engine, served_model, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, normal, request_of, tiny_config
@@ -20,6 +20,7 @@ from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 
 COUNT, RANK = 4, 3
+IN_INT8 = "int8/bfloat16"  # weights and KV cache: what a server with adapters has
 
 
 @functools.cache
@@ -63,7 +64,7 @@ choices = st.lists(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", AS_SERVED])
+@pytest.mark.parametrize("dtype", ["float32", IN_INT8])
 @settings(max_examples=12, deadline=None)
 @given(choices, st.permutations(range(1, COUNT + 1)), st.booleans(), st.sampled_from([0, 10**6]))
 def test_rows_with_different_adapters_have_the_bits_that_each_has_alone(dtype, rows, places, speculate, cache):
@@ -84,9 +85,9 @@ class TestWithoutTheKernelsInC:
     @settings(max_examples=6, deadline=None)
     @given(choices, st.permutations(range(1, COUNT + 1)))
     def test_rows_with_different_adapters_have_the_bits_that_each_has_alone(self, rows, places):
-        engine = adapted_engine(AS_SERVED, dict(enumerate(places)))
+        engine = adapted_engine(IN_INT8, dict(enumerate(places)))
         requests = [with_adapter(REQUESTS[n], number, 0 if number is None else places[number]) for n, number in rows]
-        assert complete(engine, requests) == [alone(AS_SERVED, n, number, True) for n, number in rows]
+        assert complete(engine, requests) == [alone(IN_INT8, n, number, True) for n, number in rows]
 
 
 @pytest.mark.parametrize("number", range(COUNT))
@@ -112,7 +113,7 @@ def test_a_row_is_its_merged_model_up_to_rounding(number):
 
 def test_an_adapter_comes_and_goes_while_others_are_read(count_compiles):
     """In new arrays: nothing is compiled, the base is the same to the bit, and requests under way go on with their own."""
-    engine = make_engine(AS_SERVED, adapters=COUNT, adapter_rank=RANK, prefix_cache_bytes=10**6)
+    engine = make_engine(IN_INT8, adapters=COUNT, adapter_rank=RANK, prefix_cache_bytes=10**6)
     engine.warm()
     before = digest(engine.params)
     engine.runner.put_adapter(1, ADAPTERS[0])
@@ -130,8 +131,8 @@ def test_an_adapter_comes_and_goes_while_others_are_read(count_compiles):
             log.step()
     log.drain()
     assert count_compiles == []
-    expected = [alone(AS_SERVED, n, [None, 0][n % 2]) for n in range(6)]
-    expected += [alone(AS_SERVED, count - 1 - number, number) for number in (1, 2, 3, 2, 1)]
+    expected = [alone(IN_INT8, n, [None, 0][n % 2]) for n in range(6)]
+    expected += [alone(IN_INT8, count - 1 - number, number) for number in (1, 2, 3, 2, 1)]
     assert [log.completion(id) for id in ids] == expected
     assert digest(engine.params) == before
 

@@ -1,15 +1,24 @@
 """GGUF files: every quantisation, the rows of q and k put back, and the same model as the Hugging Face folder it came from."""
 
+import functools
 import json
+from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from gguf_files import SHAPES, tiny_gguf, weights, words_of
 from refusals import refusal
-from tiny import lively_params, tiny_config
+from tiny import lively_params, positions_of, tiny_config, tokens_of
 
+from engine.counting.params import leaf_shapes
+from engine.inference.config import EngineConfig
 from engine.model.config import RopeScaling
+from engine.model.paths import leaf_paths, unflatten
+from engine.model.transformer import forward
+from engine.model.weights.blocks import Blocks
+from engine.model.weights.int8 import Int8
 from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
@@ -161,3 +170,38 @@ OTHER_TOKENIZER = json.dumps(train_bpe(["the other text"], 262).to_json())
 def test_what_is_not_understood_is_refused_by_name(changes, words, tmp_path):
     sentence = refusal(load_model, tiny_gguf(tmp_path / "x.gguf", **changes))
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("heads", [24, 32])  # keys that end in the middle of a strip are not joined
+def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
+    """All that has blocks: what has none, here `attn_output`, is int8; logits stay near those of the file's numbers."""
+    sizes = {"attention.head_count": 3, "attention.head_count_kv": heads // 8} if heads == 24 else {
+        "attention.head_count": 8, "attention.head_count_kv": 4}  # fmt: skip
+    queries = 8 * sizes["attention.head_count"]
+    shapes = {f"blk.{i}.attn_{part}.weight": shape for i in range(2) for part, shape in {
+        "q": (queries, 64), "k": (heads, 64), "v": (heads, 64), "output": (64, queries)}.items()}  # fmt: skip
+    path = tiny_gguf(tmp_path / "x.gguf", kind=kind, sizes=sizes, tensors=weights(SHAPES | shapes))
+    shapes_ahead: dict[str, Blocks] = {}
+    model, config = load_model(path, blocks=shapes_ahead), EngineConfig(weights="file")
+    cfg, params = config.model_config(model.cfg), config.prepare_params(model.cfg, model.params)
+    loaded: Any = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
+    ahead = jax.eval_shape(lambda params: config.prepare_params(cfg, params), unflatten(loaded | shapes_ahead))
+    described = lambda tree: (jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
+    assert described(ahead) == described(params)  # `serve` compiles by these before it reads
+    leaves = leaf_paths(params)
+    assert ("blocks/0/qkv" in leaves) == (heads == 32)
+    assert isinstance(leaves["blocks/1/out"], Int8 if queries % 32 else Blocks)
+    assert {leaves[name].kind for name in ("embed", "blocks/0/gate_up", "blocks/1/down")} == {kind}
+    tokens, positions = tokens_of(0, 3, 11), positions_of(3, 11)
+    ours = forward(cfg, params, tokens, positions)[0]
+    plain = load_model(path, dtype="float32")
+    expected = forward(plain.cfg, plain.params, tokens, positions)[0]
+    assert np.sqrt(((ours - expected) ** 2).mean() / (expected**2).mean()) < 0.03
+
+
+def test_a_factor_that_is_not_finite_is_refused(tmp_path):
+    with np.errstate(all="ignore"):
+        path = tiny_gguf(tmp_path / "x.gguf", kind="Q4_1", tensors=with_fault(np.inf))
+    sentence = refusal(functools.partial(load_model, blocks={}), path)
+    assert "'blk.1.ffn_down.weight' holds weights that are not finite" in sentence

@@ -18,8 +18,8 @@ from jax import Array
 
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED, einsum32, group_heads, join_heads
-from engine.model.native.library import native_problem, target
-from engine.model.ops import ops, platform
+from engine.model.native.library import target
+from engine.model.ops import has_kernel, ops
 from engine.model.weights.int8 import join_digits, round_rows, two_digit_rows
 
 KVDtype = Literal["bfloat16", "float32", "int8"]
@@ -228,11 +228,6 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     if is_shared:
         out = out.reshape(K, R, G * T, H).swapaxes(0, 1)
     return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
-
-
-def has_kernel() -> bool:
-    """Whether the kernel in C attends for a token a row: on one CPU where it can be built. XLA attends near as it does."""
-    return platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and not native_problem()
 
 
 def _attend_by_kernel(q: Array, new_keys: KVArray, new_values: KVArray, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:

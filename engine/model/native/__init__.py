@@ -1,1 +1,1 @@
-"""Code in C that XLA calls on a CPU: int8 products, and attention of decoding. XLA computes where it cannot be built."""
+"""Code in C that XLA calls on a CPU: products with int8 and with blocks, and attention of decoding. Elsewhere XLA computes."""

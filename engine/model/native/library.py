@@ -32,7 +32,10 @@ from engine.files import atomic_file, cache_folder, open_regular, trust_problem
 
 FOLDER = Path(__file__).parent
 # The kernels, each a C file, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
-KERNELS = {"int8_matmul": "-ffp-contract=off", "decode_attention": "-ffp-contract=fast", "adapter_matmul": "-ffp-contract=fast"}
+KERNELS = {
+    "int8_matmul": "-ffp-contract=off", "block_matmul": "-ffp-contract=off", "decode_attention": "-ffp-contract=fast",
+    "adapter_matmul": "-ffp-contract=fast",
+}  # fmt: skip
 COLUMNS, INPUTS = 16, 4  # of a step, as in int8_matmul.c
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -68,6 +71,12 @@ def int8_products(x: Array, packed: Array, out: int, digits: int) -> tuple[Array
     shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
     products, scale = jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed)
     return products, scale
+
+
+def block_products(x: Array, packed: Array, out: int) -> Array:
+    """x (M, in), `packed` of `blocks.Blocks` -> x times the weight (M, out) float32; a row that is not finite gives NaN."""
+    shape = jax.ShapeDtypeStruct((len(x), out), jnp.float32)
+    return jax.ffi.ffi_call(target("block_matmul"), shape)(x.astype(jnp.float32), packed)
 
 
 def target(kernel: str) -> str:

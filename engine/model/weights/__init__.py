@@ -1,1 +1,1 @@
-"""The kinds of weights (Array, Int8, LoRA), and the product with any of them."""
+"""The kinds of weights (Array, Int8, Blocks, LoRA), and the product with any of them."""

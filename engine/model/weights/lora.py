@@ -24,6 +24,7 @@ from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import AXES
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import Params, map_paths, unflatten
+from engine.model.weights.blocks import Blocks, dense_blocks
 from engine.model.weights.int8 import Int8, dequantize
 
 
@@ -82,9 +83,11 @@ def innermost_base(weight: Any) -> Any:
 
 
 def to_dense(weight: Any) -> Array:
-    """Returns a weight as one Array: Int8 dequantized to float32, adapters merged in their base's dtype."""
+    """Returns a weight as one Array: Int8 and Blocks dequantized to float32, adapters merged in their base's dtype."""
     if isinstance(weight, Int8):
         return dequantize(weight)
+    if isinstance(weight, Blocks):
+        return dense_blocks(weight)
     if not isinstance(weight, LoRA):
         return weight
     base, b = to_dense(weight.base), weight.b.astype(jnp.float32) * -weight.scale

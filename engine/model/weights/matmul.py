@@ -1,4 +1,4 @@
-"""Multiplies by any kind of weight: an Array, an Int8, or a LoRA or a StackedLoRA on either.
+"""Multiplies by any kind of weight: an Array, an Int8, Blocks, or a LoRA or a StackedLoRA on one of the first two.
 
 A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. `engine/README.md`
 lists the other files that know the kinds.
@@ -30,12 +30,18 @@ from engine.model import backward
 from engine.model.config import JOINED
 from engine.model.layers import dot32, einsum32
 from engine.model.ops import ops, transpose
-from engine.model.paths import Params, map_paths
+from engine.model.paths import Params, leaf_paths, map_paths
+from engine.model.weights.blocks import Blocks, block_matmul, join_blocks, lookup_blocks
 from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
 from engine.model.weights.lora import LoRA, innermost_base, to_dense
 from engine.model.weights.stacked_lora import StackedLoRA, adapted
 
-Weight = Array | Int8 | LoRA
+Weight = Array | Int8 | Blocks | LoRA
+
+
+def _product_with(weight: Any, otherwise: Any) -> Any:
+    """Returns the product with a weight by its kind: (x, weight, dtype) -> Array."""
+    return int8_matmul if isinstance(weight, Int8) else block_matmul if isinstance(weight, Blocks) else otherwise
 
 
 def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
@@ -48,7 +54,7 @@ def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
         return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
     if isinstance(weight, StackedLoRA):
         return adapted(project(x, weight.base, dtype), x, weight)
-    multiply: Any = int8_matmul if isinstance(weight, Int8) else backward.matmul
+    multiply = _product_with(weight, backward.matmul)
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
 
 
@@ -90,35 +96,50 @@ def join_projections(block: Params) -> Params:
     """
     for name, parts in JOINED.items():
         weights = [block[part] for part in parts if part in block]  # none where they are joined already
-        if len({jax.tree.structure(weight) for weight in weights}) == 1:
+        joined: Any = None
+        if weights and all(isinstance(weight, Blocks) for weight in weights):
+            joined = join_blocks(weights)
+        elif len({jax.tree.structure(weight) for weight in weights}) == 1:
             joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *weights)
+        if joined is not None:
             block = {path: leaf for path, leaf in block.items() if path not in parts} | {name: joined}
     return block
 
 
-def unembed(x: Array, embed: Array | Int8, dtype: DTypeLike) -> Array:
+def unembed(x: Array, embed: Array | Int8 | Blocks, dtype: DTypeLike) -> Array:
     """x (..., D), embed (V, D) -> (..., V) in `dtype`: the tied head, x times the embedding's transpose."""
-    multiply: Any = int8_matmul if isinstance(embed, Int8) else backward.matmul_rows
+    multiply = _product_with(embed, backward.matmul_rows)
     return _over_rows(x, lambda rows: multiply(rows, embed, dtype))
 
 
-def lookup(embed: Array | Int8, tokens: Array) -> Array:
+def lookup(embed: Array | Int8 | Blocks, tokens: Array) -> Array:
     """embed (V, D), tokens (...) int32 -> (..., D) float32."""
     if isinstance(embed, Int8):
         return lookup_rows(embed, tokens)
+    if isinstance(embed, Blocks):
+        return lookup_blocks(embed, tokens)
     return backward.lookup(embed, tokens).astype(jnp.float32)
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
-    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases and Int8 stay."""
+    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases, Int8 and Blocks stay."""
 
     def cast(_: str, leaf: Any) -> Any:
         if isinstance(leaf, LoRA):
             base = None if leaf.base is None else cast("", leaf.base)
             return dataclasses.replace(leaf, base=base, a=leaf.a.astype(dtype), b=leaf.b.astype(dtype))
-        return leaf.astype(dtype) if not isinstance(leaf, Int8) and leaf.ndim >= 2 else leaf
+        return leaf.astype(dtype) if not isinstance(leaf, Int8 | Blocks) and leaf.ndim >= 2 else leaf
 
     return map_paths(cast, params)
+
+
+def weight_types(params: Params) -> str:
+    """Returns the types of a model's matrices: `Q4_1, Q8_0` as in its file, int8, both, or else a dtype."""
+    leaves = leaf_paths(params).values()
+    kinds = sorted({leaf.kind for leaf in leaves if isinstance(leaf, Blocks)}) + ["int8"] * any(
+        isinstance(leaf, Int8) for leaf in leaves
+    )
+    return ", ".join(kinds) or str(max(leaves, key=lambda leaf: leaf.ndim).dtype)
 
 
 def _is_merged(weight: Weight, x: Array) -> bool:
@@ -192,7 +213,7 @@ def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Weight, ...]], gs:
         if isinstance(weight, LoRA):
             gradients.append(next(of_pairs))
         else:  # an Int8 is frozen
-            gradients.append(None if isinstance(weight, Int8) else dot32(x_transposed, g).astype(weight.dtype))
+            gradients.append(None if isinstance(weight, Int8 | Blocks) else dot32(x_transposed, g).astype(weight.dtype))
     return dx, tuple(gradients)
 
 

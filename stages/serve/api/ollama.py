@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
+from engine.model.weights.matmul import weight_types
 from stages.serve.api.chat import ToolField, answer_grammar, call_turn, parse_arguments, tool_use
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
@@ -219,7 +220,7 @@ async def tags(state: ServerState, _: Request) -> Response:
         "format": "thrice",
         "family": "llama",
         "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
-        "quantization_level": engine.config.weights or engine.cfg.dtype,
+        "quantization_level": weight_types(engine.params),
     }
     model = {"modified_at": at, "size": size, "digest": state.digest, "details": details}
     return json_reply(Tags([{"name": name, "model": name, **model} for name in state.served_names]))

@@ -1,0 +1,130 @@
+"""Blocks: a weight in GGUF's blocks of 32 inputs as they are in the file, and the product with it.
+
+A kind is known by the bytes of 16 blocks: Q4_0 and Q4_1 have 4 bits a weight, Q8_0 has 8; each block has a scale, and in Q4_1
+a minimum, in float16. x is rounded to int8 with a scale for each 32 numbers, so numbers far above the rest make the steps of
+their own block coarse and of no other. Nothing is converted, and no weight is rounded a second time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from engine.model.native.library import block_products
+from engine.model.ops import has_kernel
+
+COLUMNS, GROUP = 16, 32  # that lie side by side, and inputs of a block
+KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
+SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
+LARGEST = 127
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """packed (out / 16, in / 32, bytes of 16 blocks) uint8, as native/block_matmul.c reads it: a weight with `columns` outputs.
+
+    `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose a tied head multiplies.
+    """
+
+    packed: Array
+    columns: int
+    axis: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.packed.shape[1] * GROUP, self.columns
+        return shape if self.axis else shape[::-1]
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind, size in KINDS.items() if size == self.packed.shape[2])
+
+
+def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
+    """data (out, bytes of a row in a GGUF file) uint8 -> `packed` of Blocks. Zeros fill the last 16 columns.
+
+    Raises ValueError when a scale or minimum is not a finite number.
+    """
+    head = _factor_bytes(KINDS[kind]) // COLUMNS  # bytes of a block's factors, before its numbers
+    size = KINDS[kind] // COLUMNS
+    rows = np.pad(data, ((0, -len(data) % COLUMNS), (0, 0))).reshape(-1, COLUMNS, data.shape[1] // size, size)
+    packed = np.empty((len(rows), rows.shape[2], KINDS[kind]), np.uint8)
+    numbers = rows[..., head:], packed[..., : -head * COLUMNS], np.uint32
+    factors = rows[..., :head], packed[..., -head * COLUMNS :], np.uint16
+    for part, of_packed, unit in (numbers, factors):
+        units = np.ascontiguousarray(part).view(unit)  # (strips, 16, groups, units)
+        of_packed.view(unit).reshape(*packed.shape[:2], -1, COLUMNS)[:] = units.transpose(0, 2, 3, 1)
+    if not np.isfinite(factors[1].view(np.float16)).all():
+        raise ValueError("a factor is not finite")
+    return packed
+
+
+def _factor_bytes(size: int) -> int:
+    """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1 minima."""
+    return 2 * COLUMNS * (2 if size == KINDS["Q4_1"] else 1)
+
+
+def block_matmul(x: Array, weight: Blocks, dtype: DTypeLike) -> Array:
+    """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
+
+    The kernel of native/ multiplies where there is one; else XLA adds the same products in another order. A row of x with a
+    number that is not finite gives NaN, and changes no other row. There is no gradient.
+    """
+    if has_kernel():
+        return block_products(x, weight.packed, weight.columns).astype(dtype)
+    values = dense_blocks(dataclasses.replace(weight, axis=1))
+    return jnp.dot(round_groups(x), values, precision=jax.lax.Precision.HIGHEST).astype(dtype)
+
+
+def round_groups(x: Array) -> Array:
+    """x (M, in) -> float32: each 32 numbers rounded to the 255 steps of their largest magnitude; NaN in rows not finite."""
+    x = x.astype(jnp.float32)
+    groups = x.reshape(len(x), -1, GROUP)
+    scale = jnp.abs(groups).max(axis=-1, keepdims=True) * (1 / LARGEST)
+    scale = jnp.where(scale < SMALLEST, 1, scale)
+    rounded = (jnp.round(groups * (1 / scale)) * scale).reshape(x.shape)
+    return jnp.where(jnp.isfinite(x).all(axis=-1, keepdims=True), rounded, jnp.nan)
+
+
+def lookup_blocks(weight: Blocks, rows: Array) -> Array:
+    """weight of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
+    flat = rows.reshape(-1)
+    strips = _dense(weight.packed[flat // COLUMNS])
+    return jnp.take_along_axis(strips, (flat % COLUMNS)[:, None, None], axis=1).reshape(*rows.shape, -1)
+
+
+def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
+    """Returns weights of one input side by side; None where they are of several kinds or fill their last 16 columns."""
+    if len({weight.packed.shape[1:] for weight in weights}) > 1 or any(weight.columns % COLUMNS for weight in weights[:-1]):
+        return None
+    packed = jnp.concatenate([weight.packed for weight in weights])
+    return dataclasses.replace(weights[0], packed=packed, columns=sum(weight.columns for weight in weights))
+
+
+def dense_blocks(weight: Blocks) -> Array:
+    """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32."""
+    values = _dense(weight.packed).reshape(-1, weight.packed.shape[1] * GROUP)[: weight.columns]
+    return values.T if weight.axis else values
+
+
+def _dense(packed: Array) -> Array:
+    """packed (..., in / 32, bytes) uint8 -> (..., 16, in) float32."""
+    *lead, groups, size = packed.shape
+    end = size - _factor_bytes(size)
+    numbers = packed[..., :end].reshape(*lead, groups, -1, COLUMNS, 4)
+    if size == KINDS["Q8_0"]:
+        values = jax.lax.bitcast_convert_type(numbers, jnp.int8).astype(jnp.float32)
+    else:  # a byte's halves are the inputs i and i + 16
+        values = jnp.concatenate([numbers & 15, numbers >> 4], axis=-3).astype(jnp.float32)
+    halves = packed[..., end:].reshape(*lead, groups, -1, 1, COLUMNS, 1, 2)
+    factors = jax.lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
+    values = (values - 8 if size == KINDS["Q4_0"] else values) * factors[..., 0, :, :, :]
+    if size == KINDS["Q4_1"]:
+        values = values + factors[..., 1, :, :, :]
+    return jnp.moveaxis(values, -2, -4).reshape(*lead, COLUMNS, groups * GROUP)  # (..., groups, 8, 16, 4) -> (..., 16, in)

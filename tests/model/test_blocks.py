@@ -1,0 +1,124 @@
+"""Blocks of a GGUF file: multiplied as they are, by the kernel near its twin in XLA, each row on its own to the bit."""
+
+import functools
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import assert_near, normal
+
+from engine.model.native.library import native_problem
+from engine.model.weights import blocks
+from engine.model.weights.blocks import KINDS, Blocks, block_matmul, dense_blocks, pack_blocks, round_groups
+from engine.model.weights.lora import to_dense
+from engine.model.weights.matmul import lookup, unembed
+
+WIDTHS = [(32, 5), (64, 16), (160, 70), (576, 701)]  # one block and several; whole strips of columns and others; several parts
+F32 = jnp.dtype("float32")
+
+
+def random_blocks(seed: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """(out, bytes of a row): any bits, with factors that are finite."""
+    inputs, out = shape
+    generator, size = np.random.default_rng(seed), KINDS[kind] // 16
+    data, count = generator.integers(0, 256, (out, inputs // 32, size), np.uint8), 2 if kind == "Q4_1" else 1
+    factors = generator.standard_normal((out, inputs // 32, count)) * 10.0 ** generator.integers(-6, 2, (out, 1, 1))
+    data[..., : 2 * count] = factors.astype(np.float16).view(np.uint8)
+    return data.reshape(out, -1)
+
+
+@jax.jit
+def multiply_by_xla(x: jax.Array, leaf: Blocks) -> jax.Array:
+    with pytest.MonkeyPatch.context() as patch:  # while this is traced
+        patch.setattr(blocks, "has_kernel", lambda: False)
+        return block_matmul(x, leaf, F32)
+
+
+@jax.jit
+def multiply_as_here(x: jax.Array, leaf: Blocks) -> jax.Array:
+    return block_matmul(x, leaf, F32)
+
+
+@functools.cache
+def weight(seed: int, kind: str, shape: tuple[int, int], axis: int = 1) -> Blocks:
+    return Blocks(jnp.asarray(pack_blocks(random_blocks(seed, kind, shape), kind)), shape[1], axis)
+
+
+def rows_of(seed: int, rows: int, width: int, spoil: float) -> np.ndarray:
+    """Rows of very different sizes, within a row too: one zero, one tiny, one spoiled."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((rows, width)) * 10.0 ** (
+        generator.integers(-20, 20, (rows, 1)) + generator.integers(-4, 4, width)
+    )
+    x[seed % rows] = 0
+    x[(seed + 1) % rows] = 1e-39
+    x[(seed + 2) % rows, seed % width] += spoil
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
+@given(
+    st.sampled_from(WIDTHS),
+    st.sampled_from([1, 3, 6, 7, 40]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, np.nan, np.inf, -np.inf]),
+)
+def test_both_ways_give_the_products_of_the_files_numbers(kind, shape, rows, seed, spoil):
+    leaf, x = weight(seed % 3, kind, shape), rows_of(seed, rows, shape[0], spoil)
+    rounded = np.asarray(round_groups(jnp.asarray(x)), np.float64)
+    dense = gguf.dequantize(random_blocks(seed % 3, kind, shape), gguf.GGMLQuantizationType[kind]).astype(np.float64)
+    # Minima of a block are added to numbers that may be as large: what is added up in float32 is that large.
+    largest = np.abs(rounded) @ (np.abs(dense).reshape(len(dense), -1, 32).max(-1).repeat(32, -1) + 2 * np.abs(dense)).T
+    for multiply in (multiply_by_xla, multiply_as_here):
+        ours = np.asarray(multiply(x, leaf))
+        is_finite = np.isfinite(x).all(1)
+        assert np.isnan(ours[~is_finite]).all()
+        error = np.abs(ours - rounded @ dense.T)[is_finite]
+        assert (error <= 2e-6 * largest[is_finite] + 1e-37).all(), multiply
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    if problem := native_problem():
+        pytest.skip(f"there is no kernel here: {problem}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=10)
+@given(st.sampled_from(WIDTHS), st.integers(0, 2**32 - 1))
+def test_a_row_has_the_same_bits_alone_and_among_any_others(kernel, kind, shape, seed):
+    """By the kernel: in calls of 1 to 9 rows and many, at each place, beside rows that are spoiled."""
+    leaf, row = weight(0, kind, shape), np.random.default_rng(seed).standard_normal((1, shape[0])).astype(np.float32)
+    alone = np.asarray(multiply_as_here(row, leaf)).tobytes()
+    for rows in (*range(2, 10), 33):
+        x = rows_of(seed, rows, shape[0], np.nan)
+        for place in {0, seed % rows, rows - 1}:
+            x[place] = row
+            assert np.asarray(multiply_as_here(x, leaf))[place].tobytes() == alone
+
+
+def bits() -> bytes:
+    """What the kernel gives for each shape and kind."""
+    products = (
+        block_matmul(jnp.asarray(rows_of(7, 9, shape[0], 0.0)), weight(1, kind, shape), F32)
+        for kind in KINDS
+        for shape in WIDTHS
+    )
+    return b"".join(np.asarray(product).tobytes() for product in products)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_head_looks_up_the_rows_that_it_multiplies_by(kind):
+    leaf, rows = weight(2, kind, (64, 53), 0), jnp.asarray([[0, 52, 16], [15, 17, 0]])
+    matrix = gguf.dequantize(random_blocks(2, kind, (64, 53)), gguf.GGMLQuantizationType[kind])
+    assert leaf.shape == (53, 64)
+    np.testing.assert_array_equal(to_dense(leaf), matrix)
+    np.testing.assert_array_equal(lookup(leaf, rows), matrix[np.asarray(rows)])
+    x = normal(0, 3, 64)
+    assert_near(unembed(x, leaf, F32), np.asarray(round_groups(x)) @ matrix.T, 1e-5)
+    np.testing.assert_array_equal(dense_blocks(weight(2, kind, (64, 53))), matrix.T)
