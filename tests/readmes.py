@@ -244,7 +244,7 @@ def peers(document: Document) -> list[str]:
         cells.append([name, f"{row['tokens_per_second']:,.0f}", theirs, ratio(row), bar])
     return [
         *table("tokens a second|Thrice|peer|ratio, 95% interval|at least", cells),
-        *conditions(document, document["flags"]["rounds"]),
+        *conditions(document, document["rows"][0]["rounds"]),
     ]
 
 
