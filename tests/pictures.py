@@ -50,7 +50,7 @@ def chat(chrome, _: Path) -> None:
 def memory(chrome, folder: Path) -> None:
     """Takes a picture of the first chapter of `bench --out`: the memory of a step over time."""
     subprocess.run([sys.executable, "-m", "bench", "--preset", "tiny", "--quick", "--out", folder], check=True)
-    chrome.set_window_size(1000, 1140)
+    chrome.set_window_size(1000, 1186)
     chrome.get((folder / "report.html").as_uri())
     chrome.execute_script("document.documentElement.style.overflow = 'hidden'")
     chrome.execute_script("document.querySelector('figure').scrollIntoView(); scrollBy(0, -12)")

@@ -114,7 +114,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     seconds = clock() - begin
     begin = clock()
     (alone,) = answer(engine, [first])
-    alone_seconds = clock() - begin
+    alone_token_seconds = (clock() - begin) / len(alone)
     independent = answer(engine, [first, second]) + answer(engine, [edited])
     changed = sum(
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
@@ -129,7 +129,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         "changed": changed,
         "of": sum(leaf.size for leaf in before.values()),
         "seconds": seconds,
-        "alone_seconds": alone_seconds,
+        "alone_token_seconds": alone_token_seconds,
         "tokens": sum(map(len, answers)),
         "answers": [{"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)],
         "independent": [

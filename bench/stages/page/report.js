@@ -46,16 +46,11 @@ function memoryOverTime() {
   const programs = Object.entries(report.memory ?? {});
   if (!programs.length) return;
   const peaks = programs.map(([, memory]) => Math.max(...sums(memory)));
-  const kinds = Object.entries(KINDS).filter(([kind]) => programs.some(([, memory]) => memory.bytes[kind]?.some(Boolean)));
   const figures = programs.map(([name], at) => make('figure', {}, make('h3', {}, name, make('b', {}, `peak ${si(peaks[at], 'B')}`))));
   chapter('Training climbs and comes down; inference is flat', make('div', {className: 'panels two'}, figures),
-    legend(kinds.map(([kind, colour]) => [colour, kind])),
+    memoryLegend(programs.map(([, memory]) => memory)),
     say('From left to right a program runs once; the height is the memory that it holds at that moment, to one scale in all pictures. What forward keeps for backward (residuals) piles up and is eaten in reverse; the update then changes the weights. Inference is forward alone, and keeps nothing. Beside each weight that trains lie the optimizer’s two numbers; frozen weights, and those of inference, are there in the type of the computation alone.'),
-    asTable('what is held at each peak', 'Read from the program that XLA, the compiler, made, and its own assignment of memory. Allocated is its own peak, with the holes between values.',
-      ['program', ...kinds.map(([kind]) => kind), 'peak', 'allocated'], () => programs.map(([name, memory], at) => {
-        const top = sums(memory).indexOf(peaks[at]);
-        return [name, ...kinds.map(([kind]) => si(memory.bytes[kind]?.[top], 'B')), si(peaks[at], 'B'), si(memory.xla, 'B')];
-      })));
+    peakTable('Read from the program that XLA, the compiler, made, and its own assignment of memory.', programs));
   const charts = programs.map(([, memory], at) => memoryChart(memory, Math.max(...peaks), figures[at].clientWidth || 300));
   charts.forEach((chart, at) => figures[at].append(chart));
 }
@@ -207,9 +202,8 @@ function residuals() {
 
 function method() {
   const {machine = {}, model = {}, ceilings = {}, command, noise, date, commit, versions = {}} = report;
-  const pairs = (values) => Object.entries(values ?? {}).filter(([, value]) => value).map(([name, value]) => `${name.replaceAll('_', ' ')} ${finite(value) ? round(value, 4) : value}`).join(' · ');
   chapter('How it was measured', say(noise ?? ''), command ? make('pre', {}, `uv run ${command}`) : [],
-    [machine, model, ceilings, versions, {date, commit}].map((values) => make('p', {className: 'quiet'}, pairs(values))));
+    [machine, model, ceilings, versions, {date, commit}].map((values) => make('p', {className: 'quiet'}, inline(values))));
 }
 
 function draw() {

@@ -3,9 +3,14 @@
 
 const BACKWARD = 0.38; // the parts of a step's time after which backward and update begin
 const UPDATE = 0.8;
+// What a step holds in memory, from below: kinds, with their colours and what they are.
 const KINDS = {
-  'parameters': 'green', 'optimizer state': 'grey', 'KV cache': 'teal', 'gradients': 'rust', 'residuals': 'pink',
-  'temporaries': 'violet',
+  'parameters': ['green', 'the weights'],
+  'optimizer state': ['grey', 'what the update remembers of each weight that trains'],
+  'KV cache': ['teal', 'notes on the tokens read so far'],
+  'gradients': ['rust', 'how the error changes with each weight'],
+  'residuals': ['pink', 'what forward keeps for backward'],
+  'temporaries': ['violet', 'used at once and dropped'],
 };
 
 function make(tag, properties = {}, ...children) {
@@ -48,7 +53,7 @@ function memoryChart(memory, top, width) {
   const peak = Math.max(...total);
   const at = (position) => x(position / total.length);
   let below = total.map(() => 0);
-  for (const [kind, colour] of Object.entries(KINDS)) {
+  for (const [kind, [colour]] of Object.entries(KINDS)) {
     const above = below.map((bytes, position) => bytes + (memory.bytes[kind]?.[position] ?? 0));
     const steps = (bytes) => bytes.flatMap((value, position) => [position, position + 1].map((x) =>
       `${at(x).toFixed(1)},${y(value).toFixed(1)}`));
@@ -99,6 +104,18 @@ function curveChart(all, width, height, label, format = round) {
 
 const legend = (pairs) => make('ul', {className: 'legend'}, pairs.map(([colour, ...text]) =>
   make('li', {}, make('i', {className: colour, style: `color: var(--${colour})`}), ...text)));
+
+// The kinds that are held in these memories of a step.
+const memoryLegend = (memories) => legend(Object.entries(KINDS).filter(([kind]) => memories.some(({bytes}) => bytes[kind]?.some(Boolean)))
+  .map(([kind, [colour, text]]) => [colour, make('strong', {}, kind), `: ${text}`]));
+
+// What a step holds at its peak, as a table of [name, memory].
+const peakTable = (caption, memories) => asTable('what is held at the peak', caption, ['step', ...Object.keys(KINDS), 'peak'],
+  () => memories.map(([name, {bytes}]) => {
+    const total = sums({bytes});
+    const peak = Math.max(...total);
+    return [name, ...Object.keys(KINDS).map((kind) => si(bytes[kind]?.[total.indexOf(peak)], 'B')), si(peak, 'B')];
+  }));
 
 // Bars to one scale: rows of {name, bars, mark}. A bar has parts, pairs of a colour and a size, and a text; a line stands at `mark`.
 function barChart(label, rows) {
@@ -174,3 +191,7 @@ function si(number, unit) {
   const at = number ? Math.max(-3, Math.min(5, Math.floor(Math.log10(number) / 3 + 1e-9))) : 0;
   return `${Number((number / 1000 ** at).toPrecision(3))} ${['n', 'µ', 'm', '', 'k', 'M', 'G', 'T', 'P'][at + 3]}${unit}`;
 }
+
+// Values by name in one line, those within others too; what is empty is left out.
+const inline = (value) => (value && typeof value === 'object' ? Object.entries(value).filter(([, each]) => each)
+  .map(([name, each]) => `${name.replaceAll('_', ' ')} ${inline(each)}`).join(' · ') : finite(value) ? round(value, 4) : value ?? '');

@@ -107,8 +107,10 @@ def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | No
             sinks, is_watched = [*sinks, page], page.is_watched
         yield Recorder(sinks, console.print, record is not None, is_watched)
     if watch is not None:
-        kept = f"{record} has it, for {command_line('runs.watch', record, 'lives.html')}"
-        console.print(f"{page.url} has ended with the run; {kept if record else '--record FILE keeps what it shows'}.")
+        kept = "--record FILE keeps what it shows"
+        if record and record.is_file():
+            kept = f"{record} has it, for {command_line('runs.watch', record, 'lives.html')}"
+        console.print(f"{page.url} has ended with the run; {kept}.")
 
 
 class Recorder:

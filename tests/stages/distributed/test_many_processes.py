@@ -101,7 +101,8 @@ run.FineTuning.finish = lambda *arguments: (finish(*arguments), note())[0]
 
 
 def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
-    """The scores before and after, and the adapter, are those of one process; process 0 prints them, and writes it.
+    """The scores before and after, and the adapter, are those of one process; process 0 prints them, and writes it and the
+    events for TensorBoard.
 
     All devices connect before the first program, once both processes have compiled that, of which one takes 2 s longer:
     Gloo waits 30 s for a process at a first collective, and none comes later.
@@ -115,10 +116,11 @@ def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
     )  # fmt: skip
     assert finetune.main([*map(str, flags(alone))]) == 0
     watch = lambda process: CONNECTIONS.replace("FILE", repr(str(tmp_path / "connected"))) * process
-    codes, errors = finish(start(2, "finetune", *flags(folder), patch=watch))
+    codes, errors = finish(start(2, "finetune", *flags(folder), "--tensorboard", patch=watch))
     assert codes == {0}, errors
     before, connected, at_the_end = json.loads((tmp_path / "connected").read_text())
     assert before == [] != connected == at_the_end
+    assert len([*(folder / "tensorboard").iterdir()]) == 1
     one, many = (json.loads((run / "run.json").read_text())["result"] for run in (alone, folder))
     for when in ("before", "after"):
         assert many[when]["held_out"] == pytest.approx(one[when]["held_out"], rel=1e-3)

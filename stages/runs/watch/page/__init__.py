@@ -20,7 +20,10 @@ from stages.runs.page import SHELL, whole_page
 LINES = 300  # of metrics, of a life
 FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parents[3]
-LIVES = [FOLDER / name for name in ("lives.html", "state.js", "words.js", "model.js", "chapters.js", "page.js", "live.js")]
+LIVES = [
+    FOLDER / name
+    for name in ("lives.html", "lives.css", "state.js", "words.js", "model.js", "chapters.js", "page.js", "live.js")
+]
 TRAIN = [FOLDER / "train_here" / name for name in ("train.html", "train.css", "model.js", "page.js")]
 TRAIN_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
 SITE = {

@@ -49,7 +49,7 @@ function drawWeights() {
   const row = ({path, shape, trainable}) => {
     const trains = trainable && !isAnswering();
     return [path, shape.join(' × '), trains ? 'yes' : 'no', trains ? count(frame.changed_in?.[path] ?? 0) : '0',
-      round(pixels(of, index, path).limit), trains ? round(norms[path]) : '–'];
+      round(frame.limits[path]), trains ? round(norms[path]) : '–'];
   };
   $('weights').replaceChildren(say(sentence), isAnswering() ? '' : say(STILL), law(...laws),
     asTable('every tensor at this frame', $('backward').textContent,
@@ -68,9 +68,7 @@ function drawText() {
   if (isAnswering()) {
     const {asked, tokens, seconds, answers: all} = answers();
     return fill('text', '', make('p', {className: 'sample'}, exchange(frame)),
-      say(`${all.length} of ${count(asked)} answers can be read here; all of them are ${count(tokens)} tokens, written in ${round(seconds)} seconds.`),
-      asTable('answers', 'What was asked, and what was answered.', ['number', '.question', '.answer'],
-        () => all.map((each, at) => [at + 1, each.prompt, each.text])));
+      say(`${all.length} of ${count(asked)} answers can be read here; all are ${count(tokens)} tokens, written in ${round(seconds)} seconds.`));
   }
   const {begin, frames: all} = life();
   const text = frame.sample ?? '';
@@ -103,8 +101,7 @@ function drawCurves() {
   });
   $('curves').closest('section').hidden = !curves.length;
   const [first, last] = [0, -1].map((at) => [...series.loss?.values() ?? []].at(at));
-  $('curves-title').textContent = first > last ? `The error falls from ${times(first)} to ${times(last)}`
-    : series.loss ? 'The error while it learns' : 'The run in numbers';
+  $('curves-title').textContent = first > last ? `The error falls from ${times(first)} to ${times(last)}` : 'The run in numbers';
   const rows = () => [...new Set(curves.flatMap((curve) => [...curve.points.keys()]))].sort((a, b) => a - b)
     .map((step) => [step, ...curves.map((curve) => round(curve.points.get(step)))]);
   $('curves').replaceChildren(
@@ -133,23 +130,17 @@ function drawMemory() {
   if (!all.length) return fill('memory', 'The memory of a step was not recorded.');
   const memory = (name) => steps[name].memory;
   const top = (name) => Math.max(...sums(memory(name)));
-  const row = (name) => {
-    const at = sums(memory(name)).indexOf(top(name));
-    return [LIVES[name].name, ...Object.keys(KINDS).map((kind) => si(memory(name).bytes[kind]?.[at], 'B')), si(top(name), 'B')];
-  };
   const cache = (isAnswering() && answers()?.cache_bytes) || [];
   const beside = cache.length ? null : state.life === 'train' ? 'answer' : 'train';
   const pair = [chosen(), beside].filter((name) => all.includes(name));
   const panel = (title, note) => make('figure', {}, make('h3', {}, title, make('b', {}, note)));
   const panels = pair.map((name) => panel(LIVES[name].name, `peak ${si(top(name), 'B')}`));
   if (cache.length) panels.push(panel('KV cache of one request', si(Math.max(...cache), 'B')));
-  const kinds = Object.keys(KINDS).filter((kind) => pair.some((name) => memory(name).bytes[kind]?.some(Boolean)));
   fill('memory', '', make('div', {className: 'panels two'}, panels),
-    legend(kinds.map((kind) => [KINDS[kind], make('strong', {}, kind), `: ${KIND_WORDS[kind]}`])),
-    say(isAnswering() ? SAY.cache : SAY.step),
+    memoryLegend(pair.map(memory)), say(isAnswering() ? SAY.cache : SAY.step),
     law('tests/bench/test_step_memory.py::test_training_climbs_through_forward_and_comes_down_through_backward',
       'tests/bench/test_step_memory.py::test_inference_keeps_nothing'),
-    asTable('what is held at the peak', 'Memory at the peak of one step.', ['life', ...Object.keys(KINDS), 'peak'], () => all.map(row)));
+    peakTable('Memory at the peak of one step.', all.map((name) => [LIVES[name].name, memory(name)])));
   const width = panels[0]?.clientWidth || 300;
   memories = pair.map((name) => memoryChart(memory(name), Math.max(...all.map(top)), width));
   if (cache.length) memories.push(cacheChart(cache, width));
@@ -208,18 +199,14 @@ function drawRequests() {
   fill('requests', '',
     make('div', {className: 'panels two'}, card('One request', node, make('div', {className: 'buttons small'}, buttons)),
       card('Another one, at the same time', make('p', {}, exchange(second)))),
-    say(SAY.requests), law(SERVED, ASKED),
-    asTable('all requests', 'What was sent, and what came back.', ['request', '.sent', '.answer'],
-      () => all.map((each, at) => [each.edited ? '1, edited' : at + 1, each.prompt, each.text])));
+    say(SAY.requests), law(SERVED, ASKED));
 }
 
 function drawMade() {
   const {machine, commit, date, load, versions, flags, lives, live} = state.recording;
-  const plain = (value) => (value && typeof value === 'object'
-    ? Object.entries(value).filter(([, each]) => each).map(([name, each]) => `${name.replaceAll('_', ' ')} ${plain(each)}`).join(' · ') : value);
   $('questions').replaceChildren(...questions().map(([question, answer]) =>
     make('div', {}, make('dt', {}, question), make('dd', {}, rich(answer)))));
-  fill('made', '', say(live ? SAY.live : SAY.recorded),
+  fill('made', '', say(live ? '' : SAY.recorded),
     make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
-    make('p', {className: 'quiet'}, plain({machine, commit, date, load, versions, flags}) ?? ''));
+    make('p', {className: 'quiet'}, inline({machine, commit, date, load, versions, flags})));
 }

@@ -94,11 +94,11 @@ function paint(canvas, layout, valuesOf, coloursOf) {
 
 // The change of a tensor since the frame before. Full colour is 2.5 times its root mean square, and four steps of the recording
 // at least, so that rounding stays pale.
-function changeOf(of, index, {path}) {
-  const [now, before] = [pixels(of, index, path), pixels(of, Math.max(0, index - 1), path)];
-  const moved = Float32Array.from(now.values, (value, at) => value * now.limit - before.values[at] * before.limit);
+function changeOf(frame, before, {path}) {
+  const [was, limit] = [pixels(before, path), frame.limits[path]];
+  const moved = Float32Array.from(pixels(frame, path), (value, at) => value * limit - was[at] * before.limits[path]);
   const rootMeanSquare = Math.sqrt(moved.reduce((sum, each) => sum + each ** 2, 0) / moved.length);
-  const scale = Math.max(2.5 * rootMeanSquare, 4 * now.limit) || 1;
+  const scale = Math.max(2.5 * rootMeanSquare, 4 * limit) || 1;
   return Int8Array.from(moved, (each) => Math.max(-127, Math.min(127, Math.round(127 * each / scale))));
 }
 
@@ -113,9 +113,10 @@ function drawModel() {
   const layout = layoutOf(begin, across);
   const percent = (patches) => `${100 * patches / layout.width}%`;
   const palettes = {};
-  const share = (tensor) => (isAnswering() ? 0 : (frame.changed_in?.[tensor.path] ?? 0) / sizeOf(tensor));
-  const moved = (tensor) => (isAnswering() ? new Int8Array(tensor.rows * tensor.columns) : changeOf(of, index, tensor));
-  paint($('model-weights'), layout, ({path}) => pixels(of, index, path).values, () => palettes[0] ??= paletteOf());
+  const share = ({path, shape}) => (isAnswering() ? 0 : (frame.changed_in?.[path] ?? 0) / shape.reduce((product, each) => product * each, 1));
+  const before = isAnswering() ? frame : of.frames[Math.max(0, index - 1)];
+  const moved = (tensor) => changeOf(frame, before, tensor);
+  paint($('model-weights'), layout, ({path}) => pixels(frame, path), () => palettes[0] ??= paletteOf());
   paint($('model-change'), layout, moved, (tensor) => palettes[share(tensor)] ??= paletteOf(share(tensor)));
   const norms = isAnswering() ? [] : columnNorms(of, index);
   const largest = Math.max(...norms.filter(finite));
@@ -131,7 +132,8 @@ function drawModel() {
       make('b', {}, pixelsWide > 28 && finite(norms[at]) ? round(norms[at], 2) : ''));
   }));
   $('tied').hidden = begin.tensors.some((tensor) => tensor.path === 'head');
-  const first = firstTrainable(begin);
+  // Backward goes no further to the left than the first column that trains.
+  const first = columnOf(begin, begin.tensors.find((tensor) => tensor.trainable));
   figure.className = isAnswering() ? 'answer' : first ? 'stops' : '';
   figure.style.setProperty('--stop', isAnswering() ? 1 : layout.columns[first].x / layout.width);
   const end = first ? `, as far as ${columnName(begin, first)}: nothing before it trains` : '';

@@ -80,10 +80,9 @@ function press(event) {
   const {key, target} = event;
   if (event.ctrlKey || event.metaKey || event.altKey || (target.matches('input') && target.id !== 'scrub')) return;
   const life = !state.recording.live && Object.keys(BUTTONS)[Number(key) - 1];
-  const ways = Object.keys(WAYS);
   const isAgain = life === 'fine-tune' && state.life === life;
   if (!life && target.matches('.scroll, pre')) return; // which such keys scroll
-  if (life) choose(life, isAgain ? ways[(ways.indexOf(state.way) + 1) % ways.length] : state.way);
+  if (life) choose(life, isAgain ? WAYS[(WAYS.indexOf(state.way) + 1) % WAYS.length] : state.way);
   else if (key === 'ArrowLeft' || key === 'ArrowRight') {
     play(false);
     show(state.frame + (key === 'ArrowLeft' ? -1 : 1));
@@ -97,7 +96,7 @@ function problem(recording) {
   if (!recording?.lives || typeof recording.lives !== 'object') {
     return 'This page holds no recording of a model’s lives, or one of another format. python -m bench.lives makes one.';
   }
-  const lives = Object.entries(recording.lives).filter(([, each]) => each?.frames?.length);
+  const lives = Object.entries(recording.lives).filter(([, each]) => isRecorded(each));
   if (!lives.length && !recording.live) return 'This recording is empty: it has no frame of any life.';
   const [name] = lives.find(([life, {begin}]) => !LIVES[life] || !Array.isArray(begin?.tensors) || !finite(begin.layers)) ?? [];
   return name && `The life “${name}” of this recording is of another format: the page does not know it, or its tensors.`;
@@ -111,14 +110,16 @@ function start() {
     return refuse(sentence);
   }
   state.recording = recording;
-  for (const each of Object.values(recording.lives)) if (each?.frames?.length) nameValues(each);
+  for (const {begin, frames} of Object.values(recording.lives).filter(isRecorded)) {
+    frames.forEach((frame, at) => nameValues(begin, frame, frames[at - 1]));
+  }
   const size = recording.params ? `, ${count(recording.params)} weights in ${recording.layers} blocks,` : '';
   $('about').textContent = `The same model${size} is trained from random weights, fine-tuned, and asked: what moves, what `
     + 'comes back, and what it costs.';
   const button = (value, onclick, ...text) => make('button', {type: 'button', value, onclick}, ...text);
   $('lives').append(...Object.entries(BUTTONS).map(([life, text], at) =>
     button(life, () => choose(life), make('kbd', {}, at + 1), text)));
-  $('ways').append(...Object.entries(WAYS).map(([way, text]) => button(way, () => choose('fine-tune', way), text)));
+  $('ways').append(...WAYS.map((way) => button(way, () => choose('fine-tune', way), LIVES[way].name)));
   $('play').onclick = () => play();
   $('scrub').oninput = ({target}) => {
     play(false);
@@ -127,11 +128,11 @@ function start() {
   document.addEventListener('keydown', press);
   onWidth(draw);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
-  state.way = Object.keys(WAYS).find((way) => recording.lives[way]?.frames?.length) ?? 'frozen';
+  state.way = WAYS.find((way) => isRecorded(recording.lives[way])) ?? 'frozen';
   drawCost();
   drawRequests();
   drawMade();
-  choose(recording.lives.train?.frames?.length || !recording.lives[state.way] ? 'train' : 'fine-tune');
+  choose(isRecorded(recording.lives.train) || !recording.lives[state.way] ? 'train' : 'fine-tune');
   drawPhase(1);
 }
 
