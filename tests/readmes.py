@@ -283,7 +283,7 @@ def share(document: Document) -> list[str]:
 def chat(document: Document) -> list[str]:
     """Returns the limit of a single stream, as an item of a list."""
     (row,) = (row for row in document["rows"] if row["name"] == CHAT)
-    return [f"- A chat of ordinary text makes {ratio(row)} of llama.cpp's tokens a second, which reads fewer bits a weight."]
+    return [f"- A chat of ordinary text makes {ratio(row)} of llama.cpp's tokens a second."]
 
 
 def plan(_: Document) -> list[str]:
