@@ -10,7 +10,6 @@ from tiny import SMALL_MATRICES
 from tiny_runs import tiny, write_text
 
 from stages import chat
-from stages.runs import estimate
 from stages.train import __main__ as train
 
 
@@ -30,6 +29,8 @@ def trained(text, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def cheap_runs():
     """A machine is measured on small matrices. Fine-tuning drops compiled programs, for they take memory; here they stay."""
+    from stages.runs import estimate  # JAX comes with it, and tests/conftest.py first says where compiled programs go
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "MEASURE_PROGRAM", SMALL_MATRICES + estimate.MEASURE_PROGRAM)
         patch.setattr("stages.finetune.run._clear_programs", lambda: None)
