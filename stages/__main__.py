@@ -1,6 +1,7 @@
 """`python -m stages`: the stages of a model's life, one line each."""
 
 import ast
+import signal
 from pathlib import Path
 
 from stages.cli.command import leave
@@ -28,4 +29,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads on, as of `| head`
     leave(main())

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,11 @@ def test_every_stage_is_listed_with_what_it_does():
     assert all(line.endswith(".") for line in listed.values())
     output = command("").stdout.decode()
     assert all(line in output for line in listed.values())
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-m", "stages"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")  # as in `| head`
 
 
 @pytest.mark.journeys
