@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jax.interpreters import partial_eval
 from engine.counting.flops import twice_mean_keys
 from engine.errors import UserError
 from engine.model.attention import QUERY_BLOCK
+from engine.model.native.library import target
 from engine.model.ops import platform
 
 _MOVES = frozenset({
@@ -53,6 +54,7 @@ class JaxprCost:
     matmul: int = 0
     elementwise: int = 0
     transcendental: int = 0
+    in_kernels: int = 0  # of matmul: what XLA's cost analysis does not see
 
     @property
     def flops(self) -> int:
@@ -78,13 +80,17 @@ def jaxpr_cost(f: Callable[..., Any], *args: Any) -> JaxprCost:
 
 
 def _program(jaxpr: Jaxpr) -> JaxprCost:
-    return sum(map(_step, jaxpr.eqns), JaxprCost())
+    read = {id(result) for results in (jaxpr.outvars, *(equation.invars for equation in jaxpr.eqns)) for result in results}
+    return sum((_step(equation, read) for equation in jaxpr.eqns), JaxprCost())
 
 
-def _step(equation: JaxprEqn) -> JaxprCost:
+def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
+    """`read`: the identities of the results that the program reads."""
     name = equation.primitive.name
-    if name.startswith("dot_product_attention"):
-        return JaxprCost(matmul=_fused_attention(equation))
+    kernel = name if name != "ffi_call" else equation.params["target_name"]
+    if kernel.startswith(("dot_product_attention", target("causal_attention"))):
+        products = _fused_attention(equation, kernel, [id(result) in read for result in equation.outvars])
+        return JaxprCost(matmul=products, in_kernels=products)
     if name == "while" or name in _OPAQUE:
         hidden = "how often it runs is unknown" if name == "while" else "its work is hidden, or not known here"
         raise UserError(f"The walker cannot count {name!r}: {hidden}. Count the program that does without.")
@@ -105,12 +111,17 @@ def _dot(equation: Any) -> int:
     return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
 
 
-def _fused_attention(equation: Any) -> int:
-    """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dv, dp, dq and dk."""
+def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
+    """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dq, dk, dp for both, and dv.
+
+    What a kernel computes beside does not count: there q k^T again, and gradients that nothing reads.
+    """
     B, T, N, H = equation.invars[0].aval.shape
-    causal = "CAUSAL" in str(equation.params["mask_type"])
+    causal = "CAUSAL" in str(equation.params.get("mask_type", "CAUSAL"))
     keys = twice_mean_keys(T, QUERY_BLOCK) if causal else 2 * equation.invars[1].aval.shape[1]
-    return (4 if "bwd" in equation.primitive.name else 2) * B * N * H * T * keys
+    q, k, v = (is_read + [True] * 3)[:3]
+    products = q + k + (q or k) + v if "bwd" in kernel or "backward" in kernel else 2
+    return products * B * N * H * T * keys
 
 
 _REDUCTIONS = frozenset({

@@ -14,7 +14,7 @@ from jax import Array
 from engine.mesh import layout
 from engine.model import layers
 from engine.model.config import ModelConfig
-from engine.model.ops import ops, transpose
+from engine.model.ops import ops, platform, transpose
 
 QUERY_BLOCK = 128  # queries
 
@@ -47,6 +47,13 @@ def has_kernel(cfg: ModelConfig, tokens: int) -> bool:
         return False
     q, k = (jax.ShapeDtypeStruct((1, tokens, heads, cfg.head_dim), cfg.dtype) for heads in (cfg.heads, cfg.kv_heads))
     return jax.eval_shape(lambda q, k: kernel(q, k, k, None), q, k) is not None
+
+
+def attention_path(cfg: ModelConfig, tokens: int) -> str:
+    """Returns what computes it, in words: paths agree within rounding, and each by itself to the bit."""
+    if not has_kernel(cfg, tokens):
+        return "by XLA"
+    return "in C" if platform() == "cpu" else "by a fused kernel"
 
 
 @jax.custom_vjp

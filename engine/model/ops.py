@@ -4,10 +4,10 @@ That is the platform of JAX's default device where the program is traced. The de
 JAX keeps its traces, so `with jax.default_device("tpu")` traces any program for a TPU, on a machine that has none, and
 nobody passes a platform along. Everything that is not here is the same program everywhere.
 
-Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU. No scores reach memory: a kernel
-keeps a block of them at a time and computes them anew in its own backward pass (Dao et al. 2022, 2205.14135). Each takes
-q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and returns causal attention
-(B, T, N * H); or None for shapes, types and machines that it cannot serve.
+Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU, and on a CPU the one in C. No
+scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass (Dao et al.
+2022, 2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and
+returns causal attention (B, T, N * H); or None for shapes, types and machines that it cannot serve.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from engine.model.native.library import native_problem
+from engine.model.native.library import native_problem, target
 
 Kernel = Callable[[Array, Array, Array, Array | None], Array | None]
 LANES = 128  # numbers in a row of a TPU's vector unit: the kernel's blocks are multiples of it
@@ -76,6 +76,34 @@ def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: b
     return out.transpose(0, 2, 1, 3)[:, :T].reshape(B, T, -1)
 
 
+def native(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
+    """The kernel in C, in float32 and bfloat16, where it can be built."""
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or native_problem():
+        return None
+    return _native(q, k, v, jnp.zeros(0, jnp.int32) if segments is None else segments)
+
+
+@jax.custom_vjp
+def _native(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return _native_forward(q, k, v, segments)[0]
+
+
+def _native_forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Keeps each softmax's largest score and its sum (B, N, 2, T), from which the backward pass computes the weights anew."""
+    B, T, N, H = q.shape
+    shapes = jax.ShapeDtypeStruct((B, T, N * H), q.dtype), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)
+    out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes)(q, k, v, segments)
+    return out, (q, k, v, segments, out, sums)
+
+
+def _native_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals[:3]]
+    return (*jax.ffi.ffi_call(target("causal_attention_backward"), shapes)(*residuals, g), None)
+
+
+_native.defvjp(_native_forward, _native_backward)
+
+
 class Ops(NamedTuple):
     """The choices of one platform."""
 
@@ -86,8 +114,7 @@ class Ops(NamedTuple):
 
 
 PLATFORMS = {
-    # jax.nn.dot_product_attention is two to three times slower than the plain products on a CPU.
-    "cpu": Ops(True, True, None),
+    "cpu": Ops(True, True, native),
     "gpu": Ops(False, False, cudnn, cudnn_masked),
     "tpu": Ops(False, False, splash),
 }

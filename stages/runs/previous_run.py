@@ -133,6 +133,8 @@ def describe_changes(changes: Changes) -> list[str]:
             lines.append("what is in the validation data")
         elif path == "max_seconds":
             lines.append(f"--max-time: {before and duration(before)} -> {now and duration(now)}")
+        elif path == "attention":
+            lines.append(f"attention {before} -> {now}: the next steps are those {before} within rounding, not to the bit")
         elif path not in FOLLOWS:
             lines.append(f"{f'--{name.replace("_", "-")}' if BY_FLAG.fullmatch(path) else name}: {before} -> {now}")
     return lines

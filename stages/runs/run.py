@@ -16,6 +16,8 @@ from engine.files import write_json
 from engine.format import duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.mesh.layout import init_sharded
+from engine.model.attention import attention_path
+from engine.model.native.library import native_problem
 from engine.text.batch import ORDER_VERSION
 from engine.text.tokenizer import save_tokenizer
 from stages.cli import signals
@@ -151,13 +153,18 @@ def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, A
         "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
         "seed": plan.seed, "order": ORDER_VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
         "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
+        "attention": attention_path(plan.cfg, plan.recipe.context),
         "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_metadata,
     }  # fmt: skip
     return replace_nonfinite(values, str)  # a clip of infinity is 'inf'
 
 
 def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:
-    console.print_rows([("device", str(options.device)), *stage.plan_rows(), ("folder", str(options.folder))])
+    cfg, context = stage.plan.cfg, stage.plan.recipe.context
+    device = f"{options.device}; attention {attention_path(cfg, context)}"
+    console.print_rows([("device", device), *stage.plan_rows(), ("folder", str(options.folder))])
+    if options.device.backend == "cpu" and (problem := native_problem()):
+        console.print_notes([f"A step would take some percent less time with attention in C, but {problem}."])
     stage.print_example()
 
 

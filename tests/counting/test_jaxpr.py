@@ -10,7 +10,8 @@ from shapes_only import shaped
 
 from engine.counting.jaxpr import _TRANSCENDENTAL, JaxprCost, jaxpr_cost
 from engine.errors import UserError
-from engine.model.attention import QUERY_BLOCK, causal_attention_in_blocks
+from engine.model import ops
+from engine.model.attention import QUERY_BLOCK, causal_attention, causal_attention_in_blocks
 
 M, N, P = 3, 5, 7
 f32 = functools.partial(shaped, dtype=jnp.float32)
@@ -93,6 +94,17 @@ def test_fused_attention_counts_as_attention_in_blocks(name, passes):
     assert products(call("MaskType.CAUSAL"), q, k, k) == passes * in_blocks > 0
     over_a_cache = f32(2, 5, 6, 4), f32(2, 9, 3, 4), f32(2, 9, 3, 4)
     assert products(call("MaskType.NO_MASK"), *over_a_cache) == passes * 4 * 2 * 6 * 4 * 5 * 9
+
+
+@pytest.mark.parametrize("problem", ["", "there is no compiler"])
+def test_attention_counts_alike_in_c_and_by_xla(monkeypatch, problem):
+    """Forward and backward; whether it can be built here does not matter, for nothing is run."""
+    monkeypatch.setattr(ops, "native_problem", lambda: problem)
+    q, k = f32(2, 2 * QUERY_BLOCK, 6, 4), f32(2, 2 * QUERY_BLOCK, 3, 4)
+    slope = jax.grad(lambda q, k, v: jnp.square(causal_attention(q, k, v, None)).sum(), (0, 1, 2))
+    cost = jaxpr_cost(slope, q, k, k)
+    assert cost.matmul == 3 * products(lambda q, k, v: causal_attention_in_blocks(q, k, v, None), q, k, k)
+    assert cost.in_kernels == (0 if problem else cost.matmul)
 
 
 def sharded(x):

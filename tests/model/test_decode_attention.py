@@ -165,7 +165,8 @@ def test_no_memory_but_the_arrays_is_touched(tmp_path):
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("the compiler has no address sanitiser")
     products = Path(__file__).with_name("test_native.py")
-    tests = [__file__, test_blocks.__file__, f"{products}::test_products_have_the_bits_that_xla_gives_them"]
+    training = Path(__file__).with_name("test_causal_attention.py")
+    tests = [__file__, test_blocks.__file__, str(training), f"{products}::test_products_have_the_bits_that_xla_gives_them"]
     options = ["-q", "-n", "0", "-m", "not night", "-p", "no:cacheprovider", "-k", "not one_thread"]
     result = run_here(
         f"import pytest; raise SystemExit(pytest.main({[*options, *tests]}))",

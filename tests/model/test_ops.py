@@ -94,10 +94,11 @@ def test_a_model_on_a_tpu_computes_what_a_cpu_computes(monkeypatch):
     assert_near(*results, 1e-5)
 
 
-def test_a_kernel_leaves_what_it_cannot_serve():
-    """Where there is no cuDNN, attention in blocks takes all, and memory is predicted so."""
+def test_a_kernel_leaves_what_it_cannot_serve(monkeypatch):
+    """Where there is no cuDNN and no compiler, attention in blocks takes all, and memory is predicted so."""
     q, k = normal(0, 1, 130, 2, 8), normal(1, 1, 130, 1, 8)
     assert ops.cudnn(q, k, k, None) is None
-    for device, kernel in (("cpu", False), ("gpu", False), ("tpu", True)):
+    monkeypatch.setattr(ops, "native_problem", lambda: "there is no compiler")
+    for device, path in (("cpu", "by XLA"), ("gpu", "by XLA"), ("tpu", "by a fused kernel")):
         with jax.default_device(device):
-            assert attention.has_kernel(FAMILY["qwen3"], 130) == kernel
+            assert attention.attention_path(FAMILY["qwen3"], 130) == path

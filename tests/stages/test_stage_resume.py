@@ -42,7 +42,7 @@ from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
 from stages.runs.folder import JsonLines, updating
 from stages.runs.loop import RunOptions
-from stages.runs.previous_run import FIXED, differences, refusals, settings
+from stages.runs.previous_run import FIXED, describe_changes, differences, refusals, settings
 from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
@@ -358,3 +358,8 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
         except UserError as error:
             unnoticed += [] if name == "objective" else [f"{name}: {error}"]  # no data fits both
     assert unnoticed == []
+
+
+def test_a_run_resumed_on_the_other_path_of_attention_says_so():
+    lines = describe_changes({"attention": ("in C", "by XLA")})
+    assert lines == ["attention in C -> by XLA: the next steps are those in C within rounding, not to the bit"]

@@ -15,25 +15,13 @@
 #include <math.h>
 
 #include "threads.h"
+#include "vectors.h"
 
-// A vector of W float32, which the compiler makes of what the processor has.
-#if defined(__AVX512F__)
-enum { W = 16, KEYS = 4 };  // KEYS: read together, so that as many sums of QUERIES each are in registers
-#elif defined(__AVX2__)
-enum { W = 8, KEYS = 2 };
-#else
-enum { W = 4, KEYS = 4 };
-#endif
+enum { KEYS = W == 8 ? 2 : 4 };  // read together, so that as many sums of QUERIES each are in registers
 enum { BLOCK = 256 };   // positions
 enum { QUERIES = 4 };   // that share one reading of a key
 enum { VECTORS = 4 };   // of a value's W numbers, mixed at a time
 enum { AHEAD = 4096 };  // bytes: as in int8_matmul.c
-static const float MASKED = -1e30f;  // as in layers.py
-typedef float F __attribute__((vector_size(4 * W)));
-typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef uint16_t Halves __attribute__((vector_size(2 * W)));
-typedef int8_t Bytes __attribute__((vector_size(W)));
-enum Type { FLOAT32, BFLOAT16, INT8 };
 enum { PARTS = 2 };  // arrays that hold int8 keys: the numbers and their scales
 
 typedef struct {
@@ -52,46 +40,7 @@ typedef struct {
   int64_t count, parts;     // blocks, and how many shares they are done in
 } Task;
 
-INLINE F load(const void *from) {
-  F f;
-  memcpy(&f, from, sizeof f);
-  return f;
-}
-
-INLINE int64_t bytes_of(const enum Type type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
-
-INLINE F widen(const char *numbers, const enum Type type) {
-  if (type == FLOAT32) return load(numbers);
-  if (type == BFLOAT16) {
-    Halves halves;
-    memcpy(&halves, numbers, sizeof halves);
-    return (F)(__builtin_convertvector(halves, I) << 16);
-  }
-  Bytes bytes;
-  memcpy(&bytes, numbers, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, I), F);
-}
-
-// Vector c of H numbers; nothing behind them is read.
-INLINE F read(const char *numbers, int64_t c, int64_t H, const enum Type type) {
-  const char *from = numbers + c * W * bytes_of(type);
-  if ((c + 1) * W <= H) return widen(from, type);
-  char last[sizeof(F)] = {0};
-  memcpy(last, from, (H - c * W) * bytes_of(type));
-  return widen(last, type);
-}
-
-INLINE F larger(F a, F b) {
-  const I is = a > b;
-  return (F)(((I)a & is) | ((I)b & ~is));
-}
-
 // The lanes of a, then those of b, each two added up. Of W vectors, W - 1 such steps make one: the sum of each in a lane.
-#if defined(__clang__)
-#define EACH(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define EACH(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
-#endif
 INLINE F add_pairs(F a, F b) {
 #if defined(__AVX512F__)
   return EACH(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
@@ -106,22 +55,6 @@ INLINE F add_pairs(F a, F b) {
 INLINE float sum(F f) {
   for (int n = 1; n < W; n *= 2) f = add_pairs(f, f);
   return f[0];
-}
-
-// e to the power of x, up to 0, to 2e-7 of it; 0 below -87, NaN of NaN.
-INLINE F exponential(F x) {
-  const F round = (F){0} + 12582912.0f;         // 1.5 * 2^23: a sum with it has no fraction, and the integer in its last bits
-  const F shifted = x * 1.44269504f + round, n = shifted - round;
-  F r = x - n * 0.693359375f;                    // x - n log 2, in two parts
-  r = r + n * 2.12194440e-4f;
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes, expf
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const F power = (F)(((I)shifted - (I)round + 127) << 23);
-  return (F)((I)(p * power) & ~(x < -87.0f));
 }
 
 // Scores of some queries with the W keys from the first on; of those behind the block's last, any numbers. `queries` and `type`

@@ -34,15 +34,16 @@ FOLDER = Path(__file__).parent
 # The kernels, each a C file, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
 KERNELS = {
     "int8_matmul": "-ffp-contract=off", "block_matmul": "-ffp-contract=off", "decode_attention": "-ffp-contract=fast",
-    "adapter_matmul": "-ffp-contract=fast",
+    "adapter_matmul": "-ffp-contract=fast", "causal_attention": "-ffp-contract=fast",
 }  # fmt: skip
+WITH_BACKWARD = ("causal_attention",)  # whose files have a second function, of the backward pass
 COLUMNS, INPUTS = 16, 4  # of a step, as in int8_matmul.c
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library in the cache; it has a few thousand
-SECONDS = 60  # that a compiler may take; it takes one
+SECONDS = 300  # that a compiler may take; it takes five on an idle machine
 _lock = threading.Lock()
 
 
@@ -99,8 +100,9 @@ def _load() -> str:
             handle = os.memfd_create(kernel)
             with open(handle, "wb", closefd=False) as file:
                 file.write(read_library(kernel))
-            function = getattr(ctypes.CDLL(f"/proc/self/fd/{handle}"), target(kernel))
-            jax.ffi.register_ffi_target(target(kernel), jax.ffi.pycapsule(function), platform="cpu")
+            built = ctypes.CDLL(f"/proc/self/fd/{handle}")
+            for name in [kernel, f"{kernel}_backward"] if kernel in WITH_BACKWARD else [kernel]:
+                jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(built, target(name))), platform="cpu")
     except (_Unavailable, UserError, OSError, AttributeError) as error:
         return str(error)
     return ""
@@ -113,7 +115,7 @@ def read_library(kernel: str) -> bytes:
         raise _Unavailable("this processor is not known to multiply int8 fast")
     problem = "there is no C compiler; install one, or the extra `native`"
     source, flags = FOLDER / f"{kernel}.c", (*FLAGS, KERNELS[kernel])
-    texts = [file.read_text() for file in (source, FOLDER / "threads.h")]
+    texts = [file.read_text() for file in (source, *sorted(FOLDER.glob("*.h")))]
     for compiler in _compilers():
         key = [*texts, jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
         path = cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
@@ -126,7 +128,7 @@ def read_library(kernel: str) -> bytes:
                 subprocess.run([*compiler, *arguments], check=True, capture_output=True, timeout=SECONDS)
             except (OSError, subprocess.SubprocessError) as error:
                 output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-                problem = f"{compiler[0]} failed: {output.splitlines()[0]}"
+                problem = f"{compiler[0]} failed: {output.splitlines()[0].rstrip('.')}"
                 continue
             library = built.read_bytes()
             if not path.is_file():  # a pipe that somebody has put there

@@ -1,0 +1,72 @@
+// What the kernels of attention share: vectors of numbers, and the exponential function.
+// A vector of W float32, which the compiler makes of what the processor has.
+#if defined(__AVX512F__)
+enum { W = 16 };
+#elif defined(__AVX2__)
+enum { W = 8 };
+#else
+enum { W = 4 };
+#endif
+static const float MASKED = -1e30f;  // as in layers.py
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef int8_t Bytes __attribute__((vector_size(W)));
+enum Type { FLOAT32, BFLOAT16, INT8 };
+
+INLINE F load(const void *from) {
+  F f;
+  memcpy(&f, from, sizeof f);
+  return f;
+}
+
+INLINE int64_t bytes_of(const enum Type type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+
+INLINE F widen(const char *numbers, const enum Type type) {
+  if (type == FLOAT32) return load(numbers);
+  if (type == BFLOAT16) {
+    Halves halves;
+    memcpy(&halves, numbers, sizeof halves);
+    return (F)(__builtin_convertvector(halves, I) << 16);
+  }
+  Bytes bytes;
+  memcpy(&bytes, numbers, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, I), F);
+}
+
+// Vector c of H numbers; nothing behind them is read.
+INLINE F read(const char *numbers, int64_t c, int64_t H, const enum Type type) {
+  const char *from = numbers + c * W * bytes_of(type);
+  if ((c + 1) * W <= H) return widen(from, type);
+  char last[sizeof(F)] = {0};
+  memcpy(last, from, (H - c * W) * bytes_of(type));
+  return widen(last, type);
+}
+
+INLINE F larger(F a, F b) {
+  const I is = a > b;
+  return (F)(((I)a & is) | ((I)b & ~is));
+}
+
+// Numbers of two vectors by place; those of b come after those of a.
+#if defined(__clang__)
+#define EACH(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define EACH(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
+#endif
+
+// e to the power of x, up to 0, to 2e-7 of it; 0 below -87, NaN of NaN.
+INLINE F exponential(F x) {
+  const F round = (F){0} + 12582912.0f;         // 1.5 * 2^23: a sum with it has no fraction, and the integer in its last bits
+  const F shifted = x * 1.44269504f + round, n = shifted - round;
+  F r = x - n * 0.693359375f;                    // x - n log 2, in two parts
+  r = r + n * 2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes, expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const F power = (F)(((I)shifted - (I)round + 127) << 23);
+  return (F)((I)(p * power) & ~(x < -87.0f));
+}
