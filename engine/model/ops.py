@@ -78,7 +78,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: b
 
 def native(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
     """The kernel in C, in float32 and bfloat16, where it can be built."""
-    if q.dtype not in (jnp.float32, jnp.bfloat16) or native_problem():
+    if q.dtype.name not in ("float32", "bfloat16") or native_problem():
         return None
     return _native(q, k, v, jnp.zeros(0, jnp.int32) if segments is None else segments)
 
