@@ -21,7 +21,7 @@ from tiny_runs import WORDS, at_step, interrupt, metrics
 
 from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths
-from engine.storage import checkpoint
+from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import Example
@@ -457,7 +457,7 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before it was known whether there is room")
 
-    monkeypatch.setattr(checkpoint, "load_params", read)
+    monkeypatch.setattr(checkpoint_reader, "load_params", read)
     monkeypatch.setattr(RunPlan, "memory_limit", 600_000)
     lora = "a LoRA (no --train, no --freeze)"
     for remedy, flags in (("--base int8", ()), (lora, ("--train", "all"))):
