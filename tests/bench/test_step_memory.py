@@ -60,7 +60,8 @@ def test_training_climbs_through_forward_and_comes_down_through_backward(memorie
 
 def test_a_way_of_training_holds_what_it_needs(memories):
     most = {name: {kind: max(values) for kind, values in memory.bytes.items()} for name, memory in memories.items()}
-    assert 4 * most["gradient checkpointing"]["residuals"] < most["pre-training step"]["residuals"]
+    # Attention in C keeps no weights, so that a block's residuals are fewer, and its input the larger share of them.
+    assert 2 * most["gradient checkpointing"]["residuals"] < most["pre-training step"]["residuals"]
     assert most["bottom half frozen"]["residuals"] < 0.7 * most["pre-training step"]["residuals"]
     assert 4 * most[LORA]["gradients"] < most["pre-training step"]["gradients"]
     state = {name: memory.bytes["optimizer state"][0] for name, memory in memories.items()}
