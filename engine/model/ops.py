@@ -92,13 +92,14 @@ def _native_forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Arra
     """Keeps each softmax's largest score and its sum (B, N, 2, T), from which the backward pass computes the weights anew."""
     B, T, N, H = q.shape
     shapes = jax.ShapeDtypeStruct((B, T, N * H), q.dtype), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)
-    out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes)(q, k, v, segments)
+    out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes, vmap_method="sequential")(q, k, v, segments)
     return out, (q, k, v, segments, out, sums)
 
 
 def _native_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals[:3]]
-    return (*jax.ffi.ffi_call(target("causal_attention_backward"), shapes)(*residuals, g), None)
+    backward = jax.ffi.ffi_call(target("causal_attention_backward"), shapes, vmap_method="sequential")
+    return (*backward(*residuals, g), None)
 
 
 _native.defvjp(_native_forward, _native_backward)
