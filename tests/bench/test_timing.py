@@ -120,7 +120,7 @@ def test_a_whole_command_that_misses_its_bar_shows(monkeypatch, capsys):
     """The commands themselves run at night: tests/test_readme.py."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which the measurement replaces
     result = {"val_bits_per_byte": 1.9, "first_step_seconds": 3.0, "peak_rss_bytes": 1e9}
-    monkeypatch.setattr("bench.commands._result", lambda *_: result)
+    monkeypatch.setattr("bench.commands._result", lambda *_: (result, []))
     monkeypatch.setattr("bench.commands._help_seconds", lambda: 0.1)
     monkeypatch.setattr("bench.commands._first_output", lambda *_: (0.5, "0 recompiles"))
     rows = measure_commands(CommandsFlags())["rows"]

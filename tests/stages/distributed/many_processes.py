@@ -20,13 +20,13 @@ FLAGS = (
 # JAX keeps the programs of process 0 alone, and another's are others, as its devices are: they would be compiled in each test.
 KEEPS_PROGRAMS = """
 from types import SimpleNamespace
-import engine.mesh.processes as mesh_processes
-join = mesh_processes.join
+import engine.mesh.lifecycle as lifecycle
+join = lifecycle.join
 def join_and_keep(*arguments):
     join(*arguments)
     from jax._src import compiler
     compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
-mesh_processes.join = join_and_keep
+lifecycle.join = join_and_keep
 """
 
 

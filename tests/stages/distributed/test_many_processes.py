@@ -77,7 +77,9 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
 
 def test_a_write_that_one_process_is_refused_ends_all_with_its_sentence(start, text, tmp_path):
     two = start(2, "train", *tiny(text, tmp_path / "run", *FLAGS))
-    resource.prlimit(two[1].pid, resource.RLIMIT_FSIZE, (2**14, 2**14))  # bytes: less than its part of a checkpoint
+    resource.prlimit(
+        two[1].pid, resource.RLIMIT_FSIZE, (2**18, 2**18)
+    )  # bytes: less than its part of a checkpoint, and more than a kernel
     codes, errors = finish(two)
     assert codes == {2}, errors
     sentence = r"Checkpoint \S+/4 could not be written \(\d\.\d MB wanted\): File too large\. Earlier checkpoints are untouched"
