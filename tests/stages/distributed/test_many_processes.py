@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -75,11 +74,21 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text
     np.testing.assert_allclose([*there.values()], [*wanted.values()], rtol=1e-5)
 
 
+LIMITED = """
+import resource
+import engine.mesh.lifecycle as lifecycle
+meet = lifecycle.join
+def meet_and_limit(*arguments):
+    meet(*arguments)
+    from engine.model.native.library import native_problem
+    native_problem()  # loads the kernels, from files in memory
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))  # bytes: less than this process's part of a checkpoint
+lifecycle.join = meet_and_limit
+"""
+
+
 def test_a_write_that_one_process_is_refused_ends_all_with_its_sentence(start, text, tmp_path):
-    two = start(2, "train", *tiny(text, tmp_path / "run", *FLAGS))
-    resource.prlimit(
-        two[1].pid, resource.RLIMIT_FSIZE, (2**18, 2**18)
-    )  # bytes: less than its part of a checkpoint, and more than a kernel
+    two = start(2, "train", *tiny(text, tmp_path / "run", *FLAGS), patch=lambda number: LIMITED * number)
     codes, errors = finish(two)
     assert codes == {2}, errors
     sentence = r"Checkpoint \S+/4 could not be written \(\d\.\d MB wanted\): File too large\. Earlier checkpoints are untouched"
