@@ -277,7 +277,7 @@ def serving(document: Document) -> list[str]:
 def share(document: Document) -> list[str]:
     """Returns the limit of a training step, as an item of a list."""
     ((row, *_),) = (shape["rows"] for shape in document["shapes"] if shape["shape"] == STEP)
-    return [f"- A training step reaches {ratio(row['of_matmul'])} of what this processor multiplies; we aim at 0.75."]
+    return [f"- A training step reaches {ratio(row['of_matmul'])} of what this processor multiplies."]
 
 
 def chat(document: Document) -> list[str]:
