@@ -95,9 +95,15 @@ def decode_steps(
 
 
 def generate(
-    cfg: ModelConfig, params: Params, prompt: Sequence[int], count: int, *,
-    temperature: float, seed: int = 0, stop_token_ids: Collection[int] = (),
-) -> list[int]:  # fmt: skip
+    cfg: ModelConfig,
+    params: Params,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    temperature: float,
+    seed: int = 0,
+    stop_token_ids: Collection[int] = (),
+) -> list[int]:
     """Returns the `count` tokens that follow a prompt, or those before one of `stop_token_ids`. params: `prepare_params`'s."""
     number = lambda value, dtype=np.float32: jnp.asarray([value], dtype)
     sampling = SamplingArrays(number(temperature), number(0, np.int32), number(1), number(0), number(seed, np.uint32))

@@ -209,11 +209,13 @@ class Engine:
         """Returns an adapter of every matrix, of random numbers."""
         rng, rank = np.random.default_rng(0), self.config.adapter_rank
         normal = lambda *shape: rng.standard_normal(shape, np.float32)
-        return unflatten({
-            f"blocks/{layer}/{name}": LoRA(None, normal(rows, rank), normal(rank, columns), 1 / rows)  # type: ignore[arg-type]
-            for layer in range(self.cfg.layers)
-            for name, (rows, columns) in self.cfg.matrices.items()
-        })  # fmt: skip
+        return unflatten(
+            {
+                f"blocks/{layer}/{name}": LoRA(None, normal(rows, rank), normal(rank, columns), 1 / rows)  # type: ignore[arg-type]
+                for layer in range(self.cfg.layers)
+                for name, (rows, columns) in self.cfg.matrices.items()
+            }
+        )
 
     def _clear(self, sequence: Sequence, stop: int) -> bool:
         """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it.

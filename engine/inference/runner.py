@@ -83,9 +83,14 @@ class SampledTokens(NamedTuple):
 
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
 def prefill_chunk(
-    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, slot: Array, start: Array,
+    cfg: ModelConfig,
+    params: Params,
+    segments: KVSegments,
+    tokens: Array,
+    slot: Array,
+    start: Array,
     adapters: RowAdapters = NO_ADAPTERS,
-) -> KVSegments:  # fmt: skip
+) -> KVSegments:
     """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
     rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
@@ -96,9 +101,15 @@ def prefill_chunk(
 
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
 def embed_chunk(
-    cfg: ModelConfig, params: Params, segments: KVSegments, tokens: Array, count: Array, slot: Array, start: Array,
+    cfg: ModelConfig,
+    params: Params,
+    segments: KVSegments,
+    tokens: Array,
+    count: Array,
+    slot: Array,
+    start: Array,
     adapters: RowAdapters = NO_ADAPTERS,
-) -> tuple[Array, KVSegments]:  # fmt: skip
+) -> tuple[Array, KVSegments]:
     """Sums the head's input over the first `count` of tokens (1, T) int32, (1, D) float32; else as `prefill_chunk`."""
     rows, T = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
     params = with_stacks(cfg, params, *adapters)
@@ -199,12 +210,30 @@ def idle_calls(
 
     token = np.zeros(config.rows, np.int32)
     return Programs(
-        decode=(decode_slots, (cfg, params, segments, counts, token, rows, *sampling, masks, step, np.bool_(False),
-                               row_adapters(stacks, [0] * config.rows))),
+        decode=(
+            decode_slots,
+            (
+                cfg,
+                params,
+                segments,
+                counts,
+                token,
+                rows,
+                *sampling,
+                masks,
+                step,
+                np.bool_(False),
+                row_adapters(stacks, [0] * config.rows),
+            ),
+        ),
         prefill_chunk=prefill(config.chunk),
         prefill_tail=prefill(config.tail) if has_tail else None,
-        embed_chunk=(embed_chunk, (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start,
-                                   row_adapters(stacks, [0]))) if config.embeds else None,
+        embed_chunk=(
+            embed_chunk,
+            (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start, row_adapters(stacks, [0])),
+        )
+        if config.embeds
+        else None,
         clear_slot=(clear_slot, (segments, nowhere, start, step)),
         copy_slot=(copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
         set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
@@ -212,7 +241,7 @@ def idle_calls(
         write_chunk=write(config.chunk),
         read_tail=read(config.tail) if has_tail else None,
         write_tail=write(config.tail) if has_tail else None,
-    )  # fmt: skip
+    )
 
 
 def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:

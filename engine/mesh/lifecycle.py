@@ -61,7 +61,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, se
     try:
         jax.distributed.initialize(
             address, processes, process, initialization_timeout=FOREVER, heartbeat_timeout_seconds=HEARTBEAT
-        )  # fmt: skip
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"This process cannot join the others: {error}. Give --coordinator HOST:PORT --processes N --process I: all of "

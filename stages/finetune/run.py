@@ -56,9 +56,15 @@ def run(flags: "FinetuneFlags", device: Device) -> int:
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
     evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
     options = RunOptions(
-        "finetune", device, folder, flags.dry_run, **intervals,
-        eval_every=evaluate, mesh=flags.mesh.shape(), patience=flags.tuning.patience,
-    )  # fmt: skip
+        "finetune",
+        device,
+        folder,
+        flags.dry_run,
+        **intervals,
+        eval_every=evaluate,
+        mesh=flags.mesh.shape(),
+        patience=flags.tuning.patience,
+    )
     return execute(options, lambda console: FineTuning(flags, seconds, options, console))
 
 

@@ -157,9 +157,7 @@ def load_state(
     on_one_cpu = device.backend == "cpu" and engine.devices == 1
     if engine_config.weights in ("file", "int8") and on_one_cpu and (problem := native_problem()):
         console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
-    state = ServerState(
-        names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder
-    )  # fmt: skip
+    state = ServerState(names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder)
     for index, ((name, _), (tree, _)) in enumerate(zip(adapters if engine_config.adapters else (), trees), 1):
         state.adapters.adapters[name] = state.adapters.put(index, tree)
     return state, ahead

@@ -62,9 +62,16 @@ def run(flags: ServeFlags) -> int:
         kv_dtype: Any = flags.keys_values
         prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
         engine_config = EngineConfig(
-            flags.slots, flags.capacity, weights, kv_dtype, prefix_cache_bytes, not flags.no_speculative_decoding, embeds=True,
-            adapters=count, adapter_rank=flags.max_rank,
-        )  # fmt: skip
+            flags.slots,
+            flags.capacity,
+            weights,
+            kv_dtype,
+            prefix_cache_bytes,
+            not flags.no_speculative_decoding,
+            embeds=True,
+            adapters=count,
+            adapter_rank=flags.max_rank,
+        )
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
             state, ahead = load_state(
                 flags.model, engine_config, device, console, adapters=flags.adapter, adapter_folder=flags.adapter_folder,

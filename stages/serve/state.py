@@ -54,10 +54,18 @@ class ServerState:
         self.name, self.names = names[0], names
         self.digest, self.price, self.loaded_at = digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
-        self._fingerprint = functools.cache(lambda **adapter: system_fingerprint(
-            digest, engine, tokenizer=model.tokenizer.digest, template=chat.source, now=now, eos=sorted(model.eos_ids),
-            sampling=repr(sampling), **adapter,
-        ))  # fmt: skip
+        self._fingerprint = functools.cache(
+            lambda **adapter: system_fingerprint(
+                digest,
+                engine,
+                tokenizer=model.tokenizer.digest,
+                template=chat.source,
+                now=now,
+                eos=sorted(model.eos_ids),
+                sampling=repr(sampling),
+                **adapter,
+            )
+        )
         self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
         self.tokenizer = TokenizerPool(chat, engine.capacity)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)

@@ -95,9 +95,14 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
     with console.task(f"compiling for {mesh.devices} virtual devices", always=True):
         try:
             process = subprocess.run(
-                [sys.executable, *COMMAND], input=request, capture_output=True, check=False, timeout=COMPILE_SECONDS,
-                start_new_session=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},  # Ctrl-C is ours
-            )  # fmt: skip
+                [sys.executable, *COMMAND],
+                input=request,
+                capture_output=True,
+                check=False,
+                timeout=COMPILE_SECONDS,
+                start_new_session=True,
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},  # Ctrl-C is ours
+            )
         except subprocess.TimeoutExpired:
             raise UserError(f"Compiling for {mesh} took over {duration(COMPILE_SECONDS)} and was given up.") from None
     if process.returncode:

@@ -262,9 +262,14 @@ class Training(BatchStage):
         cfg, tokenizer = self.plan.cfg, self.tokenizer
         with self.console.task("writing a sample"):
             ids = generate(
-                cfg, prepare_params(cfg, params), tokenizer.encode(text).tolist(), min(SAMPLE, cfg.context - 1),
-                temperature=0.8, seed=self.plan.seed, stop_token_ids=self.stop_token_ids,
-            )  # fmt: skip
+                cfg,
+                prepare_params(cfg, params),
+                tokenizer.encode(text).tolist(),
+                min(SAMPLE, cfg.context - 1),
+                temperature=0.8,
+                seed=self.plan.seed,
+                stop_token_ids=self.stop_token_ids,
+            )
         return tokenizer.decode(ids)
 
     def prompt(self) -> tuple[str, list[int]]:

@@ -5,20 +5,11 @@
 // x, a and b are all float32 or all bfloat16. Row m is multiplied by a[index[m]], then columns edges[p] .. edges[p + 1] are
 // made of the p-th R of those numbers by b[index[m]]; a row of index 0 gets zeros. A row's bits depend on itself and its pair.
 #include "threads.h"
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-enum { W = 16 };
-#elif defined(__AVX2__)
-enum { W = 8 };
-#else
-enum { W = 4 };
-#endif
 enum { SUMS = 2, ROWS = 4 };  // sums that are added to in turn, so that none waits for the last, of so many rows of a
 enum { MIXED = 4 };           // vectors of columns that are mixed at a time
 enum { AHEAD = 512 };         // bytes of each row of b: their columns lie far apart, where processors do not fetch ahead
-typedef float F __attribute__((vector_size(4 * W)));
-typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 
 typedef struct {
   const char *x, *a, *b;
@@ -28,15 +19,8 @@ typedef struct {
   int64_t in, out, rank, parts, bytes;  // bytes: of a number
 } Task;
 
-INLINE F load(const char *numbers, const int64_t bytes) {
-  if (bytes == 4) {
-    F f;
-    memcpy(&f, numbers, sizeof f);
-    return f;
-  }
-  Halves halves;
-  memcpy(&halves, numbers, sizeof halves);
-  return (F)(__builtin_convertvector(halves, I) << 16);
+INLINE F load_vector(const char *numbers, const int64_t bytes) {
+  return widen(numbers, bytes == 4 ? FLOAT32 : BFLOAT16);
 }
 
 INLINE float load_one(const char *number, const int64_t bytes) {
@@ -59,11 +43,11 @@ INLINE void dots(const char *x, const char *a, int64_t count, int64_t stride, co
   int64_t i = 0;
   for (; i + SUMS * W <= count; i += SUMS * W)
     UNROLL for (int s = 0; s < SUMS; s++) {
-      const F numbers = load(x + (i + s * W) * bytes, bytes);
+      const F numbers = load_vector(x + (i + s * W) * bytes, bytes);
       UNROLL for (int r = 0; r < rows; r++) {
         const char *from = a + r * stride + (i + s * W) * bytes;
         if (s * W * bytes % LINE == 0) __builtin_prefetch(from + rows * stride, 0, 2);  // of the next rows
-        sums[r][s] += numbers * load(from, bytes);
+        sums[r][s] += numbers * load_vector(from, bytes);
       }
     }
   UNROLL for (int r = 0; r < rows; r++) to[r] = sum(sums[r][0] + sums[r][1]);
@@ -79,7 +63,7 @@ INLINE void mix(const Task *t, const float *inner, const char *b, float *sums, i
       const char *from = b + r * stride + column * bytes;
       UNROLL for (int s = 0; s < MIXED; s++) {
         if (s * W * bytes % LINE == 0) __builtin_prefetch(from + AHEAD + s * W * bytes, 0, 2);
-        mixed[s] += inner[r] * load(from + s * W * bytes, bytes);
+        mixed[s] += inner[r] * load_vector(from + s * W * bytes, bytes);
       }
     }
     memcpy(sums + column, mixed, sizeof mixed);

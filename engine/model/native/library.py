@@ -33,9 +33,12 @@ from engine.files import atomic_file, cache_folder, open_regular, trust_problem
 FOLDER = Path(__file__).parent
 # The kernels, each a C file, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
 KERNELS = {
-    "int8_matmul": "-ffp-contract=off", "block_matmul": "-ffp-contract=off", "decode_attention": "-ffp-contract=fast",
-    "adapter_matmul": "-ffp-contract=fast", "causal_attention": "-ffp-contract=fast",
-}  # fmt: skip
+    "int8_matmul": "-ffp-contract=off",
+    "block_matmul": "-ffp-contract=off",
+    "decode_attention": "-ffp-contract=fast",
+    "adapter_matmul": "-ffp-contract=fast",
+    "causal_attention": "-ffp-contract=fast",
+}
 WITH_BACKWARD = ("causal_attention",)  # whose files have a second function, of the backward pass
 COLUMNS, INPUTS = 16, 4  # of a step, as in int8_matmul.c
 # Without traps numbers are rounded many at once.

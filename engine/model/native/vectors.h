@@ -1,4 +1,4 @@
-// What the kernels of attention share: vectors of numbers, and the exponential function.
+// What kernels of floating-point numbers share: vectors of numbers, and the exponential function.
 // A vector of W float32, which the compiler makes of what the processor has.
 #if defined(__AVX512F__)
 enum { W = 16 };

@@ -27,9 +27,11 @@ LIVES = [
 TRAIN = [FOLDER / "train_here" / name for name in ("train.html", "train.css", "model.js", "page.js")]
 TRAIN_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
 SITE = {
-    "lives.html": "Three lives", "train.html": "Train it here", "report.html": "What each stage costs",
+    "lives.html": "Three lives",
+    "train.html": "Train it here",
+    "report.html": "What each stage costs",
     "plan.html": "What it will take",
-}  # fmt: skip
+}
 LAW = re.compile(r"tests/\w+/\w+\.py::\w+")
 LINKS = re.compile(r'(<nav id="site" aria-label="Pages">).*?(</nav>)')
 LISTS = {"step": "steps", "validation": "validation", "frame": "frames"}  # of a life, by the kind of event
