@@ -7,7 +7,9 @@ what the block is computed from.
 import ast
 import contextlib
 import io
+import itertools
 import json
+import operator
 import re
 import shlex
 import sys
@@ -16,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
+sys.path.append(str(Path(__file__).parent / "promises"))
+
+from figures import PROMISES, Figure
 
 from bench.plan.__main__ import PlanFlags, answer
 from bench.plan.plans import write
@@ -305,6 +310,33 @@ def validated(_: Document) -> list[str]:
     return table("predicted|rows|median error|inside the interval", cells)
 
 
+def serves(document: Document) -> list[str]:
+    """Returns the promises of serving."""
+    return _promises(document, "SX")
+
+
+def trains(document: Document) -> list[str]:
+    """Returns the promises of training."""
+    return _promises(document, "T")
+
+
+def _promises(document: Document, kinds: str) -> list[str]:
+    """Returns a row for each trial of a promise that has figures, and one for all the others of a promise."""
+    rows = [row for row in document["rows"] if row["promise"][0] in kinds]
+    cells = []
+    for row in rows:
+        figures = "; ".join(str(Figure(**figure)) for figure in row["figures"])
+        over = row["over"] + ", with --quick" * row["quick"]
+        if figures:
+            cells.append((row["promise"], figures + ": **not kept**" * (not row["kept"]), over, row["date"]))
+    for name, others in itertools.groupby((row for row in rows if not row["figures"]), operator.itemgetter("promise")):
+        kept = [row["kept"] for row in others]
+        cells.append((name, f"{sum(kept)} of {len(kept)} cases", "", rows[-1]["date"]))
+    order = [*PROMISES]
+    cells = [(name, PROMISES[name], *rest) for name, *rest in sorted(cells, key=lambda cell: order.index(cell[0]))]
+    return table("|promise|measured|tried with|on", cells, range(5))
+
+
 BLOCKS: dict[str, Callable[[Document], list[str]]] = {
     each.__name__: each
     for each in (
@@ -324,6 +356,8 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         chat,
         plan,
         validated,
+        serves,
+        trains,
     )
 }
 

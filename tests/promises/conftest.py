@@ -5,6 +5,8 @@ default too, in a few repetitions and without their bars of time, on the tiny se
 that could not be tried is not kept. Without `-n 0` the workers disturb each other's timing.
 """
 
+import dataclasses
+import json
 import random
 import signal
 import sys
@@ -19,10 +21,13 @@ sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")
 
 from tiny_server import SLOTS, TinyServer
 
+from bench.cli import circumstances
 from bench.serving.client import Client
 from bench.serving.server import Server
+from engine.files import atomic_file
 
-ROWS: dict[str, list[str]] = {}  # of the summary, by the promise's name
+Options = dataclasses.make_dataclass("Options", [])  # a document's flags; the command says all
+FOUND: list[dict[str, Any]] = []  # what each trial of a promise found
 
 
 def pytest_addoption(parser):
@@ -30,6 +35,9 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="few repetitions of each promise")
     group.addoption("--promises-model", default="smollm2-135m-instruct", help="what `--model` of stages.serve takes")
     group.addoption("--promises-slots", type=int, default=8, help="requests the server answers at the same time")
+    group.addoption(
+        "--promises-out", type=Path, metavar="FOLDER", help="keep the figures in FOLDER/promises.json, beside older ones"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -101,7 +109,8 @@ def expect(record_property, is_real):
     """Records figures and fails when one misses its bar: `expect(*figures, over="how many of what")`."""
 
     def expect(*figures: Figure, over: str = "") -> None:
-        record_property("figures", f"{'; '.join(map(str, figures))} ({over})")
+        record_property("figures", [figure._asdict() for figure in figures])
+        record_property("over", over)
         missed = [str(figure) for figure in figures if not figure.is_met and (is_real or not figure.is_time)]
         assert not missed, f"{'; '.join(missed)} ({over})"
 
@@ -113,13 +122,40 @@ def pytest_runtest_logreport(report):
     properties: dict[str, Any] = dict(report.user_properties)
     if "promise" in properties and (report.when == "call" or not report.passed):
         crash = getattr(report.longrepr, "reprcrash", None)
-        found = properties.get("figures") or (crash.message.splitlines()[0] if crash else report.nodeid.rpartition("::")[2])
-        ROWS.setdefault(properties["promise"], []).append(f"{'kept' if report.passed else 'NOT KEPT'}: {found}")
+        FOUND.append(
+            {
+                "promise": properties["promise"], "trial": report.nodeid.rpartition("/")[2], "kept": report.passed,
+                "figures": properties.get("figures", []), "over": properties.get("over", ""),
+                "error": crash.message.splitlines()[0] if crash and "figures" not in properties else None,
+            }
+        )  # fmt: skip
 
 
-def pytest_terminal_summary(terminalreporter):
-    for name, results in sorted(ROWS.items(), key=lambda row: (row[0][0], int(row[0][1:]))):
+def pytest_terminal_summary(terminalreporter, config):
+    rows: dict[str, list[str]] = {}
+    for row in FOUND:
+        figures = "; ".join(str(Figure(**figure)) for figure in row["figures"])
+        found = row["error"] or (f"{figures} ({row['over']})" if figures else row["trial"])
+        rows.setdefault(row["promise"], []).append(f"{'kept' if row['kept'] else 'NOT KEPT'}: {found}")
+    for name, results in sorted(rows.items(), key=lambda row: by_number(row[0])):
         terminalreporter.write_line("\n    ".join([f"{name:3} {results[0]}", *results[1:]]))
-    if ROWS:
-        count = sum(all(result.startswith("kept") for result in results) for results in ROWS.values())
-        terminalreporter.write_line(f"{count} of {len(ROWS)} promises kept.")
+    if rows:
+        count = sum(all(result.startswith("kept") for result in results) for results in rows.values())
+        terminalreporter.write_line(f"{count} of {len(rows)} promises kept.")
+    if FOUND and (folder := config.getoption("--promises-out")):
+        keep(folder / "promises.json", config.getoption("--quick"))
+
+
+def keep(path: Path, quick: bool) -> None:
+    """Writes what was found in place of older figures of the same trials. The others stay, each with its date and commit."""
+    about = circumstances(["pytest", *sys.argv[1:]], Options())
+    own = {"date": about["date"][:10], "commit": about["commit"], "load": about["load"], "quick": quick}
+    older = json.loads(path.read_text())["rows"] if path.exists() else []
+    by_trial = {row["trial"]: row for row in older} | {row["trial"]: row | own for row in FOUND}
+    rows = sorted(by_trial.values(), key=lambda row: (by_number(row["promise"]), row["trial"]))
+    with atomic_file(path) as file:
+        file.write(json.dumps(about | {"rows": rows}, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def by_number(promise: str) -> tuple[int, int]:
+    return "SXTJ".index(promise[0]), int(promise[1:])
