@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
 sys.path.append(str(Path(__file__).parent / "promises"))
 
-from figures import PROMISES, Figure
+from figures import Figure
 
 from bench.plan.__main__ import PlanFlags, answer
 from bench.plan.plans import write
@@ -53,6 +53,32 @@ TUNED = {  # and of the commands after it
     "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token",),
     "stages.export": ("loss",), "stages.serve": ("ready after",),
 }  # fmt: skip
+PROMISES = {  # what is tried at length
+    "S1": "The same request gives the same bits, whoever else is there.",
+    "S2": "No request sees another's text.",
+    "S3": "Serving changes no weight, and no route could.",
+    "S4": "A disconnect frees its slot.",
+    "S5": "Overload is refused at once, and costs no throughput.",
+    "S6": "No request compiles, breaks or blocks anything.",
+    "S7": "Tokenizing is linear: a megabyte in a second.",
+    "S8": "SIGTERM lets running requests finish.",
+    "S9": "/health replies 503 once the engine hangs.",
+    "S10": "OpenAI's own client works, and so does every request that our OpenAPI allows.",
+    "S11": "A short prompt beside long ones has its first token soon.",
+    "S17": "A request gets what it gets alone, under any schedule on a simulated device.",
+    "X3": "Every route but liveness and health needs the key.",
+    "X4": "A page of another site cannot use a local server.",
+    "X5": "A start unpickles nothing, runs nothing foreign and opens no connection.",
+    "T1": "A kill at any instant leaves whole checkpoints only.",
+    "T2": "A damaged newest checkpoint is named, and the one before it is used.",
+    "T3": "A resumed run is the uninterrupted one to the bit.",
+    "T5": "Ctrl-C, SIGTERM and a closed terminal save, in any phase.",
+    "T7": "The same configuration gives the same bits.",
+    "T8": "A full, broken or read-only disk is reported, and harms no older checkpoint.",
+    "T9": "One of several processes dies: all end, and the same command resumes.",
+    "T11": "Saving runs beside training.",
+    "T14": "Memory stays within the plan.",
+}
 Document = dict[str, Any]
 
 
