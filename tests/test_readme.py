@@ -1,8 +1,10 @@
-"""Every command of every README is run here, as it is written, but for flags that make it short."""
+"""Every command of every README is run here, as it is written, but for flags that make it short: by day in this process."""
 
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import httpx
 import pytest
 import tyro
 from readmes import PICTURED, PICTURES, ROOT, sh_commands, written
-from tiny import QUICKLY_MEASURED
+from tiny import SMALL
 
 from bench import MOVED
 from bench.stages.report import write_pictures
@@ -34,7 +36,7 @@ SHORT = {
 # Commands of minutes, those that need what a test does not install, and those that are another one here.
 LONG = {"bench", "bench.commands", "bench.lives", "bench.peers", "bench.serving"}
 ALIKE = {
-    "stages.serve",
+    "stages.serve", "stages.serve --model smollm2-135m-instruct", "stages.serve --model runs/smollm2-135m-instruct-voice",
     "bench.step --dtype float32", "bench.step --allocator default",
     "stages.finetune --model runs/demo-shakespeare --data voice --out-dir runs/demo-voice",
 }  # fmt: skip
@@ -102,18 +104,41 @@ def here(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(command, id=" ".join(command[1:]), marks=[pytest.mark.night] * is_long(command)) for command in EVERY],
-)
-def test_each_command_runs(command, here):
-    """In their order: a command may read what one before it wrote."""
+BY_DAY = [command for command in EVERY if not is_long(command)]
+
+
+@pytest.mark.parametrize("command", BY_DAY, ids=lambda command: " ".join(command[1:]))
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_each_command_runs(command, here, monkeypatch, capfd):
+    """In their order: a command may read what one before it wrote. A server alone has a process of its own."""
+    words = short(command, here / "text.txt")
+    if command[1] == "stages.serve":
+        serve(words, here)
+        return
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    monkeypatch.setattr("stages.cli.command.leave", sys.exit)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of what it starts itself
+    monkeypatch.setenv("NO_COLOR", "1")
+    if command[1] == "bench.step":
+        for name, value in SMALL.items():
+            monkeypatch.setattr(f"engine.counting.hardware.{name}", value)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    printed = capfd.readouterr()
+    assert not left.value.code, f"{words}\n{printed.out[-2000:]}\n{printed.err[-2000:]}"
+    assert printed.out or (here / words[-1]).exists()
+
+
+@pytest.mark.night
+@pytest.mark.journeys
+@pytest.mark.parametrize("command", EVERY, ids=lambda command: " ".join(command[1:]))
+def test_each_command_runs_as_it_is_typed(command, here):
     words, env = short(command, here / "text.txt"), ENVIRONMENT
     if command[1] == "stages.serve":
         serve(words, here)
         return
-    if command[1] == "bench.step":
-        words = ["-c", QUICKLY_MEASURED, *words[1:]]
     if command[1] == "bench.commands":  # its programs are compiled anew, as their first start is measured
         env = env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     run = subprocess.run(

@@ -12,10 +12,8 @@ from engine.model.config import ModelConfig, RopeScaling
 
 B, T = 2, 7
 # Has a program measure this machine's ceilings on small matrices: not as true, and seconds sooner.
-SMALL_MATRICES = """
-import engine.counting.hardware as hardware
-hardware._CPU_SIDE, hardware._CPU_NUMBERS, hardware._SECONDS = 512, 2**20, 0.0
-"""
+SMALL = {"_CPU_SIDE": 512, "_CPU_NUMBERS": 2**20, "_SECONDS": 0.0}
+SMALL_MATRICES = f"import engine.counting.hardware as hardware\nvars(hardware).update({SMALL})\n"
 QUICKLY_MEASURED = f"""{SMALL_MATRICES}
 import runpy, sys
 del sys.argv[0]
