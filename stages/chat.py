@@ -2,6 +2,7 @@ r"""Chat with a model in the terminal, turn by turn.
 
     python -m stages.chat --model smollm2-135m-instruct
     python -m stages.chat --model smollm2-135m-instruct --adapter runs/smollm2-135m-instruct-voice --system "Answer briefly."
+    python -m stages.chat --model smollm2-135m-instruct --documents notes
     printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
 
 A model remembers nothing between turns: each time it reads the whole conversation again, and what that costs is printed.
@@ -29,12 +30,13 @@ from engine.mesh.processes import MISTAKE
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import CompletionFlags, DeviceFlag, ModelFlag, choose_sampling, default, parser, path
+from stages.cli.flags import CompletionFlags, DeviceFlag, DocumentsFlag, ModelFlag, choose_sampling, default, parser, path
 
 if TYPE_CHECKING:
     from engine.inference.engine import Engine
     from engine.model.config import ModelConfig
     from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.documents import Documents, Passage
 
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}  # where neither a flag nor the model says it
 MIN_CAPACITY = 512  # of a KV cache; doubled as needed: few programs
@@ -51,6 +53,7 @@ class ChatFlags:
     """The system message: how the model is to answer."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
+    documents: DocumentsFlag = None
     sampling: CompletionFlags = dataclasses.field(default_factory=lambda: CompletionFlags(max_tokens=400))
     device: DeviceFlag = "auto"
     verbose: Annotated[bool, default("off")] = False
@@ -66,11 +69,13 @@ def chat(flags: ChatFlags) -> int:
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters
     from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.documents import Documents
     from engine.text.template import read_template
 
     notes, terminal = Console(sys.stderr), sys.stdin.isatty()
     chatty = terminal or flags.verbose
     template = read_template(flags.template)
+    documents = Documents(flags.documents) if flags.documents else None
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         model = load_model(flags.model, report=report)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
@@ -79,7 +84,8 @@ def chat(flags: ChatFlags) -> int:
     tokenizer = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
-    session = ChatSession(model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "")
+    session = ChatSession(model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "", documents)
+    notes.print_notes([documents.note] if documents and documents.note else [])
     if chatty:
         before = digest(params)
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
@@ -87,6 +93,7 @@ def chat(flags: ChatFlags) -> int:
             ("model", f"{model}{adapters}"),
             ("device", str(device)),
             ("template", tokenizer.template_name),
+            *([("documents", documents.summary)] if documents else []),
             ("sampling", source),
             ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
         ])  # fmt: skip
@@ -164,6 +171,7 @@ class ChatSession:
     eos_ids: Collection[int]  # tokens that end a completion, as do `chat.eot_ids`
     sampling: SamplingParams
     system: str = ""
+    documents: "Documents | None" = None
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)  # of whole turns
     last_tokens: int = 0  # of the last turn, its prompt included
     _engine: "Engine | None" = None
@@ -179,13 +187,19 @@ class ChatSession:
             return f"system: {self.system or 'what the template says, if anything'}"
         raise UserError(f"There is no command {name}; there are /clear, /system TEXT and /quit. Begin a message with //.")
 
-    def prompt(self, message: str) -> list[int]:
-        """Tokenizes the conversation up to a message. Raises UserError when no room is left to answer."""
+    def prompt(self, message: str) -> "tuple[list[int], list[Passage]]":
+        """Tokenizes the conversation up to a message, with passages of the documents, which it returns too.
+
+        Raises UserError when no room is left to answer.
+        """
+        from engine.text.documents import prompt_with
+
         context, ends = self.cfg.context, [{"role": "user", "content": message}]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        prompt = self.chat.prompt([*system, *self.messages, *ends]).tolist()
+        tokenize = lambda turns: self.chat.prompt(turns).tolist()
+        prompt, passages = prompt_with(self.documents, [*system, *self.messages, *ends], self.chat.tokenizer, context, tokenize)
         if len(prompt) < context:
-            return prompt
+            return prompt, passages
         if (alone := len(self.chat.prompt([*system, *ends]))) >= context:
             raise UserError(
                 f"This message alone makes {alone:,} tokens and the model's context holds {context:,}; say it in fewer words."
@@ -201,7 +215,7 @@ class ChatSession:
         """
         from engine.text.completion_text import CompletionText
 
-        prompt = self.prompt(message)
+        prompt, passages = self.prompt(message)
         completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None
         sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
         begin = first = time.perf_counter()
@@ -223,6 +237,13 @@ class ChatSession:
             notes.print("(no answer)", "dim")
             return
         self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+        if passages:
+            size = sum(passage.tokens for passage in passages)
+            places = join_words([f"{passage.file} ({passage.number})" for passage in passages])
+            cost = duration((first - begin) * size / len(prompt))
+            notes.print(f"[from documents: {places}; {size:,} of the {len(prompt):,} tokens read, about {cost}]", "dim")
+        elif self.documents:
+            notes.print("[nothing of the documents fits this question, or the room that is left in the context]", "dim")
         again = f", {min(self.last_tokens, len(prompt)):,} of them again" if self.last_tokens else ""
         self.last_tokens = len(prompt) + count
         if chatty:
@@ -240,7 +261,7 @@ class ChatSession:
     def warm(self) -> None:
         """Compiles the programs that turns run, or loads them from the compilation cache."""
         with contextlib.suppress(UserError):  # the system message fills the context: each turn says so
-            for _ in self._generate(self.prompt("a"), SamplingParams(max_tokens=2)):
+            for _ in self._generate(self.prompt("a")[0], SamplingParams(max_tokens=2)):
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[list[Event]]:

@@ -44,6 +44,12 @@ def read_corpus(path: Path) -> Corpus[str]:
     says. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and
     for a file that is not text.
     """
+    files, note = find_text_files(path)
+    return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)
+
+
+def find_text_files(path: Path) -> tuple[list[Path], str]:
+    """Returns the files that `read_corpus` reads at `path`, and its note. Raises UserError as it does."""
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
     found = [path]
@@ -58,9 +64,9 @@ def read_corpus(path: Path) -> Corpus[str]:
     if not files:
         raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
     if not any(file.stat().st_size for file in files):
-        raise UserError(f"{path} is empty; there is nothing to learn from.")
+        raise UserError(f"{path} is empty: it holds no text.")
     skipped = f"Skipped {sum(kinds.values())} of {len(found)} files in {path}: not UTF-8 text ({counts})."
-    return Corpus(str(path), lambda: _documents(path, files), note=skipped * bool(kinds))
+    return files, skipped * bool(kinds)
 
 
 def is_text(file: Path) -> bool:
@@ -137,18 +143,19 @@ def _cut_text(documents: list[str], fraction: float, name: str) -> tuple[list[st
     return [*filter(None, [*documents[:index], text[:at]])], [*filter(None, [text[at:], *documents[index + 1 :]])]
 
 
-def _documents(path: Path, files: list[Path]) -> Iterator[str]:
+def read_documents(path: Path, files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yields each document of the files, which lie at `path`, with its file. Raises UserError as a Corpus does."""
     any_text = False
     for file in files:
         try:
             for text in READERS.get(file.suffix.lower(), _read_text)(file):
                 if text:
                     any_text = True
-                    yield text
+                    yield file, text
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     if not any_text:
-        raise UserError(f"{path} is empty; there is nothing to learn from.")
+        raise UserError(f"{path} is empty: it holds no text.")
 
 
 def _read_text(file: Path) -> Iterator[str]:

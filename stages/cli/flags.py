@@ -106,6 +106,10 @@ DeviceFlag = Annotated[str, one_of(*DEVICES), default("auto", "auto, cpu, gpu or
 MeshFlag = Annotated[
     str | None, parser(str, "tensor=N"), default("one device", "Spread a model that one device cannot hold over N of them.")
 ]
+DocumentsFlag = Annotated[
+    Path | None, parser(path, "FOLDER"),
+    default("none", "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it."),
+]  # fmt: skip
 ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
     default(

@@ -9,6 +9,7 @@ from tyro.conf import UseAppendAction
 
 from stages.cli.flags import (
     DeviceFlag,
+    DocumentsFlag,
     MeshFlag,
     ModelFlag,
     SamplingFlags,
@@ -57,6 +58,7 @@ class ServeFlags:
     """The largest rank of an adapter with a NAME."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
+    documents: DocumentsFlag = None
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)
     name: Annotated[str | None, parser(str, "NAME,..."), default("the model's")] = None
     """Names by which clients ask for the model; `default` always works too."""

@@ -31,6 +31,7 @@ from engine.storage.adapter import base_digests
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.documents import Documents
 from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.cli.flags import choose_sampling
@@ -79,12 +80,13 @@ class CompileAhead:
 def load_state(
     model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, names: Sequence[str] = (),
     adapters: Sequence[tuple[str, Path]] = (), adapter_folder: Path | None = None, template: Path | None = None,
-    queue: int = 32, price: float | None = None, sampling: Mapping[str, float | None] | None = None,
+    documents: Documents | None = None, queue: int = 32, price: float | None = None,
+    sampling: Mapping[str, float | None] | None = None,
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
     """Loads a model, with the adapters in folders and the template in a file, and prints the banner.
 
-    Adapters without a name become part of the model. `sampling`: by flags. Returns the state, which has `names`, `queue`,
-    `price` and `adapter_folder`, and the compilation that goes on. Raises UserError.
+    Adapters without a name become part of the model. `sampling`: by flags. Returns the state, which has `names`, `documents`,
+    `queue`, `price` and `adapter_folder`, and the compilation that goes on. Raises UserError.
     """
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()
@@ -151,13 +153,17 @@ def load_state(
                   f"{format_bytes(engine.cache_bytes)}"),
         ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
         ("template", chat.template_name),
+        *([("documents", documents.summary)] if documents else []),
         ("sampling", f"{origins}; what a request says wins"),
     ])  # fmt: skip
-    console.print_notes([*notes, *(note for _, more in trees for note in more)])
+    found = [documents.note] if documents and documents.note else []
+    console.print_notes([*notes, *found, *(note for _, more in trees for note in more)])
     on_one_cpu = device.backend == "cpu" and engine.devices == 1
     if engine_config.weights in ("file", "int8") and on_one_cpu and (problem := native_problem()):
         console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
-    state = ServerState(names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder)
+    state = ServerState(
+        names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder, documents
+    )
     for index, ((name, _), (tree, _)) in enumerate(zip(adapters if engine_config.adapters else (), trees), 1):
         state.adapters.adapters[name] = state.adapters.put(index, tree)
     return state, ahead

@@ -55,8 +55,11 @@ def run(flags: ServeFlags) -> int:
 
         from engine.inference.config import EngineConfig, default_weights
         from engine.mesh.layout import make_inference_mesh
+        from engine.text.documents import Documents
         from stages.serve.api.app import make_app
         from stages.serve.load import load_state
+
+        documents = Documents(flags.documents) if flags.documents else None
 
         weights: Any = flags.weights or default_weights(device.backend)
         kv_dtype: Any = flags.keys_values
@@ -75,7 +78,7 @@ def run(flags: ServeFlags) -> int:
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
             state, ahead = load_state(
                 flags.model, engine_config, device, console, adapters=flags.adapter, adapter_folder=flags.adapter_folder,
-                template=flags.template,
+                template=flags.template, documents=documents,
                 names=_split(flags.name), queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
             )  # fmt: skip
         sys.setswitchinterval(interval)

@@ -18,6 +18,7 @@ from engine.inference.request import Adapter, SamplingParams
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel
 from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.documents import Documents
 from stages.serve.adapters import AdapterTable
 from stages.serve.admission import Admission
 from stages.serve.engine_thread import EngineThread
@@ -43,13 +44,14 @@ class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
     `names`: by which clients ask for the model; `name` is the first, which replies have. `sampling`: of a request that leaves
-    its fields out. `queue`: requests that may wait. `base_digests`, `adapter_folder`: as of AdapterTable.
+    its fields out. `queue`: requests that may wait. `base_digests`, `adapter_folder`: as of AdapterTable. `documents`: those
+    whose passages conversations are answered with.
     """
 
     def __init__(
         self, names: Sequence[str], model: LoadedModel, sampling: SamplingParams, engine: Engine, digest: str,
         chat: ChatTokenizer, queue: int, price: float | None, base_digests: Sequence[str] = (),
-        adapter_folder: Path | None = None,
+        adapter_folder: Path | None = None, documents: Documents | None = None,
     ) -> None:  # fmt: skip
         self.name, self.names = names[0], names
         self.digest, self.price, self.loaded_at = digest, price, int(time.time())
@@ -63,11 +65,12 @@ class ServerState:
                 now=now,
                 eos=sorted(model.eos_ids),
                 sampling=repr(sampling),
+                documents=documents and documents.digest,
                 **adapter,
             )
         )
         self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
-        self.tokenizer = TokenizerPool(chat, engine.capacity)
+        self.tokenizer = TokenizerPool(chat, engine.capacity, documents)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.grammars = GrammarPool(model.tokenizer, engine.cfg.vocab, self.stop_token_ids | self.tokenizer.eot_ids)
         self.metrics = Metrics(self.name, self.engine)

@@ -13,21 +13,22 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
+from engine.text.documents import Documents, Passage, prompt_with
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
-from stages.serve.tools import Turn, tool_format
+from stages.serve.tools import Tool, Turn, describe_tools, tool_format
 
 SHORT_CHARACTERS = 16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
 COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
 
 
 class TokenizerPool:
-    """A model's tokenizer and chat template on two workers. `capacity`: tokens of a slot."""
+    """A model's tokenizer and chat template on two workers. `capacity`: tokens of a slot. `documents`: see `prompt_with`."""
 
-    def __init__(self, chat: ChatTokenizer, capacity: int) -> None:
-        self.tokenizer, self._chat, self._capacity = chat.tokenizer, chat, capacity
+    def __init__(self, chat: ChatTokenizer, capacity: int, documents: Documents | None = None) -> None:
+        self.tokenizer, self._chat, self._capacity, self._documents = chat.tokenizer, chat, capacity, documents
         self.eot_ids = frozenset(chat.eot_ids)
-        self.tool_format, self.knows_tools = tool_format(chat.source)
+        self.tool_format, self._knows_tools = tool_format(chat.source)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = (ThreadPoolExecutor(1, thread_name_prefix="tokenize") for _ in range(2))
 
@@ -48,11 +49,14 @@ class TokenizerPool:
 
         return await self._run(sum(map(len, texts)), "prompt", encode)
 
-    async def encode_chat(self, messages: Sequence[Turn], answer: str = "", more: Mapping[str, Any] | None = None) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Turn], answer: str = "", more: Mapping[str, Any] | None = None, tools: Sequence[Tool] = ()
+    ) -> tuple[list[int], list[Passage]]:
         """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there.
 
-        `more`: what else the template reads. Raises ApiError.
+        Passages of the documents are in them, and returned. `more`: what else the template reads. Raises ApiError.
         """
+        more = {**(more or {}), "tools": [tool.definition for tool in tools] or None}
         if answer and self.strips_space:
             answer = f" {answer}"
         # The template runs once, and twice more for each answer in the conversation.
@@ -60,12 +64,14 @@ class TokenizerPool:
         others = len(json.dumps([more, [message.get("tool_calls") for message in messages]]))
         size = turns * (sum(len(message["content"]) for message in messages) + others) + len(answer)
 
-        def encode(chat: ChatTokenizer) -> list[int]:
+        def encode(chat: ChatTokenizer) -> tuple[list[int], list[Passage]]:
             if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, self._capacity, "messages")
-            return chat.prompt(messages, answer, more or {}).tolist()
+            described = lambda turns: turns if self._knows_tools else describe_tools(turns, tools)
+            tokenize = lambda turns: chat.prompt(described(turns), answer, more).tolist()
+            return prompt_with(self._documents, messages, self.tokenizer, self._capacity, tokenize)
 
         return await self._run(size, "messages", encode)
 

@@ -32,7 +32,7 @@ class TinyServer:
 
     def __init__(
         self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off",
-        context: int = CAPACITY, adapter_folder: Path | None = None,
+        context: int = CAPACITY, adapter_folder: Path | None = None, documents: Any = None,
     ) -> None:  # fmt: skip
         from engine.inference import decode
         from engine.inference.config import EngineConfig
@@ -54,7 +54,7 @@ class TinyServer:
         chat = ChatTokenizer(model.tokenizer)
         base = tuple(base_digests(model.params)) if adapter_folder else ()
         sampling, sha256 = SamplingParams(), digest(params)
-        self.state = ServerState(["tiny"], model, sampling, engine, sha256, chat, QUEUE, 0.25, base, adapter_folder)
+        self.state = ServerState(["tiny"], model, sampling, engine, sha256, chat, QUEUE, 0.25, base, adapter_folder, documents)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 

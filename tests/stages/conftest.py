@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "text"))
+
 from tiny import SMALL_MATRICES
 from tiny_runs import tiny, write_text
 

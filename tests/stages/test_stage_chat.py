@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from chat_models import save_chat_model
 from tiny_runs import PATIENCE, ROOT, command
 
 PROMPT = "\r\n> "
@@ -54,6 +55,26 @@ def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained, talk
     assert code == 2
     assert re.search(words, error)
     assert "Traceback" not in error
+
+
+def test_documents_come_before_the_question_and_are_shown(trained, talk, tmp_path):
+    documents, model = tmp_path / "documents", tmp_path / "model"
+    save_chat_model(model, context=512)
+    documents.mkdir()
+    (documents / "tide.md").write_text("The tide turns at noon.\n\nThe king went down to sea.")
+    (documents / "picture.png").write_bytes(b"\x89PNG\xff")
+    code, _, output = talk(b"king\nand why\n", model, *QUICK, "--documents", documents, "--verbose")
+    assert code == 0
+    assert "documents" in output
+    assert "not UTF-8 text (1 .png)" in output
+    for words in (r"\[from documents: tide.md \(1\); \d+ of the \d+ tokens read, about \d", r"\[nothing of the documents fits"):
+        assert len(re.findall(words, output)) == 1
+    assert "[nothing of the documents fits" in talk(b"king\n", trained, *QUICK, "--documents", documents)[2]  # a context of 64
+    (documents / "tide.md").write_bytes(b"\xff")
+    for folder, words in ((documents, "tide.md is not UTF-8"), (tmp_path / "none", "There is no text at")):
+        code, _, error = talk(b"king\n", trained, "--documents", folder)
+        assert code == 2
+        assert words in error
 
 
 class Terminal:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from stages.serve.api.chat import Function, ToolName, call_turn, parse_arguments, tool_use
+from stages.serve.api.completions import DocumentsUse, documents_use
 from stages.serve.api.generation import Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, MaxTokens, ModelRequest, StopTexts, in_range
 from stages.serve.api.writer import EventWriter, json_reply, respond
@@ -158,6 +159,7 @@ class MessageReply(msgspec.Struct, kw_only=True):
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None = None
     stop_sequence: str | None = None
     usage: dict[str, int]
+    documents: DocumentsUse | UnsetType = UNSET
 
 
 class MessageWriter(EventWriter):
@@ -174,10 +176,10 @@ class MessageWriter(EventWriter):
         calls = join_calls(piece.calls)
         blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not calls else []
         blocks += [ReplyBlock(type="tool_use", id=call.id, name=call.name, input=parse_arguments(call)) for call in calls]
-        return MessageReply(**self._head, content=blocks, usage=_usage(usage), **_stop(piece))
+        return self._message(usage, content=blocks, **_stop(piece))
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": MessageReply(**self._head, usage=_usage(usage))}
+        yield {"type": "message_start", "message": self._message(usage)}
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.text or (piece.finish_reason and not piece.calls and not self._blocks):
@@ -196,6 +198,9 @@ class MessageWriter(EventWriter):
         yield from self._close()
         yield {"type": "message_delta", "delta": self._stop, "usage": _usage(usage)}
         yield {"type": "message_stop"}
+
+    def _message(self, usage: Usage, **fields: Any) -> MessageReply:
+        return MessageReply(**self._head, usage=_usage(usage), documents=documents_use(usage), **fields)
 
     def _open(self, block: ReplyBlock) -> Iterator[dict[str, Any]]:
         yield from self._close()

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from engine.inference.constraints import json_grammar
 from engine.inference.request import LogProb
-from stages.serve.api.completions import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage
+from stages.serve.api.completions import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage, documents_use
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts
 from stages.serve.api.requests import EmptyList, LogProbs, MaxTokens
 from stages.serve.api.writer import respond
@@ -280,7 +280,8 @@ class ChatWriter(ChoicesWriter):
         return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))  # type: ignore[arg-type]
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
-        return [self.chunk(ChatChunkChoice(index, Delta("assistant", ""))) for index in range(self._n)]
+        begin = lambda index: ChatChunkChoice(index, Delta("assistant", ""))
+        return [self.chunk(begin(index), documents=documents_use(usage)) for index in range(self._n)]
 
     def chunks(self, piece: Piece) -> Iterator[Any]:
         if piece.text or piece.logprobs:

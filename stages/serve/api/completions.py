@@ -3,7 +3,7 @@
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
+from engine.text.documents import Passage
 from stages.serve.api.generation import Generation, Piece, Prompts, Reason, Usage, generate, text_prompts
 from stages.serve.api.requests import (
     MAX_PROMPTS,
@@ -125,6 +126,21 @@ class CompletionRequest(CompletionFields, kw_only=True):
     suffix: Literal[""] | None = None
 
 
+class DocumentsUse(msgspec.Struct):
+    """The passages of documents in a prompt, their tokens, and about the seconds that reading them took."""
+
+    tokens: int
+    seconds: float
+    passages: Sequence[Passage]
+
+
+def documents_use(usage: Usage) -> DocumentsUse | UnsetType:
+    """Returns this server's own field of a reply, absent without passages; reading takes them their share of the tokens."""
+    tokens, read = sum(passage.tokens for passage in usage.passages), usage.prompt - usage.cached
+    share = min(tokens / max(read, 1), 1)
+    return DocumentsUse(tokens, round(usage.first_seconds * share, 4), usage.passages) if usage.passages else UNSET
+
+
 class ReplyFields(msgspec.Struct, kw_only=True):
     """The fields of all replies and chunks with completions."""
 
@@ -132,6 +148,7 @@ class ReplyFields(msgspec.Struct, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    documents: DocumentsUse | UnsetType = UNSET
 
 
 class CachedTokens(msgspec.Struct):
@@ -205,13 +222,15 @@ class ChoicesWriter(Writer):
         raise NotImplementedError
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
-        return self.reply_type(**self._head, choices=list(map(self.choice, pieces)), usage=reply_usage(usage))
+        choices = list(map(self.choice, pieces))
+        return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage), documents=documents_use(usage))
 
-    def chunk(self, *choices: Any, usage: ReplyUsage | None = None) -> Any:
-        return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
+    def chunk(self, *choices: Any, usage: ReplyUsage | None = None, documents: DocumentsUse | UnsetType = UNSET) -> Any:
+        usage_field = usage if self._wants_usage else UNSET
+        return self.chunk_type(**self._head, choices=list(choices), usage=usage_field, documents=documents)
 
     def end(self, usage: Usage) -> Iterable[Any]:
-        return [self.chunk(usage=reply_usage(usage))] if self._wants_usage else []
+        return [self.chunk(usage=reply_usage(usage), documents=documents_use(usage))] if self._wants_usage else []
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:

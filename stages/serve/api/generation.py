@@ -16,13 +16,14 @@ from engine.errors import InvalidField
 from engine.inference.constraints import ForcedTokens
 from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingParams, check_request
 from engine.text.completion_text import CompletionText
+from engine.text.documents import Passage
 from stages.serve.admission import Sender
 from stages.serve.api.requests import INLINE_BYTES, content_length
 from stages.serve.errors import ApiError, ClientGone
 from stages.serve.grammars import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
-from stages.serve.tools import NO_TOOLS, CallParser, ToolCall, ToolUse, Turn, describe_tools, join_calls
+from stages.serve.tools import NO_TOOLS, CallParser, ToolCall, ToolUse, Turn, join_calls
 
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
@@ -35,7 +36,7 @@ class Prompts(NamedTuple):
     """The prompts of one request, in `field` of its body: `encode` returns the tokens of each.
 
     Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
-    `tools`: those that a completion may call.
+    `tools`: those that a completion may call. `passages`: those of documents in the prompt, once it is encoded.
     """
 
     field: str
@@ -44,6 +45,7 @@ class Prompts(NamedTuple):
     number: int = 1
     strips_space: bool = False
     tools: ToolUse = NO_TOOLS
+    passages: Sequence[Passage] = ()
 
 
 class Piece(NamedTuple):
@@ -65,7 +67,7 @@ class Piece(NamedTuple):
 class Usage(NamedTuple):
     """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
 
-    `first_seconds`: from the request's arrival to the first token, 0 before it; `seconds`: until now.
+    `first_seconds`: from the request's arrival to the first token, 0 before it; `seconds`: until now. `passages`: see Prompts.
     """
 
     prompt: int
@@ -73,6 +75,7 @@ class Usage(NamedTuple):
     cached: int
     first_seconds: float
     seconds: float
+    passages: Sequence[Passage] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,6 +119,7 @@ class Generation:
         prompts: Prompts,
     ) -> None:
         self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
+        self._passages = prompts.passages
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         completion = lambda request: CompletionText(
             state.tokenizer.tokenizer.stream(), () if isinstance(request.constraint, ForcedTokens) else stops
@@ -163,7 +167,9 @@ class Generation:
         if self._priority in engine.held_priorities:
             return "waiting for the programs for long texts"
         position = engine.queue_position(self._priority)
-        return f"place {position} in the queue" if position else "waiting"
+        tokens = sum(passage.tokens for passage in self._passages)
+        doing = f"reading {tokens} tokens of documents" if tokens else "waiting"
+        return f"place {position} in the queue" if position else doing
 
     async def collect(self) -> list[Piece]:
         """Returns one piece for each completion, with all of it. Raises as `pieces`."""
@@ -210,6 +216,7 @@ class Generation:
             sum(choice.cached for choice in prompts),
             first - self._arrived,
             time.monotonic() - self._arrived,
+            self._passages,
         )
 
     def log_fields(self) -> dict[str, int | float | str | None]:
@@ -290,15 +297,14 @@ def chat_prompts(
 
     `variables`: what else the template reads.
     """
-    more = {**(variables or {}), "tools": [tool.definition for tool in tools.tools] or None}
-    if not state.tokenizer.knows_tools:
-        turns = describe_tools(turns, tools.tools)
+    passages: list[Passage] = []
 
     async def encode() -> list[list[int]]:
-        return [await state.tokenizer.encode_chat(turns, answer, more)]
+        tokens, passages[:] = await state.tokenizer.encode_chat(turns, answer, variables, tools.tools)
+        return [tokens]
 
-    ends = state.stop_token_ids | state.tokenizer.eot_ids
-    return Prompts(field, encode, ends, strips_space=state.tokenizer.strips_space and not answer, tools=tools)
+    ends, strips_space = state.stop_token_ids | state.tokenizer.eot_ids, state.tokenizer.strips_space and not answer
+    return Prompts(field, encode, ends, strips_space=strips_space, tools=tools, passages=passages)
 
 
 def check_ready(state: ServerState, http: HttpRequest) -> None:

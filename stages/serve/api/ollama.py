@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from engine.counting.params import count_params
 from engine.model.weights.matmul import weight_types
 from stages.serve.api.chat import ToolField, answer_grammar, call_turn, parse_arguments, tool_use
+from stages.serve.api.completions import DocumentsUse, documents_use
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
 from stages.serve.api.writer import Writer, json_reply, respond
@@ -135,6 +136,7 @@ class OllamaReply(msgspec.Struct, kw_only=True):
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
+    documents: DocumentsUse | UnsetType = UNSET
 
 
 class OllamaWriter(Writer):
@@ -185,6 +187,7 @@ class OllamaWriter(Writer):
             "prompt_eval_duration": first,
             "eval_count": usage.completion,
             "eval_duration": total - first,
+            "documents": documents_use(usage),
         }
 
 

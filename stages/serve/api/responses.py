@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from stages.serve.api.chat import Function, answer_grammar, call_turn, tool_use
+from stages.serve.api.completions import DocumentsUse, documents_use
 from stages.serve.api.generation import Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, GenerationRequest, MaxTokens, in_range
 from stages.serve.api.writer import EventWriter, respond
@@ -137,6 +138,7 @@ class ResponseReply(msgspec.Struct, kw_only=True):
     parallel_tool_calls: bool
     previous_response_id: None = None
     store: bool = False
+    documents: DocumentsUse | UnsetType = UNSET
 
 
 class ResponseWriter(EventWriter):
@@ -220,7 +222,7 @@ class ResponseWriter(EventWriter):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt + usage.completion,
         }
-        reply = ResponseReply(**self._head, status=self._status, usage=counts)  # type: ignore[arg-type]
+        reply = ResponseReply(**self._head, status=self._status, usage=counts, documents=documents_use(usage))  # type: ignore[arg-type]
         reply.output = self._output
         if self._status == "incomplete":
             reply.incomplete_details = {"reason": "max_output_tokens"}

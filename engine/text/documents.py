@@ -1,0 +1,129 @@
+"""Answers from documents: passages of texts, found by SQLite's full-text search for a question, are put into the prompt."""
+
+import dataclasses
+import hashlib
+import re
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.text.corpus import find_text_files, read_documents
+from engine.text.template import Message
+from engine.text.tokenizer import Tokenizer
+
+MAX_CHARACTERS = 100_000_000  # of all texts; the index takes about twice their bytes
+PASSAGE_CHARACTERS = 600  # about 150 tokens
+BUDGET = 512  # tokens of passages in a prompt, and at most a quarter of the context
+MAX_WORDS = 64  # of a question, half from its beginning and half from its end
+# A passage goes up to the end of a paragraph, else of a sentence, else of a word, that is within its characters.
+REST = f".{{0,{PASSAGE_CHARACTERS - 1}}}"
+PASSAGE = re.compile(rf"\S(?s:{REST}(?=\n\n|\Z)|{REST}(?<=[.!?])(?=\s)|{REST}(?=\s)|{REST})")
+# English words that questions are made of, whatever they are about.
+QUESTION_WORDS = """
+a about an and any are as at be been but by can could did do does for from had has have he her his how i if in into is it its me
+my no not of on or our please she should so tell than that the their them then there these they this those to us was we were
+what when where which who whom whose why will with would you your
+"""
+COMMON = frozenset(re.findall(r"\w+", QUESTION_WORDS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """Part `number` of a file, of `tokens` in a prompt."""
+
+    file: str
+    number: int
+    tokens: int
+    text: str
+
+
+class Documents:
+    """The passages of the text files below a folder, or of one file, in an index in memory that threads may share.
+
+    Raises UserError as `read_corpus`, and for more than MAX_CHARACTERS of text.
+    """
+
+    def __init__(self, path: Path) -> None:
+        files, self.note = find_text_files(path)
+        self._index = sqlite3.connect(":memory:", check_same_thread=False)
+        try:
+            self._index.execute("CREATE VIRTUAL TABLE passages USING fts5(file, number UNINDEXED, text, tokenize='porter')")
+        except sqlite3.OperationalError as error:
+            raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
+        self.files, self.passages, size, hashed = len(files), 0, 0, hashlib.sha256()
+        last, number = None, 0
+        for file, text in read_documents(path, files):
+            size += len(text)
+            if size > MAX_CHARACTERS:
+                raise UserError(f"{path} holds more than {MAX_CHARACTERS:,} characters of text, the most that is searched.")
+            number, last = number * (file == last), file
+            name = str(file.relative_to(path)) if file != path else file.name
+            for passage in cut(text):
+                number += 1
+                self.passages += 1
+                hashed.update(f"{name}\0{passage}\0".encode())
+                self._index.execute("INSERT INTO passages VALUES (?, ?, ?)", (name, number, passage))
+        if not self.passages:
+            raise UserError(f"{path} is empty: it holds no text.")
+        self._index.commit()
+        self.digest = hashed.hexdigest()
+
+    @property
+    def summary(self) -> str:
+        return f"{self.passages:,} passages of {self.files:,} files, the best of which a question brings into its prompt"
+
+    def find(self, question: str, tokenizer: Tokenizer, budget: int) -> list[Passage]:
+        """Returns the passages that share words with a question, best first by BM25 (Robertson et al. 1994).
+
+        They have at most `budget` tokens, to which the best is cut, and none scores less than half of the best.
+        """
+        words = [word[:100] for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower())) if word not in COMMON]
+        words = [*words[: MAX_WORDS // 2], *words[MAX_WORDS // 2 :][-MAX_WORDS // 2 :]]
+        if not words:
+            return []
+        query = " OR ".join(f'"{word}"' for word in words)  # in quotes, no word is an operator
+        select = "SELECT file, number, text, rank FROM passages WHERE passages MATCH ? ORDER BY rank, rowid LIMIT 20"
+        rows = self._index.execute(select, [query]).fetchall()
+        found: list[Passage] = []
+        for file, number, text, rank in rows:
+            head, ids = len(tokenizer.encode(f"[{file}]\n\n\n")), tokenizer.encode(text)
+            if not found and head < budget < head + len(ids):  # in a short context
+                ids = ids[: budget - head]
+                text = tokenizer.decode(ids.tolist()).rstrip("\ufffd")
+            if rank <= rows[0][-1] / 2 and head + len(ids) <= budget:
+                budget -= head + len(ids)
+                found.append(Passage(file, number, head + len(ids), text))
+        return found
+
+
+def prompt_with[T: Sequence[int]](
+    documents: Documents | None,
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    context: int,
+    tokenize: Callable[[Sequence[Message]], T],
+) -> tuple[T, list[Passage]]:
+    """Returns the tokens of a conversation, with passages for the user's last message before it, and these passages.
+
+    As many as leave a quarter of the context free. Earlier messages stand without those that were found for them, so that
+    the system prompt and the turns before the last one are a prefix of the next prompt too, which the prefix cache holds.
+    """
+    last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    found = documents.find(messages[last]["content"], tokenizer, min(BUDGET, context // 4)) if documents and last >= 0 else []
+    while True:
+        told = [*messages]
+        if found:
+            texts = "".join(f"[{passage.file}]\n{passage.text}\n\n" for passage in found)
+            told[last] = {**told[last], "content": f"Answer by these passages:\n\n{texts}{told[last]['content']}"}
+        tokens = tokenize(told)
+        if not found or len(tokens) <= context * 3 // 4:
+            return tokens, found
+        found.pop()
+
+
+def cut(text: str) -> Iterator[str]:
+    """Yields the passages of a text: whole paragraphs up to PASSAGE_CHARACTERS, and parts of longer ones."""
+    paragraphs = (paragraph.strip() for paragraph in re.split(r"\n\s*\n", re.sub(r"[^\S\n]+", " ", text)))
+    for match in PASSAGE.finditer("\n\n".join(filter(None, paragraphs))):
+        yield match[0].strip()
