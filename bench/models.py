@@ -26,7 +26,7 @@ PROGRESS = 0.5  # through a run, for the learning rate
 
 @dataclasses.dataclass(frozen=True)
 class BenchModel:
-    """A model to measure: its name, float32 weights, and its tokenizer; None for random weights."""
+    """A model to measure: its name, weights, and its tokenizer; None for random weights."""
 
     name: str
     cfg: ModelConfig
@@ -49,15 +49,15 @@ def random_model(name: str, cfg: ModelConfig) -> BenchModel:
     return BenchModel(name, cfg, jax.jit(init)(jax.random.key(0)))
 
 
-def load(name: str) -> BenchModel:
-    """Loads a model by path or name, in float32. Raises UserError when there is none, or when it is an adapter."""
+def load(name: str, dtype: str | None = "float32") -> BenchModel:
+    """Loads a model by path or name; `dtype` None: its own. Raises UserError for none, and for an adapter."""
     location = locate(name)
     if location.format == "adapter":
         raise UserError(
             f"{location.run} holds an adapter for another model. Fold it into that one first, python -m stages.export "
             f"--model {location.path} --out FOLDER, and give --model FOLDER."
         )
-    model = load_model(name, dtype="float32")
+    model = load_model(name, dtype=dtype)
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
 
 

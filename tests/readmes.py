@@ -47,7 +47,7 @@ EXCERPT = (
     "pre-training step", "bottom half frozen", "LoRA rank 8 on q and v", "evaluation forward", "prefix-cache hit",
     "decode alone", "decode with 8 slots", "decode with 32 slots",
 )  # fmt: skip
-STEP, CHAT = "6x384x256x16", "ordinary_speculative"  # the rows of the README's limits
+CHAT = "ordinary_speculative"  # the row that the README shows
 PRINTED = ("predicted", "validation", "trained", "memory")  # lines of a training run that the README shows
 TUNED = {  # and of the commands after it
     "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token",),
@@ -160,7 +160,12 @@ def held(met: bool | None, bar: str) -> str:
 def summary(document: Document) -> list[str]:
     rows = {row["name"]: row for row in document["rows"]}
     cells = [(*words, *_ratios(rows[name])) for name, words in SUMMARY.items()]
-    return table("|passes|weights that change|operations|time", cells, (0, 1, 2))
+    alone, full = (f"{rows[name]['time_ratio_to_forward']:.0f}" for name in ("decode alone", "decode with 32 slots"))
+    return [
+        *table("|passes|weights that change|operations|time", cells, (0, 1, 2)), "",
+        "× is a token's cost in a forward pass over 2,048 known ones. A token that is generated takes "
+        f"{full} to {alone} times as long.",
+    ]  # fmt: skip
 
 
 def stages(document: Document) -> list[str]:
@@ -170,9 +175,21 @@ def stages(document: Document) -> list[str]:
         cost = si(row["seconds_per_token"], "s"), si(row["peak_bytes"], "B"), money(row["usd_per_million_tokens"])
         cells.append([row["name"], row["weights"], *_ratios(row), *cost])
     model = document["model"]
-    about = f"{si(model['params'], '')} parameters in {model['dtype']}, {model['batch']} x {model['context']} tokens"
+    about = (
+        f"`{model['name']}` with {si(model['params'], '')} random weights, products in {model['dtype']}, "
+        f"{model['batch']} x {model['context']} tokens"
+    )
     lines = table("|weights|operations|time|time a token|peak|$ a million tokens", cells, (0, 1))
     return [*lines, *conditions(document, document["rounds"]), f"{about}, {money(document['price_per_hour'])} an hour."]
+
+
+def counters(document: Document) -> list[str]:
+    """Returns in which rows the three counters differ, and why."""
+    names: dict[str, list[str]] = {}
+    for row in document["rows"]:
+        if row["counters_differ"]:
+            names.setdefault(row["counters_differ"], []).append(row["name"])
+    return [f"- {', '.join(rows)}: {why}" for why, rows in names.items()]
 
 
 def excerpt(document: Document) -> list[str]:
@@ -192,29 +209,30 @@ def claims(document: Document) -> list[str]:
 def verdicts(document: Document) -> list[str]:
     """Returns five claims in at most 15 words each."""
     by = {each["claim"]: each for each in document["claims"]}
-
-    def verdict(claim: str) -> str:
-        return by[claim]["verdict"].partition(":")[0].removesuffix(" on this machine")
-
-    half, layers = (
-        "Inference is only half the computation of training.",
-        "Fine-tuning is cheaper because only some layers are updated.",
+    half, layers, learns, cache, batch, bits = (
+        by[claim]
+        for claim in (
+            "Inference is only half the computation of training.",
+            "Fine-tuning is cheaper because only some layers are updated.",
+            "The model improves as you use it.",
+            "The KV cache decides what serving costs.",
+            "Batching decides what serving costs.",
+            "Quantisation decides what serving costs.",
+        )
     )
-    weights, learns = (
-        "Weights change in training, partly in fine-tuning, never in inference.",
-        "The model improves as you use it.",
-    )
-    cache = "The KV cache decides what serving costs."
-    saved = {part: percent(1 - share["flops"]) for part, share in by[layers]["numbers"].items()}
-    generated = by[learns]["value"].partition(" ")[0]
+    verdict = lambda claim: claim["verdict"].partition(":")[0].removesuffix(" on this machine")
+    both = verdict(cache) if verdict(cache) == verdict(batch) else f"{verdict(cache)} and {verdict(batch)}"
+    without = " and ".join(times(claim["numbers"]["off_over_on"]["ratio"]) for claim in (cache, batch))
+    saved = {part: percent(1 - share["flops"]) for part, share in layers["numbers"].items()}
     return [
-        f"- “Inference is half the computation”: {verdict(half)}; it is {percent(by[half]['numbers']['flops'])} of training's.",
+        f"- “Inference is half the computation”: {verdict(half)}; it is {percent(half['numbers']['flops'])} of training's.",
         f"- “Fine-tuning is cheaper”: {verdict(layers)}; "
-        f"freezing the bottom half saves {saved['bottom']}, the top {saved['top']}.",
-        f"- “Inference never changes weights”: {verdict(weights)}, by SHA-256 of every leaf.",
-        f"- “The model improves as you use it”: {verdict(learns)}; {generated} generated tokens changed no bit.",
-        f"- “Caching decides serving's cost”: {verdict(cache)}; without it a token takes "
-        f"{times(by[cache]['numbers']['off_over_on']['ratio'])} as long.",
+        f"freezing the bottom half saves {saved['bottom']} of operations, the top {saved['top']}.",
+        f"- “The model improves as you use it”: {verdict(learns)}; "
+        f"{learns['value'].partition(' ')[0]} generated tokens changed no bit.",
+        f"- “Caching and batching decide serving's cost”: {both}; else tokens take {without} as long.",
+        f"- “Quantisation decides it”: {verdict(bits)}; int8 tokens come "
+        f"{times(bits['numbers']['off_over_on']['8']['ratio'])} as fast.",
     ]  # fmt: skip
 
 
@@ -222,16 +240,16 @@ def printed(document: Document) -> list[str]:
     """Returns what the default training run printed of its prediction and its result."""
     lines = [line.strip() for line in document["printed"]]
     shown = [next(line for line in reversed(lines) if line.split()[:1] == [word]) for word in PRINTED]
-    return ["```", *shown, "```"]
+    return ["```", "$ stages.train", "...", *shown, "```"]
 
 
 def tuned(document: Document) -> list[str]:
     """Returns what fine-tuning, evaluating, exporting and serving printed of their results."""
-    shown = [
-        next(re.split(r" of what| \(", line)[0] for line in document["printed"][command] if line.startswith(word))
-        for command, words in TUNED.items()
-        for word in words
-    ]
+    shown = []
+    for command, words in TUNED.items():
+        lines = document["printed"][command]
+        shown.append(f"$ {command}")
+        shown += (next(re.split(r" of what| \(", line)[0] for line in lines if line.startswith(word)) for word in words)
     return ["```", *shown, "```"]
 
 
@@ -291,30 +309,32 @@ def serving(document: Document) -> list[str]:
         )
         for row in document["under_load"]
     ]
-    row, adapted = document["rows"]
     header = "load|tokens/s|time to first token, p50|inter-token latency, p50|time per output token, p50"
-    kept = held(row["met"], f"at least {row['bar']:g}")
-    ready = held(document["ready_met"], f"at most {document['ready_bar']:g} s")
+    rows, scored = document["rows"], document["scored"]
+    compared = [
+        (
+            row["name"],
+            *(f"{row[name]:,.0f}" for name in ("tokens_per_second", "peer_tokens_per_second")),
+            ratio(row),
+            held(row["met"], f"{row['bar']:g}"),
+        )
+        for row in rows
+    ]
     return [
         *table(header, cells), "",
-        f"The server keeps {ratio(row)} of its engine's throughput with {document['slots']} streams ({kept}), and is ready",
-        f"after {document['ready_seconds']:.1f} s ({ready}).",
-        f"With an adapter of its own for each stream the engine keeps {ratio(adapted)} "
-        f"({held(adapted['met'], f'at least {adapted["bar"]:g}')}).",
+        *table("tokens a second|with|without|ratio, 95% interval|at least", compared), "",
+        f"The server is ready after {document['ready_seconds']:.1f} s "
+        f"({held(document['ready_met'], f'at most {document["ready_bar"]:g} s')}).",
+        f"`/v1/score` scores {scored['per_second']:.0f} candidates of four tokens a second, after 256 that are cached "
+        f"({held(scored['met'], f'at least {scored["bar"]:g}')}).",
         *conditions(document)[1:],
     ]  # fmt: skip
 
 
-def share(document: Document) -> list[str]:
-    """Returns the limit of a training step, as an item of a list."""
-    ((row, *_),) = (shape["rows"] for shape in document["shapes"] if shape["shape"] == STEP)
-    return [f"- A training step reaches {ratio(row['of_matmul'])} of what this processor multiplies."]
-
-
 def chat(document: Document) -> list[str]:
-    """Returns the limit of a single stream, as an item of a list."""
+    """Returns the speed of a single stream beside llama.cpp's, in a sentence."""
     (row,) = (row for row in document["rows"] if row["name"] == CHAT)
-    return [f"- A chat of ordinary text makes {ratio(row)} of llama.cpp's tokens a second."]
+    return [f"A chat with SmolLM2-135M, from the same file, has {ratio(row)} of llama.cpp's tokens a second."]
 
 
 def plan(_: Document) -> list[str]:
@@ -369,6 +389,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         summary,
         excerpt,
         stages,
+        counters,
         claims,
         verdicts,
         printed,
@@ -378,7 +399,6 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         step,
         peers,
         serving,
-        share,
         chat,
         plan,
         validated,

@@ -63,10 +63,12 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             "ready_seconds": ready, "ready_bar": READY_SECONDS, "ready_met": ready < READY_SECONDS,
         }  # fmt: skip
         progress(f"  ready after {ready:.1f} s; beside its engine without a server, {rounds} rounds in turns")
-        engine = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
+        engine, tokenizer = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
         row = await measure.compare_with_engine(server, engine, rounds)
-        progress(f"  {slots} streams with an adapter each beside {slots} without")
-        document["rows"] = [row, await asyncio.to_thread(measure.compare_with_adapters, engine, rounds)]
+        progress("  streams that keep to a JSON schema, or have an adapter each, beside streams without")
+        kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
+        document["rows"] = [row, *kept, await asyncio.to_thread(measure.compare_with_adapters, engine, rounds)]
+        document["scored"] = await measure.scored_per_second(server, rounds)
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
@@ -87,14 +89,17 @@ def print_tables(document: Json) -> None:
         f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{UNMET[document['ready_met']]}; "
         f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
     )
-    row, adapted = document["rows"]
-    over, share = (Ratio(each["ratio"], each["low"], each["high"]) for each in (row, adapted))
-    print(
-        f"The server makes {row['tokens_per_second']:.0f} tokens/s, its engine alone {row['peer_tokens_per_second']:.0f}: "
-        f"{over} of it, at least {row['bar']:g}{UNMET[row['met']]}\n"
-        f"With an adapter for each stream the engine makes {adapted['tokens_per_second']:.0f}: {share} of it without, "
-        f"at least {adapted['bar']:g}{UNMET[adapted['met']]}\n"
-    )
+    print_table(
+        "tokens/s, interleaved",
+        ("", "tokens/s", "without", "ratio, 95% interval", "at least"),
+        [
+            (row["name"], f"{row['tokens_per_second']:.0f}", f"{row['peer_tokens_per_second']:.0f}",
+             str(Ratio(row["ratio"], row["low"], row["high"])), f"{row['bar']:g}{UNMET[row['met']]}")
+            for row in document["rows"]
+        ],
+    )  # fmt: skip
+    scored = document["scored"]
+    print(f"/v1/score: {scored['per_second']:.0f} candidates a second, at least {scored['bar']:g}{UNMET[scored['met']]}\n")
     tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
     seconds = lambda of: si(of["p50"], "s") + tail(of)
     rate, made = document["saturated"].values()

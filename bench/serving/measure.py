@@ -13,15 +13,20 @@ from bench.serving.client import Client, Completion, Response, completion_reques
 from bench.serving.server import Server
 from bench.timing import measure, ratio
 from engine.counting.hardware import clock
+from engine.errors import UserError
 from engine.inference.config import EngineConfig
+from engine.inference.constraints import GrammarCompiler, json_grammar
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Adapter, Request, SamplingParams
 from engine.model.weights.int8 import quantize
+from engine.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
 SHARE_BAR = 0.85  # of its engine's throughput, for the server
 ADAPTER_RANK, ADAPTER_BAR = 8, 0.8  # of as many adapters as streams; their share of the throughput without
+GRAMMAR_BAR = 0.9  # of the throughput without a grammar
+SCORED_PROMPT, CANDIDATES, CANDIDATE_TOKENS, SCORE_BAR = 256, 4, 4, 100.0  # tokens, answers, tokens of each, answers a second
 ABOVE = 10  # samples that must lie above a percentile for it to be reported
 
 
@@ -78,20 +83,22 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
     return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
-def make_engine(name: str, weights: str, slots: int, capacity: int) -> Engine:
-    """Returns the server's engine of a model, without a server; `weights`: int8, or the model's own type."""
-    model = load(name)
+def make_engine(name: str, weights: str, slots: int, capacity: int) -> tuple[Engine, Tokenizer]:
+    """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: int8, or the model's own type."""
+    model = load(name, dtype=None)  # as the server does: int8 of other floats is another model
+    if model.tokenizer is None:
+        raise UserError(f"{name} has no tokenizer, so there is no text to serve. Give a model that has one.")
     params = quantize(model.params) if weights == "int8" else model.params
     engine = Engine(model.cfg, prepare_params(model.cfg, params), EngineConfig(slots, capacity))
     engine.warm()
-    return engine
+    return engine, model.tokenizer
 
 
 async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Json:
     """Compares the server with its own engine, which runs in this process, in turns, with as many streams as slots.
 
     `ratio` is the server's throughput over the engine's, and `met` whether it exceeds SHARE_BAR; each is None where noise
-    hides it. `same_text`: whether the server's text was, in every round, that of the engine's tokens.
+    hides it. Raises UserError unless the server's text is, in every round, that of the engine's tokens.
     """
     rng, loop, slots = random.Random(1), asyncio.get_running_loop(), engine.config.slots
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
@@ -110,41 +117,90 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     # In a thread, for the connections to the server live in this one.
     timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
     first = await server.client.post("/detokenize", {"tokens": output[0]})
+    if len(texts) != 1 or next(iter(texts))[0] != first.json()["prompt"]:
+        raise UserError("The server's text is not that of the engine, so that their speeds cannot be compared.")
     over, made = ratio(timings["engine"], timings["server"]), slots * NEW_TOKENS
     return over._asdict() | {
-        "name": f"server_against_offline_{slots}",
+        "name": f"the server over its engine, {slots} streams",
         "tokens_per_second": made / timings["server"].median,
         "peer_tokens_per_second": made / timings["engine"].median,
         "bar": SHARE_BAR,
         "met": over.exceeds(SHARE_BAR),
-        "same_text": len(texts) == 1 and next(iter(texts))[0] == first.json()["prompt"],
     }
 
 
 def compare_with_adapters(engine: Engine, rounds: int) -> Json:
-    """Compares as many streams as slots, each with an adapter of its own of rank ADAPTER_RANK, with as many without, in turns.
-
-    `ratio`: of their throughput, and `met` whether it exceeds ADAPTER_BAR; each is None where noise hides it.
-    """
-    rng, slots = random.Random(3), engine.config.slots
+    """Compares as many streams as slots, each with an adapter of its own of rank ADAPTER_RANK, with as many without."""
+    slots = engine.config.slots
     options = dataclasses.replace(engine.config, adapters=slots, adapter_rank=ADAPTER_RANK)
     adapted = Engine(engine.cfg, engine.params, options)
     adapted.warm()
     for index in range(1, slots + 1):
         adapted.runner.put_adapter(index, adapted.random_adapter())
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
-    prompts = [tuple(_random_tokens(rng, PROMPT_TOKENS)) for _ in range(slots)]
-    plain = [Request(each, sampling) for each in prompts]
-    named = [Request(each, sampling, adapter=Adapter(str(n), n)) for n, each in enumerate(prompts, 1)]
-    timings = measure({"plain": lambda: answer(engine, plain), "adapted": lambda: answer(adapted, named)}, rounds=rounds)
-    over, made = ratio(timings["plain"], timings["adapted"]), slots * NEW_TOKENS
+    plain = _greedy(slots)
+    named = [dataclasses.replace(each, adapter=Adapter(str(n), n)) for n, each in enumerate(plain, 1)]
+    return _compare(f"an adapter each, {slots} streams", ADAPTER_BAR, (engine, plain), (adapted, named), rounds)
+
+
+def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> list[Json]:
+    """Compares streams that keep to a JSON schema with streams that keep to none: half of all slots, and a lone one.
+
+    The string of the schema is longer than the answers, so that each has NEW_TOKENS tokens.
+    """
+    text = {"type": "string", "minLength": 100 * NEW_TOKENS}
+    schema = {"type": "object", "properties": {"text": text}, "required": ["text"], "additionalProperties": False}
+    constraint = GrammarCompiler(tokenizer, engine.cfg.vocab, tokenizer.controls).compile(json_grammar(schema))
+    rows = []
+    for streams, name in ((engine.config.slots, "a schema for every second"), (1, "a schema")):
+        plain = _greedy(streams)
+        kept = [dataclasses.replace(each, constraint=constraint) if n % 2 == 0 else each for n, each in enumerate(plain)]
+        name += f", {streams} stream{'s' * (streams > 1)}"
+        rows.append(_compare(name, GRAMMAR_BAR, (engine, plain), (engine, kept), rounds))
+    return rows
+
+
+def _greedy(streams: int) -> list[Request]:
+    """Returns a request for each stream, with a prompt of its own."""
+    rng, sampling = random.Random(3), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+    return [Request(tuple(_random_tokens(rng, PROMPT_TOKENS)), sampling) for _ in range(streams)]
+
+
+Side = tuple[Engine, list[Request]]
+
+
+def _compare(name: str, bar: float, plain: Side, other: Side, rounds: int) -> Json:
+    """Compares how fast an engine answers its requests with how fast another answers as many, in turns.
+
+    `ratio`: the other's throughput over the plain one's, and `met` whether it exceeds `bar`; None where noise hides it.
+    """
+    timings = measure({"plain": lambda: answer(*plain), "other": lambda: answer(*other)}, rounds=rounds)
+    over, made = ratio(timings["plain"], timings["other"]), len(plain[1]) * NEW_TOKENS
     return over._asdict() | {
-        "name": f"adapters_against_none_{slots}",
-        "tokens_per_second": made / timings["adapted"].median,
+        "name": name,
+        "tokens_per_second": made / timings["other"].median,
         "peer_tokens_per_second": made / timings["plain"].median,
-        "bar": ADAPTER_BAR,
-        "met": over.exceeds(ADAPTER_BAR),
+        "bar": bar,
+        "met": over.exceeds(bar),
     }
+
+
+async def scored_per_second(server: Server, rounds: int) -> Json:
+    """Measures POST /v1/score: CANDIDATES answers of CANDIDATE_TOKENS tokens to a prompt that the prefix cache holds.
+
+    A candidate counts as one. Raises UserError when the server refuses.
+    """
+    rng = random.Random(4)
+    prompt = _random_tokens(rng, SCORED_PROMPT)
+    seconds = []
+    for _ in range(rounds + 1):
+        candidates = [_random_tokens(rng, CANDIDATE_TOKENS) for _ in range(CANDIDATES)]
+        begin = clock()
+        reply = await server.client.post("/v1/score", {"prompt": prompt, "candidates": candidates})
+        seconds.append(clock() - begin)
+        if reply.status != 200:
+            raise UserError(f"/v1/score answers {reply.status}: {bytes(reply.body)[:200].decode(errors='replace')}")
+    rate = CANDIDATES / statistics.median(seconds[1:])  # the first reads the prompt
+    return {"name": "candidates scored a second", "per_second": rate, "bar": SCORE_BAR, "met": rate >= SCORE_BAR}
 
 
 def _mixed_request(rng: random.Random) -> Json:

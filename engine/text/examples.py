@@ -100,7 +100,12 @@ def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int) -> tuple[
     fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
     if not fitted:
         raise InvalidConversation(f"its first {seq} tokens hold nothing to train on")
-    return fitted, sum(len(example.tokens) for example in fitted) < sum(len(example.tokens) for example in examples)
+    return fitted, _targets(fitted) < _targets(examples)
+
+
+def _targets(examples: Sequence[Example]) -> int:
+    """Returns how many tokens are trained on. What follows the last of them may be cut without loss."""
+    return sum(int(np.count_nonzero(example.mask[1:])) for example in examples)
 
 
 def _pair(row: Preference, chat: ChatTokenizer, seq: int) -> Pair:

@@ -92,7 +92,7 @@ def one_of(*names: str) -> Any:
             raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{did_you_mean(text, names)}")
         return text
 
-    return parser(parse, "NAME")
+    return parser(parse, "|".join(names))
 
 
 def path(text: str) -> Path:

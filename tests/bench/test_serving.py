@@ -170,6 +170,7 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
         "first_ready_seconds": 40.0, "resident_bytes": 5e8,
         "rows": [{"name": name, "tokens_per_second": 200.0, "peer_tokens_per_second": 250.0, "ratio": 0.8, "low": 0.79,
                   "high": 0.81, "bar": bar, "met": False} for name, bar in (("a", 0.85), ("b", 0.8))],
+        "scored": {"per_second": 40.0, "bar": 100.0, "met": False},
         "saturated": {"requests_per_second": 6.0, "tokens_per_second": 260.0},
         "under_load": [{"load": 0.5, "answered": 9, "requests": 9, "tokens_per_second": 99.0, "ttft": times,
                         "inter_token": times, "per_token": times}],
@@ -178,8 +179,9 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
     output = capsys.readouterr().out.replace("\u202f", " ")
     for text in (
         "ready after 9.5 s, at most 8   ** not met **",
-        "0.80 (0.79 to 0.81) of it, at least 0.85   ** not met **",
-        "0.80 (0.79 to 0.81) of it without, at least 0.8   ** not met **",
+        "0.80 (0.79 to 0.81)",
+        "0.85   ** not met **",
+        "/v1/score: 40 candidates a second, at least 100   ** not met **",
         "50%",
         "9 of 9",
         "6.0 requests/s of the mix, 260 tokens/s",
