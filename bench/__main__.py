@@ -35,7 +35,7 @@ class StageTableFlags:
     preset: str = "nano"
     """A shape, with random weights."""
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: the preset)")] = None
-    """A run folder, a step folder in it, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
+    """A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model."""
     batch: int = 8
     """Sequences a training step sees, and prompts that are prefilled together."""
     context: int = 256

@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 PICTURES = Path(__file__).parent.parent / "bench" / "pictures"
 SCHEMES = ("light", "dark")
-QUESTION = "Why do sailors sing? Answer in two sentences."
+QUESTION = "What is the capital of France, and which river flows through it?"
 
 
 def set_scheme(chrome, scheme: str) -> None:
@@ -49,7 +49,7 @@ def chat(chrome, _: Path) -> None:
 
 def memory(chrome, folder: Path) -> None:
     """Takes a picture of the first chapter of `bench --out`: the memory of a step over time."""
-    subprocess.run([sys.executable, "-m", "bench", "--preset", "tiny", "--quick", "--out", folder], check=True)
+    subprocess.run([sys.executable, "-m", "bench", "--out", folder], check=True)
     chrome.set_window_size(1000, 1186)
     chrome.get((folder / "report.html").as_uri())
     chrome.execute_script("document.documentElement.style.overflow = 'hidden'")

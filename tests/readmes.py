@@ -255,7 +255,8 @@ def tuned(document: Document) -> list[str]:
 
 def answered(document: Document) -> list[str]:
     """Returns the message of the server's answer."""
-    message = {name: document["answer"]["choices"][0]["message"][name] for name in ("role", "content")}
+    said = document["answer"]["choices"][0]["message"]
+    message = {name: said[name] for name in said if name in ("role", "content")}
     return ["```", '{... "message": ' + json.dumps(message, ensure_ascii=False) + " ...}", "```"]
 
 

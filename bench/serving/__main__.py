@@ -23,7 +23,7 @@ class ServingFlags:
     """Which model is served, in how many slots, and with which weights."""
 
     model: str = "smollm2-135m-instruct"
-    """A run folder, a Hugging Face folder, a .gguf file or smollm2-135m-instruct."""
+    """A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model."""
     slots: int = 8
     """Requests the server answers at the same time."""
     weights: str = "int8"

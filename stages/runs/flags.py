@@ -102,7 +102,7 @@ class RunFlags:
     """Flags of every run."""
 
     seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
-    """Of first weights, of the order of the data, and of sampling."""
+    """The seed of random first weights, of the order of the data, and of sampling."""
     device: DeviceFlag = "auto"
     dry_run: Annotated[bool, default("off")] = False
     """Print the plan, with what it would cost, and stop."""
