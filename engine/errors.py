@@ -1,7 +1,8 @@
-"""Exceptions for bad input, with messages that say how to correct it."""
+"""Exceptions for bad input, with messages that say how to correct it; and Range, which checks a number."""
 
 import difflib
 import importlib.util
+from typing import Any, NamedTuple
 
 SERVE_PACKAGES = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")  # of the extra `serve`
 
@@ -19,6 +20,39 @@ class InvalidField(UserError):
 
     def __str__(self) -> str:
         return self.args[1]
+
+
+class Range(NamedTuple):
+    """A field's range: from `least` (or `above` it) to `most`, which may be infinite. `note` explains one bound."""
+
+    least: float
+    most: float
+    integer: bool = False
+    above: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.most == float("inf"):
+            return f"{'above' if self.above else 'at least'} {self.least:g}"
+        if self.above:
+            return f"above {self.least} and at most {self.most}{self.note}"
+        return f"between {self.least}{self.note} and {self.most}"
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range, and is an integer where one is wanted."""
+        within = self.least <= value <= self.most and not (self.above and value == self.least)
+        return within and (not self.integer or value == int(value))
+
+    def check(self, name: str, value: Any, field: str | None = None) -> None:
+        """Raises InvalidField for `field` (by default `name`) when the value is out of range."""
+        kinds = int if self.integer else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+            wanted, shown = "an integer" if self.integer else "a number", f"{value!r:.60}"
+        elif not self.holds(value):
+            wanted, shown = str(self), str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+        else:
+            return
+        raise InvalidField(field or name, f"{name} must be {wanted}, not {shown}.")
 
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:

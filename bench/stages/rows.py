@@ -43,8 +43,8 @@ from engine.inference.sampling import sampling_arrays
 from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.loss import CHUNK as LOSS_CHUNK
 from engine.model.loss import LOGITS_LIMIT, score
+from engine.model.loss_in_parts import CHUNK as LOSS_CHUNK
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.transformer import hidden_states, logits_of

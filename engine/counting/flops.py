@@ -247,14 +247,14 @@ def muon_flops(cfg: ModelConfig) -> int:
 def gradient_layer_flops(cfg: ModelConfig, batch: int, tokens: int, **options: Any) -> list[Flops]:
     """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`, for each block from the bottom up, and
     last for the head. Options as of `flops_by_layer`."""
-    from engine.model.attention import QUERY_BLOCK  # loads JAX, as the planner does not
+    from engine.model.attention_in_blocks import QUERY_BLOCK  # loads JAX, as the planner does not
 
     return flops_by_layer(cfg, tokens, rows=batch * tokens, attention=QUERY_BLOCK, **options)
 
 
 def score_program_flops(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
     """Returns the FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
-    from engine.model.attention import QUERY_BLOCK  # loads JAX, as the planner does not
+    from engine.model.attention_in_blocks import QUERY_BLOCK  # loads JAX, as the planner does not
 
     return forward_flops(cfg, tokens, attention=QUERY_BLOCK) * (batch * tokens)
 

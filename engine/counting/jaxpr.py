@@ -25,7 +25,7 @@ from jax.interpreters import partial_eval
 
 from engine.counting.flops import twice_mean_keys
 from engine.errors import UserError
-from engine.model.attention import QUERY_BLOCK
+from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.native.library import target
 from engine.model.ops import platform
 

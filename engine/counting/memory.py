@@ -16,9 +16,10 @@ from typing import Literal
 
 from engine.counting.flops import add_layers, flops_by_layer, twice_mean_keys
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lowest_gradient, target_shapes
-from engine.model.attention import QUERY_BLOCK, has_kernel
+from engine.model.attention import has_kernel
+from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.config import JOINED, MATRICES, ModelConfig
-from engine.model.loss_by_rows import COLUMNS
+from engine.model.loss_in_parts import COLUMNS
 
 FLOAT32 = 4
 

@@ -19,8 +19,7 @@ from engine.inference.sequence import STEPS
 from engine.mesh import layout
 from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
-from engine.model.native.library import native_problem
-from engine.model.ops import platform
+from engine.model.ops import has_kernel, platform
 from engine.model.paths import map_paths
 from engine.model.transformer import Params, forward, hidden_states, logits_of
 from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
@@ -42,7 +41,7 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
     def lay_out(_: str, leaf: Any) -> Any:
         if not (transposes and isinstance(leaf, Int8) and leaf.activations != "full"):
             return leaf
-        return store_transposed(leaf) if native_problem() else pack_for_kernel(leaf)
+        return pack_for_kernel(leaf) if has_kernel() else store_transposed(leaf)
 
     def prepare(tree: Params, join: Callable[[Params], Params] = lambda tree: tree) -> Params:
         return map_paths(lay_out, join(cast_matrices(merge_lora(tree, cfg.dtype), cfg.dtype)))

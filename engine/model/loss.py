@@ -8,16 +8,12 @@ from jax import Array
 
 from engine.mesh import layout
 from engine.model.config import ModelConfig
-from engine.model.layers import MASKED
-from engine.model.loss_by_rows import row_losses
+from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8
-from engine.model.weights.lora import to_dense
-from engine.model.weights.matmul import project
 
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
-CHUNK = 4096  # columns of the vocabulary a chunk
 ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
 SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes at once
 
@@ -26,9 +22,7 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | Non
     """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
 
     Makes at most `limit` bytes of logits at a time on a device, a few rows of them; None: as training does. A frozen head
-    then has ROWS_LIMIT; a trained one makes a chunk of the vocabulary at a time beyond LOGITS_LIMIT: by rows, the gradient of
-    its matrix would be a sum of one a piece, which takes 3 times the memory of a chunk's (943 MB for 310, 4,096 rows of
-    49,152 logits).
+    then has ROWS_LIMIT; a trained one makes a chunk of the vocabulary at a time beyond LOGITS_LIMIT.
     """
     head_trains = limit is None and not head_is_frozen(cfg, params)
     limit = limit or (LOGITS_LIMIT if head_trains else ROWS_LIMIT)
@@ -81,34 +75,3 @@ def token_losses(logits: Array, targets: Array) -> Array:
     """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) - logits[target]."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
-    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time, forward and backward.
-
-    A running maximum and sum give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the backward pass makes each
-    chunk's logits again.
-    """
-    B, T, D = hidden.shape
-    hidden, targets = layout.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
-    columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
-    count = -(-cfg.vocab // chunk)
-    columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
-    chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)
-
-    def add_chunk(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
-        highest, total, picked = carry
-        weight, start = part
-        logits = project(hidden, weight, jnp.float32)
-        logits = jnp.where(start + jnp.arange(chunk) < cfg.vocab, logits, -jnp.inf)
-        new_highest = jnp.maximum(highest, logits.max(-1))
-        total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[:, None]).sum(-1)
-        at = targets - start
-        here = (at >= 0) & (at < chunk)
-        logit = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=-1)[:, 0]
-        return (new_highest, total, jnp.where(here, logit, picked)), None
-
-    rows = hidden.shape[0]
-    start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(rows))
-    (highest, total, picked), _ = jax.lax.scan(jax.checkpoint(add_chunk), start, (chunks, jnp.arange(count) * chunk))
-    return (highest + jnp.log(total) - picked).reshape(B, T)

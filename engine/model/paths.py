@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
+
 Params = dict[str, Any]  # nested; a leaf is an Array, Int8, Blocks or LoRA
 
 
@@ -20,6 +22,23 @@ def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:
 
 def _by_number(name: str) -> tuple[int, int, str]:
     return (0, int(name), "") if name.isdigit() else (1, 0, name)
+
+
+def array_paths(tree: Any) -> dict[str, Any]:
+    """Returns {path: array} of any tree, in its own order: keys, fields and positions are names alike.
+
+    So dicts and lists read from disk have the paths of the dataclasses and tuples they were saved from. Raises ValueError when
+    two arrays share a path.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    by_path = {path_of(keys): leaf for keys, leaf in leaves}
+    if len(by_path) < len(leaves):
+        raise ValueError("Two arrays have one path: of two keys, one is a number and the other its text, or has a slash.")
+    return by_path
+
+
+def path_of(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def unflatten(leaves: dict[str, Any]) -> Params:

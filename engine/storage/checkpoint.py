@@ -36,6 +36,7 @@ from engine.counting.hardware import free_host_bytes
 from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder
 from engine.mesh import processes
+from engine.model.paths import array_paths
 from engine.storage import safetensors_writer
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
@@ -79,19 +80,6 @@ def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
 
 
-def path_of(keys: Any) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def leaves_of(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by path: dict keys, fields and positions are names alike."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    by_path = {path_of(keys): leaf for keys, leaf in leaves}
-    if len(by_path) < len(leaves):
-        raise ValueError("save: two arrays have one path: of two keys, one is a number and the other its text, or has a slash.")
-    return by_path
-
-
 class BackgroundSaver:
     """Saves the checkpoints of one run folder, one at a time, while training goes on. `frozen`: params that never change.
 
@@ -110,7 +98,7 @@ class BackgroundSaver:
 
     def reserve(self, *trees: Any) -> None:
         """Begins to make room for copies of such trees, beside training, unless memory is too small for them."""
-        pieces = (own_pieces(*leaf) for tree in trees for leaf in leaves_of(tree).items())
+        pieces = (own_pieces(*leaf) for tree in trees for leaf in array_paths(tree).items())
         size = sum(piece.nbytes + ALIGNMENT for part in pieces for piece in part.values())
         if size <= free_host_bytes():
             self._work = self._pool.submit(self._map_memory, size)
@@ -137,7 +125,7 @@ class BackgroundSaver:
         self.wait()
         self._used = 0
         parts = {part: self._copies(tree) for part, tree in (("params", trainable), ("optimizer", optimizer))}
-        for leaf in leaves_of(self.frozen).items():
+        for leaf in array_paths(self.frozen).items():
             parts["params"] |= own_pieces(*leaf)
         self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best)
         if self._memory is None:
@@ -145,7 +133,7 @@ class BackgroundSaver:
 
     def _copies(self, tree: Any) -> Pieces:
         copies: Pieces = {}
-        for name, leaf in leaves_of(tree).items():
+        for name, leaf in array_paths(tree).items():
             pieces = own_pieces(name, leaf() if callable(leaf) else leaf)
             copies |= pieces if self._memory is None else {piece: self._copy(pieces[piece]) for piece in pieces}
             del pieces  # before the next array is made
@@ -210,8 +198,6 @@ def write(
     then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
     written, for a state that is not JSON. Where one of several processes fails, the others wait for it until it ends all.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"save: step must be at least 0 and keep at least 1, not {step} and {keep}.")
     record = json.dumps({"step": step, "prng": prng_settings(), "state": state}, indent=1, allow_nan=False)
     target = checkpoints_of(folder) / str(step)
     own = sum(piece.nbytes for pieces in parts.values() for piece in pieces.values())

@@ -18,7 +18,7 @@ from engine import manifest
 from engine.errors import UserError
 from engine.files import remove_unfinished
 from engine.mesh import processes
-from engine.model.paths import unflatten
+from engine.model.paths import array_paths, path_of, unflatten
 from engine.storage import safetensors
 from engine.storage.checkpoint import (
     ALIGNMENT,
@@ -26,8 +26,6 @@ from engine.storage.checkpoint import (
     Box,
     box_of,
     checkpoints_of,
-    leaves_of,
-    path_of,
     prng_settings,
     steps,
 )
@@ -154,7 +152,7 @@ def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
 
 def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
     """Returns a tree like `like` of the arrays. Raises UserError for other paths, shapes or dtypes."""
-    wanted = leaves_of(like)
+    wanted = array_paths(like)
     _refuse_difference(where, wanted, stored)
     room = max((math.prod(array.shape) * array.dtype.itemsize for array in stored.values()), default=0)
     buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)  # for one after another: new memory for each costs more than reading

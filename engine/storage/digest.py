@@ -4,24 +4,9 @@ import hashlib
 import json
 from typing import Any
 
-import jax
 import numpy as np
 
-
-def leaves_by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Returns the leaves by path, in path order: `{("blocks", "0", "q"): leaf, ...}`.
-
-    Dict keys, fields and positions are names alike, so dicts and lists read from disk have the paths of the dataclasses and
-    tuples they were saved from. Raises ValueError when two leaves share a path.
-    """
-    named = [
-        (tuple(jax.tree_util.keystr((key,), simple=True) for key in keys), leaf)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    by_path = dict(sorted(named, key=lambda pair: pair[0]))
-    if len(by_path) < len(named):
-        raise ValueError("Two leaves of the tree have the same path: a dict has both a number and its text as keys.")
-    return by_path
+from engine.model.paths import array_paths
 
 
 def digest(params: Any) -> str:
@@ -32,7 +17,8 @@ def digest(params: Any) -> str:
     another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf that is not an array of numbers.
     """
     hasher = hashlib.sha256()
-    for path, leaf in leaves_by_path(params).items():
+    leaves = {tuple(path.split("/")): leaf for path, leaf in array_paths(params).items()}
+    for path, leaf in sorted(leaves.items(), key=lambda entry: entry[0]):
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"digest: {'/'.join(path)} is a {type(leaf).__name__}, not an array.")
         host = np.asarray(leaf)

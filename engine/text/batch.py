@@ -30,18 +30,12 @@ ALL = slice(None)
 
 
 class EpochOrder:
-    """The indices of `count` items that each step of `batch` rows reads: every item once an epoch.
+    """The indices of `count` items that each step of `batch` rows reads: every item once an epoch, by a seed of 32 bits.
 
-    Batches run on across the ends of epochs. Raises UserError for no items, no rows, or a seed that is not one of 32 bits.
+    Batches run on across the ends of epochs.
     """
 
     def __init__(self, count: int, batch: int, seed: int) -> None:
-        if count < 1:
-            raise UserError("There are no examples to make batches of.")
-        if batch < 1:
-            raise UserError(f"A batch must have at least 1 row, not {batch}.")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"The seed must be between 0 and {2**32 - 1}, not {seed}.")
         self.count, self.batch, self.seed = count, batch, seed
 
     def epoch(self, step: int) -> float:
@@ -70,8 +64,8 @@ class TextBatches:
     """Training batches out of one long text, by random access: `at(step)` needs no earlier step.
 
     An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place drawn anew for the epoch, the text
-    being a ring: every token is a target once, except fewer than `seq` that do not fill a window. Raises UserError as
-    `EpochOrder`, and for a text shorter than one window.
+    being a ring: every token is a target once, except fewer than `seq` that do not fill a window. Raises UserError for a text
+    shorter than one window.
     """
 
     tokens: np.ndarray  # (tokens,) any integer dtype, memory-mapped or not
@@ -80,8 +74,6 @@ class TextBatches:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.seq < 1:
-            raise UserError(f"A window must have at least 1 token, not {self.seq}.")
         if len(self.tokens) < self.seq + 1:
             raise UserError(
                 f"The text has {len(self.tokens)} tokens and one window of {self.seq} needs {self.seq + 1}: give a "
@@ -103,14 +95,10 @@ class TextBatches:
 def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) -> Iterator[Batch]:
     """Yields batches (batch, seq) in which every token but the first is a target with mask True exactly once.
 
-    Windows start `stride` apart and score only what the one before did not, so each token is predicted from more than
-    `seq - stride` tokens (fewer only at the start of the text) and at most `seq`. The last window is moved back to end with
-    the text. Padding has mask False. Raises UserError for a stride outside 1..seq or fewer than two tokens.
+    Windows start `stride`, at most `seq`, apart and score only what the one before did not, so each token is predicted from
+    more than `seq - stride` tokens (fewer only at the start of the text) and at most `seq`. The last window is moved back to
+    end with the text. Padding has mask False. Raises UserError for fewer than two tokens.
     """
-    if not 1 <= stride <= seq:
-        raise UserError(f"The stride must be between 1 and the window's {seq} tokens, not {stride}.")
-    if batch < 1:
-        raise UserError(f"An evaluation batch must have at least 1 row, not {batch}.")
     if len(tokens) < 2:
         raise UserError(f"The text has {len(tokens)} tokens; to score one, at least 2 are needed.")
     targets = len(tokens) - 1

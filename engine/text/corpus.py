@@ -111,8 +111,6 @@ def hold_out(corpus: Corpus[str], fraction: float = 0.05) -> tuple[Corpus[str], 
 
     A text is cut at the start of a line where one is near. Raises UserError when there is too little to cut in two.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"The part held out must be more than 0 and less than 1, not {fraction}.")
     many = math.ceil(1 / fraction)
     documents = iter(corpus)
     first = [*itertools.islice(documents, many)]

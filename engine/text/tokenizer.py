@@ -148,11 +148,9 @@ class ModelTokenizer(NamedTuple):
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
 
-    Fewer when the texts are too short. The same texts give the same vocabulary. Raises UserError below 257, or for a text
-    with a lone surrogate.
+    Fewer when the texts are too short. The same texts give the same vocabulary. Raises UserError for a text with a lone
+    surrogate.
     """
-    if vocab < 257:
-        raise UserError(f"A vocabulary needs at least 257 tokens (256 bytes and the end of a text), not {vocab}.")
     return _byte_level(models.BPE(), texts, vocab)
 
 

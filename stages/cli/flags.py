@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from engine.errors import InvalidField, did_you_mean
-from engine.inference.request import RANGES, Range
+from engine.errors import InvalidField, Range, did_you_mean
+from engine.inference.request import RANGES
 from stages.cli.console import Console
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}

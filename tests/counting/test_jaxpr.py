@@ -11,7 +11,8 @@ from shapes_only import shaped
 from engine.counting.jaxpr import _TRANSCENDENTAL, JaxprCost, jaxpr_cost
 from engine.errors import UserError
 from engine.model import ops
-from engine.model.attention import QUERY_BLOCK, causal_attention, causal_attention_in_blocks
+from engine.model.attention import causal_attention
+from engine.model.attention_in_blocks import QUERY_BLOCK, causal_attention_in_blocks
 
 M, N, P = 3, 5, 7
 f32 = functools.partial(shaped, dtype=jnp.float32)

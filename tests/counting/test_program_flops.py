@@ -19,7 +19,7 @@ from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lora_only
 from engine.inference import decode
 from engine.model import loss
-from engine.model.attention import QUERY_BLOCK
+from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.config import LoraConfig
 from engine.model.loss import score
 from engine.model.paths import split, unflatten

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out
 
 from engine.mesh.shape import AXES
-from engine.model.attention import QUERY_BLOCK
+from engine.model.attention_in_blocks import QUERY_BLOCK
 
 DISPATCH = importlib.import_module("jax._src.dispatch")
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.model import layers, ops
-from engine.model.attention import causal_attention_in_blocks
+from engine.model.attention_in_blocks import causal_attention_in_blocks
 from engine.model.native.library import native_problem
 
 # Texts, tokens, query heads, key heads, head width: less than a vector and than a tile, whole tiles, odd numbers of all.

@@ -9,6 +9,7 @@ import pytest
 from tiny import FAMILY, assert_near, lively_params, normal, positions_of, tiny_config, tokens_of
 
 from engine.model import attention, layers, ops
+from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
@@ -35,7 +36,7 @@ def test_a_program_is_traced_for_jaxs_default_device():
 def test_other_platforms_compute_what_a_cpu_computes(name, monkeypatch):
     """The logits, the loss and its gradient by every leaf, in float32, to 1e-5 of the largest number."""
     cfg = FAMILY[name]
-    params, rows = lively_params(cfg), (3, 2 * attention.QUERY_BLOCK)
+    params, rows = lively_params(cfg), (3, 2 * QUERY_BLOCK)
     segments = np.sort(np.random.default_rng(0).integers(0, 3, rows), axis=1).astype(np.int32)
     batch = Batch(tokens_of(1, *rows), tokens_of(2, *rows), segments > 0, positions_of(*rows), segments)
     both = []

@@ -286,8 +286,6 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     write_tiny(tmp_path, 4, keep=1)  # going back removes no future, and is not removed by it
     assert steps(tmp_path) == [4, 5, 6]
     assert hidden(tmp_path) == []
-    with pytest.raises(ValueError, match="keep at least 1"):
-        write_tiny(tmp_path, 7, keep=0)
 
 
 def test_only_folders_named_by_a_number_are_checkpoints(tmp_path, monkeypatch):

@@ -91,12 +91,6 @@ def test_what_makes_no_batches():
     with pytest.raises(UserError, match="7 tokens and one window of 7 needs 8"):
         TextBatches(PLACES[:7], 7, 1, 0)
     assert TextBatches(PLACES[:8], 7, 2, 0).at(5).tokens.tolist()
-    for seed in (-1, 2**32):
-        with pytest.raises(UserError, match=f"seed must be .* not {seed}"):
-            TextBatches(PLACES, 7, 1, seed)
-    for sizes in ((0, 1), (1, 0)):
-        with pytest.raises(UserError, match=r"at least 1 (row|token), not 0"):
-            TextBatches(PLACES, *sizes, seed=0)
 
 
 @settings(max_examples=200)
@@ -123,10 +117,5 @@ def test_evaluation_scores_every_token_but_the_first_once(length, seq, stride, b
 
 
 def test_what_cannot_be_evaluated():
-    for stride in (0, 8):
-        with pytest.raises(UserError, match=f"between 1 and the window's 7 tokens, not {stride}"):
-            next(evaluation_windows(PLACES, 7, stride, 1))
     with pytest.raises(UserError, match="1 tokens"):
         next(evaluation_windows(PLACES[:1], 7, 7, 1))
-    with pytest.raises(UserError, match="at least 1 row"):
-        next(evaluation_windows(PLACES, 7, 7, 0))

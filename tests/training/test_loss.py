@@ -10,8 +10,9 @@ from jax.interpreters import partial_eval as pe
 from tiny import B, T, equations, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model import loss as module
-from engine.model import loss_by_rows
-from engine.model.loss import chunked_losses, summed_loss, token_losses
+from engine.model import loss_in_parts
+from engine.model.loss import summed_loss, token_losses
+from engine.model.loss_in_parts import chunked_losses
 from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import quantize_matrix
 from engine.text.batch import Batch
@@ -119,7 +120,7 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     slopes = jax.jit(jax.value_and_grad(lambda trained: summed_loss(cfg, params | trained, batch_of())))
     expected = slopes(trained)
     monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
-    monkeypatch.setattr(loss_by_rows, "COLUMNS", 16)  # twice sixteen, and nine at the end
+    monkeypatch.setattr(loss_in_parts, "COLUMNS", 16)  # twice sixteen, and nine at the end
     jax.clear_caches()
     below = lambda blocks: summed_loss(cfg, params | {"blocks": blocks}, batch_of())
     traced = jax.make_jaxpr(jax.grad(below))(params["blocks"]).jaxpr

@@ -128,13 +128,8 @@ def test_rewarded_tokens_are_sampled_more_often():
     assert np.mean(shares[-5:]) > np.mean(shares[:5]) + 0.3
 
 
-def test_settings_that_mean_nothing_are_refused(cfg, params):
+def test_one_objective_is_one_object():
     assert grpo(0.1, 0.5) is grpo(0.1, 0.5)
-    for wrong in ((0.0, 0.0), (0.2, -1.0)):
-        with pytest.raises(UserError, match="clip must be above 0"):
-            grpo(*wrong)
-    with pytest.raises(ValueError, match="needs the reference"):
-        loss_and_gradient(cfg, params, {}, Rollouts(random_batch(0), ADVANTAGE), 1, grpo(0.2, 0.1))
 
 
 # Rewards: from 0 to 1, 1 exactly where the task is done, and never anything for what was not asked.

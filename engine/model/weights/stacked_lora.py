@@ -20,8 +20,8 @@ from jax import Array
 
 from engine.model.config import JOINED, ModelConfig
 from engine.model.layers import einsum32
-from engine.model.native.library import native_problem, target
-from engine.model.ops import platform
+from engine.model.native.library import target
+from engine.model.ops import has_kernel
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
 
 PARTS = JOINED | {"out": ("out",), "down": ("down",)}  # the weights of a block for inference on one device, and their matrices
@@ -50,7 +50,7 @@ class StackedLoRA:
 def adapted(whole: Array, x: Array, weight: StackedLoRA) -> Array:
     """whole (B, T, out), the base's product with x (B, T, in) -> with what each row's adapter adds, in its dtype."""
     edges, rank = np.cumsum([0, *weight.columns]), weight.b.shape[1]
-    if x.shape[1] == 1 and platform() == "cpu" and not native_problem():
+    if x.shape[1] == 1 and has_kernel():
         shape = jax.ShapeDtypeStruct(whole[:, 0].shape, jnp.float32)
         arguments = x[:, 0].astype(weight.a.dtype), weight.index, weight.a, weight.b, edges.astype(np.int32)
         return _add(whole, jax.ffi.ffi_call(target("adapter_matmul"), shape)(*arguments)[:, None], weight.index)

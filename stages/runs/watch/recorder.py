@@ -34,8 +34,8 @@ from engine.errors import UserError
 from engine.files import open_regular
 from engine.inference.decode import generate, prepare_params
 from engine.mesh import processes
-from engine.model.paths import merge
-from engine.storage.digest import digest, leaves_by_path
+from engine.model.paths import array_paths, merge
+from engine.storage.digest import digest
 from engine.training.step import gradient_norms
 from stages.cli.command import command_line, explain_error
 from stages.cli.console import Console
@@ -268,7 +268,7 @@ class Recorder:
 
 def _arrays(tree: Any, copy: bool = True) -> dict[str, np.ndarray]:
     """Returns the arrays of a tree by path, on the host; without `copy` perhaps the very memory of the tree's."""
-    return {"/".join(path): np.asarray(jnp.copy(leaf) if copy else leaf) for path, leaf in leaves_by_path(tree).items()}
+    return {path: np.asarray(jnp.copy(leaf) if copy else leaf) for path, leaf in array_paths(tree).items()}
 
 
 def _together[T](trained: dict[str, T], still: dict[str, T]) -> dict[str, T]:
@@ -278,7 +278,7 @@ def _together[T](trained: dict[str, T], still: dict[str, T]) -> dict[str, T]:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {"/".join(path): leaf.shape for path, leaf in leaves_by_path(tree).items()}
+    return {path: leaf.shape for path, leaf in array_paths(tree).items()}
 
 
 def _changed(before: np.ndarray, now: np.ndarray) -> int:
