@@ -118,9 +118,8 @@ class BackgroundSaver:
     def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
         """Waits for the write before this one, copies the arrays, and begins to write them as `write` does.
 
-        A leaf may be a function that returns the array: where there is room for the copy, only one of these arrays is in
-        memory. The arrays may be donated or changed as soon as this returns. Without that room it returns when they are
-        written. Raises the UserError of the write before.
+        The arrays may be donated or changed as soon as this returns: without room for a copy, when they are written. Raises
+        the UserError of the write before.
         """
         self.wait()
         self._used = 0
@@ -134,9 +133,8 @@ class BackgroundSaver:
     def _copies(self, tree: Any) -> Pieces:
         copies: Pieces = {}
         for name, leaf in array_paths(tree).items():
-            pieces = own_pieces(name, leaf() if callable(leaf) else leaf)
-            copies |= pieces if self._memory is None else {piece: self._copy(pieces[piece]) for piece in pieces}
-            del pieces  # before the next array is made
+            pieces = own_pieces(name, leaf)
+            copies |= pieces if self._memory is None else {piece: self._copy(x) for piece, x in pieces.items()}
         return copies
 
     def _copy(self, x: Any) -> np.ndarray:

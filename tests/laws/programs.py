@@ -27,7 +27,6 @@ from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import score, summed_loss
-from engine.model.native import library
 from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params
@@ -251,7 +250,7 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),  # noqa: SLF001
-    "pack": lambda cfg: Program(library.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
+    "pack": lambda cfg: Program(int8.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
     "scatter": lambda cfg: Program(
         segmented._scatter,  # noqa: SLF001
         (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2)),

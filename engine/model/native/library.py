@@ -22,9 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import jaxlib
-from jax import Array
 
 from engine.device import processor
 from engine.errors import UserError
@@ -40,7 +38,6 @@ KERNELS = {
     "causal_attention": "-ffp-contract=fast",
 }
 WITH_BACKWARD = ("causal_attention",)  # whose files have a second function, of the backward pass
-COLUMNS, INPUTS = 16, 4  # of a step, as in int8_matmul.c
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
@@ -52,35 +49,6 @@ _lock = threading.Lock()
 
 class _Unavailable(Exception):
     """Why there is no kernel here: the end of a sentence."""
-
-
-@jax.jit(static_argnames="axis")
-def pack(values: Array, axis: int) -> Array:
-    """values int8, inputs along `axis`, a multiple of 4 of them -> (out / 16, in / 4, 16, 4), as the kernel reads them.
-
-    Columns of zeros fill the last 16.
-    """
-    columns = jnp.moveaxis(values, axis, 1)
-    columns = jnp.pad(columns, ((0, -len(columns) % COLUMNS), (0, 0)))
-    return columns.reshape(-1, COLUMNS, columns.shape[1] // INPUTS, INPUTS).swapaxes(1, 2)
-
-
-def int8_products(x: Array, packed: Array, out: int, digits: int) -> tuple[Array, Array]:
-    """x (M, in), `pack` of (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
-
-    To the bit what `int8.round_rows` or, with 2 digits, `int8.two_digit_rows` and a product give, on one CPU where
-    `native_problem` is empty. Rows whose scale is NaN give any numbers.
-    """
-    M = len(x)
-    shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
-    products, scale = jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed)
-    return products, scale
-
-
-def block_products(x: Array, packed: Array, out: int) -> Array:
-    """x (M, in), `packed` of `blocks.Blocks` -> x times the weight (M, out) float32; a row that is not finite gives NaN."""
-    shape = jax.ShapeDtypeStruct((len(x), out), jnp.float32)
-    return jax.ffi.ffi_call(target("block_matmul"), shape)(x.astype(jnp.float32), packed)
 
 
 def target(kernel: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.native.library import block_products
+from engine.model.native.library import target
 from engine.model.ops import has_kernel
 
 COLUMNS, GROUP = 16, 32  # that lie side by side, and inputs of a block
@@ -77,7 +77,8 @@ def block_matmul(x: Array, weight: Blocks, dtype: DTypeLike) -> Array:
     number that is not finite gives NaN, and changes no other row. There is no gradient.
     """
     if has_kernel():
-        return block_products(x, weight.packed, weight.columns).astype(dtype)
+        shape = jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)
+        return jax.ffi.ffi_call(target("block_matmul"), shape)(x.astype(jnp.float32), weight.packed).astype(dtype)
     values = dense_blocks(dataclasses.replace(weight, axis=1))
     return jnp.dot(round_groups(x), values, precision=jax.lax.Precision.HIGHEST).astype(dtype)
 

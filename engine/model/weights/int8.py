@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from engine.errors import UserError
 from engine.model.config import JOINED, MATRICES
-from engine.model.native.library import COLUMNS, INPUTS, int8_products, pack
+from engine.model.native.library import target
 from engine.model.paths import Params, map_paths
 from engine.model.weights.blocks import Blocks
 
@@ -31,6 +31,7 @@ Layout = Literal["plain", "transposed", "packed"]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows up to which a product takes as long as reading the weight
 MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
+COLUMNS, INPUTS = 16, 4  # of a step of the kernel, as in native/int8_matmul.c
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
@@ -102,6 +103,17 @@ def pack_for_kernel(leaf: Int8) -> Int8:
     if leaf.values.shape[axis] % INPUTS:
         return store_transposed(leaf)
     return dataclasses.replace(leaf, values=pack(leaf.values, axis), layout="packed")
+
+
+@jax.jit(static_argnames="axis")
+def pack(values: Array, axis: int) -> Array:
+    """values int8, inputs along `axis`, a multiple of 4 of them -> (out / 16, in / 4, 16, 4), as the kernel reads them.
+
+    Columns of zeros fill the last 16.
+    """
+    columns = jnp.moveaxis(values, axis, 1)
+    columns = jnp.pad(columns, ((0, -len(columns) % COLUMNS), (0, 0)))
+    return columns.reshape(-1, COLUMNS, columns.shape[1] // INPUTS, INPUTS).swapaxes(1, 2)
 
 
 def lookup_rows(leaf: Int8, rows: Array) -> Array:
@@ -200,7 +212,7 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
     if weight.layout == "packed":
-        product, row_scale = int8_products(x, weight.values, len(weight.scale), 2 if fine else 1)
+        product, row_scale = _native_products(x, weight.values, len(weight.scale), 2 if fine else 1)
     else:
         rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
         if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
@@ -211,6 +223,18 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
             product = _contract(rows, weight.values, weight.contracting_axis, preferred_element_type=jnp.int32)
     product = join_digits(product) if fine else product.astype(jnp.float32)
     return (product * row_scale * weight.scale).astype(dtype)
+
+
+def _native_products(x: Array, packed: Array, out: int, digits: int) -> tuple[Array, Array]:
+    """x (M, in), `pack` of (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
+
+    To the bit what `round_rows` or, with 2 digits, `two_digit_rows` and a product give. Rows whose scale is NaN give any
+    numbers.
+    """
+    M = len(x)
+    shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
+    products, scale = jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed)
+    return products, scale
 
 
 def _no_gradient(*_: Any) -> Any:
