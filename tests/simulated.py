@@ -84,7 +84,7 @@ class FakeConstraint:
 class FakeRunner:
     """What `ModelRunner` is to an engine, in Python: its KV cache is a list for each slot."""
 
-    mesh, cache_bytes = None, 0
+    mesh, cache_bytes, has_kernel = None, 0, False
 
     def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig) -> None:
         self.params, self.config = params, config
@@ -155,7 +155,8 @@ class FakeRunner:
             *(np.zeros((STEPS, R, min(MAX_LOGPROBS, VOCAB)), np.float32) for _ in range(2)),
         )
         current = token.tolist()
-        own = [min(row, self.config.slots - 1) for row in range(R)]
+        own = rows.slot.tolist()
+        assert self.has_kernel or own == [min(row, self.config.slots - 1) for row in range(R)]
         for step in range(steps):
             active = sorted((int(rows.position[row]) + step, row) for row in range(R) if rows.position[row] >= 0)
             for position, row in active:
@@ -243,6 +244,7 @@ def simulate(seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
         engine = Engine(CFG, {}, config)
+    engine.scheduler.shares_slots = engine.runner.has_kernel = rng.random() < 0.5
     engine.warm(long_programs=False)
     if rng.random() < 0.5:
         engine.load_long_programs()

@@ -52,12 +52,12 @@ class Engine:
         self.cfg, self.capacity = cfg, capacity
         self.config = dataclasses.replace(config, capacity=capacity)
         self.rows = config.rows
-        self.scheduler = Scheduler(config.slots, config.speculate, self.rows)
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
         self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once
         self.used_slots: set[int] = set()  # that may hold another text
         self.runner = ModelRunner(cfg, params, self.config)
+        self.scheduler = Scheduler(config.slots, config.speculate, self.rows, self.runner.has_kernel)
 
     @property
     def params(self) -> Params:
@@ -311,11 +311,12 @@ class Engine:
             self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
         token: Any = np.zeros(self.rows, np.int32)
         position: Any = np.full(self.rows, -1, np.int32)
+        slot: Any = np.minimum(np.arange(self.rows, dtype=np.int32), self.config.slots - 1)
         sampling, adapters = [IDLE_SAMPLING] * self.rows, np.zeros(self.rows, np.int32)
         for row in batch.rows:
-            token[row.row], position[row.row] = row.token, row.position
+            token[row.row], position[row.row], slot[row.row] = row.token, row.position, row.slot
             sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
-        rows = make_rows(position, self.config.slots, batch.draft_writes)
+        rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
         sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, stop, adapters)
         self.decode_steps += batch.steps

@@ -92,7 +92,7 @@ def prefill_chunk(
     adapters: RowAdapters = NO_ADAPTERS,
 ) -> KVSegments:
     """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
-    rows = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None])
+    rows = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None])
     positions = start + jnp.arange(tokens.shape[1])
     params = with_stacks(cfg, params, *adapters)
     cache = hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1]
@@ -111,7 +111,7 @@ def embed_chunk(
     adapters: RowAdapters = NO_ADAPTERS,
 ) -> tuple[Array, KVSegments]:
     """Sums the head's input over the first `count` of tokens (1, T) int32, (1, D) float32; else as `prefill_chunk`."""
-    rows, T = CacheRows(start[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
+    rows, T = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
     params = with_stacks(cfg, params, *adapters)
     hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
     counted = jnp.where(jnp.arange(T)[:, None] < count, hidden.astype(jnp.float32), 0)
@@ -176,7 +176,7 @@ class Programs(NamedTuple):
     prefill_tail: Call | None  # where a tail is shorter than a chunk
     embed_chunk: Call | None  # where embeddings are asked for
     clear_slot: Call
-    copy_slot: Call
+    copy_slot: Call | None  # where rows cannot share a slot
     set_token_counts: Call
     read_chunk: Call | None  # this and those below: with a prefix cache
     write_chunk: Call | None
@@ -189,7 +189,8 @@ def idle_calls(
 ) -> Programs:
     """Returns calls in which no row and no slot is in use. From shapes in place of arrays, they can be lowered, not run."""
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
-    rows, idle = make_rows(np.full(config.rows, -1, np.int32), segments.slots), [SamplingParams()] * config.rows
+    nobody: Any = np.full(config.rows, -1, np.int32)
+    rows, idle = make_rows(nobody, np.zeros_like(nobody), segments.slots), [SamplingParams()] * config.rows
     sampling, masks = (sampling_arrays(idle), penalty_arrays(idle)), make_token_masks(config.rows, cfg.vocab)
     has_tail = config.tail < config.chunk
 
@@ -235,7 +236,7 @@ def idle_calls(
         if config.embeds
         else None,
         clear_slot=(clear_slot, (segments, nowhere, start, step)),
-        copy_slot=(copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
+        copy_slot=None if has_kernel() else (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
         set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
         read_chunk=read(config.chunk),
         write_chunk=write(config.chunk),
@@ -280,8 +281,8 @@ def empty_stacks(cfg: ModelConfig, config: EngineConfig) -> Params | None:
     return make_stacks(cfg, config.adapters, config.adapter_rank) if config.adapters else None
 
 
-def make_rows(position: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
-    """Makes the CacheRows of R rows at position (R,) int32, row r of slot r, or all of one slot.
+def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
+    """Makes the CacheRows of R rows at position (R,) int32 of slot (R,) int32.
 
     Row r is written to its slot, and each (row, slot) of `draft_writes`, of speculative decoding, too: there is room for a
     single sequence's rows in the slots of all its copies.
@@ -289,10 +290,10 @@ def make_rows(position: Any, slots: int, draft_writes: Iterable[tuple[int, int]]
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, slots, np.int32)
     source: Any = np.arange(len(target), dtype=np.int32) % R
-    target[:R] = np.minimum(np.arange(R), slots - 1)
-    for write, (row, slot) in enumerate(draft_writes, R):
-        source[write], target[write] = row, slot
-    return CacheRows(position, source, target)
+    target[:R] = slot
+    for write, draft in enumerate(draft_writes, R):
+        source[write], target[write] = draft
+    return CacheRows(position, slot, source, target)
 
 
 class ModelRunner:
@@ -401,8 +402,8 @@ class ModelRunner:
             row_adapters(self.stacks, adapters),
         )  # fmt: skip
         self.store(segments)
-        # As NumPy arrays: indexing a JAX array would compile a program.
-        fetched = jax.device_get(sampled if logprobs else sampled[:2])
+        # As NumPy arrays: indexing a JAX array would compile a program. `device_get` takes four times as long here.
+        fetched = map(np.asarray, sampled if logprobs else sampled[:2])
         return sampled._replace(**dict(zip(sampled._fields, fetched)))
 
     def warm(

@@ -14,7 +14,7 @@ from engine.inference.sequence import STEPS, Sequence
 TOKENS_PER_DISPATCH = 32  # about, over all slots
 MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-STEPS_BETWEEN_DRAFTS = 2  # of a dispatch of a single sequence that has no draft here, and may have one soon
+STEPS_BETWEEN_DRAFTS = 4  # of a dispatch of a single sequence that has no draft here, and may have one soon
 OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
 DRAFT_ROWS = 3  # rows, beside its own, in which a single sequence may check draft tokens
 
@@ -26,9 +26,10 @@ class Prefill(NamedTuple):
 
 
 class DecodeRow(NamedTuple):
-    """A row of a dispatch: its number, and the sequence, token and position after which it samples."""
+    """A row of a dispatch: its number, the slot it reads, and the sequence, token and position after which it samples."""
 
     row: int
+    slot: int
     sequence: Sequence
     token: int
     position: int
@@ -37,8 +38,8 @@ class DecodeRow(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    With `drafts` it is a single step of a single sequence, in which each row of a copy samples after one draft token.
-    `copies` are slots that hold its text as well, `copies_are_new` if it must be copied there first.
+    With `drafts` it is a single step of a single sequence, in which other rows sample after one draft token each. They share
+    its slot, or read `copies`: slots that hold its text as well, `copies_are_new` if it must be copied there first.
     """
 
     rows: list[DecodeRow]
@@ -68,11 +69,11 @@ class Scheduler:
 
     `limit`: positions that the loaded programs reach, whole chunks. A sequence of more tokens is held: it is not admitted, and
     one that grew so long loses its slot to the next that is not held. `rows`: of a dispatch; those beyond the slots, which one
-    slot has, read that slot.
+    slot has, read that slot. `shares_slots`: whether any row can read any slot, so that draft tokens need no copies.
     """
 
-    def __init__(self, slots: int, speculate: bool, rows: int) -> None:
-        self.slots, self.speculate, self.spare_rows = slots, speculate, [*range(slots, rows)]
+    def __init__(self, slots: int, speculate: bool, rows: int, shares_slots: bool) -> None:
+        self.slots, self.speculate, self.rows, self.shares_slots = slots, speculate, rows, shares_slots
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -85,6 +86,11 @@ class Scheduler:
     @property
     def running(self) -> list[Sequence]:
         return [*self.prefilling, *self.decoding]
+
+    @property
+    def spare_rows(self) -> list[int]:
+        """The rows that can check draft tokens in the slot of a single sequence."""
+        return [*range(self.slots, self.rows), *(self.free if self.shares_slots else ())]
 
     @property
     def has_step(self) -> bool:
@@ -131,16 +137,17 @@ class Scheduler:
         self._last_was_prefill = False
         if not decoding:
             return None
-        rows = [DecodeRow(sequence.slot, sequence, sequence.last_token, sequence.position) for sequence in decoding]
+        rows = [DecodeRow(each.slot, each.slot, each, each.last_token, each.position) for each in decoding]
         drafts = self._draft_tokens()
         if drafts:
-            copies_are_new = not (self.copies or self.spare_rows)
+            spare = self.spare_rows
+            copies_are_new = not (self.copies or spare)
             if copies_are_new:
                 self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
-            _, sequence, _, position = rows[0]
+            _, slot, sequence, _, position = rows[0]
             rows += [
-                DecodeRow(row, sequence, token, position + n)
-                for n, (row, token) in enumerate(zip(self.spare_rows or self.copies, drafts), 1)
+                DecodeRow(row, slot if spare else row, sequence, token, position + n)
+                for n, (row, token) in enumerate(zip(spare or self.copies, drafts), 1)
             ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
         if any(sequence.constraint or not sequence.output_tokens for sequence in decoding):
@@ -192,7 +199,7 @@ class Scheduler:
             return None
         (sequence,) = self.decoding
         room = min(sequence.remaining, self.limit - sequence.position)
-        count = min(DRAFT_ROWS, len(self.spare_rows) + len(self.free) + len(self.copies), room - 1)
+        count = min(DRAFT_ROWS, len(self.spare_rows) or len(self.free) + len(self.copies), room - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
         return sequence.draft_tokens(count)

@@ -13,6 +13,7 @@ import pytest
 from tiny import lively_params, request_of, tiny_config, tokens_of
 from tokenizers import AddedToken
 
+from engine.inference import runner
 from engine.inference.config import EngineConfig
 from engine.inference.constraints import Constraint, GrammarCompiler, json_grammar, regex_grammar
 from engine.inference.decode import prepare_params
@@ -170,7 +171,7 @@ _alone: dict[tuple[str, str, bool], Completion] = {}
 def attends_by_xla() -> Iterator[None]:
     """Attention, adapters and the products of blocks as where the kernels in C cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (segmented, blocks, stacked_lora):
+        for module in (segmented, blocks, stacked_lora, runner):
             patch.setattr(module, "has_kernel", lambda: False)
         jax.clear_caches()
         yield

@@ -13,6 +13,7 @@ from engine_requests import (
     SHORT,
     SLOTS,
     Log,
+    attends_by_xla,
     complete,
     complete_alone,
     make_engine,
@@ -78,8 +79,19 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
 
 
 @pytest.mark.parametrize("dtype", ["float32", AS_SERVED])
+def test_rows_that_check_drafts_read_what_their_sequence_reads(dtype, monkeypatch):
+    """A lone text reaches long segments with wrong drafts, loses its rows to others, and gets new ones as a short text."""
+    check_drafts_of_a_growing_text(dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", AS_SERVED])
 def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
-    """A lone text reaches long segments with wrong drafts, loses its copies to others, and makes new ones as a short text."""
+    """The same where rows cannot share a slot."""
+    with attends_by_xla():
+        check_drafts_of_a_growing_text(dtype, monkeypatch)
+
+
+def check_drafts_of_a_growing_text(dtype, monkeypatch):
     request = request_of(text(5, 9), 45, temperature=0.0, logprobs=3)
     expected, drafts_at = complete_alone(dtype, request), {}
     right = [*request.prompt, *expected.tokens]

@@ -82,5 +82,5 @@ def test_neither_does_decoding_for_slots_few_or_many(slots, tied):
     token = jnp.zeros(slots, jnp.int32)
     state = make_kv_segments(cfg, slots, segment_edges(CAPACITY, 16, 16)), make_token_counts(cfg, slots)
     sampling = sampling_of(slots), PenaltyArrays(token > 0, *[jnp.zeros(slots)] * 3), make_token_masks(slots, cfg.vocab)
-    arguments = *state, token, CacheRows(token, token, token), *sampling, jnp.int32(2), jnp.bool_(True)
+    arguments = *state, token, CacheRows(token, token, token, token), *sampling, jnp.int32(2), jnp.bool_(True)
     assert made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments)) == []

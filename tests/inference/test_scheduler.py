@@ -12,7 +12,7 @@ class Model:
     """Carries out what a scheduler says, with a token for each that is sampled: `next_token(sequence)`."""
 
     def __init__(self, slots: int = SLOTS, speculate: bool = True, next_token=lambda sequence: 0) -> None:
-        self.scheduler = Scheduler(slots, speculate, slots)
+        self.scheduler = Scheduler(slots, speculate, slots, shares_slots=True)
         self.next_token = next_token
         self.sequences: dict[int, Sequence] = {}
         self.steps: list[Prefill | Decode] = []

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 
+from engine.inference import runner
 from engine.inference.config import EngineConfig
 from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
 from engine.inference.runner import empty_stacks, idle_calls
@@ -215,7 +217,11 @@ def engine_program(
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
         stacks = jax.eval_shape(lambda: empty_stacks(cfg, config))
-        function, arguments = getattr(idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks), name)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "copy_slot":  # which a kernel does without
+                patch.setattr(runner, "has_kernel", lambda: False)
+            calls = idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks)
+        function, arguments = getattr(calls, name)
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 

@@ -64,8 +64,9 @@ def inputs(shape: int, dtype: str, seed: int):
     position[rng.integers(R)] = edges[-1] - 1
     if slots == 1:
         position[1] = position[0] - 1
-    source, target = [*range(R), *rng.integers(0, R, 3)], [*np.minimum(np.arange(R), slots - 1), *[slots] * 3]
-    rows = CacheRows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
+    slot = np.minimum(np.arange(R), slots - 1)
+    source, target = [*range(R), *rng.integers(0, R, 3)], [*slot, *[slots] * 3]
+    rows = CacheRows(*(jnp.asarray(field, jnp.int32) for field in (position, slot, source, target)))
     qkv = [jnp.asarray(numbers(R, 1, heads, H) * size) for heads, size in ((K * G, H**-0.5), (K, 1), (K, 1))]
     return qkv, segments, rows
 
@@ -110,6 +111,17 @@ def test_a_row_depends_on_its_own_text_alone(dtype, shape, seed, rubbish):
         rows = rows._replace(position=jnp.asarray(np.where(np.arange(len(position)) == row, position, others), jnp.int32))
     ours, _ = attend(True, qkv, spoilt, rows)
     assert np.asarray(ours)[row].tobytes() == np.asarray(expected)[row].tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_share_a_slot_have_the_bits_of_rows_with_copies_of_it(dtype):
+    qkv, segments, rows = inputs(1, dtype, 3)
+    copied = jax.tree.map(lambda array: jnp.broadcast_to(array[2], array.shape), segments)
+    slot, source = jnp.arange(5, dtype=jnp.int32), jnp.asarray([0, 1, 2] * 5, jnp.int32)
+    rows = CacheRows(jnp.asarray([254, 255, 256, -1, -1], jnp.int32), slot, source, jnp.repeat(slot, 3))
+    copies, _ = attend(True, qkv, copied, rows)
+    shared, _ = attend(True, qkv, segments, rows._replace(slot=jnp.full(5, 2, jnp.int32)))
+    assert np.asarray(shared)[:3].tobytes() == np.asarray(copies)[:3].tobytes()
 
 
 @pytest.mark.parametrize("spoilt", ["q", "k", "v", "a key", "a value"])

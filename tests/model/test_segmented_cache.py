@@ -68,9 +68,10 @@ def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) ->
     return out.reshape(len(q), -1)
 
 
-def rows_of(position, target, source=None) -> CacheRows:
+def rows_of(position, target, source=None, slot=None) -> CacheRows:
     source = np.arange(len(target)) if source is None else source
-    return CacheRows(*(jnp.asarray(field, jnp.int32) for field in (position, source, target)))
+    slot = slot or (np.arange(len(position)) if len(position) > 1 else target)
+    return CacheRows(*(jnp.asarray(field, jnp.int32) for field in (position, slot, source, target)))
 
 
 def layer_at(segments: KVSegments, rows: CacheRows) -> SegmentedLayer:

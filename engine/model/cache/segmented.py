@@ -61,14 +61,15 @@ class KVSegments(NamedTuple):
 
 
 class CacheRows(NamedTuple):
-    """The positions of a call's R rows, and the slots that their keys and values are written to.
+    """The positions of a call's R rows, the slots that they read, and those that their keys and values are written to.
 
-    Row r holds T tokens from position[r] (R,) on, or none if that is -1. It reads slot r; a lone row reads the slot it writes,
-    and the rows of a cache of one slot share it.
+    Row r holds T tokens from position[r] (R,) on, or none if that is -1, and reads slot[r] (R,). Without the kernel in C
+    that is slot r, unless there is one row or one slot.
     Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
     """
 
     position: Array
+    slot: Array
     source: Array
     target: Array
 
@@ -246,7 +247,7 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     R, K, M, H = q.shape
     if M == 1 and ops().pads_lone_row:
         return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[:, :, :1]
-    slot = layer.rows.target[0] if R == 1 else None
+    slot = layer.rows.slot[0] if R == 1 else None
     state = Mixture(jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
     longest = positions.max()

@@ -1,11 +1,11 @@
 // Attention of one token a row over its own text, called by XLA: writes the tokens' keys and values into the KV cache, then
 // attends. It reads what each row's text is long, and nothing for a row that is not in use.
 //
-//     q (R, K, G, H) float32, position (R), source (U), target (U) int32, new keys and values (R, K, 1, H),
+//     q (R, K, G, H) float32, position (R), slot (R), source (U), target (U) int32, new keys and values (R, K, 1, H),
 //     keys of each segment (B, K, C, H), values of each segment
 //     -> mixed values (R, K, G, H) float32, the segments, in place
 //
-// Row r is at position[r], or at -1 if it is not in use: its result is NaN. It reads slot r; rows of a cache of one slot share it.
+// Row r is at position[r], or at -1 if it is not in use: its result is NaN. It reads slot[r], which rows may share.
 // Write u puts row source[u] into slot target[u], if there is such a slot. Keys and values are float32, bfloat16, or int8;
 // behind each array of int8 comes that of its scales, a float32 for each H.
 //
@@ -218,9 +218,10 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
   if (answered_version(call)) return NULL;
   XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
   const float *q = arguments[0]->data;
-  const int32_t *positions = arguments[1]->data, *source = arguments[2]->data, *target = arguments[3]->data;
+  const int32_t *positions = arguments[1]->data, *slots = arguments[2]->data;
+  const int32_t *source = arguments[3]->data, *target = arguments[4]->data;
   const int64_t R = arguments[0]->dims[0], K = arguments[0]->dims[1], G = arguments[0]->dims[2], H = arguments[0]->dims[3];
-  XLA_FFI_Buffer **new = arguments + 4;
+  XLA_FFI_Buffer **new = arguments + 5;
   const XLA_FFI_DataType stored = new[0]->dtype;
   Task t = {.type = stored == XLA_FFI_DataType_S8 ? INT8 : stored == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32,
             .G = G, .H = H, .C = ceiling(H, W)};
@@ -229,7 +230,7 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
   cache.segments = (call->rets.size - 1) / 2 / cache.parts;
   cache.values = cache.keys + cache.segments * cache.parts;
 
-  for (int64_t u = 0; u < arguments[2]->dims[0]; u++) {
+  for (int64_t u = 0; u < arguments[3]->dims[0]; u++) {
     const int64_t row = source[u], slot = target[u];
     if (slot < 0 || slot >= cache.B || positions[row] < 0) continue;
     const char *from[2][PARTS];
@@ -255,7 +256,7 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
     for (int64_t c = 0; c < t.C; c++) padded[i * t.C + c] = read((const char *)(q + i * H), c, H, FLOAT32);
   for (int64_t row = 0; row < R; row++)
     for (int64_t head = 0; head < K; head++)
-      for (int64_t left = cut(&cache, &t, cache.B == 1 ? 0 : row, head, positions[row], next); left; left--, next++) {
+      for (int64_t left = cut(&cache, &t, slots[row], head, positions[row], next); left; left--, next++) {
         next->q = padded + (row * K + head) * G * t.C;
         next->mixed = next_mixed, next_mixed += G * t.C;
         next->best = next_sums, next->total = next_sums + G, next_sums += 2 * G;
