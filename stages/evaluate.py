@@ -3,7 +3,7 @@
     python -m stages.evaluate                               the newest finished run, on what it was validated on
     python -m stages.evaluate --model runs/demo-shakespeare --data book.txt
     python -m stages.evaluate --model smollm2-135m-instruct --data voice-held-out
-    python -m stages.evaluate --weights int8                what int8 costs, or `file`, beside the same without it
+    python -m stages.evaluate --weights int8                what int8 costs, `q4` or `file`, beside the same without it
     python -m stages.evaluate --mesh fsdp=4                 a model that one device cannot hold
 
 Of a text, every token but the first is scored once, after at least half a window of it. Of conversations, only what the
@@ -50,8 +50,8 @@ class EvaluateFlags:
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
     batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
     """Windows of a text scored together, on each device that shares the rows."""
-    weights: Annotated[str | None, one_of("bfloat16", "float32", "int8", "file"), default("as loaded")] = None
-    """The type of the weights' matrices, as `serve` stores them, on one device alone. `file`: see there."""
+    weights: Annotated[str | None, one_of("bfloat16", "float32", "int8", "q4", "file"), default("as loaded")] = None
+    """The type of the weights' matrices, as `serve` stores them, on one device alone. `q4`, `file`: see there."""
     mesh: MeshFlags
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False
@@ -86,7 +86,7 @@ def evaluate(flags: EvaluateFlags) -> None:
         if flags.data and data is None:
             check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            blocks: dict[str, Any] | None = {} if flags.weights == "file" else None
+            blocks: dict[str, Any] | None = {} if flags.weights in ("file", "q4") else None
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
         console.print_notes(model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape) if shape else device)), ("model", str(model))])

@@ -2,6 +2,7 @@
 
     python -m stages.export --model runs/demo-shakespeare --out exported --check
     python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
+    python -m stages.export --model runs/demo-shakespeare --out demo.gguf --dtype q4_0      the blocks of serve --weights q4
     python -m stages.export --model runs/smollm2-135m-instruct-voice --out voice-adapter --adapter --check
 
 A LoRA model is written with its adapters merged in, unless --adapter says otherwise. What could not be loaded again is not
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
     from stages.runs.text_data import Source
 
-DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+BLOCKS = ("q8_0", "q4_0", "q4_1")
+DTYPES = ("float32", "bfloat16", "float16", *BLOCKS)
 EXPORT_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "adapter_config.json", "adapter_model.safetensors", "manifest.json",
@@ -52,7 +54,7 @@ class ExportFlags:
     """A folder, or a file that ends in .gguf."""
     model: ModelFlag = None
     dtype: Annotated[str | None, one_of(*DTYPES), default("as loaded in a folder, float16 in a .gguf")] = None
-    """float32, bfloat16, float16, or in a .gguf q8_0."""
+    """float32, bfloat16, float16, or in a .gguf q8_0, q4_0 or q4_1."""
     adapter: Annotated[bool, default("off")] = False
     """Write only the LoRA adapters, in PEFT's layout."""
     base_name: Annotated[str | None, parser(str, "ORG/NAME"), default("as the base was loaded")] = None
@@ -73,22 +75,17 @@ def export(flags: ExportFlags) -> int:
     import jax.numpy as jnp
 
     from engine.model.paths import map_paths
-    from engine.model.weights.lora import LoRA, to_dense
+    from engine.model.weights.lora import to_dense
     from engine.storage import run_folder
     from engine.storage.model_loader import load_model
     from engine.text.corpus import Corpus
     from stages.runs.text_data import TEXTS, evaluation_source
 
-    def merge_adapters(_: str, leaf: Any) -> Any:  # in float32: their small numbers are rounded once, as they are written
-        return to_dense(
-            dataclasses.replace(leaf, base=to_dense(leaf.base).astype(jnp.float32)) if isinstance(leaf, LoRA) else leaf
-        )
-
     out, to_gguf = flags.out, flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
-    if flags.dtype == "q8_0" and not to_gguf:
-        raise UserError("--dtype q8_0 is of GGUF: give an --out that ends in .gguf, or another type.")
+    if flags.dtype in BLOCKS and not to_gguf:
+        raise UserError(f"--dtype {flags.dtype} is of GGUF: give an --out that ends in .gguf, or another type.")
     if flags.base_name and not flags.adapter:
         raise UserError("--base-name names the base of an adapter: it goes with --adapter.")
     _check_free(out, to_gguf, flags.overwrite)
@@ -111,7 +108,9 @@ def export(flags: ExportFlags) -> int:
             base_name = _base_name(model, base, flags.base_name)
             rows.append(("base", base_name))
         else:
-            model = dataclasses.replace(model, params=map_paths(merge_adapters, model.params))
+            # Adapters are merged in float32: their small numbers are rounded once, as they are written.
+            params = map_paths(lambda _, leaf: to_dense(leaf, jnp.float32), model.params)
+            model = dataclasses.replace(model, params=params)
             text = record.get("text", {}).get("data")
             source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
         console.print_rows([*rows, ("writes", f"{out}, {dtype}")])
@@ -216,10 +215,10 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from gguf import GGMLQuantizationType, quants
 
     from engine.model.paths import map_paths
     from engine.model.transformer import forward
+    from engine.model.weights.blocks import GROUP, dense_blocks, round_to_blocks, served_kind
     from engine.model.weights.lora import to_dense
     from engine.storage.model_loader import load_model
     from stages.runs import text_data
@@ -229,12 +228,10 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
         plain = to_dense(leaf)
         if plain.ndim < 2 and out.suffix == ".gguf":
             return plain
-        if dtype != "q8_0":
-            return plain.astype(dtype).astype(jnp.float32)
-        rows = np.asarray(plain if path == "embed" else plain.T, np.float32)  # (out, in)
-        kind = GGMLQuantizationType.F16 if rows.shape[1] % 32 else GGMLQuantizationType.Q8_0  # whose blocks hold 32
-        result = quants.dequantize(quants.quantize(rows, kind), kind)
-        return jnp.asarray(result if path == "embed" else result.T)
+        axis = int(path != "embed")
+        if dtype in BLOCKS and plain.shape[1 - axis] % GROUP == 0:
+            return dense_blocks(round_to_blocks(plain, served_kind(path, dtype.upper()), axis))
+        return plain.astype("float16" if dtype in BLOCKS else dtype).astype(jnp.float32)
 
     def logits(params: Any) -> np.ndarray:
         """Returns logits (2, T, V) in float32 of the beginning of the text."""

@@ -14,9 +14,10 @@ from engine.model.config import ModelConfig
 from engine.model.ops import platform
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
+from engine.model.weights.matmul import matrices_to_blocks
 
-Weights = Literal["file", "int8", "bfloat16", "float32"]
-BYTES: dict[str, int] = {"file": 1, "int8": 1, "bfloat16": 2, "float32": 4}
+Weights = Literal["file", "q4", "int8", "bfloat16", "float32"]
+BYTES: dict[str, int] = {"file": 1, "q4": 1, "int8": 1, "bfloat16": 2, "float32": 4}  # of a weight at most
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 SMALL_CHUNK, SMALL_SEGMENT = 64, 256  # where an engine completes a few prompts and is gone: one program reads any prompt
 MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
@@ -36,12 +37,12 @@ class EngineConfig:
     `prefix_cache_bytes`, `short` and `embeds`.
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
-    of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8. kv_dtype: of the KV
-    cache. prefix_cache_bytes: 0 for no prefix cache, None for one of the default size. speculate: whether a single sequence
-    checks draft tokens in idle rows. chunk: prompt tokens a call; tail: of a short rest. segment: positions of the KV cache's
-    first segment, a multiple of chunk; None for one chunk. short: the longest text, in positions, that has programs of its
-    own, see `ModelRunner`; None where no text has. embeds: whether embeddings are asked for. adapters: how many there may be
-    at once, of at most adapter_rank. Raises UserError.
+    of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, "q4" makes them Blocks of
+    4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of the default size. speculate:
+    whether a single sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail: of a short rest. segment:
+    positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the longest text, in positions,
+    that has programs of its own, see `ModelRunner`; None where no text has. embeds: whether embeddings are asked for. adapters:
+    how many there may be at once, of at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8
@@ -111,13 +112,13 @@ class EngineConfig:
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; as it is for int8 and blocks."""
-        if self.weights is None or self.weights == "int8" or self.weights == "file":
-            return cfg
-        return dataclasses.replace(cfg, dtype=self.weights)
+        return dataclasses.replace(cfg, dtype=self.weights) if self.weights in ("bfloat16", "float32") else cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
-        """Returns params as the programs use them, `whole` on one device: adapters merged, and quantized for int8."""
-        if self.weights in ("int8", "file"):
+        """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for int8 and q4."""
+        if self.weights == "q4":
+            params = matrices_to_blocks(params)
+        if self.weights in ("int8", "file", "q4"):
             params = quantize(merge_lora(params, cfg.dtype))
         return prepare_params(cfg, params, whole)
 

@@ -64,12 +64,15 @@ def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """Merges two trees into one params tree. A trainable adapter goes on the frozen weight of its path.
+    """Merges two trees into one params tree. A trainable adapter goes on the frozen weight of its path, and a `Rounding` there
+    rounds the trainable weight.
 
     Raises ValueError for two weights at one path.
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():
+        if hasattr(leaves.get(path), "of"):
+            leaf = leaves.pop(path).of(leaf)
         if path in leaves and not hasattr(leaf, "on"):
             raise ValueError(f"Both trees hold a weight at {path!r}.")
         leaves[path] = leaf.on(leaves[path]) if path in leaves else leaf

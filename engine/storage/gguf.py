@@ -1,6 +1,6 @@
-"""Opens the model in a GGUF file (llama.cpp) of any READABLE quantisation; writes one in F32, BF16, F16 or Q8_0.
+"""Opens the model in a GGUF file (llama.cpp) of any READABLE quantisation; writes one in F32, BF16, F16, Q8_0, Q4_0 or Q4_1.
 
-The gguf library quantises; its reader is not used (see `gguf_header.py`).
+The gguf library reads what is not multiplied as it is; its reader of files is not used (see `gguf_header.py`).
 """
 
 import math
@@ -14,7 +14,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
-from engine.model.weights.blocks import KINDS, pack_blocks
+from engine.model.weights.blocks import GROUP, KINDS, pack_blocks, round_to_blocks, served_kind, unpack_blocks
 from engine.storage.architectures import (
     FREQUENCIES,
     architecture_of,
@@ -124,8 +124,9 @@ def save_gguf(
 ) -> None:
     """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in float32.
 
-    params, report: as in `file_tensors`. A matrix whose rows are no whole number of Q8_0's blocks of 32 becomes F16. Raises
-    UserError for an architecture without a name in GGUF.
+    params, report: as in `file_tensors`. With q4_0 the file holds the very blocks that `serve --weights q4` multiplies
+    by; with it and with q4_1, embedding and head have 8 bits. A matrix whose rows are no whole number of blocks of 32 becomes
+    F16. Raises UserError for an architecture without a name in GGUF.
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
@@ -139,7 +140,9 @@ def save_gguf(
         writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
     for leaf in leaves:
         kind = wanted if len(leaf.stored) == 2 else F32
-        kinds[leaf.name] = kind = F16 if leaf.stored[-1] % GGML_QUANT_SIZES[kind][0] else kind
+        if kind.name in KINDS:
+            kind = F16 if leaf.stored[1] % GROUP else GGMLQuantizationType[served_kind(leaf.path, kind.name)]
+        kinds[leaf.name] = kind
         size = math.prod(quant_shape_to_byte_shape(leaf.stored, kind))
         writer.add_tensor_info(leaf.name, leaf.stored, np.dtype(np.float32), size, kind)
     if cfg.rope_scaling:
@@ -152,8 +155,12 @@ def save_gguf(
         rows = np.ascontiguousarray(array, np.float32)
         if leaf.paired and architecture == "llama":
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
-        with np.errstate(over="ignore"):  # infinity is refused when the file is read
-            writer.write_tensor_data(quantize(rows, kinds[leaf.name]))
+        if (kind := kinds[leaf.name]).name in KINDS:
+            data = unpack_blocks(round_to_blocks(rows, kind.name, axis=0))
+        else:
+            with np.errstate(over="ignore"):  # infinity is refused when the file is read
+                data = quantize(rows, kind)
+        writer.write_tensor_data(data)
     if cfg.rope_scaling:
         writer.write_tensor_data(factors)
     writer.close()

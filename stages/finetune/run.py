@@ -102,7 +102,7 @@ class FineTuning(ModelStage, BatchStage):
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.batch
-        self.keep_best = tuning.keep_best
+        self.keep_best, self.in_blocks = tuning.keep_best, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference = is_preference and tuning.loss == "dpo"

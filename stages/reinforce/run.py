@@ -69,7 +69,7 @@ class ReinforcementLearning(ModelStage):
         lora = trainable.adapter
         self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
-        self.objective = grpo(self.clip, self.kl)
+        self.objective, self.in_blocks = grpo(self.clip, self.kl), trainable.weights == "q4"
         self.prompts = prompts_for(rollout.task, rollout.data, flags.seed)
         reward = make_reward(rollout.task)
         super().__init__(flags.model, lora, options.folder, console)

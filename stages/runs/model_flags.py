@@ -35,23 +35,31 @@ class TrainableFlags:
     """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
     base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
     """The type of the frozen model under an adapter: `int8` takes half the memory."""
+    weights: Annotated[Literal["float", "q4"], one_of("float", "q4")] = "float"
+    """`q4`: train weights, all or those of --train and --freeze, while they are rounded as `serve --weights q4` rounds them."""
 
     def check_together(self) -> None:
         if self.lora and (self.train or self.freeze):
             raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
+        if self.weights == "q4" and (self.lora or self.base == "int8"):
+            raise UserError(
+                "--weights q4 is for weights that train themselves, and a LoRA leaves them frozen: it goes with --train or "
+                "--freeze, not with --lora or --base int8."
+            )
         if self.base == "int8" and (self.train or self.freeze):
             raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
 
     @property
     def adapter(self) -> LoraConfig | None:
         """The LoRA to train; None when parameters of the model itself are trained."""
-        return None if self.train or self.freeze else self.lora or LoraConfig()
+        return None if self.train or self.freeze or self.weights == "q4" else self.lora or LoraConfig()
 
     def describe(self) -> str:
         """Describes the trainable parameters, which must be the same to resume a run: `learns` in run.json."""
         if self.adapter:
             return f"{self.adapter}{' over int8' if self.base == 'int8' else ''}"
-        return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip()
+        rounded = " in q4" * (self.weights == "q4")
+        return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip() + rounded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge, split
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
-from engine.model.weights.matmul import cast_matrices
+from engine.model.weights.matmul import cast_matrices, round_while_training
 from engine.storage.adapter import build_adapter, earlier_digest, save_adapter
 from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
@@ -41,9 +41,11 @@ class ModelStage(Stage):
     """A Stage that trains a loaded model. The subclass sets `plan`, and `metadata` to its own entries of run.json.
 
     `trainable` is in float32, `frozen` in the compute type or int8, as steps read it; of a LoRA nothing else is saved.
+    `in_blocks`: whether steps read all weights as `serve --weights q4` rounds them; they are saved as they are.
     """
 
     metadata: dict[str, Any]
+    in_blocks = False
 
     def __init__(
         self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
@@ -78,7 +80,8 @@ class ModelStage(Stage):
             else:
                 trainable, self.frozen_as_loaded = split(merge_lora(params), plan.trainable.weights)
                 self.trainable = cast_matrices(trainable, "float32")
-                self.frozen = cast_matrices(self.frozen_as_loaded, plan.cfg.dtype)
+                rounded = round_while_training if self.in_blocks else lambda _, frozen: frozen
+                self.frozen = cast_matrices(rounded(trainable, self.frozen_as_loaded), plan.cfg.dtype)
         path, source = Path(self.name).expanduser(), self.name
         if path.exists():  # absolute, to be found again
             source = str(path.absolute())
@@ -125,7 +128,8 @@ class ModelStage(Stage):
     def model_row(self) -> tuple[str, str]:
         plan, cfg = self.plan, self.plan.cfg
         size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
-        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
+        rounded = ", rounded to 4 bits at each step" * self.in_blocks
+        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}{rounded}"
 
     def load_trained(self, step: int) -> Any:
         """Returns the trained parameters of a checkpoint of this run. Raises UserError when it is damaged."""

@@ -78,8 +78,9 @@ class ServeFlags:
     """Requests that may wait; more get a 429 with the time to try again. Half the places are kept for clients that heed it."""
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")] = None
     """Tokens of prompt and completion together."""
-    weights: Annotated[str | None, one_of("file", *DTYPES), default("file on a CPU, else bfloat16")] = None
-    """The type of the weights' matrices. `file`: blocks of a GGUF file (Q4_0, Q4_1, Q8_0) as they are, all else int8."""
+    weights: Annotated[str | None, one_of("file", "q4", *DTYPES), default("file on a CPU, else bfloat16")] = None
+    """The type of the weights' matrices. `file`: blocks of a GGUF file (Q4_0, Q4_1, Q8_0) as they are, all else int8. `q4`: all
+    else in blocks of 4 bits (Q4_0), embedding and head of 8."""
     keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"
     """The type of the KV cache."""
     prefix_cache: Annotated[int | None, parser(integer(0), "MB"), default("as a slot takes, and at least 64")] = None

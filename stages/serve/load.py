@@ -91,7 +91,8 @@ def load_state(
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()
     # Adapters know their base by its converted weights, and without a kernel int8 is faster.
-    keeps_blocks = engine_config.weights == "file" and not adapters and not engine_config.adapters and has_kernel()
+    in_blocks = engine_config.weights == "q4" or (engine_config.weights == "file" and has_kernel())
+    keeps_blocks = in_blocks and not adapters and not engine_config.adapters
     blocks: dict[str, Any] | None = {} if keeps_blocks else None
 
     def on_config(cfg: ModelConfig) -> None:
@@ -159,7 +160,7 @@ def load_state(
     found = [documents.note] if documents and documents.note else []
     console.print_notes([*notes, *found, *(note for _, more in trees for note in more)])
     on_one_cpu = device.backend == "cpu" and engine.devices == 1
-    if engine_config.weights in ("file", "int8") and on_one_cpu and (problem := native_problem()):
+    if engine_config.weights in ("file", "q4", "int8") and on_one_cpu and (problem := native_problem()):
         console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
     state = ServerState(
         names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder, documents

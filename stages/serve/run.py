@@ -44,6 +44,8 @@ def run(flags: ServeFlags) -> int:
         proxies = [name[1] for origin in flags.allow_origin if (name := HOST.fullmatch(origin.partition("://")[2]))]
         hosts = LOCAL_HOSTS | {host.lower() for host in (*_split(flags.allow_host), *proxies, flags.host)}
     count = check_adapters(flags, bool(keys))
+    if flags.mesh and flags.weights == "q4":
+        raise UserError("--weights q4 is for one device; leave --mesh out.")
     with server.bind(flags.host, flags.port) as sock, Console() as console:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")

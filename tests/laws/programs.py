@@ -33,6 +33,7 @@ from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params
 from engine.model.weights import int8
+from engine.model.weights.blocks import GROUP, round_to_blocks, straight_through
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
@@ -256,6 +257,8 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),  # noqa: SLF001
+    "round to blocks": lambda cfg: Program(round_to_blocks, (shape_of(jnp.float32, GROUP, cfg.ff), "Q4_1")),
+    "straight through": lambda cfg: Program(straight_through, (shape_of(jnp.float32, GROUP, cfg.ff), "Q4_0")),
     "pack": lambda cfg: Program(int8.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
     "scatter": lambda cfg: Program(
         segmented._scatter,  # noqa: SLF001

@@ -13,7 +13,17 @@ from tiny import assert_near, normal
 
 from engine.model.native.library import native_problem
 from engine.model.weights import blocks
-from engine.model.weights.blocks import KINDS, Blocks, block_matmul, dense_blocks, pack_blocks, round_groups
+from engine.model.weights.blocks import (
+    KINDS,
+    Blocks,
+    block_matmul,
+    dense_blocks,
+    pack_blocks,
+    round_groups,
+    round_to_blocks,
+    straight_through,
+    unpack_blocks,
+)
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import lookup, unembed
 
@@ -110,6 +120,31 @@ def bits() -> bytes:
         for shape in WIDTHS
     )
     return b"".join(np.asarray(product).tobytes() for product in products)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_is_rounded_to_the_nearest_of_its_blocks(kind, axis):
+    """No number is off by more than half a step, as llama.cpp reads the rows; what was rounded once stays as it is."""
+    rows = np.asarray(normal(0, 70, 160)) * 10.0 ** np.random.default_rng(0).integers(-3, 2, (70, 1))
+    rows[:, :32], rows[0, 32:64] = 0, 0.3  # a block of zeros, and one without a range
+    leaf = round_to_blocks(jnp.asarray(rows.T if axis else rows, jnp.float32), kind, axis)
+    file = unpack_blocks(leaf)
+    np.testing.assert_array_equal(pack_blocks(file, kind), leaf.packed)
+    dense = gguf.dequantize(file, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(dense_blocks(leaf), dense.T if axis else dense)
+    in_blocks = rows.reshape(70, 5, 32)
+    largest = np.abs(in_blocks).max(-1)
+    # What is as large as -8 but positive becomes 7, a whole step less.
+    most = {"Q4_0": largest / 8, "Q4_1": np.ptp(in_blocks, axis=-1) / 30, "Q8_0": largest / 254}[kind]
+    most = most + largest * 2**-10  # float16 has 11 bits
+    assert (np.abs(dense - rows).reshape(70, 5, 32).max(-1) <= most).all()
+    again = round_to_blocks(dense_blocks(leaf), kind, axis)
+    np.testing.assert_array_equal(again.packed, leaf.packed)
+    weight = jnp.asarray(rows.T if axis else rows, jnp.float32)
+    in_training, backward = jax.vjp(lambda weight: straight_through(weight, kind, axis), weight)
+    np.testing.assert_array_equal(in_training, dense_blocks(leaf))
+    np.testing.assert_array_equal(backward(weight)[0], weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

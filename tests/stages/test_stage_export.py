@@ -1,6 +1,7 @@
 """Export: the files are the model, as other programs read it; what cannot be written is an error that says so."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,13 +10,16 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import positions_of
+from tiny import lively_params, positions_of
 
 from engine.errors import UserError
+from engine.inference.config import EngineConfig
 from engine.model.config import LoraConfig, RopeScaling
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
 from engine.model.weights.lora import init_lora
+from engine.model.weights.matmul import cast_matrices, weight_types
+from engine.storage.digest import digest
 from engine.storage.gguf import save_gguf
 from engine.storage.gguf_tokenizer import tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, load_model
@@ -65,6 +69,26 @@ def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
         assert words in output
     assert re.search(r"loss +-?0\.00\d+ bits per byte by rounding .* on 1,025 tokens of python, held out\)", output)
     assert out.stat().st_size < 204_096
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "q4_1"])
+def test_a_file_of_4_bits_holds_the_blocks_that_are_served(dtype, trained, tmp_path, capsys, monkeypatch):
+    """To the bit, from weights and from an adapter over weights in 16 bits, which both merge in float32."""
+    cfg = dataclasses.replace(load_model(str(trained)).cfg, ff=64)
+    plain, adapters = lively_params(cfg), init_lora(cfg, jax.random.key(0), LoraConfig(3, 6.0, ("q", "down")))
+    narrow = merge(jax.tree.map(lambda leaf: leaf + 0.1, adapters), cast_matrices(plain, "bfloat16"))
+    for params in (plain, narrow):
+        loading(monkeypatch, trained, cfg=cfg, params=params)
+        out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check", "--overwrite")
+        assert "by at most 0.0e+00 of the" in capsys.readouterr().out
+        file = load_model(str(out), blocks={})
+        from_file = EngineConfig(weights="file").prepare_params(file.cfg, file.params)
+        served = EngineConfig(weights="q4").prepare_params(cfg, params)
+        assert weight_types(from_file) == f"{dtype.upper()}, Q8_0"
+        assert (digest(from_file) == digest(served)) == (dtype == "q4_0")
+        ahead = jax.eval_shape(functools.partial(EngineConfig(weights="q4").prepare_params, cfg), params)
+        described = lambda tree: (jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
+        assert described(ahead) == described(served)  # `serve` compiles by these before it reads
 
 
 def loading(monkeypatch: pytest.MonkeyPatch, path: Path, **changes: object) -> LoadedModel:

@@ -20,18 +20,22 @@ from tiny import lively_params, tiny_config, tokens_of
 from tiny_runs import WORDS, at_step, interrupt, metrics
 
 from engine.mesh.shape import AXES
-from engine.model.paths import leaf_paths
+from engine.model.paths import leaf_paths, map_paths, merge, split
+from engine.model.weights.blocks import Blocks
+from engine.model.weights.lora import to_dense
+from engine.model.weights.matmul import cast_matrices, matrices_to_blocks
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
-from engine.text.chat_tokenizer import Example
+from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.examples import Pair
 from engine.training.preference import preference_objective
 from engine.training.step import NEXT_TOKEN
 from stages import chat, evaluate, export, generate
+from stages.cli.console import Console
 from stages.finetune import __main__ as finetune
 from stages.finetune import run as finetune_run
-from stages.runs.conversation_data import digest_examples, held_out_evaluator
+from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
 from stages.runs.estimate import RunPlan
 from stages.runs.folder import updating
 from stages.runs.text_data import EVALUATION_ROWS
@@ -236,6 +240,24 @@ def test_a_base_in_int8(trained, chats, tmp_path):
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
     model = load_model(str(folder))  # adapters trained over the rounded base are put on the real one
     assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("choice", ["", "--train blocks/1/.*"])
+def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_path, choice):
+    """The loss that is reported is that of the blocks; the weights are saved as they are."""
+    folder = tmp_path / "run"
+    assert finetune.main(args(trained, chats, folder, "--weights", "q4", "--steps", 12, *choice.split())) == 0
+    model, losses = load_model(str(folder)), result(folder)
+    served = map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(model.params))
+    if choice:  # what is frozen is read in the compute type
+        trained_part, frozen = split(served, [path for path in leaf_paths(served) if path.startswith("blocks/1/")])
+        served = merge(trained_part, cast_matrices(frozen, model.cfg.dtype))
+    assert any(isinstance(leaf, Blocks) for leaf in leaf_paths(matrices_to_blocks(model.params)).values())
+    examples = prepare_conversations(str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()).held_out
+    measured = lambda params: held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, 32).evaluate(params)
+    assert measured(served) == pytest.approx(losses["after"]["held_out"], abs=1e-6)
+    assert abs(measured(model.params) - losses["after"]["held_out"]) > 1e-5
+    assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
 
 
 def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):

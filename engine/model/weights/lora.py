@@ -82,18 +82,18 @@ def innermost_base(weight: Any) -> Any:
     return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
 
 
-def to_dense(weight: Any) -> Array:
-    """Returns a weight as one Array: Int8 and Blocks dequantized to float32, adapters merged in their base's dtype."""
+def to_dense(weight: Any, dtype: DTypeLike | None = None) -> Array:
+    """Returns a weight as one Array: Int8 and Blocks dequantized to float32, adapters merged in `dtype` or their base's."""
     if isinstance(weight, Int8):
         return dequantize(weight)
     if isinstance(weight, Blocks):
         return dense_blocks(weight)
     if not isinstance(weight, LoRA):
         return weight
-    base, b = to_dense(weight.base), weight.b.astype(jnp.float32) * -weight.scale
+    base, b = to_dense(weight.base, dtype), weight.b.astype(jnp.float32) * -weight.scale
     # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0 changes nothing.
     less = jnp.dot(weight.a.astype(jnp.float32), b, precision=jax.lax.Precision.HIGHEST)
-    return (base.astype(jnp.float32) - less).astype(base.dtype)
+    return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
 
 
 def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:

@@ -30,8 +30,17 @@ from engine.model import backward
 from engine.model.config import JOINED
 from engine.model.layers import dot32, einsum32
 from engine.model.ops import ops, transpose
-from engine.model.paths import Params, leaf_paths, map_paths
-from engine.model.weights.blocks import Blocks, block_matmul, join_blocks, lookup_blocks
+from engine.model.paths import Params, leaf_paths, map_paths, unflatten
+from engine.model.weights.blocks import (
+    GROUP,
+    Blocks,
+    Rounding,
+    block_matmul,
+    join_blocks,
+    lookup_blocks,
+    round_to_blocks,
+    served_kind,
+)
 from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
 from engine.model.weights.lora import LoRA, innermost_base, to_dense
 from engine.model.weights.stacked_lora import StackedLoRA, adapted
@@ -122,15 +131,41 @@ def lookup(embed: Array | Int8 | Blocks, tokens: Array) -> Array:
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
-    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases, Int8 and Blocks stay."""
+    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases, Int8, Blocks and Roundings stay."""
 
     def cast(_: str, leaf: Any) -> Any:
         if isinstance(leaf, LoRA):
             base = None if leaf.base is None else cast("", leaf.base)
             return dataclasses.replace(leaf, base=base, a=leaf.a.astype(dtype), b=leaf.b.astype(dtype))
-        return leaf.astype(dtype) if not isinstance(leaf, Int8 | Blocks) and leaf.ndim >= 2 else leaf
+        return leaf.astype(dtype) if not isinstance(leaf, Int8 | Blocks | Rounding) and leaf.ndim >= 2 else leaf
 
     return map_paths(cast, params)
+
+
+def matrices_to_blocks(params: Params) -> Params:
+    """Returns params with every matrix rounded to `served_kind`, after its adapters are merged in float32.
+
+    Blocks stay as they are, and so does a matrix whose inputs are no multiple of 32.
+    """
+
+    def convert(path: str, leaf: Any) -> Any:
+        rounding = None if isinstance(leaf, Blocks) else _rounding(path, leaf)
+        return round_to_blocks(to_dense(leaf, jnp.float32), rounding.kind, rounding.axis) if rounding else leaf
+
+    return map_paths(convert, params)
+
+
+def round_while_training(trainable: Params, frozen: Params) -> Params:
+    """Returns frozen weights with which `paths.merge` gives all weights the numbers of their `matrices_to_blocks`: the frozen
+    ones now, the trainable ones whenever they are merged."""
+    rounded = map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(frozen))
+    roundings = ((path, _rounding(path, leaf)) for path, leaf in leaf_paths(trainable).items())
+    return unflatten(leaf_paths(rounded) | {path: rounding for path, rounding in roundings if rounding})
+
+
+def _rounding(path: str, leaf: Any) -> Rounding | None:
+    axis = int(path != "embed")
+    return Rounding(served_kind(path), axis) if len(leaf.shape) == 2 and leaf.shape[1 - axis] % GROUP == 0 else None
 
 
 def weight_types(params: Params) -> str:
