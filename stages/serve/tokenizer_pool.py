@@ -27,7 +27,7 @@ class TokenizerPool:
 
     def __init__(self, chat: ChatTokenizer, capacity: int, documents: Documents | None = None) -> None:
         self.tokenizer, self._chat, self._capacity, self._documents = chat.tokenizer, chat, capacity, documents
-        self.eot_ids = frozenset(chat.eot_ids)
+        self.eot_ids, self.template = frozenset(chat.eot_ids), chat.source
         self.tool_format, self._knows_tools = tool_format(chat.source)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = (ThreadPoolExecutor(1, thread_name_prefix="tokenize") for _ in range(2))

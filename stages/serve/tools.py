@@ -15,6 +15,7 @@ from engine.text.completion_text import overlap
 from stages.serve.grammars import Grammar
 
 Turn = dict[str, Any]  # a message as templates read it
+MAX_CALLS = 8  # in an answer that must call: a small model repeats its call until the context is full
 
 # After Hermes 2 Pro (Teknium et al. 2024), as Qwen 2.5's template has it.
 PREAMBLE = """# Tools
@@ -131,7 +132,7 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Tool], several: bool, text: s
         rest = " | ".join(call.replace(json.dumps(mark)[:-1], '"', 1) for call in calls)
         start = "(mark call)* text" if several else "mark call | text"
         return f"start: {start}\nmark[lazy]: TEXT {json.dumps(mark)}\ntext: TEXT\nTEXT: /(?s:.*)/\ncall: {rest}"
-    start = 'call ("\\n" call)*' if several else "call"
+    start = f'call ("\\n" call){{0,{MAX_CALLS - 1}}}' if several else "call"
     other = "" if text is None else " | text"
     rule = "" if text is None else f"\ntext: {text.removeprefix('start: ')}" if text else "\ntext: | /[^\\{](?s:.*)/"
     return f"start: {start}{other}\ncall: {' | '.join(calls)}{rule}"

@@ -38,7 +38,8 @@ def test_each_key_opens_all(locked, key):
     for header in (f"Bearer {key}".encode(), f"bearer  {key}".encode(), f"Basic {password}".encode()):
         for method, path in every_route():
             reply = httpx.request(method, locked.url + path, headers={b"authorization": header})
-            assert reply.status_code in (200, 415, 503, 404 if method == "DELETE" else 200), (method, path, reply.text)
+            empty = 400 if path.startswith("/api/") else 415  # without a body, whose type only Ollama's routes take for granted
+            assert reply.status_code in (200, empty, 503, 404 if method == "DELETE" else 200), (method, path, reply.text)
 
 
 def test_live_and_health_need_no_key(locked):

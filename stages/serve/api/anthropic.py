@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from stages.serve.api.chat import Function, ToolName, call_turn, parse_arguments, tool_use
+from stages.serve.api.chat import Function, ToolName, answer_grammar, call_turn, parse_arguments, tool_use
 from stages.serve.api.completions import DocumentsUse, documents_use
 from stages.serve.api.generation import Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import EmptyList, MaxTokens, ModelRequest, StopTexts, in_range
@@ -119,6 +119,20 @@ class CountTokensRequest(ModelRequest, kw_only=True):
         return tool_use(functions, named, kind, not choice.disable_parallel_tool_use)
 
 
+class OutputFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON schema that an answer is to satisfy."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """`effort` changes nothing."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
 class MessagesRequest(CountTokensRequest, kw_only=True):
     """POST /v1/messages."""
 
@@ -130,6 +144,8 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     stop_sequences: StopTexts | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # as it was called at first
 
 
 class CountTokensReply(msgspec.Struct):
@@ -230,8 +246,11 @@ def _stop(piece: Piece) -> dict[str, Any]:
 async def messages(state: ServerState, http: Request, body: MessagesRequest) -> ASGIApp:
     """Writes the assistant's next turn."""
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-    writer = MessageWriter(http.state.model)
-    return respond(body, writer, await generate(state, http, body.prompts(state), options, stops=body.stop_sequences or ()))
+    stops = body.stop_sequences or ()
+    wanted = {"output_config.format": body.output_config and body.output_config.format, "output_format": body.output_format}
+    grammars = [answer_grammar(f"{field}.schema", value.schema) for field, value in wanted.items() if value]
+    generation = await generate(state, http, body.prompts(state), options, stops=stops, grammars=grammars)
+    return respond(body, MessageWriter(http.state.model), generation)
 
 
 async def count_tokens(state: ServerState, _: Request, body: CountTokensRequest) -> Response:

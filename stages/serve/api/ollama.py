@@ -1,4 +1,4 @@
-"""Ollama's routes: POST /api/chat and /api/generate, GET /api/tags."""
+"""Ollama's routes: POST /api/chat, /api/generate and /api/show, GET /api/tags, /api/ps and /api/version."""
 
 import datetime
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from engine.model.weights.matmul import weight_types
 from stages.serve.api.chat import ToolField, answer_grammar, call_turn, parse_arguments, tool_use
 from stages.serve.api.completions import DocumentsUse, documents_use
 from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, GenerationRequest, Stops, in_range
+from stages.serve.api.requests import EmptyList, GenerationRequest, ModelRequest, Stops, in_range
 from stages.serve.api.writer import Writer, json_reply, respond
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
@@ -211,19 +211,67 @@ async def generate_text(state: ServerState, http: Request, body: OllamaGenerateR
 
 
 class Tags(msgspec.Struct):
-    """The reply of GET /api/tags."""
+    """The reply of GET /api/tags, and of /api/ps: what is served is loaded."""
 
     models: list[dict[str, Any]]
 
 
+class Version(msgspec.Struct):
+    """The reply of GET /api/version. Clients ask whether it is new enough for tools and schemas."""
+
+    version: str = "0.12.0"
+
+
+class ShowRequest(ModelRequest, kw_only=True):
+    """POST /api/show. `name`: what older clients call the model."""
+
+    name: str | None = None
+    verbose: bool | None = None
+
+
+class Show(msgspec.Struct):
+    """The reply of POST /api/show."""
+
+    modified_at: datetime.datetime
+    details: dict[str, str]
+    model_info: dict[str, Any]
+    template: str
+    capabilities: tuple[str, ...] = ("completion", "tools")
+
+
 async def tags(state: ServerState, _: Request) -> Response:
-    engine, at = state.engine.engine, datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
+    engine, at = state.engine.engine, _loaded_at(state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
-    details = {
+    model = {"modified_at": at, "size": size, "digest": state.digest, "details": _details(state)}
+    return json_reply(Tags([{"name": name, "model": name, **model} for name in state.served_names]))
+
+
+async def version(*_: object) -> Response:
+    return json_reply(Version())
+
+
+async def show(state: ServerState, _: Request, body: ShowRequest) -> Response:
+    if body.name:
+        state.find_model(body.name)
+    cfg = state.engine.cfg
+    info = {
+        "general.architecture": "llama",
+        "general.parameter_count": count_params(cfg).total,
+        "llama.context_length": state.engine.capacity,
+        "llama.embedding_length": cfg.width,
+    }
+    return json_reply(Show(_loaded_at(state), _details(state), info, state.tokenizer.template))
+
+
+def _loaded_at(state: ServerState) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
+
+
+def _details(state: ServerState) -> dict[str, str]:
+    engine = state.engine.engine
+    return {
         "format": "thrice",
         "family": "llama",
         "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
         "quantization_level": weight_types(engine.params),
     }
-    model = {"modified_at": at, "size": size, "digest": state.digest, "details": details}
-    return json_reply(Tags([{"name": name, "model": name, **model} for name in state.served_names]))

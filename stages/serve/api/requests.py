@@ -55,7 +55,7 @@ UNSUPPORTED = {
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
     "web_search_options": "There is no search here",
     **dict.fromkeys(
-        ("store", "previous_response_id", "conversation", "background", "context"),
+        ("store", "previous_response_id", "conversation", "background", "context", "thread"),
         "This server remembers nothing: send the whole conversation each time",
     ),
     **dict.fromkeys(("images", "image", "image_url", "input_image"), "The model reads text alone"),
@@ -151,7 +151,9 @@ def _integral(value: Any) -> Any:
 
 
 def _check_headers(http: Request) -> None:
-    kind, _, parameters = http.headers.get("content-type", "").partition(";")
+    # litellm sends Ollama's own routes no type. A page of another site could do that too, but its Origin is refused.
+    default = "application/json" if http.scope["state"]["path"].startswith("/api/") else ""
+    kind, _, parameters = http.headers.get("content-type", default).partition(";")
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())
     if kind.strip().lower() != "application/json" or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
         raise ApiError(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, vLLM's: a text or a conversation to tokens, and back."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, vLLM's: a text or a conversation to tokens, and back."""
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -41,6 +41,19 @@ class DetokenizeReply(msgspec.Struct):
     """The reply of POST /detokenize."""
 
     prompt: str
+
+
+class TokenizerInfo(msgspec.Struct):
+    """The reply of GET /tokenizer_info, by which lm-eval finds that it may use the server's tokenizer."""
+
+    eos_token: str
+    bos_token: str | None
+    chat_template: str
+
+
+async def tokenizer_info(state: ServerState, _: Request) -> Response:
+    names = state.tokenizer.tokenizer.special_names
+    return json_reply(TokenizerInfo(names["eos_token"], names.get("bos_token"), state.tokenizer.template))
 
 
 async def tokenize(state: ServerState, _: Request, body: TokenizeRequest) -> Response:

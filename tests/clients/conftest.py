@@ -1,0 +1,21 @@
+"""One tiny server for the clients of others, by names that their examples ask for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")]
+
+from tiny_server import TinyServer, until
+
+ROOM = 1536  # tokens: a letter of a prompt is about one
+
+
+@pytest.fixture(scope="module")
+def server():
+    with TinyServer(context=ROOM) as server:
+        server.state.names = ["tiny", "gpt-4o-mini", "claude-opus-5", "gemma3"]
+        assert until(lambda: server.state.engine.has_long_programs, 300)
+        yield server
+        assert server.state.engine.compiles_after_ready == 0
