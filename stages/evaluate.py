@@ -182,7 +182,7 @@ def evaluate_conversations(
 
     from engine.mesh import layout
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair, make_examples
+    from engine.text.examples import Pair, Rating, make_examples
     from engine.training.step import NEXT_TOKEN
     from stages.runs import conversation_data as conversations
     from stages.runs.text_data import EVALUATION_ROWS
@@ -195,7 +195,9 @@ def evaluate_conversations(
         name, lines = f"{data.name} ({data.kind})", outcome.describe()
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
-        split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console)
+        objective = "kto" if (objective, record.get("loss")) == ("preference", "kto") else objective
+        full = record.get("full_loss", False)
+        split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console, full)
         examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
         expected = record["text"].get("validation_digest")
         if not context and expected and conversations.digest_examples(examples) != expected:
@@ -207,11 +209,18 @@ def evaluate_conversations(
     processes.refuse_differences({"data": conversations.digest_examples(examples)})
     begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
-        if isinstance(examples[0], Pair):
-            margin = np.empty(0)
-            for part, margins in conversations.pair_margins(model.cfg, model.params, examples, seq, together):
-                margin = np.append(margin, margins[part.pair >= 0])
-                report(len(margin), len(examples))
+        if isinstance(examples[0], Pair | Rating):
+            logprobs = np.empty((0, 2))
+            for part, some in conversations.reference_logprobs(model.cfg, model.params, examples, seq, together):
+                logprobs = np.append(logprobs, some[part.pair >= 0], axis=0)
+                report(len(logprobs), len(examples))
+        if isinstance(examples[0], Rating):
+            good = np.array([rating.good for rating in examples])
+            nats = [-logprobs[good == side, 0].mean() for side in (True, False) if (good == side).any()]
+            rows = [("answers", f"{good.sum():,} good ones and {(~good).sum():,} bad ones")]
+            rows += [(f"{name} ones", f"{mean:.3f} nats each on average") for name, mean in zip(("good", "bad"), nats)]
+        elif isinstance(examples[0], Pair):
+            margin = logprobs[:, 0] - logprobs[:, 1]
             rows = [
                 ("pairs", f"{len(margin):,}"),
                 (

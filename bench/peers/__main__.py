@@ -1,8 +1,9 @@
-"""Measures training beside PyTorch and serving beside llama.cpp, each pair in one run.
+"""Measures training beside PyTorch and serving beside llama.cpp, each pair in one run; compares objectives with TRL's.
 
     python -m bench.peers                                 training, with the peer of this Python
     python -m bench.peers --peer-python peers/bin/python  peers that live in an environment of their own
     python -m bench.peers --of serving                    prefill, decoding of 1, 8 and 32 streams, and chat, as the server does
+    python -m bench.peers --of losses                     20 steps of each objective beside TRL's, within 1e-4 in float32
     python -m bench.peers --quick                         a small shape, fewer tokens and rounds
 
 A peer is a process that computes the same from the same weights: the extra `peers` installs them. It and we run in turns, with
@@ -20,6 +21,8 @@ from bench.peers.process import start_peer
 from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
 
+MAKE_TRL_VENV = "python3 -m venv peers && peers/bin/pip install trl torch"
+
 
 @dataclasses.dataclass(frozen=True)
 class PeersFlags:
@@ -27,7 +30,7 @@ class PeersFlags:
 
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
-    of: tuple[Literal["training", "serving"], ...] = ("training",)
+    of: tuple[Literal["training", "serving", "losses"], ...] = ("training",)
     shape: str = "6x384x256x16"
     """Of training: LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
@@ -49,8 +52,9 @@ def measure_peers(flags: PeersFlags) -> Json:
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     if not flags.dtypes or not flags.of:
-        raise UserError("--dtypes needs bfloat16, float32 or both, and --of training, serving or both.")
+        raise UserError("--dtypes needs bfloat16, float32 or both, and --of training, serving or losses.")
     start_jax(one_arena="serving" not in flags.of)
+    from bench.peers.losses import compare_losses
     from bench.peers.serving import measure_streams
     from bench.peers.training import measure_training
 
@@ -63,6 +67,12 @@ def measure_peers(flags: PeersFlags) -> Json:
             if peer:
                 for dtype in flags.dtypes:
                     rows += measure_training(shape, dtype, flags.rounds, peer, Path(folder))
+    if "losses" in flags.of:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            start_peer(flags.peer_python, "trl_peer.py", "trl", MAKE_TRL_VENV) as peer,
+        ):
+            rows += compare_losses(peer, Path(folder)) if peer else []
     if "serving" in flags.of:
         rows += measure_streams(flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds)
     return {"rows": rows, "bars_hold": BARS_HOLD}

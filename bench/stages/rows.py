@@ -53,7 +53,7 @@ from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, margins, preference_objective
+from engine.training.preference import Preferences, pair_logprobs, preference_objective
 from engine.training.step import NEXT_TOKEN, Objective, loss_and_gradient, train_step
 
 ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
@@ -178,7 +178,7 @@ def training_row(
         objective = preference_objective("dpo", 0.1)
         chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
         pairs = Preferences(chosen, rejected)
-        data = pairs._replace(reference=margins(cfg, frozen, pairs))
+        data = pairs._replace(reference=pair_logprobs(cfg, frozen, pairs))
     step = TrainingStep(cfg, tx, new_state(tx, trainable), frozen, data, objective=objective)
     program = functools.partial(train_step, cfg, tx, objective=objective)
     cost = cost_of(step.lowered, step.program, program, step.state, *step.arguments)

@@ -38,16 +38,21 @@ FORMS = (
 
 
 class Conversation(NamedTuple):
-    """Messages in order, and the line they are from; which of the assistant's are context alone, and the weight of the loss."""
+    """Messages in order, and the line they are from; which of the assistant's are context alone, and the weight of the loss.
+
+    `label`: whether the answer at the end is a good one, where the row says so.
+    """
 
     messages: tuple[Message, ...]
     where: str  # file:line
     context: frozenset[int] = frozenset()
     weight: float = 1.0
+    label: bool | None = None
 
     @property
     def text(self) -> str:
-        return _join(self.messages)
+        """All messages; of a row with a label its prompt, which others may have too."""
+        return _join(self.messages if self.label is None else self.messages[:-1])
 
 
 class Text(NamedTuple):
@@ -134,7 +139,7 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
     if kind == "text":
         return Text(check_text(row["text"], "text", where), where, weight)
     _refuse_unsupported({name: row.get(name) for name in ("tools", "functions", "history", "mask")}, where)
-    system = check_text(row.get("system") or "", "system", where)
+    system, label = check_text(row.get("system") or "", "system", where), None
     first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
     if kind == "preference":
         return _parse_preference(row, where, first)
@@ -148,12 +153,13 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
         messages, context = (user, {"role": "assistant", "content": answer}), frozenset[int]()
     else:
         prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
+        label = row["label"] if isinstance(row.get("label"), bool) else None
         before, answer = _answer(row["completion"], "completion", where)
         messages = (*prompt, *before, {"role": "assistant", "content": answer})
         context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
     if first and messages[:1] != first:
         messages, context = first + messages, frozenset(index + 1 for index in context)
-    return Conversation(messages, where, context, weight)
+    return Conversation(messages, where, context, weight, label)
 
 
 def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
@@ -163,10 +169,6 @@ def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
         raise UserError(f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}.")
     if kind == "preference" and weight != 1:
         raise UserError(f"{where} has the `weight` {weight!r}, and preferences all weigh the same here: leave it out.")
-    if kind == "prompt/completion" and row.get("label") is False:
-        raise UserError(
-            f"{where} has `label` false, an answer not to give, which this objective would train: leave the row out."
-        )
     return float(weight)
 
 

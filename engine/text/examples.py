@@ -29,6 +29,43 @@ class Pair(NamedTuple):
         return self.chosen.where
 
 
+class Rating(NamedTuple):
+    """A tokenized answer that is good or bad, and, once its neighbours are known, its prompt with another prompt's answer."""
+
+    answer: Example
+    mismatched: Example
+    good: bool
+
+    @property
+    def where(self) -> str:
+        return self.answer.where
+
+    @property
+    def value(self) -> float:
+        """The weight of the answer's loss, negative for a bad answer."""
+        return self.answer.weight if self.good else -self.answer.weight
+
+
+def mismatch(ratings: Sequence[Rating], seq: int) -> list[Rating]:
+    """Gives each prompt the answer of the next row that has another prompt, or of the next row; cut to `seq` + 1 tokens."""
+    parts = []
+    for rating in ratings:
+        example, start = rating.answer, int(rating.answer.mask.argmax())
+        parts.append((example.tokens[:start], example.tokens[start:], example.mask[start:]))
+    results, other = [], len(parts)  # in a row that is read twice, from its end, the next row with another prompt
+    following = [0] * len(parts)
+    for at in range(2 * len(parts) - 1, -1, -1):
+        here, after = at % len(parts), (at + 1) % len(parts)
+        other = after if not np.array_equal(parts[here][0], parts[after][0]) else other
+        following[here] = other if other < len(parts) else after
+    for rating, (prompt, *_), index in zip(ratings, parts, following):
+        _, answer, mask = parts[index]
+        tokens = np.concatenate([prompt, answer])[: seq + 1]
+        mask = np.concatenate([np.zeros(len(prompt), bool), mask])[: seq + 1]
+        results.append(rating._replace(mismatched=Example(tokens, mask, rating.where)))
+    return results
+
+
 @dataclasses.dataclass
 class DatasetSummary:
     """Counts the rows of a dataset that were used, and lists those truncated or dropped, each as (file:line, reason)."""
@@ -49,20 +86,34 @@ class DatasetSummary:
 
 
 def make_examples(
-    rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None
+    rows: Iterable[Record],
+    chat: ChatTokenizer,
+    seq: int,
+    report: OnProgress = None,
+    rate: bool = False,
+    full: bool = False,
 ) -> tuple[list[Any], DatasetSummary]:
     """Makes examples of at most seq + 1 tokens (seq inputs, and the target after each), or pairs of preferences.
+
+    `rate`: makes a Rating of each answer with a label, and two of a preference, `mismatched` not yet. `full`: all of a
+    conversation is in the loss, not the assistant's turns alone.
 
     Cuts the end off a longer conversation, and a plain text into pieces, all in the loss from BOS to EOS. A conversation is
     dropped when no answer begins early enough or the template refuses it, and a preference when it is longer. Raises UserError,
     with file:line, when the template fails, and when nothing is left.
     """
     results: list[Any] = []
+    parts: list[Any]
     summary, rows = DatasetSummary(), list(rows)
     for row in rows:
         summary.rows += 1
         try:
-            parts, cut = ([_pair(row, chat, seq)], False) if isinstance(row, Preference) else _examples(row, chat, seq)
+            if rate and not isinstance(row, Text):
+                parts, cut = _ratings(row, chat, seq), False
+            else:
+                parts, cut = (
+                    ([_pair(row, chat, seq)], False) if isinstance(row, Preference) else _examples(row, chat, seq, full)
+                )
         except InvalidConversation as refusal:
             summary.dropped.append((row.where, str(refusal)))
             continue
@@ -82,7 +133,7 @@ def make_examples(
     return results, summary
 
 
-def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int) -> tuple[list[Example], bool]:
+def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int, full: bool) -> tuple[list[Example], bool]:
     """Returns the examples of a row, and whether its end was cut off."""
     if row.weight == 0:
         raise InvalidConversation("its weight is 0")
@@ -92,10 +143,17 @@ def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int) -> tuple[
         pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
         examples = [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
     else:
+        if row.label is False:
+            raise UserError(
+                "`label` is false, an answer not to give, which this objective would train: leave the row out, or train with "
+                "--objective preference --loss kto."
+            )
         for index, message in enumerate(row.messages):
             if message["role"] == "assistant" and not message["content"].strip() and index not in row.context:
                 raise InvalidConversation(SILENT)
         examples = chat.examples(row.messages, row.where, row.context)
+        if full:
+            examples = [each._replace(mask=np.ones(len(each.mask), bool)) for each in examples[-1:]]
     fitted = [Example(each.tokens[: seq + 1], each.mask[: seq + 1], each.where, row.weight) for each in examples]
     fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
     if not fitted:
@@ -120,6 +178,21 @@ def _pair(row: Preference, chat: ChatTokenizer, seq: int) -> Pair:
     return pair
 
 
+def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> list[Rating]:
+    if isinstance(row, Preference):
+        return [Rating(example, example, good) for example, good in zip(_pair(row, chat, seq), (True, False))]
+    if row.label is None:
+        raise UserError("`label` is missing: true for a good answer, false for a bad one.")
+    if row.weight == 0:
+        raise InvalidConversation("its weight is 0")
+    if not row.messages[-1]["content"].strip():
+        raise InvalidConversation(SILENT)
+    example = chat.answer_example(row.messages, row.where)._replace(weight=row.weight)
+    if len(example.tokens) > seq + 1:
+        raise InvalidConversation(f"longer than {seq} tokens")
+    return [Rating(example, example, row.label)]
+
+
 @dataclasses.dataclass
 class PackedBatches:
     """Training batches of packed examples, by random access: `at(step)` needs no earlier step.
@@ -142,6 +215,11 @@ class PackedBatches:
         self.order = EpochOrder(len(self._rows), self.batch, self.seed)
         self.epoch = self.order.epoch  # completed before a step
 
+    def describe(self) -> str:
+        filled = sum(_places(example, self.seq) for example in self.examples) / (len(self._rows) * self.seq)
+        rows = f"{quantity(len(self._rows), 'row')} of {self.seq} tokens, {filled:.1%} of them used"
+        return f"{quantity(len(self.examples), 'example')} in {rows}" if self.pack else f"off: {rows}"
+
     def at(self, step: int, rows: slice = ALL) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0, or some of its rows."""
         packed = [[self.examples[index] for index in self._rows[row]] for _, row in self.order.at(step, rows)]
@@ -149,7 +227,10 @@ class PackedBatches:
 
 
 class PairBatch(NamedTuple):
-    """B chosen answers and the B rejected ones, row by row, and which pair each row is; -1 for a row of padding."""
+    """B chosen answers and the B rejected ones, row by row, and which pair each row is; -1 for a row of padding.
+
+    Of Ratings `chosen` is the answer itself, and `rejected` the mismatched one.
+    """
 
     chosen: Batch
     rejected: Batch
@@ -164,14 +245,14 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: 
         yield _batch(part + [[]] * (batch - len(part)), seq, pack)
 
 
-def evaluation_pairs(pairs: Sequence[Pair], seq: int, batch: int) -> Iterator[PairBatch]:
+def evaluation_pairs(pairs: Sequence[Pair | Rating], seq: int, batch: int) -> Iterator[PairBatch]:
     """Yields batches with each pair once, in order; rows of padding have `pair` -1 and mask False."""
     for first in range(0, len(pairs), batch):
         index = np.arange(first, first + batch)
         yield pair_batch(pairs, np.where(index < len(pairs), index, -1), seq)
 
 
-def pair_batch(pairs: Sequence[Pair], index: np.ndarray, seq: int) -> PairBatch:
+def pair_batch(pairs: Sequence[Pair | Rating], index: np.ndarray, seq: int) -> PairBatch:
     """Returns the batch of the pairs `index` (B,), -1 for none. Raises UserError for an answer of more than seq + 1 tokens."""
     rows = lambda side: [[pairs[at][side]] if at >= 0 else [] for at in index]
     chosen, rejected = (_batch(rows(side), seq, pack=False) for side in (0, 1))

@@ -1,9 +1,9 @@
-"""Trains on preferences without a reward model: LOSSES of a pair of answers, a chosen and a rejected one.
+"""Trains on preferences without a reward model: LOSSES of pairs of answers, and of answers that are each good or bad.
 
-DPO raises the margin log p(chosen) - log p(rejected) above that of a reference model, whose margins are computed once, before
-training. ORPO and SimPO need no reference:
+DPO raises the margin log p(chosen) - log p(rejected) above that of a reference model, whose log-probabilities are computed
+once, before training. KTO compares each answer alone with the reference. ORPO and SimPO need none:
 
-    pairs = pairs._replace(reference=margins(cfg, base, pairs))
+    pairs = pairs._replace(reference=pair_logprobs(cfg, base, pairs))
     state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, preference_objective("dpo", beta=0.1))
 
 With adapters the reference is the base itself: there is no second copy of the model.
@@ -29,12 +29,26 @@ from engine.training.step import Objective
 class Preferences(NamedTuple):
     """B pairs: row i of `chosen` is preferred to row i of `rejected`, (B, T) each; masks count only the completions.
 
-    `reference` (B,) float32: the reference model's margins, which only DPO reads. A row whose masks count nothing is padding.
+    `reference` (B, 2) float32 nats: both answers' log-probabilities by the reference model, which only DPO reads. A row whose
+    masks count nothing is padding.
     """
 
     chosen: Batch
     rejected: Batch
     reference: Any = None
+
+
+class Ratings(NamedTuple):
+    """B answers, each good or bad, and B `mismatched` ones, the same prompts with other prompts' answers; (B, T) each.
+
+    `reference` (B, 2) float32 nats: the log-probabilities of both by the reference model. `value` (B,) float32: the weight of
+    an answer's loss, negative for a bad answer, 0 for a row of padding.
+    """
+
+    answer: Batch
+    mismatched: Batch
+    reference: Any
+    value: Any
 
 
 class AnswerLogProbs(NamedTuple):
@@ -54,18 +68,15 @@ def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Ans
     return AnswerLogProbs(*layout.stack_rows(summed, 2), *layout.stack_rows(mean, 2))
 
 
-def margin(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
-    """Returns (B,) float32 nats: log p(chosen) - log p(rejected)."""
-    logprobs = answer_logprobs(cfg, params, pairs)
-    return logprobs.chosen - logprobs.rejected
-
-
-margins = jax.jit(margin, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def pair_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
+    """Returns (B, 2) float32 nats: log p(chosen), log p(rejected)."""
+    return jnp.stack(answer_logprobs(cfg, params, pairs)[:2], axis=1)
 
 
 def _dpo(logprobs: AnswerLogProbs, reference: Array, beta: float) -> Array:
     """-log sigmoid(beta (margin - reference)) (Rafailov et al. 2023, 2305.18290, equation 7): ln 2 at the reference."""
-    return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - reference))
+    return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - (reference[:, 0] - reference[:, 1])))
 
 
 def _orpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
@@ -91,23 +102,44 @@ def _simpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
     return -jax.nn.log_sigmoid(beta * (logprobs.chosen_mean - logprobs.rejected_mean - SIMPO_MARGIN))
 
 
-class PreferenceLoss(NamedTuple):
-    """A loss of each pair, (B,) float32, by log-probabilities, reference margins and `beta`; the paper's own beta."""
+def _kto(log_ratio: Array, mismatched_log_ratio: Array, value: Array, beta: float) -> Array:
+    """|value| sigmoid(-/+ beta (log p / reference - KL)), - for a good answer (Ethayarajh et al. 2024, 2402.01306, equation 8).
 
-    of_pairs: Callable[[AnswerLogProbs, Array, float], Array]
+    KL, at least 0, is the mean of the batch's mismatched answers' log p / reference, through which no gradient goes.
+    """
+    counts = value != 0
+    kl = jnp.maximum(0, jnp.where(counts, mismatched_log_ratio, 0).sum() / jnp.maximum(counts.sum(), 1))
+    return jnp.abs(value) * jax.nn.sigmoid(-beta * jnp.sign(value) * (log_ratio - jax.lax.stop_gradient(kl)))
+
+
+class PreferenceLoss(NamedTuple):
+    """A loss of each row, (B,) float32; the paper's own beta; whether it compares with a reference, and rates single answers.
+
+    `of_rows`, of pairs: by their log-probabilities, reference and beta. `is_rating`: as `_kto`.
+    """
+
+    of_rows: Callable[..., Array]
     beta: float
+    has_reference: bool = False
+    is_rating: bool = False
 
 
 SIMPO_MARGIN = 0.5
-LOSSES = {"dpo": PreferenceLoss(_dpo, 0.1), "orpo": PreferenceLoss(_orpo, 0.1), "simpo": PreferenceLoss(_simpo, 2.0)}
+LOSSES = {
+    "dpo": PreferenceLoss(_dpo, 0.1, has_reference=True),
+    "kto": PreferenceLoss(_kto, 0.1, has_reference=True, is_rating=True),
+    "orpo": PreferenceLoss(_orpo, 0.1),
+    "simpo": PreferenceLoss(_simpo, 2.0),
+}
 
 
 @functools.cache
 def preference_objective(name: str = "dpo", beta: float | None = None) -> Objective:
-    """Returns the objective of one of LOSSES: the summed loss, and the number of pairs. A pair of padding has a loss of 0.
+    """Returns the objective of one of LOSSES: the summed loss, and the number of rows. A row of padding has a loss of 0.
 
-    `beta`: None for the loss's own. A larger one keeps a model of DPO nearer to the reference, and gives the odds ratio of ORPO
-    more weight. Raises UserError when it is not above 0.
+    Its batches are Preferences, for KTO Ratings. KTO estimates the KL of each microbatch by itself. `beta`: None for the loss's
+    own. A larger one keeps a model of DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight. Raises
+    UserError when it is not above 0.
     """
     loss = LOSSES[name]
     beta = loss.beta if beta is None else beta
@@ -115,7 +147,16 @@ def preference_objective(name: str = "dpo", beta: float | None = None) -> Object
         raise UserError(f"beta must be above 0, not {beta!r}: at 0 no preference would count.")
 
     def summed(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
-        losses = loss.of_pairs(answer_logprobs(cfg, params, pairs), pairs.reference, beta)
+        losses = loss.of_rows(answer_logprobs(cfg, params, pairs), pairs.reference, beta)
         return jnp.where(pairs.chosen.mask.any(-1), losses, 0).sum()
 
-    return Objective(summed, lambda pairs: jnp.asarray(pairs.chosen.mask.shape[0]))
+    def summed_ratings(cfg: ModelConfig, params: Params, ratings: Ratings) -> Array:
+        log_ratios = [
+            -target_losses(cfg, weights, batch).sum(-1) - ratings.reference[:, side]
+            for side, (weights, batch) in enumerate(
+                ((params, ratings.answer), (jax.lax.stop_gradient(params), ratings.mismatched))
+            )
+        ]
+        return loss.of_rows(*log_ratios, ratings.value, beta).sum()
+
+    return Objective(summed_ratings if loss.is_rating else summed, lambda rows: jnp.asarray(len(rows[0].mask)))

@@ -30,7 +30,8 @@ from stages.runs.model_flags import ModelRunFlags, TrainableFlags
 
 DATA = (
     "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; for --objective preference, "
-    "of prompt, chosen and rejected. `voice` and `voice-preferences` come with this project."
+    "of prompt, chosen and rejected, or for --loss kto of prompt, completion and label. `voice` and `voice-preferences` come "
+    "with this project."
 )
 
 
@@ -45,6 +46,8 @@ class ExampleFlags:
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
     """A chat template (Jinja) to use in place of the model's."""
+    full_loss: Annotated[bool, default("off")] = False
+    """Train on all of a conversation, not on what the assistant says alone."""
     no_pack: Annotated[bool, default("off")] = False
     """One example a row. Packed, several short ones share a row and do not see one another."""
 
@@ -55,11 +58,11 @@ class TuningFlags:
 
     objective: Annotated[str, one_of("answers", "preference")] = "answers"
     """`answers`: what the assistant says. `preference`: the chosen answer over the rejected one, by --loss."""
-    loss: Annotated[str, one_of("dpo", "orpo", "simpo")] = "dpo"
-    """Of preference: dpo, beside the model before training; orpo and simpo, which need no pass of that one."""
+    loss: Annotated[str, one_of("dpo", "kto", "orpo", "simpo")] = "dpo"
+    """Of preference. dpo, and kto for answers that are good or bad: beside the model before training. orpo, simpo: alone."""
     beta: Annotated[float | None, positive(100), default("0.1; 2 for simpo")] = None
-    """Of preference. dpo: the larger, the nearer the model stays to where it began. orpo, simpo: weight of the comparison."""
-    batch: Annotated[int, BATCH] = 2
+    """Of preference. dpo, kto: the larger, the nearer the model stays to its start. orpo, simpo: weight of the comparison."""
+    batch: Annotated[int | None, BATCH, default("2; 4 for --loss kto")] = None
     """Rows a step (pairs, for preference)."""
     accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
@@ -84,6 +87,16 @@ class TuningFlags:
     keep_best: Annotated[bool, default("off")] = False
     """Let the run stand for its checkpoint of the lowest validation loss, not for its last."""
 
+    @property
+    def examples(self) -> str:
+        """The kind of examples that the objective trains on: answers, preference, or kto."""
+        return "kto" if (self.objective, self.loss) == ("preference", "kto") else self.objective
+
+    @property
+    def rows(self) -> int:
+        """Rows a step. KTO estimates KL by a batch's rows."""
+        return self.batch or (4 if self.examples == "kto" else 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneFlags(ModelRunFlags):
@@ -99,16 +112,16 @@ class FinetuneFlags(ModelRunFlags):
     def check_together(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:
             raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
-        if self.tuning.batch % self.microbatches:
+        if self.tuning.rows % self.microbatches:
             raise UserError(
-                f"A batch of {self.tuning.batch} cannot be read in {self.microbatches} equal parts: give another --batch or "
+                f"A batch of {self.tuning.rows} cannot be read in {self.microbatches} equal parts: give another --batch or "
                 "--accumulate."
             )
 
     @property
     def microbatches(self) -> int:
         """Parts the batch is read in: over an int8 base a row each, which takes least memory."""
-        return self.tuning.accumulate or (self.tuning.batch if self.trainable.base == "int8" else 1)
+        return self.tuning.accumulate or (self.tuning.rows if self.trainable.base == "int8" else 1)
 
 
 def finetune(flags: FinetuneFlags) -> int:

@@ -1,6 +1,7 @@
 """The Stage that fine-tunes a model, its run from flags, and its batches of preferences."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
 from engine.text.batch import ALL, EpochOrder
-from engine.text.examples import PackedBatches, Pair, pair_batch
+from engine.text.examples import PackedBatches, Pair, Rating, pair_batch
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
-from engine.training.preference import LOSSES, Preferences, preference_objective
+from engine.training.preference import LOSSES, Preferences, Ratings, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.runs.answers import Answer, ask, compare, describe_faults
@@ -28,8 +29,9 @@ from stages.runs.conversation_data import (
     digest_examples,
     held_out_evaluator,
     open_conversations,
-    pair_margins,
+    preference_batch,
     prepare_conversations,
+    reference_logprobs,
 )
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
@@ -78,17 +80,17 @@ class Scores:
 
 
 class PreferenceBatches:
-    """Batches of pairs, with their margins by a reference, the model before training (`initial`); 0 without `initial`."""
+    """Batches of pairs, with their log-probabilities by a reference, the model before training (`initial`); 0 without it."""
 
-    def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair], seq: int, batch: int, seed: int) -> None:
+    def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair | Rating], seq: int, batch: int, seed: int) -> None:
         self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
-        parts = [reference for _, reference in pair_margins(cfg, initial, pairs, seq, batch)]
+        parts = [reference for _, reference in reference_logprobs(cfg, initial, pairs, seq, batch)]
         self._reference = np.concatenate(parts)[: len(pairs)]
         self.epoch = self.order.epoch
 
-    def at(self, step: int, rows: slice = ALL) -> Preferences:
+    def at(self, step: int, rows: slice = ALL) -> Preferences | Ratings:
         part = pair_batch(self.pairs, np.array([index for _, index in self.order.at(step, rows)]), self.seq)
-        return Preferences(part.chosen, part.rejected, self._reference[part.pair])
+        return preference_batch(self.pairs, part, self._reference[part.pair])
 
 
 class FineTuning(ModelStage, BatchStage):
@@ -101,17 +103,17 @@ class FineTuning(ModelStage, BatchStage):
     def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         lora = trainable.adapter
-        self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.batch
+        self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
         self.keep_best, self.in_blocks = tuning.keep_best, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
-        self.has_reference = is_preference and tuning.loss == "dpo"
+        self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
         rate = (2e-3 if lora else 2e-5) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=tuning.learning_rate or rate, schedule="cosine", warmup=tuning.warmup,
             beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
         )  # fmt: skip
-        rows = tuning.batch * (2 if is_preference else 1)  # of tokens
+        rows = tuning.rows * (2 if is_preference else 1)  # of tokens
 
         def make_plan(cfg: ModelConfig) -> None:
             """Plans the run by the architecture. Raises UserError before a weight is read."""
@@ -126,8 +128,8 @@ class FineTuning(ModelStage, BatchStage):
                 flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
                 least_steps=least_steps, mesh=options.mesh or ONE_DEVICE,
             )  # fmt: skip
-            check_mesh(self.plan.mesh, cfg, tuning.batch, flags.microbatches)
-            parts = tuning.batch // self.plan.mesh.row_shards
+            check_mesh(self.plan.mesh, cfg, tuning.rows, flags.microbatches)
+            parts = tuning.rows // self.plan.mesh.row_shards
             lighter = "--base int8" if lora else "a LoRA (no --train, no --freeze)"
             remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
             self.plan.require(self.plan.memory.total, "A step would need about", remedy)
@@ -135,16 +137,18 @@ class FineTuning(ModelStage, BatchStage):
         if examples.general != "none":
             check_text_name(examples.general)
         for data in filter(None, (examples.data, examples.validation)):
-            open_conversations(data, tuning.objective)  # raises before a model is loaded
+            open_conversations(data, tuning.examples)  # raises before a model is loaded
         template, on_mesh = read_template(examples.template), options.mesh is not None
         super().__init__(flags.model, lora, options.folder, console, template, make_plan, on_mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
-            examples.data, examples.validation, tuning.objective, self.plan.recipe.context, flags.seed, self.chat, console
-        )
+            examples.data, examples.validation, tuning.examples, self.plan.recipe.context, flags.seed, self.chat, console,
+            examples.full_loss,
+        )  # fmt: skip
         self.metadata = {
             "learns": trainable.describe(),
             "objective": tuning.objective,
+            "full_loss": examples.full_loss,
             "loss": tuning.loss,
             "beta": tuning.beta or LOSSES[tuning.loss].beta,
             "pack": None if is_preference else self.pack,
@@ -163,6 +167,8 @@ class FineTuning(ModelStage, BatchStage):
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
         rows, *problems = dataset.summary.describe()
         examples = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
+        if isinstance(dataset.train[0], Rating):
+            examples = "answer"
         return [
             self.model_row(),
             *self.matches,
@@ -173,6 +179,7 @@ class FineTuning(ModelStage, BatchStage):
             ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), examples)}"),
             *([("", dataset.overlap)] if dataset.overlap else []),
             ("template", self.chat.template_name),
+            *([("packing", self.packed.describe())] if self.objective is NEXT_TOKEN else []),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
             ("length", f"{plan.length()}; about {quantity(steps, plan.step_name)}, {long}"),
         ]
@@ -180,8 +187,12 @@ class FineTuning(ModelStage, BatchStage):
     def print_example(self) -> None:
         """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
         first = self.dataset.train[0]
-        answers = {"the chosen answer": first.chosen, "the rejected answer": first.rejected} if isinstance(first, Pair) else {}
-        for name, example in (answers or {"the first example": first}).items():
+        answers = {"the first example": first}
+        if isinstance(first, Pair):
+            answers = {"the chosen answer": first.chosen, "the rejected answer": first.rejected}
+        elif isinstance(first, Rating):
+            answers = {f"the first answer, a {'good' if first.good else 'bad'} one": first.answer}
+        for name, example in answers.items():
             self.console.print(f"\n{name}; what is trained on is marked", style="bold")
             self.console.print_marked(list(self.chat.marked_pieces(example)))
         self.console.print()
@@ -235,10 +246,14 @@ class FineTuning(ModelStage, BatchStage):
             ["chat", "serve", "evaluate", "export"],
         )
 
+    @functools.cached_property
+    def packed(self) -> PackedBatches:
+        return PackedBatches(self.dataset.train, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
+
     def _batches(self) -> PackedBatches | PreferenceBatches:
         train, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
         if self.objective is NEXT_TOKEN:
-            return PackedBatches(train, seq, self.batch, plan.seed, self.pack)
+            return self.packed
         with self.console.task("computing reference log-probabilities", always=self.has_reference):
             return PreferenceBatches(plan.cfg, self._reference(), train, seq, self.batch, plan.seed)
 

@@ -21,9 +21,18 @@ from engine.model.paths import merge
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import DatasetSummary, Pair, PairBatch, evaluation_batches, evaluation_pairs, make_examples
+from engine.text.examples import (
+    DatasetSummary,
+    Pair,
+    PairBatch,
+    Rating,
+    evaluation_batches,
+    evaluation_pairs,
+    make_examples,
+    mismatch,
+)
 from engine.text.template import Message
-from engine.training.preference import Preferences, margins
+from engine.training.preference import Preferences, Ratings, pair_logprobs
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
 from stages.runs.text_data import EVALUATION_ROWS, Evaluator
@@ -56,6 +65,8 @@ def digest_examples(items: Sequence[Any]) -> str:
     """Returns the SHA-256 of all tokens, masks and weights of examples or pairs."""
     hasher = hashlib.sha256()
     for item in items:
+        if isinstance(item, Rating):
+            item = item.answer._replace(weight=item.value)
         for example in item if isinstance(item, Pair) else (item,):
             hasher.update(len(example.tokens).to_bytes(8, "little"))
             hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
@@ -64,25 +75,29 @@ def digest_examples(items: Sequence[Any]) -> str:
 
 
 def prepare_conversations(
-    data: str, validation: str | None, objective: str, seq: int, seed: int, chat: ChatTokenizer, console: Console
-) -> ConversationData:
+    data: str, validation: str | None, objective: str, seq: int, seed: int, chat: ChatTokenizer, console: Console,
+    full: bool = False,
+) -> ConversationData:  # fmt: skip
     """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
 
+    `objective`: answers, preference, or kto, whose examples are Ratings. `full`: as in `make_examples`.
     Without `validation` a tenth of the rows, chosen by `seed`, is held out.
     """
     conversations = open_conversations(data, objective)
     with console.task(f"reading {data}") as report:
-        train, summary = make_examples(conversations, chat, seq, report)
+        train, summary = make_examples(conversations, chat, seq, report, objective == "kto", full)
     rows = _rows_of(train, conversations)
     validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
     if validation:
         source = open_conversations(validation, objective)
-        held_out, _ = make_examples(source, chat, seq)
+        held_out, _ = make_examples(source, chat, seq, None, objective == "kto", full)
         texts, rows = {row.text for row in rows.values()}, _rows_of(held_out, source)
         held_out, overlap = _without_copies(held_out, rows, texts, validation, data)
     else:
         train, held_out, validation, overlap = _split(train, rows, seed, data)
     questions = _questions([rows[where] for where in dict.fromkeys(item.where for item in held_out)])
+    if objective == "kto":
+        train, held_out = mismatch(train, seq), mismatch(held_out, seq)
     return ConversationData(train, held_out, summary, conversations.kind, data, validation, overlap, questions)
 
 
@@ -147,29 +162,39 @@ def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
 
 def open_conversations(data: str, objective: str) -> Conversations:
     """Opens a data set, of which it reads the first row. Raises UserError for one that the objective cannot use."""
-    conversations = read_conversations(data)
-    is_preference = objective == "preference"
-    if (conversations.kind == "preference") != is_preference:
-        wanted, remedy = (
-            ("pairs of a chosen and a rejected answer", "answers fits it, or give other --data such as voice-preferences")
-            if is_preference else ("conversations or texts", "preference fits it")
-        )  # fmt: skip
-        raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
-    return conversations
+    conversations, pairs = read_conversations(data), "pairs of a chosen and a rejected answer"
+    is_pairs, remedy = conversations.kind == "preference", "preference fits it"
+    if objective == "kto" and not is_pairs and conversations.kind != "prompt/completion":
+        wanted, remedy = f"{pairs}, or prompt, completion and label", "answers fits it"
+    elif objective == "answers" and is_pairs:
+        wanted = "conversations or texts"
+    elif objective == "preference" and not is_pairs:
+        wanted, remedy = pairs, "answers fits it, or give other --data such as voice-preferences"
+    else:
+        return conversations
+    raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
 
 
-def pair_margins(
-    cfg: ModelConfig, params: Any, pairs: Sequence[Pair], seq: int, rows: int
+def reference_logprobs(
+    cfg: ModelConfig, params: Any, pairs: Sequence[Pair | Rating], seq: int, rows: int
 ) -> Iterator[tuple[PairBatch, np.ndarray]]:
-    """Yields batches of `rows` pairs in order, each with its margins (rows,) by a model; rows behind the last are padding.
+    """Yields batches of `rows` pairs in order, each with the log-probabilities (rows, 2) of both answers by a model.
 
-    Without `params` margins are 0, for a loss that reads none.
+    Rows behind the last are padding. Without `params` all are 0, for a loss that reads none.
     """
     for part in evaluation_pairs(pairs, seq, rows):
         if params is None:
-            yield part, np.zeros(rows, np.float32)
+            yield part, np.zeros((rows, 2), np.float32)
         else:
-            yield part, process_allgather(margins(cfg, params, Preferences(part.chosen, part.rejected)), tiled=True)
+            yield part, process_allgather(pair_logprobs(cfg, params, Preferences(part.chosen, part.rejected)), tiled=True)
+
+
+def preference_batch(pairs: Sequence[Pair | Rating], part: PairBatch, reference: np.ndarray) -> Preferences | Ratings:
+    """Returns the batch of a preference's loss, with the log-probabilities of its rows by the reference."""
+    if isinstance(pairs[0], Pair):
+        return Preferences(part.chosen, part.rejected, reference)
+    values = [rating.value if index >= 0 and isinstance(rating := pairs[index], Rating) else 0 for index in part.pair]
+    return Ratings(part.chosen, part.rejected, reference, np.array(values, np.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -193,8 +218,8 @@ def held_out_evaluator(
         summed, size = score, max(sum(int(batch.mask.sum()) for batch in batches), 1)
     else:
         batches = [
-            Preferences(part.chosen, part.rejected, reference)
-            for part, reference in pair_margins(cfg, initial, examples, seq, rows)
+            preference_batch(examples, part, reference)
+            for part, reference in reference_logprobs(cfg, initial, examples, seq, rows)
         ]
         unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
     return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)

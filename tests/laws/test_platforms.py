@@ -18,7 +18,7 @@ from engine.model.attention_in_blocks import QUERY_BLOCK
 DISPATCH = importlib.import_module("jax._src.dispatch")
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
-ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "margins", "log-prob"))]
+ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "pair log-prob", "log-prob"))]
 PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "_" not in name]
 
 
@@ -102,7 +102,7 @@ def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
     """
     program = exported(name, platform, with_cudnn=platform == "cuda")
     assert kernels(program), "blocks that are alike may share one call"
-    rows = B * (2 if "preference" in name or name == "margins" else 1)
+    rows = B * (2 if "preference" in name or name.startswith("pair") else 1)
     block = 4 * rows * QWEN3.heads * QUERY_BLOCK * T
     assert largest_temporary(program).bytes < (block if platform == "cuda" else 1.01 * block)
 

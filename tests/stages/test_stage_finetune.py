@@ -274,6 +274,27 @@ def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
     assert "100% of them" in capsys.readouterr().out
 
 
+def test_answers_that_are_good_or_bad(trained, pairs, tmp_path, capsys):
+    """KTO begins at 1/2 where the model is the reference, with rows that have a label, and with pairs."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rated = [
+        json.dumps({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"})
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    (labelled := tmp_path / "rated.jsonl").write_text("\n".join(rated))
+    for name, data, answers in (("rated", labelled, r"good ones and \d+ bad ones"), ("pairs", pairs, "good ones")):
+        folder = tmp_path / name
+        kto = ("--objective", "preference", "--loss", "kto", "--lora", LORA, *(() if data is labelled else ("--steps", 2)))
+        assert finetune.main(args(trained, data, folder, *kto)) == 0
+        losses = result(folder)
+        assert losses["before"]["held_out"] == pytest.approx(0.5, abs=1e-6)
+        assert losses["after"]["held_out"] < (0.4 if data is labelled else 0.5)
+        assert "the first answer, a good one; what is trained on" in capsys.readouterr().out
+        assert evaluate.main(["--model", str(folder)]) == 0
+        assert re.search(answers, capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("loss", ["orpo", pytest.param("simpo", marks=pytest.mark.night)])
 def test_preferences_without_a_reference(trained, pairs, tmp_path, capsys, loss):
     folder = tmp_path / loss

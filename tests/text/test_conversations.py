@@ -134,7 +134,6 @@ GOOD = {"messages": [USER, ANSWER]}
         ({"messages": [USER | {"weight": 1}, ANSWER]}, ["only the assistant's"]),
         ({"messages": [USER, ANSWER], "weight": -1}, ["`weight` -1"]),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "weight": 2}, "preferences all weigh the same here"),
-        ({"prompt": "q", "completion": "a", "label": False}, "an answer not to give"),
         ({"messages": [USER, ANSWER], "tools": [{}]}, ["`tools`"]),
         (
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from engine.text.chat_tokenizer import CHATML, ChatTokenizer, Example
 from engine.text.conversations import Conversation, Preference, Text
-from engine.text.examples import PackedBatches, Pair, evaluation_batches, evaluation_pairs, make_examples, pack_rows, pair_batch
+from engine.text.examples import (
+    PackedBatches,
+    Pair,
+    evaluation_batches,
+    evaluation_pairs,
+    make_examples,
+    mismatch,
+    pack_rows,
+    pair_batch,
+)
 
 TOKENIZER = chat_tokenizer()
 CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.content == "<s>")
@@ -84,6 +93,31 @@ def test_pairs(chat):
     for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
         assert example.tokens[example.mask][-1] in chat.eot_ids
+
+
+def test_ratings_and_other_prompts_answers(chat):
+    """A good or bad answer of its own row, or both of a preference; a prompt's other answers are not mismatched with it."""
+    rated = lambda prompt, answer, label, **more: Conversation(talk(prompt, answer), f"f:{answer}", label=label, **more)
+    rows = [rated("p", "a", True), rated("p", "b", False, weight=2.0), Preference(tuple(talk("q")), "c", "d", "f:c"),
+            rated("r", "e", True), rated("r", "f", True, weight=0.0), rated("r", "how are you? " * 20, True)]  # fmt: skip
+    ratings, summary = make_examples(rows, chat, 60, rate=True)
+    assert [rating.value for rating in ratings] == [1, -2, 1, -1, 1]
+    assert [reason for _, reason in summary.dropped] == ["its weight is 0", "longer than 60 tokens"]
+    matched = mismatch(ratings, 60)
+    texts = lambda side: [TOKENIZER.decode(rating[side].tokens[rating[side].mask]) for rating in matched]
+    assert texts(0) == ["a", "b", "c", "d", "e"]
+    assert texts(1) == ["c", "c", "e", "e", "a"]
+    for rating in matched:
+        prompt = ~rating.answer.mask.cumsum().astype(bool)
+        assert np.array_equal(rating.mismatched.tokens[: prompt.sum()], rating.answer.tokens[prompt])
+    short = mismatch(ratings, len(ratings[0].answer.tokens) - 2)
+    assert {len(rating.mismatched.tokens) for rating in short} == {len(ratings[0].answer.tokens) - 1}
+    assert texts(1) == ["c", "c", "e", "e", "a"]
+    assert mismatch(ratings[:1], 60)[0].mismatched.mask.any()
+    with pytest.raises(UserError, match="f:1: `label` is missing: true for a good answer"):
+        make_examples([Conversation(talk("a", "b"), "f:1")], chat, 60, rate=True)
+    with pytest.raises(UserError, match="f:b: `label` is false, an answer not to give"):
+        make_examples(rows[:2], chat, 60)
 
 
 def test_no_data_is_refused(chat):

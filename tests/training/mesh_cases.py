@@ -49,7 +49,7 @@ def batch(step, direction=1):
 
 
 def pairs(step):
-    return Preferences(batch(step), batch(step + 100, -1), np.linspace(-1, 1, BATCH, dtype=np.float32))
+    return Preferences(batch(step), batch(step + 100, -1), np.linspace(-1, 1, 2 * BATCH, dtype=np.float32).reshape(BATCH, 2))
 
 
 def packed(step):

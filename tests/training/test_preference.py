@@ -1,5 +1,8 @@
 """Preferences: ln 2 at DPO's reference, losses and gradients of the papers' formulas, margins of the answers alone."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +18,7 @@ from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, margins, preference_objective
+from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, Ratings, pair_logprobs, preference_objective
 from engine.training.step import init_state, loss_and_gradient, train_step
 
 B, T = 4, 7
@@ -46,8 +49,8 @@ def test_at_the_reference_the_loss_is_ln_2(dtype, way):
         frozen = base = cast_matrices(base, dtype)
         trainable = init_lora(cfg, jax.random.key(0), LoraConfig(2, targets=("all",)))
     pairs = pairs_of(0, masked=False)
-    pairs = pairs._replace(reference=margins(cfg, base, pairs))
-    assert np.abs(pairs.reference).max() > 1
+    pairs = pairs._replace(reference=pair_logprobs(cfg, base, pairs))
+    assert np.abs(np.diff(pairs.reference)).max() > 1
     loss, gradient = differentiate(cfg, trainable, frozen, pairs, 1, preference_objective("dpo", 0.1))
     assert abs(float(loss) - np.log(2)) < 1e-6
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
@@ -58,7 +61,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
 
 
 def dpo(chosen, rejected, sizes, reference):
-    return -jnp.log(sigmoid(0.7 * (chosen - rejected - reference)))
+    return -jnp.log(sigmoid(0.7 * (chosen - rejected - (reference[:, 0] - reference[:, 1]))))
 
 
 def orpo(chosen, rejected, sizes, _):
@@ -72,7 +75,7 @@ def simpo(chosen, rejected, sizes, _):
 
 @pytest.mark.parametrize("paper", [dpo, orpo, simpo], ids=lambda paper: paper.__name__)
 def test_loss_and_gradient_are_the_papers(cfg, params, paper):
-    pairs = pairs_of(0)._replace(reference=np.array([0.3, -2.0, 1.0, 4.0], np.float32))
+    pairs = pairs_of(0)._replace(reference=np.array([[0.3, 0], [-2, 0], [0, -1], [1.5, -2.5]], np.float32))
     sizes = [side.mask.sum(-1) for side in (pairs.chosen, pairs.rejected)]
     assert not np.array_equal(*sizes)
 
@@ -90,35 +93,76 @@ def test_loss_and_gradient_are_the_papers(cfg, params, paper):
     np.testing.assert_allclose(objective.summed_loss(cfg, params, padded) / B, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_trls(name):
+    """trl.json has the last of 20 steps of `python -m bench.peers --of losses`: our log-probabilities, and TRL's loss."""
+    stored = json.loads(Path(__file__).with_name("trl.json").read_text())[name]
+    (loss, *_), value = LOSSES[name], {key: jnp.array(numbers) for key, numbers in stored.items()}
+    if name == "kto":
+        ratios = jnp.stack([value["chosen"], value["rejected"]], 1) - value["reference"]
+        losses = loss(*ratios.T, value["value"], LOSSES[name].beta)
+    else:
+        losses = loss(
+            AnswerLogProbs(*(value[field] for field in AnswerLogProbs._fields)), value["reference"], LOSSES[name].beta
+        )
+    assert len(losses) == 4
+    np.testing.assert_allclose(losses.mean(), stored["loss"], atol=1e-5)
+
+
 def test_an_answer_that_is_certain_leaves_every_gradient_finite():
     """Rows: chosen, rejected or both of probability 1; padding has no answer, and so the same mean of 0."""
     means = jnp.array([0.0, -1.0, 0.0, -1e-9]), jnp.array([-1.0, 0.0, 0.0, -1e-38])
 
     def loss(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-        return LOSSES["orpo"].of_pairs(AnswerLogProbs(chosen, rejected, chosen, rejected), jnp.zeros(4), 0.1).sum()
+        return LOSSES["orpo"].of_rows(AnswerLogProbs(chosen, rejected, chosen, rejected), jnp.zeros(4), 0.1).sum()
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(*means)
     assert all(np.isfinite(x).all() for x in (value, *gradients))
     assert (gradients[0] <= -1).all(), "a certain answer still has its own loss"
 
 
-def test_margins_are_of_the_answers_alone(cfg, params):
+def test_log_probabilities_are_of_the_answers_alone(cfg, params):
     pairs = pairs_of(0)
-    chosen, rejected = (by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected))
-    np.testing.assert_allclose(margins(cfg, params, pairs), chosen - rejected, atol=1e-4)
+    expected = [by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected)]
+    np.testing.assert_allclose(pair_logprobs(cfg, params, pairs), np.transpose(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("drift", [-2.0, 2.0])
+def test_kto_and_its_gradient_are_the_papers(cfg, params, drift):
+    """KL is the mean of the mismatched answers' drift from the reference, at least 0, and no gradient goes through it."""
+    pairs, value = pairs_of(0), np.array([1.0, -1.0, 0.5, -2.0], np.float32)
+    own, mismatched = (by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected))
+    reference = np.stack([np.array([0.3, -2.0, 1.0, 4.0]) + own, mismatched - drift + np.array([0.5, -0.5, 1, -1])], 1).astype(
+        np.float32
+    )
+
+    def formula(params):
+        ratio = by_the_formula(cfg, params, pairs.chosen) - reference[:, 0]
+        kl = max(0, drift)
+        good, bad = 1 - sigmoid(0.7 * (ratio - kl)), 1 - sigmoid(0.7 * (kl - ratio))
+        return jnp.where(value > 0, value * good, -value * bad).mean()
+
+    expected, gradient = jax.jit(jax.value_and_grad(formula))(params)
+    ratings, objective = Ratings(*pairs[:2], reference, value), preference_objective("kto", 0.7)
+    loss, ours = differentiate(cfg, params, {}, ratings, 1, objective)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_near(ours, gradient, 1e-4)
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)]), ratings)
+    np.testing.assert_allclose(objective.summed_loss(cfg, params, padded) / B, expected, rtol=1e-5)
 
 
 def test_what_is_preferred_becomes_more_probable_and_the_base_stays(cfg, params):
     frozen = jax.tree.map(jnp.array, params)
     before, pairs = digest(frozen), pairs_of(0)
-    pairs = pairs._replace(reference=margins(cfg, frozen, pairs))
+    pairs = pairs._replace(reference=pair_logprobs(cfg, frozen, pairs))
     tx = make_optimizer(OptimizerConfig(learning_rate=0.03, weight_decay=0.0))
     state = init_state(tx, init_lora(cfg, jax.random.key(0), LoraConfig(3, targets=("q", "v", "down"))))
     for _ in range(10):
         state, metrics = train_step(cfg, tx, state, frozen, pairs, jnp.float32(0.3), 1, preference_objective("dpo", 0.5))
         assert int(metrics.tokens) == B, "the mean is over pairs"
     assert float(metrics.loss) < 0.5
-    assert (margins(cfg, merge(state.trainable, frozen), pairs) > pairs.reference + 0.2).all()
+    margins = -np.diff(pair_logprobs(cfg, merge(state.trainable, frozen), pairs))
+    assert (margins > -np.diff(pairs.reference) + 0.2).all()
     assert digest(frozen) == before
 
 

@@ -1,0 +1,162 @@
+"""Trains one model by each objective, ours and TRL's, on the same tokens in the same order, and compares the losses."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.cli import Json, progress
+from bench.models import PROGRESS, random_model
+from bench.peers.process import Peer, PeerError
+from engine.errors import UserError
+from engine.model.config import ModelConfig
+from engine.storage import huggingface
+from engine.text.chat_tokenizer import Example
+from engine.text.conversations import Preference, read_conversations
+from engine.text.examples import Pair, evaluation_batches, pair_batch
+from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
+from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from engine.training.preference import LOSSES, Preferences, Ratings, answer_logprobs, pair_logprobs, preference_objective
+from engine.training.step import NEXT_TOKEN, init_state, train_step
+
+STEPS, ROWS, TOKENS = 20, 4, 96  # TOKENS of a row at most
+MOST_APART = 1e-4  # nats, at any step
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup=0.0, beta2=0.99, weight_decay=0.0)
+CONFIG = ModelConfig(
+    vocab=260, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, ff=96, context=TOKENS, tied=True, dtype="float32"
+)
+
+
+def compare_losses(peer: Peer, folder: Path) -> list[Json]:
+    """Prints and returns a row an objective: its losses, TRL's, and the largest difference, which has a bar of MOST_APART.
+
+    `last_inputs`, of which the last of TRL's losses is one, are what `tests/training/test_preference.py` has of TRL.
+    `folder`: for files that the peer reads. Raises UserError when the peer cannot.
+    """
+    model, tokenizer = random_model("random", CONFIG), byte_tokenizer()
+    huggingface.save_folder(folder, CONFIG, model.params, ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32")
+    rows = []
+    for objective in ("answers", *LOSSES):
+        progress(f"training by {objective}")
+        steps = [_pairs(step, objective == "orpo") for step in range(STEPS)]
+        file = folder / f"{objective}.json"
+        file.write_text(json.dumps([_peer_rows(objective, pairs) for pairs in steps]))
+        spec = {
+            "objective": objective, "model": str(folder), "file": str(file), "threads": 1, "clip": OPTIMIZER.clip,
+            "beta": LOSSES[objective].beta if objective in LOSSES else None, "beta2": OPTIMIZER.beta2,
+            "learning_rate": OPTIMIZER.learning_rate * float(make_schedule(OPTIMIZER)(jnp.float32(PROGRESS))),
+        }  # fmt: skip
+        try:
+            peer.ask(make=objective, spec=spec)
+            theirs = peer.ask(run=objective)["losses"]
+        except PeerError as error:
+            raise UserError(f"TRL, {objective}: {error}") from None
+        ours, inputs = _train(objective, model.params, steps)
+        apart = float(np.abs(np.subtract(ours, theirs)).max())
+        rows.append(
+            {"name": f"losses_{objective}", "apart": apart, "bar": MOST_APART, "same": apart <= MOST_APART, "losses": ours,
+             "peer_losses": theirs, "last_inputs": inputs}
+        )  # fmt: skip
+        unmet = "" if apart <= MOST_APART else "   ** not met **"
+        print(
+            f"{objective:<8} {STEPS} steps, {ours[0]:.4f} -> {ours[-1]:.4f}; "
+            f"TRL {theirs[-1]:.4f}, at most {apart:.1e} apart{unmet}",
+            flush=True,
+        )
+    return rows
+
+
+def _pairs(step: int, alike: bool) -> list[Pair]:
+    """Returns the ROWS pairs of a step.
+
+    TRL's ORPO has the prompt in the chosen answer's loss, and takes the mean over all tokens of the batch; the paper, and ours,
+    the mean over answers. `alike`: prompts of one token and chosen answers of one length, by which both are the same.
+    """
+    encode = lambda text, most: byte_tokenizer().encode(text)[:most]
+    records = [record for record in read_conversations("voice-preferences") if isinstance(record, Preference)]
+    pairs = []
+    for row in range(ROWS):
+        record = records[(step * ROWS + row) % len(records)]
+        prompt = encode(record.messages[-1]["content"], 1 if alike else 30)
+        answers = encode(record.chosen, 40 if alike else 40 + row), encode(record.rejected, 60 - row)
+        pairs.append(Pair(*(_example(prompt, answer) for answer in answers)))
+    return pairs
+
+
+def _example(prompt: np.ndarray, answer: np.ndarray) -> Example:
+    tokens = np.concatenate([prompt, answer]).astype(np.int32)
+    return Example(tokens, np.arange(len(tokens)) >= len(prompt), "")
+
+
+def _rated(pairs: list[Pair]) -> tuple[list[Pair], list[bool]]:
+    """Returns an answer of each pair, chosen and rejected in turns, each with the one before it, as in TRL; the labels."""
+    answers = [pair[row % 2] for row, pair in enumerate(pairs)]
+    split = lambda example: (example.tokens[~example.mask], example.tokens[example.mask])
+    mismatched = [_example(split(own)[0], split(answers[row - 1])[1]) for row, own in enumerate(answers)]
+    return [Pair(*both) for both in zip(answers, mismatched)], [row % 2 == 0 for row in range(len(answers))]
+
+
+def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
+    """Returns the rows of a batch as the collator of TRL's trainer takes them."""
+    part = lambda example, is_answer: example.tokens[example.mask == is_answer].tolist()
+    if objective == "answers":
+        return [
+            {"input_ids": chosen.tokens.tolist(), "labels": np.where(chosen.mask, chosen.tokens, -100).tolist()}
+            for chosen, _ in pairs
+        ]
+    if objective == "dpo":
+        return [
+            {"prompt_ids": part(chosen, False), "chosen_ids": part(chosen, True), "rejected_ids": part(rejected, True)}
+            for chosen, rejected in pairs
+        ]
+    if objective == "kto":
+        rated, labels = _rated(pairs)
+        return [
+            {"prompt_ids": part(own, False), "completion_ids": part(own, True), "KL_completion_ids": part(other, True),
+             "label": label}
+            for (own, other), label in zip(rated, labels)
+        ]  # fmt: skip
+    return [
+        dict(itertools.chain.from_iterable(_side(name, example).items() for name, example in zip(("chosen", "rejected"), pair)))
+        | {"prompt_input_ids": part(pair.chosen, False), "prompt_attention_mask": [1] * int((~pair.chosen.mask).sum())}
+        for pair in pairs
+    ]
+
+
+def _side(name: str, example: Example) -> Json:
+    labels = np.where(example.mask, example.tokens, -100)
+    return {
+        f"{name}_input_ids": example.tokens.tolist(),
+        f"{name}_attention_mask": [1] * len(example.tokens),
+        f"{name}_labels": labels.tolist(),
+    }
+
+
+def _train(objective: str, params: Json, steps: list[list[Pair]]) -> tuple[list[float], Json]:
+    """Returns our loss at each step, and the log-probabilities of which a loss of LOSSES makes the last."""
+    tx, losses, inputs = make_optimizer(OPTIMIZER), list[float](), Json()
+    state = init_state(tx, jax.tree.map(jnp.copy, params))
+    loss = NEXT_TOKEN if objective == "answers" else preference_objective(objective)
+    for pairs in steps:
+        batch = _batch(objective, pairs)
+        if isinstance(batch, Preferences | Ratings):
+            pair = Preferences(*batch[:2])
+            batch = batch._replace(reference=pair_logprobs(CONFIG, params, pair))
+            inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, pair)._asdict()
+        state, metrics = train_step(CONFIG, tx, state, {}, batch, jnp.float32(PROGRESS), 1, loss)
+        losses.append(float(metrics.loss))
+    names = ("chosen", "rejected", "chosen_mean", "rejected_mean", "reference", "value")
+    return losses, {name: np.asarray(inputs[name]).tolist() for name in names if name in inputs}
+
+
+def _batch(objective: str, pairs: list[Pair]) -> object:
+    if objective == "answers":
+        return next(evaluation_batches([pair.chosen for pair in pairs], TOKENS, ROWS, pack=False))
+    rated, labels = _rated(pairs) if objective == "kto" else (pairs, [])
+    part = pair_batch(rated, np.arange(ROWS), TOKENS)
+    if objective == "kto":
+        return Ratings(part.chosen, part.rejected, None, np.where(labels, 1.0, -1.0).astype(np.float32))
+    return Preferences(part.chosen, part.rejected)
