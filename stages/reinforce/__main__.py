@@ -4,6 +4,7 @@
     python -m stages.reinforce --task yes-no --max-tokens 16       to begin with Yes or No, asked what can be answered so
     python -m stages.reinforce --task 'regex:^(A|An|The) ' --max-tokens 24   to begin as a pattern describes it
     python -m stages.reinforce --task sum --max-tokens 24          to add
+    python -m stages.reinforce --task my_rewards.py:score '0.2*length:12'   a function of your own, and a rule beside it
     python -m stages.reinforce --model runs/tiny-python --train all --task length:4
     python -m stages.reinforce --dry-run                           what a round would take, and stop
 
@@ -31,10 +32,14 @@ from stages.runs.model_flags import ModelRunFlags, TrainableFlags
 class RolloutFlags:
     """The prompts, and how completions are sampled."""
 
-    task: Annotated[str, parser(str, "TASK")] = "length:12"
-    """`length:N` words, `regex:PATTERN` found in the answer, `sum` (the last number is right), or `yes-no` (how it begins)."""
+    task: Annotated[tuple[str, ...], default("length:12", metavar="TASK ...")] = ("length:12",)
+    """`length:N` words, `regex:PATTERN` found in the answer, `sum` (the last number is right), `yes-no` (how it begins), or
+    FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer` and returns a number. Several add up, each by its
+    weight: 0.5*length:12."""
     data: Annotated[Path | None, parser(path, "FILE"), default("prompts that come with the task")] = None
-    """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` needs answers."""
+    """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` and functions read answers."""
+    reward_timeout: Annotated[float, parser(seconds, "TIME"), default("10")] = 10.0
+    """Time that a function of your own has for the completions of a round."""
     prompts: Annotated[int, parser(integer(1, 1024), "N")] = 2
     """Prompts a round."""
     group: Annotated[int, parser(integer(2, 256), "N")] = 8
@@ -55,6 +60,12 @@ class UpdateFlags:
     """Steps on each round's completions."""
     clip: Annotated[float, positive(10)] = 0.2
     """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
+    clip_high: Annotated[float | None, positive(10), default("as --clip")] = None
+    """How far it may rise, where that is to be further than it may fall (DAPO's 0.28). It matters with --updates 2 or more."""
+    no_scale: Annotated[bool, default("off")] = False
+    """Do not divide advantages by their group's standard deviation (Dr. GRPO)."""
+    equal_tokens: Annotated[bool, default("off")] = False
+    """Weigh all tokens alike, instead of all completions, in which a long one's tokens weigh less (Dr. GRPO)."""
     kl: Annotated[float, parser(number(0, 10), "X")] = 0.1
     """Weight of the KL divergence from the model before training, which keeps answers from becoming unlike its own."""
     fluency: Annotated[float, parser(number(0, 10), "X")] = 0.25

@@ -1,16 +1,14 @@
 """Rollouts: a task's prompts, their sampled completions, the rewards of these, and their log-probabilities."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import random
-import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,8 +23,9 @@ from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.corpus import normalize
 from engine.text.examples import evaluation_batches
 from engine.text.rows import check_text, json_type, read_rows
-from engine.training.reinforce import Reward, log_probabilities
+from engine.training.reinforce import log_probabilities
 from stages.cli.console import ReportProgress
+from stages.runs.rewards import Rewards
 
 THINGS = (
     "rain", "the sea", "a tree", "a river", "snow", "a horse", "bread", "the moon", "a bridge", "sleep", "a city", "salt",
@@ -39,14 +38,13 @@ YES_NO_QUESTIONS = tuple(
 )
 HELD_OUT = 4  # one prompt of so many is never trained on
 SUMS = 400
-REWARD_TIMEOUT = 2.0  # seconds, for a round
 
 
 class Prompt(NamedTuple):
-    """A user's message, and the right answer where there is one."""
+    """A user's message, and the right answer where there is one: an integer, or for functions of one's own any JSON."""
 
     text: str
-    answer: int | None = None
+    answer: Any = None
 
 
 class Prompts(NamedTuple):
@@ -61,21 +59,24 @@ class Prompts(NamedTuple):
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
 
-def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
-    """Returns the prompts of a file, or those that come with the task, in an order that follows from the seed.
+def prompts_for(tasks: set[str], data: Path | None, seed: int) -> Prompts:
+    """Returns the prompts of a file, or those that come with the tasks, in an order that follows from the seed.
 
-    Raises UserError, with file and line, for a row without a prompt or, for the task `sum`, without an answer.
+    `tasks`: their names. Raises UserError, with file and line, for a row without a prompt or without the answer that `sum` or
+    `exact` needs.
     """
     if data:
-        rows = _read(data, task)
+        rows = _read(data, tasks)
         prompts = [*{normalize(prompt.text): prompt for prompt in reversed(rows)}.values()][::-1]  # the first of each
         copies = len(rows) - len(prompts)
         name = f"{data}" + f" ({copies:,} copies left out)" * (copies > 0)
-    elif task == "sum":
+    elif "exact" in tasks:
+        raise UserError("The task exact needs --data with an `answer` to each prompt.")
+    elif "sum" in tasks:
         pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
         prompts, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
     else:
-        yes_no = task == "yes-no"
+        yes_no = "yes-no" in tasks
         prompts = [
             Prompt(question.format(thing)) for question in (YES_NO_QUESTIONS if yes_no else QUESTIONS) for thing in THINGS
         ]
@@ -87,7 +88,7 @@ def prompts_for(task: str, data: Path | None, seed: int) -> Prompts:
     return Prompts(tuple(prompts[held_out:]), tuple(prompts[:held_out]), name)
 
 
-def _read(path: Path, task: str) -> list[Prompt]:
+def _read(path: Path, tasks: set[str]) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
     prompts = []
@@ -95,10 +96,11 @@ def _read(path: Path, task: str) -> list[Prompt]:
         prompt, answer = check_text(row.get("prompt", ""), "prompt", where), row.get("answer")
         if not prompt.strip():
             raise UserError(f"{where}: `prompt` is missing or empty.")
-        if task == "sum" and (not isinstance(answer, int) or isinstance(answer, bool)):
-            problem = f"should be an integer, not {json_type(answer)}" if "answer" in row else "is missing"
-            raise UserError(f"{where}: `answer` {problem}.")
-        prompts.append(Prompt(prompt, answer if task == "sum" else None))
+        for task, kind, word in (("sum", int, "an integer"), ("exact", str, "text")):
+            if task in tasks and (not isinstance(answer, kind) or isinstance(answer, bool)):
+                problem = f"should be {word}, not {json_type(answer)}" if "answer" in row else "is missing"
+                raise UserError(f"{where}: `answer` {problem}.")
+        prompts.append(Prompt(prompt, answer if tasks & {"sum", "exact", "own"} else None))
     return prompts
 
 
@@ -123,7 +125,7 @@ class Rollout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions of at most `max_tokens`, `rows` at once, and rewards each by `reward(text, right answer or None)`.
+    """Samples completions of at most `max_tokens`, `rows` at once, and rewards each.
 
     `capacity`: positions of the KV cache. `stop_token_ids` end a completion.
     """
@@ -131,7 +133,7 @@ class Sampler:
     cfg: ModelConfig
     chat: ChatTokenizer
     stop_token_ids: Collection[int]
-    reward: Reward
+    rewards: Rewards
     temperature: float
     max_tokens: int
     capacity: int
@@ -142,7 +144,7 @@ class Sampler:
     ) -> Rollout:
         """Samples and rewards a completion of each prompt, with seeds seed, seed + 1, ...
 
-        Raises UserError as `complete`, and when the rewards take longer than REWARD_TIMEOUT.
+        Raises UserError as `complete` and Rewards.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
         begin, completions = time.perf_counter(), list[list[int]]()
@@ -154,8 +156,7 @@ class Sampler:
         for completion in completions:
             ended = bool(completion) and completion[-1] in self.stop_token_ids
             texts.append(self.chat.tokenizer.decode(completion[: len(completion) - ended]).strip())
-        with _time_limit("The task's pattern takes too long on an answer: write it so that it has one way to match a text."):
-            rewards = [self.reward(text, prompt.answer) for text, prompt in zip(texts, prompts)]
+        rewards = self.rewards([prompt.text for prompt in prompts], texts, [prompt.answer for prompt in prompts])
         text_bytes = [*map(self.chat.tokenizer.count_bytes, completions)]
         return Rollout(tokens, completions, texts, text_bytes, rewards, seconds)
 
@@ -198,19 +199,3 @@ def score_completions(cfg: ModelConfig, params: Params, rollout: Rollout, seq: i
     logprobs = np.concatenate([np.asarray(log_probabilities(cfg, params, part)) for part in parts])
     bits, size = -logprobs.sum(1) / math.log(2), np.array(rollout.text_bytes)
     return Scores(batch, logprobs, bits / np.maximum(size, 1), float(bits.sum() / max(size.sum(), 1)))
-
-
-@contextlib.contextmanager
-def _time_limit(sentence: str) -> Iterator[None]:
-    """Raises UserError(sentence) after REWARD_TIMEOUT in the block. To be called in the main thread, to which signals come."""
-
-    def ring(number: int, frame: object) -> None:
-        raise UserError(f"{sentence} ({REWARD_TIMEOUT:g} s were not enough.)")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, REWARD_TIMEOUT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

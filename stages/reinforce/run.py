@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
 from engine.training.optimizer import OptimizerConfig
-from engine.training.reinforce import TASKS, Rollouts, group_advantages, grpo, make_reward
+from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_for, rollout_batch, score_completions
@@ -27,6 +28,7 @@ from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
 from stages.runs.loop import RunOptions
 from stages.runs.model_stage import ModelStage, choose_trainable
+from stages.runs.rewards import Rewards
 from stages.runs.run import execute
 from stages.runs.stage import LoopState, RunReport, compile_step, temporary_bytes
 
@@ -46,7 +48,7 @@ TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a roun
 
 def run(flags: "ReinforceFlags", device: Device) -> int:
     """Trains, or resumes; returns 0, or 128 + the signal that stopped it."""
-    task = flags.rollout.task.partition(":")[0]
+    task = Path(flags.rollout.task[0].rpartition("*")[2].partition(":")[0]).stem
     intervals = dataclasses.asdict(flags.folder)
     folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), task)
     options = RunOptions("reinforce", device, folder, flags.dry_run, **intervals)
@@ -67,11 +69,12 @@ class ReinforcementLearning(ModelStage):
     def __init__(self, flags: "ReinforceFlags", options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
         lora = trainable.adapter
-        self.task, self.group, self.prompts_each = rollout.task, rollout.group, rollout.prompts
+        self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
-        self.objective, self.in_blocks = grpo(self.clip, self.kl), trainable.weights == "q4"
-        self.prompts = prompts_for(rollout.task, rollout.data, flags.seed)
-        reward = make_reward(rollout.task)
+        self.scale, self.in_blocks = not update.no_scale, trainable.weights == "q4"
+        rewards = Rewards(rollout.task, rollout.reward_timeout)
+        self.task = rewards.name
+        self.prompts = prompts_for(rewards.names, rollout.data, flags.seed)
         super().__init__(flags.model, lora, options.folder, console)
         cfg = self.model.cfg
         self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
@@ -83,8 +86,9 @@ class ReinforcementLearning(ModelStage):
             )
         max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
         capacity = self.longest + max_tokens
+        self.objective = grpo(self.clip, self.kl, update.clip_high, max_tokens if update.equal_tokens else None)
         self.sampler = Sampler(
-            cfg, self.chat, frozenset(self.stop_token_ids), reward, rollout.temperature, max_tokens, capacity, rows
+            cfg, self.chat, frozenset(self.stop_token_ids), rewards, rollout.temperature, max_tokens, capacity, rows
         )
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
@@ -119,7 +123,7 @@ class ReinforcementLearning(ModelStage):
         return [
             self.model_row(),
             *self.matches,
-            ("task", f"{self.task} ({TASKS[self.task.partition(':')[0]].partition(', ')[2]})"),
+            ("task", f"{self.task} ({self.sampler.rewards.describe()})"),
             ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
             ("template", self.chat.template_name),
             (
@@ -184,7 +188,7 @@ class ReinforcementLearning(ModelStage):
         differs, self.trained_batch = bool((rewards != rewards[:, :1]).any()), None
         if differs:
             old = self._score(state.trainable, rollout).logprobs if self.updates > 1 else None
-            advantages = group_advantages(rewards, -self.fluency * scores.bits_each.reshape(rewards.shape))
+            advantages = group_advantages(rewards, -self.fluency * scores.bits_each.reshape(rewards.shape), self.scale)
             rollouts = Rollouts(scores.batch, np.asarray(advantages).reshape(-1), old, scores.logprobs)
             self.trained_batch = rollouts
             progress = np.float32(plan.progress(number, loop_state.seconds))

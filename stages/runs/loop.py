@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.counting.hardware import peak_rss_bytes
 from engine.device import Device, return_freed_memory
@@ -136,7 +136,12 @@ class Loop:
                 is_recorded = self.recorder and self.recorder.before_step(state.trainable, loop_state.step + 1, progress)
                 if is_recorded:
                     begin = time.perf_counter()
-                state, refused = stage.step(state, loop_state)
+                try:
+                    state, refused = stage.step(state, loop_state)
+                except UserError as error:  # from a reward, before the state was changed
+                    if not loop_state.step:
+                        raise
+                    self._stop_after_failure(state, error)
                 end = time.perf_counter()
                 self._count(refused, self._agree_on(end - begin))
                 if self.timer.count == 1:  # not before: touching gigabytes would hold up the first step
@@ -341,8 +346,8 @@ class Loop:
         except OSError as error:
             self.failure = self.failure or error
 
-    def _stop_after_failure(self, state: TrainState, error: OSError) -> None:
-        """Saves, then raises what `_noting_failure` noted."""
+    def _stop_after_failure(self, state: TrainState, error: OSError | UserError) -> NoReturn:
+        """Saves, then raises the error: what `_noting_failure` noted, or a step that could not begin."""
         at = f"{self.plan.step_name} {self.loop_state.step:,}"
         try:
             if self.saved_step != self.loop_state.step:

@@ -20,6 +20,7 @@ from stages.reinforce import __main__ as reinforce
 from stages.reinforce import run as reinforce_run
 from stages.reinforce.rollouts import Rollout, prompts_for, score_completions
 from stages.reinforce.run import ALIKE_ROUNDS, ReinforcementLearning
+from stages.runs import rewards
 
 
 def args(model: Path, folder: Path, *more: object) -> list[str]:
@@ -127,7 +128,7 @@ def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path
 
         return reward
 
-    monkeypatch.setattr(reinforce_run, "make_reward", make_reward)
+    monkeypatch.setattr(rewards, "make_reward", make_reward)
     code = reinforce.main(args(trained, folder, "--rounds", 100))
     output = capsys.readouterr()
     assert len(metrics(folder)) == 1 + ALIKE_ROUNDS
@@ -163,10 +164,10 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
 def test_no_held_out_prompt_is_a_copy_of_a_training_prompt(tmp_path):
     rows = [{"prompt": text} for text in ("What is rain?", "what is  rain", "What is snow?", "WHAT IS RAIN?!")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prompts = prompts_for("length:3", tmp_path / "prompts.jsonl", 0)
+    prompts = prompts_for({"length"}, tmp_path / "prompts.jsonl", 0)
     assert sorted(prompt.text for prompt in (*prompts.train, *prompts.held_out)) == ["What is rain?", "What is snow?"]
     assert "2 copies left out" in prompts.name
     sums = [{"prompt": f"What is {text}?"} for text in ("1 - 23", "12 - 3", "12 / 3", "123", "1.23", "-1 - 23")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, sums)))
-    prompts = prompts_for("length:3", tmp_path / "prompts.jsonl", 0)
+    prompts = prompts_for({"length"}, tmp_path / "prompts.jsonl", 0)
     assert len((*prompts.train, *prompts.held_out)) == len(sums)

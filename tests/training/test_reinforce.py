@@ -128,6 +128,20 @@ def test_rewarded_tokens_are_sampled_more_often():
     assert np.mean(shares[-5:]) > np.mean(shares[:5]) + 0.3
 
 
+def test_variants_change_what_their_papers_say(cfg, params):
+    """A higher clip lets a token rise further; a common length weighs tokens alike; no scale leaves rewards' differences."""
+    batch = random_batch(0)
+    new = log_probabilities(cfg, params, batch)
+    rollouts = Rollouts(batch, np.abs(ADVANTAGE), np.asarray(new) - np.log(1.25).astype(np.float32))
+    loss = lambda *options: float(loss_and_gradient(cfg, params, {}, rollouts, 1, grpo(*options))[0])
+    plain, sizes = np.abs(ADVANTAGE).mean(), batch.mask.sum(1)
+    assert loss(0.2) == pytest.approx(-1.2 * plain, rel=1e-5)
+    assert loss(0.2, 0.0, 0.28) == pytest.approx(-1.25 * plain, rel=1e-5)
+    assert len({*sizes}) > 1
+    assert loss(0.2, 0.0, None, 10) == pytest.approx(-1.2 * (np.abs(ADVANTAGE) * sizes / 10).mean(), rel=1e-5)
+    np.testing.assert_allclose(group_advantages([[1, 2, 3], [0, 0, 0]], scale=False), [[-1, 0, 1], [0, 0, 0]])
+
+
 def test_one_objective_is_one_object():
     assert grpo(0.1, 0.5) is grpo(0.1, 0.5)
 
@@ -166,6 +180,11 @@ def test_a_pattern_is_found_or_not():
 def test_the_last_integer_is_the_answer(answer, right, value):
     assert sum_reward(answer, right) == value
     assert make_reward("sum") is sum_reward
+
+
+def test_an_answer_is_the_rows_own():
+    assert [make_reward("exact")(text, "Yes.") for text in (" Yes.\n", "yes.", "Yes. ", "")] == [1, 0, 1, 0]
+    assert make_reward("exact")("7", None) == 0
 
 
 @pytest.mark.parametrize(

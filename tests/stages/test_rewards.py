@@ -1,0 +1,105 @@
+"""Rewards of one's own: weights, the time limit, and one sentence, with its line, for whatever goes wrong in the file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_stage_reinforce import args, result
+from tiny_runs import metrics
+
+from engine.errors import UserError
+from engine.storage import checkpoint
+from stages.reinforce import __main__ as reinforce
+from stages.runs.rewards import Rewards
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return f"{path}:score"
+
+
+def test_functions_and_rules_add_up_by_their_weights(tmp_path, capfd):
+    """A function gets what it has parameters for; what it prints is no answer, and nothing of it is left in this process."""
+    first = write(
+        tmp_path / "first.py", "import sys\nprint('hello')\ndef score(completion, answer): return completion == answer\n"
+    )
+    second = write(
+        tmp_path / "second.py", "def score(**row):\n    assert set(row) == {'prompt', 'completion', 'answer'}\n    return -1\n"
+    )
+    rewards = Rewards([f"2*{first}", f"0.5*{second}", "regex:^a"], 60)
+    assert rewards(["p", "p"], ["a", "ba"], ["a", None]) == [2 - 0.5 + 1, -0.5]
+    assert rewards.names == {"own", "regex"}
+    assert "hello" not in capfd.readouterr().out
+    assert not list(tmp_path.glob("__pycache__"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def score(completion):\n    return 1 / 0\n", r":2: ZeroDivisionError: division by zero\."),
+        ("def helper(x):\n    raise KeyError(x)\ndef score(completion):\n    return helper('a')\n", r":2: KeyError: 'a'\."),
+        ("import re\ndef score(completion):\n    return re.compile('(').match(completion)\n", r":3: PatternError: missing \)"),
+        ("def score(completion)\n", r":1: SyntaxError: expected ':'"),
+        ("import nowhere\n", r":1: ModuleNotFoundError: No module named 'nowhere'\."),
+        ("def other(completion): return 1\n", r" has no function score\."),
+        ("def score(completion): return float('nan')\n", r": score returned 'nan', where a finite .* 'c' of the prompt 'p'\."),
+        ("def score(completion): pass\n", r": score returned 'None'"),
+        ("def score(completion, extra): return 1\n", r": TypeError: score\(\) missing 1 required positional argument: 'extra'"),
+        ("import os\ndef score(completion): os._exit(3)\n", r": score ended its process \(exit code 3\) without a result\."),
+        ("import sys\ndef score(completion): sys.exit()\n", r":2: SystemExit\."),
+    ],
+)
+def test_an_error_is_a_sentence_with_its_line(text, sentence, tmp_path):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/mine\.py{sentence}"):
+        Rewards([write(tmp_path / "mine.py", text)], 60)(["p"], ["c"], [None])
+
+
+def test_a_function_that_never_returns_is_ended(tmp_path):
+    endless = "        try:\n            while True: pass\n        except BaseException: pass\n"
+    stubborn = f"def score(completion):\n    while True:\n{endless}"
+    rewards = Rewards([write(tmp_path / "mine.py", stubborn)], 60)
+    rewards.seconds = 1.0
+    with pytest.raises(UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: .*--reward-timeout"):
+        rewards(["p"], ["c"], [None])
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("-1*length:3", "weight of the task 'length:3' should be above 0, not -1"),
+        ("0*sum", "should be above 0, not 0"),
+        ("gone.py:score", r"There is no file gone\.py; a function of your own is FILE\.py:FUNCTION"),
+        ("2*lenght:3", "Did you mean 'length'"),
+    ],
+)
+def test_what_is_no_task(task, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Rewards([task], 60)
+
+
+def test_a_reward_that_fails_later_loses_nothing(trained, tmp_path, failing, capsys):
+    """The run is saved where it was, and the same command goes on once the function is mended."""
+    folder, calls = tmp_path / "run", tmp_path / "calls"
+    mine = tmp_path / "mine.py"
+    text = (
+        "import pathlib\n"
+        f"calls = pathlib.Path({str(calls)!r})\n"
+        "def score(completion):\n"
+        "    count = calls.stat().st_size if calls.exists() else 0\n"
+        "    calls.write_text('x' * (count + 1))\n"
+        "    return 1 / (LIMIT - count) if count >= LIMIT else len(completion)\n"
+    )
+    before, a_round = 32, 4  # completions before the first step, and of a round
+    task = write(mine, text.replace("LIMIT", str(before + a_round)))
+    options = [*args(trained, folder), "--task", task, "--reward-timeout", "60s"]
+    error = failing(reinforce.main, options)
+    assert re.search(rf"{mine}:6: ZeroDivisionError: division by zero\. The run was saved at round 1 before it ended\.", error)
+    assert checkpoint.steps(folder) == [1]
+    write(mine, "def score(completion): return len(completion)\n")
+    capsys.readouterr()
+    assert reinforce.main(options) == 0
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    assert result(folder)["rounds"] == 2
+    assert json.loads((folder / "run.json").read_text())["rollout"]["task"] == [task]
