@@ -1,7 +1,7 @@
 """Makes or loads the model to measure, and tokens to measure it with; makes training steps of a given shape."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics  # Python's reference, on every machine
 from typing import Any, Literal, NamedTuple
 
@@ -49,15 +49,18 @@ def random_model(name: str, cfg: ModelConfig) -> BenchModel:
     return BenchModel(name, cfg, jax.jit(init)(jax.random.key(0)))
 
 
-def load(name: str, dtype: str | None = "float32") -> BenchModel:
-    """Loads a model by path or name; `dtype` None: its own. Raises UserError for none, and for an adapter."""
-    location = locate(name)
+def load(name: str, dtype: str | None = "float32", on_config: Callable[[ModelConfig], None] = lambda cfg: None) -> BenchModel:
+    """Loads a model by path or name; `dtype` None: its own. `on_config` gets its architecture before its weights are read.
+
+    Raises UserError for none, and for an adapter.
+    """
+    location = locate(name, on_config=on_config)
     if location.format == "adapter":
         raise UserError(
             f"{location.run} holds an adapter for another model. Fold it into that one first, python -m stages.export "
             f"--model {location.path} --out FOLDER, and give --model FOLDER."
         )
-    model = load_model(name, dtype=dtype)
+    model = load_model(name, dtype=dtype, on_config=on_config)
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
 
 
@@ -70,9 +73,12 @@ def answer(engine: Engine, requests: Iterable[Request]) -> list[list[int]]:
     return list(answers.values())
 
 
-def find_model(preset_name: str, name: str | None) -> BenchModel:
-    """Loads the model of this name, if there is one, else returns the preset's with random weights."""
-    return load(name) if name else random_model(preset_name, preset(preset_name))
+def find_model(preset_name: str, name: str | None, on_config: Callable[[ModelConfig], None]) -> BenchModel:
+    """Loads the model of this name, if there is one, else returns the preset's with random weights. `on_config`: see `load`."""
+    if name:
+        return load(name, on_config=on_config)
+    on_config(cfg := preset(preset_name))
+    return random_model(preset_name, cfg)
 
 
 def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:

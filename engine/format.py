@@ -91,12 +91,11 @@ def times(value: Any) -> str:
     return f"{value:,.{2 if abs(value) < 9.95 else 1}f}×"
 
 
-def percent(value: Any, *, signed: bool = False) -> str:
-    """Formats a share as `59%`, or a signed deviation as `+12%` and `−4%`."""
+def percent(value: Any) -> str:
+    """Formats a share as `59%`."""
     if (value := finite(value)) is None:
         return ABSENT
-    whole = round(100 * value)
-    return f"{whole:{'+' if signed and whole else ''}}%".replace("-", "−")
+    return f"{round(100 * value)}%".replace("-", "−")
 
 
 def significant(value: float) -> str:

@@ -43,10 +43,9 @@ from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.format import duration, finite
 from engine.inference.decode import prepare_params
-from engine.model.config import PRESETS, ModelConfig, preset
+from engine.model.config import PRESETS, ModelConfig
 from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
-from engine.storage.model_loader import read_config
 from engine.text.batch import Batch
 
 MAX_ROUNDS = 15
@@ -87,10 +86,9 @@ def stage_table(
     keeps for its backward pass. Progress goes to stderr. Raises UserError for what does not fit or is not there.
     """
     begin = clock()
-    check_memory(read_config(model_name) if model_name else preset(preset_name), batch, context)
+    model = find_model(preset_name, model_name, lambda cfg: check_memory(cfg, batch, context))
     progress("measuring this machine's ceilings, which utilisation is a share of ...")
     ceilings = measure_ceilings()
-    model = find_model(preset_name, model_name)
     cfg = model.cfg
     text = tokens_for(model, batch, context + 1)
     data = next_token_batch(text)

@@ -288,7 +288,7 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
     cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype), empty)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     token, capacity = jnp.zeros((rows,), jnp.int32), cache.k[0].shape[2]
-    program, cost = compile_program(decode_steps, (cfg,), params, token, cache, sampling, steps=STEPS)
+    program, cost = compile_program(decode_steps, (cfg,), params, token, cache, sampling)
 
     def run() -> Any:
         nonlocal cache

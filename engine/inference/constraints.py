@@ -139,17 +139,17 @@ class _Vocabulary:
         return self._tokenizer.encode(text, continued=True).tolist()
 
 
-def json_grammar(schema: dict[str, Any], lenient: bool = False) -> str:
-    """Returns the grammar of JSON values that a JSON Schema describes.
+def json_grammar(schema: dict[str, Any]) -> str:
+    """Returns the grammar of JSON values that a JSON Schema describes. Raises UserError as `json_rule`."""
+    return f"start: {json_rule(schema)}"
+
+
+def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
+    """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls.
 
     A keyword that cannot be enforced is refused by the compiler, or ignored if `lenient`. Raises UserError for a schema that
     is nested too deeply or too costly.
     """
-    return f"start: {json_rule(schema, lenient)}"
-
-
-def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
-    """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls."""
     options = JSON_OPTIONS | {"lenient": lenient}
     text = json.dumps({**_checked(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
     check_size(text)

@@ -74,11 +74,11 @@ def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache)
 decode_step = jax.jit(_decode_step, static_argnames="cfg", donate_argnames="cache")
 
 
-@jax.jit(static_argnames=("cfg", "steps"), donate_argnames="cache")
+@jax.jit(static_argnames="cfg", donate_argnames="cache")
 def decode_steps(
-    cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays, steps: int = STEPS
+    cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays
 ) -> tuple[Array, KVCache]:
-    """token (B,) int32 -> the `steps` tokens that follow, (B, steps) int32, and the cache with token and all but the last.
+    """token (B,) int32 -> the STEPS tokens that follow, (B, STEPS) int32, and the cache with token and all but the last.
 
     Equals `decode_step` and `sample` in turn.
     """
@@ -89,7 +89,7 @@ def decode_steps(
         token = sample(logits, cache.length, sampling)
         return (token, cache), token
 
-    (_, cache), tokens = jax.lax.scan(step, (token, cache), length=steps)
+    (_, cache), tokens = jax.lax.scan(step, (token, cache), length=STEPS)
     return tokens.T, layout.pin_cache(cache)
 
 

@@ -8,13 +8,12 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from engine.errors import UserError
 from engine.storage.safetensors import read_index
 from engine.text import OnProgress
 
-Part = Literal["all", "config", "cached"]
 # Fetched before the weights, those that there are: where weights are cached, these are too.
 SMALL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_REASON = 200  # characters
@@ -44,11 +43,11 @@ def cached_id(folder: Path) -> str:
     return hub_id if (kind, snapshots.name) == ("models", "snapshots") and is_hub_id(hub_id) else ""
 
 
-def fetch(name: str, part: Part, check_config: Callable[[Path], object], report: OnProgress) -> Path:
+def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], report: OnProgress) -> Path:
     """Returns the folder of a hub's model in the hub's cache, with what it lacked fetched.
 
-    config.json comes first, whose folder `check_config` may refuse before any weight is fetched. `part`: `config` fetches
-    no more, `cached` nothing. `report`: bytes done and in all. Raises UserError for what cannot be had.
+    config.json comes first, whose folder `check_config` may refuse before any weight is fetched. With `cached_only` nothing is
+    fetched. `report`: bytes done and in all. Raises UserError for what cannot be had.
     """
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import logging
@@ -57,7 +56,7 @@ def fetch(name: str, part: Part, check_config: Callable[[Path], object], report:
     logging.set_verbosity_error()  # a line a retry would stand above the sentence that says why none helped
     hub_id, _, revision = name.partition("@")
     bar = _progress_bar(report) if report else None
-    is_offline = part == "cached" or constants.HF_HUB_OFFLINE
+    is_offline = cached_only or constants.HF_HUB_OFFLINE
 
     def fetch_file(file: str, revision: str | None) -> Path:
         # One at a time and in this thread, where Ctrl-C ends it at once; `snapshot_download` would wait for its threads.
@@ -78,14 +77,13 @@ def fetch(name: str, part: Part, check_config: Callable[[Path], object], report:
         config = fetch_file("config.json", revision or None)
         commit = config.parent.name
         check_config(config.parent)
-        if part != "config":
-            for small in SMALL:
-                fetch_if_there(small)
-            if index := fetch_if_there("model.safetensors.index.json"):
-                for shard in sorted(set(read_index(index).values())):
-                    fetch_file(shard, commit)
-            else:
-                fetch_file("model.safetensors", commit)
+        for small in SMALL:
+            fetch_if_there(small)
+        if index := fetch_if_there("model.safetensors.index.json"):
+            for shard in sorted(set(read_index(index).values())):
+                fetch_file(shard, commit)
+        else:
+            fetch_file("model.safetensors", commit)
         return config.parent
     except errors.RevisionNotFoundError:
         fault = f"The hub's {hub_id} has no revision {revision}: give a branch, a tag or a commit of it."
@@ -100,7 +98,7 @@ def fetch(name: str, part: Part, check_config: Callable[[Path], object], report:
         )
     except (OSError, errors.HTTPError) as error:
         if is_offline:
-            why = "HF_HUB_OFFLINE is set" if part != "cached" else "only a model that --model names is fetched"
+            why = "HF_HUB_OFFLINE is set" if not cached_only else "only a model that --model names is fetched"
             fault = f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by --model {name}."
         else:
             cause = " ".join(str(error.__cause__ or error).split())[:MAX_REASON].rstrip(".")

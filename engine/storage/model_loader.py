@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os.path
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,18 +83,19 @@ def model_name(model: str) -> str:
 
 
 def locate(
-    name: str | None, report: OnProgress = None, part: hub.Part = "all", on_config: OnConfig = lambda cfg: None
+    name: str | None, report: OnProgress = None, cached_only: bool = False, on_config: OnConfig = lambda cfg: None
 ) -> Location:
     """Returns the location of the model `--model` names, by default the newest finished run.
 
-    A named asset is fetched (`report`: bytes done and in all), and from the Hugging Face hub what `part` says: see `hub.fetch`.
-    A path that is there is preferred to a model on the hub of that name, and nothing in runs/ is looked for there.
+    A named asset is fetched (`report`: bytes done and in all), and a model on the Hugging Face hub, unless `cached_only`:
+    `on_config` gets the architecture of that one before its weights are fetched. A path that is there is preferred to a model
+    on the hub of that name, and nothing in runs/ is looked for there.
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
     path, notes = (Path(os.path.expanduser(name)), ()) if name else run_folder.newest_run()
     if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
-        return Location("hugging face", hub.fetch(name, part, lambda folder: on_config(_read_config(folder)), report))
+        return Location("hugging face", hub.fetch(name, cached_only, lambda folder: on_config(_read_config(folder)), report))
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
@@ -127,27 +127,17 @@ def _run_of(path: Path, name: str) -> Path:
     raise UserError(f"There is no model at {path}; --model takes {FORMS}.{did_you_mean(name, MODELS)}")
 
 
-def read_config(name: str | None, *, part: hub.Part = "config", adapted_by: tuple[Path, ...] = ()) -> ModelConfig:
-    """Reads the architecture of the model `--model` names, and none of its weights. `part`, `adapted_by`: see `load_model`."""
-    location = locate(name, part=part)
-    if location.run:
-        return run_folder.read_config(location.run)
-    if location.format == "adapter":
-        return _read_base(location, adapted_by, read_config)
-    return _read_config(location.path)
-
-
 def load_model(
     name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None,
-    part: hub.Part = "all", adapted_by: tuple[Path, ...] = (), blocks: dict[str, Any] | None = None,
+    adapted_by: tuple[Path, ...] = (), blocks: dict[str, Any] | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
-    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. `part`: see `hub.fetch`.
-    `adapted_by`: the LoRA runs of whose base this is a part. `blocks`: gets, before `on_config` is called, the shapes of the
-    leaves that a GGUF file holds as Blocks, and these stay as they are. Raises UserError, too, when its weights alone exceed
-    the memory.
+    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. `adapted_by`: the
+    LoRA runs of whose base this is a part; nobody named that, so that nothing is fetched from the hub. `blocks`: gets, before
+    `on_config` is called, the shapes of the leaves that a GGUF file holds as Blocks, and these stay as they are. Raises
+    UserError, too, when its weights alone exceed the memory.
     """
     run: Path | None = None
 
@@ -162,7 +152,7 @@ def load_model(
         on_config(cfg)
         check_memory(cfg)
 
-    location = locate(name, report, part, check_memory)
+    location = locate(name, report, bool(adapted_by), check_memory)
     run = location.run
     if location.format == "adapter":
         return _load_adapted(location, on_config, adapted_by)
@@ -230,20 +220,14 @@ def _base_of(location: Location) -> str:
     return name
 
 
-def _read_base[T](location: Location, adapted_by: tuple[Path, ...], read: Callable[..., T]) -> T:
-    """Returns what `read`, `load_model` or `read_config`, makes of the base of a LoRA run or a folder in PEFT's layout."""
+def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
     folder, name = location.run or location.path, _base_of(location)
     if folder.resolve() in adapted_by:
         raise UserError(f"{folder} is named as a base of itself. Restore its record from a copy, or train anew.")
-    try:  # nothing is fetched from the hub: nobody named the base here
-        return read(name, part="cached", adapted_by=(*adapted_by, folder.resolve()))
+    try:
+        base = load_model(name, on_config=on_config, adapted_by=(*adapted_by, folder.resolve()))
     except UserError as error:
         raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
-
-
-def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
-    folder = location.run or location.path
-    base = _read_base(location, adapted_by, functools.partial(load_model, on_config=on_config))
     adapter, source, notes = _read_adapter(base.cfg, location, base_digests(base.params))
     if location.run:
         tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)

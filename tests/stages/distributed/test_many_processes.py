@@ -21,7 +21,7 @@ from engine.mesh.lifecycle import join
 from engine.mesh.processes import RESTART
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter import load_adapter
-from engine.storage.model_loader import read_config
+from engine.storage.run_folder import read_config
 from stages import by_hand
 from stages.cli.signals import end_now
 from stages.finetune import __main__ as finetune
@@ -135,7 +135,7 @@ def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
     one, many = (json.loads((run / "run.json").read_text())["result"] for run in (alone, folder))
     for when in ("before", "after"):
         assert many[when]["held_out"] == pytest.approx(one[when]["held_out"], rel=1e-3)
-    adapters = [jax.tree.leaves(load_adapter(run / "adapter", read_config(str(trained)))) for run in (alone, folder)]
+    adapters = [jax.tree.leaves(load_adapter(run / "adapter", read_config(trained))) for run in (alone, folder)]
     for wanted, leaf in zip(*adapters, strict=True):
         np.testing.assert_allclose(leaf, wanted, atol=0.02)
 
