@@ -139,7 +139,7 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     V = scaled.shape[-1]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-    # Without the barrier top_k would be compiled as a sort of everything.
+    # Without the barrier top_k would be compiled as a sort of everything: held by tests/laws/test_barriers.py.
     ranked, _ = jax.lax.optimization_barrier(jax.lax.top_k(scaled, min(CANDIDATES, V)))
     size = ranked.shape[-1]
     share = jnp.where(jnp.arange(size) < k[:, None], jnp.exp(ranked - ranked[:, :1]), 0.0)

@@ -74,7 +74,7 @@ def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
         return [_Columns(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
     pieces: list[_Columns] = []
     for start in range(0, len(weight.scale), COLUMNS):
-        # One after the other: held by tests/laws/test_barriers.py, as is the barrier of `_forward`.
+        # One after the other: held by tests/laws/test_barriers.py, as are the barriers of `_head_backward` and `_forward`.
         weight, x, _ = jax.lax.optimization_barrier((weight, x, pieces[-1:]))
         part = int8.slice_columns(weight, start, start + COLUMNS)
         pieces.append(_Columns(start, int8.int8_matmul(x, part, jnp.float32)))

@@ -141,8 +141,8 @@ def transpose(x: Array) -> Array:
 
     There XLA hands a product to its fast library only when the left operand lies in memory with the summed axis last; the
     fallback is ten times slower. Without the barrier XLA folds the transpose into a neighbouring product, without the layout
-    it relabels the axes; either way the next product takes the slow path. A GPU's and a TPU's product reads its operands in
-    either order.
+    it relabels the axes; either way the next product takes the slow path: held by tests/laws/test_barriers.py. A GPU's and a
+    TPU's product reads its operands in either order.
     """
     if not ops().transposes_in_memory:
         return x.swapaxes(-1, -2)

@@ -68,6 +68,13 @@ def test_integers_are_multiplied_exactly(axis, dtype):
     assert (np.abs(ours - x @ wide(leaf)) <= 0.02 * np.abs(expected).max(1, keepdims=True)).all()
 
 
+def test_few_rows_read_a_transposed_weight_as_it_lies():
+    """It stands on the left of the compiled product; on the right it would be packed first."""
+    leaf = store_transposed(quantize_matrix(normal(1, D, F)))
+    compiled = jax.jit(int8_matmul, static_argnums=2).lower(normal(0, 3, D), leaf, F32).compile()
+    assert f"s32[{F},3]" in next(line for line in compiled.as_text().splitlines() if " dot(" in line)
+
+
 @pytest.mark.parametrize("kind", ["int8", "full"])
 @pytest.mark.parametrize("rows", [2, 7])
 def test_a_row_is_the_same_to_the_bit_whatever_lies_beside_it(kind, rows):

@@ -102,8 +102,7 @@ class SegmentedCache(NamedTuple):
 def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
     """Makes the cache of one call."""
     destinations = _destinations(segments.edges, rows.target, rows.position[rows.source])
-    # The same in every layer; without the barrier XLA would compute them for each.
-    return SegmentedCache(segments, rows, jax.lax.optimization_barrier(destinations))
+    return SegmentedCache(segments, rows, destinations)
 
 
 def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:

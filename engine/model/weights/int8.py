@@ -216,7 +216,8 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     else:
         rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
         if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
-            # The weight on the left is read as it lies, on the right it would be packed first; XLA would swap them back.
+            # The weight on the left is read as it lies, on the right it would be packed first. Without the barrier XLA would
+            # swap them back: held by tests/model/test_int8.py.
             product = _contract(weight.values, rows, 1, preferred_element_type=jnp.int32)
             product = jax.lax.optimization_barrier(product).T
         else:
@@ -256,7 +257,8 @@ def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
 def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) -> tuple[Array, None]:
     """dx = (g scale) values^T; the weight is frozen.
 
-    Without the barrier the forward pass would hold its wide copy of every weight until here.
+    Without the barrier the forward pass would hold its wide copy of every weight until here: see tests/laws/test_barriers.py,
+    which holds it.
     """
     weight, like = residuals
     scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
