@@ -16,7 +16,10 @@ hypothesis.settings.load_profile("thrice")
 
 pytest_plugins = ["workers"]
 
-LONGEST = ("test_readme.py", "test_many_processes.py", "test_stage_finetune.py", "test_platforms.py", "test_adds_up.py")
+LONGEST = (
+    "test_many_processes.py", "test_adds_up.py", "test_sharding.py", "test_readme.py", "test_platforms.py",
+    "test_stage_finetune.py",
+)  # fmt: skip
 
 _folders: list[str] = []
 
@@ -79,6 +82,23 @@ def cfg():
 def params(cfg):
     """The tiny model's weights."""
     return lively_params(cfg)
+
+
+@pytest.fixture(scope="session")
+def chrome(tmp_path_factory):
+    """One browser for all tests of pages: see `browser`."""
+    from chromium import chromium
+
+    yield from chromium(tmp_path_factory.mktemp("chromium"))
+
+
+@pytest.fixture(scope="module")
+def browser(chrome):
+    """The browser as it started: with an empty page, at its first size, and nothing of other files in its log."""
+    chrome.get("about:blank")
+    chrome.set_window_size(1200, 800)
+    chrome.get_log("browser")
+    return chrome
 
 
 @pytest.fixture

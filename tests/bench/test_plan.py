@@ -190,12 +190,12 @@ SERVED = {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, chrome):
+def page(tmp_path_factory, browser):
     folder = tmp_path_factory.mktemp("plan")
     flags = ["--model", "llama-3.2-1b", "--tokens", "100B", "--devices", "8", "--out", str(folder)]
     assert run_bench("bench.plan", "", PlanFlags, plan, flags, write_pages) == 0
-    chrome.get((folder / "plan.html").as_uri())
-    return chrome
+    browser.get((folder / "plan.html").as_uri())
+    return browser
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state["model"])

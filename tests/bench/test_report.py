@@ -46,15 +46,15 @@ def document(pictures):
 
 
 @pytest.fixture
-def show(chrome, tmp_path):
+def show(browser, tmp_path):
     """Opens the page of a document, and returns all of its text."""
 
     def show(document):
         path = tmp_path / "report.html"
         path.write_text(page_html(document, PARTS), encoding="utf-8")
-        chrome.get(path.as_uri())
-        assert [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"] == []
-        parts = chrome.execute_script(
+        browser.get(path.as_uri())
+        assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+        parts = browser.execute_script(
             "return ['#alert', 'header', 'main'].map((part) => document.querySelector(part).textContent)"
         )
         return " ".join(parts)
@@ -62,46 +62,46 @@ def show(chrome, tmp_path):
     return show
 
 
-def test_every_row_and_claim_is_said_memory_first_and_residuals_last(document, show, chrome):
+def test_every_row_and_claim_is_said_memory_first_and_residuals_last(document, show, browser):
     text = show(document)
     for row in document["rows"]:
         assert row["name"] in text
     for claim in document["claims"]:
         assert all(claim[part] in text for part in ("claim", "verdict", "value"))
     assert document["noise"] in text
-    titles = [each.text for each in chrome.find_elements("css selector", "h2")]
+    titles = [each.text for each in browser.find_elements("css selector", "h2")]
     assert titles[:2] == [
         "Training climbs and comes down; inference is flat",
         "Training takes 3.00 times the operations of a forward pass",
     ]
     assert titles[-1].startswith("For experts")
     assert len(titles) == 10
-    assert chrome.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert (
-        len(chrome.find_elements("xpath", "//b[starts-with(., 'An example')]"))
-        == len(chrome.find_elements("css selector", "clipPath"))
+        len(browser.find_elements("xpath", "//b[starts-with(., 'An example')]"))
+        == len(browser.find_elements("css selector", "clipPath"))
         == 3
     )
 
 
-def test_the_switches_work_by_keyboard_on_a_phone_too(document, show, chrome):
+def test_the_switches_work_by_keyboard_on_a_phone_too(document, show, browser):
     from selenium.webdriver import Keys
 
     show(document)
-    dropped = lambda: len(chrome.find_elements("css selector", ".dropped"))
+    dropped = lambda: len(browser.find_elements("css selector", ".dropped"))
     assert dropped() == 0
-    button = chrome.find_element("xpath", "//button[starts-with(., 'gradient checkpointing')]")
+    button = browser.find_element("xpath", "//button[starts-with(., 'gradient checkpointing')]")
     button.send_keys(Keys.ENTER)
     assert dropped() == len(document["residuals"]["rows"]) - 1  # the block's input is kept
     assert button.get_attribute("aria-pressed") == "true"
     for width in (360, 1280):
-        chrome.set_window_size(width, 900)
-        assert chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth"), width
+        browser.set_window_size(width, 900)
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), width
 
 
-def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, chrome):
+def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, browser):
     show(document)
-    widths = chrome.execute_script(
+    widths = browser.execute_script(
         "return [...document.querySelectorAll('section:nth-of-type(2) .bars > div')].map((each) =>"
         " [...each.querySelectorAll('i')].map((part) => part.getBoundingClientRect().width))"
     )
@@ -116,24 +116,24 @@ def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, chrome):
     const chart = logChart(600, '', axis, axis, {dots: arguments[1].map((at) => ({at, kind: 'way0', text: '7'}))});
     const numbers = (each) => ['cx', 'cy', 'x', 'y'].map((name) => +each.getAttribute(name));
     return ['circle', 'text'].map((tag) => [...chart.querySelectorAll(tag)].map(numbers));"""
-    dots, texts = chrome.execute_script(script, axis, [[10, 10], [100, 1000], [110, 1000]])
+    dots, texts = browser.execute_script(script, axis, [[10, 10], [100, 1000], [110, 1000]])
     (x0, y0), (x1, y1), (x2, y2) = (dot[:2] for dot in dots)
     assert (x1 - x0) / (x2 - x1) == pytest.approx(1 / math.log10(1.1), rel=0.01)
     assert y1 == y2 < y0
     near, far = texts[-2][2:], texts[-1][2:]
     assert math.dist(near, far) > 12, "no text covers another"
-    assert chrome.execute_script("return [logTicks(0.9, 1100, 9), logTicks(15, 600, 9)]") == [
+    assert browser.execute_script("return [logTicks(0.9, 1100, 9), logTicks(15, 600, 9)]") == [
         [1, 10, 100, 1000],
         [20, 50, 100, 200, 500],
     ]
 
 
-def test_text_from_outside_stays_text(document, show, chrome):
+def test_text_from_outside_stays_text(document, show, browser):
     row = document["rows"][0]
     row["name"] = row["bound_by"] = document["model"]["name"] = document["command"] = document["noise"] = NASTY
     document["claims"][0] = {"claim": NASTY, "verdict": NASTY, "value": NASTY}
     assert show(document).count(NASTY) >= 8
-    assert chrome.find_elements("css selector", "[onclick]") == []
+    assert browser.find_elements("css selector", "[onclick]") == []
 
 
 def emptied(value):

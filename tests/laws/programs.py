@@ -56,10 +56,11 @@ B, T = 4, 256  # of a training batch: two blocks of queries
 ROWS, CAPACITY, CHUNK = 5, 192, 64  # of inference; ROWS is no other size, so that a shape tells what it is
 LORA = LoraConfig(rank=4)
 TAIL = 16  # tokens of a short chunk
-# Two members of the family that share few options, large enough for XLA to choose the kernels of real models.
-QWEN3 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=3, head_dim=16, qk_norm=True)
+# Two members of the family that share few options, large enough for XLA to choose the kernels of real models. One layer, for
+# the programs are many; two where layers differ or a loop goes over them: `step_program`.
+QWEN3 = ModelConfig(300, 96, 1, 6, 160, 512, kv_heads=3, head_dim=16, qk_norm=True)
 PAIRED = dataclasses.replace(QWEN3, kv_heads=2)  # which tensor=2 divides
-QWEN2 = ModelConfig(300, 96, 2, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32")
+QWEN2 = ModelConfig(300, 96, 1, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32")
 
 
 class Program(NamedTuple):
@@ -119,6 +120,8 @@ def step_program(
     def make(cfg: ModelConfig) -> Program:
         if remat:
             cfg = dataclasses.replace(cfg, scan=True, remat=remat)
+        if remat or rules:
+            cfg = dataclasses.replace(cfg, layers=2)
         if lora:
             trainable, frozen = adapter_and_base(cfg, lora)
         else:

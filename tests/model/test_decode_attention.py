@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_blocks
+import test_causal_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
@@ -152,8 +153,8 @@ def bits() -> bytes:
 
 
 def all_bits() -> bytes:
-    """What this kernel and that of blocks give; the products of int8 are exact."""
-    return bits() + test_blocks.bits()
+    """What this kernel, that of training and that of blocks give; the products of int8 are exact."""
+    return bits() + test_causal_attention.bits() + test_blocks.bits()
 
 
 def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -177,8 +178,12 @@ def test_no_memory_but_the_arrays_is_touched(tmp_path):
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("the compiler has no address sanitiser")
     products = Path(__file__).with_name("test_native.py")
-    training = Path(__file__).with_name("test_causal_attention.py")
-    tests = [__file__, test_blocks.__file__, str(training), f"{products}::test_products_have_the_bits_that_xla_gives_them"]
+    tests = [
+        __file__,
+        test_blocks.__file__,
+        test_causal_attention.__file__,
+        f"{products}::test_products_have_the_bits_that_xla_gives_them",
+    ]
     options = ["-q", "-n", "0", "-m", "not night", "-p", "no:cacheprovider", "-k", "not one_thread"]
     result = run_here(
         f"import pytest; raise SystemExit(pytest.main({[*options, *tests]}))",

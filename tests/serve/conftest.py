@@ -1,4 +1,4 @@
-"""One tiny server for each file of tests, and one browser for all of the page.
+"""One tiny server for each file of tests.
 
 Not one for all files: between two of them a process may drop what it has compiled (`workers.py`), and a server that was ready
 would compile again.
@@ -12,7 +12,6 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "text"))
 
 from chat_models import save_chat_model
-from chromium import chromium
 from line import Line
 from started import Started
 from tiny_server import TinyServer, until
@@ -48,11 +47,6 @@ def roomy_client(request, tmp_path):
     save_chat_model(tmp_path / "sea", context=1536)
     with Started(tmp_path / "sea", program=("-m", "stages.serve")) as server:
         yield server.client
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    yield from chromium(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,9 @@ def load_state(folder: Path, sampling: Any = None, **options: Any) -> tuple[Serv
     return load.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console(), sampling=sampling)
 
 
-@pytest.mark.parametrize("weights", ["int8", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "weights", ["int8", *(pytest.param(name, marks=pytest.mark.night) for name in ("bfloat16", "float32"))]
+)
 def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkeypatch):
     monkeypatch.setattr(load, "native_problem", lambda: "there is no compiler")
     adapters = int(weights == "int8")  # their stacks are arguments of the programs
@@ -318,4 +320,4 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(folder, forese
     else:
         monkeypatch.setattr(load, "Engine", out_of_memory)
     with pytest.raises(UserError, match=r"slots.* give fewer --slots, a smaller --capacity"):
-        load_state(folder, weights="int8", slots=500)
+        load_state(folder, weights="int8", slots=500 if foreseen else 2)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
-from chromium import chromium
 from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -105,11 +104,6 @@ def document():
         "cost": [{"stage": stage, **cost} for stage in ("train", "frozen", "lora", "all", "answer")],
         "machine": "a test",
     }
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    yield from chromium(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture(scope="module")

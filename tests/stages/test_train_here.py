@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from chromium import chromium
 from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -17,15 +16,10 @@ from engine.model.config import ModelConfig
 from stages.runs.watch.page import FOLDER, write_train_page
 
 
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory):
-    yield from chromium(tmp_path_factory.mktemp("chromium"))
-
-
 @pytest.fixture
-def page(chrome, tmp_path):
-    chrome.get(write_train_page(tmp_path).as_uri())
-    return Page(chrome)
+def page(browser, tmp_path):
+    browser.get(write_train_page(tmp_path).as_uri())
+    return Page(browser)
 
 
 class Page:
@@ -123,7 +117,7 @@ def test_what_cannot_be_is_a_sentence(page):
     assert not page.get("$('train').disabled")
 
 
-def test_the_library_is_as_bundled_and_the_page_reaches_no_network(chrome, tmp_path):
+def test_the_library_is_as_bundled_and_the_page_reaches_no_network(browser, tmp_path):
     folder = FOLDER / "train_here"
     digest, version = re.search(
         r"SHA-256 `(\w{64})`.*@jax-js/jax@([\d.]+)", (folder / "vendor/README.md").read_text(), re.DOTALL
@@ -136,5 +130,5 @@ def test_the_library_is_as_bundled_and_the_page_reaches_no_network(chrome, tmp_p
     assert (folder / "vendor/LICENSE-jax").read_text() in html
     assert not re.search(r"https?:(?!//www\.w3\.org/2000/svg)|<script src|<link rel=.stylesheet", html)
     assert "default-src 'none'" in html
-    chrome.get((tmp_path / "train.html").as_uri())
-    assert chrome.execute_script("return typeof jax") == "undefined"  # until a button is pressed
+    browser.get((tmp_path / "train.html").as_uri())
+    assert browser.execute_script("return typeof jax") == "undefined"  # until a button is pressed

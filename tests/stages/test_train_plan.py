@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.counting import accelerators
@@ -143,6 +143,7 @@ ODD_FLAGS = {
 }  # fmt: skip
 
 
+@settings(max_examples=8)
 @given(
     st.sampled_from(sorted(PRESETS)),
     st.fixed_dictionaries({}, optional={flag: st.sampled_from(ODD_FLAGS[flag]) for flag in ODD_FLAGS}),

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from chromium import chromium
 from selenium.webdriver.support.ui import WebDriverWait
 from tiny_runs import PATIENCE, ROOT, metrics, tiny, typed
 
@@ -191,28 +190,24 @@ def test_a_port_that_cannot_be_had(text, tmp_path, failing):
     assert "one device" in failing(train.main, tiny(text, tmp_path / "run", "--mesh", "fsdp=2", "--watch", 0))
 
 
-@pytest.fixture
-def chrome(tmp_path):
-    yield from chromium(tmp_path / "browser")
-
-
+@pytest.mark.night  # by day test_lives_page.py has a page draw a run's events as they come
 @pytest.mark.journeys
-def test_in_a_browser(text, tmp_path, chrome):
+def test_in_a_browser(text, tmp_path, browser):
     """The page draws frames as they come, says when the run was killed, and goes on with the next one."""
-    wait = lambda script: WebDriverWait(chrome, PATIENCE, 0.1).until(lambda _: chrome.execute_script(f"return {script}"))
+    wait = lambda script: WebDriverWait(browser, PATIENCE, 0.1).until(lambda _: browser.execute_script(f"return {script}"))
     with Run(text, tmp_path / "run", "--max-time", "10m") as run:
-        chrome.get(run.url)
+        browser.get(run.url)
         wait("state.recording.lives.train?.frames?.length >= 2 && state.frame >= 1 && life().steps?.length > 20")
         drawn = "document.getElementById('model-weights')"
         wait(f"new Set({drawn}.getContext('2d').getImageData(0, 0, {drawn}.width, {drawn}.height).data).size > 20")
-        assert chrome.execute_script("return $('alert').hidden && $('changed').textContent !== '' && curves.length >= 4")
-        assert "stages.train tiny" in chrome.execute_script("return $('about').textContent")
-        assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
+        assert browser.execute_script("return $('alert').hidden && $('changed').textContent !== '' && curves.length >= 4")
+        assert "stages.train tiny" in browser.execute_script("return $('about').textContent")
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     wait("!$('alert').hidden && $('alert').textContent.includes('cannot be reached since')")
-    assert chrome.execute_script("return life().frames.length") >= 2  # what came stays
+    assert browser.execute_script("return life().frames.length") >= 2  # what came stays
     with Run(text, tmp_path / "other", "--max-time", "10m", port=run.port):
         wait("$('alert').hidden && $('about').textContent.includes('other') && life().frames && life().steps?.length > 3")
-        steps = chrome.execute_script("return life().steps.map((each) => each.step)")
+        steps = browser.execute_script("return life().steps.map((each) => each.step)")
         assert steps == sorted({*steps})
 
 

@@ -1,8 +1,11 @@
 """Each file of a model or of data may be anything: nested deeply, huge, no text, a pipe, a device, a folder. All are refused
-with a sentence, at once, and nothing is waited for."""
+with a sentence, at once, and nothing is waited for. Files damaged at random are refused or read, never anything else."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,3 +155,13 @@ def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch
 
     monkeypatch.setattr(manifest, "describe", describe_late)
     assert bool(run_folder.verify(tmp_path)) == (written == "missing")
+
+
+def test_no_damage_escapes():
+    """Loaded under a limit on memory; `python tests/storage/hostile.py SEED COUNT` tries as many as wanted."""
+    script = Path(__file__).with_name("hostile.py")
+    result = subprocess.run([sys.executable, script, "0", "400"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    outcomes = json.loads(result.stdout)["outcomes"]
+    assert sum(outcomes.values()) == 400
+    assert all(outcomes[f"{word} {kind}"] > 0 for word in ("read", "refused") for kind in (".gguf", ".safetensors"))

@@ -43,19 +43,20 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
 
 
-def test_a_run_survives_kills_and_signals_on_any_number_of_processes(start, text, tmp_path):
-    """Three processes, of which one is killed while all save; two that resume, of which one is told to stop; one to the end."""
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.night)])
+def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, start, text, tmp_path):
+    """One of several processes is killed while all save; one of two that resume is told to stop; one goes on to the end."""
     alone, folder = tmp_path / "alone", tmp_path / "many"
-    words = tiny(text, folder, *FLAGS, "--batch", 6)
+    words = tiny(text, folder, *FLAGS, "--batch", 2 * count)
     assert train.main([*words, "--out-dir", str(alone)]) == 0
 
-    three = start(3, "train", *words, "--mesh", "data=3", patch=lambda _: SLOW + SLOW_SAVES)
-    until_saved(folder, 4, three)
+    several = start(count, "train", *words, patch=lambda _: SLOW + SLOW_SAVES)
+    until_saved(folder, 4, several)
     while not (saving := [*folder.glob("checkpoints/.[0-9]*")]):
-        assert all(process.poll() is None for process in three)
+        assert all(process.poll() is None for process in several)
         time.sleep(0.001)
-    three.pop().kill()
-    codes, errors = finish(three)  # within 15 s, which promise T9 measures
+    several.pop().kill()
+    codes, errors = finish(several)  # within 15 s, which promise T9 measures
     assert codes <= {RESTART, -signal.SIGABRT}, errors
 
     first = checkpoint.steps(folder)[-1]
@@ -193,7 +194,7 @@ def test_a_port_that_is_taken(address):
             join(where, 2, 0, 1.0)
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.night)])
 def test_a_process_alone_says_that_not_all_met(start, text, tmp_path, process):
     """Process 1 alone has nobody to listen for it."""
     where = f"127.0.0.1:{free_port()}"
