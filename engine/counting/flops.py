@@ -4,7 +4,7 @@
   the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
 - Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or the size of the query
-  blocks of `model/attention.py`, each against the keys up to its own end (full where the size does not divide T).
+  blocks of `model/attention_in_blocks.py`, each against the keys up to its own end (full where the size does not divide T).
 - Backward is what reverse-mode differentiation needs: dW = xᵀ g where the weight trains, dX = g Wᵀ above the lowest
   parameter that trains. "6 N" is the case where all train (Kaplan et al., 2001.08361, section 2.1).
 """

@@ -392,7 +392,8 @@ static Backward cut_backward(const Task *t, char **at) {
       .delta = claim(at, BLOCK)};
 }
 
-// With P the weights and o = P v: dv = P^T g, dP = g v^T, dS = P (dP - sum(o g)), dq = dS k, dk = dS^T q, as in attention.py.
+// As in attention_in_blocks.py, with P the weights and o = P v:
+// dv = P^T g, dP = g v^T, dS = P (dP - sum(o g)), dq = dS k, dk = dS^T q.
 INLINE void slope_tile(const Task *t, const Backward *f, const int32_t *segments, int64_t query, int64_t key, int64_t lanes,
                        const int diagonal, const int masked, const int step) {
   const int64_t keys = diagonal ? lanes : BLOCK, C = t->C;
