@@ -13,12 +13,12 @@ from engine.text.template import Message
 from engine.text.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 100_000_000  # of all texts; the index takes about twice their bytes
-PASSAGE_CHARACTERS = 600  # about 150 tokens
+PASSAGE_CHARACTERS = 600  # about 150 tokens; of a small model's answers more are right from few passages than from long ones
 BUDGET = 512  # tokens of passages in a prompt, and at most a quarter of the context
 MAX_WORDS = 64  # of a question, half from its beginning and half from its end
-# A passage goes up to the end of a paragraph, else of a sentence, else of a word, that is within its characters.
+# A passage goes up to the end of its paragraph, else of a sentence, else of a word, that is within its characters.
 REST = f".{{0,{PASSAGE_CHARACTERS - 1}}}"
-PASSAGE = re.compile(rf"\S(?s:{REST}(?=\n\n|\Z)|{REST}(?<=[.!?])(?=\s)|{REST}(?=\s)|{REST})")
+PASSAGE = re.compile(rf"\S(?s:{REST}\Z|{REST}(?<=[.!?])(?=\s)|{REST}(?=\s)|{REST})")
 # English words that questions are made of, whatever they are about.
 QUESTION_WORDS = """
 a about an and any are as at be been but by can could did do does for from had has have he her his how i if in into is it its me
@@ -87,13 +87,13 @@ class Documents:
         rows = self._index.execute(select, [query]).fetchall()
         found: list[Passage] = []
         for file, number, text, rank in rows:
-            head, ids = len(tokenizer.encode(f"[{file}]\n\n\n")), tokenizer.encode(text)
-            if not found and head < budget < head + len(ids):  # in a short context
-                ids = ids[: budget - head]
+            ids = tokenizer.encode(f"{text}\n\n")
+            if not found and len(ids) > budget:  # in a short context
+                ids = ids[:budget]
                 text = tokenizer.decode(ids.tolist()).rstrip("\ufffd")
-            if rank <= rows[0][-1] / 2 and head + len(ids) <= budget:
-                budget -= head + len(ids)
-                found.append(Passage(file, number, head + len(ids), text))
+            if rank <= rows[0][-1] / 2 and len(ids) <= budget:
+                budget -= len(ids)
+                found.append(Passage(file, number, len(ids), text))
         return found
 
 
@@ -114,7 +114,7 @@ def prompt_with[T: Sequence[int]](
     while True:
         told = [*messages]
         if found:
-            texts = "".join(f"[{passage.file}]\n{passage.text}\n\n" for passage in found)
+            texts = "".join(f"{passage.text}\n\n" for passage in found)
             told[last] = {**told[last], "content": f"Answer by these passages:\n\n{texts}{told[last]['content']}"}
         tokens = tokenize(told)
         if not found or len(tokens) <= context * 3 // 4:
@@ -123,7 +123,7 @@ def prompt_with[T: Sequence[int]](
 
 
 def cut(text: str) -> Iterator[str]:
-    """Yields the passages of a text: whole paragraphs up to PASSAGE_CHARACTERS, and parts of longer ones."""
-    paragraphs = (paragraph.strip() for paragraph in re.split(r"\n\s*\n", re.sub(r"[^\S\n]+", " ", text)))
-    for match in PASSAGE.finditer("\n\n".join(filter(None, paragraphs))):
-        yield match[0].strip()
+    """Yields the passages of a text: its paragraphs, headings (#) with the next one, longer ones in parts."""
+    headings = re.compile(r"^(#.*)\n\s*\n", re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", headings.sub(r"\1\n", re.sub(r"[^\S\n]+", " ", text))):
+        yield from (match[0].strip() for match in PASSAGE.finditer(paragraph.strip()))

@@ -173,7 +173,7 @@ async def test_a_megabyte_is_tokenized_in_a_second(client, rng, expect):
 # Requests that a server must refuse, as (method, target, headers)
 Attempt = tuple[str, str, dict[str, str]]
 KEY = "sk-tests-3b1f0a"
-OPEN = ("/live", "/health")  # for whoever starts and stops servers
+OPEN = ("/", "/live", "/health")  # the page, which asks for the key; and for whoever starts and stops servers
 # Ways to write a path so that it might be taken for liveness, or for none of the routes that need a key.
 SPELLINGS = (
     "/{}", "//{}", "///{}", "/{}/", "/{}//", "/.{}", "/./{}", "/x/../{}", "/live/../{}", "/live/%2e%2e/{}", "/live;/../{}",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -142,25 +143,61 @@ def test_a_message_too_long_by_itself_is_refused_at_once_and_nothing_is_lost(vis
     assert field.get_attribute("value") == ""
 
 
-def test_a_conversation_that_was_closed_can_be_brought_back(visit):
+def test_conversations_stay_in_a_list_to_open_search_export_and_delete(visit, tmp_path):
+    visit.chrome.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    titles = lambda: visit.texts("#list li button:first-child")
     visit.listen()
     visit.ask("Hello.")
     part = visit.partly(LONG)
     before = visit.texts("article.user .text")
     visit.click("#new")
     visit.line.release()
-    assert (visit.texts("article"), visit.answering) == ([], False)
+    assert (visit.texts("article"), visit.answering, titles()) == ([], False, ["Hello."])
+    visit.ask("Another.")
+    assert titles() == ["Another.", "Hello."]
+    visit.set("search", "everything")
+    assert titles() == ["Hello."]
+    visit.click("#export")
+    (rows,) = visit.until(lambda: [*tmp_path.glob("conversations.jsonl")])
+    messages = json.loads(visit.until(rows.read_text))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert messages[2]["content"] == LONG
+
+    visit.click("#list li button")  # the last one: deletes it
+    assert titles() == []
+    assert visit.focus == "Undo"
     visit.click("#undo button")
     assert visit.texts("article.user .text") == before
     assert visit.text("article.assistant .text").startswith(part.split("\n")[0])
     assert visit.text(".figures").startswith("stopped")
     assert visit.focus == "ask"
+    visit.chrome.execute_script("document.getElementById('search').value = ''; drawList()")
+    assert titles() == ["Another.", "Hello."]  # in the order in which something was sent
     visit.set("max_tokens", "3")
     visit.ask("And then?")
+    assert titles() == ["Hello.", "Another."]
     assert len(visit.requests()[-1]["messages"]) == 5
-    visit.click("#new")
+    visit.click("#list li:first-child button")
+    assert (visit.texts("article"), titles()) == ([], ["Another."])
     visit.reload()
     assert not visit.chrome.find_element("id", "undo").is_displayed()
+    assert "everything" not in visit.chrome.execute_script("return JSON.stringify([localStorage, sessionStorage])")
+
+
+def test_the_oldest_conversations_make_room(visit):
+    """Of a bounded number, and where the browser holds no more."""
+    visit.chrome.execute_script(
+        "for (let at = 1; at < 211; at += 1) put({id: `${at}`, changed: at, spent: 0, turns: [{role: 'user', text: `t${at}`}]})"
+    )
+    kept = lambda: visit.chrome.execute_script("return conversations().map(({id}) => id)")
+    assert kept() == [f"{at}" for at in range(210, 10, -1)]
+    visit.chrome.execute_script(
+        "const real = Storage.prototype.setItem; Storage.prototype.setItem = function (...pair) {"
+        " if (localStorage.length > 150) throw new DOMException('full', 'QuotaExceededError'); real.apply(this, pair); };"
+        "put({id: 'more', changed: 300, spent: 0, turns: [{role: 'user', text: 'more'}]})"
+    )
+    assert kept()[:2] == ["more", "210"]
+    assert 140 < len(kept()) <= 151
 
 
 def test_settings_are_sent_and_a_wrong_one_is_not(visit):
@@ -193,12 +230,22 @@ def test_the_keyboard_is_enough(visit):
     assert visit.chrome.switch_to.active_element.get_attribute("id") == "ask"
 
 
-def test_a_key_is_asked_for_once_by_the_browser_itself(browser, tiny_server):
+def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(browser, tiny_server):
+    until = lambda true: WebDriverWait(browser, 120).until(lambda _: true())
+    find = lambda id: browser.find_element("id", id)
     with locked(tiny_server, "secret") as port:
         browser.get(f"http://127.0.0.1:{port}/")
-        assert browser.find_elements("id", "ask") == []
-        browser.get(f"http://me:secret@127.0.0.1:{port}/")
-        WebDriverWait(browser, 120).until(lambda _: browser.find_element("id", "weights").text == "✓ unchanged since start")
+        until(lambda: find("lock").is_displayed())
+        assert not find("send").is_enabled()
+        browser.switch_to.active_element.send_keys("wrong", Keys.ENTER)
+        until(lambda: find("refused").text == "The key is wrong.")
+        browser.switch_to.active_element.send_keys("secret", Keys.ENTER)
+        until(lambda: find("weights").text == "✓ unchanged since start")
+        assert "secret" not in browser.execute_script("return JSON.stringify(localStorage)")
+        browser.refresh()
+        until(lambda: find("weights").text == "✓ unchanged since start")
+        assert not find("lock").is_displayed()
+        browser.execute_script("sessionStorage.clear()")
 
 
 def test_changed_weights_are_loud(visit):

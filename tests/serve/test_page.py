@@ -66,8 +66,9 @@ def test_it_asks_for_nothing_outside_itself(own, tags):
     links = [attrs[name] for _, attrs in tags for name in ("src", "href", "action", "srcset", "data") if name in attrs]
     assert [link for link in links if not str(link).startswith("data:image/svg+xml,")] == []
     assert not re.search(r"@import|url\(|\bimport\(|//cdn", own)
-    routes = set(re.findall(r"(?:at|post)\('([^']+)'", own))
+    routes = set(re.findall(r"(?<!\.)\b(?:get|post)\('([^']+)'", own))
     assert routes == {"/v1/chat/completions", "/v1/models", "/v1/attestation", "/tokenize", "/health"}
+    assert own.count("fetch(") == 1  # `get` has it
 
 
 def test_the_policy_allows_exactly_the_parts_inside_it(html):

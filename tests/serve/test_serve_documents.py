@@ -39,7 +39,7 @@ def test_a_reply_shows_the_passages_in_its_prompt_and_their_cost(told_client, ro
     assert "documents" not in plain
     assert reply["usage"]["prompt_tokens"] - plain["usage"]["prompt_tokens"] > passage["tokens"]
     assert reply["system_fingerprint"] != plain["system_fingerprint"]
-    written = f"Answer by these passages:\n\n[tide.md]\n{TIDE}\n\n{QUESTION}"
+    written = f"Answer by these passages:\n\n{TIDE}\n\n{QUESTION}"
     assert told_client.tokens(messages=say(QUESTION)["messages"]) == roomy_client.tokens(messages=say(written)["messages"])
     again = good(told_client.chat(QUESTION))
     assert again["choices"] == reply["choices"]

@@ -67,7 +67,7 @@ def test_documents_come_before_the_question_and_are_shown(trained, talk, tmp_pat
     assert code == 0
     assert "documents" in output
     assert "not UTF-8 text (1 .png)" in output
-    for words in (r"\[from documents: tide.md \(1\); \d+ of the \d+ tokens read, about \d", r"\[nothing of the documents fits"):
+    for words in (r"\[from documents: tide.md \(2\); \d+ of the \d+ tokens read, about \d", r"\[nothing of the documents fits"):
         assert len(re.findall(words, output)) == 1
     assert "[nothing of the documents fits" in talk(b"king\n", trained, *QUICK, "--documents", documents)[2]  # a context of 64
     (documents / "tide.md").write_bytes(b"\xff")

@@ -10,14 +10,21 @@ from pathlib import Path
 SHELL = Path(__file__).parent / "shell.html"
 PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="([./\w]+\.js)"></script>')
 
+INDENT = re.compile(r"^[ \t]*(?://.*\n)?|  //.*$", re.MULTILINE)
+
 
 def whole_page(path: Path, found: Callable[[str, str], None] = lambda tag, text: None) -> str:
-    """Returns an HTML file with the styles and scripts inside that it names. Calls `found` with the tag and text of each."""
+    """Returns an HTML file with the styles and scripts inside that it names. Calls `found` with the tag and text of each.
+
+    All but libraries comes without indentation and comments.
+    """
 
     def inside(match: re.Match[str]) -> str:
         tag = "style" if match[1] else "script"
-        text = "\n" + (path.parent / (match[1] or match[2])).read_text("utf-8")
+        name = match[1] or match[2]
+        text = "\n" + (path.parent / name).read_text("utf-8")
+        text = text if "vendor/" in name else INDENT.sub("", text)
         found(tag, text)
         return f"<{tag}>{text}</{tag}>"
 
-    return PARTS.sub(inside, path.read_text("utf-8"))
+    return PARTS.sub(inside, INDENT.sub("", path.read_text("utf-8")))

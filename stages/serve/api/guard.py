@@ -9,7 +9,6 @@ could miss. starlette's TrustedHostMiddleware reads only the first of two Hosts,
 it alone would let a simple POST through.
 """
 
-import base64
 import contextlib
 import datetime
 import hashlib
@@ -26,8 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.serve.errors import CLIENT_CLOSED_REQUEST, ApiError, error_reply
 
-KEYLESS_PATHS = ("/live", "/health")  # answered without a key
 PAGE_PATH = "/"
+KEYLESS_PATHS = (PAGE_PATH, "/live", "/health")  # answered without a key, for which the page itself asks
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?")  # a name, and perhaps a port
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -101,7 +100,7 @@ class Guard:
         state = scope["state"]
         try:
             needs_key = self._keys and state["path"] not in KEYLESS_PATHS
-            state["namespace"] = self._check_key(Headers(scope=scope), state["path"]) if needs_key else ""
+            state["namespace"] = self._check_key(Headers(scope=scope)) if needs_key else ""
             await self._app(scope, receive, send)
         except Exception as error:
             await error_reply(error, state["path"])(scope, receive, send)
@@ -127,7 +126,7 @@ class Guard:
         if is_foreign and "origin" not in headers and not is_link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
-    def _check_key(self, headers: Headers, path: str) -> str:
+    def _check_key(self, headers: Headers) -> str:
         """Returns the namespace of a valid key: its hash in hex. Raises ApiError (401) for a wrong or missing one.
 
         The header is Authorization, or Anthropic's x-api-key.
@@ -137,19 +136,15 @@ class Guard:
         sent = [*headers.getlist("authorization"), *(f"Bearer {key}" for key in headers.getlist("x-api-key"))]
         scheme, _, value = (sent[0] if len(sent) == 1 else "").partition(" ")
         key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if scheme.lower() == "basic":  # the password, after any user name
-            with contextlib.suppress(ValueError):
-                key = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         hashed = _hash(key)
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
-            challenge = 'Basic realm="Thrice", charset="UTF-8"' if path == PAGE_PATH else "Bearer"
             message = (
                 "The API key is wrong."
                 if key
                 else "An API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
             )
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return hashed.hex()
 
 

@@ -56,9 +56,9 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
         if "{model" in route.path:
             operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": TEXT}]
         paths.setdefault(route.path, {})[route.method.lower()] = operation
-    keys = {"key": {"type": "http", "scheme": "bearer"}, "password": {"type": "http", "scheme": "basic"}}
+    keys = {"key": {"type": "http", "scheme": "bearer"}}
     openapi = {
         "openapi": "3.1.0", "info": {"title": "Thrice", "version": version, "description": ABOUT}, "paths": paths,
-        "components": {"schemas": components, "securitySchemes": keys}, "security": [{}, {"key": []}, {"password": []}],
+        "components": {"schemas": components, "securitySchemes": keys}, "security": [{}, {"key": []}],
     }  # fmt: skip
     return json.dumps(openapi, ensure_ascii=False).encode()

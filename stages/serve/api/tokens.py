@@ -1,11 +1,13 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info, vLLM's: a text or a conversation to tokens, and back."""
 
+from typing import Annotated
+
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stages.serve.api.chat import Messages, conversation
+from stages.serve.api.chat import Messages, ToolField, conversation, tool_use
 from stages.serve.api.requests import ModelRequest, TokenIds
 from stages.serve.api.writer import json_reply
 from stages.serve.errors import ApiError
@@ -23,6 +25,7 @@ class TokenizeRequest(ModelRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | UnsetType = UNSET
+    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
 
 
 class TokenizeReply(msgspec.Struct):
@@ -64,7 +67,8 @@ async def tokenize(state: ServerState, _: Request, body: TokenizeRequest) -> Res
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
             raise ApiError(400, message, param="add_special_tokens")
         begins, goes_on = body.add_generation_prompt, body.continue_final_message
-        (tokens,) = await conversation(state, body.messages, begins=begins, goes_on=goes_on).encode()
+        tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
+        (tokens,) = await conversation(state, body.messages, begins=begins, goes_on=goes_on, tools=tools).encode()
     else:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."

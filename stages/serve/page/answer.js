@@ -9,11 +9,23 @@ let spent = 0;  // ms the server worked for the conversation
 // Returns whether an answer can begin now; shows a setting that cannot be sent.
 function isReady() {
   if (running || !server.model) return false;
+  checkJson();
   if ($('settings').checkValidity()) return true;
   showSettings(true);
   $('settings').reportValidity();
   return false;
 }
+
+function checkJson() {
+  for (const field of [settings.schema, settings.tools]) {
+    field.setCustomValidity(field.value.trim() && !pretty(field.value) ? 'This is not JSON.' : '');
+  }
+}
+
+// Returns the value of JSON, undefined for none.
+const fromJson = (text) => text.trim() ? JSON.parse(text) : undefined;
+// Takes tools as OpenAI has them, or only their functions.
+const asTools = (tools) => [tools].flat().map((tool) => tool.function ? tool : {type: 'function', function: tool});
 
 // Sends a question, in place of the turn `edited`, if any. Returns false when no answer can begin: nothing has changed then.
 async function send(text, edited = null) {
@@ -30,8 +42,9 @@ async function send(text, edited = null) {
   // After a question that got no answer another one would be the second in a row, which templates refuse.
   const active = activeTurns();
   const question = active.findLastIndex((turn) => turn.role === 'user');
-  if (question >= 0 && !active.slice(question + 1).some((turn) => turn.text)) setAside(active.slice(question));
-  addTurn('user', text);
+  if (question >= 0 && !active.slice(question + 1).some((turn) => turn.text || turn.calls)) setAside(active.slice(question));
+  const call = openCall();
+  addTurn(call ? 'tool' : 'user', text, {answers: call});
   ended = streamAnswer(contextTokens());
   return true;
 }
@@ -49,10 +62,12 @@ function continueAnswer(turn) {
 // Streams an answer into a new turn, or into `cut`, one to continue. `before`: tokens of earlier turns, sent again.
 async function streamAnswer(before, cut = null) {
   const stop = running = new AbortController();
+  changed = Date.now();
   const turn = cut ?? addTurn('assistant', '');
   const clock = {began: performance.now(), pieces: 0};
   const earlier = cut ? turn.tokens ?? 0 : 0;  // tokens that the answer has already
-  Object.assign(turn, {clock, finish: null, error: null, usage: null, speed: 0, wait: 0});
+  const {schema, tools} = Object.fromEntries(['schema', 'tools'].map((name) => [name, fromJson(settings[name].value)]));
+  Object.assign(turn, {clock, finish: null, error: null, usage: null, speed: 0, wait: 0, json: Boolean(schema)});
   keepFocus(() => {
     document.querySelectorAll('.again').forEach((button) => button.remove());
     turn.foot.replaceChildren();
@@ -60,7 +75,8 @@ async function streamAnswer(before, cut = null) {
   });
   scrollToEnd();
   const request = (sent) => ({
-    model: server.model, messages: history(sent), ...(cut && {add_generation_prompt: false, continue_final_message: true}),
+    model: server.model, messages: history(sent), ...(tools && {tools: asTools(tools)}),
+    ...(cut && {add_generation_prompt: false, continue_final_message: true}),
   });
   try {
     turn.prompt = Math.max(0, await makeRoom(turn, request, stop.signal) - earlier);
@@ -70,6 +86,8 @@ async function streamAnswer(before, cut = null) {
       ...request(), stream: true, stream_options: {include_usage: true},
       temperature: settings.temperature.valueAsNumber, top_p: settings.top_p.valueAsNumber,
       max_tokens: settings.max_tokens.valueAsNumber, ...(settings.seed.value && {seed: settings.seed.valueAsNumber}),
+      ...(tools && {parallel_tool_calls: false}),
+      ...(schema && {response_format: {type: 'json_schema', json_schema: {name: 'answer', schema}}}),
     }, stop.signal);
     if (!reply.ok) throw new Error(await reason(reply));
     clock.answered = true;
@@ -88,7 +106,7 @@ async function streamAnswer(before, cut = null) {
   keepFocus(() => setBusy(turn, false));
   if (clock.answered) await setFigures(turn, before, earlier);
   drawFoot(turn);
-  $('status').textContent = turn.error ?? (turn.finish === 'stopped' ? 'Stopped' : `Answer: ${turn.text}`);
+  $('status').textContent = turn.error ?? (turn.finish === 'stopped' ? 'Stopped' : `Answer: ${asMarkdown(turn)}`);
   drawFigures();
   save();
   if (atEnd) scrollToEnd();
@@ -129,9 +147,16 @@ function addChunk(turn, event) {
   if (event.error) throw new Error(event.error.message);
   const choice = event.choices?.[0];
   turn.usage = event.usage ?? turn.usage;
+  turn.documents = event.documents ?? turn.documents;
   turn.finish = choice?.finish_reason ?? turn.finish;
-  if (!choice?.delta?.content) return;
-  turn.text += choice.delta.content;
+  const {content, tool_calls: calls} = choice?.delta ?? {};
+  if (!content && !calls) return;
+  turn.text += content ?? '';
+  for (const {index, id, function: {name, arguments: part}} of calls ?? []) {
+    turn.calls ??= [];
+    if (id) turn.calls[index] = {id, name, arguments: ''};
+    turn.calls[index].arguments += part;
+  }
   turn.clock.pieces += 1;
   turn.clock.last = performance.now();
   if (!turn.clock.first) {

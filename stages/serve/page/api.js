@@ -2,10 +2,21 @@
 // The server's routes: what is posted, what streams back, and why something was refused.
 
 // The page's own address may hold a name and a key, with which fetch refuses to work; the origin holds none.
-const at = (path) => new URL(path, location.origin);
-const post = (path, body, signal) => fetch(at(path), {
+let key = null;  // of the server, if it needs one
+const get = async (path, how = {}) => {
+  const headers = {...how.headers, ...(key && {Authorization: `Bearer ${key}`})};
+  const reply = await fetch(new URL(path, location.origin), {...how, headers});
+  if (reply.status === 401) askForKey();
+  return reply;
+};
+const post = (path, body, signal) => get(path, {
   method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body), signal,
 });
+
+function askForKey() {
+  $('refused').textContent = key ? 'The key is wrong.' : 'It goes to this server alone.';
+  if (!$('lock').open) $('lock').showModal();
+}
 
 async function reason(reply) {
   const body = await reply.json().catch(() => null);

@@ -21,6 +21,8 @@ function drawFigures() {
   showFigure('cost', spent && price >= 0 ? money(price * spent / 3.6e6) : '');
   showFigure('time', spent && seconds(spent));
   showFigure('resent', plural(turns.reduce((sum, turn) => sum + (turn.resent ?? 0), 0), 'token'));
+  const call = openCall();
+  $('ask').placeholder = call ? `What ${call.name} returned` : 'Write a message';
   $('meter').ariaValueNow = Math.round(share * 100);
   for (const meter of document.querySelectorAll('.meter')) {
     meter.firstChild.style.width = `${Math.min(share, 1) * 100}%`;
@@ -29,7 +31,7 @@ function drawFigures() {
 }
 
 async function checkWeights() {
-  const now = await fetch(at('/v1/attestation')).then((reply) => reply.ok ? reply.json() : null).catch(() => null);
+  const now = await get('/v1/attestation').then((reply) => reply.ok ? reply.json() : null).catch(() => null);
   if (now) {
     weights.first ??= now.digest_at_load;
     weights.checks += 1;

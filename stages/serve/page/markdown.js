@@ -52,6 +52,21 @@ function render(token) {
   return block;
 }
 
+function pretty(json) {
+  try {
+    return JSON.stringify(JSON.parse(json), null, 2);
+  } catch {
+    return '';  // it is not whole
+  }
+}
+
+// Returns a turn's text as Markdown: a JSON answer and the arguments of calls are code.
+function asMarkdown({text, json, calls = []}) {
+  const code = (part) => `~~~~ JSON\n${pretty(part) || part}\n~~~~`;
+  return [json && text ? code(text) : text, ...calls.flatMap((call) => [`Calls \`${call.name}\`:`, code(call.arguments)])]
+    .filter(Boolean).join('\n\n');
+}
+
 // Draws a turn's text; as it is, where a library gives up, as it does at thousands of nested quotations.
 function show(turn) {
   try {
@@ -64,7 +79,7 @@ function show(turn) {
 
 // Renders only from the first block that has changed, while an answer streams the last one.
 function showBlocks(turn) {
-  const fresh = markdown.lexer(turn.text).filter(({type}) => type !== 'space' && type !== 'def');
+  const fresh = markdown.lexer(asMarkdown(turn)).filter(({type}) => type !== 'space' && type !== 'def');
   const texts = fresh.map((token) => JSON.stringify(token));
   const {body} = turn;
   const changed = texts.findIndex((text, place) => text !== turn.blocks[place]);

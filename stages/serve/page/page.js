@@ -8,7 +8,6 @@ const TRIES = [
 ];
 const narrow = matchMedia('(max-width: 62rem)');
 const warnings = {};
-let closed = null;  // the conversation before this one
 const isAtEnd = () => $('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 60;
 const scrollToEnd = () => { $('scroll').scrollTop = $('scroll').scrollHeight; };
 const fitHeight = (field) => {
@@ -37,7 +36,8 @@ function showWait(turn, wait = '') {
   turn.node.querySelector('.wait')?.remove();
   const place = Number(/^place (\d+)/.exec(wait)?.[1] ?? 0);
   const text = place > 1 ? `Number ${count(place)} in the queue` : place ? 'Next in the queue'
-    : /^waiting for/.test(wait) ? `W${wait.slice(1)}, which are loaded once after a start` : '';
+    : /^waiting for/.test(wait) ? `W${wait.slice(1)}, which are loaded once after a start`
+      : /^reading/.test(wait) ? `R${wait.slice(1)}` : '';
   if (!text) return;
   const atEnd = isAtEnd();
   turn.body.after(make('p', {className: 'wait'}, text));
@@ -54,50 +54,60 @@ function warn(about, text) {
 // Opens or closes the figures and settings: beside the conversation on a wide screen, in its place on a narrow one.
 function showSettings(open) {
   keepFocus(() => document.body.classList.toggle('open', open), $('open'));
-  $('open').textContent = open ? 'Close' : 'Settings';
+  $('open').textContent = open ? 'Close' : 'Menu';
   $('open').ariaExpanded = open;
 }
 
-// Empties the page; until something is sent, the conversation before can be brought back from this tab's memory.
-function newConversation() {
+// Ends the answer under way, and keeps what had come of it.
+function leave() {
   running?.abort();
   running = null;
   const last = turns.at(-1);
-  if (last) {
-    setBusy(last, false);
-    showWait(last);
-    closed = {turns, spent, nodes: [...$('log').childNodes]};
-  }
-  $('undo').hidden = !closed;
-  showConversation({turns: [], spent: 0, nodes: []}, 'New conversation');
+  if (!last) return;
+  setBusy(last, false);
+  showWait(last);
+  save();
 }
 
-function undo() {
-  const before = closed;
-  closed = null;
-  showConversation(before, 'The conversation is back');
+function newConversation() {
+  showConversation({id: newId(), turns: [], spent: 0}, 'New conversation');
+}
+
+// Shows a conversation in place of this one. An answer that was under way when it was kept has been stopped by that.
+function showConversation(talk, status) {
+  leave();
+  turns = [];
+  $('log').replaceChildren();
+  $('empty').hidden = false;
+  ({id, changed = 0} = talk);
+  deleted = null;
+  spent = Number(talk.spent) || 0;
+  for (const {role, text, ...rest} of talk.turns) addTurn(role, String(text), rest);
   drawFeet();
-  scrollToEnd();
-}
-
-function showConversation(shown, status) {
-  ({turns, spent} = shown);
-  $('log').replaceChildren(...shown.nodes);
-  $('empty').hidden = turns.length > 0;
+  setAside(turns.filter((turn) => turn.aside));
   $('status').textContent = status;
   if (narrow.matches) showSettings(false);
   drawFigures();
   save();
+  scrollToEnd();
   $('ask').focus();
 }
 
 async function connect() {
   try {
-    const health = await fetch(at('/health'));
-    if (!health.ok) throw new Error(`Its state: ${(await health.json()).status}.`);
-    const reply = await fetch(at('/v1/models'));
+    const health = await get('/health');
+    if (!health.ok) {
+      const {status} = await health.json();
+      throw new Error(status === 'warming' ? 'The model is being loaded.' : `Its state: ${status}.`);
+    }
+    const reply = await get('/v1/models');
+    if (reply.status === 401) return;  // the key is asked for, and this begins again
     if (!reply.ok) throw new Error(await reason(reply));
-    const [model] = (await reply.json()).data;
+    const {data} = await reply.json();
+    const model = data.find((each) => each.id === server.wanted) ?? data[0];
+    settings.model.replaceChildren(...data.map((each) => make('option', {}, each.id)));
+    settings.model.value = model.id;
+    settings.model.parentNode.hidden = data.length < 2;
     Object.assign(server, {model: model.id, context: model.max_model_len});
     settings.price.defaultValue = model.price_per_hour ?? '';
     for (const name of ['temperature', 'top_p']) settings[name].defaultValue = model.default_sampling[name];
@@ -131,12 +141,28 @@ $('form').onsubmit = async (event) => {
 };
 $('settings').onsubmit = (event) => event.preventDefault();
 $('settings').oninput = () => {
+  checkJson();
+  server.model = settings.model.value || server.model;
+  turns.forEach(drawName);
   drawFigures();
   save();
 };
 $('stop').onclick = () => running?.abort();
 $('new').onclick = newConversation;
 $('undo').lastElementChild.onclick = undo;
+$('search').oninput = drawList;
+$('export').onclick = exportList;
+$('lock').oncancel = () => warn('server', 'This server answers nobody without an API key: reload the page to give it.');
+$('unlock').onsubmit = (event) => {
+  event.preventDefault();
+  key = $('unlock').elements.key.value;
+  try {
+    sessionStorage.setItem(`${KEY} key`, key);
+  } catch {}  // then a reload asks again
+  $('unlock').reset();
+  $('lock').close();
+  connect();
+};
 $('open').onclick = () => {
   showSettings(!document.body.classList.contains('open'));
   save();

@@ -1,18 +1,54 @@
 'use strict';
-// The conversation outlives a reload, in this browser alone: this tab's own, and the newest for a tab that is opened later.
+// Conversations stay in this browser alone: each under a key of its own, and this tab's over a reload of it.
 
 const KEY = 'thrice';
-const FIELDS = 'role text model aside finish error prompt tokens resent cached wait speed forgot'.split(' ');
+const MOST = 200;  // conversations; the oldest go first, also where the storage is full
+const FIELDS = ('role text model aside finish error prompt tokens resent cached wait speed forgot calls answers json documents')
+  .split(' ');
+const newId = () => `${Math.random()}`;
+let id = newId();
+let changed = 0;  // when something was last sent
+let deleted = null;
+
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;  // not ours
+  }
+}
+
+// Returns the conversations of this browser, the newest first.
+function conversations() {
+  const names = Object.keys(localStorage).filter((name) => name.startsWith(`${KEY} talk `));
+  const all = names.map((name) => parse(localStorage.getItem(name))).filter((each) => Array.isArray(each?.turns));
+  return all.sort((a, b) => b.changed - a.changed);
+}
+
+const keyOf = (talk) => `${KEY} talk ${talk.id}`;
+
+function put(talk) {
+  const others = conversations().filter((each) => each.id !== talk.id);
+  for (const oldest of others.splice(MOST - 1)) localStorage.removeItem(keyOf(oldest));
+  for (;;) {
+    try {
+      return localStorage.setItem(keyOf(talk), JSON.stringify(talk));
+    } catch (full) {
+      if (!others.length) throw full;
+      localStorage.removeItem(keyOf(others.pop()));
+    }
+  }
+}
 
 function save() {
+  const talk = {id, changed, spent, turns: turns.map((turn) => Object.fromEntries(FIELDS.map((f) => [f, turn[f]])))};
   const chosen = [...settings].filter((field) => field.value !== field.defaultValue).map(({name, value}) => [name, value]);
-  const kept = JSON.stringify({
-    spent, settings: Object.fromEntries(chosen), folded: !document.body.classList.contains('open') && !narrow.matches,
-    turns: turns.map((turn) => Object.fromEntries(FIELDS.map((name) => [name, turn[name]]))),
-  });
+  const folded = !document.body.classList.contains('open') && !narrow.matches;
   try {
-    sessionStorage.setItem(KEY, kept);
-    localStorage.setItem(KEY, kept);
+    sessionStorage.setItem(KEY, JSON.stringify(talk));
+    localStorage.setItem(KEY, JSON.stringify({settings: Object.fromEntries(chosen), folded}));
+    if (turns.length) put(talk);
+    drawList();
     warn('storage', '');
   } catch {
     warn('storage', 'This browser keeps no more of the conversation: its storage is full or off. A reload loses the rest.');
@@ -28,18 +64,62 @@ function setDraft(text) {
   } catch {}  // `save` says so
 }
 
-// Draws what was kept. An answer that was under way then has been stopped by it.
+// Returns the conversations that hold what is searched for.
+function found() {
+  const words = $('search').value.trim().toLowerCase();
+  return conversations().filter(({turns}) => turns.some(({text}) => `${text}`.toLowerCase().includes(words)));
+}
+
+function drawList() {
+  const rows = found().map((talk) => {
+    const title = `${talk.turns[0]?.text}`.slice(0, 80);
+    const open = makeButton(title, '', () => showConversation(talk, 'Conversation opened'));
+    open.ariaCurrent = talk.id === id;
+    return make('li', {}, open, make('button', {
+      type: 'button', textContent: 'Delete', ariaLabel: `Delete ${title}`, onclick: () => remove(talk),
+    }));
+  });
+  keepFocus(() => $('list').replaceChildren(...rows), $('search'));
+  $('export').disabled = !rows.length;
+  $('undo').hidden = !deleted;
+}
+
+function remove(talk) {
+  if (talk.id === id) newConversation();  // which keeps this one as it is now
+  deleted = parse(localStorage.getItem(keyOf(talk)));
+  localStorage.removeItem(keyOf(talk));
+  drawList();
+  $('undo').lastElementChild.focus();
+}
+
+// Brings back the conversation that was deleted last.
+function undo() {
+  put(deleted);
+  showConversation(deleted, 'The conversation is back');
+}
+
+// Hands out the listed conversations, a row each, as `stages.finetune --data` reads them.
+function exportList() {
+  const rows = found().map(({turns}) => `${JSON.stringify({messages: asMessages(turns)})}\n`);
+  const href = URL.createObjectURL(new Blob(rows, {type: 'application/jsonl'}));
+  make('a', {href, download: 'conversations.jsonl'}).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60000);
+}
+
+// Draws what was kept: this tab's conversation, or the newest in a tab that is new.
 function restore() {
   let kept = null;
   try {
-    kept = JSON.parse(sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY));
-    for (const [name, value] of Object.entries(kept?.settings ?? {})) settings[name].value = value;
-    for (const {role, text, ...rest} of kept?.turns ?? []) addTurn(role, String(text), rest);
-    setDraft(sessionStorage.getItem(`${KEY} draft`) ?? '');
+    kept = parse(localStorage.getItem(KEY));
+    key = sessionStorage.getItem(`${KEY} key`);
+    for (const [name, value] of Object.entries(kept?.settings ?? {})) if (settings[name]) settings[name].value = value;
+    server.wanted = kept?.settings?.model;
   } catch {}  // turned off, or not ours
-  spent = Number(kept?.spent) || 0;
-  drawFeet();
-  setAside(turns.filter((turn) => turn.aside));
   showSettings(!narrow.matches && !kept?.folded);
-  scrollToEnd();
+  try {
+    const talk = parse(sessionStorage.getItem(KEY)) ?? conversations()[0];
+    if (talk) showConversation(talk, '');
+    setDraft(sessionStorage.getItem(`${KEY} draft`) ?? '');
+    drawList();
+  } catch {}
 }

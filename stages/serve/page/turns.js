@@ -10,11 +10,19 @@ let turns = [];  // {role, text, aside, ...}
 const activeTurns = () => turns.filter((turn) => !turn.aside);
 const contextTokens = () => activeTurns().reduce((sum, turn) => turn.prompt ? turn.prompt + (turn.tokens ?? 0) : sum, 0);
 
+const asMessages = (some) => some.filter((turn) => turn.text || turn.calls).map(({role, text, calls, answers}) => ({
+  role, content: text,
+  ...(calls && {tool_calls: calls.map(({id, ...call}) => ({id, type: 'function', function: call}))}),
+  ...(answers && {tool_call_id: answers.id}),
+}));
+
 function history(sent = activeTurns()) {
   const system = settings.system.value.trim();
-  const turns = sent.filter((turn) => turn.text).map(({role, text}) => ({role, content: text}));
-  return [...(system ? [{role: 'system', content: system}] : []), ...turns];
+  return [...(system ? [{role: 'system', content: system}] : []), ...asMessages(sent)];
 }
+
+// Returns the call of a tool that the conversation waits for: what is sent next is what it returned.
+const openCall = () => activeTurns().at(-1)?.calls?.[0];
 
 function addTurn(role, text, rest = {}) {
   const turn = {role, text, model: server.model, ...rest, blocks: []};
@@ -34,8 +42,8 @@ function addTurn(role, text, rest = {}) {
 // The header names the model: here stands only the name of another one, which answered before.
 function drawName(turn) {
   const name = turn.node.firstChild;
-  name.textContent = turn.role === 'user' ? 'You' : turn.model;
-  name.classList.toggle('unseen', turn.role === 'user' || turn.model === server.model);
+  name.textContent = turn.answers ? `${turn.answers.name} returned` : turn.role === 'user' ? 'You' : turn.model;
+  name.classList.toggle('unseen', turn.role === 'user' || turn.model === server.model && !turn.answers);
 }
 
 function makeButton(textContent, className, onclick) {
@@ -65,6 +73,7 @@ function drawFoot(turn) {
     turn.finish === 'stopped' && 'stopped',
     turn.finish === 'length' && 'ended by the limit of tokens',
     turn.finish === 'stop' && !turn.text && 'an empty answer',
+    turn.json && turn.text && (pretty(turn.text) ? 'valid JSON' : 'JSON that is not whole'),
     turn.forgot && `the context was full: ${plural(turn.forgot, 'turn')} set aside`,
     turn.tokens && plural(turn.tokens, 'token'),
     turn.speed && pace(turn.speed),
@@ -76,10 +85,18 @@ function drawFoot(turn) {
   turn.foot.replaceChildren(
     ...(turn.error ? [make('p', {className: 'error'}, error)] : []),
     ...(turn.text ? [copier(() => turn.text)] : []),
-    ...(last && turn.text && turn.finish !== 'stop' ? [makeButton('Continue', 'again', () => continueAnswer(turn))] : []),
+    ...(last && turn.text && turn.finish !== 'stop' && !turn.calls && !turn.json ? [makeButton('Continue', 'again', () => continueAnswer(turn))] : []),
     ...(last ? [makeButton('Try again', 'again', () => retry(turn))] : []),
     make('p', {className: 'figures'}, ...parts),
+    ...(turn.documents ? [foundIn(turn.documents)] : []),
   );
+}
+
+// Shows which passages of documents were put before the question, and what that cost.
+function foundIn({tokens, seconds: took, passages}) {
+  const cost = `${plural(passages.length, 'passage')} of documents: ${plural(tokens, 'token')}, about ${seconds(took * 1000)}`;
+  const texts = passages.map(({file, number, text}) => make('p', {dir: 'auto'}, make('b', {}, `${file} (${number})`), ` ${text}`));
+  return make('details', {}, make('summary', {}, cost), ...texts);
 }
 
 // Draws below each answer of a conversation that is shown again. One that was under way has been stopped.
