@@ -1,5 +1,6 @@
 """Documents: what a question finds in them, how they are cut, and how much of a prompt they take."""
 
+import os
 import time
 
 import pytest
@@ -100,7 +101,7 @@ def test_passages_stand_before_the_last_question_alone_and_leave_room(documents,
         chat.close()
 
 
-def test_what_cannot_be_searched_is_named(tmp_path, folder, monkeypatch):
+def test_what_cannot_be_searched_is_named(tmp_path, folder, tokenizer, monkeypatch):
     for path, words in ((tmp_path / "none", "There is no text at"), (tmp_path, "holds no text files")):
         with pytest.raises(UserError, match=words):
             Documents(path)
@@ -114,3 +115,7 @@ def test_what_cannot_be_searched_is_named(tmp_path, folder, monkeypatch):
     with pytest.raises(UserError, match="more than 100 characters of text"):
         Documents(folder)
     assert Documents(folder / "rows.jsonl").passages == 2  # one file, as a folder
+    os.rename(tmp_path / "a.txt", os.fsencode(tmp_path) + b"/\xff.txt")  # a name that is no text
+    (odd,) = tmp_path.iterdir()
+    odd.write_text("A ferry\0 goes.")
+    assert [found.file for found in Documents(tmp_path).find("ferry", tokenizer, 99)] == ["?.txt"]
