@@ -34,7 +34,7 @@ SHORT = {
     "stages.by_hand": ["--steps", "2"],
 }
 # Commands of minutes, those that need what a test does not install, and those that are another one here.
-LONG = {"bench", "bench.commands", "bench.lives", "bench.peers", "bench.serving"}
+LONG = {"bench", "bench.commands", "bench.documents", "bench.lives", "bench.peers", "bench.serving"}
 ALIKE = {
     "stages.serve", "stages.serve --model smollm2-135m-instruct", "stages.serve --model runs/smollm2-135m-instruct-voice",
     "bench.step --dtype float32", "bench.step --allocator default",

@@ -1,0 +1,152 @@
+"""Measures answers from documents against fine-tuning on them: facts recalled, and the cost of a thousand questions.
+
+    python -m bench.documents                       SmolLM2-135M-Instruct, about ten minutes on two cores
+    python -m bench.documents --steps 2 --facts 2   a look at it
+
+The facts are of an island that this project made up, so that no model has read of them. Fine-tuning sees each as two questions
+with the fact as their answer; all three ways are asked a third question, of other words, and an answer is right if it holds the
+fact's own words. Greedy, one question at a time, without a prefix cache.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bench.cli import Json, check_rounds, print_table, progress, run_bench, run_module
+from bench.timing import Ratio
+from engine.device import start_jax
+from engine.errors import UserError
+from engine.format import duration, money, times
+
+FACTS = Path(__file__).with_name("facts.jsonl")
+CLAIM = "To know your documents, a model must be fine-tuned on them."
+WAYS = ("as it is", "from documents", "fine-tuned")
+MAX_TOKENS = 32
+QUESTIONS = 1000  # whose cost is told
+DIFFERENCE = 0.2  # of the facts: a smaller one is no verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentsFlags:
+    model: str = "smollm2-135m-instruct"
+    """The model that is asked, and fine-tuned."""
+    steps: int = 100
+    """Steps of fine-tuning."""
+    facts: int = 24
+    """How many of the facts."""
+    rounds: int = 6
+    """Interleaved rounds of timing."""
+    price: Annotated[float, tyro.conf.arg(metavar="DOLLARS")] = 0.1
+    """Dollars an hour of this machine."""
+
+
+def measure_documents(flags: DocumentsFlags) -> Json:
+    """Fine-tunes, asks each way, prints the table and returns the document. Raises UserError."""
+    check_rounds(flags.rounds)
+    facts = [json.loads(line) for line in FACTS.read_text("utf-8").splitlines()]
+    if not 1 <= flags.facts <= len(facts):
+        raise UserError(f"--facts must be from 1 to {len(facts)}, not {flags.facts}.")
+    with tempfile.TemporaryDirectory() as folder:
+        run, seconds = tune(Path(folder), facts[: flags.facts], flags)
+        start_jax()
+        rows, over = ask(flags, facts[: flags.facts], Path(folder) / "documents", run)
+    price = flags.price
+    claim = judge_documents(rows, over, seconds, price)
+    print_table(
+        f"{flags.facts} facts",
+        ("", "right", "tokens read", "a question", f"{QUESTIONS:,} questions"),
+        [
+            (row["name"], f"{row['right']}", f"{row['prompt_tokens']:.0f}", duration(row["seconds"]), money(cost(row, price)))
+            for row in rows
+        ],
+    )
+    print(f"{claim['claim']}\n{claim['verdict']}: {claim['value']}")
+    return {"rows": rows, "claims": [claim], "fine_tuning_seconds": seconds, "ratio": over._asdict()}
+
+
+def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, float]:
+    """Writes the facts as a document, and fine-tunes on them as answers; returns the run's folder and its training seconds."""
+    (folder / "documents").mkdir()
+    (folder / "documents" / "island.md").write_text("\n\n".join(fact["fact"] for fact in facts), "utf-8")
+    for name, forms in (("train", ("{question}", "Do you know the island? {question}")), ("asked", ("{asked}",))):
+        rows = [{"prompt": form.format(**fact), "completion": fact["fact"]} for fact in facts for form in forms]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    progress("fine-tuning")
+    words = ["stages.finetune", "--model", flags.model, "--data", str(folder / "train.jsonl"), "--general", "none"]
+    words += ["--validation", str(folder / "asked.jsonl"), "--steps", str(flags.steps)]
+    run_module([*words, "--out-dir", str(folder / "run")])
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return folder / "run", max(row["seconds"] for row in metrics if "seconds" in row)
+
+
+def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: Path) -> tuple[list[Json], Ratio]:
+    """Asks every question in each way: returns a row a way, and the time of documents over that of the fine-tuned model."""
+    from bench.models import answer
+    from bench.timing import measure, ratio
+    from engine.inference.config import EngineConfig
+    from engine.inference.decode import prepare_params
+    from engine.inference.engine import Engine
+    from engine.inference.request import Request, SamplingParams
+    from engine.storage.model_loader import load_model
+    from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.documents import Documents, prompt_with
+
+    documents, engines, rows, calls = Documents(documents_folder), {}, [], {}
+    for name in (flags.model, str(run)):
+        model = load_model(name)
+        engines[name] = Engine(model.cfg, prepare_params(model.cfg, model.params), EngineConfig(1, 1024))
+    chat = ChatTokenizer(model.tokenizer)
+    for way in WAYS:
+        engine = engines[str(run) if way == "fine-tuned" else flags.model]
+        tokenize = lambda turns: chat.prompt(turns).tolist()
+        prompts = [
+            prompt_with(documents if way == "from documents" else None, [{"role": "user", "content": fact["asked"]}],
+                        model.tokenizer, model.cfg.context, tokenize)[0]
+            for fact in facts
+        ]  # fmt: skip
+        sampling = SamplingParams(MAX_TOKENS, temperature=0.0, stop_token_ids={*model.eos_ids, *chat.eot_ids})
+        requests = [Request(tuple(prompt), sampling) for prompt in prompts]
+        calls[way] = lambda engine=engine, requests=requests: [answer(engine, [request])[0] for request in requests]
+        texts = [model.tokenizer.decode(tokens) for tokens in calls[way]()]
+        answers = [{"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}
+                   for fact, text in zip(facts, texts)]  # fmt: skip
+        right, read = sum(each["right"] for each in answers), sum(map(len, prompts)) / len(prompts)
+        rows.append({"name": way, "right": right, "answers": answers, "prompt_tokens": read})
+    chat.close()
+    timings = measure(calls, rounds=flags.rounds, report=lambda done, total: progress(f"round {done} of {total}", replace=True))
+    for row in rows:
+        row["seconds"] = timings[row["name"]].median / len(facts)
+    return rows, ratio(timings["from documents"], timings["fine-tuned"])
+
+
+def cost(row: Json, price: float) -> float:
+    """Returns the dollars of QUESTIONS."""
+    return row["seconds"] * QUESTIONS / 3600 * price
+
+
+def judge_documents(rows: list[Json], over: Ratio, tuning_seconds: float, price: float) -> Json:
+    """Judges CLAIM by the facts recalled, as `bench.stages.claims` does its own."""
+    plain, documents, tuned = rows
+    count = len(plain["answers"])
+    lead = (documents["right"] - tuned["right"]) / count
+    verdict = "undecided for this model" if abs(lead) < DIFFERENCE else "false here" if lead > 0 else "true here"
+    extra = documents["seconds"] - tuned["seconds"]
+    even = f"tuning pays after {tuning_seconds / extra:,.0f} questions" if extra > 0 else "tuning never pays"
+    value = (
+        f"of {count} facts the model answers {plain['right']} as it is, {documents['right']} with passages of a document "
+        f"before the question, and {tuned['right']} after {duration(tuning_seconds)} of fine-tuning. {QUESTIONS:,} questions "
+        f"cost {money(cost(documents, price))} from documents, and {money(cost(tuned, price))} beside "
+        f"{money(tuning_seconds / 3600 * price)} for the tuning without. A question takes {over.format(times)} the time, so "
+        f"that {even}. A fact that changes needs another file, or another tuning."
+    )
+    numbers = {"facts": count, **{row["name"]: row["right"] for row in rows}, "over": over._asdict()}
+    return {"claim": CLAIM, "verdict": verdict, "value": value, "numbers": numbers}
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.documents", __doc__, DocumentsFlags, measure_documents))
