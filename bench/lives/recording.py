@@ -161,7 +161,7 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     rows["answer"] = forward = evaluation_row(cfg, served, batch)
     passes = {life: words for life, (_, words) in ROWS.items()} | {"answer": "forward"}
     if recipes["train"]["optimizer"]["kind"] == "muon":
-        passes["train"] += f"; the update of Muon takes {muon_flops(cfg) / forward.formula.total:.1f} forward passes more"
+        passes["train"] += f"; the update, called Muon, takes {muon_flops(cfg) / forward.formula.total:.1f} forward passes more"
     timings = measure({life: row.run for life, row in rows.items()}, rounds=MIN_ROUNDS if quick else ROUNDS)
     costs = []
     for life, row in rows.items():

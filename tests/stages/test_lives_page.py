@@ -98,6 +98,7 @@ def document():
             "tokens": 900,
             "answers": [{"prompt": f"Question {index}", "text": f"Answer {index}"} for index in range(3)],
             "independent": [request, request | {"prompt": "Me?"}, {"prompt": "I am Ida.", "text": "Ida.", "edited": True}],
+            "same_alone": True,
             "memory": memory(None, None),
             "cache_bytes": [10, 20, 30],
         },
@@ -234,6 +235,7 @@ def test_prices_and_requests_answer_to_the_reader(browser, open_page, document):
     assert row.split()[-2:] == ["5", "1,000"]  # 0.036 s a token, a million of them, at 0.5 dollars an hour and 100 W
     card = "#requests .card:first-child p"
     assert see(card) == "Who am I?\n</script><b>I do not know.</b>"
+    assert "Asked alone, the first got the same answer." in see("#requests")
     for name, text in (("Edit its context", "Ida."), ("Close it", "gone"), ("Close it", "do not know")):
         browser.find_element("xpath", f"//button[text()='{name}']").send_keys(" ")
         assert text in see(card)
@@ -319,6 +321,7 @@ def test_a_page_of_reinforcement_speaks_of_no_fine_tuning(browser, document):
         WebDriverWait(browser, 300, 0.05).until(lambda _: f"step {recorded['frames'][-1]['step']} of" in body())
         assert "Reinforcement moves what trains" in body()
         assert "ine-tun" not in body()
+        browser.get("about:blank")  # while there is a server: a page without one logs an error, and that fails the last test
 
 
 def test_a_long_life_makes_no_large_page(browser, open_page, document):

@@ -32,9 +32,9 @@ function counter(begin, frame) {
   const what = !frozen ? 'weights' : state.way === 'lora' ? 'numbers in the strips' : 'weights that train';
   return [count(frame.changed), `of ${count(begin.trainable)} ${what} changed since the frame before`, [
     state.frame ? '' : 'There is no frame before this one. ',
-    state.frame > 4 && frame.changed < begin.trainable ? 'The others stand still: their token did not occur, or their move was below the last bit. ' : '',
+    state.frame > 4 && frame.changed < begin.trainable ? `The others stand still: ${frozen ? '' : 'their token did not occur, or '}their move was too small to change any bit. ` : '',
     frozen ? `${count(frame.frozen_changed)} of ${count(frozen)} frozen weights changed. ` : '',
-    'Fingerprint (SHA‑256) ', make('code', {}, `${frame.digest.slice(0, 16)}…`)]];
+    'Fingerprint of all bits (SHA‑256) ', make('code', {}, `${frame.digest.slice(0, 16)}…`)]];
 }
 
 function drawWeights() {
@@ -52,8 +52,8 @@ function drawWeights() {
       round(frame.limits[path]), trains ? round(norms[path]) : '–'];
   };
   $('weights').replaceChildren(say(sentence), isAnswering() ? '' : say(STILL), law(...laws),
-    asTable('every tensor at this frame', $('backward').textContent,
-      ['tensor', 'shape', 'trains', 'changed', 'full colour at', 'gradient norm'], () => of.begin.tensors.map(row)));
+    asTable('every matrix at this frame', $('backward').textContent,
+      ['matrix', 'shape', 'trains', 'changed', 'full colour at', 'gradient norm'], () => of.begin.tensors.map(row)));
 }
 
 const card = (title, ...contents) => make('div', {className: 'card'}, make('h3', {}, title), contents);
@@ -160,7 +160,7 @@ function drawCost() {
   const {cost = [], predicted = [], flags} = state.recording;
   if (!cost.length) return fill('cost', 'The cost of a token was not measured in this recording.');
   const name = (row) => LIVES[row.stage].name;
-  const onPaper = (row) => predicted[LIVES[row.stage].predicted];
+  const rule = (row) => predicted[LIVES[row.stage].predicted];
   const bar = (ratio, colour) => ({parts: [[colour, ratio ?? 0]], text: `${times(ratio)} ×`});
   const bill = make('div');
   const field = (id, text) => make('label', {}, text, make('input',
@@ -170,15 +170,15 @@ function drawCost() {
     const hourly = [...inputs.querySelectorAll('input')].map((input) => input.valueAsNumber);
     const million = (row) => hourly.map((each) => round(row.seconds_per_token * 1e6 / 3600 * each));
     bill.replaceChildren(table(SAY.bill,
-      ['life', '.passes', 'operations', '×', 'seconds', '×', 'on paper', 'dollars', 'watt-hours'],
+      ['life', '.passes', 'operations', '×', 'seconds', '×', 'rule of thumb', 'dollars', 'watt-hours'],
       cost.map((row) => [name(row), row.passes, si(row.flops_per_token, ''), times(row.counted_ratio),
-        si(row.seconds_per_token, 's'), times(row.time_ratio), onPaper(row) ?? '–', ...million(row)])));
+        si(row.seconds_per_token, 's'), times(row.time_ratio), rule(row) ?? '–', ...million(row)])));
   }
   drawBill();
   fill('cost', '',
     barChart('The cost of a token, as in the table below', cost.map((row) =>
-      ({name: name(row), bars: [bar(row.counted_ratio, 'blue'), bar(row.time_ratio, 'amber')], mark: onPaper(row)}))),
-    legend([['blue', 'operations, counted'], ['amber', 'seconds, measured'], ['ink', 'on paper']]), say(SAY.cost),
+      ({name: name(row), bars: [bar(row.counted_ratio, 'blue'), bar(row.time_ratio, 'amber')], mark: rule(row)}))),
+    legend([['blue', 'operations, counted'], ['amber', 'seconds, measured'], ['ink', 'rule of thumb']]), say(SAY.cost),
     law('tests/counting/test_flops.py::test_forward_is_a_third_of_training', 'tests/bench/test_lives.py::test_costs_are_near_what_counting_predicts'),
     inputs, bill);
 }
@@ -199,14 +199,13 @@ function drawRequests() {
   fill('requests', '',
     make('div', {className: 'panels two'}, card('One request', node, make('div', {className: 'buttons small'}, buttons)),
       card('Another one, at the same time', make('p', {}, exchange(second)))),
-    say(SAY.requests), law(SERVED, ASKED));
+    say(SAY.requests + (answers().same_alone ? SAY.alone : '')), law(SERVED, ASKED));
 }
 
 function drawMade() {
-  const {machine, commit, date, load, versions, flags, lives, live} = state.recording;
+  const {machine, commit, date, load, versions, lives} = state.recording;
   $('questions').replaceChildren(...questions().map(([question, answer]) =>
     make('div', {}, make('dt', {}, question), make('dd', {}, rich(answer)))));
-  fill('made', '', say(live ? '' : SAY.recorded),
-    make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
-    make('p', {className: 'quiet'}, inline({machine, commit, date, load, versions, flags})));
+  fill('made', '', make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
+    make('p', {className: 'quiet'}, inline({machine, commit, date, load, versions})));
 }

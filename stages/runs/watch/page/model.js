@@ -136,9 +136,9 @@ function drawModel() {
   const first = columnOf(begin, begin.tensors.find((tensor) => tensor.trainable));
   figure.className = isAnswering() ? 'answer' : first ? 'stops' : '';
   figure.style.setProperty('--stop', isAnswering() ? 1 : layout.columns[first].x / layout.width);
-  const end = first ? `, as far as ${columnName(begin, first)}: nothing before it trains` : '';
+  const end = first ? ` as far as ${columnName(begin, first)} (nothing before it trains)` : '';
   $('backward').textContent = isAnswering() ? 'backward: nothing comes back. No error, no gradient, no update.'
-    : `backward: gradients come back, with their size (norm) in each layer${end}`;
+    : `backward: gradients come back${end}; bars are their size (norm) where weights train`;
   $('update').textContent = isAnswering() ? 'change over all answers: none' : 'update: what changed since the frame before';
   $('model-weights').ariaLabel = `The weights: ${begin.layers} blocks between embedding and head; ${$('backward').textContent}`;
 }

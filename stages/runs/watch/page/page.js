@@ -118,7 +118,7 @@ function start() {
     + 'comes back, and what it costs.';
   const button = (value, onclick, ...text) => make('button', {type: 'button', value, onclick}, ...text);
   $('lives').append(...Object.entries(BUTTONS).map(([life, text], at) =>
-    button(life, () => choose(life), make('kbd', {}, at + 1), text)));
+    button(life, () => choose(life), make('kbd', {}, at + 1), ` ${text}`)));
   $('ways').append(...WAYS.map((way) => button(way, () => choose('fine-tune', way), LIVES[way].name)));
   $('play').onclick = () => play();
   $('scrub').oninput = ({target}) => {
