@@ -5,6 +5,7 @@
     python -m stages.finetune --freeze bottom:20                   trains the top third, and the head if it is not tied
     python -m stages.finetune --train 'blocks/(28|29)/.*'          trains two blocks
     python -m stages.finetune --base int8                          LoRA over a base in int8 (QLoRA)
+    python -m stages.finetune --weights q4                         trains all weights as serve --weights q4 rounds them
     python -m stages.finetune --objective preference --data voice-preferences
     python -m stages.finetune --model runs/demo-shakespeare        the same on a model of your own
     python -m stages.finetune --dry-run                            what matches, what it would cost, and stop

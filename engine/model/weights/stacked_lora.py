@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from engine.errors import UserError
 from engine.model.config import JOINED, ModelConfig
 from engine.model.layers import einsum32
 from engine.model.native.library import target
@@ -98,8 +99,13 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
 
 
 def with_stacks(cfg: ModelConfig, params: Params, stacks: Params | None, index: Any) -> Params:
-    """Returns params, as `prepare_params` joins them, of which row n of a batch has adapter index[n]; as they are without."""
+    """Returns params, as `prepare_params` joins them, of which row n of a batch has adapter index[n]; as they are without.
+
+    Raises UserError for weights in blocks that cannot be joined.
+    """
     pairs = leaf_paths(stacks or {})
+    if apart := sorted(pairs.keys() - leaf_paths(params).keys()):
+        raise UserError(f"An adapter by name needs {apart[0]} in one piece, and its blocks cannot be joined: take int8.")
 
     def stack(path: str, leaf: Any) -> Any:
         if path not in pairs:
