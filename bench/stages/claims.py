@@ -17,6 +17,7 @@ from engine.format import in_words, money, percent, si, times
 TUNING_TOKENS = 1_000_000  # of a fine-tuning run
 SMALL_PART = 0.1  # share of the cost of pre-training that a fine-tuning run may have
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
+PROMPT, COMPLETION = 500, 250  # tokens of a request
 GENERATED_CHEAPER = "A token is cheaper to generate than to train on."
 
 Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, numbers
@@ -144,6 +145,25 @@ def lora_memory(of: Evidence) -> Judgement:
     return "true" if left < 0.37 else "partly: less" if left < 0.9 else "false here", value, {"left": left}
 
 
+def lora_operations(of: Evidence) -> Judgement:
+    share = of.flops("LoRA") / of.flops("full fine-tuning")
+    value = (
+        f"a LoRA step takes {percent(share)} of full fine-tuning's FLOPs: the products for the gradients of the base's "
+        "weights, a third of a step, are not computed."
+    )
+    return "true" if abs(share - 2 / 3) < 0.03 else "partly", value, {"flops": share}
+
+
+def updates(of: Evidence) -> Judgement:
+    full, lora = of.row("full fine-tuning")["flops_per_token"], of.row("LoRA")["flops_per_token"]
+    updating, left = full["optimizer"] / full["formula"], lora["formula"] / full["formula"]
+    value = (
+        f"updating every weight takes {100 * updating:.2f}% of the operations of a step's products. A LoRA step updates only "
+        f"its adapter and takes {percent(left)} of the FLOPs: what costs are the passes through the model."
+    )
+    return "false" if updating < 0.02 and left > 0.5 else "partly", value, {"updating": updating, "left": left}
+
+
 def last_layers(of: Evidence) -> Judgement:
     flops, time = _over_full(of, "last layer").values()
     value = (
@@ -236,6 +256,19 @@ def costs(of: Evidence) -> Judgement:
     }  # fmt: skip
 
 
+def request(of: Evidence) -> Judgement:
+    seconds = lambda start, tokens: of.row(start)["seconds_per_token"] * tokens
+    reading, writing = seconds("chunked prefill", PROMPT), seconds("decode with 8 slots", COMPLETION)
+    training = seconds("pre-training", TOKENS_PER_PARAMETER * of.params)
+    price, share = (reading + writing) / 3600 * of.price, (reading + writing) / training
+    value = (
+        f"{PROMPT} tokens are read in {si(reading, 's')} and {COMPLETION} written in {si(writing, 's')}, eight requests at a "
+        f"time: {money(price)}. Pre-training on {in_words(TOKENS_PER_PARAMETER * of.params)} tokens cost as much as "
+        f"{in_words(1 / share)} such requests."
+    )
+    return "true for one" if share < SMALL_PART / 1000 else "false here", value, {"usd": price, "share": share}
+
+
 def caching(of: Evidence) -> Judgement:
     gain, (seconds, tokens) = of.time_ratio("uncached", "decode alone"), of.uncached
     return _of_gain(
@@ -288,6 +321,8 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the re
     "The 6 in 6 N D is two forward, two backward and two for the optimizer.": six,
     "Inference is most of the computation of a model's life.": life,
     "LoRA saves two thirds of the memory.": lora_memory,
+    "LoRA takes two thirds of a step's operations.": lora_operations,
+    "Fine-tuning is expensive because billions of weights are updated.": updates,
     "Fine-tuning only the last layers is nearly free.": last_layers,
     "Doubling the batch doubles the throughput.": more_slots,
     GENERATED_CHEAPER: generated_cheaper,
@@ -296,6 +331,7 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the re
     "Requests do not affect one another.": independent,
     "The model improves as you use it.": learns,
     "Fine-tuning costs a small part of what training cost.": costs,
+    "Answering one request costs next to nothing.": request,
     "The KV cache decides what serving costs.": caching,
     "The prefix cache decides what serving costs.": prefix_cache,
     "Batching decides what serving costs.": batching,

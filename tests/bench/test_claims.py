@@ -70,12 +70,14 @@ def with_seconds(**changes):
 
 def test_the_usual_numbers_give_the_usual_verdicts():
     result = verdicts()
-    assert len(result) == 18
+    assert len(result) == 21
     usual = {
         "half": "false: a third",
         "generated_cheaper": "false for a lone request",
         "some_layers": "partly: it matters which",
         "six": "false",
+        "updates": "false",
+        "request": "true for one",
         "life": "partly: after 60.0 million tokens served",
         "last_layers": "false",
         "more_slots": "false: less",
