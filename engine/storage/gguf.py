@@ -99,10 +99,6 @@ def open_model(path: Path) -> StoredModel:
     )
 
 
-def read_config(path: Path) -> ModelConfig:
-    return config_from_gguf(read_header(path))
-
-
 def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
     """Reorders the rows of each head for RoPE: `outer` groups of `inner` become `inner` groups of `outer`.
 

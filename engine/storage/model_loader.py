@@ -94,8 +94,9 @@ def locate(
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
     path, notes = (Path(os.path.expanduser(name)), ()) if name else run_folder.newest_run()
+    check_config = lambda folder: on_config(_reader(folder).read_config(folder))
     if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
-        return Location("hugging face", hub.fetch(name, cached_only, lambda folder: on_config(_read_config(folder)), report))
+        return Location("hugging face", hub.fetch(name, cached_only, check_config, report))
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
@@ -179,10 +180,6 @@ def load_model(
 def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:
     """Returns notes on newer checkpoints that are damaged, and which is used instead."""
     return (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
-
-
-def _read_config(path: Path) -> ModelConfig:
-    return _reader(path).read_config(path)
 
 
 def _reader(path: Path) -> ModuleType:
