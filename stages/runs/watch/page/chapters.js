@@ -83,7 +83,7 @@ function drawText() {
 
 let curves = [];
 const NAMES = {
-  loss: 'error (loss)', grad_norm: 'gradient norm', learning_rate_factor: 'learning rate, of its largest',
+  loss: 'error (loss)', grad_norm: 'gradient norm', learning_rate_factor: 'next learning rate, of its largest',
   tokens_per_second: 'tokens a second', quick_val_bits_per_byte: 'bits per byte, on other text',
   val_nats_per_token: 'error on other text',
 };
