@@ -12,7 +12,7 @@ from engine.text.corpus import find_text_files, read_documents
 from engine.text.template import Message
 from engine.text.tokenizer import Tokenizer
 
-MAX_CHARACTERS = 20_000_000  # of all texts: a question is looked up in less than a second, in twice their bytes of memory
+MAX_BYTES = 20_000_000  # of all files: a question is looked up in less than a second, in about twice their memory
 PASSAGE_CHARACTERS = 600  # about 150 tokens
 BUDGET = 512  # tokens of passages in a prompt, and at most a quarter of the context
 MAX_WORDS = 32  # of a question, half from its beginning and half from its end
@@ -41,22 +41,21 @@ class Passage:
 class Documents:
     """The passages of the text files below a folder, or of one file, in an index in memory that threads may share.
 
-    Raises UserError as `read_corpus`, and for more than MAX_CHARACTERS of text.
+    Raises UserError as `read_corpus`, and for files of more than MAX_BYTES.
     """
 
     def __init__(self, path: Path) -> None:
         files, self.note = find_text_files(path)
+        if (size := sum(file.stat().st_size for file in files)) > MAX_BYTES:
+            raise UserError(f"The texts at {path} have {size:,} bytes; {MAX_BYTES:,} are the most that is searched.")
         self._index = sqlite3.connect(":memory:", check_same_thread=False)
         try:
             self._index.execute("CREATE VIRTUAL TABLE passages USING fts5(file, number UNINDEXED, text, tokenize='porter')")
         except sqlite3.OperationalError as error:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
-        self.files, self.passages, size, hashed = len(files), 0, 0, hashlib.sha256()
+        self.files, self.passages, hashed = len(files), 0, hashlib.sha256()
         last, number = None, 0
         for file, text in read_documents(path, files):
-            size += len(text)
-            if size > MAX_CHARACTERS:
-                raise UserError(f"{path} holds more than {MAX_CHARACTERS:,} characters of text, the most that is searched.")
             number, last = number * (file == last), file
             name = str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
             for passage in cut(text):

@@ -111,8 +111,8 @@ def test_what_cannot_be_searched_is_named(tmp_path, folder, tokenizer, monkeypat
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match="is empty: it holds no text"):
         Documents(tmp_path)
-    monkeypatch.setattr(module, "MAX_CHARACTERS", 100)
-    with pytest.raises(UserError, match="more than 100 characters of text"):
+    monkeypatch.setattr(module, "MAX_BYTES", 100)
+    with pytest.raises(UserError, match=r"have \d+ bytes; 100 are the most"):
         Documents(folder)
     assert Documents(folder / "rows.jsonl").passages == 2  # one file, as a folder
     os.rename(tmp_path / "a.txt", os.fsencode(tmp_path) + b"/\xff.txt")  # a name that is no text

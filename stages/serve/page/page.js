@@ -104,7 +104,7 @@ async function connect() {
     if (reply.status === 401) return;  // the key is asked for, and this begins again
     if (!reply.ok) throw new Error(await reason(reply));
     const {data} = await reply.json();
-    const model = data.find((each) => each.id === server.wanted) ?? data[0];
+    const model = data.find((each) => each.id === (server.model ?? server.wanted)) ?? data[0];
     settings.model.replaceChildren(...data.map((each) => make('option', {}, each.id)));
     settings.model.value = model.id;
     settings.model.parentNode.hidden = data.length < 2;
@@ -124,6 +124,7 @@ async function connect() {
   turns.forEach(drawName);
   $('send').disabled = false;
   drawFigures();
+  save();
   await checkWeights();
 }
 
@@ -152,7 +153,7 @@ $('new').onclick = newConversation;
 $('undo').lastElementChild.onclick = undo;
 $('search').oninput = drawList;
 $('export').onclick = exportList;
-$('lock').oncancel = () => warn('server', 'This server answers nobody without an API key: reload the page to give it.');
+$('lock').oncancel = () => warn('server', 'This server needs an API key: reload the page to give it.');
 $('unlock').onsubmit = (event) => {
   event.preventDefault();
   key = $('unlock').elements.key.value;

@@ -94,7 +94,8 @@ function drawFoot(turn) {
 
 // Shows which passages of documents were put before the question, and what that cost.
 function foundIn({tokens, seconds: took, passages}) {
-  const cost = `${plural(passages.length, 'passage')} of documents: ${plural(tokens, 'token')}, about ${seconds(took * 1000)}`;
+  const time = took ? `, about ${seconds(took * 1000)}` : '';
+  const cost = `${plural(passages.length, 'passage')} of documents: ${plural(tokens, 'token')}${time}`;
   const texts = passages.map(({file, number, text}) => make('p', {dir: 'auto'}, make('b', {}, `${file} (${number})`), ` ${text}`));
   return make('details', {}, make('summary', {}, cost), ...texts);
 }
