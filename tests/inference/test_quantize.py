@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from tiny import assert_near, lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
-from engine.inference.decode import decode_step, prepare_params
+from engine.inference.decode import prepare_params
 from engine.inference.runner import decode_slots
 from engine.inference.sampling import PenaltyArrays, make_token_counts, make_token_masks
-from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import CacheRows, make_kv_segments, segment_edges
 from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths, map_paths
@@ -21,7 +20,7 @@ from engine.model.weights.int8 import Int8, quantize
 from engine.model.weights.lora import to_dense
 from engine.storage.digest import digest
 
-ROWS, CAPACITY = 5, 32
+CAPACITY = 32
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -62,25 +61,18 @@ def made_of_a_weights_size(params, program) -> list[str]:
 
 @functools.cache
 def wider(tied: bool, kind: str):
-    """A model none of whose weights has as many numbers as anything else in a program for 3 rows, 5 or 33."""
+    """A model none of whose weights has as many numbers as anything else in a program for 3 rows or 33."""
     cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied)
     params = lively_params(cfg)
     return cfg, prepare_params(cfg, quantize(params, kind))
 
 
-@pytest.mark.parametrize("kind", ["int8", "full"])
-def test_a_decode_step_makes_nothing_of_a_weights_size(kind):
-    """Integers are read as they lie. A weight that is converted is seen: the check can fail."""
-    cfg, params = wider(False, kind)
-    token, cache = jnp.zeros(ROWS, jnp.int32), make_cache(cfg, ROWS, CAPACITY)
-    assert bool(made_of_a_weights_size(params, decode_step.lower(cfg, params, token, cache))) == (kind == "full")
-
-
-@pytest.mark.parametrize(("slots", "tied"), [(3, False), (33, True)])
-def test_neither_does_decoding_for_slots_few_or_many(slots, tied):
-    cfg, params = wider(tied, "int8")
+@pytest.mark.parametrize(("slots", "tied", "kind"), [(3, False, "int8"), (33, True, "int8"), (3, False, "full")])
+def test_decoding_makes_nothing_of_a_weights_size(slots, tied, kind):
+    """For slots few or many, integers are read as they lie. A weight that is converted is seen: the check can fail."""
+    cfg, params = wider(tied, kind)
     token = jnp.zeros(slots, jnp.int32)
     state = make_kv_segments(cfg, slots, segment_edges(CAPACITY, 16, 16)), make_token_counts(cfg, slots)
     sampling = sampling_of(slots), PenaltyArrays(token > 0, *[jnp.zeros(slots)] * 3), make_token_masks(slots, cfg.vocab)
     arguments = *state, token, CacheRows(token, token, token, token), *sampling, jnp.int32(2), jnp.bool_(True)
-    assert made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments)) == []
+    assert bool(made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments))) == (kind == "full")

@@ -55,10 +55,11 @@ def spread_in(program, *arguments) -> list[str]:
 
 
 # Qwen2's own products are those of a training step and of scoring too; these steps multiply as AdamW's, Muon's, LoRA's and a
-# preference's do.
+# preference's do, and these programs of inference as those that read more tokens, rows or slots.
 ALIKE = ("microbatches", "bottom frozen", "top frozen", "Muon, scan", "LoRA, remat", "preference, all")
 NIGHT = {f"{name}, Qwen2" for name in ("train step, LoRA", "prefill, one prompt", "decode_step", "decode_slots")}
 NIGHT |= {f"train step, {kind}, Qwen3" for kind in ALIKE}
+NIGHT |= {f"{name}, Qwen3" for name in ("decode_slots, float32 cache", "decode in one slot", "prefill_tail", "decode_steps")}
 assert {*CASES} >= NIGHT
 
 

@@ -160,6 +160,7 @@ Console.print = say_and_signal
 """
 
 
+@pytest.mark.night
 def test_a_signal_that_comes_with_its_ready_line_ends_it_in_order_though_nobody_reads_on(folder):
     with Started(folder, program=("-c", SIGNALS + HOLDS)) as server:
         server.process.stdout.close()

@@ -320,7 +320,10 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
         assert load_model(str(folder)).run == folder
 
 
-@pytest.mark.parametrize("flags", [("--lora", LORA), ("--train", "blocks/1/.*")], ids=["LoRA", "block"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(("--lora", LORA), id="LoRA"), pytest.param(("--train", "blocks/1/.*"), id="block", marks=pytest.mark.night)],
+)
 def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, chats, tmp_path, capsys, flags):
     """A rate far too high makes every validation worse than the one at a low rate before it."""
     folder = tmp_path / "patient"

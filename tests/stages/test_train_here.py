@@ -69,18 +69,19 @@ def config(page):
     return ModelConfig(**fields, dtype="float32")
 
 
-def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page):
-    """The first 20 losses are those of engine/by_hand; an answer changes no weight."""
+@pytest.mark.parametrize("steps", [6, pytest.param(60, marks=pytest.mark.night)])
+def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page, steps):
+    """The first losses are those of engine/by_hand; an answer changes no weight. In 60 steps it knows its text by heart."""
     assert page.ask("ab")[1] == "0"  # random weights answer too
     page.get("$('text').value = 'To be, or not to be, that is the question. '.repeat(4)")
-    losses = page.train(60)
+    losses, beside = page.train(steps), min(steps, 20)
     cfg, options = config(page), page.get("ADAMW")
     warmup = options.pop("warmup")
     params = weights_of(page, "initialWeights()")
     zeros = tree_map(np.zeros_like, params)
     moments, expected = adamw.Moments(np.array(0), zeros, zeros), []
     text = page.get("$('text').value").encode()
-    for step in range(20):
+    for step in range(beside):
         batch = page.get(f"batchOf(new TextEncoder().encode($('text').value), {step})")
         tokens, targets = map(np.array, batch)
         assert all(bytes(row) in text for row in np.hstack([tokens, targets[:, -1:]]).astype(np.uint8))
@@ -88,15 +89,17 @@ def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page):
         expected.append(loss)
         factor = min(1, (step + 1) / warmup)
         params, moments = adamw.step(adamw.AdamWConfig(**options), params, gradient, moments, factor)
-    np.testing.assert_allclose(losses[:20], expected, rtol=1e-4)
-    assert losses[-1] < 0.5 < 5 < losses[0]
-    assert 202_000 < int(page.text("changed").replace(",", "")) <= 202_176
+    np.testing.assert_allclose(losses[:beside], expected, rtol=1e-4)
+    assert losses[-1] < losses[0]
+    assert 0 < int(page.text("changed").replace(",", "")) <= 202_176
     weights = weights_of(page, "run.weights")
     assert sum(leaf.size for leaf in leaves(weights)) == 202_176
     answer, changed = page.ask("To be,")
     assert changed == "0"
-    assert answer.startswith(" or not to be, that is the question.")
-    assert answer.encode()[:58] == bytes(generate(cfg, weights, list(b"To be,"), max_tokens=58))
+    if steps == 60:
+        assert losses[-1] < 0.5 < 5 < losses[0]
+        assert answer.startswith(" or not to be, that is the question.")
+        assert answer.encode()[:58] == bytes(generate(cfg, weights, list(b"To be,"), max_tokens=58))
     assert page.ask("To be,") == (answer, changed)
     # The counter counts: an answer that moves one weight is found out.
     page.get("(run.answer = run.logits, run.move = jax.numpy.array([2, ...Array(63).fill(1)]), 0)")
