@@ -39,10 +39,10 @@ class EngineConfig:
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, "q4" makes them Blocks of
     4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of the default size. speculate:
-    whether a single sequence checks draft tokens in idle rows. chunk: prompt tokens a call; tail: of a short rest. segment:
-    positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short: the longest text, in positions,
-    that has programs of its own, see `ModelRunner`; None where no text has. embeds: whether embeddings are asked for. adapters:
-    how many there may be at once, of at most adapter_rank. Raises UserError.
+    whether idle rows check draft tokens, of a single sequence, or those that constraints force. chunk: prompt tokens a call;
+    tail: of a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short:
+    the longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. embeds: whether
+    embeddings are asked for. adapters: how many there may be at once, of at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8

@@ -228,19 +228,27 @@ class Engine:
         return True
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Computes one chunk of a prompt, or a tail, after copying up to HITS_AT_ONCE from the prefix cache."""
+        """Computes one chunk of a prompt, or a tail, after copying up to HITS_AT_ONCE from the prefix cache.
+
+        Where it holds all of a prompt, those of others are copied too, until one must be computed.
+        """
+        first = sequence
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.config.chunk)
             stop = sequence.prefilled_tokens - done + self.config.chunk
             self._clear(sequence, stop)
             cached = 0 if done else self._copy_cached(sequence, tokens, stop)
+            if not (cached or sequence is first):
+                return
             count = cached or self._compute(sequence, tokens, done, stop)
             if done + count == len(tokens):
                 if not cached and self.prefix_cache.limit:
                     self._cache(sequence, tokens, stop)
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
             self.scheduler.record_prefill(sequence, count)
-            if not cached or not sequence.to_prefill:
+            if not (cached and self.scheduler.prefilling):
+                return
+            if not sequence.to_prefill and (sequence := self.scheduler.shortest_prompt).request.embed:
                 return
 
     def _embed(self, sequence: Sequence) -> list[Event]:
@@ -329,7 +337,7 @@ class Engine:
         for sequence in batch.sequences:
             rows = batch.rows_of(sequence)
             if sequence.constraint:
-                sequence.constraint.fill(masks.allowed, rows, batch.drafts)
+                sequence.constraint.fill(masks.allowed, rows, batch.drafts_of(sequence))
                 masks.masked[rows] = True
             for row in rows[: sequence.stopless_tokens]:
                 allowed = masks.allowed[row].copy() if sequence.constraint else ~masks.allowed[row]
@@ -343,7 +351,7 @@ class Engine:
         """Appends to a sequence the tokens sampled for it, as far as they count."""
         samples = [(step, row) for row in batch.rows_of(sequence) for step in range(batch.steps)]
         values = (int(sampled.token[at]) if sampled.finite[at] else None for at in samples)
-        tokens, reason = sequence.accept(values, batch.drafts)
+        tokens, reason = sequence.accept(values, batch.drafts_of(sequence))
         repeated = min(len(tokens), sequence.to_repeat)
         sequence.to_repeat -= repeated
         count = sequence.request.sampling.logprobs

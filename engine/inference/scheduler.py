@@ -38,13 +38,14 @@ class DecodeRow(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    With `drafts` it is a single step of a single sequence, in which other rows sample after one draft token each. They share
-    its slot, or read `copies`: slots that hold its text as well, `copies_are_new` if it must be copied there first.
+    With `drafts`, by slot, it is a single step, in which other rows sample after one draft token each. They share the slot of
+    their sequence, or read `copies`: slots that hold a single sequence's text as well, `copies_are_new` if it must be copied
+    there first.
     """
 
     rows: list[DecodeRow]
     steps: int
-    drafts: list[int]
+    drafts: dict[int, list[int]]
     copies: list[int]
     copies_are_new: bool
 
@@ -52,6 +53,10 @@ class Decode(NamedTuple):
     def sequences(self) -> list[Sequence]:
         """The sequences of the rows, each once."""
         return [row.sequence for row in self.rows if row.row == row.sequence.slot]
+
+    def drafts_of(self, sequence: Sequence) -> list[int]:
+        """The draft tokens of a sequence."""
+        return self.drafts.get(sequence.slot, [])
 
     def rows_of(self, sequence: Sequence) -> list[int]:
         """The rows of a sequence: its own, then those after its draft tokens."""
@@ -131,37 +136,43 @@ class Scheduler:
             self._last_was_prefill = True
             self._chunks += 1
             oldest = self._chunks % OLDEST_EVERY == 0
-            return Prefill(prefilling[0] if oldest else min(prefilling, key=lambda sequence: sequence.to_prefill))
+            return Prefill(prefilling[0] if oldest else self.shortest_prompt)
 
         # decode: a few tokens for every sequence whose prompt is prefilled
         self._last_was_prefill = False
         if not decoding:
             return None
         rows = [DecodeRow(each.slot, each.slot, each, each.last_token, each.position) for each in decoding]
-        drafts = self._draft_tokens()
-        if drafts:
+        looked_up = self._draft_tokens()
+        if drafts := {decoding[0].slot: looked_up} if looked_up else self._forced_tokens(decoding):
             spare = self.spare_rows
             copies_are_new = not (self.copies or spare)
             if copies_are_new:
                 self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
-            _, slot, sequence, _, position = rows[0]
+            free = iter(spare or self.copies)
             rows += [
-                DecodeRow(row, slot if spare else row, sequence, token, position + n)
-                for n, (row, token) in enumerate(zip(spare or self.copies, drafts), 1)
+                DecodeRow(row := next(free), own.slot if spare else row, own.sequence, token, own.position + n)
+                for own in tuple(rows)
+                for n, token in enumerate(drafts.get(own.slot, ()), 1)
             ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
         if any(sequence.constraint or not sequence.output_tokens for sequence in decoding):
             steps = 1  # a grammar's mask is for one token, or a request waits for its first
         elif prefilling:
             steps = STEPS_BESIDE_PREFILL
-        elif drafts is not None:
+        elif looked_up is not None:
             steps = STEPS_BETWEEN_DRAFTS
         else:
             steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
         room = self.limit - max(sequence.position for sequence in decoding)
         stopless = [sequence.stopless_tokens for sequence in decoding if sequence.stopless_tokens]
         steps = min(steps, room, max(sequence.remaining for sequence in decoding), *stopless)
-        return Decode(rows, steps, [], self.copies, False)
+        return Decode(rows, steps, {}, self.copies, False)
+
+    @property
+    def shortest_prompt(self) -> Sequence:
+        """The sequence with the fewest tokens to prefill."""
+        return min(self.prefilling, key=lambda sequence: sequence.to_prefill)
 
     def record_prefill(self, sequence: Sequence, count: int) -> None:
         """Records that `count` more tokens of a prompt are prefilled."""
@@ -203,6 +214,21 @@ class Scheduler:
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
         return sequence.draft_tokens(count)
+
+    def _forced_tokens(self, decoding: list[Sequence]) -> dict[int, list[int]]:
+        """Returns by slot the tokens that constraints force next: sequences share the rows that are free to check them."""
+        spare = len(self.spare_rows) if self.speculate else 0
+        forced: dict[int, list[int]] = {}
+        constrained = [
+            (each, each.constraint) for each in decoding if each.constraint and not each.request.sampling.adjusts_logits
+        ]
+        for others, (sequence, constraint) in zip(range(len(constrained), 0, -1), constrained):
+            room = min(sequence.remaining, self.limit - sequence.position)
+            count = min(spare // others, room - 1)
+            if count > 0 and (tokens := constraint.allowed_drafts((), count)):
+                forced[sequence.slot] = tokens
+                spare -= len(tokens)
+        return forced
 
     def _free_copies(self) -> None:
         self.free += self.copies

@@ -25,6 +25,7 @@ from tiny import lively_params, positions_of, request_of, tiny_config
 
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
+from engine.inference.constraints import ForcedTokens
 from engine.inference.decode import decode_step, prefill, prepare_params
 from engine.inference.engine import Engine
 from engine.inference.engine import complete as complete_all
@@ -117,6 +118,28 @@ def check_drafts_of_a_growing_text(dtype, monkeypatch):
     drafts_at |= {SHORT - 2: (1, False)} | dict.fromkeys(range(SHORT - 1, 60), (3, True))
     log.drain()
     assert log.completion(id) == expected
+
+
+def test_candidates_to_one_prompt_are_decoded_together():
+    """Copied from the prefix cache in one step, their tokens checked in all rows that are free; to the bit as each alone."""
+    engine, prompt = make_engine("float32", prefix_cache_bytes=10**7), text(1, 33)
+    engine.warm()
+    candidates = [
+        request_of(prompt, 4, constraint=ForcedTokens(text(seed, 4)), temperature=0.0, logprobs=0) for seed in range(SLOTS - 2)
+    ]
+    alone = make_engine("float32", speculate=False)
+    expected = [completion for request in candidates for completion in complete(alone, [request])]
+    assert complete(engine, candidates[:1]) == expected[:1]
+    ids, steps = [engine.submit(request) for request in candidates], engine.decode_steps
+    other = engine.submit(request_of(text(4, 40), 4))
+    engine.step()
+    assert len(engine.scheduler.decoding) == len(ids)
+    assert [sequence.prefilled_tokens for sequence in engine.scheduler.prefilling] == [0], "what must be computed has its turn"
+    engine.cancel(other)
+    while engine.busy:
+        engine.step()
+    assert engine.decode_steps - steps < 4 or not engine.runner.has_kernel
+    assert complete(engine, candidates) == expected
 
 
 @EVERY_DTYPE

@@ -2,6 +2,7 @@
 
 from tiny import request_of
 
+from engine.inference.constraints import ForcedTokens
 from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 
@@ -17,8 +18,8 @@ class Model:
         self.sequences: dict[int, Sequence] = {}
         self.steps: list[Prefill | Decode] = []
 
-    def submit(self, prompt: int, max_tokens: int) -> int:
-        sequence = self.scheduler.submit(request_of(range(prompt), max_tokens))
+    def submit(self, prompt: int, max_tokens: int, constraint: ForcedTokens | None = None) -> int:
+        sequence = self.scheduler.submit(request_of(range(prompt), max_tokens, constraint=constraint))
         self.sequences[sequence.id] = sequence
         return sequence.id
 
@@ -31,7 +32,7 @@ class Model:
             for sequence in batch.sequences:
                 rows = sum(row.sequence is sequence for row in batch.rows)
                 sampled = [self.next_token(sequence) for _ in range(rows * batch.steps)]
-                if sequence.accept(sampled, batch.drafts)[1]:
+                if sequence.accept(sampled, batch.drafts_of(sequence))[1]:
                     self.scheduler.finish(sequence)
         if batch:
             self.steps.append(batch)
@@ -99,3 +100,17 @@ def test_drafts_that_come_true_are_all_accepted_and_a_wrong_one_ends_what_counts
     assert sequence.accept([None, 4]) == ([], "error")
     assert sequence.accept([1, 1, 1, 1]) == ([1, 1], "length")
     assert sequence.output_tokens == [4, 5, 6, 8, 4, 5, 4, 1, 1]
+
+
+def test_sequences_share_the_free_rows_to_check_forced_tokens():
+    """Beside a plain sequence, which no row is for; more tokens than rows, and fewer."""
+    forced = [[1, 2, 3, 4, 5, 6], [7, 8]]
+    model = Model(slots=6, next_token=lambda sequence: (sequence.constraint.tokens if sequence.constraint else range(9))[0])
+    plain = model.submit(1, 9)
+    ids = [model.submit(1, len(tokens), ForcedTokens(tokens)) for tokens in forced]
+    model.scheduler.admit()
+    batch = model.scheduler.schedule()
+    own = [model.sequences[id].slot for id in (plain, *ids)]
+    assert batch.drafts == {own[1]: [1], own[2]: [7]}
+    checked = [(row.slot, row.token, row.position) for row in batch.rows[3:]]
+    assert checked == [(own[1], 1, 1), (own[2], 7, 1)], "of six rows three are free, and the second has no use for another"
