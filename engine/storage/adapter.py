@@ -95,6 +95,15 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     return folder
 
 
+def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
+    """Returns the config that describes an adapter's leaves, by path; None where none does: it has one rank and one scale."""
+    kinds = {(leaf.rank, leaf.scale) if isinstance(leaf, LoRA) else None for leaf in leaves.values()}
+    names = [name for name in cfg.matrices if any(path.endswith(f"/{name}") for path in leaves)]
+    if len(kinds) != 1 or (kind := kinds.pop()) is None or len(leaves) != cfg.layers * len(names):
+        return None
+    return LoraConfig(kind[0], _alpha(*kind), tuple(names))
+
+
 def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     """Returns the LoRA leaves by path. Raises UserError when there are none, or one lies on another."""
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}

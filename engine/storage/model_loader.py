@@ -16,7 +16,16 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.lora import LoRA
 from engine.storage import checkpoint_reader, hub, run_folder
-from engine.storage.adapter import CONFIG, base_digests, base_name, build_adapter, check_base, is_adapter, load_adapter
+from engine.storage.adapter import (
+    CONFIG,
+    base_digests,
+    base_name,
+    build_adapter,
+    check_base,
+    config_of,
+    is_adapter,
+    load_adapter,
+)
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.tensor_layout import StoredModel, block_leaves, read_leaf, read_params
@@ -253,6 +262,23 @@ def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
             with contextlib.suppress(ValueError):
                 return name, base, LoraConfig.from_text(learns.removesuffix(" over int8"))
     raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
+
+
+class AdapterOrigin(NamedTuple):
+    """The base that an adapter names, and its LoraConfig; None where none describes it."""
+
+    base: str
+    config: LoraConfig | None
+
+
+def adapter_origin(name: str) -> AdapterOrigin | None:
+    """Returns the origin of the adapter that a LoRA run, or a folder in PEFT's layout, holds; None for any other model."""
+    if not Path(name).expanduser().exists() or (location := locate(name)).format != "adapter":
+        return None
+    if location.run:
+        return AdapterOrigin(_base_of(location), read_adapter_record(location.run)[2])
+    cfg = _read_base(location, (), read_config)
+    return AdapterOrigin(_base_of(location), config_of(cfg, leaf_paths(load_adapter(location.path, cfg))))
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tuple[Any, tuple[str, ...]]:

@@ -102,7 +102,7 @@ class FineTuning(ModelStage, BatchStage):
 
     def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
-        lora = trainable.adapter
+        lora = self.choose_adapter(flags.model, trainable.adapter, trainable.lora is not None, console)
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
         self.keep_best, self.in_blocks = tuning.keep_best, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
@@ -146,7 +146,7 @@ class FineTuning(ModelStage, BatchStage):
             examples.full_loss,
         )  # fmt: skip
         self.metadata = {
-            "learns": trainable.describe(),
+            "learns": trainable.describe(lora),
             "objective": tuning.objective,
             "full_loss": examples.full_loss,
             "loss": tuning.loss,

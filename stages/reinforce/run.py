@@ -68,7 +68,7 @@ class ReinforcementLearning(ModelStage):
 
     def __init__(self, flags: "ReinforceFlags", options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
-        lora = trainable.adapter
+        lora = self.choose_adapter(flags.model, trainable.adapter, trainable.lora is not None, console)
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
         self.scale, self.in_blocks = not update.no_scale, trainable.weights == "q4"
@@ -105,7 +105,7 @@ class ReinforcementLearning(ModelStage):
             self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
         )
         self.metadata = {
-            "learns": trainable.describe(),
+            "learns": trainable.describe(lora),
             "text": {"data": f"{self.task} on {self.prompts.name}", "digest": f"{self.task} {self.prompts.digest}"},
             "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
             "update": dataclasses.asdict(update),

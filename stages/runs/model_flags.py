@@ -31,8 +31,12 @@ class TrainableFlags:
     """Patterns of paths ('blocks/(28|29)/.*'), `head`, or `all`."""
     freeze: Annotated[tuple[str, ...], default("nothing", metavar="PATTERN ...")] = ()
     """`bottom:N`, `top:N`, or patterns: all else is trained."""
-    lora: Annotated[LoraConfig | None, parser(parse_lora, "SIZE"), default("rank=8,alpha=16,targets=all")] = None
-    """rank=8,alpha=16,targets=q,v: an adapter beside a frozen model."""
+    lora: Annotated[
+        LoraConfig | None,
+        parser(parse_lora, "SIZE"),
+        default("rank=8,alpha=16,targets=all; that of a --model that is an adapter, continued"),
+    ] = None
+    """rank=8,alpha=16,targets=q,v: a new adapter beside a frozen model."""
     base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
     """The type of the frozen model under an adapter: `int8` takes half the memory."""
     weights: Annotated[Literal["float", "q4"], one_of("float", "q4")] = "float"
@@ -54,10 +58,10 @@ class TrainableFlags:
         """The LoRA to train; None when parameters of the model itself are trained."""
         return None if self.train or self.freeze or self.weights == "q4" else self.lora or LoraConfig()
 
-    def describe(self) -> str:
+    def describe(self, lora: LoraConfig | None) -> str:
         """Describes the trainable parameters, which must be the same to resume a run: `learns` in run.json."""
-        if self.adapter:
-            return f"{self.adapter}{' over int8' if self.base == 'int8' else ''}"
+        if lora:
+            return f"{lora}{' over int8' if self.base == 'int8' else ''}"
         rounded = " in q4" * (self.weights == "q4")
         return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip() + rounded
 

@@ -19,14 +19,14 @@ from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import merge, split
+from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices, round_while_training
 from engine.storage.adapter import build_adapter, earlier_digest, save_adapter
 from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
-from engine.storage.model_loader import load_model
+from engine.storage.model_loader import AdapterOrigin, adapter_origin, load_model, model_name
 from engine.storage.run_folder import ADAPTER, read_json
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
@@ -46,6 +46,7 @@ class ModelStage(Stage):
 
     metadata: dict[str, Any]
     in_blocks = False
+    origin: AdapterOrigin | None = None  # of the adapter that is continued
 
     def __init__(
         self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
@@ -68,28 +69,50 @@ class ModelStage(Stage):
         self.sampling = self.model.sampling
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
+    def choose_adapter(self, name: str, lora: LoraConfig | None, is_new: bool, console: Console) -> LoraConfig | None:
+        """Returns the LoRA to train: `lora`, or unless `is_new` that of the model `name`, which is continued."""
+        if not lora or is_new or not (origin := adapter_origin(name)):
+            return lora
+        if origin.config:
+            self.origin = origin
+        else:
+            console.print_notes([
+                f"A new adapter is trained on {name}, which stays as it is: it has several ranks or scales, a DoRA, or weights "
+                "trained whole, and cannot be continued."
+            ])  # fmt: skip
+        return origin.config or lora
+
     def load_weights(self) -> None:
         """Splits the parameters, and adds the digest of all, as loaded, to the metadata, for `find_previous_run`."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
         with host_memory(self.on_mesh):  # changes no array of `params`
             if self.lora:
-                base = params if plan.base == "float" else quantize(params, "full")
                 self.trainable = init_lora(plan.cfg, jax.random.key(plan.seed), self.lora)
+                if self.origin:
+                    adapted, loaded = plan.trainable.adapted, leaf_paths(params)
+                    self.trainable = unflatten({path: dataclasses.replace(loaded[path], base=None) for path in sorted(adapted)})
+                    params = map_paths(lambda path, leaf: leaf.base if path in adapted else leaf, params)
+                    self.model = dataclasses.replace(self.model, params=params)
+                base = params if plan.base == "float" else quantize(params, "full")
                 self.frozen = cast_matrices(base, plan.cfg.dtype)
             else:
                 trainable, self.frozen_as_loaded = split(merge_lora(params), plan.trainable.weights)
                 self.trainable = cast_matrices(trainable, "float32")
                 rounded = round_while_training if self.in_blocks else lambda _, frozen: frozen
                 self.frozen = cast_matrices(rounded(trainable, self.frozen_as_loaded), plan.cfg.dtype)
-        path, source = Path(self.name).expanduser(), self.name
+        source, name, revision = self.name, self.model.name, self.model.checkpoint
+        if self.origin:
+            source, name, revision = self.origin.base, model_name(self.origin.base), self.model.bases[-1]
+            self.metadata["continues"] = digest(self.trainable)
+        path = Path(source).expanduser()
         if path.exists():  # absolute, to be found again
             source = str(path.absolute())
         elif "/" in source:  # on the hub, at the commit that was loaded
-            source = f"{self.model.hub_id}@{self.model.checkpoint.name}"
+            source = f"{self.model.hub_id}@{revision.name}"
         self.metadata = {
             "kind": "adapter" if self.lora else "model",
-            "base": {"model": source, "digest": self._base_digest(params), "name": self.model.name},
+            "base": {"model": source, "digest": self._base_digest(params), "name": name},
             "tokenizer": {"kind": "the model's", "digest": self.model.tokenizer.digest},
             **self.metadata,
         }
@@ -119,7 +142,7 @@ class ModelStage(Stage):
 
     def initial_params(self) -> Any:
         """Returns the model before training. An untrained adapter changes nothing, to the bit."""
-        return self.frozen if self.lora else merge(self.trainable, self.frozen)
+        return self.frozen if self.lora and not self.origin else merge(self.trainable, self.frozen)
 
     def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""

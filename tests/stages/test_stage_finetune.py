@@ -308,6 +308,50 @@ def test_preferences_without_a_reference(trained, pairs, tmp_path, capsys, loss)
     assert "100% of them" in capsys.readouterr().out
 
 
+def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
+    """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins where it was."""
+    few = ["--steps", 2, "--learning-rate", 1e-3, "--log-every", 1]
+    peft = shutil.copytree(adapted[0] / "adapter", tmp_path / "peft")
+    base = json.loads((adapted[0] / "run.json").read_text())["base"]
+    written = []
+    for model in (adapted[0], peft):
+        folder = tmp_path / f"on-{model.name}"
+        options = args(model, chats, folder, *few)
+        assert finetune.main(options) == 0
+        assert result(folder)["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], rel=1e-4)
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["learns"], record["base"]["digest"]) == ("rank=4,alpha=16,targets=q,v,gate,up,down", base["digest"])
+        assert (record["kind"], Path(record["base"]["model"])) == ("adapter", Path(base["model"]))
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (4, 16)
+        written.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+        before, after = (digest(load_model(str(model)).params) for model in (model, folder))
+        assert before != after
+        capsys.readouterr()
+        assert finetune.main(options) == 0
+        assert "This run is finished" in capsys.readouterr().out
+    assert all(np.array_equal(array, written[1][name]) for name, array in written[0].items())
+    assert "another adapter to continue" in failing(
+        finetune.main, args(folder, chats, folder.with_name("on-peft"), *few, "--out-dir", tmp_path / "on-chats")
+    )
+    merged = tmp_path / "merged"
+    assert export.main(["--model", str(folder), "--out", str(merged), "--dtype", "float32", "--check"]) == 0
+    assert export.main(["--model", str(folder), "--out", str(tmp_path / "again"), "--adapter", "--check"]) == 0
+
+
+def test_an_adapter_that_no_config_describes_gets_another_on_it(adapted, chats, tmp_path, capsys):
+    peft = shutil.copytree(adapted[0] / "adapter", tmp_path / "peft")
+    (peft / "manifest.json").unlink()
+    config = json.loads((peft / "adapter_config.json").read_text()) | {"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}
+    (peft / "adapter_config.json").write_text(json.dumps(config))
+    folder = tmp_path / "on-it"
+    assert finetune.main(args(peft, chats, folder, "--steps", 1, "--learning-rate", 1e-3)) == 0
+    assert re.search(
+        r"(?s)A new adapter is trained on .*peft, which stays as it is: it has\s+several ranks", capsys.readouterr().out
+    )
+    assert json.loads((folder / "run.json").read_text())["learns"] == "rank=8,alpha=16,targets=all"
+
+
 def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     """An adapter over an adapter, and weights that learn under one."""
     for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/q"))):
