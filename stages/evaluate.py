@@ -31,6 +31,7 @@ from stages.runs.flags import MeshFlags
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
     from engine.text.conversations import Conversations
+    from stages.runs.answers import Metrics
     from stages.runs.text_data import Source
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
@@ -44,6 +45,9 @@ class EvaluateFlags:
     model: ModelFlag = None
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
+    metric: Annotated[tuple[str, ...], default("none", metavar="METRIC ...")] = ()
+    """Of the model's own answers to conversations, beside the loss: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION, which takes
+    any of `completion`, `prompt` and `answer`, the data's own, and returns a number."""
     context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
     """Tokens a window."""
     stride: Annotated[int | None, COUNT, default("half the window")] = None
@@ -71,6 +75,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.conversations import SHIPPED
+    from stages.runs.answers import Metrics
     from stages.runs.mesh import device_with_mesh, make_mesh_here
     from stages.runs.text_data import check_text_name
 
@@ -80,6 +85,9 @@ def evaluate(flags: EvaluateFlags) -> None:
     shape = flags.mesh.shape()
     if shape and flags.weights:
         raise UserError("--weights is for one device; leave --mesh out.")
+    if flags.metric and (shape or flags.weights):
+        raise UserError("--metric is for the weights as loaded, on one device; leave --mesh and --weights out.")
+    metrics = Metrics(flags.metric)
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
@@ -103,8 +111,10 @@ def evaluate(flags: EvaluateFlags) -> None:
         if data or (flags.data is None and record.get("stage") == "finetune"):
             if flags.stride or flags.batch:
                 raise UserError("--stride and --batch are for texts; conversations are read one by one.")
-            rows = evaluate_conversations(model, data, record, flags.context, console)
+            rows = evaluate_conversations(model, data, record, flags.context, metrics, console)
         else:
+            if flags.metric:
+                raise UserError("--metric compares with the answers of conversations; a text has none.")
             rows = evaluate_text(model, flags.data, record, flags.context, flags.stride, flags.batch, console)
         after = digest_in_memory(model.params)
         same = "unchanged" if before == after else "CHANGED"
@@ -175,8 +185,9 @@ def _validation_source(model: "LoadedModel", record: dict[str, Any], console: Co
 
 
 def evaluate_conversations(
-    model: "LoadedModel", data: "Conversations | None", record: dict[str, Any], context: int | None, console: Console
-) -> Rows:
+    model: "LoadedModel", data: "Conversations | None", record: dict[str, Any], context: int | None, metrics: "Metrics",
+    console: Console,
+) -> Rows:  # fmt: skip
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     import numpy as np
 
@@ -192,13 +203,14 @@ def evaluate_conversations(
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     if data:
         examples, outcome = make_examples(data, chat, seq)
-        name, lines = f"{data.name} ({data.kind})", outcome.describe()
+        name, lines, references = f"{data.name} ({data.kind})", outcome.describe(), conversations.references_of(data)
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
         objective = "kto" if (objective, record.get("loss")) == ("preference", "kto") else objective
         full = record.get("full_loss", False)
         split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console, full)
         examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
+        references = list(split.references)
         expected = record["text"].get("validation_digest")
         if not context and expected and conversations.digest_examples(examples) != expected:
             raise UserError(
@@ -238,6 +250,10 @@ def evaluate_conversations(
                 ("nats per token", f"{per_token} of what the assistant says, the end of each answer included"),
                 ("perplexity", perplexity),
             ]
+    with console.task("scoring answers", always=bool(metrics)) as report:
+        stops = {*model.eos_ids, *chat.eot_ids}
+        scores = metrics.score(model.cfg, model.params, chat, references, stops, report)
+        rows += [(task, f"{score:.4f} of {len(references):,} answers") for task, score in scores.items()]
     seconds = time.perf_counter() - begin
     rows += [] if data or context else _before_finetuning(model, record, console)
     chat.close()

@@ -24,7 +24,7 @@ from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, Ratings, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
-from stages.runs.answers import Answer, ask, compare, describe_faults
+from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults
 from stages.runs.conversation_data import (
     digest_examples,
     held_out_evaluator,
@@ -77,6 +77,7 @@ class Scores:
     held_out: float
     general: float | None
     answers: tuple[Answer, ...]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class PreferenceBatches:
@@ -102,6 +103,7 @@ class FineTuning(ModelStage, BatchStage):
 
     def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
+        self.answer_metrics = Metrics(examples.metric)
         lora = self.choose_adapter(flags.model, trainable.adapter, trainable.lora is not None, console)
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
         self.keep_best, self.in_blocks = tuning.keep_best, trainable.weights == "q4"
@@ -149,6 +151,7 @@ class FineTuning(ModelStage, BatchStage):
             "learns": trainable.describe(lora),
             "objective": tuning.objective,
             "full_loss": examples.full_loss,
+            "metric": examples.metric,
             "loss": tuning.loss,
             "beta": tuning.beta or LOSSES[tuning.loss].beta,
             "pack": None if is_preference else self.pack,
@@ -232,8 +235,10 @@ class FineTuning(ModelStage, BatchStage):
         forgotten = "not measured"
         if before.general is not None:
             forgotten = f"{before.general:.3f} -> {after.general:.3f} bits per byte on {self.general}"
+        scored = f"of {quantity(len(self.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
         rows = [
             ("held out", f"{before.held_out:.3f} -> {after.held_out:.3f} {unit} on {self.dataset.held_out_name}"),
+            *((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}") for name, value in after.metrics.items()),
             ("forgotten", forgotten),
             ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
             *([("answers", describe_faults(after.answers))] if after.answers else []),
@@ -282,7 +287,11 @@ class FineTuning(ModelStage, BatchStage):
         if not self.answers:
             return Scores(held_out, general, ())
         with self.console.task("answering held-out questions"), on_one_device(params) as whole:
-            return Scores(held_out, general, ask(cfg, whole, self.chat, questions, self.stop_token_ids))
+            answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids)
+            references, metrics = self.dataset.references[:QUICK_EXAMPLES], dict[str, float]()
+            if processes.is_first():
+                metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids)
+        return Scores(held_out, general, answers, metrics)
 
 
 def _clear_programs() -> None:

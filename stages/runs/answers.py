@@ -1,20 +1,26 @@
-"""Answers to a few questions before and after training, with a note on one that does not stop or repeats itself."""
+"""Answers to questions: a few before and after training, with a note on each fault, and many, for metrics."""
 
 import dataclasses
 import re
 import textwrap
 from collections.abc import Collection, Sequence
 
+from engine.errors import UserError
 from engine.inference.decode import prepare_params
-from engine.inference.engine import complete
+from engine.inference.engine import Completion, complete
 from engine.inference.request import SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import Message
+from stages.cli.console import ReportProgress
+from stages.runs.conversation_data import Reference
+from stages.runs.rewards import Rewards
 
 MAX_TOKENS = 120  # of an answer
 MAX_REPEATED = 0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
+METRIC_SECONDS = 60.0  # that a function of the user's own has for all answers
+ANSWERED_TOGETHER = 8
 WIDTH = 96  # characters of a printed line
 
 
@@ -47,17 +53,60 @@ def ask(
     """
     pairs = [(question[-1]["content"], chat.prompt(question).tolist()) for question in questions]
     pairs = [(question, prompt) for question, prompt in pairs if len(prompt) < cfg.context]
-    if not pairs:
-        return ()
-    prompts = [prompt for _, prompt in pairs]
-    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=stop_token_ids)
-    capacity = min(cfg.context, max(map(len, prompts)) + MAX_TOKENS)
-    completions = complete(cfg, prepare_params(cfg, params), prompts, [sampling] * len(prompts), capacity)
+    completions = _complete(cfg, prepare_params(cfg, params), [prompt for _, prompt in pairs], MAX_TOKENS, stop_token_ids)
     texts = [chat.tokenizer.decode(tokens).strip() for tokens, *_ in completions]
     return tuple(
         Answer(question, text, len(tokens), reason == "stop", repeats_itself(text))
         for (question, _), text, (tokens, reason, _) in zip(pairs, texts, completions)
     )
+
+
+def _complete(
+    cfg: ModelConfig, params: Params, prompts: list[list[int]], max_tokens: int, stop_token_ids: Collection[int]
+) -> list[Completion]:
+    """Completes prompts greedily. `params` are prepared."""
+    if not prompts:
+        return []
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
+    return complete(cfg, params, prompts, [sampling] * len(prompts), min(cfg.context, max(map(len, prompts)) + max_tokens))
+
+
+class Metrics:
+    """Scores greedy answers by tasks as of Rewards, each a metric of its own: exact, regex:PATTERN, FILE.py:FUNCTION.
+
+    Raises UserError as Rewards, and for `sum`, whose answers are numbers.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self._rewards = {task: Rewards([task], METRIC_SECONDS) for task in tasks}
+        if any("sum" in rewards.names for rewards in self._rewards.values()):
+            raise UserError("A metric is exact, regex:PATTERN, or FILE.py:FUNCTION; the task sum is for reinforce alone.")
+
+    def __bool__(self) -> bool:
+        return bool(self._rewards)
+
+    def score(
+        self, cfg: ModelConfig, params: Params, chat: ChatTokenizer, references: Sequence[Reference],
+        stop_token_ids: Collection[int], report: ReportProgress = lambda *_: None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Returns the mean of each metric over the answers to conversations, of at most the longest reference's tokens and 16.
+
+        A conversation that fills the context counts as answered by nothing. Raises UserError without references.
+        """
+        if not self._rewards:
+            return {}
+        if not references:
+            raise UserError("--metric compares with the answers of conversations, and there are none in this data.")
+        prepared, texts = prepare_params(cfg, params), list[str]()
+        room = 16 + max(len(chat.tokenizer.encode(answer)) for _, answer in references)
+        for start in range(0, len(references), ANSWERED_TOGETHER):
+            prompts = [chat.prompt(question).tolist() for question, _ in references[start : start + ANSWERED_TOGETHER]]
+            completions = iter(_complete(cfg, prepared, [p for p in prompts if len(p) < cfg.context], room, stop_token_ids))
+            for prompt in prompts:
+                texts.append(chat.tokenizer.decode(next(completions).tokens).strip() if len(prompt) < cfg.context else "")
+            report(len(texts), len(references))
+        questions, answers = [question[-1]["content"] for question, _ in references], [answer for _, answer in references]
+        return {task: sum(rewards(questions, texts, answers)) / len(texts) for task, rewards in self._rewards.items()}
 
 
 def repeats_itself(text: str) -> bool:

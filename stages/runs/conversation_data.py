@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from engine.model.config import ModelConfig
 from engine.model.loss import score
 from engine.model.paths import merge
 from engine.text.chat_tokenizer import ChatTokenizer
-from engine.text.conversations import SHIPPED, Conversations, Record, Text, read_conversations
+from engine.text.conversations import SHIPPED, Conversation, Conversations, Preference, Record, Text, read_conversations
 from engine.text.corpus import normalize
 from engine.text.examples import (
     DatasetSummary,
@@ -42,6 +42,13 @@ QUESTIONS = 3  # of the held-out set, or for texts these
 QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
 
 
+class Reference(NamedTuple):
+    """A conversation up to its last answer, and that answer: a preference's chosen one, of ratings a good one."""
+
+    question: Sequence[Message]
+    answer: str
+
+
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
     """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out.
@@ -59,6 +66,7 @@ class ConversationData:
     held_out_name: str
     overlap: str
     questions: Sequence[Sequence[Message]]
+    references: Sequence[Reference]  # of the held-out set
 
 
 def digest_examples(items: Sequence[Any]) -> str:
@@ -95,10 +103,20 @@ def prepare_conversations(
         held_out, overlap = _without_copies(held_out, rows, texts, validation, data)
     else:
         train, held_out, validation, overlap = _split(train, rows, seed, data)
-    questions = _questions([rows[where] for where in dict.fromkeys(item.where for item in held_out)])
+    held_out_rows = [rows[where] for where in dict.fromkeys(item.where for item in held_out)]
     if objective == "kto":
         train, held_out = mismatch(train, seq), mismatch(held_out, seq)
-    return ConversationData(train, held_out, summary, conversations.kind, data, validation, overlap, questions)
+    return ConversationData(
+        train,
+        held_out,
+        summary,
+        conversations.kind,
+        data,
+        validation,
+        overlap,
+        _questions(held_out_rows),
+        references_of(held_out_rows),
+    )
 
 
 def _rows_of(items: list[Any], source: Conversations) -> dict[str, Record]:
@@ -158,6 +176,19 @@ def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
         return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
     is_asked = lambda message: message["role"] != "assistant"
     return [[*itertools.takewhile(is_asked, row.messages)] for row in chosen if not isinstance(row, Text)]
+
+
+def references_of(rows: Iterable[Record]) -> list[Reference]:
+    """Returns the last answer of each row that has one, with what is before it."""
+    references = []
+    for row in rows:
+        if isinstance(row, Preference):
+            references.append(Reference(row.messages, row.chosen))
+        elif isinstance(row, Conversation) and row.label is not False:
+            last = max((at for at, message in enumerate(row.messages) if message["role"] == "assistant"), default=0)
+            if last:
+                references.append(Reference(row.messages[:last], row.messages[last]["content"]))
+    return references
 
 
 def open_conversations(data: str, objective: str) -> Conversations:

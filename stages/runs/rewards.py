@@ -66,7 +66,7 @@ class Rewards:
         except subprocess.TimeoutExpired:
             raise UserError(
                 f"{file}: {function} did not return within {self.seconds:g} s, for {len(rows)} completions: mend it, or "
-                "give it more with --reward-timeout."
+                "give it more time."
             ) from None
         try:
             reply = json.loads(done.stdout)

@@ -308,6 +308,31 @@ def test_preferences_without_a_reference(trained, pairs, tmp_path, capsys, loss)
     assert "100% of them" in capsys.readouterr().out
 
 
+def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, failing):
+    """By a match with the data's own answer, a pattern and a function, before and after, and by `evaluate` as at the end."""
+    folder, mine = tmp_path / "scored", tmp_path / "mine.py"
+    mine.write_text("def dots(completion, answer, prompt):\n    return completion.count('.') + 10 * answer.count('red')\n")
+    metrics = ("--metric", "exact", "regex:sails", f"{mine}:dots")
+    assert finetune.main(args(trained, chats, folder, "--lora", LORA, *metrics)) == 0
+    before, after = (result(folder)[side]["metrics"] for side in ("before", "after"))
+    assert list(before) == list(after) == list(metrics[1:])
+    assert before["exact"] == 0
+    assert after == {"exact": 1.0, "regex:sails": 1.0, f"{mine}:dots": 11.0}
+    printed = capsys.readouterr().out
+    assert re.search(r"exact +0\.000 -> 1\.000 of 2 held-out answers", printed)
+    assert evaluate.main(["--model", str(folder), *metrics]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"(?s)nats per token.*exact +1\.0000 of 2 answers.*{re.escape(str(mine))}:dots +11\.0000 of 2", printed)
+    (text := tmp_path / "text.txt").write_text("the sea " * 99)
+    for options, sentence in (
+        (["--data", str(text), "--metric", "exact"], "a text has none"),
+        (["--metric", "sum"], "A metric is exact, regex:PATTERN, or FILE.py:FUNCTION"),
+        (["--metric", "exact", "--weights", "int8"], "leave --mesh and --weights out"),
+    ):
+        assert sentence in failing(evaluate.main, ["--model", str(folder), *options])
+    assert "there are none in this data" in failing(finetune.main, args(trained, text, tmp_path / "none", *metrics[:2]))
+
+
 def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
     """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins where it was."""
     few = ["--steps", 2, "--learning-rate", 1e-3, "--log-every", 1]
