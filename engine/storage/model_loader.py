@@ -271,13 +271,15 @@ class AdapterOrigin(NamedTuple):
     config: LoraConfig | None
 
 
-def adapter_origin(name: str) -> AdapterOrigin | None:
-    """Returns the origin of the adapter that a LoRA run, or a folder in PEFT's layout, holds; None for any other model."""
+def adapter_origin(name: str, cfg: ModelConfig) -> AdapterOrigin | None:
+    """Returns the origin of the adapter that a LoRA run, or a folder in PEFT's layout, holds; None for any other model.
+
+    `cfg`: the model's.
+    """
     if not Path(name).expanduser().exists() or (location := locate(name)).format != "adapter":
         return None
     if location.run:
         return AdapterOrigin(_base_of(location), read_adapter_record(location.run)[2])
-    cfg = _read_base(location, (), read_config)
     return AdapterOrigin(_base_of(location), config_of(cfg, leaf_paths(load_adapter(location.path, cfg))))
 
 

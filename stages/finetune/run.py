@@ -104,7 +104,7 @@ class FineTuning(ModelStage, BatchStage):
     def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         self.answer_metrics = Metrics(examples.metric)
-        lora = self.choose_adapter(flags.model, trainable.adapter, trainable.lora is not None, console)
+        lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
         self.keep_best, self.in_blocks = tuning.keep_best, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
@@ -119,12 +119,14 @@ class FineTuning(ModelStage, BatchStage):
 
         def make_plan(cfg: ModelConfig) -> None:
             """Plans the run by the architecture. Raises UserError before a weight is read."""
+            if not trainable.lora:
+                self.continue_adapter(cfg)
             context = tuning.context or min(CONTEXT, cfg.context)
             if context > cfg.context:
                 raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
             recipe = Recipe("the model's", context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
-            paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
+            paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
             least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
             self.plan = RunPlan(
                 flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
@@ -148,7 +150,7 @@ class FineTuning(ModelStage, BatchStage):
             examples.full_loss,
         )  # fmt: skip
         self.metadata = {
-            "learns": trainable.describe(lora),
+            "learns": trainable.describe(self.lora),
             "objective": tuning.objective,
             "full_loss": examples.full_loss,
             "metric": examples.metric,

@@ -68,7 +68,7 @@ class ReinforcementLearning(ModelStage):
 
     def __init__(self, flags: "ReinforceFlags", options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
-        lora = self.choose_adapter(flags.model, trainable.adapter, trainable.lora is not None, console)
+        lora = trainable.adapter
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
         self.scale, self.in_blocks = not update.no_scale, trainable.weights == "q4"
@@ -97,7 +97,9 @@ class ReinforcementLearning(ModelStage):
         )  # fmt: skip
         seq = -(-(capacity - 1) // MULTIPLE) * MULTIPLE
         microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
-        paths, self.matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
+        if not trainable.lora:
+            self.continue_adapter(cfg)
+        paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
         recipe = Recipe("the model's", seq, rows, optimizer, microbatches)
         least_rounds = 0 if length.max_time or length.rounds else LEAST_ROUNDS
@@ -105,7 +107,7 @@ class ReinforcementLearning(ModelStage):
             self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
         )
         self.metadata = {
-            "learns": trainable.describe(lora),
+            "learns": trainable.describe(self.lora),
             "text": {"data": f"{self.task} on {self.prompts.name}", "digest": f"{self.task} {self.prompts.digest}"},
             "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
             "update": dataclasses.asdict(update),

@@ -69,18 +69,17 @@ class ModelStage(Stage):
         self.sampling = self.model.sampling
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
-    def choose_adapter(self, name: str, lora: LoraConfig | None, is_new: bool, console: Console) -> LoraConfig | None:
-        """Returns the LoRA to train: `lora`, or unless `is_new` that of the model `name`, which is continued."""
-        if not lora or is_new or not (origin := adapter_origin(name)):
-            return lora
+    def continue_adapter(self, cfg: ModelConfig) -> None:
+        """Has the run continue the LoRA that the model is, if it is one, in place of a new one. `cfg`: the model's."""
+        if not self.lora or not (origin := adapter_origin(self.name, cfg)):
+            return
         if origin.config:
-            self.origin = origin
+            self.origin, self.lora = origin, origin.config
         else:
-            console.print_notes([
-                f"A new adapter is trained on {name}, which stays as it is: it has several ranks or scales, a DoRA, or weights "
-                "trained whole, and cannot be continued."
+            self.console.print_notes([
+                f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, or "
+                "weights trained whole, and cannot be continued."
             ])  # fmt: skip
-        return origin.config or lora
 
     def load_weights(self) -> None:
         """Splits the parameters, and adds the digest of all, as loaded, to the metadata, for `find_previous_run`."""

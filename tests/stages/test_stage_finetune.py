@@ -361,7 +361,7 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
     )
     merged = tmp_path / "merged"
     assert export.main(["--model", str(folder), "--out", str(merged), "--dtype", "float32", "--check"]) == 0
-    assert export.main(["--model", str(folder), "--out", str(tmp_path / "again"), "--adapter", "--check"]) == 0
+    assert export.main(["--model", str(folder), "--out", str(tmp_path / "again"), "--adapter", "--base-name", "Org/Sea"]) == 0
 
 
 def test_an_adapter_that_no_config_describes_gets_another_on_it(adapted, chats, tmp_path, capsys):

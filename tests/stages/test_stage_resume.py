@@ -290,7 +290,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, 
 OTHER = {
     "dtype": "float32", "tokenizer": "bpe:300", "optimizer": "adamw", "schedule": "cosine", "lora": LoraConfig(2),
     "train": ("head",), "freeze": ("bottom:1",), "base": "int8", "general": "none", "clip": 0.5, "objective": "preference",
-    "batch": 6, "loss": "simpo",
+    "batch": 6, "loss": "simpo", "metric": ("exact",), "weights": "q4",
 }  # fmt: skip
 BESIDE = {
     "preset", "model", "out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose",
