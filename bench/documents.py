@@ -35,7 +35,7 @@ DIFFERENCE = 0.2  # of the facts: a smaller one is no verdict
 class DocumentsFlags:
     model: str = "smollm2-135m-instruct"
     """The model that is asked, and fine-tuned."""
-    steps: int = 100
+    steps: int = 40
     """Steps of fine-tuning."""
     facts: int = 24
     """How many of the facts."""
