@@ -66,7 +66,7 @@ PROMISES = {  # what is tried at length
     "S10": "OpenAI's own client works, and so does every request that our OpenAPI allows.",
     "S11": "A short prompt beside long ones has its first token soon.",
     "S17": "A request gets what it gets alone, under any schedule on a simulated device.",
-    "X3": "Every route but liveness and health needs the key.",
+    "X3": "Every route but the page, liveness and health needs the key.",
     "X4": "A page of another site cannot use a local server.",
     "X5": "A start unpickles nothing, runs nothing foreign and opens no connection.",
     "T1": "A kill at any instant leaves whole checkpoints only.",
