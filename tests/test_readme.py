@@ -124,8 +124,12 @@ def test_each_command_runs(command, here, monkeypatch, capfd):
     if command[1] == "bench.step":
         for name, value in SMALL.items():
             monkeypatch.setattr(f"engine.counting.hardware.{name}", value)
-    with pytest.raises(SystemExit) as left:
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    before = signal.getsignal(signal.SIGPIPE)
+    try:
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    finally:
+        signal.signal(signal.SIGPIPE, before)  # `python -m stages` has it end the process, once nobody reads on
     printed = capfd.readouterr()
     assert not left.value.code, f"{words}\n{printed.out[-2000:]}\n{printed.err[-2000:]}"
     assert printed.out or (here / words[-1]).exists()
