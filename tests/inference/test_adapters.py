@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, normal, request_of, tiny_config
 
-from engine.errors import InvalidField
+from engine.errors import InvalidField, UserError
 from engine.inference.constraints import ForcedTokens
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Adapter, Request, SamplingParams
 from engine.model.paths import merge, unflatten
 from engine.model.weights.lora import LoRA
+from engine.model.weights.stacked_lora import make_stacks, with_stacks
 from engine.storage.digest import digest
 
 COUNT, RANK = 4, 3
@@ -57,6 +58,13 @@ def alone(dtype: str, request: int, number: int | None, by_xla: bool = False):
     places = {} if number is None else {number: 1}
     (completion,) = complete(adapted_engine(dtype, places, speculate=False), [with_adapter(REQUESTS[request], number, 1)])
     return completion
+
+
+def test_weights_apart_are_refused_and_no_adapter_is_left_out():
+    cfg = tiny_config()
+    apart = prepare_params(cfg, lively_params(cfg), whole=False)
+    with pytest.raises(UserError, match="blocks/0/gate_up in one piece"):
+        with_stacks(cfg, apart, make_stacks(cfg, COUNT, RANK), np.zeros(1, np.int32))
 
 
 choices = st.lists(
