@@ -52,6 +52,14 @@ def test_a_question_finds_the_passage_that_answers_it(documents, tokenizer):
         assert first(question) == []
 
 
+def test_only_the_best_passages_within_the_budget_are_found(tmp_path, tokenizer):
+    (tmp_path / "a.md").write_text("The red ferry sails at dawn.\n\n" * 9 + "Dawn is grey.\n\n" + "Rope is sold here.\n\n" * 30)
+    find = lambda budget: Documents(tmp_path).find("When does the red ferry sail at dawn?", tokenizer, budget)
+    assert [passage.text for passage in find(1000)] == ["The red ferry sails at dawn."] * 9
+    found = find(99)
+    assert 99 - found[0].tokens < sum(passage.tokens for passage in found) <= 99
+
+
 @given(
     st.text()
     | st.lists(st.sampled_from(['"', "AND", "NOT", "NEAR(", ")", "*", "^", ":", "-", "ferry", "file", "\0"])).map(" ".join)
