@@ -151,6 +151,7 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
         with contextlib.suppress(OSError):
             words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
             commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    program = command[0] if command[0].endswith(".py") else f"-m {command[0]}"
     return {
         "machine": {
             "processor": model, "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
@@ -158,7 +159,7 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
         },
         "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
-        "command": shlex.join(["python", "-m", *command]), "flags": dataclasses.asdict(flags),
+        "command": f"python {program} {shlex.join(command[1:])}".strip(), "flags": dataclasses.asdict(flags),
     }  # fmt: skip
 
 
@@ -189,7 +190,8 @@ def _with_common(flags: type[Any], name: str) -> type[Any]:
     about = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
     more: list[tuple[str, Any, Any]] = [("json", Annotated[bool, off, about], False)]
     if "out" not in hints:
-        file = f"A folder for {name.rpartition('.')[2]}.json."
+        stem = name.replace(" ", ".").rpartition(".")[2]
+        file = f"A folder for {stem}.json" + f", or {stem}-OF.json where --of is another" * ("of" in hints) + "."
         more.append(("out", Annotated[Path | None, tyro.conf.arg(metavar="PATH", help=file, help_behavior_hint="")], None))
     return dataclasses.make_dataclass(flags.__name__, more, bases=(flags,), frozen=True)
 

@@ -82,7 +82,21 @@ def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement],
         Measurement("--help", statistics.median(_help_seconds() for _ in range(5)), "s", 0.3),
         Measurement("command to first token", first, "s", 1),
         Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
+        *_predictions(printed),
     ], printed
+
+
+def _predictions(printed: list[str]) -> list[Measurement]:
+    """Returns how far the steps that a run predicted, before it and after its first ones, are off what it made."""
+    named = ((name, re.match(rf" *{name} +([\d,]+) steps", line)) for line in printed for name in ("predicted", "trained"))
+    steps = [(name, int(found[1].replace(",", ""))) for name, found in named if found]
+    made = [count for name, count in steps if name == "trained"]
+    predicted = [count for name, count in steps if name == "predicted"]
+    when = ("before the run", "after its first steps")
+    return [
+        Measurement(f"steps predicted {at}, off by", 100 * abs(count / made[-1] - 1), "%", 15)
+        for at, count in zip(when, predicted)
+    ]
 
 
 def resuming(folder: Path, data: str) -> tuple[list[Measurement], list[str]]:

@@ -17,9 +17,12 @@ import tyro
 
 from bench.cli import Json, print_table
 from engine.errors import UserError
+from engine.format import join_words
 
 MACHINE = "processor", "instructions", "cores", "device"
 ROW_KEYS = "name", "part", "model", "shape", "peer"  # that together tell a row from the others of its list
+
+SAID = "out", "json", "peer_python"  # flags that change nothing that is measured
 
 Interval = tuple[float, float, float]  # a ratio, and the ends of its interval
 
@@ -32,6 +35,8 @@ class CompareFlags:
     """Another of the same measurement."""
     any_machine: bool = False
     """Compare results of different machines too."""
+    any_flags: bool = False
+    """Compare results of different models or flags too."""
 
 
 def compare(flags: CompareFlags) -> Json:
@@ -41,8 +46,15 @@ def compare(flags: CompareFlags) -> Json:
     if machines[0] != machines[1] and not flags.any_machine:
         differ = ", ".join(f"{name} {a} and {b}" for name, a, b in zip(MACHINE, *map(dict.values, machines)) if a != b)
         raise UserError(f"{flags.before} and {flags.after} are of different machines: {differ}. Give --any-machine.")
+    measured = [{"model": document.get("model"), **document.get("flags", {})} for document in documents]
+    others = [name for name in measured[0] | measured[1] if name not in SAID and measured[0].get(name) != measured[1].get(name)]
+    if others and not flags.any_flags:
+        raise UserError(f"{flags.before} and {flags.after} were measured with another {join_words(others)}. Give --any-flags.")
     before, after = (dict(find_ratios(document)) for document in documents)
     rows = [compare_ratios(name, before[name], after[name]) for name in before if name in after]
+    alone = [name for name in (*before, *after) if (name in before) != (name in after)]
+    if alone:
+        print(f"only in one of them: {'; '.join(alone)}")
     if not rows:
         raise UserError(f"{flags.before} and {flags.after} have no measured ratio in common.")
     print_table(
@@ -66,10 +78,12 @@ def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Interval]]:
     """Yields (name, (ratio, low, high)) of each ratio in a document that has an interval; a name says where it stands there."""
     if isinstance(value, dict):
         low, high = value.get("time_ratio_interval") or (value.get("low"), value.get("high"))
-        ratio = value.get("ratio", value.get("time_ratio_to_forward"))
+        ratio = value.get("ratio", value.get("time_ratio_to_forward", value.get("time_ratio")))
         if ratio and low and high:
             yield name, (ratio, low, high)
         for key, each in value.items():
+            if key == "claims":  # judge ratios of the rows once more
+                continue
             yield from find_ratios(each, f"{name}, {key}".removeprefix(", ") if key != "rows" else name)
     elif isinstance(value, list):
         for number, each in enumerate(value):

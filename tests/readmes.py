@@ -130,10 +130,11 @@ def table(header: str, rows: Iterable[Iterable[str]], words: Collection[int] = (
 
 
 def conditions(document: Document, rounds: int | None = None) -> list[str]:
-    """Returns a sentence on the machine, the day and the state in which a document was measured."""
+    """Returns a sentence on the machine, the day and the state in which a document was measured, in so many rounds at least."""
     machine, load = document["machine"], document["load"]
     kind = next((words for flag, words in INSTRUCTIONS.items() if flag in machine["instructions"].split()), "")
-    medians = f", medians of {rounds} interleaved rounds" if rounds else ""
+    medians = f", medians of {rounds} interleaved rounds or more" if rounds else ""
+    medians += ", with `--quick`" * document["flags"].get("quick", False)
     lines = [f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."]
     if load > machine["cores"] / 4:
         lines.append(f"Others used {min(load, machine['cores']):.1f} of them: trust the ratios alone.")
@@ -290,11 +291,14 @@ def peers(document: Document) -> list[str]:
             else ""
         )
         name = row["name"].replace("_", " ") + (f", {row['peer']}" if "peer" in row else "")
+        if "over_plain" in row:
+            plain = Ratio(**row["over_plain"])
+            name += f", {plain} of plain ({held(plain.exceeds(row['over_plain_bar']), f'at least {row["over_plain_bar"]:g}')})"
         theirs = f"{row['peer_tokens_per_second']:,.0f}" if row["peer_tokens_per_second"] else "not installed"
         cells.append([name, f"{row['tokens_per_second']:,.0f}", theirs, ratio(row), bar])
     return [
         *table("tokens a second|Thrice|peer|ratio, 95% interval|at least", cells),
-        *conditions(document, document["rows"][0]["rounds"]),
+        *conditions(document, min(row["rounds"] for row in document["rows"])),
     ]
 
 
@@ -375,7 +379,8 @@ def _promises(document: Document, kinds: str) -> list[str]:
         figures = "; ".join(str(Figure(**figure)) for figure in row["figures"])
         over = row["over"] + ", with --quick" * row["quick"]
         if figures:
-            cells.append((row["promise"], figures + ": **not kept**" * (not row["kept"]), over, row["date"]))
+            on = row["date"] + "*" * (row["commit"] is None)
+            cells.append((row["promise"], figures + ": **not kept**" * (not row["kept"]), over, on))
     for name, others in itertools.groupby((row for row in rows if not row["figures"]), operator.itemgetter("promise")):
         kept = [row["kept"] for row in others]
         cells.append((name, f"{sum(kept)} of {len(kept)} cases", "", rows[-1]["date"]))

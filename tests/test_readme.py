@@ -135,6 +135,24 @@ def test_each_command_runs(command, here, monkeypatch, capfd):
     assert printed.out or (here / words[-1]).exists()
 
 
+PYTEST = re.compile(r"^(?:uv run .*|python -m )pytest *(.*?)(?: *#.*)?$", re.M)
+TESTED = sorted({words for readme in READMES for words in PYTEST.findall(readme.read_text())})
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("words", TESTED)
+def test_each_command_of_tests_finds_some(words):
+    command = [sys.executable, "-m", "pytest", *shlex.split(words), "--collect-only", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+@pytest.mark.night
+def test_damaged_model_files_are_tried_at_length_as_is_said():
+    (words,) = re.findall(r"`python (tests/storage/hostile.py) SEED COUNT`", (ROOT / "tests/promises/README.md").read_text())
+    subprocess.run([sys.executable, words, "1", "3"], cwd=ROOT, env=ENVIRONMENT, check=True)
+
+
 @pytest.mark.night
 @pytest.mark.journeys
 @pytest.mark.parametrize("command", EVERY, ids=lambda command: " ".join(command[1:]))

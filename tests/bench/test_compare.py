@@ -53,6 +53,10 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path, capsys):
     assert main([here, there]) == 2
     assert "processor a chip and another. Give --any-machine." in capsys.readouterr().err
     assert main([here, there, "--any-machine"]) == 0
+    other = json.loads((tmp_path / "a.json").read_text()) | {"flags": {"quick": True, "out": "x"}}
+    (tmp_path / "quick.json").write_text(json.dumps(other))
+    assert main([here, str(tmp_path / "quick.json")]) == 2
+    assert "measured with another quick. Give --any-flags." in capsys.readouterr().err
     for content in (
         "{",
         "[]",

@@ -120,9 +120,12 @@ def test_a_whole_command_that_misses_its_bar_shows(monkeypatch, capsys):
     """The commands themselves run at night: tests/test_readme.py."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which the measurement replaces
     result = {"val_bits_per_byte": 1.9, "first_step_seconds": 3.0, "peak_rss_bytes": 1e9}
-    monkeypatch.setattr("bench.commands._result", lambda *_: (result, []))
+    lines = ["predicted   1,200 steps, 1.6 epochs", "  predicted 930 steps in 3 min", "trained     1,000 steps in 3 min"]
+    monkeypatch.setattr("bench.commands._result", lambda *_: (result, lines))
     monkeypatch.setattr("bench.commands._help_seconds", lambda: 0.1)
     monkeypatch.setattr("bench.commands._first_output", lambda *_: (0.5, "0 recompiles"))
     rows = measure_commands(CommandsFlags())["rows"]
-    assert [row["name"] for row in rows if not row["met"]] == ["command to first trained step"]
-    assert capsys.readouterr().out.count("** not met **") == 1
+    late = "command to first trained step", "steps predicted before the run, off by"
+    assert [row["name"] for row in rows if not row["met"]] == [*late]
+    assert rows[-1]["value"] == pytest.approx(7)
+    assert capsys.readouterr().out.count("** not met **") == 2

@@ -2,9 +2,12 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
+
+from bench.serving.measure import tail
 
 RELATIONS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 WORDS = {"≤": "at most", "≥": "at least", "=": "wanted"}
@@ -35,6 +38,14 @@ class Figure(NamedTuple):
 at_most = lambda name, value, bar, unit="": Figure(name, value, "≤", bar, unit)
 at_least = lambda name, value, bar, unit="": Figure(name, value, "≥", bar, unit)
 milliseconds = lambda name, seconds, bar: Figure(name, 1e3 * seconds, "≤", bar, " ms")  # bar in milliseconds
+
+
+def slowest(name: str, seconds: Sequence[float], bar: float) -> Figure:
+    """Returns the highest percentile that enough of the samples lie above, in milliseconds; the bar is in milliseconds too."""
+    p, value = tail(seconds)
+    return milliseconds(f"{name} p{p}", value, bar)
+
+
 exactly = lambda name, value, bar: Figure(name, math.nan if value is None else value, "=", bar)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from figures import at_least, at_most, exactly, milliseconds, servers
+from figures import at_least, at_most, exactly, servers, slowest
 from openai_like import chat_request, read_metrics
 
 from bench.serving.client import Client, Completion, complete, completion_request, connect, random_text, send
@@ -144,7 +144,7 @@ async def test_a_disconnect_frees_the_slot(client, slots, quick, rng, expect):
         waits += await (_leave_at_once if wave % 8 == 7 else _leave_in_turn)(client, clients, rng)
         stuck += await _still_held(client)
     expect(  # within 250 ms, or a decode step where that is longer
-        milliseconds("slot free p99", percentile(waits, 0.99), 1e3 * max(0.25, step)),
+        slowest("slot free", waits, 1e3 * max(0.25, step)),
         at_most("stuck", stuck, 0),
         over=f"{len(waits)} aborts, streaming or not, waiting, reading or answering; "
         f"p50 {1e3 * percentile(waits, 0.5):.0f} ms; a decode step takes {1e3 * step:.0f} ms",
@@ -223,7 +223,7 @@ async def test_overload_is_refused(server, slots, quick, rng, expect):
     accepted = sum(response.status == 200 for response in responses)
     errors = sum(response.status >= 500 for response in responses)
     expect(
-        milliseconds("429 p99", percentile([response.seconds for response in refused], 0.99), 100),
+        slowest("429", [response.seconds for response in refused], 100),
         at_most("without Retry-After", sum("retry-after" not in response.headers for response in refused), 0),
         at_least("accepted throughput / peak", throughput / peak, 0.95),
         at_most("5xx", errors, 0),
@@ -283,7 +283,7 @@ async def test_a_short_request_beside_long_prompts(server, client, quick, rng, e
     short = await _ttfts(client, count, rng)
     stop.set()
     expect(
-        milliseconds("short TTFT p99", percentile(short, 0.99), 1e3 * (2 * chunk + 2 * alone)),
+        slowest("short TTFT", short, 1e3 * (2 * chunk + 2 * alone)),
         at_least("long prompts that were answered", await beside, 1),
         over=f"{count} short requests beside prompts of {prompt_tokens:,} tokens (all that fit); a chunk takes "
         f"{1e3 * chunk:.0f} ms, TTFT alone is {1e3 * alone:.0f} ms",
