@@ -48,7 +48,7 @@ EXCERPT = (
     "decode alone", "decode with 8 slots", "decode with 32 slots",
 )  # fmt: skip
 CHAT = "ordinary_speculative"  # the row that the README shows
-PRINTED = ("predicted", "validation", "trained", "memory")  # lines of a training run that the README shows
+PRINTED, SAMPLED = ("predicted", "validation", "trained"), 4  # lines of a training run and of its sample that the README shows
 TUNED = {  # and of the commands after it
     "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token",),
     "stages.export": ("loss",), "stages.serve": ("ready after",),
@@ -96,18 +96,23 @@ def sh_commands(readme: Path) -> list[list[str]]:
 
 
 def tree(room: Path) -> str:
-    """Returns a line for each Python file of a room: its name and what its docstring opens with. A room in it has its own."""
+    """Returns a line for each file in Python or C of a room: its name and what it opens with. A room in it has its own."""
     return "```tree\n" + "".join(f"{line}\n" for line in _lines(room, room, 0)) + "```\n"
 
 
 def _lines(folder: Path, room: Path, depth: int) -> Iterator[str]:
     inner = [path for path in folder.iterdir() if path.is_dir() and any(path.rglob("*.py"))]
-    for path in sorted([*folder.glob("*.py"), *inner], key=lambda path: (path.is_dir(), path.name)):
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.[ch]"), *inner], key=lambda path: (path.is_dir(), path.name)):
         if path.name in ("__init__.py", "__pycache__", "conftest.py"):
             continue
         start = f"{'  ' * depth}{path.name}{'/' * path.is_dir()}"
         module = path / "__init__.py" if path.is_dir() else path
-        opening = ast.get_docstring(ast.parse(module.read_text())) if module.exists() else None
+        opening: str | None = None
+        if path.suffix in (".c", ".h"):
+            (sentence,) = re.findall(r"\A// (.*?)[.:]\s", path.read_text())
+            opening = f"{sentence}."
+        elif module.exists():
+            opening = ast.get_docstring(ast.parse(module.read_text()))
         yield f"{start:<{COLUMN}} {(opening or '').partition(chr(10))[0]}".rstrip()
         if path.is_dir() and str(path.relative_to(ROOT)) not in ROOMS:
             yield from _lines(path, room, depth + 1)
@@ -238,10 +243,11 @@ def verdicts(document: Document) -> list[str]:
 
 
 def printed(document: Document) -> list[str]:
-    """Returns what the default training run printed of its prediction and its result."""
+    """Returns what the default training run printed of its prediction, its sample and its result."""
     lines = [line.strip() for line in document["printed"]]
     shown = [next(line for line in reversed(lines) if line.split()[:1] == [word]) for word in PRINTED]
-    return ["```", "$ stages.train", "...", *shown, "```"]
+    sample = [line for line in lines[lines.index("what it writes") + 1 :] if line.startswith("| ") and line != "|"][:SAMPLED]
+    return ["```", "$ stages.train", "...", shown[0], *sample, *shown[1:], "```"]
 
 
 def tuned(document: Document) -> list[str]:
