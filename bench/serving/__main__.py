@@ -99,7 +99,9 @@ def print_tables(document: Json) -> None:
         ],
     )  # fmt: skip
     scored = document["scored"]
-    print(f"/v1/score: {scored['per_second']:.0f} candidates a second, at least {scored['bar']:g}{UNMET[scored['met']]}\n")
+    print(
+        f"/v1/score: {Ratio(*(scored[key] for key in ('ratio', 'low', 'high'))).format('{:.0f}'.format)} candidates a second, at least {scored['bar']:g}{UNMET[scored['met']]}\n"
+    )
     tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
     seconds = lambda of: si(of["p50"], "s") + tail(of)
     rate, made = document["saturated"].values()
