@@ -322,6 +322,7 @@ def serving(document: Document) -> list[str]:
     ]
     header = "load|tokens/s|time to first token, p50|inter-token latency, p50|time per output token, p50"
     rows, scored = document["rows"], document["scored"]
+    rate = Ratio(scored["ratio"], scored["low"], scored["high"]).format("{:.0f}".format)
     compared = [
         (
             row["name"],
@@ -336,7 +337,7 @@ def serving(document: Document) -> list[str]:
         *table("tokens a second|with|without|ratio, 95% interval|at least", compared), "",
         f"The server is ready after {document['ready_seconds']:.1f} s "
         f"({held(document['ready_met'], f'at most {document["ready_bar"]:g} s')}).",
-        f"`/v1/score` scores {Ratio(scored['ratio'], scored['low'], scored['high']).format('{:.0f}'.format)} candidates of four tokens a second, after 256 that are cached "
+        f"`/v1/score` scores {rate} candidates of four tokens a second, after 256 that are cached "
         f"({held(scored['met'], f'at least {scored["bar"]:g}')}).",
         *conditions(document)[1:],
     ]  # fmt: skip

@@ -98,10 +98,9 @@ def print_tables(document: Json) -> None:
             for row in document["rows"]
         ],
     )  # fmt: skip
-    scored = document["scored"]
-    print(
-        f"/v1/score: {Ratio(*(scored[key] for key in ('ratio', 'low', 'high'))).format('{:.0f}'.format)} candidates a second, at least {scored['bar']:g}{UNMET[scored['met']]}\n"
-    )
+    row = document["scored"]
+    scored = Ratio(row["ratio"], row["low"], row["high"]).format("{:.0f}".format)
+    print(f"/v1/score: {scored} candidates a second, at least {row['bar']:g}{UNMET[row['met']]}\n")
     tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
     seconds = lambda of: si(of["p50"], "s") + tail(of)
     rate, made = document["saturated"].values()
