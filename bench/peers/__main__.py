@@ -42,7 +42,7 @@ class PeersFlags:
     rounds: int = 9
     """Interleaved rounds, at least 6; the median counts."""
     quick: bool = False
-    """A small shape in bfloat16, 33 tokens and 6 rounds."""
+    """A small shape in bfloat16, 33 tokens and 6 rounds; fewer rows of serving."""
 
 
 def measure_peers(flags: PeersFlags) -> Json:
@@ -74,7 +74,7 @@ def measure_peers(flags: PeersFlags) -> Json:
         ):
             rows += compare_losses(peer, Path(folder)) if peer else []
     if "serving" in flags.of:
-        rows += measure_streams(flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds)
+        rows += measure_streams(flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds, quick=flags.quick)
     return {"rows": rows, "bars_hold": BARS_HOLD}
 
 
