@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -65,12 +66,14 @@ def native_problem() -> str:
 @functools.cache
 def _load() -> str:
     try:
-        for kernel in KERNELS:
+        with ThreadPoolExecutor() as pool:  # a compiler takes up to four seconds a kernel
+            libraries = [*pool.map(read_library, KERNELS)]
+        for kernel, library in zip(KERNELS, libraries):
             # The bytes that were checked, in memory: a file in the cache could be changed or cut while it is mapped, and may
             # lie where nothing can be executed. Never closed: dlopen takes a later file of the same number for this one.
             handle = os.memfd_create(kernel)
             with open(handle, "wb", closefd=False) as file:
-                file.write(read_library(kernel))
+                file.write(library)
             built = ctypes.CDLL(f"/proc/self/fd/{handle}")
             for name in [kernel, f"{kernel}_backward"] if kernel in WITH_BACKWARD else [kernel]:
                 jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(built, target(name))), platform="cpu")
