@@ -33,7 +33,7 @@ from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
-MAX_TAILS = 2  # computed after a cached prefix to complete its chunk: more take longer than the whole chunk
+MAX_TAILS = 2  # that a chunk is computed in, alone or after a cached prefix: more take longer than the whole chunk
 IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
 
 
@@ -254,12 +254,11 @@ class Engine:
     def _embed(self, sequence: Sequence) -> list[Event]:
         """Computes one chunk of a text whose embedding is asked for, without the prefix cache: every token's state counts."""
         tokens, start = sequence.chunk(self.config.chunk)[0], sequence.prefilled_tokens
-        stop = start + self.config.chunk
-        self._clear(sequence, stop)
+        self._clear(sequence, self.runner.positions)
         padded: Any = np.zeros((1, self.config.chunk), np.int32)
         padded[0, : len(tokens)] = tokens
         sequence.hidden_sum = sequence.hidden_sum + self.runner.embed(
-            padded, len(tokens), sequence.slot, start, stop, sequence.request.adapter_index
+            padded, len(tokens), sequence.slot, start, sequence.request.adapter_index
         )
         self.scheduler.record_prefill(sequence, len(tokens))
         if sequence.to_prefill:
@@ -283,7 +282,8 @@ class Engine:
 
     def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int, stop: int) -> int:
         """Computes the next chunk of a prompt, or a tail of one that is begun; returns how many tokens that are."""
-        size = self.config.tail if done or len(tokens) <= self.config.tail else self.config.chunk
+        tail, chunk = self.config.tail, self.config.chunk
+        size = tail if done or len(tokens) <= min(MAX_TAILS, chunk // tail) * tail else chunk
         part = tokens[done : done + size]
         padded: Any = np.zeros((1, size), np.int32)
         padded[0, : len(part)] = part

@@ -174,7 +174,7 @@ class Programs(NamedTuple):
     decode: Call
     prefill_chunk: Call
     prefill_tail: Call | None  # where a tail is shorter than a chunk
-    embed_chunk: Call | None  # where embeddings are asked for
+    embed_chunk: Call | None  # where embeddings are asked for, of all segments alone
     clear_slot: Call
     copy_slot: Call | None  # where rows cannot share a slot
     set_token_counts: Call
@@ -233,7 +233,7 @@ def idle_calls(
             embed_chunk,
             (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start, row_adapters(stacks, [0])),
         )
-        if config.embeds
+        if config.embeds and segments.edges == config.edges
         else None,
         clear_slot=(clear_slot, (segments, nowhere, start, step)),
         copy_slot=None if has_kernel() else (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
@@ -343,9 +343,10 @@ class ModelRunner:
         segments, adapters = self.segments_below(stop), row_adapters(self.stacks, [adapter])
         self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start), adapters))
 
-    def embed(self, tokens: Any, count: int, slot: int, start: int, stop: int, adapter: int) -> Any:
-        """As `prefill`; returns the sum of the head's input over the first `count` tokens, (D,) float32, as a NumPy array."""
-        segments = self.segments_below(stop)
+    def embed(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> Any:
+        """As `prefill`, on all segments: returns the sum of the head's input over the first `count` tokens, (D,) float32, as a
+        NumPy array."""
+        segments = self.segments_below(self.positions)
         arguments = map(np.int32, (count, slot, start))
         summed, segments = embed_chunk(
             self.cfg, self.params, segments, tokens, *arguments, row_adapters(self.stacks, [adapter])

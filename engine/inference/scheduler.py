@@ -73,8 +73,9 @@ class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
     `limit`: positions that the loaded programs reach, whole chunks. A sequence of more tokens is held: it is not admitted, and
-    one that grew so long loses its slot to the next that is not held. `rows`: of a dispatch; those beyond the slots, which one
-    slot has, read that slot. `shares_slots`: whether any row can read any slot, so that draft tokens need no copies.
+    one that grew so long loses its slot to the next that is not held. So is one that asks for an embedding until all programs
+    are loaded. `rows`: of a dispatch; those beyond the slots, which one slot has, read that slot. `shares_slots`: whether any
+    row can read any slot, so that draft tokens need no copies.
     """
 
     def __init__(self, slots: int, speculate: bool, rows: int, shares_slots: bool) -> None:
@@ -196,8 +197,8 @@ class Scheduler:
         return False
 
     def is_held(self, sequence: Sequence) -> bool:
-        """Whether a sequence has more tokens than can be computed for now."""
-        return sequence.length > self.limit
+        """Whether a sequence has more tokens than can be computed for now, or asks for an embedding, as those of all do."""
+        return sequence.length > self.limit or (sequence.request.embed and self.limit < sys.maxsize)
 
     def _next_waiting(self) -> Sequence | None:
         """Returns the first sequence in the queue that is not held."""

@@ -12,6 +12,7 @@ from engine_requests import (
     REQUESTS,
     SHORT,
     SLOTS,
+    TAIL,
     Log,
     attends_by_xla,
     complete,
@@ -242,6 +243,17 @@ def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
         engine.step()
         assert len(waited) == chunk + 1
         assert waited[-1] is engine.runner.segments
+
+
+def test_a_short_prompt_is_computed_in_no_more_rows_than_it_needs(monkeypatch):
+    engine, sizes = make_engine("float32"), []
+    really = engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda tokens, *args: sizes.append(tokens.shape[1]) or really(tokens, *args))
+    for length, expected in ((TAIL, [TAIL]), (2 * TAIL, [TAIL] * 2), (2 * TAIL + 1, [CHUNK]), (CHUNK + TAIL, [CHUNK, TAIL])):
+        sizes.clear()
+        request = request_of(text(2, length + 1), 2, temperature=0.0, logprobs=3)  # of which decoding reads the last
+        assert complete(engine, [request]) == [complete_alone("float32", request)]
+        assert sizes == expected
 
 
 @EVERY_DTYPE

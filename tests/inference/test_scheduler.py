@@ -1,8 +1,11 @@
 """Scheduler: in plain Python, without a model: who is prefilled and decoded first. Its slots: test_simulation.py."""
 
+import sys
+
 from tiny import request_of
 
 from engine.inference.constraints import ForcedTokens
+from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 
@@ -114,3 +117,15 @@ def test_sequences_share_the_free_rows_to_check_forced_tokens():
     assert batch.drafts == {own[1]: [1], own[2]: [7]}
     checked = [(row.slot, row.token, row.position) for row in batch.rows[3:]]
     assert checked == [(own[1], 1, 1), (own[2], 7, 1)], "of six rows three are free, and the second has no use for another"
+
+
+def test_an_embedding_waits_for_all_programs_and_a_short_text_does_not():
+    model = Model()
+    model.scheduler.limit = 2 * CHUNK
+    embedding = model.scheduler.submit(Request((1, 2, 3), SamplingParams(1), embed=True))
+    short = model.submit(5, 1)
+    while not model.output(short):
+        model.step()
+    assert (embedding.slot, model.scheduler.has_step) == (-1, False)
+    model.scheduler.limit = sys.maxsize
+    assert model.scheduler.admit() == [embedding]
