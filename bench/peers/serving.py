@@ -62,7 +62,7 @@ ROWS = (
 )
 SLOTS = 8  # of a server, by default
 ROOM = 692  # tokens of a stream after its prompt: the longest fills the context
-MAX_NEW_TOKENS = 600  # the first stream decodes more
+MAX_NEW_TOKENS = 400  # the first stream decodes up to 240 more while the last prompts are read
 PROMPTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text("utf-8"))  # by set
 ROUNDS, MOST_TOKENS = 6, 48  # of a whole set; of an answer
 # The least ratios to llama.cpp's speed, without speculation and with it, by the set of prompts; and to our own without.
