@@ -64,7 +64,7 @@ SLOTS = 8  # of a server, by default
 ROOM = 692  # tokens of a stream after its prompt: the longest fills the context
 MAX_NEW_TOKENS = 400  # the first stream decodes up to 240 more while the last prompts are read
 PROMPTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text("utf-8"))  # by set
-ROUNDS, MOST_TOKENS = 6, 48  # of a whole set; of an answer
+MOST_TOKENS = 48  # of an answer
 # The least ratios to llama.cpp's speed, without speculation and with it, by the set of prompts; and to our own without.
 REQUIRED: dict[str, tuple[float | None, float]] = {"ordinary": (1.1, 1.1), "repeating": (None, 1.5)}
 NEVER_BELOW = 0.97
@@ -118,7 +118,7 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
             calls = chat_calls(model.cfg, weights, prompts, most, ends)
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
-            rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), ROUNDS)
+            rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), rounds)
         chat.close()
     return rows
 
