@@ -89,7 +89,8 @@ def make_engine(name: str, weights: str, slots: int, capacity: int) -> tuple[Eng
     if model.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so there is no text to serve. Give a model that has one.")
     params = quantize(model.params) if weights == "int8" else model.params
-    engine = Engine(model.cfg, prepare_params(model.cfg, params), EngineConfig(slots, capacity))
+    config = EngineConfig(slots, capacity, prefix_cache_bytes=None)  # as the server has, for texts come again
+    engine = Engine(model.cfg, prepare_params(model.cfg, params), config)
     engine.warm()
     return engine, model.tokenizer
 
