@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 PICTURES = Path(__file__).parent.parent / "bench" / "pictures"
 SCHEMES = ("light", "dark")
-QUESTION = "What is the capital of France, and which river flows through it?"
+QUESTION = "Why is the sea salty? Answer in one short sentence."
 
 
 def set_scheme(chrome, scheme: str) -> None:

@@ -48,7 +48,7 @@ EXCERPT = (
     "decode alone", "decode with 8 slots", "decode with 32 slots",
 )  # fmt: skip
 CHAT = "ordinary_speculative"  # the row that the README shows
-PRINTED, SAMPLED = ("predicted", "validation", "trained"), 4  # lines of a training run and of its sample that the README shows
+PRINTED, SAMPLED = ("predicted", "validation", "trained"), 3  # lines of a training run and of its sample that the README shows
 TUNED = {  # and of the commands after it
     "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token",),
     "stages.export": ("loss",), "stages.serve": ("ready after",),

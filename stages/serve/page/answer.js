@@ -164,12 +164,12 @@ function addChunk(turn, event) {
     turn.wait = turn.clock.first - turn.clock.began;
   }
   showWait(turn);
-  turn.frame ??= requestAnimationFrame(() => {
+  turn.frame ??= setTimeout(() => {  // drawing takes the processor that answers, so not with every frame
     turn.frame = null;
     const atEnd = isAtEnd();
     show(turn);
     if (atEnd) scrollToEnd();
-  });
+  }, 80);
 }
 
 // Sets the counts and speed of an answer that has ended. The server sends no usage for one that was cut short.
