@@ -42,8 +42,9 @@ class Visit:
         return WebDriverWait(self.chrome, seconds, 0.02).until(lambda _: true())
 
     def text(self, css: str) -> str:
-        """Of the last element of that kind, as it can be seen; empty when there is none."""
-        return self.chrome.execute_script("return [...document.querySelectorAll(arguments[0])].at(-1)?.innerText ?? ''", css)
+        """Of the last element of that kind, as it can be seen, which no NUL can; empty when there is none."""
+        text = self.chrome.execute_script("return [...document.querySelectorAll(arguments[0])].at(-1)?.innerText ?? ''", css)
+        return text.replace("\0", "")
 
     def texts(self, css: str) -> list[str]:
         return [each.text for each in self.chrome.find_elements("css selector", css)]

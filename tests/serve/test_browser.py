@@ -68,7 +68,8 @@ def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit):
 
     visit.ask("Go on.")
     assert [message["role"] for message in visit.requests()[-1]["messages"]] == ["user", "assistant", "user"]
-    assert visit.requests()[-1]["messages"][1]["content"].startswith(part.split("\n")[0])
+    sent = visit.requests()[-1]["messages"][1]["content"].replace("\0", "")  # which a page does not show
+    assert sent.startswith(part.split("\n")[0])
 
 
 def test_an_answer_comes_though_its_tokens_cannot_be_counted(visit):
