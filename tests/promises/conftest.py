@@ -5,6 +5,7 @@ default too, in a few repetitions and without their bars of time, on the tiny se
 that could not be tried is not kept. Without `-n 0` the workers disturb each other's timing.
 """
 
+import asyncio
 import dataclasses
 import json
 import random
@@ -87,7 +88,10 @@ async def server(anyio_backend, make_server, request):
     """The server that most promises are tried on, so that S3 finds it after everything else; or a tiny one in this process."""
     if request.param == "tiny":
         with TinyServer() as tiny:
-            yield SimpleNamespace(port=tiny.port, client=Client(tiny.port), process=None)
+            client = Client(tiny.port)
+            while not (await client.get("/health")).json()["long_texts_ready"]:  # else what is compiled meanwhile would count
+                await asyncio.sleep(0.01)
+            yield SimpleNamespace(port=tiny.port, client=client, process=None)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     async with make_server() as server:
