@@ -105,16 +105,23 @@ def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: P
         engine = engines[str(run) if way == "fine-tuned" else flags.model]
         tokenize = lambda turns: chat.prompt(turns).tolist()
         prompts = [
-            prompt_with(documents if way == "from documents" else None, [{"role": "user", "content": fact["asked"]}],
-                        model.tokenizer, model.cfg.context, tokenize)[0]
+            prompt_with(
+                documents if way == "from documents" else None,
+                [{"role": "user", "content": fact["asked"]}],
+                model.tokenizer,
+                model.cfg.context,
+                tokenize,
+            )[0]
             for fact in facts
-        ]  # fmt: skip
+        ]
         sampling = SamplingParams(MAX_TOKENS, temperature=0.0, stop_token_ids={*model.eos_ids, *chat.eot_ids})
         requests = [Request(tuple(prompt), sampling) for prompt in prompts]
         calls[way] = lambda engine=engine, requests=requests: [answer(engine, [request])[0] for request in requests]
         texts = [model.tokenizer.decode(tokens) for tokens in calls[way]()]
-        answers = [{"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}
-                   for fact, text in zip(facts, texts)]  # fmt: skip
+        answers = [
+            {"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}
+            for fact, text in zip(facts, texts)
+        ]
         right, read = sum(each["right"] for each in answers), sum(map(len, prompts)) / len(prompts)
         rows.append({"name": way, "right": right, "answers": answers, "prompt_tokens": read})
     chat.close()

@@ -185,9 +185,13 @@ def _validation_source(model: "LoadedModel", record: dict[str, Any], console: Co
 
 
 def evaluate_conversations(
-    model: "LoadedModel", data: "Conversations | None", record: dict[str, Any], context: int | None, metrics: "Metrics",
+    model: "LoadedModel",
+    data: "Conversations | None",
+    record: dict[str, Any],
+    context: int | None,
+    metrics: "Metrics",
     console: Console,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     import numpy as np
 

@@ -17,9 +17,13 @@ hypothesis.settings.load_profile("thrice")
 pytest_plugins = ["workers"]
 
 LONGEST = (
-    "test_many_processes.py", "test_adds_up.py", "test_sharding.py", "test_readme.py", "test_platforms.py",
+    "test_many_processes.py",
+    "test_adds_up.py",
+    "test_sharding.py",
+    "test_readme.py",
+    "test_platforms.py",
     "test_stage_finetune.py",
-)  # fmt: skip
+)
 
 _folders: list[str] = []
 

@@ -168,10 +168,11 @@ def summary(document: Document) -> list[str]:
     cells = [(*words, *_ratios(rows[name])) for name, words in SUMMARY.items()]
     alone, full = (f"{rows[name]['time_ratio_to_forward']:.0f}" for name in ("decode alone", "decode with 32 slots"))
     return [
-        *table("|passes|weights that change|operations|time", cells, (0, 1, 2)), "",
+        *table("|passes|weights that change|operations|time", cells, (0, 1, 2)),
+        "",
         "× is a token's cost in a forward pass over 2,048 known ones. A token that is generated takes "
         f"{full} to {alone} times as long.",
-    ]  # fmt: skip
+    ]
 
 
 def stages(document: Document) -> list[str]:

@@ -45,10 +45,15 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
         file = folder / f"{objective}.json"
         file.write_text(json.dumps([_peer_rows(objective, pairs) for pairs in steps]))
         spec = {
-            "objective": objective, "model": str(folder), "file": str(file), "threads": 1, "clip": OPTIMIZER.clip,
-            "beta": LOSSES[objective].beta if objective in LOSSES else None, "beta2": OPTIMIZER.beta2,
+            "objective": objective,
+            "model": str(folder),
+            "file": str(file),
+            "threads": 1,
+            "clip": OPTIMIZER.clip,
+            "beta": LOSSES[objective].beta if objective in LOSSES else None,
+            "beta2": OPTIMIZER.beta2,
             "learning_rate": OPTIMIZER.learning_rate * float(make_schedule(OPTIMIZER)(jnp.float32(PROGRESS))),
-        }  # fmt: skip
+        }
         try:
             peer.ask(make=objective, spec=spec)
             theirs = peer.ask(run=objective)["losses"]
@@ -57,9 +62,16 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
         ours, inputs = _train(objective, model.params, steps)
         apart = float(np.abs(np.subtract(ours, theirs)).max())
         rows.append(
-            {"name": f"losses_{objective}", "apart": apart, "bar": MOST_APART, "same": apart <= MOST_APART, "losses": ours,
-             "peer_losses": theirs, "last_inputs": inputs}
-        )  # fmt: skip
+            {
+                "name": f"losses_{objective}",
+                "apart": apart,
+                "bar": MOST_APART,
+                "same": apart <= MOST_APART,
+                "losses": ours,
+                "peer_losses": theirs,
+                "last_inputs": inputs,
+            }
+        )
         unmet = "" if apart <= MOST_APART else "   ** not met **"
         print(
             f"{objective:<8} {STEPS} steps, {ours[0]:.4f} -> {ours[-1]:.4f}; "
@@ -115,10 +127,14 @@ def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
     if objective == "kto":
         rated, labels = _rated(pairs)
         return [
-            {"prompt_ids": part(own, False), "completion_ids": part(own, True), "KL_completion_ids": part(other, True),
-             "label": label}
+            {
+                "prompt_ids": part(own, False),
+                "completion_ids": part(own, True),
+                "KL_completion_ids": part(other, True),
+                "label": label,
+            }
             for (own, other), label in zip(rated, labels)
-        ]  # fmt: skip
+        ]
     return [
         dict(itertools.chain.from_iterable(_side(name, example).items() for name, example in zip(("chosen", "rejected"), pair)))
         | {"prompt_input_ids": part(pair.chosen, False), "prompt_attention_mask": [1] * int((~pair.chosen.mask).sum())}

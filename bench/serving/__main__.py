@@ -93,11 +93,16 @@ def print_tables(document: Json) -> None:
         "tokens/s, interleaved",
         ("", "tokens/s", "without", "ratio, 95% interval", "at least"),
         [
-            (row["name"], f"{row['tokens_per_second']:.0f}", f"{row['peer_tokens_per_second']:.0f}",
-             str(Ratio(row["ratio"], row["low"], row["high"])), f"{row['bar']:g}{UNMET[row['met']]}")
+            (
+                row["name"],
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['peer_tokens_per_second']:.0f}",
+                str(Ratio(row["ratio"], row["low"], row["high"])),
+                f"{row['bar']:g}{UNMET[row['met']]}",
+            )
             for row in document["rows"]
         ],
-    )  # fmt: skip
+    )
     row = document["scored"]
     scored = Ratio(row["ratio"], row["low"], row["high"]).format("{:.0f}".format)
     print(f"/v1/score: {scored} candidates a second, at least {row['bar']:g}{UNMET[row['met']]}\n")

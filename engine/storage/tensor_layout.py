@@ -26,8 +26,13 @@ from engine.untrusted import quote
 
 CHUNK = 2**20  # numbers read and converted at a time
 DTYPE_NAMES = {  # the files' names of dtypes
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1",
-}  # fmt: skip
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "q8_0": "Q8_0",
+    "q4_0": "Q4_0",
+    "q4_1": "Q4_1",
+}
 
 
 class Leaf(NamedTuple):

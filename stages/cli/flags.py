@@ -107,9 +107,10 @@ MeshFlag = Annotated[
     str | None, parser(str, "tensor=N"), default("one device", "Spread a model that one device cannot hold over N of them.")
 ]
 DocumentsFlag = Annotated[
-    Path | None, parser(path, "FOLDER"),
+    Path | None,
+    parser(path, "FOLDER"),
     default("none", "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it."),
-]  # fmt: skip
+]
 ModelFlag = Annotated[
     str | None, parser(str, "MODEL"),
     default(

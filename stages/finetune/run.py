@@ -146,9 +146,15 @@ class FineTuning(ModelStage, BatchStage):
         super().__init__(flags.model, lora, options.folder, console, template, make_plan, on_mesh)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.dataset = prepare_conversations(
-            examples.data, examples.validation, tuning.examples, self.plan.recipe.context, flags.seed, self.chat, console,
+            examples.data,
+            examples.validation,
+            tuning.examples,
+            self.plan.recipe.context,
+            flags.seed,
+            self.chat,
+            console,
             examples.full_loss,
-        )  # fmt: skip
+        )
         self.metadata = {
             "learns": trainable.describe(self.lora),
             "objective": tuning.objective,

@@ -86,9 +86,14 @@ class Metrics:
         return bool(self._rewards)
 
     def score(
-        self, cfg: ModelConfig, params: Params, chat: ChatTokenizer, references: Sequence[Reference],
-        stop_token_ids: Collection[int], report: ReportProgress = lambda *_: None,
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        chat: ChatTokenizer,
+        references: Sequence[Reference],
+        stop_token_ids: Collection[int],
+        report: ReportProgress = lambda *_: None,
+    ) -> dict[str, float]:
         """Returns the mean of each metric over the answers to conversations, of at most the longest reference's tokens and 16.
 
         A conversation that fills the context counts as answered by nothing. Raises UserError without references.

@@ -83,9 +83,15 @@ def digest_examples(items: Sequence[Any]) -> str:
 
 
 def prepare_conversations(
-    data: str, validation: str | None, objective: str, seq: int, seed: int, chat: ChatTokenizer, console: Console,
+    data: str,
+    validation: str | None,
+    objective: str,
+    seq: int,
+    seed: int,
+    chat: ChatTokenizer,
+    console: Console,
     full: bool = False,
-) -> ConversationData:  # fmt: skip
+) -> ConversationData:
     """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
 
     `objective`: answers, preference, or kto, whose examples are Ratings. `full`: as in `make_examples`.

@@ -76,10 +76,12 @@ class ModelStage(Stage):
         if origin.config:
             self.origin, self.lora = origin, origin.config
         else:
-            self.console.print_notes([
-                f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, or "
-                "weights trained whole, and cannot be continued."
-            ])  # fmt: skip
+            self.console.print_notes(
+                [
+                    f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, "
+                    "or weights trained whole, and cannot be continued."
+                ]
+            )
 
     def load_weights(self) -> None:
         """Splits the parameters, and adds the digest of all, as loaded, to the metadata, for `find_previous_run`."""

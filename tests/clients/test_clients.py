@@ -68,10 +68,14 @@ def test_anthropic():
         with client.messages.stream(model=CLAUDE, max_tokens=200, messages=HELLO, output_format=Visit) as stream:
             assert is_visit(stream.get_final_message().parsed_output)
         runner: Any = client.beta.messages.tool_runner(
-            model=CLAUDE, max_tokens=100, messages=HELLO, tools=[anthropic.beta_tool(get_weather)],
+            model=CLAUDE,
+            max_tokens=100,
+            messages=HELLO,
+            tools=[anthropic.beta_tool(get_weather)],
             tool_choice={"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
-            thread=False, max_iterations=2,
-        )  # fmt: skip
+            thread=False,
+            max_iterations=2,
+        )
         assert [message.content[0].input["city"] in CITIES for message in runner] == [True, True]
         with pytest.raises(anthropic.BadRequestError, match=r"thread: .*remembers nothing"):
             client.beta.messages.create(model=CLAUDE, max_tokens=5, messages=HELLO, extra_body={"thread": {"type": "create"}})
@@ -106,9 +110,13 @@ def test_a_model_that_must_call_ends(server):
     tools: Any = [openai.pydantic_function_tool(Visit)]
     with openai.OpenAI() as client:
         answer = client.chat.completions.create(
-            model=GPT, messages=HELLO, tools=tools, tool_choice="required", temperature=0,
+            model=GPT,
+            messages=HELLO,
+            tools=tools,
+            tool_choice="required",
+            temperature=0,
             logit_bias={server.model.tokenizer.eos_id: -100},
-        )  # fmt: skip
+        )
     assert answer.choices[0].finish_reason == "tool_calls"
     assert 1 <= len(answer.choices[0].message.tool_calls) <= 8
 
@@ -213,12 +221,19 @@ def test_lm_eval(server, tmp_path):
     rows = [{"question": f"Where is {place}?", "choices": ["Rome", "Oslo"], "answer": n} for n, place in enumerate("ab")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test",
-        "doc_to_text": "{{question}}", "metadata": {"version": 1},
-    }  # fmt: skip
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "metadata": {"version": 1},
+    }
     choice = {"task": "choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
-    written = {"task": "written", "output_type": "generate_until", "doc_to_target": "{{choices[answer]}}",
-               "generation_kwargs": {"max_gen_toks": 5, "until": ["\n"]}}  # fmt: skip
+    written = {
+        "task": "written",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"max_gen_toks": 5, "until": ["\n"]},
+    }
     evaluate = lambda kind, path, task, **more: library.simple_evaluate(
         kind, model_args={"model": GPT, "base_url": f"{server.url}/v1/{path}"}, tasks=[task], bootstrap_iters=0, **more
     )["samples"][task["task"]]

@@ -12,19 +12,34 @@ from engine.model.config import ModelConfig
 
 CFG = ModelConfig(vocab=512, width=128, layers=1, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True)
 CASES = [  # a program, its model, and the functions whose barriers it would miss: by what figure, more than how many times
-    ("train step, AdamW", CFG, (
-        ("_rms_norm_backward", "temporaries", 1.05), ("_gain_backward", "temporaries", 1.1),
-        ("_swiglu_backward", "temporaries", 1.04), ("_rotate", "transcendentals", 1.01), ("train_step", "instructions", 1.05),
-        ("transpose", "slow products", 0),
-    )),
-    ("train step, LoRA on int8", dataclasses.replace(CFG, vocab=60_000, width=64), (
-        ("_forward", "temporaries", 1.1), ("_logits", "temporaries", 1.3), ("_head_backward", "temporaries", 1.03),
-    )),
-    ("train step, LoRA on int8", dataclasses.replace(CFG, width=768, ff=2048, layers=2), (
-        ("widened_backward", "temporaries", 1.2),
-    )),
+    (
+        "train step, AdamW",
+        CFG,
+        (
+            ("_rms_norm_backward", "temporaries", 1.05),
+            ("_gain_backward", "temporaries", 1.1),
+            ("_swiglu_backward", "temporaries", 1.04),
+            ("_rotate", "transcendentals", 1.01),
+            ("train_step", "instructions", 1.05),
+            ("transpose", "slow products", 0),
+        ),
+    ),
+    (
+        "train step, LoRA on int8",
+        dataclasses.replace(CFG, vocab=60_000, width=64),
+        (
+            ("_forward", "temporaries", 1.1),
+            ("_logits", "temporaries", 1.3),
+            ("_head_backward", "temporaries", 1.03),
+        ),
+    ),
+    (
+        "train step, LoRA on int8",
+        dataclasses.replace(CFG, width=768, ff=2048, layers=2),
+        (("widened_backward", "temporaries", 1.2),),
+    ),
     ("decode_slots", CFG, (("_threshold", "sorts", 0),)),
-]  # fmt: skip
+]
 BARRIER = jax.lax.optimization_barrier
 
 

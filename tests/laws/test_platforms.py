@@ -56,10 +56,12 @@ DAILY = [name for name in PROGRAMS if " step, " not in name or name in (*BY_DAY,
 @pytest.mark.parametrize(
     ("platform", "names"),
     [
-        pytest.param("cpu", INFERENCE, id="cpu"), pytest.param("cuda", DAILY, id="cuda"), pytest.param("tpu", DAILY, id="tpu"),
+        pytest.param("cpu", INFERENCE, id="cpu"),
+        pytest.param("cuda", DAILY, id="cuda"),
+        pytest.param("tpu", DAILY, id="tpu"),
         *(pytest.param(name, PROGRAMS, id=f"all, {name}", marks=pytest.mark.night) for name in ("cuda", "rocm", "tpu")),
     ],
-)  # fmt: skip
+)
 def test_every_program_lowers_and_no_weight_is_given_away(platform, names):
     for name in names:
         program = exported(name, platform)

@@ -128,11 +128,14 @@ def pytest_runtest_logreport(report):
         crash = getattr(report.longrepr, "reprcrash", None)
         FOUND.append(
             {
-                "promise": properties["promise"], "trial": report.nodeid.rpartition("/")[2], "kept": report.passed,
-                "figures": properties.get("figures", []), "over": properties.get("over", ""),
+                "promise": properties["promise"],
+                "trial": report.nodeid.rpartition("/")[2],
+                "kept": report.passed,
+                "figures": properties.get("figures", []),
+                "over": properties.get("over", ""),
                 "error": crash.message.splitlines()[0] if crash and "figures" not in properties else None,
             }
-        )  # fmt: skip
+        )
 
 
 def pytest_terminal_summary(terminalreporter, config):

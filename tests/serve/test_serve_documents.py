@@ -70,9 +70,10 @@ def test_a_tools_result_is_no_question(told_client):
     tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
     call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
     turns = [
-        *say(QUESTION)["messages"], {"role": "assistant", "content": None, "tool_calls": [call]},
+        *say(QUESTION)["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "12:00"},
-    ]  # fmt: skip
+    ]
     body = say() | {"messages": turns, "tools": [tool], "tool_choice": "none"}
     assert good(told_client.post("/v1/chat/completions", json=body))["documents"]["passages"][0]["text"] == TIDE
 

@@ -98,8 +98,14 @@ def test_pairs(chat):
 def test_ratings_and_other_prompts_answers(chat):
     """A good or bad answer of its own row, or both of a preference; a prompt's other answers are not mismatched with it."""
     rated = lambda prompt, answer, label, **more: Conversation(talk(prompt, answer), f"f:{answer}", label=label, **more)
-    rows = [rated("p", "a", True), rated("p", "b", False, weight=2.0), Preference(tuple(talk("q")), "c", "d", "f:c"),
-            rated("r", "e", True), rated("r", "f", True, weight=0.0), rated("r", "how are you? " * 20, True)]  # fmt: skip
+    rows = [
+        rated("p", "a", True),
+        rated("p", "b", False, weight=2.0),
+        Preference(tuple(talk("q")), "c", "d", "f:c"),
+        rated("r", "e", True),
+        rated("r", "f", True, weight=0.0),
+        rated("r", "how are you? " * 20, True),
+    ]
     ratings, summary = make_examples(rows, chat, 60, rate=True)
     assert [rating.value for rating in ratings] == [1, -2, 1, -1, 1]
     assert [reason for _, reason in summary.dropped] == ["its weight is 0", "longer than 60 tokens"]
