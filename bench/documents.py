@@ -27,7 +27,7 @@ FACTS = Path(__file__).with_name("facts.jsonl")
 CLAIM = "To know your documents, a model must be fine-tuned on them."
 WAYS = ("as it is", "from documents", "fine-tuned")
 MAX_TOKENS = 32
-QUESTIONS = 1000  # whose cost is told
+QUESTIONS = 1000  # whose cost is computed
 DIFFERENCE = 0.2  # of the facts: a smaller one is no verdict
 
 

@@ -111,11 +111,11 @@ def prompt_with[T: Sequence[int]](
     last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
     found = documents.find(messages[last]["content"], tokenizer, min(BUDGET, context // 4)) if documents and last >= 0 else []
     while True:
-        told = [*messages]
+        extended = [*messages]
         if found:
             texts = "".join(f"{passage.text}\n\n" for passage in found)
-            told[last] = {**told[last], "content": f"Answer by these passages:\n\n{texts}{told[last]['content']}"}
-        tokens = tokenize(told)
+            extended[last] = {**extended[last], "content": f"Answer by these passages:\n\n{texts}{extended[last]['content']}"}
+        tokens = tokenize(extended)
         if not found or len(tokens) <= context * 3 // 4:
             return tokens, found
         found.pop()
