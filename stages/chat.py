@@ -154,7 +154,6 @@ def _typed_lines(notes: Console) -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    """Yields lines from a pipe or a file. Raises UserError for one that is not UTF-8."""
     from engine.files import decode_utf8
 
     for number, line in enumerate(sys.stdin.buffer, 1):
@@ -259,13 +258,12 @@ class ChatSession:
             )
 
     def warm(self) -> None:
-        """Compiles the programs that turns run, or loads them from the compilation cache."""
         with contextlib.suppress(UserError):  # the system message fills the context: each turn says so
             for _ in self._generate(self.prompt("a")[0], SamplingParams(max_tokens=2)):
                 pass
 
     def _generate(self, prompt: list[int], sampling: SamplingParams) -> Iterator[list[Event]]:
-        """Yields the events of each step, none while the prompt is read."""
+        """Yields the events of each step."""
         from engine.inference.config import CHUNK, EngineConfig
         from engine.inference.engine import Engine
         from engine.inference.scheduler import DRAFT_ROWS

@@ -132,7 +132,7 @@ def _read_conversations(data: str) -> "Conversations | None":
 
 
 def _likelihood(nats: float) -> tuple[str, str]:
-    """Returns the mean nats of a token, and its perplexity, in words."""
+    """Returns the mean nats of a token, and its perplexity."""
     return f"{nats:.4f}", f"{math.exp(min(nats, 700)):.3f}"
 
 
@@ -140,7 +140,6 @@ def evaluate_text(
     model: "LoadedModel", data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
     console: Console,
 ) -> Rows:  # fmt: skip
-    """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     from engine.mesh import layout
     from stages.runs import text_data
 
@@ -265,7 +264,6 @@ def evaluate_conversations(
 
 
 def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Console) -> Rows:
-    """Returns the run's scores before fine-tuning on the held-out set, and before and now on a general text."""
     from stages.runs import text_data
 
     result = record.get("result") or {}

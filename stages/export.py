@@ -68,7 +68,7 @@ class ExportFlags:
 
 
 def export(flags: ExportFlags) -> int:
-    """Loads, writes, and with --check reads again. Returns 1 when the export differs from the model, else 0."""
+    """Returns 1 when the export, read again with --check, differs from the model, else 0."""
     signals.set_phase("before the model was written.")
     device = start_jax(flags.device)
     # These import jax, here and below, which must not load before --help is answered and the device is chosen.
@@ -224,7 +224,6 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
     from stages.runs import text_data
 
     def rounded(path: str, leaf: Any) -> Any:
-        """Returns a weight as the export holds it, in float32."""
         plain = to_dense(leaf)
         if plain.ndim < 2 and out.suffix == ".gguf":
             return plain
@@ -234,7 +233,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
         return plain.astype("float16" if dtype in BLOCKS else dtype).astype(jnp.float32)
 
     def logits(params: Any) -> np.ndarray:
-        """Returns logits (2, T, V) in float32 of the beginning of the text."""
+        """Returns logits (2, T, V) in float32."""
         sequences = np.resize(tokens, (2, min(64, cfg.context))).astype(np.int32)
         positions = np.broadcast_to(np.arange(sequences.shape[1], dtype=np.int32), sequences.shape)
         return np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, sequences, positions)[0])
@@ -275,7 +274,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
 
 
 def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
-    """Compares an exported adapter with the model's, to the bit; returns rows to print, and faults."""
+    """Compares an exported adapter with the model's, to the bit."""
     import numpy as np
 
     from engine.model.paths import leaf_paths

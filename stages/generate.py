@@ -131,7 +131,7 @@ class ContinuationPrinter:
         self.current = 0
 
     def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> int:
-        """Takes new tokens of one continuation, prints the text that is next, and returns how many tokens it has."""
+        """Prints the text that is next, and returns how many tokens this continuation has."""
         completion, count = self.completions[index], len(self.completions)
         self.waiting[index] += completion.push(tokens) + (completion.close() if finish_reason else "")
         self.is_complete[index] = finish_reason is not None

@@ -136,7 +136,6 @@ def _explain_system_error(error: OSError) -> str:
 
 
 def command_line(stage: str, *words: object) -> str:
-    """Returns the command to type for a stage: through `uv run` when that is how we were started."""
     prefix = "uv run " if os.environ.get("UV") else ""
     return f"{prefix}python -m stages.{stage} {shlex.join(map(str, words))}".rstrip()
 
@@ -146,7 +145,6 @@ def typed_arguments() -> list[str]:
 
 
 def resume_command(stage: str) -> str:
-    """Returns the command that resumes the run in progress: the same again, without --overwrite."""
     return command_line(stage, *(word for word in _arguments if word != "--overwrite"))
 
 

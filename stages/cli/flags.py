@@ -30,17 +30,15 @@ def seconds(text: str) -> float:
 
 
 def integer(low: int, high: float = float("inf")) -> Callable[[str], int]:
-    """Returns a parser of integers from `low` to `high`, such as 1_000 and 1e6."""
     return in_range(Range(low, high, integer=True))
 
 
 def number(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Returns a parser of numbers from `low`, or `above` it, to `high`."""
     return in_range(Range(low, high, above=above))
 
 
 def in_range(allowed: Range) -> Callable[[str], Any]:
-    """Returns a parser of the numbers of a range."""
+    """Returns a parser of the numbers of a range; an integer may be written 1_000 or 1e6."""
 
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError, OverflowError):
@@ -63,7 +61,6 @@ def interval(text: str) -> int | float:
 
 
 def parser(parse: Callable[[str], Any], metavar: str) -> Any:
-    """Returns the annotation of a flag that `parse` reads."""
     return PrimitiveConstructorSpec(
         nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)],
@@ -75,7 +72,6 @@ BATCH = parser(integer(1, 10**9), "N")
 
 
 def positive(high: float = float("inf")) -> Any:
-    """Returns the annotation of a flag for a number above 0, up to `high`."""
     return parser(number(0, high, above=True), "X")
 
 
@@ -85,8 +81,6 @@ def default(meaning: str, help: str | None = None, metavar: str | None = None) -
 
 
 def one_of(*names: str) -> Any:
-    """Returns the annotation of a flag for one of the names; the error for another names the nearest."""
-
     def parse(text: str) -> str:
         if text not in names:
             raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{did_you_mean(text, names)}")
@@ -96,7 +90,6 @@ def one_of(*names: str) -> Any:
 
 
 def path(text: str) -> Path:
-    """Parses a path, in which ~ is the home folder."""
     return Path(text).expanduser()
 
 
@@ -142,7 +135,6 @@ class SamplingFlags:
 
     @property
     def overrides(self) -> dict[str, float | None]:
-        """The fields of SamplingParams by these flags; None for a flag that was not set."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
 
 

@@ -47,10 +47,7 @@ def ask(
     questions: Sequence[Sequence[Message]],
     stop_token_ids: Collection[int],
 ) -> tuple[Answer, ...]:
-    """Returns the greedy answers to conversations that end with a question, of at most MAX_TOKENS tokens.
-
-    Leaves out a conversation that fills the model's context.
-    """
+    """Returns the greedy answers to conversations that end with a question; leaves out one that fills the model's context."""
     pairs = [(question[-1]["content"], chat.prompt(question).tolist()) for question in questions]
     pairs = [(question, prompt) for question, prompt in pairs if len(prompt) < cfg.context]
     completions = _complete(cfg, prepare_params(cfg, params), [prompt for _, prompt in pairs], MAX_TOKENS, stop_token_ids)
@@ -64,7 +61,6 @@ def ask(
 def _complete(
     cfg: ModelConfig, params: Params, prompts: list[list[int]], max_tokens: int, stop_token_ids: Collection[int]
 ) -> list[Completion]:
-    """Completes prompts greedily. `params` are prepared."""
     if not prompts:
         return []
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
@@ -126,7 +122,6 @@ def repeats_itself(text: str) -> bool:
 
 
 def compare(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, str]]:
-    """Returns for each question (question, both answers below one another), with a note below an answer that has faults."""
     return [
         (old.question, before_and_after((old.text, old.faults), (new.text, new.faults)))
         for old, new in zip(before, after, strict=True)
@@ -143,7 +138,6 @@ def before_and_after(*answers: tuple[str, str]) -> str:
 
 
 def describe_faults(answers: Sequence[Answer]) -> str:
-    """Returns, in words, how many answers do not stop or repeat themselves."""
     endless, repeating = sum(not answer.stops for answer in answers), sum(answer.repeats for answer in answers)
     if not endless + repeating:
         return f"all {len(answers)} stop and none repeats itself"

@@ -70,7 +70,6 @@ class ConversationData:
 
 
 def digest_examples(items: Sequence[Any]) -> str:
-    """Returns the SHA-256 of all tokens, masks and weights of examples or pairs."""
     hasher = hashlib.sha256()
     for item in items:
         if isinstance(item, Rating):
@@ -126,7 +125,6 @@ def prepare_conversations(
 
 
 def _rows_of(items: list[Any], source: Conversations) -> dict[str, Record]:
-    """Returns the rows, by file:line, that the items were made of."""
     used = {item.where for item in items}
     return {row.where: row for row in source if row.where in used}
 
@@ -134,7 +132,7 @@ def _rows_of(items: list[Any], source: Conversations) -> dict[str, Record]:
 def _without_copies(
     held_out: list[Any], rows: dict[str, Record], train: set[str], name: str, data: str
 ) -> tuple[list[Any], str]:
-    """Returns the held-out items whose texts are not in `train`, and what was left out. Raises UserError if nothing is left."""
+    """Returns the held-out items whose texts are not in `train`, and what was left out. Raises UserError if all are."""
     known = {*map(normalize, train)}
     copies = {where: row.text for where, row in rows.items() if normalize(row.text) in known}
     if not copies:
@@ -185,7 +183,6 @@ def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
 
 
 def references_of(rows: Iterable[Record]) -> list[Reference]:
-    """Returns the last answer of each row that has one, with what is before it."""
     references = []
     for row in rows:
         if isinstance(row, Preference):
@@ -198,7 +195,7 @@ def references_of(rows: Iterable[Record]) -> list[Reference]:
 
 
 def open_conversations(data: str, objective: str) -> Conversations:
-    """Opens a data set, of which it reads the first row. Raises UserError for one that the objective cannot use."""
+    """Opens a data set. Raises UserError for one that the objective cannot use."""
     conversations, pairs = read_conversations(data), "pairs of a chosen and a rejected answer"
     is_pairs, remedy = conversations.kind == "preference", "preference fits it"
     if objective == "kto" and not is_pairs and conversations.kind != "prompt/completion":
@@ -227,7 +224,6 @@ def reference_logprobs(
 
 
 def preference_batch(pairs: Sequence[Pair | Rating], part: PairBatch, reference: np.ndarray) -> Preferences | Ratings:
-    """Returns the batch of a preference's loss, with the log-probabilities of its rows by the reference."""
     if isinstance(pairs[0], Pair):
         return Preferences(part.chosen, part.rejected, reference)
     values = [rating.value if index >= 0 and isinstance(rating := pairs[index], Rating) else 0 for index in part.pair]

@@ -84,7 +84,7 @@ class RunPlan:
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of a step, 6N + 12LDT a token, less the products for gradients that no trainable parameter needs."""
+        """FLOPs of a step: 6N + 12LDT a token, less the products for gradients that no trainable parameter needs."""
         flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable)
         return flops.total * self.step_tokens
 
@@ -115,7 +115,7 @@ class RunPlan:
 
     @property
     def process_bytes(self) -> int:
-        """The host memory that a process takes beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB with 30."""
+        """The host memory beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB with 30."""
         return PROCESS_BYTES + LAYER_BYTES * self.cfg.layers
 
     @property
@@ -129,7 +129,6 @@ class RunPlan:
 
     @property
     def _head_is_narrow(self) -> bool:
-        """Whether the head is frozen, and so in the compute type or int8."""
         if self.trainable is None or ("embed" if self.cfg.tied else "head") in self.trainable.weights:
             return False
         return self.base == "int8" or self.cfg.dtype != "float32"
@@ -139,37 +138,32 @@ class RunPlan:
         return LORA_COMPILER_OPTIONS if self.trainable and self.trainable.adapted else None
 
     def progress(self, step: int, elapsed: float) -> float:
-        """Returns the share of the run that is done, 1 at its end: of the steps or of the time, whichever is larger."""
+        """Returns the share of the run that is done, by steps or by time, whichever is larger."""
         by_time = min(elapsed / (self.seconds or math.inf), step / self.least_steps if self.least_steps else math.inf)
         return min(1.0, max(step / (self.steps or math.inf), by_time))
 
     def length(self) -> str:
-        """Returns the length of the run, in words."""
         lengths = [quantity(self.steps, self.step_name)] if self.steps else []
         lengths += [f"{duration(self.seconds)} of training time"] if self.seconds else []
         least = f", but at least {quantity(self.least_steps, self.step_name)}" if self.least_steps else ""
         return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2) + least
 
     def predict(self, step_seconds: float) -> tuple[int, str]:
-        """Returns (steps, how long they take in words) when one takes `step_seconds`."""
         by_time = max(1, self.least_steps, round(self.seconds / step_seconds)) if self.seconds else math.inf
         steps = int(min(self.steps or by_time, by_time))
         return steps, duration(steps * step_seconds)
 
     def seconds_left(self, step: int, elapsed: float, step_seconds: float) -> float:
-        """Returns the seconds from `step` to the end when a step takes `step_seconds`."""
         left = [(self.steps - step) * step_seconds] if self.steps else []
         if self.seconds:
             left += [max(self.seconds - elapsed, (self.least_steps - step) * step_seconds)]
         return min(left)
 
     def require(self, needed: int, what: str, remedy: str, detail: str = "") -> None:
-        """Raises UserError when a device needs more bytes than it has: see `require_memory`."""
         detail += f" on each of {self.mesh.devices} devices" * (self.mesh.devices > 1)
         require_memory(needed, what, remedy, detail=detail, limit=self.memory_limit)
 
     def cost_relative_to_full(self) -> str:
-        """Returns a sentence: predicted FLOPs, memory and time (as FLOPs) as shares of those of training everything."""
         full = dataclasses.replace(self, trainable=all_trainable(self.cfg), base="float")
         flops, memory = self.step_flops / full.step_flops, self.memory.total / full.memory.total
         return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained"
@@ -193,7 +187,6 @@ def find_ceilings(console: Console) -> Ceilings:
 
 
 def measure_in_subprocess() -> Ceilings | None:
-    """Returns the ceilings that another process measures; None when it fails."""
     command = [sys.executable, "-c", MEASURE_PROGRAM]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError, TypeError):
@@ -202,13 +195,12 @@ def measure_in_subprocess() -> Ceilings | None:
 
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
-    """Returns what all devices of a mesh reach together, of which one has `ceilings`: a machine's CPUs share its cores."""
+    """Returns what all devices of a mesh reach together; a machine's CPUs share its cores."""
     count = mesh.devices if jax.default_backend() != "cpu" else processes.machine_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 
 def memory_estimate(plan: RunPlan, needed: int) -> str:
-    """Returns a phrase: the memory that a step or round needs, the limit, and what the copy takes that is saved beside it."""
     limit = f"{format_bytes(plan.memory_limit)} that are left for a {plan.step_name}"
     limit += f" on each device of {plan.mesh}" * (plan.mesh.devices > 1)
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // processes.process_count()

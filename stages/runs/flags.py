@@ -92,7 +92,6 @@ class MeshFlags:
         return MeshShape(fsdp=jax.device_count())
 
     def connect(self) -> None:
-        """Joins the other processes, if there are any."""
         if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
             lifecycle.join(self.coordinator, self.processes or None, self.process, self.join_within)
 

@@ -36,13 +36,12 @@ RUN_FILES = (
 
 
 def default_folder(model: str, data: str) -> Path:
-    """Returns runs/MODEL-DATA, DATA being the asset's name or the file's."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip("-.") or "text"
     return ROOT / f"{model}-{name}"
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is a run in the folder. Raises UserError when it is a file, or holds something else than a run."""
+    """Whether a run is in the folder. Raises UserError for a file, or a folder that holds something else."""
     if not folder.exists():
         return False
     if not folder.is_dir():
@@ -55,7 +54,6 @@ def holds_run(folder: Path) -> bool:
 
 
 def recorded_batch(folder: Path, overwrite: bool) -> int | None:
-    """Returns the batch of the run in the folder that would be resumed; None when there is none."""
     if overwrite or not checkpoint.steps(folder):
         return None
     return leaf_paths(read_json(folder / "run.json")).get("recipe/batch")
@@ -103,7 +101,6 @@ def updating(folder: Path) -> Iterator[None]:
 
 
 def replace_nonfinite(value: Any, replace: Callable[[float], Any]) -> Any:
-    """Replaces floats that JSON lacks, within dicts too."""
     if isinstance(value, dict):
         return {name: replace_nonfinite(inner, replace) for name, inner in value.items()}
     return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -132,7 +129,7 @@ class JsonLines:
             file.writelines(lines)
 
     def add(self, **fields: Any) -> None:
-        """Adds a line, with null for numbers that are not finite. A refused line is tried once more; then raises OSError."""
+        """Adds a line, with null for numbers that are not finite. Tries twice, then raises OSError."""
         if not processes.is_first():
             return
         clean = replace_nonfinite(fields, lambda _: None)

@@ -63,11 +63,9 @@ class RunOptions:
 
     @property
     def shows_weights(self) -> bool:
-        """Whether it is recorded or watched how the weights move."""
         return self.record is not None or self.watch is not None
 
     def is_over(self, plan: RunPlan, loop_state: LoopState) -> bool:
-        """Whether all of the plan is done, or the patience is."""
         out_of_patience = self.patience is not None and loop_state.since_best >= self.patience
         return out_of_patience or plan.progress(loop_state.step, loop_state.seconds) >= 1
 
@@ -91,7 +89,7 @@ class StepTimer:
         return max(sum(self.recent) / max(len(self.recent), 1), 1e-9)
 
     def warm_rate(self) -> float | None:
-        """Returns steps a second after the first; None before there are any."""
+        """Returns steps a second after the first."""
         return (self.count - 1) / self.warm_seconds if self.count > 1 else None
 
 
@@ -171,7 +169,7 @@ class Loop:
         return self.stage.exhausted or self.options.is_over(self.plan, self.loop_state)
 
     def _stopped(self) -> bool:
-        """Whether a signal, or a line that cannot be written, ends the loop: of several processes, once all know of it."""
+        """Whether the loop ends early; of several processes, once all know of it."""
         if processes.process_count() == 1:
             self.stop_code = self._own_stop_code()
         return bool(self.stop_code)
@@ -182,7 +180,7 @@ class Loop:
         return 128 + self.deferral.received if self.deferral and self.deferral.received else 0
 
     def _agree_on(self, seconds: float) -> float:
-        """Returns process 0's `seconds`, and sets `stop_code` to anyone's: all that follows is decided alike."""
+        """Returns process 0's `seconds`, and sets `stop_code` to anyone's, so that all decide alike."""
         rows = processes.gather_numbers(seconds, self._own_stop_code())
         self.stop_code = int(max(code for _, code in rows))
         return rows[0][0]
@@ -204,7 +202,6 @@ class Loop:
     # Log
 
     def _report(self, refused: list[bool]) -> None:
-        """Shows the live line and writes metrics.jsonl, where due; a refused step always, with its batch."""
         loop_state, timer = self.loop_state, self.timer
         if loop_state.predicted is None and min(timer.warm_seconds, timer.count) > PREDICTS_AFTER:
             self._predict()
@@ -220,7 +217,6 @@ class Loop:
             self._log_step()
 
     def _predict(self) -> None:
-        """Predicts the length of the run by the time of its steps so far but the first, and prints it."""
         now, step_seconds = self.loop_state, 1 / (self.timer.warm_rate() or 1)
         left = self.plan.seconds_left(now.step, now.seconds, step_seconds)
         now.predicted = now.step + round(left / step_seconds), now.seconds + left
@@ -265,8 +261,7 @@ class Loop:
     # Evaluate, save
 
     def _evaluate_and_save(self, state: TrainState) -> bool:
-        """Evaluates and saves, where due, and evaluates at the end; saves the best evaluated too. Returns whether it did
-        either."""
+        """Evaluates and saves, where due, and evaluates at the end. Returns whether it did either."""
         loop_state = self.loop_state
         # Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
         finite, is_done, evaluator = not loop_state.refused_in_a_row, self._is_done(), self.stage.evaluator
@@ -284,7 +279,6 @@ class Loop:
         return bool(evaluates or saves)
 
     def _evaluation_interval(self) -> int | float:
-        """Returns the steps or seconds between evaluations: as asked for, or a run's tenth, but for EVALUATION_SHARE."""
         loop_state, plan = self.loop_state, self.plan
         if self.options.eval_every:
             return self.options.eval_every
@@ -322,7 +316,7 @@ class Loop:
     # Ends that nobody wants
 
     def _stop_after_refusals(self, state: TrainState) -> None:
-        """Raises UserError, with the run saved before the refused steps, which changed no weight, and will be run again."""
+        """Raises UserError, with the run saved as it was before the refused steps, which will run again."""
         saved, stopped, step_name = self.last_finite, self.loop_state, self.plan.step_name
         refused = f"{stopped.refused_in_a_row} updates in a row, up to {step_name} {stopped.step:,},"  # several a round
         self.loop_state = saved
@@ -347,7 +341,7 @@ class Loop:
             self.failure = self.failure or error
 
     def _stop_after_failure(self, state: TrainState, error: OSError | UserError) -> NoReturn:
-        """Saves, then raises the error: what `_noting_failure` noted, or a step that could not begin."""
+        """Saves, then raises the error."""
         at = f"{self.plan.step_name} {self.loop_state.step:,}"
         try:
             if self.saved_step != self.loop_state.step:

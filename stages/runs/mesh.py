@@ -53,13 +53,12 @@ def connect_devices(mesh: Mesh) -> Mesh:
 
 
 def device_with_mesh(device: Device, shape: MeshShape) -> Device:
-    """Returns the device with its mesh and the count of processes, which the banner shows."""
     in_processes = f" in {processes.process_count()} processes" if processes.process_count() > 1 else ""
     return dataclasses.replace(device, mesh=f"{shape.devices} devices{in_processes}, {shape}")
 
 
 def refuse_different_runs(metadata: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
-    """Raises UserError in every process when their run.json, architecture, intervals or checkpoints differ."""
+    """Raises UserError in every process when the runs of several differ."""
     shared = {name: value for name, value in metadata.items() if name not in PER_PROCESS_ENTRIES}
     shared |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
     processes.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})

@@ -59,7 +59,7 @@ class TrainableFlags:
         return None if self.train or self.freeze or self.weights == "q4" else self.lora or LoraConfig()
 
     def describe(self, lora: LoraConfig | None) -> str:
-        """Describes the trainable parameters, which must be the same to resume a run: `learns` in run.json."""
+        """Returns `learns` of run.json: the trainable parameters, which must be the same to resume a run."""
         if lora:
             return f"{lora}{' over int8' if self.base == 'int8' else ''}"
         rounded = " in q4" * (self.weights == "q4")

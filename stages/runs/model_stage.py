@@ -128,25 +128,24 @@ class ModelStage(Stage):
         return recorded if recorded not in (None, own) and recorded == earlier_digest(params) else own
 
     def place(self) -> None:
-        """Spreads the parameters over the mesh, from the host's memory, which keeps what was loaded."""
+        """Spreads the parameters over the mesh; the host keeps what was loaded."""
         if self.on_mesh:
             self.trainable, self.frozen = place(self.trainable), place(self.frozen)
             self.frozen_as_loaded = jax.device_get(self.frozen_as_loaded)
             self.model = dataclasses.replace(self.model, params=jax.device_get(self.model.params))
 
     def to_saved(self, trainable: Any) -> Any:
-        """Returns the params of a checkpoint: an adapter on its own, or the whole model."""
         return trainable if self.lora else merge(trainable, self.frozen_as_loaded)
 
     def from_saved(self, params: Any) -> Any:
         return params if self.lora or self.plan.trainable is None else split(params, self.plan.trainable.weights)[0]
 
     def initial_params(self) -> Any:
-        """Returns the model before training. An untrained adapter changes nothing, to the bit."""
+        """Returns the model before training: an untrained adapter changes nothing, to the bit."""
         return self.frozen if self.lora and not self.origin else merge(self.trainable, self.frozen)
 
     def initial_state(self, trainable: Any) -> TrainState:
-        """Returns the state before the first step. A copy: steps donate it, and the report compares with the start."""
+        """Copies `trainable`: steps donate the state, and the report compares with the start."""
         return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, trainable))
 
     def model_row(self) -> tuple[str, str]:
@@ -156,7 +155,6 @@ class ModelStage(Stage):
         return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}{rounded}"
 
     def load_trained(self, step: int) -> Any:
-        """Returns the trained parameters of a checkpoint of this run. Raises UserError when it is damaged."""
         params = load_params(self.folder / "checkpoints" / str(step)).params
         return place(build_adapter(self.lora, params) if self.lora else self.from_saved(params))
 

@@ -54,7 +54,6 @@ def call(file: str, name: str, rows: list[dict[str, object]]) -> list[float]:
 
 
 def _line(file: str, error: BaseException) -> int | None:
-    """Returns the line of the file in which an error came about; None for an error outside it."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return error.lineno
     return next((at.lineno for at in reversed(traceback.extract_tb(error.__traceback__)) if at.filename == file), None)

@@ -95,7 +95,6 @@ NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the 
 
 
 def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """Returns all that is compared, {path in run.json: value}; `config/...` is the architecture's."""
     leaves = leaf_paths(json.loads(json.dumps(metadata)) | {"config": json.loads(json.dumps(cfg.to_json()))})
     return {path: value for path, value in leaves.items() if not NOT_COMPARED.fullmatch(path)}
 
@@ -126,7 +125,6 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def describe_changes(changes: Changes) -> list[str]:
-    """Returns lines, with the flag where one sets it: `--learning-rate: 0.003 -> 0.01`."""
     lines = []
     for path, (before, now) in changes.items():
         name = path.rpartition("/")[2]

@@ -51,7 +51,6 @@ class LoopState:
         return state
 
     def is_due(self, name: str, length: int | float) -> bool:
-        """Whether the named interval of `length` steps (int) or seconds of training (float) is over."""
         step, seconds = self.intervals[name]
         return (self.step - step if isinstance(length, int) else self.seconds - seconds) >= length
 
@@ -188,7 +187,7 @@ def compile_step(
 
 
 def temporary_bytes(compiled: Compiled) -> int:
-    """Returns the bytes of a step's temporary buffer in the host's memory, 0 for a small one: moving it costs page faults."""
+    """Returns the bytes of a step's temporary buffer in the host's memory, 0 for a small one."""
     analysis = compiled.memory_analysis() if jax.default_backend() == "cpu" else None
     return size if analysis and (size := analysis.temp_size_in_bytes) >= LARGE_BUFFER else 0
 
@@ -222,7 +221,6 @@ class BatchStage(Stage):
         return state, [bool(metrics.refused)]
 
     def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        """Returns the mean loss since the last call, gradient norm, learning-rate factor, tokens/s, and refused steps."""
         loss = sum(self.losses) / len(self.losses)  # the mean since the last line
         self.losses = []
         return {
@@ -234,7 +232,6 @@ class BatchStage(Stage):
         }
 
     def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        """Returns loss, learning-rate factor, gradient norm, tokens/s, MFU and epoch, in words."""
         plan, epoch = self.plan, self.mesh_batches.epoch(loop_state.step)
         return [
             f"loss {self.loss:.3f}",

@@ -78,7 +78,6 @@ def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
 
 
 def evaluation_source(data: str, console: Console) -> Source:
-    """Returns the text to evaluate on: an asset's held-out text, or all of a file or folder."""
     if data in assets.ASSETS or not Path(data).exists():
         held_out = find_sources(data, None, console)[1]
         assert held_out is not None
@@ -109,7 +108,6 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
-    """Returns the tokens of a text, from the user's cache when it was encoded before."""
     if isinstance(source, Path):
         with console.task(f"checking {source}"):
             return open_bin(source, tokenizer)
@@ -160,7 +158,6 @@ def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFi
 
 
 def digest_tokens(text: TokenFile) -> str:
-    """Returns a SHA-256 of a file of tokens and of how many of them are used."""
     # The cache names a folder by the digest of text and tokenizer, and checks it.
     is_cached = text.path.is_relative_to(cache_folder("tokens"))
     digest = text.path.parent.name if is_cached else _digest_file(text.path)
@@ -178,12 +175,11 @@ def source_name(source: Source) -> str:
 
 
 def rows_in_memory(cfg: ModelConfig, seq: int) -> int:
-    """Returns how many windows, 2 to 16, an evaluation scores together: as many as have logits of LOGITS bytes."""
+    """Returns how many windows, 2 to 16, are scored together: as many as have logits of LOGITS bytes."""
     return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
 
 
 def bits_per_byte(nats: float, size: int) -> float:
-    """Returns bits per byte from the summed nats over a text of `size` bytes."""
     return nats / math.log(2) / size
 
 

@@ -16,7 +16,6 @@ from stages.serve.flags import ServeFlags
 
 
 def serve(flags: ServeFlags) -> int:
-    """Serves until a signal stops it. Raises UserError, before anything else, when the packages of its extra are missing."""
     require_serve_packages(f"stages.serve {' '.join(typed_arguments())}")
     from stages.serve.run import run  # after the flags are parsed: --help needs none of it
 

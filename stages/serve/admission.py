@@ -49,7 +49,6 @@ class Admission:
         self._seconds = 1.0 / slots  # between the ends of two requests, as a moving average
 
     def check_open(self) -> None:
-        """Raises ApiError when the server is shutting down."""
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 
@@ -93,7 +92,6 @@ class Admission:
         return next(self._priorities)
 
     def release(self) -> None:
-        """Frees the place of a request."""
         self.reserved -= 1
 
     def record(self, seconds: float) -> None:
@@ -111,5 +109,4 @@ class Admission:
         self.body_bytes += count
 
     def remove_bytes(self, count: int) -> None:
-        """Takes bytes off `body_bytes` again."""
         self.body_bytes -= count

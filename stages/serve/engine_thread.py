@@ -47,17 +47,14 @@ class EngineThread:
 
     @property
     def compiles_after_ready(self) -> int:
-        """Programs compiled since the engine had all, soon after it was ready: there should be none."""
         return self._compiles.count if self.has_long_programs else 0
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot, with those still in the thread's queue."""
         return self.engine.waiting + self._work.qsize()
 
     @property
     def seconds_since_tick(self) -> float:
-        """Seconds since the thread's last tick."""
         return time.monotonic() - self.last_tick
 
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
@@ -87,8 +84,6 @@ class EngineThread:
         self._listeners[handle.id] = listener
 
     def cancel(self, handle: "Handle") -> None:
-        """Cancels a request, unless it has ended."""
-
         def drop() -> None:  # behind the work that submits it
             if self._listeners.pop(handle.id, None):
                 self.engine.cancel(handle.id)
@@ -96,13 +91,12 @@ class EngineThread:
         self._work.put(drop)
 
     async def call[T](self, function: Callable[[], T]) -> T:
-        """Returns what a function returns in the engine's thread, between two steps, behind all that was submitted before."""
+        """Returns what a function returns in the engine's thread, behind all that was submitted before."""
         future = self._loop.create_future()
         self._work.put(lambda: self._post(future.set_result, function()))
         return await future
 
     def stop(self) -> None:
-        """Ends the thread after the step it is in."""
         self._stopping = True
         self._work.put(lambda: None)
         if self._thread:
@@ -138,7 +132,7 @@ class EngineThread:
         self.has_long_programs = True
 
     def _take_work(self) -> None:
-        """Runs all work in the queue; without requests that a step would further, waits up to IDLE_SECONDS for some."""
+        """Runs all work in the queue; waits up to IDLE_SECONDS for some if no request would be furthered by a step."""
         with contextlib.suppress(queue.Empty):
             if not self.engine.scheduler.has_step:
                 self._work.get(timeout=IDLE_SECONDS)()

@@ -58,20 +58,17 @@ class ClientGone(Exception):
 
 
 def error_reply(error: Exception, path: str) -> Response:
-    """Returns the reply to a request for that path that failed with this error."""
     if isinstance(error, ClientGone):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return (error if isinstance(error, ApiError) else internal_error(error)).reply(path)
 
 
 def internal_error(error: BaseException) -> ApiError:
-    """Returns the 500 for an error of the server's own, and prints its traceback to the server's log."""
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
 
 
 def explain(error: BaseException) -> BaseException:
-    """Returns a UserError when memory ran out, else the error."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return UserError(f"There is not enough memory for so many slots; {REMEDY}")
     return error

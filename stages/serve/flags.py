@@ -26,7 +26,6 @@ DTYPES = ("bfloat16", "float32", "int8")
 
 
 def _origin(text: str) -> str:
-    """Parses an origin as a browser sends it. Raises ValueError."""
     match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-f:.]+\]))(:\d+)?/?", text.strip().lower(), re.A)
     if not match:
         raise ValueError(f"wanted the origin of a page, such as https://app.example or http://localhost:3000, got {text!r}")
@@ -35,7 +34,7 @@ def _origin(text: str) -> str:
 
 
 def _adapter(text: str) -> tuple[str, Path]:
-    """Parses an adapter's name, empty without one, and its folder."""
+    """Returns the name, empty without one, and the folder."""
     name, _, folder = text.partition("=") if re.match(r"[\w.:-]+=", text, re.A) else ("", "", text)
     return name, path(folder)
 

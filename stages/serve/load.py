@@ -61,7 +61,6 @@ class CompileAhead:
             yield program
 
     def stop(self) -> None:
-        """Ends after the program that is being compiled."""
         self._stopping = True
         if self._thread:
             self._thread.join()
@@ -171,7 +170,6 @@ def load_state(
 
 
 def _make_engine(model: LoadedModel, adapters: Sequence[Path], engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:
-    """Returns the engine, and notes on the adapters that are merged, to print."""
     cfg = engine_config.model_config(model.cfg)
     is_whole = layout.current_mesh() is None
     with host_memory(not is_whole):

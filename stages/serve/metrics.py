@@ -57,7 +57,6 @@ class Metrics(Collector):
         prometheus.ProcessCollector(registry=registry)
 
     def collect(self) -> list[CounterMetricFamily]:
-        """Returns the one counter that is read from the engine at each scrape: programs compiled since all were there."""
         about = "Programs compiled since all were there, soon after the server was ready."
         return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)]
 
@@ -65,11 +64,10 @@ class Metrics(Collector):
         self._responses.labels(str(status)).inc()
 
     def count_end(self, reason: str) -> None:
-        """Counts a completion that ended, by reason: stop, length, abort or error."""
         self._success[reason].inc()
 
     def count_completion(self, prompt: int, cached: int, generated: int, seconds: float, decoding: float) -> None:
-        """Counts a whole completion: its tokens, its seconds, and those of `decoding`, from first token to last."""
+        """`decoding`: seconds from first token to last."""
         for counter, count in zip(self._counters, (prompt, generated, prompt, cached)):
             counter.inc(count)
         for histogram, value in zip(self._histograms, (prompt, generated, seconds)):
@@ -78,5 +76,4 @@ class Metrics(Collector):
             self._per_token.observe(decoding / (generated - 1))
 
     def text(self) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
         return prometheus.generate_latest(self._registry)

@@ -194,7 +194,6 @@ async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asy
 
 
 async def report_long_programs(engine: "EngineThread", console: Console) -> None:
-    """Prints that a text waits for the programs for longer texts, once, and when these are there."""
     runner, is_reported = engine.engine.runner, False
     if runner.limit >= runner.positions:
         return

@@ -25,7 +25,6 @@ BACKLOG = 1024
 
 
 def is_local(host: str) -> bool:
-    """Returns whether only this machine can reach the address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -116,7 +115,6 @@ class HttpProtocol(H11Protocol):
             self._wait()  # a head has begun, or a refused body goes on
 
     def handle_events(self) -> None:
-        """Ends the time limit when a head is complete."""
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()

@@ -79,7 +79,6 @@ class ServerState:
 
     @property
     def served_names(self) -> list[str]:
-        """The model's names and those of its adapters."""
         return [*self.names, *self.adapters.adapters]
 
     def find_model(self, name: str) -> ServedModel:
@@ -104,7 +103,6 @@ class ServerState:
         return model.adapter
 
     def check_ready(self) -> None:
-        """Raises ApiError (503) while no completion can be admitted: when not ready, failed or draining."""
         messages = {"warming": "The server is not ready yet.", "failed": "The engine has failed."}
         if message := messages.get(status := self.status):
             raise ApiError(503, message, code=status, headers={"Retry-After": "2"})
@@ -112,7 +110,6 @@ class ServerState:
 
     @property
     def status(self) -> Status:
-        """Whether requests are answered now, or why not."""
         if self.engine.error or not self.engine.ready:
             return "failed" if self.engine.error else "warming"
         if self.engine.seconds_since_tick > STUCK_SECONDS:
@@ -120,7 +117,7 @@ class ServerState:
         return "draining" if self.admission.draining else "ok"
 
     async def hash_weights(self) -> str:
-        """Returns a new digest of all weights, made in a thread; requests that come meanwhile share it."""
+        """Returns a new digest of all weights; requests that come meanwhile share it."""
         if self._hashing is None or self._hashing.done():
             self._hashing = asyncio.create_task(asyncio.to_thread(digest, self.engine.engine.params))
         return await asyncio.shield(self._hashing)

@@ -34,7 +34,6 @@ class TokenizerPool:
 
     @functools.cached_property
     def _long_chat(self) -> ChatTokenizer:
-        """A copy for long texts, made on first use."""
         return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
     async def encode(self, texts: Sequence[str], special: bool = True, continued: bool = False) -> list[list[int]]:
@@ -98,7 +97,6 @@ class TokenizerPool:
 
 
 def context_overflow(count: int, capacity: int, param: str) -> ApiError:
-    """Returns the error for a prompt of `count` tokens that leaves no room for one more."""
     message = (
         f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, which leaves none for an answer. "
     )

@@ -43,7 +43,6 @@ class Tool(NamedTuple):
 
     @property
     def definition(self) -> dict[str, Any]:
-        """The tool as templates read it."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
@@ -65,7 +64,6 @@ class ToolFormat(NamedTuple):
     end: str
 
     def opening(self, name: str) -> str:
-        """What comes before the arguments."""
         return f'{self.begin}{{"name": {json.dumps(name)}, "{self.key}": '
 
     def call(self, name: str, arguments: str) -> str:
@@ -106,7 +104,6 @@ NO_TOOLS = ToolUse()
 
 
 def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
-    """Returns each call with all its arguments."""
     calls: list[ToolCall] = []
     for part in parts:
         if part.id:
@@ -225,5 +222,4 @@ class CallParser:
         return len(self._text) - 1 if last and self._text.endswith("}") else -1
 
     def _may_end(self) -> int:
-        """Returns how much at the text's end may belong to the tail of a call."""
         return overlap(self._text, self._tail) if self._form.end else int(self._text.endswith("}"))

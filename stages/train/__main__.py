@@ -28,7 +28,6 @@ RECIPE = default("the preset's recipe")
 
 
 def preset_name(text: str) -> str:
-    """Parses the name of a preset; the error for another names the nearest."""
     preset(text)
     return text
 

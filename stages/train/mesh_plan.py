@@ -112,14 +112,12 @@ def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> 
 
 
 def _end_after(parent: int) -> None:
-    """Ends this process after its parent, which a signal may end at any moment."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def compile_for_parent() -> None:
-    """Compiles the step that a JSON on stdin describes, and prints a JSON of what is in it."""
     begin, parent = time.monotonic(), os.getppid()
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     fields, recipe, mesh = json.load(sys.stdin)

@@ -219,7 +219,6 @@ class Training(BatchStage):
         self.begin_steps(program, MeshBatches(self.batches), evaluator, loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
-        """Measures, saves a sample, and returns the RunReport, which `execute` prints."""
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
         step, seconds, folder = loop_state.step, loop_state.seconds, self.folder
         with self.console.task("evaluating on the whole validation text", always=True) as report:
@@ -248,7 +247,7 @@ class Training(BatchStage):
         return RunReport(result, [("what it writes", text)], rows, saved, ["generate", "evaluate"])
 
     def _sample(self, params: Any) -> str | None:
-        """Samples a text after a line end, in process 0; None for a model that no device holds whole."""
+        """Samples a text in process 0; None for a model that no device holds whole."""
         if self.plan.mesh.devices == 1:
             return self._continue("\n", params)
         from stages.runs.mesh import fits_one_device, on_one_device
@@ -280,7 +279,6 @@ class Training(BatchStage):
 
 
 def expected_mfu(dtype: str) -> float:
-    """Returns the share of the ceiling that the products of a step are expected to reach on the device in use."""
     has_amx = jax.default_backend() == "cpu" and "amx_bf16" in processor()[1].split()
     return AMX_MFU if has_amx and dtype == "bfloat16" else EXPECTED_MFU
 

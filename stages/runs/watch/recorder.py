@@ -169,7 +169,6 @@ class Recorder:
         self.event("begin", **header)
 
     def begin_run(self, run: Stage, trainable: Any, step: int, **header: Any) -> None:
-        """Begins with a stage's weights before its next step, the one after `step`."""
         plan, cfg, frozen, (text, prompt) = run.plan, run.plan.cfg, run.frozen, run.prompt()
         prompt = prompt[-(cfg.context // 2) :]  # one may fill the context
         count = min(SAMPLE, cfg.context - len(prompt))
@@ -287,7 +286,6 @@ def _changed(before: np.ndarray, now: np.ndarray) -> int:
 
 
 def _grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
-    """Returns the rows and columns of a tensor's mosaic; a vector is one row."""
     return -(-math.prod(shape[:-1]) // patch), -(-math.prod(shape[-1:]) // patch)
 
 
@@ -298,20 +296,18 @@ def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
 
 
 def _way(tensors: Sequence[dict[str, Any]]) -> str:
-    """Returns how a run fine-tunes, by its tensors."""
     if any(tensor["path"].endswith("/a") for tensor in tensors):
         return "lora"
     return "all" if all(tensor["trainable"] for tensor in tensors) else "frozen"
 
 
 def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Returns the side of the smallest patch with which the mosaics of all tensors, and their numbers, have PIXELS at most."""
+    """Returns the side of the smallest patch with which all mosaics, and their numbers, have PIXELS at most."""
     largest, most = max(math.prod(shape) for shape in shapes), PIXELS - PIXELS_OF_TENSOR * len(shapes)
     return next((n for n in range(1, largest) if sum(math.prod(_grid(shape, n)) for shape in shapes) <= most), largest)
 
 
 def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
-    """Returns a tensor's mosaic, and the limit that ROBUST of its pixels are within."""
     matrix = np.nan_to_num(array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0)
     rows, columns = (np.arange(0, size, patch) for size in matrix.shape)
     sums = np.add.reduceat(np.add.reduceat(matrix, rows, 0), columns, 1)

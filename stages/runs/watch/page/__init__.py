@@ -55,7 +55,6 @@ def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
 
 @functools.cache
 def _joined(parts: tuple[Path, ...]) -> str:
-    """Returns the shell with the parts in it, and an empty document."""
     page = whole_page(SHELL)
     for path in parts:
         text = path.read_text("utf-8")
@@ -96,7 +95,6 @@ def read_recording(path: Path) -> dict[str, Any] | None:
 
 
 def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIVES) -> None:
-    """Writes the page, whole or not at all, and links it with the pages of SITE beside it. Raises UserError as `page_html`."""
     _write(path, page_html(document, parts))
     _link_pages(path.parent)
 
