@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import re
 import resource
 import socket
@@ -78,6 +79,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         proxy_headers=False, timeout_graceful_shutdown=5,
     ))  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that hangs up while text is written to it
     return server
 
 
