@@ -28,7 +28,6 @@ class Moments(NamedTuple):
 
 
 def global_norm(tree: Params) -> float:
-    """Returns the L2 norm of a tree as one vector."""
     return sum(float(np.vdot(leaf, leaf)) for leaf in leaves(tree)) ** 0.5
 
 

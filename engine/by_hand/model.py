@@ -165,7 +165,6 @@ def to_numpy(params: Any) -> Params:
 
 
 def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
-    """Returns the tree of f(leaf of the first, leaf of the second, ...)."""
     if not isinstance(trees[0], dict):
         return f(*trees)
     return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}

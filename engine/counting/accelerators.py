@@ -44,7 +44,6 @@ class Accelerator:
 
 
 def read_accelerators() -> dict[str, Accelerator]:
-    """Returns all accelerators by name, in the order of the file."""
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Accelerator)}
     rows = csv.DictReader(Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines())
     number = lambda name, text: types[name](text) if text else types[name]()  # 0 or ""
@@ -52,7 +51,7 @@ def read_accelerators() -> dict[str, Accelerator]:
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """Returns the accelerator of a name, for a mesh. Raises UserError for an unknown one, or one without a known network."""
+    """Returns the accelerator of a name. Raises UserError for an unknown one, or one without a known network."""
     known = {name: device for name, device in read_accelerators().items() if device.network_gbs}
     if name not in known:
         raise UserError(f"There are figures of {', '.join(known)}, not of {name!r}.{did_you_mean(name, [*known])}")

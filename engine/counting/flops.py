@@ -77,7 +77,6 @@ def train_flops(cfg: ModelConfig, tokens: int, **options: Any) -> Flops:
 
 
 def add_layers(layers: Iterable[Flops]) -> Flops:
-    """Returns the sum of the parts of layers; one that no layer has is 0."""
     parts = dict.fromkeys((*MATRICES, "attention", "head", "lora"), PassFlops())
     for layer in layers:
         parts |= {name: parts[name] + part for name, part in layer.parts.items()}
@@ -245,8 +244,7 @@ def muon_flops(cfg: ModelConfig) -> int:
 
 
 def gradient_layer_flops(cfg: ModelConfig, batch: int, tokens: int, **options: Any) -> list[Flops]:
-    """Returns the FLOPs of a loss and its gradient over `batch` sequences of `tokens`, for each block from the bottom up, and
-    last for the head. Options as of `flops_by_layer`."""
+    """Returns the FLOPs of a loss and its gradient over `batch` sequences, as `flops_by_layer` does."""
     from engine.model.attention_in_blocks import QUERY_BLOCK  # loads JAX, as the planner does not
 
     return flops_by_layer(cfg, tokens, rows=batch * tokens, attention=QUERY_BLOCK, **options)

@@ -40,11 +40,11 @@ clock = time.perf_counter
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The best rates seen on this machine.
+    """The best rates seen on this machine, in units of 10^9; 0 where the backend refuses the operation.
 
-    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` at JAX's default precision (TF32 on recent
-    GPUs), `int8` with int32 results. `read_gbs` sums a large array, as decoding reads weights; `update_gbs` scales it in
-    place, as an optimizer does, counting read and write. G is 10^9. A rate is 0 where the backend refuses the operation.
+    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` at JAX's default precision (TF32 on recent GPUs),
+    `int8` with int32 results. `read_gbs` sums a large array, as decoding reads weights; `update_gbs` scales it in place, as an
+    optimizer does, counting read and write.
     """
 
     device: str
@@ -58,7 +58,6 @@ class Ceilings:
     update_gbs: float
 
     def peak_flops(self, dtype: str) -> float:
-        """Returns the FLOP/s of products in `dtype`."""
         return 1e9 * getattr(self, _RATE_OF_DTYPE[dtype])
 
 
@@ -73,10 +72,7 @@ def machine_identity() -> dict[str, Any]:
 
 
 def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilings:
-    """Measures all five rates in two to five seconds: the best of interleaved rounds, for noise only ever slows.
-
-    `report(done, total)` counts rounds; a slow machine stops early.
-    """
+    """Measures all five rates in two to five seconds: the best of interleaved rounds. `report(done, total)` counts rounds."""
     device = jax.local_devices()[0]
     numbers = _CPU_NUMBERS if device.platform == "cpu" else 2**28
     products = {rate: square_product(dtype) for dtype, rate in _RATE_OF_DTYPE.items()}
@@ -129,22 +125,19 @@ def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
 
 
 def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
-    """Returns the higher of each rate: on a shared machine they vary, and the best counts."""
     return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
 
 
 def saved_ceilings() -> Ceilings | None:
-    """Returns this machine's ceilings from the user's cache; None where they are to be measured: there are none, they are
-    damaged, or they were measured on a machine that was busy, and at least twice as busy as it is now."""
+    """Returns this machine's ceilings from the cache; None where they are to be measured: there are none, or the machine was
+    busy then, and at least twice as busy as now.
+    """
     ceilings, load = _read_ceilings()
     return None if load > BUSY and 2 * _load() <= load else ceilings
 
 
 def save_ceilings(ceilings: Ceilings) -> Ceilings:
-    """Saves the higher of these rates and those saved before in the user's cache, with the load of the machine; returns them.
-
-    Where the cache cannot be written, they are measured again next time.
-    """
+    """Saves the higher of these rates and those saved before, with the load of the machine; returns them."""
     saved, load = _read_ceilings()
     if saved:
         ceilings = best_ceilings(saved, ceilings)
@@ -160,12 +153,10 @@ def doubt_ceilings(share: float) -> None:
 
 
 def _load() -> float:
-    """Returns how many threads want each core, as of the last minute."""
     return os.getloadavg()[0] / cores()
 
 
 def _read_ceilings() -> tuple[Ceilings | None, float]:
-    """Returns (ceilings, load when they were measured); (None, the largest number) without a sound file."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         saved = json.loads(_ceilings_file().read_text())
         load = float(saved.pop("load"))
@@ -196,9 +187,8 @@ def peak_rss_bytes() -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Returns the host memory this process may use: the machine's, or less in a control group (v1 or v2).
-
-    `root` holds /proc and /sys.
+    """Returns the host memory this process may use: the machine's, or less in a control group (v1 or v2). `root` holds /proc,
+    /sys.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):
@@ -221,14 +211,13 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 
 def free_memory_bytes() -> int:
-    """Returns the bytes that new arrays can take: of the accelerator, or of the host within `memory_limit_bytes`."""
+    """Returns the bytes that new arrays can take: of the accelerator, or of the host."""
     if stats := jax.local_devices()[0].memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
     return free_host_bytes()
 
 
 def free_host_bytes() -> int:
-    """Returns the bytes of host memory that new arrays can take, within `memory_limit_bytes`."""
     free = [memory_limit_bytes()]
     with contextlib.suppress(OSError):  # elsewhere than on Linux
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -238,16 +227,12 @@ def free_host_bytes() -> int:
 
 
 def device_memory_bytes() -> int:
-    """Returns the memory of JAX's device: an accelerator's own, or on a CPU what this process may use."""
     stats = jax.local_devices()[0].memory_stats()  # None on a CPU
     return (stats or {}).get("bytes_limit") or memory_limit_bytes()
 
 
 def require_memory(needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None) -> None:
-    """Raises UserError when more bytes are needed than `limit`, by default the memory this process may use.
-
-    Its sentence: "{what} {needed}{detail}, and {limit} are available; {remedy}".
-    """
+    """Raises UserError when more bytes are needed than `limit`, by default the memory this process may use."""
     limit = memory_limit_bytes() if limit is None else limit
     if needed > limit:
         raise UserError(f"{what} {format_bytes(needed)}{detail}, and {format_bytes(limit)} are available; {remedy}")

@@ -105,7 +105,6 @@ def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
 
 
 def _dot(equation: Any) -> int:
-    """2 for each number of the result and each that it sums over."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)

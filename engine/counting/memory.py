@@ -49,10 +49,7 @@ class TrainingMemory:
 
     @property
     def update_peak(self) -> int:
-        """The peak of the optimizer's update beside weights and optimizer.
-
-        It holds gradients, updates, and the next optimizer state beside the old one, until the step has proved finite.
-        """
+        """The peak of the optimizer's update beside weights and optimizer: gradients, updates, and the old optimizer state."""
         return 2 * self.gradients + self.optimizer
 
     @property
@@ -61,7 +58,7 @@ class TrainingMemory:
 
     @property
     def saved(self) -> int:
-        """What a checkpoint holds: the trainable parameters and the optimizer's state."""
+        """A checkpoint's bytes."""
         return self.gradients + self.optimizer
 
 
@@ -128,8 +125,6 @@ def training_memory(
 
 
 def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) -> int:
-    """Returns the bytes of params: vectors and trainable leaves in float32, matrices in the compute type or, but for an
-    untied lookup table, in int8 with a float32 scale a column."""
     total = 0
     for path, shape in leaf_shapes(cfg).items():
         if path in trainable or len(shape) == 1:
@@ -186,7 +181,6 @@ def inference_memory(
 
 
 def dtype_bytes(cfg: ModelConfig) -> int:
-    """Returns the bytes of a number in the compute type."""
     return 2 if cfg.dtype == "bfloat16" else FLOAT32
 
 

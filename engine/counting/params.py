@@ -35,7 +35,7 @@ class ParamCount(NamedTuple):
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:
-    """Counts all parameters, and those of matrix products, at once for however many layers a config claims."""
+    """Counts at once for however many layers a config claims."""
     shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))
     times = {path: cfg.layers if path.startswith("blocks/") else 1 for path in shapes}
     matmul = [path for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed")]
@@ -56,17 +56,16 @@ NONE_TRAINABLE = TrainablePaths(frozenset())
 
 
 def all_trainable(cfg: ModelConfig) -> TrainablePaths:
-    """Returns every leaf: pre-training and full fine-tuning."""
     return TrainablePaths(frozenset(leaf_shapes(cfg)))
 
 
 def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Returns all but the embedding (a tied one too) and the lowest `blocks` blocks, all with 0. Raises UserError beyond L."""
+    """Freezes the embedding (a tied one too) and the lowest `blocks` blocks; nothing with 0. Raises UserError beyond L."""
     return _all_but(cfg, blocks, ("embed",), range(blocks))
 
 
 def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Returns all but the highest `blocks` blocks, last norm and untied head, all with 0. Raises UserError beyond L."""
+    """Freezes the highest `blocks` blocks, last norm and untied head; nothing with 0. Raises UserError beyond L."""
     return _all_but(cfg, blocks, ("norm", "head"), range(cfg.layers - blocks, cfg.layers))
 
 
@@ -83,7 +82,6 @@ def head_only(cfg: ModelConfig) -> TrainablePaths:
 
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
-    """Returns a LoRA pair on each target of every block (Hu et al., 2106.09685)."""
     paths = frozenset(f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in adapter.adapted_matrices)
     return TrainablePaths(frozenset(), paths, adapter.rank)
 

@@ -27,7 +27,6 @@ SHARE = 0.5  # of free memory that weights and slots take at most by default
 
 
 def default_weights(backend: str) -> Weights:
-    """Returns the type of a server's weights where the flags name none."""
     return "file" if backend == "cpu" else "bfloat16"
 
 
@@ -38,11 +37,10 @@ class EngineConfig:
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, "q4" makes them Blocks of
-    4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for no prefix cache, None for one of the default size. speculate:
-    whether idle rows check draft tokens, of a single sequence, or those that constraints force. chunk: prompt tokens a call;
-    tail: of a short rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk. short:
-    the longest text, in positions, that has programs of its own, see `ModelRunner`; None where no text has. embeds: whether
-    embeddings are asked for. adapters: how many there may be at once, of at most adapter_rank. Raises UserError.
+    4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for the default size. speculate: whether idle rows
+    check draft tokens. chunk: prompt tokens a call; tail: of a short rest. segment: positions of the KV cache's first segment,
+    a multiple of chunk; None for one chunk. short: the longest text, in positions, that has programs of its own; None where no
+    text has. embeds: whether embeddings are asked for. adapters: the most at once, of at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8
@@ -75,8 +73,7 @@ class EngineConfig:
     def for_prompts(cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None) -> "EngineConfig":
         """Returns the options of an engine that completes these prompts at once: few programs, and no slot more.
 
-        A prompt that occurs several times is computed once: the prefix cache holds it for the others. The KV cache is in the
-        compute dtype.
+        The prefix cache holds a prompt that occurs several times. The KV cache is in the compute dtype.
         """
         capacity, different = cfg.context if capacity is None else capacity, len(set(prompts))
         config = cls(
@@ -100,8 +97,9 @@ class EngineConfig:
 
     @property
     def short_edges(self) -> tuple[int, ...]:
-        """The edges of the segments of short texts, at least one. An accelerator has no other texts: its memory is taken at
-        once or not at all, and equal bits of two programs were never tested there."""
+        """The edges of the segments of short texts, at least one; of all on an accelerator, where two programs' bits may
+        differ.
+        """
         edges = self.edges
         if self.short is None or platform() != "cpu":
             return edges
@@ -126,7 +124,7 @@ class EngineConfig:
         """Returns this config with a capacity: its own, else the model's context, or, where weights and slots would take more
         than a SHARE of the `free` bytes, the largest power of two that does not, but at least SMALL_CAPACITY.
 
-        Without a size of its own the prefix cache holds a slot's text, and at least SMALL_PREFIX_CACHE.
+        A prefix cache of the default size holds a slot's text, and at least SMALL_PREFIX_CACHE.
         """
         capacity, prefix = self.capacity or cfg.context, self.prefix_cache_bytes
         while not self.capacity and capacity > SMALL_CAPACITY and self.bytes(cfg, capacity) > SHARE * free:
@@ -147,6 +145,5 @@ class EngineConfig:
         return self.slots * slot + prefix + weights
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        """Returns the bytes of a slot of so many tokens."""
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, self._edges(capacity)[-1]), self.kv_dtype))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(segments))

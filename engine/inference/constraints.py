@@ -28,10 +28,7 @@ JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class Constraint:
-    """Follows one completion through a grammar; `begin` returns a copy that is at the beginning, for each completion.
-
-    A grammar that becomes too complex on the way has `failed`.
-    """
+    """Follows one completion through a grammar, which has `failed` when it became too complex on the way."""
 
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
         self._matcher, self._end_ids = matcher, end_ids
@@ -44,10 +41,7 @@ class Constraint:
         return self._matcher.is_error()
 
     def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
-        """Writes which tokens may come next into masks (R, ceil(V/32)) uint32: row rows[0], and rows[n] after n of the drafts.
-
-        The drafts must be allowed, see `allowed_drafts`.
-        """
+        """Writes which tokens may come next into masks (R, ceil(V/32)) uint32: row rows[0], and rows[n] after n allowed drafts."""
         for row, draft in zip(rows, [*drafts, None]):
             self._matcher.unsafe_compute_mask_ptr(masks[row].ctypes.data, masks[row].nbytes)
             if self.failed:  # any token: it does not count
@@ -140,15 +134,14 @@ class _Vocabulary:
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """Returns the grammar of JSON values that a JSON Schema describes. Raises UserError as `json_rule`."""
     return f"start: {json_rule(schema)}"
 
 
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
-    """Returns the schema as a part of a rule, for `json_grammar` and the grammars of tool calls.
+    """Returns the schema as a part of a rule.
 
-    A keyword that cannot be enforced is refused by the compiler, or ignored if `lenient`. Raises UserError for a schema that
-    is nested too deeply or too costly.
+    A keyword that cannot be enforced is refused by the compiler, or ignored if `lenient`. Raises UserError for a schema that is
+    nested too deeply or too costly.
     """
     options = JSON_OPTIONS | {"lenient": lenient}
     text = json.dumps({**_checked(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
@@ -157,18 +150,16 @@ def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
 
 
 def check_size(text: str) -> None:
-    """Raises UserError for a grammar, or a part of one, that would take too long to compile."""
     if len(text.encode()) > MAX_BYTES:
         raise UserError(f"it has more than {MAX_BYTES:,} bytes")
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """Returns the grammar of exactly these texts."""
     return f"start: {' | '.join(map(json.dumps, choices))}"
 
 
 def regex_grammar(pattern: str) -> str:
-    """Returns the grammar of texts that match a regular expression, of Rust's crate, from their beginning to their end."""
+    """A pattern of Rust's crate, for all of the text."""
     from llguidance import regex_to_lark
 
     return f"start: /{regex_to_lark(pattern)}/"
@@ -235,7 +226,7 @@ def _digits(number: float) -> int:
 
 
 def _explain(error: str) -> str:
-    """Returns llguidance's error as one line, without its place in the grammar, and what it says of its own state."""
+    """Returns llguidance's error as one line, without its place in the grammar."""
     if "NoExtension" in error:
         return "no text satisfies it"
     error = re.sub(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?|\n *\d+ \| .*|<non-verbose/>", "", error, flags=re.S)

@@ -32,8 +32,7 @@ CHUNK = 64  # prompt tokens a prefill call
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
     """Prepares weights for inference, once: matrices in the compute dtype, adapters merged, those of one input side by side.
 
-    Gains, biases, Blocks and Int8 leaves stay; a CPU that holds Int8 `whole` gets integers in the layout in which it multiplies
-    them fastest, and for the kernel of `engine/model/native` where there is one.
+    A CPU that holds Int8 `whole` gets its integers transposed, or packed for the kernel in C.
     """
 
     transposes = whole and platform() == "cpu"
@@ -55,8 +54,7 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 after the last real one, cache.
 
-    T tokens are written after each row's length, which then grows by `lengths`; a row must have room for T. The logits of
-    a row of length 0 mean nothing.
+    T tokens are written after each row's length, which grows by `lengths`. The logits of a row of length 0 mean nothing.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache)
@@ -78,10 +76,7 @@ decode_step = jax.jit(_decode_step, static_argnames="cfg", donate_argnames="cach
 def decode_steps(
     cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays
 ) -> tuple[Array, KVCache]:
-    """token (B,) int32 -> the STEPS tokens that follow, (B, STEPS) int32, and the cache with token and all but the last.
-
-    Equals `decode_step` and `sample` in turn.
-    """
+    """token (B,) int32 -> the STEPS tokens that follow, (B, STEPS) int32, and the cache with token and all but the last."""
 
     def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
         token, cache = carry

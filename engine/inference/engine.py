@@ -40,9 +40,8 @@ IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy de
 class Engine:
     """Completes the prompts of many requests at once: `submit` them, then `step` while `busy`.
 
-    `params` are those of `prepare_params`, placed on the mesh of this thread if it has one, which then holds the KV cache too.
-    Programs that `warm` has not compiled are compiled when they are needed. Raises UserError for a capacity that the model has
-    no room for.
+    `params` are those of `prepare_params`, on the mesh of this thread if it has one. Raises UserError for a capacity that the
+    model has no room for.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
@@ -61,37 +60,30 @@ class Engine:
 
     @property
     def params(self) -> Params:
-        """The weights on the device."""
         return self.runner.params
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot."""
         return len(self.scheduler.waiting)
 
     @property
     def running(self) -> int:
-        """Requests with a slot."""
         return len(self.scheduler.running)
 
     @property
     def devices(self) -> int:
-        """Devices that the weights and the KV cache are spread over."""
         return self.runner.mesh.size if self.runner.mesh else 1
 
     @property
     def used_positions(self) -> int:
-        """Positions of the KV cache in use, of slots times capacity."""
         return sum(s.prefilled_tokens if s.to_prefill else s.position for s in self.scheduler.running)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache, in use or not."""
         return self.runner.cache_bytes
 
     def submit(self, request: Request, priority: int = 0) -> int:
@@ -105,10 +97,7 @@ class Engine:
         return self.scheduler.submit(request, priority).id
 
     def queue_position(self, priority: int) -> int:
-        """Returns the position in the queue of the requests with this priority: 1 is served next, 0 when none waits for a slot.
-
-        Those in `held_priorities` wait for something else.
-        """
+        """Returns the position in the queue of the requests with this priority: 1 is served next, 0 when none waits for a slot."""
         waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)} - self.held_priorities
         return sum(other <= priority for other in waiting) if priority in waiting else 0
 
@@ -119,22 +108,15 @@ class Engine:
         return {sequence.priority for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
 
     def free_adapter_index(self, in_use: Collection[int]) -> int | None:
-        """Returns an index of the stacks that is neither `in_use` nor a request's here, for `ModelRunner.put_adapter`; or None.
-
-        What a request under way reads is never written: the index of an adapter that is gone is free when the last has ended.
-        """
+        """Returns an index of the stacks that is neither `in_use` nor read by a request here, or None."""
         held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}
         return next((index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None)
 
     def cancel(self, id: int) -> bool:
-        """Drops a request, without an event. False when there is none of that id."""
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
-        """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for all, in turns.
-
-        Returns when the device is done, and at once while all are held, see `warm`.
-        """
+        """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for all, in turns."""
         with jax.set_mesh(self.runner.mesh):
             return self._step()
 
@@ -166,9 +148,8 @@ class Engine:
     ) -> None:
         """Compiles every program and runs each once with no row in use; nothing is compiled after that. Sets `tails_are_exact`.
 
-        `ahead` and `report`, of the programs for short texts, as `ModelRunner.warm` has them. Those for longer ones can be left
-        to `load_long_programs`: texts that get so long are held until then, without a slot if others want it. Raises
-        ValueError while there are requests.
+        `ahead`, `report`: see `ModelRunner.warm`. Programs for longer texts can be left to `load_long_programs`: texts that get
+        so long are held until then, without a slot if others want it. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for an engine without requests")
@@ -182,15 +163,12 @@ class Engine:
             self.scheduler.limit = self.runner.limit
 
     def load_long_programs(self) -> None:
-        """Loads the programs for longer texts, compiled by `runner.compile_long_programs` or now: no text is held then."""
+        """Loads the programs for longer texts, compiled by `runner.compile_long_programs` or now."""
         self.runner.load_long_programs()
         self.scheduler.limit = sys.maxsize
 
     def _compare_tails(self) -> bool:
-        """Computes a chunk at once and in tails, in a free slot, and returns whether the bits are the same.
-
-        Where there may be adapters, with one that lies in the stacks meanwhile.
-        """
+        """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
         chunk, tail = self.config.chunk, self.config.tail
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, chunk), dtype=np.int32)
         results, stacks, adapter = [], self.runner.stacks, int(self.config.adapters > 0)
@@ -206,7 +184,6 @@ class Engine:
         return results[0] == results[1]
 
     def random_adapter(self) -> Params:
-        """Returns an adapter of every matrix, of random numbers."""
         rng, rank = np.random.default_rng(0), self.config.adapter_rank
         normal = lambda *shape: rng.standard_normal(shape, np.float32)
         return unflatten(
@@ -218,10 +195,7 @@ class Engine:
         )
 
     def _clear(self, sequence: Sequence, stop: int) -> bool:
-        """Clears what other texts left in a sequence's slot, as far as a call on positions below `stop` sees it.
-
-        Returns whether there was anything to clear.
-        """
+        """Clears what other texts left in a sequence's slot below `stop`; returns whether there was anything."""
         if min(stop, self.runner.positions) <= sequence.cleared_positions:
             return False
         sequence.cleared_positions = self.runner.clear(sequence.slot, sequence.cleared_positions, stop, sequence.max_positions)
@@ -268,7 +242,7 @@ class Engine:
         return [Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)]
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
-        """Copies the next chunk of a prompt, or the beginning of one, from the prefix cache; returns how many tokens that are.
+        """Copies the next chunk of a prompt, or the beginning of one, from the prefix cache; returns the count of its tokens.
 
         `stop`: where the chunk ends, here and below.
         """
@@ -281,7 +255,7 @@ class Engine:
         return 0
 
     def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int, stop: int) -> int:
-        """Computes the next chunk of a prompt, or a tail of one that is begun; returns how many tokens that are."""
+        """Computes the next chunk of a prompt, or a tail of one that is begun; returns the count of its tokens."""
         tail, chunk = self.config.tail, self.config.chunk
         size = tail if done or len(tokens) <= min(MAX_TAILS, chunk // tail) * tail else chunk
         part = tokens[done : done + size]
@@ -291,7 +265,6 @@ class Engine:
         return len(part)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> None:
-        """Puts the chunk that has just been computed into the prefix cache."""
         start = stop - self.config.chunk
         size = self.config.tail if len(tokens) <= self.config.tail else self.config.chunk
         chunk = self.runner.read(sequence.slot, start, size, stop)
@@ -309,7 +282,6 @@ class Engine:
         return range((len(tokens) - 1) // tail * tail if self.tails_are_exact else 0, 0, -tail)
 
     def _decode(self, batch: Decode) -> list[Event]:
-        """Decodes a batch in one dispatch."""
         first = batch.sequences[0]
         were_cleared = [self._clear(row.sequence, row.position + batch.steps) for row in batch.rows]
         stop = max(row.position for row in batch.rows) + batch.steps
@@ -348,7 +320,6 @@ class Engine:
         return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
-        """Appends to a sequence the tokens sampled for it, as far as they count."""
         samples = [(step, row) for row in batch.rows_of(sequence) for step in range(batch.steps)]
         values = (int(sampled.token[at]) if sampled.finite[at] else None for at in samples)
         tokens, reason = sequence.accept(values, batch.drafts_of(sequence))
@@ -368,10 +339,7 @@ def complete(
     cfg: ModelConfig, params: Params, prompts: Iterable[Collection[int]], sampling: Iterable[SamplingParams],
     capacity: int | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """Completes each prompt, in at most `capacity` tokens together with it.
-
-    An engine with a slot for each prompt does it, and is gone. Raises UserError as `submit` does.
-    """
+    """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own."""
     rows = [*map(tuple, prompts)]
     engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, rows, capacity))
     tokens: dict[int, list[int]] = {}

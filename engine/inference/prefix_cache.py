@@ -15,14 +15,13 @@ import numpy as np
 
 
 def root_key(namespace: str, adapter: str = "") -> bytes:
-    """Returns the key of an empty prompt, the parent of first chunks. `adapter`: the digest of the one it is computed with."""
+    """Returns the key of an empty prompt, the parent of first chunks. `adapter`: a digest."""
     key = hashlib.sha256(namespace.encode("utf-8", "surrogatepass"))
     key.update(hashlib.sha256(adapter.encode()).digest() if adapter else b"")
     return key.digest()
 
 
 def chunk_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:
-    """Returns the key of the chunk of these tokens after the parent's."""
     return hashlib.sha256(parent + np.asarray(tokens, np.int32).tobytes()).digest()
 
 

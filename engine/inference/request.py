@@ -36,16 +36,16 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults; no stop strings, no n.
+    """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults.
 
     Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the smallest set whose probability
-    reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al.
-    2024, 2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the
-    logit of every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty`
-    divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858);
-    `logit_bias` is added. `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled
-    one, before any of this and before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of
-    it; none is sampled before `min_tokens`. Raises InvalidField for a value out of RANGES.
+    reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al. 2024,
+    2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the logit of
+    every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty` divides positive and
+    multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858); `logit_bias` is added.
+    `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled one, before any of this and
+    before a grammar's mask. None of `stop_token_ids` is part of the completion, or sampled before `min_tokens`. Raises
+    InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16
@@ -79,7 +79,6 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether a penalty or a bias changes the logits."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     def within(self, room: int) -> "SamplingParams":
@@ -87,7 +86,7 @@ class SamplingParams:
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, max(room, 1)))
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """Returns a copy for each of `rows` completions, with seeds seed (0 by default), seed + 1, ... (modulo 2**32)."""
+        """Returns a copy for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
         return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
 
 
@@ -111,8 +110,7 @@ class Adapter:
 class Request:
     """A prompt of token ids, and how to continue it. Only prompts of one `namespace` and `adapter` share the prefix cache.
 
-    The completion keeps to the grammar of `constraint`, which `GrammarCompiler` compiles. With `embed` there is none: the
-    prompt's embedding is asked for. Raises InvalidField.
+    The completion keeps to the grammar of `constraint`. With `embed` the prompt's embedding is asked for instead.
     """
 
     prompt: tuple[int, ...]
@@ -129,7 +127,6 @@ class Request:
 
     @property
     def adapter_index(self) -> int:
-        """The index of its adapter in the stacks; 0 for none."""
         return self.adapter.index if self.adapter else 0
 
 
@@ -144,10 +141,9 @@ class LogProb(NamedTuple):
 class Event(NamedTuple):
     """New tokens of a request, and why it is finished: stop, length, error, grammar; or None.
 
-    'stop': a stop token was sampled, which is not among the tokens, or the grammar has come to its end. 'length': max_tokens
-    are there. 'error': the logits were no numbers. 'grammar': it became too complex to be followed. `cached_tokens` of the
-    prompt came from the prefix cache. `stop_token`: with 'stop'. `embedding` (D,) float32: the mean over the prompt's tokens
-    of the head's input.
+    'stop': by `stop_token`, which is not among the tokens, or at the grammar's end. 'error': the logits were no numbers.
+    'grammar': it became too complex to be followed. `cached_tokens` of the prompt came from the prefix cache. `embedding` (D,)
+    float32: the mean over the prompt's tokens of the head's input.
     """
 
     id: int
@@ -160,8 +156,6 @@ class Event(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The tokens of a completion, its finish reason, and the stop token that ended it, if one did."""
-
     tokens: list[int]
     finish_reason: FinishReason | None
     stop_token: int | None

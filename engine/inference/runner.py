@@ -1,9 +1,9 @@
 """ModelRunner: the weights, KV cache and token counts of `engine.Engine` on the device, and the programs that work on them.
 
-They prefill a chunk of one prompt, decode a few tokens for all, and move chunks. Their shapes depend on the model, the slots
-and the segments they get, never on a request, so all can be compiled before the first one. They donate the KV cache and the
-token counts, and no parameter. On a CPU a call on positions below `short` gets only the segments there: such programs load in
-half the time. Those for longer texts, which have the same numbers to the bit, are compiled later, in any thread.
+The programs' shapes depend on the model, the slots and the segments they get, never on a request, so all can be compiled before
+the first one. They donate the KV cache and the token counts, and no parameter. On a CPU a call on positions below `short` gets
+only the segments there: such programs load in half the time. Those for longer texts, which have the same numbers to the bit,
+are compiled later, in any thread.
 """
 
 import contextlib
@@ -264,10 +264,7 @@ def compile_programs(programs: Programs) -> Generator[tuple[str, int]]:
 
 
 def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
-    """Compiles the programs of an engine for short texts, as it is iterated, from the shapes of `params` alone.
-
-    To be iterated while weights load; programs left out are compiled when needed.
-    """
+    """Compiles the programs of an engine for short texts, as it is iterated, from the shapes of `params` alone."""
     state = lambda: (
         make_kv_segments(cfg, config.slots, config.short_edges, config.kv_dtype),
         make_token_counts(cfg, config.rows),
@@ -284,8 +281,8 @@ def empty_stacks(cfg: ModelConfig, config: EngineConfig) -> Params | None:
 def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
     """Makes the CacheRows of R rows at position (R,) int32 of slot (R,) int32.
 
-    Row r is written to its slot, and each (row, slot) of `draft_writes`, of speculative decoding, too: there is room for a
-    single sequence's rows in the slots of all its copies.
+    Row r is written to its slot, and each (row, slot) of `draft_writes` too: there is room for a single sequence's rows in the
+    slots of all its copies.
     """
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, slots, np.int32)
@@ -299,8 +296,8 @@ def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple
 class ModelRunner:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
-    A program gets the segments of `segments_below`, and `store` takes what it returns for them. `limit`: the
-    positions of short texts. `has_long_programs`: whether longer ones have their segments and programs. `stacks`: of adapters.
+    `limit`: the positions of short texts. `has_long_programs`: whether longer ones have their segments and programs. `stacks`:
+    of adapters. In its methods all positions lie below `stop`, and `adapter` is an index in the stacks.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
@@ -327,7 +324,6 @@ class ModelRunner:
         return self.segments
 
     def store(self, segments: KVSegments) -> None:
-        """Keeps what a program returned for the segments that it got."""
         self.segments = segments.join(self.segments.part(len(segments.k[0]), None))
 
     def put_adapter(self, index: int, adapter: Params) -> None:
@@ -336,16 +332,12 @@ class ModelRunner:
         self.stacks = self._device_put(put_adapter(self.cfg, self.stacks, index, adapter))
 
     def prefill(self, tokens: Any, slot: int, start: int, stop: int, adapter: int) -> None:
-        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on; all lie below `stop`.
-
-        `adapter`: its index.
-        """
+        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
         segments, adapters = self.segments_below(stop), row_adapters(self.stacks, [adapter])
         self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start), adapters))
 
     def embed(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> Any:
-        """As `prefill`, on all segments: returns the sum of the head's input over the first `count` tokens, (D,) float32, as a
-        NumPy array."""
+        """As `prefill`, on all segments: returns the sum of the head's input over the first `count` tokens, (D,) float32."""
         segments = self.segments_below(self.positions)
         arguments = map(np.int32, (count, slot, start))
         summed, segments = embed_chunk(
@@ -355,30 +347,27 @@ class ModelRunner:
         return jax.device_get(summed)[0]
 
     def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
-        """Writes the first `count` positions of a chunk into a slot, from position `start` on; all lie below `stop`."""
+        """Writes the first `count` positions of a chunk into a slot, from position `start` on."""
         self.store(write_chunk(self.segments_below(stop), chunk, np.int32(slot), np.int32(start), np.int32(count)))
 
     def read(self, slot: int, start: int, size: int, stop: int) -> Any:
-        """Returns the chunk of `size` positions of a slot, from position `start` on; all lie below `stop`."""
         return read_chunk(self.segments_below(stop), np.int32(slot), np.int32(start), size)
 
     def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
-        """Clears a slot's segments from `start` on that a call below `stop` gets, if they begin below `max_positions`.
-
-        Returns where the call's segments end.
+        """Clears a slot's segments from `start` on below `stop`, if they begin below `max_positions`; returns where the last
+        ends.
         """
         segments = self.segments_below(stop)
         self.store(clear_slot(segments, np.int32(slot), np.int32(start), np.int32(max_positions)))
         return segments.edges[-1]
 
     def copy(self, slot: int, targets: Sequence[int], stop: int, max_positions: int) -> None:
-        """Copies the segments below `max_positions` that a call below `stop` gets, from a slot to at most DRAFT_ROWS others."""
+        """Copies the segments below `stop` that begin below `max_positions` from a slot to at most DRAFT_ROWS others."""
         segments = self.segments_below(stop)
         padded = np.array([*targets, *[segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
         self.store(copy_slot(segments, np.int32(slot), padded, np.int32(max_positions)))
 
     def set_counts(self, slot: int, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        """Begins a slot's token counts and logit bias with those of a prompt."""
         self.counts = set_token_counts(self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab))
 
     def decode(
@@ -392,10 +381,9 @@ class ModelRunner:
         stop: int,
         adapters: Any,
     ) -> SampledTokens:
-        """Samples the `steps` tokens that follow token (R,) int32 in each row, on positions below `stop`, as NumPy arrays.
+        """Samples the `steps` tokens that follow token (R,) int32 in each row, as NumPy arrays.
 
-        `masks` are good for one step. `adapters` (R,) int32: their indices. Without `logprobs` the log-probabilities stay on
-        the device.
+        `masks` are good for one step. `adapters` (R,) int32. Without `logprobs` the log-probabilities stay on the device.
         """
         sampled, segments, self.counts = decode_slots(
             self.cfg, self.params, self.segments_below(stop), self.counts, token, rows,
@@ -412,8 +400,8 @@ class ModelRunner:
     ) -> None:
         """Compiles every program for short texts and runs each once with no row in use, but for those `to_run_later`.
 
-        `ahead` is what `compile_ahead` yields: a program that it compiled runs while the next is compiled.
-        `report(ready, total)` counts programs.
+        A program that `ahead`, of `compile_ahead`, has compiled runs while the next is compiled. `report(ready, total)` counts
+        programs.
         """
         with jax.set_mesh(self.mesh):
             # Compiled from shapes: a program that runs donates arrays while others are being compiled.

@@ -55,12 +55,10 @@ class TokenCounts(NamedTuple):
 
 
 def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
-    """Gathers the SamplingParams of B rows into NumPy arrays."""
     return _columns(rows, SamplingArrays)
 
 
 def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
-    """Returns the penalties of each row, as arrays (rows,)."""
     return _columns(rows, PenaltyArrays)
 
 
@@ -69,12 +67,10 @@ def _columns(rows: Sequence[SamplingParams], kind: Any) -> Any:
 
 
 def make_token_masks(rows: int, vocab: int) -> TokenMasks:
-    """Returns the masks, as NumPy arrays, of rows without a grammar."""
     return TokenMasks(np.zeros(rows, np.bool_), np.zeros((rows, -(-vocab // 32)), np.uint32))  # type: ignore[arg-type]
 
 
 def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
-    """Returns empty counts for all slots."""
     return TokenCounts(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
 
 
@@ -88,7 +84,6 @@ def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: 
 
 @jax.jit(donate_argnames="counts")
 def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) -> TokenCounts:
-    """Replaces the slot's bias and counts by bias and new (V,)."""
     return TokenCounts(counts.bias.at[slot].set(bias), counts.counts.at[slot].set(new))
 
 

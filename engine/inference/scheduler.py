@@ -20,8 +20,6 @@ DRAFT_ROWS = 3  # rows, beside its own, in which a single sequence may check dra
 
 
 class Prefill(NamedTuple):
-    """The step that computes the next chunk of a prompt."""
-
     sequence: Sequence
 
 
@@ -51,15 +49,12 @@ class Decode(NamedTuple):
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The sequences of the rows, each once."""
         return [row.sequence for row in self.rows if row.row == row.sequence.slot]
 
     def drafts_of(self, sequence: Sequence) -> list[int]:
-        """The draft tokens of a sequence."""
         return self.drafts.get(sequence.slot, [])
 
     def rows_of(self, sequence: Sequence) -> list[int]:
-        """The rows of a sequence: its own, then those after its draft tokens."""
         return [row.row for row in self.rows if row.sequence is sequence]
 
     @property
@@ -73,9 +68,9 @@ class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
     `limit`: positions that the loaded programs reach, whole chunks. A sequence of more tokens is held: it is not admitted, and
-    one that grew so long loses its slot to the next that is not held. So is one that asks for an embedding until all programs
-    are loaded. `rows`: of a dispatch; those beyond the slots, which one slot has, read that slot. `shares_slots`: whether any
-    row can read any slot, so that draft tokens need no copies.
+    one that grew so long loses its slot to the next that is not held. An embedding is held until all programs are loaded.
+    `rows`: of a dispatch; those beyond the slots, which one slot has, read that slot. `shares_slots`: whether any row can read
+    any slot, so that draft tokens need no copies.
     """
 
     def __init__(self, slots: int, speculate: bool, rows: int, shares_slots: bool) -> None:
@@ -104,7 +99,6 @@ class Scheduler:
         return bool(self.prefilling or self._next_waiting()) or not all(map(self.is_held, self.decoding))
 
     def submit(self, request: Request, priority: int = 0) -> Sequence:
-        """Queues a request behind those of the same or a lower priority."""
         self._submitted += 1
         sequence = Sequence(self._submitted, request, priority)
         bisect.insort(self.waiting, sequence, key=lambda other: other.order)
@@ -172,24 +166,20 @@ class Scheduler:
 
     @property
     def shortest_prompt(self) -> Sequence:
-        """The sequence with the fewest tokens to prefill."""
         return min(self.prefilling, key=lambda sequence: sequence.to_prefill)
 
     def record_prefill(self, sequence: Sequence, count: int) -> None:
-        """Records that `count` more tokens of a prompt are prefilled."""
         sequence.prefilled_tokens += count
         if not sequence.to_prefill:
             self.prefilling.remove(sequence)
             self.decoding.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Frees the slot of a sequence, and its copies."""
         (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
         self.free.append(sequence.slot)
         self._free_copies()
 
     def cancel(self, id: int) -> bool:
-        """Drops a waiting or running sequence. False when there is none of that id."""
         for sequence in (*self.waiting, *self.running):
             if sequence.id == id:
                 (self.waiting.remove if sequence in self.waiting else self.finish)(sequence)
@@ -197,16 +187,15 @@ class Scheduler:
         return False
 
     def is_held(self, sequence: Sequence) -> bool:
-        """Whether a sequence has more tokens than can be computed for now, or asks for an embedding, as those of all do."""
         return sequence.length > self.limit or (sequence.request.embed and self.limit < sys.maxsize)
 
     def _next_waiting(self) -> Sequence | None:
-        """Returns the first sequence in the queue that is not held."""
         return next((sequence for sequence in self.waiting if not self.is_held(sequence)), None)
 
     def _draft_tokens(self) -> list[int] | None:
-        """Returns draft tokens for a single sequence, at most as many as rows are free to check them; None when it has none to
-        expect: it is not alone, or checking them has not paid lately."""
+        """Returns draft tokens for a single sequence, as many as free rows can check; None when it is not alone, or they have
+        not paid.
+        """
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self._next_waiting():
             return None
         (sequence,) = self.decoding

@@ -16,10 +16,9 @@ class Sequence:
     prefilled tokens, and its output so far.
 
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. The first
-    `cleared_positions` of its slot hold nothing of another text. `drafter` is made when draft tokens are first asked for.
-    `constraint` follows its output through the request's grammar. `to_repeat`: tokens of the output that it had sent before
-    it lost its slot, and has to generate again. `stop_token`: the one that ended it. `hidden_sum`: for an embedding, over the
-    prefilled tokens.
+    `cleared_positions` of its slot hold nothing of another text. `constraint` follows its output through the request's grammar.
+    `to_repeat`: tokens of the output that it had sent before it lost its slot, and has to generate again. `stop_token`: the one
+    that ended it. `hidden_sum`: for an embedding, over the prefilled tokens.
     """
 
     id: int
@@ -41,7 +40,6 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Its rank in the queue: the lowest is served first."""
         return self.priority, self.id
 
     @property
@@ -56,7 +54,6 @@ class Sequence:
 
     @property
     def last_token(self) -> int:
-        """The last token, the next decoding step's input."""
         return self.output_tokens[-1] if self.output_tokens else self.request.prompt[-1]
 
     @property
@@ -70,7 +67,6 @@ class Sequence:
 
     @property
     def stopless_tokens(self) -> int:
-        """Tokens still to come before one may end it."""
         return max(0, self.request.sampling.min_tokens - len(self.output_tokens))
 
     @property
@@ -86,16 +82,13 @@ class Sequence:
         self.__post_init__()
 
     def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
-        """Returns the tokens to prefill of the chunk that comes next, or is begun, and how many of them are there already."""
+        """Returns the tokens to prefill of the next chunk, and how many of them are there already."""
         done = self.prefilled_tokens % size
         start = self.prefilled_tokens - done
         return self.request.prompt[start : min(start + size, self.prefilled_tokens + self.to_prefill)], done
 
     def draft_tokens(self, count: int) -> list[int] | None:
-        """Returns up to `count` draft tokens, as many as it pays to check; None when they have not been right lately.
-
-        Those that its grammar forces come before those looked up.
-        """
+        """Returns up to `count` draft tokens, forced by its grammar or looked up; None when they have not been right lately."""
         self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
         drafts = self.drafter.draft(count)
         if self.constraint:
@@ -105,8 +98,8 @@ class Sequence:
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
-        None: a token whose logits were no numbers. With `drafts`, each token but the first was sampled after one of
-        them, and counts only if all drafts up to that one were right.
+        None: a token whose logits were no numbers. Each token after the first was sampled after one of `drafts`, and counts
+        only if all drafts up to that one were right.
         """
         sampled, accepted = list(sampled), []
         reason: FinishReason | None = None

@@ -28,7 +28,6 @@ class Drafter:
             self._append(token)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Appends tokens to the text, and measures the matches by them."""
         for token in tokens:
             length, draft = self._match(self._text[-len(CHANCES) :])
             self._share = DECAY * self._share + (1 - DECAY) * (draft == token)
@@ -52,7 +51,6 @@ class Drafter:
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether draft tokens have been right so often lately that it pays to look for more after a step or two."""
         return self._share >= MIN_SHARE
 
     def _append(self, token: int) -> None:

@@ -42,7 +42,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 def make_inference_mesh(text: str | None) -> Mesh | None:
     """Reads `tensor=2` and returns the mesh of the first devices; None for None. Raises UserError.
 
-    Inference reads all weights for every token, so it does not gather them: `tensor` alone cuts them.
+    Inference reads all weights for every token, so `tensor` alone cuts them: nothing is gathered.
     """
     if text is None:
         return None
@@ -54,7 +54,6 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
 
 
 def check_inference(cfg: ModelConfig, mesh: Mesh | None) -> None:
-    """Raises UserError when the mesh, if any, cannot cut the model."""
     if mesh is not None:
         check_mesh(shape := MeshShape(**mesh.shape), cfg, batch=shape.row_shards)
 
@@ -96,7 +95,7 @@ def own_device() -> jax.Device:
 
 
 def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
-    """Returns the shapes of parameters and of KV caches, with where they lie: on the mesh, or on this process's device."""
+    """Returns the shapes of parameters and of KV caches, with shardings on the mesh or this process's device."""
     wheres: Any = shardings(params), shardings(state, cache_specs)
     if current_mesh() is None:
         wheres = jax.tree.map(lambda _: SingleDeviceSharding(own_device()), (params, state))
@@ -111,10 +110,7 @@ def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
 
 
 def place(params: Any) -> Any:
-    """Lays parameters out over the mesh. Each device reads its own part; NumPy may be memory-mapped.
-
-    To load a model that no single device holds, do so in `device.host_memory`.
-    """
+    """Lays parameters out over the mesh; each device reads its own part. Large models come from `device.host_memory`."""
     if current_mesh() is None:
         return params
 
@@ -128,8 +124,7 @@ def place(params: Any) -> Any:
 def batch_share(rows: int) -> tuple[int, int]:
     """Returns (shares, share): into how many a batch of `rows` is cut, and which of them this process reads.
 
-    Along `data` and `fsdp` processes share the rows, along `tensor` all read the same. Raises UserError when the rows of
-    this process do not lie side by side.
+    Raises UserError when the rows of this process do not lie side by side.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -165,7 +160,6 @@ def pin_cache(tree: Any) -> Any:
 
 
 def replicate(tree: Any) -> Any:
-    """Pins arrays whole on every device: gathered here, once for all that follows."""
     return pin(tree, lambda _, sizes: P())
 
 
@@ -189,17 +183,14 @@ def _pin(x: Array, *axes: Any) -> Array:
 def shard_rows(x: Array) -> Array:
     """Pins x (B, ...): its rows over the devices, all else whole.
 
-    Without it XLA would let a weight's own cut spread into the activations, and add those up at every product: 35 times
-    the traffic.
+    Else XLA would let a weight's own cut spread into the activations: 35 times the traffic.
     """
     return _pin(x, ROWS)
 
 
 def look_up(f: Callable[[Any, Array], Array], table: Any, tokens: Array) -> Array:
-    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`.
-
-    Each device looks up its columns of the table for the tokens of all devices that hold the other columns, and these exchange
-    their results: no table moves, and no gradient of one.
+    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`. Devices exchange results: no table moves, and no
+    gradient of one.
     """
     x = _pin(f(table, _pin(tokens, "data")), "data", None, ("tensor", "fsdp"))
     return shard_rows(_pin(x, ROWS, None, "tensor"))
@@ -222,7 +213,8 @@ def shard_columns(x: Array) -> Array:
 
 def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
     """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None) (B, T, N, H), each device its own rows and
-    heads: XLA cannot cut a kernel. What does not divide is whole everywhere."""
+    heads: XLA cannot cut a kernel.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(q, k, v, mask)
     rows = ROWS if len(q) % row_shards() == 0 else None
@@ -262,10 +254,7 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
 
 
 def join(parts: Sequence[Array], groups: int, axis: int = 0) -> Array:
-    """Joins parts along an axis. Each has the shares of `groups` devices in turn, and each device's shares come together.
-
-    Along 0, with the groups of the whole, it is the inverse of `stack_rows` and of `cut_rows`.
-    """
+    """Joins parts along an axis, each with the shares of `groups` devices in turn; the inverse of `stack_rows` and `cut_rows`."""
     before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
     grouped = [x.reshape(*before, groups, -1, *after) for x in parts]
     return jnp.concatenate(grouped, axis=axis + 1).reshape(*before, -1, *after)

@@ -58,13 +58,12 @@ def process_count() -> int:
 
 
 def machine_count() -> int:
-    """Returns the number of machines that the processes run on, by their names."""
     return group.machines
 
 
 @contextlib.contextmanager
 def process_0_first() -> Iterator[None]:
-    """Lets process 0 through the block before all others, which find in their caches what it fetched and made."""
+    """Lets process 0 through the block before all others, which find in their caches what it made."""
     if not is_first():
         gather_strings()
     yield

@@ -26,8 +26,8 @@ RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first m
 def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
     """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
 
-    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it (`check_mesh` refuses matrices like
-    that). Numbers that belong to no parameter are whole everywhere. Raises ValueError for a matrix without a rule.
+    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it. Raises ValueError for a matrix without a
+    rule.
     """
     match = LEAF.fullmatch(path)
     spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
@@ -40,17 +40,15 @@ def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
 
 
 def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    """Returns the spec without the axes that do not divide the array."""
     count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
     return P(*(names if names and size % count(names) == 0 else None for names, size in zip(spec, shape)))
 
 
 def leaf_specs(tree: Any, sizes: Any) -> Any:
-    """Returns a tree like `tree` of the axes that cut each leaf."""
     path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
     return jax.tree.map_with_path(lambda keys, leaf: leaf_spec(path(keys), leaf.shape, sizes), tree)
 
 
 def cache_specs(tree: Any, sizes: Any) -> Any:
-    """Returns the same of a KV cache, of arrays (B, K, ...): key heads over `tensor`; all that has fewer than 3 axes whole."""
+    """Returns the axes that cut a KV cache of arrays (B, K, ...): key heads over `tensor`."""
     return jax.tree.map(lambda x: P(None, "tensor") if x.ndim > 2 and x.shape[1] % sizes["tensor"] == 0 else P(), tree)

@@ -47,7 +47,6 @@ def parse_mesh(text: str) -> MeshShape:
 
 
 def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
-    """Raises UserError when an axis does not divide what it cuts, naming the sizes that would fit."""
     rows = batch // microbatches
     whole = (
         f"a batch of {batch}" if microbatches == 1 else f"a microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
@@ -70,6 +69,5 @@ def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int
 
 
 def divisors(number: int) -> list[int]:
-    """Returns the divisors of a number, the smallest first."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*low, *(number // n for n in low)})

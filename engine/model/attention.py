@@ -29,8 +29,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    """As `layers.causal_attention`: q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None
-    -> (B, T, N * H)."""
+    """As `layers.causal_attention`, by a kernel where there is one."""
     kernel = ops().fused_attention
     fused = layout.attend_by_head(kernel, q, k, v, segments) if kernel else None
     return causal_attention_in_blocks(q, k, v, segments) if fused is None else fused

@@ -54,7 +54,6 @@ matmul_rows = _with_backward(layers.matmul_rows, matmul_rows_backward)
 
 
 def _lookup_backward(residuals: tuple[Array, Array], g: Array):
-    """Adds each row's gradient to its token's row, in float32."""
     embed, tokens = residuals
     flat = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
     return jnp.zeros(embed.shape, jnp.float32).at[tokens.reshape(-1)].add(flat).astype(embed.dtype), None
@@ -80,8 +79,7 @@ def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Arr
 def _gain_backward(x: Array, g: Array, gain: Array, eps: float) -> Array:
     """The sum of g x / rms(x) over all but the gain's axes.
 
-    Each barrier keeps XLA from making one float32 copy of x or g for two loops, which each would rather read as they are: half
-    of the time of the norm's backward pass.
+    Each barrier keeps XLA from making one float32 copy of x or g for two loops: half of the time of the norm's backward pass.
     """
     x, g = jax.lax.optimization_barrier((x, g))
     inverse = jax.lax.optimization_barrier(_inverse_rms(jax.lax.optimization_barrier(x).astype(jnp.float32), eps))
@@ -109,10 +107,8 @@ swiglu = _with_backward(layers.swiglu, _swiglu_backward)
 
 
 def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
-    """scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): to exchange halves is to reverse an axis.
-
-    A loop over the last axis is then one of vectors. Ten times as fast as to reverse inside H, as is the barrier, which keeps
-    the loop to this shape.
+    """scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): exchanging halves is reversing an axis, ten times as fast
+    as inside H. The barrier keeps the loop to this shape.
     """
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))  # or each head would compute them

@@ -24,11 +24,9 @@ class ModelConfig:
     """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
     With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. Products are computed in `dtype`; weights in training are
-    float32. `scan` and `remat` change how the training program runs, never what it computes: `scan` compiles one block
-    and loops over it (compile time); `remat='block'`, gradient checkpointing, saves each block's input and recomputes the
-    rest in the backward pass (memory).
-
-    Raises UserError when the numbers do not describe a model.
+    float32. `scan` compiles one block and loops over it (compile time); `remat='block'`, gradient checkpointing, saves each
+    block's input and recomputes the rest in the backward pass (memory). Neither changes what is computed. Raises UserError when
+    the numbers do not describe a model.
     """
 
     vocab: int
@@ -138,7 +136,6 @@ class LoraConfig:
         return tuple(name for name in MATRICES if name in names or "all" in names)
 
     def __str__(self) -> str:
-        """The fields as `from_text` reads them, to the bit."""
         return f"rank={self.rank},alpha={repr(self.alpha).removesuffix('.0')},targets={','.join(self.targets)}"
 
     @classmethod
@@ -182,7 +179,6 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """Returns the architecture of this name. Raises UserError with the nearest known name."""
     if name not in PRESETS:
         raise UserError(f"There is no preset {name!r}.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -21,8 +21,8 @@ SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes
 def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | None = None) -> Array:
     """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
 
-    Makes at most `limit` bytes of logits at a time on a device, a few rows of them; None: as training does. A frozen head
-    then has ROWS_LIMIT; a trained one makes a chunk of the vocabulary at a time beyond LOGITS_LIMIT.
+    Makes at most `limit` bytes of logits at a time on a device, a few rows of them. None: as training does, ROWS_LIMIT for a
+    frozen head; a trained one makes a chunk of the vocabulary at a time beyond LOGITS_LIMIT.
     """
     head_trains = limit is None and not head_is_frozen(cfg, params)
     limit = limit or (LOGITS_LIMIT if head_trains else ROWS_LIMIT)

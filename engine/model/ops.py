@@ -27,10 +27,7 @@ LANES = 128  # numbers in a row of a TPU's vector unit: the kernel's blocks are 
 
 
 def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
-    """cuDNN's attention, in 16 bits, on an NVIDIA GPU from Ampere on, where JAX has found cuDNN.
-
-    With segments the mask is one (B, 1, T, T) array of 16 bits for all heads.
-    """
+    """cuDNN's attention, in 16 bits, on an NVIDIA GPU from Ampere on, where JAX has found cuDNN."""
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])
     return cudnn_masked(q, k, v, mask, causal=True)
 
@@ -122,7 +119,6 @@ PLATFORMS = {
 
 
 def platform() -> str:
-    """Returns the platform that JAX computes on: 'cpu', 'gpu' or 'tpu'."""
     device = jax.config.jax_default_device or jax.default_backend()
     return device if isinstance(device, str) else device.platform
 
@@ -140,9 +136,8 @@ def transpose(x: Array) -> Array:
     """x (..., M, N) -> (..., N, M), where a product needs it turned over. On a CPU it is moved in memory.
 
     There XLA hands a product to its fast library only when the left operand lies in memory with the summed axis last; the
-    fallback is ten times slower. Without the barrier XLA folds the transpose into a neighbouring product, without the layout
-    it relabels the axes; either way the next product takes the slow path: held by tests/laws/test_barriers.py. A GPU's and a
-    TPU's product reads its operands in either order.
+    fallback is ten times slower. Without the barrier XLA folds the transpose into a neighbouring product, without the layout it
+    relabels the axes: held by tests/laws/test_barriers.py.
     """
     if not ops().transposes_in_memory:
         return x.swapaxes(-1, -2)

@@ -27,8 +27,8 @@ def _by_number(name: str) -> tuple[int, int, str]:
 def array_paths(tree: Any) -> dict[str, Any]:
     """Returns {path: array} of any tree, in its own order: keys, fields and positions are names alike.
 
-    So dicts and lists read from disk have the paths of the dataclasses and tuples they were saved from. Raises ValueError when
-    two arrays share a path.
+    So trees read from disk have the paths of the dataclasses and tuples they were saved from. Raises ValueError when two arrays
+    share a path.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     by_path = {path_of(keys): leaf for keys, leaf in leaves}
@@ -58,14 +58,13 @@ def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
 
 
 def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
-    """Splits params into two trees: the leaves at the chosen paths, and the others."""
     part = lambda inside: unflatten({path: leaf for path, leaf in leaf_paths(params).items() if (path in chosen) == inside})
     return part(True), part(False)
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """Merges two trees into one params tree. A trainable adapter goes on the frozen weight of its path, and a `Rounding` there
-    rounds the trainable weight.
+    """Merges two trees into one. A trainable adapter goes on the frozen weight of its path; a `Rounding` there rounds the
+    weight.
 
     Raises ValueError for two weights at one path.
     """

@@ -186,7 +186,7 @@ class Transformer(nn.Module):
 def init_params(cfg: ModelConfig, key: Array) -> Params:
     """Makes random float32 weights with which the first loss is ln V: blocks are the identity and an untied head is zero.
 
-    With a tied head the first block's SwiGLU is not the identity: the model would else predict each token to follow itself.
+    With a tied head the first SwiGLU is random, or the model would predict each token to follow itself.
     """
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Transformer(cfg).init(key, tokens, tokens)["params"]
@@ -198,7 +198,7 @@ def forward(
     """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
 
     Token t sees tokens 0..t of its row (and segment), and what `cache`, a KVCache or SegmentedCache, holds. A KVCache's
-    `length` is returned as it came: the caller knows how many tokens were real.
+    `length` does not change.
     """
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache, segments)
     return logits_of(cfg, params, hidden), cache

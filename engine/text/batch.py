@@ -13,9 +13,8 @@ from engine.errors import UserError
 class Batch(NamedTuple):
     """B windows of T tokens, each with the token that follows it. NumPy or JAX arrays; a pytree either way.
 
-    `mask` is True where the target counts; in float32 it is the weight of the target's loss, 0 where it does not count.
-    `positions`, for RoPE, are required. Tokens of different `segments` of a row may not attend to one another; `segments` alone
-    may be None: one segment a row, which spares the comparison.
+    `mask` is True where the target counts, or in float32 the weight of its loss. Tokens of different `segments` of a row may
+    not attend to one another; None is one segment a row, which spares the comparison.
     """
 
     tokens: Any  # (B, T) int32
@@ -39,18 +38,15 @@ class EpochOrder:
         self.count, self.batch, self.seed = count, batch, seed
 
     def epoch(self, step: int) -> float:
-        """Returns the epochs completed before `step`: 0.0 at step 0."""
         return step * self.batch / self.count
 
     def at(self, step: int, rows: slice = ALL) -> list[tuple[int, int]]:
-        """Returns (epoch, item) of each of the `rows` of `step` >= 0: those of one process, or all."""
         places = [divmod(step * self.batch + row, self.count) for row in range(self.batch)[rows]]
         return [(epoch, int(permutation(self.count, self.seed, epoch)[place])) for epoch, place in places]
 
 
 @functools.lru_cache(2)  # a batch may read the end of one epoch and the beginning of the next
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of `count` items in an epoch: (count,) int64."""
     return random_words(count, seed, epoch).argsort(kind="stable")
 
 
@@ -63,9 +59,8 @@ def random_words(count: int, seed: int, epoch: int) -> np.ndarray:
 class TextBatches:
     """Training batches out of one long text, by random access: `at(step)` needs no earlier step.
 
-    An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place drawn anew for the epoch, the text
-    being a ring: every token is a target once, except fewer than `seq` that do not fill a window. Raises UserError for a text
-    shorter than one window.
+    An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place drawn anew, the text being a ring:
+    every token is a target once, except fewer than `seq`. Raises UserError for a text shorter than one window.
     """
 
     tokens: np.ndarray  # (tokens,) any integer dtype, memory-mapped or not
@@ -113,7 +108,6 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
 
 
 def count_windows(tokens: int, seq: int, stride: int) -> int:
-    """Counts the windows that `evaluation_windows` makes of a text of `tokens` tokens."""
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
 

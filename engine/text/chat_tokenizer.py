@@ -39,11 +39,9 @@ class ChatTokenizer:
     """Tokenizes conversations by a chat template, as prompts or as training examples.
 
     `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `eot_ids` the
-    control token by which it closes the assistant's turns, (token,) or ().
-
-    The template's control tokens become ids; one written in a message is encoded as its letters. Text is cut where an
-    assistant's turn begins and ends, so that the tokens before an answer are the same in training and in a prompt.
-    Raises UserError when the template cannot be compiled or run.
+    control token by which it closes the assistant's turns, (token,) or (). The template's control tokens become ids; one
+    written in a message is encoded as its letters. Text is cut where an assistant's turn begins and ends, so that the tokens
+    before an answer are the same in training and in a prompt. Raises UserError when the template cannot be compiled or run.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, now: str = FIXED_DAY) -> None:
@@ -69,9 +67,8 @@ class ChatTokenizer:
     ) -> np.ndarray:
         """Tokenizes a conversation and its generation prompt, the beginning of the assistant's next turn: (T,) int32.
 
-        With `answer`, the text that this turn has so far, whose tokens follow as if the model had just written them. `more`:
-        what else the template reads, such as `tools`.
-        Raises UserError as `Template.render`.
+        `answer`: the text that this turn has so far. `more`: what else the template reads, such as `tools`. Raises UserError as
+        `Template.render`.
         """
         prompt = np.concatenate(self._pieces(*self._render(messages, True, more)))
         if not answer:
@@ -82,10 +79,10 @@ class ChatTokenizer:
     def examples(self, messages: Sequence[Message], where: str = "", context: frozenset[int] = frozenset()) -> list[Example]:
         """Makes the training examples of a conversation, with the assistant's turns and the tokens that end them in the loss.
 
-        Turns in `context`, by their index, are not in it. Usually one example. Where the template writes a turn otherwise once
-        it is history (it may leave out reasoning), each turn is an example of its own. Messages after the last turn in the loss
-        are left out. Raises InvalidConversation when there is no such turn or nothing before it, UserError when the template
-        writes a turn otherwise than it begins one, and as `prompt`.
+        Turns in `context`, by their index, are not in it. Usually one example; where the template writes a turn otherwise once
+        it is history (it may leave out reasoning), one a turn. Messages after the last turn in the loss are left out. Raises
+        InvalidConversation when there is no such turn or nothing before it, UserError when the template writes a turn otherwise
+        than it begins one, and as `prompt`.
         """
         answers = _answers(messages)
         trained = [index for index in answers if index not in context]
@@ -144,8 +141,9 @@ class ChatTokenizer:
         return Example(np.concatenate(pieces), np.concatenate(masks), where)
 
     def _answer_length(self, tokens: np.ndarray) -> int:
-        """Counts the tokens of a turn that the model is to say: up to the control token that ends it, behind which the
-        template may write a line end, or a second control token that ends the whole text."""
+        """Counts the tokens of a turn up to the control token that ends it, behind which the template may write a line end, or
+        another that ends the text.
+        """
         length = len(tokens)
         for at, token in reversed([*enumerate(tokens.tolist())]):
             if token in self.tokenizer.controls:
@@ -178,8 +176,7 @@ class ChatTokenizer:
         """Replaces one character of every control token in a text of the values, whole or cut off by its edge, by one of
         private use.
 
-        Returns the values, and the character that each mark stands for. The template handles the text as any other (trims
-        it, looks into it) and makes no control token of it; then the characters are put back.
+        Returns the values, and the character that each mark stands for, which is put back once the template is rendered.
         """
         whole = self.source + json.dumps(values, ensure_ascii=False, default=dict)
         unused = (mark for mark in map(chr, PRIVATE) if mark not in whole)
@@ -222,10 +219,7 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[str, str]:
-    """Returns (template, its name): the text `source`, else the tokenizer's own, else ChatML or a plain one; never raises.
-
-    ChatML is for tokenizers that have its tokens; the plain one needs none.
-    """
+    """Returns (template, its name): the text `source`, else the tokenizer's own, else ChatML or a plain one."""
     if source is not None:
         return source, "the template given"
     if own := tokenizer.config.get("chat_template"):
@@ -236,8 +230,9 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Returns the pattern of control tokens, the longest first, with the white space that some take in, as one group. It
-    looks at a run of white space from its beginning alone: from every place in it, a long one would take for ever."""
+    """Returns the pattern of control tokens, the longest first, with the white space that some take in, as one group; linear in
+    a run of white space.
+    """
     names = sorted(tokenizer.controls.values(), key=lambda added: -len(added.content))
     before = r"(?:(?<!\s)\s++)?"
     any_name = "|".join(before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names)

@@ -19,7 +19,7 @@ class CompletionText:
     """Turns tokens into text, returned once it is certain not to be part of a stop string.
 
     Stop strings may begin and end inside tokens; the text ends before the one that is complete first, `stopped`. `tokens`
-    counts those read, the one that completed it included.
+    counts those read, the last included.
     """
 
     def __init__(self, stream: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -30,7 +30,6 @@ class CompletionText:
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Returns the text that becomes certain. Tokens after a stop string are ignored."""
         certain = []
         for token in tokens:
             if self.stopped is not None:
@@ -40,7 +39,7 @@ class CompletionText:
         return "".join(certain)
 
     def close(self) -> str:
-        """Returns the rest of the text, without a character of which only a part came; empty after a stop string."""
+        """Returns the rest of the text, without half a character; empty after a stop string."""
         certain, self._uncertain = self._uncertain, ""
         return certain
 
@@ -57,5 +56,4 @@ class CompletionText:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Returns how many characters at a text's end may begin a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -163,7 +163,6 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
 
 
 def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
-    """Returns a row's `weight`, by which its loss is multiplied; 1 where there is none."""
     weight = 1 if (value := row.get("weight")) is None else value
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
         raise UserError(f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}.")

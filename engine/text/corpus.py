@@ -40,16 +40,14 @@ class Corpus[T]:
 def read_corpus(path: Path) -> Corpus[str]:
     """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
 
-    A folder is read recursively in sorted order, without hidden files; its files that are not text are skipped, which `note`
-    says. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and
-    for a file that is not text.
+    A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped as they are not
+    text. Text is kept as it is, line ends too. Raises UserError for a missing or empty path and for a file that is not text.
     """
     files, note = find_text_files(path)
     return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)
 
 
 def find_text_files(path: Path) -> tuple[list[Path], str]:
-    """Returns the files that `read_corpus` reads at `path`, and its note. Raises UserError as it does."""
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
     found = [path]
@@ -91,7 +89,7 @@ def normalize(text: str) -> str:
 def without_copies(held_out: Corpus[str], train: Corpus[str]) -> Corpus[str]:
     """Leaves out the held-out documents that `normalize` finds in the training text too; the name says how many.
 
-    Reads both once. Raises UserError when nothing is left.
+    Raises UserError when nothing is left.
     """
     start = lambda text: normalize(text[:4000])[:200]  # all of a long training text is compared only where this is equal
     keys = [normalize(text) for text in held_out]
@@ -178,8 +176,7 @@ class TokenFile:
 def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
     """Encodes documents, an EOS between each two; or opens them from the cache when text and tokenizer are unchanged.
 
-    `documents` is read twice, first to know whether it changed, so an iterator is held in memory and a Corpus is not.
-    `report` is called with bytes of UTF-8 done and in all, only while encoding. A damaged cached file is made anew.
+    `documents` is read twice, so an iterator is held in memory and a Corpus is not. `report`: bytes of UTF-8 done and in all.
     Raises UserError for a text that UTF-8 cannot carry.
     """
     if iter(documents) is documents:

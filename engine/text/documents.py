@@ -30,8 +30,6 @@ COMMON = frozenset(re.findall(r"\w+", QUESTION_WORDS))
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """Part `number` of a file, of `tokens` in a prompt."""
-
     file: str
     number: int
     tokens: int
@@ -105,8 +103,8 @@ def prompt_with[T: Sequence[int]](
 ) -> tuple[T, list[Passage]]:
     """Returns the tokens of a conversation, with passages for the user's last message before it, and these passages.
 
-    As many as leave a quarter of the context free. Earlier messages stand without those that were found for them, so that
-    the system prompt and the turns before the last one are a prefix of the next prompt too, which the prefix cache holds.
+    They leave a quarter of the context free. Earlier messages stand without theirs, so that what precedes the last one is a
+    prefix of the next prompt too, which the prefix cache holds.
     """
     last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
     found = documents.find(messages[last]["content"], tokenizer, min(BUDGET, context // 4)) if documents and last >= 0 else []

@@ -42,7 +42,6 @@ class Rating(NamedTuple):
 
     @property
     def value(self) -> float:
-        """The weight of the answer's loss, negative for a bad answer."""
         return self.answer.weight if self.good else -self.answer.weight
 
 
@@ -96,11 +95,9 @@ def make_examples(
     """Makes examples of at most seq + 1 tokens (seq inputs, and the target after each), or pairs of preferences.
 
     `rate`: makes a Rating of each answer with a label, and two of a preference, `mismatched` not yet. `full`: all of a
-    conversation is in the loss, not the assistant's turns alone.
-
-    Cuts the end off a longer conversation, and a plain text into pieces, all in the loss from BOS to EOS. A conversation is
-    dropped when no answer begins early enough or the template refuses it, and a preference when it is longer. Raises UserError,
-    with file:line, when the template fails, and when nothing is left.
+    conversation is in the loss. Cuts the end off a longer conversation, and a plain text into pieces, all in the loss from BOS
+    to EOS. A conversation is dropped when no answer begins early enough or the template refuses it, and a preference when it is
+    longer. Raises UserError, with file:line, when the template fails, and when nothing is left.
     """
     results: list[Any] = []
     parts: list[Any]
@@ -162,7 +159,6 @@ def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int, full: boo
 
 
 def _targets(examples: Sequence[Example]) -> int:
-    """Returns how many tokens are trained on. What follows the last of them may be cut without loss."""
     return sum(int(np.count_nonzero(example.mask[1:])) for example in examples)
 
 
@@ -197,10 +193,9 @@ def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> l
 class PackedBatches:
     """Training batches of packed examples, by random access: `at(step)` needs no earlier step.
 
-    Examples are packed into rows once (`pack_rows`), which each epoch shuffles anew (`EpochOrder`). In a row each example is a
-    segment with positions from 0, so that it gets the loss it has alone. Where an example has a weight, all masks are float32
-    and hold it. With `pack` False each example has a row for itself.
-    Raises UserError as `EpochOrder`, and for an example of more than seq + 1 tokens.
+    Rows are packed once (`pack_rows`), and each epoch shuffles them anew (`EpochOrder`). In a row each example is a segment
+    with positions from 0, so that it gets the loss it has alone. Where an example has a weight, all masks are float32 and hold
+    it. Raises UserError as `EpochOrder`, and for an example of more than seq + 1 tokens.
     """
 
     examples: Sequence[Example]
@@ -221,7 +216,6 @@ class PackedBatches:
         return f"{quantity(len(self.examples), 'example')} in {rows}" if self.pack else f"off: {rows}"
 
     def at(self, step: int, rows: slice = ALL) -> Batch:
-        """Returns the batch (batch, seq) of `step` >= 0, or some of its rows."""
         packed = [[self.examples[index] for index in self._rows[row]] for _, row in self.order.at(step, rows)]
         return _batch(packed, self.seq, self.pack, self._mask_type)
 
@@ -262,7 +256,7 @@ def pair_batch(pairs: Sequence[Pair | Rating], index: np.ndarray, seq: int) -> P
 def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
     """Packs examples into rows of `seq` tokens, as indices: the longest first, each into the row where it leaves least room.
 
-    That is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
+    Best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """
     sizes = [_places(example, seq) for example in examples]
     if not pack:

@@ -37,7 +37,6 @@ def check_text(value: Any, name: str, where: str) -> str:
 
 
 def json_type(value: Any) -> str:
-    """Names the type of a JSON value, for an error: `a list`, `text`, `null`."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

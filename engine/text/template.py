@@ -36,12 +36,11 @@ class InvalidConversation(UserError):
 
 
 class Template:
-    """A chat template (Jinja), run in a sandbox in a process of its own.
+    """A chat template (Jinja), run in a sandbox in a process of its own, with the limits of `template_worker.py`.
 
-    The process may compute for 0.7 seconds, write 1 MB and use 512 MB, and may not open, import or start anything.
     `variables` are its names besides `messages` and `add_generation_prompt`: bos_token, eos_token, ... `now` is the time of
-    `strftime_now`, in ISO format. The process starts with the first rendering and ends with `close`, or when nothing refers
-    to the template any more.
+    `strftime_now`, in ISO format. The process starts with the first rendering and ends with `close`, or when nothing refers to
+    the template any more.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: str = FIXED_DAY) -> None:
@@ -74,7 +73,6 @@ class Template:
         return texts
 
     def close(self) -> None:
-        """Ends the process; a later rendering starts another."""
         if self.process:
             self.process.end()
             self.process = None
@@ -96,7 +94,7 @@ class TemplateProcess(subprocess.Popen[bytes]):
             raise
 
     def send(self, request: Any) -> None:
-        """Sends a request to the process; if it is gone, `reply` raises."""
+        """If the process is gone, `reply` raises."""
         assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.stdin.write(json.dumps(request).encode() + b"\n")

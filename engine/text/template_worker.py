@@ -33,7 +33,6 @@ class OutputTooLong(Exception):
 
 
 def limit_resources() -> None:
-    """Limits memory, files and core dumps through the kernel; `reply` limits the time of each answer."""
     import resource
 
     for name, value in (("RLIMIT_AS", MAX_MEMORY_BYTES), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
@@ -44,8 +43,6 @@ def limit_resources() -> None:
 
 
 def forbid_system_access() -> None:
-    """Forbids this process to open, import, compile or start anything from here on."""
-
     def watch(event: str, _: Any) -> None:
         if event.startswith(FORBIDDEN):
             raise PermissionError(f"it tried to use {event}")

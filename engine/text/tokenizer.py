@@ -109,7 +109,7 @@ class Tokenizer:
         return self._table.get(int(token), b"")
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-        """Counts the bytes of tokens, in whole characters or not; 0 for control tokens."""
+        """Counts the bytes of tokens; 0 for control tokens."""
         known = np.asarray(ids, np.int64)
         return int(self._lengths[known[(known >= 0) & (known < self.vocab)]].sum())
 
@@ -146,16 +146,15 @@ class ModelTokenizer(NamedTuple):
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
+    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last; fewer on too short texts.
 
-    Fewer when the texts are too short. The same texts give the same vocabulary. Raises UserError for a text with a lone
-    surrogate.
+    The same texts give the same vocabulary. Raises UserError for a text with a lone surrogate.
     """
     return _byte_level(models.BPE(), texts, vocab)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Returns the tokenizer in which every byte is a token, its id the byte; the end of text is 256."""
+    """Every byte is a token, its id the byte; the end of text is 256."""
     return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
@@ -164,8 +163,7 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
 
     `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where generation_config.json has
     none. The first of these ids ends a text where tokenizer_config.json names no eos_token. Raises UserError when a file is
-    missing or damaged, and for a tokenizer that is not a BPE that knows every byte, has more ids than `vocab`, or no token that
-    ends a text.
+    missing or damaged, and for a tokenizer that cannot be used, or has more ids than `vocab`.
     """
     source, beside, generation_file = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / GENERATION
     if not source.is_file():
@@ -215,7 +213,6 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], s
 
 
 def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
-    """Returns the ids in the field `eos_token_id`: null, an id, or a list of them. Raises UserError for anything else."""
     ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab:
@@ -230,7 +227,6 @@ def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields from which `_read_sampling` reads the same, and transformers too."""
     return {"do_sample": sampling.get("temperature") != 0, **sampling} if sampling else {}
 
 
@@ -245,7 +241,6 @@ def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
 
 
 def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:
-    """Makes the tokenizer of `model`, trained to `vocab` tokens unless that is 0."""
     inner = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -267,7 +262,6 @@ def _training_parts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns the steps of a part of a tokenizer.json: none, one, or a sequence."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -277,7 +271,6 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _whole_texts(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Returns `inner`, set to encode all of a text, and control tokens in it as text."""
     inner.encode_special_tokens = True
     inner.no_truncation()
     inner.no_padding()
@@ -298,7 +291,6 @@ def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
 
 
 def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """Returns the ids that its post-processor puts before a text."""
     plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
     places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
     return tuple(whole[: next(places, 0)])

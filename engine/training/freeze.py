@@ -15,16 +15,12 @@ from engine.model.config import ModelConfig
 
 
 class Match(NamedTuple):
-    """The leaves that one rule matches, and the numbers in them."""
-
     rule: str
     leaves: int
     numbers: int
 
 
 class Selection(NamedTuple):
-    """The paths that train, what each rule matched, and how many numbers train."""
-
     trainable_paths: TrainablePaths
     matches: tuple[Match, ...]
     trainable_count: int

@@ -137,9 +137,9 @@ LOSSES = {
 def preference_objective(name: str = "dpo", beta: float | None = None) -> Objective:
     """Returns the objective of one of LOSSES: the summed loss, and the number of rows. A row of padding has a loss of 0.
 
-    Its batches are Preferences, for KTO Ratings. KTO estimates the KL of each microbatch by itself. `beta`: None for the loss's
-    own. A larger one keeps a model of DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight. Raises
-    UserError when it is not above 0.
+    Its batches are Preferences, for KTO Ratings, whose KL each microbatch estimates by itself. `beta`: None for the loss's own.
+    A larger one keeps DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight. Raises UserError when
+    it is not above 0.
     """
     loss = LOSSES[name]
     beta = loss.beta if beta is None else beta

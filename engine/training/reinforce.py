@@ -118,7 +118,6 @@ def make_reward(task: str) -> Reward:
 
 
 def length_reward(words: int) -> Reward:
-    """Rewards a completion of that many words with 1, another with the ratio of the counts. A word has no white space."""
     ratio = lambda count: min(count, words) / max(count, words)
     return lambda completion, _: ratio(len(completion.split()))
 
@@ -126,8 +125,7 @@ def length_reward(words: int) -> Reward:
 def regex_reward(pattern: str) -> Reward:
     """Rewards a completion with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
 
-    A pattern such as `(a+)+$` may take exponentially long: bound its time if patterns come from others. Raises UserError
-    for what is no pattern.
+    A pattern such as `(a+)+$` may take exponentially long. Raises UserError for what is no pattern.
     """
     try:
         expression = re.compile(pattern)

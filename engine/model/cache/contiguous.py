@@ -21,17 +21,14 @@ class KVCache(NamedTuple):
     length: Array
 
     def layer(self, i: int) -> tuple[Array, Array, Array]:
-        """Returns layer i's k and v, and length."""
         return self.k[i], self.v[i], self.length
 
     def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
-        """Returns the cache with every layer replaced."""
         k, v, _ = zip(*layers)
         return KVCache(k, v, self.length)
 
 
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """Makes an empty cache for `batch` rows of up to `capacity` tokens, in the compute dtype."""
     shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
     empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
     return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))

@@ -82,9 +82,7 @@ def unpack_blocks(weight: Blocks) -> np.ndarray:
 def served_kind(path: str, kind: str = "Q4_0") -> str:
     """Returns the kind that a matrix is rounded to where most become `kind`: embedding and head have 8 bits.
 
-    Q4_0 is that of `serve --weights q4`. Q4_1 takes a ninth more, and costs no less in bits per byte: 0.0025 where Q4_0 costs
-    0.0012 (the default model after 300 steps), and 0.089 and 0.102 where Q4_0 costs 0.076 and 0.101 (SmolLM2-135M with its
-    channels in two other orders, for its file is in blocks already).
+    Q4_1 takes a ninth more than Q4_0 and costs no less: 0.0025 bits per byte for 0.0012 (the default model after 300 steps).
     """
     return "Q8_0" if path in ("embed", "head") else kind
 
@@ -124,10 +122,7 @@ class Rounding:
 
 @functools.partial(jax.jit, static_argnames=("kind", "axis"))
 def straight_through(weight: Array, kind: str, axis: int = 1) -> Array:
-    """Returns the numbers of a weight's Blocks, `axis` as there, float32; the gradient passes as if nothing were rounded.
-
-    The straight-through estimator (Bengio et al. 2013, 1308.3432).
-    """
+    """Returns the numbers of a weight's Blocks, float32, with the gradient of the weight (Bengio et al. 2013, 1308.3432)."""
     numbers, (scale, *minimum) = nearest(weight, kind, axis)
     values = sum((least.astype(jnp.float32) for least in minimum), numbers * scale.astype(jnp.float32)).reshape(weight.shape)
     return jax.lax.stop_gradient(values) + (weight - jax.lax.stop_gradient(weight))  # the bits of the first
@@ -136,9 +131,9 @@ def straight_through(weight: Array, kind: str, axis: int = 1) -> Array:
 def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
     """weight (in, out), or with `axis` 0 (V, D) -> integers float32, and a scale, in Q4_1 a minimum too, float16 each.
 
-    Inputs are split into in / 32 blocks and the 32 of a block, which share a factor: (in / 32, 32, out) and (in / 32, 1, out).
-    A block's largest magnitude becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0 and its largest 15. That
-    is llama.cpp's rule but for ties. A block that was rounded once stays as it is.
+    Inputs become in / 32 blocks, which share a factor: (in / 32, 32, out) and (in / 32, 1, out). A block's largest magnitude
+    becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0 and its largest 15: llama.cpp's rule but for ties. A
+    block that was rounded once stays as it is.
     """
     inputs = 1 - axis
     x = weight.astype(jnp.float32).reshape(*weight.shape[:inputs], -1, GROUP, *weight.shape[inputs + 1 :])

@@ -160,17 +160,15 @@ _quantize_jitted = jax.jit(quantize_matrix, static_argnums=(1, 2))
 def round_rows(x: Array) -> tuple[Array, Array]:
     """x (..., M, D) -> values (..., M, D) int8, scale (..., M, 1) float32: each row's largest magnitude becomes 127.
 
-    A NaN or an infinity gets into its row's scale, and so spoils that row's products and no other's.
+    A NaN or an infinity spoils its row's scale, and no other's.
     """
     steps, scale = _scale_rows(x)
     return jnp.round(steps).astype(jnp.int8), scale
 
 
 def two_digit_rows(x: Array) -> tuple[Array, Array]:
-    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: both digits.
-
-    The rows as in `round_rows`, then the rest of each number in steps FINE times smaller. A product reads its other side
-    once for both.
+    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: rows as in `round_rows`, then the rest of each
+    number in steps FINE times smaller.
     """
     steps, scale = _scale_rows(x)
     first = jnp.round(steps)

@@ -42,7 +42,7 @@ class LoRA:
     scale: float
 
     def on(self, base: Any) -> "LoRA":
-        """Returns this adapter, which has no base yet, on a base. Raises ValueError when it has one, or shapes do not fit."""
+        """Returns this adapter on a base. Raises ValueError when it has one, or shapes do not fit."""
         if self.base is not None or tuple(base.shape) != self.shape:
             raise ValueError(f"An adapter of {self.shape} does not fit a base of {base.shape}.")
         return dataclasses.replace(self, base=base)
@@ -78,7 +78,6 @@ def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
 
 
 def innermost_base(weight: Any) -> Any:
-    """Returns the Array or Int8 below all adapters."""
     return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
 
 

@@ -49,7 +49,6 @@ Weight = Array | Int8 | Blocks | LoRA
 
 
 def _product_with(weight: Any, otherwise: Any) -> Any:
-    """Returns the product with a weight by its kind: (x, weight, dtype) -> Array."""
     return int8_matmul if isinstance(weight, Int8) else block_matmul if isinstance(weight, Blocks) else otherwise
 
 
@@ -70,8 +69,9 @@ def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
 def norm_and_project(x: Array, gain: Array, weights: Sequence[Weight], eps: float, dtype: DTypeLike) -> tuple[Array, ...]:
     """x (..., in), gain (in,), each weight (in, out) -> x normalised times each weight, (..., out) in `dtype`.
 
-    Weights that are converted for the product take the gain with them: the gain's gradient is then a sum over the
-    weights and not one over all tokens, 3% of a training step of 6 layers by 384 on a CPU.
+    Weights that are converted for the product take the gain with them: its gradient is then a sum over the weights and not over
+    all tokens, 3
+    of a training step of 6 layers by 384 on a CPU.
     """
     plain = [weight for weight in weights if isinstance(weight, Array) and weight.dtype != dtype]
     if len(plain) == len(weights) and _are_smaller(plain, x):
@@ -99,10 +99,7 @@ def project_each(x: Array, weights: Sequence[Weight], dtype: DTypeLike) -> tuple
 
 
 def join_projections(block: Params) -> Params:
-    """Returns a block for inference on one device, in which the weights of `JOINED` that are of one kind lie side by side.
-
-    One product then reads x once.
-    """
+    """Returns a block for inference on one device, in which the weights of `JOINED` that are of one kind lie side by side."""
     for name, parts in JOINED.items():
         weights = [block[part] for part in parts if part in block]  # none where they are joined already
         joined: Any = None
@@ -145,7 +142,7 @@ def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
 def matrices_to_blocks(params: Params) -> Params:
     """Returns params with every matrix rounded to `served_kind`, after its adapters are merged in float32.
 
-    Blocks stay as they are, and so does a matrix whose inputs are no multiple of 32.
+    Blocks stay, and so does a matrix whose inputs are no multiple of 32.
     """
 
     def convert(path: str, leaf: Any) -> Any:
@@ -156,8 +153,7 @@ def matrices_to_blocks(params: Params) -> Params:
 
 
 def round_while_training(trainable: Params, frozen: Params) -> Params:
-    """Returns frozen weights with which `paths.merge` gives all weights the numbers of their `matrices_to_blocks`: the frozen
-    ones now, the trainable ones whenever they are merged."""
+    """Returns frozen weights with which `paths.merge` gives all weights the numbers of their `matrices_to_blocks`."""
     rounded = map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(frozen))
     roundings = ((path, _rounding(path, leaf)) for path, leaf in leaf_paths(trainable).items())
     return unflatten(leaf_paths(rounded) | {path: rounding for path, rounding in roundings if rounding})
@@ -179,7 +175,8 @@ def weight_types(params: Params) -> str:
 
 def _is_merged(weight: Weight, x: Array) -> bool:
     """Whether x is multiplied by the whole weight in x's dtype: where the weight is smaller than x, or, if it has a pair to
-    merge, than x and the result; not where the base multiplies integers."""
+    merge, than x and the result; not where the base multiplies integers.
+    """
     base, (rows, columns), share = innermost_base(weight), weight.shape, x.size // layout.row_shards()
     results = share // rows * columns if isinstance(weight, LoRA) else 0
     return share + results > rows * columns and not (isinstance(base, Int8) and base.activations != "full")
@@ -195,10 +192,7 @@ def _over_rows(x: Array, multiply) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_whole(x: Array, weights: tuple[Weight, ...], dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (M, in) -> x times each weight, adapters merged, in `dtype`.
-
-    Gradients are those of x, of the pairs and of plain weights. An Int8, and what lies under a pair, is frozen and gets none.
-    """
+    """x (M, in) -> x times each weight, adapters merged, in `dtype`. An Int8, and what lies under a pair, gets no gradient."""
     return _forward(x, weights, dtype)[0]
 
 
@@ -216,10 +210,9 @@ def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
 
 
 def _after(weight: Weight, other: Array) -> tuple[Weight, Array]:
-    """Returns both so that the weight is merged only once `other` is there. The pair, whole on every device, needs no barrier.
+    """Returns both so that the weight is merged only once `other` is there; a pair needs no barrier.
 
-    One weight at a time: a barrier keeps all that goes through it, and where one weight has a pair the gradients of others may
-    not be needed.
+    One weight at a time: a barrier keeps all that goes through it.
     """
     if isinstance(weight, LoRA):
         base, other = jax.lax.optimization_barrier((weight.base, other))
