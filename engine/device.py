@@ -41,10 +41,8 @@ class Device:
 def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable[[], None] | None = None) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
 
-    `one_arena`: of glibc's malloc, see `keep_freed_memory`; False for commands that only decode. `connect` joins the other
-    processes of a run, before there are devices. Compiled programs are cached in the user's cache folder (or where
-    JAX_COMPILATION_CACHE_DIR says), so that a second start compiles nothing; without one that can be written it only compiles
-    again.
+    `one_arena`: see `keep_freed_memory`. `connect` joins the other processes of a run, before there are devices. Compiled
+    programs are cached in the user's cache folder, or where JAX_COMPILATION_CACHE_DIR says.
     """
     if choice in ("auto", "cpu"):  # an accelerator's memory is not glibc's
         keep_freed_memory(one_arena=one_arena)
@@ -91,8 +89,7 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
 def _check_entries() -> None:
     """Makes JAX end each entry of the compilation cache with a SHA-256, read none that is damaged, and write it again.
 
-    By itself it runs what it can decompress, another program's entry too, and never writes where an entry is: one that a kill
-    or a full disk cut short would be compiled again at each start.
+    By itself it runs whatever it can decompress, and never writes where an entry is, even one that a kill cut short.
     """
     from jax._src.lru_cache import LRUCache
 
@@ -112,12 +109,10 @@ def _check_entries() -> None:
 
 
 def cores() -> int:
-    """Returns the number of processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name() -> str:
-    """Returns the accelerator's kind as JAX names it, or the model name of the processor."""
     import jax
 
     device = jax.local_devices()[0]
@@ -188,9 +183,8 @@ _ALIGNED = 64  # bytes, as XLA asks for its buffers
 def keep_freed_memory(one_arena: bool = True) -> bool:
     """Tells glibc to keep freed memory. Call it before JAX starts its threads. Returns False where it is not glibc.
 
-    `one_arena`: all threads share one heap, so that any thread reuses a step's large buffers. Serving has many small
-    buffers: with glibc's own arenas threads do not wait for one another, it decodes a fifth faster and loads compiled
-    programs in half the time.
+    `one_arena`: all threads share one heap, so that any thread reuses a step's large buffers. Serving has many small ones: with
+    glibc's own arenas it decodes a fifth faster and loads programs in half the time.
     """
     if (mallopt := _glibc("mallopt")) is None:
         return False
@@ -201,8 +195,8 @@ def keep_freed_memory(one_arena: bool = True) -> bool:
 def make_room(size: int) -> None:
     """Returns freed memory to the kernel if a buffer of `size` bytes would not lie in it, but beside it; 0 bytes always fit.
 
-    The hole that such a buffer left below other memory is too small: glibc needs a few bytes more, and would place the
-    next one beside it. An allocation shows it: the heap, `arena` of glibc's figures, grows.
+    The hole that such a buffer left is a few bytes too small for the next one. An allocation shows it: the heap, `arena` of
+    glibc's figures, grows.
     """
     import ctypes
 
@@ -219,7 +213,6 @@ def make_room(size: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Returns to the kernel what loading and compiling have freed, for no step uses it again."""
     gc.collect()
     if trim := _glibc("malloc_trim"):
         trim(0)

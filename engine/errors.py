@@ -39,7 +39,6 @@ class Range(NamedTuple):
         return f"between {self.least}{self.note} and {self.most}"
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in the range, and is an integer where one is wanted."""
         within = self.least <= value <= self.most and not (self.above and value == self.least)
         return within and (not self.integer or value == int(value))
 
@@ -63,7 +62,7 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def require_serve_packages(command: str) -> None:
-    """Raises UserError when a package of the extra `serve` is missing; `command` follows `python -m`."""
+    """`command` follows `python -m`."""
     if missing := [name.replace("_", "-") for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m {command}`, or install the "

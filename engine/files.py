@@ -39,10 +39,9 @@ def cache_root() -> Path:
 def cache_folder(name: str, room: int = 2**20) -> Path:
     """Makes and returns a folder in `cache_root()`.
 
-    Compiled programs are loaded from there as code, so it is made private (mode 0700). If others can write there or own it, if
-    it has no `room`, bytes, or cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those
-    it starts. Unless others could write it, what was cached is found there too, and can still be read where there is no room
-    for a temporary folder either.
+    It is made private (mode 0700), for compiled programs are loaded from there as code. If others can write there or own it, it
+    has no `room`, bytes, or cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those it
+    starts. Unless others could write it, what was cached is found there too.
     """
     root = cache_root()
     folder = root / name
@@ -87,9 +86,8 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
 
 
 def _temporary_cache(root: Path, room: int, links: bool) -> Path:
-    """Returns a folder, removed at exit, with `links` to all that lies two levels below `root`.
-
-    If none can be made, returns `root` itself if there are to be links, and else a path where nothing can be.
+    """Returns a folder, removed at exit, with `links` to all that lies two levels below `root`; else `root`, or without `links`
+    a path where nothing can be.
     """
     for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
         with contextlib.suppress(OSError):
@@ -114,7 +112,7 @@ def sync(path: str | Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, and syncs each into its parent, so that they survive a power cut."""
+    """Makes a folder and those above it, so that they survive a power cut."""
     if not path.exists():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -219,10 +217,7 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the files and folders that killed writers left unfinished in a folder; what they were to replace stays.
-
-    Where the file system has no locks, those that are a day old.
-    """
+    """Removes the files and folders that killed writers left unfinished in a folder; without locks, those that are a day old."""
     for leftover in folder.glob(f".*.*{UNFINISHED}"):
         with contextlib.suppress(OSError), contextlib.ExitStack() as lock:  # until it is gone: a writer may be about to lock it
             handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
@@ -250,8 +245,8 @@ def discard_unfinished() -> None:
 def discard(temporary: Path, path: Path) -> None:
     """Removes what was to appear at `path`; puts back a folder that it was about to replace.
 
-    The thread that writes it may go on meanwhile, and loses neither: it can put nothing at `path` that is half removed, and
-    what it moves to `old` is removed only once the new folder is in place.
+    The thread that writes it may go on meanwhile: nothing half removed can get to `path`, and `old` is removed only once the
+    new folder is in place.
     """
     if not temporary.is_dir():
         temporary.unlink(missing_ok=True)
@@ -271,9 +266,8 @@ def discard(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder (flock on itself) for the block; raises BlockingIOError if another holds it and `wait` is False.
-
-    Does nothing where the file system has no locks.
+    """Locks a folder for the block, where the file system has locks. Raises BlockingIOError if another holds it and `wait` is
+    False.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:

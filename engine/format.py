@@ -54,7 +54,6 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """Returns the value as a finite float, or None for what is absent, not a number, or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -107,7 +106,7 @@ def significant(value: float) -> str:
 
 
 def _power(value: float) -> int:
-    """Returns the power of ten of a value's prefix; a value that would round up to 1000 counts as 1000."""
+    """Returns the power of ten of a value's prefix; what rounds up to 1000 counts as 1000."""
     if value == 0:
         return 0
     return min(max(3 * math.floor(math.log10(abs(value) * 1.0005) / 3), min(_PREFIXES)), max(_PREFIXES))

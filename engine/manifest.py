@@ -26,7 +26,6 @@ def write_manifest(folder: Path) -> None:
 
 
 def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
-    """Returns the contents of a manifest over the files `names` below `folder`."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         entries = {name: pool.submit(describe, folder / name) for name in names}
         return render({name: entry.result() for name, entry in entries.items()})
@@ -35,7 +34,7 @@ def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
 def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dict[str, Any]:
     """Writes a file to the disk, reads it back from there, and returns its entry in a manifest.
 
-    `encode()` yields the contents, uint8; it is called twice. Raises OSError when other bytes come back.
+    `encode()` yields the contents, uint8, and is called twice. Raises OSError when other bytes come back.
     """
     with path.open("wb") as file:
         for data in encode():
@@ -60,7 +59,7 @@ def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dic
 def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list[str]:
     """Returns one line per damaged, missing or (unless `extra` is False) extra file; names that begin with `skip` are not read.
 
-    The manifest guards itself too: it holds its own SHA-256 and must be, byte for byte, as `write_manifest` writes it.
+    The manifest holds its own SHA-256 and must be, byte for byte, as `write_manifest` writes it.
     """
     listing = folder / NAME
     if not listing.exists():
@@ -97,10 +96,10 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
 
 
 def build_once(folder: Path, build: Callable[[Path], None], damage: Callable[[Path], list[str]] = verify) -> None:
-    """Makes a folder of the cache by build(empty folder), unless it is there and `damage` finds none in it.
+    """Makes a folder of the cache by build(empty folder), unless it is there and `damage`, by default its manifest, finds none.
 
-    By default damage is found by the manifest, which `build` writes too. Another process may build the same folder meanwhile.
-    Raises UserError when the files do not read back as they should be, else what `build` raises; the folder is then not there.
+    Another process may build it meanwhile. Raises UserError when the files do not read back as they should be, else what
+    `build` raises; the folder is then not there.
     """
     if not damage(folder):
         return
@@ -128,7 +127,6 @@ def sha256_of(path: Path) -> str:
 
 
 def render(files: dict[str, Any]) -> bytes:
-    """Returns the contents of a manifest, from {name: {"bytes": ..., "sha256": ...}}."""
     body = json.dumps(files, indent=1, sort_keys=True)
     own = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({"sha256": own, "files": files}, indent=1, sort_keys=True).encode() + b"\n"

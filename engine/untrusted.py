@@ -53,7 +53,7 @@ class Fields(NamedTuple):
         return (f"{self.path}: fields that are not known here are ignored: {', '.join(map(quote, unknown[:MAX_NAMED]))}{more}",)
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
-        """Returns a number field; raises UserError for one that is missing (or null) without a `default`, negative or huge."""
+        """Returns a number field. Raises UserError for one that is missing (or null) without a `default`, negative or huge."""
         value = self.values.get(name)
         value = default if value is None else value
         if value is None:
@@ -71,7 +71,6 @@ class Fields(NamedTuple):
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
-    """Reads the next `count` bytes."""
     data = file.read(count)
     if len(data) != count:
         raise truncation_error(path, count - len(data))
@@ -87,19 +86,16 @@ def read_at(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def truncation_error(path: Path, missing: int) -> UserError:
-    """Returns the error for a file that lacks its last bytes."""
     return UserError(f"{path} ends {missing:,} bytes too soon: it was not copied or downloaded whole. Fetch it again.")
 
 
 def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
-    """Checks that a tensor begins where the one before it ends."""
     if offset != end:
         fault = "overlaps the one before it" if offset < end else "leaves a gap before it"
         raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
 
 
 def read_text(path: Path, limit: int = MAX_CONFIG_BYTES) -> str:
-    """Reads UTF-8 text of at most `limit` bytes."""
     try:
         return read_limited(path, limit).decode()
     except UnicodeDecodeError:
@@ -107,7 +103,6 @@ def read_text(path: Path, limit: int = MAX_CONFIG_BYTES) -> str:
 
 
 def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Reads the object in a JSON file of at most `limit` bytes."""
     return parse_json_object(read_limited(path, limit), path)
 
 

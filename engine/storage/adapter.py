@@ -42,7 +42,7 @@ MODEL = "base_model.model."  # before the base's own name of a module
 
 
 class DoRA(NamedTuple):
-    """An adapter, and the length of each column of the adapted matrix: magnitude (out,) (Liu et al. 2024, 2402.09353)."""
+    """An adapter, and the length of each column of the adapted matrix, (out,) (Liu et al. 2024, 2402.09353)."""
 
     adapter: LoRA
     magnitude: jax.Array
@@ -64,9 +64,9 @@ class Replacement(NamedTuple):
 
 
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
-    """Writes the LoRA leaves of params (with or without their base) in place of `folder`; returns it.
+    """Writes the LoRA leaves of params (with or without their base) in place of `folder`, atomically; returns it.
 
-    Atomic. `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, or one lies on another.
+    `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, or one lies on another.
     """
     leaves = adapter_leaves(params)
     (rank, scale), _ = Counter((leaf.rank, leaf.scale) for leaf in leaves.values()).most_common(1)[0]
@@ -96,7 +96,7 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
 
 
 def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
-    """Returns the config that describes an adapter's leaves, by path; None where none does: it has one rank and one scale."""
+    """Returns the config that describes an adapter's leaves; None unless all have one rank and one scale, in every layer."""
     kinds = {(leaf.rank, leaf.scale) if isinstance(leaf, LoRA) else None for leaf in leaves.values()}
     names = [name for name in cfg.matrices if any(path.endswith(f"/{name}") for path in leaves)]
     if len(kinds) != 1 or (kind := kinds.pop()) is None or len(leaves) != cfg.layers * len(names):
@@ -117,7 +117,7 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 def load_adapter(folder: Path, cfg: ModelConfig, base: Iterable[str] | None = None) -> dict[str, Any]:
     """Loads a tree of LoRA, DoRA and Replacement leaves, without their base, for a model with the `base_digests`.
 
-    Raises UserError, too, when it was trained on other weights, as far as its metadata tell, or does not fit the model.
+    Raises UserError, too, when it was trained on other weights, by its metadata, or does not fit the model.
     """
     if not is_adapter(folder):
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
@@ -162,7 +162,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_name(folder: Path) -> str:
-    """Returns the name of an adapter's base, as PEFT has it: a folder, or an id on the Hugging Face hub; empty when unknown."""
+    """Returns the name of an adapter's base: a folder, or an id on the Hugging Face hub; empty when unknown."""
     name = read_json_object(folder / CONFIG).get("base_model_name_or_path")
     return name if isinstance(name, str) and name.isprintable() else ""
 
@@ -204,7 +204,7 @@ def _join(
 def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
     """Returns a module's own rank or alpha, by the first name in the field that ends the module's, else `default`.
 
-    PEFT's names may be regular expressions; those are refused: in a file that nobody vouches for one can take for ever.
+    PEFT's names may be regular expressions, which are refused: one from an untrusted file can take for ever.
     """
     patterns = fields.values.get(name) or {}
     if not isinstance(patterns, dict):
@@ -257,13 +257,12 @@ def _side_by_side(weights: list[Any]) -> Any:
 
 
 def base_digests(params: dict[str, Any]) -> Iterator[str]:
-    """Yields the digests by which an adapter knows these params as its base: today's, and that of earlier versions."""
     yield digest(params)
     yield earlier_digest(params)
 
 
 def check_base(folder: Path, base: Iterable[str], trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless `trained_on`, the digest of the params an adapter was trained on, is among a model's digests."""
+    """Raises UserError unless `trained_on`, the digest of an adapter's base, is among a model's digests."""
     others = []
     for known in base:
         if known == trained_on:

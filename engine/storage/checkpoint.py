@@ -53,9 +53,10 @@ Pieces = dict[str, Any]  # arrays that this process writes, by their names in it
 
 
 def own_pieces(name: str, leaf: Any) -> Pieces:
-    """Returns what this process writes of a leaf: a whole array, or parts of one that lies on several processes.
+    """Returns what this process writes of a leaf: all of it, or its parts of one on several processes; each part is written
+    once.
 
-    Of processes that hold the same part one writes it. Raises TypeError or ValueError for a leaf that could not be loaded.
+    Raises TypeError or ValueError for a leaf that could not be loaded.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype not in safetensors_writer.NAMES:
@@ -83,10 +84,9 @@ def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 class BackgroundSaver:
     """Saves the checkpoints of one run folder, one at a time, while training goes on. `frozen`: params that never change.
 
-    The copies lie in one mapping that is made once: touching new memory takes ten times as long as copying. In the heap they
-    would end up above a step's buffer.
-
-    Use it in a `with` block: its end waits for the last write, whose failure is raised unless another error leaves the block.
+    The copies lie in one mapping that is made once: touching new memory takes ten times as long as copying, and in the heap
+    they would end up above a step's buffer. The end of a `with` block waits for the last write, whose failure is raised unless
+    another error leaves the block.
     """
 
     def __init__(self, folder: Path, keep: int, frozen: Any = None) -> None:
@@ -97,7 +97,7 @@ class BackgroundSaver:
         self._used = 0  # bytes of it
 
     def reserve(self, *trees: Any) -> None:
-        """Begins to make room for copies of such trees, beside training, unless memory is too small for them."""
+        """Begins to make room for copies of such trees, unless memory is too small for them."""
         pieces = (own_pieces(*leaf) for tree in trees for leaf in array_paths(tree).items())
         size = sum(piece.nbytes + ALIGNMENT for part in pieces for piece in part.values())
         if size <= free_host_bytes():
@@ -118,7 +118,7 @@ class BackgroundSaver:
     def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
         """Waits for the write before this one, copies the arrays, and begins to write them as `write` does.
 
-        The arrays may be donated or changed as soon as this returns: without room for a copy, when they are written. Raises
+        The arrays may be donated or changed once this returns; without room for a copy it returns when they are written. Raises
         the UserError of the write before.
         """
         self.wait()
@@ -188,13 +188,12 @@ def write(
 ) -> Path:
     """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns its path.
 
-    parts: {"params": ..., "optimizer": ...}, as `own_pieces` has them; the arrays must stay as they are until this returns.
-    state: JSON (tuples come back as lists, keys as text). A checkpoint of the same step is replaced; those of later steps are
-    neither counted nor removed.
+    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this returns. state: JSON. A
+    checkpoint of the same step is replaced; later ones are neither counted nor removed.
 
     Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
-    then stay as they were, as after a KeyboardInterrupt or a kill. Raises TypeError or ValueError, before anything is
-    written, for a state that is not JSON. Where one of several processes fails, the others wait for it until it ends all.
+    stay. Raises TypeError or ValueError, before anything is written, for a state that is not JSON. Where one of several
+    processes fails, the others wait for it until it ends all.
     """
     record = json.dumps({"step": step, "prng": prng_settings(), "state": state}, indent=1, allow_nan=False)
     target = checkpoints_of(folder) / str(step)
@@ -213,7 +212,7 @@ def write(
 
 
 def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None:
-    """Writes this process's files of a checkpoint, reads them back, and as process 0 writes state.json and the manifest."""
+    """Writes this process's files of a checkpoint and reads them back; process 0 writes state.json and the manifest."""
     own = "" if processes.is_first() else f".{jax.process_index()}"
     entries = {}
     for part, pieces in parts.items():
@@ -230,9 +229,9 @@ def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None
 
 @contextlib.contextmanager
 def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterator[Path]:
-    """Gives all processes a folder to write in, which then appears at `target`; removes what is not kept.
+    """Gives all processes a folder to write in, which process 0 makes, and renames to `target`; removes what is not kept.
 
-    Process 0 makes and renames it. Raises OSError when fewer than `wanted` bytes are free.
+    Raises OSError when fewer than `wanted` bytes are free.
     """
     if not processes.is_first():
         yield Path(processes.gather_strings(topic=SAVE_TOPIC)[0])
@@ -253,7 +252,6 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
 
 
 def steps(folder: Path) -> list[int]:
-    """Returns the steps that a run folder has checkpoints of, intact or not, oldest first."""
     folders = (entry for entry in checkpoints_of(folder).glob("*") if entry.is_dir())
     return sorted(int(entry.name) for entry in folders if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
 

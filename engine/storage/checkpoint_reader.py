@@ -1,7 +1,7 @@
 """Loads checkpoints: all of one, to resume a run bit for bit, or its weights alone. `checkpoint.py` says what lies in a folder.
 
-Nothing is loaded before its SHA-256 is checked: damage is named, and the newest intact checkpoint is used. Any number of
-processes loads arrays by slice onto any mesh, whoever wrote them.
+Nothing is loaded before its SHA-256 is checked. Any number of processes loads arrays by slice onto any mesh, whoever wrote
+them.
 """
 
 import json
@@ -48,14 +48,13 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class StoredArray(NamedTuple):
-    """An array in a checkpoint's files. `boxes`: the parts that it was cut into."""
+    """An array in a checkpoint's files, and the parts that it was cut into."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     boxes: dict[Box, safetensors.StoredTensor]
 
     def read(self, wanted: Box, out: np.ndarray) -> None:
-        """Reads a box of the array into `out`, of its shape."""
         for box, stored in self.boxes.items():
             both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, wanted)]
             if all(start < stop for start, stop in both):
@@ -67,11 +66,9 @@ class StoredArray(NamedTuple):
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
     """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
 
-    params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` with the structure, shapes and dtypes wanted. A leaf with a
-    sharding is placed by it; the others go, uncommitted, to the default device.
-
-    Raises UserError when there is no checkpoint, none is intact (each damaged file is named), a leaf differs in path,
-    shape or dtype, or PRNG settings differ, by which keys would draw other numbers.
+    params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` as wanted; a leaf with a sharding is placed by it, others go
+    uncommitted to the default device. Raises UserError when no checkpoint is intact (each damaged file is named), a leaf
+    differs in path, shape or dtype, or the PRNG settings differ.
     """
     chosen = ""
     if processes.is_first():
@@ -93,8 +90,7 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
 def load_params(path: Path) -> LoadedCheckpoint:
     """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or from one checkpoint.
 
-    The optimizer may be damaged or gone; `LoadedCheckpoint.optimizer` is None. Changes nothing on disk. Raises UserError as
-    `load` does, but not for PRNG settings.
+    The optimizer may be damaged or gone. Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if checkpoints_of(newest).is_dir():
@@ -151,7 +147,6 @@ def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
 
 
 def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
-    """Returns a tree like `like` of the arrays. Raises UserError for other paths, shapes or dtypes."""
     wanted = array_paths(like)
     _refuse_difference(where, wanted, stored)
     room = max((math.prod(array.shape) * array.dtype.itemsize for array in stored.values()), default=0)
@@ -196,10 +191,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def rename_newer(folder: Path, after: int) -> list[Path]:
-    """Renames each checkpoint newer than step `after`, from which a run resumes, to `damaged-STEP`; returns the new paths.
-
-    Only process 0 does.
-    """
+    """Renames each checkpoint newer than step `after` to `damaged-STEP`; returns the new paths. Only process 0 does."""
     root = checkpoints_of(folder)
     moved: list[Path] = []
     if not processes.is_first():

@@ -12,9 +12,9 @@ from engine.model.paths import array_paths
 def digest(params: Any) -> str:
     """Returns the SHA-256, in hex, over every leaf's path, dtype, shape and bytes, in path order.
 
-    params: any pytree of arrays; NumPy and CPU arrays are hashed in place (about 1.7 GB/s), others fetched leaf by leaf. Two
-    trees have one digest exactly when they hold the same bits under the same names: -0.0 differs from 0.0, one NaN from
-    another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf that is not an array of numbers.
+    params: any pytree of arrays. Two trees have one digest exactly when they hold the same bits under the same names: -0.0
+    differs from 0.0, one NaN from another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf that is not
+    an array of numbers.
     """
     hasher = hashlib.sha256()
     leaves = {tuple(path.split("/")): leaf for path, leaf in array_paths(params).items()}

@@ -120,9 +120,9 @@ def save_gguf(
 ) -> None:
     """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in float32.
 
-    params, report: as in `file_tensors`. With q4_0 the file holds the very blocks that `serve --weights q4` multiplies
-    by; with it and with q4_1, embedding and head have 8 bits. A matrix whose rows are no whole number of blocks of 32 becomes
-    F16. Raises UserError for an architecture without a name in GGUF.
+    params, report: as in `file_tensors`. With q4_0 and q4_1 embedding and head have 8 bits, as in `serve --weights q4`. A
+    matrix whose rows are no whole number of blocks of 32 becomes F16. Raises UserError for an architecture without a name in
+    GGUF.
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]

@@ -25,7 +25,7 @@ SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8),
 
 
 class ArrayLocation(NamedTuple):
-    """The location of an array in the file: the type of its elements, their number, and their offset in bytes."""
+    """An array in the file: the type of its elements, their number, and their offset in bytes."""
 
     kind: int
     length: int
@@ -50,7 +50,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Reads a file's metadata and tensor table, and no tensor."""
+    """Reads a file's metadata and tensor table."""
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)

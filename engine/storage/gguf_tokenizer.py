@@ -26,7 +26,7 @@ FALLBACK_PRE_TOKENIZER = "llama-bpe"  # where llama.cpp has no name for it
 
 
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
-    """Sets the normalizer and pre-tokenizer that llama.cpp has under this name, one of PRE_TOKENIZERS: it is not checked."""
+    """Sets the normalizer and pre-tokenizer that llama.cpp has under this name, one of PRE_TOKENIZERS."""
     tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
@@ -148,8 +148,8 @@ def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) ->
 def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: int) -> dict[str, Any]:
     """Returns the GGUF metadata of a tokenizer, for a model of `vocab` tokens.
 
-    Where llama.cpp has no name for its pre-tokenizer, the nearest is named, and the tokenizer.json added. Raises UserError
-    for a tokenizer that is no BPE or has no merges, which llama.cpp cannot read.
+    Where llama.cpp has no name for its pre-tokenizer, the nearest is named, and the tokenizer.json added. Raises UserError for
+    a tokenizer that is no BPE or has no merges.
     """
     written, config = tokenizer.to_json(), tokenizer.config
     model = written["model"]
@@ -194,7 +194,6 @@ def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
 
 
 def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recommended sampling, {SamplingParams' name: value as in the file}."""
     return {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
 
 

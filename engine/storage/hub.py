@@ -20,7 +20,7 @@ MAX_REASON = 200  # characters
 
 
 def is_hub_id(text: object) -> bool:
-    """Whether a text could be the id of an organization's model, by the rules of huggingface_hub's `validate_repo_id`."""
+    """Whether a text could be a model's id, by the rules of huggingface_hub's `validate_repo_id`."""
     return (
         isinstance(text, str)
         and bool(re.fullmatch(r"\w[\w.-]{,95}/\w[\w.-]{,95}", text, re.ASCII))
@@ -44,10 +44,10 @@ def cached_id(folder: Path) -> str:
 
 
 def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], report: OnProgress) -> Path:
-    """Returns the folder of a hub's model in the hub's cache, with what it lacked fetched.
+    """Returns the folder of a hub's model in the hub's cache, with what it lacked fetched; nothing with `cached_only`.
 
-    config.json comes first, whose folder `check_config` may refuse before any weight is fetched. With `cached_only` nothing is
-    fetched. `report`: bytes done and in all. Raises UserError for what cannot be had.
+    `check_config` may refuse the folder of config.json before any weight is fetched. `report`: bytes done and in all. Raises
+    UserError for what cannot be had.
     """
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import logging
@@ -110,8 +110,6 @@ def _progress_bar(report: Callable[[int, int], Any]) -> Any:
     from huggingface_hub.utils import tqdm
 
     class ProgressBar(tqdm):
-        """Reports the bytes instead of drawing a line."""
-
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
 

@@ -45,13 +45,11 @@ OnConfig = Callable[[ModelConfig], None]
 class LoadedModel:
     """A model's weights, architecture and tokenizer.
 
-    params: matrices in the dtype asked for (float32 for a run folder), gains and biases float32. Any of `eos_ids` ends a
-    completion, the tokenizer's own first. `checkpoint`: the file or folder that was read; `run`: the run folder it lies in;
-    `bases`: the run folders, or other files and folders, of the models below a LoRA run's adapter.
-    `hub_id`: that of the model on the Hugging Face hub, or of the one that an adapter is for, empty when unknown. `notes`:
-    lines to print: why this run, what is damaged, which fields are not known, whether the context is cut. `sampling`:
-    recommended, by the names of SamplingParams; values as the model's files have them. `merged`: paths of weights with a DoRA
-    in them, or trained whole, which PEFT's layout would not give back.
+    params: matrices in the dtype asked for (float32 for a run), gains and biases float32. eos_ids: each ends a completion, the
+    tokenizer's own first. checkpoint: the file or folder that was read; run: its run folder; bases: of the models below an
+    adapter. hub_id: of the model, or of an adapter's base; empty when unknown. notes: lines to print. sampling: recommended, by
+    the names of SamplingParams. merged: paths of weights that PEFT's layout would not give back, with a DoRA in them or trained
+    whole.
     """
 
     name: str
@@ -72,8 +70,7 @@ class LoadedModel:
 
 
 class Location(NamedTuple):
-    """A model's format and path. `adapter`: a LoRA run, or without a `run` a folder in PEFT's layout. `run`: the run folder,
-    if it is in one. `notes`: why this run."""
+    """A model's format and path. An adapter without a `run` folder is in PEFT's layout. `notes`: why this run."""
 
     format: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
@@ -82,7 +79,7 @@ class Location(NamedTuple):
 
 
 def model_name(model: str) -> str:
-    """Returns the name of what `--model` names, by its path alone: a run's, a file's or a folder's, and no digest."""
+    """Returns the name of what `--model` names, by its path alone."""
     path = Path(os.path.expanduser(model))
     if not path.exists() and is_hub_name(model):
         return model.partition("@")[0].partition("/")[2]
@@ -96,9 +93,9 @@ def locate(
 ) -> Location:
     """Returns the location of the model `--model` names, by default the newest finished run.
 
-    A named asset is fetched (`report`: bytes done and in all), and a model on the Hugging Face hub, unless `cached_only`:
-    `on_config` gets the architecture of that one before its weights are fetched. A path that is there is preferred to a model
-    on the hub of that name, and nothing in runs/ is looked for there.
+    Fetches a named asset (`report`: bytes done and in all), and a model on the Hugging Face hub unless `cached_only`;
+    `on_config` gets its architecture before the weights are fetched. An existing path comes first, and nothing in runs/ is
+    fetched.
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
@@ -143,11 +140,10 @@ def load_model(
 ) -> LoadedModel:  # fmt: skip
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
-    `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done
-    and in all, while fetching and reading. `on_config` gets the architecture before weights are read. `adapted_by`: the
-    LoRA runs of whose base this is a part; nobody named that, so that nothing is fetched from the hub. `blocks`: gets, before
-    `on_config` is called, the shapes of the leaves that a GGUF file holds as Blocks, and these stay as they are. Raises
-    UserError, too, when its weights alone exceed the memory.
+    `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done and in
+    all. `on_config` gets the architecture before weights are read. `adapted_by`: the LoRA runs on this base, which is then not
+    fetched from the hub. `blocks`: gets, before `on_config`, the shapes of the leaves that a GGUF file holds as Blocks, which
+    stay so. Raises UserError, too, when the weights exceed the memory.
     """
     run: Path | None = None
 
@@ -187,12 +183,11 @@ def load_model(
 
 
 def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:
-    """Returns notes on newer checkpoints that are damaged, and which is used instead."""
     return (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
 
 
 def _reader(path: Path) -> ModuleType:
-    """Imports the module that reads a Hugging Face folder or a GGUF file; a run folder needs neither's library."""
+    """Imports the reader of a folder or a GGUF file: a run folder needs neither's library."""
     if path.is_dir():
         from engine.storage import huggingface
 
@@ -218,7 +213,6 @@ def check_loads(written: Path, path: Path) -> None:
 
 
 def _base_of(location: Location) -> str:
-    """Returns the name of the model that a LoRA run or a folder in PEFT's layout adapts."""
     if location.run:
         return read_adapter_record(location.run)[0]
     if not (name := base_name(location.path)):
@@ -272,10 +266,7 @@ class AdapterOrigin(NamedTuple):
 
 
 def adapter_origin(name: str, cfg: ModelConfig) -> AdapterOrigin | None:
-    """Returns the origin of the adapter that a LoRA run, or a folder in PEFT's layout, holds; None for any other model.
-
-    `cfg`: the model's.
-    """
+    """Returns the origin of the adapter that a LoRA run, or a folder in PEFT's layout, holds; None for any other model."""
     if not Path(name).expanduser().exists() or (location := locate(name)).format != "adapter":
         return None
     if location.run:
@@ -284,10 +275,10 @@ def adapter_origin(name: str, cfg: ModelConfig) -> AdapterOrigin | None:
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tuple[Any, tuple[str, ...]]:
-    """Returns params with the LoRA adapters in `folders` applied, and notes to print as LoadedModel has them.
+    """Returns params with the LoRA adapters in `folders` applied, and notes to print.
 
-    A folder is in PEFT's layout, or a LoRA run's, or one of its step folders. params stay as they are; several adapters add
-    up. Raises UserError for one trained on other weights (by their digest).
+    A folder is in PEFT's layout, a LoRA run's, or one of its step folders. Several adapters add up. Raises UserError for one
+    trained on other weights (by their digest).
     """
     adapted, notes = params, tuple[str, ...]()
     for folder in folders:
@@ -297,7 +288,7 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
 
 
 def read_adapter(cfg: ModelConfig, folder: Path, base: Iterable[str]) -> tuple[Any, Path, tuple[str, ...]]:
-    """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; where it lies; and notes to print."""
+    """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and notes to print."""
     location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
     if not location or location.format != "adapter":
         location = Location("adapter", folder)

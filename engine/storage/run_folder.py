@@ -27,7 +27,7 @@ UNFINISHED = "not finished"
 def newest_run() -> tuple[Path, tuple[str, ...]]:
     """Returns the newest finished run's folder, and a note that names it and the newer ones that are passed over.
 
-    A toy (see `_reason_against`) is used only when there is nothing else. Raises UserError when no run in ROOT has finished.
+    A toy (see `_reason_against`) is used only when there is nothing else. Raises UserError when no run has finished.
     """
     passed: dict[Path, str] = {}
     runs = [file.parent for file in ROOT.glob("*/run.json")]
@@ -79,7 +79,6 @@ def verify(folder: Path) -> tuple[str, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of a run."""
     try:
         return read_json_object(path, MAX_JSON_BYTES)
     except UserError as error:
@@ -87,7 +86,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Returns the architecture of a run."""
     fields = read_json(path := folder / "config.json")
     try:
         return ModelConfig.from_json(fields)

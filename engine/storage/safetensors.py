@@ -65,7 +65,6 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
-    """Returns the tensor of an entry of the header, if dtype, shape and size agree."""
     is_count = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (

@@ -36,7 +36,7 @@ DTYPE_NAMES = {  # the files' names of dtypes
 
 
 class Leaf(NamedTuple):
-    """A leaf of the params tree, at `path`, and the tensor of a file that holds it: its `name`, and `stored`, its shape there.
+    """A leaf of the params tree, at `path`, and the `name` and shape, `stored`, of the tensor that holds it in a file.
 
     `paired`: rows a head of q and k, read together, for GGUF interleaves them.
     """
@@ -86,8 +86,7 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
     """Returns the leaves after checking that the file has their tensors, and no other.
 
-    Raises UserError for a tensor of another shape or name, and at the first one missing, however many layers are claimed.
-    Callers leave out of `shapes` what may be ignored, such as inv_freq.
+    Raises UserError at the first one that is missing or has another shape, however many layers are claimed.
     """
     complete: list[Leaf] = []
     for leaf in leaves:
@@ -105,10 +104,9 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 class StoredModel(NamedTuple):
     """An opened GGUF or Hugging Face model, weights unread.
 
-    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. tokenizer: reads what
-    lies beside the weights. `context`: what the file claims; `cfg` has less where attention is in windows. `hub_id`: its id on
-    the Hugging Face hub, empty when unknown. `notes`: on fields that are not known here. `kinds`: of the tensors in blocks that
-    are multiplied as they are, by name; `packed`: one of them -> the array of Blocks.
+    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. context: what the file
+    claims; `cfg` has less where attention is in windows. hub_id: empty when unknown. notes: on unknown fields. kinds: of the
+    tensors in blocks that are multiplied as they are, by name; packed: one of them -> the array of Blocks.
     """
 
     name: str
@@ -137,10 +135,10 @@ def block_leaves(model: StoredModel) -> dict[str, Blocks]:
 def read_params(
     model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] | None = None
 ) -> dict[str, Any]:
-    """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32; rows come in our order.
+    """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32.
 
     `blocks`: of `block_leaves`, those that stay as they are. `report`: numbers read and in all. Raises UserError for a weight
-    that is not a number, or infinite.
+    that is not a finite number.
     """
     total, done = sum(math.prod(leaf.stored) for leaf in model.leaves), 0
     params: dict[str, Any] = {}
@@ -157,7 +155,6 @@ def read_params(
 
 
 def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
-    """Reads one leaf, as `read_params` does."""
     shape = leaf.stored[::-1] if leaf.transposed else leaf.stored
     value = np.empty(shape, jnp.dtype(dtype) if len(shape) == 2 else np.float32)
     bits = np.dtype(f"u{value.itemsize}")  # NumPy copies bfloat16 one number at a time, and integers quickly
