@@ -217,7 +217,7 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the files and folders that killed writers left unfinished in a folder; without locks, those that are a day old."""
+    """Removes what killed writers left unfinished in a folder; without locks, what is a day old."""
     for leftover in folder.glob(f".*.*{UNFINISHED}"):
         with contextlib.suppress(OSError), contextlib.ExitStack() as lock:  # until it is gone: a writer may be about to lock it
             handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)

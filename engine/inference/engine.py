@@ -97,7 +97,7 @@ class Engine:
         return self.scheduler.submit(request, priority).id
 
     def queue_position(self, priority: int) -> int:
-        """Returns the position in the queue of the requests with this priority: 1 is served next, 0 when none waits for a slot."""
+        """Returns the queue position of the requests with this priority: 1 is served next, 0 when none waits for a slot."""
         waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)} - self.held_priorities
         return sum(other <= priority for other in waiting) if priority in waiting else 0
 

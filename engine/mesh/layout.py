@@ -254,7 +254,7 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
 
 
 def join(parts: Sequence[Array], groups: int, axis: int = 0) -> Array:
-    """Joins parts along an axis, each with the shares of `groups` devices in turn; the inverse of `stack_rows` and `cut_rows`."""
+    """Joins parts along an axis, each with the shares of `groups` devices in turn: the inverse of `stack_rows`, `cut_rows`."""
     before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
     grouped = [x.reshape(*before, groups, -1, *after) for x in parts]
     return jnp.concatenate(grouped, axis=axis + 1).reshape(*before, -1, *after)
