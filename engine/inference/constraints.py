@@ -41,7 +41,7 @@ class Constraint:
         return self._matcher.is_error()
 
     def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
-        """Writes the tokens that may come next into masks (R, ceil(V/32)) uint32: rows[0], and rows[n] after n allowed drafts."""
+        """Writes the allowed tokens into masks (R, ceil(V/32)) uint32: rows[0]'s, and rows[n]'s after n allowed drafts."""
         for row, draft in zip(rows, [*drafts, None]):
             self._matcher.unsafe_compute_mask_ptr(masks[row].ctypes.data, masks[row].nbytes)
             if self.failed:  # any token: it does not count
