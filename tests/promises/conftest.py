@@ -5,7 +5,6 @@ default too, in a few repetitions and without their bars of time, on the tiny se
 that could not be tried is not kept. Without `-n 0` the workers disturb each other's timing.
 """
 
-import asyncio
 import dataclasses
 import json
 import random
@@ -20,7 +19,7 @@ from figures import Figure
 
 sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")]
 
-from tiny_server import SLOTS, TinyServer
+from tiny_server import SLOTS, TinyServer, until
 
 from bench.cli import circumstances
 from bench.serving.client import Client
@@ -83,19 +82,26 @@ def make_server(pytestconfig):
     return make
 
 
-@pytest.fixture(scope="session", params=["real"])
-async def server(anyio_backend, make_server, request):
-    """The server that most promises are tried on, so that S3 finds it after everything else; or a tiny one in this process."""
-    if request.param == "tiny":
-        with TinyServer() as tiny:
-            client = Client(tiny.port)
-            while not (await client.get("/health")).json()["long_texts_ready"]:  # else what is compiled meanwhile would count
-                await asyncio.sleep(0.01)
-            yield SimpleNamespace(port=tiny.port, client=client, process=None)
-        return
+@pytest.fixture(scope="session")
+async def real_server(anyio_backend, make_server):
+    """The server that most promises are tried on, so that S3 finds it after everything else."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
     async with make_server() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+async def tiny_promised(anyio_backend):
+    """A tiny one in this process, for one file: between two the process may drop what it has compiled (`workers.py`)."""
+    with TinyServer() as tiny:
+        assert until(lambda: tiny.state.engine.has_long_programs)  # else what is compiled meanwhile would count
+        yield SimpleNamespace(port=tiny.port, client=Client(tiny.port), process=None)
+
+
+@pytest.fixture(params=["real"])
+def server(request):
+    """The real server, or the tiny one: see `servers`."""
+    return request.getfixturevalue(real_server.__name__ if request.param == "real" else tiny_promised.__name__)
 
 
 @pytest.fixture

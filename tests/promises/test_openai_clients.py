@@ -1,4 +1,7 @@
-"""S10: OpenAI clients just work: the official one, sync, async and streaming, and schema fuzzing of our own OpenAPI."""
+"""S10: OpenAI clients just work: the official one, whole and streaming, and schema fuzzing of our own OpenAPI.
+
+Each kind of call that it makes: tests/clients/test_kinds.py.
+"""
 
 import asyncio
 import subprocess
@@ -90,38 +93,6 @@ def test_completions(ai):
     stop = texts[0][len(texts[0]) // 2]
     stopped = ai.completions.create(**fields | {"prompt": "One, two,", "stop": [stop]}).choices[0]
     assert (stopped.finish_reason, stopped.text) == ("stop", texts[0][: texts[0].index(stop)])
-
-
-@ON_BOTH
-def test_many_at_once(options):
-    async def ask_all():
-        async with openai.AsyncOpenAI(**options) as client:
-
-            async def ask():
-                return text_of(await client.chat.completions.create(**CHAT))
-
-            async def stream():
-                return streamed([chunk async for chunk in await client.chat.completions.create(**CHAT, stream=True)])
-
-            return await asyncio.gather(*(work() for work in (ask, stream) * 3))
-
-    assert len(set(asyncio.run(ask_all()))) == 1
-
-
-@ON_BOTH
-def test_several_choices_and_a_seed(ai):
-    fields = CHAT | {"temperature": 1}
-    assert len({choice.message.content for choice in ai.chat.completions.create(**fields, n=3, seed=5).choices}) > 1
-    assert len({text_of(ai.chat.completions.create(**fields, seed=9)) for _ in range(3)}) == 1
-
-
-@ON_BOTH
-def test_models(ai):
-    names = [model.id for model in ai.models.list()]
-    assert ai.models.retrieve(names[0]).owned_by == "thrice"
-    with pytest.raises(openai.NotFoundError) as caught:
-        ai.chat.completions.create(**CHAT | {"model": "gpt-none"})
-    assert any(name in str(caught.value) for name in names)
 
 
 @pytest.mark.parametrize(
