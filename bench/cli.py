@@ -30,7 +30,7 @@ Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
 LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind in ("css", "js")]  # of pages that have some
 REPORT_SECONDS = 5.0  # between two lines on a process's progress
-PIPED_WIDTH = 140  # of a pipe: the widest table fits
+PIPED_WIDTH = 160  # of a pipe: the widest table fits
 UNTIMED = ("bench compare", "bench.plan")
 # What README's figures are held to; printed by each measurement with a bar.
 BARS_HOLD = "The bars hold on two quiet cores of a Zen 4 (AVX-512). On another processor a bar that is not met says little."

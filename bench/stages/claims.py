@@ -7,17 +7,21 @@ on another machine.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench.stages.checks import SLOTS
-from bench.timing import Ratio
+from bench.timing import Ratio, Timing, ratio
 from engine.format import in_words, money, percent, si, times
 
 TUNING_TOKENS = 1_000_000  # of a fine-tuning run
 SMALL_PART = 0.1  # share of the cost of pre-training that a fine-tuning run may have
 TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 PROMPT, COMPLETION = 500, 250  # tokens of a request
+MANY = 10_000  # requests that cost as much as pre-training: then one of them costs next to nothing
+# GPT-2 in 2019: 32 TPU v3 for 168 hours at 8 dollars an hour. A model as able in 2026: the operations of the first run of the
+# leaderboard. Both by karpathy/nanochat, dev/LEADERBOARD.md.
+GPT2_USD, GPT2_FLOPS = 32 * 168 * 8, 4.33e19
 GENERATED_CHEAPER = "A token is cheaper to generate than to train on."
 
 Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, numbers
@@ -28,7 +32,7 @@ class Evidence:
     """The numbers by which claims are judged."""
 
     rows: dict[str, dict[str, Any]]  # of the document, by name
-    time_ratio: Callable[[str, str], Ratio]  # of a row's time for a token over another's
+    timings: Mapping[str, Timing]  # of a token in each row, by name, and of one without a KV cache
     params: int
     price: float  # dollars an hour
     uncached: tuple[float, int]  # seconds of a token without a KV cache, and the tokens before it
@@ -51,9 +55,16 @@ class Evidence:
         """Returns the FLOPs of a token of the `row` of `start`, by formula."""
         return self.row(start)["flops_per_token"]["formula"]
 
+    def timing(self, start: str) -> Timing:
+        """Returns the timing of a token in the `row` of `start`, which may be `uncached` too."""
+        return self.timings["uncached" if start == "uncached" else self.row(start)["name"]]
+
     def ratio(self, a: str, b: str) -> Ratio:
-        """Returns `time_ratio` of the `row` of `a` and of `b`."""
-        return self.time_ratio(self.row(a)["name"], self.row(b)["name"])
+        """Returns a token's time in the `row` of `a` over that in the row of `b`."""
+        return ratio(self.timing(a), self.timing(b))
+
+    def usd(self, seconds: float) -> float:
+        return seconds / 3600 * self.price
 
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
@@ -240,7 +251,7 @@ def learns(of: Evidence) -> Judgement:
 
 
 def costs(of: Evidence) -> Judgement:
-    cost = lambda start, tokens: of.row(start)["seconds_per_token"] * tokens / 3600 * of.price
+    cost = lambda start, tokens: of.usd(of.row(start)["seconds_per_token"] * tokens)
     trained = TOKENS_PER_PARAMETER * of.params
     training, tuning, token = cost("pre-training", trained), cost("LoRA", TUNING_TOKENS), of.ratio("LoRA", "pre-training")
     share, served = token.scaled(TUNING_TOKENS / trained), training / (cost("decode with 8 slots", 1) or 1)
@@ -256,21 +267,39 @@ def costs(of: Evidence) -> Judgement:
     }  # fmt: skip
 
 
-def request(of: Evidence) -> Judgement:
-    seconds = lambda start, tokens: of.row(start)["seconds_per_token"] * tokens
-    reading, writing = seconds("chunked prefill", PROMPT), seconds("decode with 8 slots", COMPLETION)
-    training = seconds("pre-training", TOKENS_PER_PARAMETER * of.params)
-    price, share = (reading + writing) / 3600 * of.price, (reading + writing) / training
+def fortune(of: Evidence) -> Judgement:
+    seconds = of.row("pre-training")["seconds_per_token"]
+    own, operation = of.usd(seconds * TOKENS_PER_PARAMETER * of.params), seconds / of.flops("pre-training")
+    now, years = of.usd(operation * GPT2_FLOPS), operation * GPT2_FLOPS / (365 * 24 * 3600)
     value = (
-        f"{PROMPT} tokens are read in {si(reading, 's')} and {COMPLETION} written in {si(writing, 's')}, eight requests at a "
-        f"time: {money(price)}. Pre-training on {in_words(TOKENS_PER_PARAMETER * of.params)} tokens cost as much as "
-        f"{in_words(1 / share)} such requests."
+        f"GPT-2 cost about {money(round(GPT2_USD, -3))} in 2019, and a model as able {in_words(GPT2_FLOPS / 1e12)} trillion "
+        f"operations in 2026, both by nanochat's leaderboard. At what an operation of training costs on this machine, they are "
+        f"{money(now)}, and take {years:.3g} years. This model's own pre-training, on {TOKENS_PER_PARAMETER} tokens a "
+        f"parameter, is {money(own)}: the price goes with the size."
     )
-    return "true for one" if share < SMALL_PART / 1000 else "false here", value, {"usd": price, "share": share}
+    verdict = "false now" if now < SMALL_PART * GPT2_USD else "partly: less than then" if now < GPT2_USD else "true here"
+    return f"{verdict}, for a model like GPT-2", value, {"then_usd": GPT2_USD, "now_usd": now, "own_usd": own}
+
+
+def request_timing(reading: Timing, writing: Timing) -> Timing:
+    """Returns the seconds of a request in each round, of those of a token that is read and of one that is written."""
+    return Timing("a request", tuple(PROMPT * a + COMPLETION * b for a, b in zip(reading.seconds, writing.seconds)))
+
+
+def request(of: Evidence) -> Judgement:
+    reading, writing, trained = of.row("chunked prefill"), of.row("decode with 8 slots"), TOKENS_PER_PARAMETER * of.params
+    asked = request_timing(of.timing("chunked prefill"), of.timing("decode with 8 slots"))
+    requests, price = ratio(of.timing("pre-training").scaled(trained), asked), of.usd(asked.median)
+    value = (
+        f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} and {COMPLETION} written in "
+        f"{si(COMPLETION * writing['seconds_per_token'], 's')}, eight requests at a time: {money(price)}. Pre-training on "
+        f"{in_words(trained)} tokens costs as much as {requests.format(in_words)} such requests."
+    )
+    return judge(requests, MANY, "true for one", "false here"), value, {"usd": price, "requests": requests}
 
 
 def caching(of: Evidence) -> Judgement:
-    gain, (seconds, tokens) = of.time_ratio("uncached", "decode alone"), of.uncached
+    gain, (seconds, tokens) = of.ratio("uncached", "decode alone"), of.uncached
     return _of_gain(
         gain,
         f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {of.seconds('decode alone')} with one",
@@ -279,7 +308,7 @@ def caching(of: Evidence) -> Judgement:
 
 def prefix_cache(of: Evidence) -> Judgement:
     return _of_gain(
-        of.time_ratio("chunked prefill into a slot", "prefix-cache hit"),
+        of.ratio("chunked prefill", "prefix-cache hit"),
         f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, and {of.seconds('prefix-cache hit')} to copy into "
         "its slot where a prompt that began alike was read before",
     )
@@ -287,7 +316,7 @@ def prefix_cache(of: Evidence) -> Judgement:
 
 def batching(of: Evidence) -> Judgement:
     return _of_gain(
-        of.time_ratio("decode alone", "decode with 32 slots"),
+        of.ratio("decode alone", "decode with 32 slots"),
         f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
         f"{of.seconds('decode with 32 slots')} among 32",
     )
@@ -331,6 +360,7 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the re
     "Requests do not affect one another.": independent,
     "The model improves as you use it.": learns,
     "Fine-tuning costs a small part of what training cost.": costs,
+    "Pre-training costs a fortune.": fortune,
     "Answering one request costs next to nothing.": request,
     "The KV cache decides what serving costs.": caching,
     "The prefix cache decides what serving costs.": prefix_cache,

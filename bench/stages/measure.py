@@ -13,7 +13,7 @@ import numpy as np
 from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
 from bench.stages.checks import logits_error, model_state, serve_beside_others
-from bench.stages.claims import Evidence, claims
+from bench.stages.claims import COMPLETION, PROMPT, Evidence, claims, request_timing
 from bench.stages.memory import memory_over_time
 from bench.stages.residuals import block_residuals
 from bench.stages.rows import (
@@ -51,6 +51,7 @@ from engine.text.batch import Batch
 MAX_ROUNDS = 15
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
+READING = "chunked prefill into a slot"  # the row that reads the prompt of a request
 CHECKPOINTED = "gradient checkpointing"  # the pre-training step with it, which is no row of the table
 DRAWN = (  # the rows whose memory is drawn
     "pre-training step",
@@ -125,7 +126,7 @@ def stage_table(
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
-        document_rows, lambda a, b: ratio(timings[a], timings[b]), params=params, price=price,
+        document_rows, timings, params=params, price=price,
         uncached=(timings["uncached"].median, context), bytes_per_weight=jnp.dtype(cfg.dtype).itemsize, generated=generated,
         changed_answers=serve_beside_others(cfg, frozen, min(2 * context, cfg.context))[0], before=state_before,
         after=model_state(cfg, frozen, data), int8_error=logits_error(cfg, frozen, int8, data),
@@ -145,6 +146,7 @@ def stage_table(
         "rows": list(document_rows.values()),
         "claims": claims(evidence),
         "price_per_hour": price,
+        "request_tokens": [PROMPT, COMPLETION],
         "rounds": rounds,
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
@@ -232,6 +234,7 @@ def row_document(
     if row.utilisation_of == "MFU":
         used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
     by_layer = [layer.by_pass for layer in row.layers]
+    asked = request_timing(timings[READING], timing).median if row.stage == "decode" else None
     counted = {
         "formula": flops.total, "walker": row.walker and row.walker.matmul,
         "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla,
@@ -246,7 +249,8 @@ def row_document(
         "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
         "peak_bytes": row.peak_bytes, "predicted_peak_bytes": row.predicted_bytes,
         "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
-        "usd_per_million_tokens": seconds * 1e6 / 3600 * price, "slots": row.slots,
+        "usd_per_million_tokens": seconds * 1e6 / 3600 * price,
+        "usd_per_request": asked and asked / 3600 * price, "slots": row.slots,
         "layers": [[*map(per_token, (each.forward + each.recompute, each.dx, each.dw))] for each in by_layer],
         "series": row.series, "bound_by": bound_by(row, seconds, ceilings),
     }  # fmt: skip

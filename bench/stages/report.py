@@ -21,9 +21,12 @@ def print_stages(document: dict[str, Any]) -> None:
     for why in dict.fromkeys(row["counters_differ"] for row in rows if row["counters_differ"]):
         names = ", ".join(row["name"] for row in rows if row["counters_differ"] == why)
         out.print(f"[bold]{names}[/]: {why}")
-    measured = ("", "a token takes", "× forward", "peak", "predicted", "moved a token", "of ceiling", "bound by", "$ a million")
-    title = f"Measured: the same rows on this machine, at {money(document['price_per_hour'])} an hour"
-    print_table(title, measured, map(_measured, rows))
+    measured = ("", "a token takes", "× forward", "peak", "predicted", "moved a token", "of ceiling", "bound by")
+    prices = ("$ a million", "$ a request")
+    read, written = document["request_tokens"]
+    price = money(document["price_per_hour"])
+    title = f"Measured on this machine, at {price} an hour; a request: {read} tokens read, {written} written"
+    print_table(title, measured + prices, map(_measured, rows))
     for claim in document["claims"]:
         out.print(f"[bold]{claim['claim']}[/]\n  [cyan]{claim['verdict']}[/]: {claim['value']}")
     out.print(f"\n{document['noise']}", markup=False)
@@ -47,7 +50,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
         times(row["time_ratio_to_forward"]),
         si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
         si(row["bytes_per_token"], "B"), f"{percent(row['utilisation'])} {row['utilisation_of']}", row["bound_by"],
-        money(row["usd_per_million_tokens"]),
+        money(row["usd_per_million_tokens"]), money(row["usd_per_request"]),
     ]  # fmt: skip
 
 
