@@ -16,10 +16,9 @@ from engine.inference.config import EngineConfig
 from engine.inference.decode import prefill, prepare_params
 from engine.inference.engine import Engine, complete
 from engine.inference.request import Request, SamplingParams
-from engine.model.cache.contiguous import make_cache
 from engine.model.config import ModelConfig, preset
 from engine.model.loss import score
-from engine.model.transformer import forward
+from engine.model.transformer import forward, make_cache
 from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient

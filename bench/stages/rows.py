@@ -40,14 +40,13 @@ from engine.inference.decode import CHUNK, STEPS, decode_steps, prefill
 from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
-from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import LOGITS_LIMIT, score
 from engine.model.loss_in_parts import CHUNK as LOSS_CHUNK
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
-from engine.model.transformer import hidden_states, logits_of
+from engine.model.transformer import hidden_states, logits_of, make_cache
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices

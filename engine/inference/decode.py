@@ -17,11 +17,10 @@ from jax import Array
 from engine.inference.sampling import SamplingArrays, sample
 from engine.inference.sequence import STEPS
 from engine.mesh import layout
-from engine.model.cache.contiguous import KVCache, make_cache
 from engine.model.config import ModelConfig
 from engine.model.ops import has_kernel, platform
 from engine.model.paths import map_paths
-from engine.model.transformer import Params, forward, hidden_states, logits_of
+from engine.model.transformer import KVCache, Params, forward, hidden_states, logits_of, make_cache
 from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices, join_projections

@@ -5,7 +5,7 @@ imports flax.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,6 @@ from engine.mesh import layout
 from engine.model import backward, layers
 from engine.model.attention import attention, causal_attention
 from engine.model.cache import segmented
-from engine.model.cache.contiguous import KVCache, write
 from engine.model.config import ModelConfig
 from engine.model.paths import Params
 from engine.model.weights.matmul import lookup, norm_and_project, project, unembed
@@ -29,6 +28,36 @@ from engine.model.weights.matmul import lookup, norm_and_project, project, unemb
 TIED_STD, EMBED_STD = 0.3, 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
+
+
+class KVCache(NamedTuple):
+    """k and v: one array (B, K, S, H) for each of the L layers; length (B,) int32, the tokens each row holds.
+
+    What lies at or beyond a row's length is stale and is never read.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    length: Array
+
+    def layer(self, i: int) -> tuple[Array, Array, Array]:
+        return self.k[i], self.v[i], self.length
+
+    def with_layers(self, layers: Sequence[tuple[Array, Array, Array]]) -> "KVCache":
+        k, v, _ = zip(*layers)
+        return KVCache(k, v, self.length)
+
+
+def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
+    shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
+    empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
+    return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
+
+
+def write_rows(cached: Array, new: Array, start: Array) -> Array:
+    """Writes new (B, K, T, H) into cached (B, K, S, H) at start (B,)."""
+    write_row = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
+    return jax.vmap(write_row)(cached, new.astype(cached.dtype), start)
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
@@ -97,8 +126,8 @@ class Block(nn.Module):
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
         """Writes this call's keys and values after each row's length, then attends to all of the row."""
         keys, values, length = cached
-        keys = write(keys, k.transpose(0, 2, 1, 3), length)
-        values = write(values, v.transpose(0, 2, 1, 3), length)
+        keys = write_rows(keys, k.transpose(0, 2, 1, 3), length)
+        values = write_rows(values, v.transpose(0, 2, 1, 3), length)
         last = length[:, None] + jnp.arange(q.shape[1])  # (B, T): the cache index of each query's own key
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
         # 0 times a stale NaN is NaN, so masked values are cleared first.

@@ -14,9 +14,8 @@ from engine.counting.params import (
     lora_only,
     top_frozen,
 )
-from engine.model.cache.contiguous import make_cache
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.transformer import init_params
+from engine.model.transformer import init_params, make_cache
 from engine.text.batch import Batch
 
 

@@ -12,11 +12,10 @@ from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, gen
 from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.inference.sampling import sample
-from engine.model.cache.contiguous import make_cache
 from engine.model.config import JOINED
 from engine.model.loss import score
 from engine.model.paths import leaf_paths
-from engine.model.transformer import forward
+from engine.model.transformer import forward, make_cache
 from engine.text.batch import Batch
 
 ROWS = 3

@@ -36,8 +36,7 @@ from engine.inference.sampling import sample, sampling_arrays
 from engine.inference.scheduler import Decode, Scheduler
 from engine.inference.sequence import STEPS
 from engine.inference.speculation import Drafter
-from engine.model.cache.contiguous import make_cache
-from engine.model.transformer import forward
+from engine.model.transformer import forward, make_cache
 
 EVERY_DTYPE = pytest.mark.parametrize(
     "dtype", [pytest.param(dtype, marks=[pytest.mark.night] * (dtype == "bfloat16")) for dtype in DTYPES]

@@ -25,13 +25,12 @@ from engine.inference.sampling import SamplingArrays, make_token_counts
 from engine.mesh import layout
 from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
-from engine.model.cache.contiguous import make_cache
 from engine.model.cache.segmented import KVDtype, make_kv_segments
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import score, summed_loss
 from engine.model.ops import platform
 from engine.model.paths import merge, split
-from engine.model.transformer import forward, init_params
+from engine.model.transformer import forward, init_params, make_cache
 from engine.model.weights import int8
 from engine.model.weights.blocks import GROUP, round_to_blocks, straight_through
 from engine.model.weights.int8 import quantize

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model.cache.contiguous import KVCache, make_cache, write
-from engine.model.transformer import forward
+from engine.model.transformer import KVCache, forward, make_cache, write_rows
 
 B, S = 2, 11
 run = jax.jit(forward, static_argnums=0)
@@ -25,7 +24,7 @@ def test_each_row_is_written_at_its_own_place_and_nowhere_else():
     cached, new = rng.standard_normal((B, 3, S, 4)), rng.standard_normal((B, 3, 5, 4))
     expected = cached.copy()
     expected[0, :, 2:7], expected[1, :, 6:11] = new
-    written = write(jnp.asarray(cached), jnp.asarray(new), jnp.array([2, 6]))
+    written = write_rows(jnp.asarray(cached), jnp.asarray(new), jnp.array([2, 6]))
     np.testing.assert_array_equal(written, expected.astype(np.float32))
 
 

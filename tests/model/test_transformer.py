@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny import FAMILY, B, T, assert_near, lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model.cache.contiguous import make_cache
-from engine.model.transformer import forward, hidden_states, init_params
+from engine.model.transformer import forward, hidden_states, init_params, make_cache
 
 run = jax.jit(forward, static_argnums=0)
 init = jax.jit(init_params, static_argnums=0)

@@ -13,9 +13,8 @@ from engine.counting.jaxpr import jaxpr_cost
 from engine.errors import UserError
 from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths
-from engine.training import muon
-from engine.training.muon import SECOND_BEGINS, STEPS, orthogonal
-from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from engine.training import optimizer
+from engine.training.optimizer import SECOND_BEGINS, STEPS, OptimizerConfig, make_optimizer, make_schedule, orthogonal
 
 
 def factors(cfg: OptimizerConfig, *progress: float) -> list[float]:
@@ -127,7 +126,7 @@ def test_muons_momentum_is_optaxs(params, monkeypatch):
     cfg = OptimizerConfig(
         kind="muon", momentum=0.5, weight_decay=0.0, clip=float("inf"), matrix_learning_rate=1.0, schedule="wsd", warmup=0.1
     )
-    monkeypatch.setattr(muon, "orthogonal", lambda matrix, dtype: optaxs_muon(matrix))
+    monkeypatch.setattr(optimizer, "orthogonal", lambda matrix, dtype: optaxs_muon(matrix))
     matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("q", "down")}}}
     ours, theirs = make_optimizer(cfg), optax.contrib.muon(1.0, beta=0.5)
     states = ours.init(matrices), theirs.init(matrices)

@@ -1,1 +1,1 @@
-"""The KV cache: contiguous, or in segments for many slots."""
+"""The KV cache of many slots; `transformer.py` has the one of rows that start together."""
