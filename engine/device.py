@@ -1,8 +1,8 @@
 """Starts JAX: sets the device, the compilation cache, quiet logs, and glibc, which must keep the memory that XLA frees.
 
-XLA on the CPU allocates hundreds of megabytes for each step and frees them at its end. By default glibc returns so large a
-block to the kernel: a quarter of a training step was page faults (`python -m bench.step --allocator default`). This module
-must load without JAX, for glibc's allocator is set before JAX starts its threads.
+XLA on the CPU allocates hundreds of megabytes for each step, which glibc by default returns to the kernel at its end: a quarter
+of a training step was page faults (`python -m bench.step --allocator default`). This module must load without JAX, for glibc's
+allocator is set before JAX starts its threads.
 """
 
 import contextlib

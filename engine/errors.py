@@ -12,8 +12,6 @@ class UserError(ValueError):
 
 
 class InvalidField(UserError):
-    """A UserError that also names the wrong `field` of a request or of an options object."""
-
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message)
         self.field = field

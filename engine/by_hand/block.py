@@ -75,7 +75,6 @@ def attention(cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables) 
 def attention_with_residuals(
     cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables
 ) -> tuple[ndarray, AttentionResiduals]:
-    """Returns `attention`'s result, and the residuals for `attention_backward`."""
     h = rms_norm(x, w["attn_norm"], cfg.eps)
     raw = _project_heads(cfg, w, h)
     q, k, v = _rotate(cfg, w, raw, tables)
@@ -118,7 +117,6 @@ def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
 
 
 def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
-    """Returns `feed_forward`'s result, and the residuals for `feed_forward_backward`."""
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = project(h, w["gate"]), project(h, w["up"])
     hidden = swiglu(gate, up)

@@ -1,12 +1,12 @@
 """Counts the operations of a program by walking its jaxpr, without the equations that no result needs.
 
-Nothing is allocated, compiled or run. The jaxpr is what JAX compiles, after differentiation, so frozen weights, LoRA and
-remat show.
+Nothing is allocated, compiled or run. The jaxpr is what JAX compiles, after differentiation, so frozen weights, LoRA and remat
+show.
 
 - Matrix products (`dot_general`) count 2 for each multiply and add.
 - Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
   selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
-  functions count apart, one each: their operations depend on the chip.
+  functions count apart, one each.
 - A scan is its body times its length, a `cond` its most expensive branch. Refused are a `while`, whose trips are unknown,
   products that no program here has, and kernels, whose work is hidden, but for fused attention: that counts in blocks.
 - A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
@@ -49,8 +49,6 @@ _OPAQUE = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class JaxprCost:
-    """Operations of one call of a function, as in its jaxpr."""
-
     matmul: int = 0
     elementwise: int = 0
     transcendental: int = 0

@@ -1,12 +1,12 @@
 """Memory by formula: the peak bytes of a training step and of a served model, and the bytes that a step moves.
 
-Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the compiler decides which
-values to keep and which to compute twice: the terms follow XLA on a CPU, with elementwise work in float32 and products in
-`cfg.dtype` (compare with `xla_peak` of the compiled step). A scan over the layers keeps a third less.
+Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the compiler decides which values
+to keep: the terms follow XLA on a CPU, with elementwise work in float32 and products in `cfg.dtype` (compare with `xla_peak` of
+the compiled step). A scan over the layers keeps a third less.
 
-The traffic, the numerator of MBU, is what must be read and written: every product reads its weights once; a block's values
-are written and read once going forward, and read once going back where they were kept. Copies, masks and what does not fit a
-fused loop are left out, so most programs move more; one whose data fits the processor's cache moves less.
+The traffic, the numerator of MBU, is what must be read and written: every product reads its weights once; a block's values are
+written and read once going forward, and read once going back where they were kept. Copies, masks and what does not fit a fused
+loop are left out.
 """
 
 import dataclasses
@@ -49,7 +49,9 @@ class TrainingMemory:
 
     @property
     def update_peak(self) -> int:
-        """The peak of the optimizer's update beside weights and optimizer: gradients, updates, and the old optimizer state."""
+        """The peak of the update beside weights and optimizer: gradients, updates, and the next optimizer state beside the old
+        one.
+        """
         return 2 * self.gradients + self.optimizer
 
     @property

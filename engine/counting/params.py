@@ -35,7 +35,7 @@ class ParamCount(NamedTuple):
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:
-    """Counts at once for however many layers a config claims."""
+    """Counts parameters, in a time that does not depend on the layers that a config claims."""
     shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))
     times = {path: cfg.layers if path.startswith("blocks/") else 1 for path in shapes}
     matmul = [path for path, shape in shapes.items() if len(shape) == 2 and (cfg.tied or path != "embed")]

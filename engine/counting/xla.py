@@ -2,12 +2,11 @@
 
 Known faults of its count of operations:
 
-- The body of a loop counts once, however often it runs: a scan over 8 layers reports an eighth of their work. Ask about
-  a program without loops (no `cfg.scan`, one microbatch, one decoding step).
-- A call into a library or a kernel in C counts as -1 operation. On the CPU of JAX 0.12 products given to YNNPACK are
-  fusions, which are counted.
-- After compiling, elementwise work that fusion repeats, and conversions to and from a type the chip lacks (bfloat16 on a
-  CPU), count.
+- The body of a loop counts once, however often it runs: ask about a program without loops (no `cfg.scan`, one microbatch, one
+  decoding step).
+- A call into a library or a kernel in C counts as -1 operation. On the CPU of JAX 0.12 products given to YNNPACK are fusions,
+  which are counted.
+- After compiling, elementwise work that fusion repeats, and conversions to and from a type the chip lacks, count.
 - The compiler may undo remat where it sees that two computations are one.
 
 A collective counts as often as it runs in one execution; both branches of a conditional count.

@@ -118,7 +118,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """The tokens as llguidance asks for them; control tokens are for no text."""
+    """Control tokens are for no text."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -178,7 +178,6 @@ def lark_grammar(text: str) -> str:
 
 
 def _checked(schema: Any, depth: int, lenient: bool) -> Any:
-    """Returns a schema, or a part of one, with its patterns for Rust. Raises UserError for one that is too deep or costly."""
     if depth > MAX_DEPTH:
         raise UserError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(schema, list):
@@ -226,7 +225,6 @@ def _digits(number: float) -> int:
 
 
 def _explain(error: str) -> str:
-    """Returns llguidance's error as one line, without its place in the grammar."""
     if "NoExtension" in error:
         return "no text satisfies it"
     error = re.sub(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?|\n *\d+ \| .*|<non-verbose/>", "", error, flags=re.S)

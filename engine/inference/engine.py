@@ -6,9 +6,9 @@
     while engine.busy:
         for event in engine.step(): ...
 
-The scheduler decides what a step does; `runner.ModelRunner` does it on the device. A request is preempted only while it is
-held, see `Engine.warm`. A completion depends on its request alone, to the bit: chunks of prompts begin at fixed positions, all
-rows decode in one program and do not see one another, and keys come from the request's own seed and positions.
+The scheduler decides what a step does; `runner.ModelRunner` does it on the device. A completion depends on its request alone,
+to the bit: chunks of prompts begin at fixed positions, all rows decode in one program and do not see one another, and keys come
+from the request's own seed and positions.
 """
 
 import dataclasses

@@ -431,7 +431,6 @@ class ModelRunner:
             self._prepared = segments, programs
 
     def load_long_programs(self) -> None:
-        """Adds the segments for longer texts, and runs each of their programs once with no row in use."""
         if self.has_long_programs:
             return
         self.compile_long_programs()
@@ -459,7 +458,6 @@ class ModelRunner:
         return idle_calls(self.cfg, self.config, params, *state)
 
     def _run_idle(self, name: str, count: int | None) -> None:
-        """Runs a program on the first `count` segments, or all, and keeps the state it returns."""
         calls = idle_calls(self.cfg, self.config, self.params, self.segments.part(0, count), self.counts, self.stacks)
         program, arguments = getattr(calls, name)
         results = program(*arguments)

@@ -124,7 +124,6 @@ class Scheduler:
         return admitted
 
     def schedule(self) -> Prefill | Decode | None:
-        """Chooses the next step, or None; prefill and decode take turns when there is work for both."""
         prefilling, decoding = self.prefilling, [sequence for sequence in self.decoding if not self.is_held(sequence)]
         # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
         if prefilling and not (decoding and self._last_was_prefill):

@@ -1,8 +1,8 @@
 """Speculative decoding: draft tokens looked up earlier in the same text, checked by idle rows.
 
-A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena 2023; after Leviathan et al.
-2023, 2211.17192). Each idle row samples the token after one draft token, with the key of its position. If the drafts before
-it were right, it is the token that decoding one by one would give, greedy or not.
+A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena 2023; after Leviathan et al. 2023,
+2211.17192). Each idle row samples the token after one draft token, with the key of its position: if the drafts before it were
+right, the token that decoding one by one would give, greedy or not.
 """
 
 from collections.abc import Sequence

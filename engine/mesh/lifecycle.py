@@ -1,10 +1,10 @@
 """How the processes of a run meet, and end together.
 
-JAX's coordination service, in process 0, holds their heartbeats and a key-value store. A process that ends says why under a
-key that all others wait for, so they end within a second, with its exit code. One that is killed says nothing: its peers'
+JAX's coordination service, in process 0, holds their heartbeats and a key-value store. A process that ends says why under a key
+that all others wait for, so they end within a second, with its exit code. One that is killed says nothing: its peers'
 collectives fail, which becomes one sentence and the code RESTART, or JAX misses its heartbeat and aborts them (134).
 
-With one process `join` is not called. This file loads without JAX, whose key-value store has no public name.
+This file loads without JAX, whose key-value store has no public name.
 """
 
 import contextlib

@@ -12,8 +12,6 @@ MAX_SIZE = 2**16  # of an axis
 
 
 class MeshShape(NamedTuple):
-    """The number of devices along each axis."""
-
     data: int = 1
     fsdp: int = 1
     tensor: int = 1

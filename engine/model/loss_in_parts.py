@@ -1,12 +1,11 @@
 """The loss where not all logits may exist at once: of a few rows at a time, or of a chunk of the vocabulary.
 
 A head that is frozen or only read goes by rows. With p the softmax of a row's logits, the gradient of its loss by the hidden
-state is (p - one-hot) W^T. It is computed in the forward pass, while the logits exist; the backward pass only scales it. No
-logits are stored or made twice, unless the head is trained: its gradient x^T (p - one-hot) needs them again. An int8 head is
-also multiplied a few columns at a time: widened, it would be larger than its logits.
+state is (p - one-hot) W^T, computed in the forward pass while the logits exist; the backward pass only scales it. An int8 head
+is also multiplied a few columns at a time: widened, it would be larger than its logits.
 
-A trained head goes by chunks of the vocabulary: by rows the gradient of its matrix would be a sum of one a piece, which takes
-3 times the memory of a chunk's (943 MB for 310, 4,096 rows of 49,152 logits).
+A trained head goes by chunks of the vocabulary: by rows the gradient of its matrix would be a sum of one a piece, which takes 3
+times the memory of a chunk's (943 MB for 310, 4,096 rows of 49,152 logits).
 """
 
 import functools

@@ -1,13 +1,12 @@
 """Chooses how a program is computed by the platform that it is compiled for: the one table of what differs, and its kernels.
 
-That is the platform of JAX's default device where the program is traced. The default device is part of the key under which
-JAX keeps its traces, so `with jax.default_device("tpu")` traces any program for a TPU, on a machine that has none, and
-nobody passes a platform along. Everything that is not here is the same program everywhere.
+That is the platform of JAX's default device where the program is traced. JAX keeps its traces by that device, so `with
+jax.default_device("tpu")` traces any program for a TPU, on a machine that has none.
 
 Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU, and on a CPU the one in C. No
-scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass (Dao et al.
-2022, 2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and
-returns causal attention (B, T, N * H); or None for shapes, types and machines that it cannot serve.
+scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass (Dao et al. 2022,
+2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and returns
+causal attention (B, T, N * H); or None for shapes, types and machines that it cannot serve.
 """
 
 import dataclasses
@@ -103,8 +102,6 @@ _native.defvjp(_native_forward, _native_backward)
 
 
 class Ops(NamedTuple):
-    """The choices of one platform."""
-
     transposes_in_memory: bool  # see `transpose`
     pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
     fused_attention: Kernel | None  # causal, of whole texts

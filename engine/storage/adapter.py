@@ -9,7 +9,6 @@ PEFT's own adapters have neither metadata nor manifest; they are read too, and o
 ranks and alphas by module, DoRA, and modules that were trained whole.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -78,12 +77,12 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         layers.add(int(layer))
         modules.add(module.rpartition(".")[2])
         if (leaf.rank, leaf.scale) != (rank, scale):
-            ranks[module], alphas[module] = leaf.rank, _alpha(leaf.rank, leaf.scale)
+            ranks[module], alphas[module] = leaf.rank, leaf.scale * leaf.rank
         for side, half in (("A", leaf.a), ("B", leaf.b)):
             arrays[f"{MODEL}{module}.lora_{side}.weight"] = np.asarray(half, np.float32).T
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
-        "lora_alpha": _alpha(rank, scale), "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
+        "lora_alpha": scale * rank, "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
         "rank_pattern": ranks, "alpha_pattern": alphas,
         "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
@@ -101,7 +100,7 @@ def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
     names = [name for name in cfg.matrices if any(path.endswith(f"/{name}") for path in leaves)]
     if len(kinds) != 1 or (kind := kinds.pop()) is None or len(leaves) != cfg.layers * len(names):
         return None
-    return LoraConfig(kind[0], _alpha(*kind), tuple(names))
+    return LoraConfig(kind[0], kind[0] * kind[1], tuple(names))
 
 
 def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
@@ -282,10 +281,3 @@ def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
     return map_paths(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)
-
-
-def _alpha(rank: int, scale: float) -> float:
-    """Returns the lora_alpha that, divided by rank, is scale to the bit: scale * rank may be a neighbour of it."""
-    alpha = scale * rank
-    close = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((candidate for candidate in close if candidate / rank == scale), alpha)

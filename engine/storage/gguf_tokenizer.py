@@ -26,7 +26,7 @@ FALLBACK_PRE_TOKENIZER = "llama-bpe"  # where llama.cpp has no name for it
 
 
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
-    """Sets the normalizer and pre-tokenizer that llama.cpp has under this name, one of PRE_TOKENIZERS."""
+    """Sets the normalizer and pre-tokenizer of one of PRE_TOKENIZERS."""
     tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":

@@ -27,8 +27,6 @@ COMPARED = ("role", "type")  # fields of messages and tools by which templates c
 
 
 class Example(NamedTuple):
-    """A training example: its tokens and its loss mask."""
-
     tokens: np.ndarray  # (T,) int32
     mask: np.ndarray  # (T,) bool: True for the tokens of the loss
     where: str  # file:line

@@ -64,8 +64,6 @@ class Text(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """The messages of a prompt, with its chosen and its rejected answer."""
-
     messages: tuple[Message, ...]
     chosen: str
     rejected: str

@@ -1,8 +1,8 @@
 """Runs a chat template in a process: sandboxed, limited in time and memory, and locked once it is compiled.
 
-A template is somebody else's program. The sandbox keeps it away from Python's insides, but a single expression can keep a
-library busy for hours or fill the memory, where no exception reaches it; a process can be ended whatever it does.
-`template.py` starts this file by path; it imports nothing of the project, and replies to each line of JSON with one.
+The sandbox keeps the template away from Python's insides, but a single expression can keep a library busy for hours or fill the
+memory, where no exception reaches it; a process can be ended whatever it does. `template.py` starts this file by path; it
+imports nothing of the project, and replies to each line of JSON with one.
 """
 
 import datetime

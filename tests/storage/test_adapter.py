@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage import hub
-from engine.storage.adapter import _alpha, base_digests, load_adapter, save_adapter, without_adapters
+from engine.storage.adapter import base_digests, config_of, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 
@@ -59,7 +59,9 @@ def test_it_comes_back_to_the_bit(tmp_path):
 
 @given(rank=st.integers(1, 4096), alpha=st.floats(2**-20, 2**20))
 def test_every_scale_comes_back_to_the_bit(rank, alpha):
-    assert _alpha(rank, alpha / rank) / rank == alpha / rank
+    a, b = jax.ShapeDtypeStruct((1, rank), np.float32), jax.ShapeDtypeStruct((rank, 1), np.float32)
+    leaves = {f"blocks/{layer}/q": LoRA(None, a, b, alpha / rank) for layer in range(CFG.layers)}
+    assert config_of(CFG, leaves).alpha / rank == alpha / rank
 
 
 def test_others_find_what_the_layout_promises(tmp_path):

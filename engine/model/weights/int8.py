@@ -2,12 +2,11 @@
 
 `activations` says how x is multiplied:
 
-- "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. A fourth of the bytes of float32
-  are read and no weight is converted. It has no gradient.
-- "int16" rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows in
-  which 1/127 of the largest number is too coarse a step for the rest.
-- "full" converts the weight inside the program and leaves x as it is; the gradient passes to x. That is the frozen base
-  under an adapter (QLoRA: Dettmers et al. 2023, 2305.14314).
+- "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. It has no gradient.
+- "int16" rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows in which
+  1/127 of the largest number is too coarse a step for the rest.
+- "full" converts the weight inside the program and leaves x as it is; the gradient passes to x. That is the frozen base under
+  an adapter (QLoRA: Dettmers et al. 2023, 2305.14314).
 """
 
 import dataclasses
@@ -43,10 +42,10 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
-    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied
-    head multiplies. With the `layout` "transposed" values lie as (out, in), and "packed" as the kernel of `native/` reads
-    them, which then multiplies; shape, matrix and bits are the same. `gathered`: the axes of a mesh that still cut the
-    values where "full" reads them, so that integers are exchanged and not what is made of them; None: as they lie.
+    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied head
+    multiplies. With the `layout` "transposed" values lie as (out, in), and "packed" as the kernel of `native/` reads them;
+    shape, matrix and bits are the same. `gathered`: the axes of a mesh that still cut the values where "full" reads them, so
+    that integers are exchanged.
     """
 
     values: Array

@@ -1,16 +1,15 @@
 """Multiplies by any kind of weight: an Array, an Int8, Blocks, or a LoRA or a StackedLoRA on one of the first two.
 
-A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference. `engine/README.md`
-lists the other files that know the kinds.
+A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference.
 
 Many rows are multiplied by a LoRA's merged weight. Unmerged, the pair would cost every row two thin products and two passes
-over results as wide as the base's: on a CPU half as much again as the base's own product. Merging costs R operations a
-weight. The backward pass still needs no gradient of the whole matrix: with W = base + scale a b and y = x W,
+over results as wide as the base's: on a CPU half as much again as the base's own product. Merging costs R operations a weight.
+The backward pass still needs no gradient of the whole matrix: with W = base + scale a b and y = x W,
 
     dx = g W^T,    da = x^T (g (scale b)^T),    db = (x a)^T (scale g).
 
-W is rounded to x's dtype, as in full training. The backward pass merges again, in a hundredth of the time of the products:
-all merged weights together would be a second model.
+W is rounded to x's dtype, as in full training. The backward pass merges again, in a hundredth of the time of the products: all
+merged weights together would be a second model.
 """
 
 import dataclasses
