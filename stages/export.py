@@ -178,8 +178,7 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     """
     from engine.storage.adapter import save_adapter, without_adapters
     from engine.storage.digest import digest
-    from engine.storage.gguf import save_gguf
-    from engine.storage.gguf_tokenizer import FALLBACK_PRE_TOKENIZER, sampling_metadata, tokenizer_metadata
+    from engine.storage.gguf import FALLBACK_PRE_TOKENIZER, sampling_metadata, save_gguf, tokenizer_metadata
     from engine.storage.huggingface import save_folder
     from engine.storage.model_loader import check_loads
     from engine.text.tokenizer import ModelTokenizer

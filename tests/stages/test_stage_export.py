@@ -20,8 +20,7 @@ from engine.model.transformer import forward
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices, weight_types
 from engine.storage.digest import digest
-from engine.storage.gguf import save_gguf
-from engine.storage.gguf_tokenizer import tokenizer_metadata
+from engine.storage.gguf import save_gguf, tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.text.corpus import Corpus
 from stages import evaluate, export
