@@ -266,9 +266,7 @@ def discard(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder for the block, where the file system has locks. Raises BlockingIOError if another holds it and `wait` is
-    False.
-    """
+    """Locks a folder for the block, where there are locks. Raises BlockingIOError if another holds it and `wait` is False."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -187,9 +187,7 @@ def peak_rss_bytes() -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Returns the host memory this process may use: the machine's, or less in a control group (v1 or v2). `root` holds /proc,
-    /sys.
-    """
+    """Returns the host memory this process may use: the machine's, or less in a control group. `root` holds /proc and /sys."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():

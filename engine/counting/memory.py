@@ -49,9 +49,7 @@ class TrainingMemory:
 
     @property
     def update_peak(self) -> int:
-        """The peak of the update beside weights and optimizer: gradients, updates, and the next optimizer state beside the old
-        one.
-        """
+        """The update's peak beside weights and optimizer: gradients, updates, and the next optimizer state."""
         return 2 * self.gradients + self.optimizer
 
     @property

@@ -35,9 +35,7 @@ _SUB_AXIS = re.compile(r"('\w+')(?::\((\d+)\)(\d+))?")  # 'x', or 'x':(2)3, the 
 
 
 def xla_flops(program: jax.stages.Lowered | jax.stages.Compiled) -> int:
-    """Returns XLA's operations of a call of a lowered program (as traced) or a compiled one (as it runs), without
-    transcendental functions.
-    """
+    """Returns XLA's operations of a call of a program, lowered or compiled, without transcendental functions."""
     return round((program.cost_analysis() or {}).get("flops", 0))
 
 

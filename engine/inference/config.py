@@ -97,9 +97,7 @@ class EngineConfig:
 
     @property
     def short_edges(self) -> tuple[int, ...]:
-        """The edges of the segments of short texts, at least one; of all on an accelerator, where two programs' bits may
-        differ.
-        """
+        """The edges of short texts' segments, at least one; all on an accelerator, where two programs' bits may differ."""
         edges = self.edges
         if self.short is None or platform() != "cpu":
             return edges

@@ -40,8 +40,8 @@ IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy de
 class Engine:
     """Completes the prompts of many requests at once: `submit` them, then `step` while `busy`.
 
-    `params` are those of `prepare_params`, on the mesh of this thread if it has one. Raises UserError for a capacity that the
-    model has no room for.
+    `params` are those of `prepare_params`, on the mesh of this thread if it has one. `waiting` and `running` count the requests
+    without and with a slot. Raises UserError for a capacity that the model has no room for.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
@@ -108,7 +108,7 @@ class Engine:
         return {sequence.priority for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
 
     def free_adapter_index(self, in_use: Collection[int]) -> int | None:
-        """Returns an index of the stacks that is neither `in_use` nor read by a request here, or None."""
+        """Returns an index of the stacks that is not `in_use`, or None; what a request here reads is never written."""
         held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}
         return next((index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None)
 

@@ -44,8 +44,8 @@ class SamplingParams:
     every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty` divides positive and
     multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858); `logit_bias` is added.
     `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled one, before any of this and
-    before a grammar's mask. None of `stop_token_ids` is part of the completion, or sampled before `min_tokens`. Raises
-    InvalidField for a value out of RANGES.
+    before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of it; none is sampled before
+    `min_tokens`. Raises InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16

@@ -354,7 +354,7 @@ class ModelRunner:
         return read_chunk(self.segments_below(stop), np.int32(slot), np.int32(start), size)
 
     def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
-        """Clears a slot's segments from `start` on below `stop`, if they begin below `max_positions`; returns where the last
+        """Clears a slot's segments from `start` on that begin below `max_positions`; returns where the last one below `stop`
         ends.
         """
         segments = self.segments_below(stop)

@@ -179,6 +179,7 @@ class Scheduler:
         self._free_copies()
 
     def cancel(self, id: int) -> bool:
+        """Drops a sequence. Returns False when there is none of that id."""
         for sequence in (*self.waiting, *self.running):
             if sequence.id == id:
                 (self.waiting.remove if sequence in self.waiting else self.finish)(sequence)

@@ -124,7 +124,7 @@ def place(params: Any) -> Any:
 def batch_share(rows: int) -> tuple[int, int]:
     """Returns (shares, share): into how many a batch of `rows` is cut, and which of them this process reads.
 
-    Raises UserError when the rows of this process do not lie side by side.
+    Along `tensor` all processes read the same. Raises UserError when the rows of this process do not lie side by side.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -189,9 +189,7 @@ def shard_rows(x: Array) -> Array:
 
 
 def look_up(f: Callable[[Any, Array], Array], table: Any, tokens: Array) -> Array:
-    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`. Devices exchange results: no table moves, and no
-    gradient of one.
-    """
+    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`. Devices exchange results, and no table."""
     x = _pin(f(table, _pin(tokens, "data")), "data", None, ("tensor", "fsdp"))
     return shard_rows(_pin(x, ROWS, None, "tensor"))
 
@@ -254,7 +252,7 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
 
 
 def join(parts: Sequence[Array], groups: int, axis: int = 0) -> Array:
-    """Joins parts along an axis, each with the shares of `groups` devices in turn: the inverse of `stack_rows`, `cut_rows`."""
+    """Joins parts along an axis, each with the shares of `groups` devices in turn: along 0 the inverse of `stack_rows`."""
     before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
     grouped = [x.reshape(*before, groups, -1, *after) for x in parts]
     return jnp.concatenate(grouped, axis=axis + 1).reshape(*before, -1, *after)

@@ -26,8 +26,7 @@ RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first m
 def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
     """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
 
-    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it. Raises ValueError for a matrix without a
-    rule.
+    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it. Raises ValueError without a rule.
     """
     match = LEAF.fullmatch(path)
     spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
