@@ -51,7 +51,6 @@ class ByHandFlags:
 
 
 def train(flags: ByHandFlags) -> None:
-    """Trains, prints losses and a sample, and saves the model if a folder is named."""
     signals.set_phase("before anything was saved.")
     # Products of so narrow a model are over before a second thread has woken up. NumPy reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -62,7 +62,7 @@ class EvaluateFlags:
 
 
 def evaluate(flags: EvaluateFlags) -> None:
-    """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
+    """Raises RuntimeError when scoring changed a weight."""
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device, connect=flags.mesh.connect)
     # These import jax, here and below, which must not load before --help is answered and the device is chosen.

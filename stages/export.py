@@ -172,7 +172,7 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
 
 
 def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: ReportProgress) -> str:
-    """Writes a .gguf file, a Hugging Face folder, or (with a `base_name`) an adapter folder; returns a note to print, if any.
+    """Writes the model, or with a `base_name` its adapter; returns a note to print, if any.
 
     Raises UserError, and leaves nothing, when it could not be loaded again.
     """
@@ -207,10 +207,7 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
 
 
 def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") -> Comparison:
-    """Compares the export with `model`, rounded alike, and measures on the beginning of a text what rounding costs.
-
-    Returns rows to print, and what differs in tokens, EOS ids and logits, or costs too much.
-    """
+    """Compares the export with `model`, rounded alike, and measures on the beginning of a text what rounding costs."""
     import jax
     import jax.numpy as jnp
     import numpy as np

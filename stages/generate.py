@@ -45,7 +45,6 @@ class GenerateFlags:
 
 
 def generate(flags: GenerateFlags) -> None:
-    """Continues the prompt on stdout, each continuation in a slot of an engine; prints everything else on stderr."""
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, one_arena=False)
     # These import jax, which must not load before --help is answered and the device is chosen.

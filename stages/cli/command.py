@@ -47,9 +47,8 @@ def run_command[Flags](
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
     `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. `check_together` of the flags and of
-    their groups, where they have one, raises UserError for flags that do not go together. The code is MISTAKE for an error
-    that `explain_error` explains (on stderr, with the traceback under --verbose), 128 + the signal when stopped, 141 when
-    nobody reads the output any more.
+    their groups raises UserError for flags that do not go together. The code is MISTAKE for an error that `explain_error`
+    explains, 128 + the signal when stopped, 141 when nobody reads the output any more.
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
@@ -103,7 +102,7 @@ def _wrapped(about: str) -> str:
 
 
 def explain_error(error: BaseException, flags: Any = None) -> str | None:
-    """Returns the sentence for an error of the user or the machine, None for a bug. `flags`: of the command, a dataclass."""
+    """Returns the sentence for an error of the user or the machine, None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:

@@ -70,7 +70,6 @@ class Console(contextlib.AbstractContextManager["Console"]):
         self._rich.print(table)
 
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
-        """Prints a text, with its marked pieces in colour on a terminal, elsewhere in brackets."""
         if not self._rich:
             groups = [(mark, "".join(piece for piece, _ in group)) for mark, group in itertools.groupby(pieces, lambda p: p[1])]
             self.print("".join(f"[[{text}]]" if mark else text for mark, text in groups))

@@ -158,7 +158,7 @@ def choose_sampling(
 ) -> tuple[dict[str, Any], str]:
     """Returns fields of SamplingParams, each by a flag that is not None, else the model, else default, and a line that says so.
 
-    Ignores, and prints it, what the model recommends out of range, and a penalty without `penalties`, where none is computed.
+    Prints what it ignores: what the model recommends out of range, and a penalty without `penalties`.
     """
     usable: dict[str, Any] = {}
     for name, value in recommended.items():

@@ -31,8 +31,8 @@ HEARD_WITHIN = 5.0  # seconds: a signal that the main thread knows of, by the se
 class Deferral:
     """A block that ends by itself once one of `signals` was `received`; `say` gets the `answer` to it at once.
 
-    With `interrupts` the signal raises KeyboardInterrupt in the block. The main thread may hear of it first, so `answered` is
-    set once the second thread has.
+    With `interrupts` the signal raises KeyboardInterrupt in the block. The main thread may hear of it first; `answered` is set
+    once the second thread has.
     """
 
     answer: str
@@ -138,10 +138,7 @@ def set_phase(phase: str) -> None:
 def defer_signals(
     answer: str, say: Callable[[str], None], signals: Collection[int] = SIGNALS, interrupts: bool = False
 ) -> Iterator[Deferral]:
-    """Defers a first signal to the end of the block: `answer` is printed at once, and `received` tells the block to end.
-
-    With `interrupts` a KeyboardInterrupt ends it.
-    """
+    """Defers a first signal to the end of the block; the arguments are Deferral's."""
     global _deferral
     deferral = _deferral = Deferral(answer, say, signals, interrupts)
     try:

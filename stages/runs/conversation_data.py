@@ -53,9 +53,8 @@ class Reference(NamedTuple):
 class ConversationData:
     """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out.
 
-    No held-out row is a copy of a training row (of a preference: has its prompt); `overlap` says what was done for that, if
-    anything.
-    `questions`: QUESTIONS conversations of the held-out set, each up to the assistant's first answer.
+    `overlap` says what was done about held-out rows that copy a training row. `questions`: QUESTIONS conversations of the
+    held-out set, each up to the assistant's first answer.
     """
 
     train: list[Any]
@@ -93,8 +92,8 @@ def prepare_conversations(
 ) -> ConversationData:
     """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
 
-    `objective`: answers, preference, or kto, whose examples are Ratings. `full`: as in `make_examples`.
-    Without `validation` a tenth of the rows, chosen by `seed`, is held out.
+    `objective`: answers, preference, or kto, whose examples are Ratings. `full`: as in `make_examples`. Without `validation` a
+    tenth of the rows, chosen by `seed`, is held out.
     """
     conversations = open_conversations(data, objective)
     with console.task(f"reading {data}") as report:
@@ -145,10 +144,10 @@ def _without_copies(
 
 
 def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> tuple[list[Any], list[Any], str, str]:
-    """Returns the training and the held-out items, the latter's name, and what is said of copies.
+    """Returns the training and the held-out items, the latter's name, and a sentence on copies.
 
-    All copies of a row are on one side, and rows that have none are held out first. Which, is by a hash of seed and text, so
-    that a row more or less in the file changes no other's side. Of a single text the end is held out.
+    All copies of a row are on one side; rows without one are held out first, by a hash of seed and text, so that a row more in
+    the file moves no other. Of a single text the end is held out.
     """
     if len(rows) == 1 < len(items):
         count = max(1, round(HELD_OUT * len(items)))
@@ -240,8 +239,7 @@ def held_out_evaluator(
 ) -> Evaluator:
     """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean preference loss).
 
-    `initial`: the params before training, for a loss that has a reference. On a mesh its devices share the rows,
-    EVALUATION_ROWS each.
+    `initial`: the params before training, for a loss that has a reference.
     """
     rows = EVALUATION_ROWS * row_shards()
     batches: Sequence[Any]

@@ -51,9 +51,9 @@ class Recipe:
     remat: bool = False
 
     def resize(self, batch: int, context: int, devices: int = 1) -> "Recipe":
-        """Returns it with another batch and context, in parts of as many tokens at most as its own; one part stays one.
+        """Returns it with another batch and context, in parts of at most as many tokens (of each of `devices`) as before.
 
-        When `devices` share the rows, each of them reads so many tokens of a part.
+        One part stays one.
         """
         most, parts = self.batch * self.context // self.accumulate, [1]
         if self.accumulate > 1:
@@ -66,8 +66,8 @@ class Recipe:
 class RunPlan:
     """One run: the model (`name`), how it is trained, and for how many `steps` or `seconds` of training.
 
-    `trainable`: the parameters that train, None for all. `base`: the type of the frozen matrices under an adapter. `step_name`:
-    the word for a step. `least_steps`: those to make even if the time is over. `mesh`: the devices that share a step.
+    `trainable`: the parameters that train, None for all. `base`: the type of the frozen matrices under an adapter.
+    `least_steps`: those to make even if the time is over. `mesh`: the devices that share a step.
     """
 
     name: str

@@ -42,8 +42,8 @@ class RunOptions:
     """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run. `mesh`: the devices
-    that share a step, if there are several. `record`: see `file_sink`; `watch`: a port.
+    than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run. `record`: see
+    `file_sink`; `watch`: a port.
     """
 
     stage: str
@@ -117,8 +117,7 @@ class Loop:
     def run(self, state: TrainState) -> tuple[TrainState, int]:
         """Returns the last state, which is saved, and 128 + the signal that ended the loop, or 0.
 
-        Raises UserError after too many refused updates in a row, or when metrics.jsonl cannot be written, both times with
-        the run saved.
+        Raises UserError, with the run saved, after too many refused updates in a row or when metrics.jsonl cannot be written.
         """
         loop_state, stage, plan = self.loop_state, self.stage, self.plan
         answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
@@ -334,7 +333,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:
-        """Has the run end, saved, when a line cannot be written, or nobody reads on: the other processes must hear of it."""
+        """Has the run end, saved, when a line cannot be written: the other processes must hear of it."""
         try:
             yield
         except OSError as error:

@@ -36,8 +36,8 @@ def make_mesh_here(shape: MeshShape) -> Mesh:
 def connect_devices(mesh: Mesh) -> Mesh:
     """Connects each group of devices that collectives of the mesh can join, and returns the mesh.
 
-    Gloo connects a group at its first collective, and gives up after 30 s: too early where one process compiles longer than
-    another. So the processes meet once each has compiled this. In a connected group a collective waited 45 s without error.
+    Gloo connects a group at its first collective, and gives up after 30 s, too early where one process compiles longer than
+    another: so the processes meet once each has compiled this. In a connected group a collective waited 45 s without error.
     """
     if processes.process_count() > 1:
         names, axes = mesh.axis_names, range(len(mesh.axis_names))

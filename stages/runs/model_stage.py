@@ -70,7 +70,7 @@ class ModelStage(Stage):
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
     def continue_adapter(self, cfg: ModelConfig) -> None:
-        """Has the run continue the LoRA that the model is, if it is one, in place of a new one. `cfg`: the model's."""
+        """Has the run continue the LoRA that the model is, if it is one, in place of a new one."""
         if not self.lora or not (origin := adapter_origin(self.name, cfg)):
             return
         if origin.config:
@@ -84,7 +84,7 @@ class ModelStage(Stage):
             )
 
     def load_weights(self) -> None:
-        """Splits the parameters, and adds the digest of all, as loaded, to the metadata, for `find_previous_run`."""
+        """Splits the parameters, and adds the digest of all, as loaded, to the metadata."""
         params, plan = self.model.params, self.plan
         assert plan.trainable is not None
         with host_memory(self.on_mesh):  # changes no array of `params`

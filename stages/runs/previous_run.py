@@ -48,8 +48,7 @@ class PreviousRun:
 def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
     """Returns the run in a run folder to resume; None when it was stopped before its first checkpoint.
 
-    Raises UserError when the one there trains something else, naming what differs; digests of base and data are compared
-    here.
+    Raises UserError when the one there trains something else, naming what differs.
     """
     record, steps = read_json(folder / "run.json"), saved_steps(folder)
     if not steps:
@@ -151,7 +150,7 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
 
 
 def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, the latter into `metadata` too."""
+    """Returns the states of the newest intact checkpoint; prints what is damaged or changed."""
     like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
     with console.task("loading the checkpoint"):
         loaded = checkpoint_reader.load(previous.folder, *like)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def execute(options: RunOptions, make_stage: Callable[[Console], Stage]) -> int:
-    """Carries out a run, or resumes the one in the folder. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
     if options.shows_weights and options.mesh and options.mesh.devices > 1:
         raise UserError(f"--record and --watch take a run on one device, and this one lies on {options.mesh.devices}.")
     own = [(options.folder / name).resolve() for name in RUN_FILES]
@@ -171,7 +171,7 @@ def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:
 def _print_summary(
     report: RunReport, step_name: str, loop_state: LoopState, peak: int, folder: Path, data: str, console: Console
 ) -> None:
-    """Prints the report of a run of steps or rounds (`step_name`) on `data`, and `peak`, the most bytes that it took."""
+    """`step_name`: step or round; `peak`: the most bytes that the run took."""
     for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))

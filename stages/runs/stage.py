@@ -93,7 +93,6 @@ class Stage(Protocol):
         """Sets `trainable`, `frozen_as_loaded` and `metadata`. Raises UserError when memory is too small."""
 
     def place(self) -> None:
-        """Spreads what was loaded over the mesh."""
         return
 
     def plan_rows(self) -> list[tuple[str, str]]:
@@ -104,10 +103,7 @@ class Stage(Protocol):
         return
 
     def begin_compiling(self, beside_reading: bool) -> None:
-        """Begins to compile the step, where that can be done before there is a state.
-
-        `beside_reading`: whether a checkpoint is read next.
-        """
+        """Begins to compile the step, where that needs no state. `beside_reading`: whether a checkpoint is read next."""
         return
 
     def initial_state(self, trainable: Any) -> TrainState:
@@ -144,17 +140,14 @@ class Stage(Protocol):
         """Returns a prompt, as text and as tokens, that shows what the model has learned; only a recording asks for it."""
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
-        """Measures at the end, saves what no checkpoint holds, and returns the RunReport, which `execute` prints.
+        """Measures at the end, saves what no checkpoint holds, and returns the report.
 
         `warm_rate`: steps a second after the first, if there were any; `before`: what `measure` returned before training.
         """
 
 
 class MeshBatches:
-    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows alone.
-
-    `epoch`: how often all data was read before a step.
-    """
+    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows alone."""
 
     def __init__(self, batches: Any) -> None:
         self.batches, self.epoch = batches, batches.epoch
@@ -174,9 +167,9 @@ def compile_step(
     objective: Objective = NEXT_TOKEN,
     on_traced: Callable[[], None] = lambda: None,
 ) -> Compiled:
-    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); calls `on_traced` before XLA begins.
+    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); the arguments may be shapes.
 
-    The arguments may be shapes.
+    Calls `on_traced` before XLA begins.
     """
     tx, microbatches = make_optimizer(plan.recipe.optimizer), plan.recipe.accumulate
     lowered = train_step.lower(

@@ -238,10 +238,9 @@ class Evaluator:
 
 
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
-    """Returns an evaluator on a fixed few windows of the model's context, spread over the text.
+    """Returns an evaluator on a fixed few windows of the model's context, spread over the text, the same on every mesh.
 
-    `nats_of(cfg, params, batch)` sums a batch's nats. Not to be compared with the bits per byte of the whole text. Every mesh
-    scores the same windows, each device its own; rows behind the last are not counted.
+    `nats_of(cfg, params, batch)` sums a batch's nats. Rows behind the last are not counted.
     """
     seq, rows = cfg.context, rows_in_memory(cfg, cfg.context)
     last = len(text.tokens) - 1 - seq

@@ -70,7 +70,7 @@ class EngineThread:
     def submit(self, request: Request, priority: int, listener: Listener) -> "Handle":
         """Submits a request that passes `check_request`. `priority`: as of `Engine.submit`.
 
-        `listener` gets each of its events on the event loop, perhaps one more after it was cancelled.
+        `listener` gets its events on the event loop, perhaps one more after it was cancelled.
         """
         handle = Handle(self)
         self._work.put(lambda: self._receive(handle, request, priority, listener))

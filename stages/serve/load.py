@@ -84,8 +84,8 @@ def load_state(
 ) -> tuple[ServerState, CompileAhead]:  # fmt: skip
     """Loads a model, with the adapters in folders and the template in a file, and prints the banner.
 
-    Adapters without a name become part of the model. `sampling`: by flags. Returns the state, which has `names`, `documents`,
-    `queue`, `price` and `adapter_folder`, and the compilation that goes on. Raises UserError.
+    Adapters without a name become part of the model. `sampling`: by flags. Returns the state, and the compilation that goes on.
+    Raises UserError.
     """
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()

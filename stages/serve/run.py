@@ -32,7 +32,6 @@ REPORT_SECONDS = 0.25  # between looks at a text that waits for its programs
 
 
 def run(flags: ServeFlags) -> int:
-    """Serves until a signal; returns what `serve` does. Raises UserError."""
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
     local = server.is_local(flags.host)
     if not keys and not local:
@@ -134,10 +133,10 @@ def _split(text: str | None) -> list[str]:
 async def serve(
     state: "ServerState", app: ASGIApp, sock: socket.socket, console: Console, ahead: "CompileAhead", ready: str
 ) -> int:
-    """Serves on the socket until a signal, then until every request under way has its reply, without a time limit.
+    """Serves on the socket until a signal, then until every request under way has its reply.
 
-    Prints `ready` when clients can be answered. `ahead`: the compilation under way. A second signal ends it at once.
-    Returns 0 when every request had its reply, 1 when the engine failed or a weight changed.
+    Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0 when every request had its reply,
+    1 when the engine failed or a weight changed.
     """
     loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
     server.listen(sock)
@@ -181,10 +180,7 @@ async def serve(
 
 
 async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asyncio.Event, console: Console) -> None:
-    """Starts the engine and waits until its programs for short texts have run once. Raises the error that ended it.
-
-    `changed` is set when the engine is ready, and again should it fail.
-    """
+    """Starts the engine and waits until its programs for short texts have run once. Raises the error that ended it."""
     with console.task("compiling", always=True) as report:
         state.engine.start(changed.set, report, ahead)
         await changed.wait()

@@ -122,9 +122,7 @@ class HttpProtocol(H11Protocol):
             self._stop_waiting()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses in JSON a head that is too large and what h11 cannot read, such as TLS.
-
-        The client hangs up, within the time limit.
+        """Refuses in JSON a head that is too large and what h11 cannot read, such as TLS. The client hangs up, within a limit.
 
         A socket closed while data comes is reset, and a reset discards the refusal that the client has not read.
         """

@@ -43,9 +43,8 @@ class ServedModel(NamedTuple):
 class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
-    `names`: by which clients ask for the model; `name` is the first, which replies have. `sampling`: of a request that leaves
-    its fields out. `queue`: requests that may wait. `base_digests`, `adapter_folder`: as of AdapterTable. `documents`: those
-    whose passages conversations are answered with.
+    `names`: by which clients ask for the model; replies have the first. `sampling`: of a request that leaves its fields out.
+    `queue`: requests that may wait. `base_digests`, `adapter_folder`: as of AdapterTable.
     """
 
     def __init__(
@@ -82,10 +81,7 @@ class ServerState:
         return [*self.names, *self.adapters.adapters]
 
     def find_model(self, name: str) -> ServedModel:
-        """Returns the model of this name, an adapter's or one of its own, or `default`. Ollama's clients may add `:latest`.
-
-        Raises ApiError for any other.
-        """
+        """Returns the model of this name, or `default`. Ollama's clients may add `:latest`. Raises ApiError for any other."""
         for plain in (name, name.removesuffix(":latest")):
             if adapter := self.adapters.adapters.get(plain):
                 return ServedModel(plain, self._fingerprint(adapter=adapter.digest), adapter)
@@ -124,10 +120,10 @@ class ServerState:
 
 
 def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
-    """Returns system_fingerprint, of OpenAI's API: one name for all that can change a completion, beside the request.
+    """Returns one name for all that can change a completion, beside the request: OpenAI's system_fingerprint.
 
-    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends; the adapter's digest.
-    The prefix cache, speculative decoding and the number of adapters are not in it: they change no bit.
+    `text`: how text becomes tokens, is sampled by default, and ends; the adapter's digest. The prefix cache, speculative
+    decoding and the number of adapters are not in it: they change no bit.
     """
     options = dataclasses.asdict(engine.config)
     for name in ("speculate", "prefix_cache_bytes", "short", "embeds", "adapters"):

@@ -205,7 +205,7 @@ class CallParser:
         return taken
 
     def _certain(self, last: bool) -> int:
-        """Returns how much of the text belongs to no call: up to where one begins, or may begin."""
+        """Returns how much of the text belongs to no call."""
         text, mark = self._text, self._mark
         if last or (self._begun and not self._form.begin):
             return len(text)

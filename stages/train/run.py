@@ -65,7 +65,7 @@ RECIPES = {
 
 
 def recipe(preset: str, vocab: int) -> Recipe:
-    """Returns the preset's own recipe, or what suits a large model of a published architecture, with its vocabulary size."""
+    """Returns the preset's own recipe, or what suits a large model of a published architecture."""
     large = dataclasses.replace(_MUON, learning_rate=6e-4, decay=0.2)
     return RECIPES.get(preset) or Recipe(
         f"bpe:{vocab}", context=1024, batch=32, optimizer=large, accumulate=8, scan=True, remat=True
@@ -83,8 +83,8 @@ def chosen_recipe(flags: "TrainFlags", backend: str, mesh: MeshShape, resumed_ba
     """Returns the preset's recipe, overridden by flags.
 
     The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to a multiple of the devices
-    that share its rows. Off a CPU layers are always a scan, which compiles one layer, as MaxText does; on a CPU a small model
-    is a fifth faster without.
+    that share its rows. Off a CPU layers are always a scan, which compiles one layer; on a CPU a small model is a fifth faster
+    without.
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step, optimizer = flags.step, dataclasses.asdict(flags.optimizer)

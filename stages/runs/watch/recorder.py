@@ -68,10 +68,9 @@ def file_sink(path: Path) -> Sink:
 
 
 def refuse_other_file(path: Path, step: int, **run: str) -> None:
-    """Raises UserError unless a run that begins after `step` may record here: nothing is here, or a recording, of itself if
-    it goes on. `run`: the fields of `begin` by which a run knows its own recording.
+    """Raises UserError unless a run that begins after `step` may record here: over nothing, a recording, or later its own.
 
-    What is no recording may be the text that is trained on, or a link, such as /dev/stdout.
+    `run`: the fields of `begin` by which a run knows its recording. Another file may be the text that is trained on.
     """
     other = "Give another file with --record."
     if path.is_symlink():
@@ -94,7 +93,6 @@ def refuse_other_file(path: Path, step: int, **run: str) -> None:
 
 @contextlib.contextmanager
 def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | None, console: Console) -> Iterator["Recorder"]:
-    """Yields what takes a run's events to a file, to a folder for TensorBoard, and to a page at the port `watch`."""
     sinks, is_watched = [file_sink(record)] if record else [], lambda: False
     with contextlib.ExitStack() as stack:
         if tensorboard and processes.is_first():
@@ -116,9 +114,9 @@ def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | No
 class Recorder:
     """Gives the events of a run to `sinks`; without any it does nothing.
 
-    While the run `is_watched`, frames are made as often as WATCHING allows too; where it is not `recorded`, then alone.
-    It reads weights and changes none, and never ends the run: of what goes wrong `say` gets a sentence, once, and the sink, or
-    the recording, ends. Takes three times the memory of the trainable weights and once that of the frozen ones.
+    While the run `is_watched`, frames are made as often as WATCHING allows too; where it is not `recorded`, then alone. It
+    changes no weight, and never ends the run: of what goes wrong `say` gets a sentence, and the sink, or the recording, ends.
+    Takes three times the memory of the trainable weights and once that of the frozen ones.
     """
 
     def __init__(
@@ -148,8 +146,8 @@ class Recorder:
     ) -> None:
         """Begins with the weights before the first step. `header`: the run's own fields of the event.
 
-        `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights,
-        `gradient_norms` the batch too.
+        `order`: the model's paths as a token passes them. `sample` and `digest` take trainable weights, `gradient_norms` the
+        batch too.
         """
         if not self.sinks:
             return
@@ -203,7 +201,7 @@ class Recorder:
                 sink(replace_nonfinite({"event": kind, **fields}, lambda _: None))
 
     def before_step(self, trainable: Any, step: int, progress: float) -> bool:
-        """Keeps the weights if the frame of the next step, the `step`-th, is due at this `progress`; returns whether it is."""
+        """Keeps the weights if the frame of the next step, the `step`-th, is due; returns whether it is."""
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
         if self.sinks and (is_asked_for or (self.recorded and (step <= FIRST or part > self.part))):

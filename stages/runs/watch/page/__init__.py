@@ -41,7 +41,7 @@ BY_TENSOR = ("mosaic", "limits", "changed_in", "gradient_norms")  # values of a 
 def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
     """Returns the page of a document, drawn by `parts`: a body in HTML, then styles and scripts.
 
-    Those of the lives draw what `bench.lives` writes, or a part of it. Raises UserError for a number that is not finite.
+    Those of the lives draw what `bench.lives` writes. Raises UserError for a number that is not finite.
     """
     html = _joined(tuple(parts))
     laws = {name: code for name in sorted({*LAW.findall(html)}) if (code := _law(name))}
@@ -100,7 +100,7 @@ def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIV
 
 
 def write_train_page(folder: Path) -> Path:
-    """Writes `folder`/train.html whole; returns its path. The library in it is text until somebody presses a button."""
+    """Writes `folder`/train.html; returns its path. The library in it is text until somebody presses a button."""
     licence, library = ((TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
     html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
     policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
