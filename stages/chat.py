@@ -79,13 +79,13 @@ def chat(flags: ChatFlags) -> int:
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         model = load_model(flags.model, report=report)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
-    notes.print_notes([*model.notes, *adapter_notes])
+    notes.print_notes(*model.notes, *adapter_notes)
     params, model = prepare_params(model.cfg, params), dataclasses.replace(model, params=None)  # weights once
     tokenizer = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
     session = ChatSession(model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "", documents)
-    notes.print_notes([documents.note] if documents and documents.note else [])
+    notes.print_notes(documents.note if documents else None)
     if chatty:
         before = digest(params)
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""

@@ -25,8 +25,7 @@ from engine.mesh import processes
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import COUNT, DeviceFlag, ModelFlag, VerboseFlag, default, integer, one_of, parser
-from stages.runs.flags import MeshFlags
+from stages.cli.flags import COUNT, DeviceFlag, MeshFlags, ModelFlag, VerboseFlag, default, integer, one_of, parser
 
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
@@ -96,7 +95,7 @@ def evaluate(flags: EvaluateFlags) -> None:
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             blocks: dict[str, Any] | None = {} if flags.weights in ("file", "q4") else None
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
-        console.print_notes(model.notes)
+        console.print_notes(*model.notes)
         console.print_rows([("device", str(device_with_mesh(device, shape) if shape else device)), ("model", str(model))])
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}

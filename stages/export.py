@@ -95,7 +95,7 @@ def export(flags: ExportFlags) -> int:
         if out.resolve() in (path.resolve() for path in model.bases):
             adapted = model.run or model.checkpoint
             raise UserError(f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out.")
-        console.print_notes(model.notes)
+        console.print_notes(*model.notes)
         sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
         model = dataclasses.replace(model, sampling=sampling)
         stored = str(to_dense(model.params["embed"]).dtype) if model.run else model.cfg.dtype

@@ -72,7 +72,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     mesh = layout.current_mesh()
     with host_memory(mesh is not None):
         model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
-    notes.print_notes(model.notes)
+    notes.print_notes(*model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = (*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist())
     with host_memory(mesh is not None):

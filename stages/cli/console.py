@@ -49,8 +49,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
         else:
             print(text, file=self.stream, flush=True)
 
-    def print_notes(self, notes: Sequence[str]) -> None:
-        for note in notes:
+    def print_notes(self, *notes: str | None) -> None:
+        for note in filter(None, notes):
             self.print(note, style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:

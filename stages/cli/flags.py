@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from engine.errors import InvalidField, Range, did_you_mean
+from engine.errors import InvalidField, Range, UserError, did_you_mean
 from engine.inference.request import RANGES
+from engine.mesh import lifecycle, processes
+from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli.console import Console
 
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -112,6 +114,58 @@ ModelFlag = Annotated[
     ),
 ]  # fmt: skip
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
+
+
+def parse_address(text: str) -> str:
+    """Parses HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"wanted HOST:PORT, such as 10.0.0.1:8476, got {text!r}")
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshFlags:
+    """Several devices of one host, or several processes, of which each is started with this same command."""
+
+    mesh: Annotated[str | None, parser(str, "AXES"), default("one device; with several processes fsdp over all devices")] = None
+    """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share each product."""
+    processes: Annotated[
+        int | None,
+        parser(lambda text: 0 if text == "auto" else integer(1)(text), "N|auto"),
+        default("as SLURM, Open MPI 4, or 5 with mpi4py, or a TPU slice started"),
+    ] = None
+    """`auto` asks Kubernetes too (with JAX's k8s extra); for N give --process and --coordinator."""
+    process: Annotated[int | None, parser(integer(0), "I"), default("the cluster's")] = None
+    """This process's number, from 0."""
+    coordinator: Annotated[str | None, parser(parse_address, "HOST:PORT"), default("the cluster's")] = None
+    """Where process 0 listens for the others."""
+    join_within: Annotated[float, parser(seconds, "TIME"), default("5m")] = 300.0
+    """The time in which all processes must have started."""
+
+    def check_together(self) -> None:
+        joining = (self.process is not None, self.coordinator is not None)
+        if self.processes in (None, 1) and any(joining):
+            raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
+        if (self.processes or 1) > 1 and not all(joining):
+            raise UserError(
+                f"Each of {self.processes} processes wants --process I and --coordinator HOST:PORT, or all of them "
+                "--processes auto."
+            )
+        if self.processes and (self.process or 0) >= self.processes:
+            raise UserError(f"--process {self.process} is one of 0 to {self.processes - 1} when there are {self.processes}.")
+
+    def shape(self) -> MeshShape | None:
+        """Returns the shape, once connected: without --mesh `fsdp` over all devices of several processes, None for one."""
+        if self.mesh or processes.process_count() == 1:
+            return parse_mesh(self.mesh) if self.mesh else None
+        import jax
+
+        return MeshShape(fsdp=jax.device_count())
+
+    def connect(self) -> None:
+        if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
+            lifecycle.join(self.coordinator, self.processes or None, self.process, self.join_within)
 
 
 def _sampling(name: str, metavar: str) -> Any:

@@ -25,9 +25,8 @@ from engine.device import start_jax
 from engine.errors import UserError
 from stages.cli import signals
 from stages.cli.command import leave, run_command
-from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
-from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags
-from stages.runs.model_flags import ModelRunFlags, TrainableFlags
+from stages.cli.flags import BATCH, COUNT, MeshFlags, default, integer, interval, number, one_of, parser, path, positive
+from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, TrainableFlags
 
 DATA = (
     "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; for --objective preference, "

@@ -24,8 +24,7 @@ from engine.mesh.processes import refuse_cluster
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.flags import COUNT, default, integer, number, parser, path, positive, seconds
-from stages.runs.flags import FolderFlags
-from stages.runs.model_flags import ModelRunFlags, TrainableFlags
+from stages.runs.flags import FolderFlags, ModelRunFlags, TrainableFlags
 
 
 @dataclasses.dataclass(frozen=True)

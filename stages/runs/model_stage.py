@@ -61,7 +61,7 @@ class ModelStage(Stage):
                 is_own, adapted = path is checkpoint, self.model.run or checkpoint
                 owner = "the model itself" if is_own else f"the base that {adapted} adapts"
                 raise UserError(f"{folder} is the run of {owner}, which would be overwritten. Give another --out-dir.")
-        console.print_notes(self.model.notes)
+        console.print_notes(*self.model.notes)
         # Saved with the run: the chat's template, and all ids that end a completion.
         self.chat = ChatTokenizer(self.model.tokenizer, template)
         self.tokenizer = copy.copy(self.model.tokenizer)
@@ -77,10 +77,8 @@ class ModelStage(Stage):
             self.origin, self.lora = origin, origin.config
         else:
             self.console.print_notes(
-                [
-                    f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, "
-                    "or weights trained whole, and cannot be continued."
-                ]
+                f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, "
+                "or weights trained whole, and cannot be continued."
             )
 
     def load_weights(self) -> None:

@@ -90,6 +90,7 @@ BY_FLAG = re.compile(
     "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|keep_best|full_loss|metric.*|general|template|text/(data|validation)"
 )
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
+MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}  # a best by others is beaten never, or always
 NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
 
 
@@ -161,20 +162,15 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
         faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
         if faults := json.loads(processes.gather_strings(json.dumps(faults))[0]):
             lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
-            loop_state.best, loop_state.best_step, loop_state.since_best = None, None, 0
+            loop_state.forget_best()
     for line in lines:
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
     console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
     for line in describe_changes(previous.changes):
         console.print(f"changed: {line}", style="yellow")
-    if previous.changes.keys() & {
-        "text/validation",
-        "text/validation_digest",
-        "loss",
-        "beta",
-    }:  # a best by another would never be
-        loop_state.best, loop_state.best_step, loop_state.since_best = None, None, 0  # beaten, or always
+    if previous.changes.keys() & MEASURES:
+        loop_state.forget_best()
     noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
     metadata["changes"] = previous.record.get("changes", []) + noted
     return TrainState(place(jnp.int32(loop_state.step)), stage.from_saved(loaded.params), loaded.optimizer), loop_state

@@ -164,7 +164,7 @@ def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:
     device = f"{options.device}; attention {attention_path(cfg, context)}"
     console.print_rows([("device", device), *stage.plan_rows(), ("folder", str(options.folder))])
     if options.device.backend == "cpu" and (problem := native_problem()):
-        console.print_notes([f"A step would take some percent less time with attention in C, but {problem}."])
+        console.print_notes(f"A step would take some percent less time with attention in C, but {problem}.")
     stage.print_example()
 
 

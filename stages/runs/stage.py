@@ -57,6 +57,9 @@ class LoopState:
     def begin(self, name: str) -> None:
         self.intervals = self.intervals | {name: (self.step, self.seconds)}
 
+    def forget_best(self) -> None:
+        self.best, self.best_step, self.since_best = None, None, 0
+
 
 class RunReport(NamedTuple):
     """The stage's part of run.json's result and of the summary."""

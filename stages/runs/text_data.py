@@ -89,7 +89,7 @@ def _source(path: Path, console: Console) -> Source:
     if path.suffix.lower() == ".bin":
         return path
     corpus = read_corpus(path)
-    console.print_notes([corpus.note] if corpus.note else [])
+    console.print_notes(corpus.note)
     return corpus
 
 

@@ -116,7 +116,7 @@ def load_state(
             host_memory(mesh is not None),
         ):
             model = load_model(model_name, report=report, on_config=on_config, blocks=blocks)
-        console.print_notes(model.notes)
+        console.print_notes(*model.notes)
         own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
         names = names or [own_name or "model"]
         if taken := [name for name, _ in adapters if name in names]:
@@ -156,11 +156,10 @@ def load_state(
         *([("documents", documents.summary)] if documents else []),
         ("sampling", f"{origins}; what a request says wins"),
     ])  # fmt: skip
-    found = [documents.note] if documents and documents.note else []
-    console.print_notes([*notes, *found, *(note for _, more in trees for note in more)])
+    console.print_notes(*notes, documents.note if documents else None, *(note for _, more in trees for note in more))
     on_one_cpu = device.backend == "cpu" and engine.devices == 1
     if engine_config.weights in ("file", "q4", "int8") and on_one_cpu and (problem := native_problem()):
-        console.print_notes([f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}."])
+        console.print_notes(f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}.")
     state = ServerState(
         names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder, documents
     )

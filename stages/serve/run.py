@@ -21,9 +21,9 @@ from stages.cli.console import Console
 from stages.serve import server
 from stages.serve.api.guard import HOST, LOCAL_HOSTS
 from stages.serve.errors import explain
-from stages.serve.flags import ServeFlags
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command would else be imported a second time, by its name
+    from stages.serve.__main__ import ServeFlags
     from stages.serve.engine_thread import EngineThread
     from stages.serve.load import CompileAhead
     from stages.serve.state import ServerState
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 REPORT_SECONDS = 0.25  # between looks at a text that waits for its programs
 
 
-def run(flags: ServeFlags) -> int:
+def run(flags: "ServeFlags") -> int:
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
     local = server.is_local(flags.host)
     if not keys and not local:
@@ -94,7 +94,7 @@ def run(flags: ServeFlags) -> int:
             state.tokenizer.close()
 
 
-def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
+def check_adapters(flags: "ServeFlags", has_keys: bool) -> int:
     """Returns how many adapters requests may name at once. Raises UserError for flags that do not go together."""
     named = [name for name, _ in flags.adapter if name]
     count = (flags.max_adapters or max(len(named), 8 * bool(flags.adapter_folder))) * bool(named or flags.adapter_folder)

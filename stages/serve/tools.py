@@ -90,10 +90,8 @@ class ToolUse(NamedTuple):
     name: str | None = None
     parallel: bool = True
 
-    def grammar(self, form: ToolFormat, answer: Grammar | None) -> Grammar | None:
+    def grammar(self, form: ToolFormat, answer: Grammar | None) -> Grammar:
         """Returns the grammar of calls and text, or of an answer that has a grammar of its own."""
-        if not self.tools:
-            return answer
         tools = [tool for tool in self.tools if self.name in (None, tool.name)]
         several = self.parallel and self.name is None and bool(form.begin)
         text = None if self.required else answer.make if answer else lambda: ""

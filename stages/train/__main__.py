@@ -21,8 +21,8 @@ from engine.errors import UserError
 from engine.model.config import preset
 from stages.cli import signals
 from stages.cli.command import leave, run_command
-from stages.cli.flags import BATCH, COUNT, default, integer, interval, number, one_of, parser, path, positive
-from stages.runs.flags import FolderFlags, LengthFlags, MeshFlags, RunFlags
+from stages.cli.flags import BATCH, COUNT, MeshFlags, default, integer, interval, number, one_of, parser, path, positive
+from stages.runs.flags import FolderFlags, LengthFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
 

@@ -37,9 +37,9 @@ COMPILE_SECONDS = 900.0  # at most
 EFFICIENCY = 0.5  # of the peak, by products; whole published runs reach 0.2 to 0.6
 
 
-def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: Console) -> list[tuple[str, str]]:
+def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[tuple[str, str]]:
     """Returns rows: bytes a device, collectives and seconds of a step. Raises UserError when it does not compile."""
-    compiled = _compile_in_subprocess(plan, mesh, console)
+    mesh, compiled = plan.mesh, _compile_in_subprocess(plan, console)
     collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in compiled["collectives"]]
     held, limit = compiled["state"] + compiled["temporaries"], 1e9 * device.memory_gb
     memory = f"a device: {format_bytes(compiled['state'])} of state, {format_bytes(compiled['temporaries'])} of temporaries; "
@@ -55,7 +55,7 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
     kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
     sent = format_bytes(sum(collective.wire_bytes for collective in collectives))
     widened = "; bfloat16 counts as the 32 bits that a CPU sends, twice an accelerator's" * (plan.cfg.dtype == "bfloat16")
-    seconds = _predict_seconds(plan, mesh, device, collectives)
+    seconds = _predict_seconds(plan, device, collectives)
     least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
@@ -72,9 +72,9 @@ def plan_on_mesh(plan: RunPlan, mesh: MeshShape, device: Accelerator, console: C
     ]
 
 
-def _predict_seconds(plan: RunPlan, mesh: MeshShape, device: Accelerator, collectives: list[Collective]) -> dict[str, float]:
+def _predict_seconds(plan: RunPlan, device: Accelerator, collectives: list[Collective]) -> dict[str, float]:
     """Predicts the seconds of a step's products (remat's and Muon's too), memory traffic, and collectives."""
-    cfg, recipe = plan.cfg, plan.recipe
+    cfg, recipe, mesh = plan.cfg, plan.recipe, plan.mesh
     flops = train_flops(cfg, recipe.context, attention="full").total * plan.step_tokens / mesh.devices
     if recipe.optimizer.kind == "muon":  # on whole matrices, dealt out: on a device that has the most of them
         flops += muon_flops(cfg) / cfg.layers * math.ceil(cfg.layers / mesh.devices)
@@ -88,8 +88,8 @@ def _predict_seconds(plan: RunPlan, mesh: MeshShape, device: Accelerator, collec
     }
 
 
-def _compile_in_subprocess(plan: RunPlan, mesh: MeshShape, console: Console) -> dict[str, Any]:
-    cfg = plan.cfg.to_json() | {"scan": True}  # compiles one layer
+def _compile_in_subprocess(plan: RunPlan, console: Console) -> dict[str, Any]:
+    cfg, mesh = plan.cfg.to_json() | {"scan": True}, plan.mesh  # compiles one layer
     request = json.dumps((cfg, dataclasses.asdict(plan.recipe), mesh)).encode()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={mesh.devices}"
     with console.task(f"compiling for {mesh.devices} virtual devices", always=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from engine.counting.accelerators import find_accelerator
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings, doubt_ceilings
 from engine.counting.params import count_params
@@ -25,13 +26,7 @@ from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.estimate import (
-    Recipe,
-    RunPlan,
-    find_ceilings,
-    memory_estimate,
-    mesh_ceilings,
-)
+from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings
 from stages.runs.folder import default_folder, recorded_batch
 from stages.runs.loop import RunOptions
 from stages.runs.run import execute
@@ -137,7 +132,7 @@ class Training(BatchStage):
         }  # fmt: skip
         self.ceilings = mesh_ceilings(find_ceilings(console), mesh)
         self.peak_flops = self.ceilings.peak_flops(cfg.dtype)
-        self.is_planned = bool(flags.mesh.mesh and options.dry_run)  # for a mesh that need not be here
+        self.plans_mesh = bool(flags.mesh.mesh and options.dry_run)  # which need not be here
         self.accelerator = flags.accelerator
         self.tokenizer, self.stop_token_ids = data.tokenizer, (data.tokenizer.eos_id,)
         self.batches = TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed)
@@ -163,7 +158,11 @@ class Training(BatchStage):
         default = ": the default run is time-boxed (--max-time 1h, --steps 5000 change it)" if self.default_length else ""
         optimizer = f"{recipe.optimizer.kind}, {recipe.optimizer.schedule}"
         needed, too_much = plan.memory.total, "  ** more than there is: smaller --batch, --accumulate or --remat **"
-        flops = plan.step_flops / plan.step_tokens
+        flops, mesh_rows = plan.step_flops / plan.step_tokens, list[tuple[str, str]]()
+        if self.plans_mesh:
+            from stages.train.mesh_plan import plan_on_mesh
+
+            mesh_rows = plan_on_mesh(plan, self.accelerator or find_accelerator("h100"), self.console)
         return [
             ("text", f"{data.name}: {train}"),
             ("validation", f"{data.validation_name}: {validation}"),
@@ -178,14 +177,8 @@ class Training(BatchStage):
                 f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, {long} at {expected_mfu(cfg.dtype):.0%} of "
                 f"this machine's {format_count(self.peak_flops)}FLOP/s in {cfg.dtype}; again after the first steps",
             ),
-            *(self._mesh_rows() if self.is_planned else []),
+            *mesh_rows,
         ]
-
-    def _mesh_rows(self) -> list[tuple[str, str]]:
-        from engine.counting.accelerators import find_accelerator
-        from stages.train.mesh_plan import plan_on_mesh
-
-        return plan_on_mesh(self.plan, self.plan.mesh, self.accelerator or find_accelerator("h100"), self.console)
 
     def initial_state(self, trainable: Any) -> TrainState:
         return self.begin()
@@ -248,30 +241,23 @@ class Training(BatchStage):
 
     def _sample(self, params: Any) -> str | None:
         """Samples a text in process 0; None for a model that no device holds whole."""
-        if self.plan.mesh.devices == 1:
-            return self._continue("\n", params)
-        from stages.runs.mesh import fits_one_device, on_one_device
+        if self.plan.mesh.devices > 1:
+            from stages.runs.mesh import fits_one_device, on_one_device
 
-        if not fits_one_device(params):
-            return None
-        with on_one_device(params) as whole:
-            return self._continue("\n", whole) if processes.is_first() else ""
+            if not fits_one_device(params):
+                return None
+            with on_one_device(params) as whole:
+                return self._write(whole) if processes.is_first() else ""
+        return self._write(params)
 
-    def _continue(self, text: str, params: Any) -> str:
+    def _write(self, params: Any) -> str:
         from engine.inference.decode import generate, prepare_params
 
-        cfg, tokenizer = self.plan.cfg, self.tokenizer
+        plan, cfg, count = self.plan, self.plan.cfg, min(SAMPLE, self.plan.cfg.context - 1)
         with self.console.task("writing a sample"):
-            ids = generate(
-                cfg,
-                prepare_params(cfg, params),
-                tokenizer.encode(text).tolist(),
-                min(SAMPLE, cfg.context - 1),
-                temperature=0.8,
-                seed=self.plan.seed,
-                stop_token_ids=self.stop_token_ids,
-            )
-        return tokenizer.decode(ids)
+            prompt, params = self.tokenizer.encode("\n").tolist(), prepare_params(cfg, params)
+            ids = generate(cfg, params, prompt, count, temperature=0.8, seed=plan.seed, stop_token_ids=self.stop_token_ids)
+        return self.tokenizer.decode(ids)
 
     def prompt(self) -> tuple[str, list[int]]:
         text = "ROMEO:" if self.data.name == "shakespeare" else "\n"

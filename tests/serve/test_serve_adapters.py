@@ -25,7 +25,7 @@ from engine.model.paths import merge, unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.adapter import CONFIG, WEIGHTS, base_digests, save_adapter
 from engine.storage.digest import digest
-from stages.serve.flags import ServeFlags
+from stages.serve.__main__ import ServeFlags
 from stages.serve.run import check_adapters
 
 KEY = {"Authorization": "Bearer one"}

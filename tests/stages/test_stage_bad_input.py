@@ -19,7 +19,7 @@ from stages.export import ExportFlags
 from stages.finetune.__main__ import FinetuneFlags
 from stages.generate import GenerateFlags
 from stages.reinforce.__main__ import ReinforceFlags
-from stages.serve.flags import ServeFlags
+from stages.serve.__main__ import ServeFlags
 from stages.train import __main__ as train
 from stages.train.__main__ import TrainFlags
 

@@ -374,7 +374,9 @@ async def generate(
         raise ApiError(400, message, param=grammars[1].field)
 
     async def make_requests() -> list[Request]:
-        grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammars[0] if grammars else None)
+        grammar = grammars[0] if grammars else None
+        if prompts.tools.tools:
+            grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
         constraint = await state.grammars.compile(grammar) if grammar else None
         requests: list[Request] = []
         for number, prompt in enumerate(await prompts.encode()):
