@@ -64,7 +64,7 @@ def chat(flags: ChatFlags) -> int:
     """Replies to lines until they end. Returns exit code 0, or 2 when a turn from a pipe failed."""
     signals.set_phase("before a turn was begun.")
     device = start_jax(flags.device, one_arena=False)
-    # These import jax, here and below, which must not load before --help is answered and the device is chosen.
+    # These import JAX, here and below, which must be started first.
     from engine.inference.decode import prepare_params
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters

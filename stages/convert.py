@@ -22,8 +22,6 @@ MAX_METADATA_BYTES = 64 * 2**20
 
 
 class EarlierArray(NamedTuple):
-    """An array of an earlier version's checkpoint, unread."""
-
     path: str
     shape: tuple[int, ...]
     dtype: Any
@@ -76,7 +74,6 @@ def _is_old(step: Path) -> bool:
 
 
 def _widths(run: Path) -> dict[str, int]:
-    """Returns the columns of each matrix of a block that the run trains."""
     from engine.storage.model_loader import locate, read_adapter_record
     from engine.storage.run_folder import read_config
 

@@ -64,7 +64,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     """Raises RuntimeError when scoring changed a weight."""
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device, connect=flags.mesh.connect)
-    # These import jax, here and below, which must not load before --help is answered and the device is chosen.
+    # These import JAX, here and below, which must be started first.
     import jax
     from jax.experimental.multihost_utils import process_allgather
 

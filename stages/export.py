@@ -71,7 +71,7 @@ def export(flags: ExportFlags) -> int:
     """Returns 1 when the export, read again with --check, differs from the model, else 0."""
     signals.set_phase("before the model was written.")
     device = start_jax(flags.device)
-    # These import jax, here and below, which must not load before --help is answered and the device is chosen.
+    # These import JAX, here and below, which must be started first.
     import jax.numpy as jnp
 
     from engine.model.paths import map_paths

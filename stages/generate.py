@@ -47,7 +47,7 @@ class GenerateFlags:
 def generate(flags: GenerateFlags) -> None:
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, one_arena=False)
-    # These import jax, which must not load before --help is answered and the device is chosen.
+    # These import JAX, here and below, which must be started first.
     import jax
 
     from engine.mesh.layout import make_inference_mesh

@@ -52,7 +52,6 @@ _deferral: Deferral | None = None
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handles signals in the block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

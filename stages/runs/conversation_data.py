@@ -173,7 +173,6 @@ def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> t
 
 
 def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
-    """Returns QUESTIONS conversations, evenly spaced among the rows, each up to the assistant's first answer."""
     chosen = [rows[at] for at in dict.fromkeys(at * len(rows) // QUESTIONS for at in range(QUESTIONS))]
     if any(isinstance(row, Text) for row in chosen):
         return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]

@@ -89,13 +89,10 @@ class StepTimer:
         return max(sum(self.recent) / max(len(self.recent), 1), 1e-9)
 
     def warm_rate(self) -> float | None:
-        """Returns steps a second after the first."""
         return (self.count - 1) / self.warm_seconds if self.count > 1 else None
 
 
 class Loop:
-    """Runs a stage's steps to the run's end or to a signal; logs, evaluates, records and saves between them."""
-
     def __init__(
         self, stage: Stage, options: RunOptions, loop_state: LoopState, console: Console, recorder: "Recorder | None"
     ) -> None:

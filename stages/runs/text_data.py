@@ -37,8 +37,6 @@ Source = Corpus[str] | Path  # documents, or a .bin of token ids
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """A run's training and validation text, as tokens."""
-
     train: TokenFile
     validation: TokenFile
     tokenizer: Tokenizer
@@ -94,7 +92,7 @@ def _source(path: Path, console: Console) -> Source:
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
-    """Reads and tokenizes a run's texts. `spec`: see `make_tokenizer`."""
+    """`spec`: see `make_tokenizer`."""
     train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)
@@ -164,10 +162,7 @@ def digest_tokens(text: TokenFile) -> str:
     return hashlib.sha256(f"{digest} {len(text.tokens)}".encode()).hexdigest()
 
 
-@functools.cache
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_digest_file = functools.cache(manifest.sha256_of)
 
 
 def source_name(source: Source) -> str:
@@ -203,7 +198,6 @@ def score_text(
 def general_bits_per_byte(
     cfg: ModelConfig, params: Params, tokenizer: Tokenizer, text: str, context: int, console: Console
 ) -> float:
-    """Returns bits per byte on the beginning of a named text, in windows of at most `context` tokens."""
     tokens = encode_text(evaluation_source(text, console), tokenizer, console).tokens[: GENERAL_TOKENS + 1]
     seq = min(GENERAL_WINDOW, context, max(2, len(tokens) - 1))
     with console.task(f"evaluating on {text}", always=True) as report:

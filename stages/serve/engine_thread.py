@@ -30,8 +30,6 @@ class Handle:
 
 
 class EngineThread:
-    """An `Engine` and the thread that steps it."""
-
     def __init__(self, engine: Engine) -> None:
         self.engine, self._compiles = engine, CompileCounter()
         self.cfg, self.capacity = engine.cfg, engine.capacity

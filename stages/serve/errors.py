@@ -36,8 +36,6 @@ class ErrorReply(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """An error that becomes the reply to a request."""
-
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
         headers: Mapping[str, str] | None = None,

@@ -51,7 +51,7 @@ def run(flags: "ServeFlags") -> int:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(0.0005)  # threads take turns sooner: weights are read beside compilation
         device = start_jax(flags.device, one_arena=False)
-        # Imports of JAX come after its start.
+        # These import JAX, which must be started first.
         import jax
 
         from engine.inference.config import EngineConfig, default_weights

@@ -153,7 +153,7 @@ class Recorder:
             return
         with self._going_on():
             self.frozen, self.sample, self.digest_of, self.gradient_norms = frozen, sample, digest, gradient_norms
-            trained, still = _shapes(trainable), _shapes(frozen)
+            trained, still = ({path: leaf.shape for path, leaf in array_paths(tree).items()} for tree in (trainable, frozen))
             shapes, self.trained = _together(trained, still), trained.keys()
             places = {path: place for place, path in enumerate(order)}
             # An array in a leaf, such as a LoRA's `a`, has the leaf's place.
@@ -163,7 +163,9 @@ class Recorder:
             tensors = [_describe(path, shapes[path], self.patch) | {"trainable": path in trained} for path in self.paths]
             counts = [sum(map(math.prod, each.values())) for each in (trained, still)]
             header |= {"params": sum(counts), "trainable": counts[0], "tensors": tensors}
-            header["life"] = "train" if header.get("stage") == "train" else _way(tensors)
+            is_lora, is_whole = any(path.endswith("/a") for path in self.paths), self.trained == shapes.keys()
+            life = "lora" if is_lora else "all" if is_whole else "frozen"
+            header["life"] = "train" if header.get("stage") == "train" else life
         self.event("begin", **header)
 
     def begin_run(self, run: Stage, trainable: Any, step: int, **header: Any) -> None:
@@ -228,9 +230,8 @@ class Recorder:
             self.shown = self.shown or now
             changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
             self.shown |= {path: now[path] for path in self.trained}
-            self.pixels |= {
-                path: _pixels(now[path], self.patch) for path in self.paths if changed[path] or path not in self.pixels
-            }
+            drawn = [path for path in self.paths if changed[path] or path not in self.pixels]
+            self.pixels |= {path: _pixels(now[path], self.patch) for path in drawn}
             self.frame_step, self.digest = step, self.digest_of(copies)
             fields |= {
                 "changed": sum(changed[path] for path in self.trained),
@@ -274,10 +275,6 @@ def _together[T](trained: dict[str, T], still: dict[str, T]) -> dict[str, T]:
     return {name(path): value for path, value in still.items()} | trained
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in array_paths(tree).items()}
-
-
 def _changed(before: np.ndarray, now: np.ndarray) -> int:
     bits = f"u{now.itemsize}"
     return int(np.count_nonzero(before.view(bits) != now.view(bits)))
@@ -291,12 +288,6 @@ def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
     rows, columns = _grid(shape, patch)
     layer = int(path.split("/")[1]) if path.startswith("blocks/") else None
     return {"path": path, "shape": shape, "layer": layer, "rows": rows, "columns": columns}
-
-
-def _way(tensors: Sequence[dict[str, Any]]) -> str:
-    if any(tensor["path"].endswith("/a") for tensor in tensors):
-        return "lora"
-    return "all" if all(tensor["trainable"] for tensor in tensors) else "frozen"
 
 
 def _patch(shapes: Sequence[tuple[int, ...]]) -> int:

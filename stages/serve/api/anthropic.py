@@ -179,8 +179,6 @@ class MessageReply(msgspec.Struct, kw_only=True):
 
 
 class MessageWriter(EventWriter):
-    """Writes the replies and events of /v1/messages."""
-
     def __init__(self, model: ServedModel) -> None:
         self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": model.name}
         self._stop: dict[str, Any] = {}
@@ -232,7 +230,6 @@ class MessageWriter(EventWriter):
 
 
 def _usage(usage: Usage) -> dict[str, int]:
-    """Returns the counts; those of the prompt are apart for tokens that the prefix cache held."""
     read = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached}
     return {"input_tokens": usage.prompt - usage.cached, "output_tokens": usage.completion, **read}
 
@@ -244,7 +241,6 @@ def _stop(piece: Piece) -> dict[str, Any]:
 
 
 async def messages(state: ServerState, http: Request, body: MessagesRequest) -> ASGIApp:
-    """Writes the assistant's next turn."""
     options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
     stops = body.stop_sequences or ()
     wanted = {"output_config.format": body.output_config and body.output_config.format, "output_format": body.output_format}

@@ -41,7 +41,6 @@ class Route(NamedTuple):
 
     @property
     def statuses(self) -> tuple[int, ...]:
-        """All statuses of its errors."""
         return (*self.errors, *(BODY_ERRORS if self.body else ()), *((500,) if self.streams else ()), 401, 403)
 
 

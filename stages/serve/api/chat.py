@@ -136,7 +136,6 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def answer_grammar(field: str, schema: dict[str, Any] | None) -> Grammar:
-    """Returns the grammar of JSON that satisfies the schema in a field, or of any object."""
     return Grammar(field, partial(json_grammar, schema or {"type": "object"}))
 
 
@@ -182,7 +181,6 @@ class ChatRequest(CompletionFields, kw_only=True):
 
     @property
     def tool_use(self) -> ToolUse:
-        """The tools, and whether they are to be called. Raises ApiError."""
         choice = self.tool_choice
         named = choice.function.name if isinstance(choice, ToolField) else None
         functions = [each.function for each in self.tools or ()]
@@ -190,7 +188,6 @@ class ChatRequest(CompletionFields, kw_only=True):
 
     @property
     def grammars(self) -> list[Grammar]:
-        """The grammars that the request asks for."""
         grammars, wanted = super().grammars, self.response_format
         if wanted and wanted.type != "text":
             field = "response_format" if wanted.type == "json_object" else "response_format.json_schema.schema"
@@ -266,8 +263,6 @@ class ChatChunk(ReplyFields, kw_only=True):
 
 
 class ChatWriter(ChoicesWriter):
-    """Writes the replies and chunks of a chat."""
-
     id_prefix, reply_type, chunk_type = "chatcmpl", ChatReply, ChatChunk
 
     def __init__(self, state: ServerState, model: ServedModel, body: ChatRequest) -> None:
@@ -332,7 +327,6 @@ def conversation(
 
 
 async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequest) -> ASGIApp:
-    """Writes the assistant's next turn, `n` times."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):

@@ -85,7 +85,7 @@ class CompletionFields(GenerationRequest, kw_only=True):
 
     @property
     def grammars(self) -> list[Grammar]:
-        """The grammars that the request asks for, under vLLM's names, and llama.cpp's `grammar`."""
+        """Under vLLM's names, and llama.cpp's `grammar`."""
         given = {name: getattr(self, name) for name in GRAMMARS}
         return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
 
@@ -238,8 +238,6 @@ def reply_usage(usage: Usage) -> ReplyUsage:
 
 
 class CompletionWriter(ChoicesWriter):
-    """Writes the replies and chunks of /v1/completions."""
-
     id_prefix, reply_type, chunk_type = "cmpl", CompletionReply, CompletionReply
 
     def __init__(self, state: ServerState, model: ServedModel, body: CompletionRequest, choices: int) -> None:

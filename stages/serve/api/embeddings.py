@@ -48,8 +48,6 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
 
 
 class EmbeddingsWriter(Writer):
-    """Writes the reply of /v1/embeddings."""
-
     def __init__(self, model: ServedModel, body: EmbeddingsRequest) -> None:
         self._model, self._dimensions, self._is_base64 = model.name, body.dimensions, body.encoding_format == "base64"
 
@@ -65,7 +63,6 @@ class EmbeddingsWriter(Writer):
 
 
 async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequest) -> ASGIApp:
-    """Embeds each text."""
     capacity, cfg = state.engine.capacity, state.engine.cfg
     if body.dimensions and body.dimensions > cfg.width:
         raise ApiError(400, f"An embedding of this model has {cfg.width} dimensions, not more.", param="dimensions")

@@ -96,7 +96,7 @@ class Choice:
 
     @property
     def scored_tokens(self) -> Sequence[int]:
-        """The tokens whose log-probabilities are asked for, where they are given: they are none of a completion's."""
+        """The given tokens whose log-probabilities are asked for: they are none of a completion's."""
         constraint = self.request.constraint
         return constraint.tokens if isinstance(constraint, ForcedTokens) else ()
 
@@ -162,7 +162,6 @@ class Generation:
                 yield self._piece(*item)
 
     def _wait(self) -> str:
-        """Returns what the request waits for: programs, others before it, or its turn in the engine."""
         engine = self._state.engine.engine
         if self._priority in engine.held_priorities:
             return "waiting for the programs for long texts"
@@ -172,7 +171,7 @@ class Generation:
         return f"place {position} in the queue" if position else doing
 
     async def collect(self) -> list[Piece]:
-        """Returns one piece for each completion, with all of it. Raises as `pieces`."""
+        """Returns one piece for each completion. Raises as `pieces`."""
         parts: list[list[Piece]] = [[] for _ in self._choices]
         async for piece in self.pieces():
             if isinstance(piece, Piece):
@@ -220,7 +219,6 @@ class Generation:
         )
 
     def log_fields(self) -> dict[str, int | float | str | None]:
-        """Returns what the access log says of the completions."""
         usage = self.usage
         return {
             "prompt_tokens": usage.prompt,
@@ -269,7 +267,6 @@ class Generation:
 
 
 def text_prompts(state: ServerState, field: str, value: Any, most: int) -> Prompts:
-    """Returns the prompts in a field of the type Texts, at most so many. Raises ApiError."""
     texts = value if isinstance(value, list) else [value]
     kinds = {type(text) for text in texts}
     if len(kinds) > 1:
@@ -331,7 +328,7 @@ def _tries(http: HttpRequest) -> int | None:
 def make_scored(
     state: ServerState, http: HttpRequest, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0
 ) -> Request:
-    """Returns the request for the log-probabilities of tokens, in a field of the body, after a prompt. Raises ApiError."""
+    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt. Raises ApiError."""
     count, capacity, vocab = len(prompt) + len(tokens), state.engine.capacity, state.engine.cfg.vocab
     if count > capacity:
         raise context_overflow(count, capacity, field)

@@ -129,8 +129,6 @@ class Guard:
     def _check_key(self, headers: Headers) -> str:
         """Returns the namespace of a valid key: its hash in hex. Raises ApiError (401) for a wrong or missing one.
 
-        The header is Authorization, or Anthropic's x-api-key.
-
         Compares with every key, each in constant time, so that timing gives none away.
         """
         sent = [*headers.getlist("authorization"), *(f"Bearer {key}" for key in headers.getlist("x-api-key"))]

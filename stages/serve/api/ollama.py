@@ -97,7 +97,6 @@ class OllamaMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def turn(self) -> Turn:
-        """The message as templates read it."""
         calls = [call_turn(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()]
         named = {"name": self.tool_name, "tool_call_id": self.tool_call_id, "tool_calls": calls}
         return {"role": self.role, "content": self.content, **{name: value for name, value in named.items() if value}}
@@ -192,15 +191,12 @@ class OllamaWriter(Writer):
 
 
 async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
-    """Writes the assistant's next turn."""
     tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
     prompts = chat_prompts(state, [message.turn for message in body.messages], tools=tools)
     return await body.respond(state, http, OllamaWriter(http.state.model, True), prompts)
 
 
 async def generate_text(state: ServerState, http: Request, body: OllamaGenerateRequest) -> ASGIApp:
-    """Answers a prompt, or continues it."""
-
     async def encode() -> list[list[int]]:
         return await state.tokenizer.encode([body.prompt])
 

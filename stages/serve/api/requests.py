@@ -28,7 +28,6 @@ MAX_IDS = 2**18  # more than any context holds
 
 
 def in_range(name: str) -> Meta:
-    """Returns the bounds of a field of SamplingParams."""
     bounds = RANGES[name]
     return Meta(ge=bounds.least, le=bounds.most)
 
@@ -77,7 +76,6 @@ class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def ignored(self) -> list[str]:
-        """The fields that were sent and do nothing here."""
         return [name for name in IGNORED if getattr(self, name, None) is not None]
 
 

@@ -142,8 +142,6 @@ class ResponseReply(msgspec.Struct, kw_only=True):
 
 
 class ResponseWriter(EventWriter):
-    """Writes the replies and events of /v1/responses."""
-
     def __init__(self, model: ServedModel, body: ResponseRequest) -> None:
         self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -192,7 +190,6 @@ class ResponseWriter(EventWriter):
         yield self._event(self._status, response=self._ended(usage))
 
     def _open(self, kind: str, id: str, **fields: Any) -> Iterator[dict[str, Any]]:
-        """Begins the next item of the output, once the last has ended."""
         yield from self._close()
         self._output.append({"id": id, "type": kind, "status": "in_progress", **fields})
         yield self._event("output_item.added", output_index=len(self._output) - 1, item=self._output[-1])
@@ -244,7 +241,6 @@ def _part(text: str) -> dict[str, Any]:
 
 
 async def responses(state: ServerState, http: Request, body: ResponseRequest) -> ASGIApp:
-    """Writes the assistant's next turn."""
     turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _turns(body.input)
     if body.instructions:
         turns.insert(0, {"role": "system", "content": body.instructions})

@@ -46,8 +46,6 @@ class ScoreReply(msgspec.Struct, kw_only=True):
 
 
 class ScoreWriter(Writer):
-    """Writes the reply of /v1/score."""
-
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 

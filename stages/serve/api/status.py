@@ -101,17 +101,14 @@ async def health(state: ServerState, _: Request) -> Response:
 
 
 async def live(*_: object) -> Response:
-    """Replies while the process runs, without a key."""
     return json_reply(Live())
 
 
 async def metrics(state: ServerState, _: Request) -> Response:
-    """Replies in Prometheus's text format."""
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def attestation(state: ServerState, _: Request) -> Response:
-    """Replies with the digest of the weights at load and now."""
     now, then = await state.hash_weights(), state.digest
     reply = Attestation(
         digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())

@@ -28,7 +28,6 @@ class Writer:
     last = b"data: [DONE]\n\n"
 
     def reply(self, pieces: list[Piece], usage: Usage) -> msgspec.Struct:
-        """Returns the body of a reply with one piece for each completion."""
         raise NotImplementedError
 
     def begin(self, usage: Usage) -> Iterable[Any]:
@@ -63,7 +62,6 @@ class EventWriter(Writer):
 
 
 def respond(body: ModelRequest, writer: Writer, generation: Generation) -> ASGIApp:
-    """Returns what responds with a generation, streamed if the body says so."""
     headers = {"X-Ignored-Fields": ", ".join(body.ignored)} if body.ignored else {}
     return functools.partial(_send_stream if getattr(body, "stream", False) else _send_reply, writer, generation, headers)
 
@@ -71,7 +69,6 @@ def respond(body: ModelRequest, writer: Writer, generation: Generation) -> ASGIA
 async def _send_reply(
     writer: Writer, generation: Generation, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Responds with one JSON body once all completions are there. Raises as `Generation.pieces`."""
     async with generation.watch_disconnect(receive):
         reply = json_reply(writer.reply(await generation.collect(), generation.usage), headers=headers)
     await reply(scope, receive, send)
@@ -111,5 +108,4 @@ async def _send_stream(
 
 
 def json_reply(value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Returns the response with a struct as its JSON body."""
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
