@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -68,6 +68,16 @@ class Fields(NamedTuple):
         if not isinstance(value, bool):
             raise UserError(f"{self.path}: {self.prefix}{name} should be true or false, not {quote(value)}.")
         return value
+
+
+def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
+    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which is none) as a UserError."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{path} does not hold a tokenizer that can be read: {quote(str(error))}.") from None
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:

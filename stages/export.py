@@ -275,7 +275,7 @@ def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
 
     from engine.model.paths import leaf_paths
     from engine.storage.adapter import adapter_leaves, load_adapter
-    from engine.text.tokenizer import load_tokenizer
+    from engine.storage.huggingface import load_tokenizer
 
     ours = adapter_leaves(model.params)
     theirs = leaf_paths(load_adapter(out, model.cfg))

@@ -3,10 +3,12 @@
 Nothing in a folder is ever run: no pickle is opened, no code is imported, nothing is fetched.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import tokenizers
 
 from engine.errors import UserError
 from engine.files import write_json
@@ -16,8 +18,12 @@ from engine.storage.architectures import DEFAULTS, config_from_json, config_to_j
 from engine.storage.hub import cached_id
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, file_tensors, layout_of
 from engine.text import OnProgress
-from engine.text.tokenizer import ModelTokenizer, load_tokenizer, save_tokenizer
-from engine.untrusted import quote, read_json_object
+from engine.text.tokenizer import GENERATION, ModelTokenizer, Tokenizer, save_tokenizer
+from engine.untrusted import build_tokenizer, quote, read_json_object, read_text
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # by the names of SamplingParams
+MAX_EOS_IDS = 64
+MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 
 
 def open_model(path: Path) -> StoredModel:
@@ -44,6 +50,60 @@ def open_model(path: Path) -> StoredModel:
 
 def read_config(path: Path) -> ModelConfig:
     return config_from_json(read_json_object(path / "config.json"), path / "config.json")
+
+
+def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> ModelTokenizer:
+    """Loads what `save_tokenizer`, or a Hugging Face export, put into `folder`, with its chat template.
+
+    `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where generation_config.json has
+    none. The first of these ids ends a text where tokenizer_config.json names no eos_token. Raises UserError when a file is
+    missing or damaged, and for a tokenizer that cannot be used, or has more ids than `vocab`.
+    """
+    source, beside, generation_file = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / GENERATION
+    if not source.is_file():
+        other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
+        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
+        raise UserError(f"{folder} has no tokenizer.json{instead}.")
+    text = read_text(source, MAX_TOKENIZER_BYTES)
+    inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
+    generation = read_json_object(generation_file) if generation_file.exists() else {}
+    ids = vocab or max(inner.get_vocab().values(), default=0) + 1
+    eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), ids, generation_file)
+    config = read_json_object(beside) if beside.exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+    if (file := folder / "chat_template.jinja").is_file():
+        template = read_text(file)
+    if not isinstance(template, str | None):
+        raise UserError(f"{beside}: chat_template should be text.")
+    config["chat_template"] = template
+    for name, value in config.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            config[name] = value.get("content")
+    if config.get("eos_token") is None and eos_ids:
+        config["eos_token"] = inner.id_to_token(eos_ids[0])
+    known = {name: value for name, value in config.items() if value is not None}
+    tokenizer = build_tokenizer(lambda: Tokenizer(inner, known, folder), folder)
+    if vocab is not None and tokenizer.vocab > vocab:
+        raise UserError(
+            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do not belong together."
+        )
+    return ModelTokenizer(tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation))
+
+
+def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
+    ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab:
+            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
+    return ids
+
+
+def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
+    greedy = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None} if values.get("do_sample") is False else {}
+    return {name: value for name in SAMPLING if (value := {**values, **greedy}.get(name)) is not None}
 
 
 def _are_equal(first: safetensors.StoredTensor, second: safetensors.StoredTensor) -> bool:

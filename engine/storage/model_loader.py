@@ -15,7 +15,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, merge
 from engine.model.weights.lora import LoRA
-from engine.storage import checkpoint_reader, hub, run_folder
+from engine.storage import checkpoint_reader, hub, huggingface, run_folder
 from engine.storage.adapter import (
     CONFIG,
     base_digests,
@@ -28,9 +28,10 @@ from engine.storage.adapter import (
 )
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
+from engine.storage.huggingface import load_tokenizer
 from engine.storage.tensor_layout import StoredModel, block_leaves, read_leaf, read_params
 from engine.text import OnProgress
-from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.text.tokenizer import Tokenizer
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, an adapter's folder "
@@ -187,12 +188,9 @@ def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:
 
 
 def _reader(path: Path) -> ModuleType:
-    """Imports the reader of a folder or a GGUF file: a run folder needs neither's library."""
     if path.is_dir():
-        from engine.storage import huggingface
-
         return huggingface
-    from engine.storage import gguf
+    from engine.storage import gguf  # whose library no folder needs
 
     return gguf
 

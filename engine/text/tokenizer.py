@@ -1,10 +1,10 @@
-"""BPE tokenizers, byte-level or sentencepiece's: train, load and save them; text to tokens and back, exact both ways."""
+"""BPE tokenizers, byte-level or sentencepiece's: train and save them; text to tokens and back, exact both ways."""
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from engine.errors import UserError
 from engine.files import atomic_file, write_json
 from engine.text.completion_text import Detokenizer
-from engine.untrusted import quote, read_json_object, read_text
+from engine.untrusted import quote
 
 END = "<|endoftext|>"
 GENERATION = "generation_config.json"
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # by the names of SamplingParams
-MAX_EOS_IDS = 64
-MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 
 # The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one sign
 # before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64 characters,
@@ -158,48 +155,8 @@ def byte_tokenizer() -> Tokenizer:
     return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
-def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> ModelTokenizer:
-    """Loads what `save_tokenizer`, or a Hugging Face export, put into `folder`, with its chat template.
-
-    `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where generation_config.json has
-    none. The first of these ids ends a text where tokenizer_config.json names no eos_token. Raises UserError when a file is
-    missing or damaged, and for a tokenizer that cannot be used, or has more ids than `vocab`.
-    """
-    source, beside, generation_file = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / GENERATION
-    if not source.is_file():
-        other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
-        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
-        raise UserError(f"{folder} has no tokenizer.json{instead}.")
-    text = read_text(source, MAX_TOKENIZER_BYTES)
-    inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
-    generation = read_json_object(generation_file) if generation_file.exists() else {}
-    ids = vocab or max(inner.get_vocab().values(), default=0) + 1
-    eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), ids, generation_file)
-    config = read_json_object(beside) if beside.exists() else {}
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
-    if (file := folder / "chat_template.jinja").is_file():
-        template = read_text(file)
-    if not isinstance(template, str | None):
-        raise UserError(f"{beside}: chat_template should be text.")
-    config["chat_template"] = template
-    for name, value in config.items():
-        if name.endswith("_token") and isinstance(value, dict):
-            config[name] = value.get("content")
-    if config.get("eos_token") is None and eos_ids:
-        config["eos_token"] = inner.id_to_token(eos_ids[0])
-    known = {name: value for name, value in config.items() if value is not None}
-    tokenizer = build_tokenizer(lambda: Tokenizer(inner, known, folder), folder)
-    if vocab is not None and tokenizer.vocab > vocab:
-        raise UserError(
-            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do not belong together."
-        )
-    return ModelTokenizer(tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation))
-
-
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, as `load_tokenizer` reads them.
+    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, as `huggingface.load_tokenizer` reads them.
 
     Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id if there are such tokens.
     """
@@ -208,36 +165,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], s
         token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
         tokens |= {} if token is None else {f"{name}_id": token}
     tokenizer.save(folder)
-    write_json(folder / GENERATION, tokens | _write_sampling(sampling))
+    do_sample = {"do_sample": sampling.get("temperature") != 0} if sampling else {}  # for transformers
+    write_json(folder / GENERATION, tokens | do_sample | dict(sampling))
     return tokens
-
-
-def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
-    ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab:
-            raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
-    return ids
-
-
-def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
-    greedy = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None} if values.get("do_sample") is False else {}
-    return {name: value for name in SAMPLING if (value := {**values, **greedy}.get(name)) is not None}
-
-
-def _write_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    return {"do_sample": sampling.get("temperature") != 0, **sampling} if sampling else {}
-
-
-def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which is none) as a UserError."""
-    try:
-        return make()
-    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
-        raise
-    except BaseException as error:
-        raise UserError(f"{path} does not hold a tokenizer that can be read: {quote(str(error))}.") from None
 
 
 def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:

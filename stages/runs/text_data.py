@@ -20,9 +20,10 @@ from engine.model.loss import score
 from engine.model.transformer import Params
 from engine.storage import assets
 from engine.storage.assets import TEXTS
+from engine.storage.huggingface import load_tokenizer
 from engine.text.batch import count_windows, evaluation_windows, window_batch
 from engine.text.corpus import Corpus, TokenFile, hold_out, open_bin, open_token_file, read_corpus, without_copies
-from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, train_bpe
 from stages.cli.console import Console, ReportProgress
 
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most

@@ -11,7 +11,8 @@ from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 from engine.storage.gguf import FALLBACK_PRE_TOKENIZER, read_tokenizer, set_pre_tokenizer, tokenizer_metadata
 from engine.storage.gguf_header import read_header
-from engine.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from engine.storage.huggingface import load_tokenizer
+from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 VOCAB = len(TOKENS)
 

@@ -22,7 +22,7 @@ from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
 from engine.storage.architectures import BLOCKS
 from engine.storage.model_loader import load_model, model_name
-from engine.text.tokenizer import build_tokenizer
+from engine.untrusted import build_tokenizer
 
 
 @pytest.fixture

@@ -10,10 +10,9 @@ from tiny import lively_params, tiny_config
 
 from engine.model.paths import leaf_paths
 from engine.storage.gguf import save_gguf
-from engine.storage.huggingface import save_folder
+from engine.storage.huggingface import load_tokenizer, save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
-from engine.text.tokenizer import load_tokenizer
 
 STEPS = {"q8_0": 127, "q4_0": 8, "q4_1": 15}  # of a block's largest number, within one of which each number comes back
 FORMS = [("gguf", dtype) for dtype in DTYPE_NAMES] + [("folder", dtype) for dtype in DTYPE_NAMES if dtype not in STEPS]

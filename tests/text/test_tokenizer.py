@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import UserError
+from engine.storage.huggingface import load_tokenizer
 from engine.text import tokenizer as tokenizer_module
-from engine.text.tokenizer import END, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from engine.text.tokenizer import END, Tokenizer, byte_tokenizer, train_bpe
 
 PROSE = "The quality of mercy isn't strain'd, it droppeth as the gentle rain; 1596 or 1597? Größe, 東京, नमस्ते, 👩‍👩‍👧!\n\n" * 40
 BPE = train_bpe([PROSE], 320)
