@@ -156,7 +156,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, as `huggingface.load_tokenizer` reads them.
+    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, for `huggingface.load_tokenizer`.
 
     Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id if there are such tokens.
     """
