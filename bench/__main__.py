@@ -1,7 +1,7 @@
 """Measures the stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes, money.
 
     python -m bench                                one model, one run, about two minutes on two cores
-    python -m bench --out report                   half a minute more: report.html, with pictures, and two of them as files
+    python -m bench --out report                   a minute more: report.html, with pictures, and two of them as files
     python -m bench --model smollm2-135m-instruct  a model of your own instead of a shape with random weights
     python -m bench --quick --json                 fewer rounds; nothing but a line of JSON on stdout
     python -m bench --checks                       the device beside the processor: same numbers, no request affects another
@@ -47,7 +47,7 @@ class StageTableFlags:
     quick: bool = False
     """The fewest rounds that a verdict needs."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: no report)")] = None
-    """A folder for report.html, stages.svg, passes.svg and bench.json."""
+    """A folder for report.html, stages.svg, passes.svg and bench.json. With documents.json in it, the claim of that too."""
     checks: bool = False
     """Hold the device's numbers against the processor's instead; exit code 1 when one is too far off."""
     list: bool = False
@@ -76,6 +76,8 @@ def measure(flags: StageTableFlags) -> Json:
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=flags.price, max_time=flags.max_time,
         fewest_rounds=flags.quick, pictures=bool(flags.out),
     )  # fmt: skip
+    if flags.out and (others := flags.out / "documents.json").is_file():
+        document["claims"] += compare.read_result(others)["claims"]
     print_stages(document)
     return document
 

@@ -152,7 +152,7 @@ def judge_documents(rows: list[Json], over: Ratio, tuning_seconds: float, price:
         f"that {even}. A fact that changes needs another file, or another tuning."
     )
     numbers = {"facts": count, **{row["name"]: row["right"] for row in rows}, "over": over._asdict()}
-    return {"claim": CLAIM, "verdict": verdict, "value": value, "numbers": numbers}
+    return {"claim": CLAIM, "verdict": verdict, "value": value, "numbers": numbers, "command": "python -m bench.documents"}
 
 
 if __name__ == "__main__":

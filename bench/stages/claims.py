@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench.stages.checks import SLOTS
+from bench.stages.learning import LEAST, MOST
 from bench.timing import Ratio, Timing, ratio
 from engine.format import in_words, money, percent, si, times
 
@@ -35,13 +36,14 @@ class Evidence:
     timings: Mapping[str, Timing]  # of a token in each row, by name, and of one without a KV cache
     params: int
     price: float  # dollars an hour
-    uncached: tuple[float, int]  # seconds of a token without a KV cache, and the tokens before it
+    uncached_tokens: int  # before one without a KV cache
     bytes_per_weight: int  # in the rows that are not int8
     changed_answers: int  # of a request in each slot: other tokens or bits of log-probabilities beside others than alone
     generated: int  # tokens between two evaluations
     before: tuple[str, str]  # the loss, as hex, and the digest of the weights
     after: tuple[str, str]
     int8_error: float  # of the logits, root mean square, as a share of their spread
+    learning: Mapping[str, Any]  # what `measure_learning` returns; empty where it did not run
 
     def row(self, start: str) -> dict[str, Any]:
         """Returns the first row whose name begins with `start`, or raises KeyError."""
@@ -73,7 +75,8 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
     for claim, judgement in CLAIMS.items():
         with contextlib.suppress(KeyError):
             verdict, value, numbers = judgement(evidence)
-            judged.append({"claim": claim, "verdict": verdict, "value": value, "numbers": _plain(numbers)})
+            command = f"python -m bench{' --out FOLDER' * (judgement in OF_LEARNING)}"
+            judged.append({"claim": claim, "verdict": verdict, "value": value, "numbers": _plain(numbers), "command": command})
     return judged
 
 
@@ -103,21 +106,24 @@ def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
 def half(of: Evidence) -> Judgement:
     flops, time = _of_step(of, "pre-training")
     verdict = "false: a third" if abs(flops - 1 / 3) < 0.02 else "partly: less than half"
-    value = f"a forward pass is {percent(flops)} of a training step's FLOPs and {time.format(percent)} of its time."
+    value = f"a forward pass is {percent(flops)} of a training step's operations and {time.format(percent)} of its time."
     return verdict, value, {"flops": flops, "time": time}
 
 
 def half_of_backward(of: Evidence) -> Judgement:
     parts = of.row("pre-training")["flops_per_token"]
     flops = parts["forward"] / (parts["dx"] + parts["dw"])
-    value = f"forward is {percent(flops)} of backward alone: one product forward, two back (for the input and for the weight)."
+    value = (
+        f"the forward pass takes {percent(flops)} of the backward pass's operations: one product forward, two back, for the "
+        "input and for the weight."
+    )
     return "true" if abs(flops - 0.5) < 0.02 else "partly", value, {"flops": flops}
 
 
 def half_of_lora(of: Evidence) -> Judgement:
     flops, time = _of_step(of, "LoRA")
     value = (
-        f"a forward pass is {percent(flops)} of a LoRA step's FLOPs and {time.format(percent)} of its time: nothing is "
+        f"a forward pass is {percent(flops)} of a LoRA step's operations and {time.format(percent)} of its time: nothing is "
         "computed for the weights of the base, but the gradient still passes through them."
     )
     return "true" if abs(flops - 0.5) < 0.03 else "partly", value, {"flops": flops, "time": time}
@@ -131,8 +137,9 @@ def six(of: Evidence) -> Judgement:
     parts = of.row("pre-training")["flops_per_token"]
     optimizer, back = parts["optimizer"] / parts["formula"], (parts["dx"] + parts["dw"]) / parts["forward"]
     value = (
-        f"the optimizer's operations are {100 * optimizer:.2f}% of a step's products. Backward alone is {times(back)} forward: "
-        "two for the gradient of the input, two for that of the weight."
+        "6 N D, the usual estimate of training, is six operations for each of N weights and D tokens. The optimizer's add "
+        f"{100 * optimizer:.2f}% to those of both passes. Backward alone is {times(back)} forward: two for the gradient of the "
+        "input, two for that of the weight."
     )
     return "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly", value, {"optimizer": optimizer, "back": back}
 
@@ -150,8 +157,8 @@ def life(of: Evidence) -> Judgement:
 def lora_memory(of: Evidence) -> Judgement:
     left = of.row("LoRA")["peak_bytes"] / of.row("full fine-tuning")["peak_bytes"]
     value = (
-        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: gradients and moments go, what the backward pass "
-        "reads of each block stays."
+        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: the gradients and the optimizer's numbers go, "
+        "what each block keeps for the backward pass stays."
     )
     return "true" if left < 0.37 else "partly: less" if left < 0.9 else "false here", value, {"left": left}
 
@@ -159,7 +166,7 @@ def lora_memory(of: Evidence) -> Judgement:
 def lora_operations(of: Evidence) -> Judgement:
     share = of.flops("LoRA") / of.flops("full fine-tuning")
     value = (
-        f"a LoRA step takes {percent(share)} of full fine-tuning's FLOPs: the products for the gradients of the base's "
+        f"a LoRA step takes {percent(share)} of full fine-tuning's operations: the products for the gradients of the base's "
         "weights, a third of a step, are not computed."
     )
     return "true" if abs(share - 2 / 3) < 0.03 else "partly", value, {"flops": share}
@@ -169,8 +176,8 @@ def updates(of: Evidence) -> Judgement:
     full, lora = of.row("full fine-tuning")["flops_per_token"], of.row("LoRA")["flops_per_token"]
     updating, left = full["optimizer"] / full["formula"], lora["formula"] / full["formula"]
     value = (
-        f"updating every weight takes {100 * updating:.2f}% of the operations of a step's products. A LoRA step updates only "
-        f"its adapter and takes {percent(left)} of the FLOPs: what costs are the passes through the model."
+        f"updating every weight adds {100 * updating:.2f}% to the operations of the passes forward and backward. A LoRA step "
+        f"updates only its adapter and takes {percent(left)} of the operations: what costs are the passes through the model."
     )
     return "false" if updating < 0.02 and left > 0.5 else "partly", value, {"updating": updating, "left": left}
 
@@ -178,8 +185,8 @@ def updates(of: Evidence) -> Judgement:
 def last_layers(of: Evidence) -> Judgement:
     flops, time = _over_full(of, "last layer").values()
     value = (
-        f"the last layer alone takes {percent(flops)} of full fine-tuning's FLOPs and {time.format(percent)} of its time, for "
-        "the forward pass goes through all of them."
+        f"the last layer alone takes {percent(flops)} of full fine-tuning's operations and {time.format(percent)} of its time, "
+        "for the forward pass goes through all of them."
     )
     return judge(time, 0.1, "false", "true"), value, {"flops": flops, "time": time}
 
@@ -188,7 +195,7 @@ def some_layers(of: Evidence) -> Judgement:
     halves = {half: _over_full(of, f"{half} half") for half in ("bottom", "top")}
     bottom, top = (share["flops"] for share in halves.values())
     words = (
-        f"{half} half frozen {percent(share['flops'])} of the FLOPs, {share['time'].format(percent)} of the time"
+        f"{half} half frozen {percent(share['flops'])} of the operations, {share['time'].format(percent)} of the time"
         for half, share in halves.items()
     )
     verdict = "false here" if bottom > 0.95 else "partly: it matters which" if top > 1.1 * bottom else "true"
@@ -226,14 +233,14 @@ def weights(of: Evidence) -> Judgement:
     }
     defect = any(row["weights"] != "identical" for row in of.rows.values() if row["stage"] in ("inference", "decode"))
     words = "; ".join(f"{change}: {', '.join(rows)}" for change, rows in names.items() if rows)
-    value = f"by SHA-256 of every leaf before and after: {words}."
+    value = f"by a fingerprint (SHA-256) of each matrix of weights, before and after: {words}."
     return "false here, which is a defect" if defect else "true", value, {change: len(rows) for change, rows in names.items()}
 
 
 def independent(of: Evidence) -> Judgement:
     same = not of.changed_answers
     value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: " + (
-        "the same tokens and the same log-probabilities to the last bit." if same else "its bits differed."
+        "the same tokens, and the same probability of each, to the last bit." if same else "its bits differed."
     )
     return "true" if same else "false here, which is a defect", value, {"same_bits": same}
 
@@ -242,12 +249,36 @@ def learns(of: Evidence) -> Judgement:
     (before, digest), (after, digest_after) = of.before, of.after
     same = of.before == of.after
     nats = lambda bits: f"{float.fromhex(bits):.4f} ({bits})"
-    value = f"{of.generated:,} tokens were generated; the loss on a text is {nats(before)} " + (
-        f"nats a token and the weights {digest[:12]}, before and after, to the last bit."
+    value = f"{of.generated:,} tokens were generated; the error on a text is {nats(before)} " + (
+        f"and the fingerprint of the weights {digest[:12]}, before and after, to the last bit."
         if same
-        else f"before and {nats(after)} after, the weights {digest[:12]} and {digest_after[:12]}."
+        else f"before and {nats(after)} after, the fingerprints {digest[:12]} and {digest_after[:12]}."
     )
     return "false" if same else "true here, which is a defect", value, {"same": same}
+
+
+def readings(of: Evidence) -> Judgement:
+    learned, over = of.learning, Ratio(**of.learning["over"])
+    by_reading = dict(zip(learned["readings"], zip(learned["text"], learned["other"])))
+    once, some, many = (by_reading[reading] for reading in (1, LEAST, MOST))
+    value = (
+        f"a small model reads {in_words(learned['letters'])} letters 1, {LEAST} and {MOST} times. Its error on each of them "
+        f"falls: {once[0]:.2f}, {some[0]:.2f} and {many[0]:.2f}. On other pages of the same kind it is {once[1]:.2f}, "
+        f"{some[1]:.2f} and {many[1]:.2f}, from {LEAST} to {MOST} readings {over.format(times)}: the text is learned by heart."
+    )
+    return judge(over, 1, "false: it overfits", "true here"), value, {"over": over}
+
+
+def moved(of: Evidence) -> Judgement:
+    by = of.learning["moved"]
+    before, once, many = (by[stage]["all weights"] for stage in ("pre-training", "1", str(MOST)))
+    value = (
+        f"pre-training on {in_words(of.learning['pretrained'])} letters moved the weights by {percent(before)} of their "
+        f"length. Fine-tuning all of them moved them by {percent(once)} when its text was read once, and by {percent(many)} "
+        f"when it was read {MOST} times."
+    )
+    verdict = "true" if many < before / 2 else "partly: if it reads its text once" if once < before / 2 else "false here"
+    return verdict, value, {"pre_training": before, "once": once, "many": many}
 
 
 def costs(of: Evidence) -> Judgement:
@@ -299,10 +330,11 @@ def request(of: Evidence) -> Judgement:
 
 
 def caching(of: Evidence) -> Judgement:
-    gain, (seconds, tokens) = of.ratio("uncached", "decode alone"), of.uncached
+    seconds = of.timing("uncached").median
     return _of_gain(
-        gain,
-        f"one more token behind {tokens} takes {si(seconds, 's')} without a cache and {of.seconds('decode alone')} with one",
+        of.ratio("uncached", "decode alone"),
+        f"one more token behind {of.uncached_tokens} takes {si(seconds, 's')} without a cache and "
+        f"{of.seconds('decode alone')} with one",
     )
 
 
@@ -339,7 +371,7 @@ def quantisation(of: Evidence) -> Judgement:
             )
     if not gains:
         raise KeyError("int8")
-    value = f"{'; '.join(words)}. The logits move by {percent(of.int8_error)} of their spread."
+    value = f"{'; '.join(words)}. The scores of possible tokens (logits) move by {percent(of.int8_error)} of their spread."
     return judge_gain(gains), value, {"off_over_on": gains}
 
 
@@ -359,6 +391,8 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the re
     "Weights change in training, partly in fine-tuning, never in inference.": weights,
     "Requests do not affect one another.": independent,
     "The model improves as you use it.": learns,
+    "The more often a model reads a text, the better it gets.": readings,
+    "Fine-tuning changes the weights only a little.": moved,
     "Fine-tuning costs a small part of what training cost.": costs,
     "Pre-training costs a fortune.": fortune,
     "Answering one request costs next to nothing.": request,
@@ -367,6 +401,7 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the re
     "Batching decides what serving costs.": batching,
     "Quantisation decides what serving costs.": quantisation,
 }
+OF_LEARNING = readings, moved
 
 
 def _plain(numbers: Any) -> Any:

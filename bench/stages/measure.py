@@ -14,6 +14,7 @@ from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
 from bench.stages.checks import logits_error, model_state, serve_beside_others
 from bench.stages.claims import COMPLETION, PROMPT, Evidence, claims, request_timing
+from bench.stages.learning import measure_learning
 from bench.stages.memory import memory_over_time
 from bench.stages.residuals import block_residuals
 from bench.stages.rows import (
@@ -83,8 +84,9 @@ def stage_table(
     """Measures the table of the named model, else of a preset with random weights, in about `max_time` seconds in all.
 
     Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added while they fit.
-    `fewest_rounds`: no more than a verdict needs. `pictures`: with the memory of each of DRAWN over time, and what a block
-    keeps for its backward pass. Progress goes to stderr. Raises UserError for what does not fit or is not there.
+    `fewest_rounds`: no more than a verdict needs. `pictures`: with the memory of each of DRAWN over time, what a block keeps
+    for its backward pass, and what a small model learns. Progress goes to stderr. Raises UserError for what does not fit or
+    is not there.
     """
     begin = clock()
     model = find_model(preset_name, model_name, lambda cfg: check_memory(cfg, batch, context))
@@ -119,6 +121,10 @@ def stage_table(
 
     progress("measuring the ceilings again: this machine's speed may have changed since, and the best counts ...")
     ceilings = best_ceilings(ceilings, measure_ceilings())
+    learning = {}
+    if pictures:
+        progress("fine-tuning a small model, which reads its text again and again ...")
+        learning = measure_learning(quick=fewest_rounds)
     progress("comparing weights and answers ...")
     document_rows = {}
     for name, row in rows.items():
@@ -127,7 +133,7 @@ def stage_table(
     params = count_params(cfg).total
     evidence = Evidence(
         document_rows, timings, params=params, price=price,
-        uncached=(timings["uncached"].median, context), bytes_per_weight=jnp.dtype(cfg.dtype).itemsize, generated=generated,
+        uncached_tokens=context, learning=learning, bytes_per_weight=jnp.dtype(cfg.dtype).itemsize, generated=generated,
         changed_answers=serve_beside_others(cfg, frozen, min(2 * context, cfg.context))[0], before=state_before,
         after=model_state(cfg, frozen, data), int8_error=logits_error(cfg, frozen, int8, data),
     )  # fmt: skip
@@ -150,7 +156,7 @@ def stage_table(
         "rounds": rounds,
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
-        **(_pictures(cfg, model.params, rows, data) if pictures else {}),
+        **({"learning": learning, **_pictures(cfg, model.params, rows, data)} if pictures else {}),
     }
 
 

@@ -8,7 +8,12 @@ from bench.timing import Timing
 from engine.format import times
 
 STATE = ("0x1p+0", "ab")
-CHECKS = {"changed_answers": 0, "generated": 100, "before": STATE, "after": STATE, "int8_error": 0.01}
+LEARNING = {
+    "letters": 12000, "pretrained": 300000, "readings": [1, 4, 16], "text": [2.1, 1.8, 0.8], "other": [2.3, 2.1, 2.6],
+    "over": {"ratio": 1.25, "low": 1.22, "high": 1.28, "rounds": 75},
+    "moved": {stage: {"all weights": share} for stage, share in {"pre-training": 0.2, "1": 0.03, "16": 0.15}.items()},
+}  # fmt: skip
+CHECKS = {"learning": LEARNING, "changed_answers": 0, "generated": 100, "before": STATE, "after": STATE, "int8_error": 0.01}
 
 
 def row(name, stage, weights, forward, dx, dw, seconds):
@@ -43,8 +48,7 @@ NAMES = [entry["name"] for entry in ROWS] + ["uncached"]
 def judged(rows, timings, checks):
     """The claims by the names of their functions."""
     named = {row["name"]: row for row in rows}
-    uncached = (timings["uncached"].median, 64)
-    evidence = Evidence(named, timings, params=10**6, price=0.1, uncached=uncached, bytes_per_weight=2, **CHECKS | checks)
+    evidence = Evidence(named, timings, params=10**6, price=0.1, uncached_tokens=64, bytes_per_weight=2, **CHECKS | checks)
     return {CLAIMS[claim["claim"]].__name__: claim for claim in claims(evidence)}
 
 
@@ -66,7 +70,7 @@ def with_seconds(**changes):
 
 def test_the_usual_numbers_give_the_usual_verdicts():
     result = verdicts()
-    assert len(result) == 22
+    assert len(result) == 24
     usual = {
         "half": "false: a third",
         "generated_cheaper": "false for a lone request",
@@ -75,6 +79,8 @@ def test_the_usual_numbers_give_the_usual_verdicts():
         "updates": "false",
         "request": "true for one",
         "fortune": "true here, for a model like GPT-2",
+        "readings": "false: it overfits",
+        "moved": "partly: if it reads its text once",
         "life": "partly: after 60.0 million tokens served",
         "last_layers": "false",
         "more_slots": "false: less",
@@ -99,6 +105,14 @@ def test_a_time_that_varies_widely_decides_nothing():
     assert result["generated_cheaper"].startswith("undecided")
     assert verdicts(noisy="decode with 8 slots")["request"].startswith("undecided")
     assert result["quantisation"] == "true", "its rows are others"
+
+
+def test_what_is_learned_is_judged_by_errors_and_by_distances():
+    over = {"ratio": 1.01, "low": 0.98, "high": 1.04, "rounds": 75}
+    assert verdicts(learning=LEARNING | {"over": over})["readings"].startswith("undecided")
+    for once, many, verdict in ((0.01, 0.05, "true"), (0.15, 0.3, "false here")):
+        shares = {"1": {"all weights": once}, "16": {"all weights": many}}
+        assert verdicts(learning=LEARNING | {"moved": LEARNING["moved"] | shares})["moved"] == verdict
 
 
 def test_of_two_gains_none_is_the_one_that_counts():
@@ -138,6 +152,6 @@ def is_decided(over: dict[str, float], thresholds: list[float]) -> bool:
 
 
 def test_a_claim_whose_rows_are_missing_is_left_out():
-    result = verdicts([entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))])
-    assert "batching" not in result
+    result = verdicts([entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))], learning={})
+    assert result.keys().isdisjoint({"batching", "readings", "moved"})
     assert "half_of_backward" in result

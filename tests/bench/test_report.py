@@ -17,7 +17,7 @@ from engine.model.config import PRESETS
 from stages.runs.watch.page import page_html
 
 RESULT = json.loads((Path(__file__).parents[2] / "bench" / "results" / "zen4" / "bench.json").read_text(encoding="utf-8"))
-TABLE = json.dumps({name: part for name, part in RESULT.items() if name not in ("memory", "config", "residuals")})
+TABLE = json.dumps({name: part for name, part in RESULT.items() if name not in ("memory", "config", "residuals", "learning")})
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 NASTY = "<b onclick='x'>\"&amp;</title></script></svg>"
 
@@ -31,6 +31,15 @@ def pictures():
         "memory": {
             "pre-training step": {"bytes": bytes, "backward": 1, "update": 2, "xla": 20000},
             "prefill": {"bytes": {kind: [size // 9 for size in sizes] for kind, sizes in bytes.items()}, "xla": 2000},
+        },
+        "learning": {
+            "readings": [1, 4, 16],
+            "text": [2.1, 1.8, 0.8],
+            "other": [2.3, 2.1, 2.6],
+            "letters": 11_264,
+            "other_letters": 9_600,
+            "pretrained": 307_200,
+            "moved": {stage: {"all weights": 0.2, "head": 1.0} for stage in ("pre-training", "1", "16")},
         },
         "config": model.cfg.to_json(),
         "residuals": block_residuals(model.cfg, model.params, tokens_for(model, 2, 5)),
@@ -75,12 +84,14 @@ def test_every_row_and_claim_is_said_memory_first_and_residuals_last(document, s
         "Training takes 3.00 times the operations of a forward pass",
     ]
     assert titles[-1].startswith("For experts")
-    assert len(titles) == 10
+    assert "Read too often, a text is learned by heart" in titles
+    assert "Pre-training moved the weights by 20%, fine-tuning by 20% in one reading" in titles
+    assert len(titles) == 12
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert (
         len(browser.find_elements("xpath", "//b[starts-with(., 'An example')]"))
         == len(browser.find_elements("css selector", "clipPath"))
-        == 3
+        == 4
     )
 
 
@@ -131,8 +142,8 @@ def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, browser)
 def test_text_from_outside_stays_text(document, show, browser):
     row = document["rows"][0]
     row["name"] = row["bound_by"] = document["model"]["name"] = document["command"] = document["noise"] = NASTY
-    document["claims"][0] = {"claim": NASTY, "verdict": NASTY, "value": NASTY}
-    assert show(document).count(NASTY) >= 8
+    document["claims"][0] = dict.fromkeys(("claim", "verdict", "value", "command"), NASTY)
+    assert show(document).count(NASTY) >= 9
     assert browser.find_elements("css selector", "[onclick]") == []
 
 

@@ -88,9 +88,12 @@ def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table
 def test_the_claims_are_decided_and_the_report_holds_every_row(table):
     document, page = table
     result = {claim["claim"]: claim["verdict"] for claim in document["claims"] if claim["value"]}
-    assert len(result) == 22
+    assert len(result) == 24
     assert result["Requests do not affect one another."] == "true"
     assert result["The model improves as you use it."] == "false"
+    learned = document["learning"]
+    assert learned["text"] == sorted(learned["text"], reverse=True), "what is read again is known better"
+    assert all(share > 0 for kinds in learned["moved"].values() for share in kinds.values())
     assert result["Inference is only half the computation of training."].startswith("false: a third")
     assert all(row["name"] in page for row in document["rows"])
     steps = [row for row in document["rows"] if row["layers"]]

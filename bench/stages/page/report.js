@@ -151,13 +151,38 @@ function lifetime() {
     example(`Training costs ${money(once)} once. ${capital(costs[0].name)} costs ${money(costs[0].usd_per_million_tokens)} for a million tokens, so after ${inWords(meets[0])} tokens it has cost as much; after ten times as many, ten times as much. The ratio is the same whatever an hour costs.`));
 }
 
+function learning() {
+  const {readings = [], text = [], other = [], letters, other_letters: others, moved = {}} = report.learning ?? {};
+  if (!readings.length) return;
+  const [last, best] = [readings.length - 1, other.indexOf(Math.min(...other))];
+  const lines = [[text, 'way0'], [other, 'reference']].map(([errors, kind]) => ({kind, points: readings.map((reading, at) => [reading, errors[at]])}));
+  const dots = lines.flatMap(({points, kind}) => points.map((at) => ({at, kind: kind === 'way0' ? kind : 'both', text: at[0] === readings[last] && times(at[1])})));
+  const across = {name: 'times that the text was read', low: 0.9, high: 1.1 * readings[last], format: count, ticks: readings};
+  const up = {name: 'error for a letter, in nats', format: times, ...widen([...text, ...other], 1.2)};
+  chapter(best < last ? 'Read too often, a text is learned by heart' : 'Read again, a text is known better',
+    (width) => logChart(width, 'The error against the times that the text was read', across, up, {lines, dots}),
+    lineKey([['way0', `the text that is read: ${count(letters)} letters`], ['reference', `${count(others)} letters of the same kind that are never read`]]),
+    example(`After one reading the model’s error on a new text is ${times(other[0])}; after ${readings[best]}, ${times(other[best])}, which is its best; after ${readings[last]}, ${times(other[last])}. Its error on the text itself only falls, to ${times(text[last])}. At first the model learns how such texts are written, which helps with all of them; then it learns these sentences by heart, which helps with no other. That is overfitting, and why a part of every text is held out, to see when to stop.`));
+  const stages = Object.entries(moved).filter(([stage]) => ['pre-training', '1', String(readings[last])].includes(stage)).sort(([one]) => (one === 'pre-training' ? -1 : 1));
+  const colours = ['blue', 'amber', 'rust'];
+  const [far, once, often] = stages.map(([, shares]) => shares['all weights']);
+  const share = (number) => `${round(100 * number, 2)}%`;
+  chapter(`Pre-training moved the weights by ${share(far)}, fine-tuning by ${share(once)} in one reading`,
+    barChart('How far the weights moved, by kind', Object.keys(stages[0][1]).map((kind) => ({name: kind, bars: stages.map(([, shares], at) => ({text: share(shares[kind]), parts: [[colours[at], shares[kind]]]}))}))),
+    legend(stages.map(([stage], at) => [colours[at], at ? `fine-tuning, its text read ${stage === '1' ? 'once' : `${stage} times`}` : 'pre-training, from random weights'])),
+    say(`All weights of a kind are one long list of numbers, and such a list has a length, as an arrow has. A bar is the length of the change, as a share of the list’s length afterwards; a list that began at zero has changed by 100%. Fine-tuning goes on with the weights of pre-training: read ${readings[last]} times, its text moved all weights by ${share(often)}. Pre-training was short here, ${count(report.learning.pretrained)} letters.`));
+}
+
 function claims() {
   const all = report.claims ?? [];
   const verdict = (text) => String(text ?? '').match(/^\w+/)?.[0].toLowerCase() ?? 'partly';
   if (!all.length) return;
   const hold = all.filter((claim) => verdict(claim.verdict) === 'true').length;
-  chapter(`Of ${all.length} common claims ${hold} ${hold === 1 ? 'holds' : 'hold'} here without an “if”`, make('ul', {className: 'claims'}, all.map((claim) =>
-    make('li', {}, make('p', {className: `verdict ${verdict(claim.verdict)}`}, claim.verdict ?? ''), make('div', {}, make('h3', {}, claim.claim ?? ''), make('p', {}, claim.value ?? ''))))));
+  chapter(`Sentence by sentence: of ${all.length} common claims ${hold} ${hold === 1 ? 'holds' : 'hold'} here without an “if”`,
+    say('Each heading is a sentence that people say. Beside it is the verdict, below it are the numbers that decide, and the command that measures them again. Where times are compared, the ways run in turns, and a range is where the true ratio lies with 95% certainty; “undecided” means that the range holds both answers.'),
+    make('p', {className: 'quiet'}, 'A token is a piece of a word; an operation is one multiplication or addition. Forward, the model guesses how a text goes on; backward, it finds how each weight made the guess wrong, its gradient; the optimizer then moves the weights. LoRA trains a small adapter beside frozen weights. To decode is to write an answer token by token, to prefill is to read the question; a slot is the place of one request among those answered together.'),
+    make('ul', {className: 'claims'}, all.map(({claim, verdict: judged, value, command: own}) =>
+      make('li', {}, make('p', {className: `verdict ${verdict(judged)}`}, judged ?? ''), make('div', {}, make('h3', {}, claim ?? ''), make('p', {}, value ?? ''), own ? make('code', {}, `uv run ${own}`) : '')))));
 }
 
 function stages() {
@@ -208,7 +233,7 @@ function method() {
 
 function draw() {
   document.querySelector('main').replaceChildren();
-  for (const part of [glance, memoryOverTime, operations, layers, roofline, decoding, lifetime, claims, stages, method, residuals]) part();
+  for (const part of [glance, memoryOverTime, operations, layers, roofline, decoding, lifetime, learning, claims, stages, method, residuals]) part();
 }
 
 if (!rows.length) refuse('This page holds no stage table. python -m bench --out FOLDER makes one.');

@@ -1,0 +1,125 @@
+"""Shows what learning does to a small model: a text that it reads again and again, and how far its weights move.
+
+Letters (bytes) are its tokens. It is trained from random weights on Python's reference, which is on every machine, and goes on
+with a few pages of this project's voice, which it reads READINGS times: that is what fine-tuning all weights is. Both are
+steps of one program.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pydoc_data.topics import topics
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.cli import Json
+from bench.models import new_state, next_token_batch
+from bench.timing import Timing, ratio
+from engine.model.config import PRESETS, ModelConfig
+from engine.model.loss import target_losses
+from engine.model.paths import array_paths
+from engine.model.transformer import init_params
+from engine.text.conversations import VOICE
+from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.step import train_step
+
+READINGS = (1, 2, 4, 8, 16)
+ROWS, TOKENS = 8, 128  # of a step
+LETTERS = 12_000  # of the text that is read again
+LEAST, MOST = 4, READINGS[-1]  # readings that are compared
+STEPS = 300  # of pre-training
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
+HALF_RATE = 0.51  # the progress at which the schedule has come down to half of the rate, with which the model goes on
+KINDS = {
+    "embedding": ("embed",),
+    "attention": ("q", "k", "v", "out"),
+    "feed-forward": ("gate", "up", "down"),
+    "norms": ("attn_norm", "mlp_norm", "q_norm", "k_norm", "norm"),
+    "head": ("head",),
+}
+
+
+def measure_learning(quick: bool = False) -> Json:
+    """Trains the model and returns its errors, in nats a letter, after each of READINGS, and how far its weights moved.
+
+    `text` and `other` are the errors on the text that is read, and on pages of the same voice that are not. `over`: the error
+    on the latter after MOST readings over that after LEAST, passage by passage. `moved`: the length of the change of all
+    weights of a kind, over their length afterwards, by pre-training and by each of READINGS. `quick`: a tiny model.
+    """
+    cfg = dataclasses.replace(PRESETS["tiny" if quick else "demo"], vocab=256, context=TOKENS)
+    steps = 20 if quick else STEPS
+    reference, other = _passages("\n".join(topics.values())), _passages(_voice("held_out"))
+    text = _passages(_voice("train")[:LETTERS])
+    text = text[: len(text) // ROWS * ROWS]
+    tx = make_optimizer(OPTIMIZER)
+    first = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+    state, before = new_state(tx, first), _copy(first)
+    for step, rows in enumerate(itertools.islice(_batches(reference), steps)):
+        state, _ = train_step(cfg, tx, state, {}, rows, np.float32(step / steps))
+    trained = _copy(state.trainable)
+    moved = {"pre-training": _moved(before, trained)}
+    errors: dict[int, tuple[Any, Any]] = {}
+    state, batches = new_state(tx, state.trainable), _batches(text)
+    for reading in range(1, MOST + 1):
+        for rows in itertools.islice(batches, len(text) // ROWS):
+            state, _ = train_step(cfg, tx, state, {}, rows, np.float32(HALF_RATE))
+        if reading in READINGS:
+            errors[reading] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
+            moved[str(reading)] = _moved(trained, _copy(state.trainable))
+    # The rule for rounds of times holds for pairs of any kind: here each passage is one.
+    most, least = (Timing(f"{reading} readings", tuple(errors[reading][1].tolist())) for reading in (MOST, LEAST))
+    return {
+        "letters": text.shape[0] * TOKENS, "other_letters": other.shape[0] * TOKENS, "pretrained": steps * ROWS * TOKENS,
+        "readings": [*READINGS], "text": [float(of.mean()) for of, _ in errors.values()],
+        "other": [float(of.mean()) for _, of in errors.values()], "over": ratio(most, least)._asdict(), "moved": moved,
+    }  # fmt: skip
+
+
+def _voice(name: str) -> str:
+    """Returns the turns of a file of the voice as one text."""
+    rows = [json.loads(line) for line in (VOICE / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    return "\n\n".join(turn["content"] for row in rows for turn in row["messages"])
+
+
+def _passages(text: str) -> np.ndarray:
+    """Returns the text's bytes in passages of TOKENS and the one that comes next, (rows, TOKENS + 1) int32."""
+    letters = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    starts = np.arange(0, len(letters) - TOKENS, TOKENS)
+    return letters[starts[:, None] + np.arange(TOKENS + 1)]
+
+
+def _batches(passages: np.ndarray) -> Iterator[Any]:
+    """Yields batches of ROWS passages without end; each reading takes all of them in another order."""
+    for reading in itertools.count():
+        order = np.random.default_rng(reading).permutation(len(passages))
+        for start in range(0, len(order) - ROWS + 1, ROWS):
+            yield next_token_batch(passages[order[start : start + ROWS]])
+
+
+@jax.jit(static_argnames="cfg")
+def _row_losses(cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
+    return target_losses(cfg, params, batch).mean(1)
+
+
+def _errors(cfg: ModelConfig, params: Any, passages: np.ndarray) -> np.ndarray:
+    """Returns the mean nats a letter of each passage."""
+    return np.asarray(_row_losses(cfg, params, next_token_batch(passages)))
+
+
+def _copy(params: Any) -> dict[str, np.ndarray]:
+    """Returns the weights by path, as they are now: a step donates its own."""
+    return {path: np.array(leaf) for path, leaf in array_paths(params).items()}
+
+
+def _moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
+    length = lambda arrays: float(np.sqrt(sum(np.square(array).sum() for array in arrays)))
+    moved = {}
+    for kind, names in KINDS.items():
+        paths = [path for path in after if path.rpartition("/")[2] in names]
+        if paths:
+            moved[kind] = length(after[path] - before[path] for path in paths) / length(after[path] for path in paths)
+    every = length(after[path] - before[path] for path in after) / length(after.values())
+    return {"all weights": every, **moved}
