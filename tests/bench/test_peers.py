@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import models
-from bench.cli import Shape, run_bench
+from bench.cli import run_bench
 from bench.peers import __main__ as peers
 from bench.peers import process as module
 from bench.peers.process import Peer, PeerError, start_peer
-from engine.training.optimizer import OptimizerConfig
 
 BENCH = Path(module.__file__).parent
 THIS = Path(sys.executable)
@@ -168,11 +166,3 @@ def test_a_peer_script_needs_nothing_of_ours_and_runs_in_an_older_python(script)
     result |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots = {name.split(".")[0] for name in result} - set(sys.stdlib_module_names)
     assert roots <= {"protocol", "torch", "numpy"}
-
-
-def test_two_calls_of_one_work_take_the_same_steps():
-    inputs = models.make_step_inputs(Shape(1, 64, 8, 2), "float32")
-    step, again = (models.make_step(inputs, OptimizerConfig()) for _ in range(2))
-    first = [float(step()) for _ in range(3)]
-    assert first == [float(again()) for _ in range(3)]
-    assert len(set(first)) == 3

@@ -1,6 +1,6 @@
 """The first examples of clients and frameworks, in which only the address is another.
 
-Those of the extra `dev` run by day. The others run at night, where `requirements.txt` is installed.
+They run at night, where `requirements.txt` is installed. By day: `test_kinds.py`, and Anthropic's and Ollama's in tests/serve.
 """
 
 import asyncio
@@ -8,8 +8,6 @@ import json
 from typing import Any, Literal
 
 import anthropic
-import httpx
-import ollama
 import openai
 import pydantic
 import pytest
@@ -18,6 +16,7 @@ GPT, CLAUDE, GEMMA = "gpt-4o-mini", "claude-opus-5", "gemma3"
 ASKED = "I want to see Rome for two days."
 HELLO: Any = [{"role": "user", "content": ASKED}]
 CITIES = ("Rome", "Oslo")
+pytestmark = pytest.mark.night
 
 
 class Visit(pydantic.BaseModel, extra="forbid"):
@@ -51,22 +50,8 @@ def install(name: str) -> Any:
     return pytest.importorskip(name, reason="tests/clients/requirements.txt is not installed")
 
 
-def test_openai():
-    with openai.OpenAI() as client:
-        assert client.responses.create(model=GPT, input=ASKED, max_output_tokens=5).output_text
-        answer = client.chat.completions.parse(model=GPT, messages=HELLO, response_format=Visit)
-        assert is_visit(answer.choices[0].message.parsed)
-        assert client.embeddings.create(model=GPT, input=ASKED).data[0].embedding
-        assert GPT in [model.id for model in client.models.list()]
-
-
-def test_anthropic():
+def test_anthropics_tool_runner():
     with anthropic.Anthropic() as client:
-        assert client.messages.create(model=CLAUDE, max_tokens=5, messages=HELLO).content[0].text
-        parsed = client.messages.parse(model=CLAUDE, max_tokens=200, messages=HELLO, output_format=Visit)
-        assert is_visit(parsed.parsed_output)
-        with client.messages.stream(model=CLAUDE, max_tokens=200, messages=HELLO, output_format=Visit) as stream:
-            assert is_visit(stream.get_final_message().parsed_output)
         runner: Any = client.beta.messages.tool_runner(
             model=CLAUDE,
             max_tokens=100,
@@ -77,51 +62,8 @@ def test_anthropic():
             max_iterations=2,
         )
         assert [message.content[0].input["city"] in CITIES for message in runner] == [True, True]
-        with pytest.raises(anthropic.BadRequestError, match=r"thread: .*remembers nothing"):
-            client.beta.messages.create(model=CLAUDE, max_tokens=5, messages=HELLO, extra_body={"thread": {"type": "create"}})
-        bad: Any = {"format": {"type": "json_schema", "schema": {"not": {}}}, "effort": "low"}
-        with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
-            client.messages.create(model=CLAUDE, max_tokens=5, messages=HELLO, output_config=bad)
 
 
-def test_ollama(server):
-    client = ollama.Client(host=server.url)
-    assert client.chat(GEMMA, HELLO, options={"num_predict": 5}).message.content
-    answer = client.chat(GEMMA, HELLO, format=Visit.model_json_schema()).message.content
-    assert is_visit(Visit.model_validate_json(answer))
-    client.chat(GEMMA, HELLO, tools=[get_weather], options={"num_predict": 5})
-    shown = client.show(GEMMA)
-    assert shown.capabilities == ["completion", "tools"]
-    assert shown.modelinfo["llama.context_length"] == server.engine.capacity
-    assert [model.model for model in client.ps().models] == [model.model for model in client.list().models]
-    with pytest.raises(ollama.ResponseError, match="There is no model"):
-        client.show("none")
-    assert httpx.get(f"{server.url}/api/version").json()["version"].count(".") == 2
-    for name, status in ((GEMMA, 200), ("none", 404)):
-        assert httpx.post(f"{server.url}/api/show", json={"name": name}).status_code == status
-    untyped = {"content": b'{"prompt": "a", "options": {"num_predict": 1}}', "timeout": 300}
-    for headers, status in (({}, 200), ({"Content-Type": "text/plain"}, 415), ({"Origin": "http://evil.example"}, 403)):
-        assert httpx.post(f"{server.url}/api/generate", headers=headers, **untyped).status_code == status
-    assert httpx.post(f"{server.url}/v1/completions", **untyped).status_code == 415
-
-
-def test_a_model_that_must_call_ends(server):
-    """A call is required and several are allowed: one without sense would call until the context is full."""
-    tools: Any = [openai.pydantic_function_tool(Visit)]
-    with openai.OpenAI() as client:
-        answer = client.chat.completions.create(
-            model=GPT,
-            messages=HELLO,
-            tools=tools,
-            tool_choice="required",
-            temperature=0,
-            logit_bias={server.model.tokenizer.eos_id: -100},
-        )
-    assert answer.choices[0].finish_reason == "tool_calls"
-    assert 1 <= len(answer.choices[0].message.tool_calls) <= 8
-
-
-@pytest.mark.night
 def test_langchain():
     model = install("langchain_openai").ChatOpenAI(model=GPT)
     assert model.invoke(ASKED, max_tokens=5).content
@@ -133,7 +75,6 @@ def test_langchain():
         assert is_visit(model.with_structured_output(Visit, method=method).invoke(ASKED))
 
 
-@pytest.mark.night
 def test_instructor():
     library = install("instructor")
     for mode in (library.Mode.TOOLS, library.Mode.TOOLS_STRICT, library.Mode.JSON_SCHEMA):
@@ -143,7 +84,6 @@ def test_instructor():
     assert is_visit(client.create(model=CLAUDE, max_tokens=200, response_model=Visit, messages=HELLO, max_retries=0))
 
 
-@pytest.mark.night
 def test_pydantic_ai():
     library = install("pydantic_ai")
     for name in (f"openai-chat:{GPT}", f"openai-responses:{GPT}"):
@@ -151,7 +91,6 @@ def test_pydantic_ai():
             assert is_visit(library.Agent(name, output_type=output, retries=0).run_sync(ASKED).output)
 
 
-@pytest.mark.night
 def test_openai_agents():
     library = install("agents")
     library.set_tracing_disabled(True)
@@ -179,7 +118,6 @@ def test_openai_agents():
         assert is_visit(asyncio.run(stream()))
 
 
-@pytest.mark.night
 def test_dspy(server):
     library = install("dspy")
     model = library.LM(f"openai/{GPT}", api_base=f"{server.url}/v1", api_key="any", cache=False, max_tokens=300)
@@ -188,7 +126,6 @@ def test_dspy(server):
         assert predict(question=ASKED).city in CITIES
 
 
-@pytest.mark.night
 def test_litellm(server):
     library = install("litellm")
     for name in (f"openai/{GPT}", f"anthropic/{CLAUDE}", f"ollama/{GEMMA}", f"ollama_chat/{GEMMA}"):
@@ -201,7 +138,6 @@ def test_litellm(server):
         assert is_visit(Visit.model_validate_json(answer)), name
 
 
-@pytest.mark.night
 def test_llama_index(server):
     library = install("llama_index.llms.openai_like")
     options: Any = {"model": GPT, "api_base": f"{server.url}/v1", "api_key": "any"}
@@ -214,7 +150,6 @@ def test_llama_index(server):
         assert is_visit(model.as_structured_llm(Visit).complete(ASKED).raw)
 
 
-@pytest.mark.night
 def test_lm_eval(server, tmp_path):
     """Its multiple choice and its generation, on a task of two questions."""
     library = install("lm_eval")

@@ -95,30 +95,6 @@ def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_d
     assert steps(True, 1) == STEPS_BETWEEN_DRAFTS < steps(True, 2) == steps(False, 1)
 
 
-def test_drafts_that_come_true_are_all_accepted_and_a_wrong_one_ends_what_counts():
-    sequence = Sequence(0, request_of((1, 2), 9, stop_token_ids=(7,)))
-    assert sequence.accept([4, 5, 6, 8], [4, 5, 6]) == ([4, 5, 6, 8], None)
-    assert sequence.accept([4, 5, 6, 8], [4, 9, 6]) == ([4, 5], None)
-    assert sequence.accept([4, 7, 6, 8], [4, 7, 6]) == ([4], "stop")
-    assert sequence.accept([None, 4]) == ([], "error")
-    assert sequence.accept([1, 1, 1, 1]) == ([1, 1], "length")
-    assert sequence.output_tokens == [4, 5, 6, 8, 4, 5, 4, 1, 1]
-
-
-def test_sequences_share_the_free_rows_to_check_forced_tokens():
-    """Beside a plain sequence, which no row is for; more tokens than rows, and fewer."""
-    forced = [[1, 2, 3, 4, 5, 6], [7, 8]]
-    model = Model(slots=6, next_token=lambda sequence: (sequence.constraint.tokens if sequence.constraint else range(9))[0])
-    plain = model.submit(1, 9)
-    ids = [model.submit(1, len(tokens), ForcedTokens(tokens)) for tokens in forced]
-    model.scheduler.admit()
-    batch = model.scheduler.schedule()
-    own = [model.sequences[id].slot for id in (plain, *ids)]
-    assert batch.drafts == {own[1]: [1], own[2]: [7]}
-    checked = [(row.slot, row.token, row.position) for row in batch.rows[3:]]
-    assert checked == [(own[1], 1, 1), (own[2], 7, 1)], "of six rows three are free, and the second has no use for another"
-
-
 def test_an_embedding_waits_for_all_programs_and_a_short_text_does_not():
     model = Model()
     model.scheduler.limit = 2 * CHUNK

@@ -74,7 +74,7 @@ def rows_of(seed: int, rows: int, width: int, spoil: float) -> np.ndarray:
 @settings(max_examples=25)
 @given(
     st.sampled_from(WIDTHS),
-    st.sampled_from([1, 3, 6, 7, 40]),
+    st.sampled_from([1, 7, 40]),
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, np.nan, np.inf, -np.inf]),
 )

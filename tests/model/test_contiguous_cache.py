@@ -12,13 +12,6 @@ B, S = 2, 11
 run = jax.jit(forward, static_argnums=0)
 
 
-def test_a_cache_is_empty_and_in_the_compute_dtype():
-    cache = make_cache(tiny_config(dtype="bfloat16"), B, S)
-    assert [leaf.shape for leaf in (*cache.k, *cache.v)] == [(B, 3, S, 4)] * 4
-    assert {leaf.dtype for leaf in (*cache.k, *cache.v)} == {jnp.dtype("bfloat16")}
-    assert (cache.length.tolist(), cache.length.dtype) == ([0, 0], jnp.int32)
-
-
 def test_each_row_is_written_at_its_own_place_and_nowhere_else():
     rng = np.random.default_rng(0)
     cached, new = rng.standard_normal((B, 3, S, 4)), rng.standard_normal((B, 3, 5, 4))

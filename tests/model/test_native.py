@@ -16,13 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lively_params, normal, tiny_config
 
-from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
-from engine.inference.engine import Engine
-from engine.inference.request import Request, SamplingParams
 from engine.model.native import library
 from engine.model.native.library import native_problem, read_library
-from engine.model.paths import leaf_paths, map_paths
+from engine.model.paths import leaf_paths
 from engine.model.weights.int8 import (
     Int8,
     int8_matmul,
@@ -87,27 +84,6 @@ def test_a_packed_head_gives_the_same_rows_and_columns(kernel, seed):
 
 def uses_kernel(params) -> bool:
     return any(leaf.layout == "packed" for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
-
-
-def test_a_model_samples_the_same_with_and_without(kernel):
-    """Tokens and log-probabilities, of a lone sequence beside idle rows and of several."""
-    cfg = tiny_config(dtype="bfloat16", tied=True)
-    params = prepare_params(cfg, quantize(lively_params(cfg)))
-    assert uses_kernel(params)
-    transpose = lambda _, leaf: store_transposed(leaf) if isinstance(leaf, Int8) else leaf
-    without = prepare_params(cfg, map_paths(transpose, quantize(lively_params(cfg))), whole=False)
-
-    def completions(params) -> list[str]:
-        engine = Engine(cfg, params, EngineConfig(3, 16, speculate=False, chunk=16, tail=16))
-        events = []
-        for prompts in ([(1, 2, 3)], [(4, 5), (6,), (7, 8)]):
-            for prompt in prompts:
-                engine.submit(Request(prompt, SamplingParams(9, temperature=0.8, seed=len(prompt), logprobs=3)))
-            while engine.busy:
-                events += engine.step()
-        return [repr(event) for event in events]
-
-    assert completions(params) == completions(without)
 
 
 @pytest.fixture

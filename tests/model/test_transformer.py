@@ -103,20 +103,6 @@ def test_cached_is_uncached_on_other_devices(elsewhere):
     assert_cached_is_uncached(jax.jit(lambda *arguments: forward(*arguments), static_argnums=0), QWEN3, 1e-5)
 
 
-def test_rows_of_a_cache_stand_at_their_own_lengths(cfg, params):
-    """One row is 5 tokens in, the other 2: each is read as if the other were not there."""
-    tokens, lengths = tokens_of(0, B, 5), np.array([5, 2], np.int32)
-    _, cache = run(cfg, params, tokens, positions_of(B, 5), make_cache(cfg, B, 15))
-    cache = cache._replace(length=jnp.asarray(lengths))
-    new = tokens_of(1, B, 5)
-    logits, _ = run(cfg, params, new, lengths[:, None] + np.arange(5, dtype=np.int32), cache)
-    for b in range(B):
-        texts = np.zeros((B, 13), np.int32)
-        texts[b, : lengths[b] + 5] = [*tokens[b, : lengths[b]], *new[b]]
-        expected, _ = run(cfg, params, texts, positions_of(B, 13))
-        np.testing.assert_allclose(logits[b], expected[b, lengths[b] : lengths[b] + 5], rtol=0, atol=2e-5)
-
-
 def test_no_layout_changes_what_is_computed(cfg, params):
     """Unrolled or scanned, saved or recomputed: one value and one gradient. And each is really another program."""
     tokens, weights = tokens_of(0, B, T), np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from figures import at_least, at_most, exactly, servers, slowest
+from figures import at_least, at_most, exactly, slowest
 from openai_like import chat_request, read_metrics
 
 from bench.serving.client import Client, Completion, Response, complete, completion_request, connect, random_text, send
@@ -78,7 +78,7 @@ async def repeat_under_load(
     return max(map(len, texts)), sum(len(outputs) - 1 for outputs in bits), unanswered
 
 
-@servers("S1")
+@pytest.mark.promises(name="S1")  # by day: tests/serve/test_serve_load.py and tests/inference/test_engine_company.py
 async def test_the_same_request_gives_the_same_bits(client, slots, quick, rng, expect):
     """Half seeded at temperature 1, among as many others; log-probabilities compared as floats, which JSON carries whole."""
     while not (health := (await client.get("/health")).json())["long_texts_ready"]:

@@ -12,7 +12,6 @@ from typing import Any
 import openai
 import pytest
 from figures import exactly, servers
-from tiny_server import TinyServer
 
 pytestmark = pytest.mark.anyio
 
@@ -20,6 +19,7 @@ SMALL_CAPACITY = 80  # tokens where schemas are fuzzed: sound requests without a
 FUZZING_SECONDS = 1200  # in which schemathesis is to end
 ON_BOTH = servers("S10")
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+TOO_LONG: Any = [{"role": "user", "content": "word " * 50_000}]
 CHAT: dict[str, Any] = {"model": "default", "messages": MESSAGES, "max_completion_tokens": 8, "temperature": 0}
 
 
@@ -78,29 +78,12 @@ def test_a_chat_streamed(ai):
         assert text_of(stream.get_final_completion()) == text[: text.index(text[5:7])]
 
 
-@ON_BOTH
-def test_completions(ai):
-    fields: dict[str, Any] = {"model": "default", "prompt": ["One, two,", "A, B,"], "max_tokens": 6, "temperature": 0}
-    reply = ai.completions.create(**fields, logprobs=2)
-    assert [choice.index for choice in reply.choices] == [0, 1]
-    logprobs = reply.choices[0].logprobs
-    assert len(logprobs.token_logprobs) == len(logprobs.tokens) <= 6
-    assert all(len(top) >= 2 for top in logprobs.top_logprobs)
-    texts = ["", ""]
-    for chunk in ai.completions.create(**fields, stream=True):
-        texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts == [choice.text for choice in reply.choices]
-    stop = texts[0][len(texts[0]) // 2]
-    stopped = ai.completions.create(**fields | {"prompt": "One, two,", "stop": [stop]}).choices[0]
-    assert (stopped.finish_reason, stopped.text) == ("stop", texts[0][: texts[0].index(stop)])
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"temperature": 3}, "temperature"), ({"messages": []}, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f g", "parameters": {}}}]}, "tools"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"), ({"messages": TOO_LONG}, "messages"),
     ],
 )  # fmt: skip
 @ON_BOTH
@@ -109,21 +92,6 @@ def test_errors_are_the_clients_own(ai, fields, param):
         ai.chat.completions.create(**CHAT | fields)
     assert caught.value.param.startswith(param)
     assert caught.value.body["message"]
-
-
-@ON_BOTH
-def test_a_prompt_that_does_not_fit_is_counted(ai):
-    with pytest.raises(openai.BadRequestError, match=r"200,?000"):
-        ai.completions.create(model="default", prompt=[5] * 200_000, max_tokens=5)
-
-
-def test_a_wrong_key():
-    with (
-        TinyServer(keys=("right",), warm=False) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong") as client,
-        pytest.raises(openai.AuthenticationError),
-    ):
-        client.models.list()
 
 
 @pytest.mark.promises(name="S10")

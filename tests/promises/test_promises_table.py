@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from chat_models import save_chat_model
 from figures import at_least, at_most, exactly
 
@@ -46,6 +47,7 @@ def test_promises_of_a_real_server(tmp_path):
     assert [line.split()[:2] for line in output.splitlines() if " kept: " in line] == [["S3", "kept:"], ["X4", "kept:"]]
 
 
+@pytest.mark.night
 def test_a_promise_that_cannot_be_tried_is_not_kept_whichever_worker_tries_it():
     code, output = run_promises("no-such-model", ["S1", "S8"], "-n", "1")
     assert code == 1, output

@@ -71,19 +71,6 @@ def test_echo_has_the_prompts_log_probabilities(tiny_server, client):
     assert both.usage == same
 
 
-def test_lm_evals_multiple_choice(client):
-    """It sends context and continuation as tokens, lets one more be generated, and reads the continuation's values."""
-    context = client.tokens(PROMPT)
-    rows = [context + client.tokens(answer, add_special_tokens=False) for answer in (" well", " 1234")]
-    body = {"model": "tiny", "prompt": rows, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
-    choices = good(client.post("/v1/completions", json=body))["choices"]
-    for row, choice in zip(rows, choices):
-        values = choice["logprobs"]["token_logprobs"][len(context) : -1]
-        (result,) = good(client.post("/v1/score", json={"prompt": context, "candidates": [row[len(context) :]]}))["data"]
-        assert values == pytest.approx(result["token_logprobs"], abs=1e-4)  # of a context that another program has read
-        assert all(max(top.values()) <= 0 for top in choice["logprobs"]["top_logprobs"][len(context) : -1])
-
-
 def test_echo_without_log_probabilities(client):
     choice = good(client.complete(PROMPT, 0, echo=True))["choices"][0]
     assert (choice["text"], choice["logprobs"]) == (PROMPT, None)

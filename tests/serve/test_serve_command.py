@@ -17,12 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import jax
-import numpy as np
 import pytest
 from chat_models import save_chat_model
 from started import HOLDS, Started
-from tiny import lively_params, tiny_config
+from tiny import tiny_config
 from tiny_server import ask, until
 
 from engine.counting import hardware
@@ -30,13 +28,8 @@ from engine.device import start_jax
 from engine.errors import UserError
 from engine.inference import config as engine_config
 from engine.inference.config import EngineConfig
-from engine.inference.decode import prepare_params
 from engine.inference.request import SamplingParams
-from engine.model.config import LoraConfig
 from engine.model.native.library import KERNELS, native_problem
-from engine.model.paths import leaf_paths, merge
-from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import LoRA, init_lora, merge_lora
 from stages.cli.console import Console
 from stages.serve import load
 from stages.serve.__main__ import main
@@ -263,22 +256,6 @@ def test_a_flag_wins_over_the_models_sampling(folder, tmp_path, capsys, recommen
     output = capsys.readouterr().out
     assert [each for each in said if each not in output] == []
     assert output.count("ignored") == 1
-
-
-@pytest.mark.parametrize("weights", ["int8", "float32"])
-def test_an_adapter_is_merged_into_what_is_served(weights):
-    """Integers are made of what base and adapter come to, and no gradient is ever asked of them."""
-    cfg = tiny_config()
-    base = lively_params(cfg)
-    lora = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(cfg, jax.random.key(0), LoraConfig(2, targets=("q", "down"))))
-    adapted = merge(lora, base)
-    assert any(isinstance(leaf, LoRA) for leaf in leaf_paths(adapted).values())
-    merged = merge_lora(adapted)
-    params = leaf_paths(prepare_params(cfg, quantize(merged) if weights == "int8" else merged))
-    served = leaf_paths(EngineConfig(weights=weights).prepare_params(cfg, adapted))
-    for path, leaf in params.items():
-        for weight, expected in zip(jax.tree.leaves(served[path]), jax.tree.leaves(leaf), strict=True):
-            assert np.array_equal(weight, expected), path
 
 
 def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(folder, monkeypatch, capsys):

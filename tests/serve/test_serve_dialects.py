@@ -8,7 +8,7 @@ import ollama
 import openai
 import pydantic
 import pytest
-from tiny_server import TinyServer, good, refused, say
+from tiny_server import good, refused, say
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
@@ -123,6 +123,30 @@ def test_answers_satisfy_a_schema_in_the_dialects_that_have_a_field_for_it(wide_
         wide_gpt.responses.create(model="tiny", input="a", text=text)
 
 
+def test_anthropics_messages_satisfy_a_schema(roomy):
+    with anthropic.Anthropic(base_url=roomy.url, api_key="any") as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 200}
+        assert client.messages.parse(**asked, output_format=Visit).parsed_output.days in (1, 2, 30)
+        with client.messages.stream(**asked, output_format=Visit) as stream:
+            assert stream.get_final_message().parsed_output.days in (1, 2, 30)
+        with pytest.raises(anthropic.BadRequestError, match=r"thread: .*remembers nothing"):
+            client.beta.messages.create(**asked, extra_body={"thread": {"type": "create"}})
+        bad: Any = {"format": {"type": "json_schema", "schema": {"not": {}}}, "effort": "low"}
+        with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
+            client.messages.create(**asked, output_config=bad)
+
+
+def test_a_model_that_must_call_ends(roomy):
+    """A call is required and several are allowed: one without sense would call until the context is full."""
+    with openai.OpenAI(base_url=f"{roomy.url}/v1", api_key="any") as client:
+        answer = client.chat.completions.create(
+            model="tiny", messages=HELLO, tools=[openai.pydantic_function_tool(Visit)], tool_choice="required", temperature=0,
+            logit_bias={roomy.model.tokenizer.eos_id: -100},
+        )  # fmt: skip
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert 1 <= len(answer.choices[0].message.tool_calls) <= 8
+
+
 def test_a_response_may_call_or_speak(wide_gpt):
     response = wide_gpt.responses.create(model="tiny", input="Hello there", tools=[WEATHER], max_output_tokens=9, temperature=0)
     assert {item.type for item in response.output} <= {"message", "function_call"}
@@ -181,17 +205,6 @@ def test_an_error_of_a_message_is_its_clients_own(claude, tiny_server):
     assert caught.value.body["error"]["type"] == "invalid_request_error"
 
 
-def test_a_key_in_anthropics_header():
-    with TinyServer(keys=("right",), warm=False) as server:
-        for name, key in (("x-api-key", "right"), ("authorization", "Bearer right")):
-            with server.client(headers={name: key}) as client:
-                assert client.get("/v1/models").status_code == 200
-        both = {"x-api-key": "right", "authorization": "Bearer wrong"}
-        for headers in ({"x-api-key": "wrong"}, {"x-api-key": ""}, both):
-            with server.client(headers=headers) as client:
-                refused(client.get("/v1/models"), 401)
-
-
 def test_ollama_chats_and_generates(gemma, answer):
     options = {"num_predict": 9, "num_ctx": 64}
     reply = gemma.chat(model=GEMMA, messages=HELLO, options=options)
@@ -210,10 +223,25 @@ def test_ollama_continues_a_raw_prompt(gemma, client):
     assert reply.response == good(client.complete(most=6))["choices"][0]["text"]
 
 
-def test_ollama_lists_the_model(gemma):
+def test_ollama_lists_and_shows_the_model(gemma, client, tiny_server):
     models = gemma.list().models
-    assert [model.model for model in models] == ["tiny", CLAUDE, GEMMA, GPT]
+    assert [model.model for model in models] == [model.model for model in gemma.ps().models] == ["tiny", CLAUDE, GEMMA, GPT]
     assert models[0].size > 0
+    shown = gemma.show(GEMMA)
+    assert (shown.capabilities, shown.modelinfo["llama.context_length"]) == (
+        ["completion", "tools"],
+        tiny_server.engine.capacity,
+    )
+    for name, status in ((GEMMA, 200), ("none", 404)):
+        assert client.post("/api/show", json={"name": name}).status_code == status
+    assert client.get("/api/version").json()["version"].count(".") == 2
+
+
+def test_only_ollamas_routes_take_a_body_without_a_type(client):
+    body = b'{"prompt": "a", "options": {"num_predict": 1}}'
+    for headers, status in (({}, 200), ({"Content-Type": "text/plain"}, 415), ({"Origin": "http://evil.example"}, 403)):
+        assert client.post("/api/generate", headers=headers, content=body).status_code == status
+    assert client.post("/v1/completions", content=body).status_code == 415
 
 
 def test_an_error_of_ollamas_is_a_sentence(gemma, client):

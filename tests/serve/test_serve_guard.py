@@ -32,9 +32,9 @@ def send(server: TinyServer, method: str, target: str, headers: dict[str, str]) 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_opens_all(locked, key):
-    for header in (f"Bearer {key}".encode(), f"bearer  {key}".encode()):
+    for name, value in (("authorization", f"Bearer {key}"), ("authorization", f"bearer  {key}"), ("x-api-key", key)):
         for method, path in every_route():
-            reply = httpx.request(method, locked.url + path, headers={b"authorization": header})
+            reply = httpx.request(method, locked.url + path, headers={name.encode(): value.encode()})
             empty = 400 if path.startswith("/api/") else 415  # without a body, whose type only Ollama's routes take for granted
             assert reply.status_code in (200, empty, 503, 404 if method == "DELETE" else 200), (method, path, reply.text)
 
@@ -60,6 +60,8 @@ def test_a_wrong_key_is_asked_for_again_after_all_were_compared_whole(locked, mo
     status, reply = send(locked, "GET", "/v1/models", headers)
     assert (status, b"invalid_api_key" in reply, b"\r\nwww-authenticate: Bearer\r\n" in reply) == (401, True, True), reply
     right = f"Bearer {KEYS[0]}"
+    for wrong in ({"x-api-key": ""}, {"x-api-key": KEYS[0], "authorization": "Bearer wrong"}):
+        assert send(locked, "GET", "/v1/models", {"host": "localhost", **wrong})[0] == 401
     assert send(locked, "GET", "/v1/models", {"host": "localhost", "authorization": right, "Authorization": right})[0] == 401
 
 

@@ -105,9 +105,7 @@ def tune(model: Path, where: Path, folder: Path, *more: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.night] * (name in ("frozen", "all"))) for name in TUNING]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.night] * (name != "lora")) for name in TUNING])
 def test_a_recorded_fine_tuning(name, trained, tmp_path):
     folder = tmp_path / "tuned"
     file = tune(trained, tmp_path, folder, *TUNING[name])

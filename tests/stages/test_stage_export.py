@@ -194,6 +194,8 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
     tuned = loading(monkeypatch, trained, params=tuned.params, hub_id="HuggingFaceTB/SmolLM2-135M-Instruct")
     exported(*again[1:4:2], *again[4:])
     assert named() == tuned.hub_id
+    loading(monkeypatch, trained, params=tuned.params, merged=("blocks/0/q",))
+    assert "blocks/0/q is trained whole or a DoRA" in failing(export.main, [*again, "--base-name", merged])
     data = bytearray((alone / "adapter_model.safetensors").read_bytes())
     data[-3] ^= 1
     (alone / "adapter_model.safetensors").write_bytes(data)

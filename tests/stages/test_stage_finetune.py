@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tiny import lively_params, tiny_config, tokens_of
 from tiny_runs import WORDS, at_step, interrupt, metrics
 
@@ -89,25 +89,19 @@ def adapted(trained, chats, text, tmp_path_factory):
 def test_a_lora_run_says_what_it_does(adapted, trained):
     folder, printed = adapted
     total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
-    assert "LoRA        q, v, gate, up, down of 2 layers, rank 4" in printed
     assert re.search(rf"trainable +[\d,]+ new parameters beside {total:,} frozen ones", printed)
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
-    trained_on = rf"{len(WORD) - round(len(WORD) / 10)} examples to train on"
-    assert f"{len(WORD)} of {len(WORD)} rows kept, 0 of them truncated; 0 dropped; {trained_on}" in printed
+    assert f"{len(WORD)} of {len(WORD)} rows kept" in printed
     assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is a target
     losses = result(folder)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
     assert losses["before"]["general"] > 0
-    assert f"held out   {losses['before']['held_out']:.3f} -> {losses['after']['held_out']:.3f} nats/token" in printed
+    assert f"{losses['before']['held_out']:.3f} -> {losses['after']['held_out']:.3f} nats/token" in printed
     assert f"{losses['before']['general']:.3f} -> {losses['after']['general']:.3f} bits per byte" in printed
-    assert f"python -m stages.chat --model {folder}" in printed
-    before, after = (losses[when]["answers"] for when in ("before", "after"))
-    questions = [answer["question"] for answer in before]  # all that are held out
+    questions = [answer["question"] for answer in losses["before"]["answers"]]  # all that are held out
     assert len({*questions} & {f"the {word}" for word in WORD}) == 2
-    assert printed.count("[does not stop within") == sum(not answer["stops"] for answer in (*before, *after))
     for question in questions:
         assert re.search(rf"^{question}\n  \| before  .*\n(  \| .*\n)*  \| after   red \w+\.$", printed, re.M)
-    assert "answers    all 2 stop and none repeats itself" in printed
 
 
 def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
@@ -163,7 +157,6 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     printed = capsys.readouterr().out
     measured = float(re.findall(r"nats per token +(\S+)", printed)[0])
     assert measured == pytest.approx(result(folder)["after"]["held_out"], abs=2e-3)
-    assert f"2 of {len(WORD)} rows of {chats}, by the seed" in printed
     assert "unchanged, SHA-256" in printed
     before, after = (result(folder)[name] for name in ("before", "after"))
     assert f"{before['held_out']:.4f} nats/token on the held-out set, before fine-tuning" in printed
@@ -173,8 +166,6 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     assert float(forgotten[2]) == pytest.approx(after["general"], abs=5e-3)
     assert evaluate.main(["--model", str(trained), "--data", str(chats)]) == 0
     printed = capsys.readouterr().out
-    assert f"{chats} (messages)" in printed
-    assert f"{len(WORD)} of {len(WORD)} rows kept" in printed
     assert float(re.findall(r"nats per token +(\S+)", printed)[0]) > measured + 0.5
 
 
@@ -260,52 +251,43 @@ def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
 
 
-def test_preferences_begin_at_ln_2(trained, pairs, tmp_path, capsys):
-    folder = tmp_path / "preferring"
-    options = args(trained, pairs, folder, "--objective", "preference", "--lora", LORA)
-    assert finetune.main(options) == 0
-    losses = result(folder)
-    assert losses["unit"] == "preference loss"
-    assert losses["before"]["held_out"] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses["after"]["held_out"] < 0.6
-    printed = capsys.readouterr().out
-    assert re.search(r"(?s)the chosen answer; what .*\[\[ red sails\..*the rejected answer; what .*\[\[ a far land\.", printed)
-    assert evaluate.main(["--model", str(folder)]) == 0
-    assert "100% of them" in capsys.readouterr().out
-
-
-def test_answers_that_are_good_or_bad(trained, pairs, tmp_path, capsys):
-    """KTO begins at 1/2 where the model is the reference, with rows that have a label, and with pairs."""
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    rated = [
-        json.dumps({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"})
-        for row in rows
-        for side in ("chosen", "rejected")
-    ]
-    (labelled := tmp_path / "rated.jsonl").write_text("\n".join(rated))
-    for name, data, answers in (("rated", labelled, r"good ones and \d+ bad ones"), ("pairs", pairs, "good ones")):
-        folder = tmp_path / name
-        kto = ("--objective", "preference", "--loss", "kto", "--lora", LORA, *(() if data is labelled else ("--steps", 2)))
-        assert finetune.main(args(trained, data, folder, *kto)) == 0
-        losses = result(folder)
-        assert losses["before"]["held_out"] == pytest.approx(0.5, abs=1e-6)
-        assert losses["after"]["held_out"] < (0.4 if data is labelled else 0.5)
-        assert "the first answer, a good one; what is trained on" in capsys.readouterr().out
-        assert evaluate.main(["--model", str(folder)]) == 0
-        assert re.search(answers, capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("loss", ["orpo", pytest.param("simpo", marks=pytest.mark.night)])
-def test_preferences_without_a_reference(trained, pairs, tmp_path, capsys, loss):
-    folder = tmp_path / loss
-    options = args(trained, pairs, folder, "--objective", "preference", "--loss", loss, "--lora", LORA)
+@pytest.mark.parametrize(
+    ("loss", "before", "after", "said"),
+    [
+        ("dpo", math.log(2), 0.6, "100% of them"), ("kto", 0.5, 0.4, r"good ones and \d+ bad ones"),
+        ("orpo", None, None, "100% of them"),
+        pytest.param("simpo", None, None, "100% of them", marks=pytest.mark.night),
+    ],
+)  # fmt: skip
+def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before, after, said):
+    """DPO begins at ln 2 and KTO, here of rows that have a label, at 1/2; ORPO and SimPO have no reference."""
+    folder, data = tmp_path / loss, pairs
+    if loss == "kto":
+        rated = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in map(json.loads, pairs.read_text().splitlines())
+            for side in ("chosen", "rejected")
+        ]
+        data = rows(tmp_path / "rated.jsonl", rated)
+    options = args(trained, data, folder, "--objective", "preference", "--loss", loss, "--lora", LORA)
     assert finetune.main(options) == 0
     losses, printed = result(folder), capsys.readouterr().out
-    assert losses["after"]["held_out"] < losses["before"]["held_out"]
-    assert "computing reference log-probabilities" not in printed
+    assert losses["unit"] == "preference loss"
+    if before:
+        assert losses["before"]["held_out"] == pytest.approx(before, abs=1e-6)
+    assert losses["after"]["held_out"] < (after or losses["before"]["held_out"])
+    shown = "the first answer, a good one; what is trained on" if loss == "kto" else "the chosen answer; what "
+    assert shown in printed
+    assert ("computing reference log-probabilities" in printed) == bool(before)
     assert json.loads((folder / "run.json").read_text())["loss"] == loss
     assert evaluate.main(["--model", str(folder)]) == 0
-    assert "100% of them" in capsys.readouterr().out
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_pairs_are_good_answers_and_bad_ones_to_kto(trained, pairs, tmp_path):
+    options = args(trained, pairs, tmp_path / "run", "--objective", "preference", "--loss", "kto", "--lora", LORA, "--steps", 2)
+    assert finetune.main(options) == 0
+    assert result(tmp_path / "run")["before"]["held_out"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, failing):
@@ -516,18 +498,6 @@ def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path
     of_base, own, of_run = (load_model(str(place)).tokenizer.config.get("chat_template") for place in (trained, again, run))
     assert own == of_run != of_base
     assert "rank 2" in printed(finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run")
-    dora = shutil.copytree(folder, tmp_path / "dora")
-    (dora / "manifest.json").unlink()
-    tensors, config = load_file(dora / "adapter_model.safetensors"), json.loads((dora / "adapter_config.json").read_text())
-    lengths = {
-        name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(len(b), np.float32)
-        for name, b in tensors.items()
-        if "lora_B" in name
-    }
-    save_file(tensors | lengths, dora / "adapter_model.safetensors")
-    (dora / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    error = failing(export.main, ["--model", dora, "--adapter", "--base-name", "Org/Sea-1", "--out", tmp_path / "none"])
-    assert "is trained whole or a DoRA" in error
 
 
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):

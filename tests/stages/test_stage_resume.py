@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import time
 import typing
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ from stages.finetune.run import FineTuning
 from stages.runs import loop, model_stage
 from stages.runs.folder import JsonLines, updating
 from stages.runs.loop import RunOptions
-from stages.runs.previous_run import FIXED, describe_changes, differences, refusals, settings
+from stages.runs.previous_run import describe_changes, differences, settings
 from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
@@ -150,19 +149,6 @@ def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(tex
     assert train.main(tiny(text, tmp_path / "run", "--steps", 8, "--eval-every", 3, "--save-every", 100)) == 0
     assert [step for step, _ in validation_rows(tmp_path / "run")] == [3, 7, 8]
     assert loop_state(tmp_path / "run").best_step in checkpoint.steps(tmp_path / "run")
-
-
-def test_an_evaluation_that_a_stop_put_off_is_logged_once(text, tmp_path, monkeypatch):
-    words = tiny(text, tmp_path / "run", "--steps", 8, "--eval-every", 3, "--save-every", 100)
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: interrupt(signal.SIGTERM))
-        assert train.main(words) == 143
-    with monkeypatch.context() as patch:
-        at_step(patch, 4, kill)
-        with pytest.raises(Killed):
-            train.main(words)
-    assert train.main(words) == 0
-    assert [step for step, _ in validation_rows(tmp_path / "run")] == [3, 6, 8]
 
 
 @pytest.mark.parametrize("why", ["another text", "damage"])
@@ -317,11 +303,6 @@ def is_noticed(before: Any, after: Any) -> bool:
     """Whether a change from (metadata, architecture) to another is refused, or recorded in run.json."""
     there, now = settings(*before), settings(*after)
     return bool(differences(there, now))
-
-
-def test_other_contents_of_the_same_file_are_said():
-    there = dict.fromkeys(FIXED, "the same") | {"text/data": "chats.jsonl"}
-    assert refusals(there, there | {"text/digest": "other"}) == ["text (what is read from chats.jsonl has changed)"]
 
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])

@@ -38,6 +38,7 @@ def test_run_leaves_what_it_says(trained):
     assert checkpoint.steps(trained)[-1] == 20
 
 
+@pytest.mark.night  # by day tests/laws and tests/training hold what a step donates; promise T14 has more runs
 @pytest.mark.journeys
 def test_memory_stays_within_the_plan(text, tmp_path):
     """The buffer of a step lies in the place of the last one's: the peak over some steps and a save is no more than printed."""

@@ -19,7 +19,6 @@ from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8
-from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
 from engine.text.tokenizer import train_bpe
@@ -106,13 +105,6 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path):
     assert "the context of 128 ends with the first, of 100" in model.notes[1]
     assert model.sampling == {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
     assert model.params["head"].dtype == "bfloat16"
-
-
-def test_a_named_models_recommended_sampling_is_known_here(tmp_path, monkeypatch):
-    path = tiny_gguf(tmp_path / "x.gguf")
-    monkeypatch.setattr(model_loader, "fetch", lambda name, report: {"model": path})
-    assert load_model("smollm2-135m-instruct").sampling == {"temperature": 0.2, "top_p": 0.9}
-    assert load_model(path).sampling == {}
 
 
 def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):

@@ -140,10 +140,6 @@ def test_muons_momentum_is_optaxs(params, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)
 
 
-def test_one_config_is_one_object():
-    assert make_optimizer(OptimizerConfig()) is make_optimizer(OptimizerConfig())
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
