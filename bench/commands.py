@@ -125,7 +125,6 @@ def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float
 
 
 def _result(command: list[str], folder: Path) -> tuple[Json, list[str]]:
-    """Runs a command; returns the result that its run folder holds, and the lines that it printed."""
     print(f"python -m {' '.join(command)} ...", flush=True)
     printed = run_module([*command, "--out-dir", str(folder)]).splitlines()
     return json.loads((folder / "run.json").read_text())["result"], printed

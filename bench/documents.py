@@ -132,7 +132,6 @@ def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: P
 
 
 def cost(row: Json, price: float) -> float:
-    """Returns the dollars of QUESTIONS."""
     return row["seconds"] * QUESTIONS / 3600 * price
 
 

@@ -55,6 +55,11 @@ class Ratio(NamedTuple):
     high: float | None = None
     rounds: int | None = None
 
+    @staticmethod
+    def of(row: Mapping[str, Any]) -> "Ratio":
+        """Returns the ratio that a row of a document holds beside other things."""
+        return Ratio(row["ratio"], row["low"], row["high"])
+
     def exceeds(self, threshold: float) -> bool | None:
         """Whether the ratio is above a threshold; None where the interval holds the threshold or is not known."""
         if self.low is None or self.high is None or self.low <= threshold <= self.high:

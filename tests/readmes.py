@@ -22,9 +22,9 @@ sys.path.append(str(Path(__file__).parent / "promises"))
 
 from figures import Figure
 
+from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
-from bench.plan.plans import write
-from bench.plan.validate import validation
+from bench.serving.__main__ import latencies, speeds
 from bench.stages.report import write_pictures
 from bench.timing import Ratio
 from engine.format import money, percent, si, times
@@ -156,7 +156,7 @@ INSTRUCTIONS = {
 
 def ratio(row: Document) -> str:
     """Returns a ratio with its interval."""
-    return str(Ratio(row["ratio"], row["low"], row["high"]))
+    return str(Ratio.of(row))
 
 
 def held(met: bool | None, bar: str) -> str:
@@ -292,11 +292,7 @@ def peers(document: Document) -> list[str]:
     """Returns our speed beside each peer's."""
     cells = []
     for row in document["rows"]:
-        bar = (
-            held(Ratio(*(row[key] for key in ("ratio", "low", "high"))).exceeds(row["bar"]), f"{row['bar']:g}")
-            if row["bar"]
-            else ""
-        )
+        bar = held(Ratio.of(row).exceeds(row["bar"]), f"{row['bar']:g}") if row["bar"] else ""
         name = row["name"].replace("_", " ") + (f", {row['peer']}" if "peer" in row else "")
         if "over_plain" in row:
             plain = Ratio(**row["over_plain"])
@@ -311,30 +307,12 @@ def peers(document: Document) -> list[str]:
 
 def serving(document: Document) -> list[str]:
     """Returns latencies of the server under load, and how much of its engine's throughput it keeps."""
-    tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
-    seconds = lambda of: si(of["p50"], "s") + tail(of)
-    cells = [
-        (
-            percent(row["load"]),
-            f"{row['tokens_per_second']:,.0f}",
-            *(seconds(row[name]) for name in ("ttft", "inter_token", "per_token")),
-        )
-        for row in document["under_load"]
-    ]
     header = "load|tokens/s|time to first token, p50|inter-token latency, p50|time per output token, p50"
-    rows, scored = document["rows"], document["scored"]
-    rate = Ratio(scored["ratio"], scored["low"], scored["high"]).format("{:.0f}".format)
-    compared = [
-        (
-            row["name"],
-            *(f"{row[name]:,.0f}" for name in ("tokens_per_second", "peer_tokens_per_second")),
-            ratio(row),
-            held(row["met"], f"{row['bar']:g}"),
-        )
-        for row in rows
-    ]
+    scored = document["scored"]
+    rate = Ratio.of(scored).format("{:.0f}".format)
+    compared = [(*speeds(row), held(row["met"], f"{row['bar']:g}")) for row in document["rows"]]
     return [
-        *table(header, cells), "",
+        *table(header, map(latencies, document["under_load"])), "",
         *table("tokens a second|with|without|ratio, 95% interval|at least", compared), "",
         f"The server is ready after {document['ready_seconds']:.1f} s "
         f"({held(document['ready_met'], f'at most {document["ready_bar"]:g} s')}).",
@@ -354,19 +332,13 @@ def plan(_: Document) -> list[str]:
     """Returns what the planner says of the first question of its README."""
     flags = PlanFlags(model="llama-3.2-1b", tokens="100B", hardware="h100", devices=8)
     with contextlib.redirect_stdout(io.StringIO()):
-        lines = answer(flags)["answer"]
-    cells = []
-    for name, line in lines.items():
-        low, middle, high = (write(line[bound], line["unit"]) for bound in ("low", "middle", "high"))
-        cells.append((name, middle, "" if low == high else f"{low} to {high}", line["origin"]))
-    return table("|||", cells, (0, 3))
+        asked = answer(flags)
+    return table("|||", plans.cells(asked), (0, 3))
 
 
 def validated(_: Document) -> list[str]:
     """Returns how far the planner is off what was published."""
-    rows = validation()["table"].items()
-    cells = [(name, str(row["rows"]), f"{row['median']:.1%}", percent(row["inside"])) for name, row in rows]
-    return table("predicted|rows|median error|inside the interval", cells)
+    return table("predicted|rows|median error|inside the interval", validate.cells(validate.validation()))
 
 
 def serves(document: Document) -> list[str]:

@@ -110,5 +110,4 @@ def start_peer(python: Path | None, script: str, needs: str = "torch", make_venv
 
 
 def print_absent(name: str, reason: str, install: str) -> None:
-    """Prints that a peer is missing, why, and how to install it."""
     print(f"absent: {name} ({reason})\n        to have it: {install}", flush=True)

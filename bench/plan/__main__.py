@@ -163,7 +163,6 @@ def answer(flags: PlanFlags) -> Json:
 
 
 def write_pages(source: Path, document: Json) -> Path:
-    """Writes plan.html beside its document; returns its path."""
     from bench.plan.page import write_plan  # imports NumPy, as --help need not
 
     return write_plan(source, document)

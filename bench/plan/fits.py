@@ -76,7 +76,6 @@ class Efficiency(NamedTuple):
     origin: str
 
     def of(self, row: Any) -> float:
-        """Returns the share that is predicted for a run."""
         return efficiency(self, row.params, row.devices or math.inf, row.recompute)
 
 

@@ -6,7 +6,7 @@ and by the rule of 20 tokens a parameter, on which the first paper's other metho
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -51,19 +51,21 @@ class Answer(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """Returns the answer as JSON has it."""
         lines = {name: line._asdict() for name, line in self.lines.items()}
         return {"question": self.question, "answer": lines, "binding": self.binding, "notes": self.notes}
 
     def print(self) -> None:
         """Prints the quantities as a table, then what binds, and the notes."""
-        rows = []
-        for name, line in self.lines.items():
-            low, middle, high = (write(bound, line.unit) for bound in line[:3])
-            rows.append((name, middle, "" if line.low == line.high else f"{low} to {high}", line.origin))
-        print_table(self.question, ("", "", "", ""), rows, left=4, sentences=True)
+        print_table(self.question, ("", "", "", ""), cells(self.document()), left=4, sentences=True)
         for text in ([f"what binds: {self.binding}"] if self.binding else []) + [*self.notes]:
             print(text)
+
+
+def cells(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yields each quantity of an answer: its name, the middle, the bounds unless it is exact, and its origin."""
+    for name, line in document["answer"].items():
+        low, middle, high = (write(line[bound], line["unit"]) for bound in ("low", "middle", "high"))
+        yield name, middle, "" if low == high else f"{low} to {high}", line["origin"]
 
 
 def interval(bounds: Iterable[float], unit: str, origin: str) -> Interval:

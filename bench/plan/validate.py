@@ -24,7 +24,6 @@ class Replay(NamedTuple):
 
 
 def replay(run: Any, others: Sequence[Any]) -> Replay:
-    """Predicts a run's device-hours from others."""
     fit = predict_efficiency(run.hardware, others, run.year)
     ratio = utilisation(run) / fit.of(run)
     return Replay(run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note or "no reason found")
@@ -113,10 +112,14 @@ def validation() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the error figures as a table."""
+    return [(name, f"{row['rows']}", f"{row['median']:.1%}", f"{row['inside']:.0%}") for name, row in document["table"].items()]
+
+
 def show(document: dict[str, Any]) -> None:
-    """Prints the error figures as a table, then the outliers with their reasons."""
-    rows = [(name, f"{row['rows']}", f"{row['median']:.1%}", f"{row['inside']:.0%}") for name, row in document["table"].items()]
-    print_table("What is predicted without itself", ("", "rows", "median error", "inside"), rows)
+    """Prints the error figures, then the outliers with their reasons."""
+    print_table("What is predicted without itself", ("", "rows", "median error", "inside"), cells(document))
     for title in ("outside their interval", "not clean, so in no figure"):
         outliers = [(each["name"], f"{each['error']:+.0%}", each["why"]) for each in document[title]]
         print_table(title, ("", "error", "why"), outliers, left=3, sentences=True)

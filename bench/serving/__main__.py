@@ -15,7 +15,7 @@ import sys
 
 from bench.cli import BARS_HOLD, Json, print_table, progress, run_bench
 from engine.device import device_name, start_jax
-from engine.format import si
+from engine.format import percent, si
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,32 +92,32 @@ def print_tables(document: Json) -> None:
     print_table(
         "tokens/s, interleaved",
         ("", "tokens/s", "without", "ratio, 95% interval", "at least"),
-        [
-            (
-                row["name"],
-                f"{row['tokens_per_second']:.0f}",
-                f"{row['peer_tokens_per_second']:.0f}",
-                str(Ratio(row["ratio"], row["low"], row["high"])),
-                f"{row['bar']:g}{UNMET[row['met']]}",
-            )
-            for row in document["rows"]
-        ],
+        [(*speeds(row), f"{row['bar']:g}{UNMET[row['met']]}") for row in document["rows"]],
     )
     row = document["scored"]
-    scored = Ratio(row["ratio"], row["low"], row["high"]).format("{:.0f}".format)
+    scored = Ratio.of(row).format("{:.0f}".format)
     print(f"/v1/score: {scored} candidates a second, at least {row['bar']:g}{UNMET[row['met']]}\n")
-    tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
-    seconds = lambda of: si(of["p50"], "s") + tail(of)
     rate, made = document["saturated"].values()
     print_table(
         f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix, {made:.0f} tokens/s",
-        ("load", "answered", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50"),
-        [
-            (f"{row['load']:.0%}", f"{row['answered']} of {row['requests']}", f"{row['tokens_per_second']:.0f}",
-             *(seconds(row[name]) for name in ("ttft", "inter_token", "per_token")))
-            for row in document["under_load"]
-        ],
-    )  # fmt: skip
+        ("load", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50", "answered"),
+        [(*latencies(row), f"{row['answered']} of {row['requests']}") for row in document["under_load"]],
+    )
+
+
+def speeds(row: Json) -> tuple[str, ...]:
+    """Returns the cells of one of `rows`: its name, tokens a second with and without, and their ratio."""
+    from bench.timing import Ratio
+
+    made = (f"{row[name]:,.0f}" for name in ("tokens_per_second", "peer_tokens_per_second"))
+    return row["name"], *made, str(Ratio.of(row))
+
+
+def latencies(row: Json) -> tuple[str, ...]:
+    """Returns the cells of a row of `under_load`: the load, tokens a second, and each latency with its tail."""
+    tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
+    seconds = (si(row[name]["p50"], "s") + tail(row[name]) for name in ("ttft", "inter_token", "per_token"))
+    return percent(row["load"]), f"{row['tokens_per_second']:,.0f}", *seconds
 
 
 if __name__ == "__main__":

@@ -149,7 +149,6 @@ def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) 
 
 
 async def send(client: Client, body: Json, **options: Any) -> Response:
-    """Posts a completion request to its path; returns the response."""
     return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)
 
 

@@ -75,7 +75,6 @@ async def open_loop(
 
 
 def _random_tokens(rng: random.Random, count: int) -> list[int]:
-    """Returns token ids of a prompt. Two such prompts hardly begin alike."""
     return [rng.randrange(100, 1100) for _ in range(count)]
 
 
@@ -161,7 +160,6 @@ def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> 
 
 
 def _greedy(streams: int) -> list[Request]:
-    """Returns a request for each stream, with a prompt of its own."""
     rng, sampling = random.Random(3), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
     return [Request(tuple(_random_tokens(rng, PROMPT_TOKENS)), sampling) for _ in range(streams)]
 

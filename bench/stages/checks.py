@@ -60,7 +60,6 @@ def serve_beside_others(cfg: ModelConfig, params: Any, capacity: int) -> tuple[i
 
 
 def random_prompts(cfg: ModelConfig, count: int, most: int) -> list[list[int]]:
-    """Returns prompts of 5 to `most` - 1 random tokens."""
     rng = np.random.default_rng(1)
     return [rng.integers(0, cfg.vocab, int(rng.integers(5, most))).tolist() for _ in range(count)]
 

@@ -216,7 +216,6 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
 
 
 def weight_digests(row: Row) -> list[str]:
-    """Returns the digest of each leaf of a row's weights."""
     return [digest({"leaf": leaf}) for leaf in jax.tree.leaves(row.weights())]
 
 

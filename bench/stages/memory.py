@@ -233,7 +233,6 @@ def _location(data: bytes) -> tuple[int, Index]:
 
 
 def _either(first: Value, second: Value) -> Value:
-    """Returns the value that is one or the other."""
     return {index: first.get(index, frozenset()) | second.get(index, frozenset()) for index in first | second}
 
 
