@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.inference.decode import prepare_params
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
-from engine.model.ops import platform
+from engine.model.ops import has_kernel, platform
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import matrices_to_blocks
@@ -39,8 +39,9 @@ class EngineConfig:
     of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, "q4" makes them Blocks of
     4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for the default size. speculate: whether idle rows
     check draft tokens. chunk: prompt tokens a call; tail: of a short rest. segment: positions of the KV cache's first segment,
-    a multiple of chunk; None for one chunk. short: the longest text, in positions, that has programs of its own; None where no
-    text has. embeds: whether embeddings are asked for. adapters: the most at once, of at most adapter_rank. Raises UserError.
+    a multiple of chunk; None for one chunk; the kernels in C have one segment. short: the longest text, in positions, that has
+    programs of its own; None where no text has. embeds: whether embeddings are asked for. adapters: the most at once, of at most
+    adapter_rank. Raises UserError.
     """
 
     slots: int = 8
@@ -104,7 +105,7 @@ class EngineConfig:
         return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))]
 
     def _edges(self, capacity: int) -> tuple[int, ...]:
-        return segment_edges(capacity, self.segment or self.chunk, self.chunk)
+        return segment_edges(capacity, capacity if has_kernel() else self.segment or self.chunk, self.chunk)
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; as it is for int8 and blocks."""

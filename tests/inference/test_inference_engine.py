@@ -216,7 +216,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
         engine = make_engine("float32", params=weights, slots=1, prefix_cache_bytes=10**6)
         count_compiles.clear()
         engine.warm()
-        assert weights is not params or len(count_compiles) >= 10, "the count counts"
+        assert weights is not params or len(count_compiles) >= 9, "the count counts"
         count_compiles.clear()
         log = Log(engine)
         ids = [log.submit(request) for request in REQUESTS[:20]]

@@ -91,6 +91,15 @@ def filled(dtype: str) -> tuple[KVSegments, list[np.ndarray]]:
     return segments, numbers
 
 
+def filled_for(attention, dtype: str) -> tuple[KVSegments, list[np.ndarray]]:
+    """`filled`, in one segment for the kernel, which has no others."""
+    segments, numbers = filled(dtype)
+    if attention is PATHS["XLA"]:
+        return segments, numbers
+    join = lambda layer: (jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *layer),)
+    return KVSegments(*(tuple(map(join, side)) for side in segments)), numbers
+
+
 @EVERY_DTYPE
 def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
     segments, (k, v) = filled(dtype)
@@ -117,7 +126,7 @@ def check_attention(attention, dtype: str, segments: KVSegments, q, k, v, starts
 @EVERY_DTYPE
 def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_every_slot(attention, dtype):
     """Rows stand at different lengths: all from 1 to the capacity, the ones around every edge among them."""
-    (segments, _), rng = filled(dtype), np.random.default_rng(1)
+    (segments, _), rng = filled_for(attention, dtype), np.random.default_rng(1)
     for lengths in np.stack([np.roll(np.arange(EDGES[-1]), 31 * row) for row in range(SLOTS)], 1):
         check_attention(attention, dtype, segments, *new_qkv(rng, SLOTS), lengths, range(SLOTS))
     for start in range(0, EDGES[-1], FIRST):
@@ -127,7 +136,7 @@ def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_eve
 @EVERY_DTYPE
 def test_int8_keys_and_values_are_near_the_ones_that_came(attention, dtype):
     """Against the numbers before they were rounded: what a type costs, root mean square, of outputs near 0.3."""
-    segments, (k, v) = filled(dtype)
+    segments, (k, v) = filled_for(attention, dtype)
     q = normal(np.random.default_rng(3), SLOTS, 1, N, H)
     at = np.full(SLOTS, EDGES[-1] - 1)
     out, _ = attention(q, k[:, -1:], v[:, -1:], layer_at(segments, rows_of(at, range(SLOTS))))
@@ -140,7 +149,7 @@ def test_int8_keys_and_values_are_near_the_ones_that_came(attention, dtype):
 @EVERY_DTYPE
 def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtype):
     """Alone among rows that are not in use, and beside rows that reach further, whose slots hold NaN and infinity."""
-    (segments, _), rng = filled(dtype), np.random.default_rng(4)
+    (segments, _), rng = filled_for(attention, dtype), np.random.default_rng(4)
     qkv = new_qkv(rng, 1)
     for length in (0, 7, 8, 15, 16, 40, 63, 64, 71):
         results = set()
@@ -164,7 +173,7 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtyp
 @EVERY_DTYPE
 def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
     """Behind its own position other numbers, in its own slot: the same bits. (Cleared slots hold no NaN there.)"""
-    segments, _ = filled(dtype)
+    segments, _ = filled_for(attention, dtype)
     new, rows = new_qkv(np.random.default_rng(5), SLOTS), rows_of([3, 15, 16, 33, 70], range(SLOTS))
 
     def changed(array, start: int):
@@ -173,7 +182,7 @@ def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
         return jnp.where(beyond, (3 * array).astype(array.dtype), array)
 
     change = lambda layer: tuple(
-        jax.tree.map(functools.partial(changed, start=start), segment) for segment, start in zip(layer, EDGES)
+        jax.tree.map(functools.partial(changed, start=start), segment) for segment, start in zip(layer, segments.edges)
     )
     other = KVSegments((change(segments.k[0]),), (change(segments.v[0]),))
     ours, expected = (attention(*new, layer_at(each, rows))[0] for each in (other, segments))
@@ -182,7 +191,7 @@ def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
 
 def test_rows_are_written_where_they_are_sent_and_nowhere_else(attention):
     """Twice, once, not at all; never beyond the last segment or before the first."""
-    segments, _ = filled("float32")
+    segments, _ = filled_for(attention, "float32")
     rng = np.random.default_rng(6)
     k = normal(rng, SLOTS, 1, K, H)
     position, source, target = [5, 72, -1, 16, 71], [0, 1, 2, 3, 4, 0, 3, 3], [0, 1, 2, 3, 4, 1, 0, SLOTS]

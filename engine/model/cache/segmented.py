@@ -1,9 +1,10 @@
-"""KVSegments: the KV cache of many slots, cut by position, so that a call multiplies only segments that a row has reached.
+"""KVSegments: the KV cache of many slots, cut by position, so that XLA multiplies only segments that a row has reached.
 
 Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
 whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
 (Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone.
+not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone. The kernels in C read as far as
+a row's text reaches, and want one segment.
 """
 
 import functools
@@ -108,10 +109,11 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
 def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
     """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `chunk`.
 
-    The first has `first` positions, each other one as many as all before it, but the last perhaps fewer.
+    The first has `first` positions, each other one as many as all before it, but the last perhaps fewer. A `first` of at
+    least the capacity makes one segment.
     """
     end = -(-capacity // chunk) * chunk
-    edges = [0, min(first, end)]
+    edges = [0, end if first >= capacity else first]
     while edges[-1] < end:
         edges.append(min(2 * edges[-1], end))
     return tuple(edges)
@@ -200,6 +202,7 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     A query at position p sees positions 0 .. p of its slot, this call's own among them.
     """
     rows, stored = layer.rows, layer.k[0]
+    by_kernel = len(layer.k) == 1 and has_kernel()
 
     def to_stored(new: Array) -> KVArray:
         new = new.transpose(0, 2, 1, 3)
@@ -209,9 +212,10 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
         return QuantizedKV(values, scale[..., 0])
 
     new_keys, new_values = to_stored(k), to_stored(v)
-    queries = group_heads(q.astype(stored.dtype) if isinstance(stored, Array) else q, k.shape[2])
+    scaled = q.astype(stored.dtype if isinstance(stored, Array) else jnp.float32)
+    queries = group_heads(scaled, k.shape[2])
     R, K, G, T, H = queries.shape
-    if T == 1 < R and has_kernel():
+    if T == 1 < R and by_kernel:
         out, layer = _attend_by_kernel(queries[:, :, :, 0], new_keys, new_values, layer)
         return join_heads(out[:, :, :, None]).astype(q.dtype), layer
 
@@ -219,6 +223,9 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
         return _write(side, jax.tree.map(lambda array: array[rows.source], new), layer.destinations)
 
     layer = layer._replace(k=write(layer.k, new_keys), v=write(layer.v, new_values))
+    if by_kernel:
+        prefill = jax.ffi.ffi_call(target("prefill_attention"), jax.ShapeDtypeStruct((R, T, K * G * H), scaled.dtype))
+        return prefill(scaled, rows.position, rows.slot, *jax.tree.leaves((layer.k, layer.v))).astype(q.dtype), layer
     queries = queries.reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     positions = jnp.tile(positions, (1, G))

@@ -3,16 +3,23 @@
 //     forward:  q (B, T, N, H), k, v (B, T, K, H), segments (B, T) or (0) int32
 //               -> mixed values (B, T, N * H), sums (B, N, 2, T) float32: each softmax's largest score and its sum
 //     backward: q, k, v, segments, mixed values, sums, gradient (B, T, N * H) -> those of q, k, v
+//     prefill:  q (R, T, N, H), position (R), slot (R) int32, keys (B, K, S, H), values (B, K, S, H) -> mixed values (R, T, N * H)
 //
 // All but the sums is of one type, float32 or bfloat16. A query attends to itself and back, inside its segment.
+// In prefill row r's queries are those of the slot's positions from position[r] on, whose keys and values lie there already;
+// where there is no such slot or position the result is NaN. Keys and values can be int8 there, of float32 queries: behind each
+// array comes that of its scales (B, K, S), a float32 for each H.
 //
-// A part of the work is a text's key head with its queries. It goes through tiles of BLOCK queries and BLOCK keys in a fixed
-// order, forward with a running softmax (Milakov & Gimelshein 2018, 1805.02867; Dao et al. 2022, 2205.14135), so its bits
-// depend on that text alone, and not on threads. Tiles that causality or segments mask whole are not computed.
+// A part of the work is a text's key head with its queries, or with a tile of them. It goes through tiles of BLOCK queries and
+// BLOCK keys in a fixed order, forward with a running softmax (Milakov & Gimelshein 2018, 1805.02867; Dao et al. 2022,
+// 2205.14135), so its bits depend on that text alone, and not on threads. Keys' tiles begin at fixed positions, so a token's
+// bits do not depend on where its chunk of a prompt begins. Tiles that causality or segments mask whole are not computed.
 //
 // Scores are key-major: lanes of a vector are queries. A product reads its left side a word at a time and its right side in
 // vectors, and one routine does all seven. A word is a float32 or, where the processor multiplies them, a pair of bfloat16
 // that follow each other along the sum; `step` is how many numbers that is.
+#include <math.h>
+
 #include "threads.h"
 #include "vectors.h"
 
@@ -36,8 +43,11 @@ typedef struct {
   char *to_mixed, *to_q, *to_k, *to_v;
   float *sums;
   const int32_t *segments;  // or NULL
-  int64_t T, N, K, H;
-  int64_t C, depth, padded;  // H in whole vectors; words of H numbers; T in whole LANES
+  const int32_t *positions, *slots;         // of prefill, or NULL
+  const float *key_scales, *value_scales;   // of int8, or NULL
+  int64_t T, N, K, H, B, S;  // B, S: of prefill's cache
+  int64_t tiles;             // of queries, that a part has
+  int64_t C, depth, padded;  // H in whole vectors; words of H numbers; keys of a text in whole LANES
   char *scratch;
   int64_t size;              // bytes of scratch of a thread
   _Atomic int *busy;         // which threads' scratch is
@@ -77,16 +87,21 @@ INLINE void write_row(char *to, const float *from, float factor, int64_t H, cons
 
 // ---- The layouts of a product's sides. `from`: rows of H numbers, `stride` numbers apart.
 
+// Vector c of the H numbers of row r, which are multiplied by the row's scale where they are int8.
+INLINE F read_scaled(const char *row, int64_t c, int64_t H, const float *scales, int64_t r, const enum Type type) {
+  return type == INT8 ? read(row, c, H, type) * scales[r] : read(row, c, H, type);
+}
+
 // -> (lanes, depth) words: a left side that is summed over H. Rows behind the last are zeros.
-INLINE void pack_rows(Word *to, const char *from, int64_t stride, int64_t rows, int64_t lanes, int64_t H, int64_t depth,
-                      const enum Type type, const int step) {
+INLINE void pack_rows(Word *to, const char *from, const float *scales, int64_t stride, int64_t rows, int64_t lanes, int64_t H,
+                      int64_t depth, const enum Type type, const int step) {
   for (int64_t r = 0; r < rows; r++, to += depth) {
     const char *row = from + r * stride * bytes_of(type);
     if (step == 2) {
       if (H % 2) to[depth - 1].pair = 0;
       memcpy(to, row, H * 2);
     } else
-      for (int64_t c = 0; c * W < H; c++) store(to + c * W, read(row, c, H, type));
+      for (int64_t c = 0; c * W < H; c++) store(to + c * W, read_scaled(row, c, H, scales, r, type));
   }
   memset(to, 0, (lanes - rows) * depth * sizeof *to);
 }
@@ -133,8 +148,8 @@ static __attribute__((noinline)) void turn(Word *to, const Word *from, int64_t l
 }
 
 // -> (lanes / step, C) words: a right side that is summed over rows. Rows behind the last are zeros.
-INLINE void stack(Word *to, const char *from, int64_t stride, int64_t rows, int64_t lanes, int64_t H, int64_t C, const enum Type type,
-                  const int step) {
+INLINE void stack(Word *to, const char *from, const float *scales, int64_t stride, int64_t rows, int64_t lanes, int64_t H,
+                  int64_t C, const enum Type type, const int step) {
   for (int64_t r = 0; r < lanes; r += step, to += C) {
     const char *row = from + r * stride * bytes_of(type);
     if (step == 2) {
@@ -145,7 +160,7 @@ INLINE void stack(Word *to, const char *from, int64_t stride, int64_t rows, int6
         for (int64_t h = 0; h < H; h++) to[h].pair = r < rows ? even[h] : 0;
       for (int64_t h = H; h < C; h++) to[h].pair = 0;
     } else
-      for (int64_t c = 0; c * W < H; c++) store(to + c * W, r < rows ? read(row, c, H, type) : (F){0});
+      for (int64_t c = 0; c * W < H; c++) store(to + c * W, r < rows ? read_scaled(row, c, H, scales, r, type) : (F){0});
   }
 }
 
@@ -228,11 +243,10 @@ FOR_WORDS(2, pairs)
 // ---- A tile
 
 // Which of W queries, in lanes, attend to a key. Both are numbers of a text's tokens.
-INLINE I attends(const int32_t *segments, int64_t query, int64_t key, const int diagonal) {
-  I lane, mask = {0};
+INLINE I attends(const int32_t *segments, int64_t query, int64_t key) {
+  I lane;
   for (int i = 0; i < W; i++) lane[i] = i;
-  mask = ~mask;
-  if (diagonal) mask = lane >= (int32_t)(key - query);
+  I mask = lane >= (int32_t)(key - query);
   if (segments) mask &= load_integers(segments + query) == segments[key];
   return mask;
 }
@@ -288,14 +302,14 @@ INLINE void add_softmax(const int32_t *segments, float *scores, Word *weights, i
     F top = before, sum = {0};
     for (int64_t i = 0; i < count; i++) {
       F s = load(scores + i * lanes + lane);
-      if (masked) s = choose(attends(segments, query + lane, key + i, diagonal), s, (F){0} + MASKED);
+      if (masked) s = choose(attends(segments, query + lane, key + i), s, (F){0} + MASKED);
       top = larger(s, top);
     }
     for (int64_t i = 0; i < count; i += 2) {
       F p[2];
       UNROLL for (int j = 0; j < 2; j++) {
         p[j] = exponential(load(scores + (i + j) * lanes + lane) - top);
-        if (masked) p[j] = choose(attends(segments, query + lane, key + i + j, diagonal), p[j], (F){0});
+        if (masked) p[j] = choose(attends(segments, query + lane, key + i + j), p[j], (F){0});
         sum += p[j];
       }
       store_by_key(weights + lane, lanes, i, p[0], p[1], step);
@@ -330,7 +344,7 @@ static Forward cut_forward(const Task *t, char **at) {
 
 INLINE void mix_tile(const Task *t, const Forward *f, const int32_t *segments, int64_t query, int64_t key, int64_t lanes,
                      const int diagonal, const int masked, const int step) {
-  const int64_t keys = diagonal ? lanes : BLOCK;
+  const int64_t keys = diagonal ? lanes : t->padded - key < BLOCK ? t->padded - key : BLOCK;
   score(f->keys + key * t->depth, f->queries, f->scores, keys, lanes, t->depth, diagonal, step);
   add_softmax(segments, f->scores, f->weights, query, key, keys, lanes, f->best, f->total, f->factor, diagonal, masked, step);
   for (int64_t r = 0; r < lanes; r++)
@@ -340,30 +354,41 @@ INLINE void mix_tile(const Task *t, const Forward *f, const int32_t *segments, i
   add_product(weights, f->values + key / step * t->C, f->mixed, lanes, t->C, keys / step, diagonal ? TO_ROW : WHOLE, step);
 }
 
-INLINE void forward_head(const Task *t, int64_t b, int64_t head, char *scratch, const enum Type type) {
-  const int step = type == BFLOAT16 && MULTIPLIES_PAIRS ? 2 : 1, bytes = bytes_of(type);
-  const int64_t T = t->T, H = t->H, C = t->C, G = t->N / t->K;
+// The queries of a head's tiles from `first` on. `type` is that of keys and values, which queries share unless it is int8.
+INLINE void forward_head(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch, const enum Type type) {
+  const enum Type numbers = type == INT8 ? FLOAT32 : type;
+  const int step = type == BFLOAT16 && MULTIPLIES_PAIRS ? 2 : 1;
+  const int64_t T = t->T, H = t->H, C = t->C, G = t->N / t->K, row = t->N * H, bytes = bytes_of(numbers);
+  const int64_t end = first + t->tiles * BLOCK < T ? first + t->tiles * BLOCK : T;
+  const int64_t begin = t->positions ? t->positions[b] : 0, slot = t->positions ? t->slots[b] : b;
+  const int is_cached = t->positions != NULL, is_used = !is_cached || (begin >= 0 && slot >= 0 && slot < t->B);
+  const int64_t text = begin + end, reach = is_cached && t->S < text ? t->S : text;
   const Forward f = cut_forward(t, &scratch);
   const int32_t *segments = t->segments ? (int32_t *)scratch : NULL;
   if (segments) memcpy(scratch, t->segments + b * T, T * 4);
-  const char *keys = t->k + (b * T * t->K + head) * H * bytes, *values = t->v + (b * T * t->K + head) * H * bytes;
-  pack_rows(f.keys, keys, t->K * H, T, t->padded, H, t->depth, type, step);
-  stack(f.values, values, t->K * H, T, t->padded, H, C, type, step);
+  if (is_used) {
+    const int64_t at = is_cached ? (slot * t->K + head) * t->S : b * T * t->K + head, stride = is_cached ? H : t->K * H;
+    const int64_t from = at * H * bytes_of(type);
+    const float *key_scales = type == INT8 ? t->key_scales + at : NULL, *value_scales = type == INT8 ? t->value_scales + at : NULL;
+    pack_rows(f.keys, t->k + from, key_scales, stride, reach, t->padded, H, t->depth, type, step);
+    stack(f.values, t->v + from, value_scales, stride, reach, t->padded, H, C, type, step);
+  }
   for (int64_t n = head * G; n < (head + 1) * G; n++)
-    for (int64_t query = 0; query < T; query += BLOCK) {
-      const int64_t rows = T - query < BLOCK ? T - query : BLOCK, lanes = ceiling(rows, LANES) * LANES;
-      const int64_t at = ((b * T + query) * t->N + n) * H * bytes;
-      pack_rows(f.rows, t->q + at, t->N * H, rows, lanes, H, t->depth, type, step);
+    for (int64_t query = first; query < end; query += BLOCK) {
+      const int64_t rows = end - query < BLOCK ? end - query : BLOCK, lanes = ceiling(rows, LANES) * LANES;
+      const int64_t at = ((b * T + query) * t->N + n) * H * bytes, position = begin + query;
+      pack_rows(f.rows, t->q + at, NULL, row, rows, lanes, H, t->depth, numbers, step);
       turn(f.queries, f.rows, lanes, t->depth);
       memset(f.mixed, 0, lanes * C * 4);
       for (int64_t r = 0; r < lanes; r++) f.best[r] = MASKED, f.total[r] = 0;
-      for (int64_t key = 0; key < query; key += BLOCK) {
-        if (!segments) mix_tile(t, &f, segments, query, key, lanes, 0, 0, step);
-        else if (may_meet(segments, query, key, T)) mix_tile(t, &f, segments, query, key, lanes, 0, 1, step);
+      for (int64_t key = 0; is_used && key < position + rows && key < reach; key += BLOCK) {
+        if (key == position && lanes <= t->padded - key) mix_tile(t, &f, segments, position, key, lanes, 1, 1, step);
+        else if (!segments && key + BLOCK <= position) mix_tile(t, &f, segments, position, key, lanes, 0, 0, step);
+        else if (!segments || may_meet(segments, position, key, T)) mix_tile(t, &f, segments, position, key, lanes, 0, 1, step);
       }
-      mix_tile(t, &f, segments, query, query, lanes, 1, 1, step);
       for (int64_t r = 0; r < rows; r++)
-        write_row(t->to_mixed + at + r * t->N * H * bytes, f.mixed + r * C, 1 / f.total[r], H, type);
+        write_row(t->to_mixed + at + r * row * bytes, f.mixed + r * C, is_used ? 1 / f.total[r] : NAN, H, numbers);
+      if (!t->sums) continue;
       float *sums = t->sums + (b * t->N + n) * 2 * T + query;
       memcpy(sums, f.best, rows * sizeof *sums);
       memcpy(sums + T, f.total, rows * sizeof *sums);
@@ -408,7 +433,7 @@ INLINE void slope_tile(const Task *t, const Backward *f, const int32_t *segments
         p[j] = exponential(load(f->scores + at) - best) * inverse;
         slope[j] = p[j] * (load(f->products + at) - delta);
         if (masked) {
-          const I mask = attends(segments, query + lane, key + i + j, diagonal);
+          const I mask = attends(segments, query + lane, key + i + j);
           p[j] = choose(mask, p[j], (F){0});
           slope[j] = choose(mask, slope[j], (F){0});
         }
@@ -432,21 +457,21 @@ INLINE void backward_head(const Task *t, int64_t b, int64_t head, char *scratch,
   const Backward f = cut_backward(t, &scratch);
   const int32_t *segments = t->segments ? (int32_t *)scratch : NULL;
   if (segments) memcpy(scratch, t->segments + b * T, T * 4);
-  pack_rows(f.keys, t->k + at_key, t->K * H, T, t->padded, H, t->depth, type, step);
-  pack_rows(f.values, t->v + at_key, t->K * H, T, t->padded, H, t->depth, type, step);
-  stack(f.stacked_keys, t->k + at_key, t->K * H, T, t->padded, H, C, type, step);
+  pack_rows(f.keys, t->k + at_key, NULL, t->K * H, T, t->padded, H, t->depth, type, step);
+  pack_rows(f.values, t->v + at_key, NULL, t->K * H, T, t->padded, H, t->depth, type, step);
+  stack(f.stacked_keys, t->k + at_key, NULL, t->K * H, T, t->padded, H, C, type, step);
   memset(f.to_keys, 0, t->padded * C * 4);
   memset(f.to_values, 0, t->padded * C * 4);
   for (int64_t n = head * G; n < (head + 1) * G; n++)
     for (int64_t query = 0; query < T; query += BLOCK) {
       const int64_t rows = T - query < BLOCK ? T - query : BLOCK, lanes = ceiling(rows, LANES) * LANES;
       const int64_t at = ((b * T + query) * t->N + n) * H * bytes;
-      pack_rows(f.rows, t->q + at, row, rows, lanes, H, t->depth, type, step);
+      pack_rows(f.rows, t->q + at, NULL, row, rows, lanes, H, t->depth, type, step);
       turn(f.queries, f.rows, lanes, t->depth);
-      pack_rows(f.rows, t->gradient + at, row, rows, lanes, H, t->depth, type, step);
+      pack_rows(f.rows, t->gradient + at, NULL, row, rows, lanes, H, t->depth, type, step);
       turn(f.gradients, f.rows, lanes, t->depth);
-      stack(f.stacked_queries, t->q + at, row, rows, lanes, H, C, type, step);
-      stack(f.stacked_gradients, t->gradient + at, row, rows, lanes, H, C, type, step);
+      stack(f.stacked_queries, t->q + at, NULL, row, rows, lanes, H, C, type, step);
+      stack(f.stacked_gradients, t->gradient + at, NULL, row, rows, lanes, H, C, type, step);
       memset(f.to_queries, 0, lanes * C * 4);
       const float *sums = t->sums + (b * t->N + n) * 2 * T + query;
       for (int64_t r = 0; r < lanes; r++) {
@@ -470,12 +495,25 @@ INLINE void backward_head(const Task *t, int64_t b, int64_t head, char *scratch,
 
 // ---- What XLA calls
 
-static void forward_float32(const Task *t, int64_t b, int64_t head, char *scratch) { forward_head(t, b, head, scratch, FLOAT32); }
-static void forward_bfloat16(const Task *t, int64_t b, int64_t head, char *scratch) { forward_head(t, b, head, scratch, BFLOAT16); }
-static void backward_float32(const Task *t, int64_t b, int64_t head, char *scratch) { backward_head(t, b, head, scratch, FLOAT32); }
-static void backward_bfloat16(const Task *t, int64_t b, int64_t head, char *scratch) { backward_head(t, b, head, scratch, BFLOAT16); }
+static void forward_float32(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch) {
+  forward_head(t, b, head, first, scratch, FLOAT32);
+}
+static void forward_bfloat16(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch) {
+  forward_head(t, b, head, first, scratch, BFLOAT16);
+}
+static void forward_int8(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch) {
+  forward_head(t, b, head, first, scratch, INT8);
+}
+static void backward_float32(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch) {
+  (void)first;
+  backward_head(t, b, head, scratch, FLOAT32);
+}
+static void backward_bfloat16(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch) {
+  (void)first;
+  backward_head(t, b, head, scratch, BFLOAT16);
+}
 
-typedef void Head(const Task *t, int64_t b, int64_t head, char *scratch);
+typedef void Head(const Task *t, int64_t b, int64_t head, int64_t first, char *scratch);
 
 typedef struct {
   Task task;
@@ -485,26 +523,31 @@ typedef struct {
 static void do_head(const void *job, int64_t part) {
   const Job *j = job;
   const Task *t = &j->task;
+  const int64_t shares = ceiling(t->T, t->tiles * BLOCK), of_head = part / shares;
   int64_t mine = 0;
   while (atomic_exchange(&t->busy[mine], 1)) mine++;  // no more threads come than there is scratch for
-  j->head(t, part / t->K, part % t->K, t->scratch + mine * t->size);
+  j->head(t, of_head / t->K, of_head % t->K, part % shares * t->tiles * BLOCK, t->scratch + mine * t->size);
   atomic_store(&t->busy[mine], 0);
 }
 
 static XLA_FFI_Error *do_heads(XLA_FFI_CallFrame *call, Job *job, int64_t B, int is_backward) {
   Task *t = &job->task;
   const int half = ((XLA_FFI_Buffer **)call->args.args)[0]->dtype == XLA_FFI_DataType_BF16;
+  if (!B || !t->T) return NULL;
+  int64_t keys = t->T;
+  for (int64_t row = 0; t->positions && row < B; row++) keys = t->positions[row] + t->T > keys ? t->positions[row] + t->T : keys;
   t->C = ceiling(t->H, W) * W;
   t->depth = half && MULTIPLIES_PAIRS ? ceiling(t->H, 2) : t->C;
-  t->padded = ceiling(t->T, LANES) * LANES;
-  job->head = is_backward ? (half ? backward_bfloat16 : backward_float32) : (half ? forward_bfloat16 : forward_float32);
+  t->padded = ceiling(t->positions && t->S < keys ? t->S : keys, LANES) * LANES;
+  t->tiles = t->positions ? 1 : ceiling(t->T, BLOCK);
+  if (is_backward) job->head = half ? backward_bfloat16 : backward_float32;
+  else job->head = half ? forward_bfloat16 : t->key_scales ? forward_int8 : forward_float32;
   char *end = NULL;
   if (is_backward) cut_backward(t, &end);
   else cut_forward(t, &end);
   claim(&end, t->padded);  // segments
   t->size = end - (char *)NULL;
-  const int64_t threads = count_threads(call), parts = B * t->K, sides = threads < parts ? threads : parts;
-  if (!parts || !t->T) return NULL;
+  const int64_t threads = count_threads(call), parts = B * t->K * ceiling(t->T, t->tiles * BLOCK), sides = threads < parts ? threads : parts;
   char *memory = aligned_alloc(LINE, sides * t->size + lines(sides * sizeof *t->busy));
   if (!memory) return out_of_memory(call->api);
   t->scratch = memory;
@@ -542,4 +585,17 @@ XLA_FFI_Error *thrice_causal_attention_backward(XLA_FFI_CallFrame *call) {
   job.task.to_k = results[1]->data;
   job.task.to_v = results[2]->data;
   return do_heads(call, &job, arguments[0]->dims[0], 1);
+}
+
+XLA_FFI_Error *thrice_prefill_attention(XLA_FFI_CallFrame *call) {
+  if (answered_version(call)) return NULL;
+  XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args;
+  const int64_t *q = arguments[0]->dims, *keys = arguments[3]->dims;
+  const int parts = call->args.size == 7 ? 2 : 1;  // arrays that hold keys: the numbers and, of int8, their scales
+  Job job = {{.q = arguments[0]->data, .positions = arguments[1]->data, .slots = arguments[2]->data,
+              .k = arguments[3]->data, .v = arguments[3 + parts]->data,
+              .to_mixed = ((XLA_FFI_Buffer **)call->rets.rets)[0]->data,
+              .key_scales = parts == 2 ? arguments[4]->data : NULL, .value_scales = parts == 2 ? arguments[6]->data : NULL,
+              .T = q[1], .N = q[2], .H = q[3], .B = keys[0], .K = keys[1], .S = keys[2]}, NULL};
+  return do_heads(call, &job, q[0], 0);
 }

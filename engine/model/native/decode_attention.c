@@ -2,8 +2,8 @@
 // attends. It reads what each row's text is long, and nothing for a row that is not in use.
 //
 //     q (R, K, G, H) float32, position (R), slot (R), source (U), target (U) int32, new keys and values (R, K, 1, H),
-//     keys of each segment (B, K, C, H), values of each segment
-//     -> mixed values (R, K, G, H) float32, the segments, in place
+//     keys (B, K, S, H), values (B, K, S, H)
+//     -> mixed values (R, K, G, H) float32, keys and values, in place
 //
 // Row r is at position[r], or at -1 if it is not in use: its result is NaN. It reads slot[r], which rows may share.
 // Write u puts row source[u] into slot target[u], if there is such a slot. Keys and values are float32, bfloat16, or int8;
@@ -173,45 +173,38 @@ static void combine(const Task *t, const Block *blocks, int64_t count, float *ou
 }
 
 typedef struct {
-  XLA_FFI_Buffer **keys, **values;  // of each segment `parts` arrays: the numbers, and the scales of int8
-  int64_t segments, parts, B, K;
+  XLA_FFI_Buffer *const *sides[2];  // of the keys and of the values `parts` arrays: the numbers, and the scales of int8
+  int64_t parts, B, K, S;
 } Cache;
 
 // Writes a row's new keys and values, each (K, H) and, for int8, their scales (K), at a position of a slot.
 static void write(const Cache *cache, const Task *t, const char *const new[2][PARTS], int64_t slot, int64_t position) {
-  int64_t start = 0;
-  for (int64_t s = 0; s < cache->segments; s++) {
-    const int64_t C = cache->keys[s * cache->parts]->dims[2];
-    if (start <= position && position < start + C)
-      for (int side = 0; side < 2; side++)
-        for (int64_t part = 0; part < cache->parts; part++) {
-          char *to = (side ? cache->values : cache->keys)[s * cache->parts + part]->data;
-          const int64_t bytes = part ? (int64_t)sizeof(float) : t->stride;
-          for (int64_t head = 0; head < cache->K; head++)
-            memcpy(to + ((slot * cache->K + head) * C + position - start) * bytes, new[side][part] + head * bytes, bytes);
-        }
-    start += C;
-  }
+  for (int side = 0; side < 2; side++)
+    for (int64_t part = 0; part < cache->parts; part++) {
+      char *to = cache->sides[side][part]->data;
+      const int64_t bytes = part ? (int64_t)sizeof(float) : t->stride;
+      for (int64_t head = 0; head < cache->K; head++)
+        memcpy(to + ((slot * cache->K + head) * cache->S + position) * bytes, new[side][part] + head * bytes, bytes);
+    }
 }
 
-// Returns how many blocks a text's positions up to the given one are, and writes those of one head of its slot, if wanted.
-static int64_t cut(const Cache *cache, const Task *t, int64_t slot, int64_t head, int64_t position, Block *blocks) {
-  int64_t count = 0, start = 0;
-  for (int64_t s = 0; s < cache->segments; s++) {
-    XLA_FFI_Buffer **keys = cache->keys + s * cache->parts, **values = cache->values + s * cache->parts;
-    const int64_t C = keys[0]->dims[2], reached = position + 1 - start < C ? position + 1 - start : C;
-    for (int64_t i = 0; i < reached; i += BLOCK, count++) {
-      if (!blocks) continue;
-      const int64_t at = (slot * cache->K + head) * C + i;
-      Block *b = blocks + count;
-      b->count = reached - i < BLOCK ? reached - i : BLOCK;
-      b->keys = (char *)keys[0]->data + at * t->stride;
-      b->values = (char *)values[0]->data + at * t->stride;
-      if (t->type == INT8) b->key_scales = (float *)keys[1]->data + at, b->value_scales = (float *)values[1]->data + at;
+// Returns how many positions a row reads: as many as there are up to its own.
+static int64_t reach(const Cache *cache, int64_t position) { return position + 1 < cache->S ? position + 1 : cache->S; }
+
+// Writes the blocks of one head of a slot's first `reached` positions, and returns how many they are.
+static int64_t cut(const Cache *cache, const Task *t, int64_t slot, int64_t head, int64_t reached, Block *blocks) {
+  const char *const keys = cache->sides[0][0]->data, *const values = cache->sides[1][0]->data;
+  for (int64_t i = 0; i < reached; i += BLOCK, blocks++) {
+    const int64_t at = (slot * cache->K + head) * cache->S + i;
+    blocks->count = reached - i < BLOCK ? reached - i : BLOCK;
+    blocks->keys = keys + at * t->stride;
+    blocks->values = values + at * t->stride;
+    if (t->type == INT8) {
+      blocks->key_scales = (const float *)cache->sides[0][1]->data + at;
+      blocks->value_scales = (const float *)cache->sides[1][1]->data + at;
     }
-    start += C;
   }
-  return count;
+  return ceiling(reached, BLOCK);
 }
 
 XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
@@ -226,13 +219,13 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
   Task t = {.type = stored == XLA_FFI_DataType_S8 ? INT8 : stored == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32,
             .G = G, .H = H, .C = ceiling(H, W)};
   t.stride = H * bytes_of(t.type);
-  Cache cache = {.keys = results + 1, .parts = t.type == INT8 ? PARTS : 1, .B = results[1]->dims[0], .K = K};
-  cache.segments = (call->rets.size - 1) / 2 / cache.parts;
-  cache.values = cache.keys + cache.segments * cache.parts;
+  const int64_t parts = t.type == INT8 ? PARTS : 1;
+  const Cache cache = {.sides = {results + 1, results + 1 + parts}, .parts = parts, .B = results[1]->dims[0], .K = K,
+                       .S = results[1]->dims[2]};
 
   for (int64_t u = 0; u < arguments[3]->dims[0]; u++) {
     const int64_t row = source[u], slot = target[u];
-    if (slot < 0 || slot >= cache.B || positions[row] < 0) continue;
+    if (slot < 0 || slot >= cache.B || positions[row] < 0 || positions[row] >= cache.S) continue;
     const char *from[2][PARTS];
     for (int side = 0; side < 2; side++)
       for (int64_t part = 0; part < cache.parts; part++)
@@ -242,8 +235,8 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
 
   int64_t read_positions = 0;
   for (int64_t row = 0; row < R; row++) {
-    t.count += K * cut(&cache, &t, 0, 0, positions[row], NULL);
-    read_positions += K * (positions[row] + 1);
+    t.count += K * ceiling(reach(&cache, positions[row]), BLOCK);
+    read_positions += K * reach(&cache, positions[row]);
   }
   const size_t queries = R * K * G * t.C * sizeof(F), mixed = t.count * G * t.C * sizeof(F);
   const size_t sums = lines(t.count * G * 2 * sizeof(float)), blocks = lines(t.count * sizeof(Block));
@@ -256,7 +249,7 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
     for (int64_t c = 0; c < t.C; c++) padded[i * t.C + c] = read((const char *)(q + i * H), c, H, FLOAT32);
   for (int64_t row = 0; row < R; row++)
     for (int64_t head = 0; head < K; head++)
-      for (int64_t left = cut(&cache, &t, slots[row], head, positions[row], next); left; left--, next++) {
+      for (int64_t left = cut(&cache, &t, slots[row], head, reach(&cache, positions[row]), next); left; left--, next++) {
         next->q = padded + (row * K + head) * G * t.C;
         next->mixed = next_mixed, next_mixed += G * t.C;
         next->best = next_sums, next->total = next_sums + G, next_sums += 2 * G;
@@ -267,7 +260,7 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
   XLA_FFI_Error *error = t.count ? run(call, count_threads(call), attend_part, &t, t.parts) : NULL;
   float *out = results[0]->data;
   for (int64_t row = 0; row < R; row++) {
-    const int64_t count = cut(&cache, &t, 0, 0, positions[row], NULL);
+    const int64_t count = ceiling(reach(&cache, positions[row]), BLOCK);
     for (int64_t head = 0; head < K; head++, out += G * H, all += count) {
       if (count) combine(&t, all, count, out);
       else

@@ -30,7 +30,7 @@ from engine.errors import UserError
 from engine.files import atomic_file, cache_folder, open_regular, trust_problem
 
 FOLDER = Path(__file__).parent
-# The kernels, each a C file, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
+# The files in C, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
 KERNELS = {
     "int8_matmul": "-ffp-contract=off",
     "block_matmul": "-ffp-contract=off",
@@ -38,7 +38,7 @@ KERNELS = {
     "adapter_matmul": "-ffp-contract=fast",
     "causal_attention": "-ffp-contract=fast",
 }
-WITH_BACKWARD = ("causal_attention",)  # whose files have a second function, of the backward pass
+FUNCTIONS = {"causal_attention": ("causal_attention", "causal_attention_backward", "prefill_attention")}  # else as the file
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
@@ -75,7 +75,7 @@ def _load() -> str:
             with open(handle, "wb", closefd=False) as file:
                 file.write(library)
             built = ctypes.CDLL(f"/proc/self/fd/{handle}")
-            for name in [kernel, f"{kernel}_backward"] if kernel in WITH_BACKWARD else [kernel]:
+            for name in FUNCTIONS.get(kernel, (kernel,)):
                 jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(built, target(name))), platform="cpu")
     except (_Unavailable, UserError, OSError, AttributeError) as error:
         return str(error)
