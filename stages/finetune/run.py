@@ -35,10 +35,9 @@ from stages.runs.conversation_data import (
 )
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
 from stages.runs.folder import default_folder
-from stages.runs.loop import RunOptions
 from stages.runs.mesh import fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage, choose_trainable
-from stages.runs.run import execute
+from stages.runs.run import RunOptions, execute
 from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step
 from stages.runs.text_data import check_text_name, general_bits_per_byte
 

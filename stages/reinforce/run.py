@@ -26,10 +26,9 @@ from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_f
 from stages.runs.answers import before_and_after
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.loop import RunOptions
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.rewards import Rewards
-from stages.runs.run import execute
+from stages.runs.run import RunOptions, execute
 from stages.runs.stage import LoopState, RunReport, compile_step, temporary_bytes
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name

@@ -28,8 +28,7 @@ from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings
 from stages.runs.folder import default_folder, recorded_batch
-from stages.runs.loop import RunOptions
-from stages.runs.run import execute
+from stages.runs.run import RunOptions, execute
 from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step
 from stages.runs.text_data import bits_per_byte, prepare_text, quick_evaluator, rows_in_memory, score_text
 

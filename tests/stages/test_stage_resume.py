@@ -38,11 +38,11 @@ from stages import evaluate
 from stages.cli.console import Console
 from stages.finetune.__main__ import FinetuneFlags
 from stages.finetune.run import FineTuning
-from stages.runs import loop, model_stage
+from stages.runs import model_stage
+from stages.runs import run as loop
 from stages.runs.folder import JsonLines, updating
-from stages.runs.loop import RunOptions
 from stages.runs.previous_run import describe_changes, differences, settings
-from stages.runs.run import run_metadata
+from stages.runs.run import RunOptions, run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
 from stages.train.__main__ import TrainFlags

@@ -62,7 +62,7 @@ def test_memory_stays_within_the_plan(text, tmp_path):
 def test_time_boxed_run_counts_training_only(text, tmp_path, monkeypatch, capsys):
     """By a clock that moves 0.01 s when it is read: once in a step, and more often in an evaluation."""
     ticks = itertools.count()
-    monkeypatch.setattr("stages.runs.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
+    monkeypatch.setattr("stages.runs.run.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
     assert 1 <= result["train_seconds"] < 1.02

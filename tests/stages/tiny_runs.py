@@ -63,7 +63,7 @@ def interrupt(number: int = signal.SIGINT) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Calls `act` in the middle of the loop, once a run has made so many steps."""
-    from stages.runs.loop import Loop
+    from stages.runs.run import Loop
 
     count = Loop._count  # noqa: SLF001
 

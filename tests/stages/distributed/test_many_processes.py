@@ -28,7 +28,7 @@ from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
 
 SLOW = """
-import time, stages.runs.loop as loop
+import time, stages.runs.run as loop
 count = loop.Loop._count
 loop.Loop._count = lambda *arguments: (time.sleep(0.2), count(*arguments))[1]
 """
