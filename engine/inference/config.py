@@ -40,8 +40,8 @@ class EngineConfig:
     4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for the default size. speculate: whether idle rows
     check draft tokens. chunk: prompt tokens a call; tail: of a short rest. segment: positions of the KV cache's first segment,
     a multiple of chunk; None for one chunk; the kernels in C have one segment. short: the longest text, in positions, that has
-    programs of its own; None where no text has. embeds: whether embeddings are asked for. adapters: the most at once, of at most
-    adapter_rank. Raises UserError.
+    programs of its own; None where no text has. embeds: whether embeddings are asked for. adapters: the most at once, of
+    at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8
