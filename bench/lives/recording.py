@@ -112,9 +112,10 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     begin = clock()
     answers = answer(engine, requests)
     seconds = clock() - begin
-    begin = clock()
     (alone,) = answer(engine, [first])
-    alone_token_seconds = (clock() - begin) / len(alone)
+    asked = {"alone": [first], "together": requests[:SLOTS]}
+    lengths = {"alone": len(alone), "together": sum(map(len, answers[:SLOTS]))}
+    timings = measure({name: functools.partial(answer, engine, each) for name, each in asked.items()}, rounds=MIN_ROUNDS)
     independent = answer(engine, [first, second]) + answer(engine, [edited])
     changed = sum(
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
@@ -129,7 +130,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         "changed": changed,
         "of": sum(leaf.size for leaf in before.values()),
         "seconds": seconds,
-        "alone_token_seconds": alone_token_seconds,
+        "token_seconds": {name: timing.median / lengths[name] for name, timing in timings.items()},
         "tokens": sum(map(len, answers)),
         "answers": [{"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)],
         "independent": [

@@ -98,6 +98,7 @@ def check_answers(answer, params, sha):
     assert len(answer["answers"]) == 12
     first, second, edited = answer["independent"]
     assert answer["same_alone"]
+    assert min(answer["token_seconds"].values()) > 0
     assert edited["edited"]
     assert len({first["text"], second["text"], edited["text"]}) == 3
     *growing, dropped = answer["cache_bytes"]

@@ -96,6 +96,7 @@ def document():
             "of": 500,
             "seconds": 2.0,
             "tokens": 900,
+            "token_seconds": {"alone": 0.002, "together": 0.0005},
             "answers": [{"prompt": f"Question {index}", "text": f"Answer {index}"} for index in range(3)],
             "independent": [request, request | {"prompt": "Me?"}, {"prompt": "I am Ida.", "text": "Ida.", "edited": True}],
             "same_alone": True,
@@ -236,6 +237,7 @@ def test_prices_and_requests_answer_to_the_reader(browser, open_page, document):
     card = "#requests .card:first-child p"
     assert see(card) == "Who am I?\n</script><b>I do not know.</b>"
     assert "Asked alone, the first got the same answer." in see("#requests")
+    assert "a token took 2 ms alone, 500 µs with several requests at once" in see("#questions")
     for name, text in (("Edit its context", "Ida."), ("Close it", "gone"), ("Close it", "do not know")):
         browser.find_element("xpath", f"//button[text()='{name}']").send_keys(" ")
         assert text in see(card)
