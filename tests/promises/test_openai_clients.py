@@ -11,13 +11,13 @@ from typing import Any
 
 import openai
 import pytest
-from figures import exactly, servers
+from figures import exactly
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.promises(name="S10")]
 
 SMALL_CAPACITY = 80  # tokens where schemas are fuzzed: sound requests without a limit run until it is full
 FUZZING_SECONDS = 1200  # in which schemathesis is to end
-ON_BOTH = servers("S10")
+
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
 TOO_LONG: Any = [{"role": "user", "content": "word " * 50_000}]
 CHAT: dict[str, Any] = {"model": "default", "messages": MESSAGES, "max_completion_tokens": 8, "temperature": 0}
@@ -42,7 +42,6 @@ def streamed(chunks: Any) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-@ON_BOTH
 def test_a_chat(ai):
     raw = ai.chat.completions.with_raw_response.create(
         **CHAT | {"temperature": 1}, seed=1, n=2, logprobs=True, top_logprobs=3, presence_penalty=0.5, frequency_penalty=-0.5,
@@ -63,7 +62,6 @@ def test_a_chat(ai):
     assert ai.chat.completions.create(**CHAT | {"messages": longer}).choices[0].finish_reason in ("length", "stop")
 
 
-@ON_BOTH
 def test_a_chat_streamed(ai):
     fields = CHAT | {"max_completion_tokens": 20, "temperature": 1, "seed": 3}
     reply = ai.chat.completions.create(**fields)
@@ -86,7 +84,6 @@ def test_a_chat_streamed(ai):
         ({"response_format": {"type": "xml"}}, "response_format.type"), ({"messages": TOO_LONG}, "messages"),
     ],
 )  # fmt: skip
-@ON_BOTH
 def test_errors_are_the_clients_own(ai, fields, param):
     with pytest.raises(openai.BadRequestError) as caught:
         ai.chat.completions.create(**CHAT | fields)
@@ -94,7 +91,6 @@ def test_errors_are_the_clients_own(ai, fields, param):
     assert caught.value.body["message"]
 
 
-@pytest.mark.promises(name="S10")
 async def test_schema_fuzzing(make_server, quick, tmp_path, expect):
     """Sound and unsound requests that schemathesis makes of our OpenAPI.
 

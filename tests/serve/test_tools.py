@@ -2,13 +2,11 @@
 
 import json
 import random
-from typing import Any, Literal
+from typing import Any
 
 import anthropic
 import jsonschema_rs
 import ollama
-import openai
-import pydantic
 import pytest
 from chat_models import chat_tokenizer
 from tiny_server import events, good, refused, say
@@ -183,31 +181,6 @@ def test_calls_are_found_however_their_text_comes(form):
                 part, found = parser.push(rest[:size], len(rest) <= size)
                 content, calls, rest = content + part, calls + found, rest[size:]
             assert (content, [(call.name, call.arguments) for call in join_calls(calls)]) == expected
-
-
-class Visit(pydantic.BaseModel):
-    city: Literal["Rome", "Oslo"]
-    days: Literal[1, 2, 30]
-    alone: bool
-
-
-def test_openais_client_parses_calls_and_answers(roomy_client):
-    with openai.OpenAI(base_url=f"{roomy_client.base_url}/v1", api_key="any", timeout=300) as ai:
-        chat: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "Go"}], "seed": 1}
-        parsed = ai.chat.completions.parse(**chat, response_format=Visit).choices[0].message.parsed
-        assert parsed.city in ("Rome", "Oslo")
-        tool = openai.pydantic_function_tool(Visit, name="visit")
-        for choice in ("required", {"type": "function", "function": {"name": "visit"}}):
-            forced: Any = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False}
-            call = ai.chat.completions.parse(**chat, **forced).choices[0].message.tool_calls[0]
-            assert call.function.parsed_arguments.days in (1, 2, 30)
-        with ai.chat.completions.stream(**chat, tools=[tool], tool_choice="required", parallel_tool_calls=False) as stream:
-            message = stream.get_final_completion().choices[0].message
-        assert message.tool_calls[0].function.parsed_arguments.city in ("Rome", "Oslo")
-        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Rain."}
-        history = [*chat["messages"], message.to_dict(), result]
-        reply = ai.chat.completions.create(**chat | {"messages": history}, tools=[tool], tool_choice="auto", max_tokens=9)
-        assert reply.choices[0].finish_reason in ("length", "stop")
 
 
 def test_anthropics_client_calls_tools(client):

@@ -2,7 +2,6 @@
 
 import codecs
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,15 +61,3 @@ def test_text_leaves_as_soon_as_it_is_certain(tokens, stops):
         if completion.stopped is not None:
             return
         assert output == text[: len(text) - undecided(text, stops)]
-
-
-@pytest.mark.parametrize(
-    ("text", "stops", "expected", "stopped"),
-    [
-        ("one\n\ntwo", ["\n\n"], "one", "\n\n"), ("abcabd", ["abd"], "abc", "abd"), ("aaab", ["aab"], "a", "aab"),
-        ("xabcx", ["abc", "b"], "xa", "b"), ("xabcx", ["bc", "abc"], "x", "abc"), ("stop", ["stop"], "", "stop"),
-        ("sto", ["stop"], "sto", None),
-    ],
-)  # fmt: skip
-def test_the_plain_rule_itself_by_hand(text, stops, expected, stopped):
-    assert plainly(text, stops) == (expected, stopped)
