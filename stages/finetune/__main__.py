@@ -87,8 +87,8 @@ class TuningFlags:
     """Steps or training time between evaluations on the validation conversations."""
     patience: Annotated[int | None, COUNT, default("the whole length")] = None
     """End after this many evaluations without a lower validation loss."""
-    keep_best: Annotated[bool, default("off")] = False
-    """Let the run stand for its checkpoint of the lowest validation loss, not for its last."""
+    keep_last: Annotated[bool, default("off")] = False
+    """Let the run stand for its last checkpoint, not for that of the lowest validation loss."""
 
     @property
     def examples(self) -> str:

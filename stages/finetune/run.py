@@ -105,7 +105,7 @@ class FineTuning(ModelStage, BatchStage):
         self.answer_metrics = Metrics(examples.metric)
         lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
-        self.keep_best, self.in_blocks = tuning.keep_best, trainable.weights == "q4"
+        self.keep_best, self.in_blocks = not tuning.keep_last, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
@@ -239,6 +239,7 @@ class FineTuning(ModelStage, BatchStage):
             "tokens_per_second": speed, "flops_share_of_ceiling": share_of_ceiling, "general": self.general,
             "kept_step": step if step != loop_state.step else None,
         }  # fmt: skip
+        kept = f"step {step:,}, the best evaluated; the last, {loop_state.step:,}, is still there to train on from"
         forgotten = "not measured"
         if before.general is not None:
             forgotten = f"{before.general:.3f} -> {after.general:.3f} bits per byte on {self.general}"
@@ -249,6 +250,7 @@ class FineTuning(ModelStage, BatchStage):
             ("forgotten", forgotten),
             ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
             *([("answers", describe_faults(after.answers))] if after.answers else []),
+            *([("kept", kept)] if step != loop_state.step else []),
         ]
         return RunReport(
             result,

@@ -87,7 +87,7 @@ FIXED = {
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage", "continues"}  # not every run has them
 BY_FLAG = re.compile(
-    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|keep_best|full_loss|metric.*|general|template|text/(data|validation)"
+    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|metric.*|general|template|text/(data|validation)"
 )
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}  # a best by others is beaten never, or always

@@ -379,12 +379,13 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     """A rate far too high makes every validation worse than the one at a low rate before it."""
     folder = tmp_path / "patient"
     far = ("--warmup", 0.9, "--learning-rate", 0.5, "--clip", 1e9, "--eval-every", 2, "--patience", 2)
-    assert finetune.main(args(trained, chats, folder, *flags, *far, "--keep-best")) == 0
+    assert finetune.main(args(trained, chats, folder, *flags, *far)) == 0
     measured = result(folder)
     best, kept = measured["best_step"], measured["kept_step"]
     assert measured["steps"] == best + 4 < STEPS
     assert kept == best
-    capsys.readouterr()
+    said = f"kept step {best}, the best evaluated; the last, {best + 4}, is still there"
+    assert said in " ".join(capsys.readouterr().out.split())
     model = load_model(str(folder))
     assert model.checkpoint == folder.absolute() / "checkpoints" / str(best)
     assert f"step {best:,} is loaded" in model.notes[-1]
@@ -397,18 +398,23 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
         return capsys.readouterr().out
 
     written = (folder / "metrics.jsonl").read_text()
-    assert "To train it further give a larger --patience" in again("--keep-best")
+    assert "To train it further give a larger --patience" in again()
     assert (folder / "metrics.jsonl").read_text() == written
-    assert "--keep-best: True -> False" in again()
+    assert "keep_best: True -> False" in again("--keep-last")
     assert (result(folder)["kept_step"], result(folder)["steps"]) == (None, best + 4)
-    again("--keep-best")
+    again()
     assert result(folder)["kept_step"] == best
-    again("--keep-best", "--patience", 3)
-    best = result(folder)["best_step"]
+    again("--patience", 3)  # goes on from the last step, not from the kept one
+    best, straight = result(folder)["best_step"], tmp_path / "straight"
     assert result(folder)["steps"] == best + 6 < STEPS
+    assert finetune.main(args(trained, chats, straight, *flags, *far, "--patience", 3)) == 0
+    capsys.readouterr()
+    for part in ("params", "optimizer"):
+        last = Path("checkpoints", str(best + 6), f"{part}.safetensors")
+        assert (folder / last).read_bytes() == (straight / last).read_bytes()
     damaged = folder / "checkpoints" / str(best) / "params.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert f"forgotten: step {best}" in again("--keep-best", "--patience", 3)
+    assert f"forgotten: step {best}" in again("--patience", 3)
     assert result(folder)["best_step"] > best
     assert load_model(str(folder)).checkpoint.name == str(result(folder)["best_step"])
 

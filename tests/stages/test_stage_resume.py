@@ -281,7 +281,7 @@ OTHER = {
 BESIDE = {
     "preset", "model", "out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose",
     "record", "watch", "tensorboard", "mesh", "processes", "process", "coordinator", "join_within", "accelerator",
-    "patience", "keep_best",
+    "patience", "keep_last",
 }  # fmt: skip
 
 
