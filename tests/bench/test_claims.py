@@ -79,7 +79,7 @@ def test_the_usual_numbers_give_the_usual_verdicts():
         "updates": "false",
         "request": "true for one",
         "fortune": "true here, for a model like GPT-2",
-        "readings": "false: it overfits",
+        "readings": "false: it learns it by heart",
         "moved": "partly: if it reads its text once",
         "life": "partly: after 60.0 million tokens served",
         "last_layers": "false",

@@ -162,7 +162,9 @@ function learning() {
   chapter(best < last ? 'Read too often, a text is learned by heart' : 'Read again, a text is known better',
     (width) => logChart(width, 'The error against the times that the text was read', across, up, {lines, dots}),
     lineKey([['way0', `the text that is read: ${count(letters)} letters`], ['reference', `${count(others)} letters of the same kind that are never read`]]),
-    example(`After one reading the model’s error on a new text is ${times(other[0])}; after ${readings[best]}, ${times(other[best])}, which is its best; after ${readings[last]}, ${times(other[last])}. Its error on the text itself only falls, to ${times(text[last])}. At first the model learns how such texts are written, which helps with all of them; then it learns these sentences by heart, which helps with no other. That is overfitting, and why a part of every text is held out, to see when to stop.`));
+    example(`After one reading the model’s error on a new text is ${times(other[0])}, after ${readings[last]} readings ${times(other[last])}. On the text itself it is ${times(text[last])} then. ${best === last
+      ? 'What this model learns helps with both.'
+      : `On the new text the model is best after ${readings[best]}, with ${times(other[best])}: at first it learns how such texts are written, which helps with all of them; then it learns these sentences by heart, which helps with no other. That is overfitting, and why a part of every text is held out: to see when to stop.`}`));
   const stages = Object.entries(moved).filter(([stage]) => ['pre-training', '1', String(readings[last])].includes(stage)).sort(([one]) => (one === 'pre-training' ? -1 : 1));
   const colours = ['blue', 'amber', 'rust'];
   const [far, once, often] = stages.map(([, shares]) => shares['all weights']);
