@@ -149,8 +149,7 @@ class RunPlan:
         return " or ".join(lengths) + ", whichever ends first" * (len(lengths) == 2) + least
 
     def predict(self, step_seconds: float) -> tuple[int, str]:
-        by_time = max(1, self.least_steps, round(self.seconds / step_seconds)) if self.seconds else math.inf
-        steps = int(min(self.steps or by_time, by_time))
+        steps = max(1, round(self.seconds_left(0, 0.0, step_seconds) / step_seconds))
         return steps, duration(steps * step_seconds)
 
     def seconds_left(self, step: int, elapsed: float, step_seconds: float) -> float:

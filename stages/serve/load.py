@@ -95,16 +95,14 @@ def load_state(
     blocks: dict[str, Any] | None = {} if keeps_blocks else None
 
     def on_config(cfg: ModelConfig) -> None:
-        with jax.set_mesh(mesh):
-            configure(cfg)
-
-    def configure(cfg: ModelConfig) -> None:
         nonlocal engine_config
-        layout.check_inference(cfg, mesh)
-        devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
-        engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
-        capacity = engine_config.capacity or 0
-        if capacity <= cfg.context:  # else `Engine` refuses it
+        with jax.set_mesh(mesh):
+            layout.check_inference(cfg, mesh)
+            devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
+            engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
+            capacity = engine_config.capacity or 0
+            if capacity > cfg.context:
+                return  # `Engine` refuses it
             if device.backend == "cpu":
                 what = f"The weights and {engine_config.slots:,} slots of {capacity:,} tokens take"
                 require_memory(engine_config.bytes(cfg, capacity), what, REMEDY)
