@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,27 +202,3 @@ def test_the_same_with_one_thread():
     one = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     result = run_here(f"{one}; from test_decode_attention import all_bits; sys.stdout.buffer.write(all_bits())")
     assert result.stdout == all_bits(), result.stderr.decode()
-
-
-@pytest.mark.night
-def test_no_memory_but_the_arrays_is_touched(tmp_path):
-    """The other tests here with kernels that check each address, where the compiler can build such ones."""
-    names = ("libasan.so", "libstdc++.so")  # the second for the first, which looks for its exceptions when it is loaded
-    find = lambda name: subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=False)
-    libraries = [find(name).stdout.strip() for name in names] if shutil.which("cc") else [""]
-    if not all(Path(library).is_absolute() for library in libraries):
-        pytest.skip("the compiler has no address sanitiser")
-    products = Path(__file__).with_name("test_native.py")
-    tests = [
-        __file__,
-        test_blocks.__file__,
-        test_causal_attention.__file__,
-        f"{products}::test_products_have_the_bits_that_xla_gives_them",
-    ]
-    options = ["-q", "-n", "0", "-m", "not night", "-p", "no:cacheprovider", "-k", "not one_thread"]
-    result = run_here(
-        f"import pytest; raise SystemExit(pytest.main({[*options, *tests]}))",
-        CC="cc -fsanitize=address -g", LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0",
-        THRICE_CACHE=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()

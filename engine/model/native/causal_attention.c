@@ -251,6 +251,14 @@ INLINE I attends(const int32_t *segments, int64_t query, int64_t key) {
   return mask;
 }
 
+// Copies the segments of a text's tokens; those behind the last are of one that has no tokens.
+static const int32_t *pad_segments(const Task *t, int64_t b, char *to) {
+  if (!t->segments) return NULL;
+  memcpy(to, t->segments + b * t->T, t->T * 4);
+  memset(to + t->T * 4, 0xff, (t->padded - t->T) * 4);
+  return (int32_t *)to;
+}
+
 // Whether some of the tokens from `a` on and from `b` on can be of one segment.
 static int may_meet(const int32_t *segments, int64_t a, int64_t b, int64_t T) {
   int32_t low[2] = {INT32_MAX, INT32_MAX}, high[2] = {INT32_MIN, INT32_MIN};
@@ -364,8 +372,7 @@ INLINE void forward_head(const Task *t, int64_t b, int64_t head, int64_t first, 
   const int is_cached = t->positions != NULL, is_used = !is_cached || (begin >= 0 && slot >= 0 && slot < t->B);
   const int64_t text = begin + end, reach = is_cached && t->S < text ? t->S : text;
   const Forward f = cut_forward(t, &scratch);
-  const int32_t *segments = t->segments ? (int32_t *)scratch : NULL;
-  if (segments) memcpy(scratch, t->segments + b * T, T * 4);
+  const int32_t *segments = pad_segments(t, b, scratch);
   if (is_used) {
     const int64_t at = is_cached ? (slot * t->K + head) * t->S : b * T * t->K + head, stride = is_cached ? H : t->K * H;
     const int64_t from = at * H * bytes_of(type);
@@ -455,8 +462,7 @@ INLINE void backward_head(const Task *t, int64_t b, int64_t head, char *scratch,
   const int step = type == BFLOAT16 && MULTIPLIES_PAIRS ? 2 : 1, bytes = bytes_of(type);
   const int64_t T = t->T, H = t->H, C = t->C, G = t->N / t->K, row = t->N * H, at_key = (b * T * t->K + head) * H * bytes;
   const Backward f = cut_backward(t, &scratch);
-  const int32_t *segments = t->segments ? (int32_t *)scratch : NULL;
-  if (segments) memcpy(scratch, t->segments + b * T, T * 4);
+  const int32_t *segments = pad_segments(t, b, scratch);
   pack_rows(f.keys, t->k + at_key, NULL, t->K * H, T, t->padded, H, t->depth, type, step);
   pack_rows(f.values, t->v + at_key, NULL, t->K * H, T, t->padded, H, t->depth, type, step);
   stack(f.stacked_keys, t->k + at_key, NULL, t->K * H, T, t->padded, H, C, type, step);
