@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.inference import config as config_module
 from engine.inference import engine as engine_module
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
@@ -47,6 +48,10 @@ def next_token(
         drawn = hash((drawn, counts)) % 40
     first = drawn % VOCAB if drawn < 9 else (3 * token + 1) % POISON
     return next((other for n in range(VOCAB) if allowed >> (other := (first + n) % VOCAB) & 1), 0)
+
+
+def logprob_of(token: int, seen: list[int]) -> float:
+    return -float(hash((token, *seen)) % 97)
 
 
 class FakeConstraint:
@@ -84,11 +89,13 @@ class FakeConstraint:
 class FakeRunner:
     """What `ModelRunner` is to an engine, in Python: its KV cache is a list for each slot."""
 
-    mesh, cache_bytes, has_kernel = None, 0, False
+    mesh, cache_bytes = None, 0
 
     def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig) -> None:
         self.params, self.config = params, config
-        edges, short = config.edges, config.short_edges
+        self.has_kernel = config_module.has_kernel()
+        self.edges = edges = config.edges
+        short = config.short_edges
         self.limit, self.positions = short[-1], edges[-1]
         self.segments = SimpleNamespace(edges=short)
         self.has_long_programs = False
@@ -101,7 +108,7 @@ class FakeRunner:
         self.stacks = [*self.stacks[:index], number, *self.stacks[index + 1 :]]
 
     def load_long_programs(self) -> None:
-        self.has_long_programs, self.segments = True, SimpleNamespace(edges=self.config.edges)
+        self.has_long_programs, self.segments = True, SimpleNamespace(edges=self.edges)
 
     def warm(self, *_: Any) -> None:
         pass
@@ -129,7 +136,7 @@ class FakeRunner:
 
     def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
         seen = self._seen(stop)
-        edges = [*(edge for edge in self.config.edges if edge < min(seen, max_positions)), seen]
+        edges = [*(edge for edge in self.edges if edge < min(seen, max_positions)), seen]
         for begin, end in itertools.pairwise(edges):
             if begin >= start:
                 self.cache[slot][begin:end] = [EMPTY] * (end - begin)
@@ -137,7 +144,7 @@ class FakeRunner:
 
     def copy(self, slot: int, targets: Any, stop: int, max_positions: int) -> None:
         seen = self._seen(stop)
-        end = min(edge for edge in self.config.edges if edge >= min(seen, max_positions))
+        end = min(edge for edge in self.edges if edge >= min(seen, max_positions))
         for target in targets:
             self.cache[target][:end] = self.cache[slot][:end]
 
@@ -166,11 +173,13 @@ class FakeRunner:
                         self.cache[target][position] = value
             for position, row in active:
                 text = self.cache[own[row]]
-                reached = next((edge for edge in self.config.edges if edge > position), seen)
+                segment = next((edge for edge in self.edges if edge > position), seen)
+                reached = position + 1 if self.has_kernel else segment
                 sampled.finite[step, row] = NAN not in text[:reached]  # what lies behind is multiplied by 0, and NaN stays NaN
                 allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.masked[row] else -1
                 current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
                 sampled.token[step, row] = current[row]
+                sampled.logprob[step, row] = logprob_of(current[row], text[: position + 1])
                 counts = list(self.counts[row])
                 counts[current[row]] += 1
                 self.counts[row] = tuple(counts)
@@ -227,9 +236,8 @@ def draw_request(rng: random.Random) -> Request:
     return Request(tuple(prompt), sampling, rng.choice(["", "", "a", "b"]), constraint)
 
 
-def simulate(seed: int) -> None:
-    """Runs the schedule of a seed to its end. Raises AssertionError where a promise is broken."""
-    rng = random.Random(seed)
+def make_engine(rng: random.Random) -> Engine:
+    """Makes an engine on a fake device, its options drawn; its programs for longer texts may come later."""
     slots, chunk_bytes = rng.randint(1, 5), 2 * CFG.layers * CHUNK * 4
     config = EngineConfig(
         slots,
@@ -241,13 +249,22 @@ def simulate(seed: int) -> None:
         short=rng.choice([None, 16, 32]),
         adapters=rng.choice([0, 0, 1, 2]),
     )
+    has_kernel = rng.random() < 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
+        patch.setattr(config_module, "has_kernel", lambda: has_kernel)
         engine = Engine(CFG, {}, config)
-    engine.scheduler.shares_slots = engine.runner.has_kernel = rng.random() < 0.5
     engine.warm(long_programs=False)
     if rng.random() < 0.5:
         engine.load_long_programs()
+    return engine
+
+
+def simulate(seed: int) -> None:
+    """Runs the schedule of a seed to its end. Raises AssertionError where a promise is broken."""
+    rng = random.Random(seed)
+    engine = make_engine(rng)
+    config = engine.config
     requests = [draw_request(rng) for _ in range(rng.randint(1, 9))]
     due, loads_at = sorted(rng.randrange(60) for _ in requests), rng.randrange(120)
     ids, cancelled, output, reasons = {}, set[int](), {}, {}

@@ -107,17 +107,21 @@ class EngineThread:
             self._post(on_change)
             threading.Thread(target=self._compile_long_programs, daemon=True, name="long programs").start()
             while not self._stopping:
-                self._take_work()
-                self.last_tick = time.monotonic()
-                self.kv_cache_usage = self.engine.used_positions / (self.engine.config.slots * self.capacity)
-                if self.engine.busy:
-                    self._deliver(self.engine.step())
+                self.tick()
         except BaseException as error:
             self.error = error
             self._post(on_change)
             self._deliver([Event(id, [], "error") for id in self._listeners])
             while not self._stopping:  # later requests get the same event
                 self._work.get()()
+
+    def tick(self) -> None:
+        """Does the work in the queue and a step of the engine. For the thread alone, or in its place."""
+        self._take_work()
+        self.last_tick = time.monotonic()
+        self.kv_cache_usage = self.engine.used_positions / (self.engine.config.slots * self.capacity)
+        if self.engine.busy:
+            self._deliver(self.engine.step())
 
     def _compile_long_programs(self) -> None:
         with contextlib.suppress(Exception):  # loading tries again, and raises

@@ -1,12 +1,22 @@
-"""The engine under any schedule: each request gets what it gets alone, on a device made of lists; planted faults are found."""
+"""The engine and the server under any schedule: each request gets what it gets alone, on a device made of lists; planted faults
+are found."""
+
+import contextlib
+from types import SimpleNamespace
 
 import pytest
 from simulated import FakeRunner, simulate
+from simulated_server import simulate_server
 
 from engine.inference import engine
 from engine.inference.request import Request
+from engine.inference.sampling import make_token_masks
 from engine.inference.scheduler import Scheduler
 from engine.inference.sequence import Sequence
+from stages.serve.admission import Admission
+from stages.serve.api import guard, writer
+from stages.serve.engine_thread import EngineThread
+from stages.serve.state import ServerState
 
 SCHEDULES = 500
 accept, restart, finish, chunk_key = Sequence.accept, Sequence.restart, Scheduler.finish, engine.chunk_key
@@ -57,18 +67,50 @@ FAULTS = {
 }
 
 
-def simulate_all(seeds):
+SERVER_FAULTS = {
+    "a place is not given back": (Admission, "release", lambda _: None),
+    "a place is given to everybody": (Admission, "check", lambda _, sender, *__: sender),
+    "a slot stays empty": (Admission, "__init__", lambda self, slots, queue: admission(self, max(1, slots - 1), queue)),
+    "the bytes of a body count for ever": (Admission, "remove_bytes", lambda *_: None),
+    "who has left is answered": (EngineThread, "cancel", lambda *_: None),
+    "who reads nothing is waited for": (writer, "SEND_SECONDS", 10_000.0),
+    "a log that is full ends a request": (guard, "contextlib", SimpleNamespace(suppress=lambda *_: contextlib.nullcontext())),
+    "an adapter that is gone is still used": (ServerState, "adapter_of", lambda _, model: model.adapter),
+    "an adapter's index is free at once": (
+        engine.Engine,
+        "free_adapter_index",
+        lambda _, others: 1 if 1 not in others else None,
+    ),
+    "a grammar masks nothing": (engine.Engine, "_masks", lambda self, _: make_token_masks(self.rows, self.cfg.vocab)),
+    "events go to the request before": (
+        EngineThread,
+        "_deliver",
+        lambda self, events: deliver(self, [event._replace(id=max(1, event.id - 1)) for event in events]),
+    ),
+}
+admission, deliver = Admission.__init__, vars(EngineThread)["_deliver"]
+
+
+def simulate_all(run, seeds):
     for seed in seeds:
-        simulate(seed)
+        run(seed)
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_each_request_gets_what_it_gets_alone(block):
-    simulate_all(range(block, SCHEDULES, 10))
+@pytest.mark.parametrize("run", [simulate, simulate_server])
+@pytest.mark.parametrize("block", range(5))
+def test_each_request_gets_what_it_gets_alone(run, block):
+    simulate_all(run, range(block, SCHEDULES, 5))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises((AssertionError, IndexError)):
-        simulate_all(range(SCHEDULES))
+        simulate_all(simulate, range(SCHEDULES))
+
+
+@pytest.mark.parametrize("fault", SERVER_FAULTS)
+def test_faults_planted_in_the_server_are_found(fault, monkeypatch):
+    monkeypatch.setattr(*SERVER_FAULTS[fault])
+    with pytest.raises((AssertionError, OSError)):
+        simulate_all(simulate_server, range(SCHEDULES))

@@ -7,17 +7,18 @@ import multiprocessing
 import pytest
 from figures import exactly
 from simulated import simulate
+from simulated_server import simulate_server
 
 PARTS, BLOCK = 4, 1_000
 
 
 def failures(seeds: range) -> list[str]:
     found = []
-    for seed in seeds:
+    for run, seed in itertools.product((simulate, simulate_server), seeds):
         try:
-            simulate(seed)
+            run(seed)
         except Exception as error:
-            found.append(f"simulate({seed}): {type(error).__name__} {error}")
+            found.append(f"{run.__name__}({seed}): {type(error).__name__} {error}")
     return found
 
 
@@ -29,4 +30,4 @@ def test_any_schedule(part, quick, expect):
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         found = [*itertools.chain.from_iterable(pool.map(failures, blocks))]
     print(*found[:20], sep="\n")
-    expect(exactly("violations", len(found), 0), over=f"{count:,} schedules")
+    expect(exactly("violations", len(found), 0), over=f"{count:,} schedules of the engine, and as many of the server")

@@ -78,7 +78,7 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
         texts = [each for each in body.candidates if isinstance(each, str)]
         if body.messages and tokenizer.strips_space:
             texts = [f" {text}" for text in texts]
-        encoded = iter(await tokenizer.encode(texts, continued=True))
+        encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
         requests = []
         for candidate in body.candidates:
             tokens = next(encoded) if isinstance(candidate, str) else candidate
