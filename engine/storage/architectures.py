@@ -190,17 +190,11 @@ GGUF_HARMLESS = "rope.scaling.(original_context_length|finetuned)|tensor_data_la
 GGUF_ONLY: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0, 0.0),
-    "rope.scale_linear": (1.0,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
     "attention.causal": (True,),
-    "logit_scale": (1.0,),
-    "rope.scaling.attn_factor": (1.0,),
-    "residual_scale": (1.0,),
-    "embedding_scale": (1.0,),
-    "attention.scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
+    **dict.fromkeys(("expert_count", "expert_used_count"), (0,)),
+    **dict.fromkeys(("rope.scale_linear", "rope.scaling.attn_factor"), (1.0,)),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (1.0,)),
+    **dict.fromkeys(("attention.scale", "attn_logit_softcapping", "final_logit_softcapping"), (0.0,)),
 }
 FREQUENCIES = "rope_freqs.weight"
 
