@@ -44,7 +44,7 @@ from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import LOGITS_LIMIT, score
 from engine.model.loss_in_parts import CHUNK as LOSS_CHUNK
-from engine.model.ops import ops
+from engine.model.ops import has_kernel, ops
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.transformer import hidden_states, logits_of, make_cache
 from engine.model.weights.int8 import Int8
@@ -238,7 +238,9 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     starts = [np.int32(start) for start in range(0, T, size)]
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     slot = np.int32(SLOTS - 1)
-    cache = make_kv_segments(cfg, SLOTS, segment_edges(T, size, size), "float32" if cfg.dtype == "float32" else "bfloat16")
+    cache = make_kv_segments(
+        cfg, SLOTS, segment_edges(T, T if has_kernel() else size, size), "float32" if cfg.dtype == "float32" else "bfloat16"
+    )
     S = cache.edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
     chunks = len(pieces)

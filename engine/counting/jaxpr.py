@@ -86,7 +86,7 @@ def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
     """`read`: the identities of the results that the program reads."""
     name = equation.primitive.name
     kernel = name if name != "ffi_call" else equation.params["target_name"]
-    if kernel.startswith(("dot_product_attention", target("causal_attention"))):
+    if kernel.startswith(("dot_product_attention", target("causal_attention"), target("prefill_attention"))):
         products = _fused_attention(equation, kernel, [id(result) in read for result in equation.outvars])
         return JaxprCost(matmul=products, in_kernels=products)
     if name == "while" or name in _OPAQUE:
@@ -111,11 +111,16 @@ def _dot(equation: Any) -> int:
 def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
     """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dq, dk, dp for both, and dv.
 
-    What a kernel computes beside does not count: there q k^T again, and gradients that nothing reads.
+    What a kernel computes beside does not count: there q k^T again, and gradients that nothing reads. Over a KV cache every
+    place counts, though a kernel reads only those that the text has reached: they are not known here.
     """
     B, T, N, H = equation.invars[0].aval.shape
-    causal = "CAUSAL" in str(equation.params.get("mask_type", "CAUSAL"))
-    keys = twice_mean_keys(T, QUERY_BLOCK) if causal else 2 * equation.invars[1].aval.shape[1]
+    if kernel == target("prefill_attention"):
+        keys = 2 * equation.invars[3].aval.shape[2]
+    elif "CAUSAL" in str(equation.params.get("mask_type", "CAUSAL")):
+        keys = twice_mean_keys(T, QUERY_BLOCK)
+    else:
+        keys = 2 * equation.invars[1].aval.shape[1]
     q, k, v = (is_read + [True] * 3)[:3]
     products = q + k + (q or k) + v if "bwd" in kernel or "backward" in kernel else 2
     return products * B * N * H * T * keys
