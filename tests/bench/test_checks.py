@@ -1,5 +1,7 @@
 """The checks of a device beside the processor: that they see what is wrong."""
 
+from types import SimpleNamespace
+
 import jax
 from tiny import lively_params, tiny_config
 
@@ -14,6 +16,7 @@ def test_a_check_that_raises_fails(monkeypatch):
         yield checks.Check("loss", 0.0, 1.0)
         raise KeyError("embed")
 
+    monkeypatch.setattr(checks, "random_model", lambda *_: SimpleNamespace(params=None))  # which no check reads here
     for name in ("check_training", "check_prefill", "check_serving", "check_greedy"):
         monkeypatch.setattr(checks, name, broken)
     found = [(check.name, check.holds) for check in checks.all_checks()]

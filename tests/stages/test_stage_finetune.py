@@ -233,7 +233,7 @@ def test_a_base_in_int8(trained, chats, tmp_path):
     assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
 
 
-@pytest.mark.parametrize("choice", ["", "--train blocks/1/.*"])
+@pytest.mark.parametrize("choice", [pytest.param("", marks=pytest.mark.night), "--train blocks/1/.*"])
 def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_path, choice):
     """The loss that is reported is that of the blocks; the weights are saved as they are."""
     folder = tmp_path / "run"

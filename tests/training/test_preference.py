@@ -10,10 +10,7 @@ import pytest
 from tiny import assert_near, lively_params, text_batch, tiny_config
 
 from engine.errors import UserError
-from engine.model.config import LoraConfig
 from engine.model.transformer import forward
-from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, Ratings, pair_logprobs, preference_objective
@@ -38,19 +35,13 @@ def by_the_formula(cfg, params, side: Batch) -> jax.Array:
     return jnp.where(side.mask, picked, 0).sum(-1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["full", "LoRA"])
-def test_at_the_reference_the_loss_is_ln_2(dtype, way):
-    cfg = tiny_config(dtype=dtype)
-    base = lively_params(cfg)
-    trainable, frozen = base, {}
-    if way == "LoRA":
-        frozen = base = cast_matrices(base, dtype)
-        trainable = init_lora(cfg, jax.random.key(0), LoraConfig(2, targets=("all",)))
-    pairs = pairs_of(0, masked=False)
-    pairs = pairs._replace(reference=pair_logprobs(cfg, base, pairs))
+def test_at_the_reference_the_loss_is_ln_2():
+    """Also in bfloat16, which rounds both alike; of a LoRA test_stage_finetune.py finds it."""
+    cfg = tiny_config(dtype="bfloat16")
+    params, pairs = lively_params(cfg), pairs_of(0, masked=False)
+    pairs = pairs._replace(reference=pair_logprobs(cfg, params, pairs))
     assert np.abs(np.diff(pairs.reference)).max() > 1
-    loss, gradient = differentiate(cfg, trainable, frozen, pairs, 1, preference_objective("dpo", 0.1))
+    loss, gradient = differentiate(cfg, params, {}, pairs, 1, preference_objective("dpo", 0.1))
     assert abs(float(loss) - np.log(2)) < 1e-6
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
