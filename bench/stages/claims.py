@@ -31,6 +31,7 @@ Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, number
 class Evidence:
     """The numbers by which claims are judged."""
 
+    command: str  # that measures them
     rows: dict[str, dict[str, Any]]  # of the document, by name
     timings: Mapping[str, Timing]  # of a token in each row, by name, and of one without a KV cache
     params: int
@@ -79,7 +80,7 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
     for claim, judgement in CLAIMS.items():
         with contextlib.suppress(KeyError):
             verdict, value, numbers = judgement(evidence)
-            command = f"python -m bench{' --out FOLDER' * (judgement in OF_LEARNING)}"
+            command = evidence.command + " --out FOLDER" * (judgement in OF_LEARNING)
             judged.append({"claim": claim, "verdict": verdict, "value": value, "numbers": _plain(numbers), "command": command})
     return judged
 

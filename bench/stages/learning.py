@@ -6,9 +6,7 @@ steps of one program.
 """
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterator
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -16,21 +14,22 @@ import jax
 import numpy as np
 
 from bench.cli import Json
-from bench.models import new_state, next_token_batch
+from bench.models import new_state
 from bench.timing import Timing, ratio
 from engine.model.config import PRESETS, ModelConfig
 from engine.model.loss import target_losses
 from engine.model.paths import array_paths
 from engine.model.transformer import init_params
+from engine.text.batch import TextBatches, window_batch
 from engine.text.conversations import VOICE
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import train_step
 
 READINGS = (1, 2, 4, 8, 16)
 ROWS, TOKENS = 8, 128  # of a step
-LETTERS = 12_000  # of the text that is read again
+WINDOWS = 11 * ROWS  # of TOKENS letters, that the text has which is read again
 LEAST, MOST = 4, READINGS[-1]  # readings that are compared
-STEPS = 300  # of pre-training
+STEPS = 300  # of pre-training: a tiny model, or one of fewer steps, learns nothing by heart
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 HALF_RATE = 0.51  # the progress at which the schedule has come down to half of the rate, with which the model goes on
 KINDS = {
@@ -42,37 +41,35 @@ KINDS = {
 }
 
 
-def measure_learning(quick: bool = False) -> Json:
+def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
     """Trains the model and returns its errors, in nats a letter, after each of READINGS, and how far its weights moved.
 
     `text` and `other` are the errors on the text that is read, and on pages of the same voice that are not. `over`: the error
     on the latter after MOST readings over that after LEAST, passage by passage. `moved`: the length of the change of all
-    weights of a kind, over their length afterwards, by pre-training and by each of READINGS. `quick`: a tiny model.
+    weights of a kind, over their length afterwards, by pre-training and by each of READINGS.
     """
-    cfg = dataclasses.replace(PRESETS["tiny" if quick else "demo"], vocab=256, context=TOKENS)
-    steps = 20 if quick else STEPS
-    reference, other = _passages("\n".join(topics.values())), _passages(_voice("held_out"))
-    text = _passages(_voice("train")[:LETTERS])
-    text = text[: len(text) // ROWS * ROWS]
+    cfg = dataclasses.replace(PRESETS[preset_name], vocab=256, context=TOKENS)
+    reference, other = _letters("\n".join(topics.values())), _letters(_voice("held_out"))
+    text = _letters(_voice("train"))[: WINDOWS * TOKENS + 1]
     tx = make_optimizer(OPTIMIZER)
     first = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
     state, before = new_state(tx, first), _copy(first)
-    for step, rows in enumerate(itertools.islice(_batches(reference), steps)):
-        state, _ = train_step(cfg, tx, state, {}, rows, np.float32(step / steps))
+    batches = TextBatches(reference, TOKENS, ROWS, seed=0)
+    for step in range(steps):
+        state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(step / steps))
     trained = _copy(state.trainable)
     moved = {"pre-training": _moved(before, trained)}
     errors: dict[int, tuple[Any, Any]] = {}
-    state, batches = new_state(tx, state.trainable), _batches(text)
-    for reading in range(1, MOST + 1):
-        for rows in itertools.islice(batches, len(text) // ROWS):
-            state, _ = train_step(cfg, tx, state, {}, rows, np.float32(HALF_RATE))
-        if reading in READINGS:
-            errors[reading] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
-            moved[str(reading)] = _moved(trained, _copy(state.trainable))
+    state, batches = new_state(tx, state.trainable), TextBatches(text, TOKENS, ROWS, seed=0)
+    for step in range(MOST * WINDOWS // ROWS):
+        state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(HALF_RATE))
+        if (reading := batches.epoch(step + 1)) in READINGS:
+            errors[int(reading)] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
+            moved[f"{reading:.0f}"] = _moved(trained, _copy(state.trainable))
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.
     most, least = (Timing(f"{reading} readings", tuple(errors[reading][1].tolist())) for reading in (MOST, LEAST))
     return {
-        "letters": text.shape[0] * TOKENS, "other_letters": other.shape[0] * TOKENS, "pretrained": steps * ROWS * TOKENS,
+        "letters": len(text), "other_letters": len(other), "pretrained": steps * ROWS * TOKENS,
         "readings": [*READINGS], "text": [float(of.mean()) for of, _ in errors.values()],
         "other": [float(of.mean()) for _, of in errors.values()], "over": ratio(most, least)._asdict(), "moved": moved,
     }  # fmt: skip
@@ -84,19 +81,8 @@ def _voice(name: str) -> str:
     return "\n\n".join(turn["content"] for row in rows for turn in row["messages"])
 
 
-def _passages(text: str) -> np.ndarray:
-    """Returns the text's bytes in passages of TOKENS and the one that comes next, (rows, TOKENS + 1) int32."""
-    letters = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    starts = np.arange(0, len(letters) - TOKENS, TOKENS)
-    return letters[starts[:, None] + np.arange(TOKENS + 1)]
-
-
-def _batches(passages: np.ndarray) -> Iterator[Any]:
-    """Yields batches of ROWS passages without end; each reading takes all of them in another order."""
-    for reading in itertools.count():
-        order = np.random.default_rng(reading).permutation(len(passages))
-        for start in range(0, len(order) - ROWS + 1, ROWS):
-            yield next_token_batch(passages[order[start : start + ROWS]])
+def _letters(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
 
 
 @jax.jit(static_argnames="cfg")
@@ -104,9 +90,10 @@ def _row_losses(cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
     return target_losses(cfg, params, batch).mean(1)
 
 
-def _errors(cfg: ModelConfig, params: Any, passages: np.ndarray) -> np.ndarray:
-    """Returns the mean nats a letter of each passage."""
-    return np.asarray(_row_losses(cfg, params, next_token_batch(passages)))
+def _errors(cfg: ModelConfig, params: Any, letters: np.ndarray) -> np.ndarray:
+    """Returns the mean nats a letter of each passage of TOKENS."""
+    starts = np.arange(0, len(letters) - TOKENS, TOKENS)
+    return np.asarray(_row_losses(cfg, params, window_batch(letters, np.add.outer(starts, np.arange(TOKENS)))))
 
 
 def _copy(params: Any) -> dict[str, np.ndarray]:

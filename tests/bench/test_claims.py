@@ -48,7 +48,9 @@ NAMES = [entry["name"] for entry in ROWS] + ["uncached"]
 def judged(rows, timings, checks):
     """The claims by the names of their functions."""
     named = {row["name"]: row for row in rows}
-    evidence = Evidence(named, timings, params=10**6, price=0.1, uncached_tokens=64, bytes_per_weight=2, **CHECKS | checks)
+    evidence = Evidence(
+        "bench", named, timings, params=10**6, price=0.1, uncached_tokens=64, bytes_per_weight=2, **CHECKS | checks
+    )
     return {CLAIMS[claim["claim"]].__name__: claim for claim in claims(evidence)}
 
 

@@ -196,8 +196,8 @@ function stages() {
       ['stage', '.weights', 'formula', 'walker', 'elementwise', 'XLA', '× forward'],
       rows.map((each) => [each.name, each.weights, si(flops(each).formula, ''), flops(each).walker === flops(each).formula ? '= formula' : si(flops(each).walker, ''), si(flops(each).walker_elementwise, ''), si(flops(each).xla, ''), times(each.flop_ratio_to_forward)])),
     table(`Times are medians of interleaved rounds, ratios with their 95% interval. Off is the time beside that of its operations at the forward pass’s speed. What a stage is bound by takes half of its time alone, at this machine’s best rates. Dollars are at ${money(report.price_per_hour)} an hour; a request is ${(report.request_tokens ?? []).join(' tokens read and ')} written.`,
-      ['stage', 'a token takes', 'off', '× forward', 'peak', 'moved a token', 'of its ceiling', 'bound by', '$ a million tokens', '$ a request'],
-      rows.map((each) => [each.name, si(each.seconds_per_token, 's'), off(each.time_ratio_to_forward / each.flop_ratio_to_forward), times(each.time_ratio_to_forward) + spread(each), si(each.peak_bytes, 'B'), si(each.bytes_per_token, 'B'), `${percent(each.utilisation)} ${each.utilisation_of ?? ''}`, each.bound_by, money(each.usd_per_million_tokens), money(each.usd_per_request)])));
+      ['stage', 'a token takes', 'off', '× forward', 'peak', 'moved a token', 'of its ceiling', 'bound by', '$ a million tokens', '$ a thousand requests'],
+      rows.map((each) => [each.name, si(each.seconds_per_token, 's'), off(each.time_ratio_to_forward / each.flop_ratio_to_forward), times(each.time_ratio_to_forward) + spread(each), si(each.peak_bytes, 'B'), si(each.bytes_per_token, 'B'), `${percent(each.utilisation)} ${each.utilisation_of ?? ''}`, each.bound_by, money(each.usd_per_million_tokens), money(1000 * each.usd_per_request)])));
 }
 
 const ARRAYS = {
