@@ -77,7 +77,7 @@ def measure(flags: StageTableFlags) -> Json:
         fewest_rounds=flags.quick, pictures=bool(flags.out),
     )  # fmt: skip
     if flags.out and (others := flags.out / "documents.json").is_file():
-        document["claims"] += compare.read_result(others)["claims"]
+        document["claims"] += compare.read_result(others).get("claims", [])
     print_stages(document)
     return document
 
