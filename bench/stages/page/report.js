@@ -165,7 +165,7 @@ function learning() {
     example(`After one reading the model’s error on a new text is ${times(other[0])}, after ${readings[last]} readings ${times(other[last])}. On the text itself it is ${times(text[last])} then. ${best === last
       ? 'What this model learns helps with both.'
       : `On the new text the model is best after ${readings[best]}, with ${times(other[best])}: at first it learns how such texts are written, which helps with all of them; then it learns these sentences by heart, which helps with no other. That is overfitting, and why a part of every text is held out: to see when to stop.`}`));
-  const stages = Object.entries(moved).filter(([stage]) => ['pre-training', '1', String(readings[last])].includes(stage)).sort(([one]) => (one === 'pre-training' ? -1 : 1));
+  const stages = ['pre-training', '1', String(readings[last])].map((stage) => [stage, moved[stage] ?? {}]);
   const colours = ['blue', 'amber', 'rust'];
   const [far, once, often] = stages.map(([, shares]) => shares['all weights']);
   const share = (number) => `${round(100 * number, 2)}%`;
