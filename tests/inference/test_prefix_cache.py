@@ -1,4 +1,4 @@
-"""PrefixCache: within its bound the last used stay, of a prompt the last chunk leaves first, and namespaces never meet."""
+"""PrefixCache: within its bound the last used stay, and of a prompt the last chunk leaves first."""
 
 import numpy as np
 from hypothesis import given
@@ -13,18 +13,18 @@ def chunk(value: float) -> dict[str, np.ndarray]:
     return {"k": np.full(4, value, np.float32), "v": np.full(2, value, np.float32)}
 
 
-def names(prompt: str, namespace: str = "") -> list[bytes]:
+def names(prompt: str) -> list[bytes]:
     """The names of a prompt's chunks, a letter each."""
-    keys = [root_key(namespace)]
+    keys = [root_key("")]
     for letter in prompt:
         keys.append(chunk_key(keys[-1], (ord(letter),)))
     return keys[1:]
 
 
-def prefill(cache: PrefixCache, prompt: str, namespace: str = "") -> str:
+def prefill(cache: PrefixCache, prompt: str) -> str:
     """Prefills a prompt as slots do, puts what was not in the cache there, and returns the letters that were."""
     hits, before = "", None
-    for letter, key in zip(prompt, names(prompt, namespace)):
+    for letter, key in zip(prompt, names(prompt)):
         cached = cache.get(key)
         if cached is None:
             cache.put(key, chunk(ord(letter)), before)
@@ -48,14 +48,6 @@ def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
         "half a character": root_key("\ud800"),
     }  # fmt: skip
     assert len(set(keys.values())) == len(keys)
-
-
-@given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=5), st.sampled_from(["", "k", "kk"])), max_size=30))
-def test_namespaces_never_meet(prompts):
-    cache, alone = PrefixCache(10**6), {}
-    for prompt, namespace in prompts:
-        own = alone.setdefault(namespace, PrefixCache(10**6))
-        assert prefill(cache, prompt, namespace) == prefill(own, prompt, namespace)
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=6), max_size=40), st.integers(0, 7 * SIZE))

@@ -19,6 +19,13 @@ def locked():
         yield server
 
 
+@pytest.fixture(scope="module")
+def listed():
+    """A server with these keys that pages of APP may use."""
+    with TinyServer(keys=KEYS, origins=(APP,)) as server:
+        yield server
+
+
 def every_route() -> list[tuple[str, str]]:
     return [(route.method, route.path.replace("{model}", "tiny")) for route in ROUTES if route.path not in OPEN]
 
@@ -65,37 +72,47 @@ def test_a_wrong_key_is_asked_for_again_after_all_were_compared_whole(locked, mo
     assert send(locked, "GET", "/v1/models", {"host": "localhost", "authorization": right, "Authorization": right})[0] == 401
 
 
-def test_pages_of_a_listed_origin():
+def test_pages_of_a_listed_origin(listed):
     """The preflight needs no key, and what follows it does; no other origin is let in beside it."""
-    with TinyServer(keys=KEYS, origins=(APP,)) as server:
-        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
-        asked = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": APP} | preflight)
-        assert (asked.status_code, asked.content) == (200, b"OK")
-        assert asked.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
-        assert "POST" in asked.headers["access-control-allow-methods"]
-        key, url = {"Authorization": f"Bearer {KEYS[0]}"}, f"{server.url}/v1/completions"
-        replies = [
-            httpx.post(url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask()),
-            httpx.post(url, headers={"Origin": APP}, json=ask()), httpx.get(f"{url}/no", headers={"Origin": APP, **key}), asked,
-        ]  # fmt: skip
-        assert [reply.status_code for reply in replies] == [200, 401, 404, 200]
-        for reply in replies:
-            assert reply.headers["access-control-allow-origin"] == APP
-            assert "Origin" in reply.headers["vary"]
-        for reply in replies[:-1]:
-            assert "x-request-id" in reply.headers["access-control-expose-headers"]
-        for origin in ("https://evil.example", "http://app.example", f"{APP}.evil.example", "null"):
-            refusals = (
-                httpx.options(url, headers={"Origin": origin} | preflight),
-                httpx.post(url, headers={"Origin": origin} | key),
-            )
-            for reply in refusals:
-                assert refused(reply, 403)["code"] == "bad_origin"
-                assert "access-control-allow-origin" not in reply.headers
-        elsewhere = httpx.options(url, headers={"Origin": APP, "Host": "evil.example"} | preflight)
-        assert refused(elsewhere, 403)["code"] == "bad_host"
-        own = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url, **key})
-        assert (own.status_code, own.headers.get("access-control-allow-origin")) == (200, None)
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    asked = httpx.options(f"{listed.url}/v1/chat/completions", headers={"Origin": APP} | preflight)
+    assert (asked.status_code, asked.content) == (200, b"OK")
+    assert asked.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+    assert "POST" in asked.headers["access-control-allow-methods"]
+    key, url = {"Authorization": f"Bearer {KEYS[0]}"}, f"{listed.url}/v1/completions"
+    replies = [
+        httpx.post(url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask()),
+        httpx.post(url, headers={"Origin": APP}, json=ask()), httpx.get(f"{url}/no", headers={"Origin": APP, **key}), asked,
+    ]  # fmt: skip
+    assert [reply.status_code for reply in replies] == [200, 401, 404, 200]
+    for reply in replies:
+        assert reply.headers["access-control-allow-origin"] == APP
+        assert "Origin" in reply.headers["vary"]
+    for reply in replies[:-1]:
+        assert "x-request-id" in reply.headers["access-control-expose-headers"]
+    for origin in ("https://evil.example", "http://app.example", f"{APP}.evil.example", "null"):
+        refusals = (
+            httpx.options(url, headers={"Origin": origin} | preflight),
+            httpx.post(url, headers={"Origin": origin} | key),
+        )
+        for reply in refusals:
+            assert refused(reply, 403)["code"] == "bad_origin"
+            assert "access-control-allow-origin" not in reply.headers
+    elsewhere = httpx.options(url, headers={"Origin": APP, "Host": "evil.example"} | preflight)
+    assert refused(elsewhere, 403)["code"] == "bad_host"
+    own = httpx.get(f"{listed.url}/v1/models", headers={"Origin": listed.url, **key})
+    assert (own.status_code, own.headers.get("access-control-allow-origin")) == (200, None)
+
+
+def test_the_prefix_cache_is_not_shared_between_keys_and_changes_no_bit(listed):
+    text = "The assistant answers what the user asks; the system says how. 1234 "
+    replies = []
+    for key in (*KEYS, *KEYS[::-1]):
+        with listed.client(headers={b"authorization": f"Bearer {key}".encode()}) as client:
+            replies.append(good(client.complete(text, logprobs=1)))
+    cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for reply in replies]
+    assert cached == [False, False, True, True]
+    assert all(reply["choices"] == replies[0]["choices"] for reply in replies)
 
 
 def test_a_body_with_two_lengths_is_refused_and_its_connection_closed(tiny_server):

@@ -1,8 +1,7 @@
-"""Under load: first come, first served; a client that leaves frees its slot (S4), one too many is refused at once (S5),
-health tells the truth (S9), and an answer has the same bits whatever else is asked (S1)."""
+"""Under load: first come, first served; one too many is refused at once (S5), health tells the truth (S9), and an answer has
+the same bits whatever else is asked (S1). Clients that leave or read nothing (S4) are in test_simulation.py."""
 
 import asyncio
-import json
 import random
 import threading
 import time
@@ -16,79 +15,9 @@ from tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused,
 from engine.inference.sequence import Sequence
 from engine.storage.digest import digest
 from stages.serve import state
-from stages.serve.api import generation, writer
+from stages.serve.api import generation
 from stages.serve.api.generation import Generation
 from stages.serve.api.requests import INLINE_BYTES
-
-LONG = 130  # tokens
-
-
-@pytest.fixture
-def slowed(tiny_server, monkeypatch):
-    """Makes each step of the engine take so many seconds more, and returns the list of the steps taken."""
-    step, seconds, steps = tiny_server.engine.step, [0.0], []
-
-    def slow():
-        time.sleep(seconds[0])
-        steps.append(step())
-        return steps[-1]
-
-    monkeypatch.setattr(tiny_server.engine, "step", slow)
-    yield lambda more: seconds.__setitem__(0, more) or steps
-    seconds[0] = 0.0
-    assert until(lambda: tiny_server.load == (0, 0, 0))
-
-
-def test_a_cancelled_request_frees_its_slot(tiny_server, slowed):
-    """Streams and whole answers, cut in the queue, in the prompt or in the answer: none is left behind."""
-    steps = slowed(0.01)
-    rng = random.Random(0)
-
-    async def leaves():
-        async with httpx.AsyncClient(base_url=tiny_server.url) as client:
-            body = ask(
-                "Hello there " * rng.choice((1, 20)), 90, ignore_eos=True, stream=rng.random() < 0.5, n=rng.choice((1, 2))
-            )
-            sending = asyncio.create_task(client.post("/v1/completions", json=body))
-            await asyncio.sleep(rng.random() * 0.15)
-            sending.cancel()
-            await asyncio.wait([sending])
-
-    async def all_leave():
-        for _ in range(10):
-            await asyncio.gather(*(leaves() for _ in range(4)))
-
-    asyncio.run(all_leave())
-    steps.clear()
-    slowed(0.5)
-    assert until(lambda: tiny_server.load == (0, 0, 0))
-    assert len(steps) < 10
-
-
-def test_a_client_that_stops_reading_frees_its_slot(tiny_server, monkeypatch):
-    monkeypatch.setattr(writer, "SEND_SECONDS", 0.2)
-    body = json.dumps(ask(most=LONG, ignore_eos=True, stream=True)).encode()
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b"",
-             "scheme": "http"}  # fmt: skip
-    sent: list[Any] = []
-
-    async def ask_and_read_nothing():
-        messages = iter([{"type": "http.request", "body": body}])
-
-        async def receive():
-            return next(messages, None) or await asyncio.sleep(60)
-
-        async def send(message):
-            sent.append(message["type"])
-            if len(sent) > 2:
-                await asyncio.sleep(60)
-
-        await tiny_server.app(scope, receive, send)
-
-    asyncio.run_coroutine_threadsafe(ask_and_read_nothing(), tiny_server.loop).result(120)
-    assert len(sent) == 3
-    assert until(lambda: tiny_server.load == (0, 0, 0))
 
 
 @pytest.fixture
@@ -278,15 +207,3 @@ def test_an_internal_error_is_a_500_and_is_printed(client, tiny_server, monkeypa
     assert "a mistake" not in reply.text
     assert "KeyError: 'a mistake'" in capfd.readouterr().err
     assert until(lambda: tiny_server.load == (0, 0, 0))
-
-
-def test_the_prefix_cache_is_not_shared_between_keys_and_changes_no_bit():
-    text = "The assistant answers what the user asks; the system says how. 1234 "
-    with TinyServer(keys=("one", "two")) as server:
-        replies = []
-        for key in ("one", "two", "two", "one"):
-            with server.client(headers={"Authorization": f"Bearer {key}"}) as client:
-                replies.append(good(client.complete(text, logprobs=1)))
-    cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for reply in replies]
-    assert cached == [False, False, True, True]
-    assert all(reply["choices"] == replies[0]["choices"] for reply in replies)
