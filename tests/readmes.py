@@ -65,6 +65,8 @@ PROMISES = {  # what is tried at length
     "S9": "/health replies 503 once the engine hangs.",
     "S10": "OpenAI's own client works, and so does every request that our OpenAPI allows.",
     "S11": "A short prompt beside long ones has its first token soon.",
+    "S12": "A large request is not starved by small ones.",
+    "S16": "Who waits as Retry-After says is served before who does not.",
     "S17": "A request gets what it gets alone, under any schedule on a simulated device.",
     "X3": "Every route but the page, liveness and health needs the key.",
     "X4": "A page of another site cannot use a local server.",
