@@ -88,7 +88,8 @@ def test_fifteen_rounds_find_a_difference_of_five_percent():
     assert simulated(15, 0.05) >= 0.85
 
 
-def test_too_few_rounds_give_a_ratio_without_an_interval_and_decide_nothing():
+def test_too_few_rounds_give_a_ratio_without_an_interval_and_a_call_too_short_for_the_clock_none():
+    assert str(ratio(Timing("a", (1.0,) * 6), Timing("b", (0.0, *(1.0,) * 5)))) == "not measured"
     result = ratio(Timing("a", (2.0,) * 5), Timing("b", (1.0,) * 5))
     assert (result.ratio, result.low, result.exceeds(1.0)) == (2.0, None, None)
     assert str(result) == "2.00 (too few rounds to judge)"

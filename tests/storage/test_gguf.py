@@ -19,6 +19,7 @@ from engine.model.paths import leaf_paths, unflatten
 from engine.model.transformer import forward
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8
+from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
 from engine.text.tokenizer import train_bpe
@@ -190,6 +191,13 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     plain = load_model(path, dtype="float32")
     expected = forward(plain.cfg, plain.params, tokens, positions)[0]
     assert np.sqrt(((ours - expected) ** 2).mean() / (expected**2).mean()) < 0.03
+
+
+def test_a_named_models_recommended_sampling_is_known_here(tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / "x.gguf")
+    monkeypatch.setattr(model_loader, "fetch", lambda name, report: {"model": path})
+    assert load_model("smollm2-135m-instruct").sampling == {"temperature": 0.2, "top_p": 0.9}
+    assert load_model(path).sampling == {}
 
 
 def test_a_factor_that_is_not_finite_is_refused(tmp_path):
