@@ -132,6 +132,7 @@ def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: P
 
 
 def cost(row: Json, price: float) -> float:
+    """Returns the dollars of QUESTIONS, at `price` dollars an hour."""
     return row["seconds"] * QUESTIONS / 3600 * price
 
 

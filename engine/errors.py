@@ -60,7 +60,7 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def require_serve_packages(command: str) -> None:
-    """`command` follows `python -m`."""
+    """Raises UserError when a package of the extra `serve` is missing. `command` follows `python -m`."""
     if missing := [name.replace("_", "-") for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m {command}`, or install the "

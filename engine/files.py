@@ -39,9 +39,9 @@ def cache_root() -> Path:
 def cache_folder(name: str, room: int = 2**20) -> Path:
     """Makes and returns a folder in `cache_root()`.
 
-    It is made private (mode 0700), for compiled programs are loaded from there as code. If others can write there or own it, it
-    has no `room`, bytes, or cannot be written, warns, and sets THRICE_CACHE to a temporary folder for this process and those it
-    starts. Unless others could write it, what was cached is found there too.
+    It is made private (mode 0700), for compiled programs are loaded from there as code. If others can write there or own it, if
+    fewer than `room` bytes are free, or if it cannot be written, this warns and sets THRICE_CACHE to a temporary folder for
+    this process and those it starts. Unless others could write it, what was cached is found there too.
     """
     root = cache_root()
     folder = root / name
@@ -86,8 +86,9 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
 
 
 def _temporary_cache(root: Path, room: int, links: bool) -> Path:
-    """Returns a folder, removed at exit, with `links` to all that lies two levels below `root`; else `root`, or without `links`
-    a path where nothing can be.
+    """Returns a folder, removed at exit, with `links` to all that lies two levels below `root`.
+
+    If none can be made, returns `root`, or without `links` a path where nothing can be.
     """
     for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
         with contextlib.suppress(OSError):
@@ -217,7 +218,7 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed writers left unfinished in a folder; without locks, what is a day old."""
+    """Removes what killed writers left unfinished in a folder; where the file system has no locks, only what is a day old."""
     for leftover in folder.glob(f".*.*{UNFINISHED}"):
         with contextlib.suppress(OSError), contextlib.ExitStack() as lock:  # until it is gone: a writer may be about to lock it
             handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
@@ -266,7 +267,7 @@ def discard(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder for the block, where there are locks. Raises BlockingIOError if another holds it and `wait` is False."""
+    """Locks a folder for the block, if its file system has locks. Unless `wait`, raises BlockingIOError if another holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

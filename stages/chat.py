@@ -176,7 +176,7 @@ class ChatSession:
     _engine: "Engine | None" = None
 
     def execute(self, command: str) -> str:
-        """Carries out `/clear` or `/system TEXT`, and returns what it did. Raises UserError."""
+        """Carries out `/clear` or `/system TEXT`, and returns what it did. Raises UserError for another command."""
         name, _, text = command.partition(" ")
         if name == "/clear":
             self.messages, self.last_tokens = [], 0
@@ -187,7 +187,10 @@ class ChatSession:
         raise UserError(f"There is no command {name}; there are /clear, /system TEXT and /quit. Begin a message with //.")
 
     def prompt(self, message: str) -> "tuple[list[int], list[Passage]]":
-        """Returns the tokens of the conversation up to a message, and the passages of documents in it. Raises UserError."""
+        """Returns the tokens of the conversation up to a message, and the passages of documents in it.
+
+        Raises UserError when no room is left to answer.
+        """
         from engine.text.documents import prompt_with
 
         context, ends = self.cfg.context, [{"role": "user", "content": message}]
@@ -207,7 +210,7 @@ class ChatSession:
     def reply(self, message: str, notes: Console, chatty: bool = False) -> None:
         """Prints the completion as it comes, and on `notes` why it ended early, or if `chatty` its cost; adds the turn.
 
-        A first Ctrl-C ends the completion, a second one the command. Raises UserError before anything is printed.
+        A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything is printed.
         """
         from engine.text.completion_text import CompletionText
 

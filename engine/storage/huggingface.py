@@ -57,7 +57,8 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
 
     `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where generation_config.json has
     none. The first of these ids ends a text where tokenizer_config.json names no eos_token. Raises UserError when a file is
-    missing or damaged, and for a tokenizer that cannot be used, or has more ids than `vocab`.
+    missing or damaged, and for a tokenizer that is no BPE that knows every byte, has more ids than `vocab`, or has no token
+    that ends a text.
     """
     source, beside, generation_file = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / GENERATION
     if not source.is_file():

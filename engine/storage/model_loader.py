@@ -143,8 +143,8 @@ def load_model(
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done and in
     all. `on_config` gets the architecture before weights are read. `adapted_by`: the LoRA runs on this base, which is then not
-    fetched from the hub. `blocks`: gets, before `on_config`, the shapes of the leaves that a GGUF file holds as Blocks, which
-    stay so. Raises UserError, too, when the weights exceed the memory.
+    fetched from the hub, as nobody named it. `blocks`: gets, before `on_config`, the shapes of the leaves that a GGUF file
+    holds as Blocks, which stay so. Raises UserError, too, when the weights exceed the memory.
     """
     run: Path | None = None
 

@@ -86,7 +86,8 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
     """Returns the leaves after checking that the file has their tensors, and no other.
 
-    Raises UserError at the first one that is missing or has another shape, however many layers are claimed.
+    `shapes` is without what may be ignored, such as inv_freq. Raises UserError at the first tensor that is missing or has
+    another shape, however many layers are claimed.
     """
     complete: list[Leaf] = []
     for leaf in leaves:

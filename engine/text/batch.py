@@ -47,6 +47,7 @@ class EpochOrder:
 
 @functools.lru_cache(2)  # a batch may read the end of one epoch and the beginning of the next
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of `count` items in an epoch, (count,) int64."""
     return random_words(count, seed, epoch).argsort(kind="stable")
 
 
@@ -60,7 +61,7 @@ class TextBatches:
     """Training batches out of one long text, by random access: `at(step)` needs no earlier step.
 
     An epoch is a fresh shuffle of windows of `seq` targets, laid end to end from a place drawn anew, the text being a ring:
-    every token is a target once, except fewer than `seq`. Raises UserError for a text shorter than one window.
+    every token is a target once, except fewer than `seq` that fill no window. Raises UserError for a text shorter than one.
     """
 
     tokens: np.ndarray  # (tokens,) any integer dtype, memory-mapped or not
@@ -108,6 +109,7 @@ def evaluation_windows(tokens: np.ndarray, seq: int, stride: int, batch: int) ->
 
 
 def count_windows(tokens: int, seq: int, stride: int) -> int:
+    """Counts the windows that `evaluation_windows` makes of a text of so many tokens."""
     return 1 + max(0, -(-(tokens - 1 - seq) // stride))
 
 

@@ -174,7 +174,8 @@ class ChatTokenizer:
         """Replaces one character of every control token in a text of the values, whole or cut off by its edge, by one of
         private use.
 
-        Returns the values, and the character that each mark stands for, which is put back once the template is rendered.
+        So the template, which handles the text as any other, makes no control token of it. Returns the values, and the
+        character that each mark stands for, which is put back once the template is rendered.
         """
         whole = self.source + json.dumps(values, ensure_ascii=False, default=dict)
         unused = (mark for mark in map(chr, PRIVATE) if mark not in whole)
@@ -228,8 +229,9 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Returns the pattern of control tokens, the longest first, with the white space that some take in, as one group; linear in
-    a run of white space.
+    """Returns the pattern of control tokens, the longest first, with the white space that some take in, as one group.
+
+    Its time is linear in a run of white space: it looks at one from its beginning alone.
     """
     names = sorted(tokenizer.controls.values(), key=lambda added: -len(added.content))
     before = r"(?:(?<!\s)\s++)?"

@@ -19,7 +19,7 @@ class CompletionText:
     """Turns tokens into text, returned once it is certain not to be part of a stop string.
 
     Stop strings may begin and end inside tokens; the text ends before the one that is complete first, `stopped`. `tokens`
-    counts those read, the last included.
+    counts those read, the one that completed the stop string included.
     """
 
     def __init__(self, stream: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -56,4 +56,5 @@ class CompletionText:
 
 
 def overlap(text: str, stop: str) -> int:
+    """Returns how many characters at the end of a text may begin a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

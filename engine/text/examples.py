@@ -256,7 +256,7 @@ def pair_batch(pairs: Sequence[Pair | Rating], index: np.ndarray, seq: int) -> P
 def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
     """Packs examples into rows of `seq` tokens, as indices: the longest first, each into the row where it leaves least room.
 
-    Best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
+    This is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """
     sizes = [_places(example, seq) for example in examples]
     if not pack:

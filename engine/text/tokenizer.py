@@ -143,9 +143,9 @@ class ModelTokenizer(NamedTuple):
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last; fewer on too short texts.
+    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
 
-    The same texts give the same vocabulary. Raises UserError for a text with a lone surrogate.
+    Short texts may give fewer. The same texts give the same vocabulary. Raises UserError for a text with a lone surrogate.
     """
     return _byte_level(models.BPE(), texts, vocab)
 

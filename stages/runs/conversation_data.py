@@ -53,8 +53,8 @@ class Reference(NamedTuple):
 class ConversationData:
     """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out.
 
-    `overlap` says what was done about held-out rows that copy a training row. `questions`: QUESTIONS conversations of the
-    held-out set, each up to the assistant's first answer.
+    No held-out row copies a training row, or has its prompt if a preference; `overlap` says what was left out. `questions`:
+    QUESTIONS conversations of the held-out set, each up to the assistant's first answer.
     """
 
     train: list[Any]
@@ -146,8 +146,8 @@ def _without_copies(
 def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> tuple[list[Any], list[Any], str, str]:
     """Returns the training and the held-out items, the latter's name, and a sentence on copies.
 
-    All copies of a row are on one side; rows without one are held out first, by a hash of seed and text, so that a row more in
-    the file moves no other. Of a single text the end is held out.
+    All copies of a row are on one side, and rows without a copy are held out first. A hash of seed and text chooses them, so
+    that a row more in the file moves no other. Of a single text the end is held out.
     """
     if len(rows) == 1 < len(items):
         count = max(1, round(HELD_OUT * len(items)))

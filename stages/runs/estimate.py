@@ -194,7 +194,7 @@ def measure_in_subprocess() -> Ceilings | None:
 
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
-    """Returns what all devices of a mesh reach together; a machine's CPUs share its cores."""
+    """Returns what all devices of a mesh reach together, of one's `ceilings`; a machine's CPUs share its cores."""
     count = mesh.devices if jax.default_backend() != "cpu" else processes.machine_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 

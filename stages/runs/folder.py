@@ -73,7 +73,7 @@ def clear_run(folder: Path) -> None:
 def lock_run(folder: Path) -> Iterator[None]:
     """Makes the run folder and holds it for this process; puts right what killed writers left there.
 
-    Raises UserError when another process holds it.
+    At the end an empty folder is removed. Raises UserError when another process holds it.
     """
     make_folder(folder)
     try:
@@ -109,7 +109,7 @@ def replace_nonfinite(value: Any, replace: Callable[[float], Any]) -> Any:
 class JsonLines:
     """Writes lines of JSON in process 0, each with its `step`.
 
-    Opened at a step, it drops later lines, whose steps run again; at step 0 all. Raises UserError for what is no file.
+    Opened at a step, it drops later lines, whose steps run again; at step 0 it drops all. Raises UserError for what is no file.
     """
 
     def __init__(self, path: Path, step: int) -> None:

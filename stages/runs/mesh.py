@@ -58,7 +58,7 @@ def device_with_mesh(device: Device, shape: MeshShape) -> Device:
 
 
 def refuse_different_runs(metadata: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
-    """Raises UserError in every process when the runs of several differ."""
+    """Raises UserError in every process when their run.json, architecture, options or checkpoints differ."""
     shared = {name: value for name, value in metadata.items() if name not in PER_PROCESS_ENTRIES}
     shared |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
     processes.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})

@@ -151,7 +151,7 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
 
 
 def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what is damaged or changed."""
+    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, and adds changes to `metadata`."""
     like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
     with console.task("loading the checkpoint"):
         loaded = checkpoint_reader.load(previous.folder, *like)

@@ -16,7 +16,7 @@ from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
 from stages.runs.estimate import RunPlan
 from stages.runs.text_data import Evaluator
 
-LARGE_BUFFER = 2**27  # bytes
+LARGE_BUFFER = 2**27  # bytes; moving a larger one costs page faults
 
 
 @dataclasses.dataclass

@@ -89,7 +89,7 @@ class EngineThread:
         self._work.put(drop)
 
     async def call[T](self, function: Callable[[], T]) -> T:
-        """Returns what a function returns in the engine's thread, behind all that was submitted before."""
+        """Returns what a function returns in the engine's thread, between two steps, behind all that was submitted before."""
         future = self._loop.create_future()
         self._work.put(lambda: self._post(future.set_result, function()))
         return await future

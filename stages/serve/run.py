@@ -133,7 +133,7 @@ def _split(text: str | None) -> list[str]:
 async def serve(
     state: "ServerState", app: ASGIApp, sock: socket.socket, console: Console, ahead: "CompileAhead", ready: str
 ) -> int:
-    """Serves on the socket until a signal, then until every request under way has its reply.
+    """Serves on the socket until a signal, then until every request under way has its reply, or a second signal.
 
     Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0 when every request had its reply,
     1 when the engine failed or a weight changed.

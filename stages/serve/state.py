@@ -122,8 +122,8 @@ class ServerState:
 def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     """Returns one name for all that can change a completion, beside the request: OpenAI's system_fingerprint.
 
-    `text`: how text becomes tokens, is sampled by default, and ends; the adapter's digest. The prefix cache, speculative
-    decoding and the number of adapters are not in it: they change no bit.
+    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends; the adapter's digest.
+    The prefix cache, speculative decoding and the number of adapters are not in it: they change no bit.
     """
     options = dataclasses.asdict(engine.config)
     for name in ("speculate", "prefix_cache_bytes", "short", "embeds", "adapters"):

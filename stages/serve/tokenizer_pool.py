@@ -37,7 +37,10 @@ class TokenizerPool:
         return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
     async def encode(self, texts: Sequence[str], special: bool = True, continued: bool = False) -> list[list[int]]:
-        """Returns the tokens of each text, with the model's start tokens if `special`, or as one that is `continued`."""
+        """Returns the tokens of each text, with the model's start tokens if `special`, or as one that is `continued`.
+
+        Raises ApiError.
+        """
         start = self.tokenizer.bos_ids if special and not continued else ()
 
         def encode(_: ChatTokenizer) -> list[list[int]]:
@@ -50,7 +53,7 @@ class TokenizerPool:
     ) -> tuple[list[int], list[Passage]]:
         """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there.
 
-        Passages of the documents are in them, and returned. `more`: what else the template reads.
+        Passages of the documents are in them, and returned. `more`: what else the template reads. Raises ApiError.
         """
         more = {**(more or {}), "tools": [tool.definition for tool in tools] or None}
         if answer and self.strips_space:

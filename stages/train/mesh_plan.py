@@ -112,6 +112,7 @@ def _compile_in_subprocess(plan: RunPlan, console: Console) -> dict[str, Any]:
 
 
 def _end_after(parent: int) -> None:
+    """Ends this process after its parent, which a signal may end at any moment."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

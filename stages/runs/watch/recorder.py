@@ -68,9 +68,10 @@ def file_sink(path: Path) -> Sink:
 
 
 def refuse_other_file(path: Path, step: int, **run: str) -> None:
-    """Raises UserError unless a run that begins after `step` may record here: over nothing, a recording, or later its own.
+    """Raises UserError unless a run that begins after `step` may record here.
 
-    `run`: the fields of `begin` by which a run knows its recording. Another file may be the text that is trained on.
+    It may where nothing is; at step 0 over any recording, later over its own, known by the fields `run` of `begin`. Another
+    file may be the text that is trained on, or a link such as /dev/stdout.
     """
     other = "Give another file with --record."
     if path.is_symlink():
@@ -146,8 +147,8 @@ class Recorder:
     ) -> None:
         """Begins with the weights before the first step. `header`: the run's own fields of the event.
 
-        `order`: the model's paths as a token passes them. `sample` and `digest` take trainable weights, `gradient_norms` the
-        batch too.
+        `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights,
+        `gradient_norms` the batch too.
         """
         if not self.sinks:
             return
@@ -297,6 +298,7 @@ def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
+    """Returns a tensor's mosaic, int8 in base64 with 127 for `limit`, and `limit`, which ROBUST of its pixels are within."""
     matrix = np.nan_to_num(array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0)
     rows, columns = (np.arange(0, size, patch) for size in matrix.shape)
     sums = np.add.reduceat(np.add.reduceat(matrix, rows, 0), columns, 1)

@@ -85,7 +85,7 @@ class CompletionFields(GenerationRequest, kw_only=True):
 
     @property
     def grammars(self) -> list[Grammar]:
-        """Under vLLM's names, and llama.cpp's `grammar`."""
+        """The grammars that the request asks for, under vLLM's names and llama.cpp's `grammar`."""
         given = {name: getattr(self, name) for name in GRAMMARS}
         return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
 
