@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import itertools
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,12 +93,8 @@ class FakeRunner:
     def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig) -> None:
         self.params, self.config = params, config
         self.has_kernel = config_module.has_kernel()
-        self.edges = edges = config.edges
-        short = config.short_edges
-        self.limit, self.positions = short[-1], edges[-1]
-        self.segments = SimpleNamespace(edges=short)
-        self.has_long_programs = False
-        self.cache = [[EMPTY] * edges[-1] for _ in range(config.slots)]
+        self.segments, self.edges, self.positions = None, config.edges, config.edges[-1]
+        self.cache = [[EMPTY] * self.positions for _ in range(config.slots)]
         self.counts = [(0,) * VOCAB for _ in range(config.rows)]
         self.stacks = [0] * (1 + config.adapters)
 
@@ -107,44 +102,34 @@ class FakeRunner:
         number = adapter if isinstance(adapter, int) else 9  # the engine's own, by which it compares chunks
         self.stacks = [*self.stacks[:index], number, *self.stacks[index + 1 :]]
 
-    def load_long_programs(self) -> None:
-        self.has_long_programs, self.segments = True, SimpleNamespace(edges=self.edges)
-
     def warm(self, *_: Any) -> None:
         pass
 
-    def _seen(self, stop: int) -> int:
-        """Returns how many positions a call on those below `stop` gets."""
-        if min(stop, self.positions) <= self.limit:
-            return self.limit
-        assert self.has_long_programs, "a call on positions that no program reaches yet"
-        return self.positions
-
-    def prefill(self, tokens: Any, slot: int, start: int, stop: int, adapter: int) -> None:
-        assert start + tokens.shape[1] <= self._seen(stop)
+    def prefill(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> None:
+        assert start + tokens.shape[1] <= self.positions
         for position, token in enumerate(tokens[0].tolist(), start):
             self.cache[slot][position] = key_value(token, position, self.cache[slot], self.stacks[adapter])
 
-    def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
-        assert start + count <= self._seen(stop)
-        self.cache[slot][start : start + count] = [NAN if np.isnan(x) else int(x) for x in chunk[0, :count]]
+    def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
+        assert start + count <= self.positions
+        self.cache[slot][start : start + count] = [NAN if np.isnan(x) else int(x) for x in chunk[0, 0, :count]]
 
-    def read(self, slot: int, start: int, size: int, stop: int) -> Any:
-        assert start + size <= self._seen(stop)
+    def read(self, slot: int, start: int, size: int) -> Any:
+        assert start + size <= self.positions
         part = np.array(self.cache[slot][start : start + size], np.float32)
-        return np.where(part == NAN, np.nan, part)[None].repeat(2 * CFG.layers, 0)
+        return np.where(part == NAN, np.nan, part)[None, None].repeat(2 * CFG.layers, 0)
 
-    def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
-        seen = self._seen(stop)
-        edges = [*(edge for edge in self.edges if edge < min(seen, max_positions)), seen]
-        for begin, end in itertools.pairwise(edges):
-            if begin >= start:
-                self.cache[slot][begin:end] = [EMPTY] * (end - begin)
-        return seen
+    def clear(self, slot: int, max_positions: int) -> None:
+        assert not self.has_kernel, "a text that nothing reads is cleared"
+        end = self._end(max_positions)
+        self.cache[slot][:end] = [EMPTY] * end
 
-    def copy(self, slot: int, targets: Any, stop: int, max_positions: int) -> None:
-        seen = self._seen(stop)
-        end = min(edge for edge in self.edges if edge >= min(seen, max_positions))
+    def _end(self, max_positions: int) -> int:
+        """Returns where the last segment ends that begins below `max_positions`."""
+        return min(edge for edge in self.edges if edge >= min(self.positions, max_positions))
+
+    def copy(self, slot: int, targets: Any, max_positions: int) -> None:
+        end = self._end(max_positions)
         for target in targets:
             self.cache[target][:end] = self.cache[slot][:end]
 
@@ -152,9 +137,9 @@ class FakeRunner:
         self.counts[slot] = counts_of(prompt, logit_bias)
 
     def decode(
-        self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, stop: int, adapters: Any
+        self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, adapters: Any
     ) -> SampledTokens:
-        seen, R = self._seen(stop), len(token)
+        R = len(token)
         sampled = SampledTokens(
             np.zeros((STEPS, R), np.int32),
             np.zeros((STEPS, R), bool),
@@ -169,13 +154,13 @@ class FakeRunner:
             for position, row in active:
                 value = key_value(current[row], position, self.cache[own[row]], self.stacks[adapters[row]])
                 for source, target in zip(rows.source, rows.target):
-                    if source == row and target < self.config.slots and position < seen:
+                    if source == row and target < self.config.slots and position < self.positions:
                         self.cache[target][position] = value
             for position, row in active:
                 text = self.cache[own[row]]
-                segment = next((edge for edge in self.edges if edge > position), seen)
-                reached = position + 1 if self.has_kernel else segment
-                sampled.finite[step, row] = NAN not in text[:reached]  # what lies behind is multiplied by 0, and NaN stays NaN
+                # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
+                reached = position + 1 if self.has_kernel else self._end(position + 1)
+                sampled.finite[step, row] = NAN not in text[:reached]
                 allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.masked[row] else -1
                 current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
                 sampled.token[step, row] = current[row]
@@ -246,7 +231,6 @@ def make_engine(rng: random.Random) -> Engine:
         speculate=rng.random() < 0.7,
         chunk=CHUNK,
         tail=rng.choice([TAIL, CHUNK]),
-        short=rng.choice([None, 16, 32]),
         adapters=rng.choice([0, 0, 1, 2]),
     )
     has_kernel = rng.random() < 0.5
@@ -254,9 +238,7 @@ def make_engine(rng: random.Random) -> Engine:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
         patch.setattr(config_module, "has_kernel", lambda: has_kernel)
         engine = Engine(CFG, {}, config)
-    engine.warm(long_programs=False)
-    if rng.random() < 0.5:
-        engine.load_long_programs()
+    engine.warm()
     return engine
 
 
@@ -266,7 +248,7 @@ def simulate(seed: int) -> None:
     engine = make_engine(rng)
     config = engine.config
     requests = [draw_request(rng) for _ in range(rng.randint(1, 9))]
-    due, loads_at = sorted(rng.randrange(60) for _ in requests), rng.randrange(120)
+    due = sorted(rng.randrange(60) for _ in requests)
     ids, cancelled, output, reasons = {}, set[int](), {}, {}
     namespaces, adapters = collections.Counter[Any](), list[Adapter]()
     space = lambda request: (request.namespace, request.adapter and request.adapter.digest)
@@ -288,15 +270,14 @@ def simulate(seed: int) -> None:
             if index := engine.free_adapter_index([adapter.index for adapter in adapters]):
                 adapters.append(Adapter(str(number := rng.randint(1, 3)), index))
                 engine.runner.put_adapter(index, number)
-        if clock >= loads_at:
-            engine.load_long_programs()
         for event in engine.step():
             assert event.id not in {*cancelled, *reasons}, "an event after the end"
             output[event.id] = output.get(event.id, []) + event.tokens
             if event.finish_reason:
                 reasons[event.id] = event.finish_reason
-                shares = namespaces[space(ids[event.id])] > 1 or engine.config.short  # a text that restarts finds itself
-                assert shares or not event.cached_tokens, "the prefix cache gave a prompt of another namespace or adapter"
+                assert namespaces[space(ids[event.id])] > 1 or not event.cached_tokens, (
+                    "the prefix cache gave a prompt of another namespace or adapter"
+                )
         check_slots(engine)
         clock += 1
     for id, request in ids.items():

@@ -198,14 +198,10 @@ class Schedule:
     async def tick(self) -> None:
         """The engine's thread."""
         rng, engine = self.rng, self.thread.engine
-        loads_at = rng.random() * 3
         while not self.ended:
             assert self.loop.now < MOST_SECONDS, "a request is never finished"
             if engine.config.adapters and rng.random() < 0.2:
                 self.thread._work.put(self.change_adapters)
-            if self.loop.now >= loads_at and not self.thread.has_long_programs:
-                self.thread._work.put(self.thread._load_long_programs)
-                loads_at = MOST_SECONDS
             self.thread.tick()
             check_slots(engine)
             assert self.state.admission.reserved <= self.state.admission.limit, "more are let in than there are places"

@@ -96,7 +96,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     """
     cfg, tokenizer = dataclasses.replace(model.cfg, dtype="float32"), model.tokenizer
     most = min(TOKENS, cfg.context // 2)
-    config = EngineConfig(SLOTS, cfg.context, kv_dtype="float32", chunk=SMALL_CHUNK, tail=SMALL_CHUNK, short=None)
+    config = EngineConfig(SLOTS, cfg.context, kv_dtype="float32", chunk=SMALL_CHUNK, tail=SMALL_CHUNK)
     engine = Engine(cfg, prepare_params(cfg, model.params, whole=False), config)
     before = {path: np.array(leaf) for path, leaf in leaf_paths(engine.params).items()}
     sha = digest(engine.params)

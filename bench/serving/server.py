@@ -41,9 +41,8 @@ class Server:
             while True:
                 reply = await self.client.get("/health", timeout=5)
                 if reply.status == 200:
-                    self.ready_seconds = self.ready_seconds or clock() - begin
-                    if reply.json()["long_texts_ready"]:
-                        return self
+                    self.ready_seconds = clock() - begin
+                    return self
                 ended, late = self.process.poll(), clock() - begin > START_SECONDS
                 if late or ended is not None:
                     why = (

@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.inference.decode import prepare_params
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
-from engine.model.ops import has_kernel, platform
+from engine.model.ops import has_kernel
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import matrices_to_blocks
@@ -33,15 +33,14 @@ def default_weights(backend: str) -> Weights:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The options of an engine. A completion depends on its request, the model and these, to the bit, but not on `speculate`,
-    `prefix_cache_bytes`, `short` and `embeds`.
+    `prefix_cache_bytes` and `embeds`.
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, "q4" makes them Blocks of
     4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for the default size. speculate: whether idle rows
     check draft tokens. chunk: prompt tokens a call; tail: of a short rest. segment: positions of the KV cache's first segment,
-    a multiple of chunk; None for one chunk; the kernels in C have one segment. short: the longest text, in positions, that has
-    programs of its own; None where no text has. embeds: whether embeddings are asked for. adapters: the most at once, of
-    at most adapter_rank. Raises UserError.
+    a multiple of chunk; None for one chunk; the kernels in C have one segment. embeds: whether embeddings are asked
+    for. adapters: the most at once, of at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8
@@ -53,7 +52,6 @@ class EngineConfig:
     chunk: int = CHUNK
     tail: int = TAIL
     segment: int | None = None
-    short: int | None = 512
     embeds: bool = False
     adapters: int = 0
     adapter_rank: int = 8
@@ -79,7 +77,7 @@ class EngineConfig:
         capacity, different = cfg.context if capacity is None else capacity, len(set(prompts))
         config = cls(
             len(prompts), capacity, kv_dtype=cfg.dtype, chunk=SMALL_CHUNK, tail=SMALL_CHUNK,
-            segment=SMALL_SEGMENT, short=None, speculate=len(prompts) == 1,
+            segment=SMALL_SEGMENT, speculate=len(prompts) == 1,
         )  # fmt: skip
         if different == len(prompts):
             return config
@@ -95,14 +93,6 @@ class EngineConfig:
         """Where the segments of the KV cache start, and where the last ends."""
         assert self.capacity
         return self._edges(self.capacity)
-
-    @property
-    def short_edges(self) -> tuple[int, ...]:
-        """The edges of short texts' segments, at least one; all on an accelerator, where two programs' bits may differ."""
-        edges = self.edges
-        if self.short is None or platform() != "cpu":
-            return edges
-        return edges[: 1 + max(1, sum(0 < edge <= self.short for edge in edges))]
 
     def _edges(self, capacity: int) -> tuple[int, ...]:
         return segment_edges(capacity, capacity if has_kernel() else self.segment or self.chunk, self.chunk)

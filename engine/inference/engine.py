@@ -12,7 +12,6 @@ from the request's own seed and positions.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -98,14 +97,8 @@ class Engine:
 
     def queue_position(self, priority: int) -> int:
         """Returns the queue position of the requests with this priority: 1 is served next, 0 when none waits for a slot."""
-        waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)} - self.held_priorities
+        waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)}
         return sum(other <= priority for other in waiting) if priority in waiting else 0
-
-    @property
-    def held_priorities(self) -> set[int]:
-        """Priorities of requests that wait for the programs for longer texts, see `warm`."""
-        scheduler = self.scheduler
-        return {sequence.priority for sequence in (*scheduler.waiting, *scheduler.running) if scheduler.is_held(sequence)}
 
     def free_adapter_index(self, in_use: Collection[int]) -> int | None:
         """Returns an index of the stacks that is not `in_use`, or None; what a request here reads is never written."""
@@ -124,8 +117,8 @@ class Engine:
         for sequence in self.scheduler.admit():
             request = sequence.request
             sequence.prefix_key = root_key(request.namespace, request.adapter.digest if request.adapter else "")
-            if sequence.slot not in self.used_slots:
-                sequence.cleared_positions = self.runner.segments.edges[-1]
+            if sequence.slot in self.used_slots and not self.runner.has_kernel:  # which reads no other text's numbers
+                self.runner.clear(sequence.slot, sequence.max_positions)
             self.used_slots.add(sequence.slot)
             if request.sampling.adjusts_logits:
                 self.runner.set_counts(sequence.slot, request.prompt, request.sampling.logit_bias)
@@ -139,17 +132,10 @@ class Engine:
                 return self._decode(batch)
         return []
 
-    def warm(
-        self,
-        report: Callable[[int, int], None] | None = None,
-        ahead: Iterable[tuple[str, int]] = (),
-        *,
-        long_programs: bool = True,
-    ) -> None:
+    def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
         """Compiles every program and runs each once with no row in use; nothing is compiled after that. Sets `tails_are_exact`.
 
-        `ahead`, `report`: see `ModelRunner.warm`. Programs for longer texts can be left to `load_long_programs`: texts that get
-        so long are held until then, without a slot if others want it. Raises ValueError while there are requests.
+        `ahead`, `report`: see `ModelRunner.warm`. Raises ValueError while there are requests.
         """
         if self.busy:
             raise ValueError("warm is for an engine without requests")
@@ -157,15 +143,6 @@ class Engine:
         self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
-        if long_programs:
-            self.load_long_programs()
-        else:
-            self.scheduler.limit = self.runner.limit
-
-    def load_long_programs(self) -> None:
-        """Loads the programs for longer texts, compiled by `runner.compile_long_programs` or now."""
-        self.runner.load_long_programs()
-        self.scheduler.limit = sys.maxsize
 
     def _compare_tails(self) -> bool:
         """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
@@ -177,8 +154,8 @@ class Engine:
         self.used_slots.add(0)
         for size in (chunk, tail):
             for at in range(0, chunk, size):
-                self.runner.prefill(tokens[:, at : at + size], 0, at, chunk, adapter)
-            computed = jax.device_get(self.runner.read(0, 0, chunk, chunk))
+                self.runner.prefill(tokens[:, at : at + size], size, 0, at, adapter)
+            computed = jax.device_get(self.runner.read(0, 0, chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(computed)])
         self.runner.stacks = stacks
         return results[0] == results[1]
@@ -194,13 +171,6 @@ class Engine:
             }
         )
 
-    def _clear(self, sequence: Sequence, stop: int) -> bool:
-        """Clears what other texts left in a sequence's slot below `stop`; returns whether there was anything."""
-        if min(stop, self.runner.positions) <= sequence.cleared_positions:
-            return False
-        sequence.cleared_positions = self.runner.clear(sequence.slot, sequence.cleared_positions, stop, sequence.max_positions)
-        return True
-
     def _prefill(self, sequence: Sequence) -> None:
         """Computes one chunk of a prompt, or a tail, after copying up to HITS_AT_ONCE from the prefix cache.
 
@@ -209,15 +179,14 @@ class Engine:
         first = sequence
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.config.chunk)
-            stop = sequence.prefilled_tokens - done + self.config.chunk
-            self._clear(sequence, stop)
-            cached = 0 if done else self._copy_cached(sequence, tokens, stop)
+            start = sequence.prefilled_tokens - done
+            cached = 0 if done else self._copy_cached(sequence, tokens)
             if not (cached or sequence is first):
                 return
-            count = cached or self._compute(sequence, tokens, done, stop)
+            count = cached or self._compute(sequence, tokens, done)
             if done + count == len(tokens):
                 if not cached and self.prefix_cache.limit:
-                    self._cache(sequence, tokens, stop)
+                    self._cache(sequence, tokens, start)
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
             self.scheduler.record_prefill(sequence, count)
             if not (cached and self.scheduler.prefilling):
@@ -227,13 +196,9 @@ class Engine:
 
     def _embed(self, sequence: Sequence) -> list[Event]:
         """Computes one chunk of a text whose embedding is asked for, without the prefix cache: every token's state counts."""
-        tokens, start = sequence.chunk(self.config.chunk)[0], sequence.prefilled_tokens
-        self._clear(sequence, self.runner.positions)
-        padded: Any = np.zeros((1, self.config.chunk), np.int32)
-        padded[0, : len(tokens)] = tokens
-        sequence.hidden_sum = sequence.hidden_sum + self.runner.embed(
-            padded, len(tokens), sequence.slot, start, sequence.request.adapter_index
-        )
+        tokens = sequence.chunk(self.config.chunk)[0]
+        summed = self._prefill_part(sequence, tokens, self.config.chunk)
+        sequence.hidden_sum = sequence.hidden_sum + jax.device_get(summed)[0]
         self.scheduler.record_prefill(sequence, len(tokens))
         if sequence.to_prefill:
             return []
@@ -241,37 +206,37 @@ class Engine:
         embedding = sequence.hidden_sum / len(sequence.request.prompt)
         return [Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)]
 
-    def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> int:
-        """Copies the next chunk of a prompt, or the beginning of one, from the prefix cache; returns the count of its tokens.
-
-        `stop`: where the chunk ends, here and below.
-        """
+    def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
+        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns the count of its tokens."""
         for count in (len(tokens), *self._prefix_lengths(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
-                self.runner.write(chunk, sequence.slot, sequence.prefilled_tokens, count, stop)
+                self.runner.write(chunk, sequence.slot, sequence.prefilled_tokens, count)
                 sequence.cached_tokens += count
                 return count
         return 0
 
-    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int, stop: int) -> int:
+    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
         """Computes the next chunk of a prompt, or a tail of one that is begun; returns the count of its tokens."""
         tail, chunk = self.config.tail, self.config.chunk
         size = tail if done or len(tokens) <= min(MAX_TAILS, chunk // tail) * tail else chunk
         part = tokens[done : done + size]
-        padded: Any = np.zeros((1, size), np.int32)
-        padded[0, : len(part)] = part
-        self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, stop, sequence.request.adapter_index)
+        self._prefill_part(sequence, part, size)
         return len(part)
 
-    def _cache(self, sequence: Sequence, tokens: tuple[int, ...], stop: int) -> None:
-        start = stop - self.config.chunk
+    def _prefill_part(self, sequence: Sequence, tokens: tuple[int, ...], size: int) -> Any:
+        padded: Any = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        at = sequence.slot, sequence.prefilled_tokens
+        return self.runner.prefill(padded, len(tokens), *at, sequence.request.adapter_index)
+
+    def _cache(self, sequence: Sequence, tokens: tuple[int, ...], start: int) -> None:
         size = self.config.tail if len(tokens) <= self.config.tail else self.config.chunk
-        chunk = self.runner.read(sequence.slot, start, size, stop)
+        chunk = self.runner.read(sequence.slot, start, size)
         counts: Iterable[int] = self._prefix_lengths(tokens)
         # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
         last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
-        if not all(np.isfinite(part).all() for part in last):
+        if not all(np.isfinite(part[:, :, : len(tokens)]).all() for part in last):
             counts = ()
         keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *counts)]
         self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
@@ -283,12 +248,9 @@ class Engine:
 
     def _decode(self, batch: Decode) -> list[Event]:
         first = batch.sequences[0]
-        were_cleared = [self._clear(row.sequence, row.position + batch.steps) for row in batch.rows]
-        stop = max(row.position for row in batch.rows) + batch.steps
-        if batch.copies and (batch.copies_are_new or any(were_cleared)):
-            stop = max(stop, first.cleared_positions)
+        if batch.copies_are_new:
             self.used_slots.update(batch.copies)
-            self.runner.copy(first.slot, batch.copies, stop, first.max_positions)
+            self.runner.copy(first.slot, batch.copies, first.max_positions)
         token: Any = np.zeros(self.rows, np.int32)
         position: Any = np.full(self.rows, -1, np.int32)
         slot: Any = np.minimum(np.arange(self.rows, dtype=np.int32), self.config.slots - 1)
@@ -298,7 +260,7 @@ class Engine:
             sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
         rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
-        sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, stop, adapters)
+        sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, adapters)
         self.decode_steps += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
         return [event for event in events if event.tokens or event.finish_reason]
@@ -323,16 +285,14 @@ class Engine:
         samples = [(step, row) for row in batch.rows_of(sequence) for step in range(batch.steps)]
         values = (int(sampled.token[at]) if sampled.finite[at] else None for at in samples)
         tokens, reason = sequence.accept(values, batch.drafts_of(sequence))
-        repeated = min(len(tokens), sequence.to_repeat)
-        sequence.to_repeat -= repeated
         count = sequence.request.sampling.logprobs
         logprobs = []
-        for at in samples[repeated : len(tokens)] if count is not None else ():
+        for at in samples[: len(tokens)] if count is not None else ():
             top = (array[at][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
             logprobs.append(LogProb(int(sampled.token[at]), float(sampled.logprob[at]), tuple(zip(*top))))
         if reason:
             self.scheduler.finish(sequence)
-        return Event(sequence.id, tokens[repeated:], reason, logprobs, sequence.cached_tokens, sequence.stop_token)
+        return Event(sequence.id, tokens, reason, logprobs, sequence.cached_tokens, sequence.stop_token)
 
 
 def complete(

@@ -1,15 +1,12 @@
 """ModelRunner: the weights, KV cache and token counts of `engine.Engine` on the device, and the programs that work on them.
 
-The programs' shapes depend on the model, the slots and the segments they get, never on a request, so all can be compiled before
-the first one. They donate the KV cache and the token counts, and no parameter. On a CPU a call on positions below `short` gets
-only the segments there: such programs load in half the time. Those for longer texts, which have the same numbers to the bit,
-are compiled later, in any thread.
+The programs' shapes depend on the model, the slots and their capacity, never on a request, so all can be compiled before
+the first one. They donate the KV cache and the token counts, and no parameter.
 """
 
 import contextlib
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -87,35 +84,21 @@ def prefill_chunk(
     params: Params,
     segments: KVSegments,
     tokens: Array,
+    count: Array | None,
     slot: Array,
     start: Array,
     adapters: RowAdapters = NO_ADAPTERS,
-) -> KVSegments:
-    """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
-    rows = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None])
-    positions = start + jnp.arange(tokens.shape[1])
-    params = with_stacks(cfg, params, *adapters)
-    cache = hidden_states(cfg, params, tokens, positions[None], segmented_cache(segments, rows))[1]
-    return layout.pin_cache(cache.segments)
+) -> tuple[Array | None, KVSegments]:
+    """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on.
 
-
-@jax.jit(static_argnames="cfg", donate_argnames="segments")
-def embed_chunk(
-    cfg: ModelConfig,
-    params: Params,
-    segments: KVSegments,
-    tokens: Array,
-    count: Array,
-    slot: Array,
-    start: Array,
-    adapters: RowAdapters = NO_ADAPTERS,
-) -> tuple[Array, KVSegments]:
-    """Sums the head's input over the first `count` of tokens (1, T) int32, (1, D) float32; else as `prefill_chunk`."""
+    With a `count` it sums the head's input over so many tokens, for an embedding: (1, D) float32.
+    """
     rows, T = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
     params = with_stacks(cfg, params, *adapters)
     hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
-    counted = jnp.where(jnp.arange(T)[:, None] < count, hidden.astype(jnp.float32), 0)
-    return counted.sum(1), layout.pin_cache(cache.segments)
+    is_counted = None if count is None else jnp.arange(T)[:, None] < count
+    summed = None if is_counted is None else jnp.where(is_counted, hidden.astype(jnp.float32), 0).sum(1)
+    return summed, layout.pin_cache(cache.segments)
 
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
@@ -174,9 +157,8 @@ class Programs(NamedTuple):
     decode: Call
     prefill_chunk: Call
     prefill_tail: Call | None  # where a tail is shorter than a chunk
-    embed_chunk: Call | None  # where embeddings are asked for, of all segments alone
-    clear_slot: Call
-    copy_slot: Call | None  # where rows cannot share a slot
+    clear_slot: Call | None  # this and the next: without the kernels in C, which read a row's own text alone
+    copy_slot: Call | None
     set_token_counts: Call
     read_chunk: Call | None  # this and those below: with a prefix cache
     write_chunk: Call | None
@@ -195,7 +177,8 @@ def idle_calls(
     has_tail = config.tail < config.chunk
 
     def prefill(size: int) -> Call:
-        return prefill_chunk, (cfg, params, segments, np.zeros((1, size), np.int32), nowhere, start, row_adapters(stacks, [0]))
+        tokens, count = np.zeros((1, size), np.int32), start if config.embeds else None
+        return prefill_chunk, (cfg, params, segments, tokens, count, nowhere, start, row_adapters(stacks, [0]))
 
     def read(size: int) -> Call | None:
         return (read_chunk, (segments, start, start, size)) if config.prefix_cache_bytes else None
@@ -229,13 +212,7 @@ def idle_calls(
         ),
         prefill_chunk=prefill(config.chunk),
         prefill_tail=prefill(config.tail) if has_tail else None,
-        embed_chunk=(
-            embed_chunk,
-            (cfg, params, segments, np.zeros((1, config.chunk), np.int32), start, nowhere, start, row_adapters(stacks, [0])),
-        )
-        if config.embeds and segments.edges == config.edges
-        else None,
-        clear_slot=(clear_slot, (segments, nowhere, start, step)),
+        clear_slot=None if has_kernel() else (clear_slot, (segments, nowhere, step)),
         copy_slot=None if has_kernel() else (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
         set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
         read_chunk=read(config.chunk),
@@ -264,14 +241,15 @@ def compile_programs(programs: Programs) -> Generator[tuple[str, int]]:
 
 
 def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
-    """Compiles the programs of an engine for short texts, as it is iterated, from the shapes of `params` alone."""
-    state = lambda: (
-        make_kv_segments(cfg, config.slots, config.short_edges, config.kv_dtype),
-        make_token_counts(cfg, config.rows),
-        empty_stacks(cfg, config),
-    )
+    """Compiles the programs of an engine, as it is iterated, from the shapes of `params` alone."""
+    state = lambda: (*empty_cache(cfg, config), empty_stacks(cfg, config))
     params, state_shapes = layout.inference_shapes(params, jax.eval_shape(state))
     return compile_programs(idle_calls(cfg, config, params, *state_shapes))
+
+
+def empty_cache(cfg: ModelConfig, config: EngineConfig) -> tuple[KVSegments, TokenCounts]:
+    segments = make_kv_segments(cfg, config.slots, config.edges, config.kv_dtype)
+    return segments, make_token_counts(cfg, config.rows)
 
 
 def empty_stacks(cfg: ModelConfig, config: EngineConfig) -> Params | None:
@@ -296,76 +274,51 @@ def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple
 class ModelRunner:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
-    `limit`: the positions of short texts. `has_long_programs`: whether longer ones have their segments and programs. `stacks`:
-    of adapters. In its methods all positions lie below `stop`, and `adapter` is an index in the stacks.
+    `stacks`: of adapters. In its methods `adapter` is an index in the stacks.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
         self.cfg, self.config, self.mesh = cfg, config, layout.current_mesh()
-        edges, short = config.edges, config.short_edges
-        self._short, self.limit, self.positions = len(short) - 1, short[-1], edges[-1]
-        self.has_long_programs = False
-        self._preparing = threading.Lock()
-        self._prepared: tuple[KVSegments, Programs | None] | None = None
         self.has_kernel = has_kernel()  # whether kernels in C compute
         self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(cfg, config))
-        self.segments, self.counts = self._make(lambda: (self._empty(short), make_token_counts(cfg, config.rows)))
+        self.segments, self.counts = self._device_put(layout.make_sharded_cache(lambda: empty_cache(cfg, config)))
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache, in use or not; those of segments that are still to be made count."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.segments)) * self.positions // self.segments.edges[-1]
-
-    def segments_below(self, stop: int) -> KVSegments:
-        """Returns the segments for a call on positions below `stop`: short texts', or all, after loading their programs."""
-        if min(stop, self.positions) <= self.limit:
-            return self.segments.part(0, self._short)
-        self.load_long_programs()
-        return self.segments
-
-    def store(self, segments: KVSegments) -> None:
-        self.segments = segments.join(self.segments.part(len(segments.k[0]), None))
+        """Bytes of the KV cache, in use or not."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.segments))
 
     def put_adapter(self, index: int, adapter: Params) -> None:
         """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at a time."""
         assert self.stacks is not None
         self.stacks = self._device_put(put_adapter(self.cfg, self.stacks, index, adapter))
 
-    def prefill(self, tokens: Any, slot: int, start: int, stop: int, adapter: int) -> None:
-        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on."""
-        segments, adapters = self.segments_below(stop), row_adapters(self.stacks, [adapter])
-        self.store(prefill_chunk(self.cfg, self.params, segments, tokens, np.int32(slot), np.int32(start), adapters))
+    def prefill(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> Array | None:
+        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on.
 
-    def embed(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> Any:
-        """As `prefill`, on all segments: returns the sum of the head's input over the first `count` tokens, (D,) float32."""
-        segments = self.segments_below(self.positions)
-        arguments = map(np.int32, (count, slot, start))
-        summed, segments = embed_chunk(
-            self.cfg, self.params, segments, tokens, *arguments, row_adapters(self.stacks, [adapter])
-        )
-        self.store(segments)
-        return jax.device_get(summed)[0]
-
-    def write(self, chunk: Any, slot: int, start: int, count: int, stop: int) -> None:
-        """Writes the first `count` positions of a chunk into a slot, from position `start` on."""
-        self.store(write_chunk(self.segments_below(stop), chunk, np.int32(slot), np.int32(start), np.int32(count)))
-
-    def read(self, slot: int, start: int, size: int, stop: int) -> Any:
-        return read_chunk(self.segments_below(stop), np.int32(slot), np.int32(start), size)
-
-    def clear(self, slot: int, start: int, stop: int, max_positions: int) -> int:
-        """Clears a slot's segments from `start` on that begin below `max_positions`; returns where the last one below `stop`
-        ends.
+        Where the engine embeds it returns the sum of the head's input over the first `count` tokens, (1, D) float32.
         """
-        segments = self.segments_below(stop)
-        self.store(clear_slot(segments, np.int32(slot), np.int32(start), np.int32(max_positions)))
-        return segments.edges[-1]
+        summed, self.segments = prefill_chunk(
+            self.cfg, self.params, self.segments, tokens, np.int32(count) if self.config.embeds else None,
+            np.int32(slot), np.int32(start), row_adapters(self.stacks, [adapter]),
+        )  # fmt: skip
+        return summed
 
-    def copy(self, slot: int, targets: Sequence[int], stop: int, max_positions: int) -> None:
-        """Copies the segments below `stop` that begin below `max_positions` from a slot to at most DRAFT_ROWS others."""
-        segments = self.segments_below(stop)
-        padded = np.array([*targets, *[segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
-        self.store(copy_slot(segments, np.int32(slot), padded, np.int32(max_positions)))
+    def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
+        """Writes the first `count` positions of a chunk into a slot, from position `start` on."""
+        self.segments = write_chunk(self.segments, chunk, np.int32(slot), np.int32(start), np.int32(count))
+
+    def read(self, slot: int, start: int, size: int) -> Any:
+        return read_chunk(self.segments, np.int32(slot), np.int32(start), size)
+
+    def clear(self, slot: int, max_positions: int) -> None:
+        """Clears a slot's segments that begin below `max_positions`."""
+        self.segments = clear_slot(self.segments, np.int32(slot), np.int32(max_positions))
+
+    def copy(self, slot: int, targets: Sequence[int], max_positions: int) -> None:
+        """Copies the segments that begin below `max_positions` from a slot to at most DRAFT_ROWS others."""
+        padded = np.array([*targets, *[self.segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
+        self.segments = copy_slot(self.segments, np.int32(slot), padded, np.int32(max_positions))
 
     def set_counts(self, slot: int, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
         self.counts = set_token_counts(self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab))
@@ -378,19 +331,17 @@ class ModelRunner:
         masks: TokenMasks,
         steps: int,
         logprobs: bool,
-        stop: int,
         adapters: Any,
     ) -> SampledTokens:
         """Samples the `steps` tokens that follow token (R,) int32 in each row, as NumPy arrays.
 
         `masks` are good for one step. `adapters` (R,) int32. Without `logprobs` the log-probabilities stay on the device.
         """
-        sampled, segments, self.counts = decode_slots(
-            self.cfg, self.params, self.segments_below(stop), self.counts, token, rows,
+        sampled, self.segments, self.counts = decode_slots(
+            self.cfg, self.params, self.segments, self.counts, token, rows,
             sampling_arrays(sampling), penalty_arrays(sampling), masks, np.int32(steps), np.bool_(logprobs),
             row_adapters(self.stacks, adapters),
         )  # fmt: skip
-        self.store(segments)
         # As NumPy arrays: indexing a JAX array would compile a program. `device_get` takes four times as long here.
         fetched = map(np.asarray, sampled if logprobs else sampled[:2])
         return sampled._replace(**dict(zip(sampled._fields, fetched)))
@@ -398,76 +349,41 @@ class ModelRunner:
     def warm(
         self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]], to_run_later: Collection[str]
     ) -> None:
-        """Compiles every program for short texts and runs each once with no row in use, but for those `to_run_later`.
+        """Compiles every program and runs each once with no row in use, but for those `to_run_later`.
 
         A program that `ahead`, of `compile_ahead`, has compiled runs while the next is compiled. `report(ready, total)` counts
         programs.
         """
         with jax.set_mesh(self.mesh):
             # Compiled from shapes: a program that runs donates arrays while others are being compiled.
-            programs = self._shapes(self.segments.part(0, self._short))
+            params, state = layout.inference_shapes(self.params, (self.segments, self.counts, self.stacks))
+            programs = idle_calls(self.cfg, self.config, params, *state)
             pending = {name for name, call in programs._asdict().items() if call}
             with contextlib.closing(compile_programs(programs)) as compiled:
                 for name, count in itertools.chain(ahead, compiled):
                     if name in pending:
                         pending.remove(name)
                         if name not in to_run_later:
-                            self._run_idle(name, self._short)
+                            self._run_idle(name)
                         if report:
                             report(count - len(pending), count)
                     if not pending:
                         break
 
-    def compile_long_programs(self) -> None:
-        """Prepares what `load_long_programs` needs, in any thread; others may use the state meanwhile."""
-        with self._preparing, jax.set_mesh(self.mesh):
-            if self.has_long_programs or self._prepared:
-                return
-            edges = self.config.edges[self._short :]
-            segments = self._make(lambda: self._empty(edges))
-            programs = self._shapes(self.segments.join(segments)) if len(edges) > 1 else None
-            for _ in compile_programs(programs) if programs else ():
-                pass
-            self._prepared = segments, programs
-
-    def load_long_programs(self) -> None:
-        if self.has_long_programs:
-            return
-        self.compile_long_programs()
-        assert self._prepared
-        segments, programs = self._prepared
-        self.segments = self.segments.join(segments)
-        with jax.set_mesh(self.mesh):
-            for name, call in programs._asdict().items() if programs else ():
-                if call:
-                    self._run_idle(name, None)
-        self.has_long_programs, self._prepared = True, None
-
-    def _empty(self, edges: tuple[int, ...]) -> KVSegments:
-        return make_kv_segments(self.cfg, self.config.slots, edges, self.config.kv_dtype)
-
-    def _make(self, make: Callable[[], Any]) -> Any:
-        return self._device_put(layout.make_sharded_cache(make))
-
     def _device_put(self, tree: Any) -> Any:
         """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""
         return tree if self.mesh else jax.device_put(tree, layout.own_device())
 
-    def _shapes(self, segments: KVSegments) -> Programs:
-        params, state = layout.inference_shapes(self.params, (segments, self.counts, self.stacks))
-        return idle_calls(self.cfg, self.config, params, *state)
-
-    def _run_idle(self, name: str, count: int | None) -> None:
-        calls = idle_calls(self.cfg, self.config, self.params, self.segments.part(0, count), self.counts, self.stacks)
+    def _run_idle(self, name: str) -> None:
+        calls = idle_calls(self.cfg, self.config, self.params, self.segments, self.counts, self.stacks)
         program, arguments = getattr(calls, name)
         results = program(*arguments)
         if name == "decode":
-            _, segments, self.counts = results
-            self.store(segments)
-        elif name == "embed_chunk":
-            self.store(results[1])
+            _, self.segments, self.counts = results
+        elif name.startswith("prefill"):
+            self.segments = results[1]
         elif name == "set_token_counts":
             self.counts = results
         elif not name.startswith("read"):
-            self.store(results)
+            self.segments = results
         jax.block_until_ready((results, self.segments))

@@ -4,7 +4,6 @@
 """
 
 import bisect
-import sys
 from collections import deque
 from typing import NamedTuple
 
@@ -67,8 +66,6 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
-    `limit`: positions that the loaded programs reach, whole chunks. A sequence of more tokens is held: it is not admitted, and
-    one that grew so long loses its slot to the next that is not held. An embedding is held until all programs are loaded.
     `rows`: of a dispatch; those beyond the slots, which one slot has, read that slot. `shares_slots`: whether any row can read
     any slot, so that draft tokens need no copies.
     """
@@ -80,7 +77,6 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self.free = list(range(slots))
         self.copies: list[int] = []
-        self.limit = sys.maxsize
         self._submitted = self._chunks = 0
         self._last_was_prefill = False
 
@@ -93,11 +89,6 @@ class Scheduler:
         """The rows that can check draft tokens in the slot of a single sequence."""
         return [*range(self.slots, self.rows), *(self.free if self.shares_slots else ())]
 
-    @property
-    def has_step(self) -> bool:
-        """Whether `admit` or `schedule` has anything to do: not while every sequence is held."""
-        return bool(self.prefilling or self._next_waiting()) or not all(map(self.is_held, self.decoding))
-
     def submit(self, request: Request, priority: int = 0) -> Sequence:
         self._submitted += 1
         sequence = Sequence(self._submitted, request, priority)
@@ -105,26 +96,19 @@ class Scheduler:
         return sequence
 
     def admit(self) -> list[Sequence]:
-        """Gives free slots, and those of held sequences, to waiting ones in their order, and returns these."""
+        """Gives free slots to waiting sequences in their order, and returns these."""
         admitted = []
-        while sequence := self._next_waiting():
+        if self.waiting:
             self._free_copies()
-            held = [] if self.free else list(filter(self.is_held, self.decoding))
-            if not (self.free or held):
-                break
-            if held:
-                last = max(held, key=lambda other: other.order)
-                self.finish(last)
-                last.restart()
-                bisect.insort(self.waiting, last, key=lambda other: other.order)
-            self.waiting.remove(sequence)
+        while self.waiting and self.free:
+            sequence = self.waiting.popleft()
             sequence.slot = self.free.pop(0)
             (self.prefilling if sequence.to_prefill else self.decoding).append(sequence)
             admitted.append(sequence)
         return admitted
 
     def schedule(self) -> Prefill | Decode | None:
-        prefilling, decoding = self.prefilling, [sequence for sequence in self.decoding if not self.is_held(sequence)]
+        prefilling, decoding = self.prefilling, self.decoding
         # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
         if prefilling and not (decoding and self._last_was_prefill):
             self._last_was_prefill = True
@@ -158,9 +142,8 @@ class Scheduler:
             steps = STEPS_BETWEEN_DRAFTS
         else:
             steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
-        room = self.limit - max(sequence.position for sequence in decoding)
         stopless = [sequence.stopless_tokens for sequence in decoding if sequence.stopless_tokens]
-        steps = min(steps, room, max(sequence.remaining for sequence in decoding), *stopless)
+        steps = min(steps, max(sequence.remaining for sequence in decoding), *stopless)
         return Decode(rows, steps, {}, self.copies, False)
 
     @property
@@ -186,21 +169,14 @@ class Scheduler:
                 return True
         return False
 
-    def is_held(self, sequence: Sequence) -> bool:
-        return sequence.length > self.limit or (sequence.request.embed and self.limit < sys.maxsize)
-
-    def _next_waiting(self) -> Sequence | None:
-        return next((sequence for sequence in self.waiting if not self.is_held(sequence)), None)
-
     def _draft_tokens(self) -> list[int] | None:
         """Returns draft tokens for a single sequence, as many as free rows can check; None when it is not alone, or they have
         not paid.
         """
-        if not self.speculate or len(self.decoding) > 1 or self.prefilling or self._next_waiting():
+        if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
             return None
         (sequence,) = self.decoding
-        room = min(sequence.remaining, self.limit - sequence.position)
-        count = min(DRAFT_ROWS, len(self.spare_rows) or len(self.free) + len(self.copies), room - 1)
+        count = min(DRAFT_ROWS, len(self.spare_rows) or len(self.free) + len(self.copies), sequence.remaining - 1)
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
         return sequence.draft_tokens(count)
@@ -213,8 +189,7 @@ class Scheduler:
             (each, each.constraint) for each in decoding if each.constraint and not each.request.sampling.adjusts_logits
         ]
         for others, (sequence, constraint) in zip(range(len(constrained), 0, -1), constrained):
-            room = min(sequence.remaining, self.limit - sequence.position)
-            count = min(spare // others, room - 1)
+            count = min(spare // others, sequence.remaining - 1)
             if count > 0 and (tokens := constraint.allowed_drafts((), count)):
                 forced[sequence.slot] = tokens
                 spare -= len(tokens)

@@ -15,10 +15,9 @@ class Sequence:
     """A request, its priority (the lowest is served first), its slot (-1 while it waits for one), the number of its prompt's
     prefilled tokens, and its output so far.
 
-    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. The first
-    `cleared_positions` of its slot hold nothing of another text. `constraint` follows its output through the request's grammar.
-    `to_repeat`: tokens of the output that it had sent before it lost its slot, and has to generate again. `stop_token`: the one
-    that ended it. `hidden_sum`: for an embedding, over the prefilled tokens.
+    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `constraint`
+    follows its output through the request's grammar. `stop_token`: the one that ended it. `hidden_sum`: for an embedding, over
+    the prefilled tokens.
     """
 
     id: int
@@ -28,10 +27,8 @@ class Sequence:
     prefilled_tokens: int = 0
     cached_tokens: int = 0
     prefix_key: bytes = b""
-    cleared_positions: int = 0
     output_tokens: list[int] = dataclasses.field(default_factory=list)
     drafter: Drafter | None = None
-    to_repeat: int = 0
     stop_token: int | None = None
     hidden_sum: Any = 0
 
@@ -41,11 +38,6 @@ class Sequence:
     @property
     def order(self) -> tuple[int, int]:
         return self.priority, self.id
-
-    @property
-    def length(self) -> int:
-        """Tokens of its text so far, those to be generated again too."""
-        return len(self.request.prompt) + len(self.output_tokens) + self.to_repeat
 
     @property
     def to_prefill(self) -> int:
@@ -73,13 +65,6 @@ class Sequence:
     def max_positions(self) -> int:
         """The most positions of its slot that may be written, by the last dispatch's surplus too."""
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
-
-    def restart(self) -> None:
-        """Gives its slot up. In another one it computes its text again, which has the same bits."""
-        self.to_repeat += len(self.output_tokens)
-        self.slot, self.prefilled_tokens, self.cached_tokens, self.cleared_positions = -1, 0, 0, 0
-        self.output_tokens, self.drafter = [], None
-        self.__post_init__()
 
     def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
         """Returns the tokens to prefill of the next chunk, and how many of them are there already."""

@@ -34,7 +34,6 @@ class EngineThread:
         self.engine, self._compiles = engine, CompileCounter()
         self.cfg, self.capacity = engine.cfg, engine.capacity
         self.ready = False
-        self.has_long_programs = False  # whether longer texts have their programs too, and compiling is counted
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
         self.kv_cache_usage = 0.0  # share of the KV cache that is filled
@@ -45,7 +44,7 @@ class EngineThread:
 
     @property
     def compiles_after_ready(self) -> int:
-        return self._compiles.count if self.has_long_programs else 0
+        return self._compiles.count if self.ready else 0
 
     @property
     def waiting(self) -> int:
@@ -56,10 +55,9 @@ class EngineThread:
         return time.monotonic() - self.last_tick
 
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
-        """Starts the thread, which compiles the programs for short texts and then serves. To be called on the event loop.
+        """Starts the thread, which compiles the programs and then serves. To be called on the event loop.
 
-        Those for longer ones are compiled in another thread meanwhile, and such texts held. `on_change` is called on the loop
-        once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Engine.warm`.
+        `on_change` is called on it once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Engine.warm`.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
@@ -102,10 +100,10 @@ class EngineThread:
 
     def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
         try:
-            self.engine.warm(*warm_arguments, long_programs=False)
+            self.engine.warm(*warm_arguments)
+            self._compiles.reset()
             self.ready, self.last_tick = True, time.monotonic()
             self._post(on_change)
-            threading.Thread(target=self._compile_long_programs, daemon=True, name="long programs").start()
             while not self._stopping:
                 self.tick()
         except BaseException as error:
@@ -123,20 +121,10 @@ class EngineThread:
         if self.engine.busy:
             self._deliver(self.engine.step())
 
-    def _compile_long_programs(self) -> None:
-        with contextlib.suppress(Exception):  # loading tries again, and raises
-            self.engine.runner.compile_long_programs()
-        self._work.put(self._load_long_programs)
-
-    def _load_long_programs(self) -> None:
-        self.engine.load_long_programs()
-        self._compiles.reset()
-        self.has_long_programs = True
-
     def _take_work(self) -> None:
-        """Runs all work in the queue; waits up to IDLE_SECONDS for some if no request would be furthered by a step."""
+        """Runs all work in the queue; waits up to IDLE_SECONDS for some if there is no request."""
         with contextlib.suppress(queue.Empty):
-            if not self.engine.scheduler.has_step:
+            if not self.engine.busy:
                 self._work.get(timeout=IDLE_SECONDS)()
             while True:
                 self._work.get_nowait()()

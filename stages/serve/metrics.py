@@ -57,7 +57,7 @@ class Metrics(Collector):
         prometheus.ProcessCollector(registry=registry)
 
     def collect(self) -> list[CounterMetricFamily]:
-        about = "Programs compiled since all were there, soon after the server was ready."
+        about = "Programs compiled since the server was ready."
         return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)]
 
     def count_response(self, status: int) -> None:

@@ -24,11 +24,8 @@ from stages.serve.errors import explain
 
 if TYPE_CHECKING:  # the command would else be imported a second time, by its name
     from stages.serve.__main__ import ServeFlags
-    from stages.serve.engine_thread import EngineThread
     from stages.serve.load import CompileAhead
     from stages.serve.state import ServerState
-
-REPORT_SECONDS = 0.25  # between looks at a text that waits for its programs
 
 
 def run(flags: "ServeFlags") -> int:
@@ -159,12 +156,10 @@ async def serve(
     with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):
         console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
         failing = asyncio.create_task(changed.wait())
-        reporting = asyncio.create_task(report_long_programs(engine, console))
         await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
         http.should_exit = True
         await serving
         failing.cancel()
-        reporting.cancel()
         engine.stop()
         now = await state.hash_weights()
         same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
@@ -180,23 +175,10 @@ async def serve(
 
 
 async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asyncio.Event, console: Console) -> None:
-    """Starts the engine and waits until its programs for short texts have run once. Raises the error that ended it."""
+    """Starts the engine and waits until its programs have run once. Raises the error that ended it."""
     with console.task("compiling", always=True) as report:
         state.engine.start(changed.set, report, ahead)
         await changed.wait()
     if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
         raise explain(error)
-
-
-async def report_long_programs(engine: "EngineThread", console: Console) -> None:
-    runner, is_reported = engine.engine.runner, False
-    if runner.limit >= runner.positions:
-        return
-    while not engine.has_long_programs:
-        if engine.engine.held_priorities and not is_reported:
-            is_reported = True
-            console.print(f"A text of more than {runner.limit} tokens waits: its programs are still being compiled.")
-        await asyncio.sleep(REPORT_SECONDS)
-    since = duration(time.perf_counter() - process_start())
-    console.print(f"The programs for texts of more than {runner.limit} tokens are there too, after {since}.")

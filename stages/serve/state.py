@@ -126,7 +126,7 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     The prefix cache, speculative decoding and the number of adapters are not in it: they change no bit.
     """
     options = dataclasses.asdict(engine.config)
-    for name in ("speculate", "prefix_cache_bytes", "short", "embeds", "adapters"):
+    for name in ("speculate", "prefix_cache_bytes", "embeds", "adapters"):
         del options[name]
     if not engine.config.adapters:
         del options["adapter_rank"]

@@ -13,7 +13,7 @@ import pytest
 from tiny import lively_params, request_of, tiny_config, tokens_of
 from tokenizers import AddedToken
 
-from engine.inference import runner
+from engine.inference import config, runner
 from engine.inference.config import EngineConfig
 from engine.inference.constraints import Constraint, GrammarCompiler, json_grammar, regex_grammar
 from engine.inference.decode import prepare_params
@@ -25,7 +25,7 @@ from engine.model.weights import blocks, stacked_lora
 from engine.model.weights.blocks import GROUP, Blocks, pack_blocks
 from engine.model.weights.int8 import quantize
 
-SLOTS, CAPACITY, CHUNK, TAIL, SHORT = 5, 62, 16, 4, 32
+SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache
 AS_SERVED = "file/bfloat16"  # weights in the one, KV cache in the other: a server's defaults
 
@@ -68,7 +68,6 @@ def make_engine(dtype: str, **options: Any) -> Engine:
         "kv_dtype": dtype.rpartition("/")[2],
         "chunk": CHUNK,
         "tail": TAIL,
-        "short": SHORT,
     }
     return Engine(cfg, options.pop("params", params), EngineConfig(**{**shape, **options}))
 
@@ -171,7 +170,7 @@ _alone: dict[tuple[str, str, bool], Completion] = {}
 def attends_by_xla() -> Iterator[None]:
     """Attention, adapters and the products of blocks as where the kernels in C cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (segmented, blocks, stacked_lora, runner):
+        for module in (segmented, blocks, stacked_lora, runner, config):
             patch.setattr(module, "has_kernel", lambda: False)
         jax.clear_caches()
         yield

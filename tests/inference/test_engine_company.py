@@ -5,9 +5,7 @@ import pytest
 from engine_requests import (
     AS_SERVED,
     CAPACITY,
-    CHUNK,
     REQUESTS,
-    SHORT,
     SLOTS,
     Log,
     attends_by_xla,
@@ -32,18 +30,12 @@ class Company(RuleBasedStateMachine):
     finish has the completion that it has alone."""
 
     ids = Bundle("ids")
-    dtype, shorts = "float32", (CHUNK, SHORT, CAPACITY)  # each with programs of its own
+    dtype = "float32"
 
-    @initialize(
-        cache=st.sampled_from([0, 20_000, 10**6]), short=st.integers(0, 2), speculate=st.booleans(), holds=st.booleans(),
-        order=st.permutations(range(SLOTS)),
-    )  # fmt: skip
-    def begin(self, cache: int, short: int, speculate: bool, holds: bool, order: list[int]) -> None:
-        short = self.shorts[short % len(self.shorts)]
-        self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, short=short, speculate=speculate)
+    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), speculate=st.booleans(), order=st.permutations(range(SLOTS)))
+    def begin(self, cache: int, speculate: bool, order: list[int]) -> None:
+        self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, speculate=speculate)
         self.engine.scheduler.free = order
-        if holds:  # as `warm` does that leaves the programs for longer texts out
-            self.engine.scheduler.limit = self.engine.runner.limit
         self.engine.tails_are_exact = True  # as test_inference_engine finds
         self.log, self.cancelled = Log(self.engine), set()
 
@@ -71,11 +63,6 @@ class Company(RuleBasedStateMachine):
         for _ in range(count):
             self.log.step()
 
-    @precondition(lambda self: self.engine.scheduler.limit < CAPACITY)
-    @rule()
-    def load_long_programs(self) -> None:
-        self.engine.load_long_programs()
-
     @precondition(lambda self: len(self.engine.scheduler.free) > 0)
     @rule(rubbish=st.sampled_from([np.nan, np.inf, -np.inf]))
     def spoil(self, rubbish: float) -> None:
@@ -91,10 +78,6 @@ class Company(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        while self.engine.scheduler.has_step:
-            self.log.step()
-        assert bool(self.engine.held_priorities) == self.engine.busy
-        self.engine.load_long_programs()
         self.log.drain()
         scheduler = self.engine.scheduler
         assert (self.engine.used_positions, scheduler.copies, sorted(scheduler.free)) == (0, [], [*range(SLOTS)])
@@ -108,7 +91,7 @@ class CompanyOfInt8(Company):
 
 
 class CompanyAsServed(Company):
-    dtype, shorts = AS_SERVED, (SHORT,)
+    dtype = AS_SERVED
 
 
 SOME = settings(max_examples=15, stateful_step_count=30, deadline=None)

@@ -12,7 +12,6 @@ from engine_requests import (
     DTYPES,
     REPEATING,
     REQUESTS,
-    SHORT,
     SLOTS,
     TAIL,
     Log,
@@ -104,19 +103,18 @@ def check_drafts_of_a_growing_text(dtype, monkeypatch):
 
     monkeypatch.setattr(Drafter, "draft", draft)
     engine = make_engine(dtype)
-    engine.load_long_programs()
     poison(engine, np.nan)
     log = Log(engine)
     id = log.submit(request)
-    drafts_at[SHORT - 3] = 3, False
-    while not engine.scheduler.decoding or engine.scheduler.decoding[0].position < SHORT - 2:
+    edge = 2 * CHUNK  # where XLA's second segment ends
+    drafts_at[edge - 3] = 3, False
+    while not engine.scheduler.decoding or engine.scheduler.decoding[0].position < edge - 2:
         log.step()
-    assert engine.runner.has_kernel or engine.scheduler.decoding[0].cleared_positions > SHORT
     others = [log.submit(request_of(text(seed, 40), 5)) for seed in (1, 2)]
     log.step()
     for other in others:
         engine.cancel(other)
-    drafts_at |= {SHORT - 2: (1, False)} | dict.fromkeys(range(SHORT - 1, 60), (3, True))
+    drafts_at |= {edge - 2: (1, False)} | dict.fromkeys(range(edge - 1, 60), (3, True))
     log.drain()
     assert log.completion(id) == expected
 
@@ -216,7 +214,7 @@ def test_nothing_is_compiled_after_warm(count_compiles):
         engine = make_engine("float32", params=weights, slots=1, prefix_cache_bytes=10**6)
         count_compiles.clear()
         engine.warm()
-        assert weights is not params or len(count_compiles) >= 9, "the count counts"
+        assert weights is not params or len(count_compiles) >= 8, "the count counts"
         count_compiles.clear()
         log = Log(engine)
         ids = [log.submit(request) for request in REQUESTS[:20]]

@@ -1,11 +1,8 @@
 """Scheduler: in plain Python, without a model: who is prefilled and decoded first. Its slots: test_simulation.py."""
 
-import sys
-
 from tiny import request_of
 
 from engine.inference.constraints import ForcedTokens
-from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
 from engine.inference.sequence import Sequence
 
@@ -93,15 +90,3 @@ def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_d
         return model.steps[1].steps
 
     assert steps(True, 1) == STEPS_BETWEEN_DRAFTS < steps(True, 2) == steps(False, 1)
-
-
-def test_an_embedding_waits_for_all_programs_and_a_short_text_does_not():
-    model = Model()
-    model.scheduler.limit = 2 * CHUNK
-    embedding = model.scheduler.submit(Request((1, 2, 3), SamplingParams(1), embed=True))
-    short = model.submit(5, 1)
-    while not model.output(short):
-        model.step()
-    assert (embedding.slot, model.scheduler.has_step) == (-1, False)
-    model.scheduler.limit = sys.maxsize
-    assert model.scheduler.admit() == [embedding]

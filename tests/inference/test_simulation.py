@@ -19,25 +19,8 @@ from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
 
 SCHEDULES = 500
-accept, restart, finish, chunk_key = Sequence.accept, Sequence.restart, Scheduler.finish, engine.chunk_key
+accept, finish, chunk_key = Sequence.accept, Scheduler.finish, engine.chunk_key
 root_key = engine.root_key
-begin = Sequence.__post_init__
-
-
-def restart_half(sequence):
-    prefilled = sequence.prefilled_tokens
-    restart(sequence)
-    sequence.prefilled_tokens = prefilled
-
-
-def restart_silently(sequence):
-    restart(sequence)
-    sequence.to_repeat = 0
-
-
-def begin_once(sequence):
-    if not hasattr(sequence, "constraint"):
-        begin(sequence)
 
 
 def finish_and_lose(scheduler, sequence):
@@ -46,7 +29,7 @@ def finish_and_lose(scheduler, sequence):
 
 
 FAULTS = {
-    "a slot is not cleared": (engine.Engine, "_clear", lambda *_: False),
+    "a slot is not cleared": (FakeRunner, "clear", lambda *_: None),
     "a copy is not made": (FakeRunner, "copy", lambda *_: None),
     "copies are not freed": (Scheduler, "_free_copies", lambda _: None),
     "every draft is accepted": (Sequence, "accept", lambda sequence, sampled, drafts=None: accept(sequence, sampled)),
@@ -59,10 +42,6 @@ FAULTS = {
         lambda _, others: 1 if 1 not in others else None,
     ),
     "a row has no adapter": (Request, "adapter_index", 0),
-    "a restart keeps the count of what was prefilled": (Sequence, "restart", restart_half),
-    "a restart forgets what was sent": (Sequence, "restart", restart_silently),
-    "a restart goes on in the grammar": (Sequence, "__post_init__", begin_once),
-    "a held text is decoded": (Scheduler, "is_held", lambda *_: False),
     "a finished sequence's slot is lost": (Scheduler, "finish", finish_and_lose),
 }
 

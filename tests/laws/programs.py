@@ -214,11 +214,16 @@ TRAINING: dict[str, Make] = {
 
 
 def engine_program(
-    name: str, weights: str = "plain", kv_dtype: KVDtype = "bfloat16", slots: int = ROWS, adapters: int = 0
+    name: str,
+    weights: str = "plain",
+    kv_dtype: KVDtype = "bfloat16",
+    slots: int = ROWS,
+    adapters: int = 0,
+    embeds: bool = False,
 ) -> Make:
     """Makes a program of an engine by its name in `runner.Programs`."""
     config = EngineConfig(
-        slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=True, adapters=adapters
+        slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=embeds, adapters=adapters
     )
 
     def make(cfg: ModelConfig) -> Program:
@@ -226,7 +231,7 @@ def engine_program(
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
         stacks = jax.eval_shape(lambda: empty_stacks(cfg, config))
         with pytest.MonkeyPatch.context() as patch:
-            if name == "copy_slot":  # which a kernel does without
+            if name in ("clear_slot", "copy_slot"):  # which a kernel does without
                 patch.setattr(runner, "has_kernel", lambda: False)
             calls = idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks)
         function, arguments = getattr(calls, name)
@@ -253,7 +258,7 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "decode in one slot": engine_program("decode", slots=1),
     "prefill_chunk": engine_program("prefill_chunk"),
     "prefill_tail": engine_program("prefill_tail"),
-    "embed_chunk": engine_program("embed_chunk"),
+    "prefill_chunk, embeddings": engine_program("prefill_chunk", embeds=True),
     "prefill_chunk, int8": engine_program("prefill_chunk", "int8", "int8"),
     "decode_slots": engine_program("decode"),
     "decode_slots, int8": engine_program("decode", "int8", "int8"),

@@ -19,7 +19,7 @@ from figures import Figure
 
 sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")]
 
-from tiny_server import SLOTS, TinyServer, until
+from tiny_server import SLOTS, TinyServer
 
 from bench.cli import circumstances
 from bench.serving.client import Client
@@ -94,7 +94,6 @@ async def real_server(anyio_backend, make_server):
 async def tiny_promised(anyio_backend):
     """A tiny one in this process, for one file: between two the process may drop what it has compiled (`workers.py`)."""
     with TinyServer() as tiny:
-        assert until(lambda: tiny.state.engine.has_long_programs)  # else what is compiled meanwhile would count
         yield SimpleNamespace(port=tiny.port, client=Client(tiny.port), process=None)
 
 

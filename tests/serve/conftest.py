@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "text"))
 from chat_models import save_chat_model
 from line import Line
 from started import Started
-from tiny_server import TinyServer, until
+from tiny_server import TinyServer
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,6 @@ def client(tiny_server):
 def roomy():
     """A second one, with room for the descriptions of tools and for long conversations."""
     with TinyServer(context=1536) as server:
-        assert until(lambda: server.state.engine.has_long_programs, 300)
         yield server
 
 

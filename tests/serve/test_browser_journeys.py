@@ -9,7 +9,7 @@ from chat_models import save_chat_model
 from line import Line
 from started import Started
 from test_serve_adapters import save
-from tiny_server import TinyServer, good, until
+from tiny_server import TinyServer, good
 
 from engine.text.documents import Documents
 
@@ -39,7 +39,6 @@ def served(request, tmp_path_factory):
     (documents / "tide.md").write_text(TIDE)
     if request.param == "in process":
         with TinyServer(context=1536, documents=Documents(documents)) as server:
-            assert until(lambda: server.state.engine.has_long_programs, 300)
             yield server.port, 3
         return
     model = tmp_path_factory.mktemp("model")

@@ -223,10 +223,10 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkey
     assert ("with the kernel in C, but there is no compiler." in output) == (weights == "int8")
     assert (state.engine.capacity, state.name) == (150, "sea")
     programs, reports = list(ahead), []
-    count = 9 + (native_problem() != "")  # where no kernel attends, one that copies a slot
+    count = 8 + 2 * (native_problem() != "")  # where no kernel attends, those that clear and copy a slot
     assert len(programs) == len(dict(programs)) == programs[0][1] == count
     count_compiles.clear()
-    state.engine.engine.warm(lambda done, total: reports.append((done, total)), programs, long_programs=False)
+    state.engine.engine.warm(lambda done, total: reports.append((done, total)), programs)
     assert count_compiles == []  # what was compiled beside the loading is what is asked for
     assert reports == [(n, count) for n in range(1, count + 1)]
 

@@ -211,7 +211,7 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
             *(replace(adapters=2, adapter_rank=rank) for rank in (4, 8)),
         ],
     )
-    assert same == replace(speculate=False, prefix_cache_bytes=0, short=None)
+    assert same == replace(speculate=False, prefix_cache_bytes=0)
     assert replace(adapters=3, adapter_rank=8) == others[-1]
     for name in machine:
         monkeypatch.setattr(module, "machine_identity", lambda name=name: machine | {name: "another"})

@@ -8,7 +8,7 @@ import jsonschema_rs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_server import ask, events, good, say, until
+from tiny_server import ask, events, good, say
 
 QUOTE = {"1": 2.5}  # the token of a quotation mark, so that strings of a model without sense have an end
 
@@ -64,7 +64,6 @@ def answer_validates(client, schema, temperature, seed) -> str:
 
 def try_schemas(server, client, examples: int) -> None:
     """Four answers at a time to schemas, beside one to a prompt, which is what it is alone."""
-    assert until(lambda: server.state.engine.has_long_programs, 300)
     plain = ask("Hello there", 60, temperature=0.9, seed=3, logprobs=2)
     alone, before = good(client.post("/v1/completions", json=plain))["choices"], server.engine.decode_steps
     reasons: list[str] = []

@@ -47,7 +47,7 @@ class TinyServer:
         self.model = model = tiny_model(context)
         params = decode.prepare_params(model.cfg, model.params)
         config = EngineConfig(
-            SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, short=32, embeds=True,
+            SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, embeds=True,
             adapters=2 * bool(adapter_folder), adapter_rank=3,
         )  # fmt: skip
         self.engine = engine = Engine(model.cfg, params, config)
@@ -64,8 +64,6 @@ class TinyServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        engine = self.state.engine  # what it compiled later would count for the next server of this process
-        until(lambda: engine.has_long_programs or engine.error or not engine.ready)
         self.server.should_exit = True
         self._thread.join(30)
         self.state.engine.stop()

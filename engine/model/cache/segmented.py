@@ -9,7 +9,6 @@ a row's text reaches, and want one segment.
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -51,14 +50,6 @@ class KVSegments(NamedTuple):
     def edges(self) -> tuple[int, ...]:
         """The position at which each segment starts, and S."""
         return _edges(self.k[0])
-
-    def part(self, start: int, stop: int | None) -> "KVSegments":
-        """Returns segments start .. stop - 1 of each layer, or all from `start` on."""
-        return KVSegments(*(tuple(layer[start:stop] for layer in side) for side in self))
-
-    def join(self, rest: "KVSegments") -> "KVSegments":
-        """Returns these segments and those that come after them."""
-        return KVSegments(*(tuple(map(operator.add, *sides)) for sides in zip(self, rest, strict=True)))
 
 
 class CacheRows(NamedTuple):
@@ -165,14 +156,14 @@ def map_segments(f: Callable[..., KVArray], segments: KVSegments, *each: Sequenc
     return KVSegments(tuple(map(map_layer, segments.k)), tuple(map(map_layer, segments.v)))
 
 
-def clear_slot(segments: KVSegments, slot: Array, start: Array, reach: Array) -> KVSegments:
-    """Zeros a slot's segments that begin in positions start .. reach - 1, so that no NaN of another text is left there."""
+def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
+    """Zeros a slot's segments that begin below `reach`, so that no NaN of another text is left there."""
 
     @jax.jit(inline=True)  # traced once for the many arrays of a shape
     def clear(array: Array, at: Array) -> Array:
         return _scatter(array, jnp.zeros((1, *array.shape[1:]), array.dtype), at)
 
-    slots = [jnp.where((start <= edge) & (edge < reach), slot, segments.slots) for edge in segments.edges[:-1]]
+    slots = [jnp.where(edge < reach, slot, segments.slots) for edge in segments.edges[:-1]]
     places = [jnp.stack([slot, 0])[None] for slot in slots]
     return map_segments(lambda segment, at: jax.tree.map(lambda array: clear(array, at), segment), segments, places)
 

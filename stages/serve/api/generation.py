@@ -143,11 +143,11 @@ class Generation:
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
-        engine, wait, last = self._state.engine, "waiting", time.monotonic()
+        wait, last = "waiting", time.monotonic()
         is_first = True
         while self._unfinished:
             try:
-                seconds = WAIT_SECONDS if is_first or not engine.has_long_programs else KEEP_ALIVE_SECONDS
+                seconds = WAIT_SECONDS if is_first else KEEP_ALIVE_SECONDS
                 item = await asyncio.wait_for(self._events.get(), seconds)
             except TimeoutError:
                 before, wait = wait, self._wait()
@@ -162,10 +162,7 @@ class Generation:
                 yield self._piece(*item)
 
     def _wait(self) -> str:
-        engine = self._state.engine.engine
-        if self._priority in engine.held_priorities:
-            return "waiting for the programs for long texts"
-        position = engine.queue_position(self._priority)
+        position = self._state.engine.engine.queue_position(self._priority)
         tokens = sum(passage.tokens for passage in self._passages)
         doing = f"reading {tokens} tokens of documents" if tokens else "waiting"
         return f"place {position} in the queue" if position else doing

@@ -35,13 +35,9 @@ class ModelList(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """The reply of GET /health: whether requests are answered, or why not.
-
-    `long_texts_ready`: whether the programs for texts over 512 tokens are there too; such a text waits for them.
-    """
+    """The reply of GET /health: whether requests are answered, or why not."""
 
     status: Status
-    long_texts_ready: bool
     running: int
     waiting: int
     compiles_after_ready: int
@@ -91,7 +87,6 @@ async def health(state: ServerState, _: Request) -> Response:
     status, engine = state.status, state.engine
     reply = Health(
         status,
-        engine.has_long_programs,
         engine.engine.running,
         engine.waiting,
         engine.compiles_after_ready,
