@@ -39,6 +39,7 @@ from engine.mesh import layout
 from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments, segmented_cache
 from engine.model.config import ModelConfig
+from engine.model.native.library import target
 from engine.model.ops import has_kernel
 from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_stacks
@@ -248,7 +249,11 @@ def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterat
 
 
 def empty_cache(cfg: ModelConfig, config: EngineConfig) -> tuple[KVSegments, TokenCounts]:
-    segments = make_kv_segments(cfg, config.slots, config.edges, config.kv_dtype)
+    make = lambda: make_kv_segments(cfg, config.slots, config.edges, config.kv_dtype)
+    if not has_kernel():
+        return make(), make_token_counts(cfg, config.rows)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(make))  # by the kernel, for zeros would take memory at once
+    segments = jax.tree.unflatten(tree, jax.ffi.ffi_call(target("empty_cache"), leaves)())
     return segments, make_token_counts(cfg, config.rows)
 
 

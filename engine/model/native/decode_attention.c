@@ -270,3 +270,9 @@ XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
   free(memory);
   return error;
 }
+
+// Makes a KV cache of memory as it comes, which takes none until it is written: a text reads only what it has written.
+XLA_FFI_Error *thrice_empty_cache(XLA_FFI_CallFrame *call) {
+  answered_version(call);
+  return NULL;
+}

@@ -38,7 +38,10 @@ KERNELS = {
     "adapter_matmul": "-ffp-contract=fast",
     "causal_attention": "-ffp-contract=fast",
 }
-FUNCTIONS = {"causal_attention": ("causal_attention", "causal_attention_backward", "prefill_attention")}  # else as the file
+FUNCTIONS = {  # of files that hold others than that of their name
+    "causal_attention": ("causal_attention", "causal_attention_backward", "prefill_attention"),
+    "decode_attention": ("decode_attention", "empty_cache"),
+}
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
