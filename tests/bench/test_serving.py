@@ -29,6 +29,30 @@ def test_events_have_the_moment_at_which_they_were_whole():
 
 
 @pytest.mark.anyio
+async def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_anew():
+    connections, responses = [], []
+
+    async def serve(reader, writer):
+        connections.append(writer)
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK)
+            if len(connections) == 1 and len(responses) == 1:
+                writer.close()  # after the second answer of the first connection, without a word
+                return
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = Client(server.sockets[0].getsockname()[1], key="k")
+    for _ in range(4):
+        response = await client.get("/")
+        responses.append((response.status, response.body, response.error))
+        await asyncio.sleep(0.01)
+    client.close()
+    server.close()
+    assert responses == [(200, b"hello", None)] * 4
+    assert len(connections) == 2
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("sent", [b"", OK[:-1], b"x\r\n\r\n", None])
 async def test_a_response_that_breaks_off_says_how(sent):
     async def serve(reader, writer):

@@ -90,3 +90,17 @@ def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_d
         return model.steps[1].steps
 
     assert steps(True, 1) == STEPS_BETWEEN_DRAFTS < steps(True, 2) == steps(False, 1)
+
+
+def test_sequences_share_the_free_rows_to_check_forced_tokens():
+    """Beside a plain sequence, which no row is for; more tokens than rows, and fewer."""
+    forced = [[1, 2, 3, 4, 5, 6], [7, 8]]
+    model = Model(slots=6, next_token=lambda sequence: (sequence.constraint.tokens if sequence.constraint else range(9))[0])
+    plain = model.submit(1, 9)
+    ids = [model.submit(1, len(tokens), ForcedTokens(tokens)) for tokens in forced]
+    model.scheduler.admit()
+    batch = model.scheduler.schedule()
+    own = [model.sequences[id].slot for id in (plain, *ids)]
+    assert batch.drafts == {own[1]: [1], own[2]: [7]}
+    checked = [(row.slot, row.token, row.position) for row in batch.rows[3:]]
+    assert checked == [(own[1], 1, 1), (own[2], 7, 1)], "of six rows three are free, and the second has no use for another"

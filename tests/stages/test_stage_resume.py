@@ -41,7 +41,7 @@ from stages.finetune.run import FineTuning
 from stages.runs import model_stage
 from stages.runs import run as loop
 from stages.runs.folder import JsonLines, updating
-from stages.runs.previous_run import describe_changes, differences, settings
+from stages.runs.previous_run import FIXED, describe_changes, differences, refusals, settings
 from stages.runs.run import RunOptions, run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
@@ -149,6 +149,11 @@ def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(tex
     assert train.main(tiny(text, tmp_path / "run", "--steps", 8, "--eval-every", 3, "--save-every", 100)) == 0
     assert [step for step, _ in validation_rows(tmp_path / "run")] == [3, 7, 8]
     assert loop_state(tmp_path / "run").best_step in checkpoint.steps(tmp_path / "run")
+
+
+def test_other_contents_of_the_same_file_are_said():
+    there = dict.fromkeys(FIXED, "the same") | {"text/data": "chats.jsonl"}
+    assert refusals(there, there | {"text/digest": "other"}) == ["text (what is read from chats.jsonl has changed)"]
 
 
 @pytest.mark.parametrize("why", ["another text", "damage"])
