@@ -16,7 +16,7 @@ LOSS_ROWS = 1024  # of logits that exist at once
 
 
 def efficiency(d: Any, params: float, devices: float, recompute: float) -> float:
-    """Returns the share of the peak that a run uses over all its device-hours, by the regression of `efficiency.py`."""
+    """Returns the share of the peak that a run uses over all its device-hours, by the regression of `fits.py`."""
     on_one_node = d.node if devices <= 8 else 0
     return min(0.9, exp(d.base + on_one_node + d.size * log10(params / 1e10) + d.repeated * recompute))
 

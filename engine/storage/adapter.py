@@ -116,7 +116,7 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 def load_adapter(folder: Path, cfg: ModelConfig, base: Iterable[str] | None = None) -> dict[str, Any]:
     """Loads a tree of LoRA, DoRA and Replacement leaves, without their base, for a model with the `base_digests`.
 
-    Raises UserError, too, when it was trained on other weights, by its metadata, or does not fit the model.
+    Raises UserError, too, when its metadata name other weights, or it does not fit the model.
     """
     if not is_adapter(folder):
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")

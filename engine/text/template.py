@@ -94,7 +94,7 @@ class TemplateProcess(subprocess.Popen[bytes]):
             raise
 
     def send(self, request: Any) -> None:
-        """If the process is gone, `reply` raises."""
+        """Sends a request to the process; if it is gone, `reply` raises."""
         assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.stdin.write(json.dumps(request).encode() + b"\n")

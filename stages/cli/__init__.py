@@ -1,1 +1,1 @@
-"""The command line, without jax: commands, flags, console, signals, device."""
+"""The command line, without jax: commands, flags, console, signals."""

@@ -222,7 +222,7 @@ def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:
 def _print_summary(
     report: RunReport, step_name: str, loop_state: LoopState, peak: int, folder: Path, data: str, console: Console
 ) -> None:
-    """`step_name`: step or round; `peak`: the most bytes that the run took."""
+    """Prints the report of a run of steps or rounds (`step_name`), and `peak`, the most bytes that it took."""
     for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))

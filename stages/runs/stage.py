@@ -96,6 +96,7 @@ class Stage(Protocol):
         """Sets `trainable`, `frozen_as_loaded` and `metadata`. Raises UserError when memory is too small."""
 
     def place(self) -> None:
+        """Spreads what was loaded over the mesh, if there is one."""
         return
 
     def plan_rows(self) -> list[tuple[str, str]]:

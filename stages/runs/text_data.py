@@ -93,7 +93,7 @@ def _source(path: Path, console: Console) -> Source:
 
 
 def prepare_text(data: str, validation: Path | None, spec: str, console: Console) -> TextData:
-    """`spec`: see `make_tokenizer`."""
+    """Reads and tokenizes a run's texts. `spec`: see `make_tokenizer`."""
     train_source, validation_source = find_sources(data, validation, console)
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)

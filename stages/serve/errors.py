@@ -46,7 +46,7 @@ class ApiError(Exception):
         self.body = msgspec.json.encode(ErrorReply(self.error))
 
     def reply(self, path: str) -> Response:
-        """Ollama's clients read a sentence alone."""
+        """Returns the reply to a request for that path: Ollama's clients read a sentence alone."""
         body = msgspec.json.encode({"error": self.error.message}) if path.startswith("/api/") else self.body
         return Response(body, self.status, self.headers, media_type="application/json")
 

@@ -67,7 +67,7 @@ class Metrics(Collector):
         self._success[reason].inc()
 
     def count_completion(self, prompt: int, cached: int, generated: int, seconds: float, decoding: float) -> None:
-        """`decoding`: seconds from first token to last."""
+        """Counts a whole completion. `decoding`: its seconds from first token to last."""
         for counter, count in zip(self._counters, (prompt, generated, prompt, cached)):
             counter.inc(count)
         for histogram, value in zip(self._histograms, (prompt, generated, seconds)):

@@ -33,7 +33,7 @@ def is_local(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """`listen` opens the socket to clients. Raises UserError."""
+    """Returns a socket bound to the address, which `listen` opens to clients. Raises UserError."""
     try:
         numbers = "127.0.0.1" if host == "localhost" else host
         family, _, _, _, address = socket.getaddrinfo(numbers, port, type=socket.SOCK_STREAM)[0]
