@@ -225,10 +225,7 @@ def evaluate_conversations(
     begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
         if isinstance(examples[0], Pair | Rating):
-            logprobs = np.empty((0, 2))
-            for part, some in conversations.reference_logprobs(model.cfg, model.params, examples, seq, together):
-                logprobs = np.append(logprobs, some[part.pair >= 0], axis=0)
-                report(len(logprobs), len(examples))
+            logprobs = conversations.reference_logprobs(model.cfg, model.params, examples, seq, together, report)
         if isinstance(examples[0], Rating):
             good = np.array([rating.good for rating in examples])
             nats = [-logprobs[good == side, 0].mean() for side in (True, False) if (good == side).any()]

@@ -16,7 +16,7 @@ from engine.model.config import ModelConfig
 from engine.storage import huggingface
 from engine.text.chat_tokenizer import Example
 from engine.text.conversations import Preference, read_conversations
-from engine.text.examples import Pair, evaluation_batches, pair_batch
+from engine.text.examples import Pair, evaluation_batches, example_rows
 from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.preference import LOSSES, Preferences, Ratings, answer_logprobs, pair_logprobs, preference_objective
@@ -172,7 +172,7 @@ def _batch(objective: str, pairs: list[Pair]) -> object:
     if objective == "answers":
         return next(evaluation_batches([pair.chosen for pair in pairs], TOKENS, ROWS, pack=False))
     rated, labels = _rated(pairs) if objective == "kto" else (pairs, [])
-    part = pair_batch(rated, np.arange(ROWS), TOKENS)
+    first, second = (example_rows(examples, TOKENS) for examples in zip(*rated))
     if objective == "kto":
-        return Ratings(part.chosen, part.rejected, None, np.where(labels, 1.0, -1.0).astype(np.float32))
-    return Preferences(part.chosen, part.rejected)
+        return Ratings(first, second, None, np.where(labels, 1.0, -1.0).astype(np.float32))
+    return Preferences(first, second)

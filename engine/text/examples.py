@@ -13,7 +13,7 @@ from engine.text import OnProgress
 from engine.text.batch import ALL, Batch, EpochOrder
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import Conversation, Preference, Record, Text
-from engine.text.template import InvalidConversation
+from engine.text.template import InvalidConversation, Message
 
 SILENT = "the assistant says nothing in one of its turns"
 
@@ -107,10 +107,10 @@ def make_examples(
         try:
             if rate and not isinstance(row, Text):
                 parts, cut = _ratings(row, chat, seq), False
+            elif isinstance(row, Preference):
+                parts, cut = [_pair(row, chat, seq)], False
             else:
-                parts, cut = (
-                    ([_pair(row, chat, seq)], False) if isinstance(row, Preference) else _examples(row, chat, seq, full)
-                )
+                parts, cut = _examples(row, chat, seq, full)
         except InvalidConversation as refusal:
             summary.dropped.append((row.where, str(refusal)))
             continue
@@ -162,16 +162,21 @@ def _targets(examples: Sequence[Example]) -> int:
     return sum(int(np.count_nonzero(example.mask[1:])) for example in examples)
 
 
+def _answer(messages: Sequence[Message], where: str, chat: ChatTokenizer, seq: int) -> Example:
+    """Returns the example of the last message, an answer, which must be whole."""
+    if not messages[-1]["content"].strip():
+        raise InvalidConversation(SILENT)
+    example = chat.answer_example(messages, where)
+    if len(example.tokens) > seq + 1:
+        raise InvalidConversation(f"longer than {seq} tokens")
+    return example
+
+
 def _pair(row: Preference, chat: ChatTokenizer, seq: int) -> Pair:
-    answers = row.chosen, row.rejected
     if row.chosen == row.rejected:
         raise InvalidConversation("both answers are the same")
-    if not all(answer.strip() for answer in answers):
-        raise InvalidConversation(SILENT)
-    pair = Pair(*(chat.answer_example([*row.messages, {"role": "assistant", "content": text}], row.where) for text in answers))
-    if any(len(example.tokens) > seq + 1 for example in pair):
-        raise InvalidConversation(f"longer than {seq} tokens")
-    return pair
+    answers = ([*row.messages, {"role": "assistant", "content": text}] for text in (row.chosen, row.rejected))
+    return Pair(*(_answer(messages, row.where, chat, seq) for messages in answers))
 
 
 def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> list[Rating]:
@@ -181,11 +186,7 @@ def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> l
         raise UserError("`label` is missing: true for a good answer, false for a bad one.")
     if row.weight == 0:
         raise InvalidConversation("its weight is 0")
-    if not row.messages[-1]["content"].strip():
-        raise InvalidConversation(SILENT)
-    example = chat.answer_example(row.messages, row.where)._replace(weight=row.weight)
-    if len(example.tokens) > seq + 1:
-        raise InvalidConversation(f"longer than {seq} tokens")
+    example = _answer(row.messages, row.where, chat, seq)._replace(weight=row.weight)
     return [Rating(example, example, row.label)]
 
 
@@ -220,17 +221,6 @@ class PackedBatches:
         return _batch(packed, self.seq, self.pack, self._mask_type)
 
 
-class PairBatch(NamedTuple):
-    """B chosen answers and the B rejected ones, row by row, and which pair each row is; -1 for a row of padding.
-
-    Of Ratings `chosen` is the answer itself, and `rejected` the mismatched one.
-    """
-
-    chosen: Batch
-    rejected: Batch
-    pair: np.ndarray  # (B,) int32
-
-
 def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
     """Yields batches (batch, seq) with each example exactly once; rows of padding have mask False."""
     rows = pack_rows(examples, seq, pack)
@@ -239,18 +229,9 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: 
         yield _batch(part + [[]] * (batch - len(part)), seq, pack)
 
 
-def evaluation_pairs(pairs: Sequence[Pair | Rating], seq: int, batch: int) -> Iterator[PairBatch]:
-    """Yields batches with each pair once, in order; rows of padding have `pair` -1 and mask False."""
-    for first in range(0, len(pairs), batch):
-        index = np.arange(first, first + batch)
-        yield pair_batch(pairs, np.where(index < len(pairs), index, -1), seq)
-
-
-def pair_batch(pairs: Sequence[Pair | Rating], index: np.ndarray, seq: int) -> PairBatch:
-    """Returns the batch of the pairs `index` (B,), -1 for none. Raises UserError for an answer of more than seq + 1 tokens."""
-    rows = lambda side: [[pairs[at][side]] if at >= 0 else [] for at in index]
-    chosen, rejected = (_batch(rows(side), seq, pack=False) for side in (0, 1))
-    return PairBatch(chosen, rejected, index.astype(np.int32))
+def example_rows(examples: Sequence[Example | None], seq: int) -> Batch:
+    """Returns a batch (rows, seq) of an example a row, None a row of padding. Raises UserError for one over seq + 1 tokens."""
+    return _batch([[example] if example else [] for example in examples], seq, pack=False)
 
 
 def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:

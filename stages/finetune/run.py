@@ -18,7 +18,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
 from engine.text.batch import ALL, EpochOrder
-from engine.text.examples import PackedBatches, Pair, Rating, pair_batch
+from engine.text.examples import PackedBatches, Pair, Rating
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, Ratings, preference_objective
@@ -84,13 +84,12 @@ class PreferenceBatches:
 
     def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair | Rating], seq: int, batch: int, seed: int) -> None:
         self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
-        parts = [reference for _, reference in reference_logprobs(cfg, initial, pairs, seq, batch)]
-        self._reference = np.concatenate(parts)[: len(pairs)]
+        self._reference = reference_logprobs(cfg, initial, pairs, seq, batch)
         self.epoch = self.order.epoch
 
     def at(self, step: int, rows: slice = ALL) -> Preferences | Ratings:
-        part = pair_batch(self.pairs, np.array([index for _, index in self.order.at(step, rows)]), self.seq)
-        return preference_batch(self.pairs, part, self._reference[part.pair])
+        index = np.array([index for _, index in self.order.at(step, rows)])
+        return preference_batch(self.pairs, index, self.seq, self._reference)
 
 
 class FineTuning(ModelStage, BatchStage):

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +18,16 @@ from engine.mesh.layout import row_shards
 from engine.model.config import ModelConfig
 from engine.model.loss import score
 from engine.model.paths import merge
+from engine.text import OnProgress
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.conversations import SHIPPED, Conversation, Conversations, Preference, Record, Text, read_conversations
 from engine.text.corpus import normalize
 from engine.text.examples import (
     DatasetSummary,
     Pair,
-    PairBatch,
     Rating,
     evaluation_batches,
-    evaluation_pairs,
+    example_rows,
     make_examples,
     mismatch,
 )
@@ -207,25 +207,35 @@ def open_conversations(data: str, objective: str) -> Conversations:
     raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
 
 
-def reference_logprobs(
-    cfg: ModelConfig, params: Any, pairs: Sequence[Pair | Rating], seq: int, rows: int
-) -> Iterator[tuple[PairBatch, np.ndarray]]:
-    """Yields batches of `rows` pairs in order, each with the log-probabilities (rows, 2) of both answers by a model.
+def preference_batch(
+    items: Sequence[Pair | Rating], index: np.ndarray, seq: int, logprobs: np.ndarray
+) -> Preferences | Ratings:
+    """Returns the batch of the items `index` (B,), of which those behind the last are rows of padding.
 
-    Rows behind the last are padding. Without `params` all are 0, for a loss that reads none.
+    `logprobs` (items, 2): those of both their answers by the reference.
     """
-    for part in evaluation_pairs(pairs, seq, rows):
-        if params is None:
-            yield part, np.zeros((rows, 2), np.float32)
-        else:
-            yield part, process_allgather(pair_logprobs(cfg, params, Preferences(part.chosen, part.rejected)), tiled=True)
+    part = [items[at] if at < len(items) else None for at in index]
+    first, second = (example_rows([item and item[side] for item in part], seq) for side in (0, 1))
+    reference = logprobs[np.minimum(index, len(items) - 1)]
+    if isinstance(items[0], Pair):
+        return Preferences(first, second, reference)
+    return Ratings(
+        first, second, reference, np.array([item.value if isinstance(item, Rating) else 0 for item in part], np.float32)
+    )
 
 
-def preference_batch(pairs: Sequence[Pair | Rating], part: PairBatch, reference: np.ndarray) -> Preferences | Ratings:
-    if isinstance(pairs[0], Pair):
-        return Preferences(part.chosen, part.rejected, reference)
-    values = [rating.value if index >= 0 and isinstance(rating := pairs[index], Rating) else 0 for index in part.pair]
-    return Ratings(part.chosen, part.rejected, reference, np.array(values, np.float32))
+def reference_logprobs(
+    cfg: ModelConfig, params: Any, items: Sequence[Pair | Rating], seq: int, rows: int, report: OnProgress = None
+) -> np.ndarray:
+    """Returns both answers' log-probabilities (items, 2) by a model, `rows` at once; 0 without `params`."""
+    logprobs = np.zeros((len(items), 2), np.float32)
+    for first in range(0, len(items) if params else 0, rows):
+        batch = preference_batch(items, np.arange(first, first + rows), seq, logprobs)
+        both = process_allgather(pair_logprobs(cfg, params, Preferences(*batch[:2])), tiled=True)
+        logprobs[first : first + rows] = both[: len(items) - first]
+        if report:
+            report(min(first + rows, len(items)), len(items))
+    return logprobs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -247,9 +257,8 @@ def held_out_evaluator(
         batches, unit, key = list(evaluation_batches(examples, seq, rows)), "nats/token", "val_nats_per_token"
         summed, size = score, max(sum(int(batch.mask.sum()) for batch in batches), 1)
     else:
-        batches = [
-            preference_batch(examples, part, reference)
-            for part, reference in reference_logprobs(cfg, initial, examples, seq, rows)
-        ]
+        reference = reference_logprobs(cfg, initial, examples, seq, rows)
+        starts = range(0, len(examples), rows)
+        batches = [preference_batch(examples, np.arange(first, first + rows), seq, reference) for first in starts]
         unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
     return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)

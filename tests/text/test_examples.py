@@ -14,13 +14,14 @@ from engine.text.conversations import Conversation, Preference, Text
 from engine.text.examples import (
     PackedBatches,
     Pair,
+    Rating,
     evaluation_batches,
-    evaluation_pairs,
+    example_rows,
     make_examples,
     mismatch,
     pack_rows,
-    pair_batch,
 )
+from stages.runs.conversation_data import preference_batch
 
 TOKENIZER = chat_tokenizer()
 CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.content == "<s>")
@@ -227,17 +228,19 @@ def test_once_is_once(pack):
         assert actual == sorted(tuple(e.tokens.tolist()) for e in examples)
 
 
-def test_pairs_stand_row_by_row():
+def test_preferences_stand_row_by_row():
+    """Of pairs and of ratings; what is behind the last is padding, with a value of 0."""
     pairs = [Pair(example(n, n + 1, n + 2), example(n, n + 3)) for n in range(1, 8)]
-    batch = pair_batch(pairs, np.array([5, 0, 3]), seq=4)
-    assert batch.pair.tolist() == [5, 0, 3]
-    assert batch.chosen.tokens.tolist() == [[pair + 1, pair + 2, 0, 0] for pair in (5, 0, 3)]
-    assert batch.rejected.tokens.tolist() == [[pair + 1, 0, 0, 0] for pair in (5, 0, 3)]
-    assert batch.rejected.targets.tolist() == [[pair + 4, 0, 0, 0] for pair in (5, 0, 3)]
-    assert batch.chosen.segments is None
-    listed = list(evaluation_pairs(pairs, 4, 3))
-    assert [batch.pair.tolist() for batch in listed] == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
-    assert listed[-1].chosen.mask.sum() == 2
+    logprobs = np.arange(14, dtype=np.float32).reshape(7, 2)
+    for items in (pairs, [Rating(*pair, good=False) for pair in pairs]):
+        batch = preference_batch(items, np.array([5, 0, 7]), 4, logprobs)
+        assert batch[0].tokens.tolist() == [[6, 7, 0, 0], [1, 2, 0, 0], [0] * 4]
+        assert batch[1].tokens.tolist() == [[6, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
+        assert batch[1].targets.tolist() == [[9, 0, 0, 0], [4, 0, 0, 0], [0] * 4]
+        assert batch[0].segments is None
+        assert not batch[0].mask[2].any()
+        assert batch.reference[:2].tolist() == [[10, 11], [0, 1]]
+    assert batch.value.tolist() == [-1, -1, 0]
 
 
 def test_what_makes_no_batches():
@@ -245,4 +248,4 @@ def test_what_makes_no_batches():
         with pytest.raises(UserError, match=words):
             PackedBatches([example(*tokens)], 8, 1, 0)
     with pytest.raises(UserError, match="f:1 has 10 tokens"):
-        next(evaluation_pairs([Pair(example(1, 2), example(*range(1, 11)))], 8, 1))
+        example_rows([example(1, 2), example(*range(1, 11))], 8)
