@@ -155,10 +155,10 @@ def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int, full: boo
     fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
     if not fitted:
         raise InvalidConversation(f"its first {seq} tokens hold nothing to train on")
-    return fitted, _targets(fitted) < _targets(examples)
+    return fitted, count_targets(fitted) < count_targets(examples)
 
 
-def _targets(examples: Sequence[Example]) -> int:
+def count_targets(examples: Sequence[Example]) -> int:
     return sum(int(np.count_nonzero(example.mask[1:])) for example in examples)
 
 

@@ -71,7 +71,7 @@ class TuningFlags:
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int | None, parser(integer(16), "N"), default("256, or the model's where that is less")] = None
     """Tokens a row."""
-    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-5 without LoRA")] = None
+    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA")] = None
     """AdamW's."""
     warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""

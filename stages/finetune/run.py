@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from engine.counting.hardware import doubt_ceilings
+from engine.counting.params import choose_rank, lora_bits
 from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.format import quantity
@@ -18,7 +19,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
 from engine.text.batch import ALL, EpochOrder
-from engine.text.examples import PackedBatches, Pair, Rating
+from engine.text.examples import PackedBatches, Pair, Rating, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, Ratings, preference_objective
@@ -108,7 +109,7 @@ class FineTuning(ModelStage, BatchStage):
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
-        rate = (2e-3 if lora else 2e-5) / (10 if is_preference else 1)
+        rate = (2e-3 if lora else 2e-4) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
             kind="adamw", learning_rate=tuning.learning_rate or rate, schedule="cosine", warmup=tuning.warmup,
             beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
@@ -116,9 +117,7 @@ class FineTuning(ModelStage, BatchStage):
         rows = tuning.rows * (2 if is_preference else 1)  # of tokens
 
         def make_plan(cfg: ModelConfig) -> None:
-            """Plans the run by the architecture. Raises UserError before a weight is read."""
-            if not trainable.lora:
-                self.continue_adapter(cfg)
+            """Plans the run by the architecture. Raises UserError for one that cannot be."""
             context = tuning.context or min(CONTEXT, cfg.context)
             if context > cfg.context:
                 raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
@@ -136,13 +135,17 @@ class FineTuning(ModelStage, BatchStage):
             remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
             self.plan.require(self.plan.memory.total, "A step would need about", remedy)
 
+        def on_config(cfg: ModelConfig) -> None:
+            if not trainable.lora:
+                self.continue_adapter(cfg)
+            make_plan(cfg)  # raises before a weight is read
+
         if examples.general != "none":
             check_text_name(examples.general)
         for data in filter(None, (examples.data, examples.validation)):
             open_conversations(data, tuning.examples)  # raises before a model is loaded
         template, on_mesh = read_template(examples.template), options.mesh is not None
-        super().__init__(flags.model, lora, options.folder, console, template, make_plan, on_mesh)
-        self.plan = dataclasses.replace(self.plan, name=self.model.name)
+        super().__init__(flags.model, lora, options.folder, console, template, on_config, on_mesh)
         self.dataset = prepare_conversations(
             examples.data,
             examples.validation,
@@ -153,6 +156,14 @@ class FineTuning(ModelStage, BatchStage):
             console,
             examples.full_loss,
         )
+        if self.lora and not (self.origin or trainable.lora):
+            # A bit for each token, or for each preference, which says no more than yes or no.
+            bits = len(self.dataset.train) if is_preference else count_targets(self.dataset.train)
+            self.lora = choose_rank(self.model.cfg, self.lora, bits)
+            make_plan(self.model.cfg)
+            holds = f"an adapter that can hold {lora_bits(self.model.cfg, self.lora):,} bits, for data of about {bits:,}"
+            self.matches += (("rank", f"{self.lora.rank}, chosen: {holds}"),)
+        self.plan = dataclasses.replace(self.plan, name=self.model.name)
         self.metadata = {
             "learns": trainable.describe(self.lora),
             "objective": tuning.objective,
@@ -174,6 +185,7 @@ class FineTuning(ModelStage, BatchStage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
+        epochs = self.packed.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
         rows, *problems = dataset.summary.describe()
         examples = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         if isinstance(dataset.train[0], Rating):
@@ -190,7 +202,7 @@ class FineTuning(ModelStage, BatchStage):
             ("template", self.chat.template_name),
             *([("packing", self.packed.describe())] if self.objective is NEXT_TOKEN else []),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {quantity(steps, plan.step_name)}, {long}"),
+            ("length", f"{plan.length()}; about {quantity(steps, plan.step_name)}, {long}, {epochs:,.1f} times the data"),
         ]
 
     def print_example(self) -> None:

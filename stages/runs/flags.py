@@ -93,7 +93,7 @@ class TrainableFlags:
     lora: Annotated[
         LoraConfig | None,
         parser(parse_lora, "SIZE"),
-        default("rank=8,alpha=16,targets=all; that of a --model that is an adapter, continued"),
+        default("on all matrices, its rank by the data in `finetune`, else 8; that of an adapter that is continued"),
     ] = None
     """rank=8,alpha=16,targets=q,v: a new adapter beside a frozen model."""
     base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"

@@ -428,7 +428,9 @@ def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained
     del options[at : at + 2]
     assert finetune.main(options) == 0
     assert re.search(
-        r"length +0\.00 s of training time, but at least 7 steps; about \d+ steps, \S+ \w+$", capsys.readouterr().out, re.M
+        r"length +0\.00 s of training time, but at least 7 steps; about \d+ steps, \S+ \w+, [\d.]+ times the data$",
+        capsys.readouterr().out,
+        re.M,
     )
     lines = metrics(tmp_path / "least")
     assert result(tmp_path / "least")["steps"] == 7
@@ -476,6 +478,8 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
     printed = capsys.readouterr().out
     assert re.search(r"Assistant: went down\.<\|endoftext\|>[^\[]*\[\[ red sails", printed)
     assert "2 x 64 tokens" in printed
+    assert re.search(r"LoRA +q, k, v, out, gate, up, down of 2 layers, rank 8\n", printed)
+    assert re.search(r"rank +8, chosen: an adapter that can hold [\d,]+ bits, for data of about [\d,]+\n", printed)
     example = Example(tokens_of(1, 5), np.ones(5, bool), "")
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 

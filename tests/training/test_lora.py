@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny import assert_near, equations, positions_of, text_batch, tiny_config, tokens_of
 
+from engine.counting.params import choose_rank, lora_bits
 from engine.errors import UserError
-from engine.model.config import LoraConfig
+from engine.model.config import LoraConfig, preset
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
 from engine.model.weights.int8 import quantize
@@ -32,6 +33,16 @@ def with_random_b(adapters, seed: int = 0):
 
 
 logits = jax.jit(lambda cfg, params, tokens: forward(cfg, params, tokens, positions_of(*tokens.shape))[0], static_argnums=0)
+
+
+def test_the_rank_is_the_least_that_holds_what_the_data_teaches():
+    cfg = preset("smollm2-135m")
+    adapters = jax.eval_shape(lambda: init_lora(cfg, KEY, LoraConfig()))
+    holds = lora_bits(cfg, LoraConfig())
+    assert holds == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 4_884_480
+    chosen = [choose_rank(cfg, LoraConfig(), bits) for bits in (1, holds, holds + 1, 5 * holds, 10**9)]
+    assert [(lora.rank, lora.alpha) for lora in chosen] == [(8, 16), (8, 16), (16, 32), (64, 128), (64, 128)]
+    assert choose_rank(tiny_config(), LoraConfig(), 10**9).rank < min(min(shape) for shape in tiny_config().matrices.values())
 
 
 def test_adapters_hold_what_was_asked_for(params):
