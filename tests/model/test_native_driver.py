@@ -46,7 +46,7 @@ def check(folder: Path, sanitisers: str, family: str, calls: int) -> None:
     assert not built.returncode, built.stderr
     done = run(driver, 5, calls, *libraries)
     assert not done.returncode, done.stdout + done.stderr
-    functions = {name for kernel in KERNELS for name in FUNCTIONS.get(kernel, (kernel,))}
+    functions = {name for kernel in KERNELS for name in FUNCTIONS.get(kernel, (kernel,))} - {"empty_cache"}  # touches no memory
     assert {line.split()[0] for line in done.stdout.splitlines()} == {*map(target, functions)}
 
 
