@@ -49,8 +49,8 @@ class LoadedModel:
     params: matrices in the dtype asked for (float32 for a run), gains and biases float32. eos_ids: each ends a completion, the
     tokenizer's own first. checkpoint: the file or folder that was read; run: its run folder; bases: of the models below an
     adapter. hub_id: of the model, or of an adapter's base; empty when unknown. notes: lines to print. sampling: recommended, by
-    the names of SamplingParams. merged: paths of weights that PEFT's layout would not give back, with a DoRA in them or trained
-    whole.
+    the names of SamplingParams, unchecked. merged: paths of weights that PEFT's layout would not give back, with a DoRA in them
+    or trained whole.
     """
 
     name: str

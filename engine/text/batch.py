@@ -41,6 +41,7 @@ class EpochOrder:
         return step * self.batch / self.count
 
     def at(self, step: int, rows: slice = ALL) -> list[tuple[int, int]]:
+        """Returns (epoch, item) of each of the `rows` of `step` >= 0: those of one process, or all."""
         places = [divmod(step * self.batch + row, self.count) for row in range(self.batch)[rows]]
         return [(epoch, int(permutation(self.count, self.seed, epoch)[place])) for epoch, place in places]
 

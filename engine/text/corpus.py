@@ -41,7 +41,8 @@ def read_corpus(path: Path) -> Corpus[str]:
     """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
 
     A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped as they are not
-    text. Text is kept as it is, line ends too. Raises UserError for a missing or empty path and for a file that is not text.
+    text. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and
+    for a file that is not text.
     """
     files, note = find_text_files(path)
     return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)

@@ -61,6 +61,7 @@ def ask(
 def _complete(
     cfg: ModelConfig, params: Params, prompts: list[list[int]], max_tokens: int, stop_token_ids: Collection[int]
 ) -> list[Completion]:
+    """Completes prompts greedily. `params` are those of `prepare_params`."""
     if not prompts:
         return []
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)

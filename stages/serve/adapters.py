@@ -60,6 +60,7 @@ class AdapterTable:
             self.adapters[name] = await asyncio.to_thread(self.put, index, adapter)
 
     def remove(self, name: str) -> None:
+        """Lets no more requests name an adapter; those under way go on with it. Raises ApiError."""
         if self.adapters.pop(name, None) is None:
             raise ApiError(404, f"There is no adapter {name!r:.80} here.", code="model_not_found")
 

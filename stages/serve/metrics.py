@@ -1,4 +1,4 @@
-"""Counts Prometheus metrics under vLLM's names, and the number of programs compiled since all were there."""
+"""Counts Prometheus metrics under vLLM's names, and the number of programs compiled since the server was ready."""
 
 from typing import Any
 
