@@ -125,7 +125,7 @@ def length_reward(words: int) -> Reward:
 def regex_reward(pattern: str) -> Reward:
     """Rewards a completion with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
 
-    A pattern such as `(a+)+$` may take exponentially long. Raises UserError for what is no pattern.
+    A pattern such as `(a+)+$` may take exponentially long, so callers bound its time. Raises UserError for what is no pattern.
     """
     try:
         expression = re.compile(pattern)

@@ -29,7 +29,8 @@ class TrainState(NamedTuple):
 class Objective:
     """A training objective: the summed loss of a batch, () float32, and the count, (), it is divided by.
 
-    Both are the sums of those of the batch's parts by rows. One objective is one object, or its step is compiled anew.
+    The leaves of a batch have a leading axis of rows; its sum and count are the sums of its parts'. One objective is one
+    object, or its step is compiled anew.
     """
 
     summed_loss: Callable[[ModelConfig, Params, Any], Array]
