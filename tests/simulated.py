@@ -56,7 +56,7 @@ def logprob_of(token: int, seen: list[int]) -> float:
 class FakeConstraint:
     """What `Constraint` is to an engine: by the tokens so far it allows one token, two or all, and has an end."""
 
-    failed = False
+    failed, can_run_ahead = False, True
 
     def __init__(self, seed: int, tokens: tuple[int, ...] = ()) -> None:
         self.seed, self.tokens = seed, tokens
@@ -78,6 +78,9 @@ class FakeConstraint:
             forced += allowed
         good = itertools.takewhile(lambda n: drafts[n] in self.allowed(drafts[:n]), range(len(drafts or ())))
         return forced or [drafts[n] for n in good]
+
+    def allows(self, token: int) -> bool:
+        return token in self.allowed()
 
     def accept(self, token: int) -> str | None:
         assert token in self.allowed(), "a token that the grammar forbids"
@@ -161,7 +164,7 @@ class FakeRunner:
                 # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
                 reached = position + 1 if self.has_kernel else self._end(position + 1)
                 sampled.finite[step, row] = NAN not in text[:reached]
-                allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.masked[row] else -1
+                allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.masked[row] > step else -1
                 current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
                 sampled.token[step, row] = current[row]
                 sampled.logprob[step, row] = logprob_of(current[row], text[: position + 1])
@@ -210,6 +213,7 @@ def draw_request(rng: random.Random) -> Request:
     most = rng.randint(1, min(20, CAPACITY - len(prompt)))
     sampling = SamplingParams(
         max_tokens=most,
+        temperature=rng.choice([0.0, 1.0]),
         seed=rng.randrange(3),
         presence_penalty=float(rng.random() < 0.2),
         logit_bias={2: 5.0} if rng.random() < 0.1 else {},

@@ -110,6 +110,7 @@ def completion(rng: random.Random) -> tuple[str, dict[str, Any], Callable[[Adapt
     sampling = request.sampling
     body: dict[str, Any] = {
         "prompt": list(request.prompt), "n": n, "max_tokens": sampling.max_tokens, "seed": sampling.seed,
+        "temperature": sampling.temperature,
         "min_tokens": sampling.min_tokens, "presence_penalty": sampling.presence_penalty, "stream": rng.random() < 0.5,
         "stop_token_ids": list(sampling.stop_token_ids),
         "logit_bias": {str(token): value for token, value in sampling.logit_bias.items()},
@@ -284,7 +285,7 @@ class Schedule:
         for each in reserved:
             assert not each._unfinished, "a request ends before its completions"
             self.live.remove(each)
-        return status, headers, b"".join(parts), is_whole and not (ask.leaves and self.loop.now >= leaves)
+        return status, headers, b"".join(parts), is_whole and not (ask.leaves and self.loop.now > leaves - 1e-6)
 
     def log(self, line: str, flush: bool) -> None:
         """Prints to a disk that is full now and then."""

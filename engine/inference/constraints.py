@@ -33,6 +33,8 @@ class Constraint:
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
         self._matcher, self._end_ids = matcher, end_ids
 
+    can_run_ahead = True  # whether a sampled token may be allowed without its mask
+
     def begin(self) -> "Constraint":
         return Constraint(self._matcher.deep_copy(), self._end_ids)
 
@@ -59,6 +61,10 @@ class Constraint:
         stop = next((n for n, token in enumerate(drafts) if token in self._end_ids), len(drafts))
         return list(drafts[: self._matcher.validate_tokens(list(drafts[:stop]))])
 
+    def allows(self, token: int) -> bool:
+        """Whether a token, which is no end, may come next."""
+        return token not in self._end_ids and self._matcher.validate_tokens([token]) == 1
+
     def accept(self, token: int) -> Literal["stop", "grammar"] | None:
         """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the grammar has failed."""
         if not self._matcher.consume_token(token):
@@ -69,7 +75,7 @@ class Constraint:
 class ForcedTokens(Constraint):
     """Lets a completion be nothing but these tokens, whose log-probabilities are asked for."""
 
-    failed = False
+    failed = can_run_ahead = False
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens, self._done = tuple(tokens), 0

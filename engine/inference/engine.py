@@ -25,7 +25,7 @@ from engine.inference.request import Completion, Event, LogProb, Request, Sampli
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
 from engine.inference.sampling import TokenMasks, make_token_masks
 from engine.inference.scheduler import Decode, Prefill, Scheduler
-from engine.inference.sequence import Sequence
+from engine.inference.sequence import STEPS, Sequence
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from engine.model.transformer import Params
@@ -272,13 +272,13 @@ class Engine:
             rows = batch.rows_of(sequence)
             if sequence.constraint:
                 sequence.constraint.fill(masks.allowed, rows, batch.drafts_of(sequence))
-                masks.masked[rows] = True
+                masks.masked[rows] = 1
             for row in rows[: sequence.stopless_tokens]:
                 allowed = masks.allowed[row].copy() if sequence.constraint else ~masks.allowed[row]
                 for token in sequence.request.sampling.stop_token_ids:
                     allowed[token // 32] &= ~np.uint32(1 << token % 32)
                 if allowed.any():  # else its grammar ends here
-                    masks.masked[row], masks.allowed[row] = True, allowed
+                    masks.masked[row], masks.allowed[row] = 1 if sequence.constraint else STEPS, allowed
         return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:

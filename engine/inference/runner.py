@@ -110,8 +110,8 @@ def decode_slots(
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    One program does one step or several, for one row or all: a row's numbers are the same to the bit. `masks` are those of the
-    first step. Without `logprobs` () bool log-probabilities are 0.
+    One program does one step or several, for one row or all: a row's numbers are the same to the bit. `masks` hold for as many
+    steps as they say. Without `logprobs` () bool log-probabilities are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
     own = jnp.arange(R, dtype=jnp.int32)
@@ -127,7 +127,8 @@ def decode_slots(
             adjusted = jax.lax.cond(
                 penalties.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, penalties
             )
-            allowed = jax.lax.cond(masks.masked.any(), mask_logits, lambda logits, _: logits, adjusted, masks)
+            masked = masks.masked > i
+            allowed = jax.lax.cond(masked.any(), mask_logits, lambda logits, *_: logits, adjusted, masked, masks.allowed)
             token = sample(allowed, position + 1, sampling)
             new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))
             sampled = SampledTokens(*(array.at[i].set(row) for array, row in zip(sampled, new)))
@@ -340,7 +341,7 @@ class ModelRunner:
     ) -> SampledTokens:
         """Samples the `steps` tokens that follow token (R,) int32 in each row, as NumPy arrays.
 
-        `masks` are good for one step. `adapters` (R,) int32. Without `logprobs` the log-probabilities stay on the device.
+        `adapters` (R,) int32. Without `logprobs` the log-probabilities stay on the device.
         """
         sampled, self.segments, self.counts = decode_slots(
             self.cfg, self.params, self.segments, self.counts, token, rows,

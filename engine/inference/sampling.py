@@ -41,7 +41,7 @@ class PenaltyArrays(NamedTuple):
 
 
 class TokenMasks(NamedTuple):
-    """Which rows a grammar constrains, (R,) bool, and the tokens it allows there, a bit each: (R, ceil(V/32)) uint32."""
+    """For how many steps each row is masked, (R,) int32, and the tokens allowed there, a bit each: (R, ceil(V/32)) uint32."""
 
     masked: Array
     allowed: Array
@@ -67,7 +67,7 @@ def _columns(rows: Sequence[SamplingParams], kind: Any) -> Any:
 
 
 def make_token_masks(rows: int, vocab: int) -> TokenMasks:
-    return TokenMasks(np.zeros(rows, np.bool_), np.zeros((rows, -(-vocab // 32)), np.uint32))  # type: ignore[arg-type]
+    return TokenMasks(np.zeros(rows, np.int32), np.zeros((rows, -(-vocab // 32)), np.uint32))  # type: ignore[arg-type]
 
 
 def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
@@ -97,11 +97,11 @@ def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) 
     return jnp.where(adjusts, adjusted, logits)
 
 
-def mask_logits(logits: Array, masks: TokenMasks) -> Array:
-    """Returns logits (R, V), -inf for the tokens that a row's grammar forbids; unchanged to the bit in rows without one."""
-    bits = (masks.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0
-    return jnp.where(allowed | ~masks.masked[:, None], logits, -jnp.inf)
+def mask_logits(logits: Array, masked: Array, allowed: Array) -> Array:
+    """Returns logits (R, V), -inf for the tokens that are not allowed in rows that are masked (R,); others are unchanged."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0
+    return jnp.where(is_allowed | ~masked[:, None], logits, -jnp.inf)
 
 
 def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:

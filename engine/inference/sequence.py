@@ -7,6 +7,7 @@ from typing import Any
 from engine.inference.request import FinishReason, Request
 from engine.inference.speculation import Drafter
 
+PATIENCE = 8  # tokens without one that its grammar forbids, until a sequence runs ahead
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
 
 
@@ -17,7 +18,7 @@ class Sequence:
 
     `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `constraint`
     follows its output through the request's grammar. `stop_token`: the one that ended it. `hidden_sum`: for an embedding, over
-    the prefilled tokens.
+    the prefilled tokens. `patience`: tokens still to be allowed by its grammar until it runs ahead.
     """
 
     id: int
@@ -31,9 +32,20 @@ class Sequence:
     drafter: Drafter | None = None
     stop_token: int | None = None
     hidden_sum: Any = 0
+    patience: int = PATIENCE
 
     def __post_init__(self) -> None:
         self.constraint = self.request.constraint and self.request.constraint.begin()
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether its grammar allowed the last tokens, so that the next may be sampled without its masks, and looked at then.
+
+        The most probable of all tokens, if it is allowed, is the most probable of those that are.
+        """
+        sampling, constraint = self.request.sampling, self.constraint
+        is_greedy = sampling.temperature == 0 and not sampling.adjusts_logits
+        return constraint is not None and constraint.can_run_ahead and is_greedy and self.patience <= 0
 
     @property
     def order(self) -> tuple[int, int]:
@@ -86,13 +98,17 @@ class Sequence:
         None: a token whose logits were no numbers. Each token after the first was sampled after one of `drafts`, and counts
         only if all drafts up to that one were right.
         """
-        sampled, accepted = list(sampled), []
+        sampled, accepted = list(sampled), list[int]()
         reason: FinishReason | None = None
         for index, token in enumerate(sampled):
             if self.constraint and self.constraint.failed:
                 reason = "grammar"
                 break
-            if token is None or token in self.request.sampling.stop_token_ids:
+            ends, ran_ahead = self.request.sampling.stop_token_ids, index > 0 and not drafts
+            if self.constraint and ran_ahead and token is not None and (token in ends or not self.constraint.allows(token)):
+                self.patience = PATIENCE + len(accepted)
+                break
+            if token is None or token in ends:
                 reason, self.stop_token = "error" if token is None else "stop", token
                 break
             accepted.append(token)
@@ -103,6 +119,7 @@ class Sequence:
                 break
             if drafts and drafts[index : index + 1] != [token]:
                 break
+        self.patience -= len(accepted)
         if self.drafter:
             self.drafter.extend(accepted)
         self.output_tokens += accepted

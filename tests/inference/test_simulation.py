@@ -5,7 +5,7 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-from simulated import FakeRunner, simulate
+from simulated import FakeConstraint, FakeRunner, simulate
 from simulated_server import simulate_server
 
 from engine.inference import engine
@@ -42,6 +42,7 @@ FAULTS = {
         lambda _, others: 1 if 1 not in others else None,
     ),
     "a row has no adapter": (Request, "adapter_index", 0),
+    "what ran ahead of a grammar counts": (FakeConstraint, "allows", lambda *_: True),
     "a finished sequence's slot is lost": (Scheduler, "finish", finish_and_lose),
 }
 
