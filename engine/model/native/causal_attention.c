@@ -53,8 +53,6 @@ typedef struct {
   _Atomic int *busy;         // which threads' scratch is
 } Task;
 
-INLINE void store(void *to, F f) { memcpy(to, &f, sizeof f); }
-
 INLINE I load_integers(const int32_t *from) {
   I i;
   memcpy(&i, from, sizeof i);
@@ -108,18 +106,18 @@ INLINE void pack_rows(Word *to, const char *from, const float *scales, int64_t s
 
 // Words of a and b in turn: those of their first halves, or of their second.
 INLINE F zip_first(F a, F b) {
-#if defined(__AVX512F__)
+#if W == 16
   return EACH(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif defined(__AVX2__)
+#elif W == 8
   return EACH(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
   return EACH(a, b, 0, 4, 1, 5);
 #endif
 }
 INLINE F zip_second(F a, F b) {
-#if defined(__AVX512F__)
+#if W == 16
   return EACH(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
+#elif W == 8
   return EACH(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
   return EACH(a, b, 2, 6, 3, 7);
@@ -336,18 +334,13 @@ typedef struct {
   float *scores, *mixed, *best, *total, *factor;
 } Forward;
 
-// Places an array at the end of the scratch, or counts it if there is none.
-static void *claim(char **at, int64_t words) {
-  void *here = *at;
-  *at += lines(words * 4);
-  return here;
-}
+static void *words(char **at, int64_t count) { return claim(at, count * sizeof(Word)); }
 
 static Forward cut_forward(const Task *t, char **at) {
   return (Forward){
-      .keys = claim(at, t->padded * t->depth), .values = claim(at, t->padded * t->C), .rows = claim(at, BLOCK * t->depth),
-      .queries = claim(at, BLOCK * t->depth), .weights = claim(at, BLOCK * BLOCK), .scores = claim(at, BLOCK * BLOCK),
-      .mixed = claim(at, BLOCK * t->C), .best = claim(at, BLOCK), .total = claim(at, BLOCK), .factor = claim(at, BLOCK)};
+      .keys = words(at, t->padded * t->depth), .values = words(at, t->padded * t->C), .rows = words(at, BLOCK * t->depth),
+      .queries = words(at, BLOCK * t->depth), .weights = words(at, BLOCK * BLOCK), .scores = words(at, BLOCK * BLOCK),
+      .mixed = words(at, BLOCK * t->C), .best = words(at, BLOCK), .total = words(at, BLOCK), .factor = words(at, BLOCK)};
 }
 
 INLINE void mix_tile(const Task *t, const Forward *f, const int32_t *segments, int64_t query, int64_t key, int64_t lanes,
@@ -415,13 +408,13 @@ typedef struct {
 static Backward cut_backward(const Task *t, char **at) {
   const int64_t text = t->padded * t->C, tile = BLOCK * BLOCK;
   return (Backward){
-      .keys = claim(at, t->padded * t->depth), .values = claim(at, t->padded * t->depth), .stacked_keys = claim(at, text),
-      .to_keys = claim(at, text), .to_values = claim(at, text), .rows = claim(at, BLOCK * t->depth),
-      .queries = claim(at, BLOCK * t->depth), .gradients = claim(at, BLOCK * t->depth),
-      .stacked_queries = claim(at, BLOCK * t->C), .stacked_gradients = claim(at, BLOCK * t->C), .weights = claim(at, tile),
-      .slopes = claim(at, tile), .slopes_by_key = claim(at, tile), .scores = claim(at, tile), .products = claim(at, tile),
-      .to_queries = claim(at, BLOCK * t->C), .best = claim(at, BLOCK), .inverse = claim(at, BLOCK),
-      .delta = claim(at, BLOCK)};
+      .keys = words(at, t->padded * t->depth), .values = words(at, t->padded * t->depth), .stacked_keys = words(at, text),
+      .to_keys = words(at, text), .to_values = words(at, text), .rows = words(at, BLOCK * t->depth),
+      .queries = words(at, BLOCK * t->depth), .gradients = words(at, BLOCK * t->depth),
+      .stacked_queries = words(at, BLOCK * t->C), .stacked_gradients = words(at, BLOCK * t->C), .weights = words(at, tile),
+      .slopes = words(at, tile), .slopes_by_key = words(at, tile), .scores = words(at, tile), .products = words(at, tile),
+      .to_queries = words(at, BLOCK * t->C), .best = words(at, BLOCK), .inverse = words(at, BLOCK),
+      .delta = words(at, BLOCK)};
 }
 
 // As in attention_in_blocks.py, with P the weights and o = P v:
@@ -551,7 +544,7 @@ static XLA_FFI_Error *do_heads(XLA_FFI_CallFrame *call, Job *job, int64_t B, int
   char *end = NULL;
   if (is_backward) cut_backward(t, &end);
   else cut_forward(t, &end);
-  claim(&end, t->padded);  // segments
+  words(&end, t->padded);  // segments
   t->size = end - (char *)NULL;
   const int64_t threads = count_threads(call), parts = B * t->K * ceiling(t->T, t->tiles * BLOCK), sides = threads < parts ? threads : parts;
   char *memory = aligned_alloc(LINE, sides * t->size + lines(sides * sizeof *t->busy));

@@ -42,10 +42,10 @@ typedef struct {
 
 // The lanes of a, then those of b, each two added up. Of W vectors, W - 1 such steps make one: the sum of each in a lane.
 INLINE F add_pairs(F a, F b) {
-#if defined(__AVX512F__)
+#if W == 16
   return EACH(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          EACH(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif defined(__AVX2__)
+#elif W == 8
   return EACH(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + EACH(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
   return EACH(a, b, 0, 2, 4, 6) + EACH(a, b, 1, 3, 5, 7);

@@ -100,5 +100,31 @@ static inline int answered_version(XLA_FFI_CallFrame *call) {
   return 1;
 }
 
+// The function that XLA calls. Its body has `call`, `arguments` and `results`.
+#define KERNEL(name)                                                                                                      \
+  static XLA_FFI_Error *name(XLA_FFI_CallFrame *call, XLA_FFI_Buffer **arguments, XLA_FFI_Buffer **results);              \
+  XLA_FFI_Error *thrice_##name(XLA_FFI_CallFrame *call) {                                                                 \
+    if (answered_version(call)) return NULL;                                                                              \
+    return name(call, (XLA_FFI_Buffer **)call->args.args, (XLA_FFI_Buffer **)call->rets.rets);                            \
+  }                                                                                                                       \
+  static XLA_FFI_Error *name(XLA_FFI_CallFrame *call, XLA_FFI_Buffer **arguments, XLA_FFI_Buffer **results)
+
 static inline int64_t ceiling(int64_t count, int64_t size) { return (count + size - 1) / size; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline size_t lines(size_t bytes) { return ceiling(bytes, LINE) * LINE; }
+
+// Places an array at the end of a piece of memory, in cache lines of its own, or counts its bytes where there is none yet.
+static inline void *claim(char **at, size_t bytes) {
+  void *here = *at;
+  *at += lines(bytes);
+  return here;
+}
+
+// Gives a task its arrays in one piece, `memory`: place(&task, &at) claims them.
+#define WITH_MEMORY(place, task)                                        \
+  char *end = NULL;                                                     \
+  place(&task, &end);                                                   \
+  char *memory = aligned_alloc(LINE, end - (char *)NULL);               \
+  if (!memory) return out_of_memory(call->api);                         \
+  end = memory;                                                         \
+  place(&task, &end);

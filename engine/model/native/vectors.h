@@ -1,11 +1,11 @@
 // What kernels of floating-point numbers share: vectors of numbers, and the exponential function.
 // A vector of W float32, which the compiler makes of what the processor has.
-#if defined(__AVX512F__)
-enum { W = 16 };
+#if defined(__AVX512VNNI__)
+#define W 16
 #elif defined(__AVX2__)
-enum { W = 8 };
+#define W 8
 #else
-enum { W = 4 };
+#define W 4
 #endif
 static const float MASKED = -1e30f;  // as in layers.py
 typedef float F __attribute__((vector_size(4 * W)));
@@ -18,6 +18,17 @@ INLINE F load(const void *from) {
   F f;
   memcpy(&f, from, sizeof f);
   return f;
+}
+
+INLINE F spread(float number) { return number - (F){0}; }
+
+INLINE void store(void *to, F f) { memcpy(to, &f, sizeof f); }
+
+// Writes numbers `column` and those behind it of a row of `columns`, as many of W as there are.
+INLINE void store_columns(void *row, F numbers, int64_t column, int64_t columns) {
+  char *to = (char *)row + column * 4;
+  if (column + W <= columns) store(to, numbers);
+  else if (column < columns) memcpy(to, &numbers, (columns - column) * 4);
 }
 
 INLINE int64_t bytes_of(const enum Type type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
