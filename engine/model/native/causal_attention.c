@@ -564,18 +564,14 @@ static Job job_of(XLA_FFI_Buffer **arguments) {
                 .segments = arguments[3]->dims[0] ? arguments[3]->data : NULL}, NULL};
 }
 
-XLA_FFI_Error *thrice_causal_attention(XLA_FFI_CallFrame *call) {
-  if (answered_version(call)) return NULL;
-  XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
+KERNEL(causal_attention) {
   Job job = job_of(arguments);
   job.task.to_mixed = results[0]->data;
   job.task.sums = results[1]->data;
   return do_heads(call, &job, arguments[0]->dims[0], 0);
 }
 
-XLA_FFI_Error *thrice_causal_attention_backward(XLA_FFI_CallFrame *call) {
-  if (answered_version(call)) return NULL;
-  XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
+KERNEL(causal_attention_backward) {
   Job job = job_of(arguments);
   job.task.mixed = arguments[4]->data;
   job.task.sums = arguments[5]->data;
@@ -586,14 +582,12 @@ XLA_FFI_Error *thrice_causal_attention_backward(XLA_FFI_CallFrame *call) {
   return do_heads(call, &job, arguments[0]->dims[0], 1);
 }
 
-XLA_FFI_Error *thrice_prefill_attention(XLA_FFI_CallFrame *call) {
-  if (answered_version(call)) return NULL;
-  XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args;
+KERNEL(prefill_attention) {
   const int64_t *q = arguments[0]->dims, *keys = arguments[3]->dims;
   const int parts = call->args.size == 7 ? 2 : 1;  // arrays that hold keys: the numbers and, of int8, their scales
   Job job = {{.q = arguments[0]->data, .positions = arguments[1]->data, .slots = arguments[2]->data,
               .k = arguments[3]->data, .v = arguments[3 + parts]->data,
-              .to_mixed = ((XLA_FFI_Buffer **)call->rets.rets)[0]->data,
+              .to_mixed = results[0]->data,
               .key_scales = parts == 2 ? arguments[4]->data : NULL, .value_scales = parts == 2 ? arguments[6]->data : NULL,
               .T = q[1], .N = q[2], .H = q[3], .B = keys[0], .K = keys[1], .S = keys[2]}, NULL};
   return do_heads(call, &job, q[0], 0);

@@ -207,9 +207,7 @@ static int64_t cut(const Cache *cache, const Task *t, int64_t slot, int64_t head
   return ceiling(reached, BLOCK);
 }
 
-XLA_FFI_Error *thrice_decode_attention(XLA_FFI_CallFrame *call) {
-  if (answered_version(call)) return NULL;
-  XLA_FFI_Buffer **arguments = (XLA_FFI_Buffer **)call->args.args, **results = (XLA_FFI_Buffer **)call->rets.rets;
+KERNEL(decode_attention) {
   const float *q = arguments[0]->data;
   const int32_t *positions = arguments[1]->data, *slots = arguments[2]->data;
   const int32_t *source = arguments[3]->data, *target = arguments[4]->data;

@@ -8,7 +8,8 @@
 enum { COLUMNS = 16, INPUTS = 4, STEP = COLUMNS * INPUTS };  // of a step: its bytes are a cache line
 enum { VECTORS = COLUMNS / W };
 enum { ROUNDED = 16 * 1024 };  // numbers that a thread rounds at a time, about
-enum { AHEAD = 4096 };  // bytes of weight: processors fetch ahead, but not past a page. Into the second cache: the first is too small
+// Bytes of weight: processors fetch ahead, but not past a page. Into the second cache: the first is too small.
+enum { AHEAD = 4096 };
 typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each of W columns
 
 // Adds to W columns' sums the products of their 4 inputs with those of a row. Weights without a sign are
