@@ -254,14 +254,17 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 
         return run
 
-    program, cost = compile_program(prefill_chunk, (cfg,), params, cache, pieces[0], slot, starts[0], calls=chunks)
+    prefill_program, cost = compile_program(
+        prefill_chunk, (cfg,), params, cache, pieces[0], None, slot, starts[0], calls=chunks
+    )
+    read = lambda cache, piece, slot, start: prefill_program(params, cache, piece, None, slot, start)[1]
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
     blocks = {name: PassFlops(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
     formula = Flops(blocks | {name: parts[name] for name in "qkv"} | {"head": PassFlops()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
-        "chunked prefill into a slot", "inference", in_turn(functools.partial(program, params), pieces), lambda: params,
+        "chunked prefill into a slot", "inference", in_turn(read, pieces), lambda: params,
         tokens=T, formula=formula * chunks, dtype=cfg.dtype, **cost,
         predicted_bytes=predicted.params + predicted.cache + predicted.activations // SLOTS,
         traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
