@@ -15,6 +15,7 @@ the traced program, by XLA.
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -72,9 +73,11 @@ def measure(flags: StageTableFlags) -> Json:
     from bench.stages.measure import stage_table
     from bench.stages.report import print_stages
 
+    changed = [name for name in ("batch", "context", "price") if getattr(flags, name) != getattr(StageTableFlags, name)]
+    asked = (f"--{name} {shlex.quote(str(getattr(flags, name)))}" for name in ("model" if flags.model else "preset", *changed))
     document = stage_table(
         flags.preset, flags.model, batch=flags.batch, context=flags.context, price=flags.price, max_time=flags.max_time,
-        fewest_rounds=flags.quick, pictures=bool(flags.out),
+        fewest_rounds=flags.quick, pictures=bool(flags.out), command=" ".join(("python -m bench", *asked)),
     )  # fmt: skip
     if flags.out and (others := flags.out / "documents.json").is_file():
         document["claims"] += compare.read_result(others).get("claims", [])

@@ -180,11 +180,13 @@ def lora_operations(of: Evidence) -> Judgement:
 def updates(of: Evidence) -> Judgement:
     full, lora = of.row("full fine-tuning")["flops_per_token"], of.row("LoRA")["flops_per_token"]
     updating, left = full["optimizer"] / full["formula"], lora["formula"] / full["formula"]
+    time = of.ratio("LoRA", "full fine-tuning")
     value = (
         f"updating every weight adds {100 * updating:.2f}% to the operations of the passes forward and backward. A LoRA step "
-        f"updates only its adapter and takes {percent(left)} of the operations: what costs are the passes through the model."
+        f"updates only its adapter and takes {percent(left)} of the operations and {time.format(percent)} of the time: what "
+        "costs are the passes through the model."
     )
-    return "false" if updating < 0.02 and left > 0.5 else "partly", value, {"updating": updating, "left": left}
+    return "false" if updating < 0.02 and left > 0.5 else "partly", value, {"updating": updating, "left": left, "time": time}
 
 
 def last_layers(of: Evidence) -> Judgement:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -81,13 +80,14 @@ def stage_table(
     max_time: float,
     fewest_rounds: bool,
     pictures: bool,
+    command: str,
 ) -> dict[str, Any]:
     """Measures the table of the named model, else of a preset with random weights, in about `max_time` seconds in all.
 
     Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added while they fit.
     `fewest_rounds`: no more than a verdict needs. `pictures`: with the memory of each of DRAWN over time, what a block keeps
-    for its backward pass, and, unless there are `fewest_rounds`, what a small model learns. Progress goes to stderr. Raises
-    UserError for what does not fit or is not there.
+    for its backward pass, and, unless there are `fewest_rounds`, what a small model learns. `command`: the one that measures
+    the claims again. Progress goes to stderr. Raises UserError for what does not fit or is not there.
     """
     begin = clock()
     model = find_model(preset_name, model_name, lambda cfg: check_memory(cfg, batch, context))
@@ -132,9 +132,8 @@ def stage_table(
         document_rows[name] = row_document(row, rows[FORWARD], timings, ceilings, digests[name], price)
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
-    measured = ("--model", model_name) if model_name else ("--preset", preset_name)
     evidence = Evidence(
-        shlex.join(("python", "-m", "bench", *measured)), document_rows, timings, params=params, price=price,
+        command, document_rows, timings, params=params, price=price,
         uncached_tokens=context, learning=learning, bytes_per_weight=jnp.dtype(cfg.dtype).itemsize, generated=generated,
         changed_answers=serve_beside_others(cfg, frozen, min(2 * context, cfg.context))[0], before=state_before,
         after=model_state(cfg, frozen, data), int8_error=logits_error(cfg, frozen, int8, data),

@@ -110,6 +110,8 @@ def test_the_claims_are_decided_and_the_report_holds_every_row(table):
         passes = [sum(parts) for parts in zip(*row["layers"])]
         assert passes == pytest.approx([counted[part] for part in ("forward", "dx", "dw")])
     assert document["command"].startswith("python -m bench --preset tiny ")
+    again = {claim["command"] for claim in document["claims"]}
+    assert again == {"python -m bench --preset tiny --batch 2 --context 64 --price 3.6"}
     assert next(iter(document["memory"])) == "pre-training step"
     assert len(document["memory"]) == 6
 
