@@ -32,11 +32,11 @@ class RolloutFlags:
     """The prompts, and how completions are sampled."""
 
     task: Annotated[tuple[str, ...], default("length:12", metavar="TASK ...")] = ("length:12",)
-    """`length:N` words, `regex:PATTERN` found in the answer, `sum` (the last number is right), `yes-no` (how it begins), or
-    FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer` and returns a number. Several add up, each by its
-    weight: 0.5*length:12."""
+    """`length:N` words, `regex:PATTERN` found in the answer, `sum` (the last number is right), `yes-no` (how it begins),
+    `exact` (the row's answer), or FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer` and returns a
+    number. Several add up, each by its weight: 0.5*length:12."""
     data: Annotated[Path | None, parser(path, "FILE"), default("prompts that come with the task")] = None
-    """A .jsonl of {"prompt": "...", "answer": 7}; only `sum` and functions read answers."""
+    """A .jsonl of {"prompt": "...", "answer": 7}; only `sum`, `exact` and functions read answers."""
     reward_timeout: Annotated[float, parser(seconds, "TIME"), default("10")] = 10.0
     """Time that a function of your own has for the completions of a round."""
     prompts: Annotated[int, parser(integer(1, 1024), "N")] = 2

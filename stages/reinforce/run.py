@@ -71,7 +71,7 @@ class ReinforcementLearning(ModelStage):
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
         self.scale, self.in_blocks = not update.no_scale, trainable.weights == "q4"
-        rewards = Rewards(rollout.task, rollout.reward_timeout)
+        rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
         self.task = rewards.name
         self.prompts = prompts_for(rewards.names, rollout.data, flags.seed)
         super().__init__(flags.model, lora, options.folder, console)

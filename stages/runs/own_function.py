@@ -13,6 +13,8 @@ import runpy
 import sys
 import traceback
 
+LARGEST = 1e9  # of a value: the squares of such values are finite in float32
+
 
 def main(file: str, name: str, seconds: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -32,7 +34,7 @@ def main(file: str, name: str, seconds: str) -> None:
 
 
 def call(file: str, name: str, rows: list[dict[str, object]]) -> list[float]:
-    """Returns the function's value for each row. Raises ValueError for one that is no finite number, and what it raises."""
+    """Returns the function's value for each row. Raises ValueError for NaN, no number or beyond LARGEST, and what it raises."""
     function = runpy.run_path(file).get(name)
     if not callable(function):
         raise ValueError(f"{file} has no function {name}.")
@@ -42,11 +44,11 @@ def call(file: str, name: str, rows: list[dict[str, object]]) -> list[float]:
         value = function(**{key: value for key, value in row.items() if takes_all or key in parameters})
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:  # NaN too
             raise ValueError(
-                f"{file}: {name} returned {str(value)[:80]!r}, where a finite number is wanted, for the completion "
+                f"{file}: {name} returned {str(value)[:80]!r}, where a number from -1e9 to 1e9 is wanted, for the completion "
                 f"{str(row['completion'])[:80]!r} of the prompt {str(row['prompt'])[:80]!r}."
             )
         values.append(number)

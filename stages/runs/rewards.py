@@ -14,22 +14,25 @@ from engine.errors import UserError
 from engine.training.reinforce import TASKS, Reward, make_reward
 
 RULE_SECONDS = 2.0  # of a rule, for a round
+MAX_WEIGHT = 1e6
 PROCESS = Path(__file__).with_name("own_function.py")
 
 
 class Rewards:
     """Sums the rewards of tasks, each `[WEIGHT*]TASK`: one of TASKS, or FILE.py:FUNCTION, which has `seconds` for a call.
 
-    Raises UserError for what is none, a weight that is not above 0, and a file that cannot be run.
+    `remedy`: what to do about one that takes longer. Raises UserError for what is none, a weight that is
+    not above 0 or is beyond MAX_WEIGHT, and a file that cannot be run.
     """
 
-    def __init__(self, tasks: Sequence[str], seconds: float) -> None:
-        self.name, self.seconds, self.names = " ".join(tasks), seconds, set[str]()
+    def __init__(self, tasks: Sequence[str], seconds: float, remedy: str = "mend it") -> None:
+        self.name, self.seconds, self.remedy, self.names = " ".join(tasks), seconds, remedy, set[str]()
         self._rules, self._functions = list[tuple[float, Reward]](), list[tuple[float, str, str]]()
         for text in tasks:
             weight, task = re.fullmatch(r"(?:(-?\d*\.?\d+)\*)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
-            if weight and not float(weight) > 0:
-                raise UserError(f"The weight of the task {task!r} should be above 0, not {weight}.")
+            if weight and not 0 < float(weight) <= MAX_WEIGHT:
+                wanted = f"above 0 and at most {MAX_WEIGHT:,.0f}"
+                raise UserError(f"The weight of the task {task!r} should be {wanted}, not {weight[:40]}.")
             if own := re.fullmatch(r"(.+\.py):(\w+)", task):
                 file = str(Path(own[1]).expanduser())
                 if not Path(file).is_file():
@@ -65,8 +68,7 @@ class Rewards:
             )
         except subprocess.TimeoutExpired:
             raise UserError(
-                f"{file}: {function} did not return within {self.seconds:g} s, for {len(rows)} completions: mend it, or "
-                "give it more time."
+                f"{file}: {function} did not return within {self.seconds:g} s, for {len(rows)} completions: {self.remedy}."
             ) from None
         try:
             reply = json.loads(done.stdout)

@@ -43,8 +43,13 @@ def test_functions_and_rules_add_up_by_their_weights(tmp_path, capfd):
         ("def score(completion)\n", r":1: SyntaxError: expected ':'"),
         ("import nowhere\n", r":1: ModuleNotFoundError: No module named 'nowhere'\."),
         ("def other(completion): return 1\n", r" has no function score\."),
-        ("def score(completion): return float('nan')\n", r": score returned 'nan', where a finite .* 'c' of the prompt 'p'\."),
+        (
+            "def score(completion): return float('nan')\n",
+            r": score returned 'nan', where a number .* 'c' of the prompt 'p'\.",
+        ),
         ("def score(completion): pass\n", r": score returned 'None'"),
+        ("def score(completion): return 1e300\n", r": score returned '1e\+300', where a number from -1e9 to 1e9 is wanted"),
+        ("def score(completion): return 10**400\n", r": score returned '1000"),
         ("def score(completion, extra): return 1\n", r": TypeError: score\(\) missing 1 required positional argument: 'extra'"),
         ("import os\ndef score(completion): os._exit(3)\n", r": score ended its process \(exit code 3\) without a result\."),
         ("import sys\ndef score(completion): sys.exit()\n", r":2: SystemExit\."),
@@ -60,17 +65,16 @@ def test_a_function_that_never_returns_is_ended(tmp_path):
     stubborn = f"def score(completion):\n    while True:\n{endless}"
     rewards = Rewards([write(tmp_path / "mine.py", stubborn)], 60)
     rewards.seconds = 1.0
-    with pytest.raises(
-        UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: mend it, or give it more time"
-    ):
+    with pytest.raises(UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: mend it\."):
         rewards(["p"], ["c"], [None])
 
 
 @pytest.mark.parametrize(
     ("task", "sentence"),
     [
-        ("-1*length:3", "weight of the task 'length:3' should be above 0, not -1"),
-        ("0*sum", "should be above 0, not 0"),
+        ("-1*length:3", "weight of the task 'length:3' should be above 0 and at most 1,000,000, not -1"),
+        ("0*sum", "at most 1,000,000, not 0"),
+        (f"1{'0' * 20}*sum", "at most 1,000,000, not 1000"),
         ("gone.py:score", r"There is no file gone\.py; a function of your own is FILE\.py:FUNCTION"),
         ("2*lenght:3", "Did you mean 'length'"),
     ],
