@@ -222,9 +222,20 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     folder, name = location.run or location.path, _base_of(location)
     if folder.resolve() in adapted_by:
         raise UserError(f"{folder} is named as a base of itself. Restore its record from a copy, or train anew.")
+    refused: list[UserError] = []
+
+    def check(cfg: ModelConfig) -> None:
+        try:
+            on_config(cfg)
+        except UserError as error:
+            refused.append(error)
+            raise
+
     try:
-        base = load_model(name, on_config=on_config, adapted_by=(*adapted_by, folder.resolve()))
+        base = load_model(name, on_config=check, adapted_by=(*adapted_by, folder.resolve()))
     except UserError as error:
+        if error in refused:  # the base can be read, and its user wants another
+            raise
         raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
     adapter, source, notes = _read_adapter(base.cfg, location, base_digests(base.params))
     if location.run:

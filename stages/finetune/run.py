@@ -156,6 +156,7 @@ class FineTuning(ModelStage, BatchStage):
             console,
             examples.full_loss,
         )
+        self.answer_metrics.check(self.dataset.references)
         if self.lora and not (self.origin or trainable.lora):
             # A bit for each token, or for each preference, which says no more than yes or no.
             bits = len(self.dataset.train) if is_preference else count_targets(self.dataset.train)

@@ -82,6 +82,11 @@ class Metrics:
     def __bool__(self) -> bool:
         return bool(self._rewards)
 
+    def check(self, references: Sequence[Reference]) -> None:
+        """Raises UserError when there are metrics and no references."""
+        if self._rewards and not references:
+            raise UserError("--metric compares with the answers of conversations, and there are none in this data.")
+
     def score(
         self,
         cfg: ModelConfig,
@@ -95,10 +100,9 @@ class Metrics:
 
         A conversation that fills the context counts as answered by nothing. Raises UserError without references.
         """
+        self.check(references)
         if not self._rewards:
             return {}
-        if not references:
-            raise UserError("--metric compares with the answers of conversations, and there are none in this data.")
         prepared, texts = prepare_params(cfg, params), list[str]()
         room = 16 + max(len(chat.tokenizer.encode(answer)) for _, answer in references)
         for start in range(0, len(references), ANSWERED_TOGETHER):

@@ -312,7 +312,8 @@ def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, fa
         (["--metric", "exact", "--weights", "int8"], "leave --mesh and --weights out"),
     ):
         assert sentence in failing(evaluate.main, ["--model", str(folder), *options])
-    assert "there are none in this data" in failing(finetune.main, args(trained, text, tmp_path / "none", *metrics[:2]))
+    none = args(trained, text, tmp_path / "none", *metrics[:2], "--dry-run")
+    assert "there are none in this data" in failing(finetune.main, none)
 
 
 def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
@@ -508,6 +509,8 @@ def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path
     of_base, own, of_run = (load_model(str(place)).tokenizer.config.get("chat_template") for place in (trained, again, run))
     assert own == of_run != of_base
     assert "rank 2" in printed(finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run")
+    too_long = failing(finetune.main, args(folder, chats, tmp_path / "more", "--context", 9999))
+    assert too_long.startswith("error: --context 9,999 is more than"), "which is no fault of the base"
 
 
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
