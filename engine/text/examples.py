@@ -173,10 +173,11 @@ def _answer(messages: Sequence[Message], where: str, chat: ChatTokenizer, seq: i
 
 
 def _pair(row: Preference, chat: ChatTokenizer, seq: int) -> Pair:
-    if row.chosen == row.rejected:
-        raise InvalidConversation("both answers are the same")
     answers = ([*row.messages, {"role": "assistant", "content": text}] for text in (row.chosen, row.rejected))
-    return Pair(*(_answer(messages, row.where, chat, seq) for messages in answers))
+    pair = Pair(*(_answer(messages, row.where, chat, seq) for messages in answers))
+    if np.array_equal(pair.chosen.tokens, pair.rejected.tokens):  # templates may strip what texts differ by
+        raise InvalidConversation("both answers are the same")
+    return pair
 
 
 def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> list[Rating]:

@@ -94,6 +94,11 @@ def test_pairs(chat):
     for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
         assert example.tokens[example.mask][-1] in chat.eot_ids
+    trimming = ChatTokenizer(TOKENIZER, CHATML.replace("message.content", "message.content | trim"))
+    spaced = Preference(tuple(talk("a")), "b", "b ", "f:5")
+    with pytest.raises(UserError, match="f:5: both answers are the same"):
+        make_examples([spaced], trimming, 60)
+    assert make_examples([spaced], chat, 60)[1].used == 1
 
 
 def test_ratings_and_other_prompts_answers(chat):
