@@ -142,16 +142,16 @@ def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
             f"{model.merged[0]} is trained whole or a DoRA, and only LoRA is written here: export the model merged."
         )
     adapter_leaves(model.params)  # says so if there are none
+    if base_name is None and model.hub_id:
+        return model.hub_id
+    folder = Path(base_name or base).expanduser()
+    if (folder / "config.json").is_file() and not (folder / "run.json").exists():
+        return str(folder.resolve())
     if base_name is None:
-        if model.hub_id:
-            return model.hub_id
         raise UserError(
             f"PEFT looks for an adapter's base on the Hugging Face hub, and no id there is known for {base}: "
             "give --base-name ORG/NAME, or the folder that stages.export wrote of it."
         )
-    folder = Path(base_name).expanduser()
-    if (folder / "config.json").is_file() and not (folder / "run.json").exists():
-        return str(folder.resolve())
     if not is_hub_id(base_name):
         wanted = "an id on the Hugging Face hub, ORG/NAME, or a folder for transformers"
         raise UserError(f"--base-name is {wanted}, not {base_name!r}.")

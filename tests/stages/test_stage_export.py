@@ -191,6 +191,9 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
     assert "--base-name is an id on the Hugging Face hub" in failing(export.main, [*again, "--base-name", trained])
     exported(*again[1:4:2], *again[4:], "--base-name", merged)
     assert named() == str(merged)
+    loading(monkeypatch, trained, params=tuned.params, run=None, name=str(merged))
+    exported(*again[1:4:2], *again[4:])
+    assert named() == str(merged)
     tuned = loading(monkeypatch, trained, params=tuned.params, hub_id="HuggingFaceTB/SmolLM2-135M-Instruct")
     exported(*again[1:4:2], *again[4:])
     assert named() == tuned.hub_id
