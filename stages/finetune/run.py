@@ -187,6 +187,7 @@ class FineTuning(ModelStage, BatchStage):
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
         epochs = self.packed.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
+        counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
         rows, *problems = dataset.summary.describe()
         examples = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         if isinstance(dataset.train[0], Rating):
@@ -203,7 +204,7 @@ class FineTuning(ModelStage, BatchStage):
             ("template", self.chat.template_name),
             *([("packing", self.packed.describe())] if self.objective is NEXT_TOKEN else []),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {quantity(steps, plan.step_name)}, {long}, {epochs:,.1f} times the data"),
+            ("length", f"{plan.length()}; about {counted}{long}, {epochs:,.1f} times the data"),
         ]
 
     def print_example(self) -> None:

@@ -133,7 +133,8 @@ def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
 
     Inputs become in / 32 blocks, which share a factor: (in / 32, 32, out) and (in / 32, 1, out). A block's largest magnitude
     becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0 and its largest 15: llama.cpp's rule but for ties. A
-    block that was rounded once stays as it is.
+    block that was rounded once stays as it is. A scale by least squares brings weights nearer to theirs, and the model's
+    predictions no nearer (bench/results/zen4/rounding-tries.csv).
     """
     inputs = 1 - axis
     x = weight.astype(jnp.float32).reshape(*weight.shape[:inputs], -1, GROUP, *weight.shape[inputs + 1 :])
