@@ -1,9 +1,9 @@
 """Runs the real server, from its guard to its writers, on the fake device of `simulated.py` and a clock that waits for nobody.
 
 A seed draws clients that come, ask again as they are told or at once, read slowly or nothing, and leave; what they ask for,
-completions with grammars and adapters or scores; adapters that come and go, programs that come late, and a full disk behind the
-log. The routes, admission, generations, the engine's thread, the scheduler and its sequences are the real ones. The thread's
-ticks are one more task of the event loop, so that a schedule is a function of its seed.
+completions with grammars and adapters or scores; adapters that come and go; and a full disk behind the log, which is all that
+a server writes once it is ready. The routes, admission, generations, the engine's thread, the scheduler and its sequences are
+the real ones. The thread's ticks are one more task of the event loop, so that a schedule is a function of its seed.
 """
 
 import asyncio
@@ -39,13 +39,13 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self.now = 0.0
-        super().__init__(SimpleSelector(self))
+        super().__init__(SimulatedSelector(self))
 
     def time(self) -> float:
         return self.now
 
 
-class SimpleSelector(selectors.SelectSelector):
+class SimulatedSelector(selectors.SelectSelector):
     """Waits for nothing: there are no files."""
 
     def __init__(self, loop: SimulatedLoop) -> None:
