@@ -33,7 +33,7 @@ class FolderFlags:
     save_every: Annotated[int | float, parser(interval, "N|TIME"), default("60s")] = 60.0
     """Steps (or rounds) or training time between checkpoints."""
     keep: Annotated[int, COUNT] = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep; the best evaluated one stays beside them."""
     log_every: Annotated[int, COUNT] = 1
     """Steps (or rounds) between lines of metrics.jsonl."""
     record: Annotated[Path | None, parser(path, "FILE"), default("off")] = None

@@ -52,7 +52,7 @@ LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where and how a run is carried out. `stage`: the command's name; `keep`: checkpoints to keep.
+    """Where and how a run is carried out. `stage`: the command's name; `keep`: newest checkpoints to keep, beside the best.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
     than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run. `record`: see
