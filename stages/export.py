@@ -283,7 +283,8 @@ def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
     faults += [f"whether {name} is adapted" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = ours[name], theirs[name]
-        if a.scale != b.scale or not (np.array_equal(a.a, b.a) and np.array_equal(a.b, b.b)):
+        same_scale = np.float32(a.scale) == np.float32(b.scale)  # alpha / rank misses 1 in 10 of rsLoRA's by a bit of float64
+        if not (same_scale and np.array_equal(a.a, b.a) and np.array_equal(a.b, b.b)):
             faults.append(f"the adapter of {name}")
     rows = [
         ("adapters", f"of {len(theirs)} matrices, to the bit"),
