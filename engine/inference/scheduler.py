@@ -134,7 +134,7 @@ class Scheduler:
                 for n, token in enumerate(drafts.get(own.slot, ()), 1)
             ]
             return Decode(rows, 1, drafts, self.copies, copies_are_new)
-        # A token that did not count may be followed by NaN in the slot: rows that share one read no such position.
+        # A token that does not count may leave a NaN in the slot. Kernels, whose rows share slots, read no such position.
         runs_ahead = lambda sequence: not sequence.constraint or (self.shares_slots and sequence.runs_ahead)
         if not all(sequence.output_tokens and runs_ahead(sequence) for sequence in decoding):
             steps = 1  # a grammar's mask is for one token, or a request waits for its first
