@@ -141,8 +141,7 @@ class Block(nn.Module):
         x = x.reshape(*x.shape[:2], -1, cfg.head_dim)
         if not cfg.qk_norm or name == "v":
             return x
-        # Without the barrier XLA would compute the norm twice, as RoPE reads it twice.
-        return jax.lax.optimization_barrier(backward.rms_norm(x, self.gain(f"{name}_norm", cfg.head_dim), cfg.eps, dtype))
+        return backward.rms_norm(x, self.gain(f"{name}_norm", cfg.head_dim), cfg.eps, dtype)
 
     def gain(self, name: str, size: int) -> Array:
         return self.param(name, nn.initializers.ones, (size,))
