@@ -21,7 +21,7 @@ enum { KEYS = W == 8 ? 2 : 4 };  // read together, so that as many sums of QUERI
 enum { BLOCK = 256 };   // positions
 enum { QUERIES = 4 };   // that share one reading of a key
 enum { VECTORS = 4 };   // of a value's W numbers, mixed at a time
-enum { AHEAD = 4096 };  // bytes: as in int8_matmul.c
+enum { AHEAD = 4096 };  // bytes: as in integers.h
 enum { PARTS = 2 };  // arrays that hold int8 keys: the numbers and their scales
 
 typedef struct {

@@ -12,8 +12,8 @@ enum { ROUNDED = 16 * 1024 };  // numbers that a thread rounds at a time, about
 enum { AHEAD = 4096 };
 typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each of W columns
 
-// Adds to W columns' sums the products of their 4 inputs with those of a row. Weights without a sign are
-// of 4 bits, and their sums are there once they are finished. `fused`: a b + c, rounded once.
+// Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are of 4 bits, and
+// `finish` makes their sums whole. `fused`: a b + c, rounded once.
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
 enum { TOO_HIGH = 128 };  // the instruction takes weights without a sign: signed ones 128 too high

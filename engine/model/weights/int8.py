@@ -30,7 +30,7 @@ Layout = Literal["plain", "transposed", "packed"]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows up to which a product takes as long as reading the weight
 MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
-COLUMNS, INPUTS = 16, 4  # of a step of the kernel, as in native/int8_matmul.c
+COLUMNS, INPUTS = 16, 4  # of a step of the kernel, as in native/integers.h
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
