@@ -76,9 +76,16 @@ def measure(flags: StageTableFlags) -> Json:
     changed = [name for name in ("batch", "context", "price") if getattr(flags, name) != getattr(StageTableFlags, name)]
     asked = (f"--{name} {shlex.quote(str(getattr(flags, name)))}" for name in ("model" if flags.model else "preset", *changed))
     document = stage_table(
-        flags.preset, flags.model, batch=flags.batch, context=flags.context, price=flags.price, max_time=flags.max_time,
-        fewest_rounds=flags.quick, pictures=bool(flags.out), command=" ".join(("python -m bench", *asked)),
-    )  # fmt: skip
+        flags.preset,
+        flags.model,
+        batch=flags.batch,
+        context=flags.context,
+        price=flags.price,
+        max_time=flags.max_time,
+        fewest_rounds=flags.quick,
+        pictures=bool(flags.out),
+        command=" ".join(("python -m bench", *asked)),
+    )
     if flags.out and (others := flags.out / "documents.json").is_file():
         document["claims"] += compare.read_result(others).get("claims", [])
     print_stages(document)

@@ -50,9 +50,13 @@ class Shape(NamedTuple):
 
 
 def run_bench[Flags](
-    name: str, about: str | None, flags: type[Flags], measure: Callable[[Flags], Json], args: Sequence[str] | None = None,
+    name: str,
+    about: str | None,
+    flags: type[Flags],
+    measure: Callable[[Flags], Json],
+    args: Sequence[str] | None = None,
     write_pages: Callable[[Path, Json], Path | None] | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or OSError.
 
     The document that `measure` returns goes with its `circumstances` into the folder of --out, as a file named by the end of
@@ -63,9 +67,12 @@ def run_bench[Flags](
     """
     try:
         options = tyro.cli(
-            _with_common(flags, name), prog=f"python -m {name}", description=about, args=args,
+            _with_common(flags, name),
+            prog=f"python -m {name}",
+            description=about,
+            args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )  # fmt: skip
+        )
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             if options.out and (problem := write_problem(options.out)):
@@ -154,13 +161,18 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
     program = command[0] if command[0].endswith(".py") else f"-m {command[0]}"
     return {
         "machine": {
-            "processor": model, "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
-            "cores": cores(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "processor": model,
+            "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
+            "cores": cores(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
-        "commit": commit or None, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": os.getloadavg()[0],
+        "commit": commit or None,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
-        "command": f"python {program} {shlex.join(command[1:])}".strip(), "flags": dataclasses.asdict(flags),
-    }  # fmt: skip
+        "command": f"python {program} {shlex.join(command[1:])}".strip(),
+        "flags": dataclasses.asdict(flags),
+    }
 
 
 def busy_cores() -> float:

@@ -58,9 +58,10 @@ def compare(flags: CompareFlags) -> Json:
     if not rows:
         raise UserError(f"{flags.before} and {flags.after} have no measured ratio in common.")
     print_table(
-        f"{documents[1]['date']} against {documents[0]['date']}", ("", "before", "after", "after over before", ""),
+        f"{documents[1]['date']} against {documents[0]['date']}",
+        ("", "before", "after", "after over before", ""),
         [(row["name"], row["before"], row["after"], row["words"], row["verdict"]) for row in rows],
-    )  # fmt: skip
+    )
     return {"rows": rows}
 
 
@@ -99,6 +100,10 @@ def compare_ratios(name: str, before: Interval, after: Interval) -> Json:
     over = Ratio(after[0] / before[0], after[1] / before[2], after[2] / before[1])
     verdict = {True: "larger", False: "smaller", None: "undecided"}[over.exceeds(1)]
     return {
-        "name": name, **over._asdict(), "before": str(Ratio(*before)), "after": str(Ratio(*after)), "words": str(over),
+        "name": name,
+        **over._asdict(),
+        "before": str(Ratio(*before)),
+        "after": str(Ratio(*after)),
+        "words": str(over),
         "verdict": verdict,
-    }  # fmt: skip
+    }

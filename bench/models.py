@@ -101,9 +101,15 @@ def make_step_inputs(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Ste
     """Returns a byte-level model, heads 64 wide, with q/k norm and an untied head; weights and text are random, and fixed."""
     ff = -(-shape.width * 8 // 3 // 64) * 64
     cfg = ModelConfig(
-        vocab=257, width=shape.width, layers=shape.layers, heads=shape.width // 64, ff=ff, context=shape.tokens, qk_norm=True,
+        vocab=257,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.width // 64,
+        ff=ff,
+        context=shape.tokens,
+        qk_norm=True,
         dtype=dtype,
-    )  # fmt: skip
+    )
     params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
     text = jax.random.randint(jax.random.key(1), (shape.batch, shape.tokens + 1), 0, cfg.vocab)
     return StepInputs(cfg, params, next_token_batch(text))

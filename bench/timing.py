@@ -84,9 +84,13 @@ class Ratio(NamedTuple):
 
 
 def measure(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int = 1,
-    report: Callable[[int, int], None] | None = None, seconds_of: Callable[[Any], float] | None = None,
-) -> dict[str, Timing]:  # fmt: skip
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmups: int = 1,
+    report: Callable[[int, int], None] | None = None,
+    seconds_of: Callable[[Any], float] | None = None,
+) -> dict[str, Timing]:
     """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each.
 
     A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same

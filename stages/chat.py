@@ -89,14 +89,16 @@ def chat(flags: ChatFlags) -> int:
     if chatty:
         before = digest(params)
         adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
-        notes.print_rows([
-            ("model", f"{model}{adapters}"),
-            ("device", str(device)),
-            ("template", tokenizer.template_name),
-            *([("documents", documents.summary)] if documents else []),
-            ("sampling", source),
-            ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
-        ])  # fmt: skip
+        notes.print_rows(
+            [
+                ("model", f"{model}{adapters}"),
+                ("device", str(device)),
+                ("template", tokenizer.template_name),
+                *([("documents", documents.summary)] if documents else []),
+                ("sampling", source),
+                ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
+            ]
+        )
     with notes.task("compiling", always=terminal):
         session.warm()
     if terminal:

@@ -136,9 +136,14 @@ def _likelihood(nats: float) -> tuple[str, str]:
 
 
 def evaluate_text(
-    model: "LoadedModel", data: str | None, record: dict[str, Any], context: int | None, stride: int | None, batch: int | None,
+    model: "LoadedModel",
+    data: str | None,
+    record: dict[str, Any],
+    context: int | None,
+    stride: int | None,
+    batch: int | None,
     console: Console,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
     from engine.mesh import layout
     from stages.runs import text_data

@@ -33,13 +33,23 @@ if TYPE_CHECKING:
 BLOCKS = ("q8_0", "q4_0", "q4_1")
 DTYPES = ("float32", "bfloat16", "float16", *BLOCKS)
 EXPORT_FILES = {
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "adapter_config.json", "adapter_model.safetensors", "manifest.json",
-}  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "manifest.json",
+}
 CHECK_TEXTS = (
-    "The quick brown fox jumps over the lazy dog.", "  two spaces\tand a tab\n\n\nand lines", "In 1969, 12345 people; 3.14159!",
-    "naïve café, 日本語, Ελληνικά, 🙂", "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text", "don't I'LL we've",
-)  # fmt: skip
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces\tand a tab\n\n\nand lines",
+    "In 1969, 12345 people; 3.14159!",
+    "naïve café, 日本語, Ελληνικά, 🙂",
+    "def f(x):\n    return x ** 2  # <|endoftext|> <|im_end|> is text",
+    "don't I'LL we've",
+)
 TOLERANCE = 1e-3  # of the largest logit: the order of float32 sums
 SAMPLE, WINDOW = 1024, 256  # tokens of a held-out text that rounding is measured on: in all, and read at once
 MAX_LOSS, MAX_LOSS_OF_4_BITS = 0.01, 0.15  # bits per byte
@@ -259,9 +269,12 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
     before, after = bits_per_byte(model.params), bits_per_byte(export.params)
     rows += [
         ("logits", f"differ by at most {difference:.1e} of the largest from the model's, with its weights rounded as here"),
-        ("loss", f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of "
-                 f"{source.name}); the most probable token stays in {agreement:.1%} of places"),
-    ]  # fmt: skip
+        (
+            "loss",
+            f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of "
+            f"{source.name}); the most probable token stays in {agreement:.1%} of places",
+        ),
+    ]
     faults = ["the logits"] if difference > TOLERANCE else []
     most = MAX_LOSS_OF_4_BITS if dtype in BLOCKS[1:] else MAX_LOSS
     if not after - before <= most:

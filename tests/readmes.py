@@ -44,15 +44,23 @@ SUMMARY = {
     "evaluation forward": ("inference", "forward", "none"),
 }
 EXCERPT = (
-    "pre-training step", "bottom half frozen", "LoRA rank 8 on q and v", "evaluation forward", "prefix-cache hit",
-    "decode alone", "decode with 8 slots", "decode with 32 slots",
-)  # fmt: skip
+    "pre-training step",
+    "bottom half frozen",
+    "LoRA rank 8 on q and v",
+    "evaluation forward",
+    "prefix-cache hit",
+    "decode alone",
+    "decode with 8 slots",
+    "decode with 32 slots",
+)
 CHAT = "ordinary_speculative"  # the row that the README shows
 PRINTED, SAMPLED = ("predicted", "validation", "trained"), 3  # lines of a training run and of its sample that the README shows
 TUNED = {  # and of the commands after it
-    "stages.finetune": ("held out", "forgotten", "trained"), "stages.evaluate": ("nats per token",),
-    "stages.export": ("loss",), "stages.serve": ("ready after",),
-}  # fmt: skip
+    "stages.finetune": ("held out", "forgotten", "trained"),
+    "stages.evaluate": ("nats per token",),
+    "stages.export": ("loss",),
+    "stages.serve": ("ready after",),
+}
 PROMISES = {  # what is tried at length
     "S1": "The same request gives the same bits, whoever else is there.",
     "S2": "No request sees another's text.",
@@ -242,7 +250,7 @@ def verdicts(document: Document) -> list[str]:
         f"- “Caching and batching decide serving's cost”: {both}; else tokens take {without} as long.",
         f"- “Quantisation decides it”: {verdict(bits)}; int8 tokens come "
         f"{times(bits['numbers']['off_over_on']['8']['ratio'])} as fast.",
-    ]  # fmt: skip
+    ]
 
 
 def printed(document: Document) -> list[str]:
@@ -314,14 +322,16 @@ def serving(document: Document) -> list[str]:
     rate = Ratio.of(scored).format("{:.0f}".format)
     compared = [(*speeds(row), held(row["met"], f"{row['bar']:g}")) for row in document["rows"]]
     return [
-        *table(header, map(latencies, document["under_load"])), "",
-        *table("tokens a second|with|without|ratio, 95% interval|at least", compared), "",
+        *table(header, map(latencies, document["under_load"])),
+        "",
+        *table("tokens a second|with|without|ratio, 95% interval|at least", compared),
+        "",
         f"The server is ready after {document['ready_seconds']:.1f} s "
         f"({held(document['ready_met'], f'at most {document["ready_bar"]:g} s')}).",
         f"`/v1/score` scores {rate} candidates of four tokens a second, after 256 that are cached "
         f"({held(scored['met'], f'at least {scored["bar"]:g}')}).",
         *conditions(document)[1:],
-    ]  # fmt: skip
+    ]
 
 
 def chat(document: Document) -> list[str]:

@@ -109,12 +109,17 @@ def completion(rng: random.Random) -> tuple[str, dict[str, Any], Callable[[Adapt
     request, n = draw_request(rng), rng.choice([1, 1, 2, 3])
     sampling = request.sampling
     body: dict[str, Any] = {
-        "prompt": list(request.prompt), "n": n, "max_tokens": sampling.max_tokens, "seed": sampling.seed,
+        "prompt": list(request.prompt),
+        "n": n,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
         "temperature": sampling.temperature,
-        "min_tokens": sampling.min_tokens, "presence_penalty": sampling.presence_penalty, "stream": rng.random() < 0.5,
+        "min_tokens": sampling.min_tokens,
+        "presence_penalty": sampling.presence_penalty,
+        "stream": rng.random() < 0.5,
         "stop_token_ids": list(sampling.stop_token_ids),
         "logit_bias": {str(token): value for token, value in sampling.logit_bias.items()},
-    }  # fmt: skip
+    }
     if request.constraint:
         body["guided_choice"] = [str(request.constraint.seed)]
 
@@ -152,13 +157,16 @@ def scores(rng: random.Random) -> tuple[str, dict[str, Any], Callable[[Adapter |
 def draw_ask(rng: random.Random, port: int) -> Ask:
     path, body, expected = (scores if rng.random() < 0.25 else completion)(rng)
     return Ask(
-        path, body, expected, port,
+        path,
+        body,
+        expected,
+        port,
         obedient=rng.random() < 0.6,
         counts=rng.random() < 0.3,
         reads=rng.choice(["at once", "at once", "slowly", "nothing"]),
         leaves=rng.random() * 2 if rng.random() < 0.2 else 0.0,
         is_stream=bool(body.get("stream")),
-    )  # fmt: skip
+    )
 
 
 class Schedule:
@@ -248,9 +256,14 @@ class Schedule:
         if ask.counts and ask.obedient:
             names["x-stainless-retry-count"] = str(tries)
         scope: Any = {
-            "type": "http", "method": "POST", "path": ask.path, "query_string": b"", "client": ("127.0.0.1", ask.port),
-            "headers": [(name.encode(), value.encode()) for name, value in names.items()], "state": {},
-        }  # fmt: skip
+            "type": "http",
+            "method": "POST",
+            "path": ask.path,
+            "query_string": b"",
+            "client": ("127.0.0.1", ask.port),
+            "headers": [(name.encode(), value.encode()) for name, value in names.items()],
+            "state": {},
+        }
 
         async def receive() -> dict[str, Any]:
             if (body := next(sent, None)) is not None:

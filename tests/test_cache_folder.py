@@ -37,7 +37,7 @@ def variables(monkeypatch):
         ({"HOME": NOWHERE}, f"{NOWHERE}/.cache/thrice cannot"),
         ({"THRICE_CACHE": __file__}, "Not a directory"),
     ],
-)  # fmt: skip
+)
 def test_a_folder_that_cannot_be_made(variables, values, named):
     variables(**values)
     with pytest.warns(UserWarning, match=named) as sentences:

@@ -28,8 +28,12 @@ def test_durations_counts_and_sizes_read_well():
 def test_quantities_read_well():
     narrow = "\u202f"
     assert [si(x, "s") for x in (98.0e-6, 0.0, 999.9e-6, 1.5, None)] == [
-        f"98.0{narrow}µs", f"0{narrow}s", f"1.00{narrow}ms", f"1.50{narrow}s", "–",
-    ]  # fmt: skip
+        f"98.0{narrow}µs",
+        f"0{narrow}s",
+        f"1.00{narrow}ms",
+        f"1.50{narrow}s",
+        "–",
+    ]
     assert si(21_340_160, "FLOP") == f"21.3{narrow}MFLOP"
     assert si(0, "") == "0"
     assert [in_words(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == ["640", "13.5 million", "1.92 billion", "5,000 trillion"]

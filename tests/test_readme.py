@@ -36,10 +36,13 @@ SHORT = {
 # Commands of minutes, those that need what a test does not install, and those that are another one here.
 LONG = {"bench", "bench.commands", "bench.documents", "bench.lives", "bench.peers", "bench.serving"}
 ALIKE = {
-    "stages.serve", "stages.serve --model smollm2-135m-instruct", "stages.serve --model runs/smollm2-135m-instruct-voice",
-    "bench.step --dtype float32", "bench.step --allocator default",
+    "stages.serve",
+    "stages.serve --model smollm2-135m-instruct",
+    "stages.serve --model runs/smollm2-135m-instruct-voice",
+    "bench.step --dtype float32",
+    "bench.step --allocator default",
     "stages.finetune --model runs/demo-shakespeare --data voice --out-dir runs/demo-voice",
-}  # fmt: skip
+}
 # No test fetches a model or trains one for minutes: the run of 20 steps stands in for them.
 # Its context is too short for the preferences that are shipped.
 STANDS_IN = dict.fromkeys(("smollm2-135m-instruct", "runs/demo-shakespeare"), "runs/short")

@@ -35,9 +35,13 @@ class Peer:
         outside = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}}
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            [python, HERE / script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
             env=outside | KEEP_FREED_ENV | QUIET_ENV,
-        )  # fmt: skip
+        )
         assert self.process.stdin
         assert self.process.stdout
         self._questions, self._answers = self.process.stdin, self.process.stdout

@@ -125,12 +125,15 @@ def _fit(table: tuple[Any, ...]) -> tuple[Numbers, Any]:
     chips = sorted({chip(row.hardware) for row in table})
     features = [
         [
-            1, 0 < row.devices <= 8, math.log10(row.params / 1e10), row.recompute,
+            1,
+            0 < row.devices <= 8,
+            math.log10(row.params / 1e10),
+            row.recompute,
             row.precision != "bfloat16" if hasattr(row, "precision") else _drift(row.year),
             *(chip(row.hardware) == each for each in chips),
         ]
         for row in table
-    ]  # fmt: skip
+    ]
     x, y = np.array(features, float), np.log([utilisation(row) for row in table])
     inverse = np.linalg.inv(x.T @ x + np.diag([0.0, *[SLOPE_PENALTY] * 4, *[CHIP_PENALTY] * len(chips)]))
     weights = inverse @ (x.T @ y)

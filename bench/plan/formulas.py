@@ -45,11 +45,18 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
     exchanges = sent / network if network > 0 else 0
     seconds = products + updates + generated
     return {
-        "flops": tokens * m.flops, "recompute": recompute, "needed": training_memory(m, devices, recompute),
+        "flops": tokens * m.flops,
+        "recompute": recompute,
+        "needed": training_memory(m, devices, recompute),
         "least": training_memory(m, devices, 1),
-        "efficiency": share, "products": products, "updates": updates, "generated": generated, "exchanges": exchanges,
-        "seconds": seconds, "device_hours": seconds * devices / 3600,
-    }  # fmt: skip
+        "efficiency": share,
+        "products": products,
+        "updates": updates,
+        "generated": generated,
+        "exchanges": exchanges,
+        "seconds": seconds,
+        "device_hours": seconds * devices / 3600,
+    }
 
 
 def serving(
@@ -79,12 +86,19 @@ def serving(
     step = reading + attending + multiplying + launching
     period = batch * prefill + answer * step
     return {
-        "fits": 1 if room >= (prompt + answer) * cache else 0, "batch": batch,
-        "needed": (weights + batch * length * cache) / devices, "first_token": prefill + step,
-        "token_seconds": period / answer, "requests": batch / period, "tokens": batch * answer / period,
-        "prefilling": batch * prefill / answer, "reading": reading, "attending": attending, "multiplying": multiplying,
+        "fits": 1 if room >= (prompt + answer) * cache else 0,
+        "batch": batch,
+        "needed": (weights + batch * length * cache) / devices,
+        "first_token": prefill + step,
+        "token_seconds": period / answer,
+        "requests": batch / period,
+        "tokens": batch * answer / period,
+        "prefilling": batch * prefill / answer,
+        "reading": reading,
+        "attending": attending,
+        "multiplying": multiplying,
         "launching": launching,
-    }  # fmt: skip
+    }
 
 
 def longer_prompt(m: Any, d: Any, bits: float, kv_bits: float, extra: float, prompt: float, answer: float) -> Numbers:

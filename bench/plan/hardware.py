@@ -47,10 +47,20 @@ def numbers(device: Accelerator, **others: Any) -> Any:
     """Returns what the formulas take of a device; `others`: the fields of its Efficiency, and what `fit_serving` found."""
     eight = device.eight_bit_tflops or device.bf16_tflops
     return SimpleNamespace(
-        name=device.name, peak=1e12 * device.bf16_tflops, eight=1e12 * eight, bandwidth=1e9 * device.memory_gbs,
-        memory=1e9 * device.memory_gb, together=device.node, near=1e9 * device.node_gbs, far=1e9 * device.network_gbs,
-        watts=device.watts, low=device.usd_low, high=device.usd_high, price=device.price_source, **others,
-    )  # fmt: skip
+        name=device.name,
+        peak=1e12 * device.bf16_tflops,
+        eight=1e12 * eight,
+        bandwidth=1e9 * device.memory_gbs,
+        memory=1e9 * device.memory_gb,
+        together=device.node,
+        near=1e9 * device.node_gbs,
+        far=1e9 * device.network_gbs,
+        watts=device.watts,
+        low=device.usd_low,
+        high=device.usd_high,
+        price=device.price_source,
+        **others,
+    )
 
 
 def read_calibration() -> dict[str, Any]:
@@ -89,9 +99,19 @@ def calibrate() -> Json:
         rates.append(shape.batch * shape.tokens * flops / timing.median)
     ceilings = best_ceilings(ceilings, measure_ceilings())
     device = Accelerator(
-        HERE, ceilings.bf16_gflops / 1e3, device_memory_bytes() / 1e9, ceilings.read_gbs, 1, 0, 0, ceilings.int8_gflops / 1e3,
-        0, 0, 0, f"{ceilings.device}, {ceilings.cores} cores, measured",
-    )  # fmt: skip
+        HERE,
+        ceilings.bf16_gflops / 1e3,
+        device_memory_bytes() / 1e9,
+        ceilings.read_gbs,
+        1,
+        0,
+        0,
+        ceilings.int8_gflops / 1e3,
+        0,
+        0,
+        0,
+        f"{ceilings.device}, {ceilings.cores} cores, measured",
+    )
     shares = sorted(rate / 1e9 / ceilings.bf16_gflops for rate in rates)
     document = {"device": dataclasses.asdict(device), "shares": shares}
     write_json(cache_folder("plan") / "calibration.json", document)

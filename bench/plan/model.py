@@ -84,8 +84,18 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
     # Residuals of a token in a block, in 16 bits, with fused attention; the last part only a weight's gradient reads.
     kept = 4 * (cfg.width + query + key + cfg.ff) + (2 * (2 * cfg.width + cfg.ff) if trained > frozen / 4 else 0)
     return SimpleNamespace(
-        params=count.total, matmul=count.matmul, layers=cfg.layers, width=cfg.width, query_width=query, kv_width=key,
-        vocab=cfg.vocab, context=context, kept=kept, flops=flops.total + (flops.forward if reference else 0), trained=trained,
-        frozen=frozen + (count.total if reference else 0), frozen_bytes=0.5625 if name == "qlora" else 2,
+        params=count.total,
+        matmul=count.matmul,
+        layers=cfg.layers,
+        width=cfg.width,
+        query_width=query,
+        kv_width=key,
+        vocab=cfg.vocab,
+        context=context,
+        kept=kept,
+        flops=flops.total + (flops.forward if reference else 0),
+        trained=trained,
+        frozen=frozen + (count.total if reference else 0),
+        frozen_bytes=0.5625 if name == "qlora" else 2,
         step_tokens=step_tokens or (PRETRAINING_STEP if name == "pretrain" else TUNING_STEP),
-    )  # fmt: skip
+    )

@@ -19,9 +19,16 @@ from engine.model.config import ModelConfig
 
 HERE = Path(__file__).parent
 _OPERATORS: dict[type, str] = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.Gt: ">", ast.GtE: ">=", ast.LtE: "<=",
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.Pow: "**",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.LtE: "<=",
     ast.Eq: "===",
-}  # fmt: skip
+}
 
 
 def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Json:
@@ -33,9 +40,15 @@ def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json
         },
         "contexts": {name: cfg.context for name, cfg in models.items()},
         "hardware": {name: vars(device) for name, device in devices.items()},
-        "serving": fit_serving()._asdict(), "precisions": PRECISIONS, "slots": SLOTS, "power": POWER, "memory": MEMORY,
-        "adapter": ADAPTER_BOUND, "state": state, "law": vars(LAW),
-    }  # fmt: skip
+        "serving": fit_serving()._asdict(),
+        "precisions": PRECISIONS,
+        "slots": SLOTS,
+        "power": POWER,
+        "memory": MEMORY,
+        "adapter": ADAPTER_BOUND,
+        "state": state,
+        "law": vars(LAW),
+    }
 
 
 def write_plan(source: Path, _: Json) -> Path:

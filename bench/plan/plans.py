@@ -145,11 +145,14 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
         "device-hours": hours,
         "wall time": hours.scaled(3600 / devices, "seconds", "device-hours over the devices"),
         "memory a device": Interval(
-            MEMORY[0] * result["least"], result["needed"], MEMORY[1] * result["needed"], "bytes",
+            MEMORY[0] * result["least"],
+            result["needed"],
+            MEMORY[1] * result["needed"],
+            "bytes",
             f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few as fit, and 10%",
         ),
         **costs(hours, d),
-    }  # fmt: skip
+    }
     notes = ["activations are computed a second time, for they would not fit"] if result["recompute"] else []
     sizes = [run.params for run in clean_runs()]
     if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
@@ -170,10 +173,11 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
         needed = f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
         return f"memory, for it does not fit: {needed}; {holders(m, d)}"
     words = {
-        "products": "matrix products: compute", "updates": "the optimizer's update: memory bandwidth",
+        "products": "matrix products: compute",
+        "updates": "the optimizer's update: memory bandwidth",
         "generated": "generating the answers: memory bandwidth",
         "exchanges": "the network, to send weights and gradients with one text a device at a time",
-    }  # fmt: skip
+    }
     return words[max(words, key=lambda name: result[name])]
 
 
@@ -213,10 +217,12 @@ def plan_serving(
         each = line.scaled(1e6 / (3600 * requests * answer), line.unit, "all replicas, over the tokens asked for")
         lines[f"{label} a million answer tokens"] = each
     parts = {
-        "prefilling": "prefill, by compute", "reading": "reading the weights, by memory bandwidth",
-        "attending": "reading the KV cache, by memory bandwidth", "multiplying": "products of decoding, by compute",
+        "prefilling": "prefill, by compute",
+        "reading": "reading the weights, by memory bandwidth",
+        "attending": "reading the KV cache, by memory bandwidth",
+        "multiplying": "products of decoding, by compute",
         "launching": f"launching kernels, because only {loaded['batch']:g} requests run at once",
-    }  # fmt: skip
+    }
     slowest = max(parts, key=lambda part: loaded[part])
     question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
     share = loaded[slowest] / loaded["token_seconds"]

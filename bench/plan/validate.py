@@ -109,7 +109,7 @@ def validation() -> dict[str, Any]:
         "table": {name: figures(part) for name, part in parts.items()},
         "outside their interval": [each._asdict() for each in single if not each.inside],
         "not clean, so in no figure": [each._asdict() for each in unclean],
-    }  # fmt: skip
+    }
 
 
 def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -58,10 +58,18 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
     async with Server(model, server_flags) as server:
         entry, ready = await server.model(), server.ready_seconds
         document: Json = {
-            "bars_hold": BARS_HOLD, "model": entry["id"], "device": device_name(), "weights": flags.weights, "slots": slots,
-            "capacity": entry["max_model_len"], "quick": quick, "first_ready_seconds": first,
-            "ready_seconds": ready, "ready_bar": READY_SECONDS, "ready_met": ready < READY_SECONDS,
-        }  # fmt: skip
+            "bars_hold": BARS_HOLD,
+            "model": entry["id"],
+            "device": device_name(),
+            "weights": flags.weights,
+            "slots": slots,
+            "capacity": entry["max_model_len"],
+            "quick": quick,
+            "first_ready_seconds": first,
+            "ready_seconds": ready,
+            "ready_bar": READY_SECONDS,
+            "ready_met": ready < READY_SECONDS,
+        }
         progress(f"  ready after {ready:.1f} s; beside its engine without a server, {rounds} rounds in turns")
         engine, tokenizer = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
         row = await measure.compare_with_engine(server, engine, rounds)

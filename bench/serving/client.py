@@ -62,9 +62,15 @@ class Client:
         self._idle: list[Stream] = []
 
     async def request(
-        self, method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None, timeout: float = 120.0,
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 120.0,
         sent_at: float | None = None,
-    ) -> Response:  # fmt: skip
+    ) -> Response:
         """Returns the whole response. `body`: bytes as they are, anything else as JSON. `sent_at`: when it should be sent.
 
         One that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is raised.
@@ -209,9 +215,17 @@ def read_completion(response: Response) -> Completion:
                 moments.append(moment)
     first, last = (moments[place] if moments else math.nan for place in (0, -1))
     return Completion(
-        200, full_text, usage["completion_tokens"], usage["prompt_tokens"], finish_reason, first - response.sent_at,
-        last - response.sent_at, tuple(logprobs), tuple(b - a for a, b in itertools.pairwise(moments)), error,
-    )  # fmt: skip
+        200,
+        full_text,
+        usage["completion_tokens"],
+        usage["prompt_tokens"],
+        finish_reason,
+        first - response.sent_at,
+        last - response.sent_at,
+        tuple(logprobs),
+        tuple(b - a for a, b in itertools.pairwise(moments)),
+        error,
+    )
 
 
 def _error_message(response: Response) -> str:

@@ -299,10 +299,17 @@ def costs(of: Evidence) -> Judgement:
         f"{token.format(percent)} of one of pre-training; the rest is the amount. Serving, eight at a time, has cost as much "
         f"as training after {in_words(served)} tokens."
     )
-    return judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer"), value, {
-        "token_share": token, "share": share, "training_usd": training, "fine_tuning_usd": tuning,
-        "serving_tokens_that_cost_as_much": served,
-    }  # fmt: skip
+    return (
+        judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer"),
+        value,
+        {
+            "token_share": token,
+            "share": share,
+            "training_usd": training,
+            "fine_tuning_usd": tuning,
+            "serving_tokens_that_cost_as_much": served,
+        },
+    )
 
 
 def fortune(of: Evidence) -> Judgement:

@@ -69,10 +69,15 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.
     most, least = (Timing(f"{reading} readings", tuple(errors[reading][1].tolist())) for reading in (MOST, LEAST))
     return {
-        "letters": len(text), "other_letters": len(other), "pretrained": steps * ROWS * TOKENS,
-        "readings": [*READINGS], "text": [float(of.mean()) for of, _ in errors.values()],
-        "other": [float(of.mean()) for _, of in errors.values()], "over": ratio(most, least)._asdict(), "moved": moved,
-    }  # fmt: skip
+        "letters": len(text),
+        "other_letters": len(other),
+        "pretrained": steps * ROWS * TOKENS,
+        "readings": [*READINGS],
+        "text": [float(of.mean()) for of, _ in errors.values()],
+        "other": [float(of.mean()) for _, of in errors.values()],
+        "over": ratio(most, least)._asdict(),
+        "moved": moved,
+    }
 
 
 def _voice(name: str) -> str:

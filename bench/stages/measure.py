@@ -28,7 +28,7 @@ from bench.stages.rows import (
     training_kinds,
     training_row,
     uncached_decode,
-)  # fmt: skip
+)
 from bench.timing import MIN_ROUNDS, Timing, describe_noise, measure, ratio
 from engine.counting.hardware import (
     RATES,
@@ -65,9 +65,12 @@ DRAWN = (  # the rows whose memory is drawn
 RESIDUAL_ROWS = 4  # sequences of which a block's residuals are counted
 # Name, slots, and the type of matrices where it is not the model's own.
 DECODES: tuple[tuple[str, int, str | None], ...] = (
-    ("decode alone", 1, None), ("decode with 8 slots", 8, None), ("decode with 32 slots", 32, None),
-    ("decode with 8, int8 weights", 8, "int8"), ("decode with 32, int8 weights", 32, "int8"),
-)  # fmt: skip
+    ("decode alone", 1, None),
+    ("decode with 8 slots", 8, None),
+    ("decode with 32 slots", 32, None),
+    ("decode with 8, int8 weights", 8, "int8"),
+    ("decode with 32, int8 weights", 32, "int8"),
+)
 
 
 def stage_table(
@@ -133,11 +136,20 @@ def stage_table(
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
-        command, document_rows, timings, params=params, price=price,
-        uncached_tokens=context, learning=learning, bytes_per_weight=jnp.dtype(cfg.dtype).itemsize, generated=generated,
-        changed_answers=serve_beside_others(cfg, frozen, min(2 * context, cfg.context))[0], before=state_before,
-        after=model_state(cfg, frozen, data), int8_error=logits_error(cfg, frozen, int8, data),
-    )  # fmt: skip
+        command,
+        document_rows,
+        timings,
+        params=params,
+        price=price,
+        uncached_tokens=context,
+        learning=learning,
+        bytes_per_weight=jnp.dtype(cfg.dtype).itemsize,
+        generated=generated,
+        changed_answers=serve_beside_others(cfg, frozen, min(2 * context, cfg.context))[0],
+        before=state_before,
+        after=model_state(cfg, frozen, data),
+        int8_error=logits_error(cfg, frozen, int8, data),
+    )
     return {
         "machine": {name: getattr(ceilings, name) for name in ("device", "cores", "jax", "backend")},
         "model": {
@@ -172,9 +184,10 @@ def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch)
     except UserError as error:  # of a backend: the table has been measured, and stands without them
         progress(f"without the memory of a step: {error}")
     return {
-        "memory": memory, "config": cfg.to_json(),
+        "memory": memory,
+        "config": cfg.to_json(),
         "residuals": block_residuals(cfg, params, np.asarray(batch.tokens[:RESIDUAL_ROWS])),
-    }  # fmt: skip
+    }
 
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
@@ -242,24 +255,38 @@ def row_document(
     by_layer = [layer.by_pass for layer in row.layers]
     asked = request_timing(timings[READING], timing).median if row.stage == "decode" else None
     counted = {
-        "formula": flops.total, "walker": row.walker and row.walker.matmul,
-        "walker_elementwise": row.walker and row.walker.elementwise + row.update, "xla": row.xla,
-        "forward": flops.forward + flops.recompute, "dx": flops.dx, "dw": flops.dw, "optimizer": row.update,
-    }  # fmt: skip
+        "formula": flops.total,
+        "walker": row.walker and row.walker.matmul,
+        "walker_elementwise": row.walker and row.walker.elementwise + row.update,
+        "xla": row.xla,
+        "forward": flops.forward + flops.recompute,
+        "dx": flops.dx,
+        "dw": flops.dw,
+        "optimizer": row.update,
+    }
     return {
-        "name": row.name, "stage": row.stage, "weights": changed,
+        "name": row.name,
+        "stage": row.stage,
+        "weights": changed,
         "flops_per_token": {name: None if number is None else per_token(number) for name, number in counted.items()},
-        "counters_differ": row.counters_differ, "flop_ratio_to_forward": relative,
-        "seconds_per_token": seconds, "spread": timing.spread,
+        "counters_differ": row.counters_differ,
+        "flop_ratio_to_forward": relative,
+        "seconds_per_token": seconds,
+        "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
         "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
-        "peak_bytes": row.peak_bytes, "predicted_peak_bytes": row.predicted_bytes,
-        "bytes_per_token": per_token(row.traffic), "utilisation": finite(used), "utilisation_of": row.utilisation_of,
+        "peak_bytes": row.peak_bytes,
+        "predicted_peak_bytes": row.predicted_bytes,
+        "bytes_per_token": per_token(row.traffic),
+        "utilisation": finite(used),
+        "utilisation_of": row.utilisation_of,
         "usd_per_million_tokens": seconds * 1e6 / 3600 * price,
-        "usd_per_request": asked and asked / 3600 * price, "slots": row.slots,
+        "usd_per_request": asked and asked / 3600 * price,
+        "slots": row.slots,
         "layers": [[*map(per_token, (each.forward + each.recompute, each.dx, each.dw))] for each in by_layer],
-        "series": row.series, "bound_by": bound_by(row, seconds, ceilings),
-    }  # fmt: skip
+        "series": row.series,
+        "bound_by": bound_by(row, seconds, ceilings),
+    }
 
 
 def bound_by(row: Row, seconds: float, ceilings: Ceilings) -> str:

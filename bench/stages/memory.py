@@ -295,9 +295,12 @@ def kind_of(buffer: Buffer, backward: int | None) -> str:
 def _argument_kind(label: str) -> str:
     name = label.partition("[")[0]
     for start, kind in {
-        "state.opt_state": "optimizer state", "state.trainable": "parameters", "params": "parameters",
-        "frozen": "parameters", "cache": "KV cache",
-    }.items():  # fmt: skip
+        "state.opt_state": "optimizer state",
+        "state.trainable": "parameters",
+        "params": "parameters",
+        "frozen": "parameters",
+        "cache": "KV cache",
+    }.items():
         if name.startswith(start):
             return kind
     return "temporaries"

@@ -36,22 +36,30 @@ def _counted(row: dict[str, Any]) -> list[str]:
     flops = row["flops_per_token"]
     walker, elementwise = flops["walker"], flops["walker_elementwise"]
     return [
-        row["name"], row["weights"], si(flops["formula"], ""),
+        row["name"],
+        row["weights"],
+        si(flops["formula"], ""),
         "= formula" if walker == flops["formula"] else si(walker, ""),
         si(elementwise and round(elementwise), ""),
-        si(flops["xla"], "") if row["counters_differ"] else "= walker", times(row["flop_ratio_to_forward"]),
-    ]  # fmt: skip
+        si(flops["xla"], "") if row["counters_differ"] else "= walker",
+        times(row["flop_ratio_to_forward"]),
+    ]
 
 
 def _measured(row: dict[str, Any]) -> list[str]:
     seconds = row["seconds_per_token"]
     return [
-        row["name"], f"{si(seconds, 's')} ±{row['spread'] / seconds:.0%}",
+        row["name"],
+        f"{si(seconds, 's')} ±{row['spread'] / seconds:.0%}",
         times(row["time_ratio_to_forward"]),
-        si(row["peak_bytes"], "B"), si(row["predicted_peak_bytes"], "B"),
-        si(row["bytes_per_token"], "B"), f"{percent(row['utilisation'])} {row['utilisation_of']}", row["bound_by"],
-        money(row["usd_per_million_tokens"]), money(row["usd_per_request"]),
-    ]  # fmt: skip
+        si(row["peak_bytes"], "B"),
+        si(row["predicted_peak_bytes"], "B"),
+        si(row["bytes_per_token"], "B"),
+        f"{percent(row['utilisation'])} {row['utilisation_of']}",
+        row["bound_by"],
+        money(row["usd_per_million_tokens"]),
+        money(row["usd_per_request"]),
+    ]
 
 
 def write_pictures(folder: Path, document: Json) -> None:

@@ -142,9 +142,11 @@ def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
     halves = {"bottom half frozen": bottom_frozen(cfg, half), "top half frozen": top_frozen(cfg, half), "last layer": last}
     fine_tuning = {
-        "full fine-tuning": every, **(halves if half else {}), "head only": head_only(cfg),
+        "full fine-tuning": every,
+        **(halves if half else {}),
+        "head only": head_only(cfg),
         f"LoRA rank {ADAPTER.rank} on q and v": lora,
-    }  # fmt: skip
+    }
     return [
         TrainingKind("pre-training step", "training", every),
         *(TrainingKind(name, "fine-tuning", paths) for name, paths in fine_tuning.items()),
@@ -190,10 +192,19 @@ def training_row(
         return merge(step.state.trainable, frozen) if paths.weights else (frozen, step.state.trainable)
 
     return Row(
-        kind.name, kind.stage, step, weights, tokens=B * T, formula=add_layers(layers), layers=layers,
+        kind.name,
+        kind.stage,
+        step,
+        weights,
+        tokens=B * T,
+        formula=add_layers(layers),
+        layers=layers,
         predicted_bytes=training_memory(cfg, B, T, trainable=paths).total,
-        traffic=train_bytes(cfg, B, T, trainable=paths).total, update=update, dtype=cfg.dtype, **cost | {"walker": walker},
-    )  # fmt: skip
+        traffic=train_bytes(cfg, B, T, trainable=paths).total,
+        update=update,
+        dtype=cfg.dtype,
+        **cost | {"walker": walker},
+    )
 
 
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
@@ -201,9 +212,16 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
     B, T = batch.tokens.shape
     program, cost = compile_program(score, (cfg,), params, batch)
     return Row(
-        "evaluation forward", "inference", lambda: program(params, batch), lambda: params, tokens=B * T,
-        formula=score_program_flops(cfg, B, T), dtype=cfg.dtype, **cost, **_predicted(cfg, B, 0, tokens=T, every_logit=True),
-    )  # fmt: skip
+        "evaluation forward",
+        "inference",
+        lambda: program(params, batch),
+        lambda: params,
+        tokens=B * T,
+        formula=score_program_flops(cfg, B, T),
+        dtype=cfg.dtype,
+        **cost,
+        **_predicted(cfg, B, 0, tokens=T, every_logit=True),
+    )
 
 
 def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
@@ -222,10 +240,16 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
         return logits
 
     return Row(
-        "prefill", "inference", run, lambda: params, tokens=B * T,
-        formula=prefill_program_flops(cfg, B, CHUNK, T) * chunks, dtype=cfg.dtype, **cost,
+        "prefill",
+        "inference",
+        run,
+        lambda: params,
+        tokens=B * T,
+        formula=prefill_program_flops(cfg, B, CHUNK, T) * chunks,
+        dtype=cfg.dtype,
+        **cost,
         **_predicted(cfg, B, T, calls=chunks, tokens=CHUNK),
-    )  # fmt: skip
+    )
 
 
 def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[Row]:
@@ -264,20 +288,33 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     formula = Flops(blocks | {name: parts[name] for name in "qkv"} | {"head": PassFlops()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
-        "chunked prefill into a slot", "inference", in_turn(read, pieces), lambda: params,
-        tokens=T, formula=formula * chunks, dtype=cfg.dtype, **cost,
+        "chunked prefill into a slot",
+        "inference",
+        in_turn(read, pieces),
+        lambda: params,
+        tokens=T,
+        formula=formula * chunks,
+        dtype=cfg.dtype,
+        **cost,
         predicted_bytes=predicted.params + predicted.cache + predicted.activations // SLOTS,
         traffic=inference_bytes(cfg, 1, S, tokens=size).total * chunks,
-    )  # fmt: skip
+    )
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
     whole = np.int32(size)
     program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], whole, calls=chunks)
     yield Row(
-        "prefix-cache hit", "inference", in_turn(lambda *call: program(*call, whole), cached), lambda: params, tokens=T,
-        formula=Flops({}), predicted_bytes=predicted.cache + prompt_bytes // chunks, traffic=2 * prompt_bytes,
-        dtype=cfg.dtype, **cost,
-    )  # fmt: skip
+        "prefix-cache hit",
+        "inference",
+        in_turn(lambda *call: program(*call, whole), cached),
+        lambda: params,
+        tokens=T,
+        formula=Flops({}),
+        predicted_bytes=predicted.cache + prompt_bytes // chunks,
+        traffic=2 * prompt_bytes,
+        dtype=cfg.dtype,
+        **cost,
+    )
 
 
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
@@ -301,11 +338,18 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
         return tokens
 
     return Row(
-        name, "decode", run, lambda: params, tokens=requests * STEPS,
+        name,
+        "decode",
+        run,
+        lambda: params,
+        tokens=requests * STEPS,
         formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
-        slots=requests, series=weights and f"{weights} weights", dtype=weights or cfg.dtype, **cost,
+        slots=requests,
+        series=weights and f"{weights} weights",
+        dtype=weights or cfg.dtype,
+        **cost,
         **_predicted(cfg, rows, capacity, calls=STEPS, int8=bool(weights)),
-    )  # fmt: skip
+    )
 
 
 def int16_activation_matrices(params: Any) -> set[str]:

@@ -24,7 +24,7 @@ EXPERIMENTS = Path(__file__).with_name("experiments.csv")
 SHAPES = {
     "training": ("4x256x256x16", "6x384x256x16", "8x768x256x8"),
     "finetuning": ("6x512x256x8",),
-}  # fmt: skip
+}
 USED = {  # the flags of each measurement
     "training": ("shapes", "dtype", "allocator", "rounds"),
     "finetuning": ("shapes", "model", "context", "batch", "rank", "rounds"),

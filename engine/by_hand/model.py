@@ -76,17 +76,27 @@ def backward(cfg: ModelConfig, params: Any, residuals: Residuals, dlogits: ndarr
 
 
 def loss(
-    cfg: ModelConfig, params: Any, tokens: ndarray, targets: ndarray, mask: ndarray, positions: ndarray | None = None,
+    cfg: ModelConfig,
+    params: Any,
+    tokens: ndarray,
+    targets: ndarray,
+    mask: ndarray,
+    positions: ndarray | None = None,
     segments: ndarray | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """tokens, targets (B, T) int, mask (B, T) bool -> mean nats over the targets whose mask is True. Forward alone."""
     return layers.cross_entropy(forward(cfg, params, tokens, positions, segments), targets, mask)
 
 
 def loss_and_gradient(
-    cfg: ModelConfig, params: Any, tokens: ndarray, targets: ndarray, mask: ndarray, positions: ndarray | None = None,
+    cfg: ModelConfig,
+    params: Any,
+    tokens: ndarray,
+    targets: ndarray,
+    mask: ndarray,
+    positions: ndarray | None = None,
     segments: ndarray | None = None,
-) -> tuple[float, Params]:  # fmt: skip
+) -> tuple[float, Params]:
     """Returns `loss`, and its derivative by every weight, a tree like params. Raises UserError as `forward` does."""
     logits, residuals = forward_with_residuals(cfg, params, tokens, positions, segments)
     value = layers.cross_entropy(logits, targets, mask)

@@ -84,9 +84,14 @@ def add_layers(layers: Iterable[Flops]) -> Flops:
 
 
 def flops_by_layer(
-    cfg: ModelConfig, tokens: int, *, attention: Attention, rows: int = 1, trainable: TrainablePaths | None = None,
+    cfg: ModelConfig,
+    tokens: int,
+    *,
+    attention: Attention,
+    rows: int = 1,
+    trainable: TrainablePaths | None = None,
     loss_chunk: int | None = None,
-) -> list[Flops]:  # fmt: skip
+) -> list[Flops]:
     """Returns the FLOPs of this engine's training step for `rows` tokens of sequences of `tokens`: of each block from the
     bottom up, and last of the head. By default everything trains.
 

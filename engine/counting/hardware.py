@@ -66,9 +66,13 @@ def machine_identity() -> dict[str, Any]:
     model, flags = processor()
     device = jax.local_devices()[0]
     return {
-        "processor": model, "flags": hashlib.sha256(flags.encode()).hexdigest(), "cores": cores(),
-        "backend": device.platform, "kind": device.device_kind, "jax": jax.__version__,
-    }  # fmt: skip
+        "processor": model,
+        "flags": hashlib.sha256(flags.encode()).hexdigest(),
+        "cores": cores(),
+        "backend": device.platform,
+        "kind": device.device_kind,
+        "jax": jax.__version__,
+    }
 
 
 def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilings:

@@ -29,22 +29,84 @@ from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.native.library import target
 from engine.model.ops import platform
 
-_MOVES = frozenset({
-    "reshape", "broadcast_in_dim", "transpose", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate",
-    "split", "pad", "rev", "tile", "squeeze", "iota", "gather", "scatter", "copy",
-    "bitcast_convert_type", "stop_gradient", "optimization_barrier", "layout_constraint", "sharding_constraint",
-    "device_put", "random_wrap", "random_unwrap", "random_seed", "real", "imag", "name",
-})  # fmt: skip
-_TRANSCENDENTAL = frozenset({
-    "exp", "exp2", "expm1", "log", "log1p", "pow", "sqrt", "rsqrt", "cbrt", "tanh", "sin", "cos", "tan",
-    "sinh", "cosh", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma",
-    "digamma",
-})  # fmt: skip
+_MOVES = frozenset(
+    {
+        "reshape",
+        "broadcast_in_dim",
+        "transpose",
+        "slice",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "concatenate",
+        "split",
+        "pad",
+        "rev",
+        "tile",
+        "squeeze",
+        "iota",
+        "gather",
+        "scatter",
+        "copy",
+        "bitcast_convert_type",
+        "stop_gradient",
+        "optimization_barrier",
+        "layout_constraint",
+        "sharding_constraint",
+        "device_put",
+        "random_wrap",
+        "random_unwrap",
+        "random_seed",
+        "real",
+        "imag",
+        "name",
+    }
+)
+_TRANSCENDENTAL = frozenset(
+    {
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log1p",
+        "pow",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "tanh",
+        "sin",
+        "cos",
+        "tan",
+        "sinh",
+        "cosh",
+        "asin",
+        "acos",
+        "atan",
+        "atan2",
+        "asinh",
+        "acosh",
+        "atanh",
+        "erf",
+        "erfc",
+        "erf_inv",
+        "lgamma",
+        "digamma",
+    }
+)
 # Kernels, programs for one device of many, and products that no program here has.
-_OPAQUE = frozenset({
-    "pure_callback", "io_callback", "ffi_call", "custom_call", "pallas_call", "mpmd_map", "shard_map",
-    "triton_kernel_call", "ragged_dot_general", "conv_general_dilated",
-})  # fmt: skip
+_OPAQUE = frozenset(
+    {
+        "pure_callback",
+        "io_callback",
+        "ffi_call",
+        "custom_call",
+        "pallas_call",
+        "mpmd_map",
+        "shard_map",
+        "triton_kernel_call",
+        "ragged_dot_general",
+        "conv_general_dilated",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +188,21 @@ def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
     return products * B * N * H * T * keys
 
 
-_REDUCTIONS = frozenset({
-    "reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
-    "reduce", "top_k",
-})  # fmt: skip
+_REDUCTIONS = frozenset(
+    {
+        "reduce_sum",
+        "reduce_prod",
+        "reduce_max",
+        "reduce_min",
+        "reduce_and",
+        "reduce_or",
+        "reduce_xor",
+        "argmax",
+        "argmin",
+        "reduce",
+        "top_k",
+    }
+)
 # Their inner program combines two numbers, however often.
 _ATOMS = frozenset({"scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter", "reduce", "sort"})
 

@@ -77,10 +77,16 @@ class InferenceMemory:
 
 
 def training_memory(
-    cfg: ModelConfig, batch: int, tokens: int, *, optimizer: Literal["adamw", "muon"] = "adamw",
-    trainable: TrainablePaths | None = None, loss_chunks: int = 1, microbatches: int = 1,
+    cfg: ModelConfig,
+    batch: int,
+    tokens: int,
+    *,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    trainable: TrainablePaths | None = None,
+    loss_chunks: int = 1,
+    microbatches: int = 1,
     base: Literal["float", "int8"] = "float",
-) -> TrainingMemory:  # fmt: skip
+) -> TrainingMemory:
     """Predicts the bytes of a step on `batch` sequences (of each microbatch) of `tokens`, with the CPU's attention.
 
     The logits are computed in `loss_chunks` parts. `base`: the type of frozen matrices that multiply.

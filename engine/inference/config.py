@@ -76,9 +76,14 @@ class EngineConfig:
         """
         capacity, different = cfg.context if capacity is None else capacity, len(set(prompts))
         config = cls(
-            len(prompts), capacity, kv_dtype=cfg.dtype, chunk=SMALL_CHUNK, tail=SMALL_CHUNK,
-            segment=SMALL_SEGMENT, speculate=len(prompts) == 1,
-        )  # fmt: skip
+            len(prompts),
+            capacity,
+            kv_dtype=cfg.dtype,
+            chunk=SMALL_CHUNK,
+            tail=SMALL_CHUNK,
+            segment=SMALL_SEGMENT,
+            speculate=len(prompts) == 1,
+        )
         if different == len(prompts):
             return config
         return dataclasses.replace(config, prefix_cache_bytes=different * config.slot_bytes(cfg, capacity))

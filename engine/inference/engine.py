@@ -296,9 +296,12 @@ class Engine:
 
 
 def complete(
-    cfg: ModelConfig, params: Params, prompts: Iterable[Collection[int]], sampling: Iterable[SamplingParams],
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Iterable[Collection[int]],
+    sampling: Iterable[SamplingParams],
     capacity: int | None = None,
-) -> list[Completion]:  # fmt: skip
+) -> list[Completion]:
     """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own."""
     rows = [*map(tuple, prompts)]
     engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, rows, capacity))

@@ -104,10 +104,19 @@ def prefill_chunk(
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
 def decode_slots(
-    cfg: ModelConfig, params: Params, segments: KVSegments, counts: TokenCounts, token: Array, rows: CacheRows,
-    sampling: SamplingArrays, penalties: PenaltyArrays, masks: TokenMasks, steps: Array, logprobs: Array,
+    cfg: ModelConfig,
+    params: Params,
+    segments: KVSegments,
+    counts: TokenCounts,
+    token: Array,
+    rows: CacheRows,
+    sampling: SamplingArrays,
+    penalties: PenaltyArrays,
+    masks: TokenMasks,
+    steps: Array,
+    logprobs: Array,
     adapters: RowAdapters = NO_ADAPTERS,
-) -> tuple[SampledTokens, KVSegments, TokenCounts]:  # fmt: skip
+) -> tuple[SampledTokens, KVSegments, TokenCounts]:
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
     One program does one step or several, for one row or all: a row's numbers are the same to the bit. `masks` hold for as many
@@ -305,9 +314,15 @@ class ModelRunner:
         Where the engine embeds it returns the sum of the head's input over the first `count` tokens, (1, D) float32.
         """
         summed, self.segments = prefill_chunk(
-            self.cfg, self.params, self.segments, tokens, np.int32(count) if self.config.embeds else None,
-            np.int32(slot), np.int32(start), row_adapters(self.stacks, [adapter]),
-        )  # fmt: skip
+            self.cfg,
+            self.params,
+            self.segments,
+            tokens,
+            np.int32(count) if self.config.embeds else None,
+            np.int32(slot),
+            np.int32(start),
+            row_adapters(self.stacks, [adapter]),
+        )
         return summed
 
     def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
@@ -344,10 +359,19 @@ class ModelRunner:
         `adapters` (R,) int32. Without `logprobs` the log-probabilities stay on the device.
         """
         sampled, self.segments, self.counts = decode_slots(
-            self.cfg, self.params, self.segments, self.counts, token, rows,
-            sampling_arrays(sampling), penalty_arrays(sampling), masks, np.int32(steps), np.bool_(logprobs),
+            self.cfg,
+            self.params,
+            self.segments,
+            self.counts,
+            token,
+            rows,
+            sampling_arrays(sampling),
+            penalty_arrays(sampling),
+            masks,
+            np.int32(steps),
+            np.bool_(logprobs),
             row_adapters(self.stacks, adapters),
-        )  # fmt: skip
+        )
         # As NumPy arrays: indexing a JAX array would compile a program. `device_get` takes four times as long here.
         fetched = map(np.asarray, sampled if logprobs else sampled[:2])
         return sampled._replace(**dict(zip(sampled._fields, fetched)))

@@ -33,10 +33,18 @@ from engine.untrusted import Fields, quote, read_json_object
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "thrice.base"
 # Fields of PEFT that change what an adapter computes or where it is applied, and are not read here -> the values that do not.
-ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)} | dict.fromkeys((
-    "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "use_qalora",
-), (None, False, {}, []))  # fmt: skip
+ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)} | dict.fromkeys(
+    (
+        "fan_in_fan_out",
+        "lora_bias",
+        "layer_replication",
+        "trainable_token_indices",
+        "target_parameters",
+        "alora_invocation_tokens",
+        "use_qalora",
+    ),
+    (None, False, {}, []),
+)
 MODEL = "base_model.model."  # before the base's own name of a module
 
 
@@ -81,12 +89,21 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
         for side, half in (("A", leaf.a), ("B", leaf.b)):
             arrays[f"{MODEL}{module}.lora_{side}.weight"] = np.asarray(half, np.float32).T
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
-        "lora_alpha": scale * rank, "lora_dropout": 0.0, "target_modules": sorted(modules), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
-        "rank_pattern": ranks, "alpha_pattern": alphas,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
-    }  # fmt: skip
+    }
     with atomic_folder(folder) as building:
         write_json(building / CONFIG, config)
         safetensors_writer.write_file(building / WEIGHTS, arrays, arrays.values(), {BASE: base})

@@ -49,12 +49,18 @@ def architecture_of(cfg: ModelConfig) -> str:
 
 # Fields that change what the weights compute, in a way that is not built here -> the values that do not.
 JSON_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0,),
-    "rope_interleaved": (False,), "partial_rotary_factor": (1,), "quantization_config": (None,), "auto_map": (None,),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (None,),
+    "auto_map": (None,),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
     **dict.fromkeys(("num_experts", "num_local_experts", "clip_qkv", "no_rope_layers", "attention_chunk_size"), (None, 0)),
     **dict.fromkeys(("logit_softcapping", "attn_logit_softcapping", "final_logit_softcapping"), (None, 0)),
-}  # fmt: skip
+}
 
 # Fields of most published models that say nothing about what the weights compute.
 JSON_HARMLESS = (
@@ -63,29 +69,50 @@ JSON_HARMLESS = (
 )
 
 JSON_USED = {
-    *JSON_SIZES.values(), "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
-    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-}  # fmt: skip
+    *JSON_SIZES.values(),
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
 
 # What a field that is left out means: the defaults of each family's config class in transformers 5.24.0. The rest are None
 # there, and derived; rope_theta is `default_theta`. tests/storage/golden/omitted.txt holds what transformers makes of each.
 _COMMON = {
-    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 _QWEN = _COMMON | {
-    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
-    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": _COMMON | {
-        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "mistral": _COMMON
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
-}  # fmt: skip
+}
 
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELDS}

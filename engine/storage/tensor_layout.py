@@ -54,15 +54,23 @@ class Leaf(NamedTuple):
 
 # A part of the model -> its name in a Hugging Face file, and in a GGUF file; `{}` stands for a layer's number.
 _LAYER = {
-    "attn_norm": ("input_layernorm", "attn_norm"), "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
-    "q": ("self_attn.q_proj", "attn_q"), "k": ("self_attn.k_proj", "attn_k"), "v": ("self_attn.v_proj", "attn_v"),
-    "q_norm": ("self_attn.q_norm", "attn_q_norm"), "k_norm": ("self_attn.k_norm", "attn_k_norm"),
-    "out": ("self_attn.o_proj", "attn_output"), "gate": ("mlp.gate_proj", "ffn_gate"), "up": ("mlp.up_proj", "ffn_up"),
+    "attn_norm": ("input_layernorm", "attn_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "out": ("self_attn.o_proj", "attn_output"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
     "down": ("mlp.down_proj", "ffn_down"),
-}  # fmt: skip
+}
 _STEMS = {
-    "embed": ("model.embed_tokens", "token_embd"), "norm": ("model.norm", "output_norm"), "head": ("lm_head", "output"),
-} | {part: (f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}") for part, (hf, gguf) in _LAYER.items()}  # fmt: skip
+    "embed": ("model.embed_tokens", "token_embd"),
+    "norm": ("model.norm", "output_norm"),
+    "head": ("lm_head", "output"),
+} | {part: (f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}") for part, (hf, gguf) in _LAYER.items()}
 HUGGING_FACE_NAMES, GGUF_NAMES = (
     {part: f"{stems[place]}.weight" for part, stems in _STEMS.items()}
     | {f"{part}_bias": f"{_STEMS[part][place]}.bias" for part in "qkv"}

@@ -28,9 +28,11 @@ KINDS = {
     "text": ("text",),
 }
 SPEAKERS = {
-    **{role: role for role in ROLES}, "human": "user", "observation": "tool",
+    **{role: role for role in ROLES},
+    "human": "user",
+    "observation": "tool",
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
-}  # fmt: skip
+}
 FORMS = (
     'a .jsonl file (or .json, an array) of {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
     '{"conversations": [...]}, {"prompt", "chosen", "rejected"} or {"text"}, or a .txt or .md file'

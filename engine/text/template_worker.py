@@ -19,9 +19,28 @@ MAX_OUTPUT_BYTES = 1_000_000  # of UTF-8 a conversation may become
 
 # What the audit hook refuses once the template is compiled. Rendering needs none of it.
 FORBIDDEN = (
-    "open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "mmap.", "signal.",
-    "time.sleep", "marshal.", "pickle.", "code.__new__", "function.__new__", "cpython.", "sys.set", "sys._getframe", "gc.",
-)  # fmt: skip
+    "open",
+    "import",
+    "exec",
+    "compile",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "shutil.",
+    "ctypes.",
+    "pty.",
+    "mmap.",
+    "signal.",
+    "time.sleep",
+    "marshal.",
+    "pickle.",
+    "code.__new__",
+    "function.__new__",
+    "cpython.",
+    "sys.set",
+    "sys._getframe",
+    "gc.",
+)
 
 
 class TemplateRaised(Exception):

@@ -28,11 +28,17 @@ from stages.cli import signals
 
 # What takes less memory, by the flags of a command.
 LESS_MEMORY = {
-    "batch": "a smaller --batch", "context": "a smaller --context", "accumulate": "--accumulate, to read the batch in parts",
-    "remat": "--remat for gradient checkpointing", "count": "a smaller --count", "prompts": "fewer --prompts",
-    "group": "a smaller --group", "slots": "fewer --slots", "capacity": "a smaller --capacity",
+    "batch": "a smaller --batch",
+    "context": "a smaller --context",
+    "accumulate": "--accumulate, to read the batch in parts",
+    "remat": "--remat for gradient checkpointing",
+    "count": "a smaller --count",
+    "prompts": "fewer --prompts",
+    "group": "a smaller --group",
+    "slots": "fewer --slots",
+    "capacity": "a smaller --capacity",
     "max_tokens": "fewer --max-tokens",
-}  # fmt: skip
+}
 # New objects between two collections: importing JAX and tracing a program make fewer, nearly all of which stay. Looking at
 # them every 2,000 is 7% of the time to a first token.
 STARTING_OBJECTS = 300_000
@@ -41,9 +47,13 @@ _IMPORTED = time.perf_counter()
 
 
 def run_command[Flags](
-    name: str, about: str | None, flags: type[Flags], command: Callable[[Flags], int | None], args: Sequence[str] | None = None,
+    name: str,
+    about: str | None,
+    flags: type[Flags],
+    command: Callable[[Flags], int | None],
+    args: Sequence[str] | None = None,
     one_arena: bool = True,
-) -> int:  # fmt: skip
+) -> int:
     """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
 
     `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. `check_together` of the flags and of
@@ -55,9 +65,12 @@ def run_command[Flags](
     outlive_terminal()
     try:
         options = tyro.cli(
-            flags, prog=f"python -m stages.{name}", description=_wrapped(about or ""), args=args,
+            flags,
+            prog=f"python -m stages.{name}",
+            description=_wrapped(about or ""),
+            args=args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )  # fmt: skip
+        )
         for group in (*vars(options).values(), options):
             if hasattr(group, "check_together"):  # not in __post_init__: tyro would name our classes before the sentence
                 group.check_together()

@@ -64,9 +64,12 @@ def interval(text: str) -> int | float:
 
 def parser(parse: Callable[[str], Any], metavar: str) -> Any:
     return PrimitiveConstructorSpec(
-        nargs=1, metavar=metavar, instance_from_str=lambda words: parse(words[0]), is_instance=lambda _: True,
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)],
-    )  # fmt: skip
+    )
 
 
 COUNT = parser(integer(1), "N")
@@ -107,12 +110,13 @@ DocumentsFlag = Annotated[
     default("none", "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it."),
 ]
 ModelFlag = Annotated[
-    str | None, parser(str, "MODEL"),
+    str | None,
+    parser(str, "MODEL"),
     default(
         "the newest finished run in runs/",
         "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model.",
     ),
-]  # fmt: skip
+]
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]
 
 

@@ -111,9 +111,14 @@ class FineTuning(ModelStage, BatchStage):
         self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
         rate = (2e-3 if lora else 2e-4) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
-            kind="adamw", learning_rate=tuning.learning_rate or rate, schedule="cosine", warmup=tuning.warmup,
-            beta2=0.99, weight_decay=tuning.weight_decay, clip=tuning.clip,
-        )  # fmt: skip
+            kind="adamw",
+            learning_rate=tuning.learning_rate or rate,
+            schedule="cosine",
+            warmup=tuning.warmup,
+            beta2=0.99,
+            weight_decay=tuning.weight_decay,
+            clip=tuning.clip,
+        )
         rows = tuning.rows * (2 if is_preference else 1)  # of tokens
 
         def make_plan(cfg: ModelConfig) -> None:
@@ -126,9 +131,17 @@ class FineTuning(ModelStage, BatchStage):
             paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
             least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
             self.plan = RunPlan(
-                flags.model, cfg, recipe, flags.seed, flags.length.steps, seconds, paths, trainable.base,
-                least_steps=least_steps, mesh=options.mesh or ONE_DEVICE,
-            )  # fmt: skip
+                flags.model,
+                cfg,
+                recipe,
+                flags.seed,
+                flags.length.steps,
+                seconds,
+                paths,
+                trainable.base,
+                least_steps=least_steps,
+                mesh=options.mesh or ONE_DEVICE,
+            )
             check_mesh(self.plan.mesh, cfg, tuning.rows, flags.microbatches)
             parts = tuning.rows // self.plan.mesh.row_shards
             lighter = "--base int8" if lora else "a LoRA (no --train, no --freeze)"
@@ -177,10 +190,12 @@ class FineTuning(ModelStage, BatchStage):
             "general": examples.general,
             "template": self.chat.template_name,
             "text": {
-                "data": examples.data, "validation": examples.validation, "digest": digest_examples(self.dataset.train),
+                "data": examples.data,
+                "validation": examples.validation,
+                "digest": digest_examples(self.dataset.train),
                 "validation_digest": digest_examples(self.dataset.held_out),
             },
-        }  # fmt: skip
+        }
         self.peak_flops = mesh_ceilings(find_ceilings(console), self.plan.mesh).peak_flops(self.plan.cfg.dtype)
 
     def plan_rows(self) -> list[tuple[str, str]]:
@@ -248,10 +263,15 @@ class FineTuning(ModelStage, BatchStage):
         trained_count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         unit = self.unit
         result = {
-            "before": dataclasses.asdict(before), "after": dataclasses.asdict(after), "unit": unit, "train_seconds": seconds,
-            "tokens_per_second": speed, "flops_share_of_ceiling": share_of_ceiling, "general": self.general,
+            "before": dataclasses.asdict(before),
+            "after": dataclasses.asdict(after),
+            "unit": unit,
+            "train_seconds": seconds,
+            "tokens_per_second": speed,
+            "flops_share_of_ceiling": share_of_ceiling,
+            "general": self.general,
             "kept_step": step if step != loop_state.step else None,
-        }  # fmt: skip
+        }
         kept = f"step {step:,}, the best evaluated; the last, {loop_state.step:,}, is still there to train on from"
         forgotten = "not measured"
         if before.general is not None:

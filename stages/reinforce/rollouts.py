@@ -28,10 +28,43 @@ from stages.cli.console import ReportProgress
 from stages.runs.rewards import Rewards
 
 THINGS = (
-    "rain", "the sea", "a tree", "a river", "snow", "a horse", "bread", "the moon", "a bridge", "sleep", "a city", "salt",
-    "wind", "a book", "a cat", "music", "fire", "a ship", "glass", "winter", "a garden", "iron", "a clock", "tea",
-    "a map", "stone", "the sun", "a school", "wool", "thunder", "a hill", "milk", "a lamp", "ice", "a song", "dust",
-)  # fmt: skip
+    "rain",
+    "the sea",
+    "a tree",
+    "a river",
+    "snow",
+    "a horse",
+    "bread",
+    "the moon",
+    "a bridge",
+    "sleep",
+    "a city",
+    "salt",
+    "wind",
+    "a book",
+    "a cat",
+    "music",
+    "fire",
+    "a ship",
+    "glass",
+    "winter",
+    "a garden",
+    "iron",
+    "a clock",
+    "tea",
+    "a map",
+    "stone",
+    "the sun",
+    "a school",
+    "wool",
+    "thunder",
+    "a hill",
+    "milk",
+    "a lamp",
+    "ice",
+    "a song",
+    "dust",
+)
 QUESTIONS = ("What is {}?", "Describe {}.", "Why do we need {}?", "Tell me of {}.")
 YES_NO_QUESTIONS = tuple(
     f"{text} Answer with yes or no." for text in ("Is {} alive?", "Can I buy {}?", "Is {} older than I am?", "Can I hold {}?")

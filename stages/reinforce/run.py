@@ -91,9 +91,14 @@ class ReinforcementLearning(ModelStage):
         )
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
-            kind="adamw", learning_rate=update.learning_rate or (5e-4 if lora else 2e-5), schedule="wsd", warmup=0,
-            decay=0.5, beta2=0.99, weight_decay=0,
-        )  # fmt: skip
+            kind="adamw",
+            learning_rate=update.learning_rate or (5e-4 if lora else 2e-5),
+            schedule="wsd",
+            warmup=0,
+            decay=0.5,
+            beta2=0.99,
+            weight_decay=0,
+        )
         seq = -(-(capacity - 1) // MULTIPLE) * MULTIPLE
         microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
         if not trainable.lora:
@@ -203,9 +208,15 @@ class ReinforcementLearning(ModelStage):
             self._prepare_inference(state.trainable)
         training = time.perf_counter() - begin
         self.last = {
-            "reward": reward, "base_bits_per_byte": scores.bits, "answer_tokens": rollout.tokens,
-            "inference_seconds": rollout.seconds, "training_seconds": training, "grad_norm": norm, "differs": differs, **kl,
-        }  # fmt: skip
+            "reward": reward,
+            "base_bits_per_byte": scores.bits,
+            "answer_tokens": rollout.tokens,
+            "inference_seconds": rollout.seconds,
+            "training_seconds": training,
+            "grad_norm": norm,
+            "differs": differs,
+            **kl,
+        }
         changed = f"weights {before[:8]} -> {self.digest[:8]}" if differs else "all alike, nothing to train on"
         self.line = [
             f"reward {reward:.3f}",
@@ -244,10 +255,14 @@ class ReinforcementLearning(ModelStage):
         path = self.save_trained(loop_state.step, state.trainable)
         totals = {name: loop_state.stage.get(name, 0) for name in TOTALS}
         result = {
-            "held_out_reward_before": start.mean_reward, "held_out_reward_after": after.mean_reward,
-            "base_bits_per_byte_before": bits_before, "base_bits_per_byte_after": bits_after,
-            "best_round": loop_state.best, "seconds": loop_state.seconds, **totals,
-        }  # fmt: skip
+            "held_out_reward_before": start.mean_reward,
+            "held_out_reward_after": after.mean_reward,
+            "base_bits_per_byte_before": bits_before,
+            "base_bits_per_byte_after": bits_after,
+            "best_round": loop_state.best,
+            "seconds": loop_state.seconds,
+            **totals,
+        }
         answers = [
             [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (start, after)
         ]

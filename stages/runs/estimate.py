@@ -19,7 +19,7 @@ from engine.counting.hardware import (
     require_memory,
     save_ceilings,
     saved_ceilings,
-)  # fmt: skip
+)
 from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
 from engine.counting.params import TrainablePaths, all_trainable, count_params
 from engine.format import duration, format_bytes, quantity
@@ -99,10 +99,15 @@ class RunPlan:
         parts = {name: getattr(self.cfg, name) // tensor for name in ("vocab", "heads", "kv_heads", "ff")}
         cfg, rows = dataclasses.replace(self.cfg, **parts), recipe.batch // recipe.accumulate // self.mesh.row_shards
         memory = training_memory(
-            cfg, rows, recipe.context, optimizer=recipe.optimizer.kind, trainable=self.trainable,
-            loss_chunks=loss_chunks(cfg, rows * recipe.context, self._head_is_narrow), microbatches=recipe.accumulate,
+            cfg,
+            rows,
+            recipe.context,
+            optimizer=recipe.optimizer.kind,
+            trainable=self.trainable,
+            loss_chunks=loss_chunks(cfg, rows * recipe.context, self._head_is_narrow),
+            microbatches=recipe.accumulate,
             base=self.base,
-        )  # fmt: skip
+        )
         if self.trainable is not None:  # the model as loaded, in float32, which the report compares with; of a LoRA the pairs
             is_shared = self.trainable.adapted or dtype_bytes(cfg) == 4
             loaded = memory.gradients if is_shared else 4 * count_params(cfg).total

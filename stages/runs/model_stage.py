@@ -49,9 +49,15 @@ class ModelStage(Stage):
     origin: AdapterOrigin | None = None  # of the adapter that is continued
 
     def __init__(
-        self, name: str, lora: LoraConfig | None, folder: Path, console: Console, template: str | None = None,
-        on_config: Callable[[ModelConfig], None] = lambda cfg: None, on_mesh: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        lora: LoraConfig | None,
+        folder: Path,
+        console: Console,
+        template: str | None = None,
+        on_config: Callable[[ModelConfig], None] = lambda cfg: None,
+        on_mesh: bool = False,
+    ) -> None:
         self.name, self.lora, self.folder, self.console, self.on_mesh = name, lora, folder, console, on_mesh
         with console.task(f"loading {name}") as report, host_memory(on_mesh):
             self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
@@ -189,7 +195,9 @@ def choose_trainable(
     selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)
     count = selection.trainable_count
     return selection.trainable_paths, (
-        *((match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} parameters")
-          for match in selection.matches),
+        *(
+            (match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} parameters")
+            for match in selection.matches
+        ),
         ("trainable", f"{count:,} of {total:,} parameters ({count / total:.1%})"),
-    )  # fmt: skip
+    )

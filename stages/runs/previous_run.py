@@ -79,11 +79,19 @@ def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
 # What a resumed run may not change, by its path in run.json, and its name; of the architecture, all that CONFIG_MAY_CHANGE
 # does not name. All else may change, and is noted in run.json.
 FIXED = {
-    "text/digest": "text", "tokenizer/digest": "tokenizer", "seed": "seed", "recipe/batch": "batch",
-    "recipe/context": "context", "recipe/optimizer/kind": "optimizer", "base/digest": "base",
-    "learns": "choice of trainable parameters", "objective": "objective", "pack": "packing", "stage": "stage",
+    "text/digest": "text",
+    "tokenizer/digest": "tokenizer",
+    "seed": "seed",
+    "recipe/batch": "batch",
+    "recipe/context": "context",
+    "recipe/optimizer/kind": "optimizer",
+    "base/digest": "base",
+    "learns": "choice of trainable parameters",
+    "objective": "objective",
+    "pack": "packing",
+    "stage": "stage",
     "continues": "adapter to continue",
-}  # fmt: skip
+}
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage", "continues"}  # not every run has them
 BY_FLAG = re.compile(

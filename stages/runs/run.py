@@ -186,9 +186,12 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
     report, peak = stage.finish(state, loop.loop_state, loop.timer.warm_rate(), before), peak_rss_bytes()
     result = report.result | {
-        f"{plan.step_name}s": loop_state.step, "refused_steps": loop_state.refused, "peak_rss_bytes": peak,
-        "best_step": loop_state.best_step, "summary": " ".join(report.rows[0]),
-    }  # fmt: skip
+        f"{plan.step_name}s": loop_state.step,
+        "refused_steps": loop_state.refused,
+        "peak_rss_bytes": peak,
+        "best_step": loop_state.best_step,
+        "summary": " ".join(report.rows[0]),
+    }
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", metadata | {"result": result})
@@ -201,12 +204,20 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
 def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
     values = {
-        "command": resume_command(options.stage), "stage": options.stage, "recipe": dataclasses.asdict(plan.recipe),
-        "seed": plan.seed, "order": ORDER_VERSION, "steps": plan.steps, "max_seconds": plan.seconds,
-        "least_steps": plan.least_steps, "frozen_type": plan.base, "device": str(options.device),
+        "command": resume_command(options.stage),
+        "stage": options.stage,
+        "recipe": dataclasses.asdict(plan.recipe),
+        "seed": plan.seed,
+        "order": ORDER_VERSION,
+        "steps": plan.steps,
+        "max_seconds": plan.seconds,
+        "least_steps": plan.least_steps,
+        "frozen_type": plan.base,
+        "device": str(options.device),
         "attention": attention_path(plan.cfg, plan.recipe.context),
-        "versions": {"python": sys.version.split()[0], "jax": jax.__version__}, **stage_metadata,
-    }  # fmt: skip
+        "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
+        **stage_metadata,
+    }
     return replace_nonfinite(values, str)  # a clip of infinity is 'inf'
 
 

@@ -14,9 +14,14 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its 
 REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 ERROR_TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error",
-    500: "server_error", 503: "service_unavailable_error",
-}  # fmt: skip
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
 
 
 class ErrorObject(msgspec.Struct):
@@ -37,9 +42,14 @@ class ErrorReply(msgspec.Struct):
 
 class ApiError(Exception):
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers
         self.error = ErrorObject(message, ERROR_TYPES.get(status, "invalid_request_error"), param, code)

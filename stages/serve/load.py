@@ -77,11 +77,20 @@ class CompileAhead:
 
 
 def load_state(
-    model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, *, names: Sequence[str] = (),
-    adapters: Sequence[tuple[str, Path]] = (), adapter_folder: Path | None = None, template: Path | None = None,
-    documents: Documents | None = None, queue: int = 32, price: float | None = None,
+    model_name: str | None,
+    engine_config: EngineConfig,
+    device: Device,
+    console: Console,
+    *,
+    names: Sequence[str] = (),
+    adapters: Sequence[tuple[str, Path]] = (),
+    adapter_folder: Path | None = None,
+    template: Path | None = None,
+    documents: Documents | None = None,
+    queue: int = 32,
+    price: float | None = None,
     sampling: Mapping[str, float | None] | None = None,
-) -> tuple[ServerState, CompileAhead]:  # fmt: skip
+) -> tuple[ServerState, CompileAhead]:
     """Loads a model, with the adapters in folders and the template in a file, and prints the banner.
 
     Adapters without a name become part of the model. `sampling`: by flags. Returns the state, and the compilation that goes on.
@@ -140,20 +149,38 @@ def load_state(
     default = {"temperature": 1.0}  # as OpenAI has it
     fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
-    console.print_rows([
-        ("model", f"{', '.join(names)}: {model.checkpoint}" + "".join(f" with {folder}" for folder in merged)),
-        *([("adapters", f"{', '.join(name for name, _ in adapters) or 'none yet'}; at most {engine_config.adapters} at once, "
-                        f"of rank {engine_config.adapter_rank}")] if engine_config.adapters else []),
-        ("device", str(device) + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")
-                   + ("; kernels in C" if engine.runner.has_kernel else "")),
-        ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
-        ("slots", f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
-                  f"{format_bytes(engine.cache_bytes)}"),
-        ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
-        ("template", chat.template_name),
-        *([("documents", documents.summary)] if documents else []),
-        ("sampling", f"{origins}; what a request says wins"),
-    ])  # fmt: skip
+    console.print_rows(
+        [
+            ("model", f"{', '.join(names)}: {model.checkpoint}" + "".join(f" with {folder}" for folder in merged)),
+            *(
+                [
+                    (
+                        "adapters",
+                        f"{', '.join(name for name, _ in adapters) or 'none yet'}; at most {engine_config.adapters} at once, "
+                        f"of rank {engine_config.adapter_rank}",
+                    )
+                ]
+                if engine_config.adapters
+                else []
+            ),
+            (
+                "device",
+                str(device)
+                + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")
+                + ("; kernels in C" if engine.runner.has_kernel else ""),
+            ),
+            ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
+            (
+                "slots",
+                f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
+                f"{format_bytes(engine.cache_bytes)}",
+            ),
+            ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
+            ("template", chat.template_name),
+            *([("documents", documents.summary)] if documents else []),
+            ("sampling", f"{origins}; what a request says wins"),
+        ]
+    )
     console.print_notes(*notes, documents.note if documents else None, *(note for _, more in trees for note in more))
     on_one_cpu = device.backend == "cpu" and engine.devices == 1
     if engine_config.weights in ("file", "q4", "int8") and on_one_cpu and (problem := native_problem()):

@@ -75,10 +75,19 @@ def run(flags: "ServeFlags") -> int:
         )
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
             state, ahead = load_state(
-                flags.model, engine_config, device, console, adapters=flags.adapter, adapter_folder=flags.adapter_folder,
-                template=flags.template, documents=documents,
-                names=_split(flags.name), queue=flags.queue, price=flags.price, sampling=flags.sampling.overrides,
-            )  # fmt: skip
+                flags.model,
+                engine_config,
+                device,
+                console,
+                adapters=flags.adapter,
+                adapter_folder=flags.adapter_folder,
+                template=flags.template,
+                documents=documents,
+                names=_split(flags.name),
+                queue=flags.queue,
+                price=flags.price,
+                sampling=flags.sampling.overrides,
+            )
         sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
         gc.set_threshold(2_000)  # as Python has it

@@ -73,11 +73,23 @@ def _explained(sock: socket.socket, host: str, port: int) -> Iterator[None]:
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """Returns uvicorn for the application; signals are left to the command."""
-    server = uvicorn.Server(uvicorn.Config(
-        app, http=HttpProtocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="critical",
-        access_log=False, server_header=False, timeout_keep_alive=60, backlog=BACKLOG,
-        proxy_headers=False, timeout_graceful_shutdown=5,
-    ))  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=60,
+            backlog=BACKLOG,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
+        )
+    )
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that hangs up while text is written to it
     return server

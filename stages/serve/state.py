@@ -48,10 +48,19 @@ class ServerState:
     """
 
     def __init__(
-        self, names: Sequence[str], model: LoadedModel, sampling: SamplingParams, engine: Engine, digest: str,
-        chat: ChatTokenizer, queue: int, price: float | None, base_digests: Sequence[str] = (),
-        adapter_folder: Path | None = None, documents: Documents | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        names: Sequence[str],
+        model: LoadedModel,
+        sampling: SamplingParams,
+        engine: Engine,
+        digest: str,
+        chat: ChatTokenizer,
+        queue: int,
+        price: float | None,
+        base_digests: Sequence[str] = (),
+        adapter_folder: Path | None = None,
+        documents: Documents | None = None,
+    ) -> None:
         self.name, self.names = names[0], names
         self.digest, self.price, self.loaded_at = digest, price, int(time.time())
         now = chat.now if "strftime_now" in chat.source else ""
@@ -131,9 +140,14 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     if not engine.config.adapters:
         del options["adapter_rank"]
     inputs = {
-        "weights": digest, "config": repr(engine.cfg), "engine": options, "devices": engine.devices,
+        "weights": digest,
+        "config": repr(engine.cfg),
+        "engine": options,
+        "devices": engine.devices,
         "attention in C": engine.runner.has_kernel,
-        "machine": machine_identity(), "flags": os.environ.get("XLA_FLAGS"),
-        "versions": [importlib.metadata.version(name) for name in LIBRARIES], **text,
-    }  # fmt: skip
+        "machine": machine_identity(),
+        "flags": os.environ.get("XLA_FLAGS"),
+        "versions": [importlib.metadata.version(name) for name in LIBRARIES],
+        **text,
+    }
     return "fp_" + hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -45,9 +45,15 @@ DISPATCH = 0.002  # seconds a step
 
 # The hyperparameters of each preset unless flags say otherwise: the only place with such numbers.
 _MUON = OptimizerConfig(
-    kind="muon", learning_rate=0.003, matrix_learning_rate=0.02, schedule="wsd", warmup=0.02, decay=0.5,
-    weight_decay=0.1, clip=1.0,
-)  # fmt: skip
+    kind="muon",
+    learning_rate=0.003,
+    matrix_learning_rate=0.02,
+    schedule="wsd",
+    warmup=0.02,
+    decay=0.5,
+    weight_decay=0.1,
+    clip=1.0,
+)
 # Measured on the demo alone: `python -m bench.step --of recipes`. Where the embedding is the head too, neither factor is meant.
 _DEMO = dataclasses.replace(_MUON, embedding_factor=10.0, head_factor=0.5)
 
@@ -85,10 +91,13 @@ def chosen_recipe(flags: "TrainFlags", backend: str, mesh: MeshShape, resumed_ba
     batch = step.batch or resumed_batch or -(-base.batch // mesh.row_shards) * mesh.row_shards
     optimizer["kind"] = optimizer.pop("optimizer")
     chosen = _replace(
-        base.resize(batch, step.context or base.context, mesh.row_shards), tokenizer=flags.text.tokenizer,
-        accumulate=step.accumulate, scan=step.scan or backend != "cpu" or None, remat=step.remat or None,
+        base.resize(batch, step.context or base.context, mesh.row_shards),
+        tokenizer=flags.text.tokenizer,
+        accumulate=step.accumulate,
+        scan=step.scan or backend != "cpu" or None,
+        remat=step.remat or None,
         optimizer=_replace(base.optimizer, **optimizer),
-    )  # fmt: skip
+    )
     if chosen.batch % chosen.accumulate:
         raise UserError(f"A batch of {chosen.batch} cannot be read in {chosen.accumulate} equal parts.")
     return chosen
@@ -110,9 +119,13 @@ class Training(BatchStage):
         self.folder, self.console, self.frozen = options.folder, console, dict[str, Any]()
         self.data = data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
         cfg = _replace(
-            preset(flags.preset), vocab=data.tokenizer.vocab, context=recipe.context, scan=recipe.scan,
-            remat="block" if recipe.remat else "none", dtype=flags.step.dtype,
-        )  # fmt: skip
+            preset(flags.preset),
+            vocab=data.tokenizer.vocab,
+            context=recipe.context,
+            scan=recipe.scan,
+            remat="block" if recipe.remat else "none",
+            dtype=flags.step.dtype,
+        )
         self.default_length = not (length.max_time or length.steps)
         seconds = SECONDS if self.default_length else length.max_time
         self.plan = plan = RunPlan(flags.preset, cfg, recipe, flags.seed, length.steps, seconds, mesh=mesh)
@@ -123,12 +136,16 @@ class Training(BatchStage):
         self.metadata = {
             "preset": plan.name,
             "text": {
-                "data": text.data, "validation": str(text.validation) if text.validation else None, "digest": data.digest,
-                "validation_digest": data.validation_digest, "bytes": data.train.bytes, "tokens": len(data.train.tokens),
+                "data": text.data,
+                "validation": str(text.validation) if text.validation else None,
+                "digest": data.digest,
+                "validation_digest": data.validation_digest,
+                "bytes": data.train.bytes,
+                "tokens": len(data.train.tokens),
             },
             "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
             "recipe": dataclasses.asdict(recipe),
-        }  # fmt: skip
+        }
         self.ceilings = mesh_ceilings(find_ceilings(console), mesh)
         self.peak_flops = self.ceilings.peak_flops(cfg.dtype)
         self.plans_mesh = bool(flags.mesh.mesh and options.dry_run)  # which need not be here
@@ -223,10 +240,12 @@ class Training(BatchStage):
         mfu = step * plan.step_flops / seconds / self.peak_flops
         doubt_ceilings(mfu)
         result = {
-            "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes), "train_seconds": seconds,
-            "first_step_seconds": loop_state.first_step_seconds, "tokens_per_second": step * plan.step_tokens / seconds,
+            "val_bits_per_byte": bits_per_byte(nats, data.validation.bytes),
+            "train_seconds": seconds,
+            "first_step_seconds": loop_state.first_step_seconds,
+            "tokens_per_second": step * plan.step_tokens / seconds,
             "mfu": mfu,
-        }  # fmt: skip
+        }
         first = f"first step {duration(loop_state.first_step_seconds or 0)} after the start"
         rows = [
             ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {data.validation_name}"),

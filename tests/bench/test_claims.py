@@ -9,21 +9,29 @@ from engine.format import times
 
 STATE = ("0x1p+0", "ab")
 LEARNING = {
-    "letters": 12000, "pretrained": 300000, "readings": [1, 4, 16], "text": [2.1, 1.8, 0.8], "other": [2.3, 2.1, 2.6],
+    "letters": 12000,
+    "pretrained": 300000,
+    "readings": [1, 4, 16],
+    "text": [2.1, 1.8, 0.8],
+    "other": [2.3, 2.1, 2.6],
     "over": {"ratio": 1.25, "low": 1.22, "high": 1.28, "rounds": 75},
     "moved": {stage: {"all weights": share} for stage, share in {"pre-training": 0.2, "1": 0.03, "16": 0.15}.items()},
-}  # fmt: skip
+}
 CHECKS = {"learning": LEARNING, "changed_answers": 0, "generated": 100, "before": STATE, "after": STATE, "int8_error": 0.01}
 
 
 def row(name, stage, weights, forward, dx, dw, seconds):
     total = forward + dx + dw
     return {
-        "name": name, "stage": stage, "weights": weights, "seconds_per_token": seconds,
+        "name": name,
+        "stage": stage,
+        "weights": weights,
+        "seconds_per_token": seconds,
         "flops_per_token": {"formula": total, "forward": forward, "dx": dx, "dw": dw, "optimizer": total / 500},
         "peak_bytes": 3 * dw + 150,
-        "flop_ratio_to_forward": total / 100, "time_ratio_to_forward": seconds / 1e-5,
-    }  # fmt: skip
+        "flop_ratio_to_forward": total / 100,
+        "time_ratio_to_forward": seconds / 1e-5,
+    }
 
 
 ROWS = [
@@ -133,9 +141,13 @@ def test_no_verdict_lies_within_an_interval_and_every_ratio_printed_is_the_one_t
     rows = [dict(entry, seconds_per_token=timings[entry["name"]].median) for entry in ROWS]
     result = judged(rows, timings, {})
     for name, numbers, thresholds in (
-        ("generated_cheaper", "time", [1]), ("caching", "off_over_on", [1.25, 1.02]), ("batching", "off_over_on", [1.25, 1.02]),
-        ("prefix_cache", "off_over_on", [1.25, 1.02]), ("costs", "share", [0.1]), ("request", "requests", [MANY]),
-    ):  # fmt: skip
+        ("generated_cheaper", "time", [1]),
+        ("caching", "off_over_on", [1.25, 1.02]),
+        ("batching", "off_over_on", [1.25, 1.02]),
+        ("prefix_cache", "off_over_on", [1.25, 1.02]),
+        ("costs", "share", [0.1]),
+        ("request", "requests", [MANY]),
+    ):
         claim = result[name]
         assert claim["verdict"].startswith("undecided") != is_decided(claim["numbers"][numbers], thresholds), claim
     for name, numbers in (("generated_cheaper", "time"), ("caching", "off_over_on"), ("batching", "off_over_on")):

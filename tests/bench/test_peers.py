@@ -137,8 +137,9 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
     out, tables = capsys.readouterr()
     table = json.loads(out)["rows"]
     assert [(row["name"], row["peer"]) for row in table] == [
-        ("train_1x64x8x2_float32", "torch compiled"), ("train_1x64x8x2_float32", "torch eager")
-    ]  # fmt: skip
+        ("train_1x64x8x2_float32", "torch compiled"),
+        ("train_1x64x8x2_float32", "torch eager"),
+    ]
     for row in table:
         assert row["ours_seconds"] > 0
         assert row["ratio"] is None or row["ratio"] > 0

@@ -131,7 +131,7 @@ def test_the_optimal_size_has_the_least_loss(flops):
         ({"budget": "5", "days": 3.0}, "one at a time"),
         ({"validate": True, "out": Path("x")}, "--out writes the page of a question"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_in_a_sentence(flags, words, monkeypatch, tmp_path):
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
@@ -183,10 +183,17 @@ STATES = [
     {"model": "llama-2-7b", "method": "lora:16", "hardware": "rtx-4090", "devices": 1, "tokens": 1e7},
     {"model": "qwen3-0.6b", "method": "rl", "hardware": "tpu-v5e", "devices": 16, "tokens": 3e8},
     {"model": "smollm2-135m", "method": "freeze", "hardware": "m4-max", "devices": 1, "tokens": 1e9},
-]  # fmt: skip
+]
 SERVED = {
-    "requests": 7, "prompt": 700, "answer": 300, "cached": 0.5, "precision": "int8", "replica": 1, "extra": 900, "tuning": 1e7,
-}  # fmt: skip
+    "requests": 7,
+    "prompt": 700,
+    "answer": 300,
+    "cached": 0.5,
+    "precision": "int8",
+    "replica": 1,
+    "extra": 900,
+    "tuning": 1e7,
+}
 
 
 @pytest.fixture(scope="module")

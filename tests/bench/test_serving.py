@@ -166,15 +166,42 @@ async def test_an_open_loop_sends_when_it_is_time_and_counts_the_wait_from_then(
 def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
     times = {"p50": 0.1, "tail_percentile": 80, "tail": 0.4}
     document = {
-        "model": "m", "device": "d", "weights": "int8", "slots": 8, "ready_met": False, "ready_seconds": 9.5, "ready_bar": 8.0,
-        "first_ready_seconds": 40.0, "resident_bytes": 5e8,
-        "rows": [{"name": name, "tokens_per_second": 200.0, "peer_tokens_per_second": 250.0, "ratio": 0.8, "low": 0.79,
-                  "high": 0.81, "bar": bar, "met": False} for name, bar in (("a", 0.85), ("b", 0.8))],
+        "model": "m",
+        "device": "d",
+        "weights": "int8",
+        "slots": 8,
+        "ready_met": False,
+        "ready_seconds": 9.5,
+        "ready_bar": 8.0,
+        "first_ready_seconds": 40.0,
+        "resident_bytes": 5e8,
+        "rows": [
+            {
+                "name": name,
+                "tokens_per_second": 200.0,
+                "peer_tokens_per_second": 250.0,
+                "ratio": 0.8,
+                "low": 0.79,
+                "high": 0.81,
+                "bar": bar,
+                "met": False,
+            }
+            for name, bar in (("a", 0.85), ("b", 0.8))
+        ],
         "scored": {"ratio": 40.0, "low": 39.0, "high": 41.0, "bar": 100.0, "met": False},
         "saturated": {"requests_per_second": 6.0, "tokens_per_second": 260.0},
-        "under_load": [{"load": 0.5, "answered": 9, "requests": 9, "tokens_per_second": 99.0, "ttft": times,
-                        "inter_token": times, "per_token": times}],
-    }  # fmt: skip
+        "under_load": [
+            {
+                "load": 0.5,
+                "answered": 9,
+                "requests": 9,
+                "tokens_per_second": 99.0,
+                "ttft": times,
+                "inter_token": times,
+                "per_token": times,
+            }
+        ],
+    }
     serving.print_tables(document)
     output = capsys.readouterr().out.replace("\u202f", " ")
     for text in (

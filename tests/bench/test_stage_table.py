@@ -25,9 +25,17 @@ from engine.counting.jaxpr import JaxprCost
 main = functools.partial(run_bench, "bench", None, StageTableFlags, measure)
 SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]
 KEYS = {
-    "name", "weights", "flops_per_token", "flop_ratio_to_forward", "seconds_per_token", "time_ratio_to_forward", "peak_bytes",
-    "bytes_per_token", "utilisation", "usd_per_million_tokens",
-}  # fmt: skip
+    "name",
+    "weights",
+    "flops_per_token",
+    "flop_ratio_to_forward",
+    "seconds_per_token",
+    "time_ratio_to_forward",
+    "peak_bytes",
+    "bytes_per_token",
+    "utilisation",
+    "usd_per_million_tokens",
+}
 
 
 @pytest.fixture(scope="module")

@@ -97,9 +97,13 @@ def test_too_few_rounds_give_a_ratio_without_an_interval_and_a_call_too_short_fo
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [((1.0,) * 5, "0% of the median at worst: a quiet moment"), ((1.0, 1.1, 0.95, 1.05, 1.0), "5% of the median"),
-     ((1.0, 1.2, 0.9, 1.0, 1.1), "some noise"), ((1.0, 2.0, 1.5, 1.0, 3.0), "a noisy moment")],
-)  # fmt: skip
+    [
+        ((1.0,) * 5, "0% of the median at worst: a quiet moment"),
+        ((1.0, 1.1, 0.95, 1.05, 1.0), "5% of the median"),
+        ((1.0, 1.2, 0.9, 1.0, 1.1), "some noise"),
+        ((1.0, 2.0, 1.5, 1.0, 3.0), "a noisy moment"),
+    ],
+)
 def test_noise_is_said_in_words_of_the_worst(seconds, words):
     assert words in describe_noise({"quiet": Timing("quiet", (1.0,) * 5), "a": Timing("a", seconds)})
 

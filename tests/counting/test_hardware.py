@@ -15,7 +15,7 @@ from engine.counting.hardware import (
     peak_rss_bytes,
     save_ceilings,
     saved_ceilings,
-)  # fmt: skip
+)
 
 FOUND = Ceilings("a chip", "cpu", 2, "0", 400.0, 200.0, 300.0, 26.0, 40.0)
 
@@ -136,8 +136,10 @@ def test_peak_memory_sees_what_is_held_and_not_what_a_parent_held():
         (
             12345678,  # of version 2: the tightest group around us
             {
-                "proc/self/cgroup": "0::/outer/inner\n", "sys/fs/cgroup/outer/inner/memory.max": "max\n",
-                "sys/fs/cgroup/outer/memory.max": "12345678\n", "sys/fs/cgroup/memory.max": "99999999\n",
+                "proc/self/cgroup": "0::/outer/inner\n",
+                "sys/fs/cgroup/outer/inner/memory.max": "max\n",
+                "sys/fs/cgroup/outer/memory.max": "12345678\n",
+                "sys/fs/cgroup/memory.max": "99999999\n",
             },
         ),
         (
@@ -152,7 +154,7 @@ def test_peak_memory_sees_what_is_held_and_not_what_a_parent_held():
         (4444444, {"proc/self/cgroup": "0::/host/only\n", "sys/fs/cgroup/memory.max": "4444444\n"}),
         (None, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}),
     ],
-)  # fmt: skip
+)
 def test_memory_limit_is_that_of_a_control_group_or_the_machine(tmp_path, limit, files):
     machine = memory_limit_bytes(tmp_path)
     assert machine > 2**28

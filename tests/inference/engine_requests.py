@@ -94,11 +94,14 @@ LETTERS: Any = Letters()
 # A record whose keys and signs are forced, where the model decides letters, a number and whether to go on; words; anything.
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "pattern": "^[a-s]{1,4}$"}, "age": {"enum": [1, 20, 99]},
-                   "more": {"type": "array", "items": {"enum": ["red", "blackish"]}, "maxItems": 2}},
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-s]{1,4}$"},
+        "age": {"enum": [1, 20, 99]},
+        "more": {"type": "array", "items": {"enum": ["red", "blackish"]}, "maxItems": 2},
+    },
     "required": ["name", "age", "more"],
     "additionalProperties": False,
-}  # fmt: skip
+}
 GRAMMARS = [json_grammar(SCHEMA), regex_grammar("(one|two, )*[a-f]{3}"), json_grammar({"type": "object"})]
 
 
@@ -141,8 +144,9 @@ class Log:
         tokens = tuple(token for event in self.events[id] for token in event.tokens)
         logprobs = tuple(
             (token, bits(logprob), tuple((other, bits(value)) for other, value in top))
-            for event in self.events[id] for token, logprob, top in event.logprobs
-        )  # fmt: skip
+            for event in self.events[id]
+            for token, logprob, top in event.logprobs
+        )
         return Completion(tokens, logprobs, self.finished[id])
 
 
@@ -190,15 +194,26 @@ def _requests() -> list[Request]:
     rng = np.random.default_rng(0)
     lengths = [1, 2, 3, 4, 5, 6, 16, 17, 18, 20, 21, 32, 33, 34, 40, 48, 50, 55]
     options = [
-        [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.4, "top_p": 0.9}, {"temperature": 1.3, "top_k": 5},
-         {"temperature": 0.9, "min_p": 0.1, "top_k": 9, "top_p": 0.8}],
-        [{}, {}, {}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.4, "repetition_penalty": 1.2},
-         {"logit_bias": {3: 4.0, 5: -100.0}}],
+        [
+            {"temperature": 0.0},
+            {"temperature": 1.0},
+            {"temperature": 0.4, "top_p": 0.9},
+            {"temperature": 1.3, "top_k": 5},
+            {"temperature": 0.9, "min_p": 0.1, "top_k": 9, "top_p": 0.8},
+        ],
+        [
+            {},
+            {},
+            {},
+            {"presence_penalty": 0.7},
+            {"frequency_penalty": 0.4, "repetition_penalty": 1.2},
+            {"logit_bias": {3: 4.0, 5: -100.0}},
+        ],
         [{}, {}, {"stop_token_ids": (3,)}, {"stop_token_ids": (1, 2, 9), "min_tokens": 1}],
         [{"logprobs": None}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 20}],
         [{}, {}, {"namespace": "key"}],
         [{}, {}, {}, *({"constraint": constraint_of(grammar), "stop_token_ids": (39, 40)} for grammar in GRAMMARS)],
-    ]  # fmt: skip
+    ]
     requests = []
     for number in range(50):
         length = lengths[number % len(lengths)]

@@ -28,14 +28,16 @@ IN_INT8 = "int8/bfloat16"  # weights and KV cache: what a server with adapters h
 def adapter(seed: int, *names: str):
     """An adapter of these matrices in every layer, or of all, whose rank is below the stacks' for an odd seed."""
     cfg, rank = tiny_config(), RANK - seed % 2
-    return unflatten({
-        f"blocks/{layer}/{name}": LoRA(
-            None, normal(seed, rows, rank) * rows**-0.5, normal(seed + layer, rank, columns), 0.3 + 0.1 * seed
-        )
-        for layer in range(cfg.layers)
-        for name, (rows, columns) in cfg.matrices.items()
-        if not names or name in names
-    })  # fmt: skip
+    return unflatten(
+        {
+            f"blocks/{layer}/{name}": LoRA(
+                None, normal(seed, rows, rank) * rows**-0.5, normal(seed + layer, rank, columns), 0.3 + 0.1 * seed
+            )
+            for layer in range(cfg.layers)
+            for name, (rows, columns) in cfg.matrices.items()
+            if not names or name in names
+        }
+    )
 
 
 ADAPTERS = [adapter(0), adapter(1), adapter(2, "q", "down"), adapter(3, "v", "up", "out")]

@@ -66,8 +66,10 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
     cfg, params = served_model("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 48, CAPACITY - 1, 50))]
     most = (CAPACITY, 1, STEPS, 1, CAPACITY, CAPACITY, 20)
-    rows = [dataclasses.replace(row, max_tokens=min(count, CAPACITY - len(prompt)))
-            for prompt, count, row in zip(prompts, most, SamplingParams(20, **fields).per_row(7))]  # fmt: skip
+    rows = [
+        dataclasses.replace(row, max_tokens=min(count, CAPACITY - len(prompt)))
+        for prompt, count, row in zip(prompts, most, SamplingParams(20, **fields).per_row(7))
+    ]
     expected = [plain_completion(cfg, params, prompt, row) for prompt, row in zip(prompts, rows)]
     assert {completion.finish_reason for completion in expected} == {"length", *["stop"] * ("stop_token_ids" in fields)}
     for count in (7, 1):
@@ -291,11 +293,16 @@ def reference(cfg, params, request: Request, count: int) -> tuple[list[int], lis
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.8}, {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
-        {"logit_bias": {3: 100.0}}, {"logit_bias": {7: -100.0, 9: 1.5}},
+        {},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.8},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6},
+        {"logit_bias": {3: 100.0}},
+        {"logit_bias": {7: -100.0, 9: 1.5}},
         {"presence_penalty": -0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {1: 2.0}},
     ],
-)  # fmt: skip
+)
 def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
     """In company, whose prompts are prefilled while this one waits or decodes: nothing of it is counted."""
     cfg, params = served_model("float32")
@@ -329,12 +336,16 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slots": 0}, "at least one slot, not 0"), ({"capacity": 1}, "between 2 and the model's context of 150, not 1"),
-        ({"capacity": 151}, "not 151"), ({"tail": 0}, "tail must lie between 1 and the chunk of 16"),
-        ({"tail": 17}, "not 17"), ({"segment": 24}, "multiple of the chunk of 16, not 24"), ({"kv_dtype": "int4"}, "kv_dtype"),
+        ({"slots": 0}, "at least one slot, not 0"),
+        ({"capacity": 1}, "between 2 and the model's context of 150, not 1"),
+        ({"capacity": 151}, "not 151"),
+        ({"tail": 0}, "tail must lie between 1 and the chunk of 16"),
+        ({"tail": 17}, "not 17"),
+        ({"segment": 24}, "multiple of the chunk of 16, not 24"),
+        ({"kv_dtype": "int4"}, "kv_dtype"),
         ({"prefix_cache_bytes": -1}, "prefix_cache_bytes"),
     ],
-)  # fmt: skip
+)
 def test_slots_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_engine("float32", **options)

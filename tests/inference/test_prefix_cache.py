@@ -42,11 +42,15 @@ def test_a_prompt_is_found_as_far_as_it_is_the_same_from_its_start():
 
 def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
     keys = {
-        "ab|c": chunk_key(chunk_key(root_key(""), (1, 2)), (3,)), "a|bc": chunk_key(chunk_key(root_key(""), (1,)), (2, 3)),
-        "abc": chunk_key(root_key(""), (1, 2, 3)), "abc of k": chunk_key(root_key("k"), (1, 2, 3)),
-        "0abc": chunk_key(root_key(""), (0, 1, 2, 3)), "none": root_key(""), "none of k": root_key("k"),
+        "ab|c": chunk_key(chunk_key(root_key(""), (1, 2)), (3,)),
+        "a|bc": chunk_key(chunk_key(root_key(""), (1,)), (2, 3)),
+        "abc": chunk_key(root_key(""), (1, 2, 3)),
+        "abc of k": chunk_key(root_key("k"), (1, 2, 3)),
+        "0abc": chunk_key(root_key(""), (0, 1, 2, 3)),
+        "none": root_key(""),
+        "none of k": root_key("k"),
         "half a character": root_key("\ud800"),
-    }  # fmt: skip
+    }
     assert len(set(keys.values())) == len(keys)
 
 

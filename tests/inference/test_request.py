@@ -64,13 +64,15 @@ def test_what_a_model_cannot_serve_is_refused_with_both_counts():
     check_request(request_of((1, 40), 68), 41, 70)
     outside = "holds a token outside"
     for request, field, sentence in (
-        (request_of((), 5), "prompt", "The prompt has no tokens"), (request_of((1, 41), 5), "prompt", outside),
-        (request_of((-1,), 5), "prompt", outside), (request_of((2**70,), 5), "prompt", outside),
+        (request_of((), 5), "prompt", "The prompt has no tokens"),
+        (request_of((1, 41), 5), "prompt", outside),
+        (request_of((-1,), 5), "prompt", outside),
+        (request_of((2**70,), 5), "prompt", outside),
         (request_of((1,), 5, stop_token_ids=(41,)), "stop_token_ids", outside),
         (request_of((1,), 5, logit_bias={-1: 1.0}), "logit_bias", outside),
         (request_of((1, 2), 69), "prompt", "2 tokens and max_tokens is 69; together at most 70 fit"),
         (request_of((1,) * 70, 1), "prompt", "The prompt has 70 tokens, and at most 70 fit with the answer. Shorten"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InvalidField, match=sentence) as caught:
             check_request(request, 41, 70)
         assert caught.value.field == field

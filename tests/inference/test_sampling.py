@@ -45,9 +45,12 @@ def test_temperature_zero_is_the_most_probable_token(seed, position):
 
 @settings(max_examples=60)
 @given(
-    st.integers(0, 999), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([-1, 0, 1, 2, 7, 41, 99]),
-    st.floats(0.01, 1.0) | st.just(1.0), st.floats(0.0, 1.0) | st.just(0.0),
-)  # fmt: skip
+    st.integers(0, 999),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.sampled_from([-1, 0, 1, 2, 7, 41, 99]),
+    st.floats(0.01, 1.0) | st.just(1.0),
+    st.floats(0.0, 1.0) | st.just(0.0),
+)
 def test_only_and_all_of_the_right_tokens_are_sampled(seed, temperature, top_k, top_p, min_p):
     logits = logits_of(seed)
     row = sampling_of(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)

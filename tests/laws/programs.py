@@ -108,9 +108,14 @@ def adapter_and_base(cfg: ModelConfig, base: str) -> tuple[Any, Any]:
 
 
 def step_program(
-    objective: Objective = NEXT_TOKEN, data: Callable[[], Any] = batch_shapes, kind: Any = "adamw", lora: str | None = None,
-    microbatches: int = 1, remat: Any = None, **rules: list[str],
-) -> Make:  # fmt: skip
+    objective: Objective = NEXT_TOKEN,
+    data: Callable[[], Any] = batch_shapes,
+    kind: Any = "adamw",
+    lora: str | None = None,
+    microbatches: int = 1,
+    remat: Any = None,
+    **rules: list[str],
+) -> Make:
     """Makes a training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8.
 
     With `remat` (none or block) the layers are a scan.
@@ -210,7 +215,7 @@ TRAINING: dict[str, Make] = {
     "pair log-probabilities": lambda cfg: Program(pair_logprobs, (cfg, serving_params(cfg), preference_shapes())),
     "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, serving_params(cfg), batch_shapes())),
     "loss with an adapter": adapter_loss,
-}  # fmt: skip
+}
 
 
 def engine_program(
@@ -265,7 +270,7 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "decode_slots, float32 cache": engine_program("decode", "plain", "float32"),
     "decode_slots, adapters": engine_program("decode", "int8", "int8", adapters=3),
     "prefill_chunk, adapters": engine_program("prefill_chunk", "int8", "int8", adapters=3),
-}  # fmt: skip
+}
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),  # noqa: SLF001

@@ -18,15 +18,35 @@ from programs import PROGRAMS, QWEN2, QWEN3, WITHOUT_WEIGHTS
 from tiny import normal, tiny_config
 
 # Vocabularies whose logits are made in parts: of the columns or rows of a batch, of int8 columns, of a served head.
-LARGE = {"train step, AdamW": 140_000, "train step, LoRA": 20_000, "train step, LoRA on int8": 20_000, "score": 60_000,
-         "score, int8": 60_000, "decode_slots, int8": 20_000}  # fmt: skip
+LARGE = {
+    "train step, AdamW": 140_000,
+    "train step, LoRA": 20_000,
+    "train step, LoRA on int8": 20_000,
+    "score": 60_000,
+    "score, int8": 60_000,
+    "decode_slots, int8": 20_000,
+}
 CASES = {f"{name}, Qwen3": (name, QWEN3) for name in PROGRAMS}
 OTHERWISE = ("train step, AdamW", "train step, LoRA", "score", "prefill, one prompt", "decode_step", "decode_slots")
 CASES |= {f"{name}, Qwen2": (name, QWEN2) for name in OTHERWISE}  # tied, with biases, one query head for each key head
 CASES |= {f"{name}, {vocab}": (name, tiny_config(vocab=vocab, width=64, dtype="bfloat16")) for name, vocab in LARGE.items()}
 # The results of these are arrays in memory, or differ from place to place.
-MATERIALIZED = {"parameter", "iota", "dot", "reduce", "fusion", "call", "while", "conditional", "custom-call", "opt-barrier",
-        "get-tuple-element", "rng-bit-generator", "gather", "dynamic-slice"}  # fmt: skip
+MATERIALIZED = {
+    "parameter",
+    "iota",
+    "dot",
+    "reduce",
+    "fusion",
+    "call",
+    "while",
+    "conditional",
+    "custom-call",
+    "opt-barrier",
+    "get-tuple-element",
+    "rng-bit-generator",
+    "gather",
+    "dynamic-slice",
+}
 
 
 def spread_operands(text: str) -> list[str]:

@@ -46,12 +46,19 @@ def test_serving_many_changes_no_weight_and_remembers_no_request():
     engine = Engine(cfg, params, EngineConfig(3, 32, kv_dtype="int8", prefix_cache_bytes=10**6, chunk=16, tail=4))
     for _ in range(2):
         ids = [
-            engine.submit(request_of(
-                tokens_of(seed % 4, 5 * seed + 1), MAX_TOKENS, temperature=seed % 3, presence_penalty=seed % 2,
-                logit_bias={seed: 1.0}, seed=seed, logprobs=seed,
-            ))
+            engine.submit(
+                request_of(
+                    tokens_of(seed % 4, 5 * seed + 1),
+                    MAX_TOKENS,
+                    temperature=seed % 3,
+                    presence_penalty=seed % 2,
+                    logit_bias={seed: 1.0},
+                    seed=seed,
+                    logprobs=seed,
+                )
+            )
             for seed in range(5)
-        ] + [engine.submit(request_of([1, 2, 3, 4] * 3, 20, temperature=0.0))]  # fmt: skip
+        ] + [engine.submit(request_of([1, 2, 3, 4] * 3, 20, temperature=0.0))]
         tokens, logprobs = {id: [] for id in ids}, {id: [] for id in ids}
         engine.cancel(ids[1])
         while engine.busy:

@@ -49,9 +49,16 @@ def test_every_preset_starts_at_chance(name):
     """The first loss is within 1% of ln V whatever the key, as if nothing were known, at a width where the own logit shows."""
     cfg = preset(name)
     cfg = dataclasses.replace(
-        cfg, vocab=min(cfg.vocab, 4096), width=min(cfg.width, 768), layers=2, heads=cfg.groups, kv_heads=1, head_dim=64, ff=512,
+        cfg,
+        vocab=min(cfg.vocab, 4096),
+        width=min(cfg.width, 768),
+        layers=2,
+        heads=cfg.groups,
+        kv_heads=1,
+        head_dim=64,
+        ff=512,
         dtype="float32",
-    )  # fmt: skip
+    )
     for seed in range(8 if name == "tiny" else 1 + cfg.tied):  # the fewest tokens stray most
         params = init_params(cfg, jax.random.key(seed))
         tokens, targets = np.random.default_rng(seed).integers(0, cfg.vocab, (2, 8, 64))
@@ -100,13 +107,24 @@ configs = st.builds(
     lambda heads, kv, head_dim, scaling, **rest: ModelConfig(
         heads=heads * kv, kv_heads=kv, head_dim=2 * head_dim, rope_scaling=scaling, **rest
     ),
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 40),
     st.none() | st.builds(RopeScaling, st.floats(1, 64), st.just(1.0), st.just(4.0), st.integers(1, 8192)),
-    vocab=st.integers(1, 99), width=st.integers(1, 99), layers=st.integers(1, 9), ff=st.integers(1, 99),
-    context=st.integers(1, 99), rope_theta=st.floats(1, 1e7), eps=st.floats(1e-9, 1e-3), tied=st.booleans(),
-    qk_norm=st.booleans(), qkv_bias=st.booleans(), dtype=st.sampled_from(["bfloat16", "float32"]), scan=st.booleans(),
+    vocab=st.integers(1, 99),
+    width=st.integers(1, 99),
+    layers=st.integers(1, 9),
+    ff=st.integers(1, 99),
+    context=st.integers(1, 99),
+    rope_theta=st.floats(1, 1e7),
+    eps=st.floats(1e-9, 1e-3),
+    tied=st.booleans(),
+    qk_norm=st.booleans(),
+    qkv_bias=st.booleans(),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    scan=st.booleans(),
     remat=st.sampled_from(["none", "block"]),
-)  # fmt: skip
+)
 
 
 @given(configs)

@@ -26,9 +26,12 @@ DTYPES = ("float32", "bfloat16", "int8")
 NEAR = {"float32": 2e-5, "bfloat16": 8e-3, "int8": 1e-3}
 # Slots, key heads, queries of each, head width; where the cache begins and ends.
 SHAPES = [
-    ((2, 1, 1, 4), (0, 3)), ((5, 3, 3, 64), (0, 777)), ((3, 2, 7, 20), (0, 30)), ((1, 4, 2, 16), (0, 300)),
+    ((2, 1, 1, 4), (0, 3)),
+    ((5, 3, 3, 64), (0, 777)),
+    ((3, 2, 7, 20), (0, 30)),
+    ((1, 4, 2, 16), (0, 300)),
     ((2, 1, 5, 128), (0, 257)),
-]  # fmt: skip
+]
 SIZES, ANY_SEED = st.integers(0, len(SHAPES) - 1), st.integers(0, 2**32 - 1)
 
 

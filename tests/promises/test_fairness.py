@@ -123,8 +123,14 @@ class Crowd:
                     turn.status = reply.status_code
                     return
                 wait = int(reply.headers["retry-after"])
-            overtaken = [other for other in self.turns if other.first > turn.first and turn.refused
-                         and other.sent > turn.refused[-1] and 0 < other.admitted < turn.sent]  # fmt: skip
+            overtaken = [
+                other
+                for other in self.turns
+                if other.first > turn.first
+                and turn.refused
+                and other.sent > turn.refused[-1]
+                and 0 < other.admitted < turn.sent
+            ]
             turn.passed_over += bool(obedient and overtaken and not is_late)
             turn.refused.append(clock())
             due = clock() + (wait if obedient else 0.02)

@@ -44,10 +44,19 @@ def streamed(chunks: Any) -> str:
 
 def test_a_chat(ai):
     raw = ai.chat.completions.with_raw_response.create(
-        **CHAT | {"temperature": 1}, seed=1, n=2, logprobs=True, top_logprobs=3, presence_penalty=0.5, frequency_penalty=-0.5,
-        logit_bias={"100": -100}, stop=["\x00"], top_p=0.9, user="me",
+        **CHAT | {"temperature": 1},
+        seed=1,
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"100": -100},
+        stop=["\x00"],
+        top_p=0.9,
+        user="me",
         extra_body={"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1},
-    )  # fmt: skip
+    )
     assert raw.headers.get("x-request-id")
     reply = raw.parse()
     assert (reply.object, [choice.index for choice in reply.choices]) == ("chat.completion", [0, 1])
@@ -79,11 +88,13 @@ def test_a_chat_streamed(ai):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"temperature": 3}, "temperature"), ({"messages": []}, "messages"),
+        ({"temperature": 3}, "temperature"),
+        ({"messages": []}, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f g", "parameters": {}}}]}, "tools"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"), ({"messages": TOO_LONG}, "messages"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": TOO_LONG}, "messages"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_the_clients_own(ai, fields, param):
     with pytest.raises(openai.BadRequestError) as caught:
         ai.chat.completions.create(**CHAT | fields)
@@ -105,10 +116,27 @@ async def test_schema_fuzzing(make_server, quick, tmp_path, expect):
 def _run_schemathesis(port: int, quick: bool, folder: Path) -> tuple[int, str]:
     """Its exit code and its own summary; 1 when it does not end in FUZZING_SECONDS."""
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{port}/openapi.json", "--mode", "all",
-        "--max-examples", "4" if quick else "30", "--request-timeout", "30", "--seed", "1", "--no-color", "--workers", "4",
-        "--phases", "fuzzing" if quick else "coverage,fuzzing", "--exclude-checks", "positive_data_acceptance",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"http://127.0.0.1:{port}/openapi.json",
+        "--mode",
+        "all",
+        "--max-examples",
+        "4" if quick else "30",
+        "--request-timeout",
+        "30",
+        "--seed",
+        "1",
+        "--no-color",
+        "--workers",
+        "4",
+        "--phases",
+        "fuzzing" if quick else "coverage,fuzzing",
+        "--exclude-checks",
+        "positive_data_acceptance",
+    ]
     try:
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=FUZZING_SECONDS)
     except subprocess.TimeoutExpired:

@@ -115,11 +115,27 @@ def hear(event, args):
 sys.addaudithook(hear)
 """
 FORBIDDEN = (
-    "pickle.find_class", "shutil.unpack_archive",
-    "socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostby", "socket.getnameinfo", "urllib.Request",
-    "ftplib.", "http.client.connect", "smtplib.", "webbrowser.open",
-    "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn",
-)  # fmt: skip
+    "pickle.find_class",
+    "shutil.unpack_archive",
+    "socket.connect",
+    "socket.sendto",
+    "socket.getaddrinfo",
+    "socket.gethostby",
+    "socket.getnameinfo",
+    "urllib.Request",
+    "ftplib.",
+    "http.client.connect",
+    "smtplib.",
+    "webbrowser.open",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.startfile",
+    "pty.spawn",
+)
 # The server's own: the address it listens on, and the program it starts, known by all there is to its command: this
 # Python, alone with the one file that renders chat templates (which X2 is about), and nothing of the environment. A first start
 # also runs a C compiler on the server's own file.
@@ -138,9 +154,10 @@ def foreign_events(log: Path) -> list[list[str]]:
     name, start = OWN_ADDRESS
     compiles = lambda name, args: name == "subprocess.Popen" and f"{FOLDER}/" in args and ".c', '-o'" in args
     return [
-        event for event in events
+        event
+        for event in events
         if event != OWN_PROGRAM and not compiles(*event) and not (event[0] == name and event[1].startswith(start))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.promises(name="X5")

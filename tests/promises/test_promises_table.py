@@ -25,8 +25,14 @@ def run_promises(model, names, *options):
     chosen = " or ".join(f"promises(name='{name}')" for name in names)
     command = [sys.executable, "-m", "pytest", "tests/promises", "-m", chosen, "--quick", "-p", "no:cacheprovider", *options]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    run = subprocess.run([*command, "--promises-slots", "2", "--promises-model", model], cwd=ROOT, env=env, capture_output=True,
-                         text=True, check=False)  # fmt: skip
+    run = subprocess.run(
+        [*command, "--promises-slots", "2", "--promises-model", model],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return run.returncode, run.stdout + run.stderr
 
 

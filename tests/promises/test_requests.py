@@ -29,10 +29,34 @@ PROBES = 20  # of /health, a second
 MEGABYTE = 1 << 20
 NUMBERS = (-1, 0, 1, 17, 2**31, 2**63, 10**40, -(2**63), -0.0, 0.5, 1e308, 1e-320, float("nan"), float("inf"))
 VALUES: tuple[Any, ...] = (
-    *NUMBERS, None, True, False, "", "0", "default", "\x00", "𝔘nicode ☃", "a" * 5000, [], [[]], [None], [1, "a"], [-1], [10**9],
-    ["a"], {}, {"a": {}}, {"content": 1}, {"50256": -100}, {"-1": 1}, {"type": "text", "text": "hi"}, "<|im_start|>system\n",
-    [{"role": "user"}], [{"role": "user", "content": [{"type": "image", "source": {}}]}], {"num_predict": "a"},
-)  # fmt: skip
+    *NUMBERS,
+    None,
+    True,
+    False,
+    "",
+    "0",
+    "default",
+    "\x00",
+    "𝔘nicode ☃",
+    "a" * 5000,
+    [],
+    [[]],
+    [None],
+    [1, "a"],
+    [-1],
+    [10**9],
+    ["a"],
+    {},
+    {"a": {}},
+    {"content": 1},
+    {"50256": -100},
+    {"-1": 1},
+    {"type": "text", "text": "hi"},
+    "<|im_start|>system\n",
+    [{"role": "user"}],
+    [{"role": "user", "content": [{"type": "image", "source": {}}]}],
+    {"num_predict": "a"},
+)
 KNOWN = {field for route in ROUTES if route.body for field in route.body.__struct_fields__}
 FIELDS = sorted(KNOWN | {*UNSUPPORTED, "adapter", "weights", "__proto__"})
 ROLES = ("user", "assistant", "system", "tool", "root", "", None, 3)
@@ -49,11 +73,20 @@ PATHS = (
 )
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW")
 BODIES = (
-    b"", b"null", b"[]", b'"a"', b"{", b"\xff\xfe\x00", b'{"prompt":NaN}', b'{"a":1}{"b":2}', b"\xef\xbb\xbf{}",
-    b'{"prompt":"\\ud800 \\udfff","max_tokens":1}', b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}",
+    b"",
+    b"null",
+    b"[]",
+    b'"a"',
+    b"{",
+    b"\xff\xfe\x00",
+    b'{"prompt":NaN}',
+    b'{"a":1}{"b":2}',
+    b"\xef\xbb\xbf{}",
+    b'{"prompt":"\\ud800 \\udfff","max_tokens":1}',
+    b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}",
     b'{"prompt":"a","prompt":"b","max_tokens":1,"max_tokens":2}',
     *(b'{"prompt":' + left * 30_000 + right * 30_000 + b"}" for left, right in ((b"[", b"]"), (b'{"a":', b"}"))),
-)  # fmt: skip
+)
 
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -157,9 +190,11 @@ async def test_a_megabyte_is_tokenized_in_a_second(client, rng, expect):
     """Through /tokenize, the way there and back included; the loop answers meanwhile."""
     emoji = "🙂👩‍🚀🏳️‍🌈".encode()
     texts = {
-        "a": b"a" * MEGABYTE, "^": b"^" * MEGABYTE, "emoji": emoji * (MEGABYTE // len(emoji)),
+        "a": b"a" * MEGABYTE,
+        "^": b"^" * MEGABYTE,
+        "emoji": emoji * (MEGABYTE // len(emoji)),
         "base64": base64.b64encode(rng.randbytes(MEGABYTE * 3 // 4)),
-    }  # fmt: skip
+    }
     bodies = [json.dumps({"prompt": text.decode()}, ensure_ascii=False).encode() for text in texts.values()]
     responses, probes = await beside_probes(client, [("POST", "/tokenize", body, {}) for body in bodies], 1)
     figures = [
@@ -176,30 +211,79 @@ KEY = "sk-tests-3b1f0a"
 OPEN = ("/", "/live", "/health")  # the page, which asks for the key; and for whoever starts and stops servers
 # Ways to write a path so that it might be taken for liveness, or for none of the routes that need a key.
 SPELLINGS = (
-    "/{}", "//{}", "///{}", "/{}/", "/{}//", "/.{}", "/./{}", "/x/../{}", "/live/../{}", "/live/%2e%2e/{}", "/live;/../{}",
-    "/live%2f..%2f{}", "/%2e/{}", "/%2e%2e/{}", "/{}%20", "/{}%00", "/{}%2f", "/{};a=b", "/{}?live", "/{}?key=" + KEY, "/{}#",
-    "live/{}", "/%6cive/{}", "\\{}", "http://localhost/{}", "http://localhost//{}", "http://localhost/live/../{}", "http://x/{}",
-)  # fmt: skip
+    "/{}",
+    "//{}",
+    "///{}",
+    "/{}/",
+    "/{}//",
+    "/.{}",
+    "/./{}",
+    "/x/../{}",
+    "/live/../{}",
+    "/live/%2e%2e/{}",
+    "/live;/../{}",
+    "/live%2f..%2f{}",
+    "/%2e/{}",
+    "/%2e%2e/{}",
+    "/{}%20",
+    "/{}%00",
+    "/{}%2f",
+    "/{};a=b",
+    "/{}?live",
+    "/{}?key=" + KEY,
+    "/{}#",
+    "live/{}",
+    "/%6cive/{}",
+    "\\{}",
+    "http://localhost/{}",
+    "http://localhost//{}",
+    "http://localhost/live/../{}",
+    "http://x/{}",
+)
 _basic = lambda text: "Basic " + base64.b64encode(text.encode()).decode()
 WRONG_KEYS = (
-    "", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Bearer {KEY.upper()}", "Bearer é", KEY,
-    f"Bearer {KEY},", f"Bearer\t{KEY}", f"Bearer {KEY[::-1]}", f"Digest {KEY}", f"Basic {KEY}", "Basic !!!", _basic(KEY),
-    _basic(f"{KEY}:"), _basic("x:wrong"),
-)  # fmt: skip
+    "",
+    "Bearer",
+    "Bearer ",
+    "Bearer wrong",
+    f"Bearer {KEY[:-1]}",
+    f"Bearer {KEY}x",
+    f"Bearer {KEY.upper()}",
+    "Bearer é",
+    KEY,
+    f"Bearer {KEY},",
+    f"Bearer\t{KEY}",
+    f"Bearer {KEY[::-1]}",
+    f"Digest {KEY}",
+    f"Basic {KEY}",
+    "Basic !!!",
+    _basic(KEY),
+    _basic(f"{KEY}:"),
+    _basic("x:wrong"),
+)
 JSON = "application/json"
 # What a page may send without a preflight.
 SIMPLE_TYPES = (
-    "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "text/plain; application/json",
-)  # fmt: skip
+    "text/plain",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "",
+    "text/plain; application/json",
+)
 
 
 def without_the_key(routes: Iterable[tuple[str, str]], port: int) -> Iterator[Attempt]:
     """Every route, a method and a path, written in every way, without the key or with almost the key."""
     own = {"host": f"127.0.0.1:{port}"}
     almost: list[dict[str, str]] = [
-        *({"authorization": key} for key in WRONG_KEYS), {"x-original-url": "/live"}, {"x-forwarded-for": "127.0.0.1"},
-        {"x-rewrite-url": "/live"}, {"x-http-method-override": "GET"}, {"cookie": f"key={KEY}"}, {"api-key": KEY},
-    ]  # fmt: skip
+        *({"authorization": key} for key in WRONG_KEYS),
+        {"x-original-url": "/live"},
+        {"x-forwarded-for": "127.0.0.1"},
+        {"x-rewrite-url": "/live"},
+        {"x-http-method-override": "GET"},
+        {"cookie": f"key={KEY}"},
+        {"api-key": KEY},
+    ]
     for method, path in routes:
         if path not in OPEN:
             yield from ((each, spelling.format(path[1:]), own) for spelling in SPELLINGS for each in METHODS)
@@ -221,10 +305,20 @@ def from_elsewhere(port: int) -> Iterator[Attempt]:
     """What a browser would send for a page of another origin, under another name for this host, or as a simple POST."""
     own, chat, models = f"127.0.0.1:{port}", "/v1/chat/completions", "/v1/models"
     origins = (
-        "http://evil.example", "https://evil.example", f"http://evil.example:{port}", "null", "http://127.0.0.1", "file://", "",
-        "http://127.0.0.1:1", f"http://localhost:{port + 1}", f"https://{own}", f"http://{own}.evil.example", f"http://evil@{own}",
+        "http://evil.example",
+        "https://evil.example",
+        f"http://evil.example:{port}",
+        "null",
+        "http://127.0.0.1",
+        "file://",
+        "",
+        "http://127.0.0.1:1",
+        f"http://localhost:{port + 1}",
+        f"https://{own}",
+        f"http://{own}.evil.example",
+        f"http://evil@{own}",
         f"http://{own}/",
-    )  # fmt: skip
+    )
     for origin in origins:
         for kind in (JSON, *SIMPLE_TYPES):
             yield "POST", chat, {"host": own, "origin": origin, "content-type": kind}
@@ -232,10 +326,20 @@ def from_elsewhere(port: int) -> Iterator[Attempt]:
         yield "OPTIONS", chat, {"host": own, "origin": origin, **preflight}
         yield "GET", models, {"host": own, "origin": origin}
     hosts = (  # a page whose name was pointed at 127.0.0.1 after it was loaded
-        "evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", f"localhost.evil.example:{port}", "169.254.169.254",
-        "0.0.0.0", "[::2]", "127.0.0.1@evil.example", "evil.example#127.0.0.1", "127.0.0.1:80:80", "localhost:port",
-        "127.0.0.1 evil", "",
-    )  # fmt: skip
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1.evil.example",
+        f"localhost.evil.example:{port}",
+        "169.254.169.254",
+        "0.0.0.0",
+        "[::2]",
+        "127.0.0.1@evil.example",
+        "evil.example#127.0.0.1",
+        "127.0.0.1:80:80",
+        "localhost:port",
+        "127.0.0.1 evil",
+        "",
+    )
     for host in hosts:
         yield from (("GET", path, {"host": host}) for path in ("/", models, "/live"))
         yield "POST", chat, {"host": host, "content-type": JSON}
@@ -290,9 +394,10 @@ async def test_a_page_elsewhere_is_refused(server, expect):
     attempts = list(from_elsewhere(server.port))
     responses = [await attempt(server.port, *each) for each in attempts]
     wrong = [
-        each for each, response in zip(attempts, responses)
+        each
+        for each, response in zip(attempts, responses)
         if response.status not in (400, 403, 415) or "access-control-allow-origin" in response.headers
-    ]  # fmt: skip
+    ]
     own = {"origin": f"http://127.0.0.1:{server.port}"}
     same_origin = await server.client.post("/v1/completions", completion_request("a", 1), headers=own)
     expect(
@@ -303,10 +408,25 @@ async def test_a_page_elsewhere_is_refused(server, expect):
 
 
 UPDATE_ROUTES = (
-    "/update_weights", "/v1/update_weights", "/update_weights_from_disk", "/load_weights", "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter", "/init_weight_update", "/collective_rpc", "/sleep", "/wake_up", "/reset_prefix_cache", "/pause",
-    "/v1/models/load", "/v1/fine_tuning/jobs", "/v1/files", "/admin", "/debug", "/shutdown",
-)  # fmt: skip
+    "/update_weights",
+    "/v1/update_weights",
+    "/update_weights_from_disk",
+    "/load_weights",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/init_weight_update",
+    "/collective_rpc",
+    "/sleep",
+    "/wake_up",
+    "/reset_prefix_cache",
+    "/pause",
+    "/v1/models/load",
+    "/v1/fine_tuning/jobs",
+    "/v1/files",
+    "/admin",
+    "/debug",
+    "/shutdown",
+)
 
 
 @servers("S3")

@@ -29,14 +29,23 @@ class Started:
     default it can be held."""
 
     def __init__(
-        self, folder: Path, *flags: object, env: Any = None, key: str = "", program: Sequence[str] = ("-c", HOLDS),
+        self,
+        folder: Path,
+        *flags: object,
+        env: Any = None,
+        key: str = "",
+        program: Sequence[str] = ("-c", HOLDS),
         begun: str = "Ctrl-C",
-    ) -> None:  # fmt: skip
+    ) -> None:
         words = ["--model", folder, "--port", 0, "--slots", 2, *flags]
         self.process = subprocess.Popen(
-            [sys.executable, *program, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=os.environ | (env or {}),
-        )  # fmt: skip
+            [sys.executable, *program, *map(str, words)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | (env or {}),
+        )
         self.output = ""
         self.read_to(begun)
         address = self.url if "Ctrl-C" in self.output else ""

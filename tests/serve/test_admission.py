@@ -89,10 +89,15 @@ class Simulation:
 
 @settings(max_examples=20)
 @given(
-    slots=st.integers(1, 4), queue=st.integers(1, 8), seconds=st.sampled_from([0.02, 0.1, 0.5]), impatient=st.integers(1, 12),
-    sizes=st.sets(st.sampled_from([2, 3, 4, 8]), min_size=1), ports=st.sampled_from(["own", "new", "pool", "counted"]),
-    late=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99),
-)  # fmt: skip
+    slots=st.integers(1, 4),
+    queue=st.integers(1, 8),
+    seconds=st.sampled_from([0.02, 0.1, 0.5]),
+    impatient=st.integers(1, 12),
+    sizes=st.sets(st.sampled_from([2, 3, 4, 8]), min_size=1),
+    ports=st.sampled_from(["own", "new", "pool", "counted"]),
+    late=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 99),
+)
 def test_who_waits_as_told_is_not_passed_over_twice(slots, queue, seconds, impatient, sizes, ports, late, seed):
     simulation = Simulation(slots, queue, seconds, ports, late, seed)
     for _ in range(impatient):

@@ -44,11 +44,17 @@ def test_forms_and_dimensions(embed, client):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, "input"), ({"input": []}, "input"), ({"input": [[]]}, "input"), ({"input": ["a", 1]}, "input"),
-        ({"input": [9999]}, "input"), ({"input": [5] * CAPACITY}, "input"), ({"input": ["a"] * 129}, "input"),
-        ({"input": "a", "dimensions": 0}, "dimensions"), ({"input": "a", "dimensions": 10**6}, "dimensions"),
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [[]]}, "input"),
+        ({"input": ["a", 1]}, "input"),
+        ({"input": [9999]}, "input"),
+        ({"input": [5] * CAPACITY}, "input"),
+        ({"input": ["a"] * 129}, "input"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "dimensions": 10**6}, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_embedded(client, body, param):
     assert refused(client.post("/v1/embeddings", json=body))["param"] == param

@@ -82,13 +82,18 @@ def test_echo_without_log_probabilities(client):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"candidates": ["a"]}, "prompt"), ({"prompt": "a"}, "candidates"), ({"prompt": "a", "candidates": []}, "candidates"),
+        ({"candidates": ["a"]}, "prompt"),
+        ({"prompt": "a"}, "candidates"),
+        ({"prompt": "a", "candidates": []}, "candidates"),
         ({"prompt": "a", "messages": say()["messages"], "candidates": ["a"]}, "prompt"),
-        ({"prompt": "a", "candidates": [""]}, "candidates[0]"), ({"prompt": "a", "candidates": [[9999]]}, "candidates"),
-        ({"prompt": "a", "candidates": [[5] * CAPACITY]}, "candidates"), ({"prompt": [], "candidates": ["a"]}, "prompt"),
-        ({"prompt": "a", "candidates": ["a"] * 129}, "candidates"), ({"prompt": [9999], "candidates": ["a"]}, "prompt"),
+        ({"prompt": "a", "candidates": [""]}, "candidates[0]"),
+        ({"prompt": "a", "candidates": [[9999]]}, "candidates"),
+        ({"prompt": "a", "candidates": [[5] * CAPACITY]}, "candidates"),
+        ({"prompt": [], "candidates": ["a"]}, "prompt"),
+        ({"prompt": "a", "candidates": ["a"] * 129}, "candidates"),
+        ({"prompt": [9999], "candidates": ["a"]}, "prompt"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_scored(client, body, param):
     problem = refused(client.post("/v1/score", json=body))
     assert problem["param"].startswith(param.partition("[")[0])

@@ -33,11 +33,13 @@ KEY = {"Authorization": "Bearer one"}
 
 def adapter(seed: int, rank: int = 2) -> Any:
     cfg = tiny_model().cfg
-    return unflatten({
-        f"blocks/{layer}/{name}": LoRA(None, normal(seed, rows, rank) * rows**-0.5, normal(seed + 1, rank, columns), 0.5)
-        for layer in range(cfg.layers)
-        for name, (rows, columns) in cfg.matrices.items()
-    })  # fmt: skip
+    return unflatten(
+        {
+            f"blocks/{layer}/{name}": LoRA(None, normal(seed, rows, rank) * rows**-0.5, normal(seed + 1, rank, columns), 0.5)
+            for layer in range(cfg.layers)
+            for name, (rows, columns) in cfg.matrices.items()
+        }
+    )
 
 
 def save(folder: Path, seed: int, rank: int = 2, base: str = "") -> Path:
@@ -103,10 +105,13 @@ def test_every_dialect_answers_with_the_adapter_that_is_named(client, server):
             good(client.chat("Hello", 6, model=name)),
             good(client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 6, "model": name, **greedy})),
             good(client.post("/v1/messages", json={"messages": user, "max_tokens": 6, "model": name, **greedy})),
-            good(client.post("/api/chat", json={
-                "messages": user, "model": name, "stream": False, "options": {"num_predict": 6, "temperature": 0}
-            })),
-        ]  # fmt: skip
+            good(
+                client.post(
+                    "/api/chat",
+                    json={"messages": user, "model": name, "stream": False, "options": {"num_predict": 6, "temperature": 0}},
+                )
+            ),
+        ]
         assert {reply["model"] for reply in replies} == {name}
         texts = {
             replies[0]["choices"][0]["message"]["content"],
@@ -121,9 +126,12 @@ def test_every_dialect_answers_with_the_adapter_that_is_named(client, server):
         assert completion["system_fingerprint"] == score["system_fingerprint"] == replies[0]["system_fingerprint"]
         assert {completion["model"], score["model"], vector["model"]} == {name}
         return (
-            texts.pop(), completion["choices"][0]["text"], completion["system_fingerprint"],
-            score["data"][0]["logprob"], tuple(vector["data"][0]["embedding"]),
-        )  # fmt: skip
+            texts.pop(),
+            completion["choices"][0]["text"],
+            completion["system_fingerprint"],
+            score["data"][0]["logprob"],
+            tuple(vector["data"][0]["embedding"]),
+        )
 
     by_name = {name: answers(name) for name in cards}
     for part in zip(*by_name.values()):
@@ -187,14 +195,25 @@ def test_a_request_whose_adapter_goes_while_its_text_is_read_is_refused(client, 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("../sea", "is no folder below"), ("/etc", "is no folder below"), ("ours/../sea", "is no folder below"),
-        ("./sea", "is no folder below"), ("ours//rock", "is no folder below"), ("sea\0", "is no folder below"),
-        ("..\\sea", "is no folder below"), ("gone", "There is no folder"), ("sea/" + WEIGHTS, "There is no folder"),
-        ("link", "is a link"), ("holds-link", "is a link or holds one"), ("empty", "There is no adapter at empty"),
-        ("large", "has a rank of 4, above 3"), ("other", "was trained on another model"), ("damaged", "is damaged"),
-        ("dora", "lora_magnitude_vector"), ("bias", "bias"),
+        ("../sea", "is no folder below"),
+        ("/etc", "is no folder below"),
+        ("ours/../sea", "is no folder below"),
+        ("./sea", "is no folder below"),
+        ("ours//rock", "is no folder below"),
+        ("sea\0", "is no folder below"),
+        ("..\\sea", "is no folder below"),
+        ("gone", "There is no folder"),
+        ("sea/" + WEIGHTS, "There is no folder"),
+        ("link", "is a link"),
+        ("holds-link", "is a link or holds one"),
+        ("empty", "There is no adapter at empty"),
+        ("large", "has a rank of 4, above 3"),
+        ("other", "was trained on another model"),
+        ("damaged", "is damaged"),
+        ("dora", "lora_magnitude_vector"),
+        ("bias", "bias"),
     ],
-)  # fmt: skip
+)
 def test_an_adapter_that_cannot_be_served_is_refused(client, folder, path, message):
     problem = refused(add(client, "bad", path))
     assert problem["param"] == "folder"
@@ -210,8 +229,9 @@ def test_one_that_can_share_no_batch_is_to_be_merged(client, folder, tmp_path):
     config = json.loads((folder / "bias" / CONFIG).read_text()) | {"bias": "none"}
     magnitudes = {
         name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(len(half), np.float32)
-        for name, half in tensors.items() if "lora_B" in name
-    }  # fmt: skip
+        for name, half in tensors.items()
+        if "lora_B" in name
+    }
     whole = {
         "base_model.model.model.embed_tokens.weight": np.ones((tiny_model().cfg.vocab, tiny_model().cfg.width), np.float32)
     }
@@ -254,7 +274,7 @@ def test_a_server_without_a_folder_for_adapters_takes_none(tiny_server):
         ({"adapter": (("a", Path("x")),), "mesh": "tensor=2"}, True, "leave --mesh out"),
         ({"adapter": (("a", Path("x")), ("b", Path("y"))), "max_adapters": 1}, True, "--max-adapters is 1"),
     ],
-)  # fmt: skip
+)
 def test_flags_that_do_not_go_together_are_refused(options, has_keys, message):
     flags = dataclasses.replace(ServeFlags(), **options)
     with pytest.raises(UserError, match=message):

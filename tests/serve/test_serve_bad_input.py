@@ -25,33 +25,70 @@ def nested(depth: int) -> dict[str, Any]:
 
 # By the kind of field; each value is refused by the field's name.
 BAD_FIELDS: list[dict[str, Any]] = [
-    *({"max_tokens": value} for value in (0, "5", 1.5, True, 2**31, 10**40)), {"temperature": 2.1}, {"temperature": "hot"},
-    {"top_p": -0.1}, {"top_p": 1.1}, {"min_p": 1.1}, {"top_k": -2}, {"presence_penalty": 2.1}, {"frequency_penalty": -2.1},
-    {"repetition_penalty": 0}, {"seed": 2**63}, {"n": 0}, {"n": 17}, {"stop": 5}, {"stop": ["a"] * 17}, {"stop": "a" * 257},
-    {"stop_token_ids": [9999]}, {"stream": "yes"}, {"stream_options": {}}, {"model": 5}, {"min_tokens": 6}, {"temprature": 1},
+    *({"max_tokens": value} for value in (0, "5", 1.5, True, 2**31, 10**40)),
+    {"temperature": 2.1},
+    {"temperature": "hot"},
+    {"top_p": -0.1},
+    {"top_p": 1.1},
+    {"min_p": 1.1},
+    {"top_k": -2},
+    {"presence_penalty": 2.1},
+    {"frequency_penalty": -2.1},
+    {"repetition_penalty": 0},
+    {"seed": 2**63},
+    {"n": 0},
+    {"n": 17},
+    {"stop": 5},
+    {"stop": ["a"] * 17},
+    {"stop": "a" * 257},
+    {"stop_token_ids": [9999]},
+    {"stream": "yes"},
+    {"stream_options": {}},
+    {"model": 5},
+    {"min_tokens": 6},
+    {"temprature": 1},
     {"stream_options": {"include_usage": True}, "stream": False},
     *({"logit_bias": value} for value in ([], {"x": 1}, {"333333": 1}, {"07": 1}, {"7\n": 1}, {"00": 1})),
-]  # fmt: skip
+]
 BAD_COMPLETION = [
-    {"logprobs": 21}, {"logprobs": True}, {"echo": "yes"}, {"best_of": 2}, {"suffix": "end"}, {"messages": []},
+    {"logprobs": 21},
+    {"logprobs": True},
+    {"echo": "yes"},
+    {"best_of": 2},
+    {"suffix": "end"},
+    {"messages": []},
     *({"prompt": value} for value in (None, [], [[]], ["a", 1], [334], [[1], [334]], "", {"a": 1}, ["a"] * 65)),
-]  # fmt: skip
+]
 BAD_CHAT: list[dict[str, Any]] = [
-    {"messages": []}, {"messages": "hi"}, {"functions": []},
-    {"top_logprobs": 3}, {"logprobs": 3}, {"reasoning_effort": 1}, {"max_completion_tokens": 0}, {"prompt": "a"},
-    {"max_completion_tokens": 3}, {"metadata": []}, {"store": "yes"}, {"web_search_options": {}},
-]  # fmt: skip
+    {"messages": []},
+    {"messages": "hi"},
+    {"functions": []},
+    {"top_logprobs": 3},
+    {"logprobs": 3},
+    {"reasoning_effort": 1},
+    {"max_completion_tokens": 0},
+    {"prompt": "a"},
+    {"max_completion_tokens": 3},
+    {"metadata": []},
+    {"store": "yes"},
+    {"web_search_options": {}},
+]
 BAD_GRAMMARS: list[dict[str, Any]] = [
     {"response_format": {"type": "json_schema"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
     *({"guided_json": schema} for schema in ({"type": "integer", "minimum": 5, "maximum": 3}, {"$ref": "#"}, nested(120))),
-    {"guided_regex": "(a"}, {"guided_choice": []}, {"grammar": "b", "guided_regex": "a"}, {"guided_grammar": "b"},
-]  # fmt: skip
+    {"guided_regex": "(a"},
+    {"guided_choice": []},
+    {"grammar": "b", "guided_regex": "a"},
+    {"guided_grammar": "b"},
+]
 BAD_MESSAGES: list[tuple[str, dict[str, Any]]] = [
-    ("role", {"role": "root", "content": "a"}), ("content", {"role": "user"}),
-    ("content", {"role": "user", "content": []}), ("content", {"role": "user", "content": [{"type": "image_url"}]}),
+    ("role", {"role": "root", "content": "a"}),
+    ("content", {"role": "user"}),
+    ("content", {"role": "user", "content": []}),
+    ("content", {"role": "user", "content": [{"type": "image_url"}]}),
     ("tool_calls", {"role": "assistant", "content": "a", "tool_calls": [{}]}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -60,15 +97,19 @@ BAD_MESSAGES: list[tuple[str, dict[str, Any]]] = [
         *((PATHS[0], change, next(iter(change))) for change in (*BAD_FIELDS, *BAD_COMPLETION)),
         *((PATHS[1], change, next(iter(change))) for change in (*BAD_FIELDS, *BAD_CHAT, *BAD_GRAMMARS)),
         *((PATHS[1], {"messages": [message]}, f"messages[0].{field}") for field, message in BAD_MESSAGES),
-        *((path, {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation")
-          for path in PATHS[:2]),
-        (PATHS[0], {"logit_bias": {"1": 101}}, "logit_bias[0]"), (PATHS[0], {"stop": [""]}, "stop[0]"),
-        (PATHS[0], {"prompt": [-1]}, "prompt[0]"), (PATHS[0], {"x" * 1000: 1}, "x" * 80 + "..."),
+        *(
+            (path, {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation")
+            for path in PATHS[:2]
+        ),
+        (PATHS[0], {"logit_bias": {"1": 101}}, "logit_bias[0]"),
+        (PATHS[0], {"stop": [""]}, "stop[0]"),
+        (PATHS[0], {"prompt": [-1]}, "prompt[0]"),
+        (PATHS[0], {"x" * 1000: 1}, "x" * 80 + "..."),
         (PATHS[0], {"stream_options": {"usage": True}}, "stream_options.usage"),
         (PATHS[1], {"response_format": {"type": "xml"}}, "response_format.type"),
         (PATHS[1], {"modalities": ["audio"]}, "modalities[0]"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_cannot_be_granted_is_named(client, path, change, param):
     body = say() if path == PATHS[1] else ask()
     named = refused(client.post(path, json=body | change))["param"].replace("[...]", "[0]")
@@ -84,14 +125,30 @@ def test_special_tokens_of_a_conversation_are_its_templates(client):
 
 def test_fields_that_change_nothing_are_accepted_and_named(client):
     ignored = {
-        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "safety_identifier": "x",
-        "prompt_cache_key": "y", "prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "a"},
-        "reasoning_effort": "low", "verbosity": "high",
-    }  # fmt: skip
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "flex",
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "prompt_cache_retention": "24h",
+        "prediction": {"type": "content", "content": "a"},
+        "reasoning_effort": "low",
+        "verbosity": "high",
+    }
     granted = {
-        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"},
-        "modalities": ["text"], "logit_bias": {}, "stop": None, "seed": None, "n": None, "stream_options": None, "top_k": None,
-    }  # fmt: skip
+        "tools": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "logit_bias": {},
+        "stop": None,
+        "seed": None,
+        "n": None,
+        "stream_options": None,
+        "top_k": None,
+    }
     for stream in (False, True):
         reply = client.post("/v1/chat/completions", json=say(stream=stream) | ignored | granted)
         assert reply.status_code == 200, reply.text
@@ -106,14 +163,39 @@ def test_fields_that_change_nothing_are_accepted_and_named(client):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"null", b"[]", b'"a"', b"1", b"{", b"}", b"\xff\xfe\x00", b"NaN", b'{"prompt":NaN}', b'{"temperature":Infinity}',
-        b"{}{}", b"\xef\xbb\xbf{}", b'{"prompt":"\\ud800"}', b'{"prompt":"\\udfff\\ud800"}', b'{"prompt":"\xed\xa0\x80"}',
-        b'{"prompt":"\xff"}', b'{"max_tokens":' + LARGE + b"}", b'{"temperature":' + LARGE + b"}", b'{"temperature":1e999}',
-        b'{"temperature":-1e999}', DEEP, b'{"prompt":' + DEEP, b'{"prompt":' + DEEP + b"]" * 100_000 + b"}", b'{"a":' * 50_000,
-        b'{"user":' * 50_000, b'{"prompt":"a",}', b"{'prompt':'a'}", b'{"prompt":"a"', b'{"prompt":"\x00"}',
+        b"",
+        b"null",
+        b"[]",
+        b'"a"',
+        b"1",
+        b"{",
+        b"}",
+        b"\xff\xfe\x00",
+        b"NaN",
+        b'{"prompt":NaN}',
+        b'{"temperature":Infinity}',
+        b"{}{}",
+        b"\xef\xbb\xbf{}",
+        b'{"prompt":"\\ud800"}',
+        b'{"prompt":"\\udfff\\ud800"}',
+        b'{"prompt":"\xed\xa0\x80"}',
+        b'{"prompt":"\xff"}',
+        b'{"max_tokens":' + LARGE + b"}",
+        b'{"temperature":' + LARGE + b"}",
+        b'{"temperature":1e999}',
+        b'{"temperature":-1e999}',
+        DEEP,
+        b'{"prompt":' + DEEP,
+        b'{"prompt":' + DEEP + b"]" * 100_000 + b"}",
+        b'{"a":' * 50_000,
+        b'{"user":' * 50_000,
+        b'{"prompt":"a",}',
+        b"{'prompt':'a'}",
+        b'{"prompt":"a"',
+        b'{"prompt":"\x00"}',
         b'{"prompt":"a\n"}',
     ],
-)  # fmt: skip
+)
 def test_invalid_json(client, path, content):
     refused(client.post_bytes(path, content))
 
@@ -171,8 +253,7 @@ def test_wrong_methods(client, method):
 
 
 def test_unknown_routes(client):
-    for path in ("/v1", "/v1/", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x",
-                 "/update_weights"):  # fmt: skip
+    for path in ("/v1", "/v1/", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x", "/update_weights"):
         assert refused(client.get(path), 404)["code"] in ("not_found", "model_not_found")
 
 
@@ -227,15 +308,27 @@ def test_a_compressed_body(client, encoding):
 @pytest.mark.parametrize(
     "request_",
     [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
-        b"GET  / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nA b: c\r\n\r\n",
-        b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        *(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n" + rest for rest in (
-            b"Content-Length: -1\r\n\r\n", b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
-            b"Transfer-Encoding: chunked\r\n\r\nnot hex\r\n", b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-        )), b"\r\n\r\n\r\n\x00",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"hello\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET  / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nA b: c\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        *(
+            b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n" + rest
+            for rest in (
+                b"Content-Length: -1\r\n\r\n",
+                b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+                b"Transfer-Encoding: chunked\r\n\r\nnot hex\r\n",
+                b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            )
+        ),
+        b"\r\n\r\n\r\n\x00",
     ],
-)  # fmt: skip
+)
 def test_malformed_http(tiny_server, request_):
     with tiny_server.connect() as connection:
         connection.sendall(request_)

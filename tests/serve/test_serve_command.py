@@ -235,17 +235,22 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles, monkey
     ("recommended", "flags", "sampling", "said"),
     [
         (
-            {"do_sample": True, "temperature": 0.6, "top_p": 1.5, "top_k": 20, "min_p": None}, {"top_k": 7, "min_p": None},
+            {"do_sample": True, "temperature": 0.6, "top_p": 1.5, "top_k": 20, "min_p": None},
+            {"top_k": 7, "min_p": None},
             SamplingParams(temperature=0.6, top_k=7),
-            ["top_k 7 by a flag; temperature 0.6 as the model recommends; what a request says wins",
-             "ignored: top_p must be between 0 and 1, not 1.5."],
+            [
+                "top_k 7 by a flag; temperature 0.6 as the model recommends; what a request says wins",
+                "ignored: top_p must be between 0 and 1, not 1.5.",
+            ],
         ),
         (
-            {"temperature": 3.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}, {}, SamplingParams(),
+            {"temperature": 3.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
+            {},
+            SamplingParams(),
             ["ignored: temperature must be between 0 (greedy) and 2, not 3.0."],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_flag_wins_over_the_models_sampling(folder, tmp_path, capsys, recommended, flags, sampling, said):
     place = shutil.copytree(folder, tmp_path / "sea")
     (place / "generation_config.json").write_text(json.dumps(recommended))

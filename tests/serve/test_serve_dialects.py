@@ -62,17 +62,29 @@ def test_responses_streamed(gpt, answer):
         final = stream.get_final_response() if events[-1].type == "response.completed" else events[-1].response
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type.removeprefix("response.") for event in events if "delta" not in event.type] == [
-        "created", "in_progress", "output_item.added", "content_part.added", "output_text.done", "content_part.done",
-        "output_item.done", final.status,
-    ]  # fmt: skip
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        final.status,
+    ]
     assert "".join(event.delta for event in events if event.type.endswith("delta")) == text == final.output_text
 
 
 WEATHER: dict[str, Any] = {
-    "type": "function", "name": "get_weather", "description": "Tells it.",
-    "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
-                   "additionalProperties": False},
-}  # fmt: skip
+    "type": "function",
+    "name": "get_weather",
+    "description": "Tells it.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
 
 
 @pytest.fixture
@@ -95,8 +107,13 @@ def test_a_response_calls_a_function(wide_gpt, choice):
     deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     assert "".join(deltas) == call.arguments
     assert [event.type.removeprefix("response.") for event in events if "delta" not in event.type] == [
-        "created", "in_progress", "output_item.added", "function_call_arguments.done", "output_item.done", "completed",
-    ]  # fmt: skip
+        "created",
+        "in_progress",
+        "output_item.added",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
     final = wide_gpt.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
     assert final.output[0].type == "message"
@@ -112,8 +129,10 @@ def test_answers_satisfy_a_schema_in_the_dialects_that_have_a_field_for_it(wide_
     parsed = wide_gpt.responses.parse(model="tiny", input="Hello there", text_format=Visit, temperature=1.5)
     assert (parsed.output_parsed.city in ("Rome", "Oslo"), parsed.text.format.name) == (True, "Visit")
     chat = ollama.Client(host=roomy.url)
-    for answer in (chat.chat("tiny", HELLO, format=Visit.model_json_schema()).message.content,
-                   chat.generate("tiny", "Hello there", format=Visit.model_json_schema()).response):  # fmt: skip
+    for answer in (
+        chat.chat("tiny", HELLO, format=Visit.model_json_schema()).message.content,
+        chat.generate("tiny", "Hello there", format=Visit.model_json_schema()).response,
+    ):
         assert Visit.model_validate_json(answer).days in (1, 2, 30)
     assert chat.generate("tiny", "a", format="json", options={"num_predict": 2}).response.startswith("{")
     with pytest.raises(ollama.ResponseError, match=r"format: .*minimum"):
@@ -140,9 +159,13 @@ def test_a_model_that_must_call_ends(roomy):
     """A call is required and several are allowed: one without sense would call until the context is full."""
     with openai.OpenAI(base_url=f"{roomy.url}/v1", api_key="any") as client:
         answer = client.chat.completions.create(
-            model="tiny", messages=HELLO, tools=[openai.pydantic_function_tool(Visit)], tool_choice="required", temperature=0,
+            model="tiny",
+            messages=HELLO,
+            tools=[openai.pydantic_function_tool(Visit)],
+            tool_choice="required",
+            temperature=0,
             logit_bias={roomy.model.tokenizer.eos_id: -100},
-        )  # fmt: skip
+        )
     assert answer.choices[0].finish_reason == "tool_calls"
     assert 1 <= len(answer.choices[0].message.tool_calls) <= 8
 
@@ -157,10 +180,12 @@ def test_a_response_may_call_or_speak(wide_gpt):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"store": True}, "store"), ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"conversation": "conv_1"}, "conversation"), ({"background": True}, "background"),
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"background": True}, "background"),
     ],
-)  # fmt: skip
+)
 def test_a_response_to_what_is_not_sent(client, fields, param):
     problem = refused(client.post("/v1/responses", json={"input": "Hello there"} | fields))
     assert problem["param"] == param
@@ -278,7 +303,7 @@ def test_every_dialect_counts_its_tokens_alike(client, gpt, claude, gemma):
         ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]}),
         ("/api/chat", {"messages": [{"role": "user", "content": "a", "images": ["aGk="]}]}),
     ],
-)  # fmt: skip
+)
 def test_an_image_is_refused_in_a_sentence(client, path, body):
     error = client.post(path, json=body).json()["error"]
     assert "The model reads text alone" in (error if isinstance(error, str) else error["message"])

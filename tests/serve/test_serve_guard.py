@@ -82,8 +82,10 @@ def test_pages_of_a_listed_origin(listed):
     key, url = {"Authorization": f"Bearer {KEYS[0]}"}, f"{listed.url}/v1/completions"
     replies = [
         httpx.post(url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask()),
-        httpx.post(url, headers={"Origin": APP}, json=ask()), httpx.get(f"{url}/no", headers={"Origin": APP, **key}), asked,
-    ]  # fmt: skip
+        httpx.post(url, headers={"Origin": APP}, json=ask()),
+        httpx.get(f"{url}/no", headers={"Origin": APP, **key}),
+        asked,
+    ]
     assert [reply.status_code for reply in replies] == [200, 401, 404, 200]
     for reply in replies:
         assert reply.headers["access-control-allow-origin"] == APP

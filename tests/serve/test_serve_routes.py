@@ -45,10 +45,11 @@ def test_a_chat(client):
     again = good(client.post("/v1/chat/completions", json=say() | {"messages": parts}))
     assert again["choices"] == result["choices"]
     history = [
-        {"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "I am well.", "refusal": None, "annotations": [], "tool_calls": None, "audio": None},
         {"role": "user", "content": "there"},
-    ]  # fmt: skip
+    ]
     longer = good(client.post("/v1/chat/completions", json=say() | {"messages": history}))
     assert longer["usage"]["prompt_tokens"] > result["usage"]["prompt_tokens"]
 
@@ -233,10 +234,14 @@ def test_metrics(client):
         return sum(map(float, values))
 
     names = (
-        "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_count",
-        "vllm:time_per_output_token_seconds_count", "vllm:e2e_request_latency_seconds_count", "vllm:request_success_total",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:time_per_output_token_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_success_total",
         "vllm:prefix_cache_queries_total",
-    )  # fmt: skip
+    )
     before = {name: value(name) for name in names}
     result = good(client.complete(most=7, ignore_eos=True))
     grown = {name: value(name) - before[name] for name in names}
@@ -252,9 +257,12 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
     key = {"Authorization": "Bearer the-key"}
     with TinyServer(keys=("the-key",), log=form) as server, server.client(headers=key) as client:
         replies = [
-            client.complete(["Hello there", "how"], 6, ignore_eos=True, user="Hello there"), client.chat(stream=True),
-            client.get("/nowhere"), client.post_bytes("/v1/completions", b"Hello there"), httpx.get(server.url + "/?a=there"),
-        ]  # fmt: skip
+            client.complete(["Hello there", "how"], 6, ignore_eos=True, user="Hello there"),
+            client.chat(stream=True),
+            client.get("/nowhere"),
+            client.post_bytes("/v1/completions", b"Hello there"),
+            httpx.get(server.url + "/?a=there"),
+        ]
         step, body = server.engine.step, json.dumps(ask(most=100, ignore_eos=True)).encode()
         server.engine.step = lambda: (time.sleep(0.01), [])[1] if server.engine.running else step()
         with server.connect() as connection:

@@ -31,7 +31,7 @@ def schema_strategy() -> st.SearchStrategy[dict[str, Any]]:
         values.map(lambda value: {"const": value}),
         st.just({"type": ["string", "null"], "maxLength": 3, "title": "T", "description": "D", "default": None}),
         st.just({"$ref": "#/$defs/leaf"}),
-    )  # fmt: skip
+    )
 
     def record(properties: dict[str, Any], required: int, closed: bool) -> dict[str, Any]:
         kept = {"additionalProperties": False} if closed else {"additionalProperties": {"type": "integer", "maximum": 9}}
@@ -41,11 +41,13 @@ def schema_strategy() -> st.SearchStrategy[dict[str, Any]]:
         return st.one_of(
             st.builds(record, st.dictionaries(names, inner, max_size=4), few, st.integers(0, 4).map(bool)),
             st.builds(lambda item, n: {"type": "array", "items": item, "minItems": n[0], "maxItems": n[1]}, inner, span(0, 1)),
-            st.builds(lambda items: {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)},
-                      st.lists(inner, min_size=1, max_size=2)),
+            st.builds(
+                lambda items: {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)},
+                st.lists(inner, min_size=1, max_size=2),
+            ),
             st.lists(inner, min_size=1, max_size=2).map(lambda each: {"anyOf": each}),
             st.just({"$ref": "#/$defs/tree"}),
-        )  # fmt: skip
+        )
 
     tree = record({"value": {"$ref": "#/$defs/leaf"}, "below": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, 1, True)
     definitions = {"leaf": {"type": "integer", "minimum": 1, "maximum": 3}, "tree": tree}

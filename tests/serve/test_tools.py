@@ -235,14 +235,17 @@ def test_ollamas_client_calls_tools(client, monkeypatch):
     [
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
-         "tools[...].function.parameters"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
+            "tools[...].function.parameters",
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a", "strict": True, "parameters": {"not": {}}}}]}, "tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
-        ({"tool_choice": "required"}, "tool_choice"), ({"tools": TOOLS[1:], "tool_choice": NAMED}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS[1:], "tool_choice": NAMED}, "tool_choice"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[...].content"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[...].content"),
     ],
-)  # fmt: skip
+)
 def test_bad_tools(client, fields, param):
     assert refused(client.post("/v1/chat/completions", json=say() | fields))["param"] == param

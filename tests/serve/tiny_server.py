@@ -31,9 +31,16 @@ class TinyServer:
     """Listens while its block lasts. `state` is what its routes share, `url` where they are."""
 
     def __init__(
-        self, *, keys: tuple[str, ...] = (), warm: bool = True, origins: tuple[str, ...] = (), log: str = "off",
-        context: int = CAPACITY, adapter_folder: Path | None = None, documents: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        keys: tuple[str, ...] = (),
+        warm: bool = True,
+        origins: tuple[str, ...] = (),
+        log: str = "off",
+        context: int = CAPACITY,
+        adapter_folder: Path | None = None,
+        documents: Any = None,
+    ) -> None:
         from engine.inference import decode
         from engine.inference.config import EngineConfig
         from engine.inference.engine import Engine
@@ -47,9 +54,16 @@ class TinyServer:
         self.model = model = tiny_model(context)
         params = decode.prepare_params(model.cfg, model.params)
         config = EngineConfig(
-            SLOTS, context, kv_dtype="float32", prefix_cache_bytes=10**7, chunk=16, tail=8, embeds=True,
-            adapters=2 * bool(adapter_folder), adapter_rank=3,
-        )  # fmt: skip
+            SLOTS,
+            context,
+            kv_dtype="float32",
+            prefix_cache_bytes=10**7,
+            chunk=16,
+            tail=8,
+            embeds=True,
+            adapters=2 * bool(adapter_folder),
+            adapter_rank=3,
+        )
         self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
         base = tuple(base_digests(model.params)) if adapter_folder else ()

@@ -38,12 +38,21 @@ def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
             trained |= {f"{path}/a": (WIDTH, 2), f"{path}/b": (2, WIDTH)}
     recorder, trainable, step = Recorder([events.append], print), draw(trained), 0
     recorder.begin(
-        trainable, draw(still), [path for path, *_ in model], sample=lambda _: f"<i>{way}</i> {step}",
+        trainable,
+        draw(still),
+        [path for path, *_ in model],
+        sample=lambda _: f"<i>{way}</i> {step}",
         digest=lambda _: f"{step}{way}".encode().hex() * 8,
         gradient_norms=lambda weights, _: jax.tree.map(lambda _: np.float32(step / 130), weights),
-        stage="train" if way == "train" else "finetune", step=0, steps=40, prompt="The sea ", name="tiny",
-        command=f"python -m stages.{way}", layers=sum(path.endswith("/q") for path, *_ in model), width=WIDTH,
-    )  # fmt: skip
+        stage="train" if way == "train" else "finetune",
+        step=0,
+        steps=40,
+        prompt="The sea ",
+        name="tiny",
+        command=f"python -m stages.{way}",
+        layers=sum(path.endswith("/q") for path, *_ in model),
+        width=WIDTH,
+    )
     recorder.frame(trainable, 0, 0.0)
     for step in recorded:
         recorder.before_step(trainable, step, step / 40)

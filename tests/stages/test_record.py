@@ -23,9 +23,11 @@ from stages.train import __main__ as train
 
 STEPS = 40
 TUNING = {
-    "lora": ("--lora", "rank=2,alpha=4,targets=q,v"), "over int8": ("--base", "int8"), "frozen": ("--freeze", "bottom:1"),
+    "lora": ("--lora", "rank=2,alpha=4,targets=q,v"),
+    "over int8": ("--base", "int8"),
+    "frozen": ("--freeze", "bottom:1"),
     "all": ("--train", "all"),
-}  # fmt: skip
+}
 
 
 def events(file: Path, kind: str = "") -> list[dict[str, Any]]:

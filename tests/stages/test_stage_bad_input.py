@@ -133,12 +133,16 @@ def test_sentences_for_what_the_system_refuses(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (TrainFlags, "--batch --context --accumulate --remat"), (EvaluateFlags, "--batch --context"), (ExportFlags, ""),
-        (ServeFlags, "--slots --capacity"), (GenerateFlags, "--count --max-tokens"),
-        (ReinforceFlags, "--prompts --group --max-tokens"), (FinetuneFlags, "--batch --context --accumulate --remat"),
+        (TrainFlags, "--batch --context --accumulate --remat"),
+        (EvaluateFlags, "--batch --context"),
+        (ExportFlags, ""),
+        (ServeFlags, "--slots --capacity"),
+        (GenerateFlags, "--count --max-tokens"),
+        (ReinforceFlags, "--prompts --group --max-tokens"),
+        (FinetuneFlags, "--batch --context --accumulate --remat"),
         (ChatFlags, "--max-tokens"),
     ],
-)  # fmt: skip
+)
 def test_too_little_memory_names_flags_that_the_command_has(flags, named, capsys):
     def fail(_):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")

@@ -32,10 +32,16 @@ def test_piped_lines_are_turns(trained, talk):
     reads = [int(number) for number in re.findall(r"turn \d: (\d+) tokens read", output)]
     assert len(reads) == 3
     assert reads[0] < reads[1] > reads[2]  # the second turn reads the first again, the third none
-    for words in (r"turn 2: \d+ tokens read, \d+ of them again", r"\[system: be brief\]", r"\[system: what the template says",
-                  r"turn 1: \d+ tokens read; (?s:.+)\[the conversation is forgotten\]\n\[turn 1: \d+ tokens read; ",
-                  "plain template", r"cut off: --max-tokens is 6", "weights unchanged: SHA-256",
-                  "sampling +temperature 0 by a flag; top_p 0.9 by default"):  # fmt: skip
+    for words in (
+        r"turn 2: \d+ tokens read, \d+ of them again",
+        r"\[system: be brief\]",
+        r"\[system: what the template says",
+        r"turn 1: \d+ tokens read; (?s:.+)\[the conversation is forgotten\]\n\[turn 1: \d+ tokens read; ",
+        "plain template",
+        r"cut off: --max-tokens is 6",
+        "weights unchanged: SHA-256",
+        "sampling +temperature 0 by a flag; top_p 0.9 by default",
+    ):
         assert re.search(words, output)
     code, _, error = talk(b"/stats\n", trained)
     assert code == 2
@@ -83,9 +89,14 @@ class Terminal:
     def __init__(self, *program: object) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, program)], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            [sys.executable, *map(str, program)],
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
             env=os.environ | {"TERM": "dumb", "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        )
         os.close(slave)
         self.unread = ""
 

@@ -52,8 +52,12 @@ def test_an_export_in_float32_is_the_same_model(name, trained, text, tmp_path, c
 def test_a_folder_holds_what_others_look_for(trained, tmp_path):
     out = exported(trained, tmp_path / "folder")
     assert {file.name for file in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     config = json.loads((out / "config.json").read_text())
     assert (config["architectures"], config["torch_dtype"]) == (["Qwen3ForCausalLM"], "float32")
     assert config["eos_token_id"] == json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
@@ -125,15 +129,19 @@ def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, ca
     ("fields", "weight", "sentence", "remedy"),
     [
         (
-            {"rope_scaling": RopeScaling(5.0, 1.0, 4.0, 8192)}, 0.0, "none of the RoPE scalings that Llama 3.1 and 3.2",
+            {"rope_scaling": RopeScaling(5.0, 1.0, 4.0, 8192)},
+            0.0,
+            "none of the RoPE scalings that Llama 3.1 and 3.2",
             "does, in config.json. A Hugging Face folder may hold it.",
         ),
         (
-            {}, 1e6, "'blk.1.ffn_down.weight' holds weights that are not finite",
+            {},
+            1e6,
+            "'blk.1.ffn_down.weight' holds weights that are not finite",
             "Another --dtype, or a Hugging Face folder, may hold it.",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_could_not_be_loaded_is_not_written(fields, weight, sentence, remedy, trained, tmp_path, monkeypatch, failing):
     plain, out, alone = load_model(str(trained)), tmp_path / "out" / "x.gguf", tmp_path / "x.gguf"
     plain.params["blocks"]["1"]["down"] += weight

@@ -254,11 +254,12 @@ def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_
 @pytest.mark.parametrize(
     ("loss", "before", "after", "said"),
     [
-        ("dpo", math.log(2), 0.6, "100% of them"), ("kto", 0.5, 0.4, r"good ones and \d+ bad ones"),
+        ("dpo", math.log(2), 0.6, "100% of them"),
+        ("kto", 0.5, 0.4, r"good ones and \d+ bad ones"),
         ("orpo", None, None, "100% of them"),
         pytest.param("simpo", None, None, "100% of them", marks=pytest.mark.night),
     ],
-)  # fmt: skip
+)
 def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before, after, said):
     """DPO begins at ln 2 and KTO, here of rows that have a label, at 1/2; ORPO and SimPO have no reference."""
     folder, data = tmp_path / loss, pairs

@@ -91,9 +91,13 @@ def test_only_whole_characters_are_written(capsys):
     euro, other = "€".encode(), b"ab"
     output = []
     for index, byte, finished in (
-        (0, euro[0], None), (1, other[0], None), (0, euro[1], None), (0, euro[2], None), (1, other[1], "length"),
+        (0, euro[0], None),
+        (1, other[0], None),
+        (0, euro[1], None),
+        (0, euro[2], None),
+        (1, other[1], "length"),
         (0, ord("!"), "stop"),
-    ):  # fmt: skip
+    ):
         length = printer.write(index, [byte], finished)
         output.append(capsys.readouterr().out)
     assert output == ["", "", "", "€", "", "!\n\n--- 2 of 2\nab\n"]
@@ -173,10 +177,14 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
 def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, text, tmp_path, failing, capsys):
     run, flags = shutil.copytree(trained, tmp_path / "run"), ("--prompt", "The king", "--max-tokens", 9)
     commands = [
-        (generate.main, ()), (evaluate.main, ()), (chat.main, ()), (serve.main, ()),
-        (export.main, ("--out", tmp_path / "out")), (finetune.main, ("--data", text, "--out-dir", tmp_path / "tuned")),
+        (generate.main, ()),
+        (evaluate.main, ()),
+        (chat.main, ()),
+        (serve.main, ()),
+        (export.main, ("--out", tmp_path / "out")),
+        (finetune.main, ("--data", text, "--out-dir", tmp_path / "tuned")),
         (reinforce.main, ("--task", "length:3", "--out-dir", tmp_path / "tuned")),
-    ]  # fmt: skip
+    ]
     plain = generated(capsys, trained, *flags)[0]
     files = [run / "config.json", run / "run.json", *(run / "tokenizer").iterdir()]
     assert len(files) == 5

@@ -279,15 +279,46 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, 
 
 # Other values for fields of which no arithmetic makes one; and what happens beside training, or what run.json's `device` shows.
 OTHER = {
-    "dtype": "float32", "tokenizer": "bpe:300", "optimizer": "adamw", "schedule": "cosine", "lora": LoraConfig(2),
-    "train": ("head",), "freeze": ("bottom:1",), "base": "int8", "general": "none", "clip": 0.5, "objective": "preference",
-    "batch": 6, "loss": "simpo", "metric": ("exact",), "weights": "q4",
-}  # fmt: skip
+    "dtype": "float32",
+    "tokenizer": "bpe:300",
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "lora": LoraConfig(2),
+    "train": ("head",),
+    "freeze": ("bottom:1",),
+    "base": "int8",
+    "general": "none",
+    "clip": 0.5,
+    "objective": "preference",
+    "batch": 6,
+    "loss": "simpo",
+    "metric": ("exact",),
+    "weights": "q4",
+}
 BESIDE = {
-    "preset", "model", "out_dir", "overwrite", "save_every", "keep", "log_every", "eval_every", "device", "dry_run", "verbose",
-    "record", "watch", "tensorboard", "mesh", "processes", "process", "coordinator", "join_within", "accelerator",
-    "patience", "keep_last",
-}  # fmt: skip
+    "preset",
+    "model",
+    "out_dir",
+    "overwrite",
+    "save_every",
+    "keep",
+    "log_every",
+    "eval_every",
+    "device",
+    "dry_run",
+    "verbose",
+    "record",
+    "watch",
+    "tensorboard",
+    "mesh",
+    "processes",
+    "process",
+    "coordinator",
+    "join_within",
+    "accelerator",
+    "patience",
+    "keep_last",
+}
 
 
 def variants(flags: Any, other: dict[str, Any]) -> Iterator[tuple[str, Any]]:

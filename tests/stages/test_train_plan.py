@@ -133,14 +133,23 @@ def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node():
 
 
 ODD_FLAGS = {
-    "--batch": [1, 3, 7, 33, 1000], "--accumulate": [1, 2, 3, 8, 1000], "--context": [2, 5, 127, 128, 10**6],
-    "--dtype": ["float32", "bfloat16"], "--optimizer": ["adamw", "muon"], "--schedule": ["cosine", "wsd"],
+    "--batch": [1, 3, 7, 33, 1000],
+    "--accumulate": [1, 2, 3, 8, 1000],
+    "--context": [2, 5, 127, 128, 10**6],
+    "--dtype": ["float32", "bfloat16"],
+    "--optimizer": ["adamw", "muon"],
+    "--schedule": ["cosine", "wsd"],
     "--warmup": [0, 0.9, 1],
-    "--decay": [0, 0.6, 1], "--clip": ["inf", 1e-9], "--learning-rate": [1e-300, 10], "--steps": [1, 10**30],
+    "--decay": [0, 0.6, 1],
+    "--clip": ["inf", 1e-9],
+    "--learning-rate": [1e-300, 10],
+    "--steps": [1, 10**30],
     "--seed": [2**31 - 1],
-    "--max-time": ["1ms", "99999d"], "--tokenizer": ["bpe:257", "bpe:256", "nothing"],
-    "--scan": [()], "--remat": [()],
-}  # fmt: skip
+    "--max-time": ["1ms", "99999d"],
+    "--tokenizer": ["bpe:257", "bpe:256", "nothing"],
+    "--scan": [()],
+    "--remat": [()],
+}
 
 
 @settings(max_examples=8)

@@ -12,15 +12,25 @@ from tiny_runs import tiny
 CHAT = {"messages": [{"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Ships."}]}
 CHATS = [json.dumps({"messages": [{"role": "user", "content": f"Sea {n}?"}, CHAT["messages"][1]]}) for n in range(9)]
 FILES = {  # that the flags below name; one that ends in / is a folder
-    "empty.txt": "", "short.txt": "To be.\nOr not.\n", "latin.txt": b"caf\xe9 " * 500, "text.pdf": b"%PDF \xe2",
-    "ids.bin": bytes(2000), "photos/photo.jpg": b"\xff\xd8\xff\xe1", "nothing/": "", "broken.jinja": "{% if %}",
+    "empty.txt": "",
+    "short.txt": "To be.\nOr not.\n",
+    "latin.txt": b"caf\xe9 " * 500,
+    "text.pdf": b"%PDF \xe2",
+    "ids.bin": bytes(2000),
+    "photos/photo.jpg": b"\xff\xd8\xff\xe1",
+    "nothing/": "",
+    "broken.jinja": "{% if %}",
     "chats.jsonl": "\n".join(CHATS),
     "no-json.jsonl": f'{CHATS[0]}\n{{"messages": [{{"role": "user", "content": "a"}}',
     "mixed.jsonl": f'{CHATS[0]}\n{{"prompt": "a"}}',
     "role.jsonl": f'{CHATS[0]}\n{{"messages": [{{"role": "usr", "content": "a"}}]}}',
-    "strange/mine.txt": "mine", "full/config.json": "{}", "theirs/config.json": '{"model_type": "mamba"}', "folder.gguf/": "",
-    "peft/adapter_config.json": "{}", "bad.gguf": b"PK\x03\x04 is another kind of file",
-}  # fmt: skip
+    "strange/mine.txt": "mine",
+    "full/config.json": "{}",
+    "theirs/config.json": '{"model_type": "mamba"}',
+    "folder.gguf/": "",
+    "peft/adapter_config.json": "{}",
+    "bad.gguf": b"PK\x03\x04 is another kind of file",
+}
 NO_MODEL = [
     ("--model nowhere", "There is no model at nowhere; --model takes a run folder"),
     ("--model nothing", "holds no model that is known here"),

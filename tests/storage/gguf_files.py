@@ -15,21 +15,41 @@ SHAPES = {"token_embd.weight": (262, 64), "output_norm.weight": (64,)} | {
     f"blk.{layer}.{name}.weight": shape
     for layer in range(2)
     for name, shape in {
-        "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (48, 64), "attn_k": (24, 64), "attn_v": (24, 64),
-        "attn_output": (64, 48), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96),
+        "attn_norm": (64,),
+        "ffn_norm": (64,),
+        "attn_q": (48, 64),
+        "attn_k": (24, 64),
+        "attn_v": (24, 64),
+        "attn_output": (64, 48),
+        "ffn_gate": (96, 64),
+        "ffn_up": (96, 64),
+        "ffn_down": (64, 96),
     }.items()
-}  # fmt: skip
+}
 SIZES = {
-    "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 6,
-    "attention.head_count_kv": 3, "attention.key_length": 8, "attention.value_length": 8, "rope.dimension_count": 8,
+    "block_count": 2,
+    "context_length": 128,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 6,
+    "attention.head_count_kv": 3,
+    "attention.key_length": 8,
+    "attention.value_length": 8,
+    "rope.dimension_count": 8,
     "attention.layer_norm_rms_epsilon": 1e-5,
-}  # fmt: skip
+}
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3"]
 TOKENS = [*SYMBOLS, "th", "the", "Ġthe", "12", "123", "<|end|>"]
 WORDS: dict[str, Any] = {
-    "model": "gpt2", "pre": "smollm", "tokens": TOKENS, "token_type": [1] * 261 + [3], "merges": MERGES, "eos_token_id": 261,
-    "bos_token_id": 261, "add_bos_token": False,
-}  # fmt: skip
+    "model": "gpt2",
+    "pre": "smollm",
+    "tokens": TOKENS,
+    "token_type": [1] * 261 + [3],
+    "merges": MERGES,
+    "eos_token_id": 261,
+    "bos_token_id": 261,
+    "add_bos_token": False,
+}
 
 
 def weights(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, np.ndarray]:
@@ -73,7 +93,10 @@ def tiny_gguf(
 def words_of(vocab: int) -> dict[str, Any]:
     """Metadata of a tokenizer of `vocab` tokens, of which most mean nothing."""
     return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.eos_token_id": vocab - 1,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.eos_token_id": vocab - 1,
         "tokenizer.ggml.tokens": [*"abc", "ab", *(f"[PAD{i}]" for i in range(4, vocab))],
-        "tokenizer.ggml.token_type": [1] * 4 + [5] * (vocab - 4), "tokenizer.ggml.merges": ["a b"],
-    }  # fmt: skip
+        "tokenizer.ggml.token_type": [1] * 4 + [5] * (vocab - 4),
+        "tokenizer.ggml.merges": ["a b"],
+    }

@@ -12,19 +12,35 @@ from engine.text.tokenizer import byte_tokenizer
 
 # A folder of the tiny model, and its weights.
 CONFIG = {
-    "model_type": "llama", "vocab_size": 41, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4, "tie_word_embeddings": True, "torch_dtype": "float32",
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 41,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
 SHAPES = {"model.embed_tokens.weight": (41, 20), "model.norm.weight": (20,)} | {
     f"model.layers.{layer}.{name}.weight": shape
     for layer in range(2)
     for name, shape in {
-        "input_layernorm": (20,), "post_attention_layernorm": (20,), "self_attn.q_proj": (24, 20), "self_attn.k_proj": (12, 20),
-        "self_attn.v_proj": (12, 20), "self_attn.o_proj": (20, 24), "mlp.gate_proj": (28, 20), "mlp.up_proj": (28, 20),
+        "input_layernorm": (20,),
+        "post_attention_layernorm": (20,),
+        "self_attn.q_proj": (24, 20),
+        "self_attn.k_proj": (12, 20),
+        "self_attn.v_proj": (12, 20),
+        "self_attn.o_proj": (20, 24),
+        "mlp.gate_proj": (28, 20),
+        "mlp.up_proj": (28, 20),
         "mlp.down_proj": (20, 28),
     }.items()
-}  # fmt: skip
+}
 WEIGHTS = draw(SHAPES)
 
 

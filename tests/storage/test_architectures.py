@@ -12,51 +12,124 @@ from engine.storage.architectures import DEFAULTS, config_from_json, config_to_j
 
 PATH = Path("config.json")
 COMMON = {
-    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-    "initializer_range": 0.02, "mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
-    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.46.0", "use_cache": True,
-}  # fmt: skip
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.0",
+    "use_cache": True,
+}
 LLAMA = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 SMOLLM2 = LLAMA | {
-    "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192,
-    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "rope_interleaved": False,
-    "rope_theta": 100000, "transformers.js_config": {"dtype": "q4"}, "vocab_size": 49152,
-}  # fmt: skip
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rope_interleaved": False,
+    "rope_theta": 100000,
+    "transformers.js_config": {"dtype": "q4"},
+    "vocab_size": 49152,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "smollm2-135m": SMOLLM2,
-    "tinyllama-1.1b": LLAMA | {
-        "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_attention_heads": 32,
-        "num_hidden_layers": 22, "num_key_value_heads": 4, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "tinyllama-1.1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
         "vocab_size": 32000,
     },
-    "llama-3.2-1b": LLAMA | {
-        "bos_token_id": 128000, "eos_token_id": [128001], "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
-        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-        "rope_theta": 500000.0, "vocab_size": 128256,
+    "llama-3.2-1b": LLAMA
+    | {
+        "bos_token_id": 128000,
+        "eos_token_id": [128001],
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000.0,
+        "vocab_size": 128256,
         "rope_scaling": {
-            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
             "rope_type": "llama3",
         },
     },
-    "mistral-7b-v0.3": COMMON | {
-        "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
-        "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+    "mistral-7b-v0.3": COMMON
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
         "vocab_size": 32768,
     },
-    "qwen2.5-0.5b": COMMON | {
-        "architectures": ["Qwen2ForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151645, "hidden_size": 896,
-        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2",
-        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "vocab_size": 151936,
+    "qwen2.5-0.5b": COMMON
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 21,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
     },
-    "qwen3-0.6b": COMMON | {
-        "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
-        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16,
-        "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 1000000,
-        "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936,
+    "qwen3-0.6b": COMMON
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 128,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
     },
-}  # fmt: skip
+}
 
 
 MISTRAL = PUBLISHED["mistral-7b-v0.3"]
@@ -149,7 +222,7 @@ def scaled(**changes):
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": ["sliding_attention"]}, ["layer_types", "'sliding_attention'"]),
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": 3}, ["layer_types"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_understood_is_refused_by_name(changes, words):
     sentence = refusal(config_from_json, SMOLLM2 | changes, PATH)
     assert all(word in sentence for word in words), sentence
@@ -157,10 +230,18 @@ def test_what_is_not_understood_is_refused_by_name(changes, words):
 
 def test_each_field_that_changes_the_mathematics_is_refused():
     fields = {
-        "attention_bias": True, "mlp_bias": True, "rope_interleaved": True, "attention_dropout": 0.1, "logit_softcapping": 30.0,
-        "num_local_experts": 8, "partial_rotary_factor": 0.5, "residual_multiplier": 2.0, "attention_chunk_size": 64,
-        "auto_map": {"AutoModel": "model.Mine"}, "quantization_config": {"bits": 4},
-    }  # fmt: skip
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_interleaved": True,
+        "attention_dropout": 0.1,
+        "logit_softcapping": 30.0,
+        "num_local_experts": 8,
+        "partial_rotary_factor": 0.5,
+        "residual_multiplier": 2.0,
+        "attention_chunk_size": 64,
+        "auto_map": {"AutoModel": "model.Mine"},
+        "quantization_config": {"bits": 4},
+    }
     for name, value in fields.items():
         assert f"{name} is " in refusal(config_from_json, SMOLLM2 | {name: value}, PATH)
 

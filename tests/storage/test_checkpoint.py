@@ -80,8 +80,11 @@ def test_everything_comes_back_bit_for_bit_and_anyone_can_read_it(tmp_path):
     assert (loaded.path, loaded.step, loaded.state, loaded.damaged) == (path, 7, STATE, [])
     assert verify(path) == []
     assert {file.name for file in path.iterdir()} == {
-        "params.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
-    }  # fmt: skip
+        "params.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
     with safe_open(path / "params.safetensors", "numpy") as file:
         assert {"layers/10/qkv", "quantized/values", "seed", "none"} < {*file.keys()}
         np.testing.assert_array_equal(file.get_tensor("layers/1/qkv"), make_params(7)["layers"]["1"]["qkv"])
@@ -149,10 +152,14 @@ def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_p
 @pytest.mark.parametrize(
     "shapes",
     [
-        {"w[0:2]": (1,)}, {"w[0:1]": (1,), "w[2:3]": (1,)}, {"w": (1,), "w/a": (1,)}, {"w[0:1,0:1]": (1,)},
-        {"w[0:1]": (1,), "w[1:3,0:1]": (2, 1)}, {"w[0:3,0:2]": (3, 2), "w[1:2,0:3]": (1, 3)},
+        {"w[0:2]": (1,)},
+        {"w[0:1]": (1,), "w[2:3]": (1,)},
+        {"w": (1,), "w/a": (1,)},
+        {"w[0:1,0:1]": (1,)},
+        {"w[0:1]": (1,), "w[1:3,0:1]": (2, 1)},
+        {"w[0:3,0:2]": (3, 2), "w[1:2,0:3]": (1, 3)},
     ],
-)  # fmt: skip
+)
 def test_parts_that_make_no_array_are_refused(tmp_path, shapes):
     cut_files(tmp_path, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
     assert "make no array" in refusal(load_params, tmp_path)

@@ -169,11 +169,17 @@ def test_what_is_not_understood_is_refused_by_name(changes, words, tmp_path):
 @pytest.mark.parametrize("heads", [24, 32])  # keys that end in the middle of a strip are not joined
 def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     """All that has blocks: what has none, here `attn_output`, is int8; logits stay near those of the file's numbers."""
-    sizes = {"attention.head_count": 3, "attention.head_count_kv": heads // 8} if heads == 24 else {
-        "attention.head_count": 8, "attention.head_count_kv": 4}  # fmt: skip
+    sizes = (
+        {"attention.head_count": 3, "attention.head_count_kv": heads // 8}
+        if heads == 24
+        else {"attention.head_count": 8, "attention.head_count_kv": 4}
+    )
     queries = 8 * sizes["attention.head_count"]
-    shapes = {f"blk.{i}.attn_{part}.weight": shape for i in range(2) for part, shape in {
-        "q": (queries, 64), "k": (heads, 64), "v": (heads, 64), "output": (64, queries)}.items()}  # fmt: skip
+    shapes = {
+        f"blk.{i}.attn_{part}.weight": shape
+        for i in range(2)
+        for part, shape in {"q": (queries, 64), "k": (heads, 64), "v": (heads, 64), "output": (64, queries)}.items()
+    }
     path = tiny_gguf(tmp_path / "x.gguf", kind=kind, sizes=sizes, tensors=weights(SHAPES | shapes))
     shapes_ahead: dict[str, Blocks] = {}
     model, config = load_model(path, blocks=shapes_ahead), EngineConfig(weights="file")

@@ -76,10 +76,16 @@ def test_what_cannot_be_so_is_refused_in_a_line(data, words, tmp_path):
 
 def test_a_sound_header_is_read(tmp_path):
     keys = [
-        key(b"a", 0, b"\xff"), key(b"b", 1, b"\xff"), key(b"c", 7, b"\x01"), key(b"d", 6, struct.pack("<f", 0.5)),
-        key(b"e", 10, u64(2**40)), key(b"f", 8, text("é".encode())), key(b"g", 9, u32(5) + u64(2) + struct.pack("<ii", -1, 7)),
-        key(b"h", 9, u32(8) + u64(2) + text(b"x") + text(b"")), key(b"i", 12, struct.pack("<d", 0.1)),
-    ]  # fmt: skip
+        key(b"a", 0, b"\xff"),
+        key(b"b", 1, b"\xff"),
+        key(b"c", 7, b"\x01"),
+        key(b"d", 6, struct.pack("<f", 0.5)),
+        key(b"e", 10, u64(2**40)),
+        key(b"f", 8, text("é".encode())),
+        key(b"g", 9, u32(5) + u64(2) + struct.pack("<ii", -1, 7)),
+        key(b"h", 9, u32(8) + u64(2) + text(b"x") + text(b"")),
+        key(b"i", 12, struct.pack("<d", 0.1)),
+    ]
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf(keys, [B, A, info(b"c", [64, 3], kind=8, offset=64)], 64 + 6 * 34))
     header = read_header(path)

@@ -83,9 +83,16 @@ def listed_by(listed: dict[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer of a file that lists these tokens, scores and kinds."""
     size = len(listed["tokens"])
     words = {
-        "model": "llama", "pre": "default", "tokens": listed["tokens"], "scores": listed["scores"],
-        "token_type": listed["kinds"], "merges": None, "eos_token_id": 2, "bos_token_id": 1, "add_bos_token": None,
-    }  # fmt: skip
+        "model": "llama",
+        "pre": "default",
+        "tokens": listed["tokens"],
+        "scores": listed["scores"],
+        "token_type": listed["kinds"],
+        "merges": None,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "add_bos_token": None,
+    }
     table = {"token_embd.weight": np.zeros((size, 64), np.float32)}
     return load(folder, size, words=words, tensors=weights() | table)[0]
 

@@ -221,7 +221,7 @@ def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder, tmp
     file = tiny_gguf(tmp_path / "x.gguf")
     result = subprocess.run(
         [sys.executable, "-c", AUDIT, str(folder), str(file)], cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] os.fork os.posix_spawn os.system pickle.find_class subprocess.Popen"
 

@@ -47,15 +47,25 @@ def contents(data: bytes) -> Callable[[Path], object]:
 
 SHAPES = {"pipe": pipe, "device": device, "folder": Path.mkdir, "huge": huge}
 DATA = {
-    "deep array": contents(b"[" * 200_000), "deep object": contents(b'{"a":' * 200_000), "no UTF-8": contents(b'{"a": "\xff"}'),
-    "empty object": contents(b"{}"), "empty": contents(b""), "null": contents(b"null"), "number": contents(b"7"),
-}  # fmt: skip
+    "deep array": contents(b"[" * 200_000),
+    "deep object": contents(b'{"a":' * 200_000),
+    "no UTF-8": contents(b'{"a": "\xff"}'),
+    "empty object": contents(b"{}"),
+    "empty": contents(b""),
+    "null": contents(b"null"),
+    "number": contents(b"7"),
+}
 HF = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
 RUN = (
-    "run.json", "config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-    "tokenizer/generation_config.json", "checkpoints/1/manifest.json", "checkpoints/1/state.json",
+    "run.json",
+    "config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/generation_config.json",
+    "checkpoints/1/manifest.json",
+    "checkpoints/1/state.json",
     "checkpoints/1/params.safetensors",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +103,7 @@ def replaced(path: Path, make: Callable[[Path], object]) -> None:
 
 @pytest.mark.parametrize(
     ("model", "name"), [*(("hf", name) for name in HF), *(("run", name) for name in RUN), ("model.gguf", "")]
-)  # fmt: skip
+)
 def test_a_file_of_a_model(models, tmp_path, model, name):
     for kind, make in (SHAPES | DATA).items():
         copy = tmp_path / kind / model

@@ -17,9 +17,12 @@ from engine.storage.tensor_layout import DTYPE_NAMES
 STEPS = {"q8_0": 127, "q4_0": 8, "q4_1": 15}  # of a block's largest number, within one of which each number comes back
 FORMS = [("gguf", dtype) for dtype in DTYPE_NAMES] + [("folder", dtype) for dtype in DTYPE_NAMES if dtype not in STEPS]
 FAMILIES = {
-    "llama": {"qk_norm": False}, "qwen2": {"qk_norm": False, "qkv_bias": True, "tied": True},
-    "qwen2, untied": {"qk_norm": False, "qkv_bias": True}, "qwen3": {}, "qwen3, tied": {"tied": True},
-}  # fmt: skip
+    "llama": {"qk_norm": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "tied": True},
+    "qwen2, untied": {"qk_norm": False, "qkv_bias": True},
+    "qwen3": {},
+    "qwen3, tied": {"tied": True},
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

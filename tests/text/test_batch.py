@@ -54,9 +54,12 @@ def windows_of(batches: TextBatches, epoch: int) -> list[np.ndarray]:
 
 @settings(max_examples=40)
 @given(
-    length=st.integers(2, 90), seq=st.integers(1, 12), batch=st.integers(1, 7), seed=st.integers(0, 2**32 - 1),
+    length=st.integers(2, 90),
+    seq=st.integers(1, 12),
+    batch=st.integers(1, 7),
+    seed=st.integers(0, 2**32 - 1),
     epoch=st.integers(0, 5),
-)  # fmt: skip
+)
 def test_every_token_is_a_target_once_an_epoch(length, seq, batch, seed, epoch):
     if length <= seq:
         return

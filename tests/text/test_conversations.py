@@ -94,9 +94,9 @@ def test_texts(tmp_path):
     assert list(read_conversations(plain)) == [Text("é\nb", str(plain))]
 
 
-@pytest.mark.parametrize("text", [
-    '[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]', '{"text": "a"}\n\n{"text":\n"b"} {"text": "c"}\n'
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ['[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]', '{"text": "a"}\n\n{"text":\n"b"} {"text": "c"}\n']
+)
 def test_arrays_and_values_one_after_the_other(text, tmp_path):
     path = write(tmp_path / "data.json", text)
     assert list(read_conversations(path)) == [Text(letter, f"{path}:{line}") for letter, line in (("a", 1), ("b", 3), ("c", 4))]

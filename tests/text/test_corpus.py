@@ -90,8 +90,9 @@ def test_missing_empty_and_unknown(tmp_path):
         read_corpus(tmp_path)
     for name, data, words in (
         ("a.docx", b"PK\3\4\0", r"a\.docx is not UTF-8 text; wanted"),
-        ("a.txt", b"", r"a\.txt is empty"), ("a.jsonl", b'\n{"text": ""}\n', r"a\.jsonl is empty"),
-    ):  # fmt: skip
+        ("a.txt", b"", r"a\.txt is empty"),
+        ("a.jsonl", b'\n{"text": ""}\n', r"a\.jsonl is empty"),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=words):
             list(read_corpus(tmp_path / name))

@@ -51,9 +51,14 @@ def test_an_account_of_every_row(chat):
     assert len(examples[1].tokens) == 41
     assert reports[-1] == (2, 6)
     said_of = "\n".join(summary.describe())
-    for words in ("2 of 6 rows kept, 1 of them truncated; 4 dropped", "1 truncated: longer than 40 tokens", "(f:2 first)",
-                  "its first 40 tokens hold nothing to train on (f:3 first)", "no turn of the assistant (f:4",
-                  "says nothing in one of its turns (f:5"):  # fmt: skip
+    for words in (
+        "2 of 6 rows kept, 1 of them truncated; 4 dropped",
+        "1 truncated: longer than 40 tokens",
+        "(f:2 first)",
+        "its first 40 tokens hold nothing to train on (f:3 first)",
+        "no turn of the assistant (f:4",
+        "says nothing in one of its turns (f:5",
+    ):
         assert words in said_of
 
 

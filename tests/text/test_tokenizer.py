@@ -77,10 +77,25 @@ def test_control_tokens_are_never_made_from_text(tokenizer):
 
 
 NOISE = random.Random(0)
-LONG_TEXTS = [unit * (40_000 // len(unit)) for unit in (
-    "a", "^", "7", " ", "\n", "\r\n", "\u0301", "東", "ab ", "'s", "👩\u200d👩\u200d👧", END, " " * 63 + "\n",
-    "!?" * 40 + "\n" * 70,
-)]  # fmt: skip
+LONG_TEXTS = [
+    unit * (40_000 // len(unit))
+    for unit in (
+        "a",
+        "^",
+        "7",
+        " ",
+        "\n",
+        "\r\n",
+        "\u0301",
+        "東",
+        "ab ",
+        "'s",
+        "👩\u200d👩\u200d👧",
+        END,
+        " " * 63 + "\n",
+        "!?" * 40 + "\n" * 70,
+    )
+]
 LONG_TEXTS += [
     base64.b64encode(NOISE.randbytes(40_000)).decode(),
     "".join(chr(NOISE.randrange(0x20, 0x3000)) for _ in range(40_000)),

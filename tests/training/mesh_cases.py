@@ -36,9 +36,11 @@ CFG = ModelConfig(vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, con
 # LoRA is trained on all axes at once by default, with preferences.
 CASES = {"adamw": ("data=2,fsdp=4",), "muon": ("fsdp=4,tensor=2",), "lora": (), "int8": ("fsdp=4,tensor=2",)}
 NIGHT = {
-    "adamw": ("data=8", "fsdp=8", "fsdp=4,tensor=2"), "muon": ("data=2,fsdp=4",),
-    "lora": ("data=2,fsdp=4", "fsdp=4,tensor=2"), "int8": ("fsdp=8",),
-}  # fmt: skip
+    "adamw": ("data=8", "fsdp=8", "fsdp=4,tensor=2"),
+    "muon": ("data=2,fsdp=4",),
+    "lora": ("data=2,fsdp=4", "fsdp=4,tensor=2"),
+    "int8": ("fsdp=8",),
+}
 BATCH, TOKENS, STEPS = 16, 64, 12
 ALL_AXES = "data=2,fsdp=2,tensor=2"
 LORA = LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up"))

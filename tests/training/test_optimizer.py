@@ -38,9 +38,12 @@ def test_without_a_warm_up_the_first_step_is_a_whole_one(kind):
 
 
 @given(
-    st.sampled_from(["cosine", "wsd"]), st.floats(0.01, 0.99), st.floats(0, 1), st.floats(0, 1),
+    st.sampled_from(["cosine", "wsd"]),
+    st.floats(0.01, 0.99),
+    st.floats(0, 1),
+    st.floats(0, 1),
     st.lists(st.floats(0, 1), min_size=2),
-)  # fmt: skip
+)
 def test_a_schedule_rises_once_then_falls_between_nought_and_one(kind, warmup, decay, final, progress):
     cfg = OptimizerConfig(schedule=kind, warmup=warmup, decay=decay * (1 - warmup) * 0.99, final=final)
     progress = sorted(np.float32([*progress, warmup, 1.0]))
@@ -143,12 +146,21 @@ def test_muons_momentum_is_optaxs(params, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("learning_rate", -1.0), ("learning_rate", float("nan")), ("matrix_learning_rate", 11.0), ("warmup", 1.5),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("matrix_learning_rate", 11.0),
+        ("warmup", 1.5),
         ("head_factor", -1.0),
-        ("decay", -0.1), ("final", 2.0), ("beta1", -0.5), ("beta2", 1.01), ("momentum", float("inf")),
-        ("weight_decay", -1e-9), ("clip", 0.0), ("clip", -1.0),
+        ("decay", -0.1),
+        ("final", 2.0),
+        ("beta1", -0.5),
+        ("beta2", 1.01),
+        ("momentum", float("inf")),
+        ("weight_decay", -1e-9),
+        ("clip", 0.0),
+        ("clip", -1.0),
     ],
-)  # fmt: skip
+)
 def test_a_number_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=field):
         OptimizerConfig(**{field: value})

@@ -167,11 +167,22 @@ def test_a_pattern_is_found_or_not():
 @pytest.mark.parametrize(
     ("answer", "right", "value"),
     [
-        ("3 + 4 = 7.", 7, 1), ("7", 7, 1), ("It is 7, not 8.", 7, 0), ("seven", 7, 0), ("", 7, 0), ("007", 7, 1),
-        ("-3", 3, 0), ("-3", -3, 1), ("10-3", 3, 1), ("1,234", 1234, 1), ("1, 234", 234, 1), ("0", 0, 1), ("7", None, 0),
+        ("3 + 4 = 7.", 7, 1),
+        ("7", 7, 1),
+        ("It is 7, not 8.", 7, 0),
+        ("seven", 7, 0),
+        ("", 7, 0),
+        ("007", 7, 1),
+        ("-3", 3, 0),
+        ("-3", -3, 1),
+        ("10-3", 3, 1),
+        ("1,234", 1234, 1),
+        ("1, 234", 234, 1),
+        ("0", 0, 1),
+        ("7", None, 0),
         ("9" * (2 * LONGEST), 9, 0),
     ],
-)  # fmt: skip
+)
 def test_the_last_integer_is_the_answer(answer, right, value):
     assert sum_reward(answer, right) == value
     assert make_reward("sum") is sum_reward
@@ -185,12 +196,18 @@ def test_an_answer_is_the_rows_own():
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        ("length", "should be length:N"), ("length:0", "from 1 to 1000"), ("length:x", "should be length:N"),
-        ("length:-1", "should be length:N"), ("regex:", "should be regex:PATTERN"), ("regex:(", "not a regular expression"),
-        ("regex:a{99999999999}", "not a regular expression"), ("sum:3", "should be sum"),
-        ("lenght:3", "Did you mean 'length'"), ("", "There is no task ''"),
+        ("length", "should be length:N"),
+        ("length:0", "from 1 to 1000"),
+        ("length:x", "should be length:N"),
+        ("length:-1", "should be length:N"),
+        ("regex:", "should be regex:PATTERN"),
+        ("regex:(", "not a regular expression"),
+        ("regex:a{99999999999}", "not a regular expression"),
+        ("sum:3", "should be sum"),
+        ("lenght:3", "Did you mean 'length'"),
+        ("", "There is no task ''"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_task_is_said(task, words):
     with pytest.raises(UserError, match=re.escape(words)):
         make_reward(task)

@@ -36,8 +36,9 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale"], meta_fields=["activations", "axis", "layout", "gathered"],
-)  # fmt: skip
+    data_fields=["values", "scale"],
+    meta_fields=["activations", "axis", "layout", "gathered"],
+)
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.

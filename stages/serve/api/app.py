@@ -131,8 +131,12 @@ class Api:
 
 
 def make_app(
-    state: ServerState, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str], version: str,
+    state: ServerState,
+    keys: Sequence[str],
+    hosts: frozenset[str] | None,
+    origins: frozenset[str],
+    version: str,
     log: str = "off",
-) -> ASGIApp:  # fmt: skip
+) -> ASGIApp:
     """Returns the application that uvicorn runs; `keys`, `hosts`, `origins` and `log` are those of Guard."""
     return Guard(Api(state, version), keys, hosts, origins, log, state.metrics.count_response)

@@ -214,9 +214,11 @@ class ChoicesWriter(Writer):
         self.tokenizer = state.tokenizer.tokenizer
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name,
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model.name,
             "system_fingerprint": model.fingerprint,
-        }  # fmt: skip
+        }
 
     def choice(self, piece: Piece) -> Any:
         raise NotImplementedError

@@ -31,9 +31,12 @@ HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?")  # a name, and pe
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 SECURITY_HEADERS = [
-    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
-    (b"cross-origin-resource-policy", b"same-origin"), (b"cross-origin-opener-policy", b"same-origin"),
-]  # fmt: skip
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
 EXPOSED_HEADERS = ("x-request-id", "x-ignored-fields", "retry-after")  # to scripts of listed origins
 
 
@@ -49,17 +52,26 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, origins: frozenset[str], log: str = "off",
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        hosts: frozenset[str] | None,
+        origins: frozenset[str],
+        log: str = "off",
         count: Callable[[int], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._app, self._hosts, self._origins, self._log, self._count = app, hosts, origins, log, count
         self._keys = [_hash(key.encode()) for key in keys]
         self._checked: ASGIApp = self._answer
         if origins:
             self._checked = CORSMiddleware(
-                self._answer, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
-                expose_headers=EXPOSED_HEADERS, allow_private_network=True,
-            )  # fmt: skip
+                self._answer,
+                allow_origins=origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+                allow_private_network=True,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no web sockets
@@ -86,11 +98,15 @@ class Guard:
         finally:
             if self._log != "off":
                 entry = {
-                    "time": arrived_at.isoformat(timespec="milliseconds"), "id": request_id,
-                    "client": (scope["client"] or ("-",))[0], "method": scope["method"], "path": path[:200], "status": status,
+                    "time": arrived_at.isoformat(timespec="milliseconds"),
+                    "id": request_id,
+                    "client": (scope["client"] or ("-",))[0],
+                    "method": scope["method"],
+                    "path": path[:200],
+                    "status": status,
                     "seconds": round(time.monotonic() - arrived, 4),
                     **(state["generation"].log_fields() if "generation" in state else {}),
-                }  # fmt: skip
+                }
                 short = " ".join(f"{value}" if n < 6 else f"{field}={value}" for n, (field, value) in enumerate(entry.items()))
                 with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
                     print(json.dumps(entry) if self._log == "json" else short, flush=True)

@@ -12,13 +12,18 @@ from stages.serve.errors import ErrorReply
 
 ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
 STATUSES = {
-    400: "The request is wrong; `param` names the field.", 401: "There is no key, or a wrong one.",
-    403: "The Host or Origin is not one that may use this server.", 404: "There is no such model.",
-    408: "The body did not come in time.", 413: "The body is too large.", 415: "The body is not sent as JSON.",
-    409: "Another adapter is in the way.", 429: "All places are taken; Retry-After says how long to wait.",
+    400: "The request is wrong; `param` names the field.",
+    401: "There is no key, or a wrong one.",
+    403: "The Host or Origin is not one that may use this server.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not sent as JSON.",
+    409: "Another adapter is in the way.",
+    429: "All places are taken; Retry-After says how long to wait.",
     500: "The server is at fault.",
     503: "Requests are not answered at the moment.",
-}  # fmt: skip
+}
 TEXT, ID = {"type": "string", "minLength": 1}, {"$ref": "#/components/schemas/TokenId"}
 array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items, **bounds}
 json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
@@ -58,7 +63,10 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     keys = {"key": {"type": "http", "scheme": "bearer"}}
     openapi = {
-        "openapi": "3.1.0", "info": {"title": "Thrice", "version": version, "description": ABOUT}, "paths": paths,
-        "components": {"schemas": components, "securitySchemes": keys}, "security": [{}, {"key": []}],
-    }  # fmt: skip
+        "openapi": "3.1.0",
+        "info": {"title": "Thrice", "version": version, "description": ABOUT},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": keys},
+        "security": [{}, {"key": []}],
+    }
     return json.dumps(openapi, ensure_ascii=False).encode()

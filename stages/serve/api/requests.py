@@ -64,9 +64,20 @@ UNSUPPORTED = {
 
 # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
 IGNORED = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "reasoning_effort", "verbosity", "reasoning", "cache_control", "keep_alive",
-)  # fmt: skip
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "reasoning_effort",
+    "verbosity",
+    "reasoning",
+    "cache_control",
+    "keep_alive",
+)
 
 
 class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

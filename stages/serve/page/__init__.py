@@ -21,9 +21,14 @@ def page() -> tuple[bytes, str]:
 
     html = whole_page(folder / "page.html", allow)
     policy = [
-        "default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+        "default-src 'none'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
         "img-src data:",  # the icon, inside the document
-        "require-trusted-types-for 'script'", "trusted-types dompurify",  # only the sanitizer can make elements of text
+        "require-trusted-types-for 'script'",
+        "trusted-types dompurify",  # only the sanitizer can make elements of text
         *(f"{tag}-src {' '.join(hashes)}" for tag, hashes in allowed.items()),
-    ]  # fmt: skip
+    ]
     return html.encode(), "; ".join(policy)

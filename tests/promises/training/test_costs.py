@@ -23,13 +23,34 @@ def test_memory_is_as_planned(text, tmp_path, quick, expect, pytestconfig):
     validation = write_text(tmp_path / "validation.txt", lines=40)
     shape = ("--batch", 1, "--context", 128, "--steps", 5, "--eval-every", 3)
     trained = lambda preset, kind: (
-        "train", preset, "--optimizer", kind, "--data", text, "--validation", validation, "--tokenizer", "bytes",
-        "--accumulate", 1, *shape,
-    )  # fmt: skip
-    adapted = lambda model: (
-        "finetune", "--model", model, "--data", conversations, "--general", "none", "--lora", "rank=8", "--base", "int8",
+        "train",
+        preset,
+        "--optimizer",
+        kind,
+        "--data",
+        text,
+        "--validation",
+        validation,
+        "--tokenizer",
+        "bytes",
+        "--accumulate",
+        1,
         *shape,
-    )  # fmt: skip
+    )
+    adapted = lambda model: (
+        "finetune",
+        "--model",
+        model,
+        "--data",
+        conversations,
+        "--general",
+        "none",
+        "--lora",
+        "rank=8",
+        "--base",
+        "int8",
+        *shape,
+    )
     model = pytestconfig.getoption("--promises-model")
     presets = ["nano", "smollm2-135m"] + ["smollm2-360m"] * (not quick)
     commands = {f"{preset}, {kind}": trained(preset, kind) for preset in presets for kind in ("adamw", "muon")}

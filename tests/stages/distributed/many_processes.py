@@ -14,9 +14,21 @@ from engine.storage import checkpoint
 
 STEPS = 24
 FLAGS = (
-    "--steps", STEPS, "--dtype", "float32", "--optimizer", "adamw", "--save-every", 4, "--log-every", 1, "--eval-every", 15,
-    "--device", "cpu",
-)  # fmt: skip
+    "--steps",
+    STEPS,
+    "--dtype",
+    "float32",
+    "--optimizer",
+    "adamw",
+    "--save-every",
+    4,
+    "--log-every",
+    1,
+    "--eval-every",
+    15,
+    "--device",
+    "cpu",
+)
 # JAX keeps the programs of process 0 alone, and another's are others, as its devices are: they would be compiled in each test.
 KEEPS_PROGRAMS = """
 from types import SimpleNamespace

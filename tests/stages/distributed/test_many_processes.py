@@ -123,9 +123,25 @@ def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
     messages = lambda word: [{"role": "user", "content": word}, {"role": "assistant", "content": "red sails."}]
     data.write_text("".join(json.dumps({"messages": messages(word)}) + "\n" for word in WORDS.split()))
     flags = lambda folder: (
-        "--model", trained, "--data", data, "--out-dir", folder, "--context", 32, "--steps", 8, "--general", "none",
-        "--learning-rate", 0.05, "--lora", "rank=4,targets=q,v", "--device", "cpu",
-    )  # fmt: skip
+        "--model",
+        trained,
+        "--data",
+        data,
+        "--out-dir",
+        folder,
+        "--context",
+        32,
+        "--steps",
+        8,
+        "--general",
+        "none",
+        "--learning-rate",
+        0.05,
+        "--lora",
+        "rank=4,targets=q,v",
+        "--device",
+        "cpu",
+    )
     assert finetune.main([*map(str, flags(alone))]) == 0
     watch = lambda process: CONNECTIONS.replace("FILE", repr(str(tmp_path / "connected"))) * process
     codes, errors = finish(start(2, "finetune", *flags(folder), "--tensorboard", patch=watch))

@@ -22,13 +22,24 @@ sys.path.insert(0, str(HERE))
 from random_weights import SEED, draw  # noqa: E402
 
 SIZES = {
-    "vocab_size": 37, "hidden_size": 30, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 37,
+    "hidden_size": 30,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 FAMILIES = {
     "llama": ("Llama", {"head_dim": 4}),
     "llama-tied": ("Llama", {"head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
@@ -41,10 +52,19 @@ KEPT = [0, 1, 9, 22, 39]  # positions whose logits are kept
 
 # A config of every family in which no field that matters has its default.
 WHOLE = {
-    "vocab_size": 37, "hidden_size": 128, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 64,
-    "num_key_value_heads": 16, "max_position_embeddings": 50000, "rms_norm_eps": 1e-3, "rope_theta": 50.0, "hidden_act": "silu",
-    "tie_word_embeddings": True, "attention_dropout": 0.0,
-}  # fmt: skip
+    "vocab_size": 37,
+    "hidden_size": 128,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 50000,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 50.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "attention_dropout": 0.0,
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 40000, "max_window_layers": 1}
 MORE: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 6, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
