@@ -32,7 +32,7 @@ class ServingFlags:
     """Fewer rounds and repetitions: rare cases show less."""
 
 
-READY_SECONDS = 5.0  # to be ready in, programs cached
+READY_SECONDS = 4.0  # to be ready in, programs cached
 
 
 def measure_serving(flags: ServingFlags) -> Json:
