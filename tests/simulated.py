@@ -164,7 +164,7 @@ class FakeRunner:
                 # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
                 reached = position + 1 if self.has_kernel else self._end(position + 1)
                 sampled.finite[step, row] = NAN not in text[:reached]
-                allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.masked[row] > step else -1
+                allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.steps[row] > step else -1
                 current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
                 sampled.token[step, row] = current[row]
                 sampled.logprob[step, row] = logprob_of(current[row], text[: position + 1])

@@ -124,7 +124,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """Control tokens are for no text."""
+    """The tokens, as llguidance asks for them; no text contains control tokens."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None

@@ -272,13 +272,13 @@ class Engine:
             rows = batch.rows_of(sequence)
             if sequence.constraint:
                 sequence.constraint.fill(masks.allowed, rows, batch.drafts_of(sequence))
-                masks.masked[rows] = 1
+                masks.steps[rows] = 1
             for row in rows[: sequence.stopless_tokens]:
                 allowed = masks.allowed[row].copy() if sequence.constraint else ~masks.allowed[row]
                 for token in sequence.request.sampling.stop_token_ids:
                     allowed[token // 32] &= ~np.uint32(1 << token % 32)
                 if allowed.any():  # else its grammar ends here
-                    masks.masked[row], masks.allowed[row] = 1 if sequence.constraint else STEPS, allowed
+                    masks.steps[row], masks.allowed[row] = 1 if sequence.constraint else STEPS, allowed
         return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:

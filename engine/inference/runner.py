@@ -136,7 +136,7 @@ def decode_slots(
             adjusted = jax.lax.cond(
                 penalties.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, penalties
             )
-            masked = masks.masked > i
+            masked = masks.steps > i
             allowed = jax.lax.cond(masked.any(), mask_logits, lambda logits, *_: logits, adjusted, masked, masks.allowed)
             token = sample(allowed, position + 1, sampling)
             new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))

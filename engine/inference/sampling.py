@@ -43,7 +43,7 @@ class PenaltyArrays(NamedTuple):
 class TokenMasks(NamedTuple):
     """For how many steps each row is masked, (R,) int32, and the tokens allowed there, a bit each: (R, ceil(V/32)) uint32."""
 
-    masked: Array
+    steps: Array
     allowed: Array
 
 

@@ -1,4 +1,4 @@
-// Causal attention of whole texts, forward and backward, called by XLA. No scores reach memory beyond a tile's.
+// Causal attention of whole texts, forward and backward, and of a prompt's chunk over its KV cache. No scores reach memory beyond a tile's.
 //
 //     forward:  q (B, T, N, H), k, v (B, T, K, H), segments (B, T) or (0) int32
 //               -> mixed values (B, T, N * H), sums (B, N, 2, T) float32: each softmax's largest score and its sum
