@@ -3,18 +3,20 @@
 import contextlib
 import socket
 import threading
+import time
 from typing import Self
 
 
 class Line:
     """Listens on a port of its own and carries bytes to and from `port`, replies in pieces of 200 bytes.
 
-    A tiny model answers too fast to be stopped: from `hold` to `release` a piece goes on with each `let_one_through`.
+    A tiny model answers too fast to be stopped: from `hold` to `release` a piece goes on with `let_one_through`, one in a quarter
+    of a second however often it is called, so that a browser on a busy machine shows one before the next comes.
     """
 
     def __init__(self, port: int) -> None:
         self._held = False
-        self._let_through = threading.Semaphore(0)
+        self._let_through, self._latest = threading.Semaphore(0), 0.0
         self._port = port
         self._cut = False
         self._ends: list[socket.socket] = []
@@ -30,10 +32,12 @@ class Line:
         self._door.close()
 
     def hold(self) -> None:
-        self._held, self._let_through = True, threading.Semaphore(0)
+        self._held, self._let_through, self._latest = True, threading.Semaphore(0), 0.0
 
     def let_one_through(self) -> None:
-        self._let_through.release()
+        if time.monotonic() >= self._latest + 0.25:
+            self._latest = time.monotonic()
+            self._let_through.release()
 
     def release(self) -> None:
         self._held = False

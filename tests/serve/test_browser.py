@@ -29,6 +29,7 @@ def test_an_answer_streams_and_says_what_it_cost(visit):
     assert visit.text("#digest") != ""
     assert visit.text("#weights") == "✓ unchanged since start"
     visit.set("price", "3.6")
+    visit.set("max_tokens", "40")
     part = visit.partly(LONG)
     assert visit.answering
     visit.until(lambda: visit.line.let_one_through() or len(visit.text("article.assistant .text")) > len(part))
