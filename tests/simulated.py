@@ -21,7 +21,7 @@ from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import MAX_LOGPROBS, Adapter, Request, SamplingParams
 from engine.inference.runner import SampledTokens
-from engine.inference.sequence import STEPS
+from engine.inference.scheduler import STEPS
 from engine.model.config import ModelConfig
 
 VOCAB, CAPACITY, CHUNK, TAIL = 7, 64, 8, 4

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from engine.inference.sampling import SamplingArrays, sample
-from engine.inference.sequence import STEPS
+from engine.inference.scheduler import STEPS
 from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.ops import has_kernel, platform

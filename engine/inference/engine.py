@@ -24,8 +24,7 @@ from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
 from engine.inference.sampling import TokenMasks, make_token_masks
-from engine.inference.scheduler import Decode, Prefill, Scheduler
-from engine.inference.sequence import STEPS, Sequence
+from engine.inference.scheduler import STEPS, Decode, Prefill, Scheduler, Sequence
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from engine.model.transformer import Params

@@ -33,8 +33,7 @@ from engine.inference.sampling import (
     sampling_arrays,
     set_token_counts,
 )
-from engine.inference.scheduler import DRAFT_ROWS
-from engine.inference.sequence import STEPS
+from engine.inference.scheduler import DRAFT_ROWS, STEPS
 from engine.mesh import layout
 from engine.model.cache import segmented
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments, segmented_cache

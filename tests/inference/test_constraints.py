@@ -11,7 +11,7 @@ from tiny import request_of
 
 from engine.errors import UserError
 from engine.inference.constraints import Constraint, GrammarCompiler, choice_grammar, json_grammar, lark_grammar, regex_grammar
-from engine.inference.sequence import Sequence
+from engine.inference.scheduler import Sequence
 
 ENDS = tuple(LETTERS.controls)
 

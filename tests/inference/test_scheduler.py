@@ -3,8 +3,7 @@
 from tiny import request_of
 
 from engine.inference.constraints import ForcedTokens
-from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler
-from engine.inference.sequence import Sequence
+from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler, Sequence
 
 SLOTS, CHUNK = 5, 16
 

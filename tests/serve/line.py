@@ -10,8 +10,8 @@ from typing import Self
 class Line:
     """Listens on a port of its own and carries bytes to and from `port`, replies in pieces of 200 bytes.
 
-    A tiny model answers too fast to be stopped: from `hold` to `release` a piece goes on with `let_one_through`, one in a quarter
-    of a second however often it is called, so that a browser on a busy machine shows one before the next comes.
+    A tiny model answers too fast to be stopped: from `hold` to `release` a piece goes on with `let_one_through`, one in a
+    quarter of a second however often it is called, so that a browser on a busy machine shows one before the next comes.
     """
 
     def __init__(self, port: int) -> None:

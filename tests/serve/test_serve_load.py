@@ -12,7 +12,7 @@ import httpx
 import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused, until
 
-from engine.inference.sequence import Sequence
+from engine.inference.scheduler import Sequence
 from engine.storage.digest import digest
 from stages.serve import state
 from stages.serve.api import generation

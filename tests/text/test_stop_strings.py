@@ -5,7 +5,7 @@ import codecs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.completion_text import CompletionText, Detokenizer
+from engine.text.tokenizer import CompletionText, Detokenizer
 
 LETTERS = "abé😀"
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]
