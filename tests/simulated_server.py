@@ -22,10 +22,10 @@ import pytest
 from simulated import NAN, VOCAB, FakeConstraint, alone, check_slots, draw_request, key_value, logprob_of, make_engine
 
 from engine.inference.request import Adapter, SamplingParams
-from engine.text.completion_text import Detokenizer
+from engine.text.tokenizer import Detokenizer
 from stages.serve import engine_thread
 from stages.serve.admission import Admission
-from stages.serve.api import generation, guard, writer
+from stages.serve.api import generation, guard
 from stages.serve.api.app import Api
 from stages.serve.state import ServerState
 
@@ -68,10 +68,9 @@ class Ignored:
         pass
 
 
-class Grammars:
-    async def compile(self, grammar: Any) -> Any:
-        await asyncio.sleep(0.2)
-        return FakeConstraint(int(re.findall(r"\d+", grammar.make())[0]))
+async def compile_grammar(grammar: Any) -> Any:
+    await asyncio.sleep(0.2)
+    return FakeConstraint(int(re.findall(r"\d+", grammar.make())[0]))
 
 
 class SimulatedState(ServerState):
@@ -82,9 +81,8 @@ class SimulatedState(ServerState):
         self.name, self.names = "base", ["base"]
         self._fingerprint: Any = lambda **_: "fp"
         self.engine, self.admission = engine_thread.EngineThread(engine), Admission(engine.config.slots, queue)
-        self.tokenizer: Any = SimpleNamespace(tokenizer=tokenizer, tool_format=None)
+        self.tokenizer: Any = SimpleNamespace(tokenizer=tokenizer, tool_format=None, compile=compile_grammar)
         self.sampling, self.stop_token_ids = SamplingParams(), frozenset()
-        self.grammars: Any = Grammars()
         self.metrics: Any = Ignored()
         self.adapters: Any = SimpleNamespace(adapters={})
 
@@ -240,7 +238,7 @@ class Schedule:
             wait = int(headers[b"retry-after"])
             assert 1 <= wait <= 60
             tries += ask.obedient
-            assert self.loop.now < at + MOST_CLIENTS * (writer.SEND_SECONDS + 20), "a client is never let in"
+            assert self.loop.now < at + MOST_CLIENTS * (generation.SEND_SECONDS + 20), "a client is never let in"
             await asyncio.sleep(wait + self.rng.random() / 2 if ask.obedient else self.rng.random())
         if status == 404:
             assert adapter, "the base is not found"
@@ -283,7 +281,7 @@ class Schedule:
             if ask.reads == "slowly":
                 await asyncio.sleep(rng.expovariate(5))
             elif ask.reads == "nothing" and ask.is_stream and status == 200 and len(parts) > 2:
-                await asyncio.sleep(writer.SEND_SECONDS + 1)
+                await asyncio.sleep(generation.SEND_SECONDS + 1)
                 raise AssertionError("a stream waits for somebody who reads nothing")
 
         class State(dict[str, Any]):  # sees the generation as it begins

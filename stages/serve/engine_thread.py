@@ -19,16 +19,6 @@ IDLE_SECONDS = 0.25  # between ticks without work: signs of life
 Listener = Callable[[Event], None]
 
 
-class Handle:
-    """A submitted request. `id`: its events' id, 0 until the thread has taken it."""
-
-    def __init__(self, thread: "EngineThread") -> None:
-        self.id, self._thread = 0, thread
-
-    def cancel(self) -> None:
-        self._thread.cancel(self)
-
-
 class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine, self._compiles = engine, CompileCounter()
@@ -63,28 +53,27 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
-    def submit(self, request: Request, priority: int, listener: Listener) -> "Handle":
-        """Submits a request that passes `check_request`. `priority`: as of `Engine.submit`.
+    def submit(self, request: Request, priority: int, listener: Listener) -> Callable[[], None]:
+        """Submits a request that passes `check_request`, and returns what cancels it. `priority`: as of `Engine.submit`.
 
         `listener` gets its events on the event loop, perhaps one more after it was cancelled.
         """
-        handle = Handle(self)
-        self._work.put(lambda: self._receive(handle, request, priority, listener))
-        return handle
+        id = 0
 
-    def _receive(self, handle: "Handle", request: Request, priority: int, listener: Listener) -> None:
-        if self.error:
-            self._post(listener, Event(handle.id, [], "error"))
-            return
-        handle.id = self.engine.submit(request, priority)
-        self._listeners[handle.id] = listener
+        def receive() -> None:
+            nonlocal id
+            if self.error:
+                self._post(listener, Event(id, [], "error"))
+                return
+            id = self.engine.submit(request, priority)
+            self._listeners[id] = listener
 
-    def cancel(self, handle: "Handle") -> None:
         def drop() -> None:  # behind the work that submits it
-            if self._listeners.pop(handle.id, None):
-                self.engine.cancel(handle.id)
+            if self._listeners.pop(id, None):
+                self.engine.cancel(id)
 
-        self._work.put(drop)
+        self._work.put(receive)
+        return lambda: self._work.put(drop)
 
     async def call[T](self, function: Callable[[], T]) -> T:
         """Returns what a function returns in the engine's thread, between two steps, behind all that was submitted before."""

@@ -23,7 +23,6 @@ from stages.serve.adapters import AdapterTable
 from stages.serve.admission import Admission
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
-from stages.serve.grammars import GrammarPool
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
@@ -78,9 +77,8 @@ class ServerState:
             )
         )
         self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
-        self.tokenizer = TokenizerPool(chat, engine.capacity, documents)
+        self.tokenizer = TokenizerPool(chat, engine.capacity, engine.cfg.vocab, model.eos_ids, documents)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
-        self.grammars = GrammarPool(model.tokenizer, engine.cfg.vocab, self.stop_token_ids | self.tokenizer.eot_ids)
         self.metrics = Metrics(self.name, self.engine)
         self.adapters = AdapterTable(self.engine, base_digests, adapter_folder)
         self._hashing: asyncio.Task[str] | None = None

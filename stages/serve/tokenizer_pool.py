@@ -1,36 +1,43 @@
 """Turns texts and conversations into tokens and back, off the event loop, on two workers: short texts wait for no long one.
 
-Each worker is a thread with its own chat template process. The tokenizer is native code that releases Python's lock, so the
-event loop goes on meanwhile.
+Each worker is a thread with its own chat template process. A third compiles grammars. The tokenizer and the compiler are native
+code that releases Python's lock, so the event loop goes on meanwhile.
 """
 
 import asyncio
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from engine.errors import UserError
+from engine.inference.constraints import Constraint, GrammarCompiler
 from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
 from engine.text.documents import Documents, Passage, prompt_with
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
-from stages.serve.tools import Tool, Turn, describe_tools, tool_format
+from stages.serve.tools import Function, Grammar, Turn, describe_tools, tool_format
 
 SHORT_CHARACTERS = 16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
 COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
+CACHED_GRAMMARS = 32  # the last ones, for agents ask again and again
 
 
 class TokenizerPool:
-    """A model's tokenizer and chat template on two workers. `capacity`: tokens of a slot. `documents`: see `prompt_with`."""
+    """The tokenizer and chat template of a model of `vocab` ids, on workers. `capacity`: tokens of a slot. `eos_ids`: tokens
+    that end a text, as do those of the template. `documents`: see `prompt_with`.
+    """
 
-    def __init__(self, chat: ChatTokenizer, capacity: int, documents: Documents | None = None) -> None:
+    def __init__(
+        self, chat: ChatTokenizer, capacity: int, vocab: int, eos_ids: Collection[int], documents: Documents | None = None
+    ) -> None:
         self.tokenizer, self._chat, self._capacity, self._documents = chat.tokenizer, chat, capacity, documents
         self.eot_ids, self.template = frozenset(chat.eot_ids), chat.source
         self.tool_format, self._knows_tools = tool_format(chat.source)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
         self._short, self._long = (ThreadPoolExecutor(1, thread_name_prefix="tokenize") for _ in range(2))
+        self._grammars, self._vocab, self._end_ids = ThreadPoolExecutor(1, "grammar"), vocab, self.eot_ids.union(eos_ids)
 
     @functools.cached_property
     def _long_chat(self) -> ChatTokenizer:
@@ -49,7 +56,7 @@ class TokenizerPool:
         return await self._run(sum(map(len, texts)), "prompt", encode)
 
     async def encode_chat(
-        self, messages: Sequence[Turn], answer: str = "", more: Mapping[str, Any] | None = None, tools: Sequence[Tool] = ()
+        self, messages: Sequence[Turn], answer: str = "", more: Mapping[str, Any] | None = None, tools: Sequence[Function] = ()
     ) -> tuple[list[int], list[Passage]]:
         """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there.
 
@@ -80,8 +87,20 @@ class TokenizerPool:
     async def decode(self, tokens: list[int]) -> str:
         return await self._run(len(tokens), "tokens", lambda _: self.tokenizer.decode(tokens))
 
+    async def compile(self, grammar: Grammar) -> Constraint:
+        """Raises ApiError, which names the field, for a grammar that cannot be followed."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: self._compile(grammar.make()))
+        except UserError as error:
+            raise ApiError(400, f"{grammar.field}: {error}.", param=grammar.field) from None
+
+    @functools.cached_property
+    def _compile(self) -> Callable[[str], Constraint]:
+        """Sorts the tokens for the compiler when the first grammar comes."""
+        return functools.lru_cache(CACHED_GRAMMARS)(GrammarCompiler(self.tokenizer, self._vocab, self._end_ids).compile)
+
     def close(self) -> None:
-        for thread in (self._short, self._long):
+        for thread in (self._short, self._long, self._grammars):
             thread.shutdown(wait=False, cancel_futures=True)
         self._chat.close()
         if "_long_chat" in vars(self):

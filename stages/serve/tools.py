@@ -4,15 +4,19 @@ A model calls a tool as its chat template shows it: between `<tool_call>` and `<
 that is one JSON object (Llama 3). A template that knows no tools gets Hermes' own description of them as a system message.
 """
 
+import contextlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
 
-from engine.inference.constraints import json_rule
-from engine.text.completion_text import overlap
-from stages.serve.grammars import Grammar
+import msgspec
+from msgspec import Meta
+
+from engine.inference.constraints import json_grammar, json_rule
+from engine.text.tokenizer import overlap
+from stages.serve.errors import ApiError
 
 Turn = dict[str, Any]  # a message as templates read it
 MAX_CALLS = 8  # in an answer that must call: a small model repeats its call until the context is full
@@ -33,17 +37,35 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
-class Tool(NamedTuple):
-    """A function that the model may call. `parameters`: JSON Schema; `strict`: all of it is enforced or refused."""
+class Grammar(NamedTuple):
+    """The grammar for which the field of a request asks; `make` returns it."""
 
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-    strict: bool = False
+    field: str
+    make: Callable[[], str]
+
+
+def answer_grammar(field: str, schema: dict[str, Any] | None) -> Grammar:
+    return Grammar(field, lambda: json_grammar(schema or {"type": "object"}))
+
+
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
+
+
+class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A function that the model may call. `strict`: what of the schema cannot be enforced is refused, not ignored."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "object", "properties": {}, **(self.parameters or {})}
 
     @property
     def definition(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        function = {"name": self.name, "description": self.description or "", "parameters": self.schema}
         return {"type": "function", "function": function}
 
 
@@ -85,7 +107,7 @@ def tool_format(template: str) -> tuple[ToolFormat, bool]:
 class ToolUse(NamedTuple):
     """The tools that an answer may call: it must call one that is `required`, and no other than `name` if that is given."""
 
-    tools: Sequence[Tool] = ()
+    tools: Sequence[Function] = ()
     required: bool = False
     name: str | None = None
     parallel: bool = True
@@ -101,6 +123,33 @@ class ToolUse(NamedTuple):
 NO_TOOLS = ToolUse()
 
 
+def tool_use(functions: Sequence[Function], named: str | None, choice: Any, parallel: bool | None) -> ToolUse:
+    """Returns the use of functions as tools. `named`: the one to be called, in place of the choice. Raises ApiError."""
+    for function in functions:
+        if function.schema["type"] != "object":
+            message = f"tools: the parameters of {function.name} must be an object."
+            raise ApiError(400, message, param="tools[...].function.parameters")
+    required = choice == "required" or named is not None
+    if named not in (None, *(function.name for function in functions)) or (required and not functions):
+        raise ApiError(400, f"tool_choice: there is no tool {named or 'to call'!r:.80} in tools.", param="tool_choice")
+    return ToolUse(() if choice == "none" else functions, required, named, parallel is not False)
+
+
+def call_turn(id: str, name: str, arguments: Any) -> Turn:
+    """Returns a call as templates read it: its arguments are an object, or what else a model wrote."""
+    if isinstance(arguments, str):
+        with contextlib.suppress(msgspec.DecodeError):
+            arguments = msgspec.json.decode(arguments)
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def parse_arguments(call: ToolCall) -> dict[str, Any]:
+    """Returns the arguments of a whole call; none where the answer was cut off in them."""
+    with contextlib.suppress(msgspec.DecodeError):
+        return msgspec.json.decode(call.arguments)
+    return {}
+
+
 def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
     calls: list[ToolCall] = []
     for part in parts:
@@ -111,7 +160,7 @@ def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
     return calls
 
 
-def tool_grammar(form: ToolFormat, tools: Sequence[Tool], several: bool, text: str | None) -> str:
+def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, text: str | None) -> str:
     """Returns the grammar of an answer that calls a tool, or `several`.
 
     In place of a call there may be text: None for no text, "" for any, or the grammar `start: ...` of one rule. Raises
@@ -121,7 +170,7 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Tool], several: bool, text: s
     # Where an answer may be JSON too, both are read in the same parts.
     parts = lambda name: [form.opening(name)] if form.begin else ["{", '"name"', ": ", f'"{name}"', ", ", f'"{form.key}"', ": "]
     opening = lambda tool: " ".join(map(json.dumps, parts(tool.name)))
-    calls = [f"{opening(tool)} {json_rule(dict(tool.parameters), not tool.strict)} {end}" for tool in tools]
+    calls = [f"{opening(tool)} {json_rule(tool.schema, not tool.strict)} {end}" for tool in tools]
     if text == "" and form.begin:  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
         mark = form.begin.strip()
         rest = " | ".join(call.replace(json.dumps(mark)[:-1], '"', 1) for call in calls)
@@ -133,7 +182,7 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Tool], several: bool, text: s
     return f"start: {start}{other}\ncall: {' | '.join(calls)}{rule}"
 
 
-def describe_tools(turns: Iterable[Turn], tools: Sequence[Tool]) -> list[Turn]:
+def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Turn]:
     """Returns turns for a template that knows no tools: described in the system message, calls and results as text."""
     described: list[Turn] = []
     has_calls = False

@@ -11,10 +11,9 @@ from simulated_server import simulate_server
 from engine.inference import engine
 from engine.inference.request import Request
 from engine.inference.sampling import make_token_masks
-from engine.inference.scheduler import Scheduler
-from engine.inference.sequence import Sequence
+from engine.inference.scheduler import Scheduler, Sequence
 from stages.serve.admission import Admission
-from stages.serve.api import guard, writer
+from stages.serve.api import generation, guard
 from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
 
@@ -52,8 +51,8 @@ SERVER_FAULTS = {
     "a place is given to everybody": (Admission, "check", lambda _, sender, *__: sender),
     "a slot stays empty": (Admission, "__init__", lambda self, slots, queue: admission(self, max(1, slots - 1), queue)),
     "the bytes of a body count for ever": (Admission, "remove_bytes", lambda *_: None),
-    "who has left is answered": (EngineThread, "cancel", lambda *_: None),
-    "who reads nothing is waited for": (writer, "SEND_SECONDS", 10_000.0),
+    "who has left is answered": (EngineThread, "submit", lambda *each: submit(*each) and (lambda: None)),
+    "who reads nothing is waited for": (generation, "SEND_SECONDS", 10_000.0),
     "a log that is full ends a request": (guard, "contextlib", SimpleNamespace(suppress=lambda *_: contextlib.nullcontext())),
     "an adapter that is gone is still used": (ServerState, "adapter_of", lambda _, model: model.adapter),
     "an adapter's index is free at once": (
@@ -68,7 +67,7 @@ SERVER_FAULTS = {
         lambda self, events: deliver(self, [event._replace(id=max(1, event.id - 1)) for event in events]),
     ),
 }
-admission, deliver = Admission.__init__, vars(EngineThread)["_deliver"]
+admission, deliver, submit = Admission.__init__, vars(EngineThread)["_deliver"], EngineThread.submit
 
 
 def simulate_all(run, seeds):

@@ -76,7 +76,7 @@ def test_a_cut_answer_goes_on(client):
 
 def test_an_answer_after_a_name_goes_on_behind_its_space():
     chat = ChatTokenizer(byte_tokenizer())
-    tokens, _ = asyncio.run(TokenizerPool(chat, 99).encode_chat(say("Hi")["messages"], "Yes"))
+    tokens, _ = asyncio.run(TokenizerPool(chat, 99, 0, ()).encode_chat(say("Hi")["messages"], "Yes"))
     assert bytes(tokens) == b"User: Hi\nAssistant: Yes"
 
 

@@ -5,13 +5,13 @@ The path of one chat request, from the socket to the compiled program and back:
 1. server.HttpProtocol          bytes -> ASGI (uvicorn and h11; ours are the time limits)
 2. guard.Guard                  Host, Origin, key -> namespace; an id, and a line in the log; an error -> its reply
 3. app.Api                      path and method -> Route; requests.read_body: bytes -> its type, ChatRequest
-4. chat.chat_completions        ChatRequest -> Prompts and options of sampling, and a ChatWriter
+4. completions.chat_completions ChatRequest -> Prompts and options of sampling, and a ChatWriter
 5. generation.generate          reserves a place, or refuses; below it:
 6. tokenizer_pool.TokenizerPool messages -> token ids, in a worker thread
 7. EngineThread.submit          Request with SamplingParams -> the engine thread
-8. inference.engine.Engine.step   Sequence, scheduled in a Decode -> compiled programs -> SampledTokens -> Event
+8. inference.engine.Engine.step Sequence, scheduled in a Decode -> compiled programs -> SampledTokens -> Event
 9. generation.Generation        Event -> CompletionText (stop strings) -> Piece, on the event loop
-10. writer.respond               Piece -> ChatWriter -> ChatReply, or ChatChunk -> bytes
+10. generation.Writer          Piece -> ChatWriter -> ChatReply, or ChatChunk -> bytes
 
 A dialect is one file: the type of its body, the types of its replies, its writer, and a handler as in 4. All else is shared.
 State is in four: Generation, Choice, CompletionText, ChatWriter.

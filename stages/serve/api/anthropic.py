@@ -10,13 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from stages.serve.api.chat import Function, ToolName, answer_grammar, call_turn, parse_arguments, tool_use
-from stages.serve.api.completions import DocumentsUse, documents_use
-from stages.serve.api.generation import Piece, Prompts, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, MaxTokens, ModelRequest, StopTexts, in_range
-from stages.serve.api.writer import EventWriter, json_reply, respond
+from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
+from stages.serve.api.requests import EmptyList, JsonObject, MaxTokens, ModelRequest, StopTexts, TopK, TopP, json_reply
 from stages.serve.state import ServedModel, ServerState
-from stages.serve.tools import ToolUse, Turn, join_calls
+from stages.serve.tools import Function, ToolName, Turn, answer_grammar, call_turn, parse_arguments, tool_use
 
 
 class TextBlock(msgspec.Struct, forbid_unknown_fields=True):
@@ -24,7 +21,7 @@ class TextBlock(msgspec.Struct, forbid_unknown_fields=True):
 
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None
+    cache_control: JsonObject = None
     citations: EmptyList | None = None
 
 
@@ -46,7 +43,7 @@ class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     tool_use_id: str = ""
     content: Blocks | None = None
     is_error: bool | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: JsonObject = None
     citations: EmptyList | None = None
 
 
@@ -80,7 +77,7 @@ class ToolDefinition(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     description: str | None = None
     type: Literal["custom"] | None = None
     strict: bool | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: JsonObject = None
 
 
 class ToolChoice(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -99,16 +96,13 @@ class CountTokensRequest(ModelRequest, kw_only=True):
     thinking: dict[Literal["type"], Literal["disabled"]] | None = None
     tools: Annotated[list[ToolDefinition], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: JsonObject = None
 
     def prompts(self, state: ServerState) -> Prompts:
         turns = [turn for message in self.messages for turn in message.turns]
         if system := _text(self.system):
             turns.insert(0, {"role": "system", "content": system})
         goes_on = len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
-        return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "", tools=self._tools())
-
-    def _tools(self) -> ToolUse:
         choice = self.tool_choice or ToolChoice(type="auto")
         functions = [
             Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
@@ -116,7 +110,8 @@ class CountTokensRequest(ModelRequest, kw_only=True):
         ]
         named = (choice.name or "") if choice.type == "tool" else None
         kind = "required" if choice.type == "any" else choice.type
-        return tool_use(functions, named, kind, not choice.disable_parallel_tool_use)
+        tools = tool_use(functions, named, kind, not choice.disable_parallel_tool_use)
+        return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "", tools=tools)
 
 
 class OutputFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -139,10 +134,10 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     max_tokens: MaxTokens
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_p: Annotated[float, in_range("top_p")] | None = None
-    top_k: Annotated[int, in_range("top_k")] | None = None
+    top_p: TopP = None
+    top_k: TopK = None
     stop_sequences: StopTexts | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject = None
     service_tier: str | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called at first
@@ -187,9 +182,9 @@ class MessageWriter(EventWriter):
 
     def reply(self, pieces: list[Piece], usage: Usage) -> MessageReply:
         (piece,) = pieces
-        calls = join_calls(piece.calls)
-        blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not calls else []
-        blocks += [ReplyBlock(type="tool_use", id=call.id, name=call.name, input=parse_arguments(call)) for call in calls]
+        blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not piece.calls else []
+        for call in piece.calls:
+            blocks.append(ReplyBlock(type="tool_use", id=call.id, name=call.name, input=parse_arguments(call)))
         return self._message(usage, content=blocks, **_stop(piece))
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -214,7 +209,7 @@ class MessageWriter(EventWriter):
         yield {"type": "message_stop"}
 
     def _message(self, usage: Usage, **fields: Any) -> MessageReply:
-        return MessageReply(**self._head, usage=_usage(usage), documents=documents_use(usage), **fields)
+        return MessageReply(**self._head, usage=_usage(usage), documents=usage.documents, **fields)
 
     def _open(self, block: ReplyBlock) -> Iterator[dict[str, Any]]:
         yield from self._close()
@@ -241,12 +236,10 @@ def _stop(piece: Piece) -> dict[str, Any]:
 
 
 async def messages(state: ServerState, http: Request, body: MessagesRequest) -> ASGIApp:
-    options = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-    stops = body.stop_sequences or ()
     wanted = {"output_config.format": body.output_config and body.output_config.format, "output_format": body.output_format}
     grammars = [answer_grammar(f"{field}.schema", value.schema) for field, value in wanted.items() if value]
-    generation = await generate(state, http, body.prompts(state), options, stops=stops, grammars=grammars)
-    return respond(body, MessageWriter(http.state.model), generation)
+    writer = MessageWriter(http.state.model)
+    return await generate(state, http, body, body.prompts(state), writer, stop=body.stop_sequences, grammars=grammars)
 
 
 async def count_tokens(state: ServerState, _: Request, body: CountTokensRequest) -> Response:

@@ -6,10 +6,16 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stages.serve.api import adapters, anthropic, embeddings, ollama, responses, score, status, tokens
+from stages.serve.api import anthropic, embeddings, ollama, responses, score, status, tokens
 from stages.serve.api import openapi as schema
-from stages.serve.api.chat import ChatReply, ChatRequest, chat_completions
-from stages.serve.api.completions import CompletionReply, CompletionRequest, completions
+from stages.serve.api.completions import (
+    ChatReply,
+    ChatRequest,
+    CompletionReply,
+    CompletionRequest,
+    chat_completions,
+    completions,
+)
 from stages.serve.api.generation import check_ready
 from stages.serve.api.guard import Guard
 from stages.serve.api.requests import read_body
@@ -24,8 +30,7 @@ BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 class Route(NamedTuple):
     """One route. `handler` takes the state, the request and, if there is a `body`, that body, read as its type.
 
-    `reply`: the type of a JSON reply. `streams`: whether it makes completions, streamed or whole. `errors`: statuses besides
-    those that every route has, or every one with a body.
+    `reply`: the type of a JSON reply. `errors`: statuses besides those that every route has, or every one with a body.
     """
 
     method: str
@@ -35,9 +40,13 @@ class Route(NamedTuple):
     handler: Callable[..., Any]
     body: Any = None
     reply: Any = None
-    streams: bool = False
     errors: tuple[int, ...] = ()
     media: str = "application/json"
+
+    @property
+    def streams(self) -> bool:
+        """Whether it makes completions, streamed or whole."""
+        return hasattr(self.body, "stream")
 
     @property
     def statuses(self) -> tuple[int, ...]:
@@ -46,19 +55,19 @@ class Route(NamedTuple):
 
 ROUTES = [
     Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.", chat_completions,
-          ChatRequest, ChatReply, streams=True),
+          ChatRequest, ChatReply),
     Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions,
-          CompletionRequest, CompletionReply, streams=True),
+          CompletionRequest, CompletionReply),
     Route("POST", "/v1/responses", "createResponse", "Answers a conversation, as events or whole.", responses.responses,
-          responses.ResponseRequest, responses.ResponseReply, streams=True),
+          responses.ResponseRequest, responses.ResponseReply),
     Route("POST", "/v1/messages", "createMessage", "Answers a conversation, as Anthropic has it.", anthropic.messages,
-          anthropic.MessagesRequest, anthropic.MessageReply, streams=True),
+          anthropic.MessagesRequest, anthropic.MessageReply),
     Route("POST", "/v1/messages/count_tokens", "countTokens", "The tokens of a conversation.", anthropic.count_tokens,
           anthropic.CountTokensRequest, anthropic.CountTokensReply),
     Route("POST", "/api/chat", "ollamaChat", "Answers a conversation, as Ollama has it.", ollama.chat,
-          ollama.OllamaChatRequest, ollama.OllamaReply, streams=True),
+          ollama.OllamaChatRequest, ollama.OllamaReply),
     Route("POST", "/api/generate", "ollamaGenerate", "Answers or continues a prompt, as Ollama has it.", ollama.generate_text,
-          ollama.OllamaGenerateRequest, ollama.OllamaReply, streams=True),
+          ollama.OllamaGenerateRequest, ollama.OllamaReply),
     Route("GET", "/api/tags", "ollamaTags", "The model that is served, as Ollama has it.", ollama.tags, reply=ollama.Tags),
     Route("GET", "/api/ps", "ollamaPs", "The model that is served: it is loaded.", ollama.tags, reply=ollama.Tags),
     Route("GET", "/api/version", "ollamaVersion", "A version of Ollama that has what is here.", ollama.version,
@@ -76,10 +85,10 @@ ROUTES = [
     Route("GET", "/v1/models", "listModels", "The model that is served.", status.models, reply=status.ModelList),
     Route("GET", "/v1/models/{model}", "retrieveModel", "The model of that name.", status.model, reply=status.ModelCard,
           errors=(404,)),
-    Route("POST", "/v1/adapters", "addAdapter", "Adds an adapter, which requests may then name as their model.", adapters.add,
-          adapters.AdapterRequest, status.ModelCard, errors=(409,)),
+    Route("POST", "/v1/adapters", "addAdapter", "Adds an adapter, which requests may then name as their model.",
+          status.add_adapter, status.AdapterRequest, status.ModelCard, errors=(409,)),
     Route("DELETE", "/v1/adapters/{model}", "removeAdapter", "Removes an adapter; requests under way go on with it.",
-          adapters.remove, reply=adapters.AdapterReply, errors=(404,)),
+          status.remove_adapter, reply=status.AdapterReply, errors=(404,)),
     Route("GET", "/health", "health", "Whether requests are answered.", status.health, reply=status.Health, errors=(503,)),
     Route("GET", "/live", "live", "Whether the process runs.", status.live, reply=status.Live),
     Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", status.metrics, media="text/plain"),

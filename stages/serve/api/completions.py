@@ -1,9 +1,9 @@
-"""POST /v1/completions, OpenAI's: continues texts. Its fields of sampling and the form of its replies are the chat's too."""
+"""POST /v1/chat/completions and /v1/completions, OpenAI's: answers a conversation, or continues texts."""
 
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,29 +14,44 @@ from starlette.types import ASGIApp
 
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
-from engine.text.documents import Passage
-from stages.serve.api.generation import Generation, Piece, Prompts, Reason, Usage, generate, text_prompts
+from stages.serve.api.generation import (
+    DocumentsUse,
+    Piece,
+    Prompts,
+    Reason,
+    Usage,
+    Writer,
+    chat_prompts,
+    generate,
+    text_prompts,
+)
 from stages.serve.api.requests import (
     MAX_PROMPTS,
     MAX_STOPS,
+    EmptyList,
     GenerationRequest,
+    JsonObject,
     LogProbs,
     MaxTokens,
+    MinP,
+    Penalty,
+    Seed,
     Stops,
     StopText,
+    Temperature,
     Texts,
     TokenId,
+    TopK,
+    TopP,
     in_range,
 )
-from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
-from stages.serve.grammars import Grammar
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import token_text
+from stages.serve.tools import NO_TOOLS, Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, tool_use
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
-Penalty = Annotated[float, Meta(ge=-2, le=2)]  # as OpenAI has it; the engine takes more
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
 LogitBias = Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)]
 
@@ -62,22 +77,22 @@ class CompletionFields(GenerationRequest, kw_only=True):
 
     max_tokens: MaxTokens | None = None
     min_tokens: Annotated[int, in_range("min_tokens")] | None = None
-    temperature: Annotated[float, in_range("temperature")] | None = None
-    top_p: Annotated[float, in_range("top_p")] | None = None
-    top_k: Annotated[int, in_range("top_k")] | None = None
-    min_p: Annotated[float, in_range("min_p")] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
     repetition_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
     logit_bias: LogitBias | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    guided_json: dict[str, Any] | None = None
+    guided_json: JsonObject = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[StopText], Meta(min_length=1)] | None = None
     guided_grammar: str | None = None
@@ -89,27 +104,15 @@ class CompletionFields(GenerationRequest, kw_only=True):
         given = {name: getattr(self, name) for name in GRAMMARS}
         return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
 
-    async def generate(
-        self, state: ServerState, http: HttpRequest, prompts: Prompts, *, scores: bool = False, **options: Any
-    ) -> Generation:
-        """Begins the completions; `options` are fields of SamplingParams that this kind has in its own form."""
+    async def respond(
+        self, state: ServerState, http: HttpRequest, prompts: Prompts, writer: "ChoicesWriter", **options: Any
+    ) -> ASGIApp:
+        """Responds with the completions; `options` are those of `generate`."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
-        bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
-        names = (*DefaultSampling.__struct_fields__, "min_tokens", "seed", "stop_token_ids")
-        given = {name: getattr(self, name) for name in names} | {"logit_bias": bias} | options
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return await generate(
-            state,
-            http,
-            prompts,
-            given,
-            n=self.n or 1,
-            stops=stops,
-            ignore_eos=self.ignore_eos,
-            grammars=self.grammars,
-            scores=scores,
-        )
+        options |= {"n": self.n, "stop": self.stop, "ignore_eos": self.ignore_eos, "grammars": self.grammars}
+        options["logit_bias"] = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
+        return await generate(state, http, self, prompts, writer, **options)
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
@@ -124,21 +127,6 @@ class CompletionRequest(CompletionFields, kw_only=True):
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
-
-
-class DocumentsUse(msgspec.Struct):
-    """The passages of documents in a prompt, their tokens, and about the seconds that reading them took."""
-
-    tokens: int
-    seconds: float
-    passages: Sequence[Passage]
-
-
-def documents_use(usage: Usage) -> DocumentsUse | UnsetType:
-    """Returns this server's own field of a reply, absent without passages; reading takes them their share of the tokens."""
-    tokens, read = sum(passage.tokens for passage in usage.passages), usage.prompt - usage.cached
-    share = min(tokens / max(read, 1), 1)
-    return DocumentsUse(tokens, round(usage.first_seconds * share, 4), usage.passages) if usage.passages else UNSET
 
 
 class ReplyFields(msgspec.Struct, kw_only=True):
@@ -225,14 +213,14 @@ class ChoicesWriter(Writer):
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         choices = list(map(self.choice, pieces))
-        return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage), documents=documents_use(usage))
+        return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage), documents=usage.documents)
 
     def chunk(self, *choices: Any, usage: ReplyUsage | None = None, documents: DocumentsUse | UnsetType = UNSET) -> Any:
         usage_field = usage if self._wants_usage else UNSET
         return self.chunk_type(**self._head, choices=list(choices), usage=usage_field, documents=documents)
 
     def end(self, usage: Usage) -> Iterable[Any]:
-        return [self.chunk(usage=reply_usage(usage), documents=documents_use(usage))] if self._wants_usage else []
+        return [self.chunk(usage=reply_usage(usage), documents=usage.documents)] if self._wants_usage else []
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
@@ -305,7 +293,287 @@ async def completions(state: ServerState, http: HttpRequest, body: CompletionReq
     writer = EchoWriter(*arguments, encoded) if body.echo else CompletionWriter(*arguments)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo and body.logprobs is not None)
-    generation = await body.generate(
-        state, http, prompts._replace(encode=encode), max_tokens=max_tokens, logprobs=body.logprobs, scores=scores
+    return await body.respond(
+        state, http, prompts._replace(encode=encode), writer, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores
     )
-    return respond(body, writer, generation)
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a message. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: JsonObject = None
+
+
+class FunctionCall(msgspec.Struct):
+    """A call's function, and its arguments as JSON. Without a name: the next part of them."""
+
+    name: str | UnsetType
+    arguments: str
+
+
+class MessageCall(msgspec.Struct, kw_only=True):
+    """A call of a tool, in a message or, with its `index`, in a stream."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = "function"
+    function: FunctionCall
+
+    @property
+    def turn(self) -> Turn:
+        return call_turn(self.id or "", str(self.function.name), self.function.arguments)
+
+
+class ToolField(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A tool, or in `tool_choice` the name of one."""
+
+    type: Literal["function"]
+    function: Function
+    cache_control: JsonObject = None
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A message of a conversation. An assistant's that calls tools needs no content."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)] | None = None
+    name: str | None = None
+    refusal: Literal[""] | None = None
+    annotations: EmptyList | None = None
+    tool_calls: Annotated[list[MessageCall], Meta(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    cache_control: JsonObject = None
+    parsed: Any = None  # by OpenAI's client, which sends it back
+    function_call: None = None
+    audio: None = None
+
+    @property
+    def turn(self) -> Turn:
+        """The message as templates read it; the role `developer` becomes `system`."""
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ApiError(
+                400,
+                "messages[...].content: only an assistant's message with tool_calls may have none.",
+                param="messages[...].content",
+            )
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        calls = {"tool_calls": [call.turn for call in self.tool_calls]} if self.tool_calls else {}
+        named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name))}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **calls, **named}
+
+
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A schema that an answer is to satisfy; it is enforced whether or not it is `strict`."""
+
+    name: str
+    schema: JsonObject = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """The format of answers: text, a JSON object, or JSON that satisfies a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(CompletionFields, kw_only=True):
+    """POST /v1/chat/completions. `continue_final_message`, without `add_generation_prompt`: goes on with the last message."""
+
+    messages: Messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: LogProbs | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
+    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolField | None = None
+    chat_template_kwargs: JsonObject = None
+    parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    metadata: JsonObject = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: JsonObject = None
+    service_tier: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+    @property
+    def tool_use(self) -> ToolUse:
+        choice = self.tool_choice
+        named = choice.function.name if isinstance(choice, ToolField) else None
+        functions = [each.function for each in self.tools or ()]
+        return tool_use(functions, named, "auto" if choice is None else choice, self.parallel_tool_calls)
+
+    @property
+    def grammars(self) -> list[Grammar]:
+        grammars, wanted = super().grammars, self.response_format
+        if wanted and wanted.type != "text":
+            field = "response_format" if wanted.type == "json_object" else "response_format.json_schema.schema"
+            if (wanted.json_schema is None) != (wanted.type == "json_object"):
+                message = "response_format.json_schema belongs to the type json_schema, and only to it."
+                raise ApiError(400, message, param="response_format.json_schema")
+            grammars.append(answer_grammar(field, wanted.json_schema.schema if wanted.json_schema else None))
+        return grammars
+
+
+class TopLogProb(msgspec.Struct):
+    """A token, its log-probability in nats, and its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogProb(TopLogProb):
+    """The sampled token, and the most probable ones in its place."""
+
+    top_logprobs: list[TopLogProb]
+
+
+class ChatLogProbs(msgspec.Struct):
+    """Log-probabilities of the tokens of a chat choice."""
+
+    content: list[TokenLogProb]
+    refusal: None = None
+
+
+class ReplyMessage(msgspec.Struct):
+    content: str | None
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+    tool_calls: list[MessageCall] | UnsetType = UNSET
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ReplyMessage
+    finish_reason: Reason
+    logprobs: ChatLogProbs | None = None
+
+
+class ChatReply(ReplyFields, kw_only=True):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: ReplyUsage
+
+
+class Delta(msgspec.Struct):
+    """The new part of the assistant's message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    tool_calls: list[MessageCall] | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: Delta
+    finish_reason: Reason | None = None
+    logprobs: ChatLogProbs | None = None
+
+
+class ChatChunk(ReplyFields, kw_only=True):
+    """One `data:` of a stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    usage: ReplyUsage | UnsetType | None = UNSET
+
+
+class ChatWriter(ChoicesWriter):
+    id_prefix, reply_type, chunk_type = "chatcmpl", ChatReply, ChatChunk
+
+    def __init__(self, state: ServerState, model: ServedModel, body: ChatRequest) -> None:
+        super().__init__(state, model, body)
+        self._wants_logprobs, self._n = body.logprobs, body.n or 1
+
+    def choice(self, piece: Piece) -> ChatChoice:
+        calls = [MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls]
+        message = ReplyMessage(piece.text or (None if calls else ""), tool_calls=calls or UNSET)
+        return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))  # type: ignore[arg-type]
+
+    def begin(self, usage: Usage) -> Iterable[ChatChunk]:
+        begin = lambda index: ChatChunkChoice(index, Delta("assistant", ""))
+        return [self.chunk(begin(index), documents=usage.documents) for index in range(self._n)]
+
+    def chunks(self, piece: Piece) -> Iterator[Any]:
+        if piece.text or piece.logprobs:
+            delta = Delta(content=piece.text) if piece.text else Delta()
+            yield self.chunk(ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece)))
+        for call in piece.calls:
+            begins = {"id": call.id, "type": "function"} if call.id else {"id": UNSET, "type": UNSET}
+            function = FunctionCall(call.name or UNSET, call.arguments)
+            delta = Delta(tool_calls=[MessageCall(index=call.number, function=function, **begins)])
+            yield self.chunk(ChatChunkChoice(piece.choice, delta))
+        if piece.finish_reason:
+            yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
+
+    def _logprobs(self, piece: Piece) -> ChatLogProbs | None:
+        return ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self._wants_logprobs else None
+
+    def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
+        shown = lambda token, nats: ((text := token_text(self.tokenizer, token))[0], nats, list(text[1]))
+        top = [TopLogProb(*shown(token, nats)) for token, nats in logprob.top]
+        return TokenLogProb(*shown(logprob.token, logprob.logprob), top)
+
+
+def conversation(
+    state: ServerState,
+    messages: list[Message],
+    *,
+    begins: bool | None,
+    goes_on: bool | None,
+    tools: ToolUse = NO_TOOLS,
+    variables: JsonObject = None,
+) -> Prompts:
+    """Returns the prompt of messages; `tools` and `variables` as of `chat_prompts`.
+
+    It goes up to the assistant's next turn, which `begins`, or to the end of its last one if that `goes_on`: vLLM's
+    add_generation_prompt and continue_final_message. Raises ApiError.
+    """
+    turns = [message.turn for message in messages]
+    if (goes_on is True) == (begins is not False):
+        message = "add_generation_prompt must be false with continue_final_message true, and true without."
+        raise ApiError(400, message, param="add_generation_prompt")
+    if not goes_on:
+        return chat_prompts(state, turns, tools=tools, variables=variables)
+    answer = turns.pop()
+    if answer["role"] != "assistant" or not turns:
+        message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
+        raise ApiError(400, message, param="messages")
+    return chat_prompts(state, turns, answer["content"], tools=tools, variables=variables)
+
+
+async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequest) -> ASGIApp:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+    if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
+        message = "max_completion_tokens is sent beside max_tokens, its older name, with another value."
+        raise ApiError(400, message, param="max_completion_tokens")
+    prompts = conversation(
+        state,
+        body.messages,
+        begins=body.add_generation_prompt,
+        goes_on=body.continue_final_message,
+        tools=body.tool_use,
+        variables=body.chat_template_kwargs,
+    )
+    return await body.respond(
+        state,
+        http,
+        prompts,
+        ChatWriter(state, http.state.model, body),
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )

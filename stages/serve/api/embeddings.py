@@ -9,10 +9,9 @@ from msgspec import Meta
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
-from engine.inference.request import Request, SamplingParams, check_request
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, text_prompts
+from engine.inference.request import Request, SamplingParams
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, Writer, begin, make_request, text_prompts
 from stages.serve.api.requests import ModelRequest, Texts
-from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import context_overflow
@@ -63,20 +62,16 @@ class EmbeddingsWriter(Writer):
 
 
 async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequest) -> ASGIApp:
-    capacity, cfg = state.engine.capacity, state.engine.cfg
-    if body.dimensions and body.dimensions > cfg.width:
-        raise ApiError(400, f"An embedding of this model has {cfg.width} dimensions, not more.", param="dimensions")
+    capacity, width = state.engine.capacity, state.engine.cfg.width
+    if body.dimensions and body.dimensions > width:
+        raise ApiError(400, f"An embedding of this model has {width} dimensions, not more.", param="dimensions")
     prompts = text_prompts(state, "input", body.input, MAX_COMPLETIONS)
 
     async def make_requests() -> list[Request]:
-        encoded, requests = await prompts.encode(), []
-        adapter = state.adapter_of(http.state.model)
+        encoded = await prompts.encode()
         for tokens in encoded:
             if len(tokens) >= capacity:
                 raise context_overflow(len(tokens), capacity, "input")
-            requests.append(Request(tuple(tokens), WITHOUT_COMPLETION, http.state.namespace, embed=True, adapter=adapter))
-            check_request(requests[-1], cfg.vocab, capacity)
-        return requests
+        return [make_request(state, http, tokens, WITHOUT_COMPLETION, embed=True) for tokens in encoded]
 
-    writer = EmbeddingsWriter(http.state.model, body)
-    return respond(body, writer, await begin(state, http, prompts, make_requests))
+    return await begin(state, http, body, prompts, EmbeddingsWriter(http.state.model, body), make_requests)

@@ -1,4 +1,7 @@
-"""Generation: the completions of one HTTP request in any dialect, from prompts to the pieces of their texts."""
+"""Generation: the completions of one HTTP request, from prompts over events to what the Writer of a dialect makes of them.
+
+A handler calls `generate`, or `begin` with requests of its own, and returns what that returns: the response.
+"""
 
 import asyncio
 import contextlib
@@ -6,28 +9,31 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request as HttpRequest
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import InvalidField
-from engine.inference.constraints import ForcedTokens
+from engine.inference.constraints import Constraint, ForcedTokens
 from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingParams, check_request
-from engine.text.completion_text import CompletionText
 from engine.text.documents import Passage
+from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
-from stages.serve.api.requests import INLINE_BYTES, content_length
-from stages.serve.errors import ApiError, ClientGone
-from stages.serve.grammars import Grammar
+from stages.serve.api.requests import INLINE_BYTES, ModelRequest, content_length, json_reply
+from stages.serve.errors import ApiError, ClientGone, internal_error
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
-from stages.serve.tools import NO_TOOLS, CallParser, ToolCall, ToolUse, Turn, join_calls
+from stages.serve.tools import NO_TOOLS, CallParser, Grammar, ToolCall, ToolUse, Turn, join_calls
 
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 WAIT_SECONDS = 0.5  # between looks at what a request waits for
+SEND_SECONDS = 60.0  # for a client to read what it was sent
+SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 
 Reason = Literal["stop", "length", "tool_calls"]
 
@@ -64,6 +70,14 @@ class Piece(NamedTuple):
     embedding: Any = None
 
 
+class DocumentsUse(msgspec.Struct):
+    """The passages of documents in a prompt, their tokens, and about the seconds that reading them took."""
+
+    tokens: int
+    seconds: float
+    passages: Sequence[Passage]
+
+
 class Usage(NamedTuple):
     """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
 
@@ -76,6 +90,13 @@ class Usage(NamedTuple):
     first_seconds: float
     seconds: float
     passages: Sequence[Passage] = ()
+
+    @property
+    def documents(self) -> DocumentsUse | UnsetType:
+        """This server's own field of a reply, absent without passages; reading takes them their share of the tokens."""
+        tokens = sum(passage.tokens for passage in self.passages)
+        share = min(tokens / max(self.prompt - self.cached, 1), 1)
+        return DocumentsUse(tokens, round(self.first_seconds * share, 4), self.passages) if self.passages else UNSET
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,21 +142,15 @@ class Generation:
         self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
         self._passages = prompts.passages
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
-        completion = lambda request: CompletionText(
-            state.tokenizer.tokenizer.stream(), () if isinstance(request.constraint, ForcedTokens) else stops
-        )
-        parser = lambda: CallParser(state.tokenizer.tool_format) if prompts.tools.tools else None
-        self._choices = [
-            Choice(index, request, completion(request), prompts.strips_space, parser())
-            for index, request in enumerate(requests)
-        ]
-        self._unfinished = {
-            choice: state.engine.submit(choice.request, priority, functools.partial(self._receive, choice))
-            for choice in self._choices
-        }
-
-    def _receive(self, choice: Choice, event: Event) -> None:
-        self._events.put_nowait((choice, event))
+        self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
+        for index, request in enumerate(requests):
+            is_scored = isinstance(request.constraint, ForcedTokens)
+            completion = CompletionText(state.tokenizer.tokenizer.stream(), () if is_scored else stops)
+            parser = CallParser(state.tokenizer.tool_format) if prompts.tools.tools else None
+            choice = Choice(index, request, completion, prompts.strips_space, parser)
+            receive = lambda event, choice=choice: self._events.put_nowait((choice, event))
+            self._unfinished[choice] = state.engine.submit(request, priority, receive)
+        self._choices = [*self._unfinished]
 
     async def pieces(self) -> AsyncIterator[Piece | str]:
         """Yields the pieces of all completions as they come, in between what the request waits for: whenever that changes and
@@ -194,8 +209,8 @@ class Generation:
             yield
         finally:
             watching.cancel()
-            for handle in self._unfinished.values():
-                handle.cancel()
+            for cancel in self._unfinished.values():
+                cancel()
             self._unfinished.clear()
             for choice in self._choices:
                 self._state.metrics.count_end(choice.end)
@@ -246,9 +261,9 @@ class Generation:
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
             choice.end = reason
-            handle = self._unfinished.pop(choice)
+            cancel = self._unfinished.pop(choice)
             if not event.finish_reason:
-                handle.cancel()
+                cancel()
             seconds, prompt = now - self._arrived, len(choice.request.prompt)
             metrics.count_completion(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
             if not self._unfinished:
@@ -261,6 +276,91 @@ class Generation:
             reason = "tool_calls" if reason == "stop" and choice.parser.has_whole_calls else reason
         logprobs = event.logprobs[: completion.tokens - before]
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
+
+
+class Writer:
+    """Writes the pieces of a generation in one dialect, as a reply of one Struct or as the chunks of a stream.
+
+    A stream is what `begin`, `chunks`, for each piece, and `end` return, each chunk as `frame` has it, and then `last`: by
+    default server-sent events as OpenAI has them. `comment` is a line that clients pass over.
+    """
+
+    media = "text/event-stream; charset=utf-8"
+    last = b"data: [DONE]\n\n"
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> msgspec.Struct:
+        raise NotImplementedError
+
+    def begin(self, usage: Usage) -> Iterable[Any]:
+        return ()
+
+    def chunks(self, piece: Piece) -> Iterable[Any]:
+        raise NotImplementedError
+
+    def end(self, usage: Usage) -> Iterable[Any]:
+        return ()
+
+    def frame(self, chunk: Any) -> bytes:
+        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+    def error(self, error: ApiError) -> bytes:
+        return b"data: " + error.body + b"\n\n"
+
+    def comment(self, text: str) -> bytes:
+        return f": {text}\n\n".encode()
+
+
+class EventWriter(Writer):
+    """Writes server-sent events that have their chunk's type as a name."""
+
+    last = b""
+
+    def frame(self, chunk: Any) -> bytes:
+        return b"event: " + chunk["type"].encode() + b"\n" + super().frame(chunk)
+
+    def error(self, error: ApiError) -> bytes:
+        return b"event: error\n" + super().error(error)
+
+
+async def _send_reply(
+    writer: Writer, generation: Generation, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send
+) -> None:
+    async with generation.watch_disconnect(receive):
+        reply = json_reply(writer.reply(await generation.collect(), generation.usage), headers=headers)
+    await reply(scope, receive, send)
+
+
+async def _send_stream(
+    writer: Writer, generation: Generation, headers: Mapping[str, str], _: Scope, receive: Receive, send: Send
+) -> None:
+    """Responds with a stream, in which comments say what it waits for. Ends when the client reads no more."""
+
+    async def write(event: bytes, more: bool = True) -> None:
+        async with asyncio.timeout(SEND_SECONDS):
+            await send({"type": "http.response.body", "body": event, "more_body": more})
+
+    async def write_chunks(chunks: Iterable[Any]) -> None:
+        for chunk in chunks:
+            await write(writer.frame(chunk))
+
+    headers = {"content-type": writer.media, "cache-control": "no-cache", "x-accel-buffering": "no", **headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
+        async with generation.watch_disconnect(receive):
+            await send({"type": "http.response.start", "status": 200, "headers": encoded})
+            try:
+                await write_chunks(writer.begin(generation.usage))
+                async for piece in generation.pieces():
+                    if isinstance(piece, str):
+                        await write(writer.comment(piece))
+                    else:
+                        await write_chunks(writer.chunks(piece))
+                await write_chunks(writer.end(generation.usage))
+            except (ClientGone, OSError):
+                raise
+            except Exception as error:
+                await write(writer.error(error if isinstance(error, ApiError) else internal_error(error)))
+            await write(writer.last, more=False)
 
 
 def text_prompts(state: ServerState, field: str, value: Any, most: int) -> Prompts:
@@ -322,6 +422,21 @@ def _tries(http: HttpRequest) -> int | None:
     return int(count) if count.isdecimal() and len(count) < 4 else None
 
 
+def make_request(
+    state: ServerState,
+    http: HttpRequest,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    constraint: Constraint | None = None,
+    embed: bool = False,
+) -> Request:
+    """Raises ApiError if the adapter has been removed, and as `check_request`."""
+    adapter = state.adapter_of(http.state.model)
+    request = Request(tuple(prompt), sampling, http.state.namespace, constraint, embed, adapter)
+    check_request(request, state.engine.cfg.vocab, state.engine.capacity)
+    return request
+
+
 def make_scored(
     state: ServerState, http: HttpRequest, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0
 ) -> Request:
@@ -333,34 +448,34 @@ def make_scored(
         raise ApiError(400, f"{field} holds an id outside the vocabulary of {vocab:,}.", param=field)
     # As those of a completion's own tokens are, in the same program.
     sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
-    request = Request(
-        tuple(prompt), sampling, http.state.namespace, ForcedTokens(tokens), adapter=state.adapter_of(http.state.model)
-    )
-    check_request(request, vocab, capacity)
-    return request
+    return make_request(state, http, prompt, sampling, ForcedTokens(tokens))
 
 
 async def generate(
     state: ServerState,
     http: HttpRequest,
+    body: ModelRequest,
     prompts: Prompts,
-    options: Mapping[str, Any],
+    writer: Writer,
     *,
-    n: int = 1,
-    stops: Sequence[str] = (),
-    ignore_eos: bool | None = False,
+    fields: msgspec.Struct | None = None,
+    n: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    ignore_eos: bool | None = None,
     grammars: Sequence[Grammar] = (),
-    scores: bool | None = False,
-) -> Generation:
-    """Begins `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
+    scores: bool = False,
+    **own: Any,
+) -> ASGIApp:
+    """Responds with `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
 
-    All keep to the grammar, of which there is one at most. `options`: the fields of SamplingParams that the request has; None
-    stands for the default. At most `max_tokens` are generated, by default and at most as many as fit; with 0 there is no
-    completion. With `scores` the tokens of each prompt but its first come before its completions, if there are others. Raises
-    ApiError.
+    All keep to the grammar, of which there is one at most. `own` are fields of SamplingParams that the dialect has in its own
+    form; the others are those of its `fields`, by default the body's, of the same name; None stands for the default. At most
+    `max_tokens` are generated, by default and at most as many as fit; with 0 there is no completion. With `scores` the tokens
+    of each prompt but its first come before its completions, if there are others. Raises ApiError.
     """
-    capacity = state.engine.capacity
-    given = {name: value for name, value in options.items() if value is not None}
+    capacity, n = state.engine.capacity, n or 1
+    values = {name: own[name] if name in own else getattr(fields or body, name, None) for name in SAMPLING_FIELDS}
+    given = {name: value for name, value in values.items() if value is not None}
     limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
     ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if ignore_eos else prompts.stop_token_ids)
     if len(grammars) > 1:
@@ -371,7 +486,7 @@ async def generate(
         grammar = grammars[0] if grammars else None
         if prompts.tools.tools:
             grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
-        constraint = await state.grammars.compile(grammar) if grammar else None
+        constraint = await state.tokenizer.compile(grammar) if grammar else None
         requests: list[Request] = []
         for number, prompt in enumerate(await prompts.encode()):
             room = capacity - len(prompt)
@@ -381,24 +496,26 @@ async def generate(
                 requests.append(make_scored(state, http, prompt[:1], prompt[1:], prompts.field, given["logprobs"]))
             if limit:
                 given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
-                rows = dataclasses.replace(state.sampling, **given).per_row(n)  # each with its own seed
-                adapter = state.adapter_of(http.state.model)
-                requests += [Request(tuple(prompt), row, http.state.namespace, constraint, adapter=adapter) for row in rows]
-                check_request(requests[-1], state.engine.cfg.vocab, capacity)
+                first = make_request(state, http, prompt, dataclasses.replace(state.sampling, **given), constraint)
+                requests += [
+                    dataclasses.replace(first, sampling=row) for row in first.sampling.per_row(n)
+                ]  # each with its seed
         return requests
 
-    return await begin(state, http, prompts, make_requests, n, stops)
+    return await begin(state, http, body, prompts, writer, make_requests, n, [stop] if isinstance(stop, str) else stop or ())
 
 
 async def begin(
     state: ServerState,
     http: HttpRequest,
+    body: ModelRequest,
     prompts: Prompts,
+    writer: Writer,
     make_requests: Callable[[], Awaitable[list[Request]]],
     n: int = 1,
     stops: Sequence[str] = (),
-) -> Generation:
-    """Begins the requests that `make_requests` returns: `n` completions of each prompt, or the scores of given ones.
+) -> ASGIApp:
+    """Begins the requests that `make_requests` returns, `n` completions of each prompt or the scores of given ones; responds.
 
     A place is reserved before the prompts become tokens, and freed whatever happens. Raises ApiError.
     """
@@ -410,11 +527,11 @@ async def begin(
     priority = state.admission.reserve(_sender(http, choices), time.monotonic(), _tries(http))
     try:
         requests = await make_requests()
-        generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts)
-        http.state.generation = generation
-        return generation
+        generation = http.state.generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts)
     except BaseException as error:
         state.admission.release()
         if isinstance(error, InvalidField):
             raise ApiError(400, str(error), param=prompts.field if error.field == "prompt" else error.field) from None
         raise
+    headers = {"X-Ignored-Fields": ", ".join(body.ignored)} if body.ignored else {}
+    return functools.partial(_send_stream if getattr(body, "stream", False) else _send_reply, writer, generation, headers)

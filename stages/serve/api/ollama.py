@@ -13,28 +13,49 @@ from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
 from engine.model.weights.matmul import weight_types
-from stages.serve.api.chat import ToolField, answer_grammar, call_turn, parse_arguments, tool_use
-from stages.serve.api.completions import DocumentsUse, documents_use
-from stages.serve.api.generation import Piece, Prompts, Reason, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, GenerationRequest, ModelRequest, Stops, in_range
-from stages.serve.api.writer import Writer, json_reply, respond
+from stages.serve.api.completions import ToolField
+from stages.serve.api.generation import (
+    DocumentsUse,
+    Piece,
+    Prompts,
+    Reason,
+    Usage,
+    Writer,
+    chat_prompts,
+    generate,
+    text_prompts,
+)
+from stages.serve.api.requests import (
+    EmptyList,
+    GenerationRequest,
+    MinP,
+    ModelRequest,
+    Penalty,
+    Seed,
+    Stops,
+    Temperature,
+    TopK,
+    TopP,
+    in_range,
+    json_reply,
+)
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
-from stages.serve.tools import ToolCall, Turn, join_calls
+from stages.serve.tools import ToolCall, Turn, answer_grammar, call_turn, join_calls, parse_arguments, tool_use
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`num_predict`: the most tokens, as many as fit if negative. A penalty is for tokens of the whole text."""
 
     num_predict: Annotated[int, Meta(ge=-2, le=2**31 - 1)] | None = None
-    temperature: Annotated[float, in_range("temperature")] | None = None
-    top_k: Annotated[int, in_range("top_k")] | None = None
-    top_p: Annotated[float, in_range("top_p")] | None = None
-    min_p: Annotated[float, in_range("min_p")] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    min_p: MinP = None
+    seed: Seed = None
     repeat_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
     stop: Stops | None = None
     mirostat: Literal[0] | None = None
     # What is a flag of this server, or has no meaning in it.
@@ -58,20 +79,24 @@ class OllamaRequest(GenerationRequest, kw_only=True):
     logprobs: Literal[False] | None = None
     keep_alive: float | str | None = None
 
-    async def respond(self, state: ServerState, http: Request, writer: Writer, prompts: Prompts) -> ASGIApp:
-        names = ("temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty")
-        options = {name: getattr(self.options, name) for name in names}
-        options["repetition_penalty"] = self.options.repeat_penalty
-        most, stop = self.options.num_predict, self.options.stop
+    async def respond(self, state: ServerState, http: Request, prompts: Prompts, is_chat: bool) -> ASGIApp:
+        options, most = self.options, self.options.num_predict
         if most == 0:
-            raise ApiError(
-                400, "num_predict must be at least 1, or negative for as many tokens as fit.", param="options.num_predict"
-            )
-        options["max_tokens"] = most if most and most > 0 else None
-        stops = [stop] if isinstance(stop, str) else stop or []
+            message = "num_predict must be at least 1, or negative for as many tokens as fit."
+            raise ApiError(400, message, param="options.num_predict")
         schema = self.format if isinstance(self.format, dict) else None
-        grammars = [answer_grammar("format", schema)] if self.format else []
-        return respond(self, writer, await generate(state, http, prompts, options, stops=stops, grammars=grammars))
+        return await generate(
+            state,
+            http,
+            self,
+            prompts,
+            OllamaWriter(http.state.model, is_chat),
+            fields=options,
+            stop=options.stop,
+            grammars=[answer_grammar("format", schema)] if self.format else [],
+            max_tokens=most if most and most > 0 else None,
+            repetition_penalty=options.repeat_penalty,
+        )
 
 
 class OllamaFunction(msgspec.Struct, kw_only=True):
@@ -186,24 +211,23 @@ class OllamaWriter(Writer):
             "prompt_eval_duration": first,
             "eval_count": usage.completion,
             "eval_duration": total - first,
-            "documents": documents_use(usage),
+            "documents": usage.documents,
         }
 
 
 async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
     tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
     prompts = chat_prompts(state, [message.turn for message in body.messages], tools=tools)
-    return await body.respond(state, http, OllamaWriter(http.state.model, True), prompts)
+    return await body.respond(state, http, prompts, True)
 
 
 async def generate_text(state: ServerState, http: Request, body: OllamaGenerateRequest) -> ASGIApp:
-    async def encode() -> list[list[int]]:
-        return await state.tokenizer.encode([body.prompt])
-
-    system = [{"role": "system", "content": body.system}] if body.system else []
-    turns = [*system, {"role": "user", "content": body.prompt}]
-    prompts = Prompts("prompt", encode, state.stop_token_ids) if body.raw else chat_prompts(state, turns, field="prompt")
-    return await body.respond(state, http, OllamaWriter(http.state.model, False), prompts)
+    if body.raw:
+        prompts = text_prompts(state, "prompt", body.prompt, 1)
+    else:
+        system = [{"role": "system", "content": body.system}] if body.system else []
+        prompts = chat_prompts(state, [*system, {"role": "user", "content": body.prompt}], field="prompt")
+    return await body.respond(state, http, prompts, False)
 
 
 class Tags(msgspec.Struct):

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from stages.serve.api.chat import ChatChunk
+from stages.serve.api.completions import ChatChunk
 from stages.serve.api.requests import MAX_PROMPTS
 from stages.serve.errors import ErrorReply
 

@@ -7,12 +7,13 @@ than none. Fields of OpenAI's that change no answer (IGNORED) are accepted, and 
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from engine.inference.request import RANGES
 from stages.serve.errors import ApiError, ClientGone
@@ -41,6 +42,13 @@ StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 StopTexts = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Stops = StopText | StopTexts
 EmptyList = Annotated[list[None], Meta(max_length=0)]
+JsonObject = dict[str, Any] | None
+Temperature = Annotated[float, in_range("temperature")] | None
+TopP = Annotated[float, in_range("top_p")] | None
+TopK = Annotated[int, in_range("top_k")] | None
+MinP = Annotated[float, in_range("min_p")] | None
+Penalty = Annotated[float, Meta(ge=-2, le=2)] | None  # as OpenAI has it; the engine takes more
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
 
 # Why this server does not grant a field.
 UNSUPPORTED = {
@@ -198,3 +206,7 @@ def _invalid(text: str) -> ApiError:
 
 def _short(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "..."
+
+
+def json_reply(value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

@@ -10,14 +10,11 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from stages.serve.api.chat import Function, answer_grammar, call_turn, tool_use
-from stages.serve.api.completions import DocumentsUse, documents_use
-from stages.serve.api.generation import Piece, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, GenerationRequest, MaxTokens, in_range
-from stages.serve.api.writer import EventWriter, respond
+from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
+from stages.serve.api.requests import EmptyList, GenerationRequest, JsonObject, MaxTokens, Temperature, TopP
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
-from stages.serve.tools import Turn
+from stages.serve.tools import Function, Turn, answer_grammar, call_turn, tool_use
 
 
 class InputText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -76,7 +73,7 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
-    schema: dict[str, Any] | None = None
+    schema: JsonObject = None
     description: str | None = None
     strict: bool | None = None
 
@@ -92,8 +89,8 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     input: str | Annotated[list[InputItem], Meta(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
-    temperature: Annotated[float, in_range("temperature")] | None = None
-    top_p: Annotated[float, in_range("top_p")] | None = None
+    temperature: Temperature = None
+    top_p: TopP = None
     text: TextOptions | None = None
     store: Literal[False] | None = None
     previous_response_id: None = None
@@ -104,7 +101,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     tools: Annotated[list[FunctionField], Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedField | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: dict[str, Any] | None = None
+    reasoning: JsonObject = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -126,7 +123,7 @@ class ResponseReply(msgspec.Struct, kw_only=True):
     status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
     model: str
     output: list[dict[str, Any]] = []
-    usage: dict[str, Any] | None = None
+    usage: JsonObject = None
     incomplete_details: dict[str, str] | None = None
     error: None = None
     instructions: str | None
@@ -219,7 +216,7 @@ class ResponseWriter(EventWriter):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt + usage.completion,
         }
-        reply = ResponseReply(**self._head, status=self._status, usage=counts, documents=documents_use(usage))  # type: ignore[arg-type]
+        reply = ResponseReply(**self._head, status=self._status, usage=counts, documents=usage.documents)  # type: ignore[arg-type]
         reply.output = self._output
         if self._status == "incomplete":
             reply.incomplete_details = {"reason": "max_output_tokens"}
@@ -244,11 +241,8 @@ async def responses(state: ServerState, http: Request, body: ResponseRequest) ->
     turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _turns(body.input)
     if body.instructions:
         turns.insert(0, {"role": "system", "content": body.instructions})
-    choice, named = body.tool_choice or "auto", isinstance(body.tool_choice, NamedField) and body.tool_choice.name
-    tools = tool_use(body.tools or (), named or None, choice, body.parallel_tool_calls)
-    options = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
+    named = body.tool_choice.name if isinstance(body.tool_choice, NamedField) else None
+    tools = tool_use(body.tools or (), named, body.tool_choice, body.parallel_tool_calls)
     grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
-    prompts = chat_prompts(state, turns, field="input", tools=tools)
-    return respond(
-        body, ResponseWriter(http.state.model, body), await generate(state, http, prompts, options, grammars=grammars)
-    )
+    prompts, writer = chat_prompts(state, turns, field="input", tools=tools), ResponseWriter(http.state.model, body)
+    return await generate(state, http, body, prompts, writer, grammars=grammars, max_tokens=body.max_output_tokens)

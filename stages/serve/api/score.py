@@ -9,11 +9,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from engine.inference.request import Request
-from stages.serve.api.chat import Messages
-from stages.serve.api.completions import ReplyUsage, reply_usage
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Prompts, Usage, begin, chat_prompts, make_scored
+from stages.serve.api.completions import Messages, ReplyUsage, reply_usage
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, Writer, begin, chat_prompts, make_scored, text_prompts
 from stages.serve.api.requests import MAX_IDS, ModelRequest, TokenId
-from stages.serve.api.writer import Writer, respond
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 
@@ -65,13 +63,8 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
     """Scores each candidate; the prefix cache holds the prompt for all but the first."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
-    tokenizer = state.tokenizer
-
-    async def encode() -> list[list[int]]:
-        return await tokenizer.encode([body.prompt]) if isinstance(body.prompt, str) else [body.prompt or []]
-
-    turns = [each.turn for each in body.messages or ()]
-    prompts = chat_prompts(state, turns) if turns else Prompts("prompt", encode, frozenset())
+    tokenizer, turns = state.tokenizer, [each.turn for each in body.messages or ()]
+    prompts = chat_prompts(state, turns) if turns else text_prompts(state, "prompt", body.prompt, 1)
 
     async def make_requests() -> list[Request]:
         (prompt,) = await prompts.encode()
@@ -86,4 +79,4 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
         return requests
 
     writer = ScoreWriter(http.state.model)
-    return respond(body, writer, await begin(state, http, prompts, make_requests, len(body.candidates)))
+    return await begin(state, http, body, prompts, writer, make_requests, len(body.candidates))

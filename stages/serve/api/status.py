@@ -1,14 +1,16 @@
-"""What the server says of itself: its models, health, metrics, the digest of its weights, its routes and its page."""
+"""What the server says of itself: its models, health, metrics, weights, routes and page; and adapters, which come and go."""
 
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
 from stages.serve.api.completions import DefaultSampling
-from stages.serve.api.writer import json_reply
+from stages.serve.api.requests import ModelRequest, json_reply
+from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status
 
 
@@ -32,6 +34,21 @@ class ModelCard(msgspec.Struct, kw_only=True):
 class ModelList(msgspec.Struct):
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class AdapterRequest(ModelRequest, kw_only=True):
+    """POST /v1/adapters. `folder`: the adapter's, from the server's folder for them. `name`: by which requests ask for it."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$(?!\n)")]
+    folder: Annotated[str, Meta(min_length=1, max_length=512)]
+
+
+class AdapterReply(msgspec.Struct):
+    """The reply of DELETE /v1/adapters/NAME."""
+
+    id: str
+    deleted: bool = True
+    object: Literal["model"] = "model"
 
 
 class Health(msgspec.Struct):
@@ -81,6 +98,18 @@ def model_card(state: ServerState, name: str) -> ModelCard:
         price_per_hour=state.price,
         default_sampling=defaults,
     )
+
+
+async def add_adapter(state: ServerState, _: Request, body: AdapterRequest) -> Response:
+    if body.name in (*state.names, "default"):
+        raise ApiError(409, f"{body.name} is the name of the model itself.", param="name")
+    await state.adapters.add(body.name, body.folder)
+    return json_reply(model_card(state, body.name))
+
+
+async def remove_adapter(state: ServerState, http: Request) -> Response:
+    state.adapters.remove(name := http.path_params["model"])
+    return json_reply(AdapterReply(name))
 
 
 async def health(state: ServerState, _: Request) -> Response:

@@ -7,11 +7,11 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stages.serve.api.chat import Messages, ToolField, conversation, tool_use
-from stages.serve.api.requests import ModelRequest, TokenIds
-from stages.serve.api.writer import json_reply
+from stages.serve.api.completions import Messages, ToolField, conversation
+from stages.serve.api.requests import ModelRequest, TokenIds, json_reply
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
+from stages.serve.tools import tool_use
 
 
 class TokenizeRequest(ModelRequest, kw_only=True):
