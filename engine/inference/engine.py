@@ -80,10 +80,6 @@ class Engine:
     def used_positions(self) -> int:
         return sum(s.prefilled_tokens if s.to_prefill else s.position for s in self.scheduler.running)
 
-    @property
-    def cache_bytes(self) -> int:
-        return self.runner.cache_bytes
-
     def submit(self, request: Request, priority: int = 0) -> int:
         """Queues a request and returns its id. Slots go to the lowest priority, among equal ones to the first that came.
 

@@ -161,40 +161,19 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
     return jax.lax.cond(wanted, computed, lambda: (jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X))))
 
 
-class Programs(NamedTuple):
-    """Each program with the arguments of a call; None for a program that the engine does without."""
-
-    decode: Call
-    prefill_chunk: Call
-    prefill_tail: Call | None  # where a tail is shorter than a chunk
-    clear_slot: Call | None  # this and the next: without the kernels in C, which read a row's own text alone
-    copy_slot: Call | None
-    set_token_counts: Call
-    read_chunk: Call | None  # this and those below: with a prefix cache
-    write_chunk: Call | None
-    read_tail: Call | None
-    write_tail: Call | None
-
-
 def idle_calls(
     cfg: ModelConfig, config: EngineConfig, params: Params, segments: KVSegments, counts: TokenCounts, stacks: Params | None
-) -> Programs:
-    """Returns calls in which no row and no slot is in use. From shapes in place of arrays, they can be lowered, not run."""
+) -> dict[str, Call]:
+    """Returns a call of each program of an engine, in which no row and no slot is in use.
+
+    From shapes in place of arrays, they can be lowered, not run.
+    """
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
     nobody: Any = np.full(config.rows, -1, np.int32)
     rows, idle = make_rows(nobody, np.zeros_like(nobody), segments.slots), [SamplingParams()] * config.rows
-    sampling, masks = (sampling_arrays(idle), penalty_arrays(idle)), make_token_masks(config.rows, cfg.vocab)
-    has_tail = config.tail < config.chunk
-
-    def prefill(size: int) -> Call:
-        tokens, count = np.zeros((1, size), np.int32), start if config.embeds else None
-        return prefill_chunk, (cfg, params, segments, tokens, count, nowhere, start, row_adapters(stacks, [0]))
-
-    def read(size: int) -> Call | None:
-        return (read_chunk, (segments, start, start, size)) if config.prefix_cache_bytes else None
-
-    def write(size: int) -> Call | None:
-        return (write_chunk, (segments, empty(size), nowhere, start, step)) if config.prefix_cache_bytes else None
+    token, masks = np.zeros(config.rows, np.int32), make_token_masks(config.rows, cfg.vocab)
+    per_row = token, rows, sampling_arrays(idle), penalty_arrays(idle), masks, step, np.bool_(False)
+    sizes = {"chunk": config.chunk} | ({"tail": config.tail} if config.tail < config.chunk else {})
 
     def empty(size: int) -> Any:
         shape = lambda leaf: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
@@ -202,43 +181,28 @@ def idle_calls(
         is_shape = isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct)
         return chunk if is_shape else jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), chunk)
 
-    token = np.zeros(config.rows, np.int32)
-    return Programs(
-        decode=(
-            decode_slots,
-            (
-                cfg,
-                params,
-                segments,
-                counts,
-                token,
-                rows,
-                *sampling,
-                masks,
-                step,
-                np.bool_(False),
-                row_adapters(stacks, [0] * config.rows),
-            ),
-        ),
-        prefill_chunk=prefill(config.chunk),
-        prefill_tail=prefill(config.tail) if has_tail else None,
-        clear_slot=None if has_kernel() else (clear_slot, (segments, nowhere, step)),
-        copy_slot=None if has_kernel() else (copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)),
-        set_token_counts=(set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))),
-        read_chunk=read(config.chunk),
-        write_chunk=write(config.chunk),
-        read_tail=read(config.tail) if has_tail else None,
-        write_tail=write(config.tail) if has_tail else None,
-    )
+    adapters = row_adapters(stacks, [0] * config.rows)
+    calls: dict[str, Call] = {"decode": (decode_slots, (cfg, params, segments, counts, *per_row, adapters))}
+    for name, size in sizes.items():
+        tokens, count = np.zeros((1, size), np.int32), start if config.embeds else None
+        arguments = cfg, params, segments, tokens, count, nowhere, start, row_adapters(stacks, [0])
+        calls[f"prefill_{name}"] = prefill_chunk, arguments
+    if not has_kernel():  # kernels in C read a row's own text alone
+        calls["clear_slot"] = clear_slot, (segments, nowhere, step)
+        calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)
+    calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
+    for name, size in sizes.items() if config.prefix_cache_bytes else ():
+        calls[f"read_{name}"] = read_chunk, (segments, start, start, size)
+        calls[f"write_{name}"] = write_chunk, (segments, empty(size), nowhere, start, step)
+    return calls
 
 
 def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:
     return NO_ADAPTERS if stacks is None else RowAdapters(stacks, np.asarray(index, np.int32))
 
 
-def compile_programs(programs: Programs) -> Generator[tuple[str, int]]:
+def compile_programs(calls: Mapping[str, Call]) -> Generator[tuple[str, int]]:
     """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
-    calls = {name: call for name, call in programs._asdict().items() if call}
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(layout.current_mesh(),))
     compile_call = lambda program, arguments: program.lower(*arguments).compile()
     try:
@@ -386,9 +350,9 @@ class ModelRunner:
         with jax.set_mesh(self.mesh):
             # Compiled from shapes: a program that runs donates arrays while others are being compiled.
             params, state = layout.inference_shapes(self.params, (self.segments, self.counts, self.stacks))
-            programs = idle_calls(self.cfg, self.config, params, *state)
-            pending = {name for name, call in programs._asdict().items() if call}
-            with contextlib.closing(compile_programs(programs)) as compiled:
+            calls = idle_calls(self.cfg, self.config, params, *state)
+            pending = {*calls}
+            with contextlib.closing(compile_programs(calls)) as compiled:
                 for name, count in itertools.chain(ahead, compiled):
                     if name in pending:
                         pending.remove(name)
@@ -405,7 +369,7 @@ class ModelRunner:
 
     def _run_idle(self, name: str) -> None:
         calls = idle_calls(self.cfg, self.config, self.params, self.segments, self.counts, self.stacks)
-        program, arguments = getattr(calls, name)
+        program, arguments = calls[name]
         results = program(*arguments)
         if name == "decode":
             _, self.segments, self.counts = results

@@ -173,7 +173,7 @@ def load_state(
             (
                 "slots",
                 f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
-                f"{format_bytes(engine.cache_bytes)}",
+                f"{format_bytes(engine.runner.cache_bytes)}",
             ),
             ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
             ("template", chat.template_name),

@@ -19,7 +19,7 @@ from stages.cli import signals
 from stages.cli.command import process_start
 from stages.cli.console import Console
 from stages.serve import server
-from stages.serve.api.guard import HOST, LOCAL_HOSTS
+from stages.serve.api.guard import HOST, LOCAL_HOSTS, Guard
 from stages.serve.errors import explain
 
 if TYPE_CHECKING:  # the command would else be imported a second time, by its name
@@ -54,7 +54,7 @@ def run(flags: "ServeFlags") -> int:
         from engine.inference.config import EngineConfig, default_weights
         from engine.mesh.layout import make_inference_mesh
         from engine.text.documents import Documents
-        from stages.serve.api.app import make_app
+        from stages.serve.api.app import Api
         from stages.serve.load import load_state
 
         documents = Documents(flags.documents) if flags.documents else None
@@ -93,7 +93,8 @@ def run(flags: "ServeFlags") -> int:
         gc.set_threshold(2_000)  # as Python has it
         if hosts is not None:
             hosts |= {f"[{address}]" if ":" in address else address}
-        app = make_app(state, keys, hosts, frozenset(flags.allow_origin), importlib.metadata.version("thrice"), flags.log)
+        api, origins = Api(state, importlib.metadata.version("thrice")), frozenset(flags.allow_origin)
+        app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response)
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
         finally:

@@ -226,7 +226,7 @@ def engine_program(
     adapters: int = 0,
     embeds: bool = False,
 ) -> Make:
-    """Makes a program of an engine by its name in `runner.Programs`."""
+    """Makes a program of an engine by its name in `idle_calls`."""
     config = EngineConfig(
         slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=embeds, adapters=adapters
     )
@@ -239,7 +239,7 @@ def engine_program(
             if name in ("clear_slot", "copy_slot"):  # which a kernel does without
                 patch.setattr(runner, "has_kernel", lambda: False)
             calls = idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks)
-        function, arguments = getattr(calls, name)
+        function, arguments = calls[name]
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 

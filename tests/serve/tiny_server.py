@@ -104,10 +104,11 @@ class TinyServer:
     async def listen(self, keys: Sequence[str] = ()) -> tuple[Any, int, "asyncio.Task[None]"]:
         """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and the task to wait for."""
         from stages.serve import server
-        from stages.serve.api.app import make_app
-        from stages.serve.api.guard import LOCAL_HOSTS
+        from stages.serve.api.app import Api
+        from stages.serve.api.guard import LOCAL_HOSTS, Guard
 
-        app = make_app(self.state, keys, LOCAL_HOSTS, self._origins, "1.2.3", self._log)
+        api, count = Api(self.state, "1.2.3"), self.state.metrics.count_response
+        app = Guard(api, keys, LOCAL_HOSTS, self._origins, self._log, count)
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
         http = server.make_server(app)

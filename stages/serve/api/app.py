@@ -1,6 +1,6 @@
-"""Makes the ASGI application from its ROUTES, of which the OpenAPI document is made too."""
+"""Api: the ROUTES as an ASGI application, of which the OpenAPI document is made too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -17,7 +17,6 @@ from stages.serve.api.completions import (
     completions,
 )
 from stages.serve.api.generation import check_ready
-from stages.serve.api.guard import Guard
 from stages.serve.api.requests import read_body
 from stages.serve.errors import ApiError
 from stages.serve.page import page as make_page
@@ -137,15 +136,3 @@ class Api:
             state.admission.check_open()
         async with read_body(state, http, route.body) as body:
             return await route.handler(state, http, body)
-
-
-def make_app(
-    state: ServerState,
-    keys: Sequence[str],
-    hosts: frozenset[str] | None,
-    origins: frozenset[str],
-    version: str,
-    log: str = "off",
-) -> ASGIApp:
-    """Returns the application that uvicorn runs; `keys`, `hosts`, `origins` and `log` are those of Guard."""
-    return Guard(Api(state, version), keys, hosts, origins, log, state.metrics.count_response)
