@@ -98,8 +98,7 @@ def make_engine(name: str, weights: str, slots: int, capacity: int) -> tuple[Eng
 async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Json:
     """Compares the server with its own engine, which runs in this process, in turns, with as many streams as slots.
 
-    `ratio` is the server's throughput over the engine's, and `met` whether it exceeds SHARE_BAR; each is None where noise
-    hides it. Raises UserError unless the server's text is, in every round, that of the engine's tokens.
+    Raises UserError unless the server's text is, in every round, that of the engine's tokens.
     """
     rng, loop, slots = random.Random(1), asyncio.get_running_loop(), engine.config.slots
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
@@ -120,14 +119,7 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     first = await server.client.post("/detokenize", {"tokens": output[0]})
     if len(texts) != 1 or next(iter(texts))[0] != first.json()["prompt"]:
         raise UserError("The server's text is not that of the engine, so that their speeds cannot be compared.")
-    over, made = ratio(timings["engine"], timings["server"]), slots * NEW_TOKENS
-    return over._asdict() | {
-        "name": f"the server over its engine, {slots} streams",
-        "tokens_per_second": made / timings["server"].median,
-        "peer_tokens_per_second": made / timings["engine"].median,
-        "bar": SHARE_BAR,
-        "met": over.exceeds(SHARE_BAR),
-    }
+    return _row(f"the server over its engine, {slots} streams", SHARE_BAR, timings["engine"], timings["server"], slots)
 
 
 def compare_with_adapters(engine: Engine, rounds: int) -> Json:
@@ -169,19 +161,16 @@ Side = tuple[Engine, list[Request]]
 
 
 def _compare(name: str, bar: float, plain: Side, other: Side, rounds: int) -> Json:
-    """Compares how fast an engine answers its requests with how fast another answers as many, in turns.
-
-    `ratio`: the other's throughput over the plain one's, and `met` whether it exceeds `bar`; None where noise hides it.
-    """
+    """Compares how fast an engine answers its requests with how fast another answers as many, in turns."""
     timings = measure({"plain": lambda: answer(*plain), "other": lambda: answer(*other)}, rounds=rounds)
-    over, made = ratio(timings["plain"], timings["other"]), len(plain[1]) * NEW_TOKENS
-    return over._asdict() | {
-        "name": name,
-        "tokens_per_second": made / timings["other"].median,
-        "peer_tokens_per_second": made / timings["plain"].median,
-        "bar": bar,
-        "met": over.exceeds(bar),
-    }
+    return _row(name, bar, timings["plain"], timings["other"], len(plain[1]))
+
+
+def _row(name: str, bar: float, peer: Timing, timing: Timing, streams: int) -> Json:
+    """`ratio`: the throughput over the peer's, and `met` whether it exceeds `bar`; None where noise hides it."""
+    over, made = ratio(peer, timing), streams * NEW_TOKENS
+    speeds = {"tokens_per_second": made / timing.median, "peer_tokens_per_second": made / peer.median}
+    return over._asdict() | {"name": name, **speeds, "bar": bar, "met": over.exceeds(bar)}
 
 
 async def scored_per_second(server: Server, rounds: int) -> Json:

@@ -11,25 +11,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, JsonObject, MaxTokens, ModelRequest, StopTexts, TopK, TopP, json_reply
+from stages.serve.api.requests import (
+    EmptyList,
+    JsonObject,
+    MaxTokens,
+    ModelRequest,
+    StopTexts,
+    TextParts,
+    TopK,
+    TopP,
+    join_text,
+    json_reply,
+)
 from stages.serve.state import ServedModel, ServerState
-from stages.serve.tools import Function, ToolName, Turn, answer_grammar, call_turn, parse_arguments, tool_use
-
-
-class TextBlock(msgspec.Struct, forbid_unknown_fields=True):
-    """A block of text. `cache_control` changes nothing: the prefix cache holds every prompt."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: JsonObject = None
-    citations: EmptyList | None = None
-
-
-Blocks = str | Annotated[list[TextBlock], Meta(max_length=256)]
-
-
-def _text(blocks: Blocks | None) -> str:
-    return blocks if isinstance(blocks, str) else "".join(block.text for block in blocks or ())
+from stages.serve.tools import Function, Turn, answer_grammar, call_turn, parse_arguments, tool_use
 
 
 class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -41,7 +36,7 @@ class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: str = ""
     input: dict[str, Any] = {}
     tool_use_id: str = ""
-    content: Blocks | None = None
+    content: TextParts | None = None
     is_error: bool | None = None
     cache_control: JsonObject = None
     citations: EmptyList | None = None
@@ -59,7 +54,7 @@ class InputTurn(msgspec.Struct, forbid_unknown_fields=True):
         turns: list[Turn] = []
         for block in self.content:
             if block.type == "tool_result":
-                turns.append({"role": "tool", "content": _text(block.content), "tool_call_id": block.tool_use_id})
+                turns.append({"role": "tool", "content": join_text(block.content), "tool_call_id": block.tool_use_id})
                 continue
             if not turns or turns[-1]["role"] != self.role:
                 turns.append({"role": self.role, "content": ""})
@@ -69,14 +64,11 @@ class InputTurn(msgspec.Struct, forbid_unknown_fields=True):
         return turns or [{"role": self.role, "content": ""}]
 
 
-class ToolDefinition(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A tool that the model may call. `strict`: what of the schema cannot be enforced is refused, not ignored."""
+class ToolDefinition(Function, kw_only=True):
+    """A function that the model may call."""
 
-    name: ToolName
-    input_schema: dict[str, Any]
-    description: str | None = None
+    parameters: dict[str, Any] = msgspec.field(name="input_schema")
     type: Literal["custom"] | None = None
-    strict: bool | None = None
     cache_control: JsonObject = None
 
 
@@ -92,7 +84,7 @@ class CountTokensRequest(ModelRequest, kw_only=True):
     """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's."""
 
     messages: Annotated[list[InputTurn], Meta(min_length=1, max_length=4096)]
-    system: Blocks | None = None
+    system: TextParts | None = None
     thinking: dict[Literal["type"], Literal["disabled"]] | None = None
     tools: Annotated[list[ToolDefinition], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
@@ -100,17 +92,13 @@ class CountTokensRequest(ModelRequest, kw_only=True):
 
     def prompts(self, state: ServerState) -> Prompts:
         turns = [turn for message in self.messages for turn in message.turns]
-        if system := _text(self.system):
+        if system := join_text(self.system):
             turns.insert(0, {"role": "system", "content": system})
         goes_on = len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
         choice = self.tool_choice or ToolChoice(type="auto")
-        functions = [
-            Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
-            for tool in self.tools or ()
-        ]
         named = (choice.name or "") if choice.type == "tool" else None
         kind = "required" if choice.type == "any" else choice.type
-        tools = tool_use(functions, named, kind, not choice.disable_parallel_tool_use)
+        tools = tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
         return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "", tools=tools)
 
 
@@ -144,8 +132,6 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
 
 
 class CountTokensReply(msgspec.Struct):
-    """The reply of POST /v1/messages/count_tokens."""
-
     input_tokens: int
 
 

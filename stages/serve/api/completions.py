@@ -39,11 +39,13 @@ from stages.serve.api.requests import (
     Stops,
     StopText,
     Temperature,
+    TextPart,
     Texts,
     TokenId,
     TopK,
     TopP,
     in_range,
+    join_text,
 )
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
@@ -298,14 +300,6 @@ async def completions(state: ServerState, http: HttpRequest, body: CompletionReq
     )
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A part of a message. Only text is supported."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: JsonObject = None
-
-
 class FunctionCall(msgspec.Struct):
     """A call's function, and its arguments as JSON. Without a name: the next part of them."""
 
@@ -353,15 +347,16 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def turn(self) -> Turn:
         """The message as templates read it; the role `developer` becomes `system`."""
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ApiError(
-                400,
-                "messages[...].content: only an assistant's message with tool_calls may have none.",
-                param="messages[...].content",
-            )
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+            message = "messages[...].content: only an assistant's message with tool_calls may have none."
+            raise ApiError(400, message, param="messages[...].content")
         calls = {"tool_calls": [call.turn for call in self.tool_calls]} if self.tool_calls else {}
         named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name))}
-        return {"role": "system" if self.role == "developer" else self.role, "content": text, **calls, **named}
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": join_text(self.content),
+            **calls,
+            **named,
+        }
 
 
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
@@ -501,7 +496,8 @@ class ChatWriter(ChoicesWriter):
     def choice(self, piece: Piece) -> ChatChoice:
         calls = [MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls]
         message = ReplyMessage(piece.text or (None if calls else ""), tool_calls=calls or UNSET)
-        return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))  # type: ignore[arg-type]
+        assert piece.finish_reason
+        return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
         begin = lambda index: ChatChunkChoice(index, Delta("assistant", ""))

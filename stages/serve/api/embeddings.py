@@ -16,8 +16,6 @@ from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
-WITHOUT_COMPLETION = SamplingParams(max_tokens=1)
-
 
 class EmbeddingsRequest(ModelRequest, kw_only=True):
     """POST /v1/embeddings. `input`: a text, several, a list of token ids, or several such lists.
@@ -72,6 +70,6 @@ async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequ
         for tokens in encoded:
             if len(tokens) >= capacity:
                 raise context_overflow(len(tokens), capacity, "input")
-        return [make_request(state, http, tokens, WITHOUT_COMPLETION, embed=True) for tokens in encoded]
+        return [make_request(state, http, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in encoded]
 
     return await begin(state, http, body, prompts, EmbeddingsWriter(http.state.model, body), make_requests)

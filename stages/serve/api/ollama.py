@@ -105,8 +105,6 @@ class OllamaFunction(msgspec.Struct, kw_only=True):
 
 
 class OllamaCall(msgspec.Struct, kw_only=True):
-    """A call of a tool."""
-
     function: OllamaFunction
     id: str = ""
 
@@ -250,8 +248,6 @@ class ShowRequest(ModelRequest, kw_only=True):
 
 
 class Show(msgspec.Struct):
-    """The reply of POST /api/show."""
-
     modified_at: datetime.datetime
     details: dict[str, str]
     model_info: dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from stages.serve.api.completions import ChatChunk
-from stages.serve.api.requests import MAX_PROMPTS
+from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID
 from stages.serve.errors import ErrorReply
 
 ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
@@ -24,7 +24,7 @@ STATUSES = {
     500: "The server is at fault.",
     503: "Requests are not answered at the moment.",
 }
-TEXT, ID = {"type": "string", "minLength": 1}, {"$ref": "#/components/schemas/TokenId"}
+TEXT = {"type": "string", "minLength": 1}
 array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items, **bounds}
 json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
@@ -34,17 +34,13 @@ def document(routes: Sequence[Any], vocab: int, version: str) -> bytes:
     types = [kind for route in routes for kind in (route.body, route.reply) if kind] + [ErrorReply, ChatChunk]
     _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
-    texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(ID), array(array(ID), maxItems=MAX_PROMPTS)]}
+    texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}
     components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts
     components["ChatRequest"] |= {  # top_logprobs is a number only where logprobs is true
         "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
         "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
     }
     components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
-    for name in ("CompletionRequest", "ChatRequest"):
-        properties = components[name]["properties"]
-        properties["stop_token_ids"]["anyOf"][0]["items"] = ID
-    components["DetokenizeRequest"]["properties"]["tokens"]["items"] = ID
     paths: dict[str, Any] = {}
     for route in routes:
         kind = "object" if route.media == "application/json" else "string"

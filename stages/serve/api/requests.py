@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -28,6 +28,9 @@ MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
 
 
+TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}  # in the OpenAPI document, which has the size of the vocabulary
+
+
 def in_range(name: str) -> Meta:
     bounds = RANGES[name]
     return Meta(ge=bounds.least, le=bounds.most)
@@ -35,7 +38,7 @@ def in_range(name: str) -> Meta:
 
 MaxTokens = Annotated[int, in_range("max_tokens")]
 LogProbs = Annotated[int, in_range("logprobs")]
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1, extra_json_schema=TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_IDS)]
 Texts = str | Annotated[list[str | TokenId | TokenIds], Meta(min_length=1, max_length=MAX_IDS)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -49,6 +52,24 @@ TopK = Annotated[int, in_range("top_k")] | None
 MinP = Annotated[float, in_range("min_p")] | None
 Penalty = Annotated[float, Meta(ge=-2, le=2)] | None  # as OpenAI has it; the engine takes more
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a message. Only text is supported; `cache_control` changes nothing, for the prefix cache holds every prompt."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: JsonObject = None
+    citations: EmptyList | None = None
+
+
+TextParts = str | Annotated[list[TextPart], Meta(max_length=256)]
+
+
+def join_text(parts: Any) -> str:
+    """Returns the text of a message: a string, parts with a `text` each, or None."""
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
+
 
 # Why this server does not grant a field.
 UNSUPPORTED = {

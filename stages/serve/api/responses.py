@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, GenerationRequest, JsonObject, MaxTokens, Temperature, TopP
+from stages.serve.api.requests import EmptyList, GenerationRequest, JsonObject, MaxTokens, Temperature, TopP, join_text
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, tool_use
@@ -44,12 +44,11 @@ class InputItem(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 def _turns(items: list[InputItem]) -> list[Turn]:
     """Returns the items as messages; calls belong to the assistant's message before them."""
     turns: list[Turn] = []
-    text = lambda parts: parts if isinstance(parts, str) else "".join(part.text for part in parts)
     for item in items:
         if item.type == "message":
-            turns.append({"role": "system" if item.role == "developer" else item.role, "content": text(item.content)})
+            turns.append({"role": "system" if item.role == "developer" else item.role, "content": join_text(item.content)})
         elif item.type == "function_call_output":
-            turns.append({"role": "tool", "content": text(item.output), "tool_call_id": item.call_id})
+            turns.append({"role": "tool", "content": join_text(item.output), "tool_call_id": item.call_id})
         else:
             if not turns or turns[-1]["role"] != "assistant":
                 turns.append({"role": "assistant", "content": ""})
@@ -139,31 +138,33 @@ class ResponseReply(msgspec.Struct, kw_only=True):
 
 
 class ResponseWriter(EventWriter):
+    """Fills one ResponseReply, of which the first and last events of a stream are states."""
+
     def __init__(self, model: ServedModel, body: ResponseRequest) -> None:
-        self._head: dict[str, Any] = {
-            "id": f"resp_{uuid.uuid4().hex}",
-            "created_at": int(time.time()),
-            "model": model.name,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata or {},
-            "text": TextOptions(body.format),
-            "tools": body.tools or [],
-            "tool_choice": body.tool_choice or "auto",
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-        }
-        self._output: list[dict[str, Any]] = []
-        self._status, self._count = "completed", 0
+        self._reply = ResponseReply(
+            id=f"resp_{uuid.uuid4().hex}",
+            created_at=int(time.time()),
+            model=model.name,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            metadata=body.metadata or {},
+            text=TextOptions(body.format),
+            tools=body.tools or [],
+            tool_choice=body.tool_choice or "auto",
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+        )
+        self._output = self._reply.output
+        self._status: Literal["completed", "incomplete"] = "completed"
+        self._count = 0
 
     def reply(self, pieces: list[Piece], usage: Usage) -> ResponseReply:
         list(self.chunks(pieces[0]))
-        list(self._close())
-        return self._ended(usage)
+        list(self.end(usage))
+        return self._reply
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:
-        started = ResponseReply(**self._head)
-        yield self._event("created", response=started)
-        yield self._event("in_progress", response=started)
+        yield self._event("created", response=self._reply)
+        yield self._event("in_progress", response=self._reply)
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         self._status = "incomplete" if piece.finish_reason == "length" else "completed"
@@ -184,7 +185,17 @@ class ResponseWriter(EventWriter):
 
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         yield from self._close()
-        yield self._event(self._status, response=self._ended(usage))
+        self._reply.status, self._reply.documents = self._status, usage.documents
+        self._reply.usage = {
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+            "output_tokens": usage.completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt + usage.completion,
+        }
+        if self._status == "incomplete":
+            self._reply.incomplete_details = {"reason": "max_output_tokens"}
+        yield self._event(self._status, response=self._reply)
 
     def _open(self, kind: str, id: str, **fields: Any) -> Iterator[dict[str, Any]]:
         yield from self._close()
@@ -207,20 +218,6 @@ class ResponseWriter(EventWriter):
     def error(self, error: ApiError) -> bytes:
         fields = msgspec.structs.asdict(error.error) | {"type": "error", "sequence_number": self._count}
         return self.frame(fields)
-
-    def _ended(self, usage: Usage) -> ResponseReply:
-        counts = {
-            "input_tokens": usage.prompt,
-            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-            "output_tokens": usage.completion,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage.prompt + usage.completion,
-        }
-        reply = ResponseReply(**self._head, status=self._status, usage=counts, documents=usage.documents)  # type: ignore[arg-type]
-        reply.output = self._output
-        if self._status == "incomplete":
-            reply.incomplete_details = {"reason": "max_output_tokens"}
-        return reply
 
     def _part_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         return self._item_event(kind, content_index=0, **fields)

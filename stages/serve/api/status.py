@@ -44,15 +44,13 @@ class AdapterRequest(ModelRequest, kw_only=True):
 
 
 class AdapterReply(msgspec.Struct):
-    """The reply of DELETE /v1/adapters/NAME."""
-
     id: str
     deleted: bool = True
     object: Literal["model"] = "model"
 
 
 class Health(msgspec.Struct):
-    """The reply of GET /health: whether requests are answered, or why not."""
+    """Whether requests are answered, or why not."""
 
     status: Status
     running: int
@@ -62,8 +60,6 @@ class Health(msgspec.Struct):
 
 
 class Live(msgspec.Struct):
-    """The reply of GET /live: the process runs."""
-
     status: Literal["ok"] = "ok"
 
 

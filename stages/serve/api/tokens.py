@@ -29,8 +29,6 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 
 
 class TokenizeReply(msgspec.Struct):
-    """The reply of POST /tokenize."""
-
     count: int
     max_model_len: int
     tokens: list[int]
@@ -41,13 +39,11 @@ class DetokenizeRequest(ModelRequest, kw_only=True):
 
 
 class DetokenizeReply(msgspec.Struct):
-    """The reply of POST /detokenize."""
-
     prompt: str
 
 
 class TokenizerInfo(msgspec.Struct):
-    """The reply of GET /tokenizer_info, by which lm-eval finds that it may use the server's tokenizer."""
+    """By this lm-eval finds that it may use the server's tokenizer."""
 
     eos_token: str
     bos_token: str | None
