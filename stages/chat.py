@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import importlib
 import signal
 import sys
 import time
@@ -132,7 +133,7 @@ def chat(flags: ChatFlags) -> int:
 def _typed_lines(notes: Console) -> Iterator[str]:
     """Yields lines from a person. Ctrl-C drops a line, Ctrl-D ends; after a backslash a line goes on in the next."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() editing and history
+        importlib.import_module("readline")  # gives input() editing and history
     begun = ""
     while True:
         try:

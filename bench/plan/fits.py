@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Row(SimpleNamespace):
     """A row, with an attribute for each column; equal to itself alone."""
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__  # type: ignore[assignment]
+    __hash__: ClassVar[Any] = object.__hash__
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from engine.training.step import loss_and_gradient
 SLOTS, NEW = 8, 32  # of the server; tokens of each answer
 ROWS, TOKENS = 4, 256
 # Relative to the largest number of each array. In bfloat16 they are sums of many roundings, in another order on each platform.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+TOLERANCES: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
@@ -103,7 +103,7 @@ def all_checks() -> Iterator[Check]:
         params = random_model(name, plain).params
         progress(f"checking {name} beside the processor")
         for dtype in TOLERANCES:
-            cfg = dataclasses.replace(plain, dtype=dtype)  # type: ignore[arg-type]
+            cfg = dataclasses.replace(plain, dtype=dtype)
             # Greedy tokens in float32, where no two logits are nearly alike.
             inference = [check_greedy] if dtype == "float32" else [check_prefill, check_serving]
             # A GPU would multiply float32 with 10 bits (TF32); other types have no other precision.

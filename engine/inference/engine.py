@@ -157,10 +157,10 @@ class Engine:
 
     def random_adapter(self) -> Params:
         rng, rank = np.random.default_rng(0), self.config.adapter_rank
-        normal = lambda *shape: rng.standard_normal(shape, np.float32)
+        normal: Callable[..., Any] = lambda *shape: rng.standard_normal(shape, np.float32)
         return unflatten(
             {
-                f"blocks/{layer}/{name}": LoRA(None, normal(rows, rank), normal(rank, columns), 1 / rows)  # type: ignore[arg-type]
+                f"blocks/{layer}/{name}": LoRA(None, normal(rows, rank), normal(rank, columns), 1 / rows)
                 for layer in range(self.cfg.layers)
                 for name, (rows, columns) in self.cfg.matrices.items()
             }

@@ -21,9 +21,9 @@ from engine.model.ops import transpose
 
 def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], static: tuple[int, ...] = (2,)) -> F:
     """Returns f with the rule backward(*static arguments, (a, b), gradient); a and b are f's first two arguments."""
-    rule = jax.custom_vjp(f, nondiff_argnums=static)
+    rule: Any = jax.custom_vjp(f, nondiff_argnums=static)
     rule.defvjp(lambda a, b, *options: (f(a, b, *options), (a, b)), backward)
-    return rule  # type: ignore[return-value]
+    return rule
 
 
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

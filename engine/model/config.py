@@ -1,9 +1,12 @@
 """ModelConfig, LoraConfig and presets of known architectures. Configs are frozen, hashable, and check themselves."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # of a block, in the order of the forward pass
 JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # those that read the same input, and their name side by side
@@ -145,9 +148,9 @@ class LoraConfig:
         return cls(int(rank), float(alpha), tuple(targets.split(",")))
 
 
-def _from_fields[T](kind: type[T], fields: dict[str, Any]) -> T:
+def _from_fields[T: "DataclassInstance"](kind: type[T], fields: dict[str, Any]) -> T:
     """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
-    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:
             raise UserError(f"{kind.__name__} has no field {name!r}.{did_you_mean(name, list(known))}")
