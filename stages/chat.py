@@ -95,7 +95,7 @@ def chat(flags: ChatFlags) -> int:
                 ("model", f"{model}{adapters}"),
                 ("device", str(device)),
                 ("template", tokenizer.template_name),
-                *([("documents", documents.summary)] if documents else []),
+                ("documents", documents.summary if documents else ""),
                 ("sampling", source),
                 ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
             ]
@@ -202,13 +202,10 @@ class ChatSession:
         prompt, passages = prompt_with(self.documents, [*system, *self.messages, *ends], self.chat.tokenizer, context, tokenize)
         if len(prompt) < context:
             return prompt, passages
+        holds = f"tokens and the model's context holds {context:,}"
         if (alone := len(self.chat.prompt([*system, *ends]))) >= context:
-            raise UserError(
-                f"This message alone makes {alone:,} tokens and the model's context holds {context:,}; say it in fewer words."
-            )
-        raise UserError(
-            f"The conversation has {len(prompt):,} tokens and the model's context holds {context:,}: /clear begins a new one."
-        )
+            raise UserError(f"This message alone makes {alone:,} {holds}; say it in fewer words.")
+        raise UserError(f"The conversation has {len(prompt):,} {holds}: /clear begins a new one.")
 
     def reply(self, message: str, notes: Console, chatty: bool = False) -> None:
         """Prints the completion as it comes, and on `notes` why it ended early, or if `chatty` its cost; adds the turn.
@@ -256,9 +253,8 @@ class ChatSession:
             notes.print("[stopped]", "dim")
         if reason == "length":
             full = self.last_tokens >= self.cfg.context
-            notes.print(
-                f"[cut off: {'the context is full' if full else f'--max-tokens is {self.sampling.max_tokens:,}'}]", "yellow"
-            )
+            why = "the context is full" if full else f"--max-tokens is {self.sampling.max_tokens:,}"
+            notes.print(f"[cut off: {why}]", "yellow")
 
     def warm(self) -> None:
         with contextlib.suppress(UserError):  # the system message fills the context: each turn says so
@@ -272,10 +268,8 @@ class ChatSession:
         from engine.inference.scheduler import DRAFT_ROWS
 
         sampling = sampling.within(self.cfg.context - len(prompt))
-        capacity = MIN_CAPACITY
-        while capacity < len(prompt) + sampling.max_tokens:
-            capacity *= 2
-        capacity = min(capacity, self.cfg.context)
+        tokens = max(len(prompt) + sampling.max_tokens, MIN_CAPACITY)
+        capacity = min(1 << (tokens - 1).bit_length(), self.cfg.context)
         if self._engine is None or self._engine.capacity != capacity:
             # One program, which `warm` has compiled, reads prompts of any length.
             config = EngineConfig(1 + DRAFT_ROWS, capacity, kv_dtype=self.cfg.dtype, tail=CHUNK)

@@ -54,7 +54,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self.print(note, style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Prints labels beside their values; a terminal wraps long values below themselves."""
+        """Prints labels beside their values, without those of no value; a terminal wraps long values below themselves."""
+        rows = [row for row in rows if row[1]]
         width = max(len(label) for label, _ in rows)
         if not self._rich:
             self.print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))

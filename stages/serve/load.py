@@ -149,26 +149,13 @@ def load_state(
     default = {"temperature": 1.0}  # as OpenAI has it
     fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
+    along = f"; {engine.devices} of them along tensor" if engine.devices > 1 else ""
+    own, bounds = ", ".join(name for name, _ in adapters), f"at most {engine_config.adapters} at once, of rank"
     console.print_rows(
         [
             ("model", f"{', '.join(names)}: {model.checkpoint}" + "".join(f" with {folder}" for folder in merged)),
-            *(
-                [
-                    (
-                        "adapters",
-                        f"{', '.join(name for name, _ in adapters) or 'none yet'}; at most {engine_config.adapters} at once, "
-                        f"of rank {engine_config.adapter_rank}",
-                    )
-                ]
-                if engine_config.adapters
-                else []
-            ),
-            (
-                "device",
-                str(device)
-                + (f"; {engine.devices} of them along tensor" if engine.devices > 1 else "")
-                + ("; kernels in C" if engine.runner.has_kernel else ""),
-            ),
+            ("adapters", f"{own or 'none yet'}; {bounds} {engine_config.adapter_rank}" if engine_config.adapters else ""),
+            ("device", f"{device}{along}{'; kernels in C' if engine.runner.has_kernel else ''}"),
             ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
             (
                 "slots",
@@ -177,7 +164,7 @@ def load_state(
             ),
             ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
             ("template", chat.template_name),
-            *([("documents", documents.summary)] if documents else []),
+            ("documents", documents.summary if documents else ""),
             ("sampling", f"{origins}; what a request says wins"),
         ]
     )

@@ -202,9 +202,8 @@ def _check_headers(http: Request) -> None:
 
 
 def content_length(http: Request) -> int:
-    """Returns the announced bytes of the body; 0 when they are not."""
-    length = http.headers.get("content-length", "")
-    return int(length[:20]) if length.isdecimal() else 0
+    """Returns the announced bytes of the body, of which h11 has seen that it is a number; 0 when they are not."""
+    return int(http.headers.get("content-length", 0))
 
 
 def _too_large() -> ApiError:
