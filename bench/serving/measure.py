@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from bench.cli import Json
 from bench.models import answer, load
@@ -16,10 +17,8 @@ from engine.counting.hardware import clock
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
 from engine.inference.constraints import GrammarCompiler, json_grammar
-from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Adapter, Request, SamplingParams
-from engine.model.weights.int8 import quantize
 from engine.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
@@ -83,14 +82,14 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
     return completion_request(prompt, max_tokens, ignore_eos=True)
 
 
-def make_engine(name: str, weights: str, slots: int, capacity: int) -> tuple[Engine, Tokenizer]:
-    """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: int8, or the model's own type."""
+def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Engine, Tokenizer]:
+    """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: as of EngineConfig."""
     model = load(name, dtype=None)  # as the server does: int8 of other floats is another model
     if model.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so there is no text to serve. Give a model that has one.")
-    params = quantize(model.params) if weights == "int8" else model.params
-    config = EngineConfig(slots, capacity, prefix_cache_bytes=None)  # as the server has, for texts come again
-    engine = Engine(model.cfg, prepare_params(model.cfg, params), config)
+    config = EngineConfig(slots, capacity, weights, prefix_cache_bytes=None).with_capacity(model.cfg, 0)  # texts come again
+    cfg = config.model_config(model.cfg)
+    engine = Engine(cfg, config.prepare_params(cfg, model.params), config)
     engine.warm()
     return engine, model.tokenizer
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.sampling import SamplingArrays, sample
+from engine.inference.request import SamplingParams
+from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.scheduler import STEPS
 from engine.mesh import layout
 from engine.model.config import ModelConfig
@@ -98,8 +99,7 @@ def generate(
     stop_token_ids: Collection[int] = (),
 ) -> list[int]:
     """Returns the `count` tokens that follow a prompt, or those before one of `stop_token_ids`. params: `prepare_params`'s."""
-    number = lambda value, dtype=np.float32: jnp.asarray([value], dtype)
-    sampling = SamplingArrays(number(temperature), number(0, np.int32), number(1), number(0), number(seed, np.uint32))
+    sampling = sampling_arrays([SamplingParams(temperature=temperature, seed=seed)])
     chunks = [*itertools.batched(prompt[:-1], CHUNK)]  # decoding reads the last token
     capacity = CHUNK * len(chunks) + STEPS * -(-count // STEPS)
     cache = layout.make_sharded_cache(lambda: make_cache(cfg, 1, capacity))
