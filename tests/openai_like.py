@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 
-from bench.serving.client import completion_request
+from bench.serving.client import completion_request, read_completion, send
 
 
 @contextlib.asynccontextmanager
@@ -75,3 +75,7 @@ def parse_metrics(text):
         if 'le="' not in labels:
             values[name] += float(value)
     return values
+
+
+async def complete(client, body, **options):
+    return read_completion(await send(client, body, **options))

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import random
-import socket
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -55,10 +54,10 @@ class Response:
 
 
 class Client:
-    """Persistent connections to one server on this machine. `key`: its API key."""
+    """Persistent connections to one server on this machine."""
 
-    def __init__(self, port: int, key: str | None = None) -> None:
-        self.port, self.key = port, key
+    def __init__(self, port: int) -> None:
+        self.port = port
         self._idle: list[Stream] = []
 
     async def request(
@@ -87,8 +86,6 @@ class Client:
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> tuple[h11.Connection, bytes]:
         """Returns the state of a connection that has sent this request, and the request's bytes."""
         data, fields = b"", {"host": f"{HOST}:{self.port}"}
-        if self.key:
-            fields["authorization"] = f"Bearer {self.key}"
         if body is not None:
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             fields |= {"content-type": "application/json", "content-length": str(len(data))}
@@ -114,12 +111,12 @@ class Client:
 
     async def _receive(self, response: Response, protocol: h11.Connection, data: bytes) -> None:
         idle = self._idle.pop() if self._idle else None
-        reader, writer = idle or await connect(self.port)
+        reader, writer = idle or await asyncio.open_connection(HOST, self.port)
         try:
             writer.write(data)
             received = await reader.read(READ_BYTES)
             if idle and not received:  # the server had closed it
-                reader, writer = await connect(self.port)
+                reader, writer = await asyncio.open_connection(HOST, self.port)
                 writer.write(data)
                 received = await reader.read(READ_BYTES)
             protocol.receive_data(received)
@@ -141,13 +138,6 @@ class Client:
             writer.close()
 
 
-async def connect(port: int) -> Stream:
-    """Opens a connection that sends without delay (TCP_NODELAY)."""
-    reader, writer = await asyncio.open_connection(HOST, port)
-    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return reader, writer
-
-
 def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> Json:
     """Returns the body of a /v1/completions, streamed and greedy unless `fields` say otherwise."""
     body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True} | fields
@@ -156,10 +146,6 @@ def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) 
 
 async def send(client: Client, body: Json, **options: Any) -> Response:
     return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)
-
-
-async def complete(client: Client, body: Json, **options: Any) -> "Completion":
-    return read_completion(await send(client, body, **options))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,19 +24,16 @@ class Server:
     output, when it does not get so far.
     """
 
-    def __init__(self, model: str, flags: Sequence[str] = (), *, key: str | None = None) -> None:
+    def __init__(self, model: str, flags: Sequence[str] = ()) -> None:
         with socket.create_server((HOST, 0)) as probe:  # finds a free port
             self.port: int = probe.getsockname()[1]
-        self.key, self.client, self.ready_seconds = key, Client(self.port, key=key), 0.0
+        self.client, self.ready_seconds = Client(self.port), 0.0
         self.command = [sys.executable, "-m", "stages.serve", "--model", model, "--port", str(self.port), *flags]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
 
     async def __aenter__(self) -> Self:
         begin = clock()
-        extra = {"THRICE_API_KEY": self.key} if self.key else {}
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output, env=os.environ | extra
-        )
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)
         try:
             while True:
                 reply = await self.client.get("/health", timeout=5)

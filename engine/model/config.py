@@ -148,7 +148,7 @@ class LoraConfig:
         return cls(int(rank), float(alpha), tuple(targets.split(",")))
 
 
-def _from_fields[T: "DataclassInstance"](kind: type[T], fields: dict[str, Any]) -> T:
+def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) -> T:
     """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in fields:

@@ -8,10 +8,10 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai_like import chat_request, fake_completion, fake_server
+from openai_like import chat_request, complete, fake_completion, fake_server
 
 from bench.serving import __main__ as serving
-from bench.serving.client import Client, Response, complete, completion_request, random_text, read_completion
+from bench.serving.client import Client, Response, completion_request, random_text, read_completion
 from bench.serving.measure import closed_loop, open_loop, percentile, tail
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -41,7 +41,7 @@ async def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_
                 return
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    client = Client(server.sockets[0].getsockname()[1], key="k")
+    client = Client(server.sockets[0].getsockname()[1])
     for _ in range(4):
         response = await client.get("/")
         responses.append((response.status, response.body, response.error))

@@ -70,11 +70,11 @@ def rng():
 
 @pytest.fixture(scope="session")
 def make_server(pytestconfig):
-    """Makes a server of the model in a process of its own: `make_server(*flags, key=..., preamble=...)`, for `async with`."""
+    """Makes a server of the model in a process of its own: `make_server(*flags, preamble=...)`, for `async with`."""
     flags = ["--slots", str(pytestconfig.getoption("--promises-slots")), "--weights", "int8"]
 
-    def make(*more, preamble="", **options):
-        server = Server(pytestconfig.getoption("--promises-model"), [*flags, *more], **options)
+    def make(*more, preamble=""):
+        server = Server(pytestconfig.getoption("--promises-model"), [*flags, *more])
         if preamble:
             server.command[1:3] = ["-c", f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())"]
         return server

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from figures import at_least, at_most, exactly, slowest
-from openai_like import chat_request, read_metrics
+from openai_like import chat_request, complete, read_metrics
 
-from bench.serving.client import Client, Completion, Response, complete, completion_request, connect, random_text, send
+from bench.serving.client import Client, Completion, Response, completion_request, random_text, send
 from bench.serving.measure import closed_loop, open_loop, percentile
 from bench.serving.server import Server
 from bench.timing import MIN_ROUNDS, Timing, ratio
@@ -179,7 +179,7 @@ async def _open(client: Client, rng: random.Random) -> Any:
     """The connection of a request, streaming or not, that goes on for longer than anybody waits."""
     prompt = random_text(rng, rng.choice((8, 60, 200)))
     body = completion_request(prompt, 400, ignore_eos=True, stream=rng.random() < 0.6)
-    _, writer = await connect(client.port)
+    _, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(client.encode("POST", "/v1/completions", body, {})[1])
     return writer
 

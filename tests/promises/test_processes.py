@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from figures import at_least, at_most, exactly
+from openai_like import complete
 
-from bench.serving.client import complete, completion_request, random_text
+from bench.serving.client import completion_request, random_text
 from bench.serving.server import Server
 from engine.counting.hardware import clock
 from engine.model.native.library import FOLDER

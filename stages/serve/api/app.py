@@ -1,29 +1,39 @@
-"""Api: the ROUTES as an ASGI application, of which the OpenAPI document is made too."""
+"""Api: the ROUTES as an ASGI application, and as an OpenAPI document."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stages.serve.api import anthropic, embeddings, ollama, responses, score, status, tokens
-from stages.serve.api import openapi as schema
-from stages.serve.api.completions import (
-    ChatReply,
-    ChatRequest,
-    CompletionReply,
-    CompletionRequest,
-    chat_completions,
-    completions,
-)
+from stages.serve.api import anthropic, completions, embeddings, ollama, responses, score, status, tokens
 from stages.serve.api.generation import check_ready
-from stages.serve.api.requests import read_body
-from stages.serve.errors import ApiError
+from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, read_body
+from stages.serve.errors import ApiError, ErrorReply
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 
 PREFIXES = ("/v1/models/", "/v1/adapters/")  # before a model's name
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
+ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
+STATUSES = {
+    400: "The request is wrong; `param` names the field.",
+    401: "There is no key, or a wrong one.",
+    403: "The Host or Origin is not one that may use this server.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not sent as JSON.",
+    409: "Another adapter is in the way.",
+    429: "All places are taken; Retry-After says how long to wait.",
+    500: "The server is at fault.",
+    503: "Requests are not answered at the moment.",
+}
+TEXT = {"type": "string", "minLength": 1}
+array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items, **bounds}
+json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
 class Route(NamedTuple):
@@ -47,16 +57,12 @@ class Route(NamedTuple):
         """Whether it makes completions, streamed or whole."""
         return hasattr(self.body, "stream")
 
-    @property
-    def statuses(self) -> tuple[int, ...]:
-        return (*self.errors, *(BODY_ERRORS if self.body else ()), *((500,) if self.streams else ()), 401, 403)
-
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.", chat_completions,
-          ChatRequest, ChatReply),
-    Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions,
-          CompletionRequest, CompletionReply),
+    Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.",
+          completions.chat_completions, completions.ChatRequest, completions.ChatReply),
+    Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions.completions,
+          completions.CompletionRequest, completions.CompletionReply),
     Route("POST", "/v1/responses", "createResponse", "Answers a conversation, as events or whole.", responses.responses,
           responses.ResponseRequest, responses.ResponseReply),
     Route("POST", "/v1/messages", "createMessage", "Answers a conversation, as Anthropic has it.", anthropic.messages,
@@ -105,7 +111,7 @@ class Api:
     """
 
     def __init__(self, state: ServerState, version: str) -> None:
-        self._state, self.page, self.openapi = state, make_page(), schema.document(ROUTES, state.engine.cfg.vocab, version)
+        self._state, self.page, self.openapi = state, make_page(), openapi_document(state.engine.cfg.vocab, version)
         self._routes: dict[str, dict[str, Route]] = {}
         for route in ROUTES:
             methods = self._routes.setdefault(route.path, {})
@@ -136,3 +142,42 @@ class Api:
             state.admission.check_open()
         async with read_body(state, http, route.body) as body:
             return await route.handler(state, http, body)
+
+
+def openapi_document(vocab: int, version: str) -> bytes:
+    """Returns OpenAPI 3.1 of the ROUTES as JSON, from the types that check the bodies of requests."""
+    types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, completions.ChatChunk]
+    _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
+    components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
+    texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}
+    components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts
+    components["ChatRequest"] |= {  # top_logprobs is a number only where logprobs is true
+        "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
+        "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+    }
+    components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        kind = "object" if route.media == "application/json" else "string"
+        success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
+        if route.streams:
+            success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
+        replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
+        for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if route.streams else ()), 401, 403):
+            content = success if (route.path, code) == ("/health", 503) else json_body(ErrorReply)
+            replies[str(code)] = {"description": STATUSES[code], "content": content}
+        operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "responses": replies}
+        if route.body:
+            operation["requestBody"] = {"required": True, "content": json_body(route.body)}
+        if "{model" in route.path:
+            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": TEXT}]
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    keys = {"key": {"type": "http", "scheme": "bearer"}}
+    openapi = {
+        "openapi": "3.1.0",
+        "info": {"title": "Thrice", "version": version, "description": ABOUT},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": keys},
+        "security": [{}, {"key": []}],
+    }
+    return json.dumps(openapi, ensure_ascii=False).encode()
