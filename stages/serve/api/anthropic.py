@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
     EmptyList,
+    Fields,
     JsonObject,
     MaxTokens,
     ModelRequest,
@@ -27,14 +28,14 @@ from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, parse_arguments, tool_use
 
 
-class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class TurnBlock(Fields):
     """A block of a message: text, a call of a tool, or what it returned."""
 
     type: Literal["text", "tool_use", "tool_result"]
     text: str = ""
     id: str = ""
     name: str = ""
-    input: dict[str, Any] = {}
+    input: dict[str, Any] = msgspec.field(default_factory=dict)
     tool_use_id: str = ""
     content: TextParts | None = None
     is_error: bool | None = None
@@ -42,7 +43,7 @@ class TurnBlock(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     citations: EmptyList | None = None
 
 
-class InputTurn(msgspec.Struct, forbid_unknown_fields=True):
+class InputTurn(Fields):
     role: Literal["user", "assistant"]
     content: str | Annotated[list[TurnBlock], Meta(max_length=256)]
 
@@ -72,7 +73,7 @@ class ToolDefinition(Function, kw_only=True):
     cache_control: JsonObject = None
 
 
-class ToolChoice(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ToolChoice(Fields):
     """Whether a tool is called: as the model likes, any, the one of this name, or none."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -102,14 +103,14 @@ class CountTokensRequest(ModelRequest, kw_only=True):
         return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "", tools=tools)
 
 
-class OutputFormat(msgspec.Struct, forbid_unknown_fields=True):
+class OutputFormat(Fields):
     """The JSON schema that an answer is to satisfy."""
 
     type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
-class OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
+class OutputConfig(Fields):
     """`effort` changes nothing."""
 
     format: OutputFormat | None = None

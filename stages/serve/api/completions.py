@@ -29,6 +29,7 @@ from stages.serve.api.requests import (
     MAX_PROMPTS,
     MAX_STOPS,
     EmptyList,
+    Fields,
     GenerationRequest,
     JsonObject,
     LogProbs,
@@ -67,7 +68,7 @@ GRAMMARS: dict[str, Callable[..., str]] = {
 }
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class StreamOptions(Fields):
     """`include_usage`: a last chunk has the token counts."""
 
     include_usage: bool | None = None
@@ -141,17 +142,11 @@ class ReplyFields(msgspec.Struct, kw_only=True):
     documents: DocumentsUse | UnsetType = UNSET
 
 
-class CachedTokens(msgspec.Struct):
-    """Tokens of the prompt that the prefix cache held."""
-
-    cached_tokens: int
-
-
 class ReplyUsage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
 
 
 class CompletionLogProbs(msgspec.Struct):
@@ -226,7 +221,7 @@ class ChoicesWriter(Writer):
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
-    return ReplyUsage(usage.prompt, usage.completion, usage.prompt + usage.completion, CachedTokens(usage.cached))
+    return ReplyUsage(usage.prompt, usage.completion, usage.prompt + usage.completion, {"cached_tokens": usage.cached})
 
 
 class CompletionWriter(ChoicesWriter):
@@ -320,7 +315,7 @@ class MessageCall(msgspec.Struct, kw_only=True):
         return call_turn(self.id or "", str(self.function.name), self.function.arguments)
 
 
-class ToolField(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ToolField(Fields):
     """A tool, or in `tool_choice` the name of one."""
 
     type: Literal["function"]
@@ -328,7 +323,10 @@ class ToolField(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     cache_control: JsonObject = None
 
 
-class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+Tools = Annotated[list[ToolField], Meta(max_length=128)] | None
+
+
+class Message(Fields):
     """A message of a conversation. An assistant's that calls tools needs no content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -362,7 +360,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
 
 
-class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class JsonSchema(Fields):
     """A schema that an answer is to satisfy; it is enforced whether or not it is `strict`."""
 
     name: str
@@ -371,7 +369,7 @@ class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+class ResponseFormat(Fields):
     """The format of answers: text, a JSON object, or JSON that satisfies a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -389,7 +387,7 @@ class ChatRequest(CompletionFields, kw_only=True):
     top_logprobs: LogProbs | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
-    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
+    tools: Tools = None
     tool_choice: Literal["none", "auto", "required"] | ToolField | None = None
     chat_template_kwargs: JsonObject = None
     parallel_tool_calls: bool | None = None

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
 from engine.model.weights.matmul import weight_types
-from stages.serve.api.completions import ToolField
+from stages.serve.api.completions import Tools
 from stages.serve.api.generation import (
     DocumentsUse,
     Piece,
@@ -27,6 +27,7 @@ from stages.serve.api.generation import (
 )
 from stages.serve.api.requests import (
     EmptyList,
+    Fields,
     GenerationRequest,
     MinP,
     ModelRequest,
@@ -44,7 +45,7 @@ from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import ToolCall, Turn, answer_grammar, call_turn, join_calls, parse_arguments, tool_use
 
 
-class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class Options(Fields):
     """`num_predict`: the most tokens, as many as fit if negative. A penalty is for tokens of the whole text."""
 
     num_predict: Annotated[int, Meta(ge=-2, le=2**31 - 1)] | None = None
@@ -109,7 +110,7 @@ class OllamaCall(msgspec.Struct, kw_only=True):
     id: str = ""
 
 
-class OllamaMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class OllamaMessage(Fields):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
@@ -129,7 +130,7 @@ class OllamaChatRequest(OllamaRequest, kw_only=True):
     """POST /api/chat."""
 
     messages: Annotated[list[OllamaMessage], Meta(min_length=1, max_length=4096)]
-    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
+    tools: Tools = None
 
 
 class OllamaGenerateRequest(OllamaRequest, kw_only=True):

@@ -54,7 +54,11 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)] | None  # as OpenAI has it; the en
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+class Fields(msgspec.Struct, forbid_unknown_fields=True):
+    """Fields of a body; one that is not among them is refused."""
+
+
+class TextPart(Fields):
     """A part of a message. Only text is supported; `cache_control` changes nothing, for the prefix cache holds every prompt."""
 
     type: Literal["text"]
@@ -109,7 +113,7 @@ IGNORED = (
 )
 
 
-class ModelRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ModelRequest(Fields, kw_only=True):
     """A request that names a model."""
 
     model: str = "default"

@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, GenerationRequest, JsonObject, MaxTokens, Temperature, TopP, join_text
+from stages.serve.api.requests import EmptyList, Fields, GenerationRequest, JsonObject, MaxTokens, Temperature, TopP, join_text
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, tool_use
 
 
-class InputText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class InputText(Fields):
     """A text of a message, or of an earlier answer."""
 
     type: Literal["input_text", "output_text"]
@@ -26,7 +26,7 @@ class InputText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logprobs: EmptyList | None = None
 
 
-class InputItem(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class InputItem(Fields):
     """A message, an answer as it was sent, a call of a function, or what it returned."""
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
@@ -60,14 +60,14 @@ class FunctionField(Function, kw_only=True):
     type: Literal["function"]
 
 
-class NamedField(msgspec.Struct, forbid_unknown_fields=True):
+class NamedField(Fields):
     """The tool that is to be called."""
 
     type: Literal["function"]
     name: str
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class TextFormat(Fields, omit_defaults=True):
     """The format of an answer: text, a JSON object, or JSON that satisfies a schema, `strict` or not."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -77,7 +77,7 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     strict: bool | None = None
 
 
-class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
+class TextOptions(Fields):
     format: TextFormat | None = None
     verbosity: str | None = None
 

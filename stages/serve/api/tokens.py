@@ -1,13 +1,11 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info, vLLM's: a text or a conversation to tokens, and back."""
 
-from typing import Annotated
-
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stages.serve.api.completions import Messages, ToolField, conversation
+from stages.serve.api.completions import Messages, Tools, conversation
 from stages.serve.api.requests import ModelRequest, TokenIds, json_reply
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
@@ -25,7 +23,7 @@ class TokenizeRequest(ModelRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | UnsetType = UNSET
-    tools: Annotated[list[ToolField], Meta(max_length=128)] | None = None
+    tools: Tools = None
 
 
 class TokenizeReply(msgspec.Struct):
