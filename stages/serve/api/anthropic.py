@@ -12,11 +12,11 @@ from starlette.types import ASGIApp
 
 from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
+    AnswerRequest,
     EmptyList,
     Fields,
     JsonObject,
     MaxTokens,
-    ModelRequest,
     StopTexts,
     TextParts,
     TopK,
@@ -81,7 +81,7 @@ class ToolChoice(Fields):
     disable_parallel_tool_use: bool | None = None
 
 
-class CountTokensRequest(ModelRequest, kw_only=True):
+class CountTokensRequest(AnswerRequest, kw_only=True):
     """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's."""
 
     messages: Annotated[list[InputTurn], Meta(min_length=1, max_length=4096)]
@@ -89,7 +89,6 @@ class CountTokensRequest(ModelRequest, kw_only=True):
     thinking: dict[Literal["type"], Literal["disabled"]] | None = None
     tools: Annotated[list[ToolDefinition], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
-    cache_control: JsonObject = None
 
     def prompts(self, state: ServerState) -> Prompts:
         turns = [turn for message in self.messages for turn in message.turns]
@@ -126,8 +125,6 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_p: TopP = None
     top_k: TopK = None
     stop_sequences: StopTexts | None = None
-    metadata: JsonObject = None
-    service_tier: str | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called at first
 

@@ -94,7 +94,6 @@ class CompletionFields(GenerationRequest, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     guided_json: JsonObject = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[StopText], Meta(min_length=1)] | None = None
@@ -391,15 +390,6 @@ class ChatRequest(CompletionFields, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | ToolField | None = None
     chat_template_kwargs: JsonObject = None
     parallel_tool_calls: bool | None = None
-    store: bool | None = None
-    metadata: JsonObject = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prediction: JsonObject = None
-    service_tier: str | None = None
-    reasoning_effort: str | None = None
-    verbosity: str | None = None
 
     @property
     def tool_use(self) -> ToolUse:

@@ -11,13 +11,13 @@ from starlette.types import ASGIApp
 
 from engine.inference.request import Request, SamplingParams
 from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, Writer, begin, make_request, text_prompts
-from stages.serve.api.requests import ModelRequest, Texts
+from stages.serve.api.requests import AnswerRequest, Texts
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
 
-class EmbeddingsRequest(ModelRequest, kw_only=True):
+class EmbeddingsRequest(AnswerRequest, kw_only=True):
     """POST /v1/embeddings. `input`: a text, several, a list of token ids, or several such lists.
 
     `dimensions`: how many of an embedding's first numbers are wanted; they are scaled to length 1 again.
@@ -26,7 +26,6 @@ class EmbeddingsRequest(ModelRequest, kw_only=True):
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
-    user: str | None = None
 
 
 class Embedding(msgspec.Struct):

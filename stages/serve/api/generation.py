@@ -23,7 +23,7 @@ from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingPar
 from engine.text.documents import Passage
 from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
-from stages.serve.api.requests import INLINE_BYTES, ModelRequest, content_length, json_reply
+from stages.serve.api.requests import INLINE_BYTES, AnswerRequest, content_length, json_reply
 from stages.serve.errors import ApiError, ClientGone, internal_error
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
@@ -454,7 +454,7 @@ def make_scored(
 async def generate(
     state: ServerState,
     http: HttpRequest,
-    body: ModelRequest,
+    body: AnswerRequest,
     prompts: Prompts,
     writer: Writer,
     *,
@@ -508,7 +508,7 @@ async def generate(
 async def begin(
     state: ServerState,
     http: HttpRequest,
-    body: ModelRequest,
+    body: AnswerRequest,
     prompts: Prompts,
     writer: Writer,
     make_requests: Callable[[], Awaitable[list[Request]]],

@@ -78,7 +78,6 @@ class OllamaRequest(GenerationRequest, kw_only=True):
     format: Literal["", "json"] | dict[str, Any] | None = None
     think: Literal[False] | None = None
     logprobs: Literal[False] | None = None
-    keep_alive: float | str | None = None
 
     async def respond(self, state: ServerState, http: Request, prompts: Prompts, is_chat: bool) -> ASGIApp:
         options, most = self.options, self.options.num_predict

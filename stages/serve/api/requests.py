@@ -1,7 +1,7 @@
 """Reads the body of a request within bounds of size and time as its type; has the types of fields that dialects share.
 
 An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
-than none. Fields of OpenAI's that change no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields.
+than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields.
 """
 
 import asyncio
@@ -95,35 +95,40 @@ UNSUPPORTED = {
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
 }
 
-# Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
-IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "prediction",
-    "reasoning_effort",
-    "verbosity",
-    "reasoning",
-    "cache_control",
-    "keep_alive",
-)
-
 
 class ModelRequest(Fields, kw_only=True):
     """A request that names a model."""
 
     model: str = "default"
 
+
+class AnswerRequest(ModelRequest, kw_only=True):
+    """A request for something of a model's, with the fields of several dialects that change no answer (IGNORED)."""
+
+    # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
+    user: str | None = None
+    metadata: JsonObject = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: JsonObject = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    reasoning: JsonObject = None
+    cache_control: JsonObject = None
+    keep_alive: float | str | None = None
+
     @property
     def ignored(self) -> list[str]:
         return [name for name in IGNORED if getattr(self, name, None) is not None]
 
 
-class GenerationRequest(ModelRequest, kw_only=True):
+IGNORED = AnswerRequest.__struct_fields__[1:]
+
+
+class GenerationRequest(AnswerRequest, kw_only=True):
     """A request for completions, whole or streamed."""
 
     stream: bool | None = None

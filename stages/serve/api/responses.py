@@ -100,13 +100,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     tools: Annotated[list[FunctionField], Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedField | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: JsonObject = None
     metadata: dict[str, str] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    user: str | None = None
 
     @property
     def format(self) -> TextFormat:

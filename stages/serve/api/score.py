@@ -11,14 +11,14 @@ from starlette.types import ASGIApp
 from engine.inference.request import Request
 from stages.serve.api.completions import Messages, ReplyUsage, reply_usage
 from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, Writer, begin, chat_prompts, make_scored, text_prompts
-from stages.serve.api.requests import MAX_IDS, ModelRequest, TokenId
+from stages.serve.api.requests import MAX_IDS, AnswerRequest, TokenId
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 
 Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
 
 
-class ScoreRequest(ModelRequest, kw_only=True):
+class ScoreRequest(AnswerRequest, kw_only=True):
     """POST /v1/score. Each candidate goes on with the prompt, or is the assistant's answer to the messages."""
 
     candidates: Annotated[list[Text], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
