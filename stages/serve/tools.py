@@ -123,7 +123,9 @@ class ToolUse(NamedTuple):
 NO_TOOLS = ToolUse()
 
 
-def tool_use(functions: Sequence[Function], named: str | None, choice: Any, parallel: bool | None) -> ToolUse:
+def tool_use(
+    functions: Sequence[Function], named: str | None = None, choice: Any = "auto", parallel: bool | None = True
+) -> ToolUse:
     """Returns the use of functions as tools. `named`: the one to be called, in place of the choice. Raises ApiError."""
     for function in functions:
         if function.schema["type"] != "object":

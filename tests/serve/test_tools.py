@@ -211,7 +211,7 @@ def test_anthropics_client_calls_tools(client):
 def test_ollamas_client_calls_tools(client, monkeypatch):
     """Its API has no way to force a call, which the tiny model would never make."""
     gemma = ollama.Client(host=str(client.base_url))
-    forced = lambda functions, named, choice, parallel: tool_use(functions, named, "required", False)
+    forced = lambda functions: tool_use(functions, None, "required", False)
     tools = [{"type": "function", "function": {"name": "get_weather", "description": "It.", "parameters": PARAMETERS}}]
     asked: dict[str, Any] = {"model": "default", "messages": GO, "options": {"num_predict": ROOM, "temperature": 0}}
     plain = gemma.chat(**asked, tools=tools)

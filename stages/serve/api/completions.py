@@ -51,7 +51,7 @@ from stages.serve.api.requests import (
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import NO_TOOLS, Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, tool_use
+from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, tool_use
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
@@ -512,22 +512,14 @@ class ChatWriter(ChoicesWriter):
         return TokenLogProb(*shown(logprob.token, logprob.logprob), top)
 
 
-def conversation(
-    state: ServerState,
-    messages: list[Message],
-    *,
-    begins: bool | None,
-    goes_on: bool | None,
-    tools: ToolUse = NO_TOOLS,
-    variables: JsonObject = None,
-) -> Prompts:
-    """Returns the prompt of messages; `tools` and `variables` as of `chat_prompts`.
+def conversation(state: ServerState, body: Any, tools: ToolUse, variables: dict[str, Any] | None = None) -> Prompts:
+    """Returns the prompt of the messages of a body; `tools` and `variables` as of `chat_prompts`.
 
-    It goes up to the assistant's next turn, which `begins`, or to the end of its last one if that `goes_on`: vLLM's
-    add_generation_prompt and continue_final_message. Raises ApiError.
+    It goes up to the assistant's next turn, which begins with `add_generation_prompt`, or to the end of its last one with
+    `continue_final_message`, as in vLLM. Raises ApiError.
     """
-    turns = [message.turn for message in messages]
-    if (goes_on is True) == (begins is not False):
+    turns, goes_on = [message.turn for message in body.messages], body.continue_final_message is True
+    if goes_on == (body.add_generation_prompt is not False):
         message = "add_generation_prompt must be false with continue_final_message true, and true without."
         raise ApiError(400, message, param="add_generation_prompt")
     if not goes_on:
@@ -545,18 +537,10 @@ async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequ
     if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
         message = "max_completion_tokens is sent beside max_tokens, its older name, with another value."
         raise ApiError(400, message, param="max_completion_tokens")
-    prompts = conversation(
-        state,
-        body.messages,
-        begins=body.add_generation_prompt,
-        goes_on=body.continue_final_message,
-        tools=body.tool_use,
-        variables=body.chat_template_kwargs,
-    )
     return await body.respond(
         state,
         http,
-        prompts,
+        conversation(state, body, body.tool_use, body.chat_template_kwargs),
         ChatWriter(state, http.state.model, body),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -214,7 +214,7 @@ class OllamaWriter(Writer):
 
 
 async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
-    tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
+    tools = tool_use([tool.function for tool in body.tools or ()])
     prompts = chat_prompts(state, [message.turn for message in body.messages], tools=tools)
     return await body.respond(state, http, prompts, True)
 

@@ -60,9 +60,8 @@ async def tokenize(state: ServerState, _: Request, body: TokenizeRequest) -> Res
         if body.add_special_tokens is not UNSET:
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
             raise ApiError(400, message, param="add_special_tokens")
-        begins, goes_on = body.add_generation_prompt, body.continue_final_message
-        tools = tool_use([tool.function for tool in body.tools or ()], None, "auto", True)
-        (tokens,) = await conversation(state, body.messages, begins=begins, goes_on=goes_on, tools=tools).encode()
+        tools = tool_use([tool.function for tool in body.tools or ()])
+        (tokens,) = await conversation(state, body, tools).encode()
     else:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
