@@ -408,18 +408,15 @@ def check_ready(state: ServerState, http: HttpRequest) -> None:
     """
     state.check_ready()
     if content_length(http) > INLINE_BYTES:
-        state.admission.check(_sender(http, 0), time.monotonic(), _tries(http))
+        state.admission.check(*_arrival(http, 0))
 
 
-def _sender(http: HttpRequest, choices: int) -> Sender:
+def _arrival(http: HttpRequest, choices: int) -> tuple[Sender, float, int | None]:
+    """Returns who sends a request, now, and how often the clients of OpenAI and Anthropic say that they have sent it before."""
     (address, port), length = http.client or ("", 0), content_length(http)
-    return Sender(port, (address, http.state.namespace, length if length > INLINE_BYTES else choices))
-
-
-def _tries(http: HttpRequest) -> int | None:
-    """How often the clients of OpenAI and Anthropic say that they have sent a request before."""
     count = http.headers.get("x-stainless-retry-count", "")
-    return int(count) if count.isdecimal() and len(count) < 4 else None
+    sender = Sender(port, (address, http.state.namespace, length if length > INLINE_BYTES else choices))
+    return sender, time.monotonic(), int(count) if count.isdecimal() and len(count) < 4 else None
 
 
 def make_request(
@@ -524,7 +521,7 @@ async def begin(
     if choices > MAX_COMPLETIONS:
         message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
         raise ApiError(400, message, param="n")
-    priority = state.admission.reserve(_sender(http, choices), time.monotonic(), _tries(http))
+    priority = state.admission.reserve(*_arrival(http, choices))
     try:
         requests = await make_requests()
         generation = http.state.generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts)
