@@ -78,6 +78,8 @@ class TokenizerPool:
             uses_tools = bool(tools) or any("tool_calls" in message for message in messages)
             described = lambda turns: describe_tools(turns, tools) if uses_tools and not self._knows_tools else turns
             tokenize = lambda turns: chat.prompt(described(turns), answer, more).tolist()
+            if not self._documents:
+                return tokenize(messages), []
             return prompt_with(self._documents, messages, self.tokenizer, self._capacity, tokenize)
 
         return await self._run(size, "messages", encode)
