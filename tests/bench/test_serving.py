@@ -4,15 +4,20 @@ import asyncio
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_like import chat_request, complete, fake_completion, fake_server
+from tiny import lively_params, tiny_config
 
 from bench.serving import __main__ as serving
+from bench.serving import measure
 from bench.serving.client import Client, Response, completion_request, random_text, read_completion
 from bench.serving.measure import closed_loop, open_loop, percentile, tail
+from engine.inference.request import Request, SamplingParams
+from engine.text.tokenizer import byte_tokenizer
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
@@ -215,3 +220,16 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
         "100 ms, p80 400 ms",
     ):
         assert text in output
+
+
+def test_the_engine_beside_a_server_has_a_prefix_cache_as_that_has(monkeypatch):
+    cfg = tiny_config(context=512)
+    model = SimpleNamespace(cfg=cfg, params=lively_params(cfg), tokenizer=byte_tokenizer())
+    monkeypatch.setattr(measure, "load", lambda *_, **__: model)
+    engine, _ = measure.make_engine("sea", "int8", 2, 512)
+    cached = []
+    for _ in range(2):
+        engine.submit(Request((3,) * 200, SamplingParams(2, temperature=0.0)))
+        while engine.busy:
+            cached += [event.cached_tokens for event in engine.step() if event.finish_reason]
+    assert cached == [0, 199]
