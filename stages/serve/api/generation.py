@@ -494,8 +494,8 @@ async def generate(
             if limit:
                 given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
                 first = make_request(state, http, prompt, dataclasses.replace(state.sampling, **given), constraint)
-                rows = first.sampling.per_row(n)  # each with its own seed
-                requests += [dataclasses.replace(first, sampling=row) for row in rows]
+                _, *others = first.sampling.per_row(n)  # each with its own seed
+                requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
         return requests
 
     return await begin(state, http, body, prompts, writer, make_requests, n, [stop] if isinstance(stop, str) else stop or ())
