@@ -3,7 +3,8 @@
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
+from engine.text.tokenizer import Detokenizer
 from stages.serve.api.generation import (
     DocumentsUse,
     Piece,
@@ -226,11 +228,10 @@ def reply_usage(usage: Usage) -> ReplyUsage:
 class CompletionWriter(ChoicesWriter):
     id_prefix, reply_type, chunk_type = "cmpl", CompletionReply, CompletionReply
 
-    def __init__(self, state: ServerState, model: ServedModel, body: CompletionRequest, choices: int) -> None:
+    def __init__(self, state: ServerState, model: ServedModel, body: CompletionRequest) -> None:
         super().__init__(state, model, body)
         self._top_logprobs = body.logprobs
-        self._offsets = [0] * choices
-        self._streams = [self.tokenizer.stream() for _ in range(choices)]
+        self._offsets, self._streams = defaultdict[int, int](int), defaultdict[int, Detokenizer](self.tokenizer.stream)
 
     def choice(self, piece: Piece) -> CompletionChoice:
         return CompletionChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
@@ -255,9 +256,9 @@ class EchoWriter(CompletionWriter):
     """Writes replies in which each completion comes behind its prompt. `prompts`: their tokens, once they are encoded."""
 
     def __init__(
-        self, state: ServerState, model: ServedModel, body: CompletionRequest, choices: int, prompts: list[list[int]]
+        self, state: ServerState, model: ServedModel, body: CompletionRequest, prompts: Sequence[Sequence[int]]
     ) -> None:
-        super().__init__(state, model, body, choices)
+        super().__init__(state, model, body)
         self._prompts, self._n, self._completes = prompts, body.n or 1, body.max_tokens != 0
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
@@ -279,19 +280,11 @@ async def completions(state: ServerState, http: HttpRequest, body: CompletionReq
     if body.echo and body.stream:
         raise ApiError(400, "echo is answered whole: leave stream out.", param="echo")
     prompts = text_prompts(state, "prompt", body.prompt, MAX_PROMPTS)
-    choices, encoded = prompts.number * (body.n or 1), list[list[int]]()
-
-    async def encode() -> list[list[int]]:
-        encoded[:] = await prompts.encode()
-        return encoded
-
-    arguments = state, http.state.model, body, choices
-    writer = EchoWriter(*arguments, encoded) if body.echo else CompletionWriter(*arguments)
+    arguments = state, http.state.model, body
+    writer = EchoWriter(*arguments, prompts.tokens) if body.echo else CompletionWriter(*arguments)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo and body.logprobs is not None)
-    return await body.respond(
-        state, http, prompts._replace(encode=encode), writer, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores
-    )
+    return await body.respond(state, http, prompts, writer, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores)
 
 
 class FunctionCall(msgspec.Struct):

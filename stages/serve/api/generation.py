@@ -42,7 +42,8 @@ class Prompts(NamedTuple):
     """The prompts of one request, in `field` of its body: `encode` returns the tokens of each.
 
     Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
-    `tools`: those that a completion may call. `passages`: those of documents in the prompt, once it is encoded.
+    `tools`: those that a completion may call. `passages`: those of documents in the prompt, once it is encoded, and
+    `tokens` of texts.
     """
 
     field: str
@@ -52,6 +53,7 @@ class Prompts(NamedTuple):
     strips_space: bool = False
     tools: ToolUse = NO_TOOLS
     passages: Sequence[Passage] = ()
+    tokens: Sequence[Sequence[int]] = ()
 
 
 class Piece(NamedTuple):
@@ -373,10 +375,13 @@ def text_prompts(state: ServerState, field: str, value: Any, most: int) -> Promp
     if len(texts) > most:
         raise ApiError(400, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.", param=field)
 
-    async def encode() -> list[list[int]]:
-        return await state.tokenizer.encode(texts) if kinds == {str} else texts
+    tokens: list[list[int]] = []
 
-    return Prompts(field, encode, state.stop_token_ids, len(texts))
+    async def encode() -> list[list[int]]:
+        tokens[:] = await state.tokenizer.encode(texts) if kinds == {str} else texts
+        return tokens
+
+    return Prompts(field, encode, state.stop_token_ids, len(texts), tokens=tokens)
 
 
 def chat_prompts(
