@@ -117,11 +117,10 @@ def load_state(
                 require_memory(engine_config.bytes(cfg, capacity), what, REMEDY)
             ahead.begin(engine_config, cfg, blocks or {})
 
-    try:
-        with (
-            console.task(f"loading {model_name or 'the newest finished run'}") as report,
-            host_memory(mesh is not None),
-        ):
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(ahead.stop)
+        loading = console.task(f"loading {model_name or 'the newest finished run'}")
+        with loading as report, host_memory(mesh is not None):
             model = load_model(model_name, report=report, on_config=on_config, blocks=blocks)
         console.print_notes(*model.notes)
         own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
@@ -131,20 +130,13 @@ def load_state(
         now = datetime.datetime.now().isoformat(timespec="seconds")
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
-            try:
-                base = tuple(base_digests(model.params)) if engine_config.adapters else ()
-                merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
-                trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
-                engine, notes = _make_engine(model, merged, engine_config)
-                sha256 = digest(engine.params)
-            except BaseException:
-                with contextlib.suppress(UserError):
-                    making.result().close()
-                raise
-            chat = making.result()
-    except BaseException:
-        ahead.stop()
-        raise
+            on_error.callback(lambda: None if making.exception() else making.result().close())
+            base = tuple(base_digests(model.params)) if engine_config.adapters else ()
+            merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
+            trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
+            engine, notes = _make_engine(model, merged, engine_config)
+            sha256, chat = digest(engine.params), making.result()
+        on_error.pop_all()
     less = "" if engine.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
     default = {"temperature": 1.0}  # as OpenAI has it
     fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
