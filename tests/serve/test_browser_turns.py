@@ -66,6 +66,31 @@ def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
     assert visit.texts("#list li button:first-child") == ["Another.", "Hello."]
 
 
+def test_two_tabs_that_go_on_with_one_conversation_keep_both(visit):
+    visit.ask("Hello.")
+    users = lambda: visit.texts("article.user .text")
+    visit.chrome.switch_to.new_window("tab")
+    visit.chrome.get(visit.line.address)
+    visit.ready()
+    visit.set("max_tokens", "12")
+    visit.ask("In the second tab.")
+    visit.chrome.switch_to.window(visit.chrome.window_handles[0])
+    visit.chrome.execute_script("save()")  # nothing was sent here: the other tab's is the newer
+    visit.click("#list li:first-child button:first-child")
+    assert users() == ["Hello.", "In the second tab."]  # the list has what the other tab sent
+
+    visit.ask("In the first tab.")
+    visit.chrome.switch_to.window(visit.chrome.window_handles[1])
+    visit.ask("Again in the second.")
+    visit.chrome.close()
+    visit.chrome.switch_to.window(visit.chrome.window_handles[0])
+    assert visit.until(lambda: len(visit.texts("#list li")) == 2)
+    visit.click("#list li:first-child button:first-child")
+    assert users() == ["Hello.", "In the second tab.", "Again in the second."]
+    visit.click("#list li:last-child button:first-child")
+    assert users() == ["Hello.", "In the second tab.", "In the first tab."]
+
+
 def test_an_answer_that_a_reload_cut_goes_on(visit, tiny_server, monkeypatch):
     step, turns = tiny_server.engine.step, threading.Semaphore(0)
     monkeypatch.setattr(tiny_server.engine, "step", lambda: step() if turns.acquire(timeout=0.02) else [])

@@ -62,6 +62,9 @@ function continueAnswer(turn) {
 // Streams an answer into a new turn, or into `cut`, one to continue. `before`: tokens of earlier turns, sent again.
 async function streamAnswer(before, cut = null) {
   const stop = running = new AbortController();
+  try {
+    if (isOlder()) id = newId();  // both tabs' turns are kept
+  } catch {}  // `save` says it
   changed = Date.now();
   const turn = cut ?? addTurn('assistant', '');
   const clock = {began: performance.now(), pieces: 0};

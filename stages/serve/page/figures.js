@@ -7,7 +7,7 @@ const seconds = (ms) => `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`;
 const money = (dollars) => dollars.toLocaleString('en', {style: 'currency', currency: 'USD', maximumSignificantDigits: 2});
 const pace = (speed) => `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`;
 const short = (digest) => digest.slice(0, 12);
-const weights = {first: null, changed: null, checks: 0};
+const weights = {checks: 0};  // and the digest at first, and that of a change
 
 function showFigure(name, text) {
   $(name).textContent = text || '–';
@@ -17,7 +17,7 @@ function showFigure(name, text) {
 function drawFigures() {
   const price = settings.price.valueAsNumber;
   const share = server.context ? contextTokens() / server.context : 0;
-  showFigure('context', server.context ? `${count(contextTokens())} of ${count(server.context)}` : count(contextTokens()));
+  showFigure('context', count(contextTokens()) + (server.context ? ` of ${count(server.context)}` : ''));
   showFigure('cost', spent && price >= 0 ? money(price * spent / 3.6e6) : '');
   showFigure('time', spent && seconds(spent));
   showFigure('resent', plural(turns.reduce((sum, turn) => sum + (turn.resent ?? 0), 0), 'token'));

@@ -180,5 +180,6 @@ document.onkeydown = (event) => {
 };
 narrow.onchange = () => showSettings(!narrow.matches);
 onpagehide = () => running && save();
+onstorage = drawList;  // another tab has saved
 restore();
 connect();

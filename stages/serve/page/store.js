@@ -18,11 +18,10 @@ function parse(text) {
   }
 }
 
-// Returns the conversations of this browser, the newest first.
+// Returns the conversations of this browser, the newest first: of all that it keeps here, only they have turns.
 function conversations() {
-  const names = Object.keys(localStorage).filter((name) => name.startsWith(`${KEY} talk `));
-  const all = names.map((name) => parse(localStorage.getItem(name))).filter((each) => Array.isArray(each?.turns));
-  return all.sort((a, b) => b.changed - a.changed);
+  return Object.values(localStorage).map(parse).filter((each) => Array.isArray(each?.turns))
+    .sort((a, b) => b.changed - a.changed);
 }
 
 const keyOf = (talk) => `${KEY} talk ${talk.id}`;
@@ -40,6 +39,9 @@ function put(talk) {
   }
 }
 
+// Returns whether another tab has gone on with this conversation.
+const isOlder = () => parse(localStorage.getItem(keyOf({id})))?.changed > changed;
+
 function save() {
   const talk = {id, changed, spent, turns: turns.map((turn) => Object.fromEntries(FIELDS.map((f) => [f, turn[f]])))};
   const chosen = [...settings].filter((field) => field.value !== field.defaultValue).map(({name, value}) => [name, value]);
@@ -47,7 +49,7 @@ function save() {
   try {
     sessionStorage.setItem(KEY, JSON.stringify(talk));
     localStorage.setItem(KEY, JSON.stringify({settings: Object.fromEntries(chosen), folded}));
-    if (turns.length) put(talk);
+    if (turns.length && !isOlder()) put(talk);
     drawList();
     warn('storage', '');
   } catch {
