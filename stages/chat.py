@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib
+import os
 import signal
 import sys
 import time
@@ -133,7 +133,10 @@ def chat(flags: ChatFlags) -> int:
 def _typed_lines(notes: Console) -> Iterator[str]:
     """Yields lines from a person. Ctrl-C drops a line, Ctrl-D ends; after a backslash a line goes on in the next."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # gives input() editing and history
+        import readline  # gives input() editing and history
+
+        if os.environ.get("TERM", "dumb") != "dumb":
+            readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one message; Python turns it off
     begun = ""
     while True:
         try:

@@ -86,7 +86,7 @@ def test_documents_come_before_the_question_and_are_shown(trained, talk, tmp_pat
 class Terminal:
     """A chat in a terminal of its own, gone with its block; `program` is what Python runs."""
 
-    def __init__(self, *program: object) -> None:
+    def __init__(self, *program: object, term: str = "dumb") -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, *map(str, program)],
@@ -95,7 +95,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env=os.environ | {"TERM": "dumb", "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"TERM": term, "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
         )
         os.close(slave)
         self.unread = ""
@@ -142,6 +142,13 @@ def test_a_person_at_a_terminal(trained):
         terminal.type("the sea\\\nof red sails\n", "[turn 1:", PROMPT)
         terminal.type("\x04", "weights unchanged: SHA-256")
         assert terminal.process.wait(timeout=PATIENCE) == 0
+
+
+def test_a_paste_of_lines_is_one_message(trained):
+    with Terminal("-m", "stages.chat", "--model", trained, *QUICK, term="xterm") as terminal:
+        terminal.wait_for("\x1b[?2004h> ")  # asks the terminal to mark what is pasted
+        terminal.type("\x1b[200~the sea\nof red sails\n\x1b[201~\n", "[turn 1:", "\x1b[?2004h> ")
+        assert "turn 2" not in terminal.type("\x04", "weights unchanged")
 
 
 SLOW = """
