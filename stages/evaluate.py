@@ -45,8 +45,8 @@ class EvaluateFlags:
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
     metric: Annotated[tuple[str, ...], default("none", metavar="METRIC ...")] = ()
-    """Of the model's own answers to conversations, beside the loss: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION, which takes
-    any of `completion`, `prompt` and `answer`, the data's own, and returns a number."""
+    """Of the model's own answers to conversations, beside the loss: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION.
+    A function takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number."""
     context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
     """Tokens a window."""
     stride: Annotated[int | None, COUNT, default("half the window")] = None

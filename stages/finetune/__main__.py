@@ -43,8 +43,8 @@ class ExampleFlags:
     validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")] = None
     """Conversations that are never trained on; those that are in --data too are left out."""
     metric: Annotated[tuple[str, ...], default("none", metavar="METRIC ...")] = ()
-    """Of answers to held-out questions, before and after: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION, which takes any of
-    `completion`, `prompt` and `answer`, the data's own, and returns a number."""
+    """Of answers to held-out questions, before and after: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION.
+    A function takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number."""
     general: Annotated[str, parser(str, "TEXT")] = "python"
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None

@@ -32,9 +32,9 @@ class RolloutFlags:
     """The prompts, and how completions are sampled."""
 
     task: Annotated[tuple[str, ...], default("length:12", metavar="TASK ...")] = ("length:12",)
-    """`length:N` words, `regex:PATTERN` found in the answer, `sum` (the last number is right), `yes-no` (how it begins),
-    `exact` (the row's answer), or FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer` and returns a
-    number. Several add up, each by its weight: 0.5*length:12."""
+    """`length:N` words, `regex:PATTERN` found in the answer, `sum`: the last number is right, `yes-no`: how it begins.
+    `exact`: the row's answer. FILE.py:FUNCTION takes any of `completion`, `prompt` and `answer` and returns a number.
+    Several add up, each by its weight: 0.5*length:12."""
     data: Annotated[Path | None, parser(path, "FILE"), default("prompts that come with the task")] = None
     """A .jsonl of {"prompt": "...", "answer": 7}; only `sum`, `exact` and functions read answers."""
     reward_timeout: Annotated[float, parser(seconds, "TIME"), default("10")] = 10.0

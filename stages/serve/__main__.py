@@ -58,8 +58,8 @@ class ServeFlags:
     adapter: Annotated[
         tuple[Annotated[tuple[str, Path], parser(_adapter, "[NAME=]FOLDER")], ...], UseAppendAction, default("none")
     ] = ()
-    """An adapter that a fine-tuning with --lora trained for this model. Requests name it as their model; without a NAME it is
-    part of the model. May be given more than once."""
+    """An adapter that a fine-tuning with --lora trained for this model. Requests name it as their model.
+    Without a NAME it is part of the model. May be given more than once."""
     adapter_folder: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
     """Clients with an API key may add and remove adapters that lie below this folder."""
     max_adapters: Annotated[int | None, parser(integer(1, 1024), "N"), default("those named, 8 with --adapter-folder")] = None
@@ -89,8 +89,8 @@ class ServeFlags:
     capacity: Annotated[int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")] = None
     """Tokens of prompt and completion together."""
     weights: Annotated[str | None, one_of("file", "q4", *DTYPES), default("file on a CPU, else bfloat16")] = None
-    """The type of the weights' matrices. `file`: blocks of a GGUF file (Q4_0, Q4_1, Q8_0) as they are, all else int8. `q4`: all
-    else in blocks of 4 bits (Q4_0), embedding and head of 8."""
+    """The type of the weights' matrices. `file`: blocks of a GGUF file (Q4_0, Q4_1, Q8_0) as they are, all else int8.
+    `q4`: all else in blocks of 4 bits (Q4_0), embedding and head of 8."""
     keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"
     """The type of the KV cache."""
     prefix_cache: Annotated[int | None, parser(integer(0), "MB"), default("as a slot takes, and at least 64")] = None

@@ -1,5 +1,6 @@
 """The commands themselves: quick help, plain output, words and flags, and the live line at any width."""
 
+import ast
 import io
 import os
 import re
@@ -30,6 +31,15 @@ for stage in sys.argv[1:]:
     assert result.returncode == 0, result.stderr
     assert all(f"python -m stages.{name}" in result.stdout for name in stages())
     assert "\x1b" not in result.stdout
+
+
+def test_a_flags_help_breaks_its_lines_between_sentences():
+    """Tyro keeps the line breaks of these docstrings."""
+    for file in [*(ROOT / "stages").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            for each in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) and each is not node.body[0]:
+                    assert not re.search(r"[^.]\n", each.value.value), f"{file}:{each.lineno}"
 
 
 def test_every_stage_is_listed_with_what_it_does():
