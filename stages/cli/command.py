@@ -185,6 +185,10 @@ class _Terminal(io.FileIO):
 
 def outlive_terminal() -> None:
     """Lets this process print on, and save what it does, when the terminal is closed or lacks a character (it is escaped)."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by `>&-`, and the next file that is opened would get its number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("stdout", "stderr"):

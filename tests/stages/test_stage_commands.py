@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from tiny_runs import ROOT, command, tiny
+from tiny_runs import ROOT, command, tiny, typed
 
 from engine.errors import UserError
 from stages.__main__ import stages
@@ -40,6 +40,12 @@ def test_a_flags_help_breaks_its_lines_between_sentences():
             for each in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) and each is not node.body[0]:
                     assert not re.search(r"[^.]\n", each.value.value), f"{file}:{each.lineno}"
+
+
+def test_closed_standard_streams_are_no_error(trained):
+    words = typed("generate", "--model", trained, "--max-tokens", 3)
+    ended = subprocess.run(["sh", "-c", 'exec "$@" <&- >&-', "sh", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_every_stage_is_listed_with_what_it_does():
