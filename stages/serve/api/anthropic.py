@@ -66,7 +66,7 @@ class InputTurn(Fields):
 
 
 class ToolDefinition(Function, kw_only=True):
-    """A function that the model may call."""
+    """A function that the model may call, `strict` as in Function."""
 
     parameters: dict[str, Any] = msgspec.field(name="input_schema")
     type: Literal["custom"] | None = None

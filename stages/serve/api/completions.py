@@ -143,11 +143,17 @@ class ReplyFields(msgspec.Struct, kw_only=True):
     documents: DocumentsUse | UnsetType = UNSET
 
 
+class CachedTokens(msgspec.Struct):
+    """Tokens of the prompt that the prefix cache held."""
+
+    cached_tokens: int
+
+
 class ReplyUsage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: dict[Literal["cached_tokens"], int]
+    prompt_tokens_details: CachedTokens
 
 
 class CompletionLogProbs(msgspec.Struct):
@@ -222,7 +228,7 @@ class ChoicesWriter(Writer):
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
-    return ReplyUsage(usage.prompt, usage.completion, usage.prompt + usage.completion, {"cached_tokens": usage.cached})
+    return ReplyUsage(usage.prompt, usage.completion, usage.prompt + usage.completion, CachedTokens(usage.cached))
 
 
 class CompletionWriter(ChoicesWriter):
