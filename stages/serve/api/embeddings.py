@@ -10,10 +10,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from engine.inference.request import Request, SamplingParams
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, Writer, begin, make_request, text_prompts
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, make_request, text_prompts
 from stages.serve.api.requests import AnswerRequest, Texts
 from stages.serve.errors import ApiError
-from stages.serve.state import ServedModel, ServerState
+from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
 
@@ -43,21 +43,6 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
     usage: dict[str, int]
 
 
-class EmbeddingsWriter(Writer):
-    def __init__(self, model: ServedModel, body: EmbeddingsRequest) -> None:
-        self._model, self._dimensions, self._is_base64 = model.name, body.dimensions, body.encoding_format == "base64"
-
-    def reply(self, pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
-        data = [Embedding(piece.choice, self._encode(piece.embedding[: self._dimensions])) for piece in pieces]
-        return EmbeddingsReply(
-            model=self._model, data=data, usage={"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
-        )
-
-    def _encode(self, embedding: Any) -> list[float] | str:
-        unit = (embedding / max(np.linalg.norm(embedding), np.finfo(np.float32).tiny)).astype("<f4")
-        return base64.b64encode(unit.tobytes()).decode() if self._is_base64 else unit.tolist()
-
-
 async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequest) -> ASGIApp:
     capacity, width = state.engine.capacity, state.engine.cfg.width
     if body.dimensions and body.dimensions > width:
@@ -71,4 +56,13 @@ async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequ
                 raise context_overflow(len(tokens), capacity, "input")
         return [make_request(state, http, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in encoded]
 
-    return await begin(state, http, body, prompts, EmbeddingsWriter(http.state.model, body), make_requests)
+    def encode(embedding: Any) -> list[float] | str:
+        unit = (embedding / max(np.linalg.norm(embedding), np.finfo(np.float32).tiny)).astype("<f4")
+        return base64.b64encode(unit.tobytes()).decode() if body.encoding_format == "base64" else unit.tolist()
+
+    def reply(pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
+        data = [Embedding(piece.choice, encode(piece.embedding[: body.dimensions])) for piece in pieces]
+        counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
+        return EmbeddingsReply(model=http.state.model.name, data=data, usage=counts)
+
+    return await begin(state, http, body, prompts, reply, make_requests)

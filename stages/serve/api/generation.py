@@ -280,6 +280,9 @@ class Generation:
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
 
 
+Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole completions
+
+
 class Writer:
     """Writes the pieces of a generation in one dialect, as a reply of one Struct or as the chunks of a stream.
 
@@ -325,11 +328,11 @@ class EventWriter(Writer):
 
 
 async def _send_reply(
-    writer: Writer, generation: Generation, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send
+    reply: Reply, generation: Generation, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send
 ) -> None:
     async with generation.watch_disconnect(receive):
-        reply = json_reply(writer.reply(await generation.collect(), generation.usage), headers=headers)
-    await reply(scope, receive, send)
+        response = json_reply(reply(await generation.collect(), generation.usage), headers=headers)
+    await response(scope, receive, send)
 
 
 async def _send_stream(
@@ -503,7 +506,8 @@ async def generate(
                 requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
         return requests
 
-    return await begin(state, http, body, prompts, writer, make_requests, n, [stop] if isinstance(stop, str) else stop or ())
+    stops = [stop] if isinstance(stop, str) else stop or ()
+    return await begin(state, http, body, prompts, writer.reply, make_requests, n, stops, writer)
 
 
 async def begin(
@@ -511,12 +515,14 @@ async def begin(
     http: HttpRequest,
     body: AnswerRequest,
     prompts: Prompts,
-    writer: Writer,
+    reply: Reply,
     make_requests: Callable[[], Awaitable[list[Request]]],
     n: int = 1,
     stops: Sequence[str] = (),
+    writer: Writer | None = None,
 ) -> ASGIApp:
-    """Begins the requests that `make_requests` returns, `n` completions of each prompt or the scores of given ones; responds.
+    """Begins the requests that `make_requests` returns, `n` completions of each prompt or the scores of given ones; responds
+    with the `reply`, or the stream of a `writer`.
 
     A place is reserved before the prompts become tokens, and freed whatever happens. Raises ApiError.
     """
@@ -535,4 +541,6 @@ async def begin(
             raise ApiError(400, str(error), param=prompts.field if error.field == "prompt" else error.field) from None
         raise
     headers = {"X-Ignored-Fields": ", ".join(body.ignored)} if body.ignored else {}
-    return functools.partial(_send_stream if getattr(body, "stream", False) else _send_reply, writer, generation, headers)
+    if writer and getattr(body, "stream", False):
+        return functools.partial(_send_stream, writer, generation, headers)
+    return functools.partial(_send_reply, reply, generation, headers)

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp
 
 from engine.inference.request import Request
 from stages.serve.api.completions import Messages, ReplyUsage, reply_usage
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, Writer, begin, chat_prompts, make_scored, text_prompts
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, chat_prompts, make_scored, text_prompts
 from stages.serve.api.requests import MAX_IDS, AnswerRequest, TokenId
 from stages.serve.errors import ApiError
-from stages.serve.state import ServedModel, ServerState
+from stages.serve.state import ServerState
 
 Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
 
@@ -43,22 +43,6 @@ class ScoreReply(msgspec.Struct, kw_only=True):
     usage: ReplyUsage
 
 
-class ScoreWriter(Writer):
-    def __init__(self, model: ServedModel) -> None:
-        self._model = model
-
-    def reply(self, pieces: list[Piece], usage: Usage) -> ScoreReply:
-        each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
-        sums = list(map(math.fsum, each))
-        weights = [math.exp(logprob - max(sums)) for logprob in sums]
-        data = [
-            Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
-            for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
-        ]
-        name, fingerprint, _ = self._model
-        return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
-
-
 async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> ASGIApp:
     """Scores each candidate; the prefix cache holds the prompt for all but the first."""
     if (body.prompt is None) == (body.messages is None):
@@ -78,5 +62,15 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
             requests.append(make_scored(state, http, prompt, tokens, "candidates"))
         return requests
 
-    writer = ScoreWriter(http.state.model)
-    return await begin(state, http, body, prompts, writer, make_requests, len(body.candidates))
+    def reply(pieces: list[Piece], usage: Usage) -> ScoreReply:
+        each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
+        sums = list(map(math.fsum, each))
+        weights = [math.exp(logprob - max(sums)) for logprob in sums]
+        data = [
+            Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
+            for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
+        ]
+        name, fingerprint, _ = http.state.model
+        return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
+
+    return await begin(state, http, body, prompts, reply, make_requests, len(body.candidates))
