@@ -331,7 +331,7 @@ class Loop:
                 if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
                     self._stop_after_refusals(state)
                 has_paused = self._evaluate_and_save(state)
-                if is_recorded:
+                if is_recorded and progress < 1:  # else it may be the last, which is recorded below
                     self._record(state)
                 if has_paused or is_recorded:
                     begin = time.perf_counter()

@@ -1,10 +1,12 @@
 """A recording of a run: what moves is what trains, and the run ends in the bits of one that is not recorded."""
 
 import base64
+import itertools
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -96,6 +98,18 @@ def test_a_recorded_training_run(text, tmp_path):
     norms = {step["step"]: step["grad_norm"] for step in steps}
     for frame in frames[1:]:  # the gradients are those of the step's own batch
         assert math.hypot(*frame["gradient_norms"].values()) == pytest.approx(norms[frame["step"]], rel=1e-3)
+
+
+def test_the_last_frame_of_a_run_by_the_clock_is_a_part_behind_the_one_before(text, tmp_path, monkeypatch):
+    """Though steps may turn out to be faster than the one that was to be the last."""
+    ticks = itertools.count()
+    monkeypatch.setattr("stages.runs.run.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
+    monkeypatch.setattr("stages.runs.run.StepTimer.mean", lambda _: 0.05)
+    file = tmp_path / "run.jsonl"
+    assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--record", file)) == 0
+    *_, before, last = events(file, "frame")
+    assert last["step"] - before["step"] > 8
+    assert last["gradient_norms"].keys() == last["changed_in"].keys()
 
 
 def tune(model: Path, where: Path, folder: Path, *more: str) -> Path:

@@ -208,7 +208,7 @@ class Recorder:
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
         if self.sinks and (is_asked_for or (self.recorded and (step <= FIRST or part > self.part))):
-            self.part = max(part, self.part)
+            self.part = min(PARTS - 1, max(part, self.part))  # the last part is each step that may be the last
             with self._going_on():
                 self.before = jax.tree.map(jnp.copy, trainable)  # the step takes the place of the weights
         return self.before is not None
