@@ -77,10 +77,11 @@ class Visit:
         self.until(lambda: len(self.texts(".figures")) > before)
 
     def partly(self, text: str) -> str:
-        """Asks, and returns what can be read of the answer when the first of it has come. Then the line is held."""
+        """Asks, and returns what can be read of the answer when its first two pieces have come. Then the line is held."""
         self.line.hold()
         self.type(text, Keys.ENTER)
-        return self.until(lambda: self.line.let_one_through() or self.text("article.assistant .text").strip())
+        self.line.let_through(events=4)  # the first names the role, and of the last not all comes
+        return self.until(lambda: self.text("article.assistant .text").strip())
 
     def requests(self) -> list[dict[str, Any]]:
         """The bodies of the requests for answers since `listen`."""

@@ -10,13 +10,13 @@ from typing import Self
 class Line:
     """Listens on a port of its own and carries bytes to and from `port`, replies in pieces of 200 bytes.
 
-    A tiny model answers too fast to be stopped: from `hold` to `release` a piece goes on with `let_one_through`, one in a
-    quarter of a second however often it is called, so that a browser on a busy machine shows one before the next comes.
+    A tiny model answers too fast to be stopped: from `hold` to `release` replies go on only until as many server-sent events
+    have begun as `let_through` was told.
     """
 
     def __init__(self, port: int) -> None:
         self._held = False
-        self._let_through, self._latest = threading.Semaphore(0), 0.0
+        self._events = 0  # that may begin
         self._port = port
         self._cut = False
         self._ends: list[socket.socket] = []
@@ -32,12 +32,10 @@ class Line:
         self._door.close()
 
     def hold(self) -> None:
-        self._held, self._let_through, self._latest = True, threading.Semaphore(0), 0.0
+        self._held, self._events = True, 0
 
-    def let_one_through(self) -> None:
-        if time.monotonic() >= self._latest + 0.25:
-            self._latest = time.monotonic()
-            self._let_through.release()
+    def let_through(self, events: int) -> None:
+        self._events += events
 
     def release(self) -> None:
         self._held = False
@@ -67,8 +65,9 @@ class Line:
     def _carry(self, source: socket.socket, target: socket.socket, reply: bool) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(200 if reply else 65536):
-                while reply and self._held and not self._let_through.acquire(timeout=0.02):
-                    pass
+                while reply and self._held and self._events <= 0:
+                    time.sleep(0.01)
+                self._events -= piece.count(b"data: ") * reply
                 target.sendall(piece)
         for end in (source, target):
             with contextlib.suppress(OSError):

@@ -32,7 +32,8 @@ def test_an_answer_streams_and_says_what_it_cost(visit):
     visit.set("max_tokens", "40")
     part = visit.partly(LONG)
     assert visit.answering
-    visit.until(lambda: visit.line.let_one_through() or len(visit.text("article.assistant .text")) > len(part))
+    visit.line.let_through(events=2)
+    visit.until(lambda: len(visit.text("article.assistant .text")) > len(part))
     assert visit.answering
     visit.line.release()
     visit.finished()

@@ -92,11 +92,18 @@ def test_two_tabs_that_go_on_with_one_conversation_keep_both(visit):
 
 
 def test_an_answer_that_a_reload_cut_goes_on(visit, tiny_server, monkeypatch):
-    step, turns = tiny_server.engine.step, threading.Semaphore(0)
-    monkeypatch.setattr(tiny_server.engine, "step", lambda: step() if turns.acquire(timeout=0.02) else [])
+    step, written = tiny_server.engine.step, []
+
+    def step_until_written():
+        if len(written) == 3:  # of 15 times
+            return time.sleep(0.01) or []
+        written.extend(events := step())
+        return events
+
+    monkeypatch.setattr(tiny_server.engine, "step", step_until_written)
     visit.set("max_tokens", "60")
     visit.type(MORE, Keys.ENTER)
-    part = visit.until(lambda: turns.release() or visit.text("article.assistant .text").strip())
+    part = visit.until(lambda: visit.text("article.assistant .text").strip())
     assert visit.answering
     visit.reload()
     monkeypatch.undo()
@@ -118,7 +125,10 @@ def test_a_turn_of_ones_own_is_edited_and_copied(visit):
     visit.ask("One")
     visit.ask("Two")
     first = lambda css: visit.chrome.find_elements("css selector", css)[0]
-    visit.chrome.execute_script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    visit.chrome.execute_script(
+        "navigator.clipboard.writeText = async (text) => { window.copied = text; };"
+        "const real = setTimeout; window.setTimeout = (act, after) => after === 1500 || real(act, after)"  # "Copied" stays
+    )
     first("article.user .copy").click()
     visit.until(lambda: first("article.user .copy").text == "Copied")
     assert visit.chrome.execute_script("return window.copied") == "One"

@@ -200,10 +200,12 @@ def test_change_is_where_weights_trained_and_nowhere_in_answering(browser, open_
 
 def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
     see = open_page(document)
+    browser.execute_script("window.draws = requestAnimationFrame; window.requestAnimationFrame = () => 0")  # time stands still
     press(browser, "1", Keys.ARROW_LEFT, " ")
     assert see("#play") == "Pause"
     press(browser, " ")
     assert see("#play") == "Play"
+    browser.execute_script("window.requestAnimationFrame = window.draws")
     press(browser, " ")
     WebDriverWait(browser, 300, 0.05).until(lambda _: see("#play") == "Play")
     assert f"step {document['lives']['train']['frames'][-1]['step']} of" in see("#when")
@@ -228,9 +230,9 @@ def test_without_motion_frames_follow_each_other_and_nothing_moves(browser, open
     see = open_page(document)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]})
     try:
-        press(browser, "1", " ")
-        moving = "return document.querySelectorAll('.moving').length"
-        first = see("#when")
+        press(browser, "1", *[Keys.ARROW_LEFT] * FRAMES)
+        moving, first = "return document.querySelectorAll('.moving').length", see("#when")
+        press(browser, " ")
         WebDriverWait(browser, 300, 0.05).until(lambda _: browser.execute_script(moving) or see("#when") != first)
         assert browser.execute_script(moving) == 0
     finally:

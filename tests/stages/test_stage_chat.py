@@ -151,18 +151,27 @@ def test_a_paste_of_lines_is_one_message(trained):
         assert "turn 2" not in terminal.type("\x04", "weights unchanged")
 
 
-SLOW = """
+# The third step of the first two answers, and the first of the last one, begins once Ctrl-C has been received.
+HELD = """
 import sys, time
 from engine.inference.engine import Engine
-step = Engine.step
-Engine.step = lambda self: (print("step", flush=True), time.sleep(0.5), step(self))[-1]
+from stages.cli import signals
+step, steps, held = Engine.step, [], {3, 6, 7}
+def hold(self):
+    if signals._deferral:
+        steps.append("step")
+        print("step", flush=True)
+        while len(steps) in held and not signals._deferral.received:
+            time.sleep(0.01)
+    return step(self)
+Engine.step = hold
 from stages.chat import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(trained):
-    with Terminal("-c", SLOW, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3) as terminal:
+    with Terminal("-c", HELD, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3) as terminal:
         terminal.wait_for(PROMPT)
         for _ in range(2):
             terminal.type("the king\n", "the king\r\n")

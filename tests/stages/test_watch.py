@@ -6,6 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,33 @@ from typing import Any
 import httpx
 import pytest
 from selenium.webdriver.support.ui import WebDriverWait
-from tiny_runs import PATIENCE, ROOT, metrics, tiny, typed
+from tiny_runs import PATIENCE, ROOT, metrics, tiny
 
 from stages.runs.watch import server
 from stages.runs.watch.server import Watch
 from stages.train import __main__ as train
+
+# While the file of the variable HOLD is there, the run waits before a step from the 500th on.
+HOLDS = """
+import os, sys, time
+from stages.runs.watch.recorder import Recorder
+before_step = Recorder.before_step
+def hold(self, trainable, step, progress):
+    while step >= 500 and os.path.exists(os.environ.get("HOLD", "")):
+        time.sleep(0.01)
+    return before_step(self, trainable, step, progress)
+Recorder.before_step = hold
+from stages.cli.command import leave
+from stages.train.__main__ import main
+leave(main(sys.argv[1:]))
+"""
 
 
 class Run:
     """A run of the real command that is watched, until the block ends."""
 
     def __init__(self, text: Path, folder: Path, *flags: object, port: int = 0) -> None:
-        words = typed("train", *tiny(text, folder, "--log-every", 1, "--watch", port, *flags))
+        words = [sys.executable, "-c", HOLDS, *tiny(text, folder, "--log-every", 1, "--watch", port, *flags)]
         self.process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.output = self.process.stdout.readline()
         self.url = self.output.split()[-1]
@@ -85,19 +101,24 @@ def mute(port: int) -> socket.socket:
 
 
 @pytest.mark.journeys
-def test_a_watched_run(text, tmp_path):
+def test_a_watched_run(text, tmp_path, monkeypatch):
     """Through the real command: its page; its events, without doubles after a break; the bits of a run that is not watched.
 
     That one imports nothing of it.
     """
     words = ("--steps", 600, "--eval-every", 100)
+    (hold := tmp_path / "hold").touch()
+    monkeypatch.setenv("HOLD", str(hold))
     with Run(text, tmp_path / "watched", *words) as run:
         page = httpx.get(run.url, timeout=PATIENCE)
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "new EventSource('events')" in page.text
         with mute(run.port):
             before = until(run.url, "frame")
-            after = list(events(run.url, before[-1][0]))
+            stream = events(run.url, before[-1][0])
+            after = [next(stream)]  # it has come again, and the run may end
+            hold.unlink()
+            after += stream
             assert run.ends() == 0, run.output
     names = [name for name, _ in before + after]
     assert len({*names}) == len(names)
@@ -147,20 +168,23 @@ def test_a_browser_that_does_not_read_holds_nobody_up(monkeypatch):
     monkeypatch.setattr(server, "PAUSE", 0.02)
     monkeypatch.setattr(server, "PATIENCE", 3600)  # who waited for that browser would wait as long
     with Watch(0) as watch, mute(int(watch.url.rpartition(":")[2])):
+        while not watch.is_watched():
+            time.sleep(0.01)
         watch({"event": "begin", "step": 0})
         for step in range(300):
             watch({"event": "frame", "step": step, "mosaic": "A" * 100_000})
             assert watch.events[-1][1] == "frame"  # the newest is never dropped
             for each in range(20):
                 watch({"event": "step", "step": step, "loss": each})
-        assert watch.is_watched()
+        assert watch.is_watched()  # still
         assert len(watch.events) <= 1 + server.KEPT["frame"] + server.KEPT_OF_OTHERS
         watch({"event": "end", "step": 300})
         seen = [event for _, event in until(watch.url, "end")]
         assert (seen[0]["event"], seen[-2]["step"]) == ("begin", 299)
         assert [event["step"] for event in seen] == sorted(event["step"] for event in seen)
         assert max(event["step"] for event in seen if event["event"] == "frame") == 299
-    assert not watch.is_watched()
+    while watch.is_watched():
+        time.sleep(0.01)
 
 
 def test_an_id_of_another_run_begins_anew():

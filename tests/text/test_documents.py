@@ -82,9 +82,9 @@ def test_a_passage_ends_with_a_paragraph_else_a_sentence_else_a_word():
     first, second, *rest = cut(f"{one}\n \n{two}\n\n{three}")
     assert (first, second[:12]) == (one.strip(), "Three. Three")
     assert {word for passage in rest for word in passage.split()} <= {"four", "Three."}
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len([*cut("a" + " " * 10**6 + "\n " * 10**5 + "b" * 10**5)]) > 100
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_passages_stand_before_the_last_question_alone_and_leave_room(documents, tokenizer):
