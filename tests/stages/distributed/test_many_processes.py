@@ -32,10 +32,18 @@ import time, stages.runs.run as loop
 count = loop.Loop._count
 loop.Loop._count = lambda *arguments: (time.sleep(0.2), count(*arguments))[1]
 """
-SLOW_SAVES = """
+ENDLESS_SAVES = """
 from engine.storage import checkpoint
-write = checkpoint.write_files
-checkpoint.write_files = lambda *arguments: (time.sleep(2), write(*arguments))
+write, saves = checkpoint.write_files, []
+checkpoint.write_files = lambda *arguments: (saves.append(1), time.sleep(600 * (len(saves) > 1)), write(*arguments))
+"""
+WAITS_FOR_A_SIGNAL = """
+go_on = loop.Loop._count
+def wait(self, *arguments):
+    go_on(self, *arguments)
+    while self.loop_state.step == 20 and not self.deferral.received:
+        time.sleep(0.01)
+loop.Loop._count = wait
 """
 
 
@@ -50,7 +58,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, star
     words = tiny(text, folder, *FLAGS, "--batch", 2 * count)
     assert train.main([*words, "--out-dir", str(alone)]) == 0
 
-    several = start(count, "train", *words, patch=lambda _: SLOW + SLOW_SAVES)
+    several = start(count, "train", *words, patch=lambda _: SLOW + ENDLESS_SAVES)
     until_saved(folder, 4, several)
     while not (saving := [*folder.glob("checkpoints/.[0-9]*")]):
         assert all(process.poll() is None for process in several)
@@ -62,7 +70,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, star
     first = checkpoint.steps(folder)[-1]
     assert str(first) != saving[0].name.split(".")[1]  # it had not begun to be a checkpoint
     assert checkpoint_reader.load_params(folder).step == first
-    two = start(2, "train", *words, patch=lambda _: SLOW)
+    two = start(2, "train", *words, patch=lambda process: SLOW + WAITS_FOR_A_SIGNAL * process)
     until_saved(folder, first + 4, two)
     two[1].send_signal(signal.SIGTERM)
     codes, errors = finish(two)
