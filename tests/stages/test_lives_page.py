@@ -384,3 +384,6 @@ def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, 
         assert watch.main([str(source), str(tmp_path / "no.html")]) == 2
         assert capsys.readouterr().err.count("\n") <= 2
         assert not (tmp_path / "no.html").exists()
+    (metrics := tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert watch.main([str(metrics), str(tmp_path / "no.html")]) == 2
+    assert f"{metrics} is no recording of a run: a run with --record FILE writes one." in capsys.readouterr().err

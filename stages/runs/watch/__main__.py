@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from engine.errors import UserError
 from engine.files import make_folder
 from stages.cli.command import leave, run_command
 from stages.cli.flags import parser, path
@@ -38,7 +39,10 @@ class PageFlags:
 def make_page(flags: PageFlags) -> None:
     from engine.untrusted import read_json_object  # loads NumPy, which --help does without
 
-    document = read_recording(flags.document) or read_json_object(flags.document, MAX_DOCUMENT_BYTES)
+    document = read_recording(flags.document)
+    if document is None and flags.document.suffix == ".jsonl":
+        raise UserError(f"{flags.document} is no recording of a run: a run with --record FILE writes one.")
+    document = document or read_json_object(flags.document, MAX_DOCUMENT_BYTES)
     make_folder(flags.page.parent)
     if flags.parts:
         write_page(document, flags.page, flags.parts)
