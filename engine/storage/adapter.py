@@ -244,8 +244,14 @@ class _Joined:
         return np.concatenate([np.asarray(array) for array in self.arrays], axis=-1)
 
 
-def earlier_digest(params: dict[str, Any]) -> str:
-    """Returns the digest of a base's params as an earlier version held them: q, k, v and gate, up side by side."""
+def base_digests(params: dict[str, Any]) -> Iterator[str]:
+    """Yields the digest of a base's params, then those by which earlier versions may name it.
+
+    They counted no scale of an adapter in it; before that they held q, k, v and gate, up side by side.
+    """
+    yield digest(params)
+    if any(isinstance(leaf, LoRA) for leaf in leaf_paths(params).values()):
+        yield digest(params, scales=False)
     blocks = {}
     for layer, block in params["blocks"].items():
         for name, parts in JOINED.items():
@@ -254,7 +260,7 @@ def earlier_digest(params: dict[str, Any]) -> str:
                     whole = _side_by_side([block[part] for part in names])
                     block = {path: leaf for path, leaf in block.items() if path not in names} | {name + end: whole}
         blocks[layer] = block
-    return digest(params | {"blocks": blocks})
+    yield digest(params | {"blocks": blocks}, scales=False)
 
 
 def _depth(weight: Any) -> int:
@@ -270,11 +276,6 @@ def _side_by_side(weights: list[Any]) -> Any:
     base = _side_by_side([weight.base if _depth(weight) == outermost else weight for weight in weights])
     halves: list[Any] = [_Joined([getattr(pair, half) for pair in pairs]) for half in "ab"]
     return LoRA(base, halves[0], halves[1], pairs[0].scale)
-
-
-def base_digests(params: dict[str, Any]) -> Iterator[str]:
-    yield digest(params)
-    yield earlier_digest(params)
 
 
 def check_base(folder: Path, base: Iterable[str], trained_on: str, base_name: Any) -> None:

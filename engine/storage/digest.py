@@ -4,20 +4,23 @@ import hashlib
 import json
 from typing import Any
 
+import jax
 import numpy as np
 
 from engine.model.paths import array_paths
+from engine.model.weights.lora import LoRA
 
 
-def digest(params: Any) -> str:
+def digest(params: Any, scales: bool = True) -> str:
     """Returns the SHA-256, in hex, over every leaf's path, dtype, shape and bytes, in path order.
 
-    params: any pytree of arrays. Two trees have one digest exactly when they hold the same bits under the same names: -0.0
+    params: any pytree of arrays. The scale of a LoRA counts as one, in float32, unless `scales` is False: checkpoints hold
+    none, and earlier versions counted none. Two trees have one digest exactly when they hold the same bits under the same names: -0.0
     differs from 0.0, one NaN from another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf that is not
     an array of numbers.
     """
     hasher = hashlib.sha256()
-    leaves = {tuple(path.split("/")): leaf for path, leaf in array_paths(params).items()}
+    leaves = {tuple(path.split("/")): leaf for path, leaf in array_paths(_with_scales(params) if scales else params).items()}
     for path, leaf in sorted(leaves.items(), key=lambda entry: entry[0]):
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"digest: {'/'.join(path)} is a {type(leaf).__name__}, not an array.")
@@ -28,3 +31,9 @@ def digest(params: Any) -> str:
         hasher.update(json.dumps([path, host.dtype.name, host.shape]).encode())
         hasher.update(host.ravel().view(np.uint8))
     return hasher.hexdigest()
+
+
+def _with_scales(params: Any) -> Any:
+    is_lora = lambda node: isinstance(node, LoRA)
+    arrays = lambda node: vars(node) | {"base": _with_scales(node.base), "scale": np.float32(node.scale)}
+    return jax.tree.map(lambda node: arrays(node) if is_lora(node) else node, params, is_leaf=is_lora)

@@ -105,7 +105,7 @@ class FineTuning(ModelStage, BatchStage):
         self.answer_metrics = Metrics(examples.metric)
         lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
-        self.keep_best, self.in_blocks = not tuning.keep_last, trainable.weights == "q4"
+        self.keep_last, self.in_blocks = tuning.keep_last, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
@@ -186,7 +186,7 @@ class FineTuning(ModelStage, BatchStage):
             "loss": tuning.loss,
             "beta": tuning.beta or LOSSES[tuning.loss].beta,
             "pack": None if is_preference else self.pack,
-            "keep_best": self.keep_best,
+            "keep_last": self.keep_last,
             "general": examples.general,
             "template": self.chat.template_name,
             "text": {
@@ -253,7 +253,7 @@ class FineTuning(ModelStage, BatchStage):
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
         """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
         trainable, step, plan, seconds = state.trainable, loop_state.step, self.plan, loop_state.seconds
-        if self.keep_best and loop_state.best_step is not None and loop_state.best_step != step:
+        if not self.keep_last and loop_state.best_step is not None and loop_state.best_step != step:
             step = loop_state.best_step
             trainable = self.load_trained(step)
         after, path = self.measure(trainable), self.save_trained(step, trainable)

@@ -23,7 +23,7 @@ from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices, round_while_training
-from engine.storage.adapter import build_adapter, earlier_digest, save_adapter
+from engine.storage.adapter import base_digests, build_adapter, save_adapter
 from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import AdapterOrigin, adapter_origin, load_model, model_name
@@ -109,7 +109,7 @@ class ModelStage(Stage):
         source, name, revision = self.name, self.model.name, self.model.checkpoint
         if self.origin:
             source, name, revision = self.origin.base, model_name(self.origin.base), self.model.bases[-1]
-            self.metadata["continues"] = digest(self.trainable)
+            self.metadata["continues"] = digest(self.trainable, scales=False)  # `learns` tells them
         path = Path(source).expanduser()
         if path.exists():  # absolute, to be found again
             source = str(path.absolute())
@@ -126,10 +126,11 @@ class ModelStage(Stage):
 
     def _base_digest(self, params: Any) -> str:
         """Returns the digest of the base; of a run that an earlier version began, as its run.json has it."""
-        own, recorded = digest(params), None
+        digests, recorded = base_digests(params), None
+        own = next(digests)
         with contextlib.suppress(UserError, AttributeError):  # none, or a damaged one, which is named later
             recorded = read_json(self.folder / "run.json").get("base", {}).get("digest")
-        return recorded if recorded not in (None, own) and recorded == earlier_digest(params) else own
+        return recorded if recorded not in (None, own) and recorded in digests else own
 
     def place(self) -> None:
         """Spreads the parameters over the mesh; the host keeps what was loaded."""
@@ -171,7 +172,7 @@ class ModelStage(Stage):
         if not self.lora:
             return self.folder / "checkpoints" / str(step)
         base, params = self.metadata["base"], self.model.params
-        if params is not None and base["digest"] != digest(params) and base["digest"] != earlier_digest(params):
+        if params is not None and base["digest"] not in base_digests(params):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(trainable) as whole:
             if processes.is_first():

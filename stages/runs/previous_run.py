@@ -39,7 +39,7 @@ class PreviousRun:
     def is_finished(self, is_over: bool) -> bool:
         """Whether a run that is over was measured at its end as now asked, and is intact in what it stands for."""
         result = self.record.get("result")
-        if not (is_over and result) or "keep_best" in self.changes:
+        if not (is_over and result) or "keep_last" in self.changes:
             return False
         steps = {self.loop_state.step, result.get("kept_step") or self.loop_state.step}
         return not any(manifest.verify(self.folder / "checkpoints" / str(step)) for step in steps)
@@ -95,7 +95,7 @@ FIXED = {
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage", "continues"}  # not every run has them
 BY_FLAG = re.compile(
-    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|metric.*|general|template|text/(data|validation)"
+    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|template|text/(data|validation)"
 )
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}  # a best by others is beaten never, or always

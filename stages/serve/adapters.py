@@ -5,12 +5,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.errors import UserError
 from engine.inference.request import Adapter
 from engine.model.config import ModelConfig
-from engine.model.paths import leaf_paths, map_paths
+from engine.model.paths import leaf_paths
 from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 from engine.storage.model_loader import read_adapter
@@ -31,8 +29,7 @@ class AdapterTable:
     def put(self, index: int, adapter: Any) -> Adapter:
         """Puts an adapter that `read` returned into new stacks; returns it as requests have it."""
         self._engine.engine.runner.put_adapter(index, adapter)
-        parts = lambda leaf: {"a": leaf.a, "b": leaf.b, "scale": np.float64(leaf.scale)}
-        return Adapter(digest(map_paths(lambda _, leaf: parts(leaf), adapter)), index)
+        return Adapter(digest(adapter), index)
 
     async def add(self, name: str, folder: str) -> None:
         """Reads an adapter from below the folder for them, off the event loop, one at a time. Raises ApiError."""

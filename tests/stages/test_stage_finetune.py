@@ -402,7 +402,7 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     written = (folder / "metrics.jsonl").read_text()
     assert "To train it further give a larger --patience" in again()
     assert (folder / "metrics.jsonl").read_text() == written
-    assert "keep_best: True -> False" in again("--keep-last")
+    assert "--keep-last: False -> True" in again("--keep-last")
     assert (result(folder)["kept_step"], result(folder)["steps"]) == (None, best + 4)
     again()
     assert result(folder)["kept_step"] == best

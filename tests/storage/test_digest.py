@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.model.paths import array_paths
+from engine.model.weights.lora import LoRA
 from engine.storage.digest import digest
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int32", "uint32", "bool")
@@ -92,3 +93,17 @@ def test_what_is_no_array_of_numbers_is_refused(leaf):
 def test_two_leaves_of_one_path_are_refused():
     with pytest.raises(ValueError, match="one path"):
         digest({"a": collections.OrderedDict([(0, np.ones(2)), ("0", np.ones(3))])})
+
+
+def test_the_scale_of_an_adapter_counts_as_it_multiplies():
+    base, a, b = array(0, "float32"), array(1, "float32"), array(2, "float32")
+
+    def digests(scale: float, inner: float = 1.0, scales: bool = True) -> tuple[str, str]:
+        adapted = LoRA(LoRA(base, a, b, inner), a, b, scale)
+        return digest({"w": LoRA(None, a, b, scale)}, scales), digest({"w": adapted}, scales)
+
+    assert digests(2.0) == digests(2.0 + 2**-40)  # one float32
+    assert not {*digests(2.0)} & {*digests(4.0)}
+    assert digests(2.0)[1] != digests(2.0, inner=3.0)[1]
+    assert digests(2.0, scales=False) == digests(4.0, 3.0, scales=False)
+    assert digest({"w": LoRA(base, a, b, 2.0)}, scales=False) == digest({"w": {"base": base, "a": a, "b": b}})

@@ -184,7 +184,7 @@ class Recorder:
             frozen,
             [*leaf_shapes(cfg)],
             sample=sample,
-            digest=lambda trainable: digest(run.to_saved(trainable)),
+            digest=lambda trainable: digest(run.to_saved(trainable), scales=False),
             gradient_norms=lambda trainable, batch: gradient_norms(
                 cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=run.objective
             ),
