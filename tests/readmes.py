@@ -6,9 +6,11 @@ what the block is computed from.
 
 import ast
 import contextlib
+import csv
 import io
 import itertools
 import json
+import math
 import operator
 import re
 import shlex
@@ -348,6 +350,20 @@ def plan(_: Document) -> list[str]:
     return table("|||", plans.cells(asked), (0, 3))
 
 
+def tries(_: Document) -> list[str]:
+    """Returns what each way to fine-tune the default preset came to, at the best of the learning rates that were tried."""
+    best: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    with (RESULTS / "zen4" / "finetuning-tries.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"].startswith("the default") and row["tokens"] == "122880"]
+    for row in sorted(rows, key=lambda row: int(row["batch"])):
+        way = best.setdefault((row["trained"] + f", rank {row['rank']}" * bool(row["rank"]), row["batch"]), {})
+        data = row["data"], row["seed"]
+        way[data] = min(way.get(data, math.inf), float(row["bits_per_byte"]))
+    columns = [(data, seed) for data in ("voice", "python") for seed in "01"]
+    cells = [(*way, *(f"{bits[data]:.3f}" if data in bits else "" for data in columns)) for way, bits in best.items()]
+    return table("trained|batch|`voice`, seed 0|seed 1|Python's source, seed 0|seed 1", cells)
+
+
 def validated(_: Document) -> list[str]:
     """Returns how far the planner is off what was published."""
     return table("predicted|rows|median error|inside the interval", validate.cells(validate.validation()))
@@ -399,6 +415,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         serving,
         chat,
         plan,
+        tries,
         validated,
         serves,
         trains,
