@@ -1,6 +1,5 @@
 """Trains one model by each objective, ours and TRL's, on the same tokens in the same order, and compares the losses."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -61,23 +60,10 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
             raise UserError(f"TRL, {objective}: {error}") from None
         ours, inputs = _train(objective, model.params, steps)
         apart = float(np.abs(np.subtract(ours, theirs)).max())
-        rows.append(
-            {
-                "name": f"losses_{objective}",
-                "apart": apart,
-                "bar": MOST_APART,
-                "same": apart <= MOST_APART,
-                "losses": ours,
-                "peer_losses": theirs,
-                "last_inputs": inputs,
-            }
-        )
-        unmet = "" if apart <= MOST_APART else "   ** not met **"
-        print(
-            f"{objective:<8} {STEPS} steps, {ours[0]:.4f} -> {ours[-1]:.4f}; "
-            f"TRL {theirs[-1]:.4f}, at most {apart:.1e} apart{unmet}",
-            flush=True,
-        )
+        row = {"name": f"losses_{objective}", "apart": apart, "bar": MOST_APART, "same": apart <= MOST_APART}
+        rows.append(row | {"losses": ours, "peer_losses": theirs, "last_inputs": inputs})
+        line = f"{objective:<8} {STEPS} steps, {ours[0]:.4f} -> {ours[-1]:.4f}; TRL {theirs[-1]:.4f}, at most {apart:.1e} apart"
+        print(line + "   ** not met **" * (not row["same"]), flush=True)
     return rows
 
 
@@ -113,42 +99,25 @@ def _rated(pairs: list[Pair]) -> tuple[list[Pair], list[bool]]:
 
 def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
     """Returns the rows of a batch as the collator of TRL's trainer takes them."""
-    part = lambda example, is_answer: example.tokens[example.mask == is_answer].tolist()
+    prompt, answer = (lambda example, side=side: example.tokens[example.mask == side].tolist() for side in (False, True))
+    labels = lambda example: np.where(example.mask, example.tokens, -100).tolist()
+    whole = lambda example: {"input_ids": example.tokens.tolist(), "labels": labels(example)}
     if objective == "answers":
-        return [
-            {"input_ids": chosen.tokens.tolist(), "labels": np.where(chosen.mask, chosen.tokens, -100).tolist()}
-            for chosen, _ in pairs
-        ]
-    if objective == "dpo":
-        return [
-            {"prompt_ids": part(chosen, False), "chosen_ids": part(chosen, True), "rejected_ids": part(rejected, True)}
-            for chosen, rejected in pairs
-        ]
+        return [whole(chosen) for chosen, _ in pairs]
     if objective == "kto":
-        rated, labels = _rated(pairs)
-        return [
-            {
-                "prompt_ids": part(own, False),
-                "completion_ids": part(own, True),
-                "KL_completion_ids": part(other, True),
-                "label": label,
-            }
-            for (own, other), label in zip(rated, labels)
-        ]
-    return [
-        dict(itertools.chain.from_iterable(_side(name, example).items() for name, example in zip(("chosen", "rejected"), pair)))
-        | {"prompt_input_ids": part(pair.chosen, False), "prompt_attention_mask": [1] * int((~pair.chosen.mask).sum())}
-        for pair in pairs
-    ]
-
-
-def _side(name: str, example: Example) -> Json:
-    labels = np.where(example.mask, example.tokens, -100)
-    return {
-        f"{name}_input_ids": example.tokens.tolist(),
-        f"{name}_attention_mask": [1] * len(example.tokens),
-        f"{name}_labels": labels.tolist(),
-    }
+        fields = "prompt_ids", "completion_ids", "KL_completion_ids", "label"
+        rated = zip(*_rated(pairs))
+        return [dict(zip(fields, (prompt(own), answer(own), answer(other), label))) for (own, other), label in rated]
+    if objective == "dpo":
+        names = "prompt_ids", "chosen_ids", "rejected_ids"
+        return [dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs]
+    rows = []
+    for chosen, rejected in pairs:
+        parts = {"chosen": whole(chosen), "rejected": whole(rejected), "prompt": {"input_ids": prompt(chosen)}}
+        for part in parts.values():
+            part["attention_mask"] = [1] * len(part["input_ids"])
+        rows.append({f"{name}_{field}": value for name, part in parts.items() for field, value in part.items()})
+    return rows
 
 
 def _train(objective: str, params: Json, steps: list[list[Pair]]) -> tuple[list[float], Json]:

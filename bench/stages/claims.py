@@ -29,7 +29,7 @@ Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, number
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The numbers by which claims are judged."""
+    """The numbers by which claims are judged. Its methods find a row by the beginning of its name, or raise KeyError."""
 
     command: str  # that measures them
     rows: dict[str, dict[str, Any]]  # of the document, by name
@@ -46,28 +46,27 @@ class Evidence:
     learning: Mapping[str, Any]  # what `measure_learning` returns; empty where it did not run
 
     def row(self, start: str) -> dict[str, Any]:
-        """Returns the first row whose name begins with `start`, or raises KeyError."""
         return self.rows[next((name for name in self.rows if name.startswith(start)), start)]
 
     def seconds(self, start: str) -> str:
-        """Returns the seconds of a token of the `row` of `start` in words."""
+        """Returns those of a token in words."""
         return si(self.row(start)["seconds_per_token"], "s")
 
     def flops(self, start: str) -> float:
-        """Returns the FLOPs of a token of the `row` of `start`, by formula."""
+        """Returns those of a token by formula."""
         return self.row(start)["flops_per_token"]["formula"]
 
     def timing(self, start: str) -> Timing:
-        """Returns the timing of a token in the `row` of `start`, which may be `uncached` too."""
+        """Returns that of a token; `start` may be `uncached` too."""
         return self.timings["uncached" if start == "uncached" else self.row(start)["name"]]
 
     def ratio(self, a: str, b: str) -> Ratio:
-        """Returns a token's time in the `row` of `a` over that in the row of `b`."""
+        """Returns a token's time in `a` over that in `b`."""
         return ratio(self.timing(a), self.timing(b))
 
     @property
     def pretraining(self) -> int:
-        """The tokens of this model's pre-training, TOKENS_PER_PARAMETER of them."""
+        """The tokens of this model's pre-training."""
         return TOKENS_PER_PARAMETER * self.params
 
     def usd(self, seconds: float) -> float:
@@ -299,17 +298,9 @@ def costs(of: Evidence) -> Judgement:
         f"{token.format(percent)} of one of pre-training; the rest is the amount. Serving, eight at a time, has cost as much "
         f"as training after {in_words(served)} tokens."
     )
-    return (
-        judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer"),
-        value,
-        {
-            "token_share": token,
-            "share": share,
-            "training_usd": training,
-            "fine_tuning_usd": tuning,
-            "serving_tokens_that_cost_as_much": served,
-        },
-    )
+    verdict = judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer")
+    numbers = {"token_share": token, "share": share, "training_usd": training, "fine_tuning_usd": tuning}
+    return verdict, value, numbers | {"serving_tokens_that_cost_as_much": served}
 
 
 def fortune(of: Evidence) -> Judgement:
@@ -344,12 +335,8 @@ def request(of: Evidence) -> Judgement:
 
 
 def caching(of: Evidence) -> Judgement:
-    seconds = of.timing("uncached").median
-    return _of_gain(
-        of.ratio("uncached", "decode alone"),
-        f"one more token behind {of.uncached_tokens} takes {si(seconds, 's')} without a cache and "
-        f"{of.seconds('decode alone')} with one",
-    )
+    words = f"one more token behind {of.uncached_tokens} takes {si(of.timing('uncached').median, 's')} without a cache and "
+    return _of_gain(of.ratio("uncached", "decode alone"), words + f"{of.seconds('decode alone')} with one")
 
 
 def prefix_cache(of: Evidence) -> Judgement:
@@ -361,11 +348,9 @@ def prefix_cache(of: Evidence) -> Judgement:
 
 
 def batching(of: Evidence) -> Judgement:
-    return _of_gain(
-        of.ratio("decode alone", "decode with 32 slots"),
-        f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
-        f"{of.seconds('decode with 32 slots')} among 32",
-    )
+    words = f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
+    gain = of.ratio("decode alone", "decode with 32 slots")
+    return _of_gain(gain, words + f"{of.seconds('decode with 32 slots')} among 32")
 
 
 def _of_gain(gain: Ratio, words: str) -> Judgement:
