@@ -25,7 +25,7 @@ from engine.mesh import processes
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import COUNT, DeviceFlag, MeshFlags, ModelFlag, VerboseFlag, default, integer, one_of, parser
+from stages.cli.flags import COUNT, DeviceFlag, MeshFlags, MetricFlag, ModelFlag, VerboseFlag, default, integer, one_of, parser
 
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
@@ -36,17 +36,15 @@ if TYPE_CHECKING:
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
 
+perplexity = lambda nats: f"{math.exp(min(nats, 700)):.3f}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateFlags:
-    """The model, the data, and the sliding window."""
-
     model: ModelFlag = None
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
-    metric: Annotated[tuple[str, ...], default("none", metavar="METRIC ...")] = ()
-    """Of the model's own answers to conversations, beside the loss: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION.
-    A function takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number."""
+    metric: MetricFlag = ()
     context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
     """Tokens a window."""
     stride: Annotated[int | None, COUNT, default("half the window")] = None
@@ -61,7 +59,7 @@ class EvaluateFlags:
 
 
 def evaluate(flags: EvaluateFlags) -> None:
-    """Loads the model, scores the data, prints. Raises RuntimeError when scoring changed a weight."""
+    """Raises RuntimeError when scoring changed a weight."""
     signals.set_phase("before the evaluation was done.")
     device = start_jax(flags.device, connect=flags.mesh.connect)
     # These import JAX, here and below, which must be started first.
@@ -130,11 +128,6 @@ def _read_conversations(data: str) -> "Conversations | None":
     return conversations if conversations and conversations.kind != "text" else None
 
 
-def _likelihood(nats: float) -> tuple[str, str]:
-    """Returns the mean nats of a token, and its perplexity."""
-    return f"{nats:.4f}", f"{math.exp(min(nats, 700)):.3f}"
-
-
 def evaluate_text(
     model: "LoadedModel",
     data: str | None,
@@ -165,12 +158,11 @@ def evaluate_text(
         nats = text_data.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
     seconds = time.perf_counter() - begin
     scored = len(text.tokens) - 1
-    per_token, perplexity = _likelihood(nats / scored)
     return [
         ("tokens", f"{len(text.tokens):,}"),
         ("bytes", f"{text.bytes:,}"),
-        ("nats per token", per_token),
-        ("perplexity per token", perplexity),
+        ("nats per token", f"{nats / scored:.4f}"),
+        ("perplexity per token", perplexity(nats / scored)),
         ("bits per byte", f"{text_data.bits_per_byte(nats, text.bytes):.4f}"),
         ("seconds", f"{seconds:.1f} ({format_count(scored / seconds)} tokens/s)"),
     ]
@@ -200,7 +192,7 @@ def evaluate_conversations(
     import numpy as np
 
     from engine.mesh import layout
-    from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.chat_tokenizer import ChatTokenizer, Example
     from engine.text.examples import Pair, Rating, make_examples
     from engine.training.step import NEXT_TOKEN
     from stages.runs import conversation_data as conversations
@@ -229,33 +221,30 @@ def evaluate_conversations(
     processes.refuse_differences({"data": conversations.digest_examples(examples)})
     begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
-        if isinstance(examples[0], Pair | Rating):
+        if not isinstance(examples[0], Example):
             logprobs = conversations.reference_logprobs(model.cfg, model.params, examples, seq, together, report)
         if isinstance(examples[0], Rating):
-            good = np.array([rating.good for rating in examples])
-            nats = [-logprobs[good == side, 0].mean() for side in (True, False) if (good == side).any()]
+            good = np.array([rating.value > 0 for rating in examples])
             rows = [("answers", f"{good.sum():,} good ones and {(~good).sum():,} bad ones")]
-            rows += [(f"{name} ones", f"{mean:.3f} nats each on average") for name, mean in zip(("good", "bad"), nats)]
+            for name, side in (("good", good), ("bad", ~good)):
+                rows += [(f"{name} ones", f"{-logprobs[side, 0].mean():.3f} nats each on average")] if side.any() else []
         elif isinstance(examples[0], Pair):
-            margin = logprobs[:, 0] - logprobs[:, 1]
+            margin, more = logprobs[:, 0] - logprobs[:, 1], "the chosen answer is the more probable one in"
             rows = [
                 ("pairs", f"{len(margin):,}"),
-                (
-                    "preferred",
-                    f"the chosen answer is the more probable one in {format_count(100 * (margin > 0).mean())}% of them",
-                ),
+                ("preferred", f"{more} {format_count(100 * (margin > 0).mean())}% of them"),
                 ("margin", f"{margin.mean():.3f} nats on average"),
             ]
         else:
             evaluator = conversations.held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, seq)
-            per_token, perplexity = _likelihood(evaluator.evaluate(model.params, report) or 0.0)
+            nats = evaluator.evaluate(model.params, report)
             rows = [
                 ("examples", f"{len(examples):,}"),
                 ("answer tokens", f"{evaluator.size:,}"),
-                ("nats per token", f"{per_token} of what the assistant says, the end of each answer included"),
-                ("perplexity", perplexity),
+                ("nats per token", f"{nats:.4f} of what the assistant says, the end of each answer included"),
+                ("perplexity", perplexity(nats)),
             ]
-    with console.task("scoring answers", always=bool(metrics)) as report:
+    with console.task("scoring answers") as report:
         stops = {*model.eos_ids, *chat.eot_ids}
         scores = metrics.score(model.cfg, model.params, chat, references, stops, report)
         rows += [(task, f"{score:.4f} of {len(references):,} answers") for task, score in scores.items()]

@@ -58,8 +58,6 @@ Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and fault
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
-    """The model, the output path, and how weights are written."""
-
     out: Annotated[Path, parser(path, "PATH")]
     """A folder, or a file that ends in .gguf."""
     model: ModelFlag = None
@@ -126,8 +124,7 @@ def export(flags: ExportFlags) -> int:
         console.print_rows([*rows, ("writes", f"{out}, {dtype}")])
         with console.task("writing", always=True) as report:
             note = _write(out, model, dtype, base_name, report)
-        if note:
-            console.print(note)
+        console.print_notes(note)
         files = [out] if to_gguf else out.iterdir()
         console.print_rows([("written", f"{out}, {format_bytes(sum(file.stat().st_size for file in files))}")])
         if not flags.check:
@@ -284,10 +281,9 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
 
 def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
     """Compares an exported adapter with the model's, to the bit."""
-    import numpy as np
-
     from engine.model.paths import leaf_paths
     from engine.storage.adapter import adapter_leaves, load_adapter
+    from engine.storage.digest import digest
     from engine.storage.huggingface import load_tokenizer
 
     ours = adapter_leaves(model.params)
@@ -295,9 +291,7 @@ def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
     faults = _tokenizer_faults(model.tokenizer, load_tokenizer(out).tokenizer)
     faults += [f"whether {name} is adapted" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
-        a, b = ours[name], theirs[name]
-        same_scale = np.float32(a.scale) == np.float32(b.scale)  # alpha / rank misses 1 in 10 of rsLoRA's by a bit of float64
-        if not (same_scale and np.array_equal(a.a, b.a) and np.array_equal(a.b, b.b)):
+        if digest(dataclasses.replace(ours[name], base=None)) != digest(theirs[name]):
             faults.append(f"the adapter of {name}")
     rows = [
         ("adapters", f"of {len(theirs)} matrices, to the bit"),

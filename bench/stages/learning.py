@@ -63,7 +63,7 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
     state, batches = new_state(tx, state.trainable), TextBatches(text, TOKENS, ROWS, seed=0)
     for step in range(MOST * WINDOWS // ROWS):
         state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(HALF_RATE))
-        if (reading := batches.epoch(step + 1)) in READINGS:
+        if (reading := batches.order.epoch(step + 1)) in READINGS:
             errors[int(reading)] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
             moved[f"{reading:.0f}"] = _moved(trained, _copy(state.trainable))
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.

@@ -268,14 +268,12 @@ def _depth(weight: Any) -> int:
 
 
 def _side_by_side(weights: list[Any]) -> Any:
-    """Returns weights as one; of adapters, which some may lack, all pairs together."""
-    outermost = max(map(_depth, weights))
-    if not outermost:
+    """Returns weights as one; of adapters, which some may lack, all pairs together, those of the outermost first."""
+    if not (outermost := max(map(_depth, weights))):
         return _Joined(weights)
     pairs = [weight for weight in weights if _depth(weight) == outermost]
     base = _side_by_side([weight.base if _depth(weight) == outermost else weight for weight in weights])
-    halves: list[Any] = [_Joined([getattr(pair, half) for pair in pairs]) for half in "ab"]
-    return LoRA(base, halves[0], halves[1], pairs[0].scale)
+    return {"base": base} | {half: _Joined([getattr(pair, half) for pair in pairs]) for half in "ab"}
 
 
 def check_base(folder: Path, base: Iterable[str], trained_on: str, base_name: Any) -> None:

@@ -272,20 +272,15 @@ def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
     raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
 
 
-class AdapterOrigin(NamedTuple):
-    """The base that an adapter names, and its LoraConfig; None where none describes it."""
-
-    base: str
-    config: LoraConfig | None
-
-
-def adapter_origin(name: str, cfg: ModelConfig) -> AdapterOrigin | None:
-    """Returns the origin of the adapter that a LoRA run, or a folder in PEFT's layout, holds; None for any other model."""
+def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None] | None:
+    """Returns the base that an adapter names, of a LoRA run or in PEFT's layout, and its LoraConfig, None where none describes
+    it; None for any other model.
+    """
     if not Path(name).expanduser().exists() or (location := locate(name)).format != "adapter":
         return None
     if location.run:
-        return AdapterOrigin(_base_of(location), read_adapter_record(location.run)[2])
-    return AdapterOrigin(_base_of(location), config_of(cfg, leaf_paths(load_adapter(location.path, cfg))))
+        return _base_of(location), read_adapter_record(location.run)[2]
+    return _base_of(location), config_of(cfg, leaf_paths(load_adapter(location.path, cfg)))
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tuple[Any, tuple[str, ...]]:

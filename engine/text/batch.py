@@ -38,6 +38,7 @@ class EpochOrder:
         self.count, self.batch, self.seed = count, batch, seed
 
     def epoch(self, step: int) -> float:
+        """Returns the epochs completed before a step."""
         return step * self.batch / self.count
 
     def at(self, step: int, rows: slice = ALL) -> list[tuple[int, int]]:
@@ -78,7 +79,6 @@ class TextBatches:
             )
         self._ring = len(self.tokens) - 1  # targets
         self.order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
-        self.epoch = self.order.epoch  # completed before a step
 
     def at(self, step: int, rows: slice = ALL) -> Batch:
         """Returns the batch (batch, seq) of `step` >= 0, or some of its rows."""

@@ -58,8 +58,6 @@ class Conversation(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A plain text to train on."""
-
     text: str
     where: str
     weight: float = 1.0

@@ -1,5 +1,6 @@
 """Tokenizes the rows of a dataset into training examples, counts what was cut or dropped, and packs them into batches."""
 
+import bisect
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,15 +35,11 @@ class Rating(NamedTuple):
 
     answer: Example
     mismatched: Example
-    good: bool
+    value: float  # the weight of its loss, negative for a bad answer
 
     @property
     def where(self) -> str:
         return self.answer.where
-
-    @property
-    def value(self) -> float:
-        return self.answer.weight if self.good else -self.answer.weight
 
 
 def mismatch(ratings: Sequence[Rating], seq: int) -> list[Rating]:
@@ -51,14 +48,11 @@ def mismatch(ratings: Sequence[Rating], seq: int) -> list[Rating]:
     for rating in ratings:
         example, start = rating.answer, int(rating.answer.mask.argmax())
         parts.append((example.tokens[:start], example.tokens[start:], example.mask[start:]))
-    results, other = [], len(parts)  # in a row that is read twice, from its end, the next row with another prompt
-    following = [0] * len(parts)
-    for at in range(2 * len(parts) - 1, -1, -1):
-        here, after = at % len(parts), (at + 1) % len(parts)
-        other = after if not np.array_equal(parts[here][0], parts[after][0]) else other
-        following[here] = other if other < len(parts) else after
-    for rating, (prompt, *_), index in zip(ratings, parts, following):
-        _, answer, mask = parts[index]
+    # Rows with another prompt than the row before; the first is behind the last.
+    others = [at for at, (prompt, *_) in enumerate(parts) if not np.array_equal(parts[at - 1][0], prompt)]
+    results = []
+    for at, (rating, (prompt, *_)) in enumerate(zip(ratings, parts)):
+        _, answer, mask = parts[others[bisect.bisect(others, at) % len(others)] if others else (at + 1) % len(parts)]
         tokens = np.concatenate([prompt, answer])[: seq + 1]
         mask = np.concatenate([np.zeros(len(prompt), bool), mask])[: seq + 1]
         results.append(rating._replace(mismatched=Example(tokens, mask, rating.where)))
@@ -69,14 +63,15 @@ def mismatch(ratings: Sequence[Rating], seq: int) -> list[Rating]:
 class DatasetSummary:
     """Counts the rows of a dataset that were used, and lists those truncated or dropped, each as (file:line, reason)."""
 
-    rows: int = 0
     used: int = 0  # those whose end was cut off are among them
     truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Returns lines for people: the counts, and for each reason the first row it was given for."""
-        counts = f"{self.used:,} of {quantity(self.rows, 'row')} kept, {len(self.truncated):,} of them truncated"
+        counts = (
+            f"{self.used:,} of {quantity(self.used + len(self.dropped), 'row')} kept, {len(self.truncated):,} of them truncated"
+        )
         lines = [f"{counts}; {len(self.dropped):,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}
@@ -99,11 +94,9 @@ def make_examples(
     to EOS. A conversation is dropped when no answer begins early enough or the template refuses it, and a preference when it is
     longer. Raises UserError, with file:line, when the template fails, and when nothing is left.
     """
-    results: list[Any] = []
-    parts: list[Any]
+    results, parts = list[Any](), list[Any]()
     summary, rows = DatasetSummary(), list(rows)
-    for row in rows:
-        summary.rows += 1
+    for number, row in enumerate(rows, 1):
         try:
             if rate and not isinstance(row, Text):
                 parts, cut = _ratings(row, chat, seq), False
@@ -121,12 +114,12 @@ def make_examples(
             summary.truncated.append((row.where, f"longer than {seq} tokens, so its end is cut off"))
         results += parts
         if report:
-            report(summary.rows, len(rows))
+            report(number, len(rows))
     if not results:
         if not summary.dropped:
             raise UserError("There is nothing in it to learn from.")
         where, reason = summary.dropped[0]
-        raise UserError(f"None of {summary.rows:,} rows can be trained on; the first, {where}: {reason.rstrip('.')}.")
+        raise UserError(f"None of {len(rows):,} rows can be trained on; the first, {where}: {reason.rstrip('.')}.")
     return results, summary
 
 
@@ -182,13 +175,13 @@ def _pair(row: Preference, chat: ChatTokenizer, seq: int) -> Pair:
 
 def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> list[Rating]:
     if isinstance(row, Preference):
-        return [Rating(example, example, good) for example, good in zip(_pair(row, chat, seq), (True, False))]
+        return [Rating(example, example, value) for example, value in zip(_pair(row, chat, seq), (1.0, -1.0))]
     if row.label is None:
         raise UserError("`label` is missing: true for a good answer, false for a bad one.")
     if row.weight == 0:
         raise InvalidConversation("its weight is 0")
-    example = _answer(row.messages, row.where, chat, seq)._replace(weight=row.weight)
-    return [Rating(example, example, row.label)]
+    example = _answer(row.messages, row.where, chat, seq)
+    return [Rating(example, example, row.weight if row.label else -row.weight)]
 
 
 @dataclasses.dataclass
@@ -197,7 +190,7 @@ class PackedBatches:
 
     Rows are packed once (`pack_rows`), and each epoch shuffles them anew (`EpochOrder`). In a row each example is a segment
     with positions from 0, so that it gets the loss it has alone. Where an example has a weight, all masks are float32 and hold
-    it. Raises UserError as `EpochOrder`, and for an example of more than seq + 1 tokens.
+    it.
     """
 
     examples: Sequence[Example]
@@ -210,10 +203,9 @@ class PackedBatches:
         self._mask_type = np.float32 if any(example.weight != 1 for example in self.examples) else bool  # of every batch
         self._rows = pack_rows(self.examples, self.seq, self.pack)
         self.order = EpochOrder(len(self._rows), self.batch, self.seed)
-        self.epoch = self.order.epoch  # completed before a step
 
     def describe(self) -> str:
-        filled = sum(_places(example, self.seq) for example in self.examples) / (len(self._rows) * self.seq)
+        filled = sum(len(example.tokens) - 1 for example in self.examples) / (len(self._rows) * self.seq)
         rows = f"{quantity(len(self._rows), 'row')} of {self.seq} tokens, {filled:.1%} of them used"
         return f"{quantity(len(self.examples), 'example')} in {rows}" if self.pack else f"off: {rows}"
 
@@ -231,7 +223,7 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: 
 
 
 def example_rows(examples: Sequence[Example | None], seq: int) -> Batch:
-    """Returns a batch (rows, seq) of an example a row, None a row of padding. Raises UserError for one over seq + 1 tokens."""
+    """Returns a batch (rows, seq) of an example a row, None a row of padding."""
     return _batch([[example] if example else [] for example in examples], seq, pack=False)
 
 
@@ -240,7 +232,7 @@ def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[in
 
     This is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """
-    sizes = [_places(example, seq) for example in examples]
+    sizes = [len(example.tokens) - 1 for example in examples]  # the last is only a target
     if not pack:
         return [[index] for index in range(len(examples))]
     rows: list[list[int]] = []
@@ -263,14 +255,6 @@ def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[in
     return rows
 
 
-def _places(example: Example, seq: int) -> int:
-    """Returns how many places of a row an example takes: one fewer than its tokens, as the last is only a target."""
-    size = len(example.tokens) - 1
-    if not 0 < size <= seq:
-        raise UserError(f"{example.where or 'An example'} has {size + 1} tokens; a row of {seq} takes 2 to {seq + 1}.")
-    return size
-
-
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool, mask_type: type = bool) -> Batch:
     """Lays each row's examples side by side. Padding behind them is segment 0, with mask False. A float mask has weights."""
     tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
@@ -278,13 +262,10 @@ def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool, mask_type: t
     for row, examples in enumerate(rows):
         at = 0
         for number, example in enumerate(examples, 1):
-            size = _places(example, seq)
+            size = len(example.tokens) - 1
             place = row, slice(at, at + size)
-            tokens[place], targets[place], mask[place] = (
-                example.tokens[:-1],
-                example.tokens[1:],
-                example.mask[1:] * example.weight,
-            )
+            tokens[place], targets[place] = example.tokens[:-1], example.tokens[1:]
+            mask[place] = example.mask[1:] * example.weight
             positions[place], segments[place] = np.arange(size), number
             at += size
     return Batch(tokens, targets, mask, positions, segments if pack else None)

@@ -4,49 +4,31 @@
 weight decay.
 """
 
-import math
 import re
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 from engine.counting.params import TrainablePaths, bottom_frozen, leaf_shapes, top_frozen
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 
 
-class Match(NamedTuple):
-    rule: str
-    leaves: int
-    numbers: int
-
-
-class Selection(NamedTuple):
-    trainable_paths: TrainablePaths
-    matches: tuple[Match, ...]
-    trainable_count: int
-
-
-def select_trainable(cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()) -> Selection:
+def select_trainable(
+    cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()
+) -> tuple[TrainablePaths, dict[str, Collection[str]]]:
     """Selects all that rules of `train` match (without one, everything), less what rules of `freeze` match.
 
-    A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or `all`, `head` (tied: the embedding), `bottom:N` (the
-    embedding and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, the head). Raises UserError when
-    a rule matches nothing, with the nearest path, and when nothing is left to train.
+    Returns the paths, and those that each rule matches. A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or
+    `all`, `head` (tied: the embedding), `bottom:N` (the embedding and the lowest N blocks), or `top:N` (the highest N blocks,
+    the last norm, the head). Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left.
     """
-    shapes = leaf_shapes(cfg)
-    numbers = {path: math.prod(shape) for path, shape in shapes.items()}
     matches = {rule: _match(cfg, rule) for rule in (*train, *freeze)}
-    trainable = {path for rule in train for path in matches[rule]} if train else set(shapes)
+    trainable = {path for rule in train for path in matches[rule]} if train else {*leaf_shapes(cfg)}
     trainable -= {path for rule in freeze for path in matches[rule]}
     if not trainable:
         raise UserError(
             f"Nothing is left to train: --freeze {' '.join(freeze)} names all that would be trained. Freeze less of it."
         )
-    return Selection(
-        TrainablePaths(frozenset(trainable)),
-        tuple(Match(rule, len(paths), sum(numbers[path] for path in paths)) for rule, paths in matches.items()),
-        sum(numbers[path] for path in trainable),
-    )
+    return TrainablePaths(frozenset(trainable)), matches
 
 
 def _match(cfg: ModelConfig, rule: str) -> Collection[str]:

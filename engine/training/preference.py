@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.errors import UserError
 from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.loss import target_losses
@@ -138,13 +137,10 @@ def preference_objective(name: str = "dpo", beta: float | None = None) -> Object
     """Returns the objective of one of LOSSES: the summed loss, and the number of rows. A row of padding has a loss of 0.
 
     Its batches are Preferences, for KTO Ratings, whose KL each microbatch estimates by itself. `beta`: None for the loss's own.
-    A larger one keeps DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight. Raises UserError when
-    it is not above 0.
+    A larger one keeps DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight.
     """
     loss = LOSSES[name]
     beta = loss.beta if beta is None else beta
-    if not beta > 0:
-        raise UserError(f"beta must be above 0, not {beta!r}: at 0 no preference would count.")
 
     def summed(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
         losses = loss.of_rows(answer_logprobs(cfg, params, pairs), pairs.reference, beta)

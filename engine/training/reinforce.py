@@ -103,7 +103,9 @@ def make_reward(task: str) -> Reward:
     """Makes the reward of `length:12`, `regex:PATTERN`, `exact`, `sum` or `yes-no`. Raises UserError for anything else."""
     name, _, rest = task.partition(":")
     if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
-        return length_reward(int(rest))
+        words = int(rest)
+        share = lambda count: min(count, words) / max(count, words)
+        return lambda completion, _: share(len(completion.split()))
     if name == "regex" and rest:
         return regex_reward(rest)
     if task == "exact":
@@ -115,11 +117,6 @@ def make_reward(task: str) -> Reward:
     if name in TASKS:
         raise UserError(f"The task {task!r} should be {TASKS[name]}{' from 1 to 1000' if name == 'length' else ''}.")
     raise UserError(f"There is no task {task!r}; there are {'; '.join(TASKS.values())}.{did_you_mean(name, [*TASKS])}")
-
-
-def length_reward(words: int) -> Reward:
-    ratio = lambda count: min(count, words) / max(count, words)
-    return lambda completion, _: ratio(len(completion.split()))
 
 
 def regex_reward(pattern: str) -> Reward:

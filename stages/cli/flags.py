@@ -109,12 +109,15 @@ DocumentsFlag = Annotated[
     parser(path, "FOLDER"),
     default("none", "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it."),
 ]
-ModelFlag = Annotated[
-    str | None,
-    parser(str, "MODEL"),
+MODEL = "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model."
+ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest finished run in runs/", MODEL)]
+MetricFlag = Annotated[
+    tuple[str, ...],
     default(
-        "the newest finished run in runs/",
-        "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model.",
+        "none",
+        "Of the model's own answers to conversations, in `finetune` held-out ones before and after: `exact`, `regex:PATTERN`, "
+        "or FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number.",
+        "METRIC ...",
     ),
 ]
 VerboseFlag = Annotated[bool, default("off", "Show the traceback of an error.")]

@@ -25,7 +25,20 @@ from engine.device import start_jax
 from engine.errors import UserError
 from stages.cli import signals
 from stages.cli.command import leave, run_command
-from stages.cli.flags import BATCH, COUNT, MeshFlags, default, integer, interval, number, one_of, parser, path, positive
+from stages.cli.flags import (
+    BATCH,
+    COUNT,
+    MeshFlags,
+    MetricFlag,
+    default,
+    integer,
+    interval,
+    number,
+    one_of,
+    parser,
+    path,
+    positive,
+)
 from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, TrainableFlags
 
 DATA = (
@@ -42,9 +55,7 @@ class ExampleFlags:
     data: Annotated[str, parser(str, "DATA"), default("voice", DATA)] = "voice"
     validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")] = None
     """Conversations that are never trained on; those that are in --data too are left out."""
-    metric: Annotated[tuple[str, ...], default("none", metavar="METRIC ...")] = ()
-    """Of answers to held-out questions, before and after: `exact`, `regex:PATTERN`, or FILE.py:FUNCTION.
-    A function takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number."""
+    metric: MetricFlag = ()
     general: Annotated[str, parser(str, "TEXT")] = "python"
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
     template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
@@ -103,8 +114,6 @@ class TuningFlags:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneFlags(ModelRunFlags):
-    """Flags of fine-tuning: the model, the data, the trainable parameters, and the step."""
-
     examples: ExampleFlags
     trainable: TrainableFlags
     tuning: TuningFlags

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,11 +17,11 @@ from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
-from engine.text.batch import ALL, EpochOrder
+from engine.text.batch import EpochOrder
 from engine.text.examples import PackedBatches, Pair, Rating, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
-from engine.training.preference import LOSSES, Preferences, Ratings, preference_objective
+from engine.training.preference import LOSSES, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults
@@ -52,18 +51,14 @@ QUICK_EXAMPLES = 64  # of a quick evaluation
 
 
 def run(flags: "FinetuneFlags", device: Device) -> int:
-    """Fine-tunes, or resumes; returns 0, or 128 + the signal that stopped it."""
     seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
-    intervals, examples = dataclasses.asdict(flags.folder), flags.examples
-    folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), examples.data)
-    evaluate = flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds)
     options = RunOptions(
-        "finetune",
-        device,
-        folder,
-        flags.dry_run,
-        **intervals,
-        eval_every=evaluate,
+        **dataclasses.asdict(flags.folder),
+        stage="finetune",
+        device=device,
+        folder=flags.folder.out_dir or default_folder(model_name(flags.model), flags.examples.data),
+        dry_run=flags.dry_run,
+        eval_every=flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds),
         mesh=flags.mesh.shape(),
         patience=flags.tuning.patience,
     )
@@ -78,19 +73,6 @@ class Scores:
     general: float | None
     answers: tuple[Answer, ...]
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-class PreferenceBatches:
-    """Batches of pairs, with their log-probabilities by a reference, the model before training (`initial`); 0 without it."""
-
-    def __init__(self, cfg: ModelConfig, initial: Any, pairs: Sequence[Pair | Rating], seq: int, batch: int, seed: int) -> None:
-        self.pairs, self.seq, self.order = pairs, seq, EpochOrder(len(pairs), batch, seed)
-        self._reference = reference_logprobs(cfg, initial, pairs, seq, batch)
-        self.epoch = self.order.epoch
-
-    def at(self, step: int, rows: slice = ALL) -> Preferences | Ratings:
-        index = np.array([index for _, index in self.order.at(step, rows)])
-        return preference_batch(self.pairs, index, self.seq, self._reference)
 
 
 class FineTuning(ModelStage, BatchStage):
@@ -111,9 +93,7 @@ class FineTuning(ModelStage, BatchStage):
         self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
         rate = (2e-3 if lora else 2e-4) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
-            kind="adamw",
             learning_rate=tuning.learning_rate or rate,
-            schedule="cosine",
             warmup=tuning.warmup,
             beta2=0.99,
             weight_decay=tuning.weight_decay,
@@ -170,7 +150,7 @@ class FineTuning(ModelStage, BatchStage):
             examples.full_loss,
         )
         self.answer_metrics.check(self.dataset.references)
-        if self.lora and not (self.origin or trainable.lora):
+        if self.lora and not (self.continued_base or trainable.lora):
             # A bit for each token, or for each preference, which says no more than yes or no.
             bits = len(self.dataset.train) if is_preference else count_targets(self.dataset.train)
             self.lora = choose_rank(self.model.cfg, self.lora, bits)
@@ -201,7 +181,7 @@ class FineTuning(ModelStage, BatchStage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
-        epochs = self.packed.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
+        epochs = self.packed.order.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
         counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
         rows, *problems = dataset.summary.describe()
         examples = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
@@ -229,7 +209,7 @@ class FineTuning(ModelStage, BatchStage):
         if isinstance(first, Pair):
             answers = {"the chosen answer": first.chosen, "the rejected answer": first.rejected}
         elif isinstance(first, Rating):
-            answers = {f"the first answer, a {'good' if first.good else 'bad'} one": first.answer}
+            answers = {f"the first answer, a {'good' if first.value > 0 else 'bad'} one": first.answer}
         for name, example in answers.items():
             self.console.print(f"\n{name}; what is trained on is marked", style="bold")
             self.console.print_marked(list(self.chat.marked_pieces(example)))
@@ -240,18 +220,16 @@ class FineTuning(ModelStage, BatchStage):
         return question[-1]["content"], self.chat.prompt(question).tolist()
 
     def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
-        """Makes the batches, and compiles the step."""
         plan, frozen = self.plan, self.frozen
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
-        batches = MeshBatches(self._batches())
+        batches = self._batches()
         with self.console.task("compiling", always=True):
             program = compile_step(plan, state, frozen, batches.at(0), self.objective)
         _clear_programs()
         self.begin_steps(program, batches, self._evaluator(QUICK_EXAMPLES), loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
-        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints."""
         trainable, step, plan, seconds = state.trainable, loop_state.step, self.plan, loop_state.seconds
         if not self.keep_last and loop_state.best_step is not None and loop_state.best_step != step:
             step = loop_state.best_step
@@ -285,24 +263,24 @@ class FineTuning(ModelStage, BatchStage):
             *([("answers", describe_faults(after.answers))] if after.answers else []),
             *([("kept", kept)] if step != loop_state.step else []),
         ]
-        return RunReport(
-            result,
-            compare(before.answers, after.answers),
-            rows,
-            f"{path} ({trained_count:,} parameters)",
-            ["chat", "serve", "evaluate", "export"],
-        )
+        noted = ([(answer.text, answer.faults) for answer in scores.answers] for scores in (before, after))
+        texts = compare([answer.question for answer in after.answers], *noted)
+        saved = f"{path} ({trained_count:,} parameters)"
+        return RunReport(result, texts, rows, saved, ["chat", "serve", "evaluate", "export"])
 
     @functools.cached_property
     def packed(self) -> PackedBatches:
         return PackedBatches(self.dataset.train, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
 
-    def _batches(self) -> PackedBatches | PreferenceBatches:
-        train, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
+    def _batches(self) -> MeshBatches:
+        pairs, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
         if self.objective is NEXT_TOKEN:
-            return self.packed
+            return MeshBatches(self.packed.order, self.packed.at)
+        order = EpochOrder(len(pairs), self.batch, plan.seed)
         with self.console.task("computing reference log-probabilities", always=self.has_reference):
-            return PreferenceBatches(plan.cfg, self._reference(), train, seq, self.batch, plan.seed)
+            logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, self.batch)
+        items = lambda step, rows: np.array([index for _, index in order.at(step, rows)])
+        return MeshBatches(order, lambda step, rows: preference_batch(pairs, items(step, rows), seq, logprobs))
 
     def _evaluator(self, limit: int | None = None) -> Any:
         plan, examples = self.plan, self.dataset.held_out[:limit]
@@ -313,7 +291,6 @@ class FineTuning(ModelStage, BatchStage):
         return self.initial_params() if self.has_reference else None
 
     def measure(self, trainable: Any) -> Scores:
-        """Scores the held-out set and general text, and answers the questions."""
         return_freed_memory()
         cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
         self.unit = evaluator.unit

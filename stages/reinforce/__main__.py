@@ -85,8 +85,6 @@ class DurationFlags:
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceFlags(ModelRunFlags):
-    """Flags of reinforcement learning: a model, a task, and the trainable parameters."""
-
     rollout: RolloutFlags
     trainable: TrainableFlags
     update: UpdateFlags

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.inference.engine import complete
-from engine.inference.request import SEEDS, SamplingParams
+from engine.inference.request import Completion, SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
@@ -141,7 +141,7 @@ class Rollout(NamedTuple):
     """Completions of prompts, and their rewards."""
 
     prompts: list[list[int]]  # tokens
-    completions: list[list[int]]  # tokens, the stop token included
+    completions: list[list[int]]  # tokens, the stop token included, which is trained on too
     texts: list[str]  # of completions
     text_bytes: list[int]
     rewards: list[float]
@@ -180,24 +180,19 @@ class Sampler:
         Raises UserError as `complete` and Rewards.
         """
         tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
-        begin, completions = time.perf_counter(), list[list[int]]()
+        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
+        rows, ends = sampling.per_row(len(prompts)), list[Completion]()
+        begin = time.perf_counter()
         for start in range(0, len(prompts), self.rows):
-            completions += self._completions(params, tokens[start : start + self.rows], (seed + start) % SEEDS)
+            part = slice(start, start + self.rows)
+            ends += complete(self.cfg, params, tokens[part], rows[part], self.capacity)
             report(start + self.rows, len(prompts))
         seconds = time.perf_counter() - begin
-        texts = []
-        for completion in completions:
-            ended = bool(completion) and completion[-1] in self.stop_token_ids
-            texts.append(self.chat.tokenizer.decode(completion[: len(completion) - ended]).strip())
+        texts = [self.chat.tokenizer.decode(end.tokens).strip() for end in ends]
+        completions = [end.tokens if end.stop_token is None else [*end.tokens, end.stop_token] for end in ends]
         rewards = self.rewards([prompt.text for prompt in prompts], texts, [prompt.answer for prompt in prompts])
         text_bytes = [*map(self.chat.tokenizer.count_bytes, completions)]
         return Rollout(tokens, completions, texts, text_bytes, rewards, seconds)
-
-    def _completions(self, params: Params, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
-        """Returns the completions, each with its stop token, which is trained on too."""
-        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
-        rows = complete(self.cfg, params, prompts, sampling.per_row(len(prompts)), self.capacity)
-        return [row.tokens if row.stop_token is None else [*row.tokens, row.stop_token] for row in rows]
 
 
 class Scores(NamedTuple):

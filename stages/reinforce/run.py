@@ -23,7 +23,7 @@ from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_for, rollout_batch, score_completions
-from stages.runs.answers import before_and_after
+from stages.runs.answers import compare
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
 from stages.runs.model_stage import ModelStage, choose_trainable
@@ -46,11 +46,11 @@ TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a roun
 
 
 def run(flags: "ReinforceFlags", device: Device) -> int:
-    """Trains, or resumes; returns 0, or 128 + the signal that stopped it."""
     task = Path(flags.rollout.task[0].rpartition("*")[2].partition(":")[0]).stem
-    intervals = dataclasses.asdict(flags.folder)
-    folder = intervals.pop("out_dir") or default_folder(model_name(flags.model), task)
-    options = RunOptions("reinforce", device, folder, flags.dry_run, **intervals)
+    folder = flags.folder.out_dir or default_folder(model_name(flags.model), task)
+    options = RunOptions(
+        **dataclasses.asdict(flags.folder), stage="reinforce", device=device, folder=folder, dry_run=flags.dry_run
+    )
     return execute(options, lambda console: ReinforcementLearning(flags, options, console))
 
 
@@ -91,7 +91,6 @@ class ReinforcementLearning(ModelStage):
         )
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
-            kind="adamw",
             learning_rate=update.learning_rate or (5e-4 if lora else 2e-5),
             schedule="wsd",
             warmup=0,
@@ -241,10 +240,7 @@ class ReinforcementLearning(ModelStage):
     def finish(
         self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: tuple[Rollout, float]
     ) -> RunReport:
-        """Measures again, saves an adapter if one was trained, and returns the RunReport, which `execute` prints.
-
-        Raises UserError, and saves nothing, when the rounds taught nothing.
-        """
+        """Raises UserError, and saves nothing, when the rounds taught nothing."""
         (start, bits_before), (after, bits_after) = before, self.measure(state.trainable)
         alike = loop_state.stage.get("alike", [])
         exhausted, untrained = len(alike) >= ALIKE_ROUNDS, len(alike) == loop_state.step
@@ -263,12 +259,8 @@ class ReinforcementLearning(ModelStage):
             "seconds": loop_state.seconds,
             **totals,
         }
-        answers = [
-            [(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (start, after)
-        ]
-        texts = [
-            (prompt.text, before_and_after(*pair)) for prompt, *pair in zip(self.prompts.held_out[:SHOWN_PROMPTS], *answers)
-        ]
+        noted = ([(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (start, after))
+        texts = compare([prompt.text for prompt in self.prompts.held_out[:SHOWN_PROMPTS]], *noted)
         reward = f"{start.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
         if after.mean_reward <= start.mean_reward:
             reward += "; it did not rise: give more --rounds, a larger --group, or easier prompts"

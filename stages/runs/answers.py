@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from engine.errors import UserError
 from engine.inference.decode import prepare_params
@@ -79,9 +79,6 @@ class Metrics:
         if any("sum" in rewards.names for rewards in self._rewards.values()):
             raise UserError("A metric is exact, regex:PATTERN, or FILE.py:FUNCTION; the task sum is for reinforce alone.")
 
-    def __bool__(self) -> bool:
-        return bool(self._rewards)
-
     def check(self, references: Sequence[Reference]) -> None:
         """Raises UserError when there are metrics and no references."""
         if self._rewards and not references:
@@ -126,20 +123,16 @@ def repeats_itself(text: str) -> bool:
     return len(sequences) - len({*sequences}) > MAX_REPEATED * len(sequences)
 
 
-def compare(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, str]]:
-    return [
-        (old.question, before_and_after((old.text, old.faults), (new.text, new.faults)))
-        for old, new in zip(before, after, strict=True)
-    ]
-
-
-def before_and_after(*answers: tuple[str, str]) -> str:
-    """Returns two answers, each a text and a note ('' for none), below one another."""
-    shown = []
-    for title, (text, note) in zip(("before", "after"), answers, strict=True):
-        lines = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH) + [f"[{note}]"] * bool(note)
-        shown += [f"{name:<6}  {line}" for name, line in zip([title, *[""] * len(lines)], lines)]
-    return "\n".join(shown)
+def compare(questions: Iterable[str], *answers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns each question, and its answers before and after, a text and a note ('' for none), below one another."""
+    compared = []
+    for question, *pair in zip(questions, *answers):
+        shown = []
+        for title, (text, note) in zip(("before", "after"), pair, strict=True):
+            lines = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH) + [f"[{note}]"] * bool(note)
+            shown += [f"{name:<6}  {line}" for name, line in zip([title, *[""] * len(lines)], lines)]
+        compared.append((question, "\n".join(shown)))
+    return compared
 
 
 def describe_faults(answers: Sequence[Answer]) -> str:

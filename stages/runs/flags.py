@@ -9,6 +9,7 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig
 from stages.cli.flags import (
     COUNT,
+    MODEL,
     DeviceFlag,
     VerboseFlag,
     default,
@@ -58,8 +59,6 @@ class LengthFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """Flags of every run."""
-
     seed: Annotated[int, parser(integer(0, 2**31 - 1), "N")] = 0
     """The seed of random first weights, of the order of the data, and of sampling."""
     device: DeviceFlag = "auto"
@@ -68,15 +67,13 @@ class RunFlags:
     verbose: VerboseFlag = False
 
 
-TARGETS = "q, k, v, out, gate, up, down, or all"
-
-
 def parse_lora(text: str) -> LoraConfig:
     """Parses 'rank=8,alpha=16,targets=q,v', in which each of the three may be left out."""
     pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
     fields = {name: value for name, _, value in pairs}
     if not fields.keys() <= {"rank", "alpha", "targets"} or len(fields) < len(pairs):
-        raise ValueError(f"wanted rank=8,alpha=16,targets=q,v, each once (targets: {TARGETS}), got {text!r}")
+        wanted = "rank=8,alpha=16,targets=q,v, each once (targets: q, k, v, out, gate, up, down, or all)"
+        raise ValueError(f"wanted {wanted}, got {text!r}")
     rank = integer(1, 4096)(fields.get("rank", "8"))
     alpha = number(0, above=True)(fields["alpha"]) if "alpha" in fields else 2.0 * rank
     return LoraConfig(rank, alpha, tuple(fields.get("targets", "all").split(",")))
@@ -102,15 +99,11 @@ class TrainableFlags:
     """`q4`: train weights, all or those of --train and --freeze, while they are rounded as `serve --weights q4` rounds them."""
 
     def check_together(self) -> None:
-        if self.lora and (self.train or self.freeze):
-            raise UserError("--lora leaves the whole model frozen: it does not go with --train or --freeze.")
-        if self.weights == "q4" and (self.lora or self.base == "int8"):
+        if not self.adapter and (frozen := "--lora" if self.lora else "--base int8" if self.base == "int8" else ""):
             raise UserError(
-                "--weights q4 is for weights that train themselves, and a LoRA leaves them frozen: it goes with --train or "
-                "--freeze, not with --lora or --base int8."
+                f"{frozen} leaves the whole model frozen under an adapter, and --train, --freeze and --weights q4 train its "
+                f"own weights: leave {frozen} out, or them."
             )
-        if self.base == "int8" and (self.train or self.freeze):
-            raise UserError("--base int8 is for what stays frozen under a LoRA: it does not go with --train or --freeze.")
 
     @property
     def adapter(self) -> LoraConfig | None:
@@ -127,7 +120,4 @@ class TrainableFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRunFlags(RunFlags):
-    """Flags of a run that trains a model further."""
-
-    model: Annotated[str, parser(str, "MODEL")] = "smollm2-135m-instruct"
-    """A run or step folder, a Hugging Face folder, a .gguf file, ORG/NAME on the hub, or a named model."""
+    model: Annotated[str, parser(str, "MODEL"), default("smollm2-135m-instruct", MODEL)] = "smollm2-135m-instruct"

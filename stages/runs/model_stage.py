@@ -6,6 +6,7 @@ Fine-tuning and reinforcement learning are such stages.
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.counting.params import TrainablePaths, count_params, lora_only
+from engine.counting.params import TrainablePaths, count_params, leaf_shapes, lora_only
 from engine.device import host_memory
 from engine.errors import UserError
 from engine.mesh import processes
@@ -26,7 +27,7 @@ from engine.model.weights.matmul import cast_matrices, round_while_training
 from engine.storage.adapter import base_digests, build_adapter, save_adapter
 from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
-from engine.storage.model_loader import AdapterOrigin, adapter_origin, load_model, model_name
+from engine.storage.model_loader import adapter_origin, load_model, model_name
 from engine.storage.run_folder import ADAPTER, read_json
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
@@ -46,7 +47,7 @@ class ModelStage(Stage):
 
     metadata: dict[str, Any]
     in_blocks = False
-    origin: AdapterOrigin | None = None  # of the adapter that is continued
+    continued_base = ""  # of the adapter that is continued
 
     def __init__(
         self,
@@ -79,8 +80,9 @@ class ModelStage(Stage):
         """Has the run continue the LoRA that the model is, if it is one, in place of a new one."""
         if not self.lora or not (origin := adapter_origin(self.name, cfg)):
             return
-        if origin.config:
-            self.origin, self.lora = origin, origin.config
+        base, config = origin
+        if config:
+            self.continued_base, self.lora = base, config
         else:
             self.console.print_notes(
                 f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, "
@@ -94,7 +96,7 @@ class ModelStage(Stage):
         with host_memory(self.on_mesh):  # changes no array of `params`
             if self.lora:
                 self.trainable = init_lora(plan.cfg, jax.random.key(plan.seed), self.lora)
-                if self.origin:
+                if self.continued_base:
                     adapted, loaded = plan.trainable.adapted, leaf_paths(params)
                     self.trainable = unflatten({path: dataclasses.replace(loaded[path], base=None) for path in sorted(adapted)})
                     params = map_paths(lambda path, leaf: leaf.base if path in adapted else leaf, params)
@@ -107,8 +109,8 @@ class ModelStage(Stage):
                 rounded = round_while_training if self.in_blocks else lambda _, frozen: frozen
                 self.frozen = cast_matrices(rounded(trainable, self.frozen_as_loaded), plan.cfg.dtype)
         source, name, revision = self.name, self.model.name, self.model.checkpoint
-        if self.origin:
-            source, name, revision = self.origin.base, model_name(self.origin.base), self.model.bases[-1]
+        if self.continued_base:
+            source, name, revision = self.continued_base, model_name(self.continued_base), self.model.bases[-1]
             self.metadata["continues"] = digest(self.trainable, scales=False)  # `learns` tells them
         path = Path(source).expanduser()
         if path.exists():  # absolute, to be found again
@@ -133,8 +135,7 @@ class ModelStage(Stage):
         return recorded if recorded not in (None, own) and recorded in digests else own
 
     def place(self) -> None:
-        """Spreads the parameters over the mesh; the host keeps what was loaded."""
-        if self.on_mesh:
+        if self.on_mesh:  # the host keeps what was loaded
             self.trainable, self.frozen = place(self.trainable), place(self.frozen)
             self.frozen_as_loaded = jax.device_get(self.frozen_as_loaded)
             self.model = dataclasses.replace(self.model, params=jax.device_get(self.model.params))
@@ -147,7 +148,7 @@ class ModelStage(Stage):
 
     def initial_params(self) -> Any:
         """Returns the model before training: an untrained adapter changes nothing, to the bit."""
-        return self.frozen if self.lora and not self.origin else merge(self.trainable, self.frozen)
+        return self.frozen if self.lora and not self.continued_base else merge(self.trainable, self.frozen)
 
     def initial_state(self, trainable: Any) -> TrainState:
         """Copies `trainable`: steps donate the state, and the report compares with the start."""
@@ -193,12 +194,14 @@ def choose_trainable(
             ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
             ("trainable", f"{count:,} new parameters beside {total:,} frozen ones ({count / total:.1%})"),
         )
-    selection = select_trainable(cfg, [] if train == ("all",) else train, freeze)
-    count = selection.trainable_count
-    return selection.trainable_paths, (
+    trainable, matches = select_trainable(cfg, [] if train == ("all",) else train, freeze)
+    sizes = {path: math.prod(shape) for path, shape in leaf_shapes(cfg).items()}
+    size = lambda paths: sum(sizes[path] for path in paths)
+    count = size(trainable.weights)
+    return trainable, (
         *(
-            (match.rule, f"{match.leaves} {'leaf' if match.leaves == 1 else 'leaves'}, {match.numbers:,} parameters")
-            for match in selection.matches
+            (rule, f"{len(paths)} lea{'f' if len(paths) == 1 else 'ves'}, {size(paths):,} parameters")
+            for rule, paths in matches.items()
         ),
         ("trainable", f"{count:,} of {total:,} parameters ({count / total:.1%})"),
     )

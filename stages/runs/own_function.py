@@ -24,10 +24,9 @@ def main(file: str, name: str, seconds: str) -> None:
     reply: dict[str, object]
     try:
         reply = {"values": call(file, name, json.load(sys.stdin))}
-    except ValueError as error:
-        reply = {"error": _describe(file, error) if _line(file, error) else str(error)}
-    except BaseException as error:
-        reply = {"error": _describe(file, error)}
+    except BaseException as error:  # a ValueError that is not of the file is one of `call`
+        is_own = isinstance(error, ValueError) and not _line(file, error)
+        reply = {"error": str(error) if is_own else _describe(file, error)}
     json.dump(reply, answers)
     answers.flush()
     os._exit(0)  # whatever threads the file has started

@@ -36,6 +36,7 @@ from stages.cli import signals
 from stages.cli.command import command_line, explain_error, process_start, resume_command
 from stages.cli.console import Console
 from stages.runs.estimate import RunPlan, run_fraction
+from stages.runs.flags import FolderFlags
 from stages.runs.folder import RUN_FILES, JsonLines, clear_run, holds_run, lock_run, replace_nonfinite, updating
 from stages.runs.stage import LoopState, RunReport, Stage
 from stages.runs.text_data import Evaluator
@@ -50,29 +51,21 @@ EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwi
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 
 
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """Where and how a run is carried out. `stage`: the command's name; `keep`: newest checkpoints to keep, beside the best.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(FolderFlags):
+    """Where and how a run is carried out. `stage`: the command's name.
 
     Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run. `record`: see
-    `file_sink`; `watch`: a port.
+    than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run.
     """
 
     stage: str
     device: Device
     folder: Path
     dry_run: bool
-    overwrite: bool
-    save_every: int | float
-    keep: int
-    log_every: int = 1
     eval_every: int | float | None = None
     patience: int | None = None
     mesh: MeshShape | None = None
-    record: Path | None = None
-    watch: int | None = None
-    tensorboard: bool = False
 
     @property
     def shows_weights(self) -> bool:
@@ -172,7 +165,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         stage.prepare_steps(state, loop_state)
         if recorder and options.shows_weights:
-            recorder.begin_run(stage, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=str(folder))
+            recorder.begin(stage, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=str(folder))
         state, code = loop.run(state)
         console.close_live()
         if code:
@@ -523,7 +516,6 @@ class Loop:
             self.failure = self.failure or error
 
     def _stop_after_failure(self, state: TrainState, error: OSError | UserError) -> NoReturn:
-        """Saves, then raises the error."""
         at = f"{self.plan.step_name} {self.loop_state.step:,}"
         try:
             if self.saved_step != self.loop_state.step:

@@ -10,6 +10,7 @@ from jax.stages import Compiled
 
 from engine.device import make_room
 from engine.mesh.layout import batch_share, global_batch
+from engine.text.batch import EpochOrder
 from engine.text.tokenizer import Tokenizer
 from engine.training.optimizer import make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
@@ -151,16 +152,16 @@ class Stage(Protocol):
 
 
 class MeshBatches:
-    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows alone."""
+    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows, by `read(step, rows)`, alone."""
 
-    def __init__(self, batches: Any) -> None:
-        self.batches, self.epoch = batches, batches.epoch
-        shares, share = batch_share(batches.order.batch)
-        rows = batches.order.batch // shares
+    def __init__(self, order: EpochOrder, read: Callable[[int, slice], Any]) -> None:
+        self.read, self.epoch = read, order.epoch
+        shares, share = batch_share(order.batch)
+        rows = order.batch // shares
         self.rows = slice(share * rows, (share + 1) * rows)
 
     def at(self, step: int) -> Any:
-        return global_batch(self.batches.at(step, self.rows))
+        return global_batch(self.read(step, self.rows))
 
 
 def compile_step(

@@ -73,9 +73,15 @@ def recipe(preset: str, vocab: int) -> Recipe:
 
 
 def run(flags: "TrainFlags", device: Device) -> int:
-    intervals = dataclasses.asdict(flags.folder)
-    folder = intervals.pop("out_dir") or default_folder(flags.preset, flags.text.data)
-    options = RunOptions("train", device, folder, flags.dry_run, **intervals, mesh=flags.mesh.shape())
+    folder = flags.folder.out_dir or default_folder(flags.preset, flags.text.data)
+    options = RunOptions(
+        **dataclasses.asdict(flags.folder),
+        stage="train",
+        device=device,
+        folder=folder,
+        dry_run=flags.dry_run,
+        mesh=flags.mesh.shape(),
+    )
     return execute(options, lambda console: Training(flags, options, console))
 
 
@@ -205,7 +211,7 @@ class Training(BatchStage):
         Making a state does not: it waits until the step is traced, and goes on beside XLA.
         """
         plan, traced = self.plan, threading.Event()
-        state, batch, mesh = sharded_shapes(self.begin), MeshBatches(self.batches).at(0), current_mesh()
+        state, batch, mesh = sharded_shapes(self.begin), MeshBatches(self.batches.order, self.batches.at).at(0), current_mesh()
 
         def compile_on_mesh() -> Any:
             try:
@@ -225,7 +231,7 @@ class Training(BatchStage):
         self.begin.clear_cache()  # its program takes 40 MB and more
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
-        self.begin_steps(program, MeshBatches(self.batches), evaluator, loop_state.step)
+        self.begin_steps(program, MeshBatches(self.batches.order, self.batches.at), evaluator, loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
@@ -249,7 +255,7 @@ class Training(BatchStage):
         first = f"first step {duration(loop_state.first_step_seconds or 0)} after the start"
         rows = [
             ("validation", f"{result['val_bits_per_byte']:.4f} bits per byte on all of {data.validation_name}"),
-            ("text", f"read {self.batches.epoch(step):.2f} times"),
+            ("text", f"read {self.batches.order.epoch(step):.2f} times"),
             ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, MFU {mfu:.0%}; {first}"),
         ]
         saved = f"{folder}: config.json, run.json, metrics.jsonl, tokenizer, checkpoints, samples"
@@ -259,21 +265,16 @@ class Training(BatchStage):
 
     def _sample(self, params: Any) -> str | None:
         """Samples a text in process 0; None for a model that no device holds whole."""
-        if self.plan.mesh.devices > 1:
-            from stages.runs.mesh import fits_one_device, on_one_device
-
-            if not fits_one_device(params):
-                return None
-            with on_one_device(params) as whole:
-                return self._write(whole) if processes.is_first() else ""
-        return self._write(params)
-
-    def _write(self, params: Any) -> str:
         from engine.inference.decode import generate, prepare_params
+        from stages.runs.mesh import fits_one_device, on_one_device
 
+        if not fits_one_device(params):
+            return None
         plan, cfg, count = self.plan, self.plan.cfg, min(SAMPLE, self.plan.cfg.context - 1)
-        with self.console.task("writing a sample"):
-            prompt, params = self.tokenizer.encode("\n").tolist(), prepare_params(cfg, params)
+        with self.console.task("writing a sample"), on_one_device(params) as whole:
+            if not processes.is_first():
+                return ""
+            prompt, params = self.tokenizer.encode("\n").tolist(), prepare_params(cfg, whole)
             ids = generate(cfg, params, prompt, count, temperature=0.8, seed=plan.seed, stop_token_ids=self.stop_token_ids)
         return self.tokenizer.decode(ids)
 

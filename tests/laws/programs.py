@@ -129,7 +129,7 @@ def step_program(
         if lora:
             trainable, frozen = adapter_and_base(cfg, lora)
         else:
-            trainable, frozen = split(params_shapes(cfg), select_trainable(cfg, **rules).trainable_paths.weights)
+            trainable, frozen = split(params_shapes(cfg), select_trainable(cfg, **rules)[0].weights)
             frozen = jax.eval_shape(lambda frozen: cast_matrices(frozen, cfg.dtype), frozen)
         tx = make_optimizer(OptimizerConfig(kind=kind))
         state = jax.eval_shape(lambda trainable: init_state(tx, trainable), trainable)

@@ -23,7 +23,7 @@ CFG = tiny_config(dtype="bfloat16")
 
 def halves():
     params = lively_params(CFG)
-    trainable, frozen = split(params, select_trainable(CFG, freeze=["bottom:1"]).trainable_paths.weights)
+    trainable, frozen = split(params, select_trainable(CFG, freeze=["bottom:1"])[0].weights)
     return trainable, cast_matrices(frozen, "bfloat16")
 
 
@@ -77,7 +77,7 @@ def test_freezing_spares_the_matmul_flops():
     params, batch = lively_params(CFG), text_batch(0, 2, 7)
 
     def matmul_flops(**rules) -> int:
-        trainable, frozen = split(params, select_trainable(CFG, **rules).trainable_paths.weights)
+        trainable, frozen = split(params, select_trainable(CFG, **rules)[0].weights)
         return jaxpr_cost(lambda t, f, b: loss_and_gradient(CFG, t, f, b), trainable, frozen, batch).matmul
 
     everything, upper, lower, head = (

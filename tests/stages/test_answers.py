@@ -35,7 +35,7 @@ def test_nothing_in_the_house_voice_is_a_repetition():
 def test_faults_are_said_below_the_answer_and_counted():
     good = Answer("Why?", "Because  of\nthe tide.", 5, stops=True, repeats=False)
     endless = Answer("Why?", "so " * 60, 120, stops=False, repeats=True)
-    [(question, text)] = compare([endless], [good])
+    [(question, text)] = compare(["Why?"], *([(answer.text, answer.faults)] for answer in (endless, good)))
     assert question == "Why?"
     assert re.fullmatch(
         r"before  so so .*\n +so .*\n +\[does not stop within 120 tokens and repeats itself\]\nafter   Because of the tide\.",

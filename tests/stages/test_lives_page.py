@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from stages.runs.watch import __main__ as watch
 from stages.runs.watch.page import LAW, page_html
@@ -37,22 +39,13 @@ def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
         if way == "lora" and path.endswith("/q"):
             trained |= {f"{path}/a": (WIDTH, 2), f"{path}/b": (2, WIDTH)}
     recorder, trainable, step = Recorder([events.append], print), draw(trained), 0
-    recorder.begin(
-        trainable,
-        draw(still),
-        [path for path, *_ in model],
-        sample=lambda _: f"<i>{way}</i> {step}",
-        digest=lambda _: f"{step}{way}".encode().hex() * 8,
-        gradient_norms=lambda weights, _: jax.tree.map(lambda _: np.float32(step / 130), weights),
-        stage="train" if way == "train" else "finetune",
-        step=0,
-        steps=40,
-        prompt="The sea ",
-        name="tiny",
-        command=f"python -m stages.{way}",
-        layers=sum(path.endswith("/q") for path, *_ in model),
-        width=WIDTH,
-    )
+    recorder.sample = lambda _: f"<i>{way}</i> {step}"
+    recorder.digest_of = lambda _: f"{step}{way}".encode().hex() * 8
+    recorder.gradient_norms = lambda weights, _: jax.tree.map(lambda _: np.float32(step / 130), weights)
+    cfg = ModelConfig(VOCAB, WIDTH, sum(path.endswith("/q") for path, *_ in model), 1, 16, 8)
+    plan = SimpleNamespace(cfg=cfg, name="tiny", steps=40, seconds=None)
+    run = SimpleNamespace(plan=plan, frozen=draw(still), prompt=lambda: ("The sea ", []))
+    recorder.begin(run, trainable, 0, stage="train" if way == "train" else "finetune", command=f"python -m stages.{way}")
     recorder.frame(trainable, 0, 0.0)
     for step in recorded:
         recorder.before_step(trainable, step, step / 40)

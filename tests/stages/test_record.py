@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
+from engine.model.config import preset
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_json
@@ -219,9 +220,9 @@ def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     watched = False
     recorder = Recorder([lambda _: 1 / 0, seen.append], said.append, True, lambda: watched)
     trainable, frozen = {"head": jnp.zeros((2, 3))}, {"embed": jnp.zeros((3, 2), jnp.bfloat16)}
-    recorder.begin(
-        trainable, frozen, ["embed", "head"], sample=lambda _: "text", digest=digest, gradient_norms=lambda *_: None, step=0
-    )
+    recorder.sample, recorder.digest_of = lambda _: "text", digest
+    plan = SimpleNamespace(cfg=preset("demo"), name="", steps=3, seconds=None)
+    recorder.begin(SimpleNamespace(plan=plan, frozen=frozen, prompt=lambda: ("", [])), trainable, 0, stage="finetune")
     assert [tensor["path"] for tensor in seen[0]["tensors"]] == ["embed", "head"]
     recorder.frame(trainable, 0, 0.0)
     recorder.frozen = {"embed": frozen["embed"].at[1, 1].set(-0.0)}

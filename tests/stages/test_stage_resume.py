@@ -360,7 +360,7 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     flags = tyro.cli(kind, args=[*map(str, words)], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
 
     def described(flags: Any) -> Any:
-        options = RunOptions(stage, Device("cpu", "a chip", 1, "here"), tmp_path, True, False, 60.0, 2)
+        options = RunOptions(stage=stage, device=Device("cpu", "a chip", 1, "here"), folder=tmp_path, dry_run=True)
         made = make(flags, options, Console(io.StringIO()))
         if stage == "finetune":
             made.load_weights()

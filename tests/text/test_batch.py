@@ -81,7 +81,7 @@ def test_the_target_is_the_next_token(step, seed):
 
 def test_epochs_differ_in_order_and_in_where_windows_start():
     batches = TextBatches(PLACES, 7, 5, seed=0)
-    assert batches.epoch(71) == 2.5
+    assert batches.order.epoch(71) == 2.5
     orders = [np.array(windows_of(batches, epoch))[:, 0] for epoch in range(6)]
     assert len({tuple(order) for order in orders}) == 6
     assert len({int(order.min()) % 7 for order in orders}) > 2

@@ -16,7 +16,6 @@ from engine.text.examples import (
     Pair,
     Rating,
     evaluation_batches,
-    example_rows,
     make_examples,
     mismatch,
     pack_rows,
@@ -45,7 +44,7 @@ def test_an_account_of_every_row(chat):
     reports: list[tuple[int, int]] = []
     examples, summary = make_examples(rows, chat, 40, report=lambda *pair: reports.append(pair))
     assert [example.where for example in examples] == ["f:1", "f:2"]
-    assert (summary.rows, summary.used) == (6, 2)
+    assert summary.used == 2
     assert [where for where, _ in summary.truncated] == ["f:2"]
     assert [where for where, _ in summary.dropped] == ["f:3", "f:4", "f:5", "f:6"]
     assert len(examples[1].tokens) == 41
@@ -242,7 +241,7 @@ def test_preferences_stand_row_by_row():
     """Of pairs and of ratings; what is behind the last is padding, with a value of 0."""
     pairs = [Pair(example(n, n + 1, n + 2), example(n, n + 3)) for n in range(1, 8)]
     logprobs = np.arange(14, dtype=np.float32).reshape(7, 2)
-    for items in (pairs, [Rating(*pair, good=False) for pair in pairs]):
+    for items in (pairs, [Rating(*pair, -1.0) for pair in pairs]):
         batch = preference_batch(items, np.array([5, 0, 7]), 4, logprobs)
         assert batch[0].tokens.tolist() == [[6, 7, 0, 0], [1, 2, 0, 0], [0] * 4]
         assert batch[1].tokens.tolist() == [[6, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
@@ -251,11 +250,3 @@ def test_preferences_stand_row_by_row():
         assert not batch[0].mask[2].any()
         assert batch.reference[:2].tolist() == [[10, 11], [0, 1]]
     assert batch.value.tolist() == [-1, -1, 0]
-
-
-def test_what_makes_no_batches():
-    for tokens, words in ((range(1, 11), "f:1 has 10 tokens; a row of 8 takes 2 to 9"), ([5], "f:5 has 1 tokens")):
-        with pytest.raises(UserError, match=words):
-            PackedBatches([example(*tokens)], 8, 1, 0)
-    with pytest.raises(UserError, match="f:1 has 10 tokens"):
-        example_rows([example(1, 2), example(*range(1, 11))], 8)

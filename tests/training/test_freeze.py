@@ -14,37 +14,39 @@ from engine.counting.params import (
 )
 from engine.errors import UserError
 from engine.model.config import MATRICES
-from engine.training.freeze import Match, select_trainable
+from engine.training.freeze import select_trainable
+from stages.runs.model_stage import choose_trainable
 
 CFG = tiny_config()
 TIED = tiny_config(tied=True)
 
 
 def test_by_default_all_is_trained():
-    chosen = select_trainable(CFG)
-    assert chosen.trainable_paths == all_trainable(CFG)
-    assert (chosen.matches, chosen.trainable_count) == ((), count_params(CFG).total)
-    assert select_trainable(CFG, train=["all"]).trainable_paths == all_trainable(CFG)
+    assert select_trainable(CFG) == (all_trainable(CFG), {})
+    assert select_trainable(CFG, train=["all"])[0] == all_trainable(CFG)
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED], ids=["untied", "tied"])
 def test_ends_of_the_model_are_those_that_are_counted(cfg):
-    assert select_trainable(cfg, freeze=["bottom:1"]).trainable_paths == bottom_frozen(cfg, 1)
-    assert select_trainable(cfg, freeze=["top:2"]).trainable_paths == top_frozen(cfg, 2)
-    assert select_trainable(cfg, train=["head"]).trainable_paths == head_only(cfg)
-    assert select_trainable(cfg, freeze=["head"]).trainable_paths.weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
+    assert select_trainable(cfg, freeze=["bottom:1"])[0] == bottom_frozen(cfg, 1)
+    assert select_trainable(cfg, freeze=["top:2"])[0] == top_frozen(cfg, 2)
+    assert select_trainable(cfg, train=["head"])[0] == head_only(cfg)
+    assert select_trainable(cfg, freeze=["head"])[0].weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
 
 
 def test_trained_paths_less_frozen_paths():
-    chosen = select_trainable(CFG, train=["blocks/1/.*", "norm"], freeze=[r".*_norm", "bottom:1"])
-    assert chosen.trainable_paths == TrainablePaths(frozenset({f"blocks/1/{name}" for name in MATRICES} | {"norm"}))
-    assert chosen.matches == (
-        Match("blocks/1/.*", 11, 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
-        Match("norm", 1, 20),
-        Match(".*_norm", 8, 4 * 20 + 4 * 4),
-        Match("bottom:1", 12, 41 * 20 + 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 2 * 20 + 2 * 4),
-    )
-    assert chosen.trainable_count == 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20 + 20
+    rules = {"train": ["blocks/1/.*", "norm"], "freeze": [r".*_norm", "bottom:1"]}
+    chosen, matches = select_trainable(CFG, **rules)
+    assert chosen == TrainablePaths(frozenset({f"blocks/1/{name}" for name in MATRICES} | {"norm"}))
+    assert {rule: len(paths) for rule, paths in matches.items()} == {"blocks/1/.*": 11, "norm": 1, ".*_norm": 8, "bottom:1": 12}
+    block = 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20
+    assert [words for _, words in choose_trainable(CFG, None, **rules)[1]] == [
+        f"11 leaves, {block + 2 * 20 + 2 * 4:,} parameters",
+        "1 leaf, 20 parameters",
+        f"8 leaves, {4 * 20 + 4 * 4} parameters",
+        f"12 leaves, {41 * 20 + block + 2 * 20 + 2 * 4:,} parameters",
+        f"{block + 20:,} of {count_params(CFG).total:,} parameters ({(block + 20) / count_params(CFG).total:.1%})",
+    ]
 
 
 @pytest.mark.parametrize(

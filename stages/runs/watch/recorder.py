@@ -134,29 +134,16 @@ class Recorder:
         self.frames, self.rests_until = 0, 0.0
         self.before: Any = None  # the trainable weights before a step whose frame is due
 
-    def begin(
-        self,
-        trainable: Any,
-        frozen: Any,
-        order: Sequence[str],
-        *,
-        sample: Callable[[Any], str],
-        digest: Callable[[Any], str],
-        gradient_norms: Callable[[Any, Any], Any],
-        **header: Any,
-    ) -> None:
-        """Begins with the weights before the first step. `header`: the run's own fields of the event.
-
-        `order`: the model's paths in the order in which a token passes them. `sample` and `digest` take trainable weights,
-        `gradient_norms` the batch too.
-        """
-        if not self.sinks:
-            return
+    def begin(self, run: Stage, trainable: Any, step: int, **header: Any) -> None:
+        """Begins with the weights before the first step. `header`: fields of the event that `run` does not tell."""
         with self._going_on():
-            self.frozen, self.sample, self.digest_of, self.gradient_norms = frozen, sample, digest, gradient_norms
-            trained, still = ({path: leaf.shape for path, leaf in array_paths(tree).items()} for tree in (trainable, frozen))
+            self.run, self.frozen, plan, cfg = run, run.frozen, run.plan, run.plan.cfg
+            text, self.prompt = run.prompt()
+            trained, still = (
+                {path: leaf.shape for path, leaf in array_paths(tree).items()} for tree in (trainable, run.frozen)
+            )
             shapes, self.trained = _together(trained, still), trained.keys()
-            places = {path: place for place, path in enumerate(order)}
+            places = {path: place for place, path in enumerate(leaf_shapes(cfg))}  # in the order in which a token passes them
             # An array in a leaf, such as a LoRA's `a`, has the leaf's place.
             place = lambda path: max(places.get(leaf, -1) for leaf in itertools.accumulate(path.split("/"), "{}/{}".format))
             self.paths = sorted(shapes, key=lambda path: (place(path), path in trained, path))
@@ -164,39 +151,31 @@ class Recorder:
             tensors = [_describe(path, shapes[path], self.patch) | {"trainable": path in trained} for path in self.paths]
             counts = [sum(map(math.prod, each.values())) for each in (trained, still)]
             header |= {"params": sum(counts), "trainable": counts[0], "tensors": tensors}
+            header |= {
+                "name": plan.name,
+                "layers": cfg.layers,
+                "width": cfg.width,
+                "steps": plan.steps,
+                "seconds": plan.seconds,
+            }
             is_lora, is_whole = any(path.endswith("/a") for path in self.paths), self.trained == shapes.keys()
             life = "lora" if is_lora else "all" if is_whole else "frozen"
-            header["life"] = "train" if header.get("stage") == "train" else life
-        self.event("begin", **header)
+            header |= {"prompt": text, "life": "train" if header["stage"] == "train" else life}
+        self.event("begin", step=step, **header)
 
-    def begin_run(self, run: Stage, trainable: Any, step: int, **header: Any) -> None:
-        plan, cfg, frozen, (text, prompt) = run.plan, run.plan.cfg, run.frozen, run.prompt()
-        prompt = prompt[-(cfg.context // 2) :]  # one may fill the context
-        count = min(SAMPLE, cfg.context - len(prompt))
+    def sample(self, trainable: Any) -> str:
+        run, cfg = self.run, self.run.plan.cfg
+        prompt = self.prompt[-(cfg.context // 2) :]  # one may fill the context
+        params, count = prepare_params(cfg, merge(trainable, self.frozen)), min(SAMPLE, cfg.context - len(prompt))
+        tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=run.stop_token_ids)
+        return run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
 
-        def sample(trainable: Any) -> str:
-            params = prepare_params(cfg, merge(trainable, frozen))
-            tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=run.stop_token_ids)
-            return run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
+    def digest_of(self, trainable: Any) -> str:
+        return digest(self.run.to_saved(trainable), scales=False)
 
-        self.begin(
-            trainable,
-            frozen,
-            [*leaf_shapes(cfg)],
-            sample=sample,
-            digest=lambda trainable: digest(run.to_saved(trainable), scales=False),
-            gradient_norms=lambda trainable, batch: gradient_norms(
-                cfg, trainable, frozen, batch, microbatches=plan.recipe.accumulate, objective=run.objective
-            ),
-            name=plan.name,
-            layers=cfg.layers,
-            width=cfg.width,
-            steps=plan.steps,
-            seconds=plan.seconds,
-            step=step,
-            prompt=text,
-            **header,
-        )
+    def gradient_norms(self, trainable: Any, batch: Any) -> Any:
+        plan, objective = self.run.plan, self.run.objective
+        return gradient_norms(plan.cfg, trainable, self.frozen, batch, plan.recipe.accumulate, objective)
 
     def event(self, kind: str, **fields: Any) -> None:
         for sink in [*self.sinks]:
