@@ -195,9 +195,9 @@ class FineTuning(ModelStage, BatchStage):
             ("data", f"{dataset.name} ({dataset.kind}): {rows}; {quantity(len(dataset.train), examples)} to train on"),
             *(("", line) for line in problems),
             ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), examples)}"),
-            *([("", dataset.overlap)] if dataset.overlap else []),
+            ("", dataset.overlap),
             ("template", self.chat.template_name),
-            *([("packing", self.packed.describe())] if self.objective is NEXT_TOKEN else []),
+            ("packing", self.packed.describe() if self.objective is NEXT_TOKEN else ""),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
             ("length", f"{plan.length()}; about {counted}{long}, {epochs:,.1f} times the data"),
         ]
@@ -260,8 +260,8 @@ class FineTuning(ModelStage, BatchStage):
             *((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}") for name, value in after.metrics.items()),
             ("forgotten", forgotten),
             ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
-            *([("answers", describe_faults(after.answers))] if after.answers else []),
-            *([("kept", kept)] if step != loop_state.step else []),
+            ("answers", describe_faults(after.answers) if after.answers else ""),
+            ("kept", kept if step != loop_state.step else ""),
         ]
         noted = ([(answer.text, answer.faults) for answer in scores.answers] for scores in (before, after))
         texts = compare([answer.question for answer in after.answers], *noted)

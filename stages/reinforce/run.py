@@ -268,9 +268,12 @@ class ReinforcementLearning(ModelStage):
         if bits_after > bits_before + TOLERATED_BITS:
             bits += f"; worse by more than {TOLERATED_BITS:g}: give a higher --kl or --fluency"
         inference, training = duration(totals["inference_seconds"]), duration(totals["training_seconds"])
-        rows = [("reward", reward), ("answers", bits), ("time", f"{inference} of inference, {training} of training")]
-        if exhausted:
-            rows.append(("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward"))
+        rows = [
+            ("reward", reward),
+            ("answers", bits),
+            ("time", f"{inference} of inference, {training} of training"),
+            ("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward" * exhausted),
+        ]
         return RunReport(result, texts, rows, str(path), ["chat", "serve", "export"])
 
     def measure(self, trainable: Any) -> tuple[Rollout, float]:
