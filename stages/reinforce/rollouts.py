@@ -1,12 +1,10 @@
 """Rollouts: a task's prompts, their sampled completions, the rewards of these, and their log-probabilities."""
 
-import dataclasses
 import hashlib
 import json
 import math
 import random
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +12,6 @@ import jax
 import numpy as np
 
 from engine.errors import UserError
-from engine.inference.engine import complete
-from engine.inference.request import Completion, SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.transformer import Params
 from engine.text.batch import Batch
@@ -24,8 +20,6 @@ from engine.text.corpus import normalize
 from engine.text.examples import evaluation_batches
 from engine.text.rows import check_text, json_type, read_rows
 from engine.training.reinforce import log_probabilities
-from stages.cli.console import ReportProgress
-from stages.runs.rewards import Rewards
 
 THINGS = (
     "rain",
@@ -154,45 +148,6 @@ class Rollout(NamedTuple):
     @property
     def mean_reward(self) -> float:
         return sum(self.rewards) / len(self.rewards)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """Samples completions of at most `max_tokens`, `rows` at once, and rewards each.
-
-    `capacity`: positions of the KV cache. `stop_token_ids` end a completion.
-    """
-
-    cfg: ModelConfig
-    chat: ChatTokenizer
-    stop_token_ids: Collection[int]
-    rewards: Rewards
-    temperature: float
-    max_tokens: int
-    capacity: int
-    rows: int
-
-    def rollout(
-        self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
-    ) -> Rollout:
-        """Samples and rewards a completion of each prompt, with seeds seed, seed + 1, ...
-
-        Raises UserError as `complete` and Rewards.
-        """
-        tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
-        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
-        rows, ends = sampling.per_row(len(prompts)), list[Completion]()
-        begin = time.perf_counter()
-        for start in range(0, len(prompts), self.rows):
-            part = slice(start, start + self.rows)
-            ends += complete(self.cfg, params, tokens[part], rows[part], self.capacity)
-            report(start + self.rows, len(prompts))
-        seconds = time.perf_counter() - begin
-        texts = [self.chat.tokenizer.decode(end.tokens).strip() for end in ends]
-        completions = [end.tokens if end.stop_token is None else [*end.tokens, end.stop_token] for end in ends]
-        rewards = self.rewards([prompt.text for prompt in prompts], texts, [prompt.answer for prompt in prompts])
-        text_bytes = [*map(self.chat.tokenizer.count_bytes, completions)]
-        return Rollout(tokens, completions, texts, text_bytes, rewards, seconds)
 
 
 class Scores(NamedTuple):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,18 @@ from engine.device import Device, make_room
 from engine.errors import UserError
 from engine.format import duration, format_count
 from engine.inference.decode import prepare_params
+from engine.inference.engine import complete
+from engine.inference.request import Completion, SamplingParams
 from engine.model.paths import merge
+from engine.model.transformer import Params
 from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.step import TrainState
-from stages.cli.console import Console
-from stages.reinforce.rollouts import Rollout, Sampler, prompt_tokens, prompts_for, rollout_batch, score_completions
+from stages.cli.console import Console, ReportProgress
+from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, prompts_for, rollout_batch, score_completions
 from stages.runs.answers import compare
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
@@ -71,9 +75,8 @@ class ReinforcementLearning(ModelStage):
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
         self.scale, self.in_blocks = not update.no_scale, trainable.weights == "q4"
-        rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
-        self.task = rewards.name
-        self.prompts = prompts_for(rewards.names, rollout.data, flags.seed)
+        self.rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
+        self.prompts = prompts_for(self.rewards.names, rollout.data, flags.seed)
         super().__init__(flags.model, lora, options.folder, console)
         cfg = self.model.cfg
         self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
@@ -83,12 +86,9 @@ class ReinforcementLearning(ModelStage):
                 f"The longest prompt has {self.longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
                 f"{cfg.context:,} for an answer; give {'a lower --max-tokens or ' if room > 0 else ''}shorter prompts."
             )
-        max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
-        capacity = self.longest + max_tokens
-        self.objective = grpo(self.clip, self.kl, update.clip_high, max_tokens if update.equal_tokens else None)
-        self.sampler = Sampler(
-            cfg, self.chat, frozenset(self.stop_token_ids), rewards, rollout.temperature, max_tokens, capacity, rows
-        )
+        self.max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
+        self.temperature, self.capacity = rollout.temperature, self.longest + self.max_tokens
+        self.objective = grpo(self.clip, self.kl, update.clip_high, self.max_tokens if update.equal_tokens else None)
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
             learning_rate=update.learning_rate or (5e-4 if lora else 2e-5),
@@ -98,7 +98,7 @@ class ReinforcementLearning(ModelStage):
             beta2=0.99,
             weight_decay=0,
         )
-        seq = -(-(capacity - 1) // MULTIPLE) * MULTIPLE
+        seq = -(-(self.capacity - 1) // MULTIPLE) * MULTIPLE
         microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
         if not trainable.lora:
             self.continue_adapter(cfg)
@@ -111,30 +111,33 @@ class ReinforcementLearning(ModelStage):
         )
         self.metadata = {
             "learns": trainable.describe(self.lora),
-            "text": {"data": f"{self.task} on {self.prompts.name}", "digest": f"{self.task} {self.prompts.digest}"},
+            "text": {
+                "data": f"{self.rewards.name} on {self.prompts.name}",
+                "digest": f"{self.rewards.name} {self.prompts.digest}",
+            },
             "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
             "update": dataclasses.asdict(update),
         }
         # A step, beside the weights that sample and their cache.
-        inference = inference_memory(cfg, rows, capacity)
+        inference = inference_memory(cfg, rows, self.capacity)
         self.memory = self.plan.memory.total + inference.params + inference.cache
         remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
         self.plan.require(self.memory, "A round would need about", remedy)
 
     def plan_rows(self) -> list[tuple[str, str]]:
-        plan, updates, prompts, sampler = self.plan, self.updates, self.prompts, self.sampler
+        plan, updates, prompts = self.plan, self.updates, self.prompts
         inference, training = self._flops()
         steps = f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs"
         return [
             self.model_row(),
             *self.matches,
-            ("task", f"{self.task} ({self.sampler.rewards.describe()})"),
+            ("task", f"{self.rewards.name} ({self.rewards.describe()})"),
             ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
             ("template", self.chat.template_name),
             (
                 "a round",
-                f"{self.prompts_each} prompts, {self.group} completions each, of at most {sampler.max_tokens} tokens, "
-                f"at temperature {sampler.temperature:g}",
+                f"{self.prompts_each} prompts, {self.group} completions each, of at most {self.max_tokens} tokens, "
+                f"at temperature {self.temperature:g}",
             ),
             ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
             (
@@ -148,7 +151,7 @@ class ReinforcementLearning(ModelStage):
 
     def _flops(self) -> tuple[int, int]:
         """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
-        plan, cfg, new = self.plan, self.plan.cfg, self.sampler.max_tokens
+        plan, cfg, new = self.plan, self.plan.cfg, self.max_tokens
         prefill = prefill_flops(cfg, self.longest, attention="causal").total
         decode = (new - 1) * decode_flops(cfg, self.longest + new // 2).total
         passes = (self.updates > 1) + 1  # that give log-probabilities
@@ -184,7 +187,7 @@ class ReinforcementLearning(ModelStage):
         """
         plan, before, number, refused = self.plan, self.digest, loop_state.step, list[bool]()
         prompts = [self.prompts.train[index] for _, index in self.order.at(number) for _ in range(self.group)]
-        rollout = self.sampler.rollout(self.params, prompts, first_seed(plan.seed, number, len(prompts)))
+        rollout = self.rollout(self.params, prompts, first_seed(plan.seed, number, len(prompts)))
         if digest(self.params) != before:
             raise RuntimeError("Inference changed the weights.")
         begin, reward = time.perf_counter(), rollout.mean_reward
@@ -286,8 +289,29 @@ class ReinforcementLearning(ModelStage):
         prompts = [*itertools.islice(itertools.cycle(self.prompts.held_out), parts * rows)]
         with self.console.task("evaluating on held-out prompts", always=True) as report:
             params = prepare_params(plan.cfg, merge(trainable, self.frozen))
-            rollout = self.sampler.rollout(params, prompts, first_seed(plan.seed, -parts, rows), report)
+            rollout = self.rollout(params, prompts, first_seed(plan.seed, -parts, rows), report)
             return rollout, self._score(self.trainable, rollout).bits
+
+    def rollout(
+        self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
+    ) -> Rollout:
+        """Samples and rewards a completion of each prompt, a round's at once, with seeds seed, seed + 1, ...
+
+        Raises UserError as `complete` and Rewards.
+        """
+        tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
+        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
+        each, ends, rows = sampling.per_row(len(prompts)), list[Completion](), self.plan.recipe.batch
+        begin = time.perf_counter()
+        for start in range(0, len(prompts), rows):
+            part = slice(start, start + rows)
+            ends += complete(self.plan.cfg, params, tokens[part], each[part], self.capacity)
+            report(start + rows, len(prompts))
+        seconds, tokenizer = time.perf_counter() - begin, self.chat.tokenizer
+        texts = [tokenizer.decode(end.tokens).strip() for end in ends]
+        completions = [end.tokens if end.stop_token is None else [*end.tokens, end.stop_token] for end in ends]
+        rewards = self.rewards([prompt.text for prompt in prompts], texts, [prompt.answer for prompt in prompts])
+        return Rollout(tokens, completions, texts, [*map(tokenizer.count_bytes, completions)], rewards, seconds)
 
     def _score(self, trainable: Any, rollout: Rollout) -> Any:
         """Returns the Scores of completions. With the untrained adapter, which changes nothing to the bit, it is those of the
