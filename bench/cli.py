@@ -244,10 +244,8 @@ def console() -> Any:
     return Console(highlight=False, width=None if terminal else PIPED_WIDTH, force_terminal=terminal)
 
 
-def print_table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, sentences: bool = False
-) -> None:
-    """Prints a table whose first `left` columns are aligned left, the others right. `sentences` in the last one are folded."""
+def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    """Prints a table whose first `left` columns are aligned left, the others right. What is too wide is folded, never cut."""
     from rich import box
     from rich.table import Table
 
@@ -255,7 +253,7 @@ def print_table(
         title=title, box=box.SIMPLE_HEAD if any(heads) else None, title_justify="left", pad_edge=False, title_style="bold"
     )
     for place, head in enumerate(heads):
-        grid.add_column(head, justify="left" if place < left else "right", no_wrap=not (sentences and place == len(heads) - 1))
+        grid.add_column(head, justify="left" if place < left else "right", overflow="fold")
     for row in rows:
         grid.add_row(*row)
     console().print(grid)

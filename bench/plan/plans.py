@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 
     def print(self) -> None:
         """Prints the quantities as a table, then what binds, and the notes."""
-        print_table(self.question, ("", "", "", ""), cells(self.document()), left=4, sentences=True)
+        print_table(self.question, ("", "", "", ""), cells(self.document()), left=4)
         for text in ([f"what binds: {self.binding}"] if self.binding else []) + [*self.notes]:
             print(text)
 

@@ -122,4 +122,4 @@ def show(document: dict[str, Any]) -> None:
     print_table("What is predicted without itself", ("", "rows", "median error", "inside"), cells(document))
     for title in ("outside their interval", "not clean, so in no figure"):
         outliers = [(each["name"], f"{each['error']:+.0%}", each["why"]) for each in document[title]]
-        print_table(title, ("", "error", "why"), outliers, left=3, sentences=True)
+        print_table(title, ("", "error", "why"), outliers, left=3)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from bench import cli
 from bench.__main__ import PARTS
 from bench.cli import write_page
 from bench.models import random_model, tokens_for
-from bench.stages.report import write_pictures
+from bench.stages.report import print_stages, write_pictures
 from bench.stages.residuals import block_residuals
 from engine.errors import UserError
 from engine.model.config import PRESETS
@@ -20,6 +21,15 @@ RESULT = json.loads((Path(__file__).parents[2] / "bench" / "results" / "zen4" / 
 TABLE = json.dumps({name: part for name, part in RESULT.items() if name not in ("memory", "config", "residuals", "learning")})
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 NASTY = "<b onclick='x'>\"&amp;</title></script></svg>"
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_narrow_terminal_cuts_no_figure(width, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "PIPED_WIDTH", width)
+    print_stages(RESULT)
+    output = capsys.readouterr().out
+    assert "…" not in output
+    assert max(map(len, output.splitlines())) <= width
 
 
 @pytest.fixture(scope="module")
