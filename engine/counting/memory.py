@@ -30,7 +30,7 @@ class TrainingMemory:
 
     params: int  # float32 where they train; frozen matrices in the compute type or int8
     optimizer: int
-    copies: int  # in the compute type: of trainable matrices, and of those that LoRA is merged into
+    copies: int  # in the compute type: of trainable matrices
     gradients: int  # float32
     residuals: int  # every block's values, or with remat every block's input
     block: int  # residuals of one block: the last to be freed, and with remat the most that exist at once
@@ -103,14 +103,8 @@ def training_memory(
     wide = 0
     if base == "int8":
         wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width  # the head's columns in the compute type
-    else:
-        # LoRA is merged into matrices smaller than their `rows` of inputs and outputs (`model/weights/lora.py`): at each
-        # product, and again in the backward pass behind a barrier, which XLA gives a copy of the base.
-        adapted = TrainablePaths(frozenset(), trainable.adapted)
-        paths = [f"blocks/{layer}/{name}" for layer in range(cfg.layers) for name in _trainable_leaves(cfg, adapted, layer)]
-        products += sum(sizes[path] for path in paths if rows * sum(shapes[path]) > sizes[path])
-        if cfg.tied and "embed" not in trainable.weights:
-            products += sizes["embed"]  # a frozen head, transposed
+    elif cfg.tied and "embed" not in trainable.weights:
+        products += sizes["embed"]  # a frozen head, transposed
     lowest = lowest_gradient(cfg, trainable)
     blocks = [
         rows * _residual_bytes(cfg, tokens, _trainable_leaves(cfg, trainable, layer)) for layer in range(lowest, cfg.layers)
