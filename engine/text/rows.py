@@ -28,7 +28,9 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def check_text(value: Any, name: str, where: str) -> str:
     """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can carry."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: `{name}` should be text, not {json_type(value)}.")
+        raise UserError(
+            f"{where}: `{name}` should be text, {'but is missing' if value is None else f'not {json_type(value)}'}."
+        )
     try:
         value.encode()
     except UnicodeEncodeError:

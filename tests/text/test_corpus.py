@@ -59,7 +59,7 @@ def test_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"texts": "a"}', "`text` should be text"),
+        (b'{"texts": "a"}', "`text` should be text, but is missing"),
         (b'{"text": 3}', "`text` should be text, not a number"),
     ],
 )
