@@ -75,12 +75,12 @@ def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement],
     first, messages = _first_output(str(folder / "run"), "ROMEO:")
     recompiles = re.search(r"(\d+) recompiles", messages)
     return [
-        Measurement("validation, whole text", result["val_bits_per_byte"], "bits/byte", 2.0),
-        Measurement("command to first trained step", result["first_step_seconds"], "s", 2.5),
+        Measurement("validation, whole text", result["val_bits_per_byte"], "bits/byte", 1.95),
+        Measurement("command to first trained step", result["first_step_seconds"], "s", 2),
         Measurement("the same, compiling first", cold["first_step_seconds"], "s", 9),
         Measurement("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
         Measurement("--help", statistics.median(_help_seconds() for _ in range(5)), "s", 0.3),
-        Measurement("command to first token", first, "s", 1),
+        Measurement("command to first token", first, "s", 0.7),
         Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
         *_predictions(printed),
     ], printed
