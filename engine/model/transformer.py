@@ -148,7 +148,8 @@ class Block(nn.Module):
 
     def weight(self, name: str, rows: int, columns: int, scale: float = 1.0) -> Any:
         """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, which starts as the identity."""
-        return matrix(self, name, nn.initializers.normal(scale * rows**-0.5), (rows, columns))
+        init = nn.initializers.normal(scale * rows**-0.5) if scale else nn.initializers.zeros
+        return matrix(self, name, init, (rows, columns))
 
 
 class Blocks(nn.Module):
