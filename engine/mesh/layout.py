@@ -73,9 +73,9 @@ def shardings(tree: Any, specs: Specs = leaf_specs) -> Any:
     return mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh.shape))
 
 
-def sharded_shapes(begin: Callable[[], Any]) -> Any:
+def sharded_shapes(begin: Callable[..., Any], *like: Any) -> Any:
     """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a checkpoint into."""
-    shapes = jax.eval_shape(begin)
+    shapes = jax.eval_shape(begin, *like)
     return shapes if current_mesh() is None else _shapes_on(shapes, shardings(shapes))
 
 

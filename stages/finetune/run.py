@@ -38,7 +38,7 @@ from stages.runs.folder import default_folder
 from stages.runs.mesh import fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import RunOptions, execute
-from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step
+from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step, temporary_bytes
 from stages.runs.text_data import check_text_name, general_bits_per_byte
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
@@ -227,7 +227,7 @@ class FineTuning(ModelStage, BatchStage):
         with self.console.task("compiling", always=True):
             program = compile_step(plan, state, frozen, batches.at(0), self.objective)
         _clear_programs()
-        self.begin_steps(program, batches, self._evaluator(QUICK_EXAMPLES), loop_state.step)
+        self.begin_steps(program, temporary_bytes(program), batches, self._evaluator(QUICK_EXAMPLES), loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
         trainable, step, plan, seconds = state.trainable, loop_state.step, self.plan, loop_state.seconds

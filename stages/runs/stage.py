@@ -195,10 +195,12 @@ class BatchStage(Stage):
 
     peak_flops: float
 
-    def begin_steps(self, program: Compiled, batches: MeshBatches, evaluator: Evaluator, step: int) -> None:
-        """Sets the program, (state, frozen, batch, progress) -> (state, metrics), and the data to read from `step` on."""
+    def begin_steps(self, program: Compiled, buffer_bytes: int, batches: MeshBatches, evaluator: Evaluator, step: int) -> None:
+        """Sets the program, (state, frozen, batch, progress) -> (state, metrics), its `temporary_bytes`, and the data to read
+        from `step` on.
+        """
         self.program, self.mesh_batches, self.evaluator = program, batches, evaluator
-        self.buffer_bytes = temporary_bytes(program)
+        self.buffer_bytes = buffer_bytes
         self.schedule = jax.jit(make_schedule(self.plan.recipe.optimizer))
         self.next_batch = batches.at(step)
         self.losses: list[float] = []

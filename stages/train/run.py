@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import jax
 from engine.counting.accelerators import find_accelerator
 from engine.counting.flops import muon_flops, train_flops
 from engine.counting.hardware import Ceilings, doubt_ceilings
-from engine.counting.params import count_params
+from engine.counting.params import count_params, leaf_shapes
 from engine.device import Device, processor, return_freed_memory
 from engine.errors import UserError
 from engine.files import atomic_file
@@ -21,6 +22,7 @@ from engine.mesh.layout import current_mesh, sharded_shapes
 from engine.mesh.shape import ONE_DEVICE, MeshShape, check_mesh
 from engine.model.config import preset
 from engine.model.loss import score
+from engine.model.paths import unflatten
 from engine.model.transformer import init_params
 from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
@@ -29,7 +31,7 @@ from stages.cli.console import Console
 from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings
 from stages.runs.folder import default_folder, recorded_batch
 from stages.runs.run import RunOptions, execute
-from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step
+from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step, temporary_bytes
 from stages.runs.text_data import bits_per_byte, prepare_text, quick_evaluator, rows_in_memory, score_text
 
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
@@ -208,10 +210,12 @@ class Training(BatchStage):
     def begin_compiling(self, beside_reading: bool) -> None:
         """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to it.
 
-        Making a state does not: it waits until the step is traced, and goes on beside XLA.
+        Making a state does not: it waits until the step is traced, and is itself traced beside XLA.
         """
         plan, traced = self.plan, threading.Event()
-        state, batch, mesh = sharded_shapes(self.begin), MeshBatches(self.batches.order, self.batches.at).at(0), current_mesh()
+        batch, mesh = MeshBatches(self.batches.order, self.batches.at).at(0), current_mesh()
+        shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(plan.cfg).items()}
+        state = sharded_shapes(functools.partial(init_state, make_optimizer(plan.recipe.optimizer)), unflatten(shapes))
 
         def compile_on_mesh() -> Any:
             try:
@@ -220,7 +224,9 @@ class Training(BatchStage):
             finally:
                 traced.set()
 
-        self.compiling = concurrent.futures.ThreadPoolExecutor(1).submit(compile_on_mesh)
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.compiling = thread.submit(compile_on_mesh)
+        self.buffer = thread.submit(lambda: temporary_bytes(self.compiling.result()))
         if not beside_reading:
             traced.wait()
 
@@ -231,7 +237,8 @@ class Training(BatchStage):
         self.begin.clear_cache()  # its program takes 40 MB and more
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
-        self.begin_steps(program, MeshBatches(self.batches.order, self.batches.at), evaluator, loop_state.step)
+        batches = MeshBatches(self.batches.order, self.batches.at)
+        self.begin_steps(program, self.buffer.result(), batches, evaluator, loop_state.step)
 
     def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
         plan, cfg, data, params = self.plan, self.plan.cfg, self.data, state.trainable
