@@ -92,6 +92,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     # The capacity is one of few, so that another prompt compiles nothing.
     capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
     engine = Engine(model.cfg, params, EngineConfig.for_prompts(model.cfg, [prompt] * flags.count, capacity))
+    engine.runner.begin_compiling()
     requests = [Request(prompt, row.within(capacity - len(prompt))) for row in sampling.per_row(flags.count)]
     rows = {engine.submit(request): index for index, request in enumerate(requests)}
     first = settled = last = begin

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
@@ -260,11 +260,17 @@ class ModelRunner:
         self.has_kernel = has_kernel()  # whether kernels in C compute
         self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(cfg, config))
         self.segments, self.counts = self._device_put(layout.make_sharded_cache(lambda: empty_cache(cfg, config)))
+        self.compiling: Future[Any] | None = None  # of the decoding program
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache, in use or not."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.segments))
+
+    def begin_compiling(self) -> None:
+        """Traces the decoding program, and has a thread compile it, or read it from the cache, while a prompt is prefilled."""
+        program, arguments = idle_calls(self.cfg, self.config, self.params, self.segments, self.counts, self.stacks)["decode"]
+        self.compiling = ThreadPoolExecutor(1).submit(program.lower(*arguments).compile)
 
     def put_adapter(self, index: int, adapter: Params) -> None:
         """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at a time."""
@@ -321,6 +327,8 @@ class ModelRunner:
 
         `adapters` (R,) int32. Without `logprobs` the log-probabilities stay on the device.
         """
+        if self.compiling:
+            self.compiling.result()
         sampled, self.segments, self.counts = decode_slots(
             self.cfg,
             self.params,
