@@ -83,6 +83,7 @@ def export(flags: ExportFlags) -> int:
     import jax.numpy as jnp
 
     from engine.model.paths import map_paths
+    from engine.model.weights.blocks import Blocks
     from engine.model.weights.lora import to_dense
     from engine.storage import run_folder
     from engine.storage.model_loader import load_model
@@ -99,7 +100,7 @@ def export(flags: ExportFlags) -> int:
     _check_free(out, to_gguf, flags.overwrite)
     with Console() as console:
         with console.task("loading") as report:
-            model = load_model(flags.model, dtype="float32", report=report)
+            model = load_model(flags.model, dtype="float32", report=report, blocks={})
         if out.resolve() in (path.resolve() for path in model.bases):
             adapted = model.run or model.checkpoint
             raise UserError(f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out.")
@@ -117,7 +118,8 @@ def export(flags: ExportFlags) -> int:
             rows.append(("base", base_name))
         else:
             # Adapters are merged in float32: their small numbers are rounded once, as they are written.
-            params = map_paths(lambda _, leaf: to_dense(leaf, jnp.float32), model.params)
+            own = Blocks if model.run and flags.dtype in BLOCKS[1:] else ()  # which trained so
+            params = map_paths(lambda _, leaf: leaf if isinstance(leaf, own) else to_dense(leaf, jnp.float32), model.params)
             model = dataclasses.replace(model, params=params)
             text = record.get("text", {}).get("data")
             source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
@@ -228,7 +230,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
 
     def rounded(path: str, leaf: Any) -> Any:
         plain = to_dense(leaf)
-        if plain.ndim < 2 and out.suffix == ".gguf":
+        if plain is not leaf or (plain.ndim < 2 and out.suffix == ".gguf"):  # Blocks are written as they are
             return plain
         axis = int(path != "embed")
         if dtype in BLOCKS and plain.shape[1 - axis] % GROUP == 0:
@@ -262,8 +264,9 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
     tokens = model.tokenizer.encode(sample[: 8 * SAMPLE])[: SAMPLE + 1]
     expected, written = logits(map_paths(rounded, model.params)), logits(export.params)
     difference = float(np.abs(expected - written).max() / max(1e-30, np.abs(expected).max()))
-    agreement = float((logits(model.params).argmax(-1) == written.argmax(-1)).mean())
-    before, after = bits_per_byte(model.params), bits_per_byte(export.params)
+    unrounded = map_paths(lambda _, leaf: to_dense(leaf), model.params)
+    agreement = float((logits(unrounded).argmax(-1) == written.argmax(-1)).mean())
+    before, after = bits_per_byte(unrounded), bits_per_byte(export.params)
     rows += [
         ("logits", f"differ by at most {difference:.1e} of the largest from the model's, with its weights rounded as here"),
         (

@@ -64,13 +64,13 @@ def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
 
 def merge(trainable: Params, frozen: Params) -> Params:
     """Merges two trees into one. A trainable adapter goes on the frozen weight of its path; a `Rounding` there rounds the
-    weight.
+    weight, and Blocks take it as their factors.
 
     Raises ValueError for two weights at one path.
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():
-        if hasattr(leaves.get(path), "of"):
+        if hasattr(leaves.get(path), "of") and not hasattr(leaf, "on"):
             leaf = leaves.pop(path).of(leaf)
         if path in leaves and not hasattr(leaf, "on"):
             raise ValueError(f"Both trees hold a weight at {path!r}.")

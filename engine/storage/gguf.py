@@ -19,7 +19,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import UserError
 from engine.model.config import ModelConfig
-from engine.model.weights.blocks import GROUP, KINDS, pack_blocks, round_to_blocks, served_kind, unpack_blocks
+from engine.model.paths import leaf_paths
+from engine.model.weights.blocks import GROUP, KINDS, Blocks, pack_blocks, round_to_blocks, served_kind, unpack_blocks
 from engine.storage.architectures import (
     FREQUENCIES,
     architecture_of,
@@ -139,13 +140,13 @@ def save_gguf(
 ) -> None:
     """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in float32.
 
-    params, report: as in `file_tensors`. With q4_0 and q4_1 embedding and head have 8 bits, as in `serve --weights q4`. A
-    matrix whose rows are no whole number of blocks of 32 becomes F16. Raises UserError for an architecture without a name in
-    GGUF.
+    params, report: as in `file_tensors`. Blocks stay. With q4_0 and q4_1 embedding and head have 8 bits, as in `serve
+    --weights q4`. A matrix whose rows are no whole number of blocks of 32 becomes F16. Raises UserError for an architecture
+    without a name in GGUF.
     """
     architecture = architecture_of(cfg)
     F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
-    leaves, kinds = list(layout_of(cfg, GGUF_NAMES)), {}
+    leaves, kinds, values = list(layout_of(cfg, GGUF_NAMES)), {}, leaf_paths(params)
     writer = GGUFWriter(path, architecture)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
@@ -155,7 +156,9 @@ def save_gguf(
         writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
     for leaf in leaves:
         kind = wanted if len(leaf.stored) == 2 else F32
-        if kind.name in KINDS:
+        if isinstance(own := values[leaf.path], Blocks):
+            kind = GGMLQuantizationType[own.kind]
+        elif kind.name in KINDS:
             kind = F16 if leaf.stored[1] % GROUP else GGMLQuantizationType[served_kind(leaf.path, kind.name)]
         kinds[leaf.name] = kind
         size = math.prod(quant_shape_to_byte_shape(leaf.stored, kind))
@@ -167,10 +170,12 @@ def save_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for leaf, array in file_tensors(leaves, params, report):
-        rows = np.ascontiguousarray(array, np.float32)
+        rows = np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32)
         if leaf.paired and architecture == "llama":
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
-        if (kind := kinds[leaf.name]).name in KINDS:
+        if array.dtype == np.uint8:
+            data = rows
+        elif (kind := kinds[leaf.name]).name in KINDS:
             data = unpack_blocks(round_to_blocks(rows, kind.name, axis=0))
         else:
             with np.errstate(over="ignore"):  # infinity is refused when the file is read

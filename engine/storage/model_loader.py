@@ -8,13 +8,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from engine import manifest
 from engine.counting.hardware import require_memory
-from engine.counting.params import count_params
+from engine.counting.params import count_params, leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import leaf_paths, merge
-from engine.model.weights.lora import LoRA
+from engine.model.paths import leaf_paths, merge, unflatten
+from engine.model.weights.blocks import Blocks, with_factors
+from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder
 from engine.storage.adapter import (
     CONFIG,
@@ -148,8 +151,8 @@ def load_model(
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done and in
     all. `on_config` gets the architecture before weights are read. `adapted_by`: the LoRA runs on this base, which is then not
-    fetched from the hub, as nobody named it. `blocks`: gets, before `on_config`, the shapes of the leaves that a GGUF file
-    holds as Blocks, which stay so. Raises UserError, too, when the weights exceed the memory.
+    fetched from the hub, as nobody named it. `blocks`: gets, before `on_config`, the shapes of the leaves that a GGUF file or
+    a run holds as Blocks, which stay so. Raises UserError, too, when the weights exceed the memory.
     """
     run: Path | None = None
 
@@ -182,10 +185,26 @@ def load_model(
         return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
+    if blocks is not None:
+        with contextlib.suppress(UserError):  # all checkpoints have the same shapes; that one is damaged is said below
+            arrays = checkpoint_reader.stored_arrays(next(run.glob("checkpoints/[0-9]*"), run), "params").items()
+            packed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays if name.startswith("packed/")}
+            blocks.update(_with_blocks(cfg, packed))
     prepare(cfg)
     loaded = checkpoint_reader.load_params(location.path)
+    leaves = _with_blocks(cfg, leaf_paths(loaded.params))
+    params = unflatten(leaves if blocks is not None else {path: to_dense(leaf) for path, leaf in leaves.items()})
     notes, title = location.notes + _damage(loaded), model_name(str(run))
-    return LoadedModel(title, cfg, loaded.params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
+    return LoadedModel(title, cfg, params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
+
+
+def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that trained."""
+    for path, shape in leaf_shapes(cfg).items():
+        if (packed := leaves.pop(f"packed/{path}", None)) is not None:
+            weight = Blocks(packed, shape[axis := int(path != "embed")], axis)
+            leaves[path] = with_factors(weight, leaves[path]) if path in leaves else weight
+    return leaves
 
 
 def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:

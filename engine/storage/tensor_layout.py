@@ -18,7 +18,7 @@ from engine.counting.params import leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
-from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks
+from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, unpack_blocks
 from engine.model.weights.lora import to_dense
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer
@@ -189,13 +189,15 @@ def infinite_weights(name: str) -> UserError:
 def file_tensors(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Leaf, np.ndarray]]:
     """Yields each leaf with its numbers as a file holds them. `report`: numbers yielded and in all.
 
-    params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time.
+    params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time; of Blocks a file holds the bytes.
     """
     values = leaf_paths(params)
     total, done = sum(math.prod(leaf.stored) for leaf in leaves), 0
     for leaf in leaves:
-        whole = np.asarray(to_dense(values[leaf.path]))
-        yield leaf, whole.T if leaf.transposed else whole
-        done += whole.size
+        if isinstance(value := values[leaf.path], Blocks):
+            yield leaf, unpack_blocks(value)
+        else:
+            yield leaf, np.asarray(to_dense(value)).T if leaf.transposed else np.asarray(to_dense(value))
+        done += math.prod(leaf.stored)
         if report:
             report(done, total)

@@ -21,6 +21,7 @@ from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
+from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices, round_while_training
@@ -42,7 +43,8 @@ class ModelStage(Stage):
     """A Stage that trains a loaded model. The subclass sets `plan`, and `metadata` to its own entries of run.json.
 
     `trainable` is in float32, `frozen` in the compute type or int8, as steps read it; of a LoRA nothing else is saved.
-    `in_blocks`: whether steps read all weights as `serve --weights q4` rounds them; they are saved as they are.
+    `in_blocks`: whether steps read all weights as `serve --weights q4` does. Of Blocks that were loaded, which are saved under
+    `packed/`, the factors train; other weights are saved as they are.
     """
 
     metadata: dict[str, Any]
@@ -61,7 +63,8 @@ class ModelStage(Stage):
     ) -> None:
         self.name, self.lora, self.folder, self.console, self.on_mesh = name, lora, folder, console, on_mesh
         with console.task(f"loading {name}") as report, host_memory(on_mesh):
-            self.model = load_model(name, dtype=None if lora else "float32", report=report, on_config=on_config)
+            dtype, blocks = None if lora else "float32", dict[str, Any]() if self.in_blocks else None
+            self.model = load_model(name, dtype=dtype, report=report, on_config=on_config, blocks=blocks)
         checkpoint = self.model.checkpoint
         for path in (checkpoint, *self.model.bases):
             if path.resolve().is_relative_to(folder.resolve()):
@@ -104,10 +107,13 @@ class ModelStage(Stage):
                 base = params if plan.base == "float" else quantize(params, "full")
                 self.frozen = cast_matrices(base, plan.cfg.dtype)
             else:
-                trainable, self.frozen_as_loaded = split(merge_lora(params), plan.trainable.weights)
-                self.trainable = cast_matrices(trainable, "float32")
-                rounded = round_while_training if self.in_blocks else lambda _, frozen: frozen
-                self.frozen = cast_matrices(rounded(trainable, self.frozen_as_loaded), plan.cfg.dtype)
+                trainable, frozen = split(merge_lora(params), plan.trainable.weights)
+                packed = {f"packed/{at}": leaf.packed for at, leaf in leaf_paths(params).items() if isinstance(leaf, Blocks)}
+                others = {at: leaf for at, leaf in leaf_paths(frozen).items() if not isinstance(leaf, Blocks)}
+                self.frozen_as_loaded = unflatten(others | packed)
+                if self.in_blocks:
+                    trainable, frozen = round_while_training(trainable, frozen)
+                self.trainable, self.frozen = cast_matrices(trainable, "float32"), cast_matrices(frozen, plan.cfg.dtype)
         source, name, revision = self.name, self.model.name, self.model.checkpoint
         if self.continued_base:
             source, name, revision = self.continued_base, model_name(self.continued_base), self.model.bases[-1]
@@ -157,8 +163,11 @@ class ModelStage(Stage):
     def model_row(self) -> tuple[str, str]:
         plan, cfg = self.plan, self.plan.cfg
         size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
-        rounded = ", rounded to 4 bits at each step" * self.in_blocks
-        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}{rounded}"
+        if self.in_blocks:
+            size += (
+                f", in 4 bits as served, of which {sum(leaf.size for leaf in jax.tree.leaves(self.trainable)):,} numbers train"
+            )
+        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
 
     def load_trained(self, step: int) -> Any:
         params = load_params(self.folder / "checkpoints" / str(step)).params

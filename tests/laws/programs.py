@@ -32,7 +32,16 @@ from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params, make_cache
 from engine.model.weights import int8
-from engine.model.weights.blocks import GROUP, round_to_blocks, straight_through
+from engine.model.weights.blocks import (
+    COLUMNS,
+    GROUP,
+    KINDS,
+    Blocks,
+    Rounding,
+    factors_to_train,
+    round_to_blocks,
+    with_factors,
+)
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
@@ -75,6 +84,16 @@ Make = Callable[[ModelConfig], Program]
 
 def shape_of(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def blocks_shape(cfg: Any) -> Blocks:
+    """A weight of one block an output, in Q4_1."""
+    packed: Any = shape_of(jnp.uint8, -(-cfg.ff // COLUMNS), 1, KINDS["Q4_1"])
+    return Blocks(packed, cfg.ff)
+
+
+def factors_shape(cfg: Any) -> Any:
+    return shape_of(jnp.float32, -(-cfg.ff // COLUMNS), 1, 2, COLUMNS)
 
 
 def batch_shapes(rows: int = B, tokens: int = T) -> Batch:
@@ -234,12 +253,11 @@ def engine_program(
     def make(cfg: ModelConfig) -> Program:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
-        params = serving_params(cfg, weights)
-        stacks = jax.eval_shape(lambda: empty_stacks(params, config))
+        stacks = jax.eval_shape(lambda: empty_stacks(cfg, config))
         with pytest.MonkeyPatch.context() as patch:
             if name in ("clear_slot", "copy_slot"):  # which a kernel does without
                 patch.setattr(runner, "has_kernel", lambda: False)
-            calls = idle_calls(cfg, config, params, segments, counts, stacks)
+            calls = idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks)
         function, arguments = calls[name]
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
@@ -276,7 +294,10 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),  # noqa: SLF001
     "round to blocks": lambda cfg: Program(round_to_blocks, (shape_of(jnp.float32, GROUP, cfg.ff), "Q4_1")),
-    "straight through": lambda cfg: Program(straight_through, (shape_of(jnp.float32, GROUP, cfg.ff), "Q4_0")),
+    "factors to train": lambda cfg: Program(factors_to_train, (blocks_shape(cfg),)),
+    "with factors": lambda cfg: Program(with_factors, (blocks_shape(cfg), factors_shape(cfg))),
+    "Blocks.of": lambda cfg: Program(Blocks.of, (blocks_shape(cfg), factors_shape(cfg))),
+    "Rounding.of": lambda cfg: Program(Rounding.of, (Rounding("Q4_0", 1), shape_of(jnp.float32, GROUP, cfg.ff))),
     "pack": lambda cfg: Program(int8.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
     "scatter": lambda cfg: Program(
         segmented._scatter,  # noqa: SLF001

@@ -16,13 +16,15 @@ from engine.model.weights import blocks
 from engine.model.weights.blocks import (
     KINDS,
     Blocks,
+    Rounding,
     block_matmul,
     dense_blocks,
+    factors_to_train,
     pack_blocks,
     round_groups,
     round_to_blocks,
-    straight_through,
     unpack_blocks,
+    with_factors,
 )
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import lookup, unembed
@@ -142,9 +144,31 @@ def test_a_weight_is_rounded_to_the_nearest_of_its_blocks(kind, axis):
     again = round_to_blocks(dense_blocks(leaf), kind, axis)
     np.testing.assert_array_equal(again.packed, leaf.packed)
     weight = jnp.asarray(rows.T if axis else rows, jnp.float32)
-    in_training, backward = jax.vjp(lambda weight: straight_through(weight, kind, axis), weight)
+    in_training, backward = jax.vjp(Rounding(kind, axis).of, weight)
     np.testing.assert_array_equal(in_training, dense_blocks(leaf))
     np.testing.assert_array_equal(backward(weight)[0], weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_factors_train_and_integers_stay(kind, axis):
+    """As they begin they give the very weight; moved, what trains is what is served, and the gradient is that of both."""
+    leaf = round_to_blocks(normal(0, *((96, 70) if axis else (70, 96))), kind, axis)
+    begun = factors_to_train(leaf)
+    assert begun.shape == (5, 3, 2 if kind == "Q4_1" else 1, 16)
+    np.testing.assert_array_equal(leaf.of(begun), dense_blocks(leaf))
+    np.testing.assert_array_equal(with_factors(leaf, begun).packed, leaf.packed)
+    trained = begun + 0.01 * normal(1, *begun.shape)
+    served, values, end = with_factors(leaf, trained), leaf.of(trained), -32 * begun.shape[2]
+    np.testing.assert_array_equal(values, dense_blocks(served))
+    np.testing.assert_array_equal(served.packed[..., :end], leaf.packed[..., :end])
+    assert (served.packed[..., end:] != leaf.packed[..., end:]).any()
+    # A number of Q4_1 is 2 (quarter (n - 8) / 4 / 2 + half the center): without the rounding it is linear in both.
+    g = normal(2, *values.shape)
+    linear = jax.vjp(leaf.of, trained)[1](g)[0]
+    step = jnp.zeros_like(trained).at[2, 1, :, 5].set(0.5)  # of the second block of output 37
+    moved = leaf.of(trained + step) - values
+    assert jnp.sum(moved * g) == pytest.approx(float(jnp.sum(linear * step)), rel=2e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,6 +251,46 @@ def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
 
 
+@pytest.mark.parametrize("choice", ["", "--train blocks/1/.*"])
+def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp_path, monkeypatch, capsys, choice):
+    """It begins at the base's loss. The blocks that trained are loaded, served and exported, to the bit; a run resumes so."""
+    base, folder, stopped, out = (tmp_path / name for name in ("base.gguf", "run", "stopped", "run.gguf"))
+    assert export.main(["--model", str(trained), "--out", str(base), "--dtype", "q4_1"]) == 0
+    options = ["--weights", "q4", "--steps", 12, *choice.split()]
+    assert finetune.main(args(base, chats, folder, *options)) == 0
+    shapes: dict[str, Any] = {}
+    before, model, losses = load_model(str(base), blocks={}), load_model(str(folder), blocks=shapes), result(folder)
+    leaves = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, Blocks)}
+    assert {path: (leaf.kind, leaf.shape) for path, leaf in leaves.items()} == {
+        path: (leaf.kind, leaf.shape) for path, leaf in leaf_paths(before.params).items() if isinstance(leaf, Blocks)
+    }
+    for path, leaf in leaves.items():
+        former, end = leaf_paths(before.params)[path].packed, -64 if leaf.kind == "Q4_1" else -32
+        assert shapes[path].packed.shape == leaf.packed.shape
+        assert (leaf.packed[..., :end] == former[..., :end]).all()
+        assert (leaf.packed[..., end:] != former[..., end:]).any() == (not choice or path.startswith("blocks/1/")), path
+    examples = prepare_conversations(str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()).held_out
+    evaluator = held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, 32)
+    for params, measured in ((before.params, losses["before"]), (model.params, losses["after"])):
+        dense = map_paths(lambda _, leaf: to_dense(leaf), params)
+        if choice:  # what is frozen is read in the compute type
+            part, frozen = split(dense, [path for path in leaf_paths(dense) if path.startswith("blocks/1/")])
+            dense = merge(part, cast_matrices(frozen, model.cfg.dtype))
+        assert evaluator.evaluate(dense) == pytest.approx(measured["held_out"], abs=1e-6)
+    assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
+    assert digest(load_model(str(folder)).params) == digest(map_paths(lambda _, leaf: to_dense(leaf), model.params))
+    assert export.main(["--model", str(folder), "--out", str(out), "--dtype", "q4_0", "--check"]) == 0
+    assert "by at most 0.0e+00 of the" in capsys.readouterr().out
+    served = [matrices_to_blocks(load_model(str(path), blocks={}).params) for path in (folder, out)]
+    of_run, of_file = ({path: leaf for path, leaf in leaf_paths(params).items() if path in leaves} for params in served)
+    assert digest(of_run) == digest(of_file) == digest(leaves)  # what has no blocks is rounded to float16 in a file
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, interrupt)
+        assert finetune.main(args(base, chats, stopped, *options)) == 128 + signal.SIGINT
+    assert finetune.main(args(base, chats, stopped, *options)) == 0
+    assert digest(checkpoint_reader.load_params(stopped).params) == digest(checkpoint_reader.load_params(folder).params)
+
+
 @pytest.mark.parametrize(
     ("loss", "before", "after", "said"),
     [

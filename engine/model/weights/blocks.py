@@ -23,6 +23,7 @@ KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
 STEPS = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}  # the least and the largest that a weight is rounded to
 SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
 LARGEST = 127
+UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's range
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
@@ -45,6 +46,11 @@ class Blocks:
     @property
     def kind(self) -> str:
         return next(kind for kind, size in KINDS.items() if size == self.packed.shape[2])
+
+    @jax.jit
+    def of(self, trained: Array) -> Array:
+        """Returns the matrix, float32, with what `factors_to_train` gave, trained since, for its own factors."""
+        return dense_blocks(self, _round_factors(trained, self.kind))
 
 
 def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
@@ -116,16 +122,44 @@ class Rounding:
     kind: str
     axis: int
 
+    @jax.jit
     def of(self, weight: Array) -> Array:
-        return straight_through(weight, self.kind, self.axis)
+        """Returns the numbers of a weight's Blocks, float32."""
+        numbers, (scale, *minimum) = nearest(weight, self.kind, self.axis)
+        values = sum((least.astype(jnp.float32) for least in minimum), numbers * scale.astype(jnp.float32))
+        return _straight_through(values.reshape(weight.shape), weight)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "axis"))
-def straight_through(weight: Array, kind: str, axis: int = 1) -> Array:
-    """Returns the numbers of a weight's Blocks, float32, with the gradient of the weight (Bengio et al. 2013, 1308.3432)."""
-    numbers, (scale, *minimum) = nearest(weight, kind, axis)
-    values = sum((least.astype(jnp.float32) for least in minimum), numbers * scale.astype(jnp.float32)).reshape(weight.shape)
-    return jax.lax.stop_gradient(values) + (weight - jax.lax.stop_gradient(weight))  # the bits of the first
+def _straight_through(values: Array, x: Array) -> Array:
+    """Returns the bits of `values` with the gradient of x (Bengio et al. 2013, 1308.3432)."""
+    return jax.lax.stop_gradient(values) + (x - jax.lax.stop_gradient(x))
+
+
+@jax.jit
+def factors_to_train(weight: Blocks) -> Array:
+    """Returns what trains while the integers stay (Kim et al. 2023, 2305.14152), (out / 16, in / 32, 1 or 2, 16) float32.
+
+    A quarter of each block's range, and in Q4_1 half its center: numbers of a block move by twice what these do, and the
+    learning rate that is best for weights is so for these.
+    """
+    scale, *minimum = jnp.moveaxis(_take_apart(weight.packed)[1], -2, 0)
+    quarter = UNIT[weight.kind] * scale
+    return jnp.stack([quarter, *(least / 2 + quarter for least in minimum)], axis=-2)
+
+
+@jax.jit
+def with_factors(weight: Blocks, trained: Array) -> Blocks:
+    factors = jax.lax.bitcast_convert_type(_round_factors(trained, weight.kind).astype(jnp.float16), jnp.uint8)
+    data = factors.reshape(*weight.packed.shape[:2], -1)
+    return dataclasses.replace(weight, packed=weight.packed.at[..., -data.shape[2] :].set(data))
+
+
+def _round_factors(trained: Array, kind: str) -> Array:
+    """Returns scales and minima of float16 in float32, with the gradient of what is trained."""
+    to_half = lambda x: _straight_through(x.astype(jnp.float16).astype(jnp.float32), x)
+    quarter, *center = jnp.moveaxis(trained, -2, 0)
+    scale = to_half(quarter / UNIT[kind])
+    return jnp.stack([scale, *(to_half(2 * (part - UNIT[kind] * scale)) for part in center)], axis=-2)
 
 
 def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
@@ -184,7 +218,8 @@ def round_groups(x: Array) -> Array:
 def lookup_blocks(weight: Blocks, rows: Array) -> Array:
     """weight of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
     flat = rows.reshape(-1)
-    strips = _dense(weight.packed[flat // COLUMNS])
+    chosen = dataclasses.replace(weight, packed=weight.packed[flat // COLUMNS], columns=COLUMNS * len(flat))
+    strips = dense_blocks(chosen).reshape(len(flat), COLUMNS, -1)
     return jnp.take_along_axis(strips, (flat % COLUMNS)[:, None, None], axis=1).reshape(*rows.shape, -1)
 
 
@@ -196,24 +231,26 @@ def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
     return dataclasses.replace(weights[0], packed=packed, columns=sum(weight.columns for weight in weights))
 
 
-def dense_blocks(weight: Blocks) -> Array:
-    """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32."""
-    values = _dense(weight.packed).reshape(-1, weight.packed.shape[1] * GROUP)[: weight.columns]
-    return values.T if weight.axis else values
+def dense_blocks(weight: Blocks, factors: Array | None = None) -> Array:
+    """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32; with other factors in the shape of `_take_apart`."""
+    numbers, own = _take_apart(weight.packed)
+    factors = jnp.moveaxis(own if factors is None else factors, (2, 3), (0, 2))  # (1 or 2, out / 16, 16, in / 32)
+    numbers = jnp.moveaxis(numbers, 3, 1).reshape(-1, factors.shape[3], GROUP)[: weight.columns]
+    factors = factors.reshape(len(factors), -1, factors.shape[3], 1)[:, : weight.columns]
+    if weight.axis:  # before the product, whose gradient need not be transposed
+        numbers, factors = numbers.transpose(1, 2, 0), factors.transpose(0, 2, 3, 1)
+    scale, *minimum = factors
+    return sum(minimum, numbers * scale).reshape(weight.shape)
 
 
-def _dense(packed: Array) -> Array:
-    """packed (..., in / 32, bytes) uint8 -> (..., 16, in) float32."""
-    *lead, groups, size = packed.shape
+def _take_apart(packed: Array) -> tuple[Array, Array]:
+    """packed (out / 16, in / 32, bytes) -> integers (.., .., 8, 16, 4) and factors (.., .., 1 or 2, 16), float32."""
+    *lead, size = packed.shape
     end = size - _factor_bytes(size)
-    numbers = packed[..., :end].reshape(*lead, groups, -1, COLUMNS, 4)
+    numbers = packed[..., :end].reshape(*lead, -1, COLUMNS, 4)
     if size == KINDS["Q8_0"]:
         values = jax.lax.bitcast_convert_type(numbers, jnp.int8).astype(jnp.float32)
     else:  # a byte's halves are the inputs i and i + 16
         values = jnp.concatenate([numbers & 15, numbers >> 4], axis=-3).astype(jnp.float32)
-    halves = packed[..., end:].reshape(*lead, groups, -1, 1, COLUMNS, 1, 2)
-    factors = jax.lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
-    values = (values - 8 if size == KINDS["Q4_0"] else values) * factors[..., 0, :, :, :]
-    if size == KINDS["Q4_1"]:
-        values = values + factors[..., 1, :, :, :]
-    return jnp.moveaxis(values, -2, -4).reshape(*lead, COLUMNS, groups * GROUP)  # (..., groups, 8, 16, 4) -> (..., 16, in)
+    factors = jax.lax.bitcast_convert_type(packed[..., end:].reshape(*lead, -1, COLUMNS, 2), jnp.float16)
+    return values - 8 if size == KINDS["Q4_0"] else values, factors.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Multiplies by any kind of weight: an Array, an Int8 or Blocks, a LoRA on one of the first two, a StackedLoRA on any.
+"""Multiplies by any kind of weight: an Array, an Int8, Blocks, or a LoRA or a StackedLoRA on one of the first two.
 
 A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference.
 
@@ -35,6 +35,7 @@ from engine.model.weights.blocks import (
     Blocks,
     Rounding,
     block_matmul,
+    factors_to_train,
     join_blocks,
     lookup_blocks,
     round_to_blocks,
@@ -60,7 +61,7 @@ def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
         return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
     if isinstance(weight, StackedLoRA):
-        return adapted(project(x, weight.base, jnp.float32), x, weight).astype(dtype)
+        return adapted(project(x, weight.base, dtype), x, weight)
     multiply = _product_with(weight, backward.matmul)
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
 
@@ -85,7 +86,7 @@ def _are_smaller(weights: Sequence[Any], x: Array) -> bool:
 
 def project_each(x: Array, weights: Sequence[Weight], dtype: DTypeLike) -> tuple[Array, ...]:
     """x (..., in), each weight (in, out) -> each product (..., out), as `project`; going back, their dx add up in float32."""
-    rows = x if isinstance(weights[0], StackedLoRA) else x.reshape(-1, x.shape[-1])  # whose rows have adapters of their own
+    rows = x.reshape(-1, x.shape[-1])
     if all(isinstance(weight, Array) for weight in weights):
         together = _are_smaller(weights, x)
     else:
@@ -151,11 +152,14 @@ def matrices_to_blocks(params: Params) -> Params:
     return map_paths(convert, params)
 
 
-def round_while_training(trainable: Params, frozen: Params) -> Params:
-    """Returns frozen weights with which `paths.merge` gives all weights the numbers of their `matrices_to_blocks`."""
-    rounded = map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(frozen))
-    roundings = ((path, _rounding(path, leaf)) for path, leaf in leaf_paths(trainable).items())
-    return unflatten(leaf_paths(rounded) | {path: rounding for path, rounding in roundings if rounding})
+def round_while_training(trainable: Params, frozen: Params) -> tuple[Params, Params]:
+    """Returns what trains, of Blocks the factors, and frozen weights: merged they are the numbers of `matrices_to_blocks`."""
+    trained, leaves = {}, leaf_paths(map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(frozen)))
+    for path, leaf in leaf_paths(trainable).items():
+        is_packed = isinstance(leaf, Blocks)
+        trained[path] = factors_to_train(leaf) if is_packed else leaf
+        leaves |= {path: rounding} if (rounding := leaf if is_packed else _rounding(path, leaf)) else {}
+    return unflatten(trained), unflatten(leaves)
 
 
 def _rounding(path: str, leaf: Any) -> Rounding | None:
