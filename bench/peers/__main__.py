@@ -39,6 +39,8 @@ class PeersFlags:
     """Of serving: a .gguf file, or that named model."""
     new: int = 97
     """Tokens to generate in the decode rows of serving; the first one counts as prefill."""
+    rows: tuple[str, ...] = ()
+    """Of serving: these alone, such as decode_8_after_2048 or repeating; by default all."""
     rounds: int = 9
     """Interleaved rounds, at least 6; the median counts."""
     quick: bool = False
@@ -74,7 +76,9 @@ def measure_peers(flags: PeersFlags) -> Json:
         ):
             rows += compare_losses(peer, Path(folder)) if peer else []
     if "serving" in flags.of:
-        rows += measure_streams(flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds, quick=flags.quick)
+        rows += measure_streams(
+            flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds, quick=flags.quick, names=flags.rows
+        )
     return {"rows": rows, "bars_hold": BARS_HOLD}
 
 

@@ -71,9 +71,14 @@ NEVER_BELOW = 0.97
 MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
-def measure_streams(model_name: str, peer_python: Path | None, *, new: int, rounds: int, quick: bool) -> list[Json]:
-    """Times each row on one .gguf file; prints and returns the rows. Raises
-    UserError without such a file. Options are the flags of `bench.peers`."""
+def measure_streams(
+    model_name: str, peer_python: Path | None, *, new: int, rounds: int, quick: bool, names: Collection[str] = ()
+) -> list[Json]:
+    """Times each row on one .gguf file, or those of `names`; prints and returns the rows. Raises UserError without such a file
+    or row. Options are the flags of `bench.peers`."""
+    chosen = set(names) or {row.name for row in ROWS if row.quick or not quick} | PROMPTS.keys()
+    if unknown := chosen.difference((row.name for row in ROWS), PROMPTS):
+        raise UserError(f"Serving has no row {min(unknown)}: take {', '.join([*(row.name for row in ROWS), *PROMPTS])}.")
     if not 2 <= new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {new}.")
     location = locate(model_name)
@@ -95,7 +100,7 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
     rows = []
     with start_peer(peer_python, "llama_cpp_peer.py", "llama_cpp", MAKE_VENV) as peer:
         for row in ROWS:
-            if quick and not row.quick:
+            if row.name not in chosen:
                 continue
             progress(f"compiling {row.name}")
             prompts = [passage(place, row.prompt) for place in range(row.streams)]
@@ -113,7 +118,8 @@ def measure_streams(model_name: str, peer_python: Path | None, *, new: int, roun
             )
         chat = ChatTokenizer(model.tokenizer)
         ends = {*model.eos_ids, *chat.eot_ids}
-        for name, texts in PROMPTS.items():
+        for name in filter(chosen.__contains__, PROMPTS):
+            texts = PROMPTS[name]
             prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
             calls = chat_calls(model.cfg, weights, prompts, most, ends)
             if peer:

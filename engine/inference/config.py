@@ -131,12 +131,10 @@ class EngineConfig:
         """Returns the bytes of weights, stacks of adapters, slots of so many tokens, and prefix cache."""
         slot = self.slot_bytes(cfg, capacity)
         prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
-        weights = count_params(cfg).total * BYTES[self.weights or cfg.dtype]
+        numbers = count_params(cfg).total
         if self.adapters:
-            weights += (
-                (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values())) * BYTES[cfg.dtype]
-            )
-        return self.slots * slot + prefix + weights
+            numbers += (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
+        return self.slots * slot + prefix + numbers * BYTES[self.weights or cfg.dtype]
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, self._edges(capacity)[-1]), self.kv_dtype))

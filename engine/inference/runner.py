@@ -216,7 +216,7 @@ def compile_programs(calls: Mapping[str, Call]) -> Generator[tuple[str, int]]:
 
 def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
     """Compiles the programs of an engine, as it is iterated, from the shapes of `params` alone."""
-    state = lambda: (*empty_cache(cfg, config), empty_stacks(cfg, config))
+    state = lambda: (*empty_cache(cfg, config), empty_stacks(params, config))
     params, state_shapes = layout.inference_shapes(params, jax.eval_shape(state))
     return compile_programs(idle_calls(cfg, config, params, *state_shapes))
 
@@ -230,8 +230,8 @@ def empty_cache(cfg: ModelConfig, config: EngineConfig) -> tuple[KVSegments, Tok
     return segments, make_token_counts(cfg, config.rows)
 
 
-def empty_stacks(cfg: ModelConfig, config: EngineConfig) -> Params | None:
-    return make_stacks(cfg, config.adapters, config.adapter_rank) if config.adapters else None
+def empty_stacks(params: Params, config: EngineConfig) -> Params | None:
+    return make_stacks(params, config.adapters, config.adapter_rank) if config.adapters else None
 
 
 def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
@@ -258,7 +258,7 @@ class ModelRunner:
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
         self.cfg, self.config, self.mesh = cfg, config, layout.current_mesh()
         self.has_kernel = has_kernel()  # whether kernels in C compute
-        self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(cfg, config))
+        self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(params, config))
         self.segments, self.counts = self._device_put(layout.make_sharded_cache(lambda: empty_cache(cfg, config)))
         self.compiling: Future[Any] | None = None  # of the decoding program
 

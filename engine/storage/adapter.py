@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.files import atomic_folder, write_json
 from engine.model.config import JOINED, LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
+from engine.model.weights.blocks import Blocks
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import safetensors, safetensors_writer
 from engine.storage.digest import digest
@@ -235,20 +236,22 @@ def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
 
 
 class _Joined:
-    """Arrays side by side in one, which exists only while it is read."""
+    """Arrays or Blocks side by side in one array of a dtype, which exists only while it is read."""
 
-    def __init__(self, arrays: list[Any]) -> None:
-        self.arrays, self.dtype = arrays, arrays[0].dtype
+    def __init__(self, arrays: list[Any], dtype: Any) -> None:
+        self.arrays, self.dtype = arrays, np.dtype(dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate([np.asarray(array) for array in self.arrays], axis=-1)
+        return np.concatenate([np.asarray(to_dense(array), self.dtype) for array in self.arrays], axis=-1)
 
 
-def base_digests(params: dict[str, Any]) -> Iterator[str]:
+def base_digests(params: dict[str, Any], dtype: str = "float32") -> Iterator[str]:
     """Yields the digest of a base's params, then those by which earlier versions may name it.
 
-    They counted no scale of an adapter in it; before that they held q, k, v and gate, up side by side.
+    They counted no scale of an adapter in it; before that they held q, k, v and gate, up side by side. `dtype`: of matrices in
+    Blocks, where an adapter trained on them.
     """
+    params = map_paths(lambda _, leaf: _Joined([leaf], dtype) if isinstance(leaf, Blocks) else leaf, params)
     yield digest(params)
     if any(isinstance(leaf, LoRA) for leaf in leaf_paths(params).values()):
         yield digest(params, scales=False)
@@ -270,10 +273,10 @@ def _depth(weight: Any) -> int:
 def _side_by_side(weights: list[Any]) -> Any:
     """Returns weights as one; of adapters, which some may lack, all pairs together, those of the outermost first."""
     if not (outermost := max(map(_depth, weights))):
-        return _Joined(weights)
+        return _Joined(weights, weights[0].dtype)
     pairs = [weight for weight in weights if _depth(weight) == outermost]
     base = _side_by_side([weight.base if _depth(weight) == outermost else weight for weight in weights])
-    return {"base": base} | {half: _Joined([getattr(pair, half) for pair in pairs]) for half in "ab"}
+    return {"base": base} | {half: _Joined([getattr(pair, half) for pair in pairs], pairs[0].a.dtype) for half in "ab"}
 
 
 def check_base(folder: Path, base: Iterable[str], trained_on: str, base_name: Any) -> None:

@@ -98,10 +98,9 @@ def load_state(
     """
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()
-    # Adapters know their base by its converted weights, and without a kernel int8 is faster.
+    # Without a kernel int8 is faster; what an adapter is merged into is a block no more.
     in_blocks = engine_config.weights == "q4" or (engine_config.weights == "file" and has_kernel())
-    keeps_blocks = in_blocks and not adapters and not engine_config.adapters
-    blocks: dict[str, Any] | None = {} if keeps_blocks else None
+    blocks: dict[str, Any] | None = {} if in_blocks and all(name for name, _ in adapters) else None
 
     def on_config(cfg: ModelConfig) -> None:
         nonlocal engine_config
@@ -131,7 +130,7 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             on_error.callback(lambda: None if making.exception() else making.result().close())
-            base = tuple(base_digests(model.params)) if engine_config.adapters else ()
+            base = tuple(base_digests(model.params, model.cfg.dtype)) if engine_config.adapters else ()
             merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
             trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
             engine, notes = _make_engine(model, merged, engine_config)

@@ -253,11 +253,12 @@ def engine_program(
     def make(cfg: ModelConfig) -> Program:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
-        stacks = jax.eval_shape(lambda: empty_stacks(cfg, config))
+        params = serving_params(cfg, weights)
+        stacks = jax.eval_shape(lambda: empty_stacks(params, config))
         with pytest.MonkeyPatch.context() as patch:
             if name in ("clear_slot", "copy_slot"):  # which a kernel does without
                 patch.setattr(runner, "has_kernel", lambda: False)
-            calls = idle_calls(cfg, config, serving_params(cfg, weights), segments, counts, stacks)
+            calls = idle_calls(cfg, config, params, segments, counts, stacks)
         function, arguments = calls[name]
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))

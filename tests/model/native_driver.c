@@ -154,15 +154,19 @@ static void block_matmul(Arrays *in, Arrays *out) {
 
 static void adapter_matmul(Arrays *in, Arrays *out) {
   const int64_t M = 1 + below(9), inputs = 1 + below(140), A = 1 + below(4), P = 1 + below(3), rank = 1 + below(9), columns = P + below(150);
-  const enum Type type = below(2) ? F32 : BF16;
-  add(in, type, M, inputs, -1, -1, -1), fill(in, 0, 1);
+  const enum Type type = ONE_OF(F32, BF16, S8);
+  add(in, F32, M, columns, -1, -1, -1);  // which the result takes the place of
+  add(in, F32, M, inputs, -1, -1, -1), fill(in, 1, 1);
   int32_t *index = add(in, S32, M, -1, -1, -1, -1);
   for (int i = 0; i < M; i++) put(index, i, below(A));
-  add(in, type, A, P * rank, inputs, -1, -1), fill(in, 2, 1);
-  add(in, type, A, rank, columns, -1, -1), fill(in, 3, 1);
+  add(in, type, A, P * rank, inputs, -1, -1), fill(in, 3, 1);
+  add(in, type, A, rank, columns, -1, -1), fill(in, 4, 1);
+  float *scale = add(in, F32, A, P * rank, -1, -1, -1);
+  fill(in, 5, 1);
+  for (int i = 0; i < A * P * rank; i++) if (!below(3)) scale[i] = 0;
   int32_t *edges = add(in, S32, P + 1, -1, -1, -1, -1);
   for (int i = 0; i <= P; i++) put(edges, i, i == P ? columns : i ? edges[i - 1] + 1 + below(columns - edges[i - 1] - (P - i)) : 0);
-  add(out, F32, M, columns, -1, -1, -1);
+  add(out, F32, M, columns, -1, -1, -1), fill(out, 0, 1);
 }
 
 // Keys and values, those of int8 with their scales behind them.

@@ -17,22 +17,32 @@ from started import Started
 from tiny import normal
 from tiny_server import TinyServer, ask, good, refused, tiny_model, until
 
+from engine.device import start_jax
 from engine.errors import UserError
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.engine import complete
-from engine.inference.request import SamplingParams
+from engine.inference.request import Request, SamplingParams
+from engine.model.config import ModelConfig
+from engine.model.native.library import native_problem
 from engine.model.paths import merge, unflatten
 from engine.model.weights.lora import LoRA
+from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import CONFIG, WEIGHTS, base_digests, save_adapter
 from engine.storage.digest import digest
+from engine.storage.model_loader import load_model
+from stages.cli.console import Console
+from stages.export import main as export
 from stages.serve.__main__ import ServeFlags
+from stages.serve.load import CompileAhead, load_state
 from stages.serve.run import check_adapters
+from stages.serve.state import ServerState
 
 KEY = {"Authorization": "Bearer one"}
 
 
-def adapter(seed: int, rank: int = 2) -> Any:
-    cfg = tiny_model().cfg
+def adapter(seed: int, rank: int = 2, cfg: ModelConfig | None = None) -> Any:
+    cfg = cfg or tiny_model().cfg
     return unflatten(
         {
             f"blocks/{layer}/{name}": LoRA(None, normal(seed, rows, rank) * rows**-0.5, normal(seed + 1, rank, columns), 0.5)
@@ -281,14 +291,60 @@ def test_flags_that_do_not_go_together_are_refused(options, has_keys, message):
         check_adapters(flags, has_keys)
 
 
+@pytest.fixture(scope="module")
+def in_blocks(tmp_path_factory):
+    """A folder with a GGUF file in blocks, and adapters: one that was trained on its numbers, one on others."""
+    folder = tmp_path_factory.mktemp("blocks")
+    save_chat_model(folder / "model", width=64, ff=96, tied=True)
+    assert export(["--model", str(folder / "model"), "--out", str(folder / "x.gguf"), "--dtype", "q4_1"]) == 0
+    model = load_model(str(folder / "x.gguf"))  # as `stages.finetune` has it
+    for name, seed, base in (("sea", 1, next(base_digests(model.params))), ("rock", 2, ""), ("other", 3, "0" * 64)):
+        base = base or [*base_digests(model.params)][1]  # as an earlier version recorded it
+        save_adapter(folder / name, model.cfg, adapter(seed, 2, model.cfg), base=base, base_name="x.gguf")
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["file", "q4"])
+def test_adapters_are_served_over_a_files_blocks(in_blocks, weights, count_compiles):
+    """Which are known by the digest of their numbers; what was compiled while they were read is what is asked for."""
+
+    def load(*names: str) -> tuple[ServerState, CompileAhead]:
+        config = EngineConfig(2, weights=weights, prefix_cache_bytes=10**6, adapters=2, adapter_rank=2)
+        folders = [(name, in_blocks / name) for name in names]
+        device = start_jax(one_arena=False)
+        return load_state(str(in_blocks / "x.gguf"), config, device, Console(), adapters=folders)
+
+    with pytest.raises(UserError, match="was trained on another model"):
+        load("sea", "other")
+    state, ahead = load("sea", "rock")
+    state.tokenizer.close()
+    engine, programs = state.engine.engine, list(ahead)
+    served = "int8" if weights == "file" and native_problem() else "Q4_1, Q8_0, int8"
+    assert weight_types(engine.params) == served
+    count_compiles.clear()
+    engine.warm(None, programs)
+    assert count_compiles == []
+    models = [state.find_model(name) for name in ("default", "sea", "rock")]
+    assert len({model.fingerprint for model in models}) == 3
+    ids = [engine.submit(Request((5, 6, 7), SamplingParams(9, temperature=0.0), adapter=model.adapter)) for model in models]
+    output: dict[int, list[int]] = {id: [] for id in ids}
+    while engine.busy:
+        for event in engine.step():
+            output[event.id] += event.tokens
+    assert len({*map(tuple, output.values())}) == 3
+
+
 @pytest.mark.journeys
-def test_the_command_serves_adapters_by_name(folder, tmp_path_factory):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_command_serves_adapters_by_name(folder, tmp_path_factory, in_blocks, blocks):
     """One named at the start and one added, beside the model: answers that differ, no program compiled, no weight changed."""
     save_chat_model(model := tmp_path_factory.mktemp("models") / "tiny")
+    if blocks:
+        model, folder = in_blocks / "x.gguf", in_blocks
     flags = "--adapter", f"sea={folder / 'sea'}", "--adapter-folder", folder, "--max-rank", 3
     with Started(model, *flags, env={"THRICE_API_KEY": "one"}, key="one", program=("-m", "stages.serve")) as server:
         assert re.search(r"adapters +sea; at most 8 at once, of rank 3", server.output)
-        good(add(server.client, "rock", "ours/rock"))
+        good(add(server.client, "rock", "rock" if blocks else "ours/rock"))
         texts = [
             good(server.client.post("/v1/completions", json=ask(most=12, ignore_eos=True, model=name)))["choices"][0]["text"]
             for name in ("default", "sea", "rock")

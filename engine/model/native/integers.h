@@ -15,7 +15,6 @@ typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each o
 // Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are of 4 bits, and
 // `finish` makes their sums whole. `fused`: a b + c, rounded once.
 #if defined(__AVX512VNNI__)
-#include <immintrin.h>
 enum { TOO_HIGH = 128 };  // the instruction takes weights without a sign: signed ones 128 too high
 INLINE F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 typedef int32_t __attribute__((may_alias)) Four;
@@ -24,7 +23,6 @@ typedef int32_t __attribute__((may_alias)) Four;
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(*(const Four *)(x)))
 #define finish(sums, is_signed) (sums)
 #elif defined(__AVX2__)
-#include <immintrin.h>
 enum { TOO_HIGH = 0 };
 INLINE F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 // The instruction takes one side without a sign, which the other side then gets. It adds two products in 16 bits, where

@@ -1,5 +1,8 @@
 // What kernels of floating-point numbers share: vectors of numbers, and the exponential function.
 // A vector of W float32, which the compiler makes of what the processor has.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(__AVX512VNNI__)
 #define W 16
 #elif defined(__AVX2__)
@@ -35,6 +38,13 @@ INLINE int64_t bytes_of(const enum Type type) { return type == FLOAT32 ? 4 : typ
 
 INLINE F widen(const char *numbers, const enum Type type) {
   if (type == FLOAT32) return load(numbers);
+#if W == 16  // gcc 12 would widen halves of a vector in turn, and bytes one by one
+  if (type == BFLOAT16) return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)numbers)), 16);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)numbers)));
+#elif W == 8
+  if (type == BFLOAT16) return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)numbers)), 16);
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)numbers)));
+#else
   if (type == BFLOAT16) {
     Halves halves;
     memcpy(&halves, numbers, sizeof halves);
@@ -43,6 +53,7 @@ INLINE F widen(const char *numbers, const enum Type type) {
   Bytes bytes;
   memcpy(&bytes, numbers, sizeof bytes);
   return __builtin_convertvector(__builtin_convertvector(bytes, I), F);
+#endif
 }
 
 // Vector c of H numbers; nothing behind them is read.

@@ -1,4 +1,4 @@
-"""Multiplies by any kind of weight: an Array, an Int8, Blocks, or a LoRA or a StackedLoRA on one of the first two.
+"""Multiplies by any kind of weight: an Array, an Int8 or Blocks, a LoRA on one of the first two, a StackedLoRA on any.
 
 A plain Array is float32 in training and the compute dtype once it is frozen or loaded for inference.
 
@@ -61,7 +61,7 @@ def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
         return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
     if isinstance(weight, StackedLoRA):
-        return adapted(project(x, weight.base, dtype), x, weight)
+        return adapted(project(x, weight.base, jnp.float32), x, weight).astype(dtype)
     multiply = _product_with(weight, backward.matmul)
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
 
@@ -86,7 +86,7 @@ def _are_smaller(weights: Sequence[Any], x: Array) -> bool:
 
 def project_each(x: Array, weights: Sequence[Weight], dtype: DTypeLike) -> tuple[Array, ...]:
     """x (..., in), each weight (in, out) -> each product (..., out), as `project`; going back, their dx add up in float32."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if isinstance(weights[0], StackedLoRA) else x.reshape(-1, x.shape[-1])  # whose rows have adapters of their own
     if all(isinstance(weight, Array) for weight in weights):
         together = _are_smaller(weights, x)
     else:

@@ -1,6 +1,6 @@
 """StackedLoRA: a frozen weight under several adapters, of which each row of a batch has one or none: all share a program.
 
-    stacks = make_stacks(cfg, count=8, rank=16)           # of zeros, which add nothing
+    stacks = make_stacks(params, count=8, rank=16)        # of zeros, which add nothing
     stacks = put_adapter(cfg, stacks, 3, adapter)         # in new arrays: whoever reads the old ones goes on with them
     forward(cfg, with_stacks(cfg, params, stacks, index), tokens, positions)       # index (B,): 3, or 0 for none
 
@@ -18,28 +18,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.errors import UserError
-from engine.model.config import JOINED, ModelConfig
+from engine.model.config import JOINED, MATRICES, ModelConfig
 from engine.model.layers import einsum32
 from engine.model.native.library import target
 from engine.model.ops import has_kernel
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
+from engine.model.weights.int8 import LARGEST
 
-PARTS = JOINED | {"out": ("out",), "down": ("down",)}  # the weights of a block for inference on one device, and their matrices
+PARTS = {name: (name,) for name in MATRICES} | JOINED  # a block's weights, alone or side by side for inference: their matrices
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "index"], meta_fields=["columns"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "scale", "index"], meta_fields=["columns"])
 @dataclasses.dataclass(frozen=True)
 class StackedLoRA:
-    """The weight base (in, out), to which row n of a batch adds a b of adapter index[n], unless that is 0; index (B,) int32.
+    """The weight base (in, out), to which row n of a batch adds scale a b of adapter index[n] unless that is 0; index (B,).
 
-    a (A + 1, P R, in) and b (A + 1, R, out), which has the scale in it: the base is P matrices of so many `columns` side by
-    side, each with a pair of rank R.
+    a (A + 1, P R, in), b (A + 1, R, out) and scale (A + 1, P R): the base is P matrices of so many `columns` side by side, each
+    with a pair of rank R, and a scale for each of the R. A scale of 0 is of a rank that an adapter does not have.
     """
 
     base: Any
     a: Array
     b: Array
+    scale: Array
     index: Array
     columns: tuple[int, ...]
 
@@ -49,34 +50,34 @@ class StackedLoRA:
 
 
 def adapted(whole: Array, x: Array, weight: StackedLoRA) -> Array:
-    """whole (B, T, out), the base's product with x (B, T, in) -> with what each row's adapter adds, in its dtype."""
+    """whole (B, T, out) float32, the base's product with x (B, T, in) -> with what each row's adapter adds."""
     edges, rank = np.cumsum([0, *weight.columns]), weight.b.shape[1]
     if x.shape[1] == 1 and has_kernel():
+        arguments = x[:, 0].astype(jnp.float32), weight.index, weight.a, weight.b, weight.scale, edges.astype(np.int32)
         shape = jax.ShapeDtypeStruct(whole[:, 0].shape, jnp.float32)
-        arguments = x[:, 0].astype(weight.a.dtype), weight.index, weight.a, weight.b, edges.astype(np.int32)
-        return _add(whole, jax.ffi.ffi_call(target("adapter_matmul"), shape)(*arguments)[:, None], weight.index)
-    a, b = weight.a[weight.index], weight.b[weight.index]
-    inner = einsum32("bti,bri->btr", x.astype(a.dtype), a).astype(a.dtype)
+        call = jax.ffi.ffi_call(target("adapter_matmul"), shape, input_output_aliases={0: 0})
+        return call(whole[:, 0], *arguments)[:, None]
+    a, b, scale = (stack[weight.index] for stack in (weight.a, weight.b, weight.scale))
+    inner = (einsum32("bti,bri->btr", x, a.astype(x.dtype)) * scale[:, None]).astype(x.dtype)
     parts = [
-        einsum32("btr,bro->bto", inner[..., n * rank : (n + 1) * rank], b[..., start:stop])
+        einsum32("btr,bro->bto", inner[..., n * rank : (n + 1) * rank], b[..., start:stop].astype(x.dtype))
         for n, (start, stop) in enumerate(itertools.pairwise(edges.tolist()))
     ]
-    return _add(whole, jnp.concatenate(parts, axis=-1), weight.index)
+    return jnp.where(weight.index[:, None, None] > 0, whole + jnp.concatenate(parts, axis=-1), whole)
 
 
-def _add(whole: Array, added: Array, index: Array) -> Array:
-    """Returns the sum, in the type of the first, to the bit what it was in rows of index 0."""
-    return jnp.where(index[:, None, None] > 0, (whole.astype(jnp.float32) + added).astype(whole.dtype), whole)
+def make_stacks(params: Params, count: int, rank: int) -> Params:
+    """Returns stacks for `count` adapters of at most that rank: at each weight's path its (a, b, scale).
 
-
-def make_stacks(cfg: ModelConfig, count: int, rank: int) -> Params:
-    """Returns stacks for `count` adapters of at most that rank: at each weight's path a pair (a, b), in the compute dtype."""
+    params: as `prepare_params` returns them. a and b have the dtype of a plain weight. Over int8 and blocks they are int8, for
+    each stream reads its own: eight would read half as much again as the weights.
+    """
     stacks = {}
-    for layer in range(cfg.layers):
-        for name, parts in PARTS.items():
-            (rows, _), columns = cfg.matrices[parts[0]], _columns(cfg, name)
-            shapes = (count + 1, len(parts) * rank, rows), (count + 1, rank, sum(columns))
-            stacks[f"blocks/{layer}/{name}"] = tuple(np.zeros(shape, cfg.dtype) for shape in shapes)
+    for path, leaf in leaf_paths(params).items():
+        if parts := PARTS.get(path.rpartition("/")[2]):
+            dtype, (rows, columns), ranks = getattr(leaf, "dtype", np.int8), leaf.shape, len(parts) * rank
+            a, b = np.zeros((count + 1, ranks, rows), dtype), np.zeros((count + 1, rank, columns), dtype)
+            stacks[path] = a, b, np.zeros((count + 1, ranks), np.float32)
     return unflatten(stacks)
 
 
@@ -84,36 +85,44 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
     """Returns new stacks, NumPy arrays, that hold an adapter, of LoRA leaves without a base, at an index from 1 on."""
     leaves = leaf_paths(adapter)
 
-    def put(path: str, pair: Any) -> Any:
+    def put(path: str, stack: Any) -> Any:
         block, _, name = path.rpartition("/")
-        a, b = map(np.array, pair)
-        a[index], b[index], column, rank = 0, 0, 0, b.shape[1]
+        a, b, scale = map(np.array, stack)
+        a[index] = b[index] = scale[index] = 0
+        column, rank = 0, b.shape[1]
         for n, (part, columns) in enumerate(zip(PARTS[name], _columns(cfg, name))):
             if leaf := leaves.get(f"{block}/{part}"):
-                a[index, n * rank : n * rank + leaf.rank] = np.asarray(leaf.a).T
-                b[index, : leaf.rank, column : column + columns] = np.asarray(leaf.b, np.float32) * leaf.scale
+                ranks = slice(n * rank, n * rank + leaf.rank)
+                a[index, ranks], of_a = _round_rows(np.asarray(leaf.a).T, a.dtype)
+                b[index, : leaf.rank, column : column + columns], of_b = _round_rows(np.asarray(leaf.b), b.dtype)
+                scale[index, ranks] = of_a * of_b * leaf.scale
             column += columns
-        return a, b
+        return a, b, scale
 
     return map_paths(put, stacks)
 
 
-def with_stacks(cfg: ModelConfig, params: Params, stacks: Params | None, index: Any) -> Params:
-    """Returns params, as `prepare_params` joins them, of which row n of a batch has adapter index[n]; as they are without.
+def _round_rows(values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Any]:
+    """values (R, X) -> these, or integers for int8, and the scale of each row, whose largest magnitude becomes 127."""
+    if dtype != np.int8:
+        return values, 1
+    scale = np.abs(values).max(axis=1) / LARGEST
+    return np.rint(values / np.where(scale == 0, 1, scale)[:, None]), scale
 
-    Raises UserError for weights in blocks that cannot be joined.
-    """
-    pairs = leaf_paths(stacks or {})
-    if apart := sorted(pairs.keys() - leaf_paths(params).keys()):
-        raise UserError(f"An adapter by name needs {apart[0]} in one piece, and its blocks cannot be joined: take int8.")
+
+def with_stacks(cfg: ModelConfig, params: Params, stacks: Params | None, index: Any) -> Params:
+    """Returns params, over which the stacks were made, of which row n of a batch has adapter index[n]; as they are without."""
+    if stacks is None:
+        return params
+    of = leaf_paths(stacks)
 
     def stack(path: str, leaf: Any) -> Any:
-        if path not in pairs:
+        if path not in of:
             return leaf
-        a, b = pairs[path]
-        return StackedLoRA(leaf, a, b, index, _columns(cfg, path.rpartition("/")[2]))
+        a, b, scale = of[path]
+        return StackedLoRA(leaf, a, b, scale, index, _columns(cfg, path.rpartition("/")[2]))
 
-    return map_paths(stack, params) if pairs else params
+    return map_paths(stack, params)
 
 
 def _columns(cfg: ModelConfig, name: str) -> tuple[int, ...]:
