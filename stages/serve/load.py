@@ -130,7 +130,8 @@ def load_state(
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             on_error.callback(lambda: None if making.exception() else making.result().close())
-            base = tuple(base_digests(model.params, model.cfg.dtype)) if engine_config.adapters else ()
+            dtype = "float32" if model.run else model.cfg.dtype  # of matrices, as `load_model` has them for training
+            base = tuple(base_digests(model.params, dtype)) if engine_config.adapters else ()
             merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
             trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
             engine, notes = _make_engine(model, merged, engine_config)
