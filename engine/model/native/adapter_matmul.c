@@ -10,7 +10,7 @@
 #include "vectors.h"
 
 enum { SUMS = 2, ROWS = 4 };  // sums that are added to in turn, so that none waits for the last, of so many rows of a
-enum { MIXED = 4 };           // vectors of columns that are mixed at a time
+enum { MIXED = 4 };  // vectors of columns that are mixed at a time
 
 typedef struct {
   const float *x, *scale;
@@ -19,53 +19,47 @@ typedef struct {
   float *sums;
   int64_t *active;  // rows that have an adapter
   int64_t in, out, rank, parts;
-  enum Type type;
+  Type type;
 } Task;
 
-INLINE float sum(F f) {
-  float total = 0;
-  for (int n = 0; n < W; n++) total += f[n];
-  return total;
-}
-
 // The products of x with some rows of a, `stride` bytes apart, which share one reading of it.
-INLINE void dots(const float *x, const char *a, int64_t count, int64_t stride, const int rows, const enum Type type, float *to) {
+INLINE void dots(const float *x, const char *a, int64_t count, int64_t stride, const int rows, const Type type, float *to) {
   const int64_t bytes = bytes_of(type);
   F sums[ROWS][SUMS] = {0};
   int64_t i = 0;
   for (; i + SUMS * W <= count; i += SUMS * W)
-    UNROLL for (int s = 0; s < SUMS; s++) {
+    EACH(s, SUMS) {
       const F numbers = load(x + i + s * W);
-      UNROLL for (int r = 0; r < rows; r++) {
+      EACH(r, rows) {
         const char *from = a + r * stride + (i + s * W) * bytes;
-        if (s * W * bytes % LINE == 0) __builtin_prefetch(from + rows * stride, 0, 2);  // of the next rows
+        if (s * W * bytes % LINE == 0) prefetch(from + rows * stride);  // of the next rows
         sums[r][s] += numbers * widen(from, type);
       }
     }
   for (; i < count; i += W)
-    UNROLL for (int r = 0; r < rows; r++)
-      sums[r][0] += read((const char *)(x + i), 0, count - i, FLOAT32) * read(a + r * stride + i * bytes, 0, count - i, type);
-  UNROLL for (int r = 0; r < rows; r++) to[r] = sum(sums[r][0] + sums[r][1]);
+    EACH(r, rows)
+      sums[r][0] += read(x + i, 0, count - i, FLOAT32) * read(a + r * stride + i * bytes, 0, count - i, type);
+  EACH(r, rows) to[r] = sum(sums[r][0] + sums[r][1]);
 }
 
-INLINE void mix(const Task *t, const float *inner, int64_t rank, const char *b, float *sums, int64_t column, int64_t stop, const enum Type type) {
+INLINE void mix(const Task *t, const float *inner, int64_t rank, const char *b, float *sums, int64_t column, int64_t stop, const Type type) {
   const int64_t bytes = bytes_of(type), stride = t->out * bytes;
   for (; column + MIXED * W <= stop; column += MIXED * W) {
     F mixed[MIXED] = {0};
-    for (int64_t r = 0; r < rank; r++) {
+    FOR(r, rank) {
       const char *from = b + r * stride + column * bytes;
-      UNROLL for (int s = 0; s < MIXED; s++) mixed[s] += inner[r] * widen(from + s * W * bytes, type);
+      EACH(s, MIXED) mixed[s] += inner[r] * widen(from + s * W * bytes, type);
     }
-    UNROLL for (int s = 0; s < MIXED; s++) store(sums + column + s * W, load(sums + column + s * W) + mixed[s]);
+    EACH(s, MIXED) store(sums + column + s * W, load(sums + column + s * W) + mixed[s]);
   }
   for (; column < stop; column += W) {
     F mixed = {0};
-    for (int64_t r = 0; r < rank; r++) mixed += inner[r] * read(b + r * stride + column * bytes, 0, stop - column, type);
-    store_columns(sums, read((const char *)(sums + column), 0, stop - column, FLOAT32) + mixed, column, stop);
+    FOR(r, rank) mixed += inner[r] * read(b + r * stride + column * bytes, 0, stop - column, type);
+    store_columns(sums, read(sums + column, 0, stop - column, FLOAT32) + mixed, column, stop);
   }
 }
 
-INLINE void add_adapter(const Task *t, int64_t row, const enum Type type) {
+INLINE void add_adapter(const Task *t, int64_t row, const Type type) {
   float *sums = t->sums + row * t->out, inner[t->rank];
   const int64_t index = t->index[row], bytes = bytes_of(type), stride = t->in * bytes;
   const float *x = t->x + row * t->in, *scale = t->scale + index * t->parts * t->rank;
@@ -92,16 +86,16 @@ static void add_part(const void *task, int64_t part) {
 }
 
 KERNEL(adapter_matmul) {
-  const XLA_FFI_Buffer *x = arguments[1], *a = arguments[3], *b = arguments[4];
-  Task t = {.x = x->data, .index = arguments[2]->data, .a = a->data, .b = b->data, .scale = arguments[5]->data,
-            .edges = arguments[6]->data, .sums = results[0]->data, .in = x->dims[1], .out = b->dims[2], .rank = b->dims[1],
-            .parts = arguments[6]->dims[0] - 1,
-            .type = a->dtype == XLA_FFI_DataType_S8 ? INT8 : a->dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32};
+  const Buffer *x = in[1], *a = in[3], *b = in[4];
+  Task t = {.x = x->data, .index = in[2]->data, .a = a->data, .b = b->data, .scale = in[5]->data,
+            .edges = in[6]->data, .sums = out[0]->data, .in = x->dims[1], .out = b->dims[2], .rank = b->dims[1],
+            .parts = in[6]->dims[0] - 1, .type = type_of(a)};
   const int64_t M = x->dims[0];
   int64_t active[M], count = 0;
-  for (int64_t row = 0; row < M; row++)
+  FOR(row, M)
     if (t.index[row]) active[count++] = row;
   t.active = active;
   const int64_t size = t.rank * (t.parts * t.in + t.out) * bytes_of(t.type);  // of a pair
-  return run(call, count * size < PART ? 1 : count_threads(call), add_part, &t, count);
+  run(call, count * size < PART ? 1 : count_threads(call), add_part, &t, count);
+  return NULL;
 }

@@ -1,15 +1,12 @@
 // What products of integers share. Weights lie as a dot-product instruction takes them: 4 inputs of 16 columns side by side, a
 // step, read once, in order. Few rows wait for that reading, many for the instruction.
-#include <math.h>
-
 #include "threads.h"
 #include "vectors.h"
 
 enum { COLUMNS = 16, INPUTS = 4, STEP = COLUMNS * INPUTS };  // of a step: its bytes are a cache line
 enum { VECTORS = COLUMNS / W };
 enum { ROUNDED = 16 * 1024 };  // numbers that a thread rounds at a time, about
-// Bytes of weight: processors fetch ahead, but not past a page. Into the second cache: the first is too small.
-enum { AHEAD = 4096 };
+enum { AHEAD = 4096 };  // bytes of weight
 typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each of W columns
 
 // Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are of 4 bits, and
@@ -26,8 +23,7 @@ typedef int32_t __attribute__((may_alias)) Four;
 enum { TOO_HIGH = 0 };
 INLINE F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 // The instruction takes one side without a sign, which the other side then gets. It adds two products in 16 bits, where
-// 2 * 128 * 127 fits, as no input is ever -128. Those of weights without a sign stay there to the end of a block, where 16 of
-// at most 15 * 127 fit.
+// 2 * 128 * 127 fits: no input is ever -128. Those of weights without a sign stay there to a block's end: 16 of 15 * 127 fit.
 INLINE I add_four(I sums, Quads weights, const int8_t *x, const int is_signed) {
   int32_t four;
   memcpy(&four, x, sizeof four);
@@ -40,7 +36,6 @@ INLINE I finish(I sums, const int is_signed) {
   return is_signed ? sums : (I)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
 enum { TOO_HIGH = 0 };
 INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 #define add_products(sums, weights, x, is_signed) \
@@ -50,43 +45,92 @@ INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t
 #error "this processor is not known to multiply int8 fast"
 #endif
 
-INLINE Quads load_quads(const void *from) {
-  Quads quads;
-  memcpy(&quads, from, sizeof quads);
-  return quads;
-}
-
+INLINE Quads load_quads(const void *from) { return (Quads)load(from); }
 INLINE Quads signed_quads(const void *from) { return load_quads(from) ^ (int8_t)TOO_HIGH; }
 
-// Does something with `rows` a constant: as many as there are, ROWS at most.
-#define CASE(count, ...)                            \
-  case count: {                                     \
-    enum { rows = count < ROWS ? count : ROWS };    \
-    __VA_ARGS__;                                    \
-    break;                                          \
+// Does something with `rows` a constant, ROWS at most.
+#define CASE(count, ...) \
+  case count: { \
+    enum { rows = count < ROWS ? count : ROWS }; \
+    __VA_ARGS__; \
+    break; \
   }
-#define WITH_ROWS(count, ...)                                                                                             \
-  switch (count) {                                                                                                        \
-    CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__) CASE(4, __VA_ARGS__) CASE(5, __VA_ARGS__)              \
-    default: {                                                                                                            \
-      enum { rows = ROWS };                                                                                               \
-      __VA_ARGS__;                                                                                                        \
-    }                                                                                                                     \
+#define WITH_ROWS(count, ...) \
+  switch (count) { \
+    CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__) CASE(4, __VA_ARGS__) CASE(5, __VA_ARGS__) \
+    default: { \
+      enum { rows = ROWS }; \
+      __VA_ARGS__; \
+    } \
   }
 
-// Returns the largest magnitude's bits, which sort as magnitudes do; those of an infinity and of a NaN come last.
-INLINE uint32_t largest_bits(const float *x, int64_t count) {
+// Returns 1 / 127 of the largest magnitude. Bits sort as magnitudes do, an infinity's and a NaN's last.
+INLINE float scale_of(const float *x, int64_t count) {
   uint32_t largest = 0;
-  for (int64_t i = 0; i < count; i++) {
+  float scale;
+  FOR(i, count) {
     uint32_t bits;
     memcpy(&bits, x + i, sizeof bits);
     bits &= 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
-  return largest;
+  memcpy(&scale, &largest, sizeof scale);
+  return scale * (1.0f / 127);
 }
 
-// How many strips of 16 columns a part has, so that each thread takes as many parts, of about PART bytes.
-INLINE int64_t strips_of_part(int64_t strips, int64_t bytes, int64_t threads) {
-  return ceiling(strips, threads * ceiling(strips * bytes, threads * PART));
+// ---- The walk that both kernels share
+
+typedef struct {
+  float scale;  // of some numbers of x
+  float sum;  // of the numbers, rounded, for minima
+  int32_t start;  // what is too high in each of their sums, taken off
+} Scale;
+
+typedef struct {
+  const float *x;
+  const uint8_t *weight;
+  void *y;  // (digits * M, out)
+  float *row_scales;  // (M), where rows have one
+  int8_t *rows;  // (M * digits, stride), rounded
+  Scale *scales;  // (M * digits, groups)
+  uint8_t *finite;  // (M)
+  int64_t *order;  // (count): the rows to multiply
+  int64_t M, in, out, stride, digits, groups, kind, count;
+  int64_t size;  // of a part, in rows of x or in strips of 16 columns
+} Task;
+
+static int round_row(const Task *t, int64_t row);  // whether it can be multiplied
+static void multiply_strips(const Task *t, int64_t strip, int64_t stop);
+
+static void round_part(const void *task, int64_t part) {
+  const Task *t = task;
+  const int64_t stop = smaller((part + 1) * t->size, t->M);
+  for (int64_t row = part * t->size; row < stop; row++) t->finite[row] = round_row(t, row);
+}
+
+static void multiply_part(const void *task, int64_t part) {
+  const Task *t = task;
+  multiply_strips(t, part * t->size, smaller((part + 1) * t->size, ceiling(t->out, COLUMNS)));
+}
+
+static void place(Task *t, Memory *memory) {
+  const int64_t rows = t->M * t->digits;
+  t->rows = claim(memory, rows * t->stride);
+  t->scales = claim(memory, rows * t->groups * sizeof *t->scales);
+  t->order = claim(memory, rows * sizeof *t->order);
+  t->finite = claim(memory, t->M);
+}
+
+// Rounds the rows, then multiplies them by strips of so many bytes.
+static Error *multiply_all(Call *call, Task t, int64_t bytes) {
+  WITH_MEMORY(place, t)
+  const int64_t threads = count_threads(call), strips = ceiling(t.out, COLUMNS);
+  t.size = ceiling(ROUNDED, t.in);
+  run(call, threads, round_part, &t, ceiling(t.M, t.size));
+  FOR(row, t.M * t.digits)
+    if (t.finite[row / t.digits]) t.order[t.count++] = row;
+  t.size = ceiling(strips, threads * ceiling(strips * bytes, threads * PART));  // as many parts for each thread
+  run(call, threads, multiply_part, &t, ceiling(strips, t.size));
+  free(memory.start);
+  return NULL;
 }

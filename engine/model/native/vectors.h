@@ -1,21 +1,26 @@
 // What kernels of floating-point numbers share: vectors of numbers, and the exponential function.
-// A vector of W float32, which the compiler makes of what the processor has.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+// A vector has W float32. EVERY(f) is f(0), f(1), ... f(W - 1).
+#define FOUR(f, i) f(i), f(i + 1), f(i + 2), f(i + 3)
 #if defined(__AVX512VNNI__)
 #define W 16
+#define EVERY(f) FOUR(f, 0), FOUR(f, 4), FOUR(f, 8), FOUR(f, 12)
 #elif defined(__AVX2__)
 #define W 8
+#define EVERY(f) FOUR(f, 0), FOUR(f, 4)
 #else
 #define W 4
+#define EVERY(f) FOUR(f, 0)
 #endif
 static const float MASKED = -1e30f;  // as in layers.py
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef int8_t Bytes __attribute__((vector_size(W)));
-enum Type { FLOAT32, BFLOAT16, INT8 };
+typedef enum { FLOAT32, BFLOAT16, INT8 } Type;
+
+static inline Type type_of(const Buffer *buffer) {
+  return buffer->dtype == XLA_FFI_DataType_S8 ? INT8 : buffer->dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32;
+}
 
 INLINE F load(const void *from) {
   F f;
@@ -27,16 +32,16 @@ INLINE F spread(float number) { return number - (F){0}; }
 
 INLINE void store(void *to, F f) { memcpy(to, &f, sizeof f); }
 
-// Writes numbers `column` and those behind it of a row of `columns`, as many of W as there are.
+// Writes a row's numbers from `column` on, as many of W as there are.
 INLINE void store_columns(void *row, F numbers, int64_t column, int64_t columns) {
   char *to = (char *)row + column * 4;
   if (column + W <= columns) store(to, numbers);
   else if (column < columns) memcpy(to, &numbers, (columns - column) * 4);
 }
 
-INLINE int64_t bytes_of(const enum Type type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+INLINE int64_t bytes_of(const Type type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
-INLINE F widen(const char *numbers, const enum Type type) {
+INLINE F widen(const char *numbers, const Type type) {
   if (type == FLOAT32) return load(numbers);
 #if W == 16  // gcc 12 would widen halves of a vector in turn, and bytes one by one
   if (type == BFLOAT16) return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)numbers)), 16);
@@ -57,31 +62,42 @@ INLINE F widen(const char *numbers, const enum Type type) {
 }
 
 // Vector c of H numbers; nothing behind them is read.
-INLINE F read(const char *numbers, int64_t c, int64_t H, const enum Type type) {
-  const char *from = numbers + c * W * bytes_of(type);
+INLINE F read(const void *numbers, int64_t c, int64_t H, const Type type) {
+  const char *from = (const char *)numbers + c * W * bytes_of(type);
   if ((c + 1) * W <= H) return widen(from, type);
   char last[sizeof(F)] = {0};
   memcpy(last, from, (H - c * W) * bytes_of(type));
   return widen(last, type);
 }
 
-INLINE F larger(F a, F b) {
+INLINE F choose(I mask, F a, F b) { return (F)(((I)a & mask) | ((I)b & ~mask)); }
+INLINE F larger(F a, F b) {  // not by `choose`, of which gcc makes more instructions
   const I is = a > b;
   return (F)(((I)a & is) | ((I)b & ~is));
 }
 
-// Numbers of two vectors by place; those of b come after those of a.
+// W numbers of two vectors by place; those of b come after those of a.
 #if defined(__clang__)
-#define EACH(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define PICK(a, b, place) __builtin_shufflevector(a, b, EVERY(place))
 #else
-#define EACH(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
+#define PICK(a, b, place) __builtin_shuffle(a, b, (I){EVERY(place)})
 #endif
 
-// e to the power of x, up to 0, to 2e-7 of it; 0 below -87, NaN of NaN.
+// The lanes of a, then those of b, by twos. Of W vectors, W - 1 such steps make one: the sum of each in a lane.
+#define EVEN(i) 2 * (i)
+#define ODD(i) 2 * (i) + 1
+INLINE F add_pairs(F a, F b) { return PICK(a, b, EVEN) + PICK(a, b, ODD); }
+
+INLINE float sum(F f) {
+  for (int n = 1; n < W; n *= 2) f = add_pairs(f, f);
+  return f[0];
+}
+
+// e to the power of x, up to 0, to 2e-7; 0 below -87, NaN of NaN.
 INLINE F exponential(F x) {
-  const F round = (F){0} + 12582912.0f;         // 1.5 * 2^23: a sum with it has no fraction, and the integer in its last bits
+  const F round = spread(12582912);  // 1.5 * 2^23: a sum with it has no fraction, and the integer in its last bits
   const F shifted = x * 1.44269504f + round, n = shifted - round;
-  F r = x - n * 0.693359375f;                    // x - n log 2, in two parts
+  F r = x - n * 0.693359375f;  // x - n log 2, in two parts
   r = r + n * 2.12194440e-4f;
   F p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes, expf
   p = p * r + 8.3334519073e-3f;
