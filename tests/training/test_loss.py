@@ -52,13 +52,16 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
 def test_a_row_with_a_weight_has_its_loss_and_gradient_times_the_weight(cfg, params, limit, monkeypatch):
     """And the mean is over the tokens that count, however much they weigh: half the weight is half the gradient."""
     monkeypatch.setattr(module, "LOGITS_LIMIT", limit)
-    weights = np.array([[2.0], [0.25]], np.float32)
-    rows = [loss_of(cfg, params, batch_of(MASK & (np.arange(B)[:, None] == row))) for row in range(B)]
-    expected = jax.tree.map(lambda first, second: 2 * first + 0.25 * second, *rows)
-    close = lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        close, jax.jit(jax.value_and_grad(summed_loss, 1), static_argnums=0)(cfg, params, batch_of(MASK * weights)), expected
-    )
+    weights, first = np.array([[2.0], [0.25]], np.float32), np.array([[True], [False]])
+    rows, times = (MASK & first, MASK & ~first), lambda loss, weight: jax.tree.map(lambda leaf: weight * leaf, loss)
+    weighted_loss = jax.jit(jax.value_and_grad(summed_loss, 1), static_argnums=0)
+    for row, weight in zip(rows, weights[:, 0]):  # to the bit: times a power of two nothing is rounded
+        expected = times(weighted_loss(cfg, params, batch_of(1.0 * row)), weight)
+        jax.tree.map(np.testing.assert_array_equal, weighted_loss(cfg, params, batch_of(row * weights)), expected)
+    # Together up to the rounding of sums over all tokens, whose terms are as large as a matrix's largest numbers.
+    close = lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * max(1, np.abs(other).max()))
+    expected = jax.tree.map(np.add, *(times(loss_of(cfg, params, batch_of(row)), w) for row, w in zip(rows, weights[:, 0])))
+    jax.tree.map(close, weighted_loss(cfg, params, batch_of(MASK * weights)), expected)
     assert NEXT_TOKEN.count(batch_of(MASK * weights)) == MASK.sum()
     close(loss_and_gradient(cfg, params, {}, batch_of(MASK * weights))[0], expected[0] / MASK.sum())
 
