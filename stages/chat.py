@@ -67,6 +67,7 @@ def chat(flags: ChatFlags) -> int:
     device = start_jax(flags.device, one_arena=False)
     # These import JAX, here and below, which must be started first.
     from engine.inference.decode import prepare_params
+    from engine.model.ops import kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters
     from engine.text.chat_tokenizer import ChatTokenizer
@@ -93,7 +94,7 @@ def chat(flags: ChatFlags) -> int:
         notes.print_rows(
             [
                 ("model", f"{model}{adapters}"),
-                ("device", str(device)),
+                ("device", f"{device}{kernels_note()}"),
                 ("template", tokenizer.template_name),
                 ("documents", documents.summary if documents else ""),
                 ("sampling", source),

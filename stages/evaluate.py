@@ -68,6 +68,7 @@ def evaluate(flags: EvaluateFlags) -> None:
 
     from engine.inference.config import EngineConfig
     from engine.mesh import layout
+    from engine.model.attention import attention_path
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
@@ -94,7 +95,8 @@ def evaluate(flags: EvaluateFlags) -> None:
             blocks: dict[str, Any] | None = {} if flags.weights in ("file", "q4") else None
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
         console.print_notes(*model.notes)
-        console.print_rows([("device", str(device_with_mesh(device, shape) if shape else device)), ("model", str(model))])
+        by = f"attention {attention_path(model.cfg, model.cfg.context)}"
+        console.print_rows([("device", f"{device_with_mesh(device, shape) if shape else device}; {by}"), ("model", str(model))])
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})

@@ -64,6 +64,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.inference.engine import Engine
     from engine.inference.request import Request, SamplingParams
     from engine.mesh import layout
+    from engine.model.ops import kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.tokenizer import CompletionText
@@ -83,7 +84,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     before = digest(params) if flags.verbose else ""
     settings = [("sampling", source)]
     if before:
-        settings += [("device", str(device)), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
+        settings += [("device", f"{device}{kernels_note()}"), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
     notes.print_rows(settings)
 
     begin = time.perf_counter()

@@ -122,7 +122,19 @@ def platform() -> str:
 
 def has_kernel() -> bool:
     """Whether kernels in C compute: on one CPU where they can be built. XLA computes near what they do elsewhere."""
-    return platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and not native_problem()
+    return _on_one_cpu() and not native_problem()
+
+
+def kernels_note() -> str:
+    """Returns what a banner says of them behind the device: with and without them the last bits differ."""
+    if not _on_one_cpu():
+        return ""
+    problem = native_problem()
+    return f"; decoding would be faster with the kernels in C, but {problem}" if problem else "; kernels in C"
+
+
+def _on_one_cpu() -> bool:
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
 def ops() -> Ops:

@@ -23,8 +23,7 @@ from engine.inference.request import SamplingParams
 from engine.inference.runner import compile_ahead
 from engine.mesh import layout
 from engine.model.config import ModelConfig
-from engine.model.native.library import native_problem
-from engine.model.ops import has_kernel
+from engine.model.ops import has_kernel, kernels_note
 from engine.model.paths import unflatten
 from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import base_digests
@@ -147,7 +146,7 @@ def load_state(
         [
             ("model", f"{', '.join(names)}: {model.checkpoint}" + "".join(f" with {folder}" for folder in merged)),
             ("adapters", f"{own or 'none yet'}; {bounds} {engine_config.adapter_rank}" if engine_config.adapters else ""),
-            ("device", f"{device}{along}{'; kernels in C' if engine.runner.has_kernel else ''}"),
+            ("device", f"{device}{along}{kernels_note()}"),
             ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
             (
                 "slots",
@@ -161,9 +160,6 @@ def load_state(
         ]
     )
     console.print_notes(*notes, documents.note if documents else None, *(note for _, more in trees for note in more))
-    on_one_cpu = device.backend == "cpu" and engine.devices == 1
-    if engine_config.weights in ("file", "q4", "int8") and on_one_cpu and (problem := native_problem()):
-        console.print_notes(f"A single stream would be decoded about twice as fast with the kernel in C, but {problem}.")
     state = ServerState(
         names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder, documents
     )

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from engine.counting.hardware import machine_identity
 from engine.inference.engine import Engine
 from engine.inference.request import Adapter, SamplingParams
+from engine.model.native.library import native_digest
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -142,7 +143,7 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
         "config": repr(engine.cfg),
         "engine": options,
         "devices": engine.devices,
-        "attention in C": engine.runner.has_kernel,
+        "kernels in C": engine.runner.has_kernel and native_digest(),
         "machine": machine_identity(),
         "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES],

@@ -119,6 +119,16 @@ def test_a_compiler_that_fails(fresh, tmp_path):
     assert not [*(tmp_path / "cache" / "native").iterdir()]
 
 
+def test_a_compiler_that_hangs(fresh, tmp_path):
+    slow = tmp_path / "cc"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    fresh.setenv("CC", str(slow))
+    fresh.setattr(library, "SECONDS", 0.1)
+    fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
+    without_kernel(f"{slow} failed: timed out after 0.1 seconds")
+
+
 def test_another_processor(fresh):
     fresh.setattr(library, "processor", lambda: ("486", "fpu"))
     without_kernel("this processor is not known to multiply int8 fast")

@@ -100,6 +100,8 @@ def test_a_kernel_leaves_what_it_cannot_serve(monkeypatch):
     q, k = normal(0, 1, 130, 2, 8), normal(1, 1, 130, 1, 8)
     assert ops.cudnn(q, k, k, None) is None
     monkeypatch.setattr(ops, "native_problem", lambda: "there is no compiler")
-    for device, path in (("cpu", "by XLA"), ("gpu", "by XLA"), ("tpu", "by a fused kernel")):
+    note = "; decoding would be faster with the kernels in C, but there is no compiler"
+    for device, path, said in (("cpu", "by XLA", note), ("gpu", "by XLA", ""), ("tpu", "by a fused kernel", "")):
         with jax.default_device(device):
             assert attention.attention_path(FAMILY["qwen3"], 130) == path
+            assert ops.kernels_note() == said

@@ -218,6 +218,8 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
         monkeypatch.setattr(module, "machine_identity", lambda name=name: machine | {name: "another"})
         others.append(of())
     monkeypatch.setattr(module, "machine_identity", lambda: machine)
+    monkeypatch.setattr(module, "native_digest", lambda: "another compiler's")
+    others.append(of(runner=kernel(True)))
     for library in module.LIBRARIES:
         monkeypatch.setattr(importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new))
         others.append(of())

@@ -63,11 +63,17 @@ def target(kernel: str) -> str:
 def native_problem() -> str:
     """Loads the kernels, building them if need be, and returns why they cannot be used; empty when they can. Remembers it."""
     with _lock:
-        return _load()
+        return _load()[0]
+
+
+def native_digest() -> str:
+    """Returns the SHA-256 of the kernels as built: compilers round in different places."""
+    with _lock:
+        return _load()[1]
 
 
 @functools.cache
-def _load() -> str:
+def _load() -> tuple[str, str]:
     try:
         with ThreadPoolExecutor() as pool:  # a compiler takes up to four seconds a kernel
             libraries = [*pool.map(read_library, KERNELS)]
@@ -81,8 +87,8 @@ def _load() -> str:
             for name in FUNCTIONS.get(kernel, (kernel,)):
                 jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(built, target(name))), platform="cpu")
     except (_Unavailable, UserError, OSError, AttributeError) as error:
-        return str(error)
-    return ""
+        return str(error), ""
+    return "", hashlib.sha256(b"".join(libraries)).hexdigest()
 
 
 def read_library(kernel: str) -> bytes:
@@ -104,7 +110,8 @@ def read_library(kernel: str) -> bytes:
             try:
                 subprocess.run([*compiler, *arguments], check=True, capture_output=True, timeout=SECONDS)
             except (OSError, subprocess.SubprocessError) as error:
-                output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+                said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+                output = said or str(error).rpartition("]' ")[2]  # without the command, in brackets
                 problem = f"{compiler[0]} failed: {output.splitlines()[0].rstrip('.')}"
                 continue
             library = built.read_bytes()
