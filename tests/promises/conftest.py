@@ -71,7 +71,7 @@ def rng():
 @pytest.fixture(scope="session")
 def make_server(pytestconfig):
     """Makes a server of the model in a process of its own: `make_server(*flags, preamble=...)`, for `async with`."""
-    flags = ["--slots", str(pytestconfig.getoption("--promises-slots")), "--weights", "int8"]
+    flags = ["--slots", str(pytestconfig.getoption("--promises-slots"))]
 
     def make(*more, preamble=""):
         server = Server(pytestconfig.getoption("--promises-model"), [*flags, *more])
