@@ -158,6 +158,7 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     measured = float(re.findall(r"nats per token +(\S+)", printed)[0])
     assert measured == pytest.approx(result(folder)["after"]["held_out"], abs=2e-3)
     assert "unchanged, SHA-256" in printed
+    assert "; attention " in printed
     before, after = (result(folder)[name] for name in ("before", "after"))
     assert f"{before['held_out']:.4f} nats/token on the held-out set, before fine-tuning" in printed
     forgotten = re.search(r"forgotten +(\S+) -> (\S+) bits per byte on", printed)

@@ -33,7 +33,7 @@ def test_generation_is_a_function_of_its_flags(trained, capsys):
     first, notes = generated(capsys, trained, *flags, "--seed", 5, "--verbose")
     assert first == generated(capsys, trained, *flags, "--seed", 5)[0]
     assert first != generated(capsys, trained, *flags, "--seed", 6)[0]
-    for words in (" tokens, the first", "0 recompiles", "tokens/s", "weights unchanged"):
+    for words in (" tokens, the first", "0 recompiles", "tokens/s", "weights unchanged", "kernels in C"):
         assert words in notes
     assert first == generated(capsys, trained / "checkpoints" / "20", *flags, "--seed", 5)[0]
 
