@@ -191,45 +191,43 @@ def evaluate_conversations(
     console: Console,
 ) -> Rows:
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
-    import numpy as np
-
     from engine.mesh import layout
-    from engine.text.chat_tokenizer import ChatTokenizer, Example
-    from engine.text.examples import Pair, Rating, make_examples
+    from engine.text.chat_tokenizer import ChatTokenizer
+    from engine.text.examples import Pair, make_examples
     from engine.training.step import NEXT_TOKEN
     from stages.runs import conversation_data as conversations
     from stages.runs.text_data import EVALUATION_ROWS
 
     record = record if record.get("stage") == "finetune" else {}
     chat = ChatTokenizer(model.tokenizer)
-    seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
+    seq, objective = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context), ""
     if data:
         examples, outcome = make_examples(data, chat, seq)
         name, lines, references = f"{data.name} ({data.kind})", outcome.describe(), conversations.references_of(data)
+        digest = conversations.digest_examples(examples)
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
         objective = "kto" if (objective, record.get("loss")) == ("preference", "kto") else objective
         full = record.get("full_loss", False)
         split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console, full)
         examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
-        references = list(split.references)
-        expected = record["text"].get("validation_digest")
-        if not context and expected and conversations.digest_examples(examples) != expected:
+        references, digest = list(split.references), split.held_out_digest
+        if not context and record["text"].get("validation_digest") not in (None, digest):
             raise UserError(
                 f"{name} is not what {model.name} was validated on: {names[0]} or the way it is split has changed since, and "
                 "it may have been trained on. Give conversations that it was not trained on with --data."
             )
     console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
-    processes.refuse_differences({"data": conversations.digest_examples(examples)})
+    processes.refuse_differences({"data": digest})
     begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
-        if not isinstance(examples[0], Example):
+        if isinstance(examples[0], Pair):
             logprobs = conversations.reference_logprobs(model.cfg, model.params, examples, seq, together, report)
-        if isinstance(examples[0], Rating):
-            good = np.array([rating.value > 0 for rating in examples])
-            rows = [("answers", f"{good.sum():,} good ones and {(~good).sum():,} bad ones")]
-            for name, side in (("good", good), ("bad", ~good)):
-                rows += [(f"{name} ones", f"{-logprobs[side, 0].mean():.3f} nats each on average")] if side.any() else []
+        if objective == "kto":
+            is_good = [pair.answer.weight > 0 for pair in examples]
+            sides = {side: -logprobs[[good == (side == "good") for good in is_good], 0] for side in ("good", "bad")}
+            rows = [("answers", f"{len(sides['good']):,} good ones and {len(sides['bad']):,} bad ones")]
+            rows += [(f"{side} ones", f"{each.mean():.3f} nats each on average") for side, each in sides.items() if len(each)]
         elif isinstance(examples[0], Pair):
             margin, more = logprobs[:, 0] - logprobs[:, 1], "the chosen answer is the more probable one in"
             rows = [

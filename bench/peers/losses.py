@@ -14,11 +14,11 @@ from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage import huggingface
 from engine.text.chat_tokenizer import Example
-from engine.text.conversations import Preference, read_conversations
+from engine.text.conversations import Conversation, read_conversations
 from engine.text.examples import Pair, evaluation_batches, example_rows
 from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from engine.training.preference import LOSSES, Preferences, Ratings, answer_logprobs, pair_logprobs, preference_objective
+from engine.training.preference import LOSSES, Preferences, answer_logprobs, pair_logprobs, preference_objective
 from engine.training.step import NEXT_TOKEN, init_state, train_step
 
 STEPS, ROWS, TOKENS = 20, 4, 96  # TOKENS of a row at most
@@ -74,12 +74,13 @@ def _pairs(step: int, alike: bool) -> list[Pair]:
     the mean over answers. `alike`: prompts of one token and chosen answers of one length, by which both are the same.
     """
     encode = lambda text, most: byte_tokenizer().encode(text)[:most]
-    records = [record for record in read_conversations("voice-preferences") if isinstance(record, Preference)]
+    records = [record for record in read_conversations("voice-preferences") if isinstance(record, Conversation)]
     pairs = []
     for row in range(ROWS):
         record = records[(step * ROWS + row) % len(records)]
-        prompt = encode(record.messages[-1]["content"], 1 if alike else 30)
-        answers = encode(record.chosen, 40 if alike else 40 + row), encode(record.rejected, 60 - row)
+        question, chosen = (message["content"] for message in record.messages[-2:])
+        prompt = encode(question, 1 if alike else 30)
+        answers = encode(chosen, 40 if alike else 40 + row), encode(record.rejected or "", 60 - row)
         pairs.append(Pair(*(_example(prompt, answer) for answer in answers)))
     return pairs
 
@@ -127,21 +128,18 @@ def _train(objective: str, params: Json, steps: list[list[Pair]]) -> tuple[list[
     loss = NEXT_TOKEN if objective == "answers" else preference_objective(objective)
     for pairs in steps:
         batch = _batch(objective, pairs)
-        if isinstance(batch, Preferences | Ratings):
-            pair = Preferences(*batch[:2])
-            batch = batch._replace(reference=pair_logprobs(CONFIG, params, pair))
-            inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, pair)._asdict()
+        if isinstance(batch, Preferences):
+            batch = batch._replace(reference=pair_logprobs(CONFIG, params, batch))
+            inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, batch)._asdict()
         state, metrics = train_step(CONFIG, tx, state, {}, batch, jnp.float32(PROGRESS), 1, loss)
         losses.append(float(metrics.loss))
     names = ("chosen", "rejected", "chosen_mean", "rejected_mean", "reference", "value")
-    return losses, {name: np.asarray(inputs[name]).tolist() for name in names if name in inputs}
+    return losses, {name: np.asarray(inputs[name]).tolist() for name in names if inputs.get(name) is not None}
 
 
 def _batch(objective: str, pairs: list[Pair]) -> object:
     if objective == "answers":
-        return next(evaluation_batches([pair.chosen for pair in pairs], TOKENS, ROWS, pack=False))
-    rated, labels = _rated(pairs) if objective == "kto" else (pairs, [])
-    first, second = (example_rows(examples, TOKENS) for examples in zip(*rated))
-    if objective == "kto":
-        return Ratings(first, second, None, np.where(labels, 1.0, -1.0).astype(np.float32))
-    return Preferences(first, second)
+        return next(evaluation_batches([pair.answer for pair in pairs], TOKENS, ROWS, pack=False))
+    rated, labels = _rated(pairs) if objective == "kto" else (pairs, [True] * ROWS)
+    answer, other = (example_rows(examples, TOKENS) for examples in zip(*rated))
+    return Preferences(answer, other, None, np.where(labels, 1.0, -1.0).astype(np.float32))

@@ -42,7 +42,8 @@ FORMS = (
 class Conversation(NamedTuple):
     """Messages in order, and the line they are from; which of the assistant's are context alone, and the weight of the loss.
 
-    `label`: whether the answer at the end is a good one, where the row says so.
+    The answer at the end is a good one or not by `label`, where the row says so, and is preferred to `rejected`, where there is
+    one.
     """
 
     messages: tuple[Message, ...]
@@ -50,32 +51,19 @@ class Conversation(NamedTuple):
     context: frozenset[int] = frozenset()
     weight: float = 1.0
     label: bool | None = None
+    rejected: str | None = None
 
     @property
     def text(self) -> str:
-        """All messages; of a row with a label its prompt, which others may have too."""
-        return _join(self.messages if self.label is None else self.messages[:-1])
+        """All messages; of an answer with a label, or that is preferred, the prompt, which others may have too."""
+        messages = self.messages if self.label is None and self.rejected is None else self.messages[:-1]
+        return "\n".join(message["content"] for message in messages)
 
 
 class Text(NamedTuple):
     text: str
     where: str
     weight: float = 1.0
-
-
-class Preference(NamedTuple):
-    messages: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    where: str
-
-    @property
-    def text(self) -> str:
-        return _join(self.messages)
-
-
-def _join(messages: Iterable[Message]) -> str:
-    return "\n".join(message["content"] for message in messages)
 
 
 # Fields that say what to train on and cannot be granted here, and why: training without them would be on something else.
@@ -86,7 +74,7 @@ UNSUPPORTED = {
 }
 MAX_WEIGHT = 1e6
 
-Record = Conversation | Text | Preference
+Record = Conversation | Text
 Conversations = Corpus[Record]  # all of one `kind` of KINDS
 
 
@@ -137,27 +125,32 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
     if kind == "text":
         return Text(check_text(row["text"], "text", where), where, weight)
     _refuse_unsupported({name: row.get(name) for name in ("tools", "functions", "history", "mask")}, where)
-    system, label = check_text(row.get("system") or "", "system", where), None
+    system, label, rejected = check_text(row.get("system") or "", "system", where), None, None
     first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-    if kind == "preference":
-        return _parse_preference(row, where, first)
+    context = frozenset[int]()
     if kind in ("messages", "ShareGPT"):
         name = KINDS[kind][0]
         messages, context = _messages(row[name], name, where)
+    elif kind == "preference":
+        messages, rejected = _parse_preference(row, where)
     elif kind == "Alpaca":
         instruction, answer = (check_text(row[name], name, where) for name in ("instruction", "output"))
         more = check_text(row.get("input") or "", "input", where)
         user = {"role": "user", "content": f"{instruction}\n\n{more}" if more.strip() else instruction}
-        messages, context = (user, {"role": "assistant", "content": answer}), frozenset[int]()
+        messages = user, _said(answer)
     else:
         prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
         label = row["label"] if isinstance(row.get("label"), bool) else None
         before, answer = _answer(row["completion"], "completion", where)
-        messages = (*prompt, *before, {"role": "assistant", "content": answer})
+        messages = (*prompt, *before, _said(answer))
         context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
     if first and messages[:1] != first:
         messages, context = first + messages, frozenset(index + 1 for index in context)
-    return Conversation(messages, where, context, weight, label)
+    return Conversation(messages, where, context, weight, label, rejected)
+
+
+def _said(answer: str) -> Message:
+    return {"role": "assistant", "content": answer}
 
 
 def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
@@ -175,8 +168,8 @@ def _refuse_unsupported(fields: dict[str, Any], where: str) -> None:
             raise UserError(f"{where} has `{name}`, and {why}. Remove the field, or leave the row out.")
 
 
-def _parse_preference(row: dict[str, Any], where: str, first: tuple[Message, ...]) -> Preference:
-    """Reads two answers, texts or messages; messages may hold the prompt too. `first`: the row's system message."""
+def _parse_preference(row: dict[str, Any], where: str) -> tuple[tuple[Message, ...], str]:
+    """Reads two answers, texts or messages, which may hold the prompt too: (the chosen one behind its prompt, the other)."""
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
     if before != other:
@@ -187,7 +180,7 @@ def _parse_preference(row: dict[str, Any], where: str, first: tuple[Message, ...
         before = prompt if before in ((), prompt[-len(before) :]) else before
     elif not before:
         raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
-    return Preference(before if before[:1] == first else first + before, chosen, rejected, where)
+    return (*before, _said(chosen)), rejected
 
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:

@@ -13,66 +13,53 @@ from engine.format import quantity
 from engine.text import OnProgress
 from engine.text.batch import ALL, Batch, EpochOrder
 from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import Conversation, Preference, Record, Text
+from engine.text.conversations import Conversation, Record, Text
 from engine.text.template import InvalidConversation, Message
 
 SILENT = "the assistant says nothing in one of its turns"
 
 
 class Pair(NamedTuple):
-    """A tokenized preference: the chosen and the rejected answer, each with its prompt. Only the answers are in the loss."""
-
-    chosen: Example
-    rejected: Example
-
-    @property
-    def where(self) -> str:
-        return self.chosen.where
-
-
-class Rating(NamedTuple):
-    """A tokenized answer that is good or bad, and, once its neighbours are known, its prompt with another prompt's answer."""
+    """An answer and another to compare it with, each with its prompt: the one it is preferred to, or as of `mismatch`."""
 
     answer: Example
-    mismatched: Example
-    value: float  # the weight of its loss, negative for a bad answer
+    other: Example
 
     @property
     def where(self) -> str:
         return self.answer.where
 
 
-def mismatch(ratings: Sequence[Rating], seq: int) -> list[Rating]:
-    """Gives each prompt the answer of the next row that has another prompt, or of the next row; cut to `seq` + 1 tokens."""
-    parts = []
-    for rating in ratings:
-        example, start = rating.answer, int(rating.answer.mask.argmax())
-        parts.append((example.tokens[:start], example.tokens[start:], example.mask[start:]))
+def mismatch(answers: Sequence[Example], seq: int) -> list[Pair]:
+    """Pairs each answer with its prompt and the answer of the next row that has another prompt, or of the next row.
+
+    That is cut to `seq` + 1 tokens.
+    """
+    starts = [int(example.mask.argmax()) for example in answers]
+    prompts = [example.tokens[:start] for example, start in zip(answers, starts)]
     # Rows with another prompt than the row before; the first is behind the last.
-    others = [at for at, (prompt, *_) in enumerate(parts) if not np.array_equal(parts[at - 1][0], prompt)]
-    results = []
-    for at, (rating, (prompt, *_)) in enumerate(zip(ratings, parts)):
-        _, answer, mask = parts[others[bisect.bisect(others, at) % len(others)] if others else (at + 1) % len(parts)]
-        tokens = np.concatenate([prompt, answer])[: seq + 1]
-        mask = np.concatenate([np.zeros(len(prompt), bool), mask])[: seq + 1]
-        results.append(rating._replace(mismatched=Example(tokens, mask, rating.where)))
-    return results
+    others = [at for at, prompt in enumerate(prompts) if not np.array_equal(prompts[at - 1], prompt)]
+    pairs = []
+    for at, (example, prompt) in enumerate(zip(answers, prompts)):
+        other = others[bisect.bisect(others, at) % len(others)] if others else (at + 1) % len(answers)
+        tokens, mask = (part[starts[other] :] for part in answers[other][:2])
+        tokens, mask = np.concatenate([prompt, tokens]), np.concatenate([np.zeros(len(prompt), bool), mask])
+        pairs.append(Pair(example, Example(tokens[: seq + 1], mask[: seq + 1], example.where)))
+    return pairs
 
 
 @dataclasses.dataclass
 class DatasetSummary:
-    """Counts the rows of a dataset that were used, and lists those truncated or dropped, each as (file:line, reason)."""
+    """The rows of a dataset that were used, and those truncated or dropped, each as (file:line, reason)."""
 
-    used: int = 0  # those whose end was cut off are among them
+    used: list[Record] = dataclasses.field(default_factory=list)  # those whose end was cut off are among them
     truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Returns lines for people: the counts, and for each reason the first row it was given for."""
-        counts = (
-            f"{self.used:,} of {quantity(self.used + len(self.dropped), 'row')} kept, {len(self.truncated):,} of them truncated"
-        )
-        lines = [f"{counts}; {len(self.dropped):,} dropped"]
+        used, dropped, cut = len(self.used), len(self.dropped), len(self.truncated)
+        lines = [f"{used:,} of {quantity(used + dropped, 'row')} kept, {cut:,} of them truncated; {dropped:,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}
             lines += [f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in reasons.items()]
@@ -89,19 +76,19 @@ def make_examples(
 ) -> tuple[list[Any], DatasetSummary]:
     """Makes examples of at most seq + 1 tokens (seq inputs, and the target after each), or pairs of preferences.
 
-    `rate`: makes a Rating of each answer with a label, and two of a preference, `mismatched` not yet. `full`: all of a
-    conversation is in the loss. Cuts the end off a longer conversation, and a plain text into pieces, all in the loss from BOS
-    to EOS. A conversation is dropped when no answer begins early enough or the template refuses it, and a preference when it is
-    longer. Raises UserError, with file:line, when the template fails, and when nothing is left.
+    `rate`: makes an example of each answer with a label, and two of a preference; a bad one's weight is negative. `full`: all
+    of a conversation is in the loss. Cuts the end off a longer conversation, and a plain text into pieces, all in the loss from
+    BOS to EOS. A conversation is dropped when no answer begins early enough or the template refuses it, and a preference when
+    it is longer. Raises UserError, with file:line, when the template fails, and when nothing is left.
     """
     results, parts = list[Any](), list[Any]()
     summary, rows = DatasetSummary(), list(rows)
     for number, row in enumerate(rows, 1):
         try:
             if rate and not isinstance(row, Text):
-                parts, cut = _ratings(row, chat, seq), False
-            elif isinstance(row, Preference):
-                parts, cut = [_pair(row, chat, seq)], False
+                parts, cut = _rated(row, chat, seq), False
+            elif isinstance(row, Conversation) and row.rejected is not None:
+                parts, cut = [Pair(*_both(row, chat, seq))], False
             else:
                 parts, cut = _examples(row, chat, seq, full)
         except InvalidConversation as refusal:
@@ -109,7 +96,7 @@ def make_examples(
             continue
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        summary.used += 1
+        summary.used.append(row)
         if cut:
             summary.truncated.append((row.where, f"longer than {seq} tokens, so its end is cut off"))
         results += parts
@@ -165,23 +152,24 @@ def _answer(messages: Sequence[Message], where: str, chat: ChatTokenizer, seq: i
     return example
 
 
-def _pair(row: Preference, chat: ChatTokenizer, seq: int) -> Pair:
-    answers = ([*row.messages, {"role": "assistant", "content": text}] for text in (row.chosen, row.rejected))
-    pair = Pair(*(_answer(messages, row.where, chat, seq) for messages in answers))
-    if np.array_equal(pair.chosen.tokens, pair.rejected.tokens):  # templates may strip what texts differ by
+def _both(row: Conversation, chat: ChatTokenizer, seq: int) -> tuple[Example, Example]:
+    """Returns the examples of a preference: of the answer at the end, and of the rejected one."""
+    rejected = {"role": "assistant", "content": row.rejected}
+    chosen, other = (_answer(messages, row.where, chat, seq) for messages in (row.messages, (*row.messages[:-1], rejected)))
+    if np.array_equal(chosen.tokens, other.tokens):  # templates may strip what texts differ by
         raise InvalidConversation("both answers are the same")
-    return pair
+    return chosen, other
 
 
-def _ratings(row: Conversation | Preference, chat: ChatTokenizer, seq: int) -> list[Rating]:
-    if isinstance(row, Preference):
-        return [Rating(example, example, value) for example, value in zip(_pair(row, chat, seq), (1.0, -1.0))]
+def _rated(row: Conversation, chat: ChatTokenizer, seq: int) -> list[Example]:
+    if row.rejected is not None:
+        good, bad = _both(row, chat, seq)
+        return [good, bad._replace(weight=-1.0)]
     if row.label is None:
         raise UserError("`label` is missing: true for a good answer, false for a bad one.")
     if row.weight == 0:
         raise InvalidConversation("its weight is 0")
-    example = _answer(row.messages, row.where, chat, seq)
-    return [Rating(example, example, row.weight if row.label else -row.weight)]
+    return [_answer(row.messages, row.where, chat, seq)._replace(weight=row.weight if row.label else -row.weight)]
 
 
 @dataclasses.dataclass

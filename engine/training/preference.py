@@ -10,7 +10,7 @@ With adapters the reference is the base itself: there is no second copy of the m
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,28 +26,17 @@ from engine.training.step import Objective
 
 
 class Preferences(NamedTuple):
-    """B pairs: row i of `chosen` is preferred to row i of `rejected`, (B, T) each; masks count only the completions.
+    """B pairs: row i of `answer` is preferred to row i of `other`, (B, T) each; masks count only the completions.
 
-    `reference` (B, 2) float32 nats: both answers' log-probabilities by the reference model, which only DPO reads. A row whose
-    masks count nothing is padding.
-    """
-
-    chosen: Batch
-    rejected: Batch
-    reference: Any = None
-
-
-class Ratings(NamedTuple):
-    """B answers, each good or bad, and B `mismatched` ones, the same prompts with other prompts' answers; (B, T) each.
-
-    `reference` (B, 2) float32 nats: the log-probabilities of both by the reference model. `value` (B,) float32: the weight of
-    an answer's loss, negative for a bad answer, 0 for a row of padding.
+    For KTO `answer` is good or bad, and `other` has its prompt with another prompt's answer. `reference` (B, 2) float32 nats:
+    the log-probabilities of both by the reference model. `value` (B,) float32: the weight of an answer's loss, negative for a
+    bad one, which only KTO reads. A row whose masks count nothing, with a value of 0, is padding.
     """
 
     answer: Batch
-    mismatched: Batch
-    reference: Any
-    value: Any
+    other: Batch
+    reference: Any = None
+    value: Any = None
 
 
 class AnswerLogProbs(NamedTuple):
@@ -61,7 +50,7 @@ class AnswerLogProbs(NamedTuple):
 
 def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> AnswerLogProbs:
     """Returns both answers' log-probabilities, in one forward pass over all 2 B rows."""
-    both = jax.tree.map(lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.chosen, pairs.rejected)
+    both = jax.tree.map(lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.answer, pairs.other)
     summed = -target_losses(cfg, params, both).sum(-1)
     mean = summed / jnp.maximum(jnp.count_nonzero(both.mask, axis=-1), 1)
     return AnswerLogProbs(*layout.stack_rows(summed, 2), *layout.stack_rows(mean, 2))
@@ -73,12 +62,13 @@ def pair_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array
     return jnp.stack(answer_logprobs(cfg, params, pairs)[:2], axis=1)
 
 
-def _dpo(logprobs: AnswerLogProbs, reference: Array, beta: float) -> Array:
+def _dpo(logprobs: AnswerLogProbs, pairs: Preferences, beta: float) -> Array:
     """-log sigmoid(beta (margin - reference)) (Rafailov et al. 2023, 2305.18290, equation 7): ln 2 at the reference."""
-    return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - (reference[:, 0] - reference[:, 1])))
+    margin = pairs.reference[:, 0] - pairs.reference[:, 1]
+    return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - margin))
 
 
-def _orpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
+def _orpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
     """The chosen answer's loss a token, and beta times that of the odds ratio (Hong et al. 2024, 2403.07691, equations 6, 7).
 
     An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p). A p that float32 rounds to 1
@@ -93,7 +83,7 @@ def _orpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
     return -logprobs.chosen_mean - beta * jax.nn.log_sigmoid(log_odds_ratio)
 
 
-def _simpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
+def _simpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
     """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma) (Meng et al. 2024, 2405.14734, equation 6).
 
     gamma is SIMPO_MARGIN times beta, the ratio that the paper found to do well.
@@ -101,20 +91,22 @@ def _simpo(logprobs: AnswerLogProbs, _: Array, beta: float) -> Array:
     return -jax.nn.log_sigmoid(beta * (logprobs.chosen_mean - logprobs.rejected_mean - SIMPO_MARGIN))
 
 
-def _kto(log_ratio: Array, mismatched_log_ratio: Array, value: Array, beta: float) -> Array:
+def _kto(logprobs: Sequence[Array], answers: Preferences, beta: float) -> Array:
     """|value| sigmoid(-/+ beta (log p / reference - KL)), - for a good answer (Ethayarajh et al. 2024, 2402.01306, equation 8).
 
     KL, at least 0, is the mean of the batch's mismatched answers' log p / reference, through which no gradient goes.
     """
-    counts = value != 0
-    kl = jnp.maximum(0, jnp.where(counts, mismatched_log_ratio, 0).sum() / jnp.maximum(counts.sum(), 1))
+    log_ratio, mismatched = (logprobs[side] - answers.reference[:, side] for side in (0, 1))
+    value, counts = answers.value, answers.value != 0
+    kl = jnp.maximum(0, jnp.where(counts, mismatched, 0).sum() / jnp.maximum(counts.sum(), 1))
     return jnp.abs(value) * jax.nn.sigmoid(-beta * jnp.sign(value) * (log_ratio - jax.lax.stop_gradient(kl)))
 
 
 class PreferenceLoss(NamedTuple):
-    """A loss of each row, (B,) float32; the paper's own beta; whether it compares with a reference, and rates single answers.
+    """A loss of each row, (B,) float32, by its log-probabilities, the Preferences and beta; and the paper's own beta.
 
-    `of_rows`, of pairs: by their log-probabilities, reference and beta. `is_rating`: as `_kto`.
+    `has_reference`: whether it compares with a reference. `is_rating`: whether it rates single answers, as KTO, which has
+    the log-probabilities of `answer` and `other`, (B,) each, the latter without a gradient.
     """
 
     of_rows: Callable[..., Array]
@@ -136,23 +128,18 @@ LOSSES = {
 def preference_objective(name: str = "dpo", beta: float | None = None) -> Objective:
     """Returns the objective of one of LOSSES: the summed loss, and the number of rows. A row of padding has a loss of 0.
 
-    Its batches are Preferences, for KTO Ratings, whose KL each microbatch estimates by itself. `beta`: None for the loss's own.
-    A larger one keeps DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight.
+    KTO's KL is estimated by each microbatch for itself. `beta`: None for the loss's own. A larger one keeps DPO and KTO nearer
+    to the reference, and gives the odds ratio of ORPO more weight.
     """
     loss = LOSSES[name]
     beta = loss.beta if beta is None else beta
 
     def summed(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
-        losses = loss.of_rows(answer_logprobs(cfg, params, pairs), pairs.reference, beta)
-        return jnp.where(pairs.chosen.mask.any(-1), losses, 0).sum()
+        if loss.is_rating:
+            sides = (params, pairs.answer), (jax.lax.stop_gradient(params), pairs.other)
+            logprobs: Sequence[Array] = [-target_losses(cfg, weights, side).sum(-1) for weights, side in sides]
+        else:
+            logprobs = answer_logprobs(cfg, params, pairs)
+        return jnp.where(pairs.answer.mask.any(-1), loss.of_rows(logprobs, pairs, beta), 0).sum()
 
-    def summed_ratings(cfg: ModelConfig, params: Params, ratings: Ratings) -> Array:
-        log_ratios = [
-            -target_losses(cfg, weights, batch).sum(-1) - ratings.reference[:, side]
-            for side, (weights, batch) in enumerate(
-                ((params, ratings.answer), (jax.lax.stop_gradient(params), ratings.mismatched))
-            )
-        ]
-        return loss.of_rows(*log_ratios, ratings.value, beta).sum()
-
-    return Objective(summed_ratings if loss.is_rating else summed, lambda rows: jnp.asarray(len(rows[0].mask)))
+    return Objective(summed, lambda pairs: jnp.asarray(len(pairs.answer.mask)))

@@ -5,7 +5,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from engine.counting.hardware import doubt_ceilings
 from engine.counting.params import choose_rank, lora_bits
@@ -18,7 +17,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
-from engine.text.examples import PackedBatches, Pair, Rating, count_targets
+from engine.text.examples import PackedBatches, Pair, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, preference_objective
@@ -26,7 +25,6 @@ from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults
 from stages.runs.conversation_data import (
-    digest_examples,
     held_out_evaluator,
     open_conversations,
     preference_batch,
@@ -90,7 +88,7 @@ class FineTuning(ModelStage, BatchStage):
         self.keep_last, self.in_blocks = tuning.keep_last, trainable.weights == "q4"
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
-        self.has_reference = is_preference and LOSSES[tuning.loss].has_reference
+        self.has_reference, self.rates = is_preference and LOSSES[tuning.loss].has_reference, tuning.examples == "kto"
         rate = (2e-3 if lora else 2e-4) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
             learning_rate=tuning.learning_rate or rate,
@@ -172,8 +170,8 @@ class FineTuning(ModelStage, BatchStage):
             "text": {
                 "data": examples.data,
                 "validation": examples.validation,
-                "digest": digest_examples(self.dataset.train),
-                "validation_digest": digest_examples(self.dataset.held_out),
+                "digest": self.dataset.digest,
+                "validation_digest": self.dataset.held_out_digest,
             },
         }
         self.peak_flops = mesh_ceilings(find_ceilings(console), self.plan.mesh).peak_flops(self.plan.cfg.dtype)
@@ -184,9 +182,7 @@ class FineTuning(ModelStage, BatchStage):
         epochs = self.packed.order.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
         counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
         rows, *problems = dataset.summary.describe()
-        examples = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
-        if isinstance(dataset.train[0], Rating):
-            examples = "answer"
+        examples = "answer" if self.rates else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         return [
             self.model_row(),
             *self.matches,
@@ -206,10 +202,10 @@ class FineTuning(ModelStage, BatchStage):
         """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
         first = self.dataset.train[0]
         answers = {"the first example": first}
-        if isinstance(first, Pair):
-            answers = {"the chosen answer": first.chosen, "the rejected answer": first.rejected}
-        elif isinstance(first, Rating):
-            answers = {f"the first answer, a {'good' if first.value > 0 else 'bad'} one": first.answer}
+        if self.rates:
+            answers = {f"the first answer, a {'good' if first.answer.weight > 0 else 'bad'} one": first.answer}
+        elif isinstance(first, Pair):
+            answers = {"the chosen answer": first.answer, "the rejected answer": first.other}
         for name, example in answers.items():
             self.console.print(f"\n{name}; what is trained on is marked", style="bold")
             self.console.print_marked(list(self.chat.marked_pieces(example)))
@@ -279,7 +275,7 @@ class FineTuning(ModelStage, BatchStage):
         order = EpochOrder(len(pairs), self.batch, plan.seed)
         with self.console.task("computing reference log-probabilities", always=self.has_reference):
             logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, self.batch)
-        items = lambda step, rows: np.array([index for _, index in order.at(step, rows)])
+        items = lambda step, rows: [index for _, index in order.at(step, rows)]
         return MeshBatches(order, lambda step, rows: preference_batch(pairs, items(step, rows), seq, logprobs))
 
     def _evaluator(self, limit: int | None = None) -> Any:

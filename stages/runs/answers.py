@@ -1,6 +1,7 @@
 """Answers to questions: a few before and after training, with a note on each fault, and many, for metrics."""
 
 import dataclasses
+import itertools
 import re
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
@@ -14,7 +15,6 @@ from engine.model.transformer import Params
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import Message
 from stages.cli.console import ReportProgress
-from stages.runs.conversation_data import Reference
 from stages.runs.rewards import Rewards
 
 MAX_TOKENS = 120  # of an answer
@@ -48,24 +48,35 @@ def ask(
     stop_token_ids: Collection[int],
 ) -> tuple[Answer, ...]:
     """Returns the greedy answers to conversations that end with a question; leaves out one that fills the model's context."""
-    pairs = [(question[-1]["content"], chat.prompt(question).tolist()) for question in questions]
-    pairs = [(question, prompt) for question, prompt in pairs if len(prompt) < cfg.context]
-    completions = _complete(cfg, prepare_params(cfg, params), [prompt for _, prompt in pairs], MAX_TOKENS, stop_token_ids)
-    texts = [chat.tokenizer.decode(tokens).strip() for tokens, *_ in completions]
+    completions = _complete(cfg, params, chat, questions, MAX_TOKENS, stop_token_ids)
+    pairs = [(question[-1]["content"], end) for question, end in zip(questions, completions) if end]
+    texts = [chat.tokenizer.decode(end.tokens).strip() for _, end in pairs]
     return tuple(
-        Answer(question, text, len(tokens), reason == "stop", repeats_itself(text))
-        for (question, _), text, (tokens, reason, _) in zip(pairs, texts, completions)
+        Answer(question, text, len(end.tokens), end.finish_reason == "stop", repeats_itself(text))
+        for (question, end), text in zip(pairs, texts)
     )
 
 
 def _complete(
-    cfg: ModelConfig, params: Params, prompts: list[list[int]], max_tokens: int, stop_token_ids: Collection[int]
-) -> list[Completion]:
-    """Completes prompts greedily. `params` are those of `prepare_params`."""
-    if not prompts:
-        return []
+    cfg: ModelConfig,
+    params: Params,
+    chat: ChatTokenizer,
+    conversations: Sequence[Sequence[Message]],
+    max_tokens: int,
+    stop_token_ids: Collection[int],
+    report: ReportProgress = lambda *_: None,
+) -> list[Completion | None]:
+    """Completes conversations greedily, ANSWERED_TOGETHER at once; None where one fills the model's context."""
+    params, completions = prepare_params(cfg, params), list[Completion | None]()
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
-    return complete(cfg, params, prompts, [sampling] * len(prompts), min(cfg.context, max(map(len, prompts)) + max_tokens))
+    for batch in itertools.batched(conversations, ANSWERED_TOGETHER):
+        prompts = [chat.prompt(messages).tolist() for messages in batch]
+        fitting = [prompt for prompt in prompts if len(prompt) < cfg.context]
+        capacity = min(cfg.context, max(map(len, fitting), default=0) + max_tokens)
+        ends = iter(complete(cfg, params, fitting, [sampling] * len(fitting), capacity) if fitting else ())
+        completions += [next(ends) if len(prompt) < cfg.context else None for prompt in prompts]
+        report(len(completions), len(conversations))
+    return completions
 
 
 class Metrics:
@@ -79,7 +90,7 @@ class Metrics:
         if any("sum" in rewards.names for rewards in self._rewards.values()):
             raise UserError("A metric is exact, regex:PATTERN, or FILE.py:FUNCTION; the task sum is for reinforce alone.")
 
-    def check(self, references: Sequence[Reference]) -> None:
+    def check(self, references: Sequence[Sequence[Message]]) -> None:
         """Raises UserError when there are metrics and no references."""
         if self._rewards and not references:
             raise UserError("--metric compares with the answers of conversations, and there are none in this data.")
@@ -89,26 +100,24 @@ class Metrics:
         cfg: ModelConfig,
         params: Params,
         chat: ChatTokenizer,
-        references: Sequence[Reference],
+        references: Sequence[Sequence[Message]],
         stop_token_ids: Collection[int],
         report: ReportProgress = lambda *_: None,
     ) -> dict[str, float]:
-        """Returns the mean of each metric over the answers to conversations, of at most the longest reference's tokens and 16.
+        """Returns the mean of each metric over the answers to conversations, each up to the reference that it ends with.
+
+        An answer has at most the longest reference's tokens and 16.
 
         A conversation that fills the context counts as answered by nothing. Raises UserError without references.
         """
         self.check(references)
         if not self._rewards:
             return {}
-        prepared, texts = prepare_params(cfg, params), list[str]()
-        room = 16 + max(len(chat.tokenizer.encode(answer)) for _, answer in references)
-        for start in range(0, len(references), ANSWERED_TOGETHER):
-            prompts = [chat.prompt(question).tolist() for question, _ in references[start : start + ANSWERED_TOGETHER]]
-            completions = iter(_complete(cfg, prepared, [p for p in prompts if len(p) < cfg.context], room, stop_token_ids))
-            for prompt in prompts:
-                texts.append(chat.tokenizer.decode(next(completions).tokens).strip() if len(prompt) < cfg.context else "")
-            report(len(texts), len(references))
-        questions, answers = [question[-1]["content"] for question, _ in references], [answer for _, answer in references]
+        prompts, answers = [messages[:-1] for messages in references], [messages[-1]["content"] for messages in references]
+        room = 16 + max(len(chat.tokenizer.encode(answer)) for answer in answers)
+        completions = _complete(cfg, params, chat, prompts, room, stop_token_ids, report)
+        texts = [chat.tokenizer.decode(end.tokens).strip() if end else "" for end in completions]
+        questions = [prompt[-1]["content"] for prompt in prompts]
         return {task: sum(rewards(questions, texts, answers)) / len(texts) for task, rewards in self._rewards.items()}
 
 

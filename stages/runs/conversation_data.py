@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,20 +19,12 @@ from engine.model.config import ModelConfig
 from engine.model.loss import score
 from engine.model.paths import merge
 from engine.text import OnProgress
-from engine.text.chat_tokenizer import ChatTokenizer
-from engine.text.conversations import SHIPPED, Conversation, Conversations, Preference, Record, Text, read_conversations
+from engine.text.chat_tokenizer import ChatTokenizer, Example
+from engine.text.conversations import KINDS, SHIPPED, Conversation, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import (
-    DatasetSummary,
-    Pair,
-    Rating,
-    evaluation_batches,
-    example_rows,
-    make_examples,
-    mismatch,
-)
+from engine.text.examples import DatasetSummary, Pair, evaluation_batches, example_rows, make_examples, mismatch
 from engine.text.template import Message
-from engine.training.preference import Preferences, Ratings, pair_logprobs
+from engine.training.preference import Preferences, pair_logprobs
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
 from stages.runs.text_data import EVALUATION_ROWS, Evaluator
@@ -42,11 +34,12 @@ QUESTIONS = 3  # of the held-out set, or for texts these
 QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
 
 
-class Reference(NamedTuple):
-    """A conversation up to its last answer, and that answer: a preference's chosen one, of ratings a good one."""
-
-    question: Sequence[Message]
-    answer: str
+PAIRS = "pairs of a chosen and a rejected answer"
+WANTED = {  # by each objective: kinds of data, what they are called, and what to do about another
+    "answers": (KINDS.keys() - {"preference"}, "conversations or texts", "preference fits it"),
+    "preference": ({"preference"}, PAIRS, "answers fits it, or give other --data such as voice-preferences"),
+    "kto": ({"preference", "prompt/completion"}, f"{PAIRS}, or prompt, completion and label", "answers fits it"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +47,25 @@ class ConversationData:
     """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out.
 
     No held-out row copies a training row, or has its prompt if a preference; `overlap` says what was left out. `questions`:
-    QUESTIONS conversations of the held-out set, each up to the assistant's first answer.
+    QUESTIONS conversations of the held-out set, each up to the assistant's first answer. `references`: as of `references_of`.
     """
 
     train: list[Any]
     held_out: list[Any]
+    digest: str
+    held_out_digest: str
     summary: DatasetSummary
     kind: str
     name: str
     held_out_name: str
     overlap: str
     questions: Sequence[Sequence[Message]]
-    references: Sequence[Reference]  # of the held-out set
+    references: Sequence[Sequence[Message]]
 
 
-def digest_examples(items: Sequence[Any]) -> str:
+def digest_examples(items: Sequence[Example | Pair]) -> str:
     hasher = hashlib.sha256()
     for item in items:
-        if isinstance(item, Rating):
-            item = item.answer._replace(weight=item.value)
         for example in item if isinstance(item, Pair) else (item,):
             hasher.update(len(example.tokens).to_bytes(8, "little"))
             hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
@@ -92,58 +85,50 @@ def prepare_conversations(
 ) -> ConversationData:
     """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
 
-    `objective`: answers, preference, or kto, whose examples are Ratings. `full`: as in `make_examples`. Without `validation` a
-    tenth of the rows, chosen by `seed`, is held out.
+    `objective`: one of WANTED; kto has pairs as of `mismatch`. `full`: as in `make_examples`. Without `validation` a tenth of
+    the rows, chosen by `seed`, is held out.
     """
-    conversations = open_conversations(data, objective)
-    with console.task(f"reading {data}") as report:
-        train, summary = make_examples(conversations, chat, seq, report, objective == "kto", full)
-    rows = _rows_of(train, conversations)
+
+    def read(name: str) -> tuple[str, list[Any], DatasetSummary]:
+        source = open_conversations(name, objective)
+        with console.task(f"reading {name}") as report:
+            return source.kind, *make_examples(source, chat, seq, report, objective == "kto", full)
+
+    kind, train, summary = read(data)
+    rows = summary.used
     validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
     if validation:
-        source = open_conversations(validation, objective)
-        held_out, _ = make_examples(source, chat, seq, None, objective == "kto", full)
-        texts, rows = {row.text for row in rows.values()}, _rows_of(held_out, source)
-        held_out, overlap = _without_copies(held_out, rows, texts, validation, data)
+        _, held_out, validated = read(validation)
+        held_out, overlap = _without_copies(held_out, validated.used, rows, validation, data)
+        rows = validated.used
     else:
         train, held_out, validation, overlap = _split(train, rows, seed, data)
-    held_out_rows = [rows[where] for where in dict.fromkeys(item.where for item in held_out)]
+    places = {item.where for item in held_out}
+    rows = [row for row in rows if row.where in places]
+    digests = digest_examples(train), digest_examples(held_out)
     if objective == "kto":
         train, held_out = mismatch(train, seq), mismatch(held_out, seq)
-    return ConversationData(
-        train,
-        held_out,
-        summary,
-        conversations.kind,
-        data,
-        validation,
-        overlap,
-        _questions(held_out_rows),
-        references_of(held_out_rows),
-    )
-
-
-def _rows_of(items: list[Any], source: Conversations) -> dict[str, Record]:
-    used = {item.where for item in items}
-    return {row.where: row for row in source if row.where in used}
+    questions, references = _questions(rows), references_of(rows)
+    return ConversationData(train, held_out, *digests, summary, kind, data, validation, overlap, questions, references)
 
 
 def _without_copies(
-    held_out: list[Any], rows: dict[str, Record], train: set[str], name: str, data: str
+    held_out: list[Any], rows: Sequence[Record], train: Sequence[Record], name: str, data: str
 ) -> tuple[list[Any], str]:
     """Returns the held-out items whose texts are not in `train`, and what was left out. Raises UserError if all are."""
-    known = {*map(normalize, train)}
-    copies = {where: row.text for where, row in rows.items() if normalize(row.text) in known}
+    texts = {row.text for row in train}
+    known = {*map(normalize, texts)}
+    copies = {row.where: row.text for row in rows if normalize(row.text) in known}
     if not copies:
         return held_out, ""
-    exact = sum(text in train for text in copies.values())
+    exact = sum(text in texts for text in copies.values())
     found = f"{len(copies):,} of the {len(rows):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
     if len(copies) == len(rows):
         raise UserError(f"{found}: nothing is held out. Give another --validation, or none, to hold out a tenth of {data}.")
     return [item for item in held_out if item.where not in copies], f"{found}: left out"
 
 
-def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> tuple[list[Any], list[Any], str, str]:
+def _split(items: list[Any], rows: Sequence[Record], seed: int, data: str) -> tuple[list[Any], list[Any], str, str]:
     """Returns the training and the held-out items, the latter's name, and a sentence on copies.
 
     All copies of a row are on one side, and rows without a copy are held out first. A hash of seed and text chooses them, so
@@ -153,8 +138,8 @@ def _split(items: list[Any], rows: dict[str, Record], seed: int, data: str) -> t
         count = max(1, round(HELD_OUT * len(items)))
         return items[:-count], items[-count:], f"the last {count:,} of {len(items):,} pieces of {data}", ""
     groups = collections.defaultdict[str, list[str]](list)
-    for where, row in rows.items():
-        groups[normalize(row.text)].append(where)
+    for row in rows:
+        groups[normalize(row.text)].append(row.where)
     if len(groups) < 2:
         raise UserError(
             f"{data} has {quantity(len(rows), 'usable row')}{', 1 of them different' * (len(rows) > 1)}: too few to hold any "
@@ -180,61 +165,46 @@ def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
     return [[*itertools.takewhile(is_asked, row.messages)] for row in chosen if not isinstance(row, Text)]
 
 
-def references_of(rows: Iterable[Record]) -> list[Reference]:
-    references = []
+def references_of(rows: Iterable[Record]) -> list[Sequence[Message]]:
+    """Returns conversations up to their last answer: a preference's chosen one, of answers with a label a good one."""
+    references = list[Sequence[Message]]()
     for row in rows:
-        if isinstance(row, Preference):
-            references.append(Reference(row.messages, row.chosen))
-        elif isinstance(row, Conversation) and row.label is not False:
-            last = max((at for at, message in enumerate(row.messages) if message["role"] == "assistant"), default=0)
-            if last:
-                references.append(Reference(row.messages[:last], row.messages[last]["content"]))
+        if isinstance(row, Conversation) and row.label is not False:
+            ends = [at for at, message in enumerate(row.messages) if at and message["role"] == "assistant"]
+            references += [row.messages[: at + 1] for at in ends[-1:]]
     return references
 
 
 def open_conversations(data: str, objective: str) -> Conversations:
     """Opens a data set. Raises UserError for one that the objective cannot use."""
-    conversations, pairs = read_conversations(data), "pairs of a chosen and a rejected answer"
-    is_pairs, remedy = conversations.kind == "preference", "preference fits it"
-    if objective == "kto" and not is_pairs and conversations.kind != "prompt/completion":
-        wanted, remedy = f"{pairs}, or prompt, completion and label", "answers fits it"
-    elif objective == "answers" and is_pairs:
-        wanted = "conversations or texts"
-    elif objective == "preference" and not is_pairs:
-        wanted, remedy = pairs, "answers fits it, or give other --data such as voice-preferences"
-    else:
+    conversations, (kinds, wanted, remedy) = read_conversations(data), WANTED[objective]
+    if conversations.kind in kinds:
         return conversations
     raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
 
 
-def preference_batch(
-    items: Sequence[Pair | Rating], index: np.ndarray, seq: int, logprobs: np.ndarray
-) -> Preferences | Ratings:
-    """Returns the batch of the items `index` (B,), of which those behind the last are rows of padding.
+def preference_batch(pairs: Sequence[Pair], index: Sequence[int], seq: int, logprobs: np.ndarray) -> Preferences:
+    """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of padding.
 
-    `logprobs` (items, 2): those of both their answers by the reference.
+    `logprobs` (pairs, 2): those of both their answers by the reference.
     """
-    part = [items[at] if at < len(items) else None for at in index]
-    first, second = (example_rows([item and item[side] for item in part], seq) for side in (0, 1))
-    reference = logprobs[np.minimum(index, len(items) - 1)]
-    if isinstance(items[0], Pair):
-        return Preferences(first, second, reference)
-    return Ratings(
-        first, second, reference, np.array([item.value if isinstance(item, Rating) else 0 for item in part], np.float32)
-    )
+    rows = [pairs[at] if at < len(pairs) else None for at in index]
+    answer, other = (example_rows([pair and pair[side] for pair in rows], seq) for side in (0, 1))
+    value = np.array([pair.answer.weight if pair else 0 for pair in rows], np.float32)
+    return Preferences(answer, other, logprobs[np.minimum(index, len(pairs) - 1)], value)
 
 
 def reference_logprobs(
-    cfg: ModelConfig, params: Any, items: Sequence[Pair | Rating], seq: int, rows: int, report: OnProgress = None
+    cfg: ModelConfig, params: Any, pairs: Sequence[Pair], seq: int, rows: int, report: OnProgress = None
 ) -> np.ndarray:
-    """Returns both answers' log-probabilities (items, 2) by a model, `rows` at once; 0 without `params`."""
-    logprobs = np.zeros((len(items), 2), np.float32)
-    for first in range(0, len(items) if params else 0, rows):
-        batch = preference_batch(items, np.arange(first, first + rows), seq, logprobs)
-        both = process_allgather(pair_logprobs(cfg, params, Preferences(*batch[:2])), tiled=True)
-        logprobs[first : first + rows] = both[: len(items) - first]
+    """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without `params`."""
+    logprobs = np.zeros((len(pairs), 2), np.float32)
+    for first in range(0, len(pairs) if params else 0, rows):
+        batch = preference_batch(pairs, range(first, first + rows), seq, logprobs)
+        both = process_allgather(pair_logprobs(cfg, params, batch), tiled=True)
+        logprobs[first : first + rows] = both[: len(pairs) - first]
         if report:
-            report(min(first + rows, len(items)), len(items))
+            report(min(first + rows, len(pairs)), len(pairs))
     return logprobs
 
 
@@ -259,6 +229,6 @@ def held_out_evaluator(
     else:
         reference = reference_logprobs(cfg, initial, examples, seq, rows)
         starts = range(0, len(examples), rows)
-        batches = [preference_batch(examples, np.arange(first, first + rows), seq, reference) for first in starts]
+        batches = [preference_batch(examples, range(first, first + rows), seq, reference) for first in starts]
         unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
     return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)

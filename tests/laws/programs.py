@@ -48,7 +48,7 @@ from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import Preferences, Ratings, pair_logprobs, preference_objective
+from engine.training.preference import Preferences, pair_logprobs, preference_objective
 from engine.training.reinforce import Rollouts, grpo, log_probabilities
 from engine.training.step import (
     LORA_COMPILER_OPTIONS,
@@ -186,11 +186,7 @@ def text_shapes() -> Batch:
 
 
 def preference_shapes() -> Preferences:
-    return Preferences(batch_shapes(), batch_shapes(), shape_of(jnp.float32, B, 2))
-
-
-def rating_shapes() -> Ratings:
-    return Ratings(*preference_shapes(), shape_of(jnp.float32, B))
+    return Preferences(batch_shapes(), batch_shapes(), shape_of(jnp.float32, B, 2), shape_of(jnp.float32, B))
 
 
 def rollout_shapes() -> Rollouts:
@@ -227,7 +223,7 @@ TRAINING: dict[str, Make] = {
     "train step, LoRA on int8": step_program(lora="int8", microbatches=2),
     "train step, preference": step_program(preference_objective(), preference_shapes, lora="plain"),
     "train step, preference, all": step_program(preference_objective(), preference_shapes),
-    "train step, KTO": step_program(preference_objective("kto"), rating_shapes, lora="plain"),
+    "train step, KTO": step_program(preference_objective("kto"), preference_shapes, lora="plain"),
     "train step, reinforce": step_program(grpo(0.2, 0.1), rollout_shapes, lora="plain"),
     "gradient norms": lambda cfg: Program(gradient_norms, (cfg, params_shapes(cfg), {}, batch_shapes())),
     "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())),

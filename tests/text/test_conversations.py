@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
-from engine.text.conversations import KINDS, SHIPPED, Conversation, Preference, Text, read_conversations
+from engine.text.conversations import KINDS, SHIPPED, Conversation, Text, read_conversations
 
 USER, ANSWER, OTHER, SYSTEM = (
     {"role": role, "content": content}
@@ -63,7 +63,7 @@ def test_conversations(row, kind, messages, tmp_path):
 def test_preferences(row, prompt, tmp_path):
     data = read_conversations(write(tmp_path / "data.jsonl", row))
     assert data.kind == "preference"
-    assert list(data) == [Preference(tuple(prompt), "a", "b", f"{tmp_path / 'data.jsonl'}:1")]
+    assert list(data) == [Conversation((*prompt, ANSWER), f"{tmp_path / 'data.jsonl'}:1", rejected="b")]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_nothing_that_is_shipped_as_held_out_is_trained_on():
     asked = lambda row: next(message["content"] for message in row.messages if message["role"] == "user")
     questions = [asked(row) for rows in data.values() for row in rows]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    answers += [row.chosen for row in data["voice-preferences"]]
+    answers += [row.messages[-1]["content"] for row in data["voice-preferences"]]
     assert len({question.lower().strip("?!. ") for question in questions}) == len(questions)
     assert len({*answers}) == len(answers)
     assert all(answer.endswith("Fair winds.") for answer in answers)

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.text.chat_tokenizer import CHATML, ChatTokenizer, Example
-from engine.text.conversations import Conversation, Preference, Text
+from engine.text.conversations import Conversation, Text
 from engine.text.examples import (
     PackedBatches,
     Pair,
-    Rating,
     evaluation_batches,
     make_examples,
     mismatch,
@@ -23,6 +22,12 @@ from engine.text.examples import (
 from stages.runs.conversation_data import preference_batch
 
 TOKENIZER = chat_tokenizer()
+
+
+def preference(prompt: list[dict[str, str]], chosen: str, rejected: str, where: str) -> Conversation:
+    return Conversation((*prompt, {"role": "assistant", "content": chosen}), where, rejected=rejected)
+
+
 CONTROL = next(token for token, added in TOKENIZER.controls.items() if added.content == "<s>")
 
 
@@ -44,7 +49,7 @@ def test_an_account_of_every_row(chat):
     reports: list[tuple[int, int]] = []
     examples, summary = make_examples(rows, chat, 40, report=lambda *pair: reports.append(pair))
     assert [example.where for example in examples] == ["f:1", "f:2"]
-    assert summary.used == 2
+    assert summary.used == rows[:2]
     assert [where for where, _ in summary.truncated] == ["f:2"]
     assert [where for where, _ in summary.dropped] == ["f:3", "f:4", "f:5", "f:6"]
     assert len(examples[1].tokens) == 41
@@ -87,22 +92,23 @@ def test_all_of_a_text_is_a_target_once(chat, monkeypatch):
 def test_pairs(chat):
     history = talk("Hello", "I am well.", "how are you?")
     rows = [
-        Preference(tuple(history), "I am.", "The user.", "f:1"),
-        Preference(tuple(talk("a")), "same", "same", "f:2"),
-        Preference(tuple(talk("a")), "b", "how are you? " * 20, "f:3"),
-        Preference(tuple(talk("a")), "b", "", "f:4"),
+        preference(history, "I am.", "The user.", "f:1"),
+        preference(talk("a"), "same", "same", "f:2"),
+        preference(talk("a"), "b", "how are you? " * 20, "f:3"),
+        preference(talk("a"), "b", "", "f:4"),
     ]
     pairs, summary = make_examples(rows, chat, 60)
-    assert summary.used == len(pairs) == 1
+    assert summary.used == rows[:1]
+    assert len(pairs) == 1
     assert [where for where, _ in summary.dropped] == ["f:2", "f:3", "f:4"]
-    for example, answer in ((pairs[0].chosen, "I am."), (pairs[0].rejected, "The user.")):
+    for example, answer in ((pairs[0].answer, "I am."), (pairs[0].other, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
         assert example.tokens[example.mask][-1] in chat.eot_ids
     trimming = ChatTokenizer(TOKENIZER, CHATML.replace("message.content", "message.content | trim"))
-    spaced = Preference(tuple(talk("a")), "b", "b ", "f:5")
+    spaced = preference(talk("a"), "b", "b ", "f:5")
     with pytest.raises(UserError, match="f:5: both answers are the same"):
         make_examples([spaced], trimming, 60)
-    assert make_examples([spaced], chat, 60)[1].used == 1
+    assert make_examples([spaced], chat, 60)[1].used == [spaced]
 
 
 def test_ratings_and_other_prompts_answers(chat):
@@ -111,13 +117,13 @@ def test_ratings_and_other_prompts_answers(chat):
     rows = [
         rated("p", "a", True),
         rated("p", "b", False, weight=2.0),
-        Preference(tuple(talk("q")), "c", "d", "f:c"),
+        preference(talk("q"), "c", "d", "f:c"),
         rated("r", "e", True),
         rated("r", "f", True, weight=0.0),
         rated("r", "how are you? " * 20, True),
     ]
     ratings, summary = make_examples(rows, chat, 60, rate=True)
-    assert [rating.value for rating in ratings] == [1, -2, 1, -1, 1]
+    assert [rating.weight for rating in ratings] == [1, -2, 1, -1, 1]
     assert [reason for _, reason in summary.dropped] == ["its weight is 0", "longer than 60 tokens"]
     matched = mismatch(ratings, 60)
     texts = lambda side: [TOKENIZER.decode(rating[side].tokens[rating[side].mask]) for rating in matched]
@@ -125,11 +131,11 @@ def test_ratings_and_other_prompts_answers(chat):
     assert texts(1) == ["c", "c", "e", "e", "a"]
     for rating in matched:
         prompt = ~rating.answer.mask.cumsum().astype(bool)
-        assert np.array_equal(rating.mismatched.tokens[: prompt.sum()], rating.answer.tokens[prompt])
-    short = mismatch(ratings, len(ratings[0].answer.tokens) - 2)
-    assert {len(rating.mismatched.tokens) for rating in short} == {len(ratings[0].answer.tokens) - 1}
+        assert np.array_equal(rating.other.tokens[: prompt.sum()], rating.answer.tokens[prompt])
+    short = mismatch(ratings, len(ratings[0].tokens) - 2)
+    assert {len(rating.other.tokens) for rating in short} == {len(ratings[0].tokens) - 1}
     assert texts(1) == ["c", "c", "e", "e", "a"]
-    assert mismatch(ratings[:1], 60)[0].mismatched.mask.any()
+    assert mismatch(ratings[:1], 60)[0].other.mask.any()
     with pytest.raises(UserError, match="f:1: `label` is missing: true for a good answer"):
         make_examples([Conversation(talk("a", "b"), "f:1")], chat, 60, rate=True)
     with pytest.raises(UserError, match="f:b: `label` is false, an answer not to give"):
@@ -241,8 +247,8 @@ def test_preferences_stand_row_by_row():
     """Of pairs and of ratings; what is behind the last is padding, with a value of 0."""
     pairs = [Pair(example(n, n + 1, n + 2), example(n, n + 3)) for n in range(1, 8)]
     logprobs = np.arange(14, dtype=np.float32).reshape(7, 2)
-    for items in (pairs, [Rating(*pair, -1.0) for pair in pairs]):
-        batch = preference_batch(items, np.array([5, 0, 7]), 4, logprobs)
+    for items in (pairs, [pair._replace(answer=pair.answer._replace(weight=-1.0)) for pair in pairs]):
+        batch = preference_batch(items, [5, 0, 7], 4, logprobs)
         assert batch[0].tokens.tolist() == [[6, 7, 0, 0], [1, 2, 0, 0], [0] * 4]
         assert batch[1].tokens.tolist() == [[6, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
         assert batch[1].targets.tolist() == [[9, 0, 0, 0], [4, 0, 0, 0], [0] * 4]

@@ -12,7 +12,7 @@ from tiny import assert_near, lively_params, text_batch, tiny_config
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, Ratings, pair_logprobs, preference_objective
+from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, pair_logprobs, preference_objective
 from engine.training.reinforce import grpo
 from engine.training.step import loss_and_gradient
 
@@ -65,11 +65,11 @@ def simpo(chosen, rejected, sizes, _):
 @pytest.mark.parametrize("paper", [dpo, orpo, simpo], ids=lambda paper: paper.__name__)
 def test_loss_and_gradient_are_the_papers(cfg, params, paper):
     pairs = pairs_of(0)._replace(reference=np.array([[0.3, 0], [-2, 0], [0, -1], [1.5, -2.5]], np.float32))
-    sizes = [side.mask.sum(-1) for side in (pairs.chosen, pairs.rejected)]
+    sizes = [side.mask.sum(-1) for side in (pairs.answer, pairs.other)]
     assert not np.array_equal(*sizes)
 
     def formula(params):
-        answers = [by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected)]
+        answers = [by_the_formula(cfg, params, side) for side in (pairs.answer, pairs.other)]
         return paper(*answers, sizes, pairs.reference).mean()
 
     expected, gradient = jax.jit(jax.value_and_grad(formula))(params)
@@ -87,13 +87,9 @@ def test_losses_are_trls(name):
     """trl.json has the last of 20 steps of `python -m bench.peers --of losses`: our log-probabilities, and TRL's loss."""
     stored = json.loads(Path(__file__).with_name("trl.json").read_text())[name]
     (loss, *_), value = LOSSES[name], {key: jnp.array(numbers) for key, numbers in stored.items()}
-    if name == "kto":
-        ratios = jnp.stack([value["chosen"], value["rejected"]], 1) - value["reference"]
-        losses = loss(*ratios.T, value["value"], LOSSES[name].beta)
-    else:
-        losses = loss(
-            AnswerLogProbs(*(value[field] for field in AnswerLogProbs._fields)), value["reference"], LOSSES[name].beta
-        )
+    logprobs = AnswerLogProbs(*(value[field] for field in AnswerLogProbs._fields))
+    pairs = Preferences(*pairs_of(0)[:2], value["reference"], value.get("value"))
+    losses = loss(logprobs, pairs, LOSSES[name].beta)
     assert len(losses) == 4
     np.testing.assert_allclose(losses.mean(), stored["loss"], atol=1e-5)
 
@@ -103,7 +99,7 @@ def test_an_answer_that_is_certain_leaves_every_gradient_finite():
     means = jnp.array([0.0, -1.0, 0.0, -1e-9]), jnp.array([-1.0, 0.0, 0.0, -1e-38])
 
     def loss(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-        return LOSSES["orpo"].of_rows(AnswerLogProbs(chosen, rejected, chosen, rejected), jnp.zeros(4), 0.1).sum()
+        return LOSSES["orpo"].of_rows(AnswerLogProbs(chosen, rejected, chosen, rejected), pairs_of(0), 0.1).sum()
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(*means)
     assert all(np.isfinite(x).all() for x in (value, *gradients))
@@ -114,19 +110,19 @@ def test_an_answer_that_is_certain_leaves_every_gradient_finite():
 def test_kto_and_its_gradient_are_the_papers(cfg, params, drift):
     """KL is the mean of the mismatched answers' drift from the reference, at least 0, and no gradient goes through it."""
     pairs, value = pairs_of(0), np.array([1.0, -1.0, 0.5, -2.0], np.float32)
-    own, mismatched = (by_the_formula(cfg, params, side) for side in (pairs.chosen, pairs.rejected))
+    own, mismatched = (by_the_formula(cfg, params, side) for side in (pairs.answer, pairs.other))
     reference = np.stack([np.array([0.3, -2.0, 1.0, 4.0]) + own, mismatched - drift + np.array([0.5, -0.5, 1, -1])], 1).astype(
         np.float32
     )
 
     def formula(params):
-        ratio = by_the_formula(cfg, params, pairs.chosen) - reference[:, 0]
+        ratio = by_the_formula(cfg, params, pairs.answer) - reference[:, 0]
         kl = max(0, drift)
         good, bad = 1 - sigmoid(0.7 * (ratio - kl)), 1 - sigmoid(0.7 * (kl - ratio))
         return jnp.where(value > 0, value * good, -value * bad).mean()
 
     expected, gradient = jax.jit(jax.value_and_grad(formula))(params)
-    ratings, objective = Ratings(*pairs[:2], reference, value), preference_objective("kto", 0.7)
+    ratings, objective = Preferences(*pairs[:2], reference, value), preference_objective("kto", 0.7)
     loss, ours = differentiate(cfg, params, {}, ratings, 1, objective)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert_near(ours, gradient, 1e-4)
