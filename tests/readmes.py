@@ -364,6 +364,19 @@ def tries(_: Document) -> list[str]:
     return table("trained|batch|`voice`, seed 0|seed 1|Python's source, seed 0|seed 1", cells)
 
 
+def rewarded(_: Document) -> list[str]:
+    """Returns the held-out reward that each variant of GRPO came to, by seed, and what it says."""
+    with (RESULTS / "zen4" / "reinforcement-tries.csv").open(encoding="utf-8") as file:
+        tries = [*csv.DictReader(file)]
+    by_flags = itertools.groupby(tries, operator.itemgetter("flags"))
+    cells = []
+    for flags, rows in by_flags:
+        first, second = sorted(rows, key=operator.itemgetter("seed"))
+        name = f"`{flags}`" if flags else "as it is"
+        cells.append((name, first["held_out_reward"], second["held_out_reward"], first["note"]))
+    return table("|seed 0|seed 1|", cells, (0, 3))
+
+
 def validated(_: Document) -> list[str]:
     """Returns how far the planner is off what was published."""
     return table("predicted|rows|median error|inside the interval", validate.cells(validate.validation()))
@@ -416,6 +429,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         chat,
         plan,
         tries,
+        rewarded,
         validated,
         serves,
         trains,
