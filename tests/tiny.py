@@ -21,6 +21,13 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
+def trainable_paths(cfg: Any, *, train: str = "all", freeze: str | None = None) -> Any:
+    """The paths of what a rule trains, or leaves beside what it freezes."""
+    from engine.training.freeze import select_trainable
+
+    return select_trainable(cfg, [train], [freeze] if freeze else [])[0]
+
+
 def tiny_config(**changes: Any) -> Any:
     """Returns the tiny model's config in float32, with `changes`."""
     sizes = {"vocab": 41, "width": 20, "layers": 2, "heads": 6, "kv_heads": 3, "head_dim": 4, "ff": 28, "context": 150}

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.counting.flops import train_flops
-from engine.counting.params import all_trainable, bottom_frozen, count_params, leaf_shapes, lora_only, target_shapes
+from engine.counting.params import all_trainable, count_params, leaf_shapes, lora_only, target_shapes
 from engine.errors import UserError, did_you_mean
 from engine.format import in_words
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
+from engine.training.freeze import select_trainable
 
 METHODS = ("pretrain", "full", "freeze:K", "lora:R", "qlora:R", "preference", "rl")
 PRETRAINING_STEP, TUNING_STEP = 2**19, 2**15  # tokens
@@ -69,7 +70,7 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         )
     trainable, pairs = all_trainable(cfg), target_shapes(cfg)
     if name == "freeze":
-        trainable = bottom_frozen(cfg, int(number or cfg.layers // 2))
+        trainable, _ = select_trainable(cfg, freeze=[f"bottom:{number or cfg.layers // 2}"])
     elif takes_number:
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
         if trainable.rank > (least := min(map(min, pairs.values()))):

@@ -32,7 +32,7 @@ from engine.counting.flops import (
 )
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
-from engine.counting.params import TrainablePaths, all_trainable, bottom_frozen, head_only, lora_only, top_frozen
+from engine.counting.params import TrainablePaths, all_trainable, lora_only
 from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.config import CHUNK as SLOT_CHUNK
 from engine.inference.config import MIN_ROWS
@@ -51,6 +51,7 @@ from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
+from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, pair_logprobs, preference_objective
 from engine.training.step import NEXT_TOKEN, Objective, loss_and_gradient, train_step
@@ -140,11 +141,12 @@ def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     half, every, lora = cfg.layers // 2, all_trainable(cfg), lora_only(cfg, ADAPTER)
     # The last block alone: no norm above it, no head.
     last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
-    halves = {"bottom half frozen": bottom_frozen(cfg, half), "top half frozen": top_frozen(cfg, half), "last layer": last}
+    halves = {f"{end} half frozen": select_trainable(cfg, freeze=[f"{end}:{half}"])[0] for end in ("bottom", "top") if half}
     fine_tuning = {
         "full fine-tuning": every,
-        **(halves if half else {}),
-        "head only": head_only(cfg),
+        **halves,
+        **({"last layer": last} if half else {}),
+        "head only": select_trainable(cfg, train=["head"])[0],
         f"LoRA rank {ADAPTER.rank} on q and v": lora,
     }
     return [

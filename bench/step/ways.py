@@ -18,7 +18,7 @@ from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_t
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.hardware import clock, square_product
-from engine.counting.params import TrainablePaths, all_trainable, bottom_frozen, lora_only
+from engine.counting.params import TrainablePaths, all_trainable, lora_only
 from engine.device import device_name
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
@@ -28,6 +28,7 @@ from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.checkpoint import BackgroundSaver
 from engine.text.batch import Batch
+from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import LORA_COMPILER_OPTIONS, init_state
 
@@ -68,7 +69,7 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     cfg, params = model.cfg, model.params
     data = next_token_batch(tokens_for(model, rows, tokens + 1))._replace(segments=jnp.ones((rows, tokens), jnp.int32))
     make = lambda trainable, frozen, paths, **options: make_way(cfg, trainable, frozen, data, paths, **options)
-    frozen, upper = cast_matrices(params, cfg.dtype), bottom_frozen(cfg, max(cfg.layers // 2, 1))
+    frozen, (upper, _) = cast_matrices(params, cfg.dtype), select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"])
     queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
     pairs = lambda adapter: init_lora(cfg, jax.random.key(0), adapter)
     int8 = cast_matrices(quantize(params, "full"), cfg.dtype)

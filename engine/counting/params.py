@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
 
 
@@ -77,28 +76,6 @@ def choose_rank(cfg: ModelConfig, lora: LoraConfig, bits: int) -> LoraConfig:
 
 def all_trainable(cfg: ModelConfig) -> TrainablePaths:
     return TrainablePaths(frozenset(leaf_shapes(cfg)))
-
-
-def bottom_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Freezes the embedding (a tied one too) and the lowest `blocks` blocks; nothing with 0. Raises UserError beyond L."""
-    return _all_but(cfg, blocks, ("embed",), range(blocks))
-
-
-def top_frozen(cfg: ModelConfig, blocks: int) -> TrainablePaths:
-    """Freezes the highest `blocks` blocks, last norm and untied head; nothing with 0. Raises UserError beyond L."""
-    return _all_but(cfg, blocks, ("norm", "head"), range(cfg.layers - blocks, cfg.layers))
-
-
-def _all_but(cfg: ModelConfig, blocks: int, ends: tuple[str, ...], layers: range) -> TrainablePaths:
-    if not 0 <= blocks <= cfg.layers:
-        raise UserError(f"Cannot freeze {blocks} blocks: the model has {cfg.layers}; give a number from 0 to that.")
-    frozen = (*ends, *(f"blocks/{layer}/" for layer in layers)) if blocks else ()
-    return TrainablePaths(frozenset(path for path in leaf_shapes(cfg) if not path.startswith(frozen)))
-
-
-def head_only(cfg: ModelConfig) -> TrainablePaths:
-    """Returns the unembedding. A tied table also feeds the lowest block, so training it saves only dW."""
-    return TrainablePaths(frozenset({"embed" if cfg.tied else "head"}))
 
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:

@@ -7,7 +7,7 @@ weight decay.
 import re
 from collections.abc import Collection, Sequence
 
-from engine.counting.params import TrainablePaths, bottom_frozen, leaf_shapes, top_frozen
+from engine.counting.params import TrainablePaths, leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 
@@ -18,8 +18,9 @@ def select_trainable(
     """Selects all that rules of `train` match (without one, everything), less what rules of `freeze` match.
 
     Returns the paths, and those that each rule matches. A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or
-    `all`, `head` (tied: the embedding), `bottom:N` (the embedding and the lowest N blocks), or `top:N` (the highest N blocks,
-    the last norm, the head). Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left.
+    `all`, `head` (tied: the embedding, which feeds the lowest block too, so that training it alone saves only dW), `bottom:N`
+    (the embedding, a tied one too, and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, an untied head).
+    Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left.
     """
     matches = {rule: _match(cfg, rule) for rule in (*train, *freeze)}
     trainable = {path for rule in train for path in matches[rule]} if train else {*leaf_shapes(cfg)}
@@ -34,11 +35,12 @@ def select_trainable(
 def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
     shapes = leaf_shapes(cfg)
     if end := re.fullmatch(r"(bottom|top):(\d+)", rule):
-        without = bottom_frozen if end[1] == "bottom" else top_frozen
-        frozen = shapes.keys() - without(cfg, int(end[2])).weights
-        if not frozen:
-            raise UserError(f"{rule!r} names no block: give a number from 1 to {cfg.layers}.")
-        return frozen
+        count, is_bottom = int(end[2]), end[1] == "bottom"
+        if not 1 <= count <= cfg.layers:
+            raise UserError(f"{rule!r} names no blocks: the model has {cfg.layers}; give a number from 1 to that.")
+        layers = range(count) if is_bottom else range(cfg.layers - count, cfg.layers)
+        beginnings = *(("embed",) if is_bottom else ("norm", "head")), *(f"blocks/{layer}/" for layer in layers)
+        return [path for path in shapes if path.startswith(beginnings)]
     pattern = {"all": ".*", "head": "embed" if cfg.tied else "head"}.get(rule, rule)
     try:
         matches = [path for path in shapes if re.fullmatch(pattern, path)]

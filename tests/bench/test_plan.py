@@ -116,7 +116,7 @@ def test_the_optimal_size_has_the_least_loss(flops):
         ({"model": "nano"}, "--tokens is missing"),
         ({"model": "nano", "tokens": "-5"}, "--tokens must be a number above 0"),
         ({"model": "nano", "tokens": "1M", "price": -1.0}, "--price must be above 0"),
-        ({"model": "nano", "tokens": "1M", "method": "freeze:99"}, "Cannot freeze 99"),
+        ({"model": "nano", "tokens": "1M", "method": "freeze:99"}, "'bottom:99' names no blocks"),
         ({"model": "nano", "tokens": "1M", "method": "lorra"}, "Did you mean 'lora"),
         ({"model": "nano", "tokens": "1M", "method": "qlora:385"}, "must be at most 384"),
         ({"model": "nano", "tokens": "1M", "context": 9999}, "--context 9999 is beyond"),

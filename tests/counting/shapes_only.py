@@ -4,15 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from tiny import trainable_paths
 
 from engine.counting.params import (
     TrainablePaths,
     all_trainable,
-    bottom_frozen,
-    head_only,
     leaf_shapes,
     lora_only,
-    top_frozen,
 )
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.transformer import init_params, make_cache
@@ -42,14 +40,14 @@ def modes(cfg: ModelConfig) -> dict[str, TrainablePaths]:
     lora = lambda rank, *targets: lora_only(cfg, LoraConfig(rank, targets=targets) if targets else LoraConfig(rank))
     return {
         "everything": all_trainable(cfg),
-        "bottom frozen": bottom_frozen(cfg, 1),
-        "all blocks frozen": bottom_frozen(cfg, cfg.layers),
-        "top frozen": top_frozen(cfg, 1),
-        "lookup only": top_frozen(cfg, cfg.layers),
-        "last layer": bottom_frozen(cfg, cfg.layers - 1),
+        "bottom frozen": trainable_paths(cfg, freeze="bottom:1"),
+        "all blocks frozen": trainable_paths(cfg, freeze=f"bottom:{cfg.layers}"),
+        "top frozen": trainable_paths(cfg, freeze="top:1"),
+        "lookup only": trainable_paths(cfg, freeze=f"top:{cfg.layers}"),
+        "last layer": trainable_paths(cfg, freeze=f"bottom:{cfg.layers - 1}"),
         "last block alone": of(lambda path: path.startswith(f"blocks/{cfg.layers - 1}/")),
         "norms": of(lambda path: path.endswith("norm")),
-        "head only": head_only(cfg),
+        "head only": trainable_paths(cfg, train="head"),
         "lora": lora(5),
         "lora on v and down": lora(3, "v", "down"),
         "lora on down": lora(3, "down"),

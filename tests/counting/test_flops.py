@@ -5,17 +5,15 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import trainable_paths
 
 from engine.counting.flops import decode_flops, forward_flops, prefill_flops, train_flops
 from engine.counting.params import (
     TrainablePaths,
     all_trainable,
-    bottom_frozen,
     count_params,
-    head_only,
     lora_only,
     lowest_gradient,
-    top_frozen,
 )
 from engine.errors import UserError
 from engine.model.config import MATRICES, LoraConfig, ModelConfig
@@ -89,11 +87,16 @@ def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cach
 
 
 def test_the_lowest_block_that_the_backward_pass_enters():
-    ways = all_trainable(SMALL), bottom_frozen(SMALL, 2), top_frozen(SMALL, 2), head_only(SMALL)
+    ways = (
+        all_trainable(SMALL),
+        trainable_paths(SMALL, freeze="bottom:2"),
+        trainable_paths(SMALL, freeze="top:2"),
+        trainable_paths(SMALL, train="head"),
+    )
     assert [lowest_gradient(SMALL, paths) for paths in ways] == [0, 2, 0, SMALL.layers]
     assert lowest_gradient(SMALL, lora_only(SMALL, LoraConfig(2, targets=("down",)))) == 0
     tied = dataclasses.replace(SMALL, tied=True)
-    assert lowest_gradient(tied, head_only(tied)) == 0
+    assert lowest_gradient(tied, trainable_paths(tied, train="head")) == 0
 
 
 # ---- bad input
@@ -101,9 +104,7 @@ def test_the_lowest_block_that_the_backward_pass_enters():
 
 def test_what_cannot_be_trained_is_refused_by_name():
     with pytest.raises(UserError, match="the model has 3"):
-        bottom_frozen(SMALL, 4)
-    with pytest.raises(UserError, match="the model has 3"):
-        top_frozen(SMALL, -1)
+        trainable_paths(SMALL, freeze="bottom:4")
     with pytest.raises(UserError, match="no parameter 'blocks/0/norm'"):
         train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset(), frozenset({"blocks/0/norm"}), 2))
     with pytest.raises(UserError, match="Did you mean 'blocks/0/gate'"):

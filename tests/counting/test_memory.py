@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from shapes_only import batch_of, cache_of, params_of, shaped
+from tiny import trainable_paths
 
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
-from engine.counting.params import all_trainable, bottom_frozen, count_params, head_only, lora_only, top_frozen
+from engine.counting.params import all_trainable, count_params, lora_only
 from engine.counting.xla import xla_peak
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
@@ -39,8 +40,8 @@ def test_weights_gradients_and_moments_are_exact():
 
 def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
     full = training_memory(CFG, 2, 7)
-    half = training_memory(CFG, 2, 7, trainable=bottom_frozen(CFG, 2))
-    head = training_memory(CFG, 2, 7, trainable=head_only(CFG))
+    half = training_memory(CFG, 2, 7, trainable=trainable_paths(CFG, freeze="bottom:2"))
+    head = training_memory(CFG, 2, 7, trainable=trainable_paths(CFG, train="head"))
     stay = 2 * (48 * 12 + 24 * 12 + 12 * 20 + 10 * 12) + 19 * 12  # numbers in two blocks' matrices and the table
     assert half.params == full.params - 2 * stay
     assert 3 * half.residuals == full.residuals
@@ -61,7 +62,11 @@ def test_lora_adds_its_pairs_and_trains_only_those():
 def test_weights_and_optimizer_are_those_of_a_real_run(name, tied):
     cfg = dataclasses.replace(CFG, qk_norm=True, qkv_bias=True, tied=tied)
     adapter = LoraConfig(2, targets=("q", "v", "down"))
-    ways = {"everything": all_trainable(cfg), "bottom": bottom_frozen(cfg, 1), "top": top_frozen(cfg, 1)}
+    ways = {
+        "everything": all_trainable(cfg),
+        "bottom": trainable_paths(cfg, freeze="bottom:1"),
+        "top": trainable_paths(cfg, freeze="top:1"),
+    }
     chosen = ways.get(name) or lora_only(cfg, adapter)
     base = "int8" if "int8" in name else "float"
     params = params_of(cfg)
@@ -120,7 +125,7 @@ def test_int8_weights_are_one_byte_and_a_scale_a_column():
 
 def test_adamw_moves_28_bytes_a_parameter_that_learns():
     assert train_bytes(CFG, 2, 7).optimizer == 28 * COUNT.total
-    assert train_bytes(CFG, 2, 7, trainable=head_only(CFG)).optimizer == 28 * TABLE
+    assert train_bytes(CFG, 2, 7, trainable=trainable_paths(CFG, train="head")).optimizer == 28 * TABLE
     assert train_bytes(CFG, 2, 7, trainable=ADAPTER).optimizer == 28 * 3 * 5 * (12 + 24 + 12 + 12)
 
 
@@ -129,14 +134,17 @@ def test_weights_are_read_forward_and_for_dx_and_again_with_remat():
     assert train_bytes(cfg, 2, 7).weights == 2 * 4 * COUNT.matmul  # all above the table has a dX
     assert train_bytes(CFG, 2, 7).weights == 2 * 2 * COUNT.matmul + (4 + 2) * COUNT.matmul
     assert train_bytes(dataclasses.replace(cfg, remat="block"), 2, 7).weights == 3 * 4 * COUNT.matmul - 4 * (TABLE + DOWN)
-    assert train_bytes(cfg, 2, 7, trainable=head_only(cfg)).weights == 4 * COUNT.matmul
+    assert train_bytes(cfg, 2, 7, trainable=trainable_paths(cfg, train="head")).weights == 4 * COUNT.matmul
 
 
 @pytest.mark.parametrize(("remat", "blocks"), [("none", (9, 7, 6)), ("block", (15, 9, 6))])
 def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_read_going_down(remat, blocks):
     """All of it; with two blocks of three frozen; with all frozen below the head, where nothing is made again."""
     cfg = dataclasses.replace(CFG, remat=remat)
-    steps = [train_bytes(cfg, 2, 7, trainable=paths) for paths in (None, bottom_frozen(CFG, 2), head_only(CFG))]
+    steps = [
+        train_bytes(cfg, 2, 7, trainable=paths)
+        for paths in (None, trainable_paths(CFG, freeze="bottom:2"), trainable_paths(CFG, train="head"))
+    ]
     assert [step.activations for step in steps] == [count * training_memory(CFG, 2, 7).block for count in blocks]
     assert steps[0].total > steps[1].total > steps[2].total
 

@@ -9,9 +9,10 @@ import sys
 import jax
 import pytest
 from shapes_only import batch_of, cache_of, params_of, shaped
+from tiny import trainable_paths
 
 from engine.counting.jaxpr import jaxpr_cost
-from engine.counting.params import bottom_frozen, count_params
+from engine.counting.params import count_params
 from engine.counting.xla import Collective, read_collectives, xla_flops, xla_peak
 from engine.errors import UserError
 from engine.inference.decode import decode_step, prefill
@@ -34,7 +35,9 @@ def gradient(cfg, paths=None):
 def programs():
     return {
         "gradient": gradient(CFG),
-        "gradient of the top, with remat": gradient(dataclasses.replace(CFG, remat="block"), bottom_frozen(CFG, 1)),
+        "gradient of the top, with remat": gradient(
+            dataclasses.replace(CFG, remat="block"), trainable_paths(CFG, freeze="bottom:1")
+        ),
         "evaluation": (functools.partial(score, CFG), (params_of(CFG), BATCH)),
         "prefill": (functools.partial(prefill, CFG), (params_of(CFG), BATCH.tokens, shaped(B), cache_of(CFG, B, CAPACITY))),
         "decode": (functools.partial(decode_step, CFG), (params_of(CFG), shaped(8), cache_of(CFG, 8, CAPACITY))),

@@ -6,11 +6,8 @@ from tiny import tiny_config
 from engine.counting.params import (
     TrainablePaths,
     all_trainable,
-    bottom_frozen,
     count_params,
-    head_only,
     leaf_shapes,
-    top_frozen,
 )
 from engine.errors import UserError
 from engine.model.config import MATRICES
@@ -27,11 +24,13 @@ def test_by_default_all_is_trained():
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED], ids=["untied", "tied"])
-def test_ends_of_the_model_are_those_that_are_counted(cfg):
-    assert select_trainable(cfg, freeze=["bottom:1"])[0] == bottom_frozen(cfg, 1)
-    assert select_trainable(cfg, freeze=["top:2"])[0] == top_frozen(cfg, 2)
-    assert select_trainable(cfg, train=["head"])[0] == head_only(cfg)
-    assert select_trainable(cfg, freeze=["head"])[0].weights == leaf_shapes(cfg).keys() - head_only(cfg).weights
+def test_ends_of_the_model_are_what_their_names_say(cfg):
+    paths, head = leaf_shapes(cfg).keys(), {"embed" if cfg.tied else "head"}
+    lowest, highest = ({path for path in paths if path.startswith(f"blocks/{layer}/")} for layer in (0, 1))
+    assert select_trainable(cfg, freeze=["bottom:1"])[0].weights == paths - lowest - {"embed"}
+    assert select_trainable(cfg, freeze=["top:1"])[0].weights == paths - highest - {"norm", "head"}
+    assert select_trainable(cfg, train=["head"])[0].weights == head
+    assert select_trainable(cfg, freeze=["head"])[0].weights == paths - head
 
 
 def test_trained_paths_less_frozen_paths():
