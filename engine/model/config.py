@@ -1,6 +1,7 @@
 """ModelConfig, LoraConfig and presets of known architectures. Configs are frozen, hashable, and check themselves."""
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import UserError, did_you_mean
@@ -143,9 +144,18 @@ class LoraConfig:
 
     @classmethod
     def from_text(cls, text: str) -> "LoraConfig":
-        """Returns the config of a str of one. Raises ValueError for any other text."""
-        rank, alpha, targets = (field.partition("=")[2] for field in text.split(",", 2))
-        return cls(int(rank), float(alpha), tuple(targets.split(",")))
+        """Reads a str of one, in which each of the three may be left out; alpha is then twice the rank. Raises ValueError."""
+        pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
+        fields = {name: value for name, _, value in pairs}
+        try:
+            rank, targets = int(fields.pop("rank", "8")), fields.pop("targets", "all").split(",")
+            alpha = float(fields.pop("alpha", 2 * rank))
+        except ValueError:
+            fields = {"": text}
+        if fields or len({name for name, *_ in pairs}) < len(pairs):
+            known = f"each once (targets: {', '.join(MATRICES)}, or all)"
+            raise ValueError(f"wanted rank=8,alpha=16,targets=q,v, {known}, got {text!r}")
+        return cls(rank, alpha, tuple(targets))
 
 
 def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) -> T:

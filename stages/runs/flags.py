@@ -1,7 +1,6 @@
 """Flags of training runs: folder, length and seed, and for runs that begin with a model, which of its parameters train."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,6 @@ from stages.cli.flags import (
     default,
     integer,
     interval,
-    number,
     one_of,
     parser,
     path,
@@ -67,18 +65,6 @@ class RunFlags:
     verbose: VerboseFlag = False
 
 
-def parse_lora(text: str) -> LoraConfig:
-    """Parses 'rank=8,alpha=16,targets=q,v', in which each of the three may be left out."""
-    pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
-    fields = {name: value for name, _, value in pairs}
-    if not fields.keys() <= {"rank", "alpha", "targets"} or len(fields) < len(pairs):
-        wanted = "rank=8,alpha=16,targets=q,v, each once (targets: q, k, v, out, gate, up, down, or all)"
-        raise ValueError(f"wanted {wanted}, got {text!r}")
-    rank = integer(1, 4096)(fields.get("rank", "8"))
-    alpha = number(0, above=True)(fields["alpha"]) if "alpha" in fields else 2.0 * rank
-    return LoraConfig(rank, alpha, tuple(fields.get("targets", "all").split(",")))
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainableFlags:
     """Which parameters are trainable; without any of these, a LoRA on all matrices."""
@@ -89,7 +75,7 @@ class TrainableFlags:
     """`bottom:N`, `top:N`, or patterns: all else is trained."""
     lora: Annotated[
         LoraConfig | None,
-        parser(parse_lora, "SIZE"),
+        parser(LoraConfig.from_text, "SIZE"),
         default("on all matrices, its rank by the data in `finetune`, else 8; that of an adapter that is continued"),
     ] = None
     """rank=8,alpha=16,targets=q,v: a new adapter beside a frozen model."""
