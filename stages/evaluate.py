@@ -202,9 +202,9 @@ def evaluate_conversations(
     chat = ChatTokenizer(model.tokenizer)
     seq, objective = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context), ""
     if data:
-        examples, outcome = make_examples(data, chat, seq)
-        name, lines, references = f"{data.name} ({data.kind})", outcome.describe(), conversations.references_of(data)
-        digest = conversations.digest_examples(examples)
+        dataset = make_examples(data, chat, seq)
+        name, lines, examples = f"{data.name} ({data.kind})", dataset.describe(), dataset.examples
+        references, digest = conversations.references_of(data), conversations.digest_examples(examples)
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
         objective = "kto" if (objective, record.get("loss")) == ("preference", "kto") else objective

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ from engine.model.config import ModelConfig
 from engine.storage import huggingface
 from engine.text.chat_tokenizer import Example
 from engine.text.conversations import Conversation, read_conversations
-from engine.text.examples import Pair, evaluation_batches, example_rows
+from engine.text.examples import Pair, example_rows, mismatch
 from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from engine.training.preference import LOSSES, Preferences, answer_logprobs, pair_logprobs, preference_objective
+from engine.training.preference import LOSSES, answer_logprobs, pair_logprobs, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, init_state, train_step
 
 STEPS, ROWS, TOKENS = 20, 4, 96  # TOKENS of a row at most
@@ -40,7 +41,7 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
     rows = []
     for objective in ("answers", *LOSSES):
         progress(f"training by {objective}")
-        steps = [_pairs(step, objective == "orpo") for step in range(STEPS)]
+        steps = [_pairs(step, objective) for step in range(STEPS)]
         file = folder / f"{objective}.json"
         file.write_text(json.dumps([_peer_rows(objective, pairs) for pairs in steps]))
         spec = {
@@ -67,35 +68,29 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
     return rows
 
 
-def _pairs(step: int, alike: bool) -> list[Pair]:
-    """Returns the ROWS pairs of a step.
+def _pairs(step: int, objective: str) -> list[Pair]:
+    """Returns the ROWS pairs of a step; for KTO of an answer, chosen and rejected in turns, and a mismatched one.
 
     TRL's ORPO has the prompt in the chosen answer's loss, and takes the mean over all tokens of the batch; the paper, and ours,
-    the mean over answers. `alike`: prompts of one token and chosen answers of one length, by which both are the same.
+    the mean over answers. It gets prompts of one token and chosen answers of one length, by which both are the same.
     """
     encode = lambda text, most: byte_tokenizer().encode(text)[:most]
     records = [record for record in read_conversations("voice-preferences") if isinstance(record, Conversation)]
-    pairs = []
+    pairs, alike = [], objective == "orpo"
     for row in range(ROWS):
         record = records[(step * ROWS + row) % len(records)]
         question, chosen = (message["content"] for message in record.messages[-2:])
         prompt = encode(question, 1 if alike else 30)
         answers = encode(chosen, 40 if alike else 40 + row), encode(record.rejected or "", 60 - row)
         pairs.append(Pair(*(_example(prompt, answer) for answer in answers)))
-    return pairs
+    if objective != "kto":
+        return pairs
+    return mismatch([pair[row % 2]._replace(weight=(1.0, -1.0)[row % 2]) for row, pair in enumerate(pairs)], TOKENS)
 
 
 def _example(prompt: np.ndarray, answer: np.ndarray) -> Example:
     tokens = np.concatenate([prompt, answer]).astype(np.int32)
     return Example(tokens, np.arange(len(tokens)) >= len(prompt), "")
-
-
-def _rated(pairs: list[Pair]) -> tuple[list[Pair], list[bool]]:
-    """Returns an answer of each pair, chosen and rejected in turns, each with the one before it, as in TRL; the labels."""
-    answers = [pair[row % 2] for row, pair in enumerate(pairs)]
-    split = lambda example: (example.tokens[~example.mask], example.tokens[example.mask])
-    mismatched = [_example(split(own)[0], split(answers[row - 1])[1]) for row, own in enumerate(answers)]
-    return [Pair(*both) for both in zip(answers, mismatched)], [row % 2 == 0 for row in range(len(answers))]
 
 
 def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
@@ -107,8 +102,7 @@ def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
         return [whole(chosen) for chosen, _ in pairs]
     if objective == "kto":
         fields = "prompt_ids", "completion_ids", "KL_completion_ids", "label"
-        rated = zip(*_rated(pairs))
-        return [dict(zip(fields, (prompt(own), answer(own), answer(other), label))) for (own, other), label in rated]
+        return [dict(zip(fields, (prompt(own), answer(own), answer(other), own.weight > 0))) for own, other in pairs]
     if objective == "dpo":
         names = "prompt_ids", "chosen_ids", "rejected_ids"
         return [dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs]
@@ -127,19 +121,13 @@ def _train(objective: str, params: Json, steps: list[list[Pair]]) -> tuple[list[
     state = init_state(tx, jax.tree.map(jnp.copy, params))
     loss = NEXT_TOKEN if objective == "answers" else preference_objective(objective)
     for pairs in steps:
-        batch = _batch(objective, pairs)
-        if isinstance(batch, Preferences):
+        if objective == "answers":
+            batch: Any = example_rows([pair.answer for pair in pairs], TOKENS)
+        else:
+            batch = preference_batch(pairs, range(ROWS), TOKENS, np.zeros((ROWS, 2)))
             batch = batch._replace(reference=pair_logprobs(CONFIG, params, batch))
             inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, batch)._asdict()
         state, metrics = train_step(CONFIG, tx, state, {}, batch, jnp.float32(PROGRESS), 1, loss)
         losses.append(float(metrics.loss))
     names = ("chosen", "rejected", "chosen_mean", "rejected_mean", "reference", "value")
     return losses, {name: np.asarray(inputs[name]).tolist() for name in names if inputs.get(name) is not None}
-
-
-def _batch(objective: str, pairs: list[Pair]) -> object:
-    if objective == "answers":
-        return next(evaluation_batches([pair.answer for pair in pairs], TOKENS, ROWS, pack=False))
-    rated, labels = _rated(pairs) if objective == "kto" else (pairs, [True] * ROWS)
-    answer, other = (example_rows(examples, TOKENS) for examples in zip(*rated))
-    return Preferences(answer, other, None, np.where(labels, 1.0, -1.0).astype(np.float32))

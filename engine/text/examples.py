@@ -25,10 +25,6 @@ class Pair(NamedTuple):
     answer: Example
     other: Example
 
-    @property
-    def where(self) -> str:
-        return self.answer.where
-
 
 def mismatch(answers: Sequence[Example], seq: int) -> list[Pair]:
     """Pairs each answer with its prompt and the answer of the next row that has another prompt, or of the next row.
@@ -49,12 +45,16 @@ def mismatch(answers: Sequence[Example], seq: int) -> list[Pair]:
 
 
 @dataclasses.dataclass
-class DatasetSummary:
-    """The rows of a dataset that were used, and those truncated or dropped, each as (file:line, reason)."""
+class Dataset:
+    """The rows of a data set that are used, with their examples; those truncated or dropped, each as (file:line, reason)."""
 
-    used: list[Record] = dataclasses.field(default_factory=list)  # those whose end was cut off are among them
+    used: list[tuple[Record, list[Any]]] = dataclasses.field(default_factory=list)  # those truncated are among them
     truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def examples(self) -> list[Any]:
+        return [example for _, examples in self.used for example in examples]
 
     def describe(self) -> list[str]:
         """Returns lines for people: the counts, and for each reason the first row it was given for."""
@@ -73,7 +73,7 @@ def make_examples(
     report: OnProgress = None,
     rate: bool = False,
     full: bool = False,
-) -> tuple[list[Any], DatasetSummary]:
+) -> Dataset:
     """Makes examples of at most seq + 1 tokens (seq inputs, and the target after each), or pairs of preferences.
 
     `rate`: makes an example of each answer with a label, and two of a preference; a bad one's weight is negative. `full`: all
@@ -81,8 +81,7 @@ def make_examples(
     BOS to EOS. A conversation is dropped when no answer begins early enough or the template refuses it, and a preference when
     it is longer. Raises UserError, with file:line, when the template fails, and when nothing is left.
     """
-    results, parts = list[Any](), list[Any]()
-    summary, rows = DatasetSummary(), list(rows)
+    dataset, rows, parts = Dataset(), list(rows), list[Any]()
     for number, row in enumerate(rows, 1):
         try:
             if rate and not isinstance(row, Text):
@@ -92,22 +91,21 @@ def make_examples(
             else:
                 parts, cut = _examples(row, chat, seq, full)
         except InvalidConversation as refusal:
-            summary.dropped.append((row.where, str(refusal)))
+            dataset.dropped.append((row.where, str(refusal)))
             continue
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        summary.used.append(row)
+        dataset.used.append((row, parts))
         if cut:
-            summary.truncated.append((row.where, f"longer than {seq} tokens, so its end is cut off"))
-        results += parts
+            dataset.truncated.append((row.where, f"longer than {seq} tokens, so its end is cut off"))
         if report:
             report(number, len(rows))
-    if not results:
-        if not summary.dropped:
+    if not dataset.used:
+        if not dataset.dropped:
             raise UserError("There is nothing in it to learn from.")
-        where, reason = summary.dropped[0]
+        where, reason = dataset.dropped[0]
         raise UserError(f"None of {len(rows):,} rows can be trained on; the first, {where}: {reason.rstrip('.')}.")
-    return results, summary
+    return dataset
 
 
 def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int, full: bool) -> tuple[list[Example], bool]:
@@ -189,7 +187,7 @@ class PackedBatches:
 
     def __post_init__(self) -> None:
         self._mask_type = np.float32 if any(example.weight != 1 for example in self.examples) else bool  # of every batch
-        self._rows = pack_rows(self.examples, self.seq, self.pack)
+        self._rows = pack_rows(self.examples, self.seq) if self.pack else [[at] for at in range(len(self.examples))]
         self.order = EpochOrder(len(self._rows), self.batch, self.seed)
 
     def describe(self) -> str:
@@ -202,12 +200,12 @@ class PackedBatches:
         return _batch(packed, self.seq, self.pack, self._mask_type)
 
 
-def evaluation_batches(examples: Sequence[Example], seq: int, batch: int, pack: bool = True) -> Iterator[Batch]:
+def evaluation_batches(examples: Sequence[Example], seq: int, batch: int) -> Iterator[Batch]:
     """Yields batches (batch, seq) with each example exactly once; rows of padding have mask False."""
-    rows = pack_rows(examples, seq, pack)
+    rows = pack_rows(examples, seq)
     for first in range(0, len(rows), batch):
         part = [[examples[index] for index in row] for row in rows[first : first + batch]]
-        yield _batch(part + [[]] * (batch - len(part)), seq, pack)
+        yield _batch(part + [[]] * (batch - len(part)), seq)
 
 
 def example_rows(examples: Sequence[Example | None], seq: int) -> Batch:
@@ -215,14 +213,12 @@ def example_rows(examples: Sequence[Example | None], seq: int) -> Batch:
     return _batch([[example] if example else [] for example in examples], seq, pack=False)
 
 
-def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[int]]:
+def pack_rows(examples: Sequence[Example], seq: int) -> list[list[int]]:
     """Packs examples into rows of `seq` tokens, as indices: the longest first, each into the row where it leaves least room.
 
     This is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
     """
     sizes = [len(example.tokens) - 1 for example in examples]  # the last is only a target
-    if not pack:
-        return [[index] for index in range(len(examples))]
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # places left -> rows
     room_bits = 0  # bit r: with_room[r] is not empty; best fit: the lowest bit from `size` up
@@ -243,7 +239,7 @@ def pack_rows(examples: Sequence[Example], seq: int, pack: bool) -> list[list[in
     return rows
 
 
-def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool, mask_type: type = bool) -> Batch:
+def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool = True, mask_type: type = bool) -> Batch:
     """Lays each row's examples side by side. Padding behind them is segment 0, with mask False. A float mask has weights."""
     tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
     mask: np.ndarray = np.zeros((len(rows), seq), mask_type)

@@ -20,14 +20,13 @@ from engine.text.batch import EpochOrder
 from engine.text.examples import PackedBatches, Pair, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
-from engine.training.preference import LOSSES, preference_objective
+from engine.training.preference import LOSSES, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
 from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults
 from stages.runs.conversation_data import (
     held_out_evaluator,
     open_conversations,
-    preference_batch,
     prepare_conversations,
     reference_logprobs,
 )
@@ -83,13 +82,12 @@ class FineTuning(ModelStage, BatchStage):
     def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         self.answer_metrics = Metrics(examples.metric)
-        lora = trainable.adapter
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
-        self.keep_last, self.in_blocks = tuning.keep_last, trainable.weights == "q4"
+        self.keep_last = tuning.keep_last
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference, self.rates = is_preference and LOSSES[tuning.loss].has_reference, tuning.examples == "kto"
-        rate = (2e-3 if lora else 2e-4) / (10 if is_preference else 1)
+        rate = (2e-3 if trainable.adapter else 2e-4) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
             learning_rate=tuning.learning_rate or rate,
             warmup=tuning.warmup,
@@ -98,6 +96,8 @@ class FineTuning(ModelStage, BatchStage):
             clip=tuning.clip,
         )
         rows = tuning.rows * (2 if is_preference else 1)  # of tokens
+        mesh, steps = options.mesh or ONE_DEVICE, flags.length.steps
+        least_steps = 0 if flags.length.max_time or steps else LEAST_STEPS
 
         def make_plan(cfg: ModelConfig) -> None:
             """Plans the run by the architecture. Raises UserError for one that cannot be."""
@@ -107,36 +107,20 @@ class FineTuning(ModelStage, BatchStage):
             recipe = Recipe("the model's", context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
             paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
-            least_steps = 0 if flags.length.max_time or flags.length.steps else LEAST_STEPS
-            self.plan = RunPlan(
-                flags.model,
-                cfg,
-                recipe,
-                flags.seed,
-                flags.length.steps,
-                seconds,
-                paths,
-                trainable.base,
-                least_steps=least_steps,
-                mesh=options.mesh or ONE_DEVICE,
-            )
-            check_mesh(self.plan.mesh, cfg, tuning.rows, flags.microbatches)
-            parts = tuning.rows // self.plan.mesh.row_shards
-            lighter = "--base int8" if lora else "a LoRA (no --train, no --freeze)"
+            run = flags.seed, steps, seconds, paths, trainable.base
+            self.plan = RunPlan(flags.model, cfg, recipe, *run, least_steps=least_steps, mesh=mesh, blocks=self.blocks)
+            check_mesh(mesh, cfg, tuning.rows, flags.microbatches)
+            parts = tuning.rows // mesh.row_shards
+            lighter = "--base int8" if self.lora else "a LoRA (no --train, no --freeze)"
             remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
             self.plan.require(self.plan.memory.total, "A step would need about", remedy)
-
-        def on_config(cfg: ModelConfig) -> None:
-            if not trainable.lora:
-                self.continue_adapter(cfg)
-            make_plan(cfg)  # raises before a weight is read
 
         if examples.general != "none":
             check_text_name(examples.general)
         for data in filter(None, (examples.data, examples.validation)):
             open_conversations(data, tuning.examples)  # raises before a model is loaded
         template, on_mesh = read_template(examples.template), options.mesh is not None
-        super().__init__(flags.model, lora, options.folder, console, template, on_config, on_mesh)
+        super().__init__(flags.model, trainable, options.folder, console, template, make_plan, on_mesh)  # plans before it reads
         self.dataset = prepare_conversations(
             examples.data,
             examples.validation,
@@ -181,7 +165,7 @@ class FineTuning(ModelStage, BatchStage):
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
         epochs = self.packed.order.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
         counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
-        rows, *problems = dataset.summary.describe()
+        rows, *problems = dataset.summary
         examples = "answer" if self.rates else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         return [
             self.model_row(),

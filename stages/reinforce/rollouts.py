@@ -17,7 +17,7 @@ from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.corpus import normalize
-from engine.text.examples import evaluation_batches
+from engine.text.examples import example_rows
 from engine.text.rows import check_text, json_type, read_rows
 from engine.training.reinforce import log_probabilities
 
@@ -132,34 +132,26 @@ def _read(path: Path, tasks: set[str]) -> list[Prompt]:
 
 
 class Rollout(NamedTuple):
-    """Completions of prompts, and their rewards."""
+    """B completions of prompts and their rewards. The mask of `batch` counts a completion's tokens, that which ends it too."""
 
-    prompts: list[list[int]]  # tokens
-    completions: list[list[int]]  # tokens, the stop token included, which is trained on too
-    texts: list[str]  # of completions
+    batch: Batch
+    texts: list[str]
     text_bytes: list[int]
     rewards: list[float]
     seconds: float  # of inference
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.completions))
+        return int(self.batch.mask.sum())
 
     @property
     def mean_reward(self) -> float:
         return sum(self.rewards) / len(self.rewards)
 
-
-class Scores(NamedTuple):
-    """The `rollout_batch` of completions, its log-probabilities (B, T) under a model, and each one's bits per byte (B,).
-
-    `bits`: bits per byte of all completions together. Bits include those of the token that ends a completion.
-    """
-
-    batch: Batch
-    logprobs: np.ndarray
-    bits_each: np.ndarray
-    bits: float
+    def bits(self, logprobs: np.ndarray) -> tuple[np.ndarray, float]:
+        """Returns the bits per byte of each completion, (B,), and of all together, by log-probabilities (B, T)."""
+        bits, sizes = -logprobs.sum(1) / math.log(2), np.array(self.text_bytes)
+        return bits / np.maximum(sizes, 1), float(bits.sum() / max(sizes.sum(), 1))
 
 
 def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
@@ -168,17 +160,11 @@ def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
 
 def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
     """Returns a Batch of prompts with their completions, `seq` tokens a row, whose mask counts the completions' tokens."""
-    examples = [
-        Example(np.array(prompt + completion, np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt), "")
-        for prompt, completion in zip(prompts, completions)
-    ]
-    return next(evaluation_batches(examples, seq, len(examples), pack=False))
+    rows = [(np.array(prompt + completion, np.int32), len(prompt)) for prompt, completion in zip(prompts, completions)]
+    return example_rows([Example(tokens, np.arange(len(tokens)) >= size, "") for tokens, size in rows], seq)
 
 
-def score_completions(cfg: ModelConfig, params: Params, rollout: Rollout, seq: int, rows: int) -> Scores:
-    """Scores completions under `params`, `rows` of `seq` tokens at once."""
-    batch = rollout_batch(rollout.prompts, rollout.completions, seq)
+def score_batch(cfg: ModelConfig, params: Params, batch: Batch, rows: int) -> np.ndarray:
+    """Returns the log-probabilities (B, T) of a batch under `params`, `rows` at once; 0 where the mask is False."""
     parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
-    logprobs = np.concatenate([np.asarray(log_probabilities(cfg, params, part)) for part in parts])
-    bits, size = -logprobs.sum(1) / math.log(2), np.array(rollout.text_bytes)
-    return Scores(batch, logprobs, bits / np.maximum(size, 1), float(bits.sum() / max(size.sum(), 1)))
+    return np.concatenate([np.asarray(log_probabilities(cfg, params, part)) for part in parts])

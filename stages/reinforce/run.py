@@ -22,11 +22,12 @@ from engine.model.transformer import Params
 from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
+from engine.text.examples import example_rows
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.step import TrainState
 from stages.cli.console import Console, ReportProgress
-from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, prompts_for, rollout_batch, score_completions
+from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, prompts_for, rollout_batch, score_batch
 from stages.runs.answers import compare
 from stages.runs.estimate import Recipe, RunPlan, memory_estimate
 from stages.runs.folder import clear_run, default_folder
@@ -71,13 +72,12 @@ class ReinforcementLearning(ModelStage):
 
     def __init__(self, flags: "ReinforceFlags", options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
-        lora = trainable.adapter
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
-        self.scale, self.in_blocks = not update.no_scale, trainable.weights == "q4"
+        self.scale = not update.no_scale
         self.rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
         self.prompts = prompts_for(self.rewards.names, rollout.data, flags.seed)
-        super().__init__(flags.model, lora, options.folder, console)
+        super().__init__(flags.model, trainable, options.folder, console)
         cfg = self.model.cfg
         self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
         room = cfg.context - self.longest
@@ -91,7 +91,7 @@ class ReinforcementLearning(ModelStage):
         self.objective = grpo(self.clip, self.kl, update.clip_high, self.max_tokens if update.equal_tokens else None)
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
-            learning_rate=update.learning_rate or (5e-4 if lora else 2e-5),
+            learning_rate=update.learning_rate or (5e-4 if self.lora else 2e-5),
             schedule="wsd",
             warmup=0,
             decay=0.5,
@@ -100,15 +100,12 @@ class ReinforcementLearning(ModelStage):
         )
         seq = -(-(self.capacity - 1) // MULTIPLE) * MULTIPLE
         microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
-        if not trainable.lora:
-            self.continue_adapter(cfg)
         paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
         seconds = length.max_time or (None if length.rounds else SECONDS)
         recipe = Recipe("the model's", seq, rows, optimizer, microbatches)
         least_rounds = 0 if length.max_time or length.rounds else LEAST_ROUNDS
-        self.plan = RunPlan(
-            self.model.name, cfg, recipe, flags.seed, length.rounds, seconds, paths, trainable.base, "round", least_rounds
-        )
+        run = flags.seed, length.rounds, seconds, paths, trainable.base
+        self.plan = RunPlan(self.model.name, cfg, recipe, *run, "round", least_rounds, blocks=self.blocks)
         self.metadata = {
             "learns": trainable.describe(self.lora),
             "text": {
@@ -167,7 +164,7 @@ class ReinforcementLearning(ModelStage):
         self.order = EpochOrder(len(self.prompts.train), self.prompts_each, plan.seed)
         loop_state.stage = dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage
         self.exhausted = len(loop_state.stage["alike"]) >= ALIKE_ROUNDS
-        batch = rollout_batch([[0]] * rows, [[0]] * rows, plan.recipe.context)
+        batch = example_rows([None] * rows, plan.recipe.context)
         empty = np.zeros(batch.tokens.shape, np.float32)
         rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
         with self.console.task("compiling training", always=True):
@@ -191,13 +188,14 @@ class ReinforcementLearning(ModelStage):
         if digest(self.params) != before:
             raise RuntimeError("Inference changed the weights.")
         begin, reward = time.perf_counter(), rollout.mean_reward
-        scores = self._score(self.trainable, rollout)
+        reference = self._logprobs(self.trainable, rollout)
+        bits_each, bits = rollout.bits(reference)
         rewards, norm, kl = np.reshape(rollout.rewards, (-1, self.group)), 0.0, {}
         differs, self.trained_batch = bool((rewards != rewards[:, :1]).any()), None
         if differs:
-            old = self._score(state.trainable, rollout).logprobs if self.updates > 1 else None
-            advantages = group_advantages(rewards, -self.fluency * scores.bits_each.reshape(rewards.shape), self.scale)
-            rollouts = Rollouts(scores.batch, np.asarray(advantages).reshape(-1), old, scores.logprobs)
+            old = self._logprobs(state.trainable, rollout) if self.updates > 1 else None
+            advantages = group_advantages(rewards, -self.fluency * bits_each.reshape(rewards.shape), self.scale)
+            rollouts = Rollouts(rollout.batch, np.asarray(advantages).reshape(-1), old, reference)
             self.trained_batch = rollouts
             progress = np.float32(plan.progress(number, loop_state.seconds))
             for _ in range(self.updates):
@@ -211,7 +209,7 @@ class ReinforcementLearning(ModelStage):
         training = time.perf_counter() - begin
         self.last = {
             "reward": reward,
-            "base_bits_per_byte": scores.bits,
+            "base_bits_per_byte": bits,
             "answer_tokens": rollout.tokens,
             "inference_seconds": rollout.seconds,
             "training_seconds": training,
@@ -222,7 +220,7 @@ class ReinforcementLearning(ModelStage):
         changed = f"weights {before[:8]} -> {self.digest[:8]}" if differs else "all alike, nothing to train on"
         self.line = [
             f"reward {reward:.3f}",
-            f"base {scores.bits:.2f} bits/byte",
+            f"base {bits:.2f} bits/byte",
             f"| inference {rollout.seconds:.2f} s, {rollout.tokens:,} tokens, weights {before[:8]} unchanged",
             f"| training {training:.2f} s, {changed}" + (f", KL {kl['kl']:.4f} |" if kl else " |"),
         ]
@@ -290,7 +288,7 @@ class ReinforcementLearning(ModelStage):
         with self.console.task("evaluating on held-out prompts", always=True) as report:
             params = prepare_params(plan.cfg, merge(trainable, self.frozen))
             rollout = self.rollout(params, prompts, first_seed(plan.seed, -parts, rows), report)
-            return rollout, self._score(self.trainable, rollout).bits
+            return rollout, rollout.bits(self._logprobs(self.trainable, rollout))[1]
 
     def rollout(
         self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
@@ -311,13 +309,14 @@ class ReinforcementLearning(ModelStage):
         texts = [tokenizer.decode(end.tokens).strip() for end in ends]
         completions = [end.tokens if end.stop_token is None else [*end.tokens, end.stop_token] for end in ends]
         rewards = self.rewards([prompt.text for prompt in prompts], texts, [prompt.answer for prompt in prompts])
-        return Rollout(tokens, completions, texts, [*map(tokenizer.count_bytes, completions)], rewards, seconds)
+        batch = rollout_batch(tokens, completions, self.plan.recipe.context)
+        return Rollout(batch, texts, [*map(tokenizer.count_bytes, completions)], rewards, seconds)
 
-    def _score(self, trainable: Any, rollout: Rollout) -> Any:
-        """Returns the Scores of completions. With the untrained adapter, which changes nothing to the bit, it is those of the
-        model before training, by the program of a trained one."""
+    def _logprobs(self, trainable: Any, rollout: Rollout) -> np.ndarray:
+        """Returns the log-probabilities (B, T) of completions. With the untrained adapter, which changes nothing to the bit,
+        they are those of the model before training, by the program of a trained one."""
         plan, params = self.plan, merge(trainable, self.frozen)
-        return score_completions(plan.cfg, params, rollout, plan.recipe.context, plan.recipe.batch // plan.recipe.accumulate)
+        return score_batch(plan.cfg, params, rollout.batch, plan.recipe.batch // plan.recipe.accumulate)
 
 
 def first_seed(seed: int, round_number: int, rows: int) -> int:

@@ -22,9 +22,9 @@ from engine.text import OnProgress
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import KINDS, SHIPPED, Conversation, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import DatasetSummary, Pair, evaluation_batches, example_rows, make_examples, mismatch
+from engine.text.examples import Dataset, Pair, evaluation_batches, make_examples, mismatch
 from engine.text.template import Message
-from engine.training.preference import Preferences, pair_logprobs
+from engine.training.preference import pair_logprobs, preference_batch
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
 from stages.runs.text_data import EVALUATION_ROWS, Evaluator
@@ -34,6 +34,7 @@ QUESTIONS = 3  # of the held-out set, or for texts these
 QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
 
 
+Used = list[tuple[Record, list[Any]]]  # rows, with their examples
 PAIRS = "pairs of a chosen and a rejected answer"
 WANTED = {  # by each objective: kinds of data, what they are called, and what to do about another
     "answers": (KINDS.keys() - {"preference"}, "conversations or texts", "preference fits it"),
@@ -44,7 +45,7 @@ WANTED = {  # by each objective: kinds of data, what they are called, and what t
 
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
-    """Training and held-out examples (or pairs), their names, and a summary of the rows used and left out.
+    """Training and held-out examples (or pairs), their names, and lines on the rows used and left out.
 
     No held-out row copies a training row, or has its prompt if a preference; `overlap` says what was left out. `questions`:
     QUESTIONS conversations of the held-out set, each up to the assistant's first answer. `references`: as of `references_of`.
@@ -54,7 +55,7 @@ class ConversationData:
     held_out: list[Any]
     digest: str
     held_out_digest: str
-    summary: DatasetSummary
+    summary: list[str]
     kind: str
     name: str
     held_out_name: str
@@ -89,72 +90,66 @@ def prepare_conversations(
     the rows, chosen by `seed`, is held out.
     """
 
-    def read(name: str) -> tuple[str, list[Any], DatasetSummary]:
+    def read(name: str) -> tuple[str, Dataset]:
         source = open_conversations(name, objective)
         with console.task(f"reading {name}") as report:
-            return source.kind, *make_examples(source, chat, seq, report, objective == "kto", full)
+            return source.kind, make_examples(source, chat, seq, report, objective == "kto", full)
 
-    kind, train, summary = read(data)
-    rows = summary.used
-    validation = validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
+    kind, dataset = read(data)
+    used, validation = dataset.used, validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
     if validation:
-        _, held_out, validated = read(validation)
-        held_out, overlap = _without_copies(held_out, validated.used, rows, validation, data)
-        rows = validated.used
+        rest, overlap = _without_copies(read(validation)[1].used, used, validation, data)
     else:
-        train, held_out, validation, overlap = _split(train, rows, seed, data)
-    places = {item.where for item in held_out}
-    rows = [row for row in rows if row.where in places]
-    digests = digest_examples(train), digest_examples(held_out)
+        used, rest, validation, overlap = _split(used, seed, data)
+    train, held_out = ([item for _, items in part for item in items] for part in (used, rest))
+    digests, rows = (digest_examples(train), digest_examples(held_out)), [row for row, _ in rest]
     if objective == "kto":
         train, held_out = mismatch(train, seq), mismatch(held_out, seq)
-    questions, references = _questions(rows), references_of(rows)
-    return ConversationData(train, held_out, *digests, summary, kind, data, validation, overlap, questions, references)
+    lines, questions, references = dataset.describe(), _questions(rows), references_of(rows)
+    return ConversationData(train, held_out, *digests, lines, kind, data, validation, overlap, questions, references)
 
 
-def _without_copies(
-    held_out: list[Any], rows: Sequence[Record], train: Sequence[Record], name: str, data: str
-) -> tuple[list[Any], str]:
-    """Returns the held-out items whose texts are not in `train`, and what was left out. Raises UserError if all are."""
-    texts = {row.text for row in train}
+def _without_copies(held_out: Used, train: Used, name: str, data: str) -> tuple[Used, str]:
+    """Returns the held-out rows whose texts are not in `train`, and what was left out. Raises UserError if all are."""
+    texts = {row.text for row, _ in train}
     known = {*map(normalize, texts)}
-    copies = {row.where: row.text for row in rows if normalize(row.text) in known}
-    if not copies:
+    others = [each for each in held_out if normalize(each[0].text) not in known]
+    if not (count := len(held_out) - len(others)):
         return held_out, ""
-    exact = sum(text in texts for text in copies.values())
-    found = f"{len(copies):,} of the {len(rows):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
-    if len(copies) == len(rows):
+    exact = sum(row.text in texts for row, _ in held_out)
+    found = f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
+    if not others:
         raise UserError(f"{found}: nothing is held out. Give another --validation, or none, to hold out a tenth of {data}.")
-    return [item for item in held_out if item.where not in copies], f"{found}: left out"
+    return others, f"{found}: left out"
 
 
-def _split(items: list[Any], rows: Sequence[Record], seed: int, data: str) -> tuple[list[Any], list[Any], str, str]:
-    """Returns the training and the held-out items, the latter's name, and a sentence on copies.
+def _split(used: Used, seed: int, data: str) -> tuple[Used, Used, str, str]:
+    """Returns the training and the held-out rows, the latter's name, and a sentence on copies.
 
     All copies of a row are on one side, and rows without a copy are held out first. A hash of seed and text chooses them, so
     that a row more in the file moves no other. Of a single text the end is held out.
     """
-    if len(rows) == 1 < len(items):
+    (row, items), rows = used[0], len(used)
+    if rows == 1 < len(items):
         count = max(1, round(HELD_OUT * len(items)))
-        return items[:-count], items[-count:], f"the last {count:,} of {len(items):,} pieces of {data}", ""
-    groups = collections.defaultdict[str, list[str]](list)
-    for row in rows:
-        groups[normalize(row.text)].append(row.where)
-    if len(groups) < 2:
+        name = f"the last {count:,} of {len(items):,} pieces of {data}"
+        return [(row, items[:-count])], [(row, items[-count:])], name, ""
+    copies = collections.Counter(normalize(row.text) for row, _ in used)
+    if len(copies) < 2:
         raise UserError(
-            f"{data} has {quantity(len(rows), 'usable row')}{', 1 of them different' * (len(rows) > 1)}: too few to hold any "
+            f"{data} has {quantity(rows, 'usable row')}{', 1 of them different' * (rows > 1)}: too few to hold any "
             "out; give others with --validation."
         )
-    rank = lambda text: (len(groups[text]), hashlib.sha256(f"{seed} {text}".encode()).digest())
-    held_out = set[str]()
-    for text in sorted(groups, key=rank)[:-1]:
-        held_out.update(groups[text])
-        if len(held_out) >= round(HELD_OUT * len(rows)):
+    rank = lambda text: (copies[text], hashlib.sha256(f"{seed} {text}".encode()).digest())
+    held_out, count = set[str](), 0
+    for text in sorted(copies, key=rank)[:-1]:
+        held_out.add(text)
+        count += copies[text]
+        if count >= round(HELD_OUT * rows):
             break
-    copies = f"{len(rows) - len(groups):,} of {len(rows):,} rows are copies of another; all copies of a row are on one side"
-    train, rest = ([item for item in items if (item.where in held_out) == side] for side in (False, True))
-    name = f"{len(held_out):,} of {len(rows):,} rows of {data}, by the seed"
-    return train, rest, name, copies * (len(groups) < len(rows))
+    found = f"{rows - len(copies):,} of {rows:,} rows are copies of another; all copies of a row are on one side"
+    train, rest = ([each for each in used if (normalize(each[0].text) in held_out) == side] for side in (False, True))
+    return train, rest, f"{count:,} of {rows:,} rows of {data}, by the seed", found * (len(copies) < rows)
 
 
 def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
@@ -181,17 +176,6 @@ def open_conversations(data: str, objective: str) -> Conversations:
     if conversations.kind in kinds:
         return conversations
     raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
-
-
-def preference_batch(pairs: Sequence[Pair], index: Sequence[int], seq: int, logprobs: np.ndarray) -> Preferences:
-    """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of padding.
-
-    `logprobs` (pairs, 2): those of both their answers by the reference.
-    """
-    rows = [pairs[at] if at < len(pairs) else None for at in index]
-    answer, other = (example_rows([pair and pair[side] for pair in rows], seq) for side in (0, 1))
-    value = np.array([pair.answer.weight if pair else 0 for pair in rows], np.float32)
-    return Preferences(answer, other, logprobs[np.minimum(index, len(pairs) - 1)], value)
 
 
 def reference_logprobs(

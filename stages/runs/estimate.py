@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import Any, Literal
 
 import jax
@@ -67,7 +68,8 @@ class RunPlan:
     """One run: the model (`name`), how it is trained, and for how many `steps` or `seconds` of training.
 
     `trainable`: the parameters that train, None for all. `base`: the type of the frozen matrices under an adapter.
-    `least_steps`: those to make even if the time is over. `mesh`: the devices that share a step.
+    `least_steps`: those to make even if the time is over. `mesh`: the devices that share a step. `blocks`: matrices that lie in
+    blocks, of which two numbers in 32 weights train: for memory about those of a LoRA pair of rank width / 32.
     """
 
     name: str
@@ -81,6 +83,7 @@ class RunPlan:
     step_name: Literal["step", "round"] = "step"
     least_steps: int = 0
     mesh: MeshShape = ONE_DEVICE
+    blocks: Collection[str] = ()
 
     @property
     def step_flops(self) -> int:
@@ -98,17 +101,21 @@ class RunPlan:
         recipe, (_, fsdp, tensor) = self.recipe, self.mesh
         parts = {name: getattr(self.cfg, name) // tensor for name in ("vocab", "heads", "kv_heads", "ff")}
         cfg, rows = dataclasses.replace(self.cfg, **parts), recipe.batch // recipe.accumulate // self.mesh.row_shards
+        if (trainable := self.trainable) and self.blocks:
+            packed = trainable.weights.intersection(self.blocks)
+            trainable = TrainablePaths(trainable.weights - packed, packed - {"embed", "head"}, cfg.width // 32)
         memory = training_memory(
             cfg,
             rows,
             recipe.context,
             optimizer=recipe.optimizer.kind,
-            trainable=self.trainable,
+            trainable=trainable,
             loss_chunks=loss_chunks(cfg, rows * recipe.context, self._head_is_narrow),
             microbatches=recipe.accumulate,
             base=self.base,
         )
-        if self.trainable is not None:  # the model as loaded, in float32, which the report compares with; of a LoRA the pairs
+        # The model as loaded, in float32, which the report compares with; of a LoRA the pairs; of blocks what a step unpacks.
+        if self.trainable is not None:
             is_shared = self.trainable.adapted or dtype_bytes(cfg) == 4
             loaded = memory.gradients if is_shared else 4 * count_params(cfg).total
             memory = dataclasses.replace(memory, params=memory.params + loaded)
@@ -168,7 +175,7 @@ class RunPlan:
         require_memory(needed, what, remedy, detail=detail, limit=self.memory_limit)
 
     def cost_relative_to_full(self) -> str:
-        full = dataclasses.replace(self, trainable=all_trainable(self.cfg), base="float")
+        full = dataclasses.replace(self, trainable=all_trainable(self.cfg), base="float", blocks=())
         flops, memory = self.step_flops / full.step_flops, self.memory.total / full.memory.total
         return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained"
 

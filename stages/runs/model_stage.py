@@ -35,6 +35,7 @@ from engine.training.freeze import select_trainable
 from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
+from stages.runs.flags import TrainableFlags
 from stages.runs.mesh import on_one_device
 from stages.runs.stage import Stage
 
@@ -43,28 +44,34 @@ class ModelStage(Stage):
     """A Stage that trains a loaded model. The subclass sets `plan`, and `metadata` to its own entries of run.json.
 
     `trainable` is in float32, `frozen` in the compute type or int8, as steps read it; of a LoRA nothing else is saved.
-    `in_blocks`: whether steps read all weights as `serve --weights q4` does. Of Blocks that were loaded, which are saved under
-    `packed/`, the factors train; other weights are saved as they are.
+    `in_blocks`: whether steps read all weights as `serve --weights q4` does. Of Blocks that are loaded, whose shapes are
+    `blocks`, and which are saved under `packed/`, the factors train; other weights are saved as they are.
     """
 
     metadata: dict[str, Any]
-    in_blocks = False
     continued_base = ""  # of the adapter that is continued
 
     def __init__(
         self,
         name: str,
-        lora: LoraConfig | None,
+        options: TrainableFlags,
         folder: Path,
         console: Console,
         template: str | None = None,
         on_config: Callable[[ModelConfig], None] = lambda cfg: None,
         on_mesh: bool = False,
     ) -> None:
-        self.name, self.lora, self.folder, self.console, self.on_mesh = name, lora, folder, console, on_mesh
+        self.name, self.folder, self.console, self.on_mesh = name, folder, console, on_mesh
+        self.lora, self.in_blocks, self.blocks = options.adapter, options.weights == "q4", dict[str, Any]()
+
+        def choose_adapter(cfg: ModelConfig) -> None:
+            if self.lora and not options.lora:
+                self._continue_adapter(cfg)
+            on_config(cfg)
+
         with console.task(f"loading {name}") as report, host_memory(on_mesh):
-            dtype, blocks = None if lora else "float32", dict[str, Any]() if self.in_blocks else None
-            self.model = load_model(name, dtype=dtype, report=report, on_config=on_config, blocks=blocks)
+            dtype, blocks = None if self.lora else "float32", self.blocks if self.in_blocks else None
+            self.model = load_model(name, dtype=dtype, report=report, on_config=choose_adapter, blocks=blocks)
         checkpoint = self.model.checkpoint
         for path in (checkpoint, *self.model.bases):
             if path.resolve().is_relative_to(folder.resolve()):
@@ -79,14 +86,12 @@ class ModelStage(Stage):
         self.sampling = self.model.sampling
         self.stop_token_ids = tuple(dict.fromkeys((*self.model.eos_ids, *self.chat.eot_ids)))
 
-    def continue_adapter(self, cfg: ModelConfig) -> None:
+    def _continue_adapter(self, cfg: ModelConfig) -> None:
         """Has the run continue the LoRA that the model is, if it is one, in place of a new one."""
-        if not self.lora or not (origin := adapter_origin(self.name, cfg)):
-            return
-        base, config = origin
+        base, config = adapter_origin(self.name, cfg) or ("", None)
         if config:
             self.continued_base, self.lora = base, config
-        else:
+        elif base:
             self.console.print_notes(
                 f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, "
                 "or weights trained whole, and cannot be continued."
@@ -164,9 +169,8 @@ class ModelStage(Stage):
         plan, cfg = self.plan, self.plan.cfg
         size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
         if self.in_blocks:
-            size += (
-                f", in 4 bits as served, of which {sum(leaf.size for leaf in jax.tree.leaves(self.trainable)):,} numbers train"
-            )
+            numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))  # 0 in a dry run
+            size += ", in 4 bits as served" + f", of which {numbers:,} numbers train" * bool(numbers)
         return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
 
     def load_trained(self, step: int) -> Any:

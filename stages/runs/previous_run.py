@@ -77,14 +77,16 @@ def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
 
 
 # What a resumed run may not change, by its path in run.json, and its name; of the architecture, all that CONFIG_MAY_CHANGE
-# does not name. All else may change, and is noted in run.json.
-FIXED = {
+# does not name. All else may change, and is noted in run.json. The first every run has.
+ALWAYS_THERE = {
     "text/digest": "text",
     "tokenizer/digest": "tokenizer",
     "seed": "seed",
     "recipe/batch": "batch",
     "recipe/context": "context",
     "recipe/optimizer/kind": "optimizer",
+}
+FIXED = ALWAYS_THERE | {
     "base/digest": "base",
     "learns": "choice of trainable parameters",
     "objective": "objective",
@@ -93,7 +95,6 @@ FIXED = {
     "continues": "adapter to continue",
 }
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
-OPTIONAL = {"base/digest", "learns", "objective", "pack", "stage", "continues"}  # not every run has them
 BY_FLAG = re.compile(
     "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|template|text/(data|validation)"
 )
@@ -115,7 +116,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 
 def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns what differs and may not: `width (256 there, 384 now)`."""
-    if FIXED.keys() - OPTIONAL - before.keys():
+    if ALWAYS_THERE.keys() - before.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
     changes, refused = differences(before, now), []
     for path, values in changes.items():

@@ -1,12 +1,12 @@
 """Rewards completions by rules, and by functions in the user's own file, each with a weight."""
 
-import contextlib
+import functools
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.training.reinforce import TASKS, Reward, make_reward
 RULE_SECONDS = 2.0  # of a rule, for a round
 MAX_WEIGHT = 1e6
 PROCESS = Path(__file__).with_name("own_function.py")
+Rows = list[dict[str, Any]]  # a prompt, completion and answer each
 
 
 class Rewards:
@@ -27,7 +28,7 @@ class Rewards:
 
     def __init__(self, tasks: Sequence[str], seconds: float, remedy: str = "mend it") -> None:
         self.name, self.seconds, self.remedy, self.names = " ".join(tasks), seconds, remedy, set[str]()
-        self._rules, self._functions = list[tuple[float, Reward]](), list[tuple[float, str, str]]()
+        self._tasks = list[tuple[float, Callable[[Rows], list[float]]]]()
         for text in tasks:
             weight, task = re.fullmatch(r"(?:(-?\d*\.?\d+)\*)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
             if weight and not 0 < float(weight) <= MAX_WEIGHT:
@@ -38,9 +39,8 @@ class Rewards:
                 if not Path(file).is_file():
                     raise UserError(f"There is no file {file}; a function of your own is FILE.py:FUNCTION.")
                 self._call(file, own[2], [])
-                self._functions.append((float(weight or 1), file, own[2]))
-            else:
-                self._rules.append((float(weight or 1), make_reward(task)))
+            reward = functools.partial(self._call, file, own[2]) if own else functools.partial(_by_rule, make_reward(task))
+            self._tasks.append((float(weight or 1), reward))
             self.names.add("own" if own else task.partition(":")[0])
 
     def describe(self) -> str:
@@ -50,16 +50,10 @@ class Rewards:
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
         """Returns the reward of each completion. Raises UserError for a rule or a function that fails or takes too long."""
-        totals = [0.0] * len(completions)
-        with _time_limit("The task's pattern takes too long on an answer: write it so that it has one way to match a text."):
-            for weight, rule in self._rules:
-                totals = [total + weight * rule(*row) for total, *row in zip(totals, completions, answers)]
         rows = [dict(zip(("prompt", "completion", "answer"), row)) for row in zip(prompts, completions, answers)]
-        for weight, file, function in self._functions:
-            totals = [total + weight * value for total, value in zip(totals, self._call(file, function, rows))]
-        return totals
+        return [sum(values) for values in zip(*([weight * value for value in reward(rows)] for weight, reward in self._tasks))]
 
-    def _call(self, file: str, function: str, rows: list[dict[str, Any]]) -> list[float]:
+    def _call(self, file: str, function: str, rows: Rows) -> list[float]:
         """Calls a user's function in a process that ends with it: it can neither stop this one nor change anything in it."""
         command = [sys.executable, "-P", "-B", str(PROCESS), file, function, str(self.seconds)]
         try:
@@ -79,17 +73,19 @@ class Rewards:
         return reply["values"]
 
 
-@contextlib.contextmanager
-def _time_limit(sentence: str) -> Iterator[None]:
-    """Raises UserError(sentence) after RULE_SECONDS in the block. To be called in the main thread, to which signals come."""
+def _by_rule(reward: Reward, rows: Rows) -> list[float]:
+    """Raises UserError after RULE_SECONDS. To be called in the main thread, to which signals come."""
 
     def ring(number: int, frame: object) -> None:
-        raise UserError(f"{sentence} ({RULE_SECONDS:g} s were not enough.)")
+        raise UserError(
+            "The task's pattern takes too long on an answer: write it so that it has one way to match a text. "
+            f"({RULE_SECONDS:g} s were not enough.)"
+        )
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, RULE_SECONDS)
     try:
-        yield
+        return [reward(row["completion"], row["answer"]) for row in rows]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

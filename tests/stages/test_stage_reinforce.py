@@ -18,7 +18,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.reinforce import __main__ as reinforce
 from stages.reinforce import run as reinforce_run
-from stages.reinforce.rollouts import Rollout, prompts_for, score_completions
+from stages.reinforce.rollouts import Rollout, prompts_for, rollout_batch, score_batch
 from stages.reinforce.run import ALIKE_ROUNDS, ReinforcementLearning
 from stages.runs import rewards
 
@@ -152,9 +152,12 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
     assert result(folder)["base_bits_per_byte_after"] > 0
     text = "the sea"
     prompt, completion = (model.tokenizer.encode(part).tolist() for part in ("User: ", text))
-    rollout = Rollout([prompt], [[*completion, model.tokenizer.eos_id]], [text], [len(text)], [1.0], 0.0)
-    _, logprobs, _, bits = score_completions(model.cfg, model.params, rollout, 32, 1)
-    tokens = np.array([*prompt, *rollout.completions[0]])[None]
+    completion.append(model.tokenizer.eos_id)
+    rollout = Rollout(rollout_batch([prompt], [completion], 32), [text], [len(text)], [1.0], 0.0)
+    assert rollout.tokens == len(completion)
+    logprobs = score_batch(model.cfg, model.params, rollout.batch, 1)
+    _, bits = rollout.bits(logprobs)
+    tokens = np.array([*prompt, *completion])[None]
     table = jax.nn.log_softmax(forward(model.cfg, model.params, tokens[:, :-1], np.arange(tokens.shape[1] - 1)[None])[0])
     nats = -sum(float(table[0, at - 1, tokens[0, at]]) for at in range(len(prompt), tokens.shape[1]))
     assert bits == pytest.approx(nats / np.log(2) / len(text), rel=1e-3)

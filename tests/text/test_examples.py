@@ -19,7 +19,7 @@ from engine.text.examples import (
     mismatch,
     pack_rows,
 )
-from stages.runs.conversation_data import preference_batch
+from engine.training.preference import preference_batch
 
 TOKENIZER = chat_tokenizer()
 
@@ -47,14 +47,15 @@ def test_an_account_of_every_row(chat):
         Conversation((), "f:6"),
     ]
     reports: list[tuple[int, int]] = []
-    examples, summary = make_examples(rows, chat, 40, report=lambda *pair: reports.append(pair))
+    dataset = make_examples(rows, chat, 40, report=lambda *pair: reports.append(pair))
+    examples = dataset.examples
     assert [example.where for example in examples] == ["f:1", "f:2"]
-    assert summary.used == rows[:2]
-    assert [where for where, _ in summary.truncated] == ["f:2"]
-    assert [where for where, _ in summary.dropped] == ["f:3", "f:4", "f:5", "f:6"]
+    assert [row for row, _ in dataset.used] == rows[:2]
+    assert [where for where, _ in dataset.truncated] == ["f:2"]
+    assert [where for where, _ in dataset.dropped] == ["f:3", "f:4", "f:5", "f:6"]
     assert len(examples[1].tokens) == 41
     assert reports[-1] == (2, 6)
-    said_of = "\n".join(summary.describe())
+    said_of = "\n".join(dataset.describe())
     for words in (
         "2 of 6 rows kept, 1 of them truncated; 4 dropped",
         "1 truncated: longer than 40 tokens",
@@ -69,9 +70,10 @@ def test_an_account_of_every_row(chat):
 def test_what_the_template_refuses_is_left_out():
     chat = ChatTokenizer(TOKENIZER, BRACKETS)
     rows = [Conversation(talk("a", "b", system="s"), "f:1"), Conversation(talk("a", "b"), "f:2")]
-    examples, summary = make_examples(rows, chat, 40)
+    dataset = make_examples(rows, chat, 40)
+    examples = dataset.examples
     assert [example.where for example in examples] == ["f:2"]
-    assert "Only user and assistant" in summary.dropped[0][1]
+    assert "Only user and assistant" in dataset.dropped[0][1]
     with pytest.raises(UserError, match=r"None of 1 rows can be trained on; the first, f:1: The chat template refuses"):
         make_examples(rows[:1], chat, 40)
 
@@ -79,13 +81,14 @@ def test_what_the_template_refuses_is_left_out():
 def test_all_of_a_text_is_a_target_once(chat, monkeypatch):
     text = "The assistant answers. " * 9
     monkeypatch.setattr(TOKENIZER, "bos_ids", (CONTROL,))
-    examples, summary = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10)
+    dataset = make_examples([Text(text, "f:1"), Text("", "f:2")], chat, 10)
+    examples = dataset.examples
     tokens = [CONTROL, *TOKENIZER.encode(text), TOKENIZER.eos_id]
     here = [example for example in examples if example.where == "f:1"]
     assert all(len(example.tokens) <= 11 and example.mask.all() for example in examples)
     targets = np.concatenate([example.tokens[1:] for example in here])
     assert targets.tolist() == tokens[1:]
-    assert summary.truncated == summary.dropped == []
+    assert dataset.truncated == dataset.dropped == []
     assert examples[-1].tokens.tolist() == [CONTROL, TOKENIZER.eos_id]
 
 
@@ -97,10 +100,11 @@ def test_pairs(chat):
         preference(talk("a"), "b", "how are you? " * 20, "f:3"),
         preference(talk("a"), "b", "", "f:4"),
     ]
-    pairs, summary = make_examples(rows, chat, 60)
-    assert summary.used == rows[:1]
+    dataset = make_examples(rows, chat, 60)
+    pairs = dataset.examples
+    assert [row for row, _ in dataset.used] == rows[:1]
     assert len(pairs) == 1
-    assert [where for where, _ in summary.dropped] == ["f:2", "f:3", "f:4"]
+    assert [where for where, _ in dataset.dropped] == ["f:2", "f:3", "f:4"]
     for example, answer in ((pairs[0].answer, "I am."), (pairs[0].other, "The user.")):
         assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
         assert example.tokens[example.mask][-1] in chat.eot_ids
@@ -108,7 +112,7 @@ def test_pairs(chat):
     spaced = preference(talk("a"), "b", "b ", "f:5")
     with pytest.raises(UserError, match="f:5: both answers are the same"):
         make_examples([spaced], trimming, 60)
-    assert make_examples([spaced], chat, 60)[1].used == [spaced]
+    assert [row for row, _ in make_examples([spaced], chat, 60).used] == [spaced]
 
 
 def test_ratings_and_other_prompts_answers(chat):
@@ -122,9 +126,10 @@ def test_ratings_and_other_prompts_answers(chat):
         rated("r", "f", True, weight=0.0),
         rated("r", "how are you? " * 20, True),
     ]
-    ratings, summary = make_examples(rows, chat, 60, rate=True)
+    dataset = make_examples(rows, chat, 60, rate=True)
+    ratings = dataset.examples
     assert [rating.weight for rating in ratings] == [1, -2, 1, -1, 1]
-    assert [reason for _, reason in summary.dropped] == ["its weight is 0", "longer than 60 tokens"]
+    assert [reason for _, reason in dataset.dropped] == ["its weight is 0", "longer than 60 tokens"]
     matched = mismatch(ratings, 60)
     texts = lambda side: [TOKENIZER.decode(rating[side].tokens[rating[side].mask]) for rating in matched]
     assert texts(0) == ["a", "b", "c", "d", "e"]
@@ -154,9 +159,10 @@ def test_weights_of_rows_and_of_turns(chat):
         Text("a", "f:3", 0.5),
         Conversation(talk("a", "b"), "f:4", frozenset({1})),
     ]
-    examples, summary = make_examples(rows, chat, 60)
+    dataset = make_examples(rows, chat, 60)
+    examples = dataset.examples
     assert [(example.where, example.weight) for example in examples] == [("f:2", 2.0), ("f:3", 0.5)]
-    assert summary.dropped == [("f:1", "its weight is 0"), ("f:4", "no turn of the assistant is trained on")]
+    assert dataset.dropped == [("f:1", "its weight is 0"), ("f:4", "no turn of the assistant is trained on")]
 
 
 def example(*tokens: int, counts: bool = True) -> Example:
@@ -175,15 +181,13 @@ def examples_of(sizes: list[int], seed: int = 0) -> list[Example]:
     ]
 
 
-def tokens_in(batch: Any, pack: bool = True) -> list[tuple[int, ...]]:
+def tokens_in(batch: Any) -> list[tuple[int, ...]]:
     """The tokens of each example in a batch, by its segments."""
     examples = []
-    for row in range(len(batch.tokens)):
-        segments = batch.segments[row] if pack else np.ones(batch.tokens.shape[1], int)
+    for row, segments in enumerate(batch.segments):
         for segment in sorted({*segments.tolist()} - {0}):
             here = segments == segment
-            if pack:
-                np.testing.assert_array_equal(batch.positions[row][here], np.arange(here.sum()))
+            np.testing.assert_array_equal(batch.positions[row][here], np.arange(here.sum()))
             examples.append((*batch.tokens[row][here].tolist(), int(batch.targets[row][here][-1])))
     return examples
 
@@ -209,38 +213,39 @@ def test_weights_are_in_the_mask_of_training_alone():
 
 
 def test_each_goes_where_it_leaves_least_room():
-    assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=True) == [[2, 0], [1, 3]]
-    assert pack_rows(examples_of([3, 5, 7, 2]), 10, pack=False) == [[0], [1], [2], [3]]
+    assert pack_rows(examples_of([3, 5, 7, 2]), 10) == [[2, 0], [1, 3]]
 
 
 @settings(max_examples=80)
-@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), pack=st.booleans())
-def test_every_example_lies_whole_in_one_row(sizes, pack):
-    rows = pack_rows(examples_of(sizes), 12, pack)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40))
+def test_every_example_lies_whole_in_one_row(sizes):
+    rows = pack_rows(examples_of(sizes), 12)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in row) <= 12 for row in rows)
-    if pack and len(rows) > 1:
+    if len(rows) > 1:
         # Best fit leaves no two rows that would go into one, and so never twice the rows there could be.
         filled = sorted(sum(sizes[index] for index in row) for row in rows)
         assert filled[0] + filled[1] > 12
 
 
 def test_an_epoch_sees_every_example_once():
-    packed, rows = PackedBatches(EXAMPLES, seq=8, batch=1, seed=5), len(pack_rows(EXAMPLES, 8, pack=True))
+    packed, rows = PackedBatches(EXAMPLES, seq=8, batch=1, seed=5), len(pack_rows(EXAMPLES, 8))
     firsts = [first for step in range(rows) for first, *_ in tokens_in(packed.at(step))]
     assert sorted(firsts) == [example.tokens[0] for example in EXAMPLES]
     assert firsts != [first for step in range(rows, 2 * rows) for first, *_ in tokens_in(packed.at(step))]
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_once_is_once(pack):
+def test_once_is_once():
     examples = EXAMPLES[:23]
-    batches = list(evaluation_batches(examples, 8, 4, pack))
+    batches = list(evaluation_batches(examples, 8, 4))
     assert {batch.tokens.shape for batch in batches} == {(4, 8)}
     assert sum(int(batch.mask.sum()) for batch in batches) == sum(len(e.tokens) - 1 for e in examples)
-    if pack:
-        actual = sorted(tokens for batch in batches for tokens in tokens_in(batch))
-        assert actual == sorted(tuple(e.tokens.tolist()) for e in examples)
+    actual = sorted(tokens for batch in batches for tokens in tokens_in(batch))
+    assert actual == sorted(tuple(e.tokens.tolist()) for e in examples)
+    alone = PackedBatches(examples, 8, 23, 0, pack=False).at(0)
+    assert alone.segments is None
+    targets = sorted(row[mask].tolist() for row, mask in zip(alone.targets, alone.mask))
+    assert targets == sorted(example.tokens[1:].tolist() for example in examples)
 
 
 def test_preferences_stand_row_by_row():
