@@ -137,20 +137,20 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
         instruction, answer = (check_text(row[name], name, where) for name in ("instruction", "output"))
         more = check_text(row.get("input") or "", "input", where)
         user = {"role": "user", "content": f"{instruction}\n\n{more}" if more.strip() else instruction}
-        messages = user, _said(answer)
+        messages = user, assistant_message(answer)
     else:
         prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
         label = row["label"] if isinstance(row.get("label"), bool) else None
         before, answer = _answer(row["completion"], "completion", where)
-        messages = (*prompt, *before, _said(answer))
+        messages = (*prompt, *before, assistant_message(answer))
         context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
     if first and messages[:1] != first:
         messages, context = first + messages, frozenset(index + 1 for index in context)
     return Conversation(messages, where, context, weight, label, rejected)
 
 
-def _said(answer: str) -> Message:
-    return {"role": "assistant", "content": answer}
+def assistant_message(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
@@ -180,7 +180,7 @@ def _parse_preference(row: dict[str, Any], where: str) -> tuple[tuple[Message, .
         before = prompt if before in ((), prompt[-len(before) :]) else before
     elif not before:
         raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
-    return (*before, _said(chosen)), rejected
+    return (*before, assistant_message(chosen)), rejected
 
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:

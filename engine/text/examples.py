@@ -13,7 +13,7 @@ from engine.format import quantity
 from engine.text import OnProgress
 from engine.text.batch import ALL, Batch, EpochOrder
 from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import Conversation, Record, Text
+from engine.text.conversations import Conversation, Record, Text, assistant_message
 from engine.text.template import InvalidConversation, Message
 
 SILENT = "the assistant says nothing in one of its turns"
@@ -85,9 +85,9 @@ def make_examples(
     for number, row in enumerate(rows, 1):
         try:
             if rate and not isinstance(row, Text):
-                parts, cut = _rated(row, chat, seq), False
+                parts, cut = _rated_answers(row, chat, seq), False
             elif isinstance(row, Conversation) and row.rejected is not None:
-                parts, cut = [Pair(*_both(row, chat, seq))], False
+                parts, cut = [Pair(*_preference(row, chat, seq))], False
             else:
                 parts, cut = _examples(row, chat, seq, full)
         except InvalidConversation as refusal:
@@ -150,18 +150,18 @@ def _answer(messages: Sequence[Message], where: str, chat: ChatTokenizer, seq: i
     return example
 
 
-def _both(row: Conversation, chat: ChatTokenizer, seq: int) -> tuple[Example, Example]:
+def _preference(row: Conversation, chat: ChatTokenizer, seq: int) -> tuple[Example, Example]:
     """Returns the examples of a preference: of the answer at the end, and of the rejected one."""
-    rejected = {"role": "assistant", "content": row.rejected}
-    chosen, other = (_answer(messages, row.where, chat, seq) for messages in (row.messages, (*row.messages[:-1], rejected)))
+    rejected = (*row.messages[:-1], assistant_message(row.rejected or ""))
+    chosen, other = (_answer(messages, row.where, chat, seq) for messages in (row.messages, rejected))
     if np.array_equal(chosen.tokens, other.tokens):  # templates may strip what texts differ by
         raise InvalidConversation("both answers are the same")
     return chosen, other
 
 
-def _rated(row: Conversation, chat: ChatTokenizer, seq: int) -> list[Example]:
+def _rated_answers(row: Conversation, chat: ChatTokenizer, seq: int) -> list[Example]:
     if row.rejected is not None:
-        good, bad = _both(row, chat, seq)
+        good, bad = _preference(row, chat, seq)
         return [good, bad._replace(weight=-1.0)]
     if row.label is None:
         raise UserError("`label` is missing: true for a good answer, false for a bad one.")
