@@ -112,8 +112,7 @@ def run_bench[Flags](
 def _document_name(name: str, options: Any) -> str:
     """Returns `step` for bench.step, or `step-finetuning` where --of is not its default."""
     of = getattr(options, "of", None)
-    default = next((field.default for field in dataclasses.fields(options) if field.name == "of"), None)
-    parts = [] if of == default else [of] if isinstance(of, str) else [*(of or ())]
+    parts = [] if of == getattr(type(options), "of", None) else [of] if isinstance(of, str) else [*(of or ())]
     return "-".join([name.replace(" ", ".").rpartition(".")[2], *parts])
 
 

@@ -23,11 +23,10 @@ from engine.counting.flops import (
     PassFlops,
     add_layers,
     decode_program_flops,
+    flops_by_layer,
     forward_flops,
-    gradient_layer_flops,
     prefill_flops,
     prefill_program_flops,
-    score_program_flops,
     train_flops,
 )
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
@@ -40,6 +39,7 @@ from engine.inference.decode import CHUNK, STEPS, decode_steps, prefill
 from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
+from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import LOGITS_LIMIT, score
@@ -187,8 +187,8 @@ def training_row(
     cost = cost_of(step.lowered, step.program, program, step.state, *step.arguments)
     walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
-    chunked = 4 * B * T * cfg.vocab > LOGITS_LIMIT
-    layers = gradient_layer_flops(cfg, B, T, trainable=paths, loss_chunk=LOSS_CHUNK if chunked else None)
+    loss_chunk = LOSS_CHUNK if 4 * B * T * cfg.vocab > LOGITS_LIMIT else None
+    layers = flops_by_layer(cfg, T, rows=B * T, attention=QUERY_BLOCK, trainable=paths, loss_chunk=loss_chunk)
 
     def weights() -> Any:
         return merge(step.state.trainable, frozen) if paths.weights else (frozen, step.state.trainable)
@@ -219,7 +219,7 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
         lambda: program(params, batch),
         lambda: params,
         tokens=B * T,
-        formula=score_program_flops(cfg, B, T),
+        formula=forward_flops(cfg, T, attention=QUERY_BLOCK) * (B * T),
         dtype=cfg.dtype,
         **cost,
         **_predicted(cfg, B, 0, tokens=T, every_logit=True),

@@ -205,7 +205,10 @@ def twice_mean_keys(tokens: int, attention: Attention) -> int:
 
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
-    """Returns the FLOPs **per token** of evaluating sequences of `tokens`: logits at every position."""
+    """Returns the FLOPs **per token** of evaluating sequences of `tokens`: logits at every position.
+
+    With `attention="full"` it is what a token costs that is decoded and attends to `tokens` positions, its own included.
+    """
     return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE)
 
 
@@ -219,11 +222,6 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
     pairs_twice = tokens * (2 * cached + twice_mean_keys(tokens, attention))
     parts["attention"] = PassFlops(2 * cfg.layers * cfg.heads * cfg.head_dim * pairs_twice)
     return Flops(parts | {"head": token["head"]})
-
-
-def decode_flops(cfg: ModelConfig, length: int) -> Flops:
-    """Returns the FLOPs to decode **one token** that attends to `length` positions, its own included."""
-    return forward_flops(cfg, length, attention="full")
 
 
 NEARLY_SQUARE = 1.5  # long over short side: below, Muon steps the matrix itself, which costs as little and is more exact
@@ -248,20 +246,6 @@ def muon_flops(cfg: ModelConfig) -> int:
 # rows, and attends to a whole cache, masked or not; on a CPU it pads a product with one row to two (`model/ops.py`).
 
 
-def gradient_layer_flops(cfg: ModelConfig, batch: int, tokens: int, **options: Any) -> list[Flops]:
-    """Returns the FLOPs of a loss and its gradient over `batch` sequences, as `flops_by_layer` does."""
-    from engine.model.attention_in_blocks import QUERY_BLOCK  # loads JAX, as the planner does not
-
-    return flops_by_layer(cfg, tokens, rows=batch * tokens, attention=QUERY_BLOCK, **options)
-
-
-def score_program_flops(cfg: ModelConfig, batch: int, tokens: int) -> Flops:
-    """Returns the FLOPs of evaluating `batch` sequences of `tokens`: logits at every position."""
-    from engine.model.attention_in_blocks import QUERY_BLOCK  # loads JAX, as the planner does not
-
-    return forward_flops(cfg, tokens, attention=QUERY_BLOCK) * (batch * tokens)
-
-
 def prefill_program_flops(cfg: ModelConfig, slots: int, tokens: int, capacity: int) -> Flops:
     """Returns the FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache of `capacity` places.
 
@@ -277,7 +261,7 @@ def decode_program_flops(cfg: ModelConfig, slots: int, capacity: int, *, int16_a
     Computed twice: products with weights with `int16_activations` (matrices such as "down"), multiplied as two int8 digits
     (`model/weights/int8.py`); and on a CPU those of a lone slot, and attention with one query head a key head, as one row.
     """
-    parts = decode_flops(cfg, capacity).parts
+    parts = forward_flops(cfg, capacity, attention="full").parts
     times = lambda name: _times(cfg.groups) if name == "attention" else _times(slots) * (2 if name in int16_activations else 1)
     return Flops({name: part * times(name) for name, part in parts.items()}) * slots
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -180,12 +181,17 @@ def _ceilings_file() -> Path:
     return cache_folder("hardware") / f"{hashlib.sha256(identity).hexdigest()[:16]}.json"
 
 
-def peak_rss_bytes() -> int:
-    # On Linux getrusage also counts the parent's peak; this file does not.
+def _proc_bytes(file: str, name: str) -> int | None:
+    """Returns what a file in /proc says in kB; None elsewhere than on Linux."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        if match := re.search(rf"^{name}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE):
+            return int(match[1]) * 1024
+    return None
+
+
+def peak_rss_bytes() -> int:
+    if peak := _proc_bytes("self/status", "VmHWM"):  # on Linux getrusage also counts the parent's peak; this file does not
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -220,12 +226,8 @@ def free_memory_bytes() -> int:
 
 
 def free_host_bytes() -> int:
-    free = [memory_limit_bytes()]
-    with contextlib.suppress(OSError):  # elsewhere than on Linux
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    return min(free)
+    limit = memory_limit_bytes()
+    return min(limit, _proc_bytes("meminfo", "MemAvailable") or limit)
 
 
 def device_memory_bytes() -> int:

@@ -107,16 +107,13 @@ def load_params(path: Path) -> LoadedCheckpoint:
 
 def _current_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
     """As `stored_arrays`. Raises UserError, naming the command that converts, for a checkpoint of an earlier version."""
-    if (checkpoint / part).is_dir():
+    is_orbax = (checkpoint / part).is_dir()
+    arrays = {} if is_orbax else stored_arrays(checkpoint, part)
+    if is_orbax or any(map(JOINED_BEFORE.fullmatch, arrays)):
+        how, run = ("in Orbax's format", "uv run --extra older ") if is_orbax else ("with q, k and v in one array", "")
         raise UserError(
-            f"{checkpoint} was saved by an earlier version, in Orbax's format. Convert its run once: uv run --extra older "
-            f"python -m stages.convert --model {checkpoint.parents[1]}"
-        )
-    arrays = stored_arrays(checkpoint, part)
-    if any(map(JOINED_BEFORE.fullmatch, arrays)):
-        raise UserError(
-            f"{checkpoint} was saved by an earlier version, with q, k and v in one array. Convert its run once: "
-            f"python -m stages.convert --model {checkpoint.parents[1]}"
+            f"{checkpoint} was saved by an earlier version, {how}. Convert its run once: {run}python -m stages.convert "
+            f"--model {checkpoint.parents[1]}"
         )
     return arrays
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.counting.flops import decode_flops, forward_flops, prefill_flops
+from engine.counting.flops import forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.device import Device, make_room
 from engine.errors import UserError
@@ -150,7 +150,7 @@ class ReinforcementLearning(ModelStage):
         """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
         plan, cfg, new = self.plan, self.plan.cfg, self.max_tokens
         prefill = prefill_flops(cfg, self.longest, attention="causal").total
-        decode = (new - 1) * decode_flops(cfg, self.longest + new // 2).total
+        decode = (new - 1) * forward_flops(cfg, self.longest + new // 2, attention="full").total
         passes = (self.updates > 1) + 1  # that give log-probabilities
         scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
         return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import trainable_paths
 
-from engine.counting.flops import decode_flops, forward_flops, prefill_flops, train_flops
+from engine.counting.flops import forward_flops, prefill_flops, train_flops
 from engine.counting.params import (
     TrainablePaths,
     all_trainable,
@@ -77,7 +77,7 @@ def test_a_token_by_the_mfu_convention_is_6n_and_12ldt(cfg, seq):
 def test_reading_a_prompt_is_decoding_its_tokens_with_one_head(cfg, tokens, cached):
     """Full attention over a cache of S places is T decodes at length S; only the last needs logits."""
     prefilled = prefill_flops(cfg, tokens, attention="full", cached=cached)
-    decoded = decode_flops(cfg, cached + tokens)
+    decoded = forward_flops(cfg, cached + tokens, attention="full")
     head = decoded.parts["head"].forward
     assert prefilled.total == tokens * (decoded.total - head) + head
     assert prefilled.total == prefilled.by_pass.forward

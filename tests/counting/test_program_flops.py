@@ -11,9 +11,9 @@ from tiny import B, T, tiny_config
 from engine.counting.flops import (
     add_layers,
     decode_program_flops,
-    gradient_layer_flops,
+    flops_by_layer,
+    forward_flops,
     prefill_program_flops,
-    score_program_flops,
 )
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lora_only
@@ -61,14 +61,16 @@ def each_leaf(cfg):
     return {path: TrainablePaths(frozenset({path})) for path in paths}
 
 
+def gradient_flops(cfg, rows, tokens, **options):
+    return add_layers(flops_by_layer(cfg, tokens, rows=rows * tokens, attention=QUERY_BLOCK, **options)).total
+
+
 def assert_agreement(cfg, rows, tokens, ways, microbatches=1, **options):
     """The formula is the walker in these ways of training."""
     for name, paths in (ways if isinstance(ways, dict) else {name: modes(cfg)[name] for name in ways}).items():
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
         counted = jaxpr_cost(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
-        formula = (
-            add_layers(gradient_layer_flops(cfg, rows // microbatches, tokens, trainable=paths, **options)).total * microbatches
-        )
+        formula = gradient_flops(cfg, rows // microbatches, tokens, trainable=paths, **options) * microbatches
         assert counted == formula, name
 
 
@@ -130,7 +132,7 @@ def test_with_the_loss_in_chunks(kind, remat, backend, monkeypatch):
 def test_evaluation(kind, tokens, backend):
     cfg = KINDS[kind]
     counted = jaxpr_cost(functools.partial(score.__wrapped__, cfg), trees(cfg, all_trainable(cfg))[0], batch_of(B, tokens))
-    assert counted.matmul == score_program_flops(cfg, B, tokens).total
+    assert counted.matmul == (forward_flops(cfg, tokens, attention=QUERY_BLOCK) * (B * tokens)).total
 
 
 @BOTH
@@ -159,4 +161,4 @@ def test_whatever_the_weights_are_stored_in(backend):
     adapters, _ = trees(cfg, paths)
     for rows in (FEW, MANY):
         counted = jaxpr_cost(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
-        assert counted.matmul == add_layers(gradient_layer_flops(cfg, rows, T, trainable=paths)).total
+        assert counted.matmul == gradient_flops(cfg, rows, T, trainable=paths)
