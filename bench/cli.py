@@ -24,7 +24,7 @@ import tyro
 
 from engine.device import cores, device_name, processor
 from engine.errors import UserError
-from engine.files import atomic_file, write_problem
+from engine.files import write_problem, write_text
 
 Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
@@ -89,8 +89,7 @@ def run_bench[Flags](
             document = json.dumps(beside | result, default=str)
         if options.out:
             source = options.out / f"{_document_name(name, options)}.json"
-            with atomic_file(source) as file:
-                file.write(document.encode() + b"\n")
+            write_text(source, f"{document}\n")
             if write_pages and (page := write_pages(source, result)):
                 print(f"the page: {page}", file=sys.stderr)
         if options.json:

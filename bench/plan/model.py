@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.counting.flops import train_flops
-from engine.counting.params import all_trainable, count_params, leaf_shapes, lora_only, target_shapes
+from engine.counting.params import all_trainable, count_params, count_trainable, lora_only
 from engine.errors import UserError, did_you_mean
 from engine.format import in_words
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
@@ -68,17 +68,16 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         raise UserError(
             f"--method is {', '.join(METHODS)}, with numbers for K and R, not {method!r}.{did_you_mean(name, METHODS)}"
         )
-    trainable, pairs = all_trainable(cfg), target_shapes(cfg)
+    trainable = all_trainable(cfg)
     if name == "freeze":
         trainable, _ = select_trainable(cfg, freeze=[f"bottom:{number or cfg.layers // 2}"])
     elif takes_number:
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
-        if trainable.rank > (least := min(map(min, pairs.values()))):
+        if trainable.rank > (least := min(map(min, cfg.matrices.values()))):
             raise UserError(f"The rank of --method {method} must be at most {least}, the least side of this model's matrices.")
     count = count_params(cfg)
-    trained = sum(math.prod(shape) for path, shape in leaf_shapes(cfg).items() if path in trainable.weights)
-    frozen = count.total - trained
-    trained += trainable.rank * sum(sum(pairs[path]) for path in trainable.adapted)
+    trained = count_trainable(cfg, trainable)
+    frozen = count.total - (0 if trainable.adapted else trained)
     flops = train_flops(cfg, context, attention="causal", trainable=trainable).by_pass
     reference = name in ("preference", "rl")  # the model before training reads the same tokens
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim

@@ -7,7 +7,7 @@ import jinja2
 
 from bench.cli import Json, console, print_table
 from engine import format
-from engine.files import atomic_file
+from engine.files import write_text
 from engine.format import money, percent, si, times
 
 PAGE = Path(__file__).parent / "page"
@@ -75,5 +75,4 @@ def write_pictures(folder: Path, document: Json) -> None:
     )
     templates.filters |= {"times": format.times, "si": format.si}
     for name in ("stages.svg", "passes.svg"):
-        with atomic_file(folder / name) as file:
-            file.write(templates.get_template(f"{name}.j2").render(document).encode())
+        write_text(folder / name, templates.get_template(f"{name}.j2").render(document))

@@ -12,7 +12,7 @@ loop are left out.
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engine.counting.flops import add_layers, flops_by_layer, twice_mean_keys
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lowest_gradient, target_shapes
@@ -62,8 +62,7 @@ class TrainingMemory:
         return self.gradients + self.optimizer
 
 
-@dataclasses.dataclass(frozen=True)
-class InferenceMemory:
+class InferenceMemory(NamedTuple):
     """Bytes of a served model by component, all held at once."""
 
     params: int
@@ -73,7 +72,7 @@ class InferenceMemory:
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(self)
 
 
 def training_memory(
@@ -184,8 +183,7 @@ def dtype_bytes(cfg: ModelConfig) -> int:
     return 2 if cfg.dtype == "bfloat16" else FLOAT32
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Bytes moved by one step or call, by component."""
 
     weights: int  # and in training their conversion to the compute type
@@ -197,7 +195,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(self)
 
 
 def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:

@@ -51,6 +51,13 @@ class TrainablePaths:
     rank: int = 0
 
 
+def count_trainable(cfg: ModelConfig, trainable: TrainablePaths) -> int:
+    """Counts the parameters that train: of the weights, and of the LoRA pairs."""
+    shapes, pairs = leaf_shapes(cfg), target_shapes(cfg)
+    pair_sides = sum(sum(pairs[path]) for path in trainable.adapted)
+    return sum(math.prod(shapes[path]) for path in trainable.weights) + trainable.rank * pair_sides
+
+
 NONE_TRAINABLE = TrainablePaths(frozenset())
 
 
@@ -59,7 +66,7 @@ LORA_RANKS = (8, 16, 32, 64)  # of an adapter whose rank nobody chose
 
 def lora_bits(cfg: ModelConfig, lora: LoraConfig) -> int:
     """Returns how much an adapter can hold: two bits for each of its parameters (Allen-Zhu & Li 2024, 2404.05405)."""
-    return 2 * cfg.layers * lora.rank * sum(sum(cfg.matrices[name]) for name in lora.adapted_matrices)
+    return 2 * count_trainable(cfg, lora_only(cfg, lora))
 
 
 def choose_rank(cfg: ModelConfig, lora: LoraConfig, bits: int) -> LoraConfig:

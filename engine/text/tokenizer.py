@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import UserError
-from engine.files import atomic_file, write_json
+from engine.files import write_json, write_text
 from engine.untrusted import quote
 
 END = "<|endoftext|>"
@@ -131,8 +131,7 @@ class Tokenizer:
         return json.loads(self.inner.to_str())
 
     def save(self, folder: Path) -> None:
-        with atomic_file(folder / "tokenizer.json") as file:
-            file.write(self.inner.to_str(pretty=True).encode())
+        write_text(folder / "tokenizer.json", self.inner.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _pieces(self, text: str) -> Iterator[str]:

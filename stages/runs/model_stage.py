@@ -6,7 +6,6 @@ Fine-tuning and reinforcement learning are such stages.
 import contextlib
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.counting.params import TrainablePaths, count_params, leaf_shapes, lora_only
+from engine.counting.params import TrainablePaths, count_params, count_trainable, lora_only
 from engine.device import host_memory
 from engine.errors import UserError
 from engine.mesh import processes
@@ -201,15 +200,14 @@ def choose_trainable(
     """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
     total = count_params(cfg).total
     if lora:
-        shapes = jax.eval_shape(lambda: init_lora(cfg, jax.random.key(0), lora))  # alone: memory has not been checked yet
-        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        return lora_only(cfg, lora), (
+        trainable = lora_only(cfg, lora)
+        count = count_trainable(cfg, trainable)
+        return trainable, (
             ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
             ("trainable", f"{count:,} new parameters beside {total:,} frozen ones ({count / total:.1%})"),
         )
     trainable, matches = select_trainable(cfg, [] if train == ("all",) else train, freeze)
-    sizes = {path: math.prod(shape) for path, shape in leaf_shapes(cfg).items()}
-    size = lambda paths: sum(sizes[path] for path in paths)
+    size = lambda paths: count_trainable(cfg, TrainablePaths(frozenset(paths)))
     count = size(trainable.weights)
     return trainable, (
         *(

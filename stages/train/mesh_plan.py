@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from engine.counting.accelerators import Accelerator
-from engine.counting.flops import muon_flops, train_flops
+from engine.counting.flops import muon_flops
 from engine.counting.memory import train_bytes
 from engine.counting.xla import Collective, read_collectives, xla_peak
 from engine.device import start_jax
@@ -75,7 +75,7 @@ def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[t
 def _predict_seconds(plan: RunPlan, device: Accelerator, collectives: list[Collective]) -> dict[str, float]:
     """Predicts the seconds of a step's products (remat's and Muon's too), memory traffic, and collectives."""
     cfg, recipe, mesh = plan.cfg, plan.recipe, plan.mesh
-    flops = train_flops(cfg, recipe.context, attention="full").total * plan.step_tokens / mesh.devices
+    flops = plan.step_flops / mesh.devices
     if recipe.optimizer.kind == "muon":  # on whole matrices, dealt out: on a device that has the most of them
         flops += muon_flops(cfg) / cfg.layers * math.ceil(cfg.layers / mesh.devices)
     traffic = train_bytes(cfg, recipe.batch // recipe.accumulate // mesh.row_shards, recipe.context)

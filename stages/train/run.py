@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from engine.counting.accelerators import find_accelerator
-from engine.counting.flops import muon_flops, train_flops
+from engine.counting.flops import muon_flops
 from engine.counting.hardware import Ceilings, doubt_ceilings
 from engine.counting.params import count_params, leaf_shapes
 from engine.device import Device, processor, return_freed_memory
 from engine.errors import UserError
-from engine.files import atomic_file
+from engine.files import write_text
 from engine.format import duration, format_bytes, format_count, quantity
 from engine.mesh import processes
 from engine.mesh.layout import current_mesh, sharded_shapes
@@ -248,8 +248,7 @@ class Training(BatchStage):
             nats = score_text(cfg, params, data.validation.tokens, seq, max(1, seq // 2), batch, report)
         text = self._sample(params)
         if processes.is_first() and text is not None:
-            with atomic_file(folder / "samples" / f"{step}.txt") as file:
-                file.write(text.encode())
+            write_text(folder / "samples" / f"{step}.txt", text)
         mfu = step * plan.step_flops / seconds / self.peak_flops
         doubt_ceilings(mfu)
         result = {
@@ -298,6 +297,5 @@ def expected_mfu(dtype: str) -> float:
 def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
     """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic, and the dispatch."""
     cfg, is_muon = plan.cfg, plan.recipe.optimizer.kind == "muon"
-    flops = train_flops(cfg, plan.recipe.context, attention="full").total * plan.step_tokens
-    products = (flops + is_muon * muon_flops(cfg)) / best.peak_flops(cfg.dtype)
+    products = (plan.step_flops + is_muon * muon_flops(cfg)) / best.peak_flops(cfg.dtype)
     return products / expected_mfu(cfg.dtype) + UPDATE_BYTES * count_params(cfg).total / (1e9 * best.update_gbs) + DISPATCH

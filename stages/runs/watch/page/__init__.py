@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_file, open_regular
+from engine.files import open_regular, write_text
 from stages.runs.page import SHELL, whole_page
 
 LINES = 300  # of metrics, of a life
@@ -95,7 +95,7 @@ def read_recording(path: Path) -> dict[str, Any] | None:
 
 
 def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIVES) -> None:
-    _write(path, page_html(document, parts))
+    write_text(path, page_html(document, parts))
     _link_pages(path.parent)
 
 
@@ -104,7 +104,7 @@ def write_train_page(folder: Path) -> Path:
     licence, library = ((TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
     html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
     policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
-    _write(folder / "train.html", html.replace("<title>", policy + "<title>", 1))
+    write_text(folder / "train.html", html.replace("<title>", policy + "<title>", 1))
     _link_pages(folder)
     return folder / "train.html"
 
@@ -117,12 +117,7 @@ def _link_pages(folder: Path) -> None:
         )
         text = each.read_text("utf-8")
         if (linked := LINKS.sub(rf"\1{' '.join(links)}\2", text, count=1)) != text:
-            _write(each, linked)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
+            write_text(each, linked)
 
 
 def _smaller(document: dict[str, Any]) -> dict[str, Any]:
