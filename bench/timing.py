@@ -22,7 +22,6 @@ from engine.counting.hardware import clock
 class Timing:
     """Seconds of one call in each round."""
 
-    name: str
     seconds: tuple[float, ...]
 
     @property
@@ -37,7 +36,7 @@ class Timing:
 
     def scaled(self, factor: float) -> "Timing":
         """Returns the rounds times a factor: with 1 / tokens, calls of different amounts compare."""
-        return Timing(self.name, tuple(seconds * factor for seconds in self.seconds))
+        return Timing(tuple(seconds * factor for seconds in self.seconds))
 
 
 UNMET = {True: "", False: "   ** not met **", None: "   undecided, within the noise"}  # by whether a bar is exceeded
@@ -95,10 +94,8 @@ def measure(
 
     A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same
     one. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls that time a part
-    of themselves. Raises ValueError without calls or rounds.
+    of themselves.
     """
-    if not calls or rounds < 1:
-        raise ValueError(f"measure needs a callable and a round: got {len(calls)} callables and {rounds} rounds")
     for call in calls.values():
         for _ in range(warmups):
             jax.block_until_ready(call())
@@ -112,7 +109,7 @@ def measure(
             seconds[name].append(seconds_of(result) if seconds_of else clock() - begin)
         if report:
             report(done + 1, rounds)
-    return {name: Timing(name, tuple(each)) for name, each in seconds.items()}
+    return {name: Timing(tuple(each)) for name, each in seconds.items()}
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
@@ -122,12 +119,10 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     """
     from scipy.stats import binom  # here: it takes a second to import
 
-    rounds = len(a.seconds)
-    if rounds != len(b.seconds):
-        raise ValueError(f"{a.name} has {rounds} rounds, {b.name} has {len(b.seconds)}: not measured together")
+    rounds, pairs = len(a.seconds), [*zip(a.seconds, b.seconds, strict=True)]
     if min(*a.seconds, *b.seconds) <= 0:
         return Ratio(None)
-    ratios = sorted(x / y for x, y in zip(a.seconds, b.seconds))
+    ratios = sorted(x / y for x, y in pairs)
     middle = math.exp(statistics.median(map(math.log, ratios)))
     if rounds < MIN_ROUNDS:
         return Ratio(middle, rounds=rounds)

@@ -188,8 +188,8 @@ async def scored_per_second(server: Server, rounds: int) -> Json:
         if reply.status != 200:
             raise UserError(f"/v1/score answers {reply.status}: {bytes(reply.body)[:200].decode(errors='replace')}")
     rounds_seconds = tuple(seconds[1:])  # the first reads the prompt
-    wanted = Timing("wanted", (CANDIDATES / SCORE_BAR,) * rounds)
-    over = ratio(wanted, Timing("measured", rounds_seconds)).scaled(SCORE_BAR)
+    wanted = Timing((CANDIDATES / SCORE_BAR,) * rounds)
+    over = ratio(wanted, Timing(rounds_seconds)).scaled(SCORE_BAR)
     return over._asdict() | {"name": "candidates scored a second", "bar": SCORE_BAR, "met": over.exceeds(SCORE_BAR)}
 
 

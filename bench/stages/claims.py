@@ -319,7 +319,7 @@ def fortune(of: Evidence) -> Judgement:
 
 def request_timing(reading: Timing, writing: Timing) -> Timing:
     """Returns the seconds of a request in each round, of those of a token that is read and of one that is written."""
-    return Timing("a request", tuple(PROMPT * a + COMPLETION * b for a, b in zip(reading.seconds, writing.seconds)))
+    return Timing(tuple(PROMPT * a + COMPLETION * b for a, b in zip(reading.seconds, writing.seconds)))
 
 
 def request(of: Evidence) -> Judgement:

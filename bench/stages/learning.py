@@ -67,7 +67,7 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
             errors[int(reading)] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
             moved[f"{reading:.0f}"] = _moved(trained, _copy(state.trainable))
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.
-    most, least = (Timing(f"{reading} readings", tuple(errors[reading][1].tolist())) for reading in (MOST, LEAST))
+    most, least = (Timing(tuple(errors[reading][1].tolist())) for reading in (MOST, LEAST))
     return {
         "letters": len(text),
         "other_letters": len(other),

@@ -258,7 +258,7 @@ def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
         tokenizer.post_processor = build_tokenizer(begin, path)
     eos_ids = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
     whole = build_tokenizer(lambda: Tokenizer(tokenizer, config, path), path)
-    return ModelTokenizer(whole, eos_ids, read_sampling(metadata))
+    return ModelTokenizer(whole, eos_ids, {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata})
 
 
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:
@@ -365,10 +365,6 @@ def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
     set_pre_tokenizer(like, name)
     written = json.loads(like.to_str())
     return all(tokenizer[part] == written[part] for part in ("pre_tokenizer", "normalizer"))
-
-
-def read_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
 
 
 def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:

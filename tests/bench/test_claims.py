@@ -66,7 +66,7 @@ def verdicts(rows=ROWS, noisy=None, **checks):
     """The verdicts, where all rounds of a row are alike, but for `noisy`, whose rounds are anything."""
     seconds = {row["name"]: row["seconds_per_token"] for row in rows} | {"uncached": 0.1}
     noise = lambda name: [10.0 ** (place % 7 - 3) if name == noisy else 1.0 for place in range(7)]
-    timings = {name: Timing(name, tuple(each * factor for factor in noise(name))) for name, each in seconds.items()}
+    timings = {name: Timing(tuple(each * factor for factor in noise(name))) for name, each in seconds.items()}
     return {name: claim["verdict"] for name, claim in judged(rows, timings, checks).items()}
 
 
@@ -137,7 +137,7 @@ def test_of_two_gains_none_is_the_one_that_counts():
 @given(st.dictionaries(st.sampled_from(NAMES), st.lists(st.floats(1e-6, 1e-3), min_size=7, max_size=7)))
 def test_no_verdict_lies_within_an_interval_and_every_ratio_printed_is_the_one_that_was_judged(rounds):
     steady = {entry["name"]: [entry["seconds_per_token"]] * 7 for entry in ROWS} | {"uncached": [0.1] * 7}
-    timings = {name: Timing(name, tuple(each)) for name, each in (steady | rounds).items()}
+    timings = {name: Timing(tuple(each)) for name, each in (steady | rounds).items()}
     rows = [dict(entry, seconds_per_token=timings[entry["name"]].median) for entry in ROWS]
     result = judged(rows, timings, {})
     for name, numbers, thresholds in (

@@ -222,7 +222,7 @@ async def test_overload_is_refused(server, slots, quick, rng, expect):
         counting = asyncio.create_task(_generated_per_second(server, 1, seconds - 1.5))
         responses += await open_loop(server.client, _medium_request, rate, seconds, rng)
         overloaded.append(await counting)
-    at_peak, over_it = (Timing("", tuple(1 / rate for rate in rates)) for rates in (peaks, overloaded))
+    at_peak, over_it = (Timing(tuple(1 / rate for rate in rates)) for rates in (peaks, overloaded))
     share = ratio(at_peak, over_it)
     refused = [response for response in responses if response.status == 429]
     accepted = sum(response.status == 200 for response in responses)
