@@ -18,17 +18,11 @@ from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, POWER, PRECISIONS
 from engine.model.config import ModelConfig
 
 HERE = Path(__file__).parent
-_OPERATORS: dict[type, str] = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.Div: "/",
-    ast.Pow: "**",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.LtE: "<=",
-    ast.Eq: "===",
-}
+# What Python and JavaScript write alike, but for a condition.
+_ALIKE: tuple[type[ast.AST], ...] = (
+    *(ast.Assign, ast.Return, ast.Name, ast.Attribute, ast.Constant, ast.Call, ast.Dict, ast.BinOp, ast.Compare, ast.IfExp),
+    *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.Gt, ast.GtE, ast.LtE, ast.Eq, ast.expr_context),
+)
 
 
 def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Json:
@@ -61,7 +55,7 @@ def write_plan(source: Path, _: Json) -> Path:
 
 def javascript(module: ModuleType) -> str:
     """Returns a module's constants and functions. Raises TypeError for syntax that has no translation here."""
-    lines = ["const {exp, floor, log10, min, max} = Math;"]
+    lines = ["const {exp, floor, log10, min, max} = Math;", "const either = (test, yes, no) => test ? yes : no;"]
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.FunctionDef):
             names = ", ".join(argument.arg for argument in node.args.args)
@@ -72,24 +66,13 @@ def javascript(module: ModuleType) -> str:
     return "\n".join(lines)
 
 
-def _write(node: ast.AST) -> str:
-    match node:
-        case ast.Assign(targets=[ast.Name(id=name)], value=value):
-            return f"const {name} = {_write(value)};"
-        case ast.Return(value=ast.expr() as value):
-            return f"return {_write(value)};"
-        case ast.Constant(value=value):
-            return repr(value)
-        case ast.Name(id=name):
-            return name
-        case ast.Attribute(value=value, attr=name):
-            return f"{_write(value)}.{name}"
-        case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
-            return f"({_write(left)} {_OPERATORS[type(op)]} {_write(right)})"
-        case ast.IfExp(test=test, body=body, orelse=other):
-            return f"({_write(test)} ? {_write(body)} : {_write(other)})"
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
-            return f"{name}({', '.join(map(_write, args))})"
-        case ast.Dict(keys=[*keys], values=values):
-            return f"{{{', '.join(f'{_write(key)}: {_write(value)}' for key, value in zip(keys, values) if key)}}}"
-    raise TypeError(f"There is no JavaScript for {ast.unparse(node)!r}.")
+def _write(statement: ast.stmt) -> str:
+    if not all(isinstance(node, _ALIKE) for node in ast.walk(statement)):
+        raise TypeError(f"There is no JavaScript for {ast.unparse(statement)!r}.")
+    return "const " * isinstance(statement, ast.Assign) + ast.unparse(_Conditions().visit(statement)) + ";"
+
+
+class _Conditions(ast.NodeTransformer):
+    def visit_IfExp(self, node: ast.IfExp) -> ast.Call:
+        self.generic_visit(node)
+        return ast.Call(ast.Name("either"), [node.test, node.body, node.orelse], [])
