@@ -105,9 +105,8 @@ def training_memory(
     elif cfg.tied and "embed" not in trainable.weights:
         products += sizes["embed"]  # a frozen head, transposed
     lowest = lowest_gradient(cfg, trainable)
-    blocks = [
-        rows * _residual_bytes(cfg, tokens, _trainable_leaves(cfg, trainable, layer)) for layer in range(lowest, cfg.layers)
-    ]
+    paths = trainable.weights | trainable.adapted
+    blocks = [rows * _residual_bytes(cfg, tokens, f"blocks/{layer}/", paths) for layer in range(lowest, cfg.layers)]
     remat = cfg.remat == "block"
     return TrainingMemory(
         params=_param_bytes(cfg, base == "int8", trainable.weights) + FLOAT32 * adapters,
@@ -135,22 +134,18 @@ def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) 
     return total
 
 
-def _trainable_leaves(cfg: ModelConfig, trainable: TrainablePaths, layer: int) -> set[str]:
-    prefix = f"blocks/{layer}/"
-    return {path.removeprefix(prefix) for path in trainable.weights | trainable.adapted if path.startswith(prefix)}
+def _residual_bytes(cfg: ModelConfig, tokens: int, prefix: str, trainable: Collection[str]) -> int:
+    """Returns the residuals of the block at `prefix` for each token of a sequence of `tokens`.
 
-
-def _residual_bytes(cfg: ModelConfig, tokens: int, trainable: set[str]) -> int:
-    """Returns the residuals of one block for each token of a sequence of `tokens`.
-
-    A value that only a weight's gradient reads is kept only where that weight is in `trainable`.
+    A value that only a weight's gradient reads is kept only where that weight is among the paths `trainable`.
     """
+    trains = lambda name: prefix + name in trainable
     query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    operands = cfg.width * sum(not trainable.isdisjoint(read) for read in JOINED.values())  # results of both norms
+    operands = cfg.width * sum(any(map(trains, read)) for read in JOINED.values())  # results of both norms
     operands += query + 2 * key  # q, k, v
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
-    operands += cfg.ff if "down" in trainable else 0
+    operands += cfg.ff * trains("down")
     if not has_kernel(cfg, tokens):  # which keeps none
         operands += cfg.heads * twice_mean_keys(tokens, QUERY_BLOCK) // 2  # attention's weights
     elementwise = 2 * cfg.width  # the residual stream at both norms
