@@ -214,7 +214,8 @@ class CallParser:
     """Takes the calls out of a completion's text as it comes. The grammar has seen to it that they are whole."""
 
     def __init__(self, form: ToolFormat) -> None:
-        self._form, self._mark, self._tail = form, form.begin + '{"name": "', "}" + form.end
+        self._form, self._mark = form, form.begin + '{"name": "'
+        self._tail = "}" + (form.end or "\0")  # of an answer that is a call: its end
         self._head = re.compile(re.escape(form.begin) + r'\{"name": "([^"]*)", "' + form.key + '": ')
         self._text, self.calls = "", 0
         self._begun = self._in_arguments = self._after_call = False
@@ -229,46 +230,35 @@ class CallParser:
         self._text += text
         content, calls = "", list[ToolCall]()
         while self._text:
+            may_call = bool(self._form.begin) or not self._begun
             if self._in_arguments:
-                end = self._end_of_arguments(last)
-                size = end if end >= 0 else len(self._text) - (0 if last else self._may_end())
-                if not size and end < 0:
-                    break
-                calls.append(ToolCall(self.calls - 1, "", "", self._take(size)))
-                if end >= 0:
-                    self._take(len(self._tail))
+                cut = overlap(self._text, self._tail)
+                if last and cut > bool(self._form.end) and self._tail not in self._text:  # a stop string may cut the tail
+                    self._text += self._tail[cut:]
+                if self._text.startswith(self._tail):
+                    self._text = self._text.removeprefix(self._tail)
                     self._in_arguments, self._after_call = False, True
-            elif head := self._head.match(self._text):
-                self._take(head.end())
+                elif part := self._before(self._tail, last):
+                    calls.append(ToolCall(self.calls - 1, "", "", part))
+                else:
+                    break
+            elif may_call and (head := self._head.match(self._text)):
+                self._text = self._text[head.end() :]
                 self.calls, self._in_arguments, self._begun = self.calls + 1, True, True
                 calls.append(ToolCall(self.calls - 1, f"call_{uuid.uuid4().hex[:24]}", head[1], ""))
-            elif part := self._take(self._certain(last)):
+            elif part := self._before(self._mark, last or not may_call):
                 part = part.lstrip() if self._after_call else part  # line ends between calls are no text
                 content, self._begun, self._after_call = content + part, True, self._after_call and not part
             else:
                 break
         return content, calls
 
-    def _take(self, size: int) -> str:
-        taken, self._text = self._text[:size], self._text[size:]
-        return taken
+    def _before(self, mark: str, last: bool) -> str:
+        """Takes out the text before a mark, or before what may begin one; if that is nothing, and no more comes, all of it.
 
-    def _certain(self, last: bool) -> int:
-        """Returns how much of the text belongs to no call."""
-        text, mark = self._text, self._mark
-        if last or (self._begun and not self._form.begin):
-            return len(text)
-        if not self._form.begin:
-            return 0 if mark.startswith(text[: len(mark)]) else len(text)
-        at = text.find(mark)
-        return at if at >= 0 else len(text) - overlap(text, mark)
-
-    def _end_of_arguments(self, last: bool) -> int:
-        """Returns where the arguments end, or -1. Their JSON has no line end, with which the tail of a call begins."""
-        if self._form.end:
-            end, tail = self._text.find(self._tail), overlap(self._text, self._tail)
-            return len(self._text) - tail if last and end < 0 and tail > 1 else end  # a stop string may cut the tail
-        return len(self._text) - 1 if last and self._text.endswith("}") else -1
-
-    def _may_end(self) -> int:
-        return overlap(self._text, self._tail) if self._form.end else int(self._text.endswith("}"))
+        The JSON of arguments has no line end, with which the mark of their end begins.
+        """
+        at = self._text.find(mark)
+        size = (at if at >= 0 else len(self._text) - overlap(self._text, mark)) or last * len(self._text)
+        part, self._text = self._text[:size], self._text[size:]
+        return part

@@ -57,7 +57,7 @@ VALUES: tuple[Any, ...] = (
     [{"role": "user", "content": [{"type": "image", "source": {}}]}],
     {"num_predict": "a"},
 )
-KNOWN = {field for route in ROUTES if route.body for field in route.body.__struct_fields__}
+KNOWN = {field for route in ROUTES if route.body for field in route.body.__struct_encode_fields__}
 FIELDS = sorted(KNOWN | {*UNSUPPORTED, "adapter", "weights", "__proto__"})
 ROLES = ("user", "assistant", "system", "tool", "root", "", None, 3)
 POSTS = ("/v1/completions", "/v1/chat/completions", *(route.path for route in ROUTES if route.body))

@@ -128,8 +128,12 @@ def test_a_stream_equals_the_whole_reply(client, path):
 
 def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
     tokenizer, text = byte_tokenizer(), "a😀bé"
-    state: Any = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer))
-    writer = CompletionWriter(state, ServedModel("", ""), CompletionRequest(prompt="", logprobs=0))
+    call: Any = SimpleNamespace(
+        state=SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer)),
+        model=ServedModel("", ""),
+        body=CompletionRequest(prompt="", logprobs=0),
+    )
+    writer = CompletionWriter(call)
     choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
     assert choice.logprobs
     assert choice.logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]

@@ -6,13 +6,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp
 
-from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
+from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
     AnswerRequest,
+    Call,
     EmptyList,
     Fields,
     JsonObject,
@@ -22,9 +20,7 @@ from stages.serve.api.requests import (
     TopK,
     TopP,
     join_text,
-    json_reply,
 )
-from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, parse_arguments, tool_use
 
 
@@ -90,7 +86,7 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
     tools: Annotated[list[ToolDefinition], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
 
-    def prompts(self, state: ServerState) -> Prompts:
+    async def prompts(self, call: Call) -> Prompts:
         turns = [turn for message in self.messages for turn in message.turns]
         if system := join_text(self.system):
             turns.insert(0, {"role": "system", "content": system})
@@ -99,7 +95,7 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
         named = (choice.name or "") if choice.type == "tool" else None
         kind = "required" if choice.type == "any" else choice.type
         tools = tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
-        return chat_prompts(state, turns, turns.pop()["content"] if goes_on else "", tools=tools)
+        return await chat_prompts(call, turns, turns.pop()["content"] if goes_on else "", tools)
 
 
 class OutputFormat(Fields):
@@ -124,7 +120,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: TopP = None
     top_k: TopK = None
-    stop_sequences: StopTexts | None = None
+    stop: StopTexts | None = msgspec.field(default=None, name="stop_sequences")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called at first
 
@@ -158,8 +154,8 @@ class MessageReply(msgspec.Struct, kw_only=True):
 
 
 class MessageWriter(EventWriter):
-    def __init__(self, model: ServedModel) -> None:
-        self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": model.name}
+    def __init__(self, call: Call) -> None:
+        self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": call.model.name}
         self._stop: dict[str, Any] = {}
         self._blocks = 0
         self._in_text = False
@@ -219,13 +215,14 @@ def _stop(piece: Piece) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 
-async def messages(state: ServerState, http: Request, body: MessagesRequest) -> ASGIApp:
+async def create_message(call: Call[MessagesRequest]) -> Answer[MessageReply]:
+    """Answers a conversation, as Anthropic has it."""
+    body = call.body
     wanted = {"output_config.format": body.output_config and body.output_config.format, "output_format": body.output_format}
     grammars = [answer_grammar(f"{field}.schema", value.schema) for field, value in wanted.items() if value]
-    writer = MessageWriter(http.state.model)
-    return await generate(state, http, body, body.prompts(state), writer, stop=body.stop_sequences, grammars=grammars)
+    return await generate(call, await body.prompts(call), MessageWriter(call), grammars=grammars)
 
 
-async def count_tokens(state: ServerState, _: Request, body: CountTokensRequest) -> Response:
-    (tokens,) = await body.prompts(state).encode()
-    return json_reply(CountTokensReply(len(tokens)))
+async def count_tokens(call: Call[CountTokensRequest]) -> CountTokensReply:
+    """The tokens of a conversation."""
+    return CountTokensReply(len((await call.body.prompts(call)).tokens[0]))

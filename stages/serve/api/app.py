@@ -1,16 +1,18 @@
 """Api: the ROUTES as an ASGI application, and as an OpenAPI document."""
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stages.serve.api import anthropic, completions, embeddings, ollama, responses, score, status, tokens
-from stages.serve.api.generation import check_ready
-from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, read_body
+from stages.serve.api.generation import Answer, check_ready, reserved_place
+from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, Call, json_reply
 from stages.serve.errors import ApiError, ErrorReply
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
@@ -36,21 +38,40 @@ array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items,
 json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
-class Route(NamedTuple):
-    """One route. `handler` takes the state, the request and, if there is a `body`, that body, read as its type.
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One route. `handler` takes a Call; its signature has the types of body, if there is one, and of reply.
 
-    `reply`: the type of a JSON reply. `errors`: statuses besides those that every route has, or every one with a body.
+    `errors`: statuses besides those that every route has, or every one with a body.
     """
 
     method: str
     path: str
-    name: str
-    summary: str
     handler: Callable[..., Any]
-    body: Any = None
-    reply: Any = None
     errors: tuple[int, ...] = ()
     media: str = "application/json"
+
+    @property
+    def name(self) -> str:
+        """The handler's, as operations are named: createCompletion."""
+        first, *others = self.handler.__name__.split("_")
+        return first + "".join(map(str.capitalize, others))
+
+    @functools.cached_property
+    def body(self) -> Any:
+        return next(iter(get_args(get_type_hints(self.handler).get("call"))), None)
+
+    @property
+    def reply(self) -> Any:
+        """The type of a JSON reply, or None."""
+        hint = get_type_hints(self.handler)["return"]
+        (kind,) = get_args(hint) or (hint,)
+        return kind if issubclass(kind, msgspec.Struct) else None
+
+    @functools.cached_property
+    def generates(self) -> bool:
+        """Whether a place is reserved for each call, which asks something of the model."""
+        return bool(self.body) and get_origin(get_type_hints(self.handler)["return"]) is Answer
 
     @property
     def streams(self) -> bool:
@@ -59,49 +80,33 @@ class Route(NamedTuple):
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", "createChatCompletion", "Answers a conversation.",
-          completions.chat_completions, completions.ChatRequest, completions.ChatReply),
-    Route("POST", "/v1/completions", "createCompletion", "Continues texts.", completions.completions,
-          completions.CompletionRequest, completions.CompletionReply),
-    Route("POST", "/v1/responses", "createResponse", "Answers a conversation, as events or whole.", responses.responses,
-          responses.ResponseRequest, responses.ResponseReply),
-    Route("POST", "/v1/messages", "createMessage", "Answers a conversation, as Anthropic has it.", anthropic.messages,
-          anthropic.MessagesRequest, anthropic.MessageReply),
-    Route("POST", "/v1/messages/count_tokens", "countTokens", "The tokens of a conversation.", anthropic.count_tokens,
-          anthropic.CountTokensRequest, anthropic.CountTokensReply),
-    Route("POST", "/api/chat", "ollamaChat", "Answers a conversation, as Ollama has it.", ollama.chat,
-          ollama.OllamaChatRequest, ollama.OllamaReply),
-    Route("POST", "/api/generate", "ollamaGenerate", "Answers or continues a prompt, as Ollama has it.", ollama.generate_text,
-          ollama.OllamaGenerateRequest, ollama.OllamaReply),
-    Route("GET", "/api/tags", "ollamaTags", "The model that is served, as Ollama has it.", ollama.tags, reply=ollama.Tags),
-    Route("GET", "/api/ps", "ollamaPs", "The model that is served: it is loaded.", ollama.tags, reply=ollama.Tags),
-    Route("GET", "/api/version", "ollamaVersion", "A version of Ollama that has what is here.", ollama.version,
-          reply=ollama.Version),
-    Route("POST", "/api/show", "ollamaShow", "What a model is and can do.", ollama.show, ollama.ShowRequest, ollama.Show),
-    Route("POST", "/v1/embeddings", "createEmbedding", "Texts as vectors.", embeddings.embeddings,
-          embeddings.EmbeddingsRequest, embeddings.EmbeddingsReply),
-    Route("POST", "/v1/score", "score", "How probable given answers are.", score.score, score.ScoreRequest, score.ScoreReply),
-    Route("POST", "/tokenize", "tokenize", "The tokens of a text, or of a conversation.", tokens.tokenize,
-          tokens.TokenizeRequest, tokens.TokenizeReply),
-    Route("POST", "/detokenize", "detokenize", "The text of tokens.", tokens.detokenize,
-          tokens.DetokenizeRequest, tokens.DetokenizeReply),
-    Route("GET", "/tokenizer_info", "tokenizerInfo", "The names of special tokens, and the chat template.",
-          tokens.tokenizer_info, reply=tokens.TokenizerInfo),
-    Route("GET", "/v1/models", "listModels", "The model that is served.", status.models, reply=status.ModelList),
-    Route("GET", "/v1/models/{model}", "retrieveModel", "The model of that name.", status.model, reply=status.ModelCard,
-          errors=(404,)),
-    Route("POST", "/v1/adapters", "addAdapter", "Adds an adapter, which requests may then name as their model.",
-          status.add_adapter, status.AdapterRequest, status.ModelCard, errors=(409,)),
-    Route("DELETE", "/v1/adapters/{model}", "removeAdapter", "Removes an adapter; requests under way go on with it.",
-          status.remove_adapter, reply=status.AdapterReply, errors=(404,)),
-    Route("GET", "/health", "health", "Whether requests are answered.", status.health, reply=status.Health, errors=(503,)),
-    Route("GET", "/live", "live", "Whether the process runs.", status.live, reply=status.Live),
-    Route("GET", "/metrics", "metrics", "Counts and times, for Prometheus.", status.metrics, media="text/plain"),
-    Route("GET", "/v1/attestation", "attest", "The digest of the weights, at load and now.", status.attestation,
-          reply=status.Attestation),
-    Route("GET", "/openapi.json", "openapi", "This document.", status.openapi),
-    Route("GET", "/", "page", "A page to talk to the model.", status.page, media="text/html"),
-]  # fmt: skip
+    Route("POST", "/v1/chat/completions", completions.create_chat_completion),
+    Route("POST", "/v1/completions", completions.create_completion),
+    Route("POST", "/v1/responses", responses.create_response),
+    Route("POST", "/v1/messages", anthropic.create_message),
+    Route("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    Route("POST", "/api/chat", ollama.ollama_chat),
+    Route("POST", "/api/generate", ollama.ollama_generate),
+    Route("GET", "/api/tags", ollama.ollama_tags),
+    Route("GET", "/api/ps", ollama.ollama_ps),
+    Route("GET", "/api/version", ollama.ollama_version),
+    Route("POST", "/api/show", ollama.ollama_show),
+    Route("POST", "/v1/embeddings", embeddings.create_embedding),
+    Route("POST", "/v1/score", score.score),
+    Route("POST", "/tokenize", tokens.tokenize),
+    Route("POST", "/detokenize", tokens.detokenize),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info),
+    Route("GET", "/v1/models", status.list_models),
+    Route("GET", "/v1/models/{model}", status.retrieve_model, (404,)),
+    Route("POST", "/v1/adapters", status.add_adapter, (409,)),
+    Route("DELETE", "/v1/adapters/{model}", status.remove_adapter, (404,)),
+    Route("GET", "/health", status.health, (503,)),
+    Route("GET", "/live", status.live),
+    Route("GET", "/metrics", status.metrics, media="text/plain"),
+    Route("GET", "/v1/attestation", status.attest),
+    Route("GET", "/openapi.json", status.openapi),
+    Route("GET", "/", status.page, media="text/html"),
+]
 
 
 class Api:
@@ -129,19 +134,23 @@ class Api:
             allowed = ", ".join(methods)
             message = f"{scope['path']} is not asked for with {method}, but with {allowed}."
             raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
-        response = await self._respond(methods[method], Request(scope, receive))
+        response = await _respond(methods[method], Call(self._state, Request(scope, receive)))
         await response(scope, receive, send)
 
-    async def _respond(self, route: Route, http: Request) -> ASGIApp:
-        state = self._state
-        if not route.body:
-            return await route.handler(state, http)
-        if route.streams:
-            check_ready(state, http)
-        else:
-            state.admission.check_open()
-        async with read_body(state, http, route.body) as body:
-            return await route.handler(state, http, body)
+
+async def _respond(route: Route, call: Call) -> ASGIApp:
+    if not route.body:
+        reply = await route.handler(call)
+    elif route.generates:
+        check_ready(call)
+        async with call.read(route.body):
+            with reserved_place(call):
+                return await route.handler(call)
+    else:
+        call.state.admission.check_open()
+        async with call.read(route.body):
+            reply = await route.handler(call)
+    return json_reply(reply) if isinstance(reply, msgspec.Struct) else reply
 
 
 def openapi_document(vocab: int, version: str) -> bytes:
@@ -166,7 +175,8 @@ def openapi_document(vocab: int, version: str) -> bytes:
         for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if route.streams else ()), 401, 403):
             content = success if (route.path, code) == ("/health", 503) else json_body(ErrorReply)
             replies[str(code)] = {"description": STATUSES[code], "content": content}
-        operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "responses": replies}
+        summary = route.handler.__doc__ and route.handler.__doc__.partition("\n")[0]
+        operation: dict[str, Any] = {"operationId": route.name, "summary": summary, "responses": replies}
         if route.body:
             operation["requestBody"] = {"required": True, "content": json_body(route.body)}
         if "{model" in route.path:

@@ -10,13 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.requests import Request as HttpRequest
-from starlette.types import ASGIApp
 
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
 from engine.text.tokenizer import Detokenizer
 from stages.serve.api.generation import (
+    Answer,
     DocumentsUse,
     Piece,
     Prompts,
@@ -30,6 +29,7 @@ from stages.serve.api.generation import (
 from stages.serve.api.requests import (
     MAX_PROMPTS,
     MAX_STOPS,
+    Call,
     EmptyList,
     Fields,
     GenerationRequest,
@@ -51,7 +51,6 @@ from stages.serve.api.requests import (
     join_text,
 )
 from stages.serve.errors import ApiError
-from stages.serve.state import ServedModel, ServerState
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, tool_use
 
@@ -108,15 +107,12 @@ class CompletionFields(GenerationRequest, kw_only=True):
         given = {name: getattr(self, name) for name in GRAMMARS}
         return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
 
-    async def respond(
-        self, state: ServerState, http: HttpRequest, prompts: Prompts, writer: "ChoicesWriter", **options: Any
-    ) -> ASGIApp:
+    async def respond(self, call: Call, prompts: Prompts, writer: "ChoicesWriter", **options: Any) -> Answer:
         """Responds with the completions; `options` are those of `generate`."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
-        options |= {"n": self.n, "stop": self.stop, "ignore_eos": self.ignore_eos, "grammars": self.grammars}
-        options["logit_bias"] = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
-        return await generate(state, http, self, prompts, writer, **options)
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
+        return await generate(call, prompts, writer, grammars=self.grammars, logit_bias=bias, **options)
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
@@ -131,6 +127,10 @@ class CompletionRequest(CompletionFields, kw_only=True):
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+
+    @property
+    def choices(self) -> int:
+        return (self.n or 1) * len(self.texts(MAX_PROMPTS))
 
 
 class ReplyFields(msgspec.Struct, kw_only=True):
@@ -202,14 +202,14 @@ class ChoicesWriter(Writer):
     reply_type: ClassVar[Any]
     chunk_type: ClassVar[Any]
 
-    def __init__(self, state: ServerState, model: ServedModel, body: CompletionFields) -> None:
-        self.tokenizer = state.tokenizer.tokenizer
-        self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+    def __init__(self, call: Call) -> None:
+        self.tokenizer, self.body = call.state.tokenizer.tokenizer, call.body
+        self._wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model.name,
-            "system_fingerprint": model.fingerprint,
+            "model": call.model.name,
+            "system_fingerprint": call.model.fingerprint,
         }
 
     def choice(self, piece: Piece) -> Any:
@@ -234,9 +234,8 @@ def reply_usage(usage: Usage) -> ReplyUsage:
 class CompletionWriter(ChoicesWriter):
     id_prefix, reply_type, chunk_type = "cmpl", CompletionReply, CompletionReply
 
-    def __init__(self, state: ServerState, model: ServedModel, body: CompletionRequest) -> None:
-        super().__init__(state, model, body)
-        self._top_logprobs = body.logprobs
+    def __init__(self, call: Call[CompletionRequest]) -> None:
+        super().__init__(call)
         self._offsets, self._streams = defaultdict[int, int](int), defaultdict[int, Detokenizer](self.tokenizer.stream)
 
     def choice(self, piece: Piece) -> CompletionChoice:
@@ -246,51 +245,52 @@ class CompletionWriter(ChoicesWriter):
         return [self.chunk(self.choice(piece))] if piece.text or piece.logprobs or piece.finish_reason else []
 
     def _logprobs(self, piece: Piece) -> CompletionLogProbs | None:
-        if self._top_logprobs is None:
+        if self.body.logprobs is None:
             return None
         offsets, logprobs = [], piece.logprobs
         for each in logprobs:
             offsets.append(self._offsets[piece.choice])  # part of a character: its offset
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
         name = lambda token: token_text(self.tokenizer, token)[0]
-        top = [{name(token): nats for token, nats in each.top} or None for each in logprobs] if self._top_logprobs else None
+        top = [{name(token): nats for token, nats in each.top} or None for each in logprobs] if self.body.logprobs else None
         values = [None if each.logprob != each.logprob else each.logprob for each in logprobs]
         return CompletionLogProbs([name(each.token) for each in logprobs], values, top, offsets)
 
 
 class EchoWriter(CompletionWriter):
-    """Writes replies in which each completion comes behind its prompt. `prompts`: their tokens, once they are encoded."""
+    """Writes replies in which each completion comes behind its prompt, of tokens."""
 
-    def __init__(
-        self, state: ServerState, model: ServedModel, body: CompletionRequest, prompts: Sequence[Sequence[int]]
-    ) -> None:
-        super().__init__(state, model, body)
-        self._prompts, self._n, self._completes = prompts, body.n or 1, body.max_tokens != 0
+    def __init__(self, call: Call[CompletionRequest], prompts: Sequence[Sequence[int]]) -> None:
+        super().__init__(call)
+        self._prompts = prompts
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         rest, echoed = iter(pieces), list[Piece]()
         for prompt in self._prompts:
-            scores = next(rest).logprobs if self._top_logprobs is not None and len(prompt) > 1 else []
-            for _ in range(self._n):
-                piece = next(rest) if self._completes else Piece(0, "", [], "length")
+            scores = next(rest).logprobs if self.body.logprobs is not None and len(prompt) > 1 else []
+            for _ in range(self.body.n or 1):
+                piece = next(rest) if self.body.max_tokens != 0 else Piece(0, "", [], "length")
                 logprobs = [LogProb(prompt[0], math.nan, ()), *scores, *piece.logprobs]
                 text = self.tokenizer.decode(prompt) + piece.text
                 echoed.append(piece._replace(choice=len(echoed), text=text, logprobs=logprobs))
         return super().reply(echoed, usage._replace(prompt=sum(map(len, self._prompts))))
 
 
-async def completions(state: ServerState, http: HttpRequest, body: CompletionRequest) -> ASGIApp:
-    """Continues each prompt `n` times; the choices of a prompt follow each other."""
+async def create_completion(call: Call[CompletionRequest]) -> Answer[CompletionReply]:
+    """Continues texts.
+
+    Each prompt `n` times; the choices of a prompt follow each other.
+    """
+    body = call.body
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens")
     if body.echo and body.stream:
         raise ApiError(400, "echo is answered whole: leave stream out.", param="echo")
-    prompts = text_prompts(state, "prompt", body.prompt, MAX_PROMPTS)
-    arguments = state, http.state.model, body
-    writer = EchoWriter(*arguments, prompts.tokens) if body.echo else CompletionWriter(*arguments)
+    prompts = await text_prompts(call, MAX_PROMPTS)
+    writer = EchoWriter(call, prompts.tokens) if body.echo else CompletionWriter(call)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo and body.logprobs is not None)
-    return await body.respond(state, http, prompts, writer, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores)
+    return await body.respond(call, prompts, writer, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores)
 
 
 class FunctionCall(msgspec.Struct):
@@ -476,10 +476,6 @@ class ChatChunk(ReplyFields, kw_only=True):
 class ChatWriter(ChoicesWriter):
     id_prefix, reply_type, chunk_type = "chatcmpl", ChatReply, ChatChunk
 
-    def __init__(self, state: ServerState, model: ServedModel, body: ChatRequest) -> None:
-        super().__init__(state, model, body)
-        self._wants_logprobs, self._n = body.logprobs, body.n or 1
-
     def choice(self, piece: Piece) -> ChatChoice:
         calls = [MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls]
         message = ReplyMessage(piece.text or (None if calls else ""), tool_calls=calls or UNSET)
@@ -488,7 +484,7 @@ class ChatWriter(ChoicesWriter):
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
         begin = lambda index: ChatChunkChoice(index, Delta("assistant", ""))
-        return [self.chunk(begin(index), documents=usage.documents) for index in range(self._n)]
+        return [self.chunk(begin(index), documents=usage.documents) for index in range(self.body.choices)]
 
     def chunks(self, piece: Piece) -> Iterator[Any]:
         if piece.text or piece.logprobs:
@@ -503,7 +499,7 @@ class ChatWriter(ChoicesWriter):
             yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
 
     def _logprobs(self, piece: Piece) -> ChatLogProbs | None:
-        return ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self._wants_logprobs else None
+        return ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self.body.logprobs else None
 
     def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
         shown = lambda token, nats: ((text := token_text(self.tokenizer, token))[0], nats, list(text[1]))
@@ -511,36 +507,38 @@ class ChatWriter(ChoicesWriter):
         return TokenLogProb(*shown(logprob.token, logprob.logprob), top)
 
 
-def conversation(state: ServerState, body: Any, tools: ToolUse, variables: dict[str, Any] | None = None) -> Prompts:
-    """Returns the prompt of the messages of a body; `tools` and `variables` as of `chat_prompts`.
+async def conversation(call: Call, tools: ToolUse, variables: JsonObject = None) -> Prompts:
+    """Returns the prompt of the messages of the body; `tools` and `variables` as of `chat_prompts`.
 
     It goes up to the assistant's next turn, which begins with `add_generation_prompt`, or to the end of its last one with
     `continue_final_message`, as in vLLM. Raises ApiError.
     """
+    body = call.body
     turns, goes_on = [message.turn for message in body.messages], body.continue_final_message is True
     if goes_on == (body.add_generation_prompt is not False):
         message = "add_generation_prompt must be false with continue_final_message true, and true without."
         raise ApiError(400, message, param="add_generation_prompt")
     if not goes_on:
-        return chat_prompts(state, turns, tools=tools, variables=variables)
+        return await chat_prompts(call, turns, "", tools, variables)
     answer = turns.pop()
     if answer["role"] != "assistant" or not turns:
         message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
         raise ApiError(400, message, param="messages")
-    return chat_prompts(state, turns, answer["content"], tools=tools, variables=variables)
+    return await chat_prompts(call, turns, answer["content"], tools, variables)
 
 
-async def chat_completions(state: ServerState, http: HttpRequest, body: ChatRequest) -> ASGIApp:
+async def create_chat_completion(call: Call[ChatRequest]) -> Answer[ChatReply]:
+    """Answers a conversation."""
+    body = call.body
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
     if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
         message = "max_completion_tokens is sent beside max_tokens, its older name, with another value."
         raise ApiError(400, message, param="max_completion_tokens")
     return await body.respond(
-        state,
-        http,
-        conversation(state, body, body.tool_use, body.chat_template_kwargs),
-        ChatWriter(state, http.state.model, body),
+        call,
+        await conversation(call, body.tool_use, body.chat_template_kwargs),
+        ChatWriter(call),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

@@ -6,14 +6,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from msgspec import Meta
-from starlette.requests import Request as HttpRequest
-from starlette.types import ASGIApp
 
-from engine.inference.request import Request, SamplingParams
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, make_request, text_prompts
-from stages.serve.api.requests import AnswerRequest, Texts
+from engine.inference.request import SamplingParams
+from stages.serve.api.generation import MAX_COMPLETIONS, Answer, Piece, Usage, begin, make_request, text_prompts
+from stages.serve.api.requests import AnswerRequest, Call, Texts
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 
 
@@ -26,6 +23,10 @@ class EmbeddingsRequest(AnswerRequest, kw_only=True):
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def choices(self) -> int:
+        return len(self.texts(MAX_COMPLETIONS))
 
 
 class Embedding(msgspec.Struct):
@@ -43,18 +44,15 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
     usage: dict[str, int]
 
 
-async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequest) -> ASGIApp:
-    capacity, width = state.engine.capacity, state.engine.cfg.width
+async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsReply]:
+    """Texts as vectors."""
+    body, capacity, width = call.body, call.state.engine.capacity, call.state.engine.cfg.width
     if body.dimensions and body.dimensions > width:
         raise ApiError(400, f"An embedding of this model has {width} dimensions, not more.", param="dimensions")
-    prompts = text_prompts(state, "input", body.input, MAX_COMPLETIONS)
-
-    async def make_requests() -> list[Request]:
-        encoded = await prompts.encode()
-        for tokens in encoded:
-            if len(tokens) >= capacity:
-                raise context_overflow(len(tokens), capacity, "input")
-        return [make_request(state, http, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in encoded]
+    prompts = await text_prompts(call, MAX_COMPLETIONS)
+    if (longest := max(map(len, prompts.tokens))) >= capacity:
+        raise context_overflow(longest, capacity, "input")
+    requests = [make_request(call, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in prompts.tokens]
 
     def encode(embedding: Any) -> list[float] | str:
         unit = (embedding / max(np.linalg.norm(embedding), np.finfo(np.float32).tiny)).astype("<f4")
@@ -63,6 +61,6 @@ async def embeddings(state: ServerState, http: HttpRequest, body: EmbeddingsRequ
     def reply(pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
         data = [Embedding(piece.choice, encode(piece.embedding[: body.dimensions])) for piece in pieces]
         counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
-        return EmbeddingsReply(model=http.state.model.name, data=data, usage=counts)
+        return EmbeddingsReply(model=call.model.name, data=data, usage=counts)
 
-    return await begin(state, http, body, prompts, reply, make_requests)
+    return begin(call, prompts, requests, reply)

@@ -1,6 +1,7 @@
 """Generation: the completions of one HTTP request, from prompts over events to what the Writer of a dialect makes of them.
 
-A handler calls `generate`, or `begin` with requests of its own, and returns what that returns: the response.
+A handler, called in a `reserved_place`, makes Prompts and calls `generate`, or `begin` with requests of its own. It returns
+what that returns: the response.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -23,9 +24,8 @@ from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingPar
 from engine.text.documents import Passage
 from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
-from stages.serve.api.requests import INLINE_BYTES, AnswerRequest, content_length, json_reply
+from stages.serve.api.requests import INLINE_BYTES, Call, content_length, json_reply
 from stages.serve.errors import ApiError, ClientGone, internal_error
-from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import NO_TOOLS, CallParser, Grammar, ToolCall, ToolUse, Turn, join_calls
 
@@ -39,21 +39,17 @@ Reason = Literal["stop", "length", "tool_calls"]
 
 
 class Prompts(NamedTuple):
-    """The prompts of one request, in `field` of its body: `encode` returns the tokens of each.
+    """The tokens of one request's prompts, of which `passages` of documents are a part.
 
     Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
-    `tools`: those that a completion may call. `passages`: those of documents in the prompt, once it is encoded, and
-    `tokens` of texts.
+    `tools`: those that a completion may call.
     """
 
-    field: str
-    encode: Callable[[], Awaitable[list[list[int]]]]
+    tokens: Sequence[Sequence[int]]
     stop_token_ids: frozenset[int]
-    number: int = 1
     strips_space: bool = False
     tools: ToolUse = NO_TOOLS
     passages: Sequence[Passage] = ()
-    tokens: Sequence[Sequence[int]] = ()
 
 
 class Piece(NamedTuple):
@@ -128,21 +124,20 @@ class Generation:
     """The completions of one HTTP request in the engine, in its reserved place. `watch_disconnect` must be entered, once.
 
     They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
-    count once. `arrived`: by time.monotonic.
+    count once.
     """
 
     def __init__(
         self,
-        state: ServerState,
+        call: Call,
         requests: Sequence[Request],
-        priority: int,
-        stops: Sequence[str],
-        repeats: int,
-        arrived: float,
         prompts: Prompts,
+        repeats: int,
+        stops: Sequence[str],
     ) -> None:
-        self._state, self._priority, self._repeats, self._arrived = state, priority, repeats, arrived
-        self._passages = prompts.passages
+        self._state = state = call.state
+        self._priority, self._arrived = call.priority, call.http.state.arrived
+        self._repeats, self._passages = repeats, prompts.passages
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
         for index, request in enumerate(requests):
@@ -151,7 +146,7 @@ class Generation:
             parser = CallParser(state.tokenizer.tool_format) if prompts.tools.tools else None
             choice = Choice(index, request, completion, prompts.strips_space, parser)
             receive = lambda event, choice=choice: self._events.put_nowait((choice, event))
-            self._unfinished[choice] = state.engine.submit(request, priority, receive)
+            self._unfinished[choice] = state.engine.submit(request, self._priority, receive)
         self._choices = [*self._unfinished]
 
     async def pieces(self) -> AsyncIterator[Piece | str]:
@@ -280,6 +275,7 @@ class Generation:
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
 
 
+type Answer[T] = ASGIApp  # that responds with a T, or a stream
 Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole completions
 
 
@@ -368,30 +364,16 @@ async def _send_stream(
             await write(writer.last, more=False)
 
 
-def text_prompts(state: ServerState, field: str, value: Any, most: int) -> Prompts:
-    texts = value if isinstance(value, list) else [value]
-    kinds = {type(text) for text in texts}
-    if len(kinds) > 1:
-        raise ApiError(400, f"{field} must hold only texts, only token ids, or only lists of token ids.", param=field)
-    if kinds == {int}:
-        texts = [texts]
-    if len(texts) > most:
-        raise ApiError(400, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.", param=field)
-
-    tokens: list[list[int]] = []
-
-    async def encode() -> list[list[int]]:
-        tokens[:] = await state.tokenizer.encode(texts) if kinds == {str} else texts
-        return tokens
-
-    return Prompts(field, encode, state.stop_token_ids, len(texts), tokens=tokens)
+async def text_prompts(call: Call, most: int) -> Prompts:
+    texts = call.body.texts(most)
+    tokens = await call.state.tokenizer.encode(texts) if isinstance(texts[0], str) else texts
+    return Prompts(tokens, call.state.stop_token_ids)
 
 
-def chat_prompts(
-    state: ServerState,
+async def chat_prompts(
+    call: Call,
     turns: Sequence[Turn],
     answer: str = "",
-    field: str = "messages",
     tools: ToolUse = NO_TOOLS,
     variables: Mapping[str, Any] | None = None,
 ) -> Prompts:
@@ -399,24 +381,41 @@ def chat_prompts(
 
     `variables`: what else the template reads.
     """
-    passages: list[Passage] = []
-
-    async def encode() -> list[list[int]]:
-        tokens, passages[:] = await state.tokenizer.encode_chat(turns, answer, variables, tools.tools)
-        return [tokens]
-
-    ends, strips_space = state.stop_token_ids | state.tokenizer.eot_ids, state.tokenizer.strips_space and not answer
-    return Prompts(field, encode, ends, strips_space=strips_space, tools=tools, passages=passages)
+    pool = call.state.tokenizer
+    tokens, passages = await pool.encode_chat(turns, answer, variables, tools.tools)
+    strips_space = pool.strips_space and not answer
+    return Prompts([tokens], call.state.stop_token_ids | pool.eot_ids, strips_space, tools, passages)
 
 
-def check_ready(state: ServerState, http: HttpRequest) -> None:
+def check_ready(call: Call) -> None:
     """Raises ApiError while no completion can be admitted: 503 when not ready, 429 for a large body when places are taken.
 
     That of a small one waits until its number of completions is known.
     """
-    state.check_ready()
-    if content_length(http) > INLINE_BYTES:
-        state.admission.check(*_arrival(http, 0))
+    call.state.check_ready()
+    if content_length(call.http) > INLINE_BYTES:
+        call.state.admission.check(*_arrival(call.http, 0))
+
+
+@contextlib.contextmanager
+def reserved_place(call: Call) -> Iterator[None]:
+    """Reserves a place before the prompts become tokens. The Generation that the block begins frees it, or its error.
+
+    Raises ApiError.
+    """
+    call.state.check_ready()
+    if (choices := call.body.choices) > MAX_COMPLETIONS:
+        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+        raise ApiError(400, message, param="n")
+    call.priority = call.state.admission.reserve(*_arrival(call.http, choices))
+    try:
+        yield
+    except BaseException as error:
+        call.state.admission.release()
+        if isinstance(error, InvalidField):
+            param = call.body.prompt_field if error.field == "prompt" else error.field
+            raise ApiError(400, str(error), param=param) from None
+        raise
 
 
 def _arrival(http: HttpRequest, choices: int) -> tuple[Sender, float, int | None]:
@@ -428,119 +427,89 @@ def _arrival(http: HttpRequest, choices: int) -> tuple[Sender, float, int | None
 
 
 def make_request(
-    state: ServerState,
-    http: HttpRequest,
+    call: Call,
     prompt: Sequence[int],
     sampling: SamplingParams,
     constraint: Constraint | None = None,
     embed: bool = False,
 ) -> Request:
     """Raises ApiError if the adapter has been removed, and as `check_request`."""
-    adapter = state.adapter_of(http.state.model)
-    request = Request(tuple(prompt), sampling, http.state.namespace, constraint, embed, adapter)
-    check_request(request, state.engine.cfg.vocab, state.engine.capacity)
+    adapter, engine = call.state.adapter_of(call.model), call.state.engine
+    request = Request(tuple(prompt), sampling, call.http.state.namespace, constraint, embed, adapter)
+    check_request(request, engine.cfg.vocab, engine.capacity)
     return request
 
 
-def make_scored(
-    state: ServerState, http: HttpRequest, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0
-) -> Request:
+def make_scored(call: Call, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0) -> Request:
     """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt. Raises ApiError."""
-    count, capacity, vocab = len(prompt) + len(tokens), state.engine.capacity, state.engine.cfg.vocab
+    count, capacity, vocab = len(prompt) + len(tokens), call.state.engine.capacity, call.state.engine.cfg.vocab
     if count > capacity:
         raise context_overflow(count, capacity, field)
     if max(tokens) >= vocab:  # a mask has no bit for it
         raise ApiError(400, f"{field} holds an id outside the vocabulary of {vocab:,}.", param=field)
     # As those of a completion's own tokens are, in the same program.
     sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
-    return make_request(state, http, prompt, sampling, ForcedTokens(tokens))
+    return make_request(call, prompt, sampling, ForcedTokens(tokens))
 
 
 async def generate(
-    state: ServerState,
-    http: HttpRequest,
-    body: AnswerRequest,
+    call: Call,
     prompts: Prompts,
     writer: Writer,
     *,
     fields: msgspec.Struct | None = None,
-    n: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    ignore_eos: bool | None = None,
     grammars: Sequence[Grammar] = (),
     scores: bool = False,
     **own: Any,
 ) -> ASGIApp:
-    """Responds with `n` completions of each prompt; those of a prompt follow each other. A stop string ends one.
+    """Responds with `n` completions of each prompt; those of a prompt follow each other.
 
-    All keep to the grammar, of which there is one at most. `own` are fields of SamplingParams that the dialect has in its own
-    form; the others are those of its `fields`, by default the body's, of the same name; None stands for the default. At most
-    `max_tokens` are generated, by default and at most as many as fit; with 0 there is no completion. With `scores` the tokens
-    of each prompt but its first come before its completions, if there are others. Raises ApiError.
+    `fields`, by default the body, has `n`, the strings that `stop` a completion, `ignore_eos`, and fields of SamplingParams,
+    if it has them; None stands for the default. `own` are those of SamplingParams that the dialect has in its own form. All
+    keep to the grammar, of which there is one at most. At most `max_tokens` are generated, by default and at most as many as
+    fit; with 0 there is no completion. With `scores` the tokens of each prompt but its first come before its completions, if
+    there are others. Raises ApiError.
     """
-    capacity, n = state.engine.capacity, n or 1
-    values = {name: own[name] if name in own else getattr(fields or body, name, None) for name in SAMPLING_FIELDS}
-    given = {name: value for name, value in values.items() if value is not None}
+    state, body = call.state, call.body
+    field = lambda name: own[name] if name in own else getattr(fields or body, name, None)
+    given = {name: value for name in SAMPLING_FIELDS if (value := field(name)) is not None}
+    capacity, n, stop = state.engine.capacity, field("n") or 1, field("stop") or ()
     limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
-    ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if ignore_eos else prompts.stop_token_ids)
+    ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if field("ignore_eos") else prompts.stop_token_ids)
     if len(grammars) > 1:
         message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
         raise ApiError(400, message, param=grammars[1].field)
-
-    async def make_requests() -> list[Request]:
-        grammar = grammars[0] if grammars else None
-        if prompts.tools.tools:
-            grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
-        constraint = await state.tokenizer.compile(grammar) if grammar else None
-        requests: list[Request] = []
-        for number, prompt in enumerate(await prompts.encode()):
-            room = capacity - len(prompt)
-            if room < bool(limit):
-                raise context_overflow(len(prompt), capacity, prompts.field)
-            if scores and len(prompt) > 1:
-                requests.append(make_scored(state, http, prompt[:1], prompt[1:], prompts.field, given["logprobs"]))
-            if limit:
-                given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
-                first = make_request(state, http, prompt, dataclasses.replace(state.sampling, **given), constraint)
-                _, *others = first.sampling.per_row(n)  # each with its own seed
-                requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
-        return requests
-
-    stops = [stop] if isinstance(stop, str) else stop or ()
-    return await begin(state, http, body, prompts, writer.reply, make_requests, n, stops, writer)
+    grammar = grammars[0] if grammars else None
+    if prompts.tools.tools:
+        grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
+    constraint = await state.tokenizer.compile(grammar) if grammar else None
+    requests: list[Request] = []
+    for number, prompt in enumerate(prompts.tokens):
+        room = capacity - len(prompt)
+        if room < bool(limit):
+            raise context_overflow(len(prompt), capacity, body.prompt_field)
+        if scores and len(prompt) > 1:
+            requests.append(make_scored(call, prompt[:1], prompt[1:], body.prompt_field, given["logprobs"]))
+        if limit:
+            given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
+            first = make_request(call, prompt, dataclasses.replace(state.sampling, **given), constraint)
+            _, *others = first.sampling.per_row(n)  # each with its own seed
+            requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
+    return begin(call, prompts, requests, writer.reply, n, [stop] if isinstance(stop, str) else stop, writer)
 
 
-async def begin(
-    state: ServerState,
-    http: HttpRequest,
-    body: AnswerRequest,
+def begin(
+    call: Call,
     prompts: Prompts,
+    requests: Sequence[Request],
     reply: Reply,
-    make_requests: Callable[[], Awaitable[list[Request]]],
     n: int = 1,
     stops: Sequence[str] = (),
     writer: Writer | None = None,
 ) -> ASGIApp:
-    """Begins the requests that `make_requests` returns, `n` completions of each prompt or the scores of given ones; responds
-    with the `reply`, or the stream of a `writer`.
-
-    A place is reserved before the prompts become tokens, and freed whatever happens. Raises ApiError.
-    """
-    state.check_ready()
-    choices = prompts.number * n
-    if choices > MAX_COMPLETIONS:
-        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
-        raise ApiError(400, message, param="n")
-    priority = state.admission.reserve(*_arrival(http, choices))
-    try:
-        requests = await make_requests()
-        generation = http.state.generation = Generation(state, requests, priority, stops, n, http.state.arrived, prompts)
-    except BaseException as error:
-        state.admission.release()
-        if isinstance(error, InvalidField):
-            raise ApiError(400, str(error), param=prompts.field if error.field == "prompt" else error.field) from None
-        raise
-    headers = {"X-Ignored-Fields": ", ".join(body.ignored)} if body.ignored else {}
-    if writer and getattr(body, "stream", False):
+    """Begins the requests, `n` of each prompt; responds with the `reply`, or the stream of a `writer`."""
+    generation = call.http.state.generation = Generation(call, requests, prompts, n, stops)
+    headers = {"X-Ignored-Fields": ", ".join(ignored)} if (ignored := call.body.ignored) else {}
+    if writer and getattr(call.body, "stream", False):
         return functools.partial(_send_stream, writer, generation, headers)
     return functools.partial(_send_reply, reply, generation, headers)

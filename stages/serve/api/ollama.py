@@ -7,14 +7,12 @@ from typing import Annotated, Any, Literal
 import jax
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
 from engine.model.weights.matmul import weight_types
 from stages.serve.api.completions import Tools
 from stages.serve.api.generation import (
+    Answer,
     DocumentsUse,
     Piece,
     Prompts,
@@ -26,6 +24,7 @@ from stages.serve.api.generation import (
     text_prompts,
 )
 from stages.serve.api.requests import (
+    Call,
     EmptyList,
     Fields,
     GenerationRequest,
@@ -38,7 +37,6 @@ from stages.serve.api.requests import (
     TopK,
     TopP,
     in_range,
-    json_reply,
 )
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
@@ -54,7 +52,9 @@ class Options(Fields):
     top_p: TopP = None
     min_p: MinP = None
     seed: Seed = None
-    repeat_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
+    repetition_penalty: Annotated[float, in_range("repetition_penalty")] | None = msgspec.field(
+        default=None, name="repeat_penalty"
+    )
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     stop: Stops | None = None
@@ -79,24 +79,14 @@ class OllamaRequest(GenerationRequest, kw_only=True):
     think: Literal[False] | None = None
     logprobs: Literal[False] | None = None
 
-    async def respond(self, state: ServerState, http: Request, prompts: Prompts, is_chat: bool) -> ASGIApp:
-        options, most = self.options, self.options.num_predict
+    async def respond(self, call: Call, prompts: Prompts, is_chat: bool) -> Answer:
+        most, writer = self.options.num_predict, OllamaWriter(call.model, is_chat)
         if most == 0:
             message = "num_predict must be at least 1, or negative for as many tokens as fit."
             raise ApiError(400, message, param="options.num_predict")
-        schema = self.format if isinstance(self.format, dict) else None
-        return await generate(
-            state,
-            http,
-            self,
-            prompts,
-            OllamaWriter(http.state.model, is_chat),
-            fields=options,
-            stop=options.stop,
-            grammars=[answer_grammar("format", schema)] if self.format else [],
-            max_tokens=most if most and most > 0 else None,
-            repetition_penalty=options.repeat_penalty,
-        )
+        grammars = [answer_grammar("format", self.format if isinstance(self.format, dict) else None)] if self.format else []
+        limit = most if most and most > 0 else None
+        return await generate(call, prompts, writer, fields=self.options, grammars=grammars, max_tokens=limit)
 
 
 class OllamaFunction(msgspec.Struct, kw_only=True):
@@ -213,19 +203,20 @@ class OllamaWriter(Writer):
         }
 
 
-async def chat(state: ServerState, http: Request, body: OllamaChatRequest) -> ASGIApp:
-    tools = tool_use([tool.function for tool in body.tools or ()])
-    prompts = chat_prompts(state, [message.turn for message in body.messages], tools=tools)
-    return await body.respond(state, http, prompts, True)
+async def ollama_chat(call: Call[OllamaChatRequest]) -> Answer[OllamaReply]:
+    """Answers a conversation, as Ollama has it."""
+    tools = tool_use([tool.function for tool in call.body.tools or ()])
+    prompts = await chat_prompts(call, [message.turn for message in call.body.messages], tools=tools)
+    return await call.body.respond(call, prompts, True)
 
 
-async def generate_text(state: ServerState, http: Request, body: OllamaGenerateRequest) -> ASGIApp:
-    if body.raw:
-        prompts = text_prompts(state, "prompt", body.prompt, 1)
-    else:
-        system = [{"role": "system", "content": body.system}] if body.system else []
-        prompts = chat_prompts(state, [*system, {"role": "user", "content": body.prompt}], field="prompt")
-    return await body.respond(state, http, prompts, False)
+async def ollama_generate(call: Call[OllamaGenerateRequest]) -> Answer[OllamaReply]:
+    """Answers or continues a prompt, as Ollama has it."""
+    body = call.body
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    turns = [*system, {"role": "user", "content": body.prompt}]
+    prompts = await (text_prompts(call, 1) if body.raw else chat_prompts(call, turns))
+    return await body.respond(call, prompts, False)
 
 
 class Tags(msgspec.Struct):
@@ -255,20 +246,30 @@ class Show(msgspec.Struct):
     capabilities: tuple[str, ...] = ("completion", "tools")
 
 
-async def tags(state: ServerState, _: Request) -> Response:
+async def ollama_tags(call: Call) -> Tags:
+    """The model that is served, as Ollama has it."""
+    state = call.state
     engine, at = state.engine.engine, _loaded_at(state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
     model = {"modified_at": at, "size": size, "digest": state.digest, "details": _details(state)}
-    return json_reply(Tags([{"name": name, "model": name, **model} for name in state.served_names]))
+    return Tags([{"name": name, "model": name, **model} for name in state.served_names])
 
 
-async def version(*_: object) -> Response:
-    return json_reply(Version())
+async def ollama_ps(call: Call) -> Tags:
+    """The model that is served: it is loaded."""
+    return await ollama_tags(call)
 
 
-async def show(state: ServerState, _: Request, body: ShowRequest) -> Response:
-    if body.name:
-        state.find_model(body.name)
+async def ollama_version(_: Call) -> Version:
+    """A version of Ollama that has what is here."""
+    return Version()
+
+
+async def ollama_show(call: Call[ShowRequest]) -> Show:
+    """What a model is and can do."""
+    state = call.state
+    if call.body.name:
+        state.find_model(call.body.name)
     cfg = state.engine.cfg
     info = {
         "general.architecture": "llama",
@@ -276,7 +277,7 @@ async def show(state: ServerState, _: Request, body: ShowRequest) -> Response:
         "llama.context_length": state.engine.capacity,
         "llama.embedding_length": cfg.width,
     }
-    return json_reply(Show(_loaded_at(state), _details(state), info, state.tokenizer.template))
+    return Show(_loaded_at(state), _details(state), info, state.tokenizer.template)
 
 
 def _loaded_at(state: ServerState) -> datetime.datetime:

@@ -1,4 +1,4 @@
-"""Reads the body of a request within bounds of size and time as its type; has the types of fields that dialects share.
+"""Call: a request on its way, whose body is read within bounds of size and time; the types of fields that dialects share.
 
 An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
 than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields.
@@ -6,6 +6,7 @@ than none. Fields that change no answer (IGNORED) are accepted, and named in the
 
 import asyncio
 import contextlib
+import functools
 import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from starlette.responses import Response
 
 from engine.inference.request import RANGES
 from stages.serve.errors import ApiError, ClientGone
-from stages.serve.state import ServerState
+from stages.serve.state import ServedModel, ServerState
 
 MAX_BYTES = 4 * 2**20
 INLINE_BYTES = 65_536  # more are decoded in a thread
@@ -124,6 +125,30 @@ class AnswerRequest(ModelRequest, kw_only=True):
     def ignored(self) -> list[str]:
         return [name for name in IGNORED if getattr(self, name, None) is not None]
 
+    @property
+    def choices(self) -> int:
+        """How many completions are asked for, or scores or embeddings."""
+        return getattr(self, "n", None) or 1
+
+    @property
+    def prompt_field(self) -> str:
+        """The name of the field that has the prompt."""
+        return next(name for name in ("messages", "input", "prompt") if getattr(self, name, None) is not None)
+
+    def texts(self, most: int) -> list[str] | list[list[int]]:
+        """Returns the prompts, at most so many, all of one kind. Raises ApiError."""
+        field = self.prompt_field
+        value = getattr(self, field)
+        texts = value if isinstance(value, list) else [value]
+        kinds = {*map(type, texts)}
+        if len(kinds) > 1:
+            raise ApiError(400, f"{field} must hold only texts, only token ids, or only lists of token ids.", param=field)
+        if kinds == {int}:
+            texts = [texts]
+        if len(texts) > most:
+            raise ApiError(400, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.", param=field)
+        return texts
+
 
 IGNORED = AnswerRequest.__struct_fields__[1:]
 
@@ -134,40 +159,52 @@ class GenerationRequest(AnswerRequest, kw_only=True):
     stream: bool | None = None
 
 
-@contextlib.asynccontextmanager
-async def read_body[T: ModelRequest](state: ServerState, http: Request, kind: type[T]) -> AsyncIterator[T]:
-    """Reads the JSON body as `kind`, and sets in the request's state the `model` that it names.
+class Call[Body]:
+    """One request on its way: the server's state, the HTTP request, its body as `read` finds it, and the model that it names.
 
-    Its bytes count until the block ends, in which its text becomes tokens.
-
-    Raises ApiError, which names the field at fault, and ClientGone.
+    `priority`: that of its reserved place.
     """
-    _check_headers(http)
-    content = bytearray()
-    try:
-        await _receive(state, http, content)
-        body = _decode(content, kind) if len(content) <= INLINE_BYTES else await asyncio.to_thread(_decode, content, kind)
-        http.state.model = state.find_model(body.model)
-        yield body
-    finally:
-        state.admission.remove_bytes(len(content))
+
+    body: Body
+    model: ServedModel
+    priority: int
+
+    def __init__(self, state: ServerState, http: Request) -> None:
+        self.state, self.http = state, http
+
+    @contextlib.asynccontextmanager
+    async def read(self, kind: type[Body]) -> AsyncIterator[None]:
+        """Reads the JSON body as `kind`. Its bytes count until the block ends, in which its text becomes tokens.
+
+        Raises ApiError, which names the field at fault, and ClientGone.
+        """
+        _check_headers(self.http)
+        content = bytearray()
+        try:
+            await self._receive(content)
+            decode = functools.partial(_decode, content, kind)
+            self.body = body = decode() if len(content) <= INLINE_BYTES else await asyncio.to_thread(decode)
+            self.model = self.state.find_model(body.model)
+            yield
+        finally:
+            self.state.admission.remove_bytes(len(content))
+
+    async def _receive(self, content: bytearray) -> None:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in self.http.stream():
+                    if len(content) + len(part) > MAX_BYTES:  # counted: Content-Length is only a promise
+                        raise _too_large()
+                    self.state.admission.add_bytes(len(part))
+                    content += part
+        except TimeoutError:
+            message = f"The body did not come within {BODY_SECONDS:.0f} s."
+            raise ApiError(408, message, headers={"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise ClientGone from None
 
 
-async def _receive(state: ServerState, http: Request, content: bytearray) -> None:
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in http.stream():
-                if len(content) + len(part) > MAX_BYTES:  # counted: Content-Length is only a promise
-                    raise _too_large()
-                state.admission.add_bytes(len(part))
-                content += part
-    except TimeoutError:
-        raise ApiError(408, f"The body did not come within {BODY_SECONDS:.0f} s.", headers={"Connection": "close"}) from None
-    except ClientDisconnect:
-        raise ClientGone from None
-
-
-def _decode[T: msgspec.Struct](content: bytearray, kind: type[T]) -> T:
+def _decode(content: bytearray, kind: Any) -> Any:
     try:
         try:
             return msgspec.json.decode(content, type=kind)

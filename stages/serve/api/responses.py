@@ -7,13 +7,20 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.requests import Request
-from starlette.types import ASGIApp
 
-from stages.serve.api.generation import DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
-from stages.serve.api.requests import EmptyList, Fields, GenerationRequest, JsonObject, MaxTokens, Temperature, TopP, join_text
+from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
+from stages.serve.api.requests import (
+    Call,
+    EmptyList,
+    Fields,
+    GenerationRequest,
+    JsonObject,
+    MaxTokens,
+    Temperature,
+    TopP,
+    join_text,
+)
 from stages.serve.errors import ApiError
-from stages.serve.state import ServedModel, ServerState
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, tool_use
 
 
@@ -87,7 +94,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
     input: str | Annotated[list[InputItem], Meta(min_length=1, max_length=4096)]
     instructions: str | None = None
-    max_output_tokens: MaxTokens | None = None
+    max_tokens: MaxTokens | None = msgspec.field(default=None, name="max_output_tokens")
     temperature: Temperature = None
     top_p: TopP = None
     text: TextOptions | None = None
@@ -134,13 +141,14 @@ class ResponseReply(msgspec.Struct, kw_only=True):
 class ResponseWriter(EventWriter):
     """Fills one ResponseReply, of which the first and last events of a stream are states."""
 
-    def __init__(self, model: ServedModel, body: ResponseRequest) -> None:
+    def __init__(self, call: Call[ResponseRequest]) -> None:
+        body = call.body
         self._reply = ResponseReply(
             id=f"resp_{uuid.uuid4().hex}",
             created_at=int(time.time()),
-            model=model.name,
+            model=call.model.name,
             instructions=body.instructions,
-            max_output_tokens=body.max_output_tokens,
+            max_output_tokens=body.max_tokens,
             metadata=body.metadata or {},
             text=TextOptions(body.format),
             tools=body.tools or [],
@@ -228,12 +236,13 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-async def responses(state: ServerState, http: Request, body: ResponseRequest) -> ASGIApp:
+async def create_response(call: Call[ResponseRequest]) -> Answer[ResponseReply]:
+    """Answers a conversation, as events or whole."""
+    body = call.body
     turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _turns(body.input)
     if body.instructions:
         turns.insert(0, {"role": "system", "content": body.instructions})
     named = body.tool_choice.name if isinstance(body.tool_choice, NamedField) else None
     tools = tool_use(body.tools or (), named, body.tool_choice, body.parallel_tool_calls)
     grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
-    prompts, writer = chat_prompts(state, turns, field="input", tools=tools), ResponseWriter(http.state.model, body)
-    return await generate(state, http, body, prompts, writer, grammars=grammars, max_tokens=body.max_output_tokens)
+    return await generate(call, await chat_prompts(call, turns, tools=tools), ResponseWriter(call), grammars=grammars)

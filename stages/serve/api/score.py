@@ -5,15 +5,20 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
-from starlette.requests import Request as HttpRequest
-from starlette.types import ASGIApp
 
-from engine.inference.request import Request
 from stages.serve.api.completions import Messages, ReplyUsage, reply_usage
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Usage, begin, chat_prompts, make_scored, text_prompts
-from stages.serve.api.requests import MAX_IDS, AnswerRequest, TokenId
+from stages.serve.api.generation import (
+    MAX_COMPLETIONS,
+    Answer,
+    Piece,
+    Usage,
+    begin,
+    chat_prompts,
+    make_scored,
+    text_prompts,
+)
+from stages.serve.api.requests import MAX_IDS, AnswerRequest, Call, TokenId
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
 
 Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
 
@@ -24,6 +29,10 @@ class ScoreRequest(AnswerRequest, kw_only=True):
     candidates: Annotated[list[Text], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
     prompt: Text | None = None
     messages: Messages | None = None
+
+    @property
+    def choices(self) -> int:
+        return len(self.candidates)
 
 
 class Score(msgspec.Struct, kw_only=True):
@@ -43,24 +52,21 @@ class ScoreReply(msgspec.Struct, kw_only=True):
     usage: ReplyUsage
 
 
-async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> ASGIApp:
-    """Scores each candidate; the prefix cache holds the prompt for all but the first."""
+async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
+    """How probable given answers are.
+
+    The prefix cache holds the prompt for all but the first.
+    """
+    body, tokenizer = call.body, call.state.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
-    tokenizer, turns = state.tokenizer, [each.turn for each in body.messages or ()]
-    prompts = chat_prompts(state, turns) if turns else text_prompts(state, "prompt", body.prompt, 1)
-
-    async def make_requests() -> list[Request]:
-        (prompt,) = await prompts.encode()
-        texts = [each for each in body.candidates if isinstance(each, str)]
-        if body.messages and tokenizer.strips_space:
-            texts = [f" {text}" for text in texts]
-        encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
-        requests = []
-        for candidate in body.candidates:
-            tokens = next(encoded) if isinstance(candidate, str) else candidate
-            requests.append(make_scored(state, http, prompt, tokens, "candidates"))
-        return requests
+    turns = [each.turn for each in body.messages or ()]
+    prompts = await (chat_prompts(call, turns) if turns else text_prompts(call, 1))
+    space = " " if body.messages and tokenizer.strips_space else ""
+    texts = [space + each for each in body.candidates if isinstance(each, str)]
+    encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
+    tokens = (next(encoded) if isinstance(each, str) else each for each in body.candidates)
+    requests = [make_scored(call, prompts.tokens[0], candidate, "candidates") for candidate in tokens]
 
     def reply(pieces: list[Piece], usage: Usage) -> ScoreReply:
         each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
@@ -70,7 +76,7 @@ async def score(state: ServerState, http: HttpRequest, body: ScoreRequest) -> AS
             Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
             for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
         ]
-        name, fingerprint, _ = http.state.model
+        name, fingerprint, _ = call.model
         return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
 
-    return await begin(state, http, body, prompts, reply, make_requests, len(body.candidates))
+    return begin(call, prompts, requests, reply, len(requests))

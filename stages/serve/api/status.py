@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
-from starlette.requests import Request
 from starlette.responses import Response
 
 from stages.serve.api.completions import DefaultSampling
-from stages.serve.api.requests import ModelRequest, json_reply
+from stages.serve.api.generation import Answer
+from stages.serve.api.requests import Call, ModelRequest, json_reply
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status
 
@@ -75,16 +75,17 @@ class Attestation(msgspec.Struct, kw_only=True):
     checked_at: int
 
 
-async def models(state: ServerState, _: Request) -> Response:
-    return json_reply(ModelList([model_card(state, name) for name in state.served_names]))
+async def list_models(call: Call) -> ModelList:
+    """The model that is served."""
+    return ModelList([model_card(call.state, name) for name in call.state.served_names])
 
 
-async def model(state: ServerState, http: Request) -> Response:
-    return json_reply(model_card(state, state.find_model(http.path_params["model"]).name))
+async def retrieve_model(call: Call) -> ModelCard:
+    """The model of that name."""
+    return model_card(call.state, call.state.find_model(call.http.path_params["model"]).name)
 
 
 def model_card(state: ServerState, name: str) -> ModelCard:
-    defaults = DefaultSampling(*(getattr(state.sampling, name) for name in DefaultSampling.__struct_fields__))
     return ModelCard(
         id=name,
         created=state.loaded_at,
@@ -92,54 +93,58 @@ def model_card(state: ServerState, name: str) -> ModelCard:
         adapter=adapter.digest if (adapter := state.adapters.adapters.get(name)) else None,
         max_model_len=state.engine.capacity,
         price_per_hour=state.price,
-        default_sampling=defaults,
+        default_sampling=msgspec.convert(state.sampling, DefaultSampling, from_attributes=True),
     )
 
 
-async def add_adapter(state: ServerState, _: Request, body: AdapterRequest) -> Response:
+async def add_adapter(call: Call[AdapterRequest]) -> ModelCard:
+    """Adds an adapter, which requests may then name as their model."""
+    state, body = call.state, call.body
     if body.name in (*state.names, "default"):
         raise ApiError(409, f"{body.name} is the name of the model itself.", param="name")
     await state.adapters.add(body.name, body.folder)
-    return json_reply(model_card(state, body.name))
+    return model_card(state, body.name)
 
 
-async def remove_adapter(state: ServerState, http: Request) -> Response:
-    state.adapters.remove(name := http.path_params["model"])
-    return json_reply(AdapterReply(name))
+async def remove_adapter(call: Call) -> AdapterReply:
+    """Removes an adapter; requests under way go on with it."""
+    call.state.adapters.remove(name := call.http.path_params["model"])
+    return AdapterReply(name)
 
 
-async def health(state: ServerState, _: Request) -> Response:
-    status, engine = state.status, state.engine
-    reply = Health(
-        status,
-        engine.engine.running,
-        engine.waiting,
-        engine.compiles_after_ready,
-        round(engine.seconds_since_tick, 3),
-    )
+async def health(call: Call) -> Answer[Health]:
+    """Whether requests are answered."""
+    status, engine = call.state.status, call.state.engine
+    since = round(engine.seconds_since_tick, 3)
+    reply = Health(status, engine.engine.running, engine.waiting, engine.compiles_after_ready, since)
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
-async def live(*_: object) -> Response:
-    return json_reply(Live())
+async def live(_: Call) -> Live:
+    """Whether the process runs."""
+    return Live()
 
 
-async def metrics(state: ServerState, _: Request) -> Response:
-    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(call: Call) -> Response:
+    """Counts and times, for Prometheus."""
+    return Response(call.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def attestation(state: ServerState, _: Request) -> Response:
+async def attest(call: Call) -> Attestation:
+    """The digest of the weights, at load and now."""
+    state = call.state
     now, then = await state.hash_weights(), state.digest
-    reply = Attestation(
+    return Attestation(
         digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
     )
-    return json_reply(reply)
 
 
-async def openapi(_: ServerState, http: Request) -> Response:
-    return Response(http.app.openapi, media_type="application/json")
+async def openapi(call: Call) -> Response:
+    """This document."""
+    return Response(call.http.app.openapi, media_type="application/json")
 
 
-async def page(_: ServerState, http: Request) -> Response:
-    html, policy = http.app.page
+async def page(call: Call) -> Response:
+    """A page to talk to the model."""
+    html, policy = call.http.app.page
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})

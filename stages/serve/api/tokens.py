@@ -1,14 +1,13 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info, vLLM's: a text or a conversation to tokens, and back."""
 
+from collections.abc import Sequence
+
 import msgspec
 from msgspec import UNSET, UnsetType
-from starlette.requests import Request
-from starlette.responses import Response
 
 from stages.serve.api.completions import Messages, Tools, conversation
-from stages.serve.api.requests import ModelRequest, TokenIds, json_reply
+from stages.serve.api.requests import Call, ModelRequest, TokenIds
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
 from stages.serve.tools import tool_use
 
 
@@ -29,7 +28,7 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 class TokenizeReply(msgspec.Struct):
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: Sequence[int]
 
 
 class DetokenizeRequest(ModelRequest, kw_only=True):
@@ -48,12 +47,16 @@ class TokenizerInfo(msgspec.Struct):
     chat_template: str
 
 
-async def tokenizer_info(state: ServerState, _: Request) -> Response:
-    names = state.tokenizer.tokenizer.special_names
-    return json_reply(TokenizerInfo(names["eos_token"], names.get("bos_token"), state.tokenizer.template))
+async def tokenizer_info(call: Call) -> TokenizerInfo:
+    """The names of special tokens, and the chat template."""
+    pool = call.state.tokenizer
+    names = pool.tokenizer.special_names
+    return TokenizerInfo(names["eos_token"], names.get("bos_token"), pool.template)
 
 
-async def tokenize(state: ServerState, _: Request, body: TokenizeRequest) -> Response:
+async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
+    """The tokens of a text, or of a conversation."""
+    state, body = call.state, call.body
     if (body.prompt is UNSET) == (body.messages is UNSET):
         raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
     if isinstance(body.messages, list):
@@ -61,16 +64,18 @@ async def tokenize(state: ServerState, _: Request, body: TokenizeRequest) -> Res
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
             raise ApiError(400, message, param="add_special_tokens")
         tools = tool_use([tool.function for tool in body.tools or ()])
-        (tokens,) = await conversation(state, body, tools).encode()
+        (tokens,) = (await conversation(call, tools)).tokens
     else:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
             raise ApiError(400, message, param="continue_final_message")
         (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
-    return json_reply(TokenizeReply(len(tokens), state.engine.capacity, tokens))
+    return TokenizeReply(len(tokens), state.engine.capacity, tokens)
 
 
-async def detokenize(state: ServerState, _: Request, body: DetokenizeRequest) -> Response:
-    if body.tokens and max(body.tokens) >= state.engine.cfg.vocab:
-        raise ApiError(400, f"tokens holds an id outside the vocabulary of {state.engine.cfg.vocab:,}.", param="tokens")
-    return json_reply(DetokenizeReply(await state.tokenizer.decode(body.tokens)))
+async def detokenize(call: Call[DetokenizeRequest]) -> DetokenizeReply:
+    """The text of tokens."""
+    tokens, vocab = call.body.tokens, call.state.engine.cfg.vocab
+    if tokens and max(tokens) >= vocab:
+        raise ApiError(400, f"tokens holds an id outside the vocabulary of {vocab:,}.", param="tokens")
+    return DetokenizeReply(await call.state.tokenizer.decode(tokens))
