@@ -19,7 +19,6 @@ from jax import Array
 from engine.inference.config import EngineConfig
 from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
-    PenaltyArrays,
     SamplingArrays,
     TokenCounts,
     TokenMasks,
@@ -28,7 +27,6 @@ from engine.inference.sampling import (
     make_token_counts,
     make_token_masks,
     mask_logits,
-    penalty_arrays,
     sample,
     sampling_arrays,
     set_token_counts,
@@ -110,7 +108,6 @@ def decode_slots(
     token: Array,
     rows: CacheRows,
     sampling: SamplingArrays,
-    penalties: PenaltyArrays,
     masks: TokenMasks,
     steps: Array,
     logprobs: Array,
@@ -133,7 +130,7 @@ def decode_slots(
         logits = logits[:, 0]
         with jax.named_scope("sample"):
             adjusted = jax.lax.cond(
-                penalties.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, penalties
+                sampling.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, sampling
             )
             masked = masks.steps > i
             allowed = jax.lax.cond(masked.any(), mask_logits, lambda logits, *_: logits, adjusted, masked, masks.allowed)
@@ -172,7 +169,7 @@ def idle_calls(
     nobody: Any = np.full(config.rows, -1, np.int32)
     rows, idle = make_rows(nobody, np.zeros_like(nobody), segments.slots), [SamplingParams()] * config.rows
     token, masks = np.zeros(config.rows, np.int32), make_token_masks(config.rows, cfg.vocab)
-    per_row = token, rows, sampling_arrays(idle), penalty_arrays(idle), masks, step, np.bool_(False)
+    per_row = token, rows, sampling_arrays(idle), masks, step, np.bool_(False)
     sizes = {"chunk": config.chunk} | ({"tail": config.tail} if config.tail < config.chunk else {})
 
     def empty(size: int) -> Any:
@@ -337,7 +334,6 @@ class ModelRunner:
             token,
             rows,
             sampling_arrays(sampling),
-            penalty_arrays(sampling),
             masks,
             np.int32(steps),
             np.bool_(logprobs),

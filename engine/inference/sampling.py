@@ -22,18 +22,13 @@ DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # o
 
 
 class SamplingArrays(NamedTuple):
-    """The fields of B rows' SamplingParams that `sample` reads: (B,) float32, but top_k int32 and seed uint32."""
+    """The fields of B rows' SamplingParams that `sample` reads, and then those that `adjust_logits` reads: (B,) of DTYPES."""
 
     temperature: Array
     top_k: Array
     top_p: Array
     min_p: Array
     seed: Array
-
-
-class PenaltyArrays(NamedTuple):
-    """R rows' penalties, (R,) float32, and whether anything adjusts their logits, (R,) bool."""
-
     adjusts_logits: Array
     presence_penalty: Array
     frequency_penalty: Array
@@ -55,15 +50,8 @@ class TokenCounts(NamedTuple):
 
 
 def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
-    return _columns(rows, SamplingArrays)
-
-
-def penalty_arrays(rows: Sequence[SamplingParams]) -> PenaltyArrays:
-    return _columns(rows, PenaltyArrays)
-
-
-def _columns(rows: Sequence[SamplingParams], kind: Any) -> Any:
-    return kind(*(np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32)) for name in kind._fields))
+    column: Any = lambda name: np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32))
+    return SamplingArrays(*map(column, SamplingArrays._fields))
 
 
 def make_token_masks(rows: int, vocab: int) -> TokenMasks:
@@ -88,10 +76,10 @@ def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) 
     return TokenCounts(counts.bias.at[slot].set(bias), counts.counts.at[slot].set(new))
 
 
-def adjust_logits(logits: Array, counts: TokenCounts, penalties: PenaltyArrays) -> Array:
+def adjust_logits(logits: Array, counts: TokenCounts, sampling: SamplingArrays) -> Array:
     """Returns logits (R, V) after bias and penalties, unchanged to the bit in rows without any."""
     in_output = counts.counts & (IN_PROMPT - 1)
-    adjusts, presence, frequency, repetition = (values[:, None] for values in penalties)
+    adjusts, presence, frequency, repetition = (values[:, None] for values in sampling[5:])
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     adjusted = jnp.where(counts.counts > 0, repeated, logits) + counts.bias
     adjusted = adjusted - frequency * in_output - jnp.where(in_output > 0, presence, 0)

@@ -11,7 +11,7 @@ from tiny import assert_near, lively_params, positions_of, sampling_of, tiny_con
 
 from engine.inference.decode import prepare_params
 from engine.inference.runner import decode_slots
-from engine.inference.sampling import PenaltyArrays, make_token_counts, make_token_masks
+from engine.inference.sampling import make_token_counts, make_token_masks
 from engine.model.cache.segmented import CacheRows, make_kv_segments, segment_edges
 from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths, map_paths
@@ -73,6 +73,6 @@ def test_decoding_makes_nothing_of_a_weights_size(slots, tied, kind):
     cfg, params = wider(tied, kind)
     token = jnp.zeros(slots, jnp.int32)
     state = make_kv_segments(cfg, slots, segment_edges(CAPACITY, 16, 16)), make_token_counts(cfg, slots)
-    sampling = sampling_of(slots), PenaltyArrays(token > 0, *[jnp.zeros(slots)] * 3), make_token_masks(slots, cfg.vocab)
+    sampling = sampling_of(slots), make_token_masks(slots, cfg.vocab)
     arguments = *state, token, CacheRows(token, token, token, token), *sampling, jnp.int32(2), jnp.bool_(True)
     assert bool(made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments))) == (kind == "full")

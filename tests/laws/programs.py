@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding
 from engine.inference import runner
 from engine.inference.config import EngineConfig
 from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
+from engine.inference.request import SamplingParams
 from engine.inference.runner import empty_stacks, idle_calls
-from engine.inference.sampling import SamplingArrays, make_token_counts
+from engine.inference.sampling import SamplingArrays, make_token_counts, sampling_arrays
 from engine.mesh import layout
 from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
@@ -176,8 +177,7 @@ def decode_program(function: Any, weights: str = "plain") -> Make:
 
 
 def sampling_shapes(rows: int) -> SamplingArrays:
-    number = shape_of(jnp.float32, rows)
-    return SamplingArrays(number, shape_of(jnp.int32, rows), number, number, shape_of(jnp.uint32, rows))
+    return jax.tree.map(lambda leaf: shape_of(leaf.dtype, rows), sampling_arrays([SamplingParams()]))
 
 
 def text_shapes() -> Batch:
