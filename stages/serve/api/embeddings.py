@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Meta
 
 from engine.inference.request import SamplingParams
-from stages.serve.api.generation import MAX_COMPLETIONS, Answer, Piece, Usage, begin, make_request, text_prompts
+from stages.serve.api.generation import MAX_COMPLETIONS, Answer, Generation, Piece, Usage, make_request, text_prompts
 from stages.serve.api.requests import AnswerRequest, Call, Texts
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import context_overflow
@@ -63,4 +63,4 @@ async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsRe
         counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
         return EmbeddingsReply(model=call.model.name, data=data, usage=counts)
 
-    return begin(call, prompts, requests, reply)
+    return Generation(call, prompts, requests, reply)

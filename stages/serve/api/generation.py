@@ -1,13 +1,12 @@
 """Generation: the completions of one HTTP request, from prompts over events to what the Writer of a dialect makes of them.
 
-A handler, called in a `reserved_place`, makes Prompts and calls `generate`, or `begin` with requests of its own. It returns
-what that returns: the response.
+A handler, called in a `reserved_place`, makes Prompts, and returns what `generate` returns, or a Generation of requests of its
+own: the response.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -97,6 +96,10 @@ class Usage(NamedTuple):
         return DocumentsUse(tokens, round(self.first_seconds * share, 4), self.passages) if self.passages else UNSET
 
 
+type Answer[T] = ASGIApp  # that responds with a T, or a stream
+Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole completions
+
+
 @dataclasses.dataclass(eq=False)
 class Choice:
     """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache.
@@ -121,23 +124,28 @@ class Choice:
 
 
 class Generation:
-    """The completions of one HTTP request in the engine, in its reserved place. `watch_disconnect` must be entered, once.
+    """The completions of one call in the engine, in its reserved place, and the response: an ASGI application, called once.
 
     They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
-    count once.
+    count once. Responds with the `reply`, or, if it is asked for, the stream of a `writer`.
     """
 
     def __init__(
         self,
         call: Call,
-        requests: Sequence[Request],
         prompts: Prompts,
-        repeats: int,
-        stops: Sequence[str],
+        requests: Sequence[Request],
+        reply: Reply,
+        repeats: int = 1,
+        stops: Sequence[str] = (),
+        writer: "Writer | None" = None,
     ) -> None:
         self._state = state = call.state
         self._priority, self._arrived = call.priority, call.http.state.arrived
         self._repeats, self._passages = repeats, prompts.passages
+        self._reply, self._writer = reply, writer if getattr(call.body, "stream", False) else None
+        self._headers = {"X-Ignored-Fields": ", ".join(ignored)} if (ignored := call.body.ignored) else {}
+        call.http.state.generation = self
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
         for index, request in enumerate(requests):
@@ -149,7 +157,45 @@ class Generation:
             self._unfinished[choice] = state.engine.submit(request, self._priority, receive)
         self._choices = [*self._unfinished]
 
-    async def pieces(self) -> AsyncIterator[Piece | str]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._writer:
+            async with self._watch_disconnect(receive):
+                response = json_reply(self._reply(await self._collect(), self.usage), headers=self._headers)
+            return await response(scope, receive, send)
+
+        async def write(event: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": event, "more_body": more})
+
+        headers = {"content-type": self._writer.media, "cache-control": "no-cache", "x-accel-buffering": "no", **self._headers}
+        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
+            async with self._watch_disconnect(receive):
+                await send({"type": "http.response.start", "status": 200, "headers": encoded})
+                async for event in self._stream(self._writer):
+                    await write(event)
+                await write(self._writer.last, more=False)
+        return None
+
+    async def _stream(self, writer: "Writer") -> AsyncIterator[bytes]:
+        """Yields the events of a stream but for the last; comments among them say what it waits for."""
+        try:
+            for chunk in writer.begin(self.usage):
+                yield writer.frame(chunk)
+            async for piece in self._pieces():
+                if isinstance(piece, str):
+                    yield writer.comment(piece)
+                    continue
+                for chunk in writer.chunks(piece):
+                    yield writer.frame(chunk)
+            for chunk in writer.end(self.usage):
+                yield writer.frame(chunk)
+        except ClientGone:
+            raise
+        except Exception as error:
+            yield writer.error(error if isinstance(error, ApiError) else internal_error(error))
+
+    async def _pieces(self) -> AsyncIterator[Piece | str]:
         """Yields the pieces of all completions as they come, in between what the request waits for: whenever that changes and
         after KEEP_ALIVE_SECONDS of silence.
 
@@ -179,10 +225,10 @@ class Generation:
         doing = f"reading {tokens} tokens of documents" if tokens else "waiting"
         return f"place {position} in the queue" if position else doing
 
-    async def collect(self) -> list[Piece]:
-        """Returns one piece for each completion. Raises as `pieces`."""
+    async def _collect(self) -> list[Piece]:
+        """Returns one piece for each completion. Raises as `_pieces`."""
         parts: list[list[Piece]] = [[] for _ in self._choices]
-        async for piece in self.pieces():
+        async for piece in self._pieces():
             if isinstance(piece, Piece):
                 parts[piece.choice].append(piece)
         together = lambda own: own[-1]._replace(
@@ -193,8 +239,8 @@ class Generation:
         return list(map(together, parts))
 
     @contextlib.asynccontextmanager
-    async def watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
-        """Within the block, `pieces` notices a client that leaves. Its end cancels what is unfinished and frees the place."""
+    async def _watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
+        """Within the block, `_pieces` notices a client that leaves. Its end cancels what is unfinished and frees the place."""
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -275,10 +321,6 @@ class Generation:
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
 
 
-type Answer[T] = ASGIApp  # that responds with a T, or a stream
-Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole completions
-
-
 class Writer:
     """Writes the pieces of a generation in one dialect, as a reply of one Struct or as the chunks of a stream.
 
@@ -321,47 +363,6 @@ class EventWriter(Writer):
 
     def error(self, error: ApiError) -> bytes:
         return b"event: error\n" + super().error(error)
-
-
-async def _send_reply(
-    reply: Reply, generation: Generation, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send
-) -> None:
-    async with generation.watch_disconnect(receive):
-        response = json_reply(reply(await generation.collect(), generation.usage), headers=headers)
-    await response(scope, receive, send)
-
-
-async def _send_stream(
-    writer: Writer, generation: Generation, headers: Mapping[str, str], _: Scope, receive: Receive, send: Send
-) -> None:
-    """Responds with a stream, in which comments say what it waits for. Ends when the client reads no more."""
-
-    async def write(event: bytes, more: bool = True) -> None:
-        async with asyncio.timeout(SEND_SECONDS):
-            await send({"type": "http.response.body", "body": event, "more_body": more})
-
-    async def write_chunks(chunks: Iterable[Any]) -> None:
-        for chunk in chunks:
-            await write(writer.frame(chunk))
-
-    headers = {"content-type": writer.media, "cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
-        async with generation.watch_disconnect(receive):
-            await send({"type": "http.response.start", "status": 200, "headers": encoded})
-            try:
-                await write_chunks(writer.begin(generation.usage))
-                async for piece in generation.pieces():
-                    if isinstance(piece, str):
-                        await write(writer.comment(piece))
-                    else:
-                        await write_chunks(writer.chunks(piece))
-                await write_chunks(writer.end(generation.usage))
-            except (ClientGone, OSError):
-                raise
-            except Exception as error:
-                await write(writer.error(error if isinstance(error, ApiError) else internal_error(error)))
-            await write(writer.last, more=False)
 
 
 async def text_prompts(call: Call, most: int) -> Prompts:
@@ -495,21 +496,4 @@ async def generate(
             first = make_request(call, prompt, dataclasses.replace(state.sampling, **given), constraint)
             _, *others = first.sampling.per_row(n)  # each with its own seed
             requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
-    return begin(call, prompts, requests, writer.reply, n, [stop] if isinstance(stop, str) else stop, writer)
-
-
-def begin(
-    call: Call,
-    prompts: Prompts,
-    requests: Sequence[Request],
-    reply: Reply,
-    n: int = 1,
-    stops: Sequence[str] = (),
-    writer: Writer | None = None,
-) -> ASGIApp:
-    """Begins the requests, `n` of each prompt; responds with the `reply`, or the stream of a `writer`."""
-    generation = call.http.state.generation = Generation(call, requests, prompts, n, stops)
-    headers = {"X-Ignored-Fields": ", ".join(ignored)} if (ignored := call.body.ignored) else {}
-    if writer and getattr(call.body, "stream", False):
-        return functools.partial(_send_stream, writer, generation, headers)
-    return functools.partial(_send_reply, reply, generation, headers)
+    return Generation(call, prompts, requests, writer.reply, n, [stop] if isinstance(stop, str) else stop, writer)

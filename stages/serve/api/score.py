@@ -10,9 +10,9 @@ from stages.serve.api.completions import Messages, ReplyUsage, reply_usage
 from stages.serve.api.generation import (
     MAX_COMPLETIONS,
     Answer,
+    Generation,
     Piece,
     Usage,
-    begin,
     chat_prompts,
     make_scored,
     text_prompts,
@@ -79,4 +79,4 @@ async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
         name, fingerprint, _ = call.model
         return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
 
-    return begin(call, prompts, requests, reply, len(requests))
+    return Generation(call, prompts, requests, reply, len(requests))
