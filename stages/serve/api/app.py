@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stages.serve.api import anthropic, completions, embeddings, ollama, responses, score, status, tokens
+from stages.serve.api import anthropic, completions, ollama, responses, status, texts
 from stages.serve.api.generation import Answer, check_ready, reserved_place
 from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, Call, json_reply
 from stages.serve.errors import ApiError, ErrorReply
@@ -91,11 +91,11 @@ ROUTES = [
     Route("GET", "/api/ps", ollama.ollama_ps),
     Route("GET", "/api/version", ollama.ollama_version),
     Route("POST", "/api/show", ollama.ollama_show),
-    Route("POST", "/v1/embeddings", embeddings.create_embedding),
-    Route("POST", "/v1/score", score.score),
-    Route("POST", "/tokenize", tokens.tokenize),
-    Route("POST", "/detokenize", tokens.detokenize),
-    Route("GET", "/tokenizer_info", tokens.tokenizer_info),
+    Route("POST", "/v1/embeddings", texts.create_embedding),
+    Route("POST", "/v1/score", texts.score),
+    Route("POST", "/tokenize", texts.tokenize),
+    Route("POST", "/detokenize", texts.detokenize),
+    Route("GET", "/tokenizer_info", texts.tokenizer_info),
     Route("GET", "/v1/models", status.list_models),
     Route("GET", "/v1/models/{model}", status.retrieve_model, (404,)),
     Route("POST", "/v1/adapters", status.add_adapter, (409,)),

@@ -1,0 +1,211 @@
+"""Routes that read texts and write none: POST /v1/score, /v1/embeddings (OpenAI's), and /tokenize, /detokenize (vLLM's)."""
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Meta, UnsetType
+
+from engine.inference.request import SamplingParams
+from stages.serve.api.completions import Messages, ReplyUsage, Tools, conversation, reply_usage
+from stages.serve.api.generation import (
+    MAX_COMPLETIONS,
+    Answer,
+    Generation,
+    Piece,
+    Usage,
+    chat_prompts,
+    make_request,
+    make_scored,
+    text_prompts,
+)
+from stages.serve.api.requests import MAX_IDS, AnswerRequest, Call, ModelRequest, Texts, TokenId, TokenIds
+from stages.serve.errors import ApiError
+from stages.serve.tokenizer_pool import context_overflow
+from stages.serve.tools import tool_use
+
+Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
+
+
+class ScoreRequest(AnswerRequest, kw_only=True):
+    """POST /v1/score. Each candidate goes on with the prompt, or is the assistant's answer to the messages."""
+
+    candidates: Annotated[list[Text], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
+    prompt: Text | None = None
+    messages: Messages | None = None
+
+    @property
+    def choices(self) -> int:
+        return len(self.candidates)
+
+
+class Score(msgspec.Struct, kw_only=True):
+    """A candidate's log-probability, nats, the sum of its tokens'; `share`: its probability among the candidates."""
+
+    index: int
+    logprob: float
+    share: float
+    token_logprobs: list[float]
+
+
+class ScoreReply(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    system_fingerprint: str
+    data: list[Score]
+    usage: ReplyUsage
+
+
+async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
+    """How probable given answers are.
+
+    The prefix cache holds the prompt for all but the first.
+    """
+    body, tokenizer = call.body, call.state.tokenizer
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+    turns = [each.turn for each in body.messages or ()]
+    prompts = await (chat_prompts(call, turns) if turns else text_prompts(call, 1))
+    space = " " if body.messages and tokenizer.strips_space else ""
+    texts = [space + each for each in body.candidates if isinstance(each, str)]
+    encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
+    tokens = (next(encoded) if isinstance(each, str) else each for each in body.candidates)
+    requests = [make_scored(call, prompts.tokens[0], candidate, "candidates") for candidate in tokens]
+
+    def reply(pieces: list[Piece], usage: Usage) -> ScoreReply:
+        each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
+        sums = list(map(math.fsum, each))
+        weights = [math.exp(logprob - max(sums)) for logprob in sums]
+        data = [
+            Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
+            for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
+        ]
+        name, fingerprint, _ = call.model
+        return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
+
+    return Generation(call, prompts, requests, reply, len(requests))
+
+
+class EmbeddingsRequest(AnswerRequest, kw_only=True):
+    """POST /v1/embeddings. `input`: a text, several, a list of token ids, or several such lists.
+
+    `dimensions`: how many of an embedding's first numbers are wanted; they are scaled to length 1 again.
+    """
+
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def choices(self) -> int:
+        return len(self.texts(MAX_COMPLETIONS))
+
+
+class Embedding(msgspec.Struct):
+    """`embedding`: numbers, or in base64 the bytes of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingsReply(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: dict[str, int]
+
+
+async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsReply]:
+    """Texts as vectors."""
+    body, capacity, width = call.body, call.state.engine.capacity, call.state.engine.cfg.width
+    if body.dimensions and body.dimensions > width:
+        raise ApiError(400, f"An embedding of this model has {width} dimensions, not more.", param="dimensions")
+    prompts = await text_prompts(call, MAX_COMPLETIONS)
+    if (longest := max(map(len, prompts.tokens))) >= capacity:
+        raise context_overflow(longest, capacity, "input")
+    requests = [make_request(call, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in prompts.tokens]
+
+    def encode(embedding: Any) -> list[float] | str:
+        unit = (embedding / max(np.linalg.norm(embedding), np.finfo(np.float32).tiny)).astype("<f4")
+        return base64.b64encode(unit.tobytes()).decode() if body.encoding_format == "base64" else unit.tolist()
+
+    def reply(pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
+        data = [Embedding(piece.choice, encode(piece.embedding[: body.dimensions])) for piece in pieces]
+        counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
+        return EmbeddingsReply(model=call.model.name, data=data, usage=counts)
+
+    return Generation(call, prompts, requests, reply)
+
+
+class TokenizeRequest(ModelRequest, kw_only=True):
+    """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does.
+
+    `add_special_tokens`, true by default, is about a text; those of a conversation are its template's.
+    """
+
+    prompt: str | UnsetType = UNSET
+    messages: Messages | UnsetType = UNSET
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | UnsetType = UNSET
+    tools: Tools = None
+
+
+class TokenizeReply(msgspec.Struct):
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+
+
+class DetokenizeRequest(ModelRequest, kw_only=True):
+    tokens: TokenIds
+
+
+class DetokenizeReply(msgspec.Struct):
+    prompt: str
+
+
+class TokenizerInfo(msgspec.Struct):
+    """By this lm-eval finds that it may use the server's tokenizer."""
+
+    eos_token: str
+    bos_token: str | None
+    chat_template: str
+
+
+async def tokenizer_info(call: Call) -> TokenizerInfo:
+    """The names of special tokens, and the chat template."""
+    pool = call.state.tokenizer
+    names = pool.tokenizer.special_names
+    return TokenizerInfo(names["eos_token"], names.get("bos_token"), pool.template)
+
+
+async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
+    """The tokens of a text, or of a conversation."""
+    state, body = call.state, call.body
+    if (body.prompt is UNSET) == (body.messages is UNSET):
+        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+    if isinstance(body.messages, list):
+        if body.add_special_tokens is not UNSET:
+            message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+            raise ApiError(400, message, param="add_special_tokens")
+        tools = tool_use([tool.function for tool in body.tools or ()])
+        (tokens,) = (await conversation(call, tools)).tokens
+    else:
+        if body.add_generation_prompt is not None or body.continue_final_message is not None:
+            message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
+            raise ApiError(400, message, param="continue_final_message")
+        (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
+    return TokenizeReply(len(tokens), state.engine.capacity, tokens)
+
+
+async def detokenize(call: Call[DetokenizeRequest]) -> DetokenizeReply:
+    """The text of tokens."""
+    tokens, vocab = call.body.tokens, call.state.engine.cfg.vocab
+    if tokens and max(tokens) >= vocab:
+        raise ApiError(400, f"tokens holds an id outside the vocabulary of {vocab:,}.", param="tokens")
+    return DetokenizeReply(await call.state.tokenizer.decode(tokens))
