@@ -34,8 +34,7 @@ from engine.inference.engine import complete as complete_all
 from engine.inference.prefix_cache import PrefixCache
 from engine.inference.request import Completion, Request, SamplingParams
 from engine.inference.sampling import sample, sampling_arrays
-from engine.inference.scheduler import STEPS, Decode, Scheduler
-from engine.inference.speculation import Drafter
+from engine.inference.scheduler import STEPS, Decode, Drafter, Scheduler
 from engine.model.transformer import forward, make_cache
 
 forward_, sample_ = jax.jit(forward, static_argnums=0), jax.jit(sample)
