@@ -34,7 +34,19 @@ PIPED_WIDTH = 160  # of a pipe: the widest table fits
 UNTIMED = ("bench compare", "bench.plan")
 # What README's figures are held to; printed by each measurement with a bar.
 BARS_HOLD = "The bars hold on two quiet cores of a Zen 4 (AVX-512). On another processor a bar that is not met says little."
+FAMILIES = ("AVX2", "AVX-512", "AMX")  # of processors, which have bars of their own
 INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
+
+
+def family() -> str:
+    """Returns which of FAMILIES this processor is of."""
+    instructions = processor()[1].split()
+    return "AMX" if "amx_int8" in instructions else "AVX-512" if "avx512_vnni" in instructions else "AVX2"
+
+
+def bar(*by_family: float | None) -> float | None:
+    """Returns the bar of this processor's family, of those of all FAMILIES."""
+    return by_family[FAMILIES.index(family())]
 
 
 class Shape(NamedTuple):
