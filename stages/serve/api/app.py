@@ -40,7 +40,8 @@ json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """One route. `handler` takes a Call; its signature has the types of body, if there is one, and of reply.
+    """One route. `handler` takes a Call; its signature has the types of body, if there is one, and of reply; its name, and the
+    first line of its docstring, are those of the operation in the OpenAPI document.
 
     `errors`: statuses besides those that every route has, or every one with a body.
     """
@@ -50,12 +51,6 @@ class Route:
     handler: Callable[..., Any]
     errors: tuple[int, ...] = ()
     media: str = "application/json"
-
-    @property
-    def name(self) -> str:
-        """The handler's, as operations are named: createCompletion."""
-        first, *others = self.handler.__name__.split("_")
-        return first + "".join(map(str.capitalize, others))
 
     @functools.cached_property
     def body(self) -> Any:
@@ -72,11 +67,6 @@ class Route:
     def generates(self) -> bool:
         """Whether a place is reserved for each call, which asks something of the model."""
         return bool(self.body) and get_origin(get_type_hints(self.handler)["return"]) is Answer
-
-    @property
-    def streams(self) -> bool:
-        """Whether it makes completions, streamed or whole."""
-        return hasattr(self.body, "stream")
 
 
 ROUTES = [
@@ -169,14 +159,16 @@ def openapi_document(vocab: int, version: str) -> bytes:
     for route in ROUTES:
         kind = "object" if route.media == "application/json" else "string"
         success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
-        if route.streams:
+        if streams := hasattr(route.body, "stream"):
             success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
         replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
-        for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if route.streams else ()), 401, 403):
+        for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if streams else ()), 401, 403):
             content = success if (route.path, code) == ("/health", 503) else json_body(ErrorReply)
             replies[str(code)] = {"description": STATUSES[code], "content": content}
         summary = route.handler.__doc__ and route.handler.__doc__.partition("\n")[0]
-        operation: dict[str, Any] = {"operationId": route.name, "summary": summary, "responses": replies}
+        first, *others = route.handler.__name__.split("_")
+        name = first + "".join(map(str.capitalize, others))  # as operations are named: createCompletion
+        operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": replies}
         if route.body:
             operation["requestBody"] = {"required": True, "content": json_body(route.body)}
         if "{model" in route.path:
