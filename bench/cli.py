@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
@@ -231,13 +231,6 @@ def check_rounds(rounds: int) -> None:
     """Raises UserError for fewer rounds than give a ratio its interval."""
     if rounds < 6:
         raise UserError(f"--rounds must be at least 6, not {rounds}.")
-
-
-def check_used(flags: Any, used: Collection[str], by: str) -> None:
-    """Raises UserError when a flag that is not used `by` what is measured is not its default."""
-    for field in dataclasses.fields(flags):
-        if field.name not in {"json", "out", *used} and getattr(flags, field.name) != field.default:
-            raise UserError(f"{by} does not use --{field.name.replace('_', '-')}.")
 
 
 def progress(text: str, replace: bool = False) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,6 @@ class Peer:
             self._questions.write(json.dumps(question) + "\n")
             self._questions.flush()
         return self.read()
-
-    def prepare(self, job: str, spec: Json, keep: Callable[[Json], Any]) -> Callable[[], None]:
-        """Makes a job and runs it once, to compile; returns a call that runs it and hands the answer to `keep`. Raises
-        PeerError."""
-        self.ask(make=job, spec=spec)
-        run = lambda: keep(self.ask(run=job))
-        run()
-        return run
 
     def close(self) -> None:
         """Terminates the process and closes its pipes."""

@@ -1,6 +1,5 @@
 """Times our training step beside PyTorch's, compiled and eager, on the same weights and data."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -40,10 +39,7 @@ def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds
         "threads": cores(),
         "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
         "learning_rate": optimizer.learning_rate * float(make_schedule(optimizer)(jnp.float32(PROGRESS))),
-        "beta1": optimizer.beta1,
-        "beta2": optimizer.beta2,
-        "weight_decay": optimizer.weight_decay,
-        "clip": optimizer.clip,
+        **{name: getattr(optimizer, name) for name in ("beta1", "beta2", "weight_decay", "clip")},
     }
     losses: dict[str, float] = {}
     step = make_step(inputs, optimizer)
@@ -51,9 +47,11 @@ def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds
     calls[OURS]()
     for name, compiled in (("torch compiled", True), ("torch eager", False)):
         progress(f"preparing {name}, {dtype}")
-        keep = functools.partial(lambda name, reply: losses.update({name: reply["loss"]}), name)
+        run = lambda name=name: losses.update({name: peer.ask(run=name)["loss"]})
         try:
-            calls[name] = peer.prepare(name, spec | {"compile": compiled}, keep)
+            peer.ask(make=name, spec=spec | {"compile": compiled})
+            run()  # compiles
+            calls[name] = run
         except PeerError as error:
             if peer.process.poll() is not None:
                 raise UserError(f"{name}, {dtype}: {error}") from None

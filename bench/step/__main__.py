@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from bench.cli import Json, check_rounds, check_used, parse_shape, print_table, run_bench
+from bench.cli import Json, check_rounds, parse_shape, print_table, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
@@ -62,7 +62,9 @@ class StepFlags:
 
 def measure_step(flags: StepFlags) -> Json:
     """Measures what --of names, prints its tables and returns the document."""
-    check_used(flags, {"of", *USED[flags.of]}, f"--of {flags.of}")
+    for field in dataclasses.fields(flags):
+        if field.name not in ("json", "out", "of", *USED[flags.of]) and getattr(flags, field.name) != field.default:
+            raise UserError(f"--of {flags.of} does not use --{field.name.replace('_', '-')}.")
     if flags.of == "recipes":
         return show_experiments()
     shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes or SHAPES.get(flags.of, ())]

@@ -53,10 +53,8 @@ def talk(scripts):
 
 def test_a_job_is_made_once_and_each_round_is_one_run(talk):
     peer = talk("lambda spec: iter(spec['said']).__next__")
-    answers = []
-    again = peer.prepare("count", {"said": [{"n": 1}, {"n": 2}, {"n": 3}]}, answers.append)
-    again()
-    again()
+    peer.ask(make="count", spec={"said": [{"n": 1}, {"n": 2}, {"n": 3}]})
+    answers = [peer.ask(run="count") for _ in range(3)]
     assert [answer["n"] for answer in answers] == [1, 2, 3]
     assert all(answer["seconds"] >= 0 for answer in answers)
     peer.ask(drop="count")
@@ -68,14 +66,15 @@ def test_what_a_library_prints_does_not_reach_the_answers_nor_where_ours_finds_m
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     loud = "print('hello') or __import__('os').system('echo hello') or {'path': __import__('os').environ.get('PYTHONPATH')}"
     peer = talk(f"lambda spec: lambda: {loud}")
-    peer.prepare("loud", {}, lambda answer: None)
+    peer.ask(make="loud", spec={})
     assert peer.ask(run="loud")["path"] is None
 
 
 def test_a_peer_that_dies_leaves_its_last_words(talk):
     peer = talk("lambda spec: lambda: __import__('os').write(2, b'killed by a bug') and __import__('os')._exit(3)")
+    peer.ask(make="job", spec={})
     with pytest.raises(PeerError, match="it is gone; its last words: killed by a bug"):
-        peer.prepare("job", {}, print)
+        peer.ask(run="job")
     assert peer.process.poll() is not None
     with pytest.raises(PeerError, match="it is gone"):
         peer.ask(run="job")
