@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bench.cli import print_table
@@ -34,52 +34,45 @@ def left_out(together: Callable[[Any, Any], bool]) -> list[Replay]:
     return [replay(run, [other for other in clean_runs() if not together(run, other)]) for run in clean_runs()]
 
 
-def flops_errors() -> list[Replay]:
+def flops_errors() -> Iterator[Replay]:
     """Counts the FLOPs of each run that reports them, as its source says that it counts."""
-    replays = []
     for run in rows("training_runs"):
         if run.reported_flops and run.flops_per_param:
             counted = run.flops_per_param * (run.params - run.lookup) + run.attention * run.layers * run.width * run.context
             error = run.tokens * counted / run.reported_flops - 1
-            replays.append(Replay(run.name, error, abs(error) <= FLOPS_BOUND, run.note))
-    return replays
+            yield Replay(run.name, error, abs(error) <= FLOPS_BOUND, run.note)
 
 
-def serving_errors() -> list[Replay]:
+def serving_errors() -> Iterator[Replay]:
     """Predicts each published rate of serving without it."""
-    replays = []
     for place, row in enumerate(rows("serving_runs")):
         fit = fit_serving(without=place)
         ratio = predicted_rate(row, fit.uses) / row.tokens_per_second
         name = (
             f"{row.name} in {row.weight_bits:g} bits, {row.devices:g} x {row.hardware}, {row.prompt:g} + {row.answer:g} tokens"
         )
-        replays.append(Replay(name, ratio - 1, abs(math.log(ratio)) <= fit.spread, row.note or "no reason found"))
-    return replays
+        yield Replay(name, ratio - 1, abs(math.log(ratio)) <= fit.spread, row.note or "no reason found")
 
 
-def adapter_errors() -> list[Replay]:
+def adapter_errors() -> Iterator[Replay]:
     """Predicts the time of a token with LoRA or QLoRA over that of full fine-tuning, where both were measured."""
-    replays, table = [], rows("finetunes")
+    table = rows("finetunes")
     full = {row.name: row for row in table if row.method == "full"}
     for row in table:
         if (other := full[row.name]) is not row:
             error = _token_seconds(row) / _token_seconds(other) * row.tokens_per_second / other.tokens_per_second - 1
-            replays.append(Replay(f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note))
-    return replays
+            yield Replay(f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note)
 
 
-def memory_errors() -> list[Replay]:
+def memory_errors() -> Iterator[Replay]:
     """Predicts the published peaks of LoRA and QLoRA, but those of a batch that is not stated."""
-    replays = []
     for row in rows("finetunes"):
         if row.peak_gb and row.method != "full" and "not stated" not in row.note:
             m, true = job(config_of_size(row.params), row.method, int(row.step_tokens)), 1e9 * row.peak_gb
             plain, least = (training_memory(m, 1, recompute) for recompute in (0, 1))
             predicted = plain if plain < SHARE * 1e9 * row.memory_gb else least
             inside = MEMORY[0] * least <= true <= MEMORY[1] * predicted
-            replays.append(Replay(f"memory of {row.method} for {row.name}", predicted / true - 1, inside, row.note))
-    return replays
+            yield Replay(f"memory of {row.method} for {row.name}", predicted / true - 1, inside, row.note)
 
 
 def _token_seconds(row: Any) -> float:
@@ -96,12 +89,12 @@ def figures(replays: Sequence[Replay]) -> dict[str, float]:
 def validation() -> dict[str, Any]:
     """Returns every error figure, and by name with their reasons what lies outside its interval and what counts for nothing."""
     parts = {
-        "FLOPs, as the source counts": flops_errors(),
+        "FLOPs, as the source counts": [*flops_errors()],
         "device-hours, each run left out": left_out(lambda run, other: run is other),
         "device-hours, all runs of its makers left out": left_out(lambda run, other: run.group == other.group),
-        "tokens a second of serving, each left out": serving_errors(),
-        "time of LoRA over that of full fine-tuning": adapter_errors(),
-        "peak memory of LoRA and QLoRA": memory_errors(),
+        "tokens a second of serving, each left out": [*serving_errors()],
+        "time of LoRA over that of full fine-tuning": [*adapter_errors()],
+        "peak memory of LoRA and QLoRA": [*memory_errors()],
     }
     single = [each for name, part in parts.items() if "makers" not in name for each in part]
     unclean = [replay(run, clean_runs()) for run in rows("training_runs") if run.unclean]
