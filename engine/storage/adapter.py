@@ -34,7 +34,12 @@ from engine.untrusted import Fields, quote, read_json_object
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "thrice.base"
 # Fields of PEFT that change what an adapter computes or where it is applied, and are not read here -> the values that do not.
-ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)} | dict.fromkeys(
+# Other ways to begin an adapter, such as PiSSA and OLoRA, take its first product out of the base's weights.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+} | dict.fromkeys(
     (
         "fan_in_fan_out",
         "lora_bias",

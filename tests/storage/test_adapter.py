@@ -201,6 +201,7 @@ DAMAGE = {
     "scale not finite": (rewritten(lora_alpha=float("nan")), "lora_alpha should be one number of ordinary size"),
     "another type": (rewritten(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
     "a bias": (rewritten(bias="all"), "bias is 'all'"),
+    "a base without the adapter's first product": (rewritten(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "DoRA without magnitudes": (rewritten(use_dora=True), "no lora_magnitude_vector of 24 numbers for model.layers.0"),
     "magnitudes without DoRA": (
         of_tensors(lambda all: all | {f"{PREFIX}q_proj.lora_magnitude_vector": np.ones(24, np.float32)}),
