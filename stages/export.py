@@ -113,7 +113,7 @@ def export(flags: ExportFlags) -> int:
         rows, base_name = [("device", str(device)), ("model", str(model))], ""
         source: Source | None = None
         if flags.adapter:
-            base = record.get("base", {}).get("model", model.name)
+            base = record.get("base", {}).get("model") or str([model.name, *model.bases][-1])
             base_name = _base_name(model, base, flags.base_name)
             rows.append(("base", base_name))
         else:

@@ -199,7 +199,7 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
     assert "--base-name is an id on the Hugging Face hub" in failing(export.main, [*again, "--base-name", trained])
     exported(*again[1:4:2], *again[4:], "--base-name", merged)
     assert named() == str(merged)
-    loading(monkeypatch, trained, params=tuned.params, run=None, name=str(merged))
+    loading(monkeypatch, trained, params=tuned.params, run=None, bases=(merged,))  # in PEFT's layout
     exported(*again[1:4:2], *again[4:])
     assert named() == str(merged)
     stabilised = lambda _, leaf: dataclasses.replace(leaf, scale=13 / 3**0.5) if isinstance(leaf, LoRA) else leaf
