@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -56,18 +57,20 @@ class Rewards:
     def _call(self, file: str, function: str, rows: Rows) -> list[float]:
         """Calls a user's function in a process that ends with it: it can neither stop this one nor change anything in it."""
         command = [sys.executable, "-P", "-B", str(PROCESS), file, function, str(self.seconds)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+            try:
+                output, _ = process.communicate(json.dumps(rows), self.seconds)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)  # what the function has started too
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                late = f"did not return within {self.seconds:g} s, for {len(rows)} completions: {self.remedy}"
+                raise UserError(f"{file}: {function} {late}.") from None
         try:
-            done = subprocess.run(
-                command, input=json.dumps(rows), stdout=subprocess.PIPE, text=True, timeout=self.seconds, start_new_session=True
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(
-                f"{file}: {function} did not return within {self.seconds:g} s, for {len(rows)} completions: {self.remedy}."
-            ) from None
-        try:
-            reply = json.loads(done.stdout)
+            reply = json.loads(output)
         except ValueError:
-            raise UserError(f"{file}: {function} ended its process (exit code {done.returncode}) without a result.") from None
+            raise UserError(f"{file}: {function} ended its process (exit code {process.returncode}) without a result.") from None
         if "error" in reply:
             raise UserError(reply["error"])
         return reply["values"]

@@ -1,7 +1,9 @@
 """Rewards of one's own: weights, the time limit, and one sentence, with its line, for whatever goes wrong in the file."""
 
 import json
+import os
 import re
+import select
 from pathlib import Path
 
 import pytest
@@ -61,12 +63,18 @@ def test_an_error_is_a_sentence_with_its_line(text, sentence, tmp_path):
 
 
 def test_a_function_that_never_returns_is_ended(tmp_path):
+    """With the processes that it started."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    read = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    start = f"    subprocess.Popen(['sleep', '60'], stdout=open({str(pipe)!r}, 'w'))\n"
     endless = "        try:\n            while True: pass\n        except BaseException: pass\n"
-    stubborn = f"def score(completion):\n    while True:\n{endless}"
+    stubborn = f"import subprocess\ndef score(completion):\n{start}    while True:\n{endless}"
     rewards = Rewards([write(tmp_path / "mine.py", stubborn)], 60)
     rewards.seconds = 1.0
     with pytest.raises(UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: mend it\."):
         rewards(["p"], ["c"], [None])
+    assert select.select([read], [], [], 10)[0], "something still holds the pipe"
+    os.close(read)
 
 
 @pytest.mark.parametrize(
