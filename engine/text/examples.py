@@ -164,7 +164,7 @@ def _rated_answers(row: Conversation, chat: ChatTokenizer, seq: int) -> list[Exa
         good, bad = _preference(row, chat, seq)
         return [good, bad._replace(weight=-1.0)]
     if row.label is None:
-        raise UserError("`label` is missing: true for a good answer, false for a bad one.")
+        raise UserError("`label` should be true for a good answer, or false for a bad one.")
     if row.weight == 0:
         raise InvalidConversation("its weight is 0")
     return [_answer(row.messages, row.where, chat, seq)._replace(weight=row.weight if row.label else -row.weight)]

@@ -82,7 +82,7 @@ class TuningFlags:
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int | None, parser(integer(16), "N"), default("256, or the model's where that is less")] = None
     """Tokens a row."""
-    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA")] = None
+    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA; a tenth of it for preference")] = None
     """AdamW's."""
     warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""
@@ -124,6 +124,11 @@ class FinetuneFlags(ModelRunFlags):
     def check_together(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:
             raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
+        is_preference = self.tuning.objective == "preference"
+        if not is_preference and (self.tuning.loss != "dpo" or self.tuning.beta):
+            raise UserError("--loss and --beta are of --objective preference: give it too, or leave them out.")
+        if is_preference and self.examples.full_loss:
+            raise UserError("--full-loss is of --objective answers: a preference compares the answers alone. Leave it out.")
         if self.tuning.rows % self.microbatches:
             raise UserError(
                 f"A batch of {self.tuning.rows} cannot be read in {self.microbatches} equal parts: give another --batch or "

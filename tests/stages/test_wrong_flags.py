@@ -106,6 +106,8 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--context 65", "--context 65 is more than the 64 tokens"),
         ("--batch 3 --accumulate 2", "error: A batch of 3 cannot be read in 2 equal parts"),
         ("--objective preference", "holds messages data, .*--objective answers fits it"),
+        ("--loss orpo", "--loss and --beta are of --objective preference"),
+        ("--objective preference --full-loss", "--full-loss is of --objective answers"),
         ("--general shakspeare", r"There is no text at shakspeare\. Did you mean 'shakespeare'"),
         ("--validation gone.jsonl", r"gone\.jsonl does not exist"),
         ("--model nowhere --data gone.jsonl", r"gone\.jsonl does not exist"),  # before it looks for a model

@@ -141,7 +141,7 @@ def test_ratings_and_other_prompts_answers(chat):
     assert {len(rating.other.tokens) for rating in short} == {len(ratings[0].tokens) - 1}
     assert texts(1) == ["c", "c", "e", "e", "a"]
     assert mismatch(ratings[:1], 60)[0].other.mask.any()
-    with pytest.raises(UserError, match="f:1: `label` is missing: true for a good answer"):
+    with pytest.raises(UserError, match="f:1: `label` should be true for a good answer"):
         make_examples([Conversation(talk("a", "b"), "f:1")], chat, 60, rate=True)
     with pytest.raises(UserError, match="f:b: `label` is false, an answer not to give"):
         make_examples(rows[:2], chat, 60)
