@@ -116,7 +116,8 @@ def make_reward(task: str) -> Reward:
         return regex_reward(r"^(Yes|No)\b")
     if name in TASKS:
         raise UserError(f"The task {task!r} should be {TASKS[name]}{' from 1 to 1000' if name == 'length' else ''}.")
-    raise UserError(f"There is no task {task!r}; there are {'; '.join(TASKS.values())}; and FILE.py:FUNCTION.{did_you_mean(name, [*TASKS])}")
+    there_are = "; ".join([*TASKS.values(), "FILE.py:FUNCTION"])
+    raise UserError(f"There is no task {task!r}; there are {there_are}.{did_you_mean(name, [*TASKS])}")
 
 
 def regex_reward(pattern: str) -> Reward:

@@ -82,8 +82,8 @@ class TuningFlags:
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[int | None, parser(integer(16), "N"), default("256, or the model's where that is less")] = None
     """Tokens a row."""
-    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA; a tenth of it for preference")] = None
-    """AdamW's."""
+    learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA")] = None
+    """AdamW's. The default for preference is a tenth of these."""
     warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""
     weight_decay: Annotated[float, parser(number(0, 10), "X")] = 0.0

@@ -214,7 +214,11 @@ class FineTuning(ModelStage, BatchStage):
         if not self.keep_last and loop_state.best_step is not None and loop_state.best_step != step:
             step = loop_state.best_step
             trainable = self.load_trained(step)
-        after, path = self.measure(trainable), self.save_trained(step, trainable)
+        try:
+            after = self.measure(trainable)
+        except UserError as error:
+            raise UserError(f"{error} The trained model is in {self.folder}, and the same command measures it.") from error
+        path = self.save_trained(step, trainable)
         rate = loop_state.step / max(seconds, 1e-9)
         speed, share_of_ceiling = rate * plan.step_tokens, (warm_rate or rate) * plan.step_flops / self.peak_flops
         doubt_ceilings(share_of_ceiling)
@@ -245,8 +249,8 @@ class FineTuning(ModelStage, BatchStage):
         ]
         noted = ([(answer.text, answer.faults) for answer in scores.answers] for scores in (before, after))
         texts = compare([answer.question for answer in after.answers], *noted)
-        saved = f"{path} ({trained_count:,} parameters)"
-        return RunReport(result, texts, rows, saved, ["chat", "serve", "evaluate", "export"])
+        saved, as_trained = f"{path} ({trained_count:,} parameters)", " --weights q4" * self.in_blocks
+        return RunReport(result, texts, rows, saved, ["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"])
 
     @functools.cached_property
     def packed(self) -> PackedBatches:

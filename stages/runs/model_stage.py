@@ -90,6 +90,7 @@ class ModelStage(Stage):
         base, config = adapter_origin(self.name, cfg) or ("", None)
         if config:
             self.continued_base, self.lora = base, config
+            self.console.print_notes(f"The adapter {self.name} is continued, on its base {base}.")
         elif base:
             self.console.print_notes(
                 f"A new adapter is trained on {self.name}, which stays as it is: it has several ranks or scales, a DoRA, "
@@ -204,7 +205,7 @@ def choose_trainable(
         count = count_trainable(cfg, trainable)
         return trainable, (
             ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
-            ("trainable", f"{count:,} new parameters beside {total:,} frozen ones ({count / total:.1%})"),
+            ("trainable", f"{count:,} parameters beside {total:,} frozen ones ({count / total:.1%})"),
         )
     trainable, matches = select_trainable(cfg, [] if train == ("all",) else train, freeze)
     size = lambda paths: count_trainable(cfg, TrainablePaths(frozenset(paths)))

@@ -70,7 +70,8 @@ class Rewards:
         try:
             reply = json.loads(output)
         except ValueError:
-            raise UserError(f"{file}: {function} ended its process (exit code {process.returncode}) without a result.") from None
+            ended = f"ended its process (exit code {process.returncode}) without a result"
+            raise UserError(f"{file}: {function} {ended}.") from None
         if "error" in reply:
             raise UserError(reply["error"])
         return reply["values"]

@@ -89,7 +89,7 @@ def adapted(trained, chats, text, tmp_path_factory):
 def test_a_lora_run_says_what_it_does(adapted, trained):
     folder, printed = adapted
     total = sum(leaf.size for leaf in leaf_paths(load_model(str(trained)).params).values())
-    assert re.search(rf"trainable +[\d,]+ new parameters beside {total:,} frozen ones", printed)
+    assert re.search(rf"trainable +[\d,]+ parameters beside {total:,} frozen ones", printed)
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
     assert f"{len(WORD)} of {len(WORD)} rows kept" in printed
     assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is a target
@@ -235,10 +235,11 @@ def test_a_base_in_int8(trained, chats, tmp_path):
 
 
 @pytest.mark.parametrize("choice", [pytest.param("", marks=pytest.mark.night), "--train blocks/1/.*"])
-def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_path, choice):
+def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_path, capsys, choice):
     """The loss that is reported is that of the blocks; the weights are saved as they are."""
     folder = tmp_path / "run"
     assert finetune.main(args(trained, chats, folder, "--weights", "q4", "--steps", 12, *choice.split())) == 0
+    assert f"stages.serve --weights q4 --model {folder}" in capsys.readouterr().out
     model, losses = load_model(str(folder)), result(folder)
     served = map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(model.params))
     if choice:  # what is frozen is read in the compute type
@@ -359,6 +360,16 @@ def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, fa
     assert "there are none in this data" in failing(finetune.main, none)
 
 
+def test_a_metric_that_fails_on_the_trained_model_loses_nothing(trained, chats, tmp_path, failing, capsys):
+    folder, mine = tmp_path / "scored", tmp_path / "mine.py"
+    mine.write_text("def score(completion):\n    return 1 / ('sails' not in completion)\n")
+    options = args(trained, chats, folder, "--lora", LORA, "--metric", f"{mine}:score")
+    assert f"division by zero. The trained model is in {folder}, and the same command" in failing(finetune.main, options)
+    mine.write_text("def score(completion): return 'sails' in completion\n")
+    assert finetune.main(options) == 0
+    assert re.search(r"score +0\.000 -> 1\.000 of 2", capsys.readouterr().out)
+
+
 def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
     """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins where it was."""
     few = ["--steps", 2, "--learning-rate", 1e-3, "--log-every", 1]
@@ -369,6 +380,7 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
         folder = tmp_path / f"on-{model.name}"
         options = args(model, chats, folder, *few)
         assert finetune.main(options) == 0
+        assert f"The adapter {model} is continued, on its base {trained}." in " ".join(capsys.readouterr().out.split())
         assert result(folder)["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], rel=1e-4)
         record = json.loads((folder / "run.json").read_text())
         assert (record["learns"], record["base"]["digest"]) == ("rank=4,alpha=16,targets=q,v,gate,up,down", base["digest"])
