@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -147,6 +148,24 @@ def read_limited(path: Path, limit: int) -> bytes:
             return file.read(size)  # `limit` would be allocated at once
     except FileNotFoundError:
         raise UserError(f"There is no {path}.") from None
+
+
+def read_checked(path: Path, limit: int) -> bytes:
+    """Returns what `write_checked` wrote; nothing if there is none, it is damaged, or another user can have written it."""
+    with contextlib.suppress(OSError, UserError), open_regular(path) as file:
+        data = file.read(limit)
+        if hashlib.sha256(data[:-32]).digest() == data[-32:] and not trust_problem(file.fileno()):
+            return data[:-32]
+    return b""
+
+
+def write_checked(path: Path, data: bytes) -> None:
+    """Writes data for this user alone, and its SHA-256 behind it."""
+    if not path.is_file():  # a pipe that somebody has put there
+        path.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(data + hashlib.sha256(data).digest())
 
 
 def decode_utf8(data: bytes, where: object) -> str:

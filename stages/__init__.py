@@ -10,6 +10,8 @@ import os
 import select
 import sys
 
+import engine
+
 FULL_SECONDS = 0.5  # that a sentence waits for a full pipe
 phase = "before anything was begun."  # printed after "Stopped" by `stop`
 
@@ -33,6 +35,7 @@ if sys.argv[:1] == ["-m"]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, stop)
+    engine.stores_programs = True
     gc.disable()  # imports leave no garbage: `run_command` enables it again once the flags are parsed
 
     # Where Python was told not to leave bytecode beside its sources (PYTHONDONTWRITEBYTECODE, common in containers), JAX

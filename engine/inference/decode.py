@@ -37,13 +37,18 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 
     transposes = whole and platform() == "cpu"
 
+    def to_numpy(_: str, leaf: Any) -> Any:  # JAX casts and joins by a program for each shape
+        is_here = transposes and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        return np.asarray(leaf) if is_here and leaf.ndim == 2 and leaf.dtype != cfg.dtype else leaf
+
     def lay_out(_: str, leaf: Any) -> Any:
         if not (transposes and isinstance(leaf, Int8) and leaf.activations != "full"):
-            return leaf
+            return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
         return pack_for_kernel(leaf) if has_kernel() else store_transposed(leaf)
 
     def prepare(tree: Params, join: Callable[[Params], Params] = lambda tree: tree) -> Params:
-        return map_paths(lay_out, join(cast_matrices(merge_lora(tree, cfg.dtype), cfg.dtype)))
+        merged = map_paths(to_numpy, merge_lora(tree, cfg.dtype))
+        return map_paths(lay_out, join(cast_matrices(merged, cfg.dtype)))
 
     # One block after another: what is merged and not yet joined takes no more room than a block.
     blocks = {layer: prepare(block, join_projections) if whole else prepare(block) for layer, block in params["blocks"].items()}

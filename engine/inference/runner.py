@@ -40,6 +40,7 @@ from engine.model.native.library import target
 from engine.model.ops import has_kernel
 from engine.model.transformer import Params, forward, hidden_states
 from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_stacks
+from engine.program_cache import stored
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
@@ -77,6 +78,7 @@ class SampledTokens(NamedTuple):
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
+@stored(lambda params, segments, tokens, count, *_: (count, segments))
 def prefill_chunk(
     cfg: ModelConfig,
     params: Params,
@@ -100,6 +102,7 @@ def prefill_chunk(
 
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
+@stored(lambda params, segments, counts, *_: (SampledTokens(*range(5)), segments, counts))
 def decode_slots(
     cfg: ModelConfig,
     params: Params,
@@ -219,12 +222,13 @@ def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterat
 
 
 def empty_cache(cfg: ModelConfig, config: EngineConfig) -> tuple[KVSegments, TokenCounts]:
-    make = lambda: make_kv_segments(cfg, config.slots, config.edges, config.kv_dtype)
+    make = lambda: (make_kv_segments(cfg, config.slots, config.edges, config.kv_dtype), make_token_counts(cfg, config.rows))
     if not has_kernel():
-        return make(), make_token_counts(cfg, config.rows)
-    leaves, tree = jax.tree.flatten(jax.eval_shape(make))  # by the kernel, for zeros would take memory at once
+        return make()
+    segments, counts = jax.eval_shape(make)
+    leaves, tree = jax.tree.flatten(segments)  # by the kernel, for zeros would take memory at once
     segments = jax.tree.unflatten(tree, jax.ffi.ffi_call(target("empty_cache"), leaves)())
-    return segments, make_token_counts(cfg, config.rows)
+    return segments, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), counts)
 
 
 def empty_stacks(params: Params, config: EngineConfig) -> Params | None:

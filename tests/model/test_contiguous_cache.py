@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.model.transformer import KVCache, forward, make_cache, write_rows
+from engine.model.flax_modules import write_rows
+from engine.model.transformer import KVCache, forward, make_cache
 
 B, S = 2, 11
 run = jax.jit(forward, static_argnums=0)

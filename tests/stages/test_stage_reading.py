@@ -78,6 +78,14 @@ def test_prompt_from_standard_input(trained, capsys):
     assert b"\x1b" not in result.stdout + result.stderr
 
 
+def test_a_second_command_finds_the_programs_of_the_first_stored(trained, monkeypatch):
+    """It traces none, for which it would import Flax."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    runs = [command("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--count", 3) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+    assert [b"flax.linen" in run.stderr for run in runs] == [True, False]
+
+
 def test_a_window_is_no_longer_than_the_text(trained, text, capsys):
     short = text.parent / "short.txt"
     short.write_text("The king went down to the sea.\n")

@@ -27,7 +27,7 @@ import jaxlib
 
 from engine.device import processor
 from engine.errors import UserError
-from engine.files import atomic_file, cache_folder, open_regular, trust_problem
+from engine.files import cache_folder, read_checked, write_checked
 
 FOLDER = Path(__file__).parent
 # The files in C, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
@@ -102,7 +102,7 @@ def read_library(kernel: str) -> bytes:
     for compiler in _compilers():
         key = [*texts, jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
         path = cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
-        if library := _cached(path):
+        if library := read_checked(path, MAX_BYTES):
             return library
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "built.so"
@@ -115,23 +115,9 @@ def read_library(kernel: str) -> bytes:
                 problem = f"{compiler[0]} failed: {output.splitlines()[0].rstrip('.')}"
                 continue
             library = built.read_bytes()
-            if not path.is_file():  # a pipe that somebody has put there
-                path.unlink(missing_ok=True)
-            with atomic_file(path) as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(library + hashlib.sha256(library).digest())
+            write_checked(path, library)
             return library
     raise _Unavailable(problem)
-
-
-def _cached(path: Path) -> bytes:
-    """Returns a library from the cache; nothing if there is none, it is damaged, or another user can have written it."""
-    with contextlib.suppress(OSError, UserError), open_regular(path) as file:
-        data = file.read(MAX_BYTES)
-        library, digest = data[:-32], data[-32:]
-        if hashlib.sha256(library).digest() == digest and not trust_problem(file.fileno()):
-            return library
-    return b""
 
 
 def _compilers() -> Iterator[list[str]]:

@@ -106,7 +106,9 @@ def join_projections(block: Params) -> Params:
         if weights and all(isinstance(weight, Blocks) for weight in weights):
             joined = join_blocks(weights)
         elif len({jax.tree.structure(weight) for weight in weights}) == 1:
-            joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), *weights)
+            joined = jax.tree.map(
+                lambda *arrays: (np if isinstance(arrays[0], np.ndarray) else jnp).concatenate(arrays, axis=-1), *weights
+            )
         if joined is not None:
             block = {path: leaf for path, leaf in block.items() if path not in parts} | {name: joined}
     return block

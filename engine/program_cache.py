@@ -1,0 +1,73 @@
+"""Stores in the user's cache what a function is lowered to, so that a later command need not trace it.
+
+JAX's own cache is read once a program is lowered. Only a command on one CPU stores: tests change the engine while it runs.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.core import Primitive  # jax.extend.core has it too, and takes 20 ms to import
+from jax.core import ShapedArray
+from jax.interpreters import mlir
+
+import engine
+from engine.files import cache_folder, read_checked, write_checked
+from engine.model.ops import has_kernel, platform
+
+MAX_BYTES = 2**28  # that are read of a program; it has some 50 thousand
+
+
+def _lower(context: Any, *arguments: Any, program: bytes, results: tuple[ShapedArray, ...]) -> Any:
+    here = context.module_context
+    with here.context:
+        module = mlir.ir.Module.parse(program)
+    name = mlir.merge_mlir_modules(here.module, "stored_program", module, dst_symtab=here.symbol_table)
+    types = [mlir.aval_to_ir_type(here, result) for result in results]
+    callee: Any = {"callee": mlir.ir.FlatSymbolRefAttr.get(name)}
+    return mlir.ir.Operation.create("func.call", types, arguments, callee).results
+
+
+stored_program = Primitive("stored_program")
+stored_program.multiple_results = True
+stored_program.def_abstract_eval(lambda *_, results, **__: results)
+mlir.register_lowering(stored_program, _lower)
+
+
+@functools.cache
+def _versions() -> str:
+    sources = [file.read_bytes() for file in sorted(Path(engine.__file__).parent.rglob("*.py"))]
+    packages = [metadata.version(name) for name in ("jax", "jaxlib", "flax")]
+    return hashlib.sha256(b"".join([repr(packages).encode(), *sources])).hexdigest()
+
+
+def stored(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function of (cfg, *arrays), for jax.jit to trace, whose result is a tree as `like(*arrays)`."""
+    return lambda function: functools.wraps(function)(functools.partial(_call, function, like))
+
+
+def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *args: Any) -> Any:
+    if not (engine.stores_programs and platform() == "cpu" and jax.sharding.get_abstract_mesh().empty):
+        return function(cfg, *args)
+    leaves, tree = jax.tree.flatten(args)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    facts = repr((_versions(), jax.config.values, has_kernel(), function.__name__, cfg, tree, shapes))
+    path = cache_folder("programs") / hashlib.sha256(facts.encode()).hexdigest()
+    if not (data := read_checked(path, MAX_BYTES)):
+        flat = lambda *leaves: jax.tree.leaves(function(cfg, *jax.tree.unflatten(tree, leaves)))
+        lowered: Any = jax.jit(flat, keep_unused=True).lower(*shapes)
+        types = json.dumps([[result.shape, str(result.dtype)] for result in lowered.out_info]).encode()
+        data = types + b"\n" + mlir.module_to_bytecode(lowered.compiler_ir())
+        with contextlib.suppress(OSError):
+            write_checked(path, data)
+    types, program = data.split(b"\n", 1)
+    results = tuple(ShapedArray(tuple(shape), jnp.dtype(dtype)) for shape, dtype in json.loads(types))
+    outputs = stored_program.bind(*leaves, program=program, results=results)
+    return jax.tree.unflatten(jax.tree.structure(like(*args)), outputs)

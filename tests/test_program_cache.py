@@ -1,0 +1,79 @@
+"""Stored programs: found again without a trace, donating as ever, and traced anew when damaged or planted."""
+
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+import engine
+from engine.files import cache_folder
+from engine.program_cache import stored
+
+
+@pytest.fixture
+def traced(monkeypatch, tmp_path):
+    """A function of (x, others) jitted anew, as in another process, by `start(key)`; the list grows with each trace."""
+    monkeypatch.setattr(engine, "stores_programs", True)
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
+    traces: list[str] = []
+
+    def start(key: str = "") -> tuple[list[np.ndarray], bool]:
+        @stored(lambda *_: {"sum": 0, "dot": 0})
+        def function(cfg, x, others):
+            traces.append(key)
+            return {"sum": x + others["y"], "dot": x.astype("bfloat16") @ others["y"].astype("bfloat16")}
+
+        program = jax.jit(function, static_argnums=0, donate_argnums=1)
+        x = jax.device_put(np.arange(12, dtype=np.float32).reshape(3, 4)[:, :3])
+        results = program(key, x, {"unused": np.ones(2, bool), "y": np.full((3, 3), 0.1, np.float32)})
+        return [np.asarray(results[name]) for name in ("sum", "dot")], x.is_deleted()
+
+    return start, traces
+
+
+def test_a_stored_program_is_not_traced_and_gives_the_same_bits(traced, monkeypatch):
+    start, traces = traced
+    (first, donated), (again, donated_again) = start(), start()
+    assert len(traces) == 1
+    assert donated
+    assert donated_again
+    monkeypatch.setattr(engine, "stores_programs", False)
+    plain, _ = start()
+    assert len(traces) == 2
+    for results in (first, again):
+        assert [(x.dtype, x.tobytes()) for x in results] == [(x.dtype, x.tobytes()) for x in plain]
+
+
+def test_another_key_or_setting_has_a_program_of_its_own(traced):
+    start, traces = traced
+    start("one")
+    start("two")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        start("one")
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+    start("one")
+    assert traces == ["one", "two", "one"]
+
+
+@pytest.mark.parametrize("spoil", ["flip", "cut", "foreign", "pipe"])
+def test_a_program_that_is_damaged_or_planted_is_traced_anew(traced, spoil):
+    start, traces = traced
+    expected, _ = start()
+    [path] = cache_folder("programs").iterdir()
+    data = bytearray(path.read_bytes())
+    if spoil == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if spoil == "cut" else data)
+    if spoil == "foreign":
+        path.chmod(0o666)
+    if spoil == "pipe":
+        path.unlink()
+        subprocess.run(["mkfifo", path], check=True)
+    for _ in range(2):
+        results, _ = start()
+        assert [x.tobytes() for x in results] == [x.tobytes() for x in expected]
+    assert len(traces) == 2
+    assert path.stat().st_mode & 0o777 == 0o600
