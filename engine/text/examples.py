@@ -84,6 +84,8 @@ def make_examples(
     dataset, rows, parts = Dataset(), list(rows), list[Any]()
     for number, row in enumerate(rows, 1):
         try:
+            if row.weight == 0:
+                raise InvalidConversation("its weight is 0")
             if rate and not isinstance(row, Text):
                 parts, cut = _rated_answers(row, chat, seq), False
             elif isinstance(row, Conversation) and row.rejected is not None:
@@ -110,8 +112,6 @@ def make_examples(
 
 def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int, full: bool) -> tuple[list[Example], bool]:
     """Returns the examples of a row, and whether its end was cut off."""
-    if row.weight == 0:
-        raise InvalidConversation("its weight is 0")
     if isinstance(row, Text):
         ids = (chat.tokenizer.bos_ids, chat.tokenizer.encode(row.text), [chat.tokenizer.eos_id])
         tokens = np.concatenate(ids, dtype=np.int32, casting="unsafe")
@@ -165,8 +165,6 @@ def _rated_answers(row: Conversation, chat: ChatTokenizer, seq: int) -> list[Exa
         return [good, bad._replace(weight=-1.0)]
     if row.label is None:
         raise UserError("`label` should be true for a good answer, or false for a bad one.")
-    if row.weight == 0:
-        raise InvalidConversation("its weight is 0")
     return [_answer(row.messages, row.where, chat, seq)._replace(weight=row.weight if row.label else -row.weight)]
 
 
