@@ -67,7 +67,7 @@ def chat(flags: ChatFlags) -> int:
     device = start_jax(flags.device, one_arena=False)
     # These import JAX, here and below, which must be started first.
     from engine.inference.decode import prepare_params
-    from engine.model.ops import kernels_note
+    from engine.model.ops import has_kernel, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters
     from engine.text.chat_tokenizer import ChatTokenizer
@@ -79,7 +79,8 @@ def chat(flags: ChatFlags) -> int:
     template = read_template(flags.template)
     documents = Documents(flags.documents) if flags.documents else None
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
-        model = load_model(flags.model, report=report)
+        # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
+        model = load_model(flags.model, report=report, blocks={} if has_kernel() and not flags.adapter else None)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
     params, model = prepare_params(model.cfg, params), dataclasses.replace(model, params=None)  # weights once

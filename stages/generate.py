@@ -12,7 +12,7 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from engine.device import Device, host_memory, start_jax
 from engine.format import duration
@@ -64,7 +64,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.inference.engine import Engine
     from engine.inference.request import Request, SamplingParams
     from engine.mesh import layout
-    from engine.model.ops import kernels_note
+    from engine.model.ops import has_kernel, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.text.tokenizer import CompletionText
@@ -72,7 +72,8 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()
     with host_memory(mesh is not None):
-        model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh))
+        blocks: dict[str, Any] | None = {} if has_kernel() else None  # of a file, which stay as they are
+        model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
     notes.print_notes(*model.notes)
     text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
     prompt = (*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist())

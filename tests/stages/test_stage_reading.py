@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from tiny_runs import command
 
+from engine.inference.decode import prepare_params
 from engine.inference.runner import ModelRunner
+from engine.model.ops import has_kernel
+from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json
 from engine.text.corpus import open_token_file
@@ -36,6 +39,16 @@ def test_generation_is_a_function_of_its_flags(trained, capsys):
     for words in (" tokens, the first", "0 recompiles", "tokens/s", "weights unchanged", "kernels in C"):
         assert words in notes
     assert first == generated(capsys, trained / "checkpoints" / "20", *flags, "--seed", 5)[0]
+
+
+def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
+    """Where kernels in C compute; by XLA its weights are multiplied in the compute dtype."""
+    file = tmp_path / "file.gguf"
+    assert export.main(["--model", str(trained), "--out", str(file), "--dtype", "q8_0"]) == 0
+    model = load_model(str(file), blocks={} if has_kernel() else None)
+    sha256 = f"SHA-256 {digest(prepare_params(model.cfg, model.params))[:16]}"
+    assert sha256 in generated(capsys, file, "--prompt", "the", "--max-tokens", 4, "--verbose")[1]
+    assert sha256 in talk(b"the\n", file, "--max-tokens", 4, "--verbose")[2]
 
 
 def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tmp_path, capsys):
