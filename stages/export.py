@@ -26,7 +26,7 @@ from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, choose_sampling
 
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
-    from engine.text.corpus import Corpus
+    from engine.text.corpus import Corpus, Document
     from engine.text.tokenizer import Tokenizer
     from stages.runs.text_data import Source
 
@@ -215,7 +215,7 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     return ""
 
 
-def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") -> Comparison:
+def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Document]") -> Comparison:
     """Compares the export with `model`, rounded alike, and measures on the beginning of a text what rounding costs."""
     import jax
     import jax.numpy as jnp
@@ -226,6 +226,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
     from engine.model.weights.blocks import GROUP, dense_blocks, round_to_blocks, served_kind
     from engine.model.weights.lora import to_dense
     from engine.storage.model_loader import load_model
+    from engine.text.corpus import characters
     from stages.runs import text_data
 
     def rounded(path: str, leaf: Any) -> Any:
@@ -260,8 +261,9 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[str]") 
     ]
     if faults:
         return rows, faults
-    cfg, sample = dataclasses.replace(model.cfg, dtype="float32"), "\n".join(itertools.islice(source, 8))
-    tokens = model.tokenizer.encode(sample[: 8 * SAMPLE])[: SAMPLE + 1]
+    cfg, texts = dataclasses.replace(model.cfg, dtype="float32"), itertools.islice(source, 8)
+    sample = "\n".join("".join(characters(text, 0, 8 * SAMPLE)) for text in texts)[: 8 * SAMPLE]
+    tokens = model.tokenizer.encode(sample)[: SAMPLE + 1]
     expected, written = logits(map_paths(rounded, model.params)), logits(export.params)
     difference = float(np.abs(expected - written).max() / max(1e-30, np.abs(expected).max()))
     unrounded = map_paths(lambda _, leaf: to_dense(leaf), model.params)

@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,12 +20,14 @@ from engine.text.rows import read_jsonl_texts, read_parquet_texts
 from engine.text.tokenizer import Tokenizer
 
 FORMATS = "a text file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
+Document = Callable[[], Iterator[str]]  # yields a text in parts, from its beginning at each call
+PART = 2**20  # characters of a text file that are in memory at a time
 MARKS = ".,;:!?…\"'“”‘’«»¿¡。，！？、"
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus[T]:
-    """An iterable of documents (or conversations), read anew each time, one file in memory at a time.
+    """An iterable of documents (or conversations), read anew each time, a part of a file in memory at a time.
 
     Raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all.
     """
@@ -37,7 +41,7 @@ class Corpus[T]:
         return self.read()
 
 
-def read_corpus(path: Path) -> Corpus[str]:
+def read_corpus(path: Path) -> Corpus[Document]:
     """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
 
     A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped as they are not
@@ -87,25 +91,37 @@ def normalize(text: str) -> str:
     return " ".join(bare if (bare := word.strip(MARKS))[-1:].isalpha() else word for word in text.casefold().split()) or text
 
 
-def without_copies(held_out: Corpus[str], train: Corpus[str]) -> Corpus[str]:
+def without_copies(held_out: Corpus[Document], train: Corpus[Document]) -> Corpus[Document]:
     """Leaves out the held-out documents that `normalize` finds in the training text too; the name says how many.
 
     Raises UserError when nothing is left.
     """
-    start = lambda text: normalize(text[:4000])[:200]  # all of a long training text is compared only where this is equal
-    keys = [normalize(text) for text in held_out]
-    starts, known = {start(text) for text in held_out}, {*keys}
-    copies = {key for text in train if start(text) in starts and (key := normalize(text)) in known}
+    # All of a long training text is compared only where this is equal.
+    start = lambda document: normalize("".join(characters(document, 0, 4000)))[:200]
+    keys = [_digest_words(document) for document in held_out]
+    starts, known = {start(document) for document in held_out}, {*keys}
+    copies = {key for document in train if start(document) in starts and (key := _digest_words(document)) in known}
     if not copies:
         return held_out
     count = f"{sum(key in copies for key in keys):,} of {len(keys):,} documents"
     if copies == known:
         raise UserError(f"{count} of {held_out.name} are in {train.name} too: nothing is held out. Give another text.")
     name = f"{held_out.name}, without {count} that are in the training text too"
-    return Corpus(name, lambda: (text for text in held_out if normalize(text) not in copies))
+    return Corpus(name, lambda: (document for document in held_out if _digest_words(document) not in copies))
 
 
-def hold_out(corpus: Corpus[str], fraction: float = 0.05) -> tuple[Corpus[str], Corpus[str]]:
+def _digest_words(document: Document) -> bytes:
+    """Returns the SHA-256 of what `normalize` makes of a document."""
+    digest, rest = hashlib.sha256(), ""
+    for part in itertools.chain(document(), " "):
+        *words, rest = f"{rest}{part}|".split()  # the last may go on in the next part
+        rest = rest[:-1]
+        if words:
+            digest.update(f"{normalize(' '.join(words))} ".encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+def hold_out(corpus: Corpus[Document], fraction: float = 0.05) -> tuple[Corpus[Document], Corpus[Document]]:
     """Splits into (training, validation): the last `fraction` of the documents, or of the text when there are too few.
 
     A text is cut at the start of a line where one is near. Raises UserError when there is too little to cut in two.
@@ -124,31 +140,47 @@ def hold_out(corpus: Corpus[str], fraction: float = 0.05) -> tuple[Corpus[str], 
     return part(f"all but {percent}", lambda: iter(before)), part(percent, lambda: iter(after))
 
 
-def _cut_text(documents: list[str], fraction: float, name: str) -> tuple[list[str], list[str]]:
-    total = sum(map(len, documents))
+def characters(document: Document, start: int, stop: int = sys.maxsize) -> Iterator[str]:
+    """Yields the characters from `start` to `stop` of a document."""
+    for part in document():
+        if piece := part[max(start, 0) : max(stop, 0)]:
+            yield piece
+        start, stop = start - len(part), stop - len(part)
+        if stop <= 0:
+            return
+
+
+def _cut_text(documents: list[Document], fraction: float, name: str) -> tuple[list[Document], list[Document]]:
+    lengths = [sum(map(len, document())) for document in documents]
+    total = sum(lengths)
     if total < 2:
         raise UserError(f"{name} has {total} character: too short to hold a part out.")
     at = min(max(1, int(total * (1 - fraction))), total - 1)  # in characters of all documents together
     near = min(at, total - at) // 2  # so neither part can become empty
     index = 0
-    while at >= len(documents[index]):
-        at -= len(documents[index])
+    while at >= lengths[index]:
+        at -= lengths[index]
         index += 1
-    text = documents[index]
-    lines = [text.rfind("\n", 0, at) + 1, text.find("\n", at) + 1]
+    text, first = documents[index], max(0, at - near - 1)
+    around = "".join(characters(text, first, at + near))
+    lines = [first + around.rfind("\n", 0, at - first) + 1, first + around.find("\n", at - first) + 1]
     at = min((line for line in lines if abs(line - at) <= near), key=lambda line: abs(line - at), default=at)
-    return [*filter(None, [*documents[:index], text[:at]])], [*filter(None, [text[at:], *documents[index + 1 :]])]
+    before, after = functools.partial(characters, text, 0, at), functools.partial(characters, text, at)
+    with_text = lambda documents: [document for document in documents if any(document())]
+    return with_text([*documents[:index], before]), with_text([after, *documents[index + 1 :]])
 
 
-def read_documents(path: Path, files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+def read_documents(path: Path, files: Iterable[Path]) -> Iterator[tuple[Path, Document]]:
     """Yields each document of the files, which lie at `path`, with its file. Raises UserError as a Corpus does."""
     any_text = False
     for file in files:
         try:
-            for text in READERS.get(file.suffix.lower(), _read_text)(file):
-                if text:
+            reader = READERS.get(file.suffix.lower())
+            rows = (functools.partial(iter, (text,)) for text in reader(file) if text) if reader else ()
+            for document in rows if reader else [functools.partial(_read_text, file)]:
+                if any(document()):
                     any_text = True
-                    yield file, text
+                    yield file, document
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     if not any_text:
@@ -156,7 +188,14 @@ def read_documents(path: Path, files: Iterable[Path]) -> Iterator[tuple[Path, st
 
 
 def _read_text(file: Path) -> Iterator[str]:
-    yield decode_utf8(file.read_bytes(), file)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            yield from iter(lambda: opened.read(PART), "")
+    except UnicodeDecodeError:
+        decode_utf8(file.read_bytes(), file)  # says where
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 READERS = {".jsonl": read_jsonl_texts, ".parquet": read_parquet_texts}
@@ -174,14 +213,12 @@ class TokenFile:
     path: Path
 
 
-def open_token_file(documents: Iterable[str], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
+def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
     """Encodes documents, an EOS between each two; or opens them from the cache when text and tokenizer are unchanged.
 
-    `documents` is read twice, so an iterator is held in memory and a Corpus is not. `report`: bytes of UTF-8 done and in all.
+    `documents` is read twice and each document three times. `report`: bytes of UTF-8 done and in all.
     Raises UserError for a text that UTF-8 cannot carry.
     """
-    if iter(documents) is documents:
-        documents = list(documents)
     digest, size = _digest_documents(documents)
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens", room=2 * size + 2**20) / key
@@ -214,25 +251,28 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
     return TokenFile(tokens, count, path)
 
 
-def _digest_documents(documents: Iterable[str]) -> tuple[str, int]:
+def _digest_documents(documents: Iterable[Document]) -> tuple[str, int]:
     """Returns (SHA-256 of the text and where its documents end, bytes of UTF-8)."""
     digest, size = hashlib.sha256(), 0
     for document in documents:
-        data = document.encode("utf-8", "surrogatepass")  # the tokenizer's error says where half a character is
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-        size += len(data)
+        # The tokenizer's error says where half a character is.
+        encoded = lambda document=document: (part.encode("utf-8", "surrogatepass") for part in document())
+        length = sum(map(len, encoded()))
+        digest.update(length.to_bytes(8, "little"))
+        for data in encoded():
+            digest.update(data)
+        size += length
     return digest.hexdigest(), size
 
 
 def _write_tokens(
-    folder: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, size: int, report: OnProgress
+    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, size: int, report: OnProgress
 ) -> None:
     done = 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, document in enumerate(documents):
             between = [np.array([tokenizer.eos_id])] if index else []
-            for part in itertools.chain(between, tokenizer.encode_parts(document)):
+            for part in itertools.chain(between, tokenizer.encode_parts(document())):
                 file.write(part.astype(dtype).tobytes())
                 done += tokenizer.count_bytes(part)
                 if report:

@@ -53,10 +53,10 @@ class Documents:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
         self.files, self.passages, hashed = len(files), 0, hashlib.sha256()
         last, number = None, 0
-        for file, text in read_documents(path, files):
+        for file, document in read_documents(path, files):
             number, last = number * (file == last), file
             name = str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
-            for passage in cut(text):
+            for passage in cut("".join(document())):
                 number += 1
                 self.passages += 1
                 hashed.update(f"{name}\0{passage}\0".encode())

@@ -33,9 +33,9 @@ SPLIT = (
     r"|\s{1,64}"
 )
 
-# A letter or digit before a space, a letter before a digit, or a line end before a letter or digit: no token of this pattern,
-# nor of those of GPT-2, Llama 3 and Qwen, contains such a pair, so a text cut there keeps its tokens.
-TOKEN_END = re.compile(r"[^\W_](?=\s)|[A-Za-z](?=\d)|\n(?=[^\W_])")
+# A letter or digit before a space or a Chinese stop, a letter before a digit, or a line end before a letter or digit: no token
+# of this pattern, nor of those of GPT-2, Llama 3 and Qwen, contains such a pair, so a text cut there keeps its tokens.
+TOKEN_END = re.compile(r"[^\W_](?=[\s。，、！？])|[A-Za-z](?=\d)|\n(?=[^\W_])")
 
 PIECE = 16_384  # characters encoded at a time: stays in the CPU's cache
 TOGETHER = 64  # pieces a call, spread over the cores
@@ -97,13 +97,12 @@ class Tokenizer:
 
         `continued` text goes on from another: sentencepiece's tokenizers put no space before its first word.
         """
-        return np.concatenate([np.empty(0, np.int32), *self.encode_parts(text, continued)])
+        return np.concatenate([np.empty(0, np.int32), *self.encode_parts([text], continued)])
 
-    def encode_parts(self, text: str, continued: bool = False) -> Iterator[np.ndarray]:
-        """Yields the tokens of `encode` a megabyte of text at a time, so that memory stays bounded."""
-        _check_unicode(text)
+    def encode_parts(self, parts: Iterable[str], continued: bool = False) -> Iterator[np.ndarray]:
+        """Yields the tokens of a text that comes in parts, a megabyte at a time, so that memory stays bounded."""
         inner = (self._later or self.inner) if continued else self.inner
-        for pieces in itertools.batched(self._pieces(text), TOGETHER if self._later is None else 1):
+        for pieces in itertools.batched(self._pieces(parts), TOGETHER if self._later is None else 1):
             encoded = inner.encode_batch_fast(list(pieces), add_special_tokens=False)
             inner = self._later or inner
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
@@ -134,14 +133,18 @@ class Tokenizer:
         write_text(folder / "tokenizer.json", self.inner.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", self.config)
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        """Cuts text between tokens into pieces of PIECE characters and what follows up to the next place to cut."""
-        start = 0
-        while self._cuts and (cut := TOKEN_END.search(text, start + PIECE)):
-            yield text[start : cut.end()]
-            start = cut.end()
-        if start < len(text):
-            yield text[start:]
+    def _pieces(self, parts: Iterable[str]) -> Iterator[str]:
+        """Cuts a text between tokens into pieces of PIECE characters and what follows up to the next place to cut."""
+        rest: list[str] = []  # since the last cut
+        for part in parts:
+            _check_unicode(part)
+            start = 0
+            while self._cuts and (cut := TOKEN_END.search(part, start + PIECE)):
+                yield "".join([*rest, part[start : cut.end()]])
+                start, rest = cut.end(), []
+            rest.append(part[start:])
+        if text := "".join(rest):
+            yield text
 
 
 class ModelTokenizer(NamedTuple):

@@ -22,7 +22,17 @@ from engine.storage import assets
 from engine.storage.assets import TEXTS
 from engine.storage.huggingface import load_tokenizer
 from engine.text.batch import count_windows, evaluation_windows, window_batch
-from engine.text.corpus import Corpus, TokenFile, hold_out, open_bin, open_token_file, read_corpus, without_copies
+from engine.text.corpus import (
+    Corpus,
+    Document,
+    TokenFile,
+    characters,
+    hold_out,
+    open_bin,
+    open_token_file,
+    read_corpus,
+    without_copies,
+)
 from engine.text.tokenizer import SPLIT, Tokenizer, byte_tokenizer, train_bpe
 from stages.cli.console import Console, ReportProgress
 
@@ -33,7 +43,7 @@ GENERAL_WINDOW, GENERAL_TOKENS = 256, 8192  # tokens of a general text: scored a
 EVALUATION_ROWS = 2  # conversations, or windows of a general text, that are scored together
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
 
-Source = Corpus[str] | Path  # documents, or a .bin of token ids
+Source = Corpus[Document] | Path  # documents, or a .bin of token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,24 +139,27 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     if isinstance(source, Path):
         raise UserError(f"{source} holds token ids: give the tokenizer that made them, --tokenizer FOLDER.")
     digest = hashlib.sha256(f"{SPLIT} {spec}".encode())
-    for text in _beginning(source):
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    for document in _beginning(source):
+        hashed = hashlib.sha256()
+        for part in document():
+            hashed.update(part.encode("utf-8", "surrogatepass"))
+        digest.update(hashed.digest())
     folder = cache_folder("tokenizers") / digest.hexdigest()[:32]
 
     def train(building: Path) -> None:
         with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
-            train_bpe(_beginning(source), int(vocab)).save(building)
+            train_bpe((part for document in _beginning(source) for part in document()), int(vocab)).save(building)
         manifest.write_manifest(building)
 
     manifest.build_once(folder, train)
     return load_tokenizer(folder).tokenizer
 
 
-def _beginning(corpus: Corpus[str]) -> Iterator[str]:
+def _beginning(corpus: Corpus[Document]) -> Iterator[Document]:
     left = TOKENIZER_TEXT
     for document in corpus:
-        yield document[:left]
-        left -= len(document)
+        yield functools.partial(characters, document, 0, left)
+        left -= sum(map(len, document()))
         if left <= 0:
             return
 

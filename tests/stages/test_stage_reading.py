@@ -231,7 +231,7 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
     from stages.runs import text_data
 
     tokenizer = byte_tokenizer()
-    tokens = open_token_file([text.read_text()[:1000]], tokenizer)
+    tokens = open_token_file([lambda: iter([text.read_text()[:1000]])], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
     quick = text_data.quick_evaluator(read_config(trained), tokens, tokenizer, counted)
     for batch in quick.batches:

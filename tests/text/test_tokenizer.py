@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
 
 # Every code point with something of each alternative of the split around it, and random text full of what it looks for.
 EVERY = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1))))
-texts = st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東😀<|>") | st.sampled_from([END, "<|im_start|>"])
+texts = st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東。😀<|>") | st.sampled_from([END, "<|im_start|>"])
 
 
 @BOTH
@@ -106,6 +106,11 @@ LONG_TEXTS += [
 @pytest.mark.parametrize("text", LONG_TEXTS, ids=lambda text: ascii(text[:5]))
 def test_cut_into_pieces_the_tokens_are_those_of_the_whole(tokenizer, text):
     assert _same_as_in_one_go(tokenizer, text)
+
+
+@pytest.mark.parametrize("line", ["to be or not to be, ", "不以物喜，不以己悲。"])
+def test_a_long_line_is_cut(line):
+    assert len([*BPE.encode_parts([line * 300_000])]) > 2
 
 
 @settings(max_examples=100)
