@@ -27,7 +27,7 @@ class ServingFlags:
     slots: int = 8
     """Requests the server answers at the same time."""
     weights: str = "int8"
-    """How its matrices are stored: int8, bfloat16 or float32."""
+    """How its matrices are stored, as of stages.serve: file, q4, int8, bfloat16 or float32."""
     quick: bool = False
     """Fewer rounds and repetitions: rare cases show less."""
 

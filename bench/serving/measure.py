@@ -84,10 +84,12 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
 
 def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Engine, Tokenizer]:
     """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: as of EngineConfig."""
-    model = load(name, dtype=None)  # as the server does: int8 of other floats is another model
+    config = EngineConfig(slots, capacity, weights, prefix_cache_bytes=None)  # texts come again
+    # As the server does: int8 of other floats is another model.
+    model = load(name, dtype=None, blocks={} if config.keeps_blocks else None)
     if model.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so there is no text to serve. Give a model that has one.")
-    config = EngineConfig(slots, capacity, weights, prefix_cache_bytes=None).with_capacity(model.cfg, 0)  # texts come again
+    config = config.with_capacity(model.cfg, 0)
     cfg = config.model_config(model.cfg)
     engine = Engine(cfg, config.prepare_params(cfg, model.params), config)
     engine.warm()

@@ -102,6 +102,11 @@ class EngineConfig:
     def _edges(self, capacity: int) -> tuple[int, ...]:
         return segment_edges(capacity, capacity if has_kernel() else self.segment or self.chunk, self.chunk)
 
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether the blocks of a GGUF file stay as they are: without a kernel int8 is faster."""
+        return self.weights == "q4" or (self.weights == "file" and has_kernel())
+
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; as it is for int8 and blocks."""
         return dataclasses.replace(cfg, dtype=self.weights) if self.weights in ("bfloat16", "float32") else cfg

@@ -23,7 +23,7 @@ from engine.inference.request import SamplingParams
 from engine.inference.runner import compile_ahead
 from engine.mesh import layout
 from engine.model.config import ModelConfig
-from engine.model.ops import has_kernel, kernels_note
+from engine.model.ops import kernels_note
 from engine.model.paths import unflatten
 from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import base_digests
@@ -97,9 +97,8 @@ def load_state(
     """
     source = read_template(template)
     ahead, mesh = CompileAhead(), layout.current_mesh()
-    # Without a kernel int8 is faster; what an adapter is merged into is a block no more.
-    in_blocks = engine_config.weights == "q4" or (engine_config.weights == "file" and has_kernel())
-    blocks: dict[str, Any] | None = {} if in_blocks and all(name for name, _ in adapters) else None
+    # What an adapter is merged into is a block no more.
+    blocks: dict[str, Any] | None = {} if engine_config.keeps_blocks and all(name for name, _ in adapters) else None
 
     def on_config(cfg: ModelConfig) -> None:
         nonlocal engine_config

@@ -233,3 +233,17 @@ def test_the_engine_beside_a_server_has_a_prefix_cache_as_that_has(monkeypatch):
         while engine.busy:
             cached += [event.cached_tokens for event in engine.step() if event.finish_reason]
     assert cached == [0, 199]
+
+
+def test_the_engine_beside_a_server_has_blocks_where_that_has(monkeypatch):
+    cfg, reads = tiny_config(), []
+
+    def load(name, *, blocks, **_):
+        reads.append(blocks)
+        return SimpleNamespace(cfg=cfg, params=lively_params(cfg), tokenizer=byte_tokenizer())
+
+    monkeypatch.setattr(measure, "load", load)
+    monkeypatch.setattr("engine.inference.config.has_kernel", lambda: True)
+    for weights in ("int8", "file", "q4"):
+        measure.make_engine("sea", weights, 2, cfg.context)
+    assert reads == [None, {}, {}]
