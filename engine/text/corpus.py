@@ -45,8 +45,8 @@ def read_corpus(path: Path) -> Corpus[Document]:
     """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
 
     A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped as they are not
-    text. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path and
-    for a file that is not text.
+    text. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path, for
+    a file that is not text, and for a folder that holds none.
     """
     files, note = find_text_files(path)
     return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)
@@ -59,24 +59,33 @@ def find_text_files(path: Path) -> tuple[list[Path], str]:
     if path.is_dir():
         hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and not hidden(file)]
-    files = [file for file in found if file.suffix.lower() in (".txt", ".md", *READERS) or is_text(file)]
-    kinds = collections.Counter(file.suffix or "without an ending" for file in found if file not in set(files))
+    ending = lambda file: file.suffix.lower()
+    # A file that was given by its path is read by its ending: the error says at which byte it is no text.
+    known = {".parquet"} if path.is_dir() else TEXT_ENDINGS
+    files = [file for file in found if ending(file) in known or is_text(file)]
+    others = [file for file in found if file not in set(files)]
+    kinds = collections.Counter(file.suffix or "without an ending" for file in others)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    names = [str(file.relative_to(path)) for file in others if ending(file) in TEXT_ENDINGS][:NAMED]
+    convert = f"; {', '.join(names)} should be UTF-8: convert with iconv, for example" * bool(names)
     if not files and path.is_dir():
-        raise UserError(f"The folder {path} holds no text files{f', only others: {counts}' * bool(counts)}.")
+        raise UserError(f"The folder {path} holds no text files{f', only others: {counts}' * bool(counts)}{convert}.")
     if not files:
         raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path} is empty: it holds no text.")
-    skipped = f"Skipped {sum(kinds.values())} of {len(found)} files in {path}: not UTF-8 text ({counts})."
-    return files, skipped * bool(kinds)
+    return files, f"Skipped {len(others)} of {len(found)} files in {path}: not UTF-8 text ({counts}){convert}." * bool(others)
 
 
 def is_text(file: Path) -> bool:
-    """Returns whether all of a file is UTF-8 without a zero byte; True for one that cannot be read, which reading explains."""
+    """Returns whether all of a file is UTF-8, without a zero byte unless its ending is a text's.
+
+    True for one that cannot be read, which reading explains.
+    """
     try:
         with file.open(encoding="utf-8") as opened:
-            return not any("\0" in block for block in iter(lambda: opened.read(2**20), ""))
+            blocks = iter(lambda: opened.read(PART), "")
+            return not any("\0" in block and file.suffix.lower() not in TEXT_ENDINGS for block in blocks)
     except UnicodeDecodeError:
         return False
     except OSError:
@@ -199,6 +208,8 @@ def _read_text(file: Path) -> Iterator[str]:
 
 
 READERS = {".jsonl": read_jsonl_texts, ".parquet": read_parquet_texts}
+TEXT_ENDINGS = {".txt", ".md", *READERS}
+NAMED = 5  # skipped files of these endings, at most
 
 
 TOKEN_BLOCK = 1 << 20  # ids looked at in one go

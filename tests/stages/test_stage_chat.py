@@ -78,7 +78,7 @@ def test_documents_come_before_the_question_and_are_shown(trained, talk, tmp_pat
         assert len(re.findall(words, output)) == 1
     assert "[nothing of the documents fits" in talk(b"king\n", trained, *QUICK, "--documents", documents)[2]  # a context of 64
     (documents / "tide.md").write_bytes(b"\xff")
-    for folder, words in ((documents, "tide.md is not UTF-8"), (tmp_path / "none", "There is no text at")):
+    for folder, words in ((documents, "tide.md should be UTF-8"), (tmp_path / "none", "There is no text at")):
         code, _, error = talk(b"king\n", trained, "--documents", folder)
         assert code == 2
         assert words in error

@@ -162,7 +162,8 @@ def test_what_could_not_be_loaded_is_not_written(fields, weight, sentence, remed
 
 
 def test_an_export_that_was_damaged_is_seen(trained, tmp_path):
-    model, source = load_model(str(trained)), Corpus("a text", lambda: iter(["the king and queen of a far land\n" * 9]))
+    text = "the king and queen of a far land\n" * 9
+    model, source = load_model(str(trained)), Corpus("a text", lambda: iter([lambda: iter([text])]))
     out = exported(trained, tmp_path / "folder")
     assert compare(model, out, "float32", source)[1] == []
     data = bytearray((out / "model.safetensors").read_bytes())

@@ -114,7 +114,7 @@ def test_what_cannot_be_searched_is_named(tmp_path, folder, tokenizer, monkeypat
         with pytest.raises(UserError, match=words):
             Documents(path)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\0binary")
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+    with pytest.raises(UserError, match=r"holds no text files, only others: 1 \.txt; a\.txt should be UTF-8"):
         Documents(tmp_path)
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match="is empty: it holds no text"):
