@@ -151,21 +151,25 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def read_checked(path: Path, limit: int) -> bytes:
-    """Returns what `write_checked` wrote; nothing if there is none, it is damaged, or another user can have written it."""
+    """Returns what `write_checked` wrote there; nothing if it did not, it is damaged, or another user can have written it."""
     with contextlib.suppress(OSError, UserError), open_regular(path) as file:
         data = file.read(limit)
-        if hashlib.sha256(data[:-32]).digest() == data[-32:] and not trust_problem(file.fileno()):
+        if _digest(path, data[:-32]) == data[-32:] and not trust_problem(file.fileno()):
             return data[:-32]
     return b""
 
 
 def write_checked(path: Path, data: bytes) -> None:
-    """Writes data for this user alone, and its SHA-256 behind it."""
+    """Writes data for this user alone, and behind it the SHA-256 of the file's name and the data."""
     if not path.is_file():  # a pipe that somebody has put there
         path.unlink(missing_ok=True)
     with atomic_file(path) as file:
         os.fchmod(file.fileno(), 0o600)
-        file.write(data + hashlib.sha256(data).digest())
+        file.write(data + _digest(path, data))
+
+
+def _digest(path: Path, data: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + data).digest()
 
 
 def decode_utf8(data: bytes, where: object) -> str:

@@ -58,6 +58,17 @@ def test_another_key_or_setting_has_a_program_of_its_own(traced):
     assert traces == ["one", "two", "one"]
 
 
+def test_a_program_in_the_place_of_another_is_traced_anew(traced):
+    start, traces = traced
+    start("one")
+    [one] = cache_folder("programs").iterdir()
+    start("two")
+    [two] = {*cache_folder("programs").iterdir()} - {one}
+    two.write_bytes(one.read_bytes())
+    start("two")
+    assert traces == ["one", "two", "two"]
+
+
 @pytest.mark.parametrize("spoil", ["flip", "cut", "foreign", "pipe"])
 def test_a_program_that_is_damaged_or_planted_is_traced_anew(traced, spoil):
     start, traces = traced

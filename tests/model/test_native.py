@@ -172,15 +172,25 @@ def test_a_damaged_library_is_built_again(cached):
         assert cached.read_bytes() == intact
 
 
-def planted(data: bytes) -> bytes:
+def test_a_library_of_another_processor_in_its_place_is_built_again(cached, fresh, tmp_path):
+    ours = cached.read_bytes()
+    fresh.setattr(library, "processor", lambda: ("another", "avx2"))
+    built = read_library("int8_matmul")
+    (theirs,) = {*(tmp_path / "cache" / "native").iterdir()} - {cached}
+    theirs.write_bytes(ours)
+    (tmp_path / "copy.so").write_bytes(b"of that processor")
+    assert (built, read_library("int8_matmul")) == (ours[:-32], b"of that processor")
+
+
+def planted(path: Path, data: bytes) -> bytes:
     """A library that another user has made, its digest right."""
-    return data + hashlib.sha256(data).digest()
+    return data + hashlib.sha256(path.name.encode() + data).digest()
 
 
 def test_a_library_that_another_user_can_have_written_is_built_again(cached, fresh):
     intact = cached.read_bytes()
     for mode in (0o620, 0o602, 0o666):
-        cached.write_bytes(planted(b"evil"))
+        cached.write_bytes(planted(cached, b"evil"))
         cached.chmod(mode)
         assert read_library("int8_matmul") == intact[:-32]
         assert (cached.read_bytes(), cached.stat().st_mode & 0o777) == (intact, 0o600)
@@ -189,7 +199,7 @@ def test_a_library_that_another_user_can_have_written_is_built_again(cached, fre
     assert read_library("int8_matmul") == intact[:-32]
     if os.geteuid():  # else another owner can be given
         return
-    cached.write_bytes(planted(b"evil"))
+    cached.write_bytes(planted(cached, b"evil"))
     os.chown(cached, 65534, -1)
     assert read_library("int8_matmul") == intact[:-32]
     assert cached.stat().st_uid == 0
@@ -199,7 +209,7 @@ def test_a_library_that_another_user_can_have_written_is_built_again(cached, fre
 @pytest.mark.parametrize("way", ["writable", "owned"])
 def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_path, name, way):
     intact = cached.read_bytes()
-    cached.write_bytes(planted(b"evil"))
+    cached.write_bytes(planted(cached, b"evil"))
     if way == "writable":
         (tmp_path / name).chmod(0o770)
     elif os.geteuid() == 0:
@@ -210,7 +220,7 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
     with pytest.warns(UserWarning, match=rf"cache is not used \({reason}\).*set THRICE_CACHE") as sentences:
         assert [read_library("int8_matmul"), read_library("int8_matmul")] == [intact[:-32]] * 2
     assert len(sentences) == 1
-    assert cached.read_bytes() == planted(b"evil")
+    assert cached.read_bytes() == planted(cached, b"evil")
     assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
 cache is a digest of all that it depends on, the processor's instructions among them, so that machines may share a folder.
-The file ends in the SHA-256 of the library before it: one that is damaged, or that others can write, is built again.
+The file ends in the SHA-256 of its name and the library: one damaged, misplaced, or that others can write is built anew.
 """
 
 import contextlib
