@@ -134,12 +134,29 @@ static void drop(Arrays *a) {
 
 // ---- The kernels' arguments and results. A kernel that writes to arguments in place has them among its results.
 
+// Adapters of M rows, and what they add.
+static void add_adapters(Arrays *in, Arrays *out, int64_t M, int64_t inputs, int64_t columns) {
+  const int64_t A = 1 + below(4), most = columns < 3 ? columns : 3, P = 1 + below(most), rank = 1 + below(9);
+  const enum Type type = ONE_OF(F32, BF16, S8);
+  int32_t *index = add(in, S32, M, -1, -1, -1, -1);
+  for (int i = 0; i < M; i++) put(index, i, below(A));
+  add(in, type, A, P * rank, inputs, -1, -1), fill(in, in->size - 1, 1);
+  add(in, type, A, rank, columns, -1, -1), fill(in, in->size - 1, 1);
+  float *scale = add(in, F32, A, P * rank, -1, -1, -1);
+  fill(in, in->size - 1, 1);
+  for (int i = 0; i < A * P * rank; i++) if (!below(3)) scale[i] = 0;
+  int32_t *edges = add(in, S32, P + 1, -1, -1, -1, -1);
+  for (int i = 0; i <= P; i++) put(edges, i, i == P ? columns : i ? edges[i - 1] + 1 + below(columns - edges[i - 1] - (P - i)) : 0);
+  add(out, F32, M, columns, -1, -1, -1);
+}
+
 static void int8_matmul(Arrays *in, Arrays *out) {
   const int64_t M = ONE_OF(1, 2, 3, 5, 6, 7, 12, 40), inputs = 4 * (1 + below(40)), columns = 1 + below(200), digits = 1 + below(2);
   add(in, F32, M, inputs, -1, -1, -1), fill(in, 0, 1);
   add(in, S8, (columns + 15) / 16, inputs / 4, 16, 4, -1), fill(in, 1, 0);
   add(out, S32, digits * M, columns, -1, -1, -1);
   add(out, F32, M, 1, -1, -1, -1);
+  if (below(2)) add_adapters(in, out, M, inputs, columns);
 }
 
 static void block_matmul(Arrays *in, Arrays *out) {
@@ -150,23 +167,13 @@ static void block_matmul(Arrays *in, Arrays *out) {
   for (size_t at = 0; at < in->bytes[1]; at++)  // scales and minima are finite
     if (at % size >= (size_t)(size == 320 ? 256 : size - 32) && at % 2) weight[at] &= 0xbf;
   add(out, F32, M, columns, -1, -1, -1);
+  if (below(2)) add_adapters(in, out, M, 32 * groups, columns);
 }
 
 static void adapter_matmul(Arrays *in, Arrays *out) {
-  const int64_t M = 1 + below(9), inputs = 1 + below(140), A = 1 + below(4), P = 1 + below(3), rank = 1 + below(9), columns = P + below(150);
-  const enum Type type = ONE_OF(F32, BF16, S8);
-  add(in, F32, M, columns, -1, -1, -1);  // which the result takes the place of
-  add(in, F32, M, inputs, -1, -1, -1), fill(in, 1, 1);
-  int32_t *index = add(in, S32, M, -1, -1, -1, -1);
-  for (int i = 0; i < M; i++) put(index, i, below(A));
-  add(in, type, A, P * rank, inputs, -1, -1), fill(in, 3, 1);
-  add(in, type, A, rank, columns, -1, -1), fill(in, 4, 1);
-  float *scale = add(in, F32, A, P * rank, -1, -1, -1);
-  fill(in, 5, 1);
-  for (int i = 0; i < A * P * rank; i++) if (!below(3)) scale[i] = 0;
-  int32_t *edges = add(in, S32, P + 1, -1, -1, -1, -1);
-  for (int i = 0; i <= P; i++) put(edges, i, i == P ? columns : i ? edges[i - 1] + 1 + below(columns - edges[i - 1] - (P - i)) : 0);
-  add(out, F32, M, columns, -1, -1, -1), fill(out, 0, 1);
+  const int64_t M = 1 + below(9), inputs = 1 + below(140);
+  add(in, F32, M, inputs, -1, -1, -1), fill(in, 0, 1);
+  add_adapters(in, out, M, inputs, 1 + below(150));
 }
 
 // Keys and values, those of int8 with their scales behind them.

@@ -8,11 +8,11 @@
 // 4 bits a byte holds the inputs i and i + 16. x is rounded to int8 with a scale for each 32 numbers. A block's integers are
 // summed exactly; blocks are added in order, by the same operations for any number of rows, so a row's bits depend on the row
 // alone. A row with a number that is not finite gives NaN.
+#define ROWS (W == 16 ? 6 : 4)  // that share one reading of a strip's weights, at most
 #include "integers.h"
 
 enum { GROUP = 32 };
 enum { Q4_0 = 288, Q4_1 = 320, Q8_0 = 544 };  // the kinds, by the bytes of 16 blocks
-enum { ROWS = W == 16 ? 6 : 4 };  // that share one reading of a strip's weights, at most
 
 // W float16 as float32.
 INLINE F halves(const uint8_t *from) {
@@ -69,11 +69,6 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
   }
   EACH(row, rows) EACH(v, VECTORS)
     store_columns((float *)t->y + t->order[first + row] * t->out, y[row][v], strip * COLUMNS + v * W, t->out);
-}
-
-INLINE void multiply_rows(const Task *t, int64_t strip, const int kind) {
-  for (int64_t first = 0; first < t->count; first += ROWS)
-    WITH_ROWS(t->count - first, multiply(t, first, rows, strip, kind))
 }
 
 static void multiply_strips(const Task *t, int64_t strip, int64_t stop) {

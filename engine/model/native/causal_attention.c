@@ -125,15 +125,14 @@ typedef struct {
 
 // -> (lanes, depth) words: a left side that is summed over H. Behind the last row are zeros.
 INLINE void pack(const Task *t, Word *to, const Rows from, int64_t lanes, const Type type) {
-  const int64_t H = t->H, depth = t->depth;
+  const int64_t H = t->H, depth = t->depth, words = type == FLOAT32 ? W : 1;
   for (int64_t r = 0; r < from.count; r++, to += depth) {
     const char *row = from.numbers + r * from.stride;
-    if (step_of(type) == 2) {
-      if (H % 2) to[depth - 1].pair = 0;
-      memcpy(to, row, H * 2);
+    if ((type == FLOAT32 && H % W) || step_of(type) == 2) {  // the former is slow by `read`
+      memset(to + depth - words, 0, words * sizeof *to);
+      memcpy(to, row, H * bytes_of(type));
     } else
-      for (int64_t c = 0; c * W < H; c++)
-        store(to + c * W, type == INT8 ? read(row, c, H, type) * from.scales[r] : read(row, c, H, type));
+      for (int64_t c = 0; c * W < H; c++) store(to + c * W, read(row, c, H, type) * (type == INT8 ? from.scales[r] : 1));
   }
   memset(to, 0, (lanes - from.count) * depth * sizeof *to);
 }
@@ -200,8 +199,8 @@ INLINE void multiply_rows(const Left a, const Word *right, float *to, int64_t la
   EACH(r, ROWS) EACH(c, columns) store(to + r * lanes + c * W, sums[r][c]);
 }
 
-INLINE void multiply(Left a, const Word *right, float *to, int64_t rows, int64_t lanes, int64_t depth, Trim trim,
-                     const int adds, const int step) {
+INLINE void multiply(Left a, const Word *right, float *to, int64_t rows, int64_t lanes, int64_t depth, Trim trim, const int adds,
+                     const int step) {
   for (int64_t r = 0; r < rows; r += ROWS, a.words += ROWS * a.row, to += ROWS * lanes) {
     const int64_t begin = trim == SUM_FROM_ROW ? r / step : 0;
     const int64_t end = trim == SUM_TO_ROW ? smaller((r + ROWS) / step, depth) : depth;
@@ -212,8 +211,8 @@ INLINE void multiply(Left a, const Word *right, float *to, int64_t rows, int64_t
 }
 
 // to (rows, lanes) = or += left (rows, depth) right (depth, lanes), in words; rows are a multiple of ROWS, lanes of W.
-static NOINLINE void product(Left a, const Word *right, float *to, int64_t rows, int64_t lanes,
-                                              int64_t depth, Trim trim, int adds, int step) {
+static NOINLINE void product(Left a, const Word *right, float *to, int64_t rows, int64_t lanes, int64_t depth, Trim trim, int adds,
+                             int step) {
   if (step == 1 && adds) multiply(a, right, to, rows, lanes, depth, trim, 1, 1);
   else if (step == 1) multiply(a, right, to, rows, lanes, depth, trim, 0, 1);
   else if (adds) multiply(a, right, to, rows, lanes, depth, trim, 1, PAIR);
@@ -344,10 +343,9 @@ INLINE float dot(const char *a, const char *b, int64_t H, const Type type) {
 }
 
 // The queries of a part from `first` on. `type` is that of keys, which queries share unless it is int8.
-INLINE void do_head(const Task *t, int64_t b, int64_t head, int64_t first, const Scratch *m, const Type type,
-                    const int is_backward) {
+INLINE void do_head(const Task *t, int64_t b, int64_t head, int64_t first, const Scratch *m, const Type type) {
   const Type numbers = type == INT8 ? FLOAT32 : type;
-  const int step = step_of(type);
+  const int step = step_of(type), is_backward = type != INT8 && t->gradient;
   const int64_t T = t->T, H = t->H, C = t->C, G = t->N / t->K, row = t->N * H * bytes_of(numbers);
   const int64_t begin = t->positions ? t->positions[b] : 0, slot = t->positions ? t->slots[b] : b;
   const int64_t end = smaller(first + t->queries, T), reach = smaller(begin + end, t->S);
@@ -390,11 +388,10 @@ INLINE void do_head(const Task *t, int64_t b, int64_t head, int64_t first, const
       }
       FOR(r, lanes) {
         s->best[r] = !is_backward ? MASKED : r < rows ? sums[r] : 0;
-        if (is_backward) {
-          s->inverse[r] = r < rows ? 1 / sums[T + r] : 0;
-          s->delta[r] = r < rows ? dot(t->mixed + at + r * row, t->gradient + at + r * row, H, numbers) : 0;
-        } else
-          s->total[r] = 0;
+        s->total[r] = 0;
+        if (!is_backward) continue;
+        s->inverse[r] = r < rows ? 1 / sums[T + r] : 0;
+        s->delta[r] = r < rows ? dot(t->mixed + at + r * row, t->gradient + at + r * row, H, numbers) : 0;
       }
       for (int64_t key = 0; is_used && key < smaller(position + rows, reach); key += BLOCK) {
         const int64_t left = t->padded - key;
@@ -423,11 +420,7 @@ static void do_part(const void *task, int64_t part) {
   Memory memory = {t->scratch, 0};
   while (atomic_exchange((_Atomic int *)memory.start, 1)) memory.start += t->size;  // there is one for each thread
   const Scratch m = cut(t, &memory);
-  if (t->gradient && t->type == FLOAT32) do_head(t, b, head, first, &m, FLOAT32, 1);
-  else if (t->gradient) do_head(t, b, head, first, &m, BFLOAT16, 1);
-  else if (t->type == FLOAT32) do_head(t, b, head, first, &m, FLOAT32, 0);
-  else if (t->type == BFLOAT16) do_head(t, b, head, first, &m, BFLOAT16, 0);
-  else do_head(t, b, head, first, &m, INT8, 0);
+  WITH_TYPE(t->type, do_head(t, b, head, first, &m, type))
   atomic_store((_Atomic int *)memory.start, 0);
 }
 

@@ -60,7 +60,7 @@ INLINE void score(const Task *t, const F *q, const Block *b, int64_t first, cons
   EACH(g, rows) {
     for (int n = W / 2; n; n /= 2)
       FOR(i, n) sums[g][i] = add_pairs(sums[g][2 * i], sums[g][2 * i + 1]);
-    memcpy(scores[g] + first, &sums[g][0], sizeof(F));
+    store(scores[g] + first, sums[g][0]);
   }
 }
 
@@ -95,7 +95,7 @@ INLINE void attend(const Task *t, const Block *b, int64_t first, const int rows,
     for (i = 0; i < b->count; i += W) {
       const F weight = exponential(load(weights[g] + i) - best[0]);
       total += weight;
-      memcpy(weights[g] + i, &weight, sizeof weight);
+      store(weights[g] + i, weight);
     }
     if (type == INT8)
       for (i = 0; i < b->count; i++) weights[g][i] *= b->value_scales[i];
@@ -107,12 +107,7 @@ INLINE void attend(const Task *t, const Block *b, int64_t first, const int rows,
 }
 
 INLINE void attend_block(const Task *t, const Block *b, const Type type) {
-  for (int64_t first = 0; first < t->G; first += ROWS) switch (t->G - first) {
-    case 1: attend(t, b, first, 1, type); break;
-    case 2: attend(t, b, first, 2, type); break;
-    case 3: attend(t, b, first, 3, type); break;
-    default: attend(t, b, first, ROWS, type);
-  }
+  for (int64_t first = 0; first < t->G; first += ROWS) WITH_ROWS(t->G - first, attend(t, b, first, rows, type))
 }
 
 static void attend_float32(const Task *t, const Block *b) { attend_block(t, b, FLOAT32); }
@@ -128,7 +123,7 @@ static void attend_part(const void *task, int64_t part) {
   }
 }
 
-// Combines a key head's blocks -> (G, H). NaN of none.
+// Combines a key head's blocks -> (G, H). NaN of none: 0 / 0.
 static void combine(const Task *t, const Block *blocks, int64_t count, float *out) {
   for (int64_t g = 0; g < t->G; g++, out += t->H) {
     float best = MASKED;
@@ -141,7 +136,7 @@ static void combine(const Task *t, const Block *blocks, int64_t count, float *ou
         total += factor[0] * blocks[i].total[g];
         mixed += factor * blocks[i].mixed[g * t->C + c];
       }
-      store_columns(out, count ? mixed / total : spread(NAN), c * W, t->H);
+      store_columns(out, mixed / total, c * W, t->H);
     }
   }
 }
@@ -167,27 +162,28 @@ KERNEL(decode_attention) {
     if (slot < 0 || slot >= B || position < 0 || position >= S) continue;
     FOR(i, arrays)
       FOR(head, K) {
-        const int64_t bytes = arrays == 4 && i % 2 ? (int64_t)sizeof(float) : t.stride;
+        const int64_t bytes = i % (arrays / 2) ? (int64_t)sizeof(float) : t.stride;
         memcpy((char *)cache[i]->data + ((slot * K + head) * S + position) * bytes,
                (char *)new[i]->data + (row * K + head) * bytes, bytes);
       }
   }
 
-  int64_t positions_read = 0;
+  int64_t reach[R], positions_read = 0;
   FOR(row, R) {
-    t.count += K * ceiling(smaller(positions[row] + 1, S), BLOCK);
-    positions_read += K * smaller(positions[row] + 1, S);
+    reach[row] = smaller(positions[row] + 1, S);
+    t.count += K * ceiling(reach[row], BLOCK);
+    positions_read += K * reach[row];
   }
   WITH_MEMORY(place, t)
   FOR(i, t.rows)
     FOR(c, t.C) t.q[i * t.C + c] = read((float *)in[0]->data + i * H, c, H, FLOAT32);
   Block *b = t.blocks;
   FOR(i, R * K) {
-    const int64_t row = i / K, reach = smaller(positions[row] + 1, S), first = (slots[row] * K + i % K) * S;
-    for (int64_t at = first; at < first + reach; at += BLOCK, b++) {
+    const int64_t first = (slots[i / K] * K + i % K) * S, end = first + reach[i / K];
+    for (int64_t at = first; at < end; at += BLOCK, b++) {
       const int64_t n = (b - t.blocks) * G;
       *b = (Block){.q = t.q + i * G * t.C, .keys = (char *)cache[0]->data + at * t.stride,
-                   .values = (char *)cache[arrays / 2]->data + at * t.stride, .count = smaller(first + reach - at, BLOCK),
+                   .values = (char *)cache[arrays / 2]->data + at * t.stride, .count = smaller(end - at, BLOCK),
                    .best = t.sums + 2 * n, .total = t.sums + 2 * n + G, .mixed = t.mixed + n * t.C};
       if (arrays == 4) b->key_scales = (float *)cache[1]->data + at, b->value_scales = (float *)cache[3]->data + at;
     }
@@ -197,7 +193,7 @@ KERNEL(decode_attention) {
   if (t.count) run(call, count_threads(call), attend_part, &t, t.parts);
   b = t.blocks;
   FOR(i, R * K) {
-    const int64_t count = ceiling(smaller(positions[i / K] + 1, S), BLOCK);
+    const int64_t count = ceiling(reach[i / K], BLOCK);
     combine(&t, b, count, (float *)out[0]->data + i * G * H);
     b += count;
   }

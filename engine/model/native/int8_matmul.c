@@ -2,10 +2,10 @@
 // and sums integers, exactly, so that results have the bits that XLA's own products have.
 //
 //     x (M, in) float32, weight (out / 16, in / 4, 16, 4) int8 -> sums (digits * M, out) int32, scales (M, 1) float32
+#define ROWS 6  // that share one reading of a strip's weights, at most
 #include "integers.h"
 
 enum { FINE = 254 };  // as in int8.py
-enum { ROWS = 6 };  // that share one reading of a strip's weights, at most
 enum { STRIPS = W == 16 ? 4 : 1 };  // of 16 columns that share one reading of the rows: ROWS * STRIPS sums are in registers
 
 // `rows` rows of the order, from the given one on, times 16 * strips columns.
@@ -30,11 +30,6 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
     EACH(v, strips * VECTORS)
       store_columns((int32_t *)t->y + place * t->out, (F)sums[row][v], column + v * W, t->out);
   }
-}
-
-INLINE void multiply_rows(const Task *t, int64_t strip, const int strips) {
-  for (int64_t first = 0; first < t->count; first += ROWS)
-    WITH_ROWS(t->count - first, multiply(t, first, rows, strip, strips))
 }
 
 static void multiply_strips(const Task *t, int64_t strip, int64_t stop) {

@@ -1,7 +1,7 @@
 // What products of integers share. Weights lie as a dot-product instruction takes them: 4 inputs of 16 columns side by side, a
 // step, read once, in order. Few rows wait for that reading, many for the instruction.
 #include "threads.h"
-#include "vectors.h"
+#include "adapters.h"
 
 enum { COLUMNS = 16, INPUTS = 4, STEP = COLUMNS * INPUTS };  // of a step: its bytes are a cache line
 enum { VECTORS = COLUMNS / W };
@@ -10,10 +10,9 @@ enum { AHEAD = 4096 };  // bytes of weight
 typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each of W columns
 
 // Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are of 4 bits, and
-// `finish` makes their sums whole. `fused`: a b + c, rounded once.
+// `finish` makes their sums whole.
 #if defined(__AVX512VNNI__)
 enum { TOO_HIGH = 128 };  // the instruction takes weights without a sign: signed ones 128 too high
-INLINE F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 typedef int32_t __attribute__((may_alias)) Four;
 // gcc 12 copies each sum before its intrinsic adds to it, and takes 1.8 times as long. Inputs are spread as they are read.
 #define add_products(sums, weights, x, is_signed) \
@@ -21,7 +20,6 @@ typedef int32_t __attribute__((may_alias)) Four;
 #define finish(sums, is_signed) (sums)
 #elif defined(__AVX2__)
 enum { TOO_HIGH = 0 };
-INLINE F fused(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 // The instruction takes one side without a sign, which the other side then gets. It adds two products in 16 bits, where
 // 2 * 128 * 127 fits: no input is ever -128. Those of weights without a sign stay there to a block's end: 16 of 15 * 127 fit.
 INLINE I add_four(I sums, Quads weights, const int8_t *x, const int is_signed) {
@@ -37,7 +35,6 @@ INLINE I finish(I sums, const int is_signed) {
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
 enum { TOO_HIGH = 0 };
-INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 #define add_products(sums, weights, x, is_signed) \
   ((sums) = (I)vdotq_s32((int32x4_t)(sums), (int8x16_t)(weights), vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(x)))))
 #define finish(sums, is_signed) (sums)
@@ -47,22 +44,6 @@ INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t
 
 INLINE Quads load_quads(const void *from) { return (Quads)load(from); }
 INLINE Quads signed_quads(const void *from) { return load_quads(from) ^ (int8_t)TOO_HIGH; }
-
-// Does something with `rows` a constant, ROWS at most.
-#define CASE(count, ...) \
-  case count: { \
-    enum { rows = count < ROWS ? count : ROWS }; \
-    __VA_ARGS__; \
-    break; \
-  }
-#define WITH_ROWS(count, ...) \
-  switch (count) { \
-    CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__) CASE(4, __VA_ARGS__) CASE(5, __VA_ARGS__) \
-    default: { \
-      enum { rows = ROWS }; \
-      __VA_ARGS__; \
-    } \
-  }
 
 // Returns 1 / 127 of the largest magnitude. Bits sort as magnitudes do, an infinity's and a NaN's last.
 INLINE float scale_of(const float *x, int64_t count) {
@@ -97,10 +78,18 @@ typedef struct {
   int64_t *order;  // (count): the rows to multiply
   int64_t M, in, out, stride, digits, groups, kind, count;
   int64_t size;  // of a part, in rows of x or in strips of 16 columns
+  Adapters adapters;  // of the rows of x, or none; each row's is a part
 } Task;
 
 static int round_row(const Task *t, int64_t row);  // whether it can be multiplied
+INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip, const int how);
 static void multiply_strips(const Task *t, int64_t strip, int64_t stop);
+
+// All rows of the order, by a strip of one kind or by so many strips.
+INLINE void multiply_rows(const Task *t, int64_t strip, const int how) {
+  for (int64_t first = 0; first < t->count; first += ROWS)
+    WITH_ROWS(t->count - first, multiply(t, first, rows, strip, how))
+}
 
 static void round_part(const void *task, int64_t part) {
   const Task *t = task;
@@ -110,6 +99,8 @@ static void round_part(const void *task, int64_t part) {
 
 static void multiply_part(const void *task, int64_t part) {
   const Task *t = task;
+  if (part < t->adapters.rows) return add_row(&t->adapters, part);
+  part -= t->adapters.rows;
   multiply_strips(t, part * t->size, smaller((part + 1) * t->size, ceiling(t->out, COLUMNS)));
 }
 
@@ -121,8 +112,10 @@ static void place(Task *t, Memory *memory) {
   t->finite = claim(memory, t->M);
 }
 
-// Rounds the rows, then multiplies them by strips of so many bytes.
+// Rounds the rows, then multiplies them by strips of so many bytes. Behind the arguments and results are those of adapters.
 static Error *multiply_all(Call *call, Task t, int64_t bytes) {
+  Buffer **in = (Buffer **)call->args.args, **out = (Buffer **)call->rets.rets;
+  if (call->args.size > 2) t.adapters = adapters_of(in[0], in + 2, out[call->rets.size - 1]);
   WITH_MEMORY(place, t)
   const int64_t threads = count_threads(call), strips = ceiling(t.out, COLUMNS);
   t.size = ceiling(ROUNDED, t.in);
@@ -130,7 +123,7 @@ static Error *multiply_all(Call *call, Task t, int64_t bytes) {
   FOR(row, t.M * t.digits)
     if (t.finite[row / t.digits]) t.order[t.count++] = row;
   t.size = ceiling(strips, threads * ceiling(strips * bytes, threads * PART));  // as many parts for each thread
-  run(call, threads, multiply_part, &t, ceiling(strips, t.size));
+  run(call, threads, multiply_part, &t, t.adapters.rows + ceiling(strips, t.size));
   free(memory.start);
   return NULL;
 }

@@ -35,7 +35,7 @@ KERNELS = {
     "int8_matmul": "-ffp-contract=off",
     "block_matmul": "-ffp-contract=off",
     "decode_attention": "-ffp-contract=fast",
-    "adapter_matmul": "-ffp-contract=fast",
+    "adapter_matmul": "-ffp-contract=off",
     "causal_attention": "-ffp-contract=fast",
 }
 FUNCTIONS = {  # of files that hold others than that of their name

@@ -22,6 +22,18 @@ static inline Type type_of(const Buffer *buffer) {
   return buffer->dtype == XLA_FFI_DataType_S8 ? INT8 : buffer->dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : FLOAT32;
 }
 
+// Does something with `type` a constant.
+#define TYPE(of, ...) case of: { enum { type = of }; __VA_ARGS__; break; }
+#define WITH_TYPE(of, ...) switch (of) { TYPE(FLOAT32, __VA_ARGS__) TYPE(BFLOAT16, __VA_ARGS__) TYPE(INT8, __VA_ARGS__) }
+
+// Does something with `rows` a constant, ROWS at most.
+#define CASE(count, ...) case count: if (count < ROWS) { enum { rows = count < ROWS ? count : ROWS }; __VA_ARGS__; break; }
+#define WITH_ROWS(count, ...) \
+  switch (count) { \
+    CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__) CASE(4, __VA_ARGS__) CASE(5, __VA_ARGS__) \
+    default: { enum { rows = ROWS }; __VA_ARGS__; } \
+  }
+
 INLINE F load(const void *from) {
   F f;
   memcpy(&f, from, sizeof f);
@@ -29,6 +41,17 @@ INLINE F load(const void *from) {
 }
 
 INLINE F spread(float number) { return number - (F){0}; }
+
+// a b + c, rounded once.
+INLINE F fused(F a, F b, F c) {
+#if W == 16
+  return _mm512_fmadd_ps(a, b, c);
+#elif W == 8
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#endif
+}
 
 INLINE void store(void *to, F f) { memcpy(to, &f, sizeof f); }
 

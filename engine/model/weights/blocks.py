@@ -192,15 +192,18 @@ def _factor_bytes(size: int) -> int:
     return 2 * COLUMNS * (2 if size == KINDS["Q4_1"] else 1)
 
 
-def block_matmul(x: Array, weight: Blocks, dtype: DTypeLike) -> Array:
+def block_matmul(x: Array, weight: Blocks, dtype: DTypeLike, pairs: tuple[Array, ...] = ()) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
+
+    pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call.
 
     The kernel of native/ multiplies where there is one; else XLA adds the same products in another order. A row of x with a
     number that is not finite gives NaN, and changes no other row. There is no gradient.
     """
     if has_kernel():
-        shape = jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)
-        return jax.ffi.ffi_call(target("block_matmul"), shape)(x.astype(jnp.float32), weight.packed).astype(dtype)
+        shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (2 if pairs else 1)
+        parts = jax.ffi.ffi_call(target("block_matmul"), shapes)(x.astype(jnp.float32), weight.packed, *pairs)
+        return sum(parts[1:], parts[0]).astype(dtype)
     values = dense_blocks(dataclasses.replace(weight, axis=1))
     return jnp.dot(round_groups(x), values, precision=jax.lax.Precision.HIGHEST).astype(dtype)
 

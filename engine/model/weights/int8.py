@@ -11,6 +11,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -193,13 +194,14 @@ def _scale_rows(x: Array) -> tuple[Array, Array]:
     return x * (1 / scale), scale
 
 
-def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike, pairs: tuple[Array, ...] = ()) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
+
+    pairs: of adapters, `StackedLoRA.pairs`; where the weight is packed the kernel adds each row's in the same call.
 
     Raises UserError when a gradient is taken through a leaf whose activations are integers too.
     """
-    product = _multiply_widened if weight.activations == "full" else _multiply_integers
-    return product(x, weight, dtype)
+    return _multiply_widened(x, weight, dtype) if weight.activations == "full" else _multiply_integers(x, weight, dtype, pairs)
 
 
 def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
@@ -207,10 +209,10 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    fine = weight.activations == "int16"
+def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike, pairs: tuple[Array, ...]) -> Array:
+    fine, added = weight.activations == "int16", list[Array]()
     if weight.layout == "packed":
-        product, row_scale = _native_products(x, weight.values, len(weight.scale), 2 if fine else 1)
+        product, row_scale, *added = _native_products(x, weight.values, len(weight.scale), 2 if fine else 1, pairs)
     else:
         rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
         if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
@@ -221,19 +223,19 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
         else:
             product = _contract(rows, weight.values, weight.contracting_axis, preferred_element_type=jnp.int32)
     product = join_digits(product) if fine else product.astype(jnp.float32)
-    return (product * row_scale * weight.scale).astype(dtype)
+    return sum(added, product * row_scale * weight.scale).astype(dtype)
 
 
-def _native_products(x: Array, packed: Array, out: int, digits: int) -> tuple[Array, Array]:
+def _native_products(x: Array, packed: Array, out: int, digits: int, pairs: tuple[Array, ...]) -> Sequence[Array]:
     """x (M, in), `pack` of (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
 
     To the bit what `round_rows` or, with 2 digits, `two_digit_rows` and a product give. Rows whose scale is NaN give any
-    numbers.
+    numbers. With `pairs` also what adapters add, (M, out) float32.
     """
     M = len(x)
-    shapes = jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)
-    products, scale = jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed)
-    return products, scale
+    shapes = [jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((M, out), jnp.float32)] * bool(pairs)
+    return jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed, *pairs)
 
 
 def _no_gradient(*_: Any) -> Any:
@@ -242,7 +244,7 @@ def _no_gradient(*_: Any) -> Any:
     )
 
 
-_multiply_integers.defvjp(lambda x, weight, dtype: (_multiply_integers(x, weight, dtype), None), _no_gradient)
+_multiply_integers.defvjp(lambda *arguments: (_multiply_integers(*arguments), None), _no_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

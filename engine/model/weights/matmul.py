@@ -43,7 +43,7 @@ from engine.model.weights.blocks import (
 )
 from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
 from engine.model.weights.lora import LoRA, innermost_base, to_dense
-from engine.model.weights.stacked_lora import StackedLoRA, adapted
+from engine.model.weights.stacked_lora import StackedLoRA, adapter_product, pairs_beside_base
 
 Weight = Array | Int8 | Blocks | LoRA
 
@@ -61,7 +61,9 @@ def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
         return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
     if isinstance(weight, StackedLoRA):
-        return adapted(project(x, weight.base, jnp.float32), x, weight).astype(dtype)
+        if pairs := pairs_beside_base(x, weight):
+            return _product_with(weight.base, None)(x[:, 0], weight.base, dtype, pairs)[:, None]
+        return (project(x, weight.base, jnp.float32) + adapter_product(x, weight)).astype(dtype)
     multiply = _product_with(weight, backward.matmul)
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
 

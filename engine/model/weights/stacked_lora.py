@@ -23,6 +23,7 @@ from engine.model.layers import einsum32
 from engine.model.native.library import target
 from engine.model.ops import has_kernel
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
+from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import LARGEST
 
 PARTS = {name: (name,) for name in MATRICES} | JOINED  # a block's weights, alone or side by side for inference: their matrices
@@ -48,22 +49,35 @@ class StackedLoRA:
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
+    @property
+    def edges(self) -> np.ndarray:
+        return np.cumsum([0, *self.columns], dtype=np.int32)
 
-def adapted(whole: Array, x: Array, weight: StackedLoRA) -> Array:
-    """whole (B, T, out) float32, the base's product with x (B, T, in) -> with what each row's adapter adds."""
-    edges, rank = np.cumsum([0, *weight.columns]), weight.b.shape[1]
+    @property
+    def pairs(self) -> tuple[Any, ...]:
+        """Arguments of a kernel that adds the adapters' products: native/adapters.h."""
+        return self.index, self.a, self.b, self.scale, self.edges
+
+
+def pairs_beside_base(x: Array, weight: StackedLoRA) -> tuple[Any, ...]:
+    """Returns the pairs where a kernel multiplies x by the base and adds them in one call; else nothing."""
+    by_kernel = isinstance(weight.base, Blocks) or getattr(weight.base, "layout", None) == "packed"
+    return weight.pairs if by_kernel and x.shape[1] == 1 and has_kernel() else ()
+
+
+def adapter_product(x: Array, weight: StackedLoRA) -> Array:
+    """x (B, T, in) -> what adapters add to the base's product, (B, T, out) float32; -0, which adds nothing, where none does."""
+    edges, rank = weight.edges.tolist(), weight.b.shape[1]
     if x.shape[1] == 1 and has_kernel():
-        arguments = x[:, 0].astype(jnp.float32), weight.index, weight.a, weight.b, weight.scale, edges.astype(np.int32)
-        shape = jax.ShapeDtypeStruct(whole[:, 0].shape, jnp.float32)
-        call = jax.ffi.ffi_call(target("adapter_matmul"), shape, input_output_aliases={0: 0})
-        return call(whole[:, 0], *arguments)[:, None]
+        shape = jax.ShapeDtypeStruct((len(x), edges[-1]), jnp.float32)
+        return jax.ffi.ffi_call(target("adapter_matmul"), shape)(x[:, 0].astype(jnp.float32), *weight.pairs)[:, None]
     a, b, scale = (stack[weight.index] for stack in (weight.a, weight.b, weight.scale))
     inner = (einsum32("bti,bri->btr", x, a.astype(x.dtype)) * scale[:, None]).astype(x.dtype)
     parts = [
         einsum32("btr,bro->bto", inner[..., n * rank : (n + 1) * rank], b[..., start:stop].astype(x.dtype))
-        for n, (start, stop) in enumerate(itertools.pairwise(edges.tolist()))
+        for n, (start, stop) in enumerate(itertools.pairwise(edges))
     ]
-    return jnp.where(weight.index[:, None, None] > 0, whole + jnp.concatenate(parts, axis=-1), whole)
+    return jnp.where(weight.index[:, None, None] > 0, jnp.concatenate(parts, axis=-1), -0.0)
 
 
 def make_stacks(params: Params, count: int, rank: int) -> Params:
