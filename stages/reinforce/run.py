@@ -88,7 +88,8 @@ class ReinforcementLearning(ModelStage):
             )
         self.max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
         self.temperature, self.capacity = rollout.temperature, self.longest + self.max_tokens
-        self.objective = grpo(self.clip, self.kl, update.clip_high, self.max_tokens if update.equal_tokens else None)
+        self.equal_tokens = update.equal_tokens
+        self.objective = grpo(self.clip, self.kl, update.clip_high, self.max_tokens if self.equal_tokens else None)
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
             learning_rate=update.learning_rate or (5e-4 if self.lora else 2e-5),
@@ -201,7 +202,8 @@ class ReinforcementLearning(ModelStage):
             for _ in range(self.updates):
                 make_room(self.buffer_bytes)
                 state, metrics = self.program(state, self.frozen, rollouts, progress)
-                if self.kl and not refused:  # at first new equals old, and the advantages add up to 0
+                # At first new equals old, and the advantages add up to 0, if completions weigh the same.
+                if self.kl and not (refused or self.equal_tokens):
                     kl = {"kl": float(metrics.loss) / self.kl}
                 norm = float(metrics.grad_norm)
                 refused.append(bool(metrics.refused))
