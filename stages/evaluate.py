@@ -259,7 +259,10 @@ def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Co
 
     result = record.get("result") or {}
     before, text = result.get("before") or {}, str(result.get("general"))
-    rows = [("before", f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning")] if before else []
+    rows = []
+    if before:  # and after, for a preference loss is of a run alone
+        scores = f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning"
+        rows = [("before", f"{scores}; {result['after']['held_out']:.4f} at its end")]
     if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
         return rows
     cfg, params, context = model.cfg, model.params, record["recipe"]["context"]

@@ -325,7 +325,9 @@ def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before,
     assert ("computing reference log-probabilities" in printed) == bool(before)
     assert json.loads((folder / "run.json").read_text())["loss"] == loss
     assert evaluate.main(["--model", str(folder)]) == 0
-    assert re.search(said, capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(said, printed)
+    assert f"before fine-tuning; {losses['after']['held_out']:.4f} at its end" in printed
 
 
 def test_pairs_are_good_answers_and_bad_ones_to_kto(trained, pairs, tmp_path):
