@@ -77,7 +77,7 @@ class FineTuning(ModelStage, BatchStage):
 
     advice = "--learning-rate, or warm up longer with --warmup"
 
-    answers: bool | None = None  # whether a device holds the model whole, to answer; known after the first measurement
+    fits_device: bool | None = None  # whether one device holds the model, to answer; known after the first measurement
 
     def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
@@ -86,7 +86,7 @@ class FineTuning(ModelStage, BatchStage):
         self.keep_last = tuning.keep_last
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
-        self.has_reference, self.rates = is_preference and LOSSES[tuning.loss].has_reference, tuning.examples == "kto"
+        self.has_reference, self.is_rating = is_preference and LOSSES[tuning.loss].has_reference, tuning.examples == "kto"
         rate = (2e-3 if trainable.adapter else 2e-4) / (10 if is_preference else 1)
         optimizer = OptimizerConfig(
             learning_rate=tuning.learning_rate or rate,
@@ -166,7 +166,7 @@ class FineTuning(ModelStage, BatchStage):
         epochs = self.packed.order.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
         counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
         rows, *problems = dataset.summary
-        examples = "answer" if self.rates else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
+        examples = "answer" if self.is_rating else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         return [
             self.model_row(),
             *self.matches,
@@ -186,7 +186,7 @@ class FineTuning(ModelStage, BatchStage):
         """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
         first = self.dataset.train[0]
         answers = {"the first example": first}
-        if self.rates:
+        if self.is_rating:
             answers = {f"the first answer, a {'good' if first.answer.weight > 0 else 'bad'} one": first.answer}
         elif isinstance(first, Pair):
             answers = {"the chosen answer": first.answer, "the rejected answer": first.other}
@@ -285,9 +285,9 @@ class FineTuning(ModelStage, BatchStage):
             general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
         _clear_programs()  # as large as a small model, and not run again soon
         questions = self.dataset.questions if processes.is_first() else ()
-        if self.answers is None:
-            self.answers = fits_one_device(params)
-        if not self.answers:
+        if self.fits_device is None:
+            self.fits_device = fits_one_device(params)
+        if not self.fits_device:
             return Scores(held_out, general, ())
         with self.console.task("answering held-out questions"), on_one_device(params) as whole:
             answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids)

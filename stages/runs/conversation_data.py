@@ -33,8 +33,7 @@ HELD_OUT = 0.1
 QUESTIONS = 3  # of the held-out set, or for texts these
 QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
 
-
-Used = list[tuple[Record, list[Any]]]  # rows, with their examples
+UsedRows = list[tuple[Record, list[Any]]]  # rows, with their examples
 PAIRS = "pairs of a chosen and a rejected answer"
 WANTED = {  # by each objective: kinds of data, what they are called, and what to do about another
     "answers": (KINDS.keys() - {"preference"}, "conversations or texts", "preference fits it"),
@@ -109,7 +108,7 @@ def prepare_conversations(
     return ConversationData(train, held_out, *digests, lines, kind, data, validation, overlap, questions, references)
 
 
-def _without_copies(held_out: Used, train: Used, name: str, data: str) -> tuple[Used, str]:
+def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -> tuple[UsedRows, str]:
     """Returns the held-out rows whose texts are not in `train`, and what was left out. Raises UserError if all are."""
     texts = {row.text for row, _ in train}
     known = {*map(normalize, texts)}
@@ -123,7 +122,7 @@ def _without_copies(held_out: Used, train: Used, name: str, data: str) -> tuple[
     return others, f"{found}: left out"
 
 
-def _split(used: Used, seed: int, data: str) -> tuple[Used, Used, str, str]:
+def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, str, str]:
     """Returns the training and the held-out rows, the latter's name, and a sentence on copies.
 
     All copies of a row are on one side, and rows without a copy are held out first. A hash of seed and text chooses them, so

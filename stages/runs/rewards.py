@@ -23,8 +23,8 @@ Rows = list[dict[str, Any]]  # a prompt, completion and answer each
 class Rewards:
     """Sums the rewards of tasks, each `[WEIGHT*]TASK`: one of TASKS, or FILE.py:FUNCTION, which has `seconds` for a call.
 
-    `remedy`: what to do about one that takes longer. Raises UserError for what is none, a weight that is
-    not above 0 or is beyond MAX_WEIGHT, and a file that cannot be run.
+    `remedy`: what to do about a function that takes longer. Raises UserError for an unknown task, a weight that is not above 0
+    or is beyond MAX_WEIGHT, and a file that cannot be run.
     """
 
     def __init__(self, tasks: Sequence[str], seconds: float, remedy: str = "mend it") -> None:
