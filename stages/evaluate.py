@@ -201,6 +201,7 @@ def evaluate_conversations(
     record = record if record.get("stage") == "finetune" else {}
     chat = ChatTokenizer(model.tokenizer)
     seq, objective = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context), ""
+    full = not data and record.get("full_loss", False)
     if data:
         dataset = make_examples(data, chat, seq)
         name, lines, examples = f"{data.name} ({data.kind})", dataset.describe(), dataset.examples
@@ -208,7 +209,6 @@ def evaluate_conversations(
     else:
         names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
         objective = "kto" if (objective, record.get("loss")) == ("preference", "kto") else objective
-        full = record.get("full_loss", False)
         split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console, full)
         examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
         references, digest = list(split.references), split.held_out_digest
@@ -238,10 +238,11 @@ def evaluate_conversations(
         else:
             evaluator = conversations.held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, seq)
             nats = evaluator.evaluate(model.params, report)
+            scored = "whole conversations" if full else "what the assistant says, the end of each answer included"
             rows = [
                 ("examples", f"{len(examples):,}"),
-                ("answer tokens", f"{evaluator.size:,}"),
-                ("nats per token", f"{nats:.4f} of what the assistant says, the end of each answer included"),
+                ("scored tokens" if full else "answer tokens", f"{evaluator.size:,}"),
+                ("nats per token", f"{nats:.4f} of {scored}"),
                 ("perplexity", perplexity(nats)),
             ]
     with console.task("scoring answers") as report:

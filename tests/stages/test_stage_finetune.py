@@ -542,6 +542,15 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
 
+def test_all_of_a_conversation_is_trained_on_and_evaluated(trained, chats, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert finetune.main(args(trained, chats, folder, "--lora", LORA, "--full-loss", "--steps", 2)) == 0
+    assert "[[User: " in capsys.readouterr().out
+    assert evaluate.main(["--model", str(folder)]) == 0
+    assert f"{result(folder)['after']['held_out']:.3f}" in (printed := capsys.readouterr().out)
+    assert "of whole conversations" in printed
+
+
 def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path, capsys, failing):
     """It loads on the base that it names: written, measured, exported and tuned again as its run is."""
     run, folder = adapted[0], adapted[0] / "adapter"
