@@ -68,15 +68,6 @@ def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cac
     return logits, layout.pin_cache(cache._replace(length=cache.length + lengths))
 
 
-def _decode_step(cfg: ModelConfig, params: Params, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """token (B,) int32 -> logits (B, V) float32 of the token after it, and the cache with it written."""
-    logits, cache = forward(cfg, params, token[:, None], cache.length[:, None], cache)
-    return logits[:, 0], cache._replace(length=cache.length + 1)
-
-
-decode_step = jax.jit(_decode_step, static_argnames="cfg", donate_argnames="cache")
-
-
 @jax.jit(static_argnames="cfg", donate_argnames="cache")
 def decode_steps(
     cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays
@@ -85,8 +76,9 @@ def decode_steps(
 
     def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
         token, cache = carry
-        logits, cache = _decode_step(cfg, params, token, cache)
-        token = sample(logits, cache.length, sampling)
+        logits, cache = forward(cfg, params, token[:, None], cache.length[:, None], cache)
+        cache = cache._replace(length=cache.length + 1)
+        token = sample(logits[:, 0], cache.length, sampling)
         return (token, cache), token
 
     (_, cache), tokens = jax.lax.scan(step, (token, cache), length=STEPS)

@@ -144,8 +144,7 @@ def test_reading_and_writing_against_a_cache(kind, slots, backend):
     prefill = functools.partial(decode.prefill.__wrapped__, cfg)
     counted = jaxpr_cost(prefill, params, shaped(slots, T), shaped(slots), cache)
     assert counted.matmul == prefill_program_flops(cfg, slots, T, CAPACITY).total
-    write = functools.partial(decode.decode_step.__wrapped__, cfg)
-    counted = jaxpr_cost(write, params, shaped(slots), cache)
+    counted = jaxpr_cost(prefill, params, shaped(slots, 1), shaped(slots), cache)
     assert counted.matmul == decode_program_flops(cfg, slots, CAPACITY).total
 
 
@@ -153,9 +152,8 @@ def test_whatever_the_weights_are_stored_in(backend):
     """Int8 weights are multiplied as often as others, but for two digits; under LoRA they are a frozen base."""
     cfg = KINDS["untied"]
     stored = lambda how: jax.eval_shape(lambda params: quantize(params, how), trees(cfg, all_trainable(cfg))[0])
-    counted = jaxpr_cost(
-        functools.partial(decode.decode_step.__wrapped__, cfg), stored("int8"), shaped(5), cache_of(cfg, 5, CAPACITY)
-    )
+    write = functools.partial(decode.prefill.__wrapped__, cfg)
+    counted = jaxpr_cost(write, stored("int8"), shaped(5, 1), shaped(5), cache_of(cfg, 5, CAPACITY))
     assert counted.matmul == decode_program_flops(cfg, 5, CAPACITY, int16_activations=["down"]).total
     paths = lora_only(cfg, LoraConfig(2, targets=("q", "up")))
     adapters, _ = trees(cfg, paths)

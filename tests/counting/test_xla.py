@@ -15,7 +15,7 @@ from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import count_params
 from engine.counting.xla import Collective, read_collectives, xla_flops, xla_peak
 from engine.errors import UserError
-from engine.inference.decode import decode_step, prefill
+from engine.inference.decode import prefill
 from engine.model.config import ModelConfig
 from engine.model.loss import score
 from engine.model.paths import split
@@ -40,7 +40,7 @@ def programs():
         ),
         "evaluation": (functools.partial(score, CFG), (params_of(CFG), BATCH)),
         "prefill": (functools.partial(prefill, CFG), (params_of(CFG), BATCH.tokens, shaped(B), cache_of(CFG, B, CAPACITY))),
-        "decode": (functools.partial(decode_step, CFG), (params_of(CFG), shaped(8), cache_of(CFG, 8, CAPACITY))),
+        "decode": (functools.partial(prefill, CFG), (params_of(CFG), shaped(8, 1), shaped(8), cache_of(CFG, 8, CAPACITY))),
     }
 
 
@@ -62,7 +62,7 @@ def test_peak_memory_is_what_is_held_less_what_is_donated():
     cache = cache_of(CFG, 8, CAPACITY)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     weights = 4 * count_params(CFG).total
-    program = decode_step.lower(CFG, params_of(CFG), shaped(8), cache).compile()
+    program = prefill.lower(CFG, params_of(CFG), shaped(8, 1), shaped(8), cache).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == size
     assert memory.argument_size_in_bytes == pytest.approx(weights + size, rel=0.01)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
-from engine.inference.decode import CHUNK, STEPS, decode_step, decode_steps, generate, prefill, prepare_params
+from engine.inference.decode import CHUNK, STEPS, decode_steps, generate, prefill, prepare_params
 from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
 from engine.inference.sampling import sample
@@ -67,7 +67,7 @@ def test_several_steps_at_once_are_one_step_after_another(cfg, params, temperatu
     token, cache = start()
     written = [[*prompt, int(new)] for prompt, new in zip(prompts, token)]
     for step in range(STEPS):
-        logits, cache = decode_step(cfg, params, token, cache)
+        logits, cache = prefill(cfg, params, token[:, None], np.ones(ROWS, np.int32), cache)
         whole, _ = forward_(cfg, params, padded(written, 20), positions_of(ROWS, 20))
         np.testing.assert_allclose(logits, whole[np.arange(ROWS), lengths + step], rtol=0, atol=2e-5)
         token = jax.jit(sample)(logits, cache.length, sampling)

@@ -28,7 +28,7 @@ from tiny import lively_params, positions_of, request_of, tiny_config
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
 from engine.inference.constraints import ForcedTokens
-from engine.inference.decode import decode_step, prefill, prepare_params
+from engine.inference.decode import prefill, prepare_params
 from engine.inference.engine import Engine
 from engine.inference.engine import complete as complete_all
 from engine.inference.prefix_cache import PrefixCache
@@ -52,7 +52,7 @@ def plain_completion(cfg, params, prompt: list[int], sampling: SamplingParams) -
         tokens.append(token)
         if len(tokens) == sampling.max_tokens:
             return Completion(tokens, "length", None)
-        logits, cache = decode_step(cfg, params, np.array([token], np.int32), cache)
+        logits, cache = prefill(cfg, params, np.array([[token]], np.int32), np.array([1], np.int32), cache)
 
 
 @pytest.mark.parametrize(

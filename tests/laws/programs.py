@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from engine.inference import runner
 from engine.inference.config import EngineConfig
-from engine.inference.decode import decode_step, decode_steps, prefill, prepare_params
+from engine.inference.decode import decode_steps, prefill, prepare_params
 from engine.inference.request import SamplingParams
 from engine.inference.runner import empty_stacks, idle_calls
 from engine.inference.sampling import SamplingArrays, make_token_counts, sampling_arrays
@@ -167,11 +167,11 @@ def prefill_program(weights: str = "plain", rows: int = ROWS) -> Make:
     return make
 
 
-def decode_program(function: Any, weights: str = "plain") -> Make:
+def decode_program(weights: str = "plain") -> Make:
     def make(cfg: ModelConfig) -> Program:
         cache = jax.eval_shape(lambda: make_cache(cfg, ROWS, CAPACITY))
-        options = [sampling_shapes(ROWS)] if function is decode_steps else []
-        return Program(function, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, ROWS), cache, *options))
+        arguments = cfg, serving_params(cfg, weights), shape_of(jnp.int32, ROWS), cache, sampling_shapes(ROWS)
+        return Program(decode_steps, arguments)
 
     return make
 
@@ -272,10 +272,9 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "prefill, one prompt": prefill_program(rows=1),
     "prefill, int8": prefill_program("int8"),
     "prefill, int8 widened": prefill_program("full"),
-    "decode_step": decode_program(decode_step),
-    "decode_step, int8": decode_program(decode_step, "int8"),
-    "decode_step, int8 widened": decode_program(decode_step, "full"),
-    "decode_steps": decode_program(decode_steps),
+    "decode_steps": decode_program(),
+    "decode_steps, int8": decode_program("int8"),
+    "decode_steps, int8 widened": decode_program("full"),
     "decode in one slot": engine_program("decode", slots=1),
     "prefill_chunk": engine_program("prefill_chunk"),
     "prefill_tail": engine_program("prefill_tail"),

@@ -27,7 +27,7 @@ LARGE = {
     "decode_slots, int8": 20_000,
 }
 CASES = {f"{name}, Qwen3": (name, QWEN3) for name in PROGRAMS}
-OTHERWISE = ("train step, AdamW", "train step, LoRA", "score", "prefill, one prompt", "decode_step", "decode_slots")
+OTHERWISE = ("train step, AdamW", "train step, LoRA", "score", "prefill, one prompt", "decode_steps", "decode_slots")
 CASES |= {f"{name}, Qwen2": (name, QWEN2) for name in OTHERWISE}  # tied, with biases, one query head for each key head
 CASES |= {f"{name}, {vocab}": (name, tiny_config(vocab=vocab, width=64, dtype="bfloat16")) for name, vocab in LARGE.items()}
 # The results of these are arrays in memory, or differ from place to place.
@@ -77,7 +77,7 @@ def spread_in(program, *arguments) -> list[str]:
 # Qwen2's own products are those of a training step and of scoring too; these steps multiply as AdamW's, Muon's, LoRA's and a
 # preference's do, and these programs of inference as those that read more tokens, rows or slots.
 ALIKE = ("microbatches", "bottom frozen", "top frozen", "Muon, scan", "LoRA, remat", "preference, all")
-NIGHT = {f"{name}, Qwen2" for name in ("train step, LoRA", "prefill, one prompt", "decode_step", "decode_slots")}
+NIGHT = {f"{name}, Qwen2" for name in ("train step, LoRA", "prefill, one prompt", "decode_steps", "decode_slots")}
 NIGHT |= {f"train step, {kind}, Qwen3" for kind in ALIKE}
 NIGHT |= {f"{name}, Qwen3" for name in ("decode_slots, float32 cache", "decode in one slot", "prefill_tail", "decode_steps")}
 assert {*CASES} >= NIGHT

@@ -125,7 +125,7 @@ def test_a_gpu_prefills_by_a_kernel_too(name, cudnn):
 MESHED = ["train step, AdamW", "train step, LoRA", "train step, preference", "train step, scan and remat"]
 
 
-@pytest.mark.parametrize("name", [*MESHED, "prefill", "decode_step"])
+@pytest.mark.parametrize("name", [*MESHED, "prefill", "decode_steps"])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, platform, cudnn, monkeypatch):
     """No value around a kernel is as large as a device's share of a block of scores, none elsewhere as the whole block."""
