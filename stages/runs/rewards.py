@@ -31,7 +31,7 @@ class Rewards:
         self.name, self.seconds, self.remedy, self.names = " ".join(tasks), seconds, remedy, set[str]()
         self._tasks = list[tuple[float, Callable[[Rows], list[float]]]]()
         for text in tasks:
-            weight, task = re.fullmatch(r"(?:(-?\d*\.?\d+)\*)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+            ((weight, task),) = re.findall(r"\A(?:(-?\d*\.?\d+)\*)?(.*)\Z", text, re.DOTALL)
             if weight and not 0 < float(weight) <= MAX_WEIGHT:
                 wanted = f"above 0 and at most {MAX_WEIGHT:,.0f}"
                 raise UserError(f"The weight of the task {task!r} should be {wanted}, not {weight[:40]}.")
