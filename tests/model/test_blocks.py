@@ -115,9 +115,10 @@ def test_a_row_has_the_same_bits_alone_and_among_any_others(kernel, kind, shape,
 
 
 def bits() -> bytes:
-    """What the kernel gives for each shape and kind."""
+    """What the kernel and XLA give for each shape and kind."""
     products = (
-        block_matmul(jnp.asarray(rows_of(7, 9, shape[0], 0.0)), weight(1, kind, shape), F32)
+        multiply(rows_of(7, 9, shape[0], 0.0), weight(1, kind, shape))
+        for multiply in (multiply_as_here, multiply_by_xla)
         for kind in KINDS
         for shape in WIDTHS
     )

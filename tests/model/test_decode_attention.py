@@ -180,19 +180,19 @@ def test_a_token_of_a_prompt_has_the_same_bits_however_it_is_cut(dtype, shape, s
     assert np.isnan(prefill(True, qkv, spoilt, 0, slots)[0]).all()
 
 
-def bits() -> bytes:
-    """What the kernels give for each shape and type."""
+def bits(by_kernel: bool) -> bytes:
+    """What the kernels, or XLA, give for each shape and type."""
     assert not native_problem()
-    steps = (attend(True, *inputs(shape, dtype, 11))[0] for shape in range(len(SHAPES)) for dtype in DTYPES)
+    steps = (attend(by_kernel, *inputs(shape, dtype, 11))[0] for shape in range(len(SHAPES)) for dtype in DTYPES)
     segments, rng = inputs(1, "bfloat16", 11)[1], np.random.default_rng(11)
     chunk = [jnp.asarray(rng.standard_normal((1, 100, heads, 64)), jnp.float32) for heads in (9, 3, 3)]
-    chunks = (prefill(True, chunk, segments, start, 2)[0] for start in (0, 512, 677))
+    chunks = (prefill(by_kernel, chunk, segments, start, 2)[0] for start in (0, 512, 677))
     return b"".join(np.asarray(result).tobytes() for result in (*steps, *chunks))
 
 
 def all_bits() -> bytes:
-    """What this kernel, that of training and that of blocks give; the products of int8 are exact."""
-    return bits() + test_causal_attention.bits() + test_blocks.bits()
+    """What the two ways here, the kernel of training and the two ways of blocks give; the products of int8 are exact."""
+    return bits(True) + bits(False) + test_causal_attention.bits() + test_blocks.bits()
 
 
 def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
