@@ -17,7 +17,8 @@ from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import matrices_to_blocks
 
 Weights = Literal["file", "q4", "int8", "bfloat16", "float32"]
-BYTES: dict[str, int] = {"file": 1, "q4": 1, "int8": 1, "bfloat16": 2, "float32": 4}  # of a weight at most
+# Of a weight at most, and a block's scale.
+BYTES: dict[str, float] = {"file": 17 / 16, "q4": 17 / 16, "int8": 17 / 16, "bfloat16": 2, "float32": 4}
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 SMALL_CHUNK, SMALL_SEGMENT = 64, 256  # where an engine completes a few prompts and is gone: one program reads any prompt
 MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
@@ -36,11 +37,11 @@ class EngineConfig:
     `prefix_cache_bytes` and `embeds`.
 
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
-    of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, "q4" makes them Blocks of
-    4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for the default size. speculate: whether idle rows
-    check draft tokens. chunk: prompt tokens a call; tail: of a short rest. segment: positions of the KV cache's first segment,
-    a multiple of chunk; None for one chunk; the kernels in C have one segment. embeds: whether embeddings are asked
-    for. adapters: the most at once, of at most adapter_rank. Raises UserError.
+    of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, which the kernels in C
+    have in Blocks too; "q4" makes them Blocks of 4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for
+    the default size. speculate: whether idle rows check draft tokens. chunk: prompt tokens a call; tail: of a short rest.
+    segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk; the kernels in C have one
+    segment. embeds: whether embeddings are asked for. adapters: the most at once, of at most adapter_rank. Raises UserError.
     """
 
     slots: int = 8
@@ -112,10 +113,13 @@ class EngineConfig:
         return dataclasses.replace(cfg, dtype=self.weights) if self.weights in ("bfloat16", "float32") else cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
-        """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for int8 and q4."""
-        if self.weights == "q4":
-            params = matrices_to_blocks(params)
+        """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for int8 and q4.
+
+        The kernel multiplies 8 bits in blocks too; XLA, which unpacks these, by Int8.
+        """
         if self.weights in ("int8", "file", "q4"):
+            if self.weights == "q4" or (whole and has_kernel()):
+                params = matrices_to_blocks(params, "Q4_0" if self.weights == "q4" else "Q8_0")
             params = quantize(merge_lora(params, cfg.dtype))
         return prepare_params(cfg, params, whole)
 
@@ -139,7 +143,7 @@ class EngineConfig:
         numbers = count_params(cfg).total
         if self.adapters:
             numbers += (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
-        return self.slots * slot + prefix + numbers * BYTES[self.weights or cfg.dtype]
+        return self.slots * slot + prefix + int(numbers * BYTES[self.weights or cfg.dtype])
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, self._edges(capacity)[-1]), self.kv_dtype))

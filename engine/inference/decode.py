@@ -19,10 +19,10 @@ from engine.inference.sampling import SamplingArrays, sample, sampling_arrays
 from engine.inference.scheduler import STEPS
 from engine.mesh import layout
 from engine.model.config import ModelConfig
-from engine.model.ops import has_kernel, platform
+from engine.model.ops import platform
 from engine.model.paths import map_paths
 from engine.model.transformer import KVCache, Params, forward, hidden_states, logits_of, make_cache
-from engine.model.weights.int8 import Int8, pack_for_kernel, store_transposed
+from engine.model.weights.int8 import Int8, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices, join_projections
 
@@ -32,7 +32,7 @@ CHUNK = 64  # prompt tokens a prefill call
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
     """Prepares weights for inference, once: matrices in the compute dtype, adapters merged, those of one input side by side.
 
-    A CPU that holds Int8 `whole` gets its integers transposed, or packed for the kernel in C.
+    A CPU that holds Int8 `whole` gets its integers transposed.
     """
 
     transposes = whole and platform() == "cpu"
@@ -42,9 +42,9 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
         return np.asarray(leaf) if is_here and leaf.ndim == 2 and leaf.dtype != cfg.dtype else leaf
 
     def lay_out(_: str, leaf: Any) -> Any:
-        if not (transposes and isinstance(leaf, Int8) and leaf.activations != "full"):
-            return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
-        return pack_for_kernel(leaf) if has_kernel() else store_transposed(leaf)
+        if transposes and isinstance(leaf, Int8) and leaf.activations != "full":
+            return store_transposed(leaf)
+        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     def prepare(tree: Params, join: Callable[[Params], Params] = lambda tree: tree) -> Params:
         merged = map_paths(to_numpy, merge_lora(tree, cfg.dtype))

@@ -22,7 +22,7 @@ from engine.model.weights.lora import LoRA, to_dense
 from engine.storage.digest import digest
 
 COUNT, RANK = 4, 3
-IN_INT8 = "int8/bfloat16"  # weights and KV cache, as AS_SERVED: what a server of no file in blocks has
+IN_INT8 = "int8/bfloat16"  # weights and KV cache, as AS_SERVED: what a server without the kernels in C has
 
 
 @functools.cache

@@ -294,7 +294,6 @@ WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "with factors": lambda cfg: Program(with_factors, (blocks_shape(cfg), factors_shape(cfg))),
     "Blocks.of": lambda cfg: Program(Blocks.of, (blocks_shape(cfg), factors_shape(cfg))),
     "Rounding.of": lambda cfg: Program(Rounding.of, (Rounding("Q4_0", 1), shape_of(jnp.float32, GROUP, cfg.ff))),
-    "pack": lambda cfg: Program(int8.pack, (shape_of(jnp.int8, cfg.width, cfg.ff), 0)),
     "scatter": lambda cfg: Program(
         segmented._scatter,  # noqa: SLF001
         (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2)),

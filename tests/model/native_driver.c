@@ -150,15 +150,6 @@ static void add_adapters(Arrays *in, Arrays *out, int64_t M, int64_t inputs, int
   add(out, F32, M, columns, -1, -1, -1);
 }
 
-static void int8_matmul(Arrays *in, Arrays *out) {
-  const int64_t M = ONE_OF(1, 2, 3, 5, 6, 7, 12, 40), inputs = 4 * (1 + below(40)), columns = 1 + below(200), digits = 1 + below(2);
-  add(in, F32, M, inputs, -1, -1, -1), fill(in, 0, 1);
-  add(in, S8, (columns + 15) / 16, inputs / 4, 16, 4, -1), fill(in, 1, 0);
-  add(out, S32, digits * M, columns, -1, -1, -1);
-  add(out, F32, M, 1, -1, -1, -1);
-  if (below(2)) add_adapters(in, out, M, inputs, columns);
-}
-
 static void block_matmul(Arrays *in, Arrays *out) {
   const int64_t M = ONE_OF(1, 2, 3, 5, 6, 7, 12, 40), groups = 1 + below(9), columns = 1 + below(150), size = ONE_OF(288, 320, 544);
   add(in, F32, M, 32 * groups, -1, -1, -1), fill(in, 0, 1);
@@ -241,7 +232,7 @@ static void causal_attention_backward(Arrays *in, Arrays *out) {
 static const struct {
   const char *name;
   void (*make)(Arrays *in, Arrays *out);
-} KERNELS[] = {{"thrice_int8_matmul", int8_matmul}, {"thrice_block_matmul", block_matmul}, {"thrice_adapter_matmul", adapter_matmul},
+} KERNELS[] = {{"thrice_block_matmul", block_matmul}, {"thrice_adapter_matmul", adapter_matmul},
                {"thrice_decode_attention", decode_attention}, {"thrice_prefill_attention", prefill_attention},
                {"thrice_causal_attention", causal_attention},
                {"thrice_causal_attention_backward", causal_attention_backward}};

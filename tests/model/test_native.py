@@ -1,4 +1,4 @@
-"""The kernel in C: the bits of XLA's products, wherever it can be built; elsewhere a reason, and XLA's products."""
+"""The library in C: where it is built and from where it is loaded; elsewhere a reason, and XLA's products."""
 
 import functools
 import hashlib
@@ -8,82 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import lively_params, normal, tiny_config
+from tiny import lively_params, tiny_config
 
-from engine.inference.decode import prepare_params
+from engine.inference.config import EngineConfig
 from engine.model.native import library
 from engine.model.native.library import native_problem, read_library
 from engine.model.paths import leaf_paths
-from engine.model.weights.int8 import (
-    Int8,
-    int8_matmul,
-    lookup_rows,
-    pack_for_kernel,
-    quantize,
-    quantize_matrix,
-    slice_columns,
-    store_transposed,
-)
-
-SHAPES = [(64, 16), (4, 70), (188, 701)]  # whole strips of columns and others; one part and several
-multiply = jax.jit(int8_matmul, static_argnames="dtype")
+from engine.model.weights.blocks import Blocks
 
 
 @pytest.fixture(scope="module")
 def kernel():
     if problem := native_problem():
         pytest.skip(f"there is no kernel here: {problem}")
-    return read_library("int8_matmul")
-
-
-@functools.cache
-def weight(shape: tuple[int, int], activations: str) -> Int8:
-    return store_transposed(quantize_matrix(normal(1, *shape), activations))
-
-
-def rows_of(seed: int, rows: int, width: int, spoil: float) -> jax.Array:
-    """Rows of very different sizes: one zero, one tiny, one spoiled."""
-    generator = np.random.default_rng(seed)
-    x = generator.standard_normal((rows, width)) * 10.0 ** generator.integers(-30, 30, (rows, 1))
-    x[seed % rows] = 0
-    x[(seed + 1) % rows] = 1e-39
-    x[(seed + 2) % rows, seed % width] += spoil
-    return jnp.asarray(x, jnp.float32)
-
-
-@pytest.mark.parametrize("activations", ["int8", "int16"])
-@settings(max_examples=30)
-@given(
-    st.sampled_from(SHAPES),
-    st.sampled_from([1, 3, 7, 29, 100]),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([0.0, np.nan, np.inf]),
-)
-def test_products_have_the_bits_that_xla_gives_them(kernel, activations, shape, rows, seed, spoil):
-    leaf, x = weight(shape, activations), rows_of(seed, rows, shape[0], spoil)
-    ours = multiply(x, pack_for_kernel(leaf), jnp.float32)
-    np.testing.assert_array_equal(ours, multiply(x, leaf, jnp.float32))
-
-
-@settings(max_examples=10)
-@given(st.integers(0, 2**32 - 1))
-def test_a_packed_head_gives_the_same_rows_and_columns(kernel, seed):
-    leaf = quantize_matrix(normal(seed, 53, 12), axis=0)  # an embedding (V, D)
-    packed, rows = pack_for_kernel(leaf), jnp.asarray([[0, 52, 16], [15, 17, 0]])
-    assert packed.shape == leaf.shape
-    np.testing.assert_array_equal(lookup_rows(packed, rows), lookup_rows(leaf, rows))
-    part, x = slice_columns(packed, 32, 64), normal(seed + 1, 5, 12)
-    np.testing.assert_array_equal(int8_matmul(x, part, jnp.float32), int8_matmul(x, slice_columns(leaf, 32, 64), jnp.float32))
-
-
-def uses_kernel(params) -> bool:
-    return any(leaf.layout == "packed" for leaf in leaf_paths(params).values() if isinstance(leaf, Int8))
+    return read_library("block_matmul")
 
 
 @pytest.fixture
@@ -96,11 +36,21 @@ def fresh(monkeypatch, tmp_path):
     return monkeypatch
 
 
+def uses_kernel() -> bool:
+    """Whether weights that are served in 8 bits are stored as the kernel multiplies them."""
+    cfg = tiny_config(dtype="bfloat16", width=64)
+    params = EngineConfig(weights="int8").prepare_params(cfg, lively_params(cfg))
+    return any(isinstance(leaf, Blocks) for leaf in leaf_paths(params).values())
+
+
 def without_kernel(reason: str) -> None:
     """Checks the reason, and that a model is then multiplied by XLA."""
     assert reason in native_problem()
-    cfg = tiny_config(dtype="bfloat16")
-    assert not uses_kernel(prepare_params(cfg, quantize(lively_params(cfg))))
+    assert not uses_kernel()
+
+
+def test_eight_bits_are_stored_as_the_kernel_multiplies_them(kernel):
+    assert uses_kernel()
 
 
 def test_without_a_compiler(fresh, tmp_path):
@@ -135,13 +85,13 @@ def test_another_processor(fresh):
 
 
 def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_path):
-    assert read_library("int8_matmul") == kernel
+    assert read_library("block_matmul") == kernel
     fresh.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was built again"))
-    assert read_library("int8_matmul") == kernel
+    assert read_library("block_matmul") == kernel
     flags = library.processor()[1]
     fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
     fresh.setattr(subprocess, "run", lambda command, **_: open(command[-1], "wb").close())
-    assert read_library("int8_matmul") == b""
+    assert read_library("block_matmul") == b""
     assert len([*(tmp_path / "cache" / "native").iterdir()]) == 2
 
 
@@ -153,7 +103,7 @@ def cached(kernel, fresh, tmp_path):
     compiler.write_text(f'#!/bin/sh\nfor out; do :; done\nexec cp {copy} "$out"\n')
     compiler.chmod(0o755)
     fresh.setenv("CC", str(compiler))
-    assert read_library("int8_matmul") == copy.read_bytes()
+    assert read_library("block_matmul") == copy.read_bytes()
     (path,) = (tmp_path / "cache" / "native").iterdir()
     return path
 
@@ -168,18 +118,18 @@ def test_a_damaged_library_is_built_again(cached):
         damaged.append(bytes(flipped))
     for data in damaged:
         cached.write_bytes(data)
-        assert read_library("int8_matmul") == intact[:-32]
+        assert read_library("block_matmul") == intact[:-32]
         assert cached.read_bytes() == intact
 
 
 def test_a_library_of_another_processor_in_its_place_is_built_again(cached, fresh, tmp_path):
     ours = cached.read_bytes()
     fresh.setattr(library, "processor", lambda: ("another", "avx2"))
-    built = read_library("int8_matmul")
+    built = read_library("block_matmul")
     (theirs,) = {*(tmp_path / "cache" / "native").iterdir()} - {cached}
     theirs.write_bytes(ours)
     (tmp_path / "copy.so").write_bytes(b"of that processor")
-    assert (built, read_library("int8_matmul")) == (ours[:-32], b"of that processor")
+    assert (built, read_library("block_matmul")) == (ours[:-32], b"of that processor")
 
 
 def planted(path: Path, data: bytes) -> bytes:
@@ -192,16 +142,16 @@ def test_a_library_that_another_user_can_have_written_is_built_again(cached, fre
     for mode in (0o620, 0o602, 0o666):
         cached.write_bytes(planted(cached, b"evil"))
         cached.chmod(mode)
-        assert read_library("int8_matmul") == intact[:-32]
+        assert read_library("block_matmul") == intact[:-32]
         assert (cached.read_bytes(), cached.stat().st_mode & 0o777) == (intact, 0o600)
     cached.unlink()
     os.mkfifo(cached)
-    assert read_library("int8_matmul") == intact[:-32]
+    assert read_library("block_matmul") == intact[:-32]
     if os.geteuid():  # else another owner can be given
         return
     cached.write_bytes(planted(cached, b"evil"))
     os.chown(cached, 65534, -1)
-    assert read_library("int8_matmul") == intact[:-32]
+    assert read_library("block_matmul") == intact[:-32]
     assert cached.stat().st_uid == 0
 
 
@@ -218,7 +168,7 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
         pytest.skip("only root can give a folder to another user")
     reason = f"others can write to {tmp_path / name}" if way == "writable" else f"{tmp_path / name} belongs to another user"
     with pytest.warns(UserWarning, match=rf"cache is not used \({reason}\).*set THRICE_CACHE") as sentences:
-        assert [read_library("int8_matmul"), read_library("int8_matmul")] == [intact[:-32]] * 2
+        assert [read_library("block_matmul"), read_library("block_matmul")] == [intact[:-32]] * 2
     assert len(sentences) == 1
     assert cached.read_bytes() == planted(cached, b"evil")
     assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)

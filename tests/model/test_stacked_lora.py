@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from engine.model.native.library import native_problem
 from engine.model.weights import stacked_lora
 from engine.model.weights.blocks import round_to_blocks
-from engine.model.weights.int8 import pack_for_kernel, quantize_matrix
 from engine.model.weights.matmul import project
 from engine.model.weights.stacked_lora import StackedLoRA, adapter_product
 
@@ -21,7 +20,6 @@ SHAPES = [(1, 32, 1, (5,), 1), (4, 64, 2, (64, 16, 16), 8), (7, 96, 3, (17, 1), 
 F32 = jnp.dtype("float32")
 BASES = {
     "apart": None,
-    "int8": lambda base: pack_for_kernel(quantize_matrix(base, "int8")),
     "blocks": lambda base: round_to_blocks(base, "Q4_0"),
 }
 

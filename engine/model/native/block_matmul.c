@@ -4,15 +4,58 @@
 //
 //     x (M, in) float32, weight (out / 16, in / 32, bytes of 16 blocks) uint8 -> y (M, out) float32
 //
-// 16 blocks, of as many columns, lie side by side: 4 inputs of each column in 64 bytes, then the scales, then the minima. Of
-// 4 bits a byte holds the inputs i and i + 16. x is rounded to int8 with a scale for each 32 numbers. A block's integers are
-// summed exactly; blocks are added in order, by the same operations for any number of rows, so a row's bits depend on the row
-// alone. A row with a number that is not finite gives NaN.
-#define ROWS (W == 16 ? 6 : 4)  // that share one reading of a strip's weights, at most
-#include "integers.h"
+// 16 blocks, of as many columns, lie side by side: 4 inputs of each column in 64 bytes, as a dot-product instruction takes
+// them, then the scales, then the minima. Of 4 bits a byte holds the inputs i and i + 16. A weight is read once, in order: few
+// rows wait for that, many for the instruction.
+//
+// x is rounded to int8 with a scale for each 32 numbers. A block's integers are summed exactly; blocks are added in order, by
+// the same operations for any number of rows, so a row's bits depend on the row alone. A row with a number that is not finite
+// gives NaN.
+#include "threads.h"
+#include "adapters.h"
 
+enum { ROWS = W == 16 ? 6 : 4 };  // that share one reading of a strip's weights, at most
 enum { GROUP = 32 };
 enum { Q4_0 = 288, Q4_1 = 320, Q8_0 = 544 };  // the kinds, by the bytes of 16 blocks
+enum { COLUMNS = 16, STEP = 64, VECTORS = COLUMNS / W };  // of a strip; bytes of 4 inputs of each, a cache line
+enum { ROUNDED = 16 * 1024 };  // numbers that a thread rounds at a time, about
+enum { AHEAD = 4096 };  // bytes of weight
+typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each of W columns
+
+// Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are of 4 bits, and
+// `finish` makes their sums whole.
+#if defined(__AVX512VNNI__)
+enum { TOO_HIGH = 128 };  // the instruction takes weights without a sign: signed ones 128 too high
+typedef int32_t __attribute__((may_alias)) Four;
+// gcc 12 copies each sum before its intrinsic adds to it, and takes 1.8 times as long. Inputs are spread as they are read.
+#define add_products(sums, weights, x, is_signed) \
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(*(const Four *)(x)))
+#define finish(sums, is_signed) (sums)
+#elif defined(__AVX2__)
+enum { TOO_HIGH = 0 };
+// The instruction takes one side without a sign, which the other side then gets. It adds two products in 16 bits, where
+// 2 * 128 * 127 fits: no input is ever -128. Those of weights without a sign stay there to a block's end: 16 of 15 * 127 fit.
+INLINE I add_four(I sums, Quads weights, const int8_t *x, const int is_signed) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  const __m256i inputs = _mm256_set1_epi32(four), w = (__m256i)weights, ones = _mm256_set1_epi16(1);
+  if (!is_signed) return (I)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16(w, inputs));
+  return sums + (I)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(inputs, w)), ones);
+}
+#define add_products(sums, weights, x, is_signed) ((sums) = add_four(sums, weights, x, is_signed))
+INLINE I finish(I sums, const int is_signed) {
+  return is_signed ? sums : (I)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+enum { TOO_HIGH = 0 };
+#define add_products(sums, weights, x, is_signed) \
+  ((sums) = (I)vdotq_s32((int32x4_t)(sums), (int8x16_t)(weights), vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(x)))))
+#define finish(sums, is_signed) (sums)
+#else
+#error "this processor is not known to multiply int8 fast"
+#endif
+
+INLINE Quads load_quads(const void *from) { return (Quads)load(from); }
 
 // W float16 as float32.
 INLINE F halves(const uint8_t *from) {
@@ -23,6 +66,62 @@ INLINE F halves(const uint8_t *from) {
 #else
   return (F)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
 #endif
+}
+
+typedef struct {
+  float scale;  // of 32 numbers of x
+  float sum;  // of the numbers, rounded, for minima
+  int32_t start;  // what is too high in each of their sums, taken off
+} Scale;
+
+typedef struct {
+  const float *x;
+  const uint8_t *weight;
+  float *y;
+  int8_t *rows;  // (M, in), rounded
+  Scale *scales;  // (M, groups)
+  uint8_t *finite;  // (M)
+  int64_t *order;  // (count): the rows to multiply
+  int64_t M, in, out, groups, kind, count;
+  int64_t size;  // of a part, in rows of x or in strips of 16 columns
+  Adapters adapters;  // of the rows of x, or none; each row's is a part
+} Task;
+
+// Rounds 32 numbers of x as blocks.py does, to the steps of their largest magnitude. Returns whether all are finite.
+INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int too_high) {
+  uint32_t largest = 0;  // bits sort as magnitudes do, an infinity's and a NaN's last
+  FOR(i, GROUP) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  memcpy(&s->scale, &largest, sizeof s->scale);
+  s->scale *= 1.0f / 127;
+  if (!isfinite(s->scale)) return 0;
+  if (s->scale < 1.17549435e-38f) s->scale = 1;  // else its inverse could be infinite
+  const float inverse = 1 / s->scale;
+  int32_t sum = 0;
+  FOR(i, GROUP) {
+    const int32_t nearest = (int32_t)rintf(x[i] * inverse);
+    rounded[i] = nearest;
+    sum += nearest;
+  }
+  s->sum = sum;
+  s->start = -too_high * sum;
+  return 1;
+}
+
+static int round_row(const Task *t, int64_t row) {
+  for (int64_t group = row * t->groups; group < (row + 1) * t->groups; group++)
+    if (!round_group(t->x + group * GROUP, t->rows + group * GROUP, t->scales + group, t->kind == Q4_0 ? 8 : TOO_HIGH)) return 0;
+  return 1;
+}
+
+static void round_part(const void *task, int64_t part) {
+  const Task *t = task;
+  const int64_t stop = smaller((part + 1) * t->size, t->M);
+  for (int64_t row = part * t->size; row < stop; row++) t->finite[row] = round_row(t, row);
 }
 
 // `rows` rows of the order, from the given one on, times 16 columns.
@@ -48,7 +147,7 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
       FOR(i, (kind == Q8_0 ? 8 : 4)) {
         const uint8_t *quads = w + i * STEP + v * sizeof(Quads);
         if (kind == Q8_0) {
-          const Quads weights = signed_quads(quads);
+          const Quads weights = load_quads(quads) ^ (int8_t)TOO_HIGH;
           EACH(row, rows) add_products(sums[row], weights, x[row] + from + 4 * i, 1);
         } else {
           const Quads both = load_quads(quads), low = both & 15, high = (Quads)((I)both >> 4) & 15;
@@ -68,46 +167,50 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
     }
   }
   EACH(row, rows) EACH(v, VECTORS)
-    store_columns((float *)t->y + t->order[first + row] * t->out, y[row][v], strip * COLUMNS + v * W, t->out);
+    store_columns(t->y + t->order[first + row] * t->out, y[row][v], strip * COLUMNS + v * W, t->out);
 }
 
-static void multiply_strips(const Task *t, int64_t strip, int64_t stop) {
-  const int64_t column = strip * COLUMNS, after = smaller(stop * COLUMNS, t->out);
-  for (; strip < stop; strip++) switch (t->kind) {
-    case Q4_0: multiply_rows(t, strip, Q4_0); break;
-    case Q4_1: multiply_rows(t, strip, Q4_1); break;
-    default: multiply_rows(t, strip, Q8_0);
+// All rows of the order.
+INLINE void multiply_strip(const Task *t, int64_t strip, const int kind) {
+  for (int64_t first = 0; first < t->count; first += ROWS)
+    WITH_ROWS(t->count - first, multiply(t, first, rows, strip, kind))
+}
+
+static void multiply_part(const void *task, int64_t part) {
+  const Task *t = task;
+  if (part < t->adapters.rows) return add_row(&t->adapters, part);
+  part -= t->adapters.rows;
+  const int64_t first = part * t->size * COLUMNS, after = smaller(first + t->size * COLUMNS, t->out);
+  for (int64_t strip = part * t->size; strip * COLUMNS < after; strip++) switch (t->kind) {
+    case Q4_0: multiply_strip(t, strip, Q4_0); break;
+    case Q4_1: multiply_strip(t, strip, Q4_1); break;
+    default: multiply_strip(t, strip, Q8_0);
   }
   FOR(row, t->M)
-    if (!t->finite[row]) memset((float *)t->y + row * t->out + column, 0xff, (after - column) * 4);
+    if (!t->finite[row]) memset(t->y + row * t->out + first, 0xff, (after - first) * 4);
 }
 
-// Rounds 32 numbers of x as blocks.py does. Returns whether all are finite.
-INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int too_high) {
-  s->scale = scale_of(x, GROUP);
-  if (!isfinite(s->scale)) return 0;
-  if (s->scale < 1.17549435e-38f) s->scale = 1;  // else its inverse could be infinite
-  const float inverse = 1 / s->scale;
-  int32_t sum = 0;
-  FOR(i, GROUP) {
-    const int32_t nearest = (int32_t)rintf(x[i] * inverse);
-    rounded[i] = nearest;
-    sum += nearest;
-  }
-  s->sum = sum;
-  s->start = -too_high * sum;
-  return 1;
+static void place(Task *t, Memory *memory) {
+  t->rows = claim(memory, t->M * t->in);
+  t->scales = claim(memory, t->M * t->groups * sizeof *t->scales);
+  t->order = claim(memory, t->M * sizeof *t->order);
+  t->finite = claim(memory, t->M);
 }
 
-static int round_row(const Task *t, int64_t row) {
-  for (int64_t group = row * t->groups; group < (row + 1) * t->groups; group++)
-    if (!round_group(t->x + group * GROUP, t->rows + group * GROUP, t->scales + group, t->kind == Q4_0 ? 8 : TOO_HIGH)) return 0;
-  return 1;
-}
-
+// Rounds the rows, then multiplies them. Behind the arguments and results are those of adapters.
 KERNEL(block_matmul) {
   const int64_t *x = in[0]->dims, kind = in[1]->dims[2], groups = x[1] / GROUP;
-  const Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .M = x[0], .in = x[1], .out = out[0]->dims[1],
-                  .stride = x[1], .digits = 1, .groups = groups, .kind = kind};
-  return multiply_all(call, t, groups * kind);
+  Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .M = x[0], .in = x[1], .out = out[0]->dims[1],
+            .groups = groups, .kind = kind};
+  if (call->args.size > 2) t.adapters = adapters_of(in[0], in + 2, out[1]);
+  WITH_MEMORY(place, t)
+  const int64_t threads = count_threads(call), strips = ceiling(t.out, COLUMNS);
+  t.size = ceiling(ROUNDED, t.in);
+  run(call, threads, round_part, &t, ceiling(t.M, t.size));
+  FOR(row, t.M)
+    if (t.finite[row]) t.order[t.count++] = row;
+  t.size = ceiling(strips, threads * ceiling(strips * groups * kind, threads * PART));  // as many parts for each thread
+  run(call, threads, multiply_part, &t, t.adapters.rows + ceiling(strips, t.size));
+  free(memory.start);
+  return NULL;
 }

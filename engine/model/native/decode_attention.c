@@ -19,7 +19,7 @@ enum { KEYS = W == 8 ? 2 : 4 };  // read together: KEYS * ROWS sums are in regis
 enum { BLOCK = 256 };  // positions
 enum { ROWS = 4 };  // queries that share one reading of a key
 enum { VECTORS = 4 };  // of a value's W numbers, mixed at a time
-enum { AHEAD = 4096 };  // bytes: as in integers.h
+enum { AHEAD = 4096 };  // bytes
 
 typedef struct {
   const char *keys, *values;  // (count, H)

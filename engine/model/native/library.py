@@ -30,9 +30,8 @@ from engine.errors import UserError
 from engine.files import cache_folder, read_checked, write_checked
 
 FOLDER = Path(__file__).parent
-# The files in C, and whether products are fused with sums: of int8 without, where a rounding must be XLA's.
+# The files in C, and whether products are fused with sums: not where a row's bits must not depend on how it is compiled.
 KERNELS = {
-    "int8_matmul": "-ffp-contract=off",
     "block_matmul": "-ffp-contract=off",
     "decode_attention": "-ffp-contract=fast",
     "adapter_matmul": "-ffp-contract=off",

@@ -11,7 +11,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,52 +21,45 @@ from jax.typing import DTypeLike
 
 from engine.errors import UserError
 from engine.model.config import JOINED, MATRICES
-from engine.model.native.library import target
 from engine.model.paths import Params, map_paths
 from engine.model.weights.blocks import Blocks
 
 Activations = Literal["int8", "int16", "full"]
-Layout = Literal["plain", "transposed", "packed"]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows up to which a product takes as long as reading the weight
 MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
-COLUMNS, INPUTS = 16, 4  # of a step of the kernel, as in native/integers.h
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scale"],
-    meta_fields=["activations", "axis", "layout", "gathered"],
+    meta_fields=["activations", "axis", "transposed", "gathered"],
 )
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
     The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied head
-    multiplies. With the `layout` "transposed" values lie as (out, in), and "packed" as the kernel of `native/` reads them;
-    shape, matrix and bits are the same. `gathered`: the axes of a mesh that still cut the values where "full" reads them, so
-    that integers are exchanged.
+    multiplies. With `transposed` values lie as (out, in); shape, matrix and bits are the same. `gathered`: the axes of a mesh
+    that still cut the values where "full" reads them, so that integers are exchanged.
     """
 
     values: Array
     scale: Array
     activations: Activations = "int8"
     axis: int = 1
-    layout: Layout = "plain"
+    transposed: bool = False
     gathered: P | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.layout == "packed":
-            shape = self.values.shape[1] * INPUTS, len(self.scale)
-            return shape if self.axis else shape[::-1]
-        return self.values.shape[::-1] if self.layout == "transposed" else self.values.shape
+        return self.values.shape[::-1] if self.transposed else self.values.shape
 
     @property
     def contracting_axis(self) -> int:
         """The axis of `values` that a product sums over; it has no scale."""
-        return self.axis if self.layout == "transposed" else 1 - self.axis
+        return self.axis if self.transposed else 1 - self.axis
 
 
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
@@ -83,7 +75,7 @@ def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int 
 
 def dequantize(leaf: Int8) -> Array:
     """Returns values * scale, (in, out) float32."""
-    values = leaf.values.T if leaf.layout == "transposed" else _gather(leaf)
+    values = leaf.values.T if leaf.transposed else _gather(leaf)
     return values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)
 
 
@@ -95,42 +87,16 @@ def store_transposed(leaf: Int8) -> Int8:
     """Returns the leaf with `values` transposed in memory: on a CPU a few rows of x then take half the time."""
     if leaf.contracting_axis == 1:
         return leaf
-    return dataclasses.replace(leaf, values=leaf.values.T, layout="transposed")
-
-
-def pack_for_kernel(leaf: Int8) -> Int8:
-    """Returns the leaf laid out for the kernel of `native/`, or transposed where it has no multiple of 4 inputs."""
-    axis = leaf.contracting_axis
-    if leaf.values.shape[axis] % INPUTS:
-        return store_transposed(leaf)
-    return dataclasses.replace(leaf, values=pack(leaf.values, axis), layout="packed")
-
-
-@jax.jit(static_argnames="axis")
-def pack(values: Array, axis: int) -> Array:
-    """values int8, inputs along `axis`, a multiple of 4 of them -> (out / 16, in / 4, 16, 4), as the kernel reads them.
-
-    Columns of zeros fill the last 16.
-    """
-    columns = jnp.moveaxis(values, axis, 1)
-    columns = jnp.pad(columns, ((0, -len(columns) % COLUMNS), (0, 0)))
-    return columns.reshape(-1, COLUMNS, columns.shape[1] // INPUTS, INPUTS).swapaxes(1, 2)
+    return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
 
 
 def lookup_rows(leaf: Int8, rows: Array) -> Array:
     """leaf of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
-    if leaf.layout == "packed":
-        values = leaf.values[rows // COLUMNS, :, rows % COLUMNS].reshape(*rows.shape, -1)
-    else:
-        values = leaf.values[rows]
-    return values.astype(jnp.float32) * leaf.scale[rows][..., None]
+    return leaf.values[rows].astype(jnp.float32) * leaf.scale[rows][..., None]
 
 
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales; start a multiple of 16."""
-    if leaf.layout == "packed":
-        values = leaf.values[start // COLUMNS : -(-stop // COLUMNS)]
-        return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
+    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales."""
     along = 1 - leaf.contracting_axis
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
@@ -194,14 +160,12 @@ def _scale_rows(x: Array) -> tuple[Array, Array]:
     return x * (1 / scale), scale
 
 
-def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike, pairs: tuple[Array, ...] = ()) -> Array:
+def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
-
-    pairs: of adapters, `StackedLoRA.pairs`; where the weight is packed the kernel adds each row's in the same call.
 
     Raises UserError when a gradient is taken through a leaf whose activations are integers too.
     """
-    return _multiply_widened(x, weight, dtype) if weight.activations == "full" else _multiply_integers(x, weight, dtype, pairs)
+    return (_multiply_widened if weight.activations == "full" else _multiply_integers)(x, weight, dtype)
 
 
 def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
@@ -209,33 +173,18 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike, pairs: tuple[Array, ...]) -> Array:
-    fine, added = weight.activations == "int16", list[Array]()
-    if weight.layout == "packed":
-        product, row_scale, *added = _native_products(x, weight.values, len(weight.scale), 2 if fine else 1, pairs)
+def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
+    fine = weight.activations == "int16"
+    rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
+    if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
+        # The weight on the left is read as it lies, on the right it would be packed first. Without the barrier XLA would
+        # swap them back: held by tests/model/test_int8.py.
+        product = _contract(weight.values, rows, 1, preferred_element_type=jnp.int32)
+        product = jax.lax.optimization_barrier(product).T
     else:
-        rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
-        if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
-            # The weight on the left is read as it lies, on the right it would be packed first. Without the barrier XLA would
-            # swap them back: held by tests/model/test_int8.py.
-            product = _contract(weight.values, rows, 1, preferred_element_type=jnp.int32)
-            product = jax.lax.optimization_barrier(product).T
-        else:
-            product = _contract(rows, weight.values, weight.contracting_axis, preferred_element_type=jnp.int32)
+        product = _contract(rows, weight.values, weight.contracting_axis, preferred_element_type=jnp.int32)
     product = join_digits(product) if fine else product.astype(jnp.float32)
-    return sum(added, product * row_scale * weight.scale).astype(dtype)
-
-
-def _native_products(x: Array, packed: Array, out: int, digits: int, pairs: tuple[Array, ...]) -> Sequence[Array]:
-    """x (M, in), `pack` of (out, in) int8 -> the integer products (digits M, out) int32 of x rounded, and its scale (M, 1).
-
-    To the bit what `round_rows` or, with 2 digits, `two_digit_rows` and a product give. Rows whose scale is NaN give any
-    numbers. With `pairs` also what adapters add, (M, out) float32.
-    """
-    M = len(x)
-    shapes = [jax.ShapeDtypeStruct((digits * M, out), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.float32)]
-    shapes += [jax.ShapeDtypeStruct((M, out), jnp.float32)] * bool(pairs)
-    return jax.ffi.ffi_call(target("int8_matmul"), shapes)(x.astype(jnp.float32), packed, *pairs)
+    return (product * row_scale * weight.scale).astype(dtype)
 
 
 def _no_gradient(*_: Any) -> Any:

@@ -61,8 +61,7 @@ class StackedLoRA:
 
 def pairs_beside_base(x: Array, weight: StackedLoRA) -> tuple[Any, ...]:
     """Returns the pairs where a kernel multiplies x by the base and adds them in one call; else nothing."""
-    by_kernel = isinstance(weight.base, Blocks) or getattr(weight.base, "layout", None) == "packed"
-    return weight.pairs if by_kernel and x.shape[1] == 1 and has_kernel() else ()
+    return weight.pairs if isinstance(weight.base, Blocks) and x.shape[1] == 1 and has_kernel() else ()
 
 
 def adapter_product(x: Array, weight: StackedLoRA) -> Array:
