@@ -1,1 +1,1 @@
-"""Code in C that XLA calls on a CPU: products with int8 and with blocks, and attention. Elsewhere XLA computes."""
+"""Code in C that XLA calls on a CPU: products with blocks and adapters, and attention. Elsewhere XLA computes."""

@@ -1,5 +1,6 @@
-"""Int8: a weight as integers from -127 to 127 and one scale a column, and the products with it.
+"""Int8: a weight as integers from -127 to 127 and one scale a column, and the products with it, which XLA makes.
 
+It is a frozen base in training, and what inference has where no kernel in C multiplies `blocks`: on accelerators and meshes.
 `activations` says how x is multiplied:
 
 - "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. It has no gradient.
