@@ -40,6 +40,16 @@ class ErrorReply(msgspec.Struct):
     type: Literal["error"] = "error"
 
 
+class SentenceReply(msgspec.Struct):
+    """An error as Ollama's clients read it."""
+
+    error: str
+
+
+def error_type(path: str) -> type[ErrorReply | SentenceReply]:
+    return SentenceReply if path.startswith("/api/") else ErrorReply
+
+
 class ApiError(Exception):
     def __init__(
         self,
@@ -56,8 +66,9 @@ class ApiError(Exception):
         self.body = msgspec.json.encode(ErrorReply(self.error))
 
     def reply(self, path: str) -> Response:
-        """Returns the reply to a request for that path: Ollama's clients read a sentence alone."""
-        body = msgspec.json.encode({"error": self.error.message}) if path.startswith("/api/") else self.body
+        """Returns the reply to a request for that path."""
+        is_sentence = error_type(path) is SentenceReply
+        body = msgspec.json.encode(SentenceReply(self.error.message)) if is_sentence else self.body
         return Response(body, self.status, self.headers, media_type="application/json")
 
 

@@ -128,7 +128,7 @@ def _damage(body: dict[str, Any], rng: random.Random) -> None:
         body["messages"] = [{"role": rng.choice(ROLES), "content": rng.choice(VALUES)} for _ in range(rng.randint(0, 4))]
     else:
         body[rng.choice(FIELDS) if way == 2 else rng.choice([*body, "prompt"])] = rng.choice(VALUES)
-    if "prompt" in body and "options" not in body and body.get("max_tokens") is None:
+    if body.keys() & {"prompt", "messages"} and not body.get("options") and body.get("max_tokens") is None:
         body["max_tokens"] = 2
 
 

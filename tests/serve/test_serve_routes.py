@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tiny import tiny_config
 from tiny_server import CAPACITY, TinyServer, ask, events, good, post_head, refused, say, until
@@ -17,6 +18,7 @@ from tiny_server import CAPACITY, TinyServer, ask, events, good, post_head, refu
 from engine.inference.request import LogProb, SamplingParams
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import byte_tokenizer
+from stages.serve import errors
 from stages.serve import state as module
 from stages.serve.api.app import ROUTES
 from stages.serve.api.completions import CompletionRequest, CompletionWriter
@@ -293,3 +295,19 @@ def test_openapi_lists_every_route(client):
     assert result["info"]["version"] == "1.2.3"
     listed = {(method.upper(), path) for path, methods in result["paths"].items() for method in methods}
     assert listed == {(route.method, route.path) for route in ROUTES}
+
+
+def test_openapi_says_how_each_route_refuses_and_streams(client):
+    paths = good(client.get("/openapi.json"))["paths"]
+    for route in ROUTES:
+        if not route.body:
+            continue
+        replies = paths[route.path]["post"]["responses"]
+        refusal = client.post(route.path, content=b"{", headers={"content-type": "application/json"})
+        name = replies["400"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        msgspec.convert(refusal.json(), getattr(errors, name))
+    messages = say()["messages"]
+    for path, bound in (("/v1/chat/completions", {"max_tokens": 3}), ("/api/chat", {"options": {"num_predict": 3}})):
+        stream = client.post(path, json={"messages": messages, "stream": True} | bound)
+        assert stream.headers["content-type"].partition(";")[0] in paths[path]["post"]["responses"]["200"]["content"]
+        assert stream.headers["content-type"] != "application/json"

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stages.serve.api import anthropic, completions, ollama, responses, status, texts
 from stages.serve.api.generation import Answer, check_ready, reserved_place
 from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, Call, json_reply
-from stages.serve.errors import ApiError, ErrorReply
+from stages.serve.errors import ApiError, error_type
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 
@@ -145,8 +145,9 @@ async def _respond(route: Route, call: Call) -> ASGIApp:
 
 def openapi_document(vocab: int, version: str) -> bytes:
     """Returns OpenAPI 3.1 of the ROUTES as JSON, from the types that check the bodies of requests."""
-    types = [kind for route in ROUTES for kind in (route.body, route.reply) if kind] + [ErrorReply, completions.ChatChunk]
-    _, components = msgspec.json.schema_components(dict.fromkeys(types), ref_template="#/components/schemas/{name}")
+    types = [kind for route in ROUTES for kind in (route.body, route.reply, error_type(route.path)) if kind]
+    types = [*dict.fromkeys(types), completions.ChatChunk]
+    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}
     components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts
@@ -160,10 +161,11 @@ def openapi_document(vocab: int, version: str) -> bytes:
         kind = "object" if route.media == "application/json" else "string"
         success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
         if streams := hasattr(route.body, "stream"):
-            success["text/event-stream"] = {}  # `data:` lines of JSON, the last one `[DONE]`
+            # `data:` lines of JSON, the last one `[DONE]`; Ollama's are JSON alone.
+            success[ollama.OllamaWriter.media if route.path.startswith("/api/") else "text/event-stream"] = {}
         replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
         for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if streams else ()), 401, 403):
-            content = success if (route.path, code) == ("/health", 503) else json_body(ErrorReply)
+            content = success if (route.path, code) == ("/health", 503) else json_body(error_type(route.path))
             replies[str(code)] = {"description": STATUSES[code], "content": content}
         summary = route.handler.__doc__ and route.handler.__doc__.partition("\n")[0]
         first, *others = route.handler.__name__.split("_")
