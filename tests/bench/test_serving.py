@@ -20,6 +20,7 @@ from engine.inference.request import Request, SamplingParams
 from engine.text.tokenizer import byte_tokenizer
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ async def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_
     async def serve(reader, writer):
         connections.append(writer)
         while await reader.readuntil(b"\r\n\r\n"):
-            writer.write(OK)
+            writer.write(OK if len(responses) % 2 else CHUNKS)
             if len(connections) == 1 and len(responses) == 1:
                 writer.close()  # after the second answer of the first connection, without a word
                 return
@@ -58,8 +59,17 @@ async def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("sent", [b"", OK[:-1], b"x\r\n\r\n", None])
-async def test_a_response_that_breaks_off_says_how(sent):
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        (b"", "IncompleteReadError"),
+        (OK[:-1], "IncompleteReadError"),
+        (b"x\r\n\r\n", "ValueError"),
+        (CHUNKS[:-2], "IncompleteReadError"),
+        (None, "TimeoutError"),
+    ],
+)
+async def test_a_response_that_breaks_off_says_how(sent, error):
     async def serve(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         if sent is None:
@@ -69,7 +79,6 @@ async def test_a_response_that_breaks_off_says_how(sent):
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     client = Client(server.sockets[0].getsockname()[1])
-    error = "TimeoutError" if sent is None else "RemoteProtocolError"
     assert (await client.get("/", timeout=0.1 if sent is None else 30)).error.startswith(error)
     server.close()
 

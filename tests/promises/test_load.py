@@ -180,7 +180,7 @@ async def _open(client: Client, rng: random.Random) -> Any:
     prompt = random_text(rng, rng.choice((8, 60, 200)))
     body = completion_request(prompt, 400, ignore_eos=True, stream=rng.random() < 0.6)
     _, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(client.encode("POST", "/v1/completions", body, {})[1])
+    writer.write(client.encode("POST", "/v1/completions", body, {}))
     return writer
 
 

@@ -358,8 +358,7 @@ async def attempt(port: int, method: str, target: str, headers: dict[str, str]) 
     body = json.dumps(completion_request("a", 1, stream=False)).encode() if method == "POST" else b""
     head = f"{method} {target} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     client = Client(port)
-    protocol, _ = client.encode(method, "/", None, {})
-    return await client.exchange(Response(0.0), protocol, head.encode("latin-1") + body, 10.0)
+    return await client.exchange(Response(0.0), head.encode("latin-1") + body, 10.0)
 
 
 @pytest.fixture
