@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import InvalidField, UserError
 from engine.inference.request import Adapter
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
@@ -53,7 +53,7 @@ class AdapterTable:
                 adapter, _ = await asyncio.to_thread(lambda: read(cfg, below(root, folder), self._base, config.adapter_rank))
             except UserError as error:
                 message = str(error).replace(f"{root}/", "")
-                raise ApiError(400, message, param="folder") from None
+                raise InvalidField("folder", message) from None
             self.adapters[name] = await asyncio.to_thread(self.put, index, adapter)
 
     def remove(self, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import UserError
+from engine.errors import InvalidField, UserError
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its response
 REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
@@ -79,10 +79,15 @@ class ClientGone(Exception):
 def error_reply(error: Exception, path: str) -> Response:
     if isinstance(error, ClientGone):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return (error if isinstance(error, ApiError) else internal_error(error)).reply(path)
+    return api_error(error).reply(path)
 
 
-def internal_error(error: BaseException) -> ApiError:
+def api_error(error: Exception) -> ApiError:
+    """Returns an error as clients read it: an InvalidField with status 400. Prints one that is the server's own."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidField):
+        return ApiError(400, str(error), param=error.field)
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
 

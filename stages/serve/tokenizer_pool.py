@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import InvalidField, UserError
 from engine.inference.constraints import Constraint, GrammarCompiler
 from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
 from engine.text.documents import Documents, Passage, prompt_with
@@ -46,7 +46,7 @@ class TokenizerPool:
     async def encode(self, texts: Sequence[str], special: bool = True, continued: bool = False) -> list[list[int]]:
         """Returns the tokens of each text, with the model's start tokens if `special`, or as one that is `continued`.
 
-        Raises ApiError.
+        Raises InvalidField.
         """
         start = self.tokenizer.bos_ids if special and not continued else ()
 
@@ -75,11 +75,8 @@ class TokenizerPool:
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, self._capacity, "messages")
-            uses_tools = bool(tools) or any("tool_calls" in message for message in messages)
-            described = lambda turns: describe_tools(turns, tools) if uses_tools and not self._knows_tools else turns
+            described = lambda turns: turns if self._knows_tools else describe_tools(turns, tools)
             tokenize = lambda turns: chat.prompt(described(turns), answer, more).tolist()
-            if not self._documents:
-                return tokenize(messages), []
             return prompt_with(self._documents, messages, self.tokenizer, self._capacity, tokenize)
 
         return await self._run(size, "messages", encode)
@@ -88,11 +85,11 @@ class TokenizerPool:
         return await self._run(len(tokens), "tokens", lambda _: self.tokenizer.decode(tokens))
 
     async def compile(self, grammar: Grammar) -> Constraint:
-        """Raises ApiError, which names the field, for a grammar that cannot be followed."""
+        """Raises InvalidField for a grammar that cannot be followed."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: self._compile(grammar.make()))
         except UserError as error:
-            raise ApiError(400, f"{grammar.field}: {error}.", param=grammar.field) from None
+            raise InvalidField(grammar.field, f"{grammar.field}: {error}.") from None
 
     @functools.cached_property
     def _compile(self) -> Callable[[str], Constraint]:
@@ -107,7 +104,7 @@ class TokenizerPool:
             self._long_chat.close()
 
     async def _run[T](self, size: int, param: str, work: Callable[[ChatTokenizer], T]) -> T:
-        """Returns the result of `work` on a text of that size. A UserError becomes an ApiError about the field `param`."""
+        """Returns the result of `work` on a text of that size. A UserError becomes an InvalidField of `param`."""
         run = asyncio.get_running_loop().run_in_executor
         try:
             if size <= SHORT_CHARACTERS:
@@ -115,7 +112,7 @@ class TokenizerPool:
             return await run(self._long, lambda: work(self._long_chat))
         except UserError as error:
             message = str(error)
-            raise ApiError(400, message[0].upper() + message[1:].rstrip(".") + ".", param=param) from None
+            raise InvalidField(param, message[0].upper() + message[1:].rstrip(".") + ".") from None
 
 
 def context_overflow(count: int, capacity: int, param: str) -> ApiError:

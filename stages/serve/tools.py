@@ -14,9 +14,9 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from engine.errors import InvalidField
 from engine.inference.constraints import json_grammar, json_rule
 from engine.text.tokenizer import overlap
-from stages.serve.errors import ApiError
 
 Turn = dict[str, Any]  # a message as templates read it
 MAX_CALLS = 8  # in an answer that must call: a small model repeats its call until the context is full
@@ -126,15 +126,21 @@ NO_TOOLS = ToolUse()
 def tool_use(
     functions: Sequence[Function], named: str | None = None, choice: Any = "auto", parallel: bool | None = True
 ) -> ToolUse:
-    """Returns the use of functions as tools. `named`: the one to be called, in place of the choice. Raises ApiError."""
+    """Returns the use of functions as tools. `named`: the one to be called, in place of the choice. Raises InvalidField."""
     for function in functions:
         if function.schema["type"] != "object":
-            message = f"tools: the parameters of {function.name} must be an object."
-            raise ApiError(400, message, param="tools[...].function.parameters")
+            field = "tools[...].function.parameters"
+            raise InvalidField(field, f"tools: the parameters of {function.name} must be an object.")
     required = choice == "required" or named is not None
     if named not in (None, *(function.name for function in functions)) or (required and not functions):
-        raise ApiError(400, f"tool_choice: there is no tool {named or 'to call'!r:.80} in tools.", param="tool_choice")
+        raise InvalidField("tool_choice", f"tool_choice: there is no tool {named or 'to call'!r:.80} in tools.")
     return ToolUse(() if choice == "none" else functions, required, named, parallel is not False)
+
+
+def make_turn(role: str, content: str, **more: Any) -> Turn:
+    """Returns a message as templates read it, with what there is of `more`; the role `developer` becomes `system`."""
+    there = {name: value for name, value in more.items() if value}
+    return {"role": "system" if role == "developer" else role, "content": content, **there}
 
 
 def call_turn(id: str, name: str, arguments: Any) -> Turn:
@@ -195,7 +201,7 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
             if described and described[-1]["role"] == "user" and described[-1]["content"].endswith("</tool_response>"):
                 described[-1]["content"] += f"\n{text}"
             else:
-                described.append({"role": "user", "content": text})
+                described.append(make_turn("user", text))
             continue
         functions = [call["function"] for call in turn.get("tool_calls", ())]
         calls = [HERMES.call(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions]
@@ -206,7 +212,7 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
         if described and described[0]["role"] == "system":
             described[0]["content"] += f"\n\n{preamble}"
         else:
-            described.insert(0, {"role": "system", "content": preamble})
+            described.insert(0, make_turn("system", preamble))
     return described
 
 

@@ -21,7 +21,7 @@ from stages.serve.api.requests import (
     TopP,
     join_text,
 )
-from stages.serve.tools import Function, Turn, answer_grammar, call_turn, parse_arguments, tool_use
+from stages.serve.tools import Function, Turn, answer_grammar, call_turn, make_turn, parse_arguments, tool_use
 
 
 class TurnBlock(Fields):
@@ -47,18 +47,18 @@ class InputTurn(Fields):
     def turns(self) -> list[Turn]:
         """The message as templates read it, with each result of a tool as a message of its own."""
         if isinstance(self.content, str):
-            return [{"role": self.role, "content": self.content}]
+            return [make_turn(self.role, self.content)]
         turns: list[Turn] = []
         for block in self.content:
             if block.type == "tool_result":
-                turns.append({"role": "tool", "content": join_text(block.content), "tool_call_id": block.tool_use_id})
+                turns.append(make_turn("tool", join_text(block.content), tool_call_id=block.tool_use_id))
                 continue
             if not turns or turns[-1]["role"] != self.role:
-                turns.append({"role": self.role, "content": ""})
+                turns.append(make_turn(self.role, ""))
             turns[-1]["content"] += block.text
             if block.type == "tool_use":
                 turns[-1].setdefault("tool_calls", []).append(call_turn(block.id, block.name, block.input))
-        return turns or [{"role": self.role, "content": ""}]
+        return turns or [make_turn(self.role, "")]
 
 
 class ToolDefinition(Function, kw_only=True):
@@ -89,7 +89,7 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
     async def prompts(self, call: Call) -> Prompts:
         turns = [turn for message in self.messages for turn in message.turns]
         if system := join_text(self.system):
-            turns.insert(0, {"role": "system", "content": system})
+            turns.insert(0, make_turn("system", system))
         goes_on = len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
         choice = self.tool_choice or ToolChoice(type="auto")
         named = (choice.name or "") if choice.type == "tool" else None

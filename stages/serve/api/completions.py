@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from engine.errors import InvalidField
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
 from engine.text.tokenizer import Detokenizer
@@ -50,9 +51,8 @@ from stages.serve.api.requests import (
     in_range,
     join_text,
 )
-from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, tool_use
+from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, make_turn, tool_use
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
@@ -110,7 +110,7 @@ class CompletionFields(GenerationRequest, kw_only=True):
     async def respond(self, call: Call, prompts: Prompts, writer: "ChoicesWriter", **options: Any) -> Answer:
         """Responds with the completions; `options` are those of `generate`."""
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options is given without stream being true.", param="stream_options")
+            raise InvalidField("stream_options", "stream_options is given without stream being true.")
         bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
         return await generate(call, prompts, writer, grammars=self.grammars, logit_bias=bias, **options)
 
@@ -283,9 +283,9 @@ async def create_completion(call: Call[CompletionRequest]) -> Answer[CompletionR
     """
     body = call.body
     if body.max_tokens == 0 and not body.echo:
-        raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens")
+        raise InvalidField("max_tokens", "max_tokens must be at least 1, or 0 with echo.")
     if body.echo and body.stream:
-        raise ApiError(400, "echo is answered whole: leave stream out.", param="echo")
+        raise InvalidField("echo", "echo is answered whole: leave stream out.")
     prompts = await text_prompts(call, MAX_PROMPTS)
     writer = EchoWriter(call, prompts.tokens) if body.echo else CompletionWriter(call)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -341,18 +341,12 @@ class Message(Fields):
 
     @property
     def turn(self) -> Turn:
-        """The message as templates read it; the role `developer` becomes `system`."""
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            message = "messages[...].content: only an assistant's message with tool_calls may have none."
-            raise ApiError(400, message, param="messages[...].content")
-        calls = {"tool_calls": [call.turn for call in self.tool_calls]} if self.tool_calls else {}
-        named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name))}
-        return {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": join_text(self.content),
-            **calls,
-            **named,
-        }
+            field = "messages[...].content"
+            raise InvalidField(field, f"{field}: only an assistant's message with tool_calls may have none.")
+        calls = [call.turn for call in self.tool_calls or ()]
+        names = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return make_turn(self.role, join_text(self.content), tool_calls=calls, **names)
 
 
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
@@ -403,8 +397,8 @@ class ChatRequest(CompletionFields, kw_only=True):
         if wanted and wanted.type != "text":
             field = "response_format" if wanted.type == "json_object" else "response_format.json_schema.schema"
             if (wanted.json_schema is None) != (wanted.type == "json_object"):
-                message = "response_format.json_schema belongs to the type json_schema, and only to it."
-                raise ApiError(400, message, param="response_format.json_schema")
+                field = "response_format.json_schema"
+                raise InvalidField(field, f"{field} belongs to the type json_schema, and only to it.")
             grammars.append(answer_grammar(field, wanted.json_schema.schema if wanted.json_schema else None))
         return grammars
 
@@ -511,30 +505,27 @@ async def conversation(call: Call, tools: ToolUse, variables: JsonObject = None)
     """Returns the prompt of the messages of the body; `tools` and `variables` as of `chat_prompts`.
 
     It goes up to the assistant's next turn, which begins with `add_generation_prompt`, or to the end of its last one with
-    `continue_final_message`, as in vLLM. Raises ApiError.
+    `continue_final_message`, as in vLLM. Raises InvalidField.
     """
     body = call.body
     turns, goes_on = [message.turn for message in body.messages], body.continue_final_message is True
     if goes_on == (body.add_generation_prompt is not False):
-        message = "add_generation_prompt must be false with continue_final_message true, and true without."
-        raise ApiError(400, message, param="add_generation_prompt")
-    if not goes_on:
-        return await chat_prompts(call, turns, "", tools, variables)
-    answer = turns.pop()
-    if answer["role"] != "assistant" or not turns:
+        field = "add_generation_prompt"
+        raise InvalidField(field, f"{field} must be false with continue_final_message true, and true without.")
+    if goes_on and (len(turns) < 2 or turns[-1]["role"] != "assistant"):
         message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
-        raise ApiError(400, message, param="messages")
-    return await chat_prompts(call, turns, answer["content"], tools, variables)
+        raise InvalidField("messages", message)
+    return await chat_prompts(call, turns, turns.pop()["content"] if goes_on else "", tools, variables)
 
 
 async def create_chat_completion(call: Call[ChatRequest]) -> Answer[ChatReply]:
     """Answers a conversation."""
     body = call.body
     if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs is given without logprobs being true.", param="top_logprobs")
+        raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
     if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
-        message = "max_completion_tokens is sent beside max_tokens, its older name, with another value."
-        raise ApiError(400, message, param="max_completion_tokens")
+        field = "max_completion_tokens"
+        raise InvalidField(field, f"{field} is sent beside max_tokens, its older name, with another value.")
     return await body.respond(
         call,
         await conversation(call, body.tool_use, body.chat_template_kwargs),

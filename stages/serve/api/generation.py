@@ -24,7 +24,7 @@ from engine.text.documents import Passage
 from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api.requests import INLINE_BYTES, Call, content_length, json_reply
-from stages.serve.errors import ApiError, ClientGone, internal_error
+from stages.serve.errors import ApiError, ClientGone, api_error
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import NO_TOOLS, CallParser, Grammar, ToolCall, ToolUse, Turn, join_calls
 
@@ -193,7 +193,7 @@ class Generation:
         except ClientGone:
             raise
         except Exception as error:
-            yield writer.error(error if isinstance(error, ApiError) else internal_error(error))
+            yield writer.error(api_error(error))
 
     async def _pieces(self) -> AsyncIterator[Piece | str]:
         """Yields the pieces of all completions as they come, in between what the request waits for: whenever that changes and
@@ -407,15 +407,12 @@ def reserved_place(call: Call) -> Iterator[None]:
     call.state.check_ready()
     if (choices := call.body.choices) > MAX_COMPLETIONS:
         message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
-        raise ApiError(400, message, param="n")
+        raise InvalidField("n", message)
     call.priority = call.state.admission.reserve(*_arrival(call.http, choices))
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         call.state.admission.release()
-        if isinstance(error, InvalidField):
-            param = call.body.prompt_field if error.field == "prompt" else error.field
-            raise ApiError(400, str(error), param=param) from None
         raise
 
 
@@ -434,10 +431,13 @@ def make_request(
     constraint: Constraint | None = None,
     embed: bool = False,
 ) -> Request:
-    """Raises ApiError if the adapter has been removed, and as `check_request`."""
+    """Raises ApiError if the adapter has been removed, and as `check_request`, of the body's field that has the prompt."""
     adapter, engine = call.state.adapter_of(call.model), call.state.engine
     request = Request(tuple(prompt), sampling, call.http.state.namespace, constraint, embed, adapter)
-    check_request(request, engine.cfg.vocab, engine.capacity)
+    try:
+        check_request(request, engine.cfg.vocab, engine.capacity)
+    except InvalidField as error:
+        raise InvalidField(call.body.prompt_field if error.field == "prompt" else error.field, str(error)) from None
     return request
 
 
@@ -447,7 +447,7 @@ def make_scored(call: Call, prompt: Sequence[int], tokens: Sequence[int], field:
     if count > capacity:
         raise context_overflow(count, capacity, field)
     if max(tokens) >= vocab:  # a mask has no bit for it
-        raise ApiError(400, f"{field} holds an id outside the vocabulary of {vocab:,}.", param=field)
+        raise InvalidField(field, f"{field} holds an id outside the vocabulary of {vocab:,}.")
     # As those of a completion's own tokens are, in the same program.
     sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
     return make_request(call, prompt, sampling, ForcedTokens(tokens))
@@ -479,7 +479,7 @@ async def generate(
     ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if field("ignore_eos") else prompts.stop_token_ids)
     if len(grammars) > 1:
         message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
-        raise ApiError(400, message, param=grammars[1].field)
+        raise InvalidField(grammars[1].field, message)
     grammar = grammars[0] if grammars else None
     if prompts.tools.tools:
         grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from engine.counting.params import count_params
+from engine.errors import InvalidField
 from engine.model.weights.matmul import weight_types
 from stages.serve.api.completions import Tools
 from stages.serve.api.generation import (
@@ -40,7 +41,7 @@ from stages.serve.api.requests import (
 )
 from stages.serve.errors import ApiError
 from stages.serve.state import ServedModel, ServerState
-from stages.serve.tools import ToolCall, Turn, answer_grammar, call_turn, join_calls, parse_arguments, tool_use
+from stages.serve.tools import ToolCall, Turn, answer_grammar, call_turn, join_calls, make_turn, parse_arguments, tool_use
 
 
 class Options(Fields):
@@ -83,7 +84,7 @@ class OllamaRequest(GenerationRequest, kw_only=True):
         most, writer = self.options.num_predict, OllamaWriter(call.model, is_chat)
         if most == 0:
             message = "num_predict must be at least 1, or negative for as many tokens as fit."
-            raise ApiError(400, message, param="options.num_predict")
+            raise InvalidField("options.num_predict", message)
         grammars = [answer_grammar("format", self.format if isinstance(self.format, dict) else None)] if self.format else []
         limit = most if most and most > 0 else None
         return await generate(call, prompts, writer, fields=self.options, grammars=grammars, max_tokens=limit)
@@ -111,8 +112,7 @@ class OllamaMessage(Fields):
     @property
     def turn(self) -> Turn:
         calls = [call_turn(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()]
-        named = {"name": self.tool_name, "tool_call_id": self.tool_call_id, "tool_calls": calls}
-        return {"role": self.role, "content": self.content, **{name: value for name, value in named.items() if value}}
+        return make_turn(self.role, self.content, name=self.tool_name, tool_call_id=self.tool_call_id, tool_calls=calls)
 
 
 class OllamaChatRequest(OllamaRequest, kw_only=True):
@@ -185,8 +185,9 @@ class OllamaWriter(Writer):
 
     def _reply(self, text: str, parts: Sequence[ToolCall] = (), **end: Any) -> OllamaReply:
         calls = [{"function": {"name": call.name, "arguments": parse_arguments(call)}} for call in join_calls(parts)]
-        message = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
-        form: dict[str, Any] = {"message": message} if self._is_chat else {"response": text}
+        form: dict[str, Any] = {"response": text}
+        if self._is_chat:
+            form = {"message": make_turn("assistant", text, tool_calls=calls)}
         return OllamaReply(model=self._model, created_at=datetime.datetime.now(datetime.UTC), **form, **end)
 
     def _end(self, usage: Usage) -> dict[str, Any]:
@@ -213,8 +214,8 @@ async def ollama_chat(call: Call[OllamaChatRequest]) -> Answer[OllamaReply]:
 async def ollama_generate(call: Call[OllamaGenerateRequest]) -> Answer[OllamaReply]:
     """Answers or continues a prompt, as Ollama has it."""
     body = call.body
-    system = [{"role": "system", "content": body.system}] if body.system else []
-    turns = [*system, {"role": "user", "content": body.prompt}]
+    system = [make_turn("system", body.system)] if body.system else []
+    turns = [*system, make_turn("user", body.prompt)]
     prompts = await (text_prompts(call, 1) if body.raw else chat_prompts(call, turns))
     return await body.respond(call, prompts, False)
 

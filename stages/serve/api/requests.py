@@ -16,6 +16,7 @@ from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from engine.errors import InvalidField
 from engine.inference.request import RANGES
 from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServedModel, ServerState
@@ -136,17 +137,17 @@ class AnswerRequest(ModelRequest, kw_only=True):
         return next(name for name in ("messages", "input", "prompt") if getattr(self, name, None) is not None)
 
     def texts(self, most: int) -> list[str] | list[list[int]]:
-        """Returns the prompts, at most so many, all of one kind. Raises ApiError."""
+        """Returns the prompts, at most so many, all of one kind. Raises InvalidField."""
         field = self.prompt_field
         value = getattr(self, field)
         texts = value if isinstance(value, list) else [value]
         kinds = {*map(type, texts)}
         if len(kinds) > 1:
-            raise ApiError(400, f"{field} must hold only texts, only token ids, or only lists of token ids.", param=field)
+            raise InvalidField(field, f"{field} must hold only texts, only token ids, or only lists of token ids.")
         if kinds == {int}:
             texts = [texts]
         if len(texts) > most:
-            raise ApiError(400, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.", param=field)
+            raise InvalidField(field, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.")
         return texts
 
 

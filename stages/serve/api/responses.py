@@ -21,7 +21,7 @@ from stages.serve.api.requests import (
     join_text,
 )
 from stages.serve.errors import ApiError
-from stages.serve.tools import Function, Turn, answer_grammar, call_turn, tool_use
+from stages.serve.tools import Function, Turn, answer_grammar, call_turn, make_turn, tool_use
 
 
 class InputText(Fields):
@@ -53,12 +53,12 @@ def _turns(items: list[InputItem]) -> list[Turn]:
     turns: list[Turn] = []
     for item in items:
         if item.type == "message":
-            turns.append({"role": "system" if item.role == "developer" else item.role, "content": join_text(item.content)})
+            turns.append(make_turn(item.role, join_text(item.content)))
         elif item.type == "function_call_output":
-            turns.append({"role": "tool", "content": join_text(item.output), "tool_call_id": item.call_id})
+            turns.append(make_turn("tool", join_text(item.output), tool_call_id=item.call_id))
         else:
             if not turns or turns[-1]["role"] != "assistant":
-                turns.append({"role": "assistant", "content": ""})
+                turns.append(make_turn("assistant", ""))
             turns[-1].setdefault("tool_calls", []).append(call_turn(item.call_id, item.name, item.arguments))
     return turns
 
@@ -239,9 +239,8 @@ def _part(text: str) -> dict[str, Any]:
 async def create_response(call: Call[ResponseRequest]) -> Answer[ResponseReply]:
     """Answers a conversation, as events or whole."""
     body = call.body
-    turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _turns(body.input)
-    if body.instructions:
-        turns.insert(0, {"role": "system", "content": body.instructions})
+    system = [make_turn("system", body.instructions)] if body.instructions else []
+    turns = [*system, *([make_turn("user", body.input)] if isinstance(body.input, str) else _turns(body.input))]
     named = body.tool_choice.name if isinstance(body.tool_choice, NamedField) else None
     tools = tool_use(body.tools or (), named, body.tool_choice, body.parallel_tool_calls)
     grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []

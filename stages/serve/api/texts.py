@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
+from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
 from stages.serve.api.completions import Messages, ReplyUsage, Tools, conversation, reply_usage
 from stages.serve.api.generation import (
@@ -23,7 +24,6 @@ from stages.serve.api.generation import (
     text_prompts,
 )
 from stages.serve.api.requests import MAX_IDS, AnswerRequest, Call, ModelRequest, Texts, TokenId, TokenIds
-from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import tool_use
 
@@ -66,7 +66,7 @@ async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
     """
     body, tokenizer = call.body, call.state.tokenizer
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+        raise InvalidField("prompt", "Either prompt or messages is to be given.")
     turns = [each.turn for each in body.messages or ()]
     prompts = await (chat_prompts(call, turns) if turns else text_prompts(call, 1))
     space = " " if body.messages and tokenizer.strips_space else ""
@@ -123,7 +123,7 @@ async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsRe
     """Texts as vectors."""
     body, capacity, width = call.body, call.state.engine.capacity, call.state.engine.cfg.width
     if body.dimensions and body.dimensions > width:
-        raise ApiError(400, f"An embedding of this model has {width} dimensions, not more.", param="dimensions")
+        raise InvalidField("dimensions", f"An embedding of this model has {width} dimensions, not more.")
     prompts = await text_prompts(call, MAX_COMPLETIONS)
     if (longest := max(map(len, prompts.tokens))) >= capacity:
         raise context_overflow(longest, capacity, "input")
@@ -188,17 +188,17 @@ async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
     """The tokens of a text, or of a conversation."""
     state, body = call.state, call.body
     if (body.prompt is UNSET) == (body.messages is UNSET):
-        raise ApiError(400, "Either prompt or messages is to be given.", param="prompt")
+        raise InvalidField("prompt", "Either prompt or messages is to be given.")
     if isinstance(body.messages, list):
         if body.add_special_tokens is not UNSET:
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
-            raise ApiError(400, message, param="add_special_tokens")
+            raise InvalidField("add_special_tokens", message)
         tools = tool_use([tool.function for tool in body.tools or ()])
         (tokens,) = (await conversation(call, tools)).tokens
     else:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
-            raise ApiError(400, message, param="continue_final_message")
+            raise InvalidField("continue_final_message", message)
         (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
     return TokenizeReply(len(tokens), state.engine.capacity, tokens)
 
@@ -207,5 +207,5 @@ async def detokenize(call: Call[DetokenizeRequest]) -> DetokenizeReply:
     """The text of tokens."""
     tokens, vocab = call.body.tokens, call.state.engine.cfg.vocab
     if tokens and max(tokens) >= vocab:
-        raise ApiError(400, f"tokens holds an id outside the vocabulary of {vocab:,}.", param="tokens")
+        raise InvalidField("tokens", f"tokens holds an id outside the vocabulary of {vocab:,}.")
     return DetokenizeReply(await call.state.tokenizer.decode(tokens))
