@@ -13,7 +13,7 @@ from engine.counting.flops import forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
 from engine.device import Device, make_room
 from engine.errors import UserError
-from engine.format import duration, format_count
+from engine.format import duration, format_count, quantity
 from engine.inference.decode import prepare_params
 from engine.inference.engine import complete
 from engine.inference.request import Completion, SamplingParams
@@ -125,7 +125,7 @@ class ReinforcementLearning(ModelStage):
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, updates, prompts = self.plan, self.updates, self.prompts
         inference, training = self._flops()
-        steps = f"{updates} step{'s' * (updates > 1)} on them: up to {format_count(training)}FLOPs"
+        steps = f"{quantity(updates, 'step')} on them: up to {format_count(training)}FLOPs"
         return [
             self.model_row(),
             *self.matches,

@@ -67,8 +67,7 @@ class ApiError(Exception):
 
     def reply(self, path: str) -> Response:
         """Returns the reply to a request for that path."""
-        is_sentence = error_type(path) is SentenceReply
-        body = msgspec.json.encode(SentenceReply(self.error.message)) if is_sentence else self.body
+        body = self.body if error_type(path) is ErrorReply else msgspec.json.encode(SentenceReply(self.error.message))
         return Response(body, self.status, self.headers, media_type="application/json")
 
 

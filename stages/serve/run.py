@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from engine.device import start_jax
 from engine.errors import UserError
-from engine.format import duration
+from engine.format import duration, quantity
 from stages.cli import signals
 from stages.cli.command import process_start
 from stages.cli.console import Console
@@ -129,7 +129,7 @@ def check_adapters(flags: "ServeFlags", has_keys: bool) -> int:
 def _ready(host: str, port: int, keys: int) -> str:
     host = f"[{host}]" if ":" in host else host
     url = f"http://{'localhost' if host in ('0.0.0.0', '[::]') else host}:{port}"
-    locked = f"; {keys} API key{'s' * (keys != 1)}, one of which every request needs" if keys else ""
+    locked = f"; {quantity(keys, 'API key')}, one of which every request needs" if keys else ""
     return f"{locked}\n\npage    {url}\nclients {url}/v1\n\nCtrl-C ends it."
 
 

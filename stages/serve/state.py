@@ -95,9 +95,8 @@ class ServerState:
                 return ServedModel(plain, self._fingerprint(adapter=adapter.digest), adapter)
             if plain in (*self.names, "default"):
                 return ServedModel(self.name, self._fingerprint())
-        short = name if len(name) <= 100 else name[:100] + "..."
         names = ", ".join(map(repr, self.served_names[:20]))
-        message = f"There is no model {short!r} here; {names} is served, also as 'default': ask for that, or see --name."
+        message = f"There is no model {name!r:.100} here; {names} is served, also as 'default': ask for that, or see --name."
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def adapter_of(self, model: ServedModel) -> Adapter | None:

@@ -207,8 +207,7 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
         calls = [HERMES.call(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions]
         described.append({**turn, "content": "\n".join(filter(None, (turn["content"], *calls)))})
     if tools:
-        lines = "\n".join(json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
-        preamble = PREAMBLE.format(tools=lines)
+        preamble = PREAMBLE.format(tools="\n".join(json.dumps(tool.definition, ensure_ascii=False) for tool in tools))
         if described and described[0]["role"] == "system":
             described[0]["content"] += f"\n\n{preamble}"
         else:

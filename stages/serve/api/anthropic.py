@@ -11,10 +11,12 @@ from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece
 from stages.serve.api.requests import (
     AnswerRequest,
     Call,
+    Conversation,
     EmptyList,
     Fields,
     JsonObject,
     MaxTokens,
+    Several,
     StopTexts,
     TextParts,
     TopK,
@@ -80,10 +82,10 @@ class ToolChoice(Fields):
 class CountTokensRequest(AnswerRequest, kw_only=True):
     """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's."""
 
-    messages: Annotated[list[InputTurn], Meta(min_length=1, max_length=4096)]
+    messages: Conversation[InputTurn]
     system: TextParts | None = None
     thinking: dict[Literal["type"], Literal["disabled"]] | None = None
-    tools: Annotated[list[ToolDefinition], Meta(max_length=128)] | None = None
+    tools: Several[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
 
     async def prompts(self, call: Call) -> Prompts:

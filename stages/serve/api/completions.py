@@ -31,6 +31,7 @@ from stages.serve.api.requests import (
     MAX_PROMPTS,
     MAX_STOPS,
     Call,
+    Conversation,
     EmptyList,
     Fields,
     GenerationRequest,
@@ -38,8 +39,10 @@ from stages.serve.api.requests import (
     LogProbs,
     MaxTokens,
     MinP,
+    Parts,
     Penalty,
     Seed,
+    Several,
     Stops,
     StopText,
     Temperature,
@@ -57,9 +60,6 @@ from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar,
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
-LogitBias = Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)]
-
-
 GRAMMARS: dict[str, Callable[..., str]] = {
     "guided_json": json_grammar,
     "guided_regex": regex_grammar,
@@ -76,7 +76,7 @@ class StreamOptions(Fields):
     include_obfuscation: Literal[False] | None = None
 
 
-class CompletionFields(GenerationRequest, kw_only=True):
+class CompletionFields(GenerationRequest):
     """The fields of both kinds of completion. Null means the default."""
 
     max_tokens: MaxTokens | None = None
@@ -88,7 +88,7 @@ class CompletionFields(GenerationRequest, kw_only=True):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     repetition_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
-    logit_bias: LogitBias | None = None
+    logit_bias: Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)] | None = None
     seed: Seed = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: Stops | None = None
@@ -321,18 +321,18 @@ class ToolField(Fields):
     cache_control: JsonObject = None
 
 
-Tools = Annotated[list[ToolField], Meta(max_length=128)] | None
+Tools = Several[ToolField] | None
 
 
 class Message(Fields):
     """A message of a conversation. An assistant's that calls tools needs no content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)] | None = None
+    content: str | Parts[TextPart] | None = None
     name: str | None = None
     refusal: Literal[""] | None = None
     annotations: EmptyList | None = None
-    tool_calls: Annotated[list[MessageCall], Meta(max_length=128)] | None = None
+    tool_calls: Several[MessageCall] | None = None
     tool_call_id: str | None = None
     cache_control: JsonObject = None
     parsed: Any = None  # by OpenAI's client, which sends it back
@@ -349,7 +349,7 @@ class Message(Fields):
         return make_turn(self.role, join_text(self.content), tool_calls=calls, **names)
 
 
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=4096)]
+Messages = Conversation[Message]
 
 
 class JsonSchema(Fields):

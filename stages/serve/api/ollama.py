@@ -26,6 +26,7 @@ from stages.serve.api.generation import (
 )
 from stages.serve.api.requests import (
     Call,
+    Conversation,
     EmptyList,
     Fields,
     GenerationRequest,
@@ -33,6 +34,7 @@ from stages.serve.api.requests import (
     ModelRequest,
     Penalty,
     Seed,
+    Several,
     Stops,
     Temperature,
     TopK,
@@ -71,7 +73,7 @@ class Options(Fields):
     use_mlock: bool | None = None
 
 
-class OllamaRequest(GenerationRequest, kw_only=True):
+class OllamaRequest(GenerationRequest):
     """The fields of /api/chat and /api/generate. `format`: json, or a JSON schema that the answer satisfies."""
 
     stream: bool = True
@@ -105,7 +107,7 @@ class OllamaMessage(Fields):
     content: str = ""
     thinking: str | None = None
     images: EmptyList | None = None
-    tool_calls: Annotated[list[OllamaCall], Meta(max_length=128)] | None = None
+    tool_calls: Several[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
@@ -118,7 +120,7 @@ class OllamaMessage(Fields):
 class OllamaChatRequest(OllamaRequest, kw_only=True):
     """POST /api/chat."""
 
-    messages: Annotated[list[OllamaMessage], Meta(min_length=1, max_length=4096)]
+    messages: Conversation[OllamaMessage]
     tools: Tools = None
 
 
@@ -232,7 +234,7 @@ class Version(msgspec.Struct):
     version: str = "0.12.0"
 
 
-class ShowRequest(ModelRequest, kw_only=True):
+class ShowRequest(ModelRequest):
     """POST /api/show. `name`: what older clients call the model."""
 
     name: str | None = None

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import re
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -48,6 +48,10 @@ StopTexts = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Stops = StopText | StopTexts
 EmptyList = Annotated[list[None], Meta(max_length=0)]
 JsonObject = dict[str, Any] | None
+Item = TypeVar("Item")
+Conversation = Annotated[list[Item], Meta(min_length=1, max_length=4096)]
+Parts = Annotated[list[Item], Meta(min_length=1, max_length=256)]
+Several = Annotated[list[Item], Meta(max_length=128)]  # tools, or calls of them
 Temperature = Annotated[float, in_range("temperature")] | None
 TopP = Annotated[float, in_range("top_p")] | None
 TopK = Annotated[int, in_range("top_k")] | None
@@ -98,13 +102,13 @@ UNSUPPORTED = {
 }
 
 
-class ModelRequest(Fields, kw_only=True):
+class ModelRequest(Fields):
     """A request that names a model."""
 
     model: str = "default"
 
 
-class AnswerRequest(ModelRequest, kw_only=True):
+class AnswerRequest(ModelRequest):
     """A request for something of a model's, with the fields of several dialects that change no answer (IGNORED)."""
 
     # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
@@ -154,7 +158,7 @@ class AnswerRequest(ModelRequest, kw_only=True):
 IGNORED = AnswerRequest.__struct_fields__[1:]
 
 
-class GenerationRequest(AnswerRequest, kw_only=True):
+class GenerationRequest(AnswerRequest):
     """A request for completions, whole or streamed."""
 
     stream: bool | None = None

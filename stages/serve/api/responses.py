@@ -3,19 +3,22 @@
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
 from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
     Call,
+    Conversation,
     EmptyList,
     Fields,
     GenerationRequest,
     JsonObject,
     MaxTokens,
+    Parts,
+    Several,
     Temperature,
     TopP,
     join_text,
@@ -38,7 +41,7 @@ class InputItem(Fields):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] = "user"
-    content: str | Annotated[list[InputText], Meta(min_length=1, max_length=256)] = ""
+    content: str | Parts[InputText] = ""
     call_id: str = ""
     name: str = ""
     arguments: str = ""
@@ -92,7 +95,7 @@ class TextOptions(Fields):
 class ResponseRequest(GenerationRequest, kw_only=True):
     """POST /v1/responses. `input`: a question, or a conversation."""
 
-    input: str | Annotated[list[InputItem], Meta(min_length=1, max_length=4096)]
+    input: str | Conversation[InputItem]
     instructions: str | None = None
     max_tokens: MaxTokens | None = msgspec.field(default=None, name="max_output_tokens")
     temperature: Temperature = None
@@ -104,7 +107,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
-    tools: Annotated[list[FunctionField], Meta(max_length=128)] | None = None
+    tools: Several[FunctionField] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedField | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None

@@ -71,7 +71,7 @@ async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
     prompts = await (chat_prompts(call, turns) if turns else text_prompts(call, 1))
     space = " " if body.messages and tokenizer.strips_space else ""
     texts = [space + each for each in body.candidates if isinstance(each, str)]
-    encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
+    encoded = iter(await tokenizer.encode(texts, continued=True))
     tokens = (next(encoded) if isinstance(each, str) else each for each in body.candidates)
     requests = [make_scored(call, prompts.tokens[0], candidate, "candidates") for candidate in tokens]
 
@@ -141,7 +141,7 @@ async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsRe
     return Generation(call, prompts, requests, reply)
 
 
-class TokenizeRequest(ModelRequest, kw_only=True):
+class TokenizeRequest(ModelRequest):
     """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does.
 
     `add_special_tokens`, true by default, is about a text; those of a conversation are its template's.
@@ -193,8 +193,7 @@ async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
         if body.add_special_tokens is not UNSET:
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
             raise InvalidField("add_special_tokens", message)
-        tools = tool_use([tool.function for tool in body.tools or ()])
-        (tokens,) = (await conversation(call, tools)).tokens
+        (tokens,) = (await conversation(call, tool_use([tool.function for tool in body.tools or ()]))).tokens
     else:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
