@@ -31,7 +31,17 @@ from engine.mesh.processes import MISTAKE
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import CompletionFlags, DeviceFlag, DocumentsFlag, ModelFlag, choose_sampling, default, parser, path
+from stages.cli.flags import (
+    CompletionFlags,
+    DeviceFlag,
+    DocumentsFlag,
+    ModelFlag,
+    TemplateFlag,
+    choose_sampling,
+    default,
+    parser,
+    path,
+)
 
 if TYPE_CHECKING:
     from engine.inference.engine import Engine
@@ -52,8 +62,7 @@ class ChatFlags:
     """LoRA adapters that were trained on this model; several add up."""
     system: Annotated[str | None, parser(str, "TEXT"), default("the template's")] = None
     """The system message: how the model is to answer."""
-    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
-    """A chat template (Jinja) to use in place of the model's."""
+    template: TemplateFlag = None
     documents: DocumentsFlag = None
     sampling: CompletionFlags = dataclasses.field(default_factory=lambda: CompletionFlags(max_tokens=400))
     device: DeviceFlag = "auto"

@@ -37,6 +37,7 @@ LESS_MEMORY = {
     "group": "a smaller --group",
     "slots": "fewer --slots",
     "capacity": "a smaller --capacity",
+    "keys_values": "--keys-values int8",
     "max_tokens": "fewer --max-tokens",
 }
 # New objects between two collections: importing JAX and tracing a program make fewer, nearly all of which stay. Looking at

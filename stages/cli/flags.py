@@ -109,6 +109,9 @@ DocumentsFlag = Annotated[
     parser(path, "FOLDER"),
     default("none", "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it."),
 ]
+TemplateFlag = Annotated[
+    Path | None, parser(path, "FILE"), default("the model's own", "A chat template (Jinja) to use in place of the model's.")
+]
 MODEL = "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model."
 ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest finished run in runs/", MODEL)]
 MetricFlag = Annotated[

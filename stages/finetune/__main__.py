@@ -18,7 +18,6 @@ not stop or repeats itself.
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Annotated
 
 from engine.device import start_jax
@@ -30,13 +29,13 @@ from stages.cli.flags import (
     COUNT,
     MeshFlags,
     MetricFlag,
+    TemplateFlag,
     default,
     integer,
     interval,
     number,
     one_of,
     parser,
-    path,
     positive,
 )
 from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, TrainableFlags
@@ -58,8 +57,7 @@ class ExampleFlags:
     metric: MetricFlag = ()
     general: Annotated[str, parser(str, "TEXT")] = "python"
     """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none."""
-    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
-    """A chat template (Jinja) to use in place of the model's."""
+    template: TemplateFlag = None
     full_loss: Annotated[bool, default("off")] = False
     """Train on all of a conversation, not on what the assistant says alone."""
     no_pack: Annotated[bool, default("off")] = False

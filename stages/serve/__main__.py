@@ -24,6 +24,7 @@ from stages.cli.flags import (
     MeshFlag,
     ModelFlag,
     SamplingFlags,
+    TemplateFlag,
     VerboseFlag,
     default,
     integer,
@@ -66,8 +67,7 @@ class ServeFlags:
     """Adapters with a NAME at once."""
     max_rank: Annotated[int, parser(integer(1, 1024), "N")] = 16
     """The largest rank of an adapter with a NAME."""
-    template: Annotated[Path | None, parser(path, "FILE"), default("the model's own")] = None
-    """A chat template (Jinja) to use in place of the model's."""
+    template: TemplateFlag = None
     documents: DocumentsFlag = None
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)
     name: Annotated[str | None, parser(str, "NAME,..."), default("the model's")] = None

@@ -1,4 +1,4 @@
-"""API errors: an HTTP status and OpenAI's error object, which names the field; errors of the server itself, in sentences."""
+"""API errors: an HTTP status and OpenAI's error object, which names the field."""
 
 import sys
 import traceback
@@ -8,10 +8,9 @@ from typing import Literal
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import InvalidField, UserError
+from engine.errors import InvalidField
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before its response
-REMEDY = "give fewer --slots, a smaller --capacity, or --keys-values int8."
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -89,9 +88,3 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), param=error.field)
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "The server is at fault; what happened is in its log.")
-
-
-def explain(error: BaseException) -> BaseException:
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return UserError(f"There is not enough memory for so many slots; {REMEDY}")
-    return error

@@ -35,7 +35,6 @@ from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.cli.flags import choose_sampling
 from stages.serve.adapters import read
-from stages.serve.errors import REMEDY, explain
 from stages.serve.state import ServerState
 
 
@@ -111,7 +110,8 @@ def load_state(
                 return  # `Engine` refuses it
             if device.backend == "cpu":
                 what = f"The weights and {engine_config.slots:,} slots of {capacity:,} tokens take"
-                require_memory(engine_config.bytes(cfg, capacity), what, REMEDY)
+                remedy = "give fewer --slots, a smaller --capacity, or --keys-values int8."
+                require_memory(engine_config.bytes(cfg, capacity), what, remedy)
             ahead.begin(engine_config, cfg, blocks or {})
 
     with contextlib.ExitStack() as on_error:
@@ -173,8 +173,4 @@ def _make_engine(model: LoadedModel, adapters: Sequence[Path], engine_config: En
     with host_memory(not is_whole):
         params, notes = with_adapters(model.cfg, model.params, adapters)
         params = engine_config.prepare_params(cfg, params, is_whole)
-    params = jax.block_until_ready(layout.place(params))
-    try:
-        return Engine(cfg, params, engine_config), notes
-    except RuntimeError as error:
-        raise explain(error) from None
+    return Engine(cfg, jax.block_until_ready(layout.place(params)), engine_config), notes

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
@@ -20,7 +19,6 @@ from stages.cli.command import process_start
 from stages.cli.console import Console
 from stages.serve import server
 from stages.serve.api.guard import HOST, LOCAL_HOSTS, Guard
-from stages.serve.errors import explain
 
 if TYPE_CHECKING:  # the command would else be imported a second time, by its name
     from stages.serve.__main__ import ServeFlags
@@ -142,8 +140,8 @@ async def serve(
 ) -> int:
     """Serves on the socket until a signal, then until every request under way has its reply, or a second signal.
 
-    Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0 when every request had its reply,
-    1 when the engine failed or a weight changed.
+    Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0, or 1 when a weight changed.
+    Raises the error with which the engine failed.
     """
     loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
     server.listen(sock)
@@ -177,11 +175,9 @@ async def serve(
             f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
             f"{engine.compiles_after_ready} programs compiled since all were there."
         )
-        if engine.error and isinstance(error := explain(engine.error), UserError):
-            print(f"error: {error}", file=sys.stderr)
-        elif engine.error:
-            traceback.print_exception(engine.error, file=sys.stderr)
-        return int(bool(engine.error) or now != state.digest)
+        if engine.error:
+            raise engine.error
+        return int(now != state.digest)
 
 
 async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asyncio.Event, console: Console) -> None:
@@ -191,4 +187,4 @@ async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asy
         await changed.wait()
     if error := state.engine.error:
         await asyncio.to_thread(ahead.stop)
-        raise explain(error)
+        raise error

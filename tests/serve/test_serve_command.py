@@ -31,9 +31,10 @@ from engine.inference.config import EngineConfig
 from engine.inference.request import SamplingParams
 from engine.model.native.library import KERNELS, native_problem
 from engine.model.ops import kernels_note
+from stages.cli.command import explain_error
 from stages.cli.console import Console
 from stages.serve import load
-from stages.serve.__main__ import main
+from stages.serve.__main__ import ServeFlags, main
 from stages.serve.engine_thread import EngineThread
 from stages.serve.load import CompileAhead
 from stages.serve.run import start_engine
@@ -143,6 +144,7 @@ def test_a_second_signal_ends_it_at_once(folder, hold):
 # Sends itself a signal while it prints that it is ready.
 SIGNALS = """
 import os, signal, time
+from stages.cli.command import explain_error
 from stages.cli.console import Console
 say = Console.print
 def say_and_signal(self, text="", style=None):
@@ -291,10 +293,11 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
     ahead: Any = SimpleNamespace(stop=lambda: stopped.append(True))
     engine: Any = SimpleNamespace(cfg=None, capacity=8, warm=out_of_memory)
     state: Any = SimpleNamespace(engine=EngineThread(engine))
-    with pytest.raises(UserError, match="give fewer --slots, a smaller --capacity"):
+    with pytest.raises(RuntimeError) as caught:
         asyncio.run(start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
     assert stopped == [True]
+    assert "fewer --slots; a smaller --capacity; --keys-values int8" in str(explain_error(caught.value, ServeFlags()))
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
@@ -303,5 +306,6 @@ def test_slots_beyond_memory_are_refused_with_flags_of_this_stage(folder, forese
         monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**6)
     else:
         monkeypatch.setattr(load, "Engine", out_of_memory)
-    with pytest.raises(UserError, match=r"slots.* give fewer --slots, a smaller --capacity"):
+    with pytest.raises(UserError if foreseen else RuntimeError) as caught:
         load_state(folder, weights="int8", slots=500 if foreseen else 2)
+    assert re.search("fewer --slots[,;] a smaller --capacity", str(explain_error(caught.value, ServeFlags())))
