@@ -237,7 +237,7 @@ class ChatSession:
             for events in self._generate(prompt, sampling):
                 for _, tokens, reason, *_ in events:
                     first = time.perf_counter() if first == begin else first
-                    text = completion.push(tokens) + (completion.close() if reason else "")
+                    text = completion.push(tokens, last=reason is not None)
                     text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
                     reply += text
                     print(text, end="", flush=True)

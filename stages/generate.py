@@ -135,7 +135,7 @@ class ContinuationPrinter:
     def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> int:
         """Prints the text that is next, and returns how many tokens this continuation has."""
         completion, count = self.completions[index], len(self.completions)
-        self.waiting[index] += completion.push(tokens) + (completion.close() if finish_reason else "")
+        self.waiting[index] += completion.push(tokens, last=finish_reason is not None)
         self.is_complete[index] = finish_reason is not None
         text = ""
         while self.current < count:

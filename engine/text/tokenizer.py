@@ -278,19 +278,15 @@ class CompletionText:
         self.tokens = 0
         self.stopped: str | None = None
 
-    def push(self, tokens: Sequence[int]) -> str:
+    def push(self, tokens: Sequence[int], last: bool = False) -> str:
+        """Returns the text that is certain now; with the last tokens the rest, without half a character."""
         certain = []
         for token in tokens:
             if self.stopped is not None:
                 break
             self.tokens += 1
             certain.append(self._append(self._stream.push(token)))
-        return "".join(certain)
-
-    def close(self) -> str:
-        """Returns the rest of the text, without half a character; empty after a stop string."""
-        certain, self._uncertain = self._uncertain, ""
-        return certain
+        return "".join(certain) + self._uncertain * last
 
     def _append(self, text: str) -> str:
         text = self._uncertain + text

@@ -39,9 +39,9 @@ def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
     for start in range(0, len(tokens), together):
         output += completion.push(tokens[start : start + together])
     count = completion.tokens
-    output += completion.close()
+    output += completion.push([], last=True)
     assert (output, completion.stopped) == plainly(full_text, stops)
-    assert completion.close() == "" or completion.stopped is None
+    assert completion.push([], last=True) == "" or completion.stopped is None
     if completion.stopped is None:
         assert count == len(tokens)
     else:

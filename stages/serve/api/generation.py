@@ -286,7 +286,7 @@ class Generation:
     def _piece(self, choice: Choice, event: Event) -> Piece:
         completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
         before = completion.tokens
-        text = completion.push(event.tokens)
+        text = completion.push(event.tokens, last=event.finish_reason is not None)
         if event.tokens and not choice.first_token:
             choice.first_token = now
             metrics.ttft.observe(now - self._arrived)
@@ -299,8 +299,6 @@ class Generation:
             if self._state.engine.error:
                 raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
             raise ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
-        if event.finish_reason:
-            text += completion.close()
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
             choice.end = reason
