@@ -21,7 +21,7 @@ from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import MAX_LOGPROBS, Adapter, Request, SamplingParams
 from engine.inference.runner import SampledTokens
-from engine.inference.scheduler import STEPS
+from engine.inference.scheduler import DRAFT_ROWS, STEPS
 from engine.model.config import ModelConfig
 
 VOCAB, CAPACITY, CHUNK, TAIL = 7, 64, 8, 4
@@ -29,23 +29,26 @@ POISON = VOCAB - 1
 CFG = ModelConfig(VOCAB, 8, 1, 1, 8, CAPACITY)
 EMPTY, NAN = 0, -1
 MOST_STEPS = 600  # of a schedule after its last arrival
+TOP: Any = np.zeros((STEPS, 8 + DRAFT_ROWS, min(MAX_LOGPROBS, VOCAB)), np.float32)  # nobody looks at the most probable tokens
 
 
 def key_value(token: int, position: int, before: list[int], adapter: int) -> int:
     """Returns the number in the KV cache of a token; 24 bits, which a float32 holds."""
-    seen = (token, position, adapter, *before[:position])
-    return NAN if token == POISON or NAN in before[:position] else 1 + hash(seen) % 2**24
+    seen = before[:position]
+    return NAN if token == POISON or NAN in seen else 1 + hash((token, position, adapter, *seen)) % 2**24
 
 
 def next_token(
-    token: int, position: int, seen: list[int], request: SamplingParams, counts: tuple[int, ...], allowed: int = -1
+    token: int, position: int, seen: list[int], request: SamplingParams, counts: list[int], allowed: int = -1
 ) -> int:
     """Returns what is sampled after a token, a bit of `allowed`: most often by it alone, so that texts repeat and drafts are
     right."""
     drawn = hash((*seen[: position + 1], request.seed, position)) % 40
     if request.adjusts_logits:
-        drawn = hash((drawn, counts)) % 40
+        drawn = hash((drawn, tuple(counts))) % 40
     first = drawn % VOCAB if drawn < 9 else (3 * token + 1) % POISON
+    if allowed >> first & 1:
+        return first
     return next((other for n in range(VOCAB) if allowed >> (other := (first + n) % VOCAB) & 1), 0)
 
 
@@ -98,12 +101,11 @@ class FakeRunner:
         self.has_kernel = config_module.has_kernel()
         self.segments, self.edges, self.positions = None, config.edges, config.edges[-1]
         self.cache = [[EMPTY] * self.positions for _ in range(config.slots)]
-        self.counts = [(0,) * VOCAB for _ in range(config.rows)]
+        self.counts = [[0] * VOCAB for _ in range(config.rows)]
         self.stacks = [0] * (1 + config.adapters)
 
     def put_adapter(self, index: int, adapter: Any) -> None:
-        number = adapter if isinstance(adapter, int) else 9  # the engine's own, by which it compares chunks
-        self.stacks = [*self.stacks[:index], number, *self.stacks[index + 1 :]]
+        self.stacks = [*self.stacks[:index], adapter, *self.stacks[index + 1 :]]
 
     def warm(self, *_: Any) -> None:
         pass
@@ -142,46 +144,51 @@ class FakeRunner:
     def decode(
         self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, adapters: Any
     ) -> SampledTokens:
-        R = len(token)
-        sampled = SampledTokens(
-            np.zeros((STEPS, R), np.int32),
-            np.zeros((STEPS, R), bool),
-            np.zeros((STEPS, R), np.float32),
-            *(np.zeros((STEPS, R, min(MAX_LOGPROBS, VOCAB)), np.float32) for _ in range(2)),
-        )
-        current = token.tolist()
-        own = rows.slot.tolist()
-        assert self.has_kernel or own == [min(row, self.config.slots - 1) for row in range(R)]
+        sampled = SampledTokens({}, {}, {}, TOP, TOP)  # dictionaries by step and row, which are faster than arrays
+        current, own, positions = token.tolist(), rows.slot.tolist(), rows.position.tolist()
+        R, slots, allowed, masked = len(current), self.config.slots, masks.allowed[:, 0].tolist(), masks.steps.tolist()
+        assert self.has_kernel or own == [min(row, slots - 1) for row in range(R)]
+        targets: list[list[int]] = [[] for _ in range(R)]
+        for source, target in zip(rows.source.tolist(), rows.target.tolist()):
+            if target < slots:
+                targets[source].append(target)
+        active = sorted((position, row) for row, position in enumerate(positions) if position >= 0)
         for step in range(steps):
-            active = sorted((int(rows.position[row]) + step, row) for row in range(R) if rows.position[row] >= 0)
-            for position, row in active:
-                value = key_value(current[row], position, self.cache[own[row]], self.stacks[adapters[row]])
-                for source, target in zip(rows.source, rows.target):
-                    if source == row and target < self.config.slots and position < self.positions:
+            for first, row in active:
+                if (position := first + step) < self.positions:
+                    value = key_value(current[row], position, self.cache[own[row]], self.stacks[adapters[row]])
+                    for target in targets[row]:
                         self.cache[target][position] = value
-            for position, row in active:
-                text = self.cache[own[row]]
+            for first, row in active:
+                position, text, counts = first + step, self.cache[own[row]], self.counts[row]
                 # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
                 reached = position + 1 if self.has_kernel else self._end(position + 1)
-                sampled.finite[step, row] = NAN not in text[:reached]
-                allowed = int(masks.allowed[row, 0]) % 2**VOCAB if masks.steps[row] > step else -1
-                current[row] = next_token(current[row], position, text, sampling[row], self.counts[row], allowed)
-                sampled.token[step, row] = current[row]
-                sampled.logprob[step, row] = logprob_of(current[row], text[: position + 1])
-                counts = list(self.counts[row])
+                mask = allowed[row] % 2**VOCAB if masked[row] > step else -1
+                current[row] = next_token(current[row], position, text, sampling[row], counts, mask)
+                sampled.token[step, row], sampled.finite[step, row] = current[row], NAN not in text[:reached]
+                if logprobs:
+                    sampled.logprob[step, row] = logprob_of(current[row], text[: position + 1])
                 counts[current[row]] += 1
-                self.counts[row] = tuple(counts)
         return sampled
 
 
-def counts_of(prompt: Any, logit_bias: Any) -> tuple[int, ...]:
-    return tuple([*prompt].count(token) * 100 + int(logit_bias.get(token, 0)) for token in range(VOCAB))
+class FakeEngine(Engine):
+    """The real engine without a mesh of devices, which takes longer to set than a step of the scheduler."""
+
+    step = vars(Engine)["_step"]
+
+    def random_adapter(self) -> Any:
+        return 9
+
+
+def counts_of(prompt: Any, logit_bias: Any) -> list[int]:
+    return [prompt.count(token) * 100 + int(logit_bias.get(token, 0)) for token in range(VOCAB)]
 
 
 def alone(request: Request) -> tuple[list[int], str | None]:
     """Returns the tokens of a request and its finish reason, from the formulas, without an engine."""
     sampling, text, output = request.sampling, list[int](), list[int]()
-    counts = list(counts_of(request.prompt, sampling.logit_bias))
+    counts = counts_of(request.prompt, sampling.logit_bias)
     constraint: Any = request.constraint and request.constraint.begin()
     adapter = int(request.adapter.digest) if request.adapter else 0
     for position, token in enumerate(request.prompt):
@@ -192,7 +199,7 @@ def alone(request: Request) -> tuple[list[int], str | None]:
         allowed = sum(1 << token for token in constraint.allowed()) if constraint else -1
         if len(output) < sampling.min_tokens:
             allowed = allowed & ~sum(1 << token for token in sampling.stop_token_ids) or allowed
-        token = next_token((*request.prompt, *output)[-1], len(text) - 1, text, sampling, tuple(counts), allowed)
+        token = next_token(token, len(text) - 1, text, sampling, counts, allowed)
         counts[token] += 1
         if token in sampling.stop_token_ids:
             return output, "stop"
@@ -241,7 +248,7 @@ def make_engine(rng: random.Random) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
         patch.setattr(config_module, "has_kernel", lambda: has_kernel)
-        engine = Engine(CFG, {}, config)
+        engine = FakeEngine(CFG, {}, config)
     engine.warm()
     return engine
 
@@ -296,6 +303,7 @@ def check_slots(engine: Engine) -> None:
         "a slot has two owners, or none"
     )
     assert not scheduler.copies or len(owned) == 1
-    waiting = [sequence.order for sequence in scheduler.waiting]
-    assert waiting == sorted(waiting)
+    if scheduler.waiting:
+        waiting = [sequence.order for sequence in scheduler.waiting]
+        assert waiting == sorted(waiting)
     assert engine.prefix_cache.bytes <= engine.prefix_cache.limit

@@ -13,13 +13,13 @@ import functools
 import json
 import random
 import re
-import selectors
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from simulated import NAN, VOCAB, FakeConstraint, alone, check_slots, draw_request, key_value, logprob_of, make_engine
+from simulated_loop import SimulatedLoop
 
 from engine.inference.request import Adapter, SamplingParams
 from engine.text.tokenizer import Detokenizer
@@ -32,30 +32,6 @@ from stages.serve.state import ServerState
 LETTERS = {token: b"abcdefg"[token : token + 1] for token in range(VOCAB)}
 MOST_CLIENTS = 8
 MOST_SECONDS = 3000.0  # of a schedule, on its own clock
-
-
-class SimulatedLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock goes on at once to when something is due."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        super().__init__(SimulatedSelector(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class SimulatedSelector(selectors.SelectSelector):
-    """Waits for nothing: there are no files."""
-
-    def __init__(self, loop: SimulatedLoop) -> None:
-        super().__init__()
-        self._clock = loop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "everybody waits for somebody else"
-        self._clock.now += max(0.0, timeout)
-        return []
 
 
 class Ignored:
@@ -167,6 +143,19 @@ def draw_ask(rng: random.Random, port: int) -> Ask:
     )
 
 
+class HttpState(dict[str, Any]):
+    """The state of an HTTP request, which adds the generation to lists as it begins."""
+
+    def __init__(self, *lists: list[Any]) -> None:
+        self.lists = lists
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        if name == "generation":
+            for each in self.lists:
+                each.append(value)
+
+
 class Schedule:
     """One schedule of a seed, and who is served in it."""
 
@@ -214,7 +203,7 @@ class Schedule:
             assert self.state.admission.reserved <= self.state.admission.limit, "more are let in than there are places"
             wanted = sum(len(each._unfinished) for each in self.live)
             assert engine.waiting + engine.running <= wanted, "the engine answers somebody who is gone"
-            await asyncio.sleep(rng.uniform(0.005, 0.05) if engine.busy else 0.25)
+            await self.loop.sleep(rng.uniform(0.005, 0.05) if engine.busy else 0.25)
 
     def change_adapters(self) -> None:
         """One goes, and one of few numbers comes: as in AdapterTable, behind every request that has looked its adapter up."""
@@ -231,8 +220,9 @@ class Schedule:
         if live := [*self.state.adapters.adapters]:
             ask.body["model"] = self.rng.choice([*live, "base"])
         adapter, tries = self.registered.get(ask.body.get("model", "")), 0
+        sent = json.dumps(ask.body).encode()
         while True:
-            status, headers, content, whole = await self.send(ask, tries)
+            status, headers, content, whole = await self.send(ask, sent, tries)
             if status != 429:
                 break
             wait = int(headers[b"retry-after"])
@@ -246,9 +236,9 @@ class Schedule:
             found, wanted = self.read(ask, status, content), ask.expected(adapter)
             assert found == wanted, f"an answer is not what it is alone: {found} for {wanted}"
 
-    async def send(self, ask: Ask, tries: int) -> tuple[int, dict[bytes, bytes], bytes, bool]:
+    async def send(self, ask: Ask, content: bytes, tries: int) -> tuple[int, dict[bytes, bytes], bytes, bool]:
         """Sends a request. Returns the status, headers and body of its reply, and whether the client read it to its end."""
-        content, parts, status, headers, is_whole = json.dumps(ask.body).encode(), list[bytes](), 0, {}, False
+        parts, status, headers, is_whole = list[bytes](), 0, {}, False
         sent, leaves, rng, reserved = iter([content]), self.loop.now + ask.leaves, self.rng, list[Any]()
         names = {"host": "localhost", "content-type": "application/json", "content-length": str(len(content))}
         if ask.counts and ask.obedient:
@@ -260,7 +250,7 @@ class Schedule:
             "query_string": b"",
             "client": ("127.0.0.1", ask.port),
             "headers": [(name.encode(), value.encode()) for name, value in names.items()],
-            "state": {},
+            "state": HttpState(self.live, reserved),
         }
 
         async def receive() -> dict[str, Any]:
@@ -284,14 +274,6 @@ class Schedule:
                 await asyncio.sleep(generation.SEND_SECONDS + 1)
                 raise AssertionError("a stream waits for somebody who reads nothing")
 
-        class State(dict[str, Any]):  # sees the generation as it begins
-            def __setitem__(own, name: str, value: Any) -> None:
-                super().__setitem__(name, value)
-                if name == "generation":
-                    self.live.append(value)
-                    reserved.append(value)
-
-        scope["state"] = State()
         await self.app(scope, receive, send)
         for each in reserved:
             assert not each._unfinished, "a request ends before its completions"
@@ -337,11 +319,11 @@ def api_for(state: ServerState) -> Api:
 def simulate_server(seed: int) -> None:
     """Runs the schedule of a seed to its end. Raises AssertionError where a promise is broken."""
     loop = SimulatedLoop()
-    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=lambda: loop) as runner:
+    with pytest.MonkeyPatch.context() as patch:
         for module in (generation, guard, engine_thread):
             patch.setattr(module, "time", SimpleNamespace(monotonic=loop.time))
         patch.setattr(engine_thread, "CompileCounter", Ignored)
         patch.setattr(engine_thread, "IDLE_SECONDS", 0)
         schedule = Schedule(seed, loop)
         patch.setattr(guard, "print", schedule.log, raising=False)
-        runner.run(schedule.run())
+        loop.run(schedule.run())

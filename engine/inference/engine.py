@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.scheduler.waiting or self.scheduler.prefilling or self.scheduler.decoding)
 
     @property
     def waiting(self) -> int:
@@ -70,7 +70,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self.scheduler.running)
+        return len(self.scheduler.prefilling) + len(self.scheduler.decoding)
 
     @property
     def devices(self) -> int:

@@ -5,13 +5,13 @@ chunk's key is a hash of namespace, adapter and tokens up to its end; the last c
 no use without those before it, so the last of a prompt is dropped first.
 """
 
+import array
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 
 def root_key(namespace: str, adapter: str = "") -> bytes:
@@ -22,7 +22,7 @@ def root_key(namespace: str, adapter: str = "") -> bytes:
 
 
 def chunk_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:
-    return hashlib.sha256(parent + np.asarray(tokens, np.int32).tobytes()).digest()
+    return hashlib.sha256(parent + array.array("i", tokens).tobytes()).digest()
 
 
 class PrefixCache:

@@ -86,14 +86,14 @@ class SamplingParams:
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, max(room, 1)))
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """Returns a copy for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
-        return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
+        """Returns these for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
+        return [self, *(dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(1, rows))]
 
 
 def token_ids(name: str, values: Any) -> tuple[int, ...]:
     """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything else."""
     try:
-        return tuple(operator.index(token) for token in values)
+        return tuple(map(operator.index, values))
     except TypeError as error:
         raise InvalidField(name, f"{name} must hold token ids, which are integers: {error}.") from None
 

@@ -18,6 +18,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -107,9 +108,8 @@ class Guard:
                     "seconds": round(time.monotonic() - arrived, 4),
                     **(state["generation"].log_fields() if "generation" in state else {}),
                 }
-                short = " ".join(f"{value}" if n < 6 else f"{field}={value}" for n, (field, value) in enumerate(entry.items()))
                 with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
-                    print(json.dumps(entry) if self._log == "json" else short, flush=True)
+                    print(json.dumps(entry) if self._log == "json" else _short(entry), flush=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request with a key, or one that needs none; any other, and one that fails, with an error."""
@@ -160,6 +160,10 @@ class Guard:
             )
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return hashed.hex()
+
+
+def _short(entry: dict[str, Any]) -> str:
+    return " ".join(f"{value}" if n < 6 else f"{field}={value}" for n, (field, value) in enumerate(entry.items()))
 
 
 def _hash(key: bytes) -> bytes:
