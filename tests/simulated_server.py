@@ -49,6 +49,11 @@ async def compile_grammar(grammar: Any) -> Any:
     return FakeConstraint(int(re.findall(r"\d+", grammar.make())[0]))
 
 
+async def encode_texts(texts: Any, **_: Any) -> list[list[int]]:
+    assert not texts, "all are sent as tokens"
+    return []
+
+
 class SimulatedState(ServerState):
     """The state of a server whose tokens are letters."""
 
@@ -57,7 +62,9 @@ class SimulatedState(ServerState):
         self.name, self.names = "base", ["base"]
         self._fingerprint: Any = lambda **_: "fp"
         self.engine, self.admission = engine_thread.EngineThread(engine), Admission(engine.config.slots, queue)
-        self.tokenizer: Any = SimpleNamespace(tokenizer=tokenizer, tool_format=None, compile=compile_grammar)
+        self.tokenizer: Any = SimpleNamespace(
+            tokenizer=tokenizer, tool_format=None, compile=compile_grammar, encode=encode_texts
+        )
         self.sampling, self.stop_token_ids = SamplingParams(), frozenset()
         self.metrics: Any = Ignored()
         self.adapters: Any = SimpleNamespace(adapters={})
