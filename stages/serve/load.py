@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import queue
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,23 +44,18 @@ class CompileAhead:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._thread, self._stopping = ThreadPoolExecutor(1, "ahead"), False
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
     def begin(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any]) -> None:
-        arguments = config, config.model_config(cfg), blocks, layout.current_mesh()
-        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="ahead")
-        self._thread.start()
+        self._thread.submit(self._run, config, config.model_config(cfg), blocks, layout.current_mesh())
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        while self._thread and (program := self._compiled.get()):
-            yield program
+        return iter(self._compiled.get, None)
 
     def stop(self) -> None:
         self._stopping = True
-        if self._thread:
-            self._thread.join()
+        self._thread.shutdown()
 
     def _run(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any], mesh: Any) -> None:
         with contextlib.suppress(Exception), jax.set_mesh(mesh):

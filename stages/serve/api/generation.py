@@ -201,11 +201,9 @@ class Generation:
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
-        wait, last = "waiting", time.monotonic()
-        is_first = True
+        wait, last, seconds = "waiting", time.monotonic(), WAIT_SECONDS
         while self._unfinished:
             try:
-                seconds = WAIT_SECONDS if is_first else KEEP_ALIVE_SECONDS
                 item = await asyncio.wait_for(self._events.get(), seconds)
             except TimeoutError:
                 before, wait = wait, self._wait()
@@ -215,7 +213,7 @@ class Generation:
                 continue
             if item is None:
                 raise ClientGone
-            is_first, wait, last = False, "waiting", time.monotonic()
+            wait, last, seconds = "waiting", time.monotonic(), KEEP_ALIVE_SECONDS
             if item[0] in self._unfinished:
                 yield self._piece(*item)
 
