@@ -6,7 +6,7 @@ no parameter.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -46,12 +46,12 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
             return store_transposed(leaf)
         return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
-    def prepare(tree: Params, join: Callable[[Params], Params] = lambda tree: tree) -> Params:
-        merged = map_paths(to_numpy, merge_lora(tree, cfg.dtype))
-        return map_paths(lay_out, join(cast_matrices(merged, cfg.dtype)))
+    def prepare(tree: Params, joins: bool = False) -> Params:
+        cast = cast_matrices(map_paths(to_numpy, merge_lora(tree, cfg.dtype)), cfg.dtype)
+        return map_paths(lay_out, join_projections(cast) if joins else cast)
 
     # One block after another: what is merged and not yet joined takes no more room than a block.
-    blocks = {layer: prepare(block, join_projections) if whole else prepare(block) for layer, block in params["blocks"].items()}
+    blocks = {layer: prepare(block, joins=whole) for layer, block in params["blocks"].items()}
     return prepare({name: leaf for name, leaf in params.items() if name != "blocks"}) | {"blocks": blocks}
 
 

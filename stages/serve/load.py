@@ -156,7 +156,7 @@ def load_state(
     state = ServerState(
         names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder, documents
     )
-    for index, ((name, _), (tree, _)) in enumerate(zip(adapters if engine_config.adapters else (), trees), 1):
+    for index, ((name, _), (tree, _)) in enumerate(zip(adapters, trees), 1):
         state.adapters.adapters[name] = state.adapters.put(index, tree)
     return state, ahead
 

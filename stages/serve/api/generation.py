@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -168,10 +169,9 @@ class Generation:
                 await send({"type": "http.response.body", "body": event, "more_body": more})
 
         headers = {"content-type": self._writer.media, "cache-control": "no-cache", "x-accel-buffering": "no", **self._headers}
-        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
             async with self._watch_disconnect(receive):
-                await send({"type": "http.response.start", "status": 200, "headers": encoded})
+                await send({"type": "http.response.start", "status": 200, "headers": Headers(headers).raw})
                 async for event in self._stream(self._writer):
                     await write(event)
                 await write(self._writer.last, more=False)
