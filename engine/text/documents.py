@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +52,12 @@ class Documents:
         except sqlite3.OperationalError as error:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
         self.files, self.passages, hashed = len(files), 0, hashlib.sha256()
-        for file, documents in itertools.groupby(read_documents(path, files), lambda pair: pair[0]):
+        last, number = None, 0
+        for file, document in read_documents(path, files):
+            number, last = number * (file == last), file
             name = str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
-            passages = (passage for _, document in documents for passage in cut("".join(document())))
-            for number, passage in enumerate(passages, 1):
+            for passage in cut("".join(document())):
+                number += 1
                 self.passages += 1
                 hashed.update(f"{name}\0{passage}\0".encode())
                 self._index.execute("INSERT INTO passages VALUES (?, ?, ?)", (name, number, passage))
