@@ -96,7 +96,7 @@ class ServerState:
             if plain in (*self.names, "default"):
                 return ServedModel(self.name, self._fingerprint())
         names = ", ".join(map(repr, self.served_names[:20]))
-        message = f"There is no model {name!r:.100} here; {names} is served, also as 'default': ask for that, or see --name."
+        message = f"There is no model {name[:100]!r} here; {names} is served, also as 'default': ask for that, or see --name."
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def adapter_of(self, model: ServedModel) -> Adapter | None:
