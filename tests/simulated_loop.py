@@ -100,10 +100,14 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else None
 
+    def is_free(self, seconds: float) -> bool:
+        """Whether nothing is due for so long."""
+        due = self._next()
+        return not self._ready and due is not None and due > self.now + seconds + RESOLUTION
+
     async def sleep(self, seconds: float) -> None:
         """As asyncio.sleep, without a turn of the loop where nothing else is due meanwhile."""
-        due = self._next()
-        if self._ready or (due is not None and due <= self.now + seconds + RESOLUTION):
-            await asyncio.sleep(seconds)
-        else:
+        if self.is_free(seconds):
             self.now += seconds
+        else:
+            await asyncio.sleep(seconds)

@@ -202,8 +202,11 @@ class Schedule:
         """The engine's thread."""
         rng, engine = self.rng, self.thread.engine
         while not self.ended:
+            is_idle = not engine.busy and self.thread._work.empty()
+            while not (changes := engine.config.adapters and rng.random() < 0.2) and is_idle and self.loop.is_free(0.25):
+                self.loop.now += 0.25  # a tick that nobody would see
             assert self.loop.now < MOST_SECONDS, "a request is never finished"
-            if engine.config.adapters and rng.random() < 0.2:
+            if changes:
                 self.thread._work.put(self.change_adapters)
             self.thread.tick()
             check_slots(engine)

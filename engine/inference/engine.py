@@ -242,10 +242,10 @@ class Engine:
         return range((len(tokens) - 1) // tail * tail if self.tails_are_exact else 0, 0, -tail)
 
     def _decode(self, batch: Decode) -> list[Event]:
-        first = batch.sequences[0]
+        sequences = batch.sequences
         if batch.copies_are_new:
             self.used_slots.update(batch.copies)
-            self.runner.copy(first.slot, batch.copies, first.max_positions)
+            self.runner.copy(sequences[0].slot, batch.copies, sequences[0].max_positions)
         token: Any = np.zeros(self.rows, np.int32)
         position: Any = np.full(self.rows, -1, np.int32)
         slot: Any = np.minimum(np.arange(self.rows, dtype=np.int32), self.config.slots - 1)
@@ -254,10 +254,10 @@ class Engine:
             token[row.row], position[row.row], slot[row.row] = row.token, row.position, row.slot
             sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
         rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
-        logprobs = any(sequence.request.sampling.logprobs is not None for sequence in batch.sequences)
+        logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
         sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, adapters)
         self.decode_steps += batch.steps
-        events = (self._event(sequence, batch, sampled) for sequence in batch.sequences)
+        events = (self._event(sequence, batch, sampled) for sequence in sequences)
         return [event for event in events if event.tokens or event.finish_reason]
 
     def _masks(self, batch: Decode) -> TokenMasks:
