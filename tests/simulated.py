@@ -162,7 +162,7 @@ class FakeRunner:
                     for target in targets[row]:
                         self.cache[target][position] = value
             for first, row in active:
-                position, text, counts = first + step, self.cache[own[row]], self.counts[row]
+                position, text, counts = first + step, self.cache[own[row]], self.counts[own[row]]
                 # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
                 reached = position + 1 if self.has_kernel else self._end(position + 1)
                 mask = allowed[row] % 2**VOCAB if masked[row] > step else -1

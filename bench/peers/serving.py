@@ -90,7 +90,9 @@ def measure_streams(
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     problem = native_problem()
     model = load_model(model_name, blocks=None if problem else {})
-    weights = EngineConfig(weights="file").prepare_params(model.cfg, model.params)
+    config = EngineConfig(weights="file")
+    cfg = config.model_config(model.cfg)
+    weights = config.prepare_params(cfg, model.params)
     if problem:
         print(f"without the kernels in C, and so in int8: {problem}", flush=True)
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
@@ -109,7 +111,7 @@ def measure_streams(
             progress(f"compiling {row.name}")
             prompts = [passage(place, row.prompt) for place in range(row.streams)]
             tokens = 2 if row.prefills else new
-            calls = {"ours": stream_call(model.cfg, weights, prompts, tokens)}
+            calls = {"ours": stream_call(cfg, weights, prompts, tokens)}
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=tokens)
             rows += measure_calls(
@@ -125,7 +127,7 @@ def measure_streams(
         for name in filter(chosen.__contains__, PROMPTS):
             texts = PROMPTS[name]
             prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
-            calls = chat_calls(model.cfg, weights, prompts, most, ends)
+            calls = chat_calls(cfg, weights, prompts, most, ends)
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
             rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), rounds)

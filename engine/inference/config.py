@@ -109,8 +109,10 @@ class EngineConfig:
         return self.weights == "q4" or (self.weights == "file" and has_kernel())
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
-        """Returns cfg with `weights` as the compute dtype; as it is for int8 and blocks."""
-        return dataclasses.replace(cfg, dtype=self.weights) if self.weights in ("bfloat16", "float32") else cfg
+        """Returns cfg with `weights` as the compute dtype; float32 for the kernel's blocks, which it rounds x to int8 for."""
+        if self.weights in ("bfloat16", "float32"):
+            return dataclasses.replace(cfg, dtype=self.weights)
+        return dataclasses.replace(cfg, dtype="float32") if self.weights and has_kernel() else cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
         """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for int8 and q4.

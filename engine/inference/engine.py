@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from engine.errors import InvalidField, UserError
-from engine.inference.config import EngineConfig
+from engine.inference.config import MIN_ROWS, EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
@@ -51,6 +51,7 @@ class Engine:
         self.rows = config.rows
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
         self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
+        self.few_rows = 0  # of the smaller decoding program, where a row has the bits there that it has in the other
         self.decode_steps = 0  # so far, each of all rows at once
         self.used_slots: set[int] = set()  # that may hold another text
         self.runner = ModelRunner(cfg, params, self.config)
@@ -128,7 +129,8 @@ class Engine:
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program and runs each once with no row in use; nothing is compiled after that. Sets `tails_are_exact`.
+        """Compiles every program and runs each once with no row in use; nothing is compiled after that. Sets `tails_are_exact`,
+        and `few_rows`.
 
         `ahead`, `report`: see `ModelRunner.warm`. Raises ValueError while there are requests.
         """
@@ -138,6 +140,7 @@ class Engine:
         self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
+            self.few_rows = MIN_ROWS if self.runner.has_kernel and self.rows > MIN_ROWS and self._rows_are_exact() else 0
 
     def _compare_tails(self) -> bool:
         """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
@@ -153,6 +156,18 @@ class Engine:
             computed = jax.device_get(self.runner.read(0, 0, chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(computed)])
         self.runner.stacks = stacks
+        return results[0] == results[1]
+
+    def _rows_are_exact(self) -> bool:
+        """Returns whether a row has the same bits in the decoding programs of few rows and of all."""
+        results = []
+        for R in (MIN_ROWS, self.rows):
+            position: Any = np.full(R, -1, np.int32)
+            position[0] = 0
+            rows = make_rows(position, np.zeros_like(position), self.config.slots)
+            masks, sampling = make_token_masks(R, self.cfg.vocab), [SamplingParams(seed=1)] * R
+            sampled = self.runner.decode(np.zeros_like(position), rows, sampling, masks, STEPS, True, np.zeros_like(position))
+            results.append([(sampled.token[step, 0], sampled.logprob[step, 0]) for step in range(STEPS)])
         return results[0] == results[1]
 
     def random_adapter(self) -> Params:
@@ -246,23 +261,26 @@ class Engine:
         if batch.copies_are_new:
             self.used_slots.update(batch.copies)
             self.runner.copy(sequences[0].slot, batch.copies, sequences[0].max_positions)
-        token: Any = np.zeros(self.rows, np.int32)
-        position: Any = np.full(self.rows, -1, np.int32)
-        slot: Any = np.minimum(np.arange(self.rows, dtype=np.int32), self.config.slots - 1)
-        sampling, adapters = [IDLE_SAMPLING] * self.rows, np.zeros(self.rows, np.int32)
+        R = self.rows
+        if len(batch.rows) <= self.few_rows:
+            R, batch = self.few_rows, batch.renumbered()
+        token: Any = np.zeros(R, np.int32)
+        position: Any = np.full(R, -1, np.int32)
+        slot: Any = np.minimum(np.arange(R, dtype=np.int32), self.config.slots - 1)
+        sampling, adapters = [IDLE_SAMPLING] * R, np.zeros(R, np.int32)
         for row in batch.rows:
             token[row.row], position[row.row], slot[row.row] = row.token, row.position, row.slot
             sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
         rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
-        sampled = self.runner.decode(token, rows, sampling, self._masks(batch), batch.steps, logprobs, adapters)
+        sampled = self.runner.decode(token, rows, sampling, self._masks(batch, R), batch.steps, logprobs, adapters)
         self.decode_steps += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in sequences)
         return [event for event in events if event.tokens or event.finish_reason]
 
-    def _masks(self, batch: Decode) -> TokenMasks:
-        """Returns the tokens that each row may sample: by its grammar, and no stop token before its `min_tokens`."""
-        masks = make_token_masks(self.rows, self.cfg.vocab)
+    def _masks(self, batch: Decode, R: int) -> TokenMasks:
+        """Returns the tokens that each of R rows may sample: by its grammar, and no stop token before its `min_tokens`."""
+        masks = make_token_masks(R, self.cfg.vocab)
         for sequence in batch.sequences:
             rows = batch.rows_of(sequence)
             if sequence.constraint:

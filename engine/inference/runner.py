@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.config import EngineConfig
+from engine.inference.config import MIN_ROWS, EngineConfig
 from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
     SamplingArrays,
@@ -122,7 +122,6 @@ def decode_slots(
     steps as they say. Without `logprobs` () bool log-probabilities are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
-    own = jnp.arange(R, dtype=jnp.int32)
     params = with_stacks(cfg, params, *adapters)
 
     def step(i: Array, carry: Any) -> Any:
@@ -133,14 +132,14 @@ def decode_slots(
         logits = logits[:, 0]
         with jax.named_scope("sample"):
             adjusted = jax.lax.cond(
-                sampling.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, sampling
+                sampling.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, rows.slot, sampling
             )
             masked = masks.steps > i
             allowed = jax.lax.cond(masked.any(), mask_logits, lambda logits, *_: logits, adjusted, masked, masks.allowed)
             token = sample(allowed, position + 1, sampling)
             new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))
             sampled = SampledTokens(*(array.at[i].set(row) for array, row in zip(sampled, new)))
-            counts = counts._replace(counts=counts.counts.at[own, token].add(position >= 0))
+            counts = counts._replace(counts=counts.counts.at[rows.slot, token].add(position >= 0))
         return token, cache.segments, counts, sampled
 
     zeros = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
@@ -169,10 +168,6 @@ def idle_calls(
     From shapes in place of arrays, they can be lowered, not run.
     """
     start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
-    nobody: Any = np.full(config.rows, -1, np.int32)
-    rows, idle = make_rows(nobody, np.zeros_like(nobody), segments.slots), [SamplingParams()] * config.rows
-    token, masks = np.zeros(config.rows, np.int32), make_token_masks(config.rows, cfg.vocab)
-    per_row = token, rows, sampling_arrays(idle), masks, step, np.bool_(False)
     sizes = {"chunk": config.chunk} | ({"tail": config.tail} if config.tail < config.chunk else {})
 
     def empty(size: int) -> Any:
@@ -181,8 +176,15 @@ def idle_calls(
         is_shape = isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct)
         return chunk if is_shape else jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), chunk)
 
-    adapters = row_adapters(stacks, [0] * config.rows)
-    calls: dict[str, Call] = {"decode": (decode_slots, (cfg, params, segments, counts, *per_row, adapters))}
+    def decode(R: int) -> Call:
+        nobody: Any = np.full(R, -1, np.int32)
+        token, rows = np.zeros(R, np.int32), make_rows(nobody, np.zeros_like(nobody), segments.slots)
+        per_row = token, rows, sampling_arrays([SamplingParams()] * R), make_token_masks(R, cfg.vocab), step, np.bool_(False)
+        return decode_slots, (cfg, params, segments, counts, *per_row, row_adapters(stacks, [0] * R))
+
+    calls = {"decode": decode(config.rows)}
+    if has_kernel() and config.rows > MIN_ROWS:  # whose rows read any slot
+        calls["decode_few"] = decode(MIN_ROWS)
     for name, size in sizes.items():
         tokens, count = np.zeros((1, size), np.int32), start if config.embeds else None
         arguments = cfg, params, segments, tokens, count, nowhere, start, row_adapters(stacks, [0])
@@ -379,7 +381,7 @@ class ModelRunner:
         calls = idle_calls(self.cfg, self.config, self.params, self.segments, self.counts, self.stacks)
         program, arguments = calls[name]
         results = program(*arguments)
-        if name == "decode":
+        if name.startswith("decode"):
             _, self.segments, self.counts = results
         elif name.startswith("prefill"):
             self.segments = results[1]

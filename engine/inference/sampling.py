@@ -76,8 +76,9 @@ def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) 
     return TokenCounts(counts.bias.at[slot].set(bias), counts.counts.at[slot].set(new))
 
 
-def adjust_logits(logits: Array, counts: TokenCounts, sampling: SamplingArrays) -> Array:
-    """Returns logits (R, V) after bias and penalties, unchanged to the bit in rows without any."""
+def adjust_logits(logits: Array, counts: TokenCounts, slots: Array, sampling: SamplingArrays) -> Array:
+    """Returns logits (R, V) after bias and penalties by the counts of slots (R,), unchanged to the bit in rows without any."""
+    counts = TokenCounts(counts.bias[slots], counts.counts[slots])
     in_output = counts.counts & (IN_PROMPT - 1)
     adjusts, presence, frequency, repetition = (values[:, None] for values in sampling[5:])
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)

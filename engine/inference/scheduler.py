@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from engine.inference.request import FinishReason, Request
 
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
-TOKENS_PER_DISPATCH = 32  # about, over all slots
-MIN_STEPS = 4  # of a dispatch, for any number of slots. A cancelled request waits for the dispatch to end
+TOKENS_PER_DISPATCH = 32  # about, over all slots, or where idle rows cost little over those in use
+MIN_STEPS = 4  # of a dispatch, for any number of rows. A cancelled request waits for the dispatch to end
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
 STEPS_BETWEEN_DRAFTS = 4  # of a dispatch of a single sequence that has no draft here, and may have one soon
 OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
@@ -234,7 +234,11 @@ class Decode(NamedTuple):
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [row.sequence for row in self.rows if row.row == row.sequence.slot]
+        return [row.sequence for row in self.rows if row.position == row.sequence.position]
+
+    def renumbered(self) -> "Decode":
+        """Returns this with rows numbered from 0, for a program of as many."""
+        return self._replace(rows=[row._replace(row=number) for number, row in enumerate(self.rows)])
 
     def drafts_of(self, sequence: Sequence) -> list[int]:
         return self.drafts.get(sequence.slot, [])
@@ -329,7 +333,8 @@ class Scheduler:
         elif looked_up is not None:
             steps = STEPS_BETWEEN_DRAFTS
         else:
-            steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // self.slots))
+            in_use = len(decoding) if self.shares_slots else self.slots
+            steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // in_use))
         stopless = [sequence.stopless_tokens for sequence in decoding if sequence.stopless_tokens]
         steps = min(steps, max(sequence.remaining for sequence in decoding), *stopless)
         return Decode(rows, steps, {}, self.copies, False)

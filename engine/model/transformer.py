@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from engine.model import backward
 from engine.model.config import ModelConfig
 from engine.model.paths import Params
-from engine.model.weights.matmul import project, unembed
+from engine.model.weights.matmul import multiply_by_kernel, project, unembed
+from engine.model.weights.stacked_lora import takes_what_precedes
 
 
 class KVCache(NamedTuple):
@@ -55,17 +57,29 @@ def forward(
     Token t sees tokens 0..t of its row (and segment), and what `cache`, a KVCache or SegmentedCache, holds. A KVCache's
     `length` does not change.
     """
-    hidden, cache = hidden_states(cfg, params, tokens, positions, cache, segments)
-    return logits_of(cfg, params, hidden), cache
+    x, cache = _apply(cfg, params, tokens, positions, cache, segments)
+    head = params["embed" if cfg.tied else "head"]
+    if takes_what_precedes(x, head):
+        return multiply_by_kernel(x, head, jnp.float32, gain=params["norm"], eps=cfg.eps), cache
+    return logits_of(cfg, params, _normalise(cfg, params, x)), cache
 
 
 def hidden_states(
     cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
 ) -> tuple[Array, Any]:
     """Returns the head's input (B, T, D) in the compute dtype, and the cache; else as `forward`."""
+    x, cache = _apply(cfg, params, tokens, positions, cache, segments)
+    return _normalise(cfg, params, x), cache
+
+
+def _apply(cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any, segments: Array | None) -> Any:
     from engine.model.flax_modules import Transformer  # which takes 80 ms, and is not needed for a program that is stored
 
     return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
+
+
+def _normalise(cfg: ModelConfig, params: Params, x: Array) -> Array:
+    return backward.rms_norm(x, params["norm"], cfg.eps, jnp.dtype(cfg.dtype))
 
 
 def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:

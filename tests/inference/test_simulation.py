@@ -11,7 +11,7 @@ from simulated_server import simulate_server
 from engine.inference import engine
 from engine.inference.request import Request
 from engine.inference.sampling import make_token_masks
-from engine.inference.scheduler import Scheduler, Sequence
+from engine.inference.scheduler import Decode, Scheduler, Sequence
 from stages.serve.admission import Admission
 from stages.serve.api import generation, guard
 from stages.serve.engine_thread import EngineThread
@@ -41,6 +41,7 @@ FAULTS = {
         lambda _, others: 1 if 1 not in others else None,
     ),
     "a row has no adapter": (Request, "adapter_index", 0),
+    "a program of few rows has the numbers of all": (Decode, "renumbered", lambda batch: batch),
     "what ran ahead of a grammar counts": (FakeConstraint, "allows", lambda *_: True),
     "a finished sequence's slot is lost": (Scheduler, "finish", finish_and_lose),
 }
@@ -60,7 +61,7 @@ SERVER_FAULTS = {
         "free_adapter_index",
         lambda _, others: 1 if 1 not in others else None,
     ),
-    "a grammar masks nothing": (engine.Engine, "_masks", lambda self, _: make_token_masks(self.rows, self.cfg.vocab)),
+    "a grammar masks nothing": (engine.Engine, "_masks", lambda self, _, R: make_token_masks(R, self.cfg.vocab)),
     "events go to the request before": (
         EngineThread,
         "_deliver",

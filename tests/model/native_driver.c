@@ -152,11 +152,14 @@ static void add_adapters(Arrays *in, Arrays *out, int64_t M, int64_t inputs, int
 
 static void block_matmul(Arrays *in, Arrays *out) {
   const int64_t M = ONE_OF(1, 2, 3, 5, 6, 7, 12, 40), groups = 1 + below(9), columns = 1 + below(150), size = ONE_OF(288, 320, 544);
-  add(in, F32, M, 32 * groups, -1, -1, -1), fill(in, 0, 1);
+  const int64_t before = below(3);  // nothing, a norm, or SwiGLU
+  add(in, F32, M, (before == 2 ? 64 : 32) * groups, -1, -1, -1), fill(in, 0, 1);
   uint8_t *weight = add(in, U8, (columns + 15) / 16, groups, size, -1, -1);
   fill(in, 1, 0);
   for (size_t at = 0; at < in->bytes[1]; at++)  // scales and minima are finite
     if (at % size >= (size_t)(size == 320 ? 256 : size - 32) && at % 2) weight[at] &= 0xbf;
+  add(in, F32, before == 1 ? 32 * groups : 0, -1, -1, -1, -1), fill(in, 2, 1);
+  *(float *)add(in, F32, -1, -1, -1, -1, -1) = 1e-5f;
   add(out, F32, M, columns, -1, -1, -1);
   if (below(2)) add_adapters(in, out, M, 32 * groups, columns);
 }

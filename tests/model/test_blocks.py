@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import assert_near, normal
 
 from engine.model.native.library import native_problem
-from engine.model.weights import blocks
+from engine.model.weights import blocks, stacked_lora
 from engine.model.weights.blocks import (
     KINDS,
     Blocks,
@@ -27,7 +27,7 @@ from engine.model.weights.blocks import (
     with_factors,
 )
 from engine.model.weights.lora import to_dense
-from engine.model.weights.matmul import lookup, unembed
+from engine.model.weights.matmul import lookup, norm_and_project, swiglu_and_project, unembed
 
 WIDTHS = [(32, 5), (64, 16), (160, 70), (576, 701)]  # one block and several; whole strips of columns and others; several parts
 F32 = jnp.dtype("float32")
@@ -100,18 +100,72 @@ def kernel():
         pytest.skip(f"there is no kernel here: {problem}")
 
 
+EPS = 1e-5
+BEFORE = {
+    "norm": lambda x, gain, leaf: norm_and_project(x, gain, [leaf], EPS, F32)[0],
+    "SwiGLU": lambda x, _, leaf: swiglu_and_project(*jnp.split(x, 2, axis=1), leaf, F32),
+}
+as_here = {name: jax.jit(function) for name, function in BEFORE.items()}
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def by_xla(name: str, *arguments: object) -> jax.Array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacked_lora, "has_kernel", lambda: False)
+        patch.setattr(blocks, "has_kernel", lambda: False)
+        return BEFORE[name](*arguments)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+@settings(max_examples=40)
+@given(
+    st.sampled_from([*KINDS]),
+    st.sampled_from(WIDTHS),
+    st.sampled_from([1, 7, 40]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, np.nan, np.inf, -np.inf]),
+)
+def test_a_norm_or_swiglu_before_a_product_is_computed_by_both_ways(name, kind, shape, rows, seed, spoil):
+    leaf, generator, width = weight(seed % 3, kind, shape), np.random.default_rng(seed), shape[0]
+    gain = generator.standard_normal(width).astype(np.float32)
+    x = generator.standard_normal((rows, width * (1 + (name == "SwiGLU")))) * 10.0 ** generator.integers(-3, 3, (rows, 1))
+    x[(seed + 1) % rows] = 0
+    x[(seed + 2) % rows, seed % width] += spoil
+    x = x.astype(np.float32)
+    wide, is_finite = np.where(np.isfinite(x), x, 0).astype(np.float64), np.isfinite(x).all(1)
+    if name == "norm":
+        before = wide / np.sqrt((wide**2).mean(1, keepdims=True) + EPS) * gain
+    else:
+        before = wide[:, :width] / (1 + np.exp(-wide[:, :width])) * wide[:, width:]
+    dense = np.asarray(dense_blocks(leaf), np.float64)
+    # Where float32 is off by a bit a number is rounded to the next step: half a step is the bound for both.
+    groups = np.abs(before).reshape(rows, -1, 32)
+    step = groups.max(-1).repeat(32, -1) / 127
+    bound = (0.501 * step + 1e-37) @ np.abs(dense) + 4e-6 * np.abs(before) @ np.abs(dense) + 1e-37
+    if kind == "Q4_1":
+        largest = np.abs(before) @ (np.abs(dense).reshape(-1, 32, dense.shape[1]).max(1).repeat(32, 0))
+        bound += 4e-6 * largest
+    for way in (as_here[name], functools.partial(by_xla, name)):
+        ours = np.asarray(way(x, gain, leaf))
+        assert np.isnan(ours[~is_finite]).all()
+        assert (np.abs(ours - before @ dense) <= bound)[is_finite].all(), way
+
+
+@pytest.mark.parametrize("name", ["product", *BEFORE])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=10)
 @given(st.sampled_from(WIDTHS), st.integers(0, 2**32 - 1))
-def test_a_row_has_the_same_bits_alone_and_among_any_others(kernel, kind, shape, seed):
+def test_a_row_has_the_same_bits_alone_and_among_any_others(kernel, kind, name, shape, seed):
     """By the kernel: in calls of 1 to 9 rows and many, at each place, beside rows that are spoiled."""
-    leaf, row = weight(0, kind, shape), np.random.default_rng(seed).standard_normal((1, shape[0])).astype(np.float32)
-    alone = np.asarray(multiply_as_here(row, leaf)).tobytes()
+    leaf, generator, width = weight(0, kind, shape), np.random.default_rng(seed), shape[0] * (1 + (name == "SwiGLU"))
+    row, gain = (generator.standard_normal(size).astype(np.float32) for size in ((1, width), shape[0]))
+    multiply = multiply_as_here if name == "product" else lambda x, leaf: as_here[name](x, gain, leaf)
+    alone = np.asarray(multiply(row, leaf)).tobytes()
     for rows in (*range(2, 10), 33):
-        x = rows_of(seed, rows, shape[0], np.nan)
+        x = rows_of(seed, rows, width, np.nan)
         for place in {0, seed % rows, rows - 1}:
             x[place] = row
-            assert np.asarray(multiply_as_here(x, leaf))[place].tobytes() == alone
+            assert np.asarray(multiply(x, leaf))[place].tobytes() == alone
 
 
 def bits() -> bytes:

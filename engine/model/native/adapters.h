@@ -21,10 +21,10 @@ typedef struct {
   Type type;
 } Adapters;
 
-// Of the arguments from the index on.
-static Adapters adapters_of(const Buffer *x, Buffer **in, const Buffer *added) {
-  return (Adapters){.x = x->data, .index = in[0]->data, .a = in[1]->data, .b = in[2]->data, .scale = in[3]->data,
-                    .edges = in[4]->data, .added = added->data, .rows = x->dims[0], .in = x->dims[1], .out = in[2]->dims[2],
+// Of x (rows, width) and the arguments from the index on.
+static Adapters adapters_of(const float *x, int64_t rows, int64_t width, Buffer **in, const Buffer *added) {
+  return (Adapters){.x = x, .index = in[0]->data, .a = in[1]->data, .b = in[2]->data, .scale = in[3]->data,
+                    .edges = in[4]->data, .added = added->data, .rows = rows, .in = width, .out = in[2]->dims[2],
                     .rank = in[2]->dims[1], .parts = in[4]->dims[0] - 1, .type = type_of(in[1])};
 }
 

@@ -2,7 +2,10 @@
 // column: Q4_0, numbers from 0 to 15 and a scale s that stand for s (n - 8); Q4_1, a scale and a minimum m that stand for
 // s n + m; Q8_0, numbers from -128 to 127 and a scale. Scales and minima are float16.
 //
-//     x (M, in) float32, weight (out / 16, in / 32, bytes of 16 blocks) uint8 -> y (M, out) float32
+//     x (M, in) float32, weight (out / 16, in / 32, bytes of 16 blocks) uint8, gain (in or 0) and eps float32
+//       -> y (M, out) float32
+//
+// With a gain x is normalised first. An x of 2 in columns is SwiGLU's: the silu of the first half times the second is multiplied.
 //
 // 16 blocks, of as many columns, lie side by side: 4 inputs of each column in 64 bytes, as a dot-product instruction takes
 // them, then the scales, then the minima. Of 4 bits a byte holds the inputs i and i + 16. A weight is read once, in order: few
@@ -82,7 +85,10 @@ typedef struct {
   Scale *scales;  // (M, groups)
   uint8_t *finite;  // (M)
   int64_t *order;  // (count): the rows to multiply
-  int64_t M, in, out, groups, kind, count;
+  const float *gain;  // of `in` numbers, or NULL
+  float *prepared;  // (M, in): normalised, or after SwiGLU; NULL where x is multiplied as it is
+  float eps;
+  int64_t M, in, out, groups, kind, count, width;  // `width` of x
   int64_t size;  // of a part, in rows of x or in strips of 16 columns
   Adapters adapters;  // of the rows of x, or none; each row's is a part
 } Task;
@@ -112,9 +118,31 @@ INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int too_high) 
   return 1;
 }
 
+INLINE void normalise(const float *x, const float *gain, float eps, int64_t count, float *to) {
+  F squares = {0};
+  for (int64_t i = 0; i < count; i += W) squares = fused(load(x + i), load(x + i), squares);
+  const F factor = spread(1 / sqrtf(sum(squares) / count + eps));
+  for (int64_t i = 0; i < count; i += W) store(to + i, load(x + i) * factor * load(gain + i));
+}
+
+INLINE void swiglu(const float *gate, const float *up, int64_t count, float *to) {
+  for (int64_t i = 0; i < count; i += W) {
+    const F x = load(gate + i), e = exponential(-larger(x, -x)), one = spread(1);
+    store(to + i, x * choose(x > 0, one, e) / (one + e) * load(up + i));
+  }
+}
+
 static int round_row(const Task *t, int64_t row) {
-  for (int64_t group = row * t->groups; group < (row + 1) * t->groups; group++)
-    if (!round_group(t->x + group * GROUP, t->rows + group * GROUP, t->scales + group, t->kind == Q4_0 ? 8 : TOO_HIGH)) return 0;
+  const float *x = t->x + row * t->width;
+  if (t->prepared) {
+    float *prepared = t->prepared + row * t->in;
+    if (t->gain) normalise(x, t->gain, t->eps, t->in, prepared);
+    else swiglu(x, x + t->in, t->in, prepared);
+    x = prepared;
+  }
+  for (int64_t g = 0, first = row * t->groups; g < t->groups; g++)
+    if (!round_group(x + g * GROUP, t->rows + (first + g) * GROUP, t->scales + first + g, t->kind == Q4_0 ? 8 : TOO_HIGH))
+      return 0;
   return 1;
 }
 
@@ -195,15 +223,17 @@ static void place(Task *t, Memory *memory) {
   t->scales = claim(memory, t->M * t->groups * sizeof *t->scales);
   t->order = claim(memory, t->M * sizeof *t->order);
   t->finite = claim(memory, t->M);
+  if (t->gain || t->width > t->in) t->prepared = claim(memory, t->M * t->in * sizeof *t->prepared);
 }
 
 // Rounds the rows, then multiplies them. Behind the arguments and results are those of adapters.
 KERNEL(block_matmul) {
-  const int64_t *x = in[0]->dims, kind = in[1]->dims[2], groups = x[1] / GROUP;
-  Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .M = x[0], .in = x[1], .out = out[0]->dims[1],
-            .groups = groups, .kind = kind};
-  if (call->args.size > 2) t.adapters = adapters_of(in[0], in + 2, out[1]);
+  const int64_t *x = in[0]->dims, kind = in[1]->dims[2], groups = in[1]->dims[1];
+  Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .gain = in[2]->dims[0] ? in[2]->data : NULL,
+            .eps = *(const float *)in[3]->data, .M = x[0], .in = groups * GROUP, .out = out[0]->dims[1], .groups = groups,
+            .kind = kind, .width = x[1]};
   WITH_MEMORY(place, t)
+  if (call->args.size > 4) t.adapters = adapters_of(t.prepared ? t.prepared : t.x, t.M, t.in, in + 4, out[1]);
   const int64_t threads = count_threads(call), strips = ceiling(t.out, COLUMNS);
   t.size = ceiling(ROUNDED, t.in);
   run(call, threads, round_part, &t, ceiling(t.M, t.size));

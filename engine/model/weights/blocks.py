@@ -192,18 +192,23 @@ def _factor_bytes(size: int) -> int:
     return 2 * COLUMNS * (2 if size == KINDS["Q4_1"] else 1)
 
 
-def block_matmul(x: Array, weight: Blocks, dtype: DTypeLike, pairs: tuple[Array, ...] = ()) -> Array:
+def block_matmul(
+    x: Array, weight: Blocks, dtype: DTypeLike, pairs: tuple[Array, ...] = (), gain: Array | None = None, eps: float = 0.0
+) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
 
-    pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call.
+    pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call. With a gain (in,) it normalises x
+    first, and of x (M, 2 in), gates and values beside them, it takes the SwiGLU.
 
     The kernel of native/ multiplies where there is one; else XLA adds the same products in another order. A row of x with a
     number that is not finite gives NaN, and changes no other row. There is no gradient.
     """
     if has_kernel():
         shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (2 if pairs else 1)
-        parts = jax.ffi.ffi_call(target("block_matmul"), shapes)(x.astype(jnp.float32), weight.packed, *pairs)
+        before = jnp.zeros(0) if gain is None else gain.astype(jnp.float32), np.float32(eps)
+        parts = jax.ffi.ffi_call(target("block_matmul"), shapes)(x.astype(jnp.float32), weight.packed, *before, *pairs)
         return sum(parts[1:], parts[0]).astype(dtype)
+    assert gain is None, "normalised elsewhere"
     values = dense_blocks(dataclasses.replace(weight, axis=1))
     return jnp.dot(round_groups(x), values, precision=jax.lax.Precision.HIGHEST).astype(dtype)
 

@@ -43,7 +43,7 @@ from engine.model.weights.blocks import (
 )
 from engine.model.weights.int8 import Int8, int8_matmul, lookup_rows
 from engine.model.weights.lora import LoRA, innermost_base, to_dense
-from engine.model.weights.stacked_lora import StackedLoRA, adapter_product, pairs_beside_base
+from engine.model.weights.stacked_lora import StackedLoRA, adapter_product, takes_what_precedes
 
 Weight = Array | Int8 | Blocks | LoRA
 
@@ -61,8 +61,8 @@ def project(x: Array, weight: Weight | StackedLoRA, dtype: DTypeLike) -> Array:
         # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0.
         return whole - project(project(x, weight.a, x.dtype), weight.b * -weight.scale, dtype)
     if isinstance(weight, StackedLoRA):
-        if pairs := pairs_beside_base(x, weight):
-            return block_matmul(x[:, 0], weight.base, dtype, pairs)[:, None]
+        if takes_what_precedes(x, weight):
+            return multiply_by_kernel(x, weight, dtype)
         return (project(x, weight.base, jnp.float32) + adapter_product(x, weight)).astype(dtype)
     multiply = _product_with(weight, backward.matmul)
     return _over_rows(x, lambda rows: multiply(rows, weight, dtype))
@@ -74,10 +74,26 @@ def norm_and_project(x: Array, gain: Array, weights: Sequence[Weight], eps: floa
     Weights that are converted for the product take the gain with them: its gradient is then a sum over the weights and not over
     all tokens, 3% of a training step of 6 layers by 384 on a CPU.
     """
+    if all(takes_what_precedes(x, weight) for weight in weights):
+        return tuple(multiply_by_kernel(x, weight, dtype, gain=gain, eps=eps) for weight in weights)
     plain = [weight for weight in weights if isinstance(weight, Array) and weight.dtype != dtype]
     if len(plain) == len(weights) and _are_smaller(plain, x):
         return project_each(backward.rms_norm(x, None, eps, dtype), [weight * gain[:, None] for weight in plain], dtype)
     return project_each(backward.rms_norm(x, gain, eps, dtype), weights, dtype)
+
+
+def swiglu_and_project(gate: Array, up: Array, weight: Weight, dtype: DTypeLike) -> Array:
+    """gate, up (..., in), weight (in, out) -> silu(gate) * up in `dtype`, times the weight, (..., out) float32."""
+    if takes_what_precedes(gate, weight):
+        return multiply_by_kernel(jnp.concatenate([gate, up], axis=-1), weight, jnp.float32)
+    return project(layout.shard_columns(backward.swiglu(gate, up, dtype)), weight, jnp.float32)
+
+
+def multiply_by_kernel(x: Array, weight: Any, dtype: DTypeLike, **before: Any) -> Array:
+    """x (..., in), weight (in, out), Blocks with adapters or without -> (..., out); `before` as in `block_matmul`."""
+    base, pairs = (weight.base, weight.pairs) if isinstance(weight, StackedLoRA) else (weight, ())
+    out = block_matmul(x.reshape(-1, x.shape[-1]), base, dtype, pairs, **before)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def _are_smaller(weights: Sequence[Any], x: Array) -> bool:

@@ -59,9 +59,10 @@ class StackedLoRA:
         return self.index, self.a, self.b, self.scale, self.edges
 
 
-def pairs_beside_base(x: Array, weight: StackedLoRA) -> tuple[Any, ...]:
-    """Returns the pairs where a kernel multiplies x by the base and adds them in one call; else nothing."""
-    return weight.pairs if isinstance(weight.base, Blocks) and x.shape[1] == 1 and has_kernel() else ()
+def takes_what_precedes(x: Array, weight: Any) -> bool:
+    """Whether a kernel multiplies x (B, T, in), and takes in the same call its norm or SwiGLU, and adapters of each row."""
+    one_token_each = isinstance(weight, StackedLoRA) and x.shape[1] == 1
+    return isinstance(weight.base if one_token_each else weight, Blocks) and has_kernel()
 
 
 def adapter_product(x: Array, weight: StackedLoRA) -> Array:
