@@ -180,11 +180,11 @@ class FakeEngine(Engine):
     step = vars(Engine)["_step"]
 
     def warm(self, *_: Any) -> None:
-        key = self.config.tail, self.config.adapters > 0, self.prefix_cache.limit > 0
+        key = self.config.tail, self.config.adapters > 0, self.prefix_cache.limit > 0, self.runner.has_kernel, self.rows
         if key not in WARMED:
             super().warm()
-            WARMED[key] = self.used_slots, self.runner.cache[0], self.tails_are_exact
-        used, text, self.tails_are_exact = WARMED[key]
+            WARMED[key] = self.used_slots, self.runner.cache[0], self.tails_are_exact, self.few_rows
+        used, text, self.tails_are_exact, self.few_rows = WARMED[key]
         self.used_slots, self.runner.cache[0] = {*used}, [*text]
 
     def random_adapter(self) -> Any:
