@@ -1,5 +1,6 @@
 """Counts Prometheus metrics under vLLM's names, and the number of programs compiled since the server was ready."""
 
+import collections
 from typing import Any
 
 import prometheus_client as prometheus
@@ -43,7 +44,7 @@ class Metrics(Collector):
             "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=registry
         )
         self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
-        self._responses = prometheus.Counter("thrice_responses", "HTTP responses by status.", ["status"], registry=registry)
+        self._responses = collections.Counter[int]()
         usage = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage
         for name, about, value in (
             ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.engine.running),
@@ -58,10 +59,14 @@ class Metrics(Collector):
 
     def collect(self) -> list[CounterMetricFamily]:
         about = "Programs compiled since the server was ready."
-        return [CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)]
+        compiles = CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)
+        responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
+        for status, count in sorted(self._responses.items()):
+            responses.add_metric([str(status)], count)
+        return [compiles, responses]
 
     def count_response(self, status: int) -> None:
-        self._responses.labels(str(status)).inc()
+        self._responses[status] += 1
 
     def count_end(self, reason: str) -> None:
         self._success[reason].inc()

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stages.serve.api import anthropic, completions, ollama, responses, status, texts
-from stages.serve.api.generation import Answer, check_ready, reserved_place
+from stages.serve.api.generation import Answer, answer_in_place, check_ready
 from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, Call, json_reply
 from stages.serve.errors import ApiError, error_type
 from stages.serve.page import page as make_page
@@ -131,15 +131,14 @@ class Api:
 async def _respond(route: Route, call: Call) -> ASGIApp:
     if not route.body:
         reply = await route.handler(call)
-    elif route.generates:
-        check_ready(call)
-        async with call.read(route.body):
-            with reserved_place(call):
-                return await route.handler(call)
     else:
-        call.state.admission.check_open()
-        async with call.read(route.body):
-            reply = await route.handler(call)
+        admission = call.state.admission
+        check_ready(call) if route.generates else admission.check_open()
+        try:
+            await call.read(route.body)
+            reply = await (answer_in_place(route.handler, call) if route.generates else route.handler(call))
+        finally:
+            admission.remove_bytes(len(call.content))
     return json_reply(reply) if isinstance(reply, msgspec.Struct) else reply
 
 

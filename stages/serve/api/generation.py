@@ -1,6 +1,6 @@
 """Generation: the completions of one HTTP request, from prompts over events to what the Writer of a dialect makes of them.
 
-A handler, called in a `reserved_place`, makes Prompts, and returns what `generate` returns, or a Generation of requests of its
+A handler, called by `answer_in_place`, makes Prompts, and returns what `generate` returns, or a Generation of requests of its
 own: the response.
 """
 
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -196,15 +196,15 @@ class Generation:
             yield writer.error(api_error(error))
 
     async def _pieces(self) -> AsyncIterator[Piece | str]:
-        """Yields the pieces of all completions as they come, in between what the request waits for: whenever that changes and
-        after KEEP_ALIVE_SECONDS of silence.
+        """Yields the pieces of all completions as they come, in a stream in between what the request waits for: whenever that
+        changes and after KEEP_ALIVE_SECONDS of silence.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
         wait, last, seconds = "waiting", time.monotonic(), WAIT_SECONDS
         while self._unfinished:
             try:
-                item = await asyncio.wait_for(self._events.get(), seconds)
+                item = await asyncio.wait_for(self._events.get(), seconds if self._writer else None)
             except TimeoutError:
                 before, wait = wait, self._wait()
                 if wait != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
@@ -394,19 +394,17 @@ def check_ready(call: Call) -> None:
         call.state.admission.check(*_arrival(call.http, 0))
 
 
-@contextlib.contextmanager
-def reserved_place(call: Call) -> Iterator[None]:
-    """Reserves a place before the prompts become tokens. The Generation that the block begins frees it, or its error.
+async def answer_in_place(handler: Callable[[Call], Awaitable[ASGIApp]], call: Call) -> ASGIApp:
+    """Reserves a place before the prompts become tokens. The Generation that the handler returns frees it, or its error.
 
     Raises ApiError.
     """
-    call.state.check_ready()
     if (choices := call.body.choices) > MAX_COMPLETIONS:
         message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
         raise InvalidField("n", message)
     call.priority = call.state.admission.reserve(*_arrival(call.http, choices))
     try:
-        yield
+        return await handler(call)
     except BaseException:
         call.state.admission.release()
         raise

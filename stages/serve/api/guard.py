@@ -78,7 +78,7 @@ class Guard:
         if scope["type"] != "http":  # there are no web sockets
             return
         state, status = scope.setdefault("state", {}), CLIENT_CLOSED_REQUEST
-        arrived_at, arrived = datetime.datetime.now(datetime.UTC), time.monotonic()
+        arrived = time.monotonic()
         request_id, path = f"req_{secrets.token_hex(12)}", scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         state |= {"arrived": arrived, "path": path}
 
@@ -98,6 +98,8 @@ class Guard:
             await error.reply(path)(scope, receive, send_with_headers)
         finally:
             if self._log != "off":
+                seconds = time.monotonic() - arrived
+                arrived_at = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
                 entry = {
                     "time": arrived_at.isoformat(timespec="milliseconds"),
                     "id": request_id,
@@ -105,7 +107,7 @@ class Guard:
                     "method": scope["method"],
                     "path": path[:200],
                     "status": status,
-                    "seconds": round(time.monotonic() - arrived, 4),
+                    "seconds": round(seconds, 4),
                     **(state["generation"].log_fields() if "generation" in state else {}),
                 }
                 with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more

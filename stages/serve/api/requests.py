@@ -5,15 +5,14 @@ than none. Fields that change no answer (IGNORED) are accepted, and named in the
 """
 
 import asyncio
-import contextlib
 import functools
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import InvalidField
@@ -167,7 +166,7 @@ class GenerationRequest(AnswerRequest):
 class Call[Body]:
     """One request on its way: the server's state, the HTTP request, its body as `read` finds it, and the model that it names.
 
-    `priority`: that of its reserved place.
+    `priority`: that of its reserved place. `content`: the bytes of its body, which count while its text becomes tokens.
     """
 
     body: Body
@@ -175,38 +174,32 @@ class Call[Body]:
     priority: int
 
     def __init__(self, state: ServerState, http: Request) -> None:
-        self.state, self.http = state, http
+        self.state, self.http, self.content = state, http, bytearray()
 
-    @contextlib.asynccontextmanager
-    async def read(self, kind: type[Body]) -> AsyncIterator[None]:
-        """Reads the JSON body as `kind`. Its bytes count until the block ends, in which its text becomes tokens.
-
-        Raises ApiError, which names the field at fault, and ClientGone.
-        """
+    async def read(self, kind: type[Body]) -> None:
+        """Reads the JSON body as `kind`. Raises ApiError, which names the field at fault, and ClientGone."""
         _check_headers(self.http)
-        content = bytearray()
-        try:
-            await self._receive(content)
-            decode = functools.partial(_decode, content, kind)
-            self.body = body = decode() if len(content) <= INLINE_BYTES else await asyncio.to_thread(decode)
-            self.model = self.state.find_model(body.model)
-            yield
-        finally:
-            self.state.admission.remove_bytes(len(content))
+        await self._receive()
+        decode = functools.partial(_decode, self.content, kind)
+        self.body = body = decode() if len(self.content) <= INLINE_BYTES else await asyncio.to_thread(decode)
+        self.model = self.state.find_model(body.model)
 
-    async def _receive(self, content: bytearray) -> None:
+    async def _receive(self) -> None:
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                async for part in self.http.stream():
-                    if len(content) + len(part) > MAX_BYTES:  # counted: Content-Length is only a promise
+                more = True
+                while more:
+                    part = await self.http.receive()
+                    if part["type"] == "http.disconnect":
+                        raise ClientGone
+                    data, more = part.get("body", b""), part.get("more_body", False)
+                    if len(self.content) + len(data) > MAX_BYTES:  # counted: Content-Length is only a promise
                         raise _too_large()
-                    self.state.admission.add_bytes(len(part))
-                    content += part
+                    self.state.admission.add_bytes(len(data))
+                    self.content += data
         except TimeoutError:
             message = f"The body did not come within {BODY_SECONDS:.0f} s."
             raise ApiError(408, message, headers={"Connection": "close"}) from None
-        except ClientDisconnect:
-            raise ClientGone from None
 
 
 def _decode(content: bytearray, kind: Any) -> Any:
