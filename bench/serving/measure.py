@@ -65,9 +65,11 @@ async def open_loop(
 
     Latency counts from when a request should be sent, as people see it, a full server's queue included.
     """
-    begin, at, requests = clock(), 0.0, []
+    plan, at, requests = list[tuple[float, Json]](), 0.0, []
     while (at := at + rng.expovariate(rate)) < seconds:
-        body = make_request(rng)
+        plan.append((at, make_request(rng)))  # beforehand: the server shall have the cores
+    begin = clock()
+    for at, body in plan:
         await asyncio.sleep(max(0.0, begin + at - clock()))
         requests.append(asyncio.create_task(send(client, body, sent_at=begin + at)))
     return await asyncio.gather(*requests)
