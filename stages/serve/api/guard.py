@@ -14,8 +14,8 @@ import datetime
 import hashlib
 import hmac
 import json
+import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,7 +79,7 @@ class Guard:
             return
         state, status = scope.setdefault("state", {}), CLIENT_CLOSED_REQUEST
         arrived = time.monotonic()
-        request_id, path = f"req_{secrets.token_hex(12)}", scope.get("raw_path", scope["path"].encode()).decode("latin-1")
+        request_id, path = f"req_{os.urandom(12).hex()}", scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         state |= {"arrived": arrived, "path": path}
 
         async def send_with_headers(message: Message) -> None:
