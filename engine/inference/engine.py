@@ -7,8 +7,8 @@
         for event in engine.step(): ...
 
 The scheduler decides what a step does; `runner.ModelRunner` does it on the device. A completion depends on its request alone,
-to the bit: chunks of prompts begin at fixed positions, all rows decode in one program and do not see one another, and keys come
-from the request's own seed and positions.
+to the bit: chunks of prompts begin at fixed positions, rows that decode do not see one another and have the same bits in a
+program of few rows and of all, and keys come from the request's own seed and positions.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Engine:
         self.rows = config.rows
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
         self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
-        self.few_rows = 0  # of the smaller decoding program, where a row has the bits there that it has in the other
+        self.few_rows = 0  # of the smaller decoding program, if a row has the same bits there; `warm` finds out
         self.decode_steps = 0  # so far, each of all rows at once
         self.used_slots: set[int] = set()  # that may hold another text
         self.runner = ModelRunner(cfg, params, self.config)

@@ -118,7 +118,7 @@ def decode_slots(
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    One program does one step or several, for one row or all: a row's numbers are the same to the bit. `masks` hold for as many
+    One program does one step or several: a row's numbers are the same to the bit, whatever others do. `masks` hold for as many
     steps as they say. Without `logprobs` () bool log-probabilities are 0.
     """
     R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
