@@ -99,12 +99,12 @@ def show_experiments() -> Json:
 
     `to` is the recipe that was changed, layers x width. Runs of 180 s on a quiet machine are what counts; runs of equal steps,
     half as long, compare changes that cost no time on a busy one, but mislead: 3 x 128 and a momentum of 0.9 were ahead in
-    them, and behind in whole runs. Two seeds of one recipe differ by up to 0.03.
+    them, and behind in whole runs. Two seeds of one recipe differ by up to 0.06.
     """
     with EXPERIMENTS.open(encoding="utf-8", newline="") as file:
         experiments = list(csv.DictReader(file))
     print_table("The default run", list(experiments[0]), (list(row.values()) for row in experiments), left=2)
-    print("Compare runs of 180 s; two seeds differ by up to 0.03. Today's recipe: stages/train/run.py.")
+    print("Compare runs of 180 s; two seeds differ by up to 0.06. Today's recipe: stages/train/run.py.")
     return {"experiments": experiments}
 
 
