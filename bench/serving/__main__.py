@@ -73,9 +73,10 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
         progress(f"  ready after {ready:.1f} s; beside its engine without a server, {rounds} rounds in turns")
         engine, tokenizer = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
         row = await measure.compare_with_engine(server, engine, rounds)
-        progress("  streams that keep to a JSON schema, or have an adapter each, beside streams without")
+        progress("  streams that keep to a JSON schema, or have an adapter each, beside streams without; idle slots")
         kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
-        document["rows"] = [row, *kept, await asyncio.to_thread(measure.compare_with_adapters, engine, rounds)]
+        others = (measure.compare_with_adapters, measure.compare_with_one_slot)
+        document["rows"] = [row, *kept, *[await asyncio.to_thread(compare, engine, rounds) for compare in others]]
         document["scored"] = await measure.scored_per_second(server, rounds)
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))

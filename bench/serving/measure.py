@@ -25,6 +25,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throug
 SHARE_BAR = 0.85  # of its engine's throughput, for the server
 ADAPTER_RANK, ADAPTER_BAR = 8, 0.8  # of as many adapters as streams; their share of the throughput without
 GRAMMAR_BAR = 0.9  # of the throughput without a grammar
+IDLE_BAR = 0.95  # of the throughput in one slot, for a lone stream in many
 SCORED_PROMPT, CANDIDATES, CANDIDATE_TOKENS, SCORE_BAR = 256, 4, 4, 100.0  # tokens, answers, tokens of each, answers a second
 ABOVE = 10  # samples that must lie above a percentile for it to be reported
 
@@ -124,6 +125,18 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     if len(texts) != 1 or cut(next(iter(texts))[0]) != cut(first.json()["prompt"]):
         raise UserError("The server's text is not that of the engine, so that their speeds cannot be compared.")
     return _row(f"the server over its engine, {slots} streams", SHARE_BAR, timings["engine"], timings["server"], slots)
+
+
+def compare_with_one_slot(engine: Engine, rounds: int) -> Json:
+    """Compares a lone stream in as many slots as the engine has with one in a single slot, without draft tokens."""
+    single, all_slots = (
+        Engine(engine.cfg, engine.params, dataclasses.replace(engine.config, slots=slots, speculate=False))
+        for slots in (1, engine.config.slots)
+    )
+    for each in (single, all_slots):
+        each.warm()
+    name = f"{engine.config.slots} slots over one, 1 stream"
+    return _compare(name, IDLE_BAR, (single, _greedy(1)), (all_slots, _greedy(1)), rounds)
 
 
 def compare_with_adapters(engine: Engine, rounds: int) -> Json:
