@@ -134,7 +134,7 @@ class Client:
     async def _receive_body(self, response: Response, reader: asyncio.StreamReader) -> None:
         is_chunked = "transfer-encoding" in response.headers
         size = 0 if is_chunked else int(response.headers["content-length"])
-        while size or (is_chunked and (size := int(await reader.readline(), 16))):
+        while size or (is_chunked and (size := int(await reader.readuntil(), 16))):
             response.body += await reader.readexactly(size)
             response.arrivals.append((clock(), len(response.body)))
             size = len(await reader.readexactly(2)) - 2 if is_chunked else 0

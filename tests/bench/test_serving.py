@@ -66,6 +66,7 @@ async def test_a_connection_is_reused_and_one_that_was_closed_meanwhile_is_made_
         (OK[:-1], "IncompleteReadError"),
         (b"x\r\n\r\n", "ValueError"),
         (CHUNKS[:-2], "IncompleteReadError"),
+        (CHUNKS[:-5], "IncompleteReadError"),
         (None, "TimeoutError"),
     ],
 )

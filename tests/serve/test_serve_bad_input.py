@@ -1,6 +1,7 @@
 """Bad input: each gets an error in OpenAI's form that names the field, never a 500 or a hang."""
 
 import contextlib
+import gc
 import json
 import re
 import socket
@@ -297,6 +298,12 @@ def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkey
         slow.sendall(post_head("/tokenize", 50) + b" " * 40)
         assert b" 408 " in slow.recv(65536)
     assert until(lambda: admission.body_bytes == 0)
+
+
+def test_no_body_is_kept_once_its_text_is_tokens(client):
+    """Nor by an answer that keeps its request, for both refer to each other and are collected late."""
+    good(client.post_bytes("/v1/score", b'{"prompt": "a", "candidates": ["b"]}'))
+    assert not [each for each in gc.get_objects() if isinstance(each, requests.Call) and getattr(each, "content", None)]
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
