@@ -43,8 +43,9 @@ def served_model(dtype: str) -> tuple[Any, Any]:
     """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with W8A8, a file's in blocks."""
     weights = dtype.partition("/")[0]
     if weights == "file":
-        cfg = tiny_config(dtype="bfloat16", tied=True, width=64, ff=96)
-        return cfg, EngineConfig(weights="file").prepare_params(cfg, map_paths(to_blocks, lively_params(cfg, 3)))
+        options = EngineConfig(weights="file")
+        cfg = options.model_config(tiny_config(dtype="bfloat16", tied=True, width=64, ff=96))
+        return cfg, options.prepare_params(cfg, map_paths(to_blocks, lively_params(cfg, 3)))
     cfg = tiny_config(dtype="float32" if weights == "float32" else "bfloat16", tied=weights == "int8")
     params = lively_params(cfg, 3)
     return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
