@@ -139,7 +139,6 @@ async def _respond(route: Route, call: Call) -> ASGIApp:
             reply = await (answer_in_place(route.handler, call) if route.generates else route.handler(call))
         finally:
             admission.remove_bytes(len(call.content))
-            del call.content  # the answer's closure would keep it
     return json_reply(reply) if isinstance(reply, msgspec.Struct) else reply
 
 

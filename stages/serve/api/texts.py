@@ -74,6 +74,7 @@ async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
     encoded = iter(await tokenizer.encode(texts, continued=True))
     tokens = (next(encoded) if isinstance(each, str) else each for each in body.candidates)
     requests = [make_scored(call, prompts.tokens[0], candidate, "candidates") for candidate in tokens]
+    name, fingerprint, _ = call.model  # and not in the reply, which would keep the call and its bytes until all is collected
 
     def reply(pieces: list[Piece], usage: Usage) -> ScoreReply:
         each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
@@ -83,7 +84,6 @@ async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
             Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
             for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
         ]
-        name, fingerprint, _ = call.model
         return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
 
     return Generation(call, prompts, requests, reply, len(requests))
@@ -121,7 +121,7 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
 
 async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsReply]:
     """Texts as vectors."""
-    body, capacity, width = call.body, call.state.engine.capacity, call.state.engine.cfg.width
+    body, model, capacity, width = call.body, call.model.name, call.state.engine.capacity, call.state.engine.cfg.width
     if body.dimensions and body.dimensions > width:
         raise InvalidField("dimensions", f"An embedding of this model has {width} dimensions, not more.")
     prompts = await text_prompts(call, MAX_COMPLETIONS)
@@ -136,7 +136,7 @@ async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsRe
     def reply(pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
         data = [Embedding(piece.choice, encode(piece.embedding[: body.dimensions])) for piece in pieces]
         counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
-        return EmbeddingsReply(model=call.model.name, data=data, usage=counts)
+        return EmbeddingsReply(model=model, data=data, usage=counts)
 
     return Generation(call, prompts, requests, reply)
 
