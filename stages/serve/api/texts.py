@@ -71,7 +71,7 @@ async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
     prompts = await (chat_prompts(call, turns) if turns else text_prompts(call, 1))
     space = " " if body.messages and tokenizer.strips_space else ""
     texts = [space + each for each in body.candidates if isinstance(each, str)]
-    encoded = iter(await tokenizer.encode(texts, continued=True))
+    encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
     tokens = (next(encoded) if isinstance(each, str) else each for each in body.candidates)
     requests = [make_scored(call, prompts.tokens[0], candidate, "candidates") for candidate in tokens]
     name, fingerprint, _ = call.model  # and not in the reply, which would keep the call and its bytes until all is collected
