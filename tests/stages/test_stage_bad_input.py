@@ -136,7 +136,7 @@ def test_sentences_for_what_the_system_refuses(tmp_path):
         (TrainFlags, "--batch --context --accumulate --remat"),
         (EvaluateFlags, "--batch --context"),
         (ExportFlags, ""),
-        (ServeFlags, "--slots --capacity"),
+        (ServeFlags, "--slots --capacity --keys-values"),
         (GenerateFlags, "--count --max-tokens"),
         (ReinforceFlags, "--prompts --group --max-tokens"),
         (FinetuneFlags, "--batch --context --accumulate --remat"),
