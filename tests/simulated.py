@@ -112,7 +112,7 @@ class FakeRunner:
     def warm(self, *_: Any) -> None:
         pass
 
-    def prefill(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> None:
+    def prefill(self, tokens: Any, slot: int, start: int, adapter: int) -> None:
         assert start + tokens.shape[1] <= self.positions
         for position, token in enumerate(tokens[0].tolist(), start):
             self.cache[slot][position] = key_value(token, position, self.cache[slot], self.stacks[adapter])

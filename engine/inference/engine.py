@@ -152,7 +152,7 @@ class Engine:
         self.used_slots.add(0)
         for size in (chunk, tail):
             for at in range(0, chunk, size):
-                self.runner.prefill(tokens[:, at : at + size], size, 0, at, adapter)
+                self.runner.prefill(tokens[:, at : at + size], 0, at, adapter)
             computed = jax.device_get(self.runner.read(0, 0, chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(computed)])
         self.runner.stacks = stacks
@@ -235,10 +235,9 @@ class Engine:
         return len(part)
 
     def _prefill_part(self, sequence: Sequence, tokens: tuple[int, ...], size: int) -> Any:
-        padded: Any = np.zeros((1, size), np.int32)
+        padded: Any = np.full((1, size), -1, np.int32)
         padded[0, : len(tokens)] = tokens
-        at = sequence.slot, sequence.prefilled_tokens
-        return self.runner.prefill(padded, len(tokens), *at, sequence.request.adapter_index)
+        return self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, sequence.request.adapter_index)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], start: int) -> None:
         size = self.config.tail if len(tokens) <= self.config.tail else self.config.chunk

@@ -43,6 +43,7 @@ from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_sta
 from engine.program_cache import stored
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
+EMBEDS = np.int32(1)  # any number
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
 
 
@@ -78,26 +79,26 @@ class SampledTokens(NamedTuple):
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
-@stored(lambda params, segments, tokens, count, *_: (count, segments))
+@stored(lambda params, segments, tokens, embeds, *_: (embeds, segments))
 def prefill_chunk(
     cfg: ModelConfig,
     params: Params,
     segments: KVSegments,
     tokens: Array,
-    count: Array | None,
+    embeds: Array | None,
     slot: Array,
     start: Array,
     adapters: RowAdapters = NO_ADAPTERS,
 ) -> tuple[Array | None, KVSegments]:
-    """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on.
+    """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
 
-    With a `count` it sums the head's input over so many tokens, for an embedding: (1, D) float32.
+    With `embeds`, of any value, it sums the head's input over the tokens, for an embedding: (1, D) float32.
     """
-    rows, T = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None]), tokens.shape[1]
+    is_token, T = tokens >= 0, tokens.shape[1]
+    rows = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None], is_token)
     params = with_stacks(cfg, params, *adapters)
     hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
-    is_counted = None if count is None else jnp.arange(T)[:, None] < count
-    summed = None if is_counted is None else jnp.where(is_counted, hidden.astype(jnp.float32), 0).sum(1)
+    summed = None if embeds is None else jnp.where(is_token[..., None], hidden.astype(jnp.float32), 0).sum(1)
     return summed, layout.pin_cache(cache.segments)
 
 
@@ -186,8 +187,8 @@ def idle_calls(
     if has_kernel() and config.rows > MIN_ROWS:  # whose rows read any slot
         calls["decode_few"] = decode(MIN_ROWS)
     for name, size in sizes.items():
-        tokens, count = np.zeros((1, size), np.int32), start if config.embeds else None
-        arguments = cfg, params, segments, tokens, count, nowhere, start, row_adapters(stacks, [0])
+        tokens = np.zeros((1, size), np.int32)
+        arguments = cfg, params, segments, tokens, EMBEDS if config.embeds else None, nowhere, start, row_adapters(stacks, [0])
         calls[f"prefill_{name}"] = prefill_chunk, arguments
     if not has_kernel():  # kernels in C read a row's own text alone
         calls["clear_slot"] = clear_slot, (segments, nowhere, step)
@@ -280,17 +281,17 @@ class ModelRunner:
         assert self.stacks is not None
         self.stacks = self._device_put(put_adapter(self.cfg, self.stacks, index, adapter))
 
-    def prefill(self, tokens: Any, count: int, slot: int, start: int, adapter: int) -> Array | None:
-        """Writes the keys and values of tokens (1, T) int32 into a slot, from position `start` on.
+    def prefill(self, tokens: Any, slot: int, start: int, adapter: int) -> Array | None:
+        """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
 
-        Where the engine embeds it returns the sum of the head's input over the first `count` tokens, (1, D) float32.
+        Where the engine embeds it returns the sum of the head's input over the tokens, (1, D) float32.
         """
         summed, self.segments = prefill_chunk(
             self.cfg,
             self.params,
             self.segments,
             tokens,
-            np.int32(count) if self.config.embeds else None,
+            EMBEDS if self.config.embeds else None,
             np.int32(slot),
             np.int32(start),
             row_adapters(self.stacks, [adapter]),

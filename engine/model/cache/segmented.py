@@ -58,12 +58,14 @@ class CacheRows(NamedTuple):
     Row r holds T tokens from position[r] (R,) on, or none if that is -1, and reads slot[r] (R,). Without the kernel in C
     that is slot r, unless there is one row or one slot.
     Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
+    `is_token` (R, T) bool: which are tokens, if others fill up a row behind them.
     """
 
     position: Array
     slot: Array
     source: Array
     target: Array
+    is_token: Array | None = None
 
 
 class SegmentedLayer(NamedTuple):
@@ -190,10 +192,13 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -
 def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
     """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k, v written.
 
-    A query at position p sees positions 0 .. p of its slot, this call's own among them.
+    A query at position p sees positions 0 .. p of its slot, this call's own among them. Beside the kernel, which multiplies no
+    row of NaN by a weight, what is no token gets NaN, and has keys and values of 0.
     """
     rows, stored = layer.rows, layer.k[0]
     by_kernel = len(layer.k) == 1 and has_kernel()
+    is_token = rows.is_token if by_kernel else None
+    if_token = lambda x, other: x if is_token is None else jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, other)
 
     def to_stored(new: Array) -> KVArray:
         new = new.transpose(0, 2, 1, 3)
@@ -202,7 +207,7 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
         values, scale = round_rows(new)
         return QuantizedKV(values, scale[..., 0])
 
-    new_keys, new_values = to_stored(k), to_stored(v)
+    new_keys, new_values = to_stored(if_token(k, 0)), to_stored(if_token(v, 0))
     scaled = q.astype(stored.dtype if isinstance(stored, Array) else jnp.float32)
     queries = group_heads(scaled, k.shape[2])
     R, K, G, T, H = queries.shape
@@ -216,7 +221,8 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
     layer = layer._replace(k=write(layer.k, new_keys), v=write(layer.v, new_values))
     if by_kernel:
         prefill = jax.ffi.ffi_call(target("prefill_attention"), jax.ShapeDtypeStruct((R, T, K * G * H), scaled.dtype))
-        return prefill(scaled, rows.position, rows.slot, *jax.tree.leaves((layer.k, layer.v))).astype(q.dtype), layer
+        out = prefill(scaled, rows.position, rows.slot, *jax.tree.leaves((layer.k, layer.v)))
+        return if_token(out.astype(q.dtype), jnp.nan), layer
     queries = queries.reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     positions = jnp.tile(positions, (1, G))
@@ -231,7 +237,7 @@ def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Arra
 def _attend_by_kernel(q: Array, new_keys: KVArray, new_values: KVArray, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
     """q (R, K, G, H), new keys and values (R, K, 1, H) -> (R, K, G, H) float32, and the layer with them, written in place."""
     stored, tree = jax.tree.flatten((layer.k, layer.v))
-    inputs = [q.astype(jnp.float32), *layer.rows, *jax.tree.leaves((new_keys, new_values))]
+    inputs = [q.astype(jnp.float32), *layer.rows[:4], *jax.tree.leaves((new_keys, new_values))]
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs[0], *stored)]
     aliases = {len(inputs) + i: 1 + i for i in range(len(stored))}
     out, *stored = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)(*inputs, *stored)
