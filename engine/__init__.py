@@ -14,7 +14,7 @@ Axis letters, used in every einsum, shape comment and docstring:
     B  batch, or slots              D  model width            N  query heads
     T  tokens of this call          F  feed-forward width     K  key/value heads
     S  cache length                 V  vocabulary             G  N / K, query heads a key head
-    L  layers                       R  LoRA rank              H  head width
+    L  layers                       R  LoRA rank, or rows     H  head width
 
 A mask is True where a token counts or may be attended to. A path names a parameter, a rule is a pattern on paths, a digest
 is the SHA-256 of weights, a key is JAX's PRNG key.

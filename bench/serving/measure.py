@@ -100,9 +100,9 @@ def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Eng
 
 
 async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Json:
-    """Compares the server with its own engine, which runs in this process, in turns, with as many streams as slots.
+    """Compares the server with its own engine, which runs in this process, interleaved, with as many streams as slots.
 
-    Raises UserError unless the server's text is, in every round, that of the engine's tokens.
+    Raises UserError unless the server's texts are, in every round, those of the engine's tokens.
     """
     rng, loop, slots = random.Random(1), asyncio.get_running_loop(), engine.config.slots
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
@@ -120,10 +120,10 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
 
     # In a thread, for the connections to the server live in this one.
     timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
-    first = await server.client.post("/detokenize", {"tokens": output[0]})
-    cut = lambda text: text.rstrip("\N{REPLACEMENT CHARACTER}")  # which the last token may have begun
-    if len(texts) != 1 or cut(next(iter(texts))[0]) != cut(first.json()["prompt"]):
-        raise UserError("The server's text is not that of the engine, so that their speeds cannot be compared.")
+    replies = [await server.client.post("/detokenize", {"tokens": tokens}) for tokens in output]
+    cut = lambda texts: [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]  # which the last token may have begun
+    if any(cut(each) != cut(reply.json()["prompt"] for reply in replies) for each in texts):
+        raise UserError("The server's texts are not those of the engine, so that their speeds cannot be compared.")
     return _row(f"the server over its engine, {slots} streams", SHARE_BAR, timings["engine"], timings["server"], slots)
 
 
@@ -153,7 +153,7 @@ def compare_with_adapters(engine: Engine, rounds: int) -> Json:
 
 
 def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> list[Json]:
-    """Compares streams that keep to a JSON schema with streams that keep to none: half of all slots, and a lone one.
+    """Compares streams that keep to a JSON schema with streams that keep to none: half of all slots, and a single one.
 
     The string of the schema is longer than the answers, so that each has NEW_TOKENS tokens.
     """
@@ -163,9 +163,9 @@ def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> 
     rows = []
     for streams, name in ((engine.config.slots, "a schema for every second"), (1, "a schema")):
         plain = _greedy(streams)
-        kept = [dataclasses.replace(each, constraint=constraint) if n % 2 == 0 else each for n, each in enumerate(plain)]
+        constrained = [dataclasses.replace(each, constraint=constraint) if n % 2 == 0 else each for n, each in enumerate(plain)]
         name += f", {streams} stream{'s' * (streams > 1)}"
-        rows.append(_compare(name, GRAMMAR_BAR, (engine, plain), (engine, kept), rounds))
+        rows.append(_compare(name, GRAMMAR_BAR, (engine, plain), (engine, constrained), rounds))
     return rows
 
 
@@ -178,15 +178,15 @@ Side = tuple[Engine, list[Request]]
 
 
 def _compare(name: str, bar: float, plain: Side, other: Side, rounds: int) -> Json:
-    """Compares how fast an engine answers its requests with how fast another answers as many, in turns."""
+    """Compares how fast an engine answers its requests with how fast another answers as many, interleaved."""
     timings = measure({"plain": lambda: answer(*plain), "other": lambda: answer(*other)}, rounds=rounds)
     return _row(name, bar, timings["plain"], timings["other"], len(plain[1]))
 
 
 def _row(name: str, bar: float, peer: Timing, timing: Timing, streams: int) -> Json:
     """`ratio`: the throughput over the peer's, and `met` whether it exceeds `bar`; None where noise hides it."""
-    over, made = ratio(peer, timing), streams * NEW_TOKENS
-    speeds = {"tokens_per_second": made / timing.median, "peer_tokens_per_second": made / peer.median}
+    over, tokens = ratio(peer, timing), streams * NEW_TOKENS
+    speeds = {"tokens_per_second": tokens / timing.median, "peer_tokens_per_second": tokens / peer.median}
     return over._asdict() | {"name": name, **speeds, "bar": bar, "met": over.exceeds(bar)}
 
 

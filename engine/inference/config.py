@@ -24,7 +24,7 @@ SMALL_CHUNK, SMALL_SEGMENT = 64, 256  # where an engine completes a few prompts 
 MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
 SMALL_PREFIX_CACHE = 64 * 10**6  # bytes
-SHARE = 0.5  # of free memory that weights and slots take at most by default
+SHARE = 0.5  # of free memory that an engine takes at most by default
 
 
 def default_weights(backend: str) -> Weights:
@@ -39,8 +39,8 @@ class EngineConfig:
     slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
     of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, which the kernels in C
     have in Blocks too; "q4" makes them Blocks of 4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for
-    the default size. speculate: whether idle rows check draft tokens. chunk: prompt tokens a call; tail: of a short rest.
-    segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk; the kernels in C have one
+    what `with_capacity` chooses. speculate: whether idle rows check draft tokens. chunk: prompt tokens a call; tail: of a short
+    rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk; the kernels in C have one
     segment. embeds: whether embeddings are asked for. adapters: the most at once, of at most adapter_rank. Raises UserError.
     """
 
@@ -109,15 +109,15 @@ class EngineConfig:
         return self.weights == "q4" or (self.weights == "file" and has_kernel())
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
-        """Returns cfg with `weights` as the compute dtype; float32 for the kernel's blocks, which it rounds x to int8 for."""
+        """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies blocks: it rounds x to int8."""
         if self.weights in ("bfloat16", "float32"):
             return dataclasses.replace(cfg, dtype=self.weights)
         return dataclasses.replace(cfg, dtype="float32") if self.weights and has_kernel() else cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
-        """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for int8 and q4.
+        """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for file, int8 and q4.
 
-        The kernel multiplies 8 bits in blocks too; XLA, which unpacks these, by Int8.
+        Weights of 8 bits become blocks where the kernel multiplies, else Int8, because XLA is slow to unpack blocks.
         """
         if self.weights in ("int8", "file", "q4"):
             if self.weights == "q4" or (whole and has_kernel()):
@@ -126,8 +126,8 @@ class EngineConfig:
         return prepare_params(cfg, params, whole)
 
     def with_capacity(self, cfg: ModelConfig, free: int) -> "EngineConfig":
-        """Returns this config with a capacity: its own, else the model's context, or, where weights and slots would take more
-        than a SHARE of the `free` bytes, the largest power of two that does not, but at least SMALL_CAPACITY.
+        """Returns this config with a capacity: its own, else the model's context, or, where `bytes` are more than a SHARE of
+        the `free` ones, the largest power of two for which they are not, but at least SMALL_CAPACITY.
 
         A prefix cache of the default size holds a slot's text, and at least SMALL_PREFIX_CACHE.
         """
@@ -139,13 +139,13 @@ class EngineConfig:
         return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)
 
     def bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        """Returns the bytes of weights, stacks of adapters, slots of so many tokens, and prefix cache."""
+        """Returns the bytes of weights, adapters, slots of so many tokens, and prefix cache, by default one slot more."""
         slot = self.slot_bytes(cfg, capacity)
         prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
-        numbers = count_params(cfg).total
+        parameters = count_params(cfg).total
         if self.adapters:
-            numbers += (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
-        return self.slots * slot + prefix + int(numbers * BYTES[self.weights or cfg.dtype])
+            parameters += (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
+        return self.slots * slot + prefix + int(parameters * BYTES[self.weights or cfg.dtype])
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
         segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, self._edges(capacity)[-1]), self.kv_dtype))

@@ -105,7 +105,7 @@ class Engine:
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
-        """Admits waiting requests, then prefills a chunk of one prompt or decodes a few tokens for all, in turns."""
+        """Admits waiting requests, then prefills or decodes a few tokens for all, alternately. Returns what has happened."""
         with jax.set_mesh(self.runner.mesh):
             return self._step()
 
@@ -129,8 +129,8 @@ class Engine:
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program and runs each once with no row in use; nothing is compiled after that. Sets `tails_are_exact`,
-        and `few_rows`.
+        """Compiles every program and runs each; nothing is compiled after that. Compares bits to set `tails_are_exact` and
+        `few_rows`.
 
         `ahead`, `report`: see `ModelRunner.warm`. Raises ValueError while there are requests.
         """
@@ -182,9 +182,9 @@ class Engine:
         )
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Computes one chunk of a prompt, or a tail, after copying up to HITS_AT_ONCE from the prefix cache.
+        """Copies a prompt's chunks from the prefix cache, then computes one, or a tail: at most HITS_AT_ONCE in all.
 
-        Where it holds all of a prompt, those of others are copied too, until one must be computed.
+        If the cache holds all of the prompt, those of others are copied too, and none is computed.
         """
         first = sequence
         for _ in range(HITS_AT_ONCE):

@@ -43,23 +43,23 @@ from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_sta
 from engine.program_cache import stored
 
 Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
-EMBEDS = np.int32(1)  # any number
+EMBEDS = np.int32(1)  # given at all, it selects the program for embeddings
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
 
 
-def _compiled(move: Callable[..., Any], **options: Any) -> Any:
-    """Compiles a function that moves chunks; on a mesh what it returns lies as the KV cache does."""
-    return jax.jit(functools.wraps(move)(lambda *args: layout.pin_cache(move(*args))), **options)
+def _jit(function: Callable[..., Any], **options: Any) -> Any:
+    """Jits a function of the KV cache; on a mesh its result is sharded as the cache is."""
+    return jax.jit(functools.wraps(function)(lambda *args: layout.pin_cache(function(*args))), **options)
 
 
-clear_slot = _compiled(segmented.clear_slot, donate_argnames="segments")
-copy_slot = _compiled(segmented.copy_slot, donate_argnames="segments")
-read_chunk = _compiled(segmented.read_chunk, static_argnames="length")
-write_chunk = _compiled(segmented.write_chunk, donate_argnames="segments")
+clear_slot = _jit(segmented.clear_slot, donate_argnames="segments")
+copy_slot = _jit(segmented.copy_slot, donate_argnames="segments")
+read_chunk = _jit(segmented.read_chunk, static_argnames="length")
+write_chunk = _jit(segmented.write_chunk, donate_argnames="segments")
 
 
 class RowAdapters(NamedTuple):
-    """The adapters of B rows: stacks, None where there are none, and each row's index in them, (B,) int32, 0 for none."""
+    """The adapters of R rows: stacks, None where there are none, and each row's index in them, (R,) int32, 0 for none."""
 
     stacks: Params | None = None
     indices: Any = None
@@ -69,10 +69,13 @@ NO_ADAPTERS = RowAdapters()
 
 
 class SampledTokens(NamedTuple):
-    """The samples of each step and row; X is MAX_LOGPROBS, or a smaller vocabulary."""
+    """The samples of each step and row, zeros behind the last step; X is MAX_LOGPROBS, or a smaller vocabulary.
+
+    Log-probabilities are in nats, before penalties and masks.
+    """
 
     token: Array  # (STEPS, R) int32
-    finite: Array  # (STEPS, R) bool: whether its logits were numbers
+    finite: Array  # (STEPS, R) bool: whether the largest of its logits was
     logprob: Array  # (STEPS, R) float32
     top_tokens: Array  # (STEPS, R, X) int32: the most probable ones
     top_logprobs: Array  # (STEPS, R, X) float32
@@ -92,7 +95,7 @@ def prefill_chunk(
 ) -> tuple[Array | None, KVSegments]:
     """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
 
-    With `embeds`, of any value, it sums the head's input over the tokens, for an embedding: (1, D) float32.
+    With `embeds`, which is EMBEDS, it sums the head's input over the tokens, for an embedding: (1, D) float32.
     """
     is_token, T = tokens >= 0, tokens.shape[1]
     rows = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None], is_token)
@@ -256,7 +259,7 @@ def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple
 class ModelRunner:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
-    `stacks`: of adapters. In its methods `adapter` is an index in the stacks.
+    `stacks`: of adapters, as `make_stacks` returns them, or None. `prefill` and `decode` take indices in them.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
@@ -299,7 +302,7 @@ class ModelRunner:
         return summed
 
     def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
-        """Writes the first `count` positions of a chunk into a slot, from position `start` on."""
+        """Writes a chunk of `read` into a slot, from position `start` on, with zeros after its first `count` positions."""
         self.segments = write_chunk(self.segments, chunk, np.int32(slot), np.int32(start), np.int32(count))
 
     def read(self, slot: int, start: int, size: int) -> Any:

@@ -11,7 +11,7 @@ from engine.model import backward
 from engine.model.config import ModelConfig
 from engine.model.paths import Params
 from engine.model.weights.matmul import multiply_by_kernel, project, unembed
-from engine.model.weights.stacked_lora import takes_what_precedes
+from engine.model.weights.stacked_lora import fuses_norm_or_swiglu
 
 
 class KVCache(NamedTuple):
@@ -59,7 +59,7 @@ def forward(
     """
     x, cache = _apply(cfg, params, tokens, positions, cache, segments)
     head = params["embed" if cfg.tied else "head"]
-    if takes_what_precedes(x, head):
+    if fuses_norm_or_swiglu(x, head):
         return multiply_by_kernel(x, head, jnp.float32, gain=params["norm"], eps=cfg.eps), cache
     return logits_of(cfg, params, _normalise(cfg, params, x)), cache
 

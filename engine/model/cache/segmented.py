@@ -3,7 +3,7 @@
 Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
 whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
 (Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded, so a row's numbers depend, to the bit, on its own length alone. The kernels in C read as far as
+not reached it is discarded, so a row's bits depend on its own tokens alone. The kernels in C read as far as
 a row's text reaches, and want one segment.
 """
 
@@ -53,12 +53,12 @@ class KVSegments(NamedTuple):
 
 
 class CacheRows(NamedTuple):
-    """The positions of a call's R rows, the slots that they read, and those that their keys and values are written to.
+    """The positions of a call's R rows, the slots that they read, and those that their keys and values are written to; int32.
 
     Row r holds T tokens from position[r] (R,) on, or none if that is -1, and reads slot[r] (R,). Without the kernel in C
     that is slot r, unless there is one row or one slot.
     Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
-    `is_token` (R, T) bool: which are tokens, if others fill up a row behind them.
+    `is_token` (R, T) bool: False for padding at a row's end; None where there is none.
     """
 
     position: Array
@@ -158,22 +158,21 @@ def map_segments(f: Callable[..., KVArray], segments: KVSegments, *each: Sequenc
     return KVSegments(tuple(map(map_layer, segments.k)), tuple(map(map_layer, segments.v)))
 
 
-def clear_slot(segments: KVSegments, slot: Array, reach: Array) -> KVSegments:
-    """Zeros a slot's segments that begin below `reach`, so that no NaN of another text is left there."""
+def clear_slot(segments: KVSegments, slot: Array, max_positions: Array) -> KVSegments:
+    """Zeros a slot's segments that begin below `max_positions`, so that no NaN of another text is left there."""
 
     @jax.jit(inline=True)  # traced once for the many arrays of a shape
     def clear(array: Array, at: Array) -> Array:
         return _scatter(array, jnp.zeros((1, *array.shape[1:]), array.dtype), at)
 
-    slots = [jnp.where(edge < reach, slot, segments.slots) for edge in segments.edges[:-1]]
-    places = [jnp.stack([slot, 0])[None] for slot in slots]
-    return map_segments(lambda segment, at: jax.tree.map(lambda array: clear(array, at), segment), segments, places)
+    slots = [jnp.where(edge < max_positions, slot, segments.slots) for edge in segments.edges[:-1]]
+    starts = [jnp.stack([slot, 0])[None] for slot in slots]
+    return map_segments(lambda segment, at: jax.tree.map(lambda array: clear(array, at), segment), segments, starts)
 
 
-def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -> KVSegments:
-    """Copies a lone sequence's segments below `reach` to the slots targets (X,), whose rows check its draft tokens.
-
-    A target of no slot is skipped.
+def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: Array) -> KVSegments:
+    """Copies a single sequence's segments that begin below `max_positions` to the slots targets (X,) int32, whose rows check
+    its draft tokens. A target of no slot is skipped.
     """
     at, L = jnp.stack([targets, jnp.zeros_like(targets)], axis=1), len(segments.k)
 
@@ -183,7 +182,7 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -
         return _scatter(array, jnp.broadcast_to(content, (len(targets), *array.shape[1:])), at)
 
     def copy_segment(layers: tuple[KVArray, ...], start: int) -> Any:
-        return jax.lax.cond(start < reach, lambda layers: jax.tree.map(copied, layers), lambda layers: layers, layers)
+        return jax.lax.cond(start < max_positions, lambda layers: jax.tree.map(copied, layers), lambda layers: layers, layers)
 
     layers = tuple(zip(*map(copy_segment, zip(*segments.k, *segments.v), segments.edges)))
     return KVSegments(layers[:L], layers[L:])
@@ -192,8 +191,8 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, reach: Array) -
 def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
     """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k, v written.
 
-    A query at position p sees positions 0 .. p of its slot, this call's own among them. Beside the kernel, which multiplies no
-    row of NaN by a weight, what is no token gets NaN, and has keys and values of 0.
+    A query at position p sees positions 0 .. p of its slot, this call's own among them. With the kernel, padding
+    gets keys and values of 0, and NaN as its result: products in blocks skip rows that are not finite.
     """
     rows, stored = layer.rows, layer.k[0]
     by_kernel = len(layer.k) == 1 and has_kernel()
@@ -273,7 +272,7 @@ def attend_segment(q: Any, last: Array, keys: KVArray, values: KVArray, slot: Ar
     """Adds a segment's keys and values (B, K, C, H) to the attention of queries (R, K, M, H).
 
     last (R, M): the last position of the segment that each query sees; below 0 the query's state stays, to the bit. `slot` is
-    that of a lone row; without it row r reads slot r.
+    that of a single row; without it row r reads slot r.
     """
     if slot is not None:
         keys, values = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0), (keys, values))

@@ -2,10 +2,10 @@
 // column: Q4_0, numbers from 0 to 15 and a scale s that stand for s (n - 8); Q4_1, a scale and a minimum m that stand for
 // s n + m; Q8_0, numbers from -128 to 127 and a scale. Scales and minima are float16.
 //
-//     x (M, in) float32, weight (out / 16, in / 32, bytes of 16 blocks) uint8, gain (in or 0) and eps float32
-//       -> y (M, out) float32
+//     x (M, in) or (M, 2 in) float32, weight (out / 16, in / 32, bytes of 16 blocks) uint8, gain (in or 0) and eps float32
+//       -> y (M, out) float32, and behind it what adapters add, if their arguments are behind eps (adapters.h)
 //
-// With a gain x is normalised first. An x of 2 in columns is SwiGLU's: the silu of the first half times the second is multiplied.
+// With a gain x is normalised first. Of 2 in columns SwiGLU is multiplied: the silu of the first half times the second.
 //
 // 16 blocks, of as many columns, lie side by side: 4 inputs of each column in 64 bytes, as a dot-product instruction takes
 // them, then the scales, then the minima. Of 4 bits a byte holds the inputs i and i + 16. A weight is read once, in order: few
@@ -226,7 +226,7 @@ static void place(Task *t, Memory *memory) {
   if (t->gain || t->width > t->in) t->prepared = claim(memory, t->M * t->in * sizeof *t->prepared);
 }
 
-// Rounds the rows, then multiplies them. Behind the arguments and results are those of adapters.
+// Rounds the rows, then multiplies them.
 KERNEL(block_matmul) {
   const int64_t *x = in[0]->dims, kind = in[1]->dims[2], groups = in[1]->dims[1];
   Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .gain = in[2]->dims[0] ? in[2]->data : NULL,

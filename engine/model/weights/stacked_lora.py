@@ -59,8 +59,8 @@ class StackedLoRA:
         return self.index, self.a, self.b, self.scale, self.edges
 
 
-def takes_what_precedes(x: Array, weight: Any) -> bool:
-    """Whether a kernel multiplies x (B, T, in), and takes in the same call its norm or SwiGLU, and adapters of each row."""
+def fuses_norm_or_swiglu(x: Array, weight: Any) -> bool:
+    """Returns whether a kernel multiplies x (B, T, in) in one call with the norm or SwiGLU before it, and rows' adapters."""
     one_token_each = isinstance(weight, StackedLoRA) and x.shape[1] == 1
     return isinstance(weight.base if one_token_each else weight, Blocks) and has_kernel()
 
@@ -83,8 +83,8 @@ def adapter_product(x: Array, weight: StackedLoRA) -> Array:
 def make_stacks(params: Params, count: int, rank: int) -> Params:
     """Returns stacks for `count` adapters of at most that rank: at each weight's path its (a, b, scale).
 
-    params: as `prepare_params` returns them. a and b have the dtype of a plain weight. Over int8 and blocks they are int8, for
-    each stream reads its own: eight would read half as much again as the weights.
+    params: as `prepare_params` returns them. a and b have the dtype of a plain weight. Over int8 and blocks they are int8,
+    because each stream reads its own: wider ones of eight streams would add half the weights' bytes.
     """
     stacks = {}
     for path, leaf in leaf_paths(params).items():
@@ -125,7 +125,7 @@ def _round_rows(values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Any]:
 
 
 def with_stacks(cfg: ModelConfig, params: Params, stacks: Params | None, index: Any) -> Params:
-    """Returns params, over which the stacks were made, of which row n of a batch has adapter index[n]; as they are without."""
+    """Returns params, over which the stacks were made, with adapter index[n], (B,) int32, in row n; the same without stacks."""
     if stacks is None:
         return params
     of = leaf_paths(stacks)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stages.serve.api import anthropic, completions, ollama, responses, status, texts
-from stages.serve.api.generation import Answer, answer_in_place, check_ready
+from stages.serve.api.generation import Answer, answer_reserved, check_ready
 from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, Call, json_reply
 from stages.serve.errors import ApiError, error_type
 from stages.serve.page import page as make_page
@@ -136,7 +136,7 @@ async def _respond(route: Route, call: Call) -> ASGIApp:
         check_ready(call) if route.generates else admission.check_open()
         try:
             await call.read(route.body)
-            reply = await (answer_in_place(route.handler, call) if route.generates else route.handler(call))
+            reply = await (answer_reserved(route.handler, call) if route.generates else route.handler(call))
         finally:
             admission.remove_bytes(len(call.content))
     return json_reply(reply) if isinstance(reply, msgspec.Struct) else reply

@@ -1,6 +1,6 @@
 """Generation: the completions of one HTTP request, from prompts over events to what the Writer of a dialect makes of them.
 
-A handler, called by `answer_in_place`, makes Prompts, and returns what `generate` returns, or a Generation of requests of its
+A handler, called by `answer_reserved`, makes Prompts, and returns what `generate` returns, or a Generation of requests of its
 own: the response.
 """
 
@@ -91,7 +91,7 @@ class Usage(NamedTuple):
 
     @property
     def documents(self) -> DocumentsUse | UnsetType:
-        """This server's own field of a reply, absent without passages; reading takes them their share of the tokens."""
+        """This server's own field of a reply, absent without passages; its seconds are their share of the tokens."""
         tokens = sum(passage.tokens for passage in self.passages)
         share = min(tokens / max(self.prompt - self.cached, 1), 1)
         return DocumentsUse(tokens, round(self.first_seconds * share, 4), self.passages) if self.passages else UNSET
@@ -105,7 +105,8 @@ Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole
 class Choice:
     """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache.
 
-    `end`: stop, length, error, or abort when the client left. `strips_space`: whether the space that may begin it is left out.
+    `end`: stop, length, error, or abort when the client left or another one failed. `strips_space`: whether the space that may
+    begin it is left out.
     """
 
     index: int
@@ -374,9 +375,9 @@ async def chat_prompts(
     tools: ToolUse = NO_TOOLS,
     variables: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """Returns the prompt of a conversation, of whose next turn, the assistant's, `answer` is there.
+    """Returns the prompt of a conversation. `answer`: the beginning of the assistant's turn, which the completion continues.
 
-    `variables`: what else the template reads.
+    `variables`: what else the template reads. Raises ApiError and InvalidField.
     """
     pool = call.state.tokenizer
     tokens, passages = await pool.encode_chat(turns, answer, variables, tools.tools)
@@ -394,10 +395,10 @@ def check_ready(call: Call) -> None:
         call.state.admission.check(*_arrival(call.http, 0))
 
 
-async def answer_in_place(handler: Callable[[Call], Awaitable[ASGIApp]], call: Call) -> ASGIApp:
+async def answer_reserved(handler: Callable[[Call], Awaitable[ASGIApp]], call: Call) -> ASGIApp:
     """Reserves a place before the prompts become tokens. The Generation that the handler returns frees it, or its error.
 
-    Raises ApiError.
+    Raises ApiError, InvalidField, and what the handler raises.
     """
     if (choices := call.body.choices) > MAX_COMPLETIONS:
         message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
@@ -425,7 +426,8 @@ def make_request(
     constraint: Constraint | None = None,
     embed: bool = False,
 ) -> Request:
-    """Raises ApiError if the adapter has been removed, and as `check_request`, of the body's field that has the prompt."""
+    """Returns the engine's request for a prompt. Raises ApiError if the adapter has been removed, and InvalidField as
+    `check_request` does, for the body's field that has the prompt."""
     adapter, engine = call.state.adapter_of(call.model), call.state.engine
     request = Request(tuple(prompt), sampling, call.http.state.namespace, constraint, embed, adapter)
     try:
@@ -436,7 +438,10 @@ def make_request(
 
 
 def make_scored(call: Call, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0) -> Request:
-    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt. Raises ApiError."""
+    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt.
+
+    Raises ApiError and InvalidField.
+    """
     count, capacity, vocab = len(prompt) + len(tokens), call.state.engine.capacity, call.state.engine.cfg.vocab
     if count > capacity:
         raise context_overflow(count, capacity, field)
@@ -463,14 +468,14 @@ async def generate(
     if it has them; None stands for the default. `own` are those of SamplingParams that the dialect has in its own form. All
     keep to the grammar, of which there is one at most. At most `max_tokens` are generated, by default and at most as many as
     fit; with 0 there is no completion. With `scores` the tokens of each prompt but its first come before its completions, if
-    there are others. Raises ApiError.
+    there are others; they need `logprobs`. Raises ApiError and InvalidField.
     """
     state, body = call.state, call.body
     field = lambda name: own[name] if name in own else getattr(fields or body, name, None)
-    given = {name: value for name in SAMPLING_FIELDS if (value := field(name)) is not None}
+    options = {name: value for name in SAMPLING_FIELDS if (value := field(name)) is not None}
     capacity, n, stop = state.engine.capacity, field("n") or 1, field("stop") or ()
-    limit, seed = given.get("max_tokens", capacity), given.get("seed", int.from_bytes(os.urandom(4)))
-    ends = frozenset(given.get("stop_token_ids", ())) | (frozenset() if field("ignore_eos") else prompts.stop_token_ids)
+    limit, seed = options.get("max_tokens", capacity), options.get("seed", int.from_bytes(os.urandom(4)))
+    ends = frozenset(options.get("stop_token_ids", ())) | (frozenset() if field("ignore_eos") else prompts.stop_token_ids)
     if len(grammars) > 1:
         message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
         raise InvalidField(grammars[1].field, message)
@@ -484,10 +489,10 @@ async def generate(
         if room < bool(limit):
             raise context_overflow(len(prompt), capacity, body.prompt_field)
         if scores and len(prompt) > 1:
-            requests.append(make_scored(call, prompt[:1], prompt[1:], body.prompt_field, given["logprobs"]))
+            requests.append(make_scored(call, prompt[:1], prompt[1:], body.prompt_field, options["logprobs"]))
         if limit:
-            given.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
-            first = make_request(call, prompt, dataclasses.replace(state.sampling, **given), constraint)
+            options.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
+            first = make_request(call, prompt, dataclasses.replace(state.sampling, **options), constraint)
             _, *others = first.sampling.per_row(n)  # each with its own seed
             requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
     return Generation(call, prompts, requests, writer.reply, n, [stop] if isinstance(stop, str) else stop, writer)
