@@ -35,6 +35,7 @@ from engine.inference.prefix_cache import PrefixCache
 from engine.inference.request import Completion, Request, SamplingParams
 from engine.inference.sampling import sample, sampling_arrays
 from engine.inference.scheduler import STEPS, Decode, Drafter, Scheduler
+from engine.model import ops
 from engine.model.transformer import forward, make_cache
 
 forward_, sample_ = jax.jit(forward, static_argnums=0), jax.jit(sample)
@@ -255,8 +256,11 @@ def test_a_short_prompt_is_computed_in_no_more_rows_than_it_needs(monkeypatch):
         assert sizes == expected
 
 
-def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other():
-    """A token whose embedding is NaN: a request with it gets an error, those beside and after it their completions."""
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other(monkeypatch, by_kernel):
+    """The last token's embedding is NaN: a request with it gets an error, those beside and after it their completions."""
+    if not by_kernel:
+        monkeypatch.setattr(ops, "native_problem", lambda: "it is off")
     params = served_model("float32")[1]
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
     engine = make_engine("float32", params=bad)

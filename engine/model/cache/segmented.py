@@ -191,12 +191,12 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: 
 def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
     """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k, v written.
 
-    A query at position p sees positions 0 .. p of its slot, this call's own among them. With the kernel, padding
-    gets keys and values of 0, and NaN as its result: products in blocks skip rows that are not finite.
+    A query at position p sees positions 0 .. p of its slot, this call's own among them. Padding gets keys and values of 0, and
+    from the kernel NaN as its result: products in blocks skip rows that are not finite.
     """
     rows, stored = layer.rows, layer.k[0]
     by_kernel = len(layer.k) == 1 and has_kernel()
-    is_token = rows.is_token if by_kernel else None
+    is_token = rows.is_token
     if_token = lambda x, other: x if is_token is None else jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, other)
 
     def to_stored(new: Array) -> KVArray:
