@@ -68,7 +68,7 @@ PROMISES = {  # what is tried at length
     "S2": "No request sees another's text.",
     "S3": "Serving changes no weight, and no route could.",
     "S4": "A disconnect frees its slot.",
-    "S5": "Overload is refused at once, and costs no throughput.",
+    "S5": "Overload is refused at once, and costs hardly any throughput.",
     "S6": "No request compiles, breaks or blocks anything.",
     "S7": "Tokenizing is linear: a megabyte in a second.",
     "S8": "SIGTERM lets running requests finish.",
