@@ -28,6 +28,7 @@ from engine.inference.scheduler import STEPS, Decode, Prefill, Scheduler, Sequen
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from engine.model.transformer import Params
+from engine.model.weights.blocks import has_only_blocks
 from engine.model.weights.lora import LoRA
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
@@ -140,7 +141,8 @@ class Engine:
         self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
-            self.few_rows = MIN_ROWS if self.runner.has_kernel and self.rows > MIN_ROWS and self._rows_are_exact() else 0
+            has_few_rows = self.runner.has_kernel and self.rows > MIN_ROWS and has_only_blocks(self.params)
+            self.few_rows = MIN_ROWS if has_few_rows and self._rows_are_exact() else 0
 
     def _compare_tails(self) -> bool:
         """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""

@@ -39,6 +39,7 @@ from engine.model.config import ModelConfig
 from engine.model.native.library import target
 from engine.model.ops import has_kernel
 from engine.model.transformer import Params, forward, hidden_states
+from engine.model.weights.blocks import has_only_blocks
 from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_stacks
 from engine.program_cache import stored
 
@@ -187,7 +188,7 @@ def idle_calls(
         return decode_slots, (cfg, params, segments, counts, *per_row, row_adapters(stacks, [0] * R))
 
     calls = {"decode": decode(config.rows)}
-    if has_kernel() and config.rows > MIN_ROWS:  # whose rows read any slot
+    if has_kernel() and config.rows > MIN_ROWS and has_only_blocks(params):
         calls["decode_few"] = decode(MIN_ROWS)
     for name, size in sizes.items():
         tokens = np.zeros((1, size), np.int32)

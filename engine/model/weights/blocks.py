@@ -8,6 +8,7 @@ their own block coarse and of no other. What a file has is not converted, and no
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,12 @@ class Blocks:
     def of(self, trained: Array) -> Array:
         """Returns the matrix, float32, with what `factors_to_train` gave, trained since, for its own factors."""
         return dense_blocks(self, _round_factors(trained, self.kind))
+
+
+def has_only_blocks(params: Any) -> bool:
+    """Returns whether all matrices are Blocks. The kernel gives a row the same bits among any number of rows; XLA does not."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Blocks))
+    return all(isinstance(leaf, Blocks) or len(leaf.shape) < 2 for leaf in leaves)
 
 
 def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
