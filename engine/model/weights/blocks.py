@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from engine.model.native.library import target
 from engine.model.ops import has_kernel
+from engine.model.paths import leaf_paths
 
 COLUMNS, GROUP = 16, 32  # that lie side by side, and inputs of a block
 KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
@@ -56,8 +57,7 @@ class Blocks:
 
 def has_only_blocks(params: Any) -> bool:
     """Returns whether all matrices are Blocks. The kernel gives a row the same bits among any number of rows; XLA does not."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Blocks))
-    return all(isinstance(leaf, Blocks) or len(leaf.shape) < 2 for leaf in leaves)
+    return all(isinstance(leaf, Blocks) or len(leaf.shape) < 2 for leaf in leaf_paths(params).values())
 
 
 def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
