@@ -22,14 +22,13 @@ class Metrics(Collector):
     """The metrics, in a registry of their own: two servers in one process share none."""
 
     def __init__(self, model: str, engine: EngineThread) -> None:
-        self._engine = engine
+        self._model, self._engine = model, engine
         self._registry = registry = prometheus.CollectorRegistry()
         of_model: dict[str, Any] = {"labelnames": ["model_name"], "registry": registry}
         counter = lambda name, about: prometheus.Counter(name, about, **of_model).labels(model)
         histogram = lambda name, about, buckets: prometheus.Histogram(name, about, buckets=buckets, **of_model).labels(model)
         self._counters = (
             counter("vllm:prompt_tokens", "Tokens of prompts."),
-            counter("vllm:generation_tokens", "Tokens that were generated."),
             counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
             counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held."),
         )
@@ -60,10 +59,12 @@ class Metrics(Collector):
     def collect(self) -> list[CounterMetricFamily]:
         about = "Programs compiled since the server was ready."
         compiles = CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)
+        generated = CounterMetricFamily("vllm:generation_tokens", "Tokens that were generated.", labels=["model_name"])
+        generated.add_metric([self._model], self._engine.generated_tokens)
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
             responses.add_metric([str(status)], count)
-        return [compiles, responses]
+        return [compiles, generated, responses]
 
     def count_response(self, status: int) -> None:
         self._responses[status] += 1
@@ -73,7 +74,7 @@ class Metrics(Collector):
 
     def count_completion(self, prompt: int, cached: int, generated: int, seconds: float, decoding: float) -> None:
         """Counts a whole completion. `decoding`: its seconds from first token to last."""
-        for counter, count in zip(self._counters, (prompt, generated, prompt, cached)):
+        for counter, count in zip(self._counters, (prompt, prompt, cached)):
             counter.inc(count)
         for histogram, value in zip(self._histograms, (prompt, generated, seconds)):
             histogram.observe(value)

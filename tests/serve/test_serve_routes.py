@@ -254,6 +254,10 @@ def test_metrics(client):
     result = good(client.complete(most=7, ignore_eos=True))
     grown = {name: value(name) - before[name] for name in names}
     assert list(grown.values()) == [result["usage"]["prompt_tokens"], 7, 1, 1, 1, 1, result["usage"]["prompt_tokens"]]
+    before = value("vllm:generation_tokens_total")
+    with client.stream("POST", "/v1/completions", json=ask(most=100, ignore_eos=True, stream=True)) as reply:
+        next(reply.iter_lines())
+    assert value("vllm:generation_tokens_total") > before, "tokens count as they come, those of a client that leaves too"
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     for name in (*names, "thrice_compiles_after_ready_total"):
         assert re.search(rf"^{name}[{{ ]", client.get("/metrics").text, re.M)
