@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -81,8 +81,20 @@ async def repeat_under_load(
 @pytest.mark.promises(name="S1")  # by day: tests/serve/test_serve_load.py and tests/inference/test_engine_company.py
 async def test_the_same_request_gives_the_same_bits(client, slots, quick, rng, expect):
     """Half seeded at temperature 1, among as many others; log-probabilities compared as floats, which JSON carries whole."""
+    await expect_same_bits(client, slots, 96 if quick else 1000, rng, expect)
+
+
+@pytest.mark.promises(name="S1")
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+async def test_the_same_bits_by_weights_that_no_kernel_multiplies(make_server, weights, slots, quick, rng, expect):
+    async with make_server("--weights", weights) as server:
+        await expect_same_bits(server.client, slots, 96 if quick else 400, rng, expect, f", {weights} weights")
+
+
+async def expect_same_bits(
+    client: Client, slots: int, repetitions: int, rng: random.Random, expect: Callable[..., None], with_what: str = ""
+) -> None:
     health = (await client.get("/health")).json()
-    repetitions = 96 if quick else 1000
     texts, different_bits, unanswered = await repeat_under_load(client, REQUESTS, slots, repetitions, rng)
     again = (await client.get("/health")).json()
     expect(
@@ -90,7 +102,7 @@ async def test_the_same_request_gives_the_same_bits(client, slots, quick, rng, e
         at_most("outputs with other bits", different_bits, 0),
         at_most("unanswered", unanswered, 0),
         at_most("programs compiled", again["compiles_after_ready"] - health["compiles_after_ready"], 0),
-        over=f"{repetitions} repetitions of {len(REQUESTS)} requests",
+        over=f"{repetitions} repetitions of {len(REQUESTS)} requests{with_what}",
     )
 
 
