@@ -194,7 +194,7 @@ def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends:
 
     def call(engine: Engine) -> Json:
         sampling = SamplingParams(max_tokens=new, temperature=0.0, stop_token_ids=frozenset(ends))
-        output, seconds, before = [], 0.0, engine.decode_steps
+        output, seconds, before = [], 0.0, engine.steps_decoded
         for prompt in prompts:
             tokens: list[int] = []
             first = 0.0  # the time of the first token, which counts as prefill
@@ -206,7 +206,7 @@ def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends:
             seconds += clock() - first
             output.append(tokens)
         decoded = sum(max(len(tokens) - 1, 0) for tokens in output)
-        return {"decode": seconds, "decoded": decoded, "tokens": output, "steps": engine.decode_steps - before - len(prompts)}
+        return {"decode": seconds, "decoded": decoded, "tokens": output, "steps": engine.steps_decoded - before - len(prompts)}
 
     calls: dict[str, Call] = {}
     for name in ("plain", "speculative"):

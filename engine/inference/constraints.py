@@ -146,8 +146,8 @@ def json_grammar(schema: dict[str, Any]) -> str:
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """Returns the schema as a part of a rule.
 
-    A keyword that cannot be enforced is refused by the compiler, or ignored if `lenient`. Raises UserError for a schema that is
-    nested too deeply or too costly.
+    A keyword that cannot be enforced is ignored if `lenient`, and else refused, here or by the compiler. Raises UserError for
+    that, and for a schema that is nested too deeply or has too many bytes.
     """
     options = JSON_OPTIONS | {"lenient": lenient}
     text = json.dumps({**_checked(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
@@ -165,7 +165,7 @@ def choice_grammar(choices: Sequence[str]) -> str:
 
 
 def regex_grammar(pattern: str) -> str:
-    """A pattern of Rust's crate, for all of the text."""
+    """Returns a grammar of the texts that a pattern matches from beginning to end, in the syntax of Rust's regex crate."""
     from llguidance import regex_to_lark
 
     return f"start: /{regex_to_lark(pattern)}/"
@@ -192,7 +192,9 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
         return schema
     multiple, least, checked = schema.get("multipleOf"), schema.get("minProperties"), dict[str, Any]()
     if isinstance(multiple, int | float) and not 0 < _digits(multiple) <= MAX_MULTIPLE:
-        raise UserError(f"multipleOf {multiple} cannot be enforced, for it has too many digits")
+        if not lenient:
+            raise UserError(f"multipleOf {multiple} cannot be enforced, for it is 0 or has too many digits")
+        schema = {name: value for name, value in schema.items() if name != "multipleOf"}
     required = schema.get("required")
     names = len({*map(str, required)}) if isinstance(required, list) else 0
     if not lenient and isinstance(least, int) and least > max(1, names):

@@ -53,7 +53,7 @@ class Engine:
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
         self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.few_rows = 0  # of the smaller decoding program, if a row has the same bits there; `warm` finds out
-        self.decode_steps = 0  # so far, each of all rows at once
+        self.steps_decoded = 0  # so far, each of all rows at once
         self.used_slots: set[int] = set()  # that may hold another text
         self.runner = ModelRunner(cfg, params, self.config)
         self.scheduler = Scheduler(config.slots, config.speculate, self.rows, self.runner.has_kernel)
@@ -98,7 +98,7 @@ class Engine:
         return sum(other <= priority for other in waiting) if priority in waiting else 0
 
     def free_adapter_index(self, in_use: Collection[int]) -> int | None:
-        """Returns an index of the stacks that is not `in_use`, or None; what a request here reads is never written."""
+        """Returns an index of the stacks that is neither `in_use` nor a request's, waiting or running, or None."""
         held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}
         return next((index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None)
 
@@ -114,7 +114,7 @@ class Engine:
         for sequence in self.scheduler.admit():
             request = sequence.request
             sequence.prefix_key = root_key(request.namespace, request.adapter.digest if request.adapter else "")
-            if sequence.slot in self.used_slots and not self.runner.has_kernel:  # which reads no other text's numbers
+            if sequence.slot in self.used_slots and not self.runner.has_kernel:  # which reads only the sequence's own positions
                 self.runner.clear(sequence.slot, sequence.max_positions)
             self.used_slots.add(sequence.slot)
             if request.sampling.adjusts_logits:
@@ -275,7 +275,7 @@ class Engine:
         rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
         sampled = self.runner.decode(token, rows, sampling, self._masks(batch, R), batch.steps, logprobs, adapters)
-        self.decode_steps += batch.steps
+        self.steps_decoded += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in sequences)
         return [event for event in events if event.tokens or event.finish_reason]
 
@@ -317,12 +317,12 @@ def complete(
     capacity: int | None = None,
 ) -> list[Completion]:
     """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own."""
-    rows = [*map(tuple, prompts)]
-    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, rows, capacity))
+    texts = [*map(tuple, prompts)]
+    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, texts, capacity))
     tokens: dict[int, list[int]] = {}
     ends: dict[int, Event] = {}
-    for prompt, row in zip(rows, sampling, strict=True):
-        tokens[engine.submit(Request(prompt, row.within(engine.capacity - len(prompt))))] = []
+    for prompt, options in zip(texts, sampling, strict=True):
+        tokens[engine.submit(Request(prompt, options.within(engine.capacity - len(prompt))))] = []
     while engine.busy:
         for event in engine.step():
             tokens[event.id] += event.tokens

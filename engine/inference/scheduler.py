@@ -117,7 +117,8 @@ class Sequence:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether its grammar allowed the last tokens, so that the next may be sampled without its masks, and looked at then.
+        """Whether it is greedy, and PATIENCE tokens were accepted since one that was sampled without a mask was rejected: then
+        the next are sampled without masks, and looked at afterwards.
 
         The most probable of all tokens, if it is allowed, is the most probable of those that are.
         """
@@ -173,8 +174,8 @@ class Sequence:
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
-        None: a token whose logits were no numbers. Each token after the first was sampled after one of `drafts`, and counts
-        only if all drafts up to that one were right.
+        None: a token whose logits were no numbers. With `drafts`, each token after the first was sampled after one of them, and
+        counts only if all drafts up to that one were right; without, the tokens are of consecutive steps.
         """
         sampled, accepted = list(sampled), list[int]()
         reason: FinishReason | None = None
@@ -256,8 +257,8 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
-    `rows`: of a dispatch; those beyond the slots, which one slot has, read that slot. `shares_slots`: whether any row can read
-    any slot, so that draft tokens need no copies.
+    `rows`: of a dispatch, one for each slot, but more for a single slot, which all of them read. `shares_slots`: whether any
+    row can read any slot, so that draft tokens need no copies.
     """
 
     def __init__(self, slots: int, speculate: bool, rows: int, shares_slots: bool) -> None:
@@ -298,6 +299,7 @@ class Scheduler:
         return admitted
 
     def schedule(self) -> Prefill | Decode | None:
+        """Returns the next step, or None when nothing runs."""
         prefilling, decoding = self.prefilling, self.decoding
         # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
         if prefilling and not (decoding and self._last_was_prefill):

@@ -27,12 +27,15 @@ class AdapterTable:
         self.adapters: dict[str, Adapter] = {}
 
     def put(self, index: int, adapter: Any) -> Adapter:
-        """Puts an adapter that `read` returned into new stacks; returns it as requests have it."""
+        """Puts the tree of an adapter, of `read`, into new stacks; returns the adapter as requests have it."""
         self._engine.engine.runner.put_adapter(index, adapter)
         return Adapter(digest(adapter), index)
 
     async def add(self, name: str, folder: str) -> None:
-        """Reads an adapter from below the folder for them, off the event loop, one at a time. Raises ApiError."""
+        """Reads an adapter from below the folder for them, off the event loop, one at a time.
+
+        Raises ApiError, and InvalidField for a folder that cannot be served.
+        """
         if self._folder is None:
             message = "No adapters are taken in here; --adapter-folder names the folder from below which they may come."
             raise ApiError(403, message, code="no_adapters")

@@ -1,9 +1,11 @@
-"""Runs an `Engine` in a thread that alone changes it: requests come through a queue, events go out on the event loop.
+"""Runs an `Engine` in a thread that alone steps it: requests come through a queue, events go out on the event loop.
 
-The event loop may read the engine's counts meanwhile; they may then be one step old.
+The event loop may read the engine's counts meanwhile; they may then be one step old. New stacks of adapters may come from any
+thread.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import queue
 import threading
@@ -32,6 +34,7 @@ class EngineThread:
         self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._submitted = self._received = 0  # requests, by the event loop and by the thread
 
     @property
     def compiles_after_ready(self) -> int:
@@ -39,7 +42,8 @@ class EngineThread:
 
     @property
     def waiting(self) -> int:
-        return self.engine.waiting + self._work.qsize()
+        """Requests without a slot, those too that the thread has not received yet."""
+        return self.engine.waiting + self._submitted - self._received
 
     @property
     def seconds_since_tick(self) -> float:
@@ -57,12 +61,13 @@ class EngineThread:
     def submit(self, request: Request, priority: int, listener: Listener) -> Callable[[], None]:
         """Submits a request that passes `check_request`, and returns what cancels it. `priority`: as of `Engine.submit`.
 
-        `listener` gets its events on the event loop, perhaps one more after it was cancelled.
+        `listener` gets its events on the event loop, perhaps a few more after it was cancelled.
         """
         id = 0
 
         def receive() -> None:
             nonlocal id
+            self._received += 1
             if self.error:
                 self._post(listener, Event(id, [], "error"))
                 return
@@ -73,14 +78,24 @@ class EngineThread:
             if self._listeners.pop(id, None):
                 self.engine.cancel(id)
 
+        self._submitted += 1
         self._work.put(receive)
         return lambda: self._work.put(drop)
 
     async def call[T](self, function: Callable[[], T]) -> T:
-        """Returns what a function returns in the engine's thread, between two steps, behind all that was submitted before."""
-        future = self._loop.create_future()
-        self._work.put(lambda: self._post(future.set_result, function()))
-        return await future
+        """Returns or raises what a function does in the engine's thread, between two steps, behind all submitted before."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._work.put(run)
+        return await asyncio.wrap_future(future)
 
     def stop(self) -> None:
         self._stopping = True

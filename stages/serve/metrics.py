@@ -28,13 +28,13 @@ class Metrics(Collector):
         counter = lambda name, about: prometheus.Counter(name, about, **of_model).labels(model)
         histogram = lambda name, about, buckets: prometheus.Histogram(name, about, buckets=buckets, **of_model).labels(model)
         self._counters = (
-            counter("vllm:prompt_tokens", "Tokens of prompts."),
+            counter("vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."),
             counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
             counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held."),
         )
         self._histograms = (
             histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS),
-            histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS),
+            histogram("vllm:request_generation_tokens", "Tokens generated or scored for a request.", TOKEN_BUCKETS),
             histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS),
         )
         self.ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS)
@@ -59,7 +59,7 @@ class Metrics(Collector):
     def collect(self) -> list[CounterMetricFamily]:
         about = "Programs compiled since the server was ready."
         compiles = CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)
-        generated = CounterMetricFamily("vllm:generation_tokens", "Tokens that were generated.", labels=["model_name"])
+        generated = CounterMetricFamily("vllm:generation_tokens", "Tokens generated or scored.", labels=["model_name"])
         generated.add_metric([self._model], self._engine.generated_tokens)
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
@@ -72,10 +72,12 @@ class Metrics(Collector):
     def count_end(self, reason: str) -> None:
         self._success[reason].inc()
 
-    def count_completion(self, prompt: int, cached: int, generated: int, seconds: float, decoding: float) -> None:
-        """Counts a whole completion. `decoding`: its seconds from first token to last."""
-        for counter, count in zip(self._counters, (prompt, prompt, cached)):
+    def count_prompt(self, tokens: int, looked_up: int, cached: int) -> None:
+        for counter, count in zip(self._counters, (tokens, looked_up, cached)):
             counter.inc(count)
+
+    def count_completion(self, prompt: int, generated: int, seconds: float, decoding: float) -> None:
+        """Counts a completion that was not cut off. `decoding`: its seconds from first token to last."""
         for histogram, value in zip(self._histograms, (prompt, generated, seconds)):
             histogram.observe(value)
         if generated > 1:

@@ -115,11 +115,9 @@ class TokenizerPool:
             raise InvalidField(param, message[0].upper() + message[1:].rstrip(".") + ".") from None
 
 
-def context_overflow(count: int, capacity: int, param: str) -> ApiError:
-    message = (
-        f"This model's context holds {capacity:,} tokens here. The prompt has {count:,}, which leaves none for an answer. "
-    )
-    return ApiError(400, f"{message}Nothing was left out: shorten the prompt.", param=param, code="context_length_exceeded")
+def context_overflow(count: int, capacity: int, param: str, what: str = "the prompt has") -> ApiError:
+    message = f"This model's context holds {capacity:,} tokens here, those of an answer too, and {what} {count:,}. "
+    return ApiError(400, f"{message}Nothing was left out: shorten the text.", param=param, code="context_length_exceeded")
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:

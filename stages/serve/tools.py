@@ -105,7 +105,7 @@ def tool_format(template: str) -> tuple[ToolFormat, bool]:
 
 
 class ToolUse(NamedTuple):
-    """The tools that an answer may call: it must call one that is `required`, and no other than `name` if that is given."""
+    """The tools that an answer may call, or must if `required`: only the one of `name` if given, and several if `parallel`."""
 
     tools: Sequence[Function] = ()
     required: bool = False
@@ -124,7 +124,7 @@ NO_TOOLS = ToolUse()
 
 
 def tool_use(
-    functions: Sequence[Function], named: str | None = None, choice: Any = "auto", parallel: bool | None = True
+    functions: Sequence[Function], named: str | None = None, choice: Any = None, parallel: bool | None = True
 ) -> ToolUse:
     """Returns the use of functions as tools. `named`: the one to be called, in place of the choice. Raises InvalidField."""
     for function in functions:
@@ -132,15 +132,17 @@ def tool_use(
             field = "tools[...].function.parameters"
             raise InvalidField(field, f"tools: the parameters of {function.name} must be an object.")
     required = choice == "required" or named is not None
-    if named not in (None, *(function.name for function in functions)) or (required and not functions):
-        raise InvalidField("tool_choice", f"tool_choice: there is no tool {named or 'to call'!r:.80} in tools.")
+    if required and not functions:
+        raise InvalidField("tool_choice", "tool_choice asks for a call, and there are no tools.")
+    if named not in (None, *(function.name for function in functions)):
+        raise InvalidField("tool_choice", f"tool_choice: there is no tool {named!r:.80} in tools.")
     return ToolUse(() if choice == "none" else functions, required, named, parallel is not False)
 
 
 def make_turn(role: str, content: str, **more: Any) -> Turn:
     """Returns a message as templates read it, with what there is of `more`; the role `developer` becomes `system`."""
-    there = {name: value for name, value in more.items() if value}
-    return {"role": "system" if role == "developer" else role, "content": content, **there}
+    present = {name: value for name, value in more.items() if value}
+    return {"role": "system" if role == "developer" else role, "content": content, **present}
 
 
 def call_turn(id: str, name: str, arguments: Any) -> Turn:
@@ -171,8 +173,8 @@ def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
 def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, text: str | None) -> str:
     """Returns the grammar of an answer that calls a tool, or `several`.
 
-    In place of a call there may be text: None for no text, "" for any, or the grammar `start: ...` of one rule. Raises
-    UserError for parameters that cannot be enforced.
+    In place of a call there may be text: None for no text, "" for any, or the grammar of a text. Raises UserError for
+    parameters that cannot be enforced.
     """
     end = json.dumps("}" + form.end)
     # Where an answer may be JSON too, both are read in the same parts.
@@ -186,6 +188,8 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, tex
         return f"start: {start}\nmark[lazy]: TEXT {json.dumps(mark)}\ntext: TEXT\nTEXT: /(?s:.*)/\ncall: {rest}"
     start = f'call ("\\n" call){{0,{MAX_CALLS - 1}}}' if several else "call"
     other = "" if text is None else " | text"
+    if text and not text.startswith("start: %json"):  # its rules may have the names of those here
+        text = f"%lark {{\n{text}\n}}"
     rule = "" if text is None else f"\ntext: {text.removeprefix('start: ')}" if text else "\ntext: | /[^\\{](?s:.*)/"
     return f"start: {start}{other}\ncall: {' | '.join(calls)}{rule}"
 

@@ -10,7 +10,15 @@ from engine_requests import GRAMMARS, LETTERS, SCHEMA, SLOTS, complete, complete
 from tiny import request_of
 
 from engine.errors import UserError
-from engine.inference.constraints import Constraint, GrammarCompiler, choice_grammar, json_grammar, lark_grammar, regex_grammar
+from engine.inference.constraints import (
+    Constraint,
+    GrammarCompiler,
+    choice_grammar,
+    json_grammar,
+    json_rule,
+    lark_grammar,
+    regex_grammar,
+)
 from engine.inference.scheduler import Sequence
 
 ENDS = tuple(LETTERS.controls)
@@ -43,7 +51,7 @@ def test_what_a_grammar_forces_is_decoded_in_fewer_steps():
         engine = make_engine("float32", speculate=speculate)
         (completion,) = complete(engine, [forced])
         assert (LETTERS.decode(completion.tokens), completion.finish_reason) == ("abcdefghi" * 3, "stop")
-        steps[speculate] = engine.decode_steps
+        steps[speculate] = engine.steps_decoded
     assert steps[False] == 27
     assert steps[True] < 10
 
@@ -113,6 +121,7 @@ def nested(depth):
         (lambda: json_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
         (lambda: json_grammar({"$ref": "http://elsewhere/x.json"}), "elsewhere"),
         (lambda: json_grammar({"multipleOf": 999983}), "multipleOf 999983 cannot be enforced"),
+        (lambda: f"start: {json_rule({'multipleOf': 999983}, lenient=True)}", None),
         (lambda: json_grammar({"minProperties": 2, "patternProperties": {"^x$": {}}}), "minProperties 2 cannot be enforced"),
         (lambda: json_grammar({"minProperties": 2, "required": 3}), "minProperties 2 cannot be enforced"),
         (lambda: json_grammar({"minProperties": 2, "required": ["a", "b"]}), None),

@@ -130,7 +130,7 @@ def test_candidates_to_one_prompt_are_decoded_together():
     alone = make_engine("float32", speculate=False)
     expected = [completion for request in candidates for completion in complete(alone, [request])]
     assert complete(engine, candidates[:1]) == expected[:1]
-    ids, steps = [engine.submit(request) for request in candidates], engine.decode_steps
+    ids, steps = [engine.submit(request) for request in candidates], engine.steps_decoded
     other = engine.submit(request_of(text(4, 40), 4))
     engine.step()
     assert len(engine.scheduler.decoding) == len(ids)
@@ -138,7 +138,7 @@ def test_candidates_to_one_prompt_are_decoded_together():
     engine.cancel(other)
     while engine.busy:
         engine.step()
-    assert engine.decode_steps - steps < 4 or not engine.runner.has_kernel
+    assert engine.steps_decoded - steps < 4 or not engine.runner.has_kernel
     assert complete(engine, candidates) == expected
 
 

@@ -1,4 +1,4 @@
-"""S1, S2, S4, S5 and S11: what a server does for each of many: the same bits, no text of another, its slot back, its turn."""
+"""S1, S2, S4, S5 and S11: what each of many gets: the same bits, no text of another, its slot freed, its turn or a refusal."""
 
 import asyncio
 import math
@@ -53,7 +53,7 @@ async def repeat_under_load(
     async def repeat() -> None:
         for place in places:
             completions[place].append(await complete(client, requests[place]))
-            if rng.random() < 0.1:  # now and then few are left, so that a request is also alone
+            if rng.random() < 0.1:  # now and then few are left
                 await asyncio.sleep(rng.random() * 0.3)
 
     async def disturb() -> None:
@@ -80,7 +80,7 @@ async def repeat_under_load(
 
 @pytest.mark.promises(name="S1")  # by day: tests/serve/test_serve_load.py and tests/inference/test_engine_company.py
 async def test_the_same_request_gives_the_same_bits(client, slots, quick, rng, expect):
-    """Half seeded at temperature 1, among as many others; log-probabilities compared as floats, which JSON carries whole."""
+    """Three of eight at temperature 1, by their seeds; log-probabilities are compared as floats, which JSON carries whole."""
     await expect_same_bits(client, slots, 96 if quick else 1000, rng, expect)
 
 
@@ -231,7 +231,7 @@ async def test_overload_is_refused(server, slots, quick, rng, expect):
     for _ in range(MIN_ROUNDS if quick else 9):
         peaks.append(await _peak_throughput(server, slots, seconds, rng))
         rate = OVERLOAD * peaks[0] / MEAN_TOKENS
-        counting = asyncio.create_task(_generated_per_second(server, 1, seconds - 1.5))
+        counting = asyncio.create_task(_generated_per_second(server, seconds - 1.5))
         responses += await open_loop(server.client, _medium_request, rate, seconds, rng)
         overloaded.append(await counting)
     at_peak, over_it = (Timing(tuple(1 / rate for rate in rates)) for rates in (peaks, overloaded))
@@ -258,14 +258,14 @@ async def _peak_throughput(server: Server, slots: int, seconds: float, rng: rand
             await send(server.client, _medium_request(rng))
 
     streams = [asyncio.create_task(stream()) for _ in range(slots + 4)]
-    throughput = await _generated_per_second(server, 1, seconds - 0.5)
+    throughput = await _generated_per_second(server, seconds - 0.5)
     await asyncio.gather(*streams)
     return throughput
 
 
-async def _generated_per_second(server: Server, delay: float, seconds: float) -> float:
-    """Tokens a second that the server generates after `delay`, by its own counter."""
-    await asyncio.sleep(delay)
+async def _generated_per_second(server: Server, seconds: float) -> float:
+    """Tokens a second that the server generates, by its own counter, after a second to begin with."""
+    await asyncio.sleep(1)
     begin, first = clock(), (await read_metrics(server.client))["vllm:generation_tokens_total"]
     await asyncio.sleep(seconds)
     last = (await read_metrics(server.client))["vllm:generation_tokens_total"]
@@ -302,7 +302,7 @@ async def test_a_short_request_beside_long_prompts(server, client, quick, rng, e
     expect(
         slowest("short TTFT", short, 1e3 * (2 * chunk + 2 * alone)),
         at_least("long prompts that were answered", await beside, 1),
-        over=f"{count} short requests beside prompts of {prompt_tokens:,} tokens (all that fit); a chunk takes "
+        over=f"{count} short requests beside prompts of {prompt_tokens:,} tokens (nearly all that fit); a chunk takes "
         f"{1e3 * chunk:.0f} ms, TTFT alone is {1e3 * alone:.0f} ms",
     )
 

@@ -158,6 +158,9 @@ def test_fields_that_change_nothing_are_accepted_and_named(client):
     reply = client.complete(echo=False, suffix="", best_of=1, logprobs=None, user=None)
     assert (reply.status_code, reply.headers.get("x-ignored-fields")) == (200, None)
     assert client.complete(user="me").headers["x-ignored-fields"] == "user"
+    options = {"num_predict": 1, "num_ctx": 64, "repeat_last_n": None}
+    reply = client.post("/api/generate", json={"prompt": "a", "options": options, "stream": False})
+    assert reply.headers["x-ignored-fields"] == "options.num_ctx"
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -258,6 +258,10 @@ def test_metrics(client):
     with client.stream("POST", "/v1/completions", json=ask(most=100, ignore_eos=True, stream=True)) as reply:
         next(reply.iter_lines())
     assert value("vllm:generation_tokens_total") > before, "tokens count as they come, those of a client that leaves too"
+    before = [value(name) for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total")]
+    count = client.post("/v1/embeddings", json={"input": "Hello there"}).json()["usage"]["prompt_tokens"]
+    after = [value(name) for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total")]
+    assert after == [before[0] + count, before[1]], "an embedding looks nothing up"
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     for name in (*names, "thrice_compiles_after_ready_total"):
         assert re.search(rf"^{name}[{{ ]", client.get("/metrics").text, re.M)
@@ -274,6 +278,8 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
             client.get("/nowhere"),
             client.post_bytes("/v1/completions", b"Hello there"),
             httpx.get(server.url + "/?a=there"),
+            client.complete(["Hello there", "how"], 0, echo=True, logprobs=0, n=2),
+            client.complete(["Hello there", "how"], 2, echo=True, logprobs=0, n=2),
         ]
         step, body = server.engine.step, json.dumps(ask(most=100, ignore_eos=True)).encode()
         server.engine.step = lambda: (time.sleep(0.01), [])[1] if server.engine.running else step()
@@ -291,7 +297,9 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
         assert [entries[0][f"{name}_tokens"] for name in ("prompt", "completion")] == [usage["prompt_tokens"], 12]
         assert 0 < entries[0]["first_token_seconds"] < entries[0]["seconds"] < 60
         assert [entry.get("finish") for entry in (entries[0], entries[2])] == ["length+length", None]
-        assert (entries[5]["status"], entries[5]["finish"]) == (499, "abort")
+        for entry, reply in zip(entries[5:7], replies[5:], strict=True):
+            assert entry["prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
+        assert (entries[7]["status"], entries[7]["finish"]) == (499, "abort")
 
 
 def test_openapi_lists_every_route(client):

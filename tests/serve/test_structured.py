@@ -67,7 +67,7 @@ def answer_validates(client, schema, temperature, seed) -> str:
 def try_schemas(server, client, examples: int) -> None:
     """Four answers at a time to schemas, beside one to a prompt, which is what it is alone."""
     plain = ask("Hello there", 60, temperature=0.9, seed=3, logprobs=2)
-    alone, before = good(client.post("/v1/completions", json=plain))["choices"], server.engine.decode_steps
+    alone, before = good(client.post("/v1/completions", json=plain))["choices"], server.engine.steps_decoded
     reasons: list[str] = []
 
     compiled = server.state.engine.compiles_after_ready
@@ -83,7 +83,7 @@ def try_schemas(server, client, examples: int) -> None:
     answers_validate()
     assert len(reasons) >= 4 * examples
     assert reasons.count("stop") > 0.7 * len(reasons)
-    assert server.engine.decode_steps > before
+    assert server.engine.steps_decoded > before
     assert server.state.engine.compiles_after_ready == compiled
     attested = good(client.get("/v1/attestation"))
     assert attested["digest"] == attested["digest_at_load"]

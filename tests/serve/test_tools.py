@@ -104,6 +104,22 @@ def test_an_answer_may_have_a_schema_beside_tools(client):
             check(choice["message"]["tool_calls"])
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    ['call: "x" | "y"\nstart: call "!"', 'root ::= text "!"\ntext ::= [xy]', 'start: mark "!"\nmark: /[xy]/'],
+    ids=["Lark", "GBNF", "start first"],
+)
+def test_an_answer_may_have_a_grammar_beside_tools(client, grammar):
+    """Even one whose rules have the names of those around it."""
+    ask = lambda seed: client.chat("Go", ROOM, tools=TOOLS, guided_grammar=grammar, temperature=1.5, seed=seed)
+    choices = [good(ask(seed))["choices"][0] for seed in range(4)]
+    answers = [choice["message"]["content"] for choice in choices if choice["finish_reason"] == "stop"]
+    assert answers
+    assert {*answers} <= {"x!", "y!"}
+    assert {choice["finish_reason"] for choice in choices} <= {"stop", "tool_calls", "length"}
+    assert refused(client.chat("Go", 5, tools=TOOLS, guided_grammar=grammar + "?)"))["param"] == "guided_grammar"
+
+
 def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client):
     fields = {"tools": TOOLS[:1], "tool_choice": NAMED, "max_tokens": ROOM}
     ended = lambda stop: good(client.chat("Go", **fields, stop=[stop]))["choices"][0]

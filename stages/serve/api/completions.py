@@ -389,7 +389,7 @@ class ChatRequest(CompletionFields, kw_only=True):
         choice = self.tool_choice
         named = choice.function.name if isinstance(choice, ToolField) else None
         functions = [each.function for each in self.tools or ()]
-        return tool_use(functions, named, "auto" if choice is None else choice, self.parallel_tool_calls)
+        return tool_use(functions, named, choice, self.parallel_tool_calls)
 
     @property
     def grammars(self) -> list[Grammar]:

@@ -103,7 +103,8 @@ Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole
 
 @dataclasses.dataclass(eq=False)
 class Choice:
-    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache.
+    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache,
+    None before the first event.
 
     `end`: stop, length, error, or abort when the client left or another one failed. `strips_space`: whether the space that may
     begin it is left out.
@@ -115,7 +116,7 @@ class Choice:
     strips_space: bool
     parser: CallParser | None
     first_token: float = 0.0
-    cached: int = 0
+    cached: int | None = None
     end: str = "abort"
 
     @property
@@ -197,8 +198,8 @@ class Generation:
             yield writer.error(api_error(error))
 
     async def _pieces(self) -> AsyncIterator[Piece | str]:
-        """Yields the pieces of all completions as they come, in a stream in between what the request waits for: whenever that
-        changes and after KEEP_ALIVE_SECONDS of silence.
+        """Yields the pieces of all completions as they come, in a stream in between what the request waits for: before the
+        first piece whenever that changes, and after KEEP_ALIVE_SECONDS of silence.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
@@ -261,12 +262,13 @@ class Generation:
     @property
     def usage(self) -> Usage:
         completions = [choice for choice in self._choices if not choice.scored_tokens]
-        prompts = (completions or self._choices)[:: self._repeats]
+        scored = [] if completions else self._choices  # else they are of the completions' prompts
+        prompts = (completions or scored)[:: self._repeats]
         first = min((choice.first_token for choice in self._choices if choice.first_token), default=self._arrived)
         return Usage(
-            sum(len(choice.request.prompt) for choice in prompts) + sum(len(each.scored_tokens) for each in self._choices),
+            sum(len(choice.request.prompt) for choice in prompts) + sum(len(choice.scored_tokens) for choice in scored),
             sum(choice.completion.tokens for choice in completions),
-            sum(choice.cached for choice in prompts),
+            sum(choice.cached or 0 for choice in prompts),
             first - self._arrived,
             time.monotonic() - self._arrived,
             self._passages,
@@ -289,7 +291,10 @@ class Generation:
         if event.tokens and not choice.first_token:
             choice.first_token = now
             metrics.ttft.observe(now - self._arrived)
-        choice.cached = event.cached_tokens
+        if choice.cached is None:
+            choice.cached, prompt = event.cached_tokens, len(choice.request.prompt)
+            looks_up = not choice.request.embed and self._state.engine.engine.prefix_cache.limit > 0
+            metrics.count_prompt(prompt, prompt * looks_up, choice.cached)
         if event.finish_reason == "error" or event.finish_reason == "grammar":
             choice.end = "error"
             del self._unfinished[choice]
@@ -304,8 +309,8 @@ class Generation:
             cancel = self._unfinished.pop(choice)
             if not event.finish_reason:
                 cancel()
-            seconds, prompt = now - self._arrived, len(choice.request.prompt)
-            metrics.count_completion(prompt, choice.cached, completion.tokens, seconds, now - choice.first_token)
+            seconds = now - self._arrived
+            metrics.count_completion(len(choice.request.prompt), completion.tokens, seconds, now - choice.first_token)
             if not self._unfinished:
                 self._state.admission.record(seconds)
         if choice.strips_space and text:
@@ -444,7 +449,7 @@ def make_scored(call: Call, prompt: Sequence[int], tokens: Sequence[int], field:
     """
     count, capacity, vocab = len(prompt) + len(tokens), call.state.engine.capacity, call.state.engine.cfg.vocab
     if count > capacity:
-        raise context_overflow(count, capacity, field)
+        raise context_overflow(count, capacity, field, "prompt and answer have")
     if max(tokens) >= vocab:  # a mask has no bit for it
         raise InvalidField(field, f"{field} holds an id outside the vocabulary of {vocab:,}.")
     # As those of a completion's own tokens are, in the same program.
@@ -460,18 +465,18 @@ async def generate(
     fields: msgspec.Struct | None = None,
     grammars: Sequence[Grammar] = (),
     scores: bool = False,
-    **own: Any,
+    **overrides: Any,
 ) -> ASGIApp:
     """Responds with `n` completions of each prompt; those of a prompt follow each other.
 
     `fields`, by default the body, has `n`, the strings that `stop` a completion, `ignore_eos`, and fields of SamplingParams,
-    if it has them; None stands for the default. `own` are those of SamplingParams that the dialect has in its own form. All
-    keep to the grammar, of which there is one at most. At most `max_tokens` are generated, by default and at most as many as
-    fit; with 0 there is no completion. With `scores` the tokens of each prompt but its first come before its completions, if
-    there are others; they need `logprobs`. Raises ApiError and InvalidField.
+    if it has them; None stands for the default. `overrides` are those of SamplingParams that the dialect has in its own form.
+    All keep to the grammar, of which there is one at most. At most `max_tokens` are generated, by default and at most as many
+    as fit; with 0 there is no completion. With `scores` the tokens of each prompt but its first come before its completions,
+    if there are others; they need `logprobs`. Raises ApiError and InvalidField.
     """
     state, body = call.state, call.body
-    field = lambda name: own[name] if name in own else getattr(fields or body, name, None)
+    field = lambda name: overrides[name] if name in overrides else getattr(fields or body, name, None)
     options = {name: value for name in SAMPLING_FIELDS if (value := field(name)) is not None}
     capacity, n, stop = state.engine.capacity, field("n") or 1, field("stop") or ()
     limit, seed = options.get("max_tokens", capacity), options.get("seed", int.from_bytes(os.urandom(4)))
@@ -481,6 +486,8 @@ async def generate(
         raise InvalidField(grammars[1].field, message)
     grammar = grammars[0] if grammars else None
     if prompts.tools.tools:
+        if grammar:  # whose field an error shall name, and not `tools`
+            await state.tokenizer.compile(grammar)
         grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
     constraint = await state.tokenizer.compile(grammar) if grammar else None
     requests: list[Request] = []
@@ -495,4 +502,5 @@ async def generate(
             first = make_request(call, prompt, dataclasses.replace(state.sampling, **options), constraint)
             _, *others = first.sampling.per_row(n)  # each with its own seed
             requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
-    return Generation(call, prompts, requests, writer.reply, n, [stop] if isinstance(stop, str) else stop, writer)
+    repeats = n if limit else 1
+    return Generation(call, prompts, requests, writer.reply, repeats, [stop] if isinstance(stop, str) else stop, writer)

@@ -68,7 +68,7 @@ class Guard:
             self._checked = CORSMiddleware(
                 self._answer,
                 allow_origins=origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=EXPOSED_HEADERS,
                 allow_private_network=True,

@@ -62,7 +62,7 @@ class Options(Fields):
     frequency_penalty: Penalty = None
     stop: Stops | None = None
     mirostat: Literal[0] | None = None
-    # What is a flag of this server, or has no meaning in it.
+    # What changes no answer: see IGNORED_INSIDE.
     num_ctx: int | None = None
     num_keep: int | None = None
     num_batch: int | None = None

@@ -28,6 +28,13 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
 
+# Fields inside others that change no answer: what is a flag of this server, has no meaning in it, or asks a model to say less.
+IGNORED_INSIDE = {
+    "options": ("num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "repeat_last_n", "use_mmap", "use_mlock"),
+    "output_config": ("effort",),
+    "text": ("verbosity",),
+}
+
 
 TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}  # in the OpenAPI document, which has the size of the vocabulary
 
@@ -127,7 +134,11 @@ class AnswerRequest(ModelRequest):
 
     @property
     def ignored(self) -> list[str]:
-        return [name for name in IGNORED if getattr(self, name, None) is not None]
+        given = [name for name in IGNORED if getattr(self, name, None) is not None]
+        for name, fields in IGNORED_INSIDE.items():
+            values = getattr(self, name, None)
+            given += [f"{name}.{inner}" for inner in fields if getattr(values, inner, None) is not None]
+        return given
 
     @property
     def choices(self) -> int:
