@@ -156,6 +156,8 @@ class Event(NamedTuple):
 
 
 class Completion(NamedTuple):
+    """The tokens of a completion, without the `stop_token` that ended it if one did, and why it ended."""
+
     tokens: list[int]
     finish_reason: FinishReason | None
     stop_token: int | None

@@ -206,6 +206,8 @@ class Sequence:
 
 
 class Prefill(NamedTuple):
+    """The step that prefills a chunk of one sequence's prompt."""
+
     sequence: Sequence
 
 
@@ -352,6 +354,7 @@ class Scheduler:
             self.decoding.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out, and frees its slot."""
         (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
         self.free.append(sequence.slot)
         self._free_copies()

@@ -40,9 +40,9 @@ class Admission:
     """
 
     def __init__(self, slots: int, queue: int) -> None:
-        self.limit, self.held = slots + queue, (queue + 1) // 2
+        self.limit, self.held_places = slots + queue, (queue + 1) // 2
         self.reserved = 0
-        self.refused: dict[Sender, Refusal] = {}
+        self.refusals: dict[Sender, Refusal] = {}
         self.draining = False
         self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
         self._priorities = itertools.count(1)
@@ -59,35 +59,35 @@ class Admission:
         the request was sent before, by the client's own count; such a client may send many requests over one connection.
         """
         self.check_open()
-        refused = self.refused = {each: last for each, last in self.refused.items() if now <= last.due + LATE_SECONDS}
+        refusals = self.refusals = {each: last for each, last in self.refusals.items() if now <= last.due + LATE_SECONDS}
         if tries is not None:
-            group = [each for each, last in refused.items() if tries and last.in_line and each.group == sender.group]
+            group = [each for each, last in refusals.items() if tries and last.in_line and each.group == sender.group]
             new = sender._replace(port=-next(self._priorities))
-            sender = min(group, key=lambda each: refused[each].due, default=new)
-        line = [each for each, last in refused.items() if last.in_line]
-        early = sender in refused and now < refused[sender].due
-        again = [each for each in line if tries != 0 and each.group == sender.group and refused[each].due <= now]
-        if early and not refused[sender].in_line:
+            sender = min(group, key=lambda each: refusals[each].due, default=new)
+        line = [each for each, last in refusals.items() if last.in_line]
+        early = sender in refusals and now < refusals[sender].due
+        again = [each for each in line if tries != 0 and each.group == sender.group and refusals[each].due <= now]
+        if early and not refusals[sender].in_line:
             again = []  # those are others' places
         own = again[0] if again and sender not in again else sender
         if again and tries:  # before those that may never come again
-            line = [each for each in line if each == own or refused[each].returned]
+            line = [each for each in line if each == own or refusals[each].returned]
         ahead, free = line.index(own) if again else len(line), self.limit - self.reserved
-        if free > min(ahead, self.held):
+        if free > min(ahead, self.held_places):
             return own
-        wait = min(60, max(1 + ahead // max(1, self.held), round(self._seconds * (ahead + 1 - free))))
+        wait = min(60, max(1 + ahead // max(1, self.held_places), round(self._seconds * (ahead + 1 - free))))
         if not again and not early:
-            refused.pop(own, None)  # to the end of the line
+            refusals.pop(own, None)  # to the end of the line
         mates = sum(each.group == own.group for each in line)
-        if own in refused or (len(refused) < MAX_REFUSALS and mates < max(1, self.held)):
-            refused[own] = Refusal(now + wait, bool(again) or not early, tries != 0)
+        if own in refusals or (len(refusals) < MAX_REFUSALS and mates < max(1, self.held_places)):
+            refusals[own] = Refusal(now + wait, bool(again) or not early, tries != 0)
         message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
         raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
     def reserve(self, sender: Sender, now: float, tries: int | None = None) -> int:
         """Takes a place, until `release`. Returns its priority: the lowest is served first. Raises ApiError as `check`."""
         own = self.check(sender, now, tries)
-        self.refused.pop(own, None)
+        self.refusals.pop(own, None)
         self.reserved += 1
         return next(self._priorities)
 

@@ -22,6 +22,8 @@ Listener = Callable[[Event], None]
 
 
 class EngineThread:
+    """The thread of one engine. `ready` once its programs are loaded; `error`: of which it died, so that it answers no more."""
+
     def __init__(self, engine: Engine) -> None:
         self.engine, self._compiles = engine, CompileCounter()
         self.cfg, self.capacity = engine.cfg, engine.capacity

@@ -140,9 +140,9 @@ def test_refusals_are_forgotten_and_bounded():
         admission.reserve(sender(port), 0)
     for port in range(2 * MAX_REFUSALS):
         assert refusal(admission, sender(port, port), 0) <= 60
-    assert len(admission.refused) == MAX_REFUSALS
+    assert len(admission.refusals) == MAX_REFUSALS
     refusal(admission, sender(1), 70)
-    assert [*admission.refused] == [sender(1)]
+    assert [*admission.refusals] == [sender(1)]
 
 
 def test_who_comes_too_soon_takes_nobodys_place():

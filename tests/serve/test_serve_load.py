@@ -57,7 +57,7 @@ def test_a_client_that_counts_its_tries_is_told_by_them(client, tiny_server, mon
     for tries in ("0", "0", "1", "many"):
         headers = {"x-stainless-retry-count": tries}
         assert refused(client.post("/v1/completions", json=ask(), headers=headers), 429)
-        returned.append([refusal.returned for refusal in admission.refused.values()].count(True))
+        returned.append([refusal.returned for refusal in admission.refusals.values()].count(True))
     assert returned == [0, 0, 1, 2]
 
 
