@@ -51,7 +51,7 @@ def reply_of_refused(client):
 def test_a_client_that_counts_its_tries_is_told_by_them(client, tiny_server, monkeypatch):
     """As those of OpenAI and Anthropic do, which send all requests over a few connections."""
     admission = tiny_server.state.admission
-    monkeypatch.setattr(admission, "refused", {})
+    monkeypatch.setattr(admission, "refusals", {})
     monkeypatch.setattr(admission, "reserved", admission.limit)
     returned = []
     for tries in ("0", "0", "1", "many"):
@@ -112,7 +112,7 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, h
     with tiny_server.client(limits=httpx.Limits(max_connections=60)) as client, ThreadPoolExecutor(60) as pool:
         monkeypatch.setattr(scheduler, "admit", lambda: admitted.extend(new := admit()) or new)
         monkeypatch.setattr(state.admission, "limit", 60)
-        monkeypatch.setattr(state.admission, "held", 0)  # for those whom the tests before this one refused
+        monkeypatch.setattr(state.admission, "held_places", 0)  # for those whom the tests before this one refused
         monkeypatch.setattr(state.tokenizer, "encode", encode_late)
         asked = [pool.submit(client.complete, "first", n=wishes[0], **options)]
         assert until(lambda: state.admission.reserved == 1)
