@@ -161,7 +161,7 @@ def check_size(text: str) -> None:
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    return f"start: {' | '.join(map(json.dumps, choices))}"
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}"  # a terminal may have thousands, and a rule not
 
 
 def regex_grammar(pattern: str) -> str:

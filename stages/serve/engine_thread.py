@@ -31,7 +31,6 @@ class EngineThread:
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
         self.kv_cache_usage = 0.0  # share of the KV cache that is filled
-        self.generated_tokens = 0  # so far, those of requests that were cut off too
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
@@ -139,7 +138,6 @@ class EngineThread:
     def _deliver(self, events: list[Event]) -> None:
         addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
-            self.generated_tokens += len(event.tokens)
             if event.finish_reason:
                 self._listeners.pop(event.id, None)
 

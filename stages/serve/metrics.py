@@ -22,11 +22,12 @@ class Metrics(Collector):
     """The metrics, in a registry of their own: two servers in one process share none."""
 
     def __init__(self, model: str, engine: EngineThread) -> None:
-        self._model, self._engine = model, engine
+        self._engine = engine
         self._registry = registry = prometheus.CollectorRegistry()
         of_model: dict[str, Any] = {"labelnames": ["model_name"], "registry": registry}
         counter = lambda name, about: prometheus.Counter(name, about, **of_model).labels(model)
         histogram = lambda name, about, buckets: prometheus.Histogram(name, about, buckets=buckets, **of_model).labels(model)
+        self.generated = counter("vllm:generation_tokens", "Tokens that were generated.")
         self._counters = (
             counter("vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."),
             counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
@@ -34,7 +35,7 @@ class Metrics(Collector):
         )
         self._histograms = (
             histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS),
-            histogram("vllm:request_generation_tokens", "Tokens generated or scored for a request.", TOKEN_BUCKETS),
+            histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS),
             histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS),
         )
         self.ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS)
@@ -59,12 +60,10 @@ class Metrics(Collector):
     def collect(self) -> list[CounterMetricFamily]:
         about = "Programs compiled since the server was ready."
         compiles = CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)
-        generated = CounterMetricFamily("vllm:generation_tokens", "Tokens generated or scored.", labels=["model_name"])
-        generated.add_metric([self._model], self._engine.generated_tokens)
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
             responses.add_metric([str(status)], count)
-        return [compiles, generated, responses]
+        return [compiles, responses]
 
     def count_response(self, status: int) -> None:
         self._responses[status] += 1

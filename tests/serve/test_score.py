@@ -79,6 +79,13 @@ def test_echo_without_log_probabilities(client):
     assert [choice["text"] for choice in choices] == [PROMPT + alone] * 2
 
 
+@pytest.mark.parametrize("prompt", ["", ["a", ""], [[]], [[2**18]]])
+def test_a_prompt_without_tokens_or_with_an_unknown_one_is_refused(client, prompt):
+    echo = {"max_tokens": 0, "echo": True}
+    for more in (echo, echo | {"logprobs": 1}, {"max_tokens": 3}):
+        assert refused(client.post("/v1/completions", json={"prompt": prompt} | more))["param"] == "prompt"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -118,6 +118,10 @@ def test_a_response_calls_a_function(wide_gpt, choice):
     final = wide_gpt.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
     assert final.output[0].type == "message"
     assert final.usage.input_tokens > len(call.arguments)
+    for dumped in (call.model_dump(), call.model_dump(by_alias=True)):
+        asked = fields | {"input": [*HELLO, dumped, result], "tool_choice": "none"}
+        same = wide_gpt.responses.create(**asked, max_output_tokens=5)
+        assert same.output_text == final.output_text
 
 
 class Visit(pydantic.BaseModel, extra="forbid"):  # other keys a model without sense may write until its context is full

@@ -262,6 +262,9 @@ def test_metrics(client):
     count = client.post("/v1/embeddings", json={"input": "Hello there"}).json()["usage"]["prompt_tokens"]
     after = [value(name) for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total")]
     assert after == [before[0] + count, before[1]], "an embedding looks nothing up"
+    before = value("vllm:generation_tokens_total")
+    good(client.post("/v1/score", json={"prompt": "Hello", "candidates": [" there", "!"]}))
+    assert value("vllm:generation_tokens_total") == before
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     for name in (*names, "thrice_compiles_after_ready_total"):
         assert re.search(rf"^{name}[{{ ]", client.get("/metrics").text, re.M)

@@ -131,6 +131,8 @@ def test_each_choice_has_its_own_way_through_the_grammar_streamed_or_not(client)
 def test_every_kind_of_grammar_beside_stop_strings_and_log_probabilities(client):
     complete = lambda **fields: good(client.complete("Hello", 40, **fields))["choices"][0]
     assert complete(guided_choice=["yes", "no"])["text"] in ("yes", "no")
+    many = [f"{n} 🙂"[: n % 3 + 3] for n in range(4_000)]  # some begin others
+    assert complete(guided_choice=many)["text"] in many
     assert complete(guided_regex="[ab]{3}c")["text"].strip("ab") == "c"
     assert complete(grammar='root ::= "x" [yz] "!"')["text"] in ("xy!", "xz!")
     assert complete(guided_grammar='start: "x" /[yz]/ "!"')["text"] in ("xy!", "xz!")

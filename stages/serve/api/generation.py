@@ -288,9 +288,12 @@ class Generation:
         completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
         before = completion.tokens
         text = completion.push(event.tokens, last=event.finish_reason is not None)
+        generated = 0 if choice.scored_tokens else completion.tokens - before
+        metrics.generated.inc(generated)
         if event.tokens and not choice.first_token:
             choice.first_token = now
-            metrics.ttft.observe(now - self._arrived)
+            if generated:
+                metrics.ttft.observe(now - self._arrived)
         if choice.cached is None:
             choice.cached, prompt = event.cached_tokens, len(choice.request.prompt)
             looks_up = not choice.request.embed and self._state.engine.engine.prefix_cache.limit > 0
@@ -310,7 +313,8 @@ class Generation:
             if not event.finish_reason:
                 cancel()
             seconds = now - self._arrived
-            metrics.count_completion(len(choice.request.prompt), completion.tokens, seconds, now - choice.first_token)
+            generated = 0 if choice.scored_tokens else completion.tokens
+            metrics.count_completion(len(choice.request.prompt), generated, seconds, now - choice.first_token)
             if not self._unfinished:
                 self._state.admission.record(seconds)
         if choice.strips_space and text:
@@ -368,8 +372,15 @@ class EventWriter(Writer):
 
 
 async def text_prompts(call: Call, most: int) -> Prompts:
-    texts = call.body.texts(most)
+    """Returns the prompts of a body, at most so many, of one token or more each. Raises InvalidField."""
+    texts, field, vocab = call.body.texts(most), call.body.prompt_field, call.state.engine.cfg.vocab
     tokens = await call.state.tokenizer.encode(texts) if isinstance(texts[0], str) else texts
+    for number, each in enumerate(tokens):
+        name = f"{field}[{number}]" if len(tokens) > 1 else field
+        if not each:
+            raise InvalidField(field, f"{name} has no tokens; give at least one.")
+        if max(each) >= vocab:
+            raise InvalidField(field, f"{name} holds an id outside the vocabulary of {vocab:,}.")
     return Prompts(tokens, call.state.stop_token_ids)
 
 

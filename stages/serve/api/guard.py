@@ -155,11 +155,9 @@ class Guard:
         hashed = _hash(key)
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
-            message = (
-                "The API key is wrong."
-                if key
-                else "An API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
-            )
+            count = "One" if sent else "An"
+            needed = f"{count} API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
+            message = "The API key is wrong." if key else needed
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return hashed.hex()
 
