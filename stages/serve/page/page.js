@@ -1,5 +1,5 @@
 'use strict';
-// The page itself: scrolling, the keyboard and its focus, what is shown when, and the first words with the server.
+// Scrolling, the keyboard and its focus, what is shown when, and the first words with the server.
 
 const TRIES = [
   'What is the capital of Portugal, and what is it known for?',
@@ -73,7 +73,7 @@ function newConversation() {
   showConversation({id: newId(), turns: [], spent: 0}, 'New conversation');
 }
 
-// Shows a conversation in place of this one. An answer that was under way when it was kept has been stopped by that.
+// Shows a conversation in place of this one. An answer that was under way when it was kept was stopped.
 function showConversation(talk, status) {
   leave();
   turns = [];

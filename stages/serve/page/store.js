@@ -100,17 +100,15 @@ function undo() {
   showConversation(deleted, 'The conversation is back');
 }
 
-// Returns what a row of `stages.finetune --data` can hold of a conversation: answered questions, up to a call, for it has no tools.
+// What of a conversation `stages.finetune --data` reads: answered questions, up to a call.
 function asRow(some) {
   const call = some.findIndex((turn) => turn.calls);
-  const messages = asMessages(call < 0 ? some : some.slice(0, call));
-  return messages.filter(({role}, n) => role !== 'user' || messages[n + 1]?.role === 'assistant');
+  return asMessages(some.slice(0, call < 0 ? 1 / 0 : call)).filter(({role}, n, all) => role !== 'user' || all[n + 1]?.role === 'assistant');
 }
 
-// Hands out the listed conversations, a row each.
 function exportList() {
-  const rows = found().map(({turns}) => asRow(turns)).filter((messages) => messages.length);
-  const href = URL.createObjectURL(new Blob(rows.map((messages) => `${JSON.stringify({messages})}\n`), {type: 'application/jsonl'}));
+  const rows = found().map(({turns}) => asRow(turns)).filter((row) => row[0]).map((messages) => `${JSON.stringify({messages})}\n`);
+  const href = URL.createObjectURL(new Blob(rows, {type: 'application/jsonl'}));
   make('a', {href, download: 'conversations.jsonl'}).click();
   setTimeout(() => URL.revokeObjectURL(href), 60000);
 }

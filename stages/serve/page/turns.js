@@ -1,5 +1,5 @@
 'use strict';
-// The turns of the conversation: which of them the model sees, how each is drawn, and what a person can do with it.
+// The turns: which of them the model sees, how each is drawn, and what a person can do with it.
 
 const $ = (id) => document.getElementById(id);
 const settings = $('settings').elements;
