@@ -288,11 +288,11 @@ class Generation:
         completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
         before = completion.tokens
         text = completion.push(event.tokens, last=event.finish_reason is not None)
-        generated = 0 if choice.scored_tokens else completion.tokens - before
-        metrics.generated.inc(generated)
+        is_scored = bool(choice.scored_tokens)
+        metrics.generated.inc(0 if is_scored else completion.tokens - before)
         if event.tokens and not choice.first_token:
             choice.first_token = now
-            if generated:
+            if not is_scored:
                 metrics.ttft.observe(now - self._arrived)
         if choice.cached is None:
             choice.cached, prompt = event.cached_tokens, len(choice.request.prompt)
@@ -313,7 +313,7 @@ class Generation:
             if not event.finish_reason:
                 cancel()
             seconds = now - self._arrived
-            generated = 0 if choice.scored_tokens else completion.tokens
+            generated = 0 if is_scored else completion.tokens
             metrics.count_completion(len(choice.request.prompt), generated, seconds, now - choice.first_token)
             if not self._unfinished:
                 self._state.admission.record(seconds)
