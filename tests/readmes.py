@@ -368,12 +368,11 @@ def rewarded(_: Document) -> list[str]:
     """Returns the held-out reward that each variant of GRPO came to, by seed, and what it says."""
     with (RESULTS / "zen4" / "reinforcement-tries.csv").open(encoding="utf-8") as file:
         tries = [*csv.DictReader(file)]
-    by_flags = itertools.groupby(tries, operator.itemgetter("flags"))
+    by_variant = itertools.groupby(tries, operator.itemgetter("variant"))
     cells = []
-    for flags, rows in by_flags:
+    for variant, rows in by_variant:
         first, second = sorted(rows, key=operator.itemgetter("seed"))
-        name = f"`{flags}`" if flags else "as it is"
-        cells.append((name, first["held_out_reward"], second["held_out_reward"], first["note"]))
+        cells.append((variant or "as it is", first["held_out_reward"], second["held_out_reward"], first["note"]))
     return table("|seed 0|seed 1|", cells, (0, 3))
 
 

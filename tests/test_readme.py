@@ -17,7 +17,6 @@ import tyro
 from readmes import PICTURED, PICTURES, ROOT, sh_commands, written
 from tiny import SMALL
 
-from bench import MOVED
 from bench.stages.report import write_pictures
 
 READMES = [
@@ -227,14 +226,6 @@ def test_the_pictures_are_those_of_the_result(tmp_path):
     write_pictures(tmp_path, json.loads(PICTURED.read_text()))
     for path in tmp_path.iterdir():
         assert path.read_text() == (PICTURES / path.name).read_text(), path.name
-
-
-def test_the_old_name_of_a_measurement_prints_the_new_command():
-    for old, new in MOVED.items():
-        run = subprocess.run([sys.executable, "-m", old], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (run.returncode, run.stderr) == (2, f"error: this command is now: python -m {new}\n")
-        path = ROOT / new.split()[0].replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
 
 
 def test_every_link_and_picture_is_there():

@@ -11,7 +11,7 @@ ranks and alphas by module, DoRA, and modules that were trained whole.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 from engine import manifest
 from engine.errors import UserError
 from engine.files import atomic_folder, write_json
-from engine.model.config import JOINED, LoraConfig, ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, unflatten
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.lora import LoRA, to_dense
@@ -136,8 +136,9 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     return leaves
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, base: Iterable[str] | None = None) -> dict[str, Any]:
-    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base, for a model with the `base_digests`.
+def load_adapter(folder: Path, cfg: ModelConfig, base: Callable[[], str] | None = None) -> dict[str, Any]:
+    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base. `base`: returns the digest of the model it is for,
+    and is called where the adapter names the digest of the model that it was trained on.
 
     Raises UserError, too, when its metadata name other weights, or it does not fit the model.
     """
@@ -240,61 +241,33 @@ def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
     return default
 
 
-class _Joined:
-    """Arrays or Blocks side by side in one array of a dtype, which exists only while it is read."""
+class _Widened:
+    """A matrix in Blocks as an array of a dtype, which exists only while it is read."""
 
-    def __init__(self, arrays: list[Any], dtype: Any) -> None:
-        self.arrays, self.dtype = arrays, np.dtype(dtype)
+    def __init__(self, blocks: Blocks, dtype: Any) -> None:
+        self.blocks = blocks
+        self.dtype = np.dtype(dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate([np.asarray(to_dense(array), self.dtype) for array in self.arrays], axis=-1)
+        return np.asarray(to_dense(self.blocks), self.dtype)
 
 
-def base_digests(params: dict[str, Any], dtype: str = "float32") -> Iterator[str]:
-    """Yields the digest of a base's params, then those by which earlier versions may name it.
+def base_digest(params: dict[str, Any], dtype: str = "float32") -> str:
+    """Returns the digest by which an adapter names its base.
 
-    They counted no scale of an adapter in it; before that they held q, k, v and gate, up side by side. `dtype`: of matrices in
-    Blocks, where an adapter trained on them.
+    `dtype`: that of matrices in Blocks, where an adapter was trained on them.
     """
-    params = map_paths(lambda _, leaf: _Joined([leaf], dtype) if isinstance(leaf, Blocks) else leaf, params)
-    yield digest(params)
-    if any(isinstance(leaf, LoRA) for leaf in leaf_paths(params).values()):
-        yield digest(params, scales=False)
-    blocks = {}
-    for layer, block in params["blocks"].items():
-        for name, parts in JOINED.items():
-            for end in ("", "_bias"):
-                if (names := [part + end for part in parts])[0] in block:
-                    whole = _side_by_side([block[part] for part in names])
-                    block = {path: leaf for path, leaf in block.items() if path not in names} | {name + end: whole}
-        blocks[layer] = block
-    yield digest(params | {"blocks": blocks}, scales=False)
+    return digest(map_paths(lambda _, leaf: _Widened(leaf, dtype) if isinstance(leaf, Blocks) else leaf, params))
 
 
-def _depth(weight: Any) -> int:
-    return 1 + _depth(weight.base) if isinstance(weight, LoRA) else 0
-
-
-def _side_by_side(weights: list[Any]) -> Any:
-    """Returns weights as one; of adapters, which some may lack, all pairs together, those of the outermost first."""
-    if not (outermost := max(map(_depth, weights))):
-        return _Joined(weights, weights[0].dtype)
-    pairs = [weight for weight in weights if _depth(weight) == outermost]
-    base = _side_by_side([weight.base if _depth(weight) == outermost else weight for weight in weights])
-    return {"base": base} | {half: _Joined([getattr(pair, half) for pair in pairs], pairs[0].a.dtype) for half in "ab"}
-
-
-def check_base(folder: Path, base: Iterable[str], trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless `trained_on`, the digest of an adapter's base, is among a model's digests."""
-    others = []
-    for known in base:
-        if known == trained_on:
-            return
-        others.append(known)
-    raise UserError(
-        f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
-        f"{others[0][:16]!r}. It was trained on {ascii(base_name)[:300]}."
-    )
+def check_base(folder: Path, base: Callable[[], str], trained_on: str, base_name: Any) -> None:
+    """Raises UserError unless `trained_on`, the digest of an adapter's base, is that of this one."""
+    own = base()
+    if trained_on != own:
+        raise UserError(
+            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
+            f"{own[:16]!r}. It was trained on {ascii(base_name)[:300]}."
+        )
 
 
 def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:

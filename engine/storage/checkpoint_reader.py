@@ -32,9 +32,6 @@ from engine.storage.checkpoint import (
 from engine.storage.safetensors_writer import DTYPES
 from engine.untrusted import quote, read_json_object
 
-# An array of an earlier version, which held q, k, v or gate, up side by side: of a weight, of a moment, or of a LoRA pair.
-JOINED_BEFORE = re.compile(r"((?:.*/)?blocks/\d+/)(qkv|gate_up)(_bias)?(?:/(a|b))?")
-
 
 class LoadedCheckpoint(NamedTuple):
     """The contents of a checkpoint. `damaged`: one line per damaged file in newer ones."""
@@ -82,8 +79,8 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
-    params = _read_tree(newest / "params", _current_arrays(newest, "params"), params_like)
-    optimizer = _read_tree(newest / "optimizer", _current_arrays(newest, "optimizer"), optimizer_like)
+    params = _read_tree(newest / "params", stored_arrays(newest, "params"), params_like)
+    optimizer = _read_tree(newest / "optimizer", stored_arrays(newest, "optimizer"), optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
@@ -99,23 +96,10 @@ def load_params(path: Path) -> LoadedCheckpoint:
         raise UserError(f"There is no checkpoint at {path}.")
     elif lines := manifest.verify(newest, skip="optimizer"):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    record, stored = _read_state(newest), _current_arrays(newest, "params")
+    record, stored = _read_state(newest), stored_arrays(newest, "params")
     like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
     params = _read_tree(newest / "params", stored, like)
     return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
-
-
-def _current_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
-    """As `stored_arrays`. Raises UserError, naming the command that converts, for a checkpoint of an earlier version."""
-    is_orbax = (checkpoint / part).is_dir()
-    arrays = {} if is_orbax else stored_arrays(checkpoint, part)
-    if is_orbax or any(map(JOINED_BEFORE.fullmatch, arrays)):
-        how, run = ("in Orbax's format", "uv run --extra older ") if is_orbax else ("with q, k and v in one array", "")
-        raise UserError(
-            f"{checkpoint} was saved by an earlier version, {how}. Convert its run once: {run}python -m stages.convert "
-            f"--model {checkpoint.parents[1]}"
-        )
-    return arrays
 
 
 def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:

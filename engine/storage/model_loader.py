@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import os.path
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder
 from engine.storage.adapter import (
     CONFIG,
-    base_digests,
+    base_digest,
     base_name,
     build_adapter,
     check_base,
@@ -116,11 +117,9 @@ def locate(
     run = _run_of(path, name or str(path))
     notes += run_folder.verify(run)
     record = run_folder.read_json(run / "run.json")
-    # Earlier versions wrote no kind; what an adapter's run learns began with its rank.
     if path == run and isinstance(kept := (record.get("result") or {}).get("kept_step"), int):
         path, notes = run / "checkpoints" / str(kept), (*notes, f"its step {kept:,} is loaded, the best by its validation")
-    is_lora = record.get("kind") == "adapter" or ("kind" not in record and str(record.get("learns")).startswith("rank="))
-    return Location("adapter" if is_lora else "run", path, run, notes)
+    return Location("adapter" if record.get("kind") == "adapter" else "run", path, run, notes)
 
 
 def _run_of(path: Path, name: str) -> Path:
@@ -261,7 +260,7 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
         if error in refused:  # the base can be read, and its user wants another
             raise
         raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
-    adapter, source, notes = _read_adapter(base.cfg, location, base_digests(base.params))
+    adapter, source, notes = _read_adapter(base.cfg, location, functools.partial(base_digest, base.params))
     if location.run:
         tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
     else:
@@ -310,12 +309,12 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     """
     adapted, notes = params, tuple[str, ...]()
     for folder in folders:
-        adapter, path, more = read_adapter(cfg, folder, base_digests(params))
+        adapter, path, more = read_adapter(cfg, folder, functools.partial(base_digest, params))
         adapted, notes = _put_on(adapted, adapter, path), notes + more
     return adapted, notes
 
 
-def read_adapter(cfg: ModelConfig, folder: Path, base: Iterable[str]) -> tuple[Any, Path, tuple[str, ...]]:
+def read_adapter(cfg: ModelConfig, folder: Path, base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
     """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and notes to print."""
     location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
     if not location or location.format != "adapter":
@@ -324,7 +323,7 @@ def read_adapter(cfg: ModelConfig, folder: Path, base: Iterable[str]) -> tuple[A
     return adapter, path, location.notes + notes
 
 
-def _read_adapter(cfg: ModelConfig, location: Location, base: Iterable[str]) -> tuple[Any, Path, tuple[str, ...]]:
+def _read_adapter(cfg: ModelConfig, location: Location, base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
     if location.run:
         base_name, trained_on, lora = read_adapter_record(location.run)
         loaded = checkpoint_reader.load_params(location.path)

@@ -69,7 +69,7 @@ def verify(folder: Path) -> tuple[str, ...]:
     """Raises UserError when one of a run's own files is damaged; returns a note when the run has no manifest to tell."""
     for _ in range(2):  # a run that ends meanwhile writes them anew
         if not (folder / manifest.NAME).exists():
-            return (f"{folder} has no {manifest.NAME}, as those of earlier versions: its config and tokenizer are not checked",)
+            return (f"{folder} has no {manifest.NAME}: its config and tokenizer are not checked",)
         if not (damaged := manifest.verify(folder, extra=False)):
             return ()
     raise UserError(

@@ -39,18 +39,17 @@ class Rollouts(NamedTuple):
     reference_logprobs: Any = None
 
 
-def group_advantages(rewards: ArrayLike, second: ArrayLike = 0.0, scale: bool = True) -> Array:
+def group_advantages(rewards: ArrayLike, second: ArrayLike = 0.0) -> Array:
     """rewards (prompts, completions) -> the same shape, float32: (r - mean) / (standard deviation + 1e-6) within each row.
 
     r is a reward plus a second one. 0 where `rewards` are alike in a row: there the second alone would come to full size.
-    Without `scale` nothing is divided, so that a row of nearly equal rewards weighs little (Liu et al. 2025, 2503.20783).
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     alike = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
     total = rewards + jnp.asarray(second, jnp.float32)
     centred = total - total.mean(axis=1, keepdims=True)
     spread = jnp.sqrt((centred**2).mean(axis=1, keepdims=True))
-    return jnp.where(alike, 0.0, centred / (spread + 1e-6) if scale else centred)
+    return jnp.where(alike, 0.0, centred / (spread + 1e-6))
 
 
 @jax.jit(static_argnames="cfg")
@@ -60,29 +59,25 @@ def log_probabilities(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
 
 
 @functools.cache
-def grpo(clip: float = 0.2, kl_weight: float = 0.0, clip_high: float | None = None, length: int | None = None) -> Objective:
+def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
     """Returns the objective -min(r A, clipped r A) + kl_weight * KL; r is new / old probability.
 
-    The mean over a completion's tokens, then over completions. With `length` the sum over a completion's tokens by `length`
-    instead, so that the tokens of a long completion weigh no less (Liu et al. 2025, 2503.20783, section 3).
-
-    r is clipped to 1 - clip .. 1 + clip (Schulman et al. 2017, 1707.06347, equation 7), or to 1 + clip_high, by which
-    improbable tokens may rise further (Yu et al. 2025, 2503.14476, equation 10): beyond it a token has nothing more to gain.
-    KL to the reference is estimated token by token as q - log q - 1, q = reference / new, which is never below 0 (2402.03300,
-    equation 4; k3 of Schulman 2020, "Approximating KL Divergence"). A kl_weight above 0 needs reference_logprobs.
+    The mean over a completion's tokens, then over completions. r is clipped to 1 - clip .. 1 + clip (Schulman et al. 2017,
+    1707.06347, equation 7): beyond it a token has nothing more to gain. KL to the reference is
+    estimated token by token as q - log q - 1, q = reference / new, which is never below 0 (2402.03300, equation 4; k3 of
+    Schulman 2020, "Approximating KL Divergence"). A kl_weight above 0 needs reference_logprobs.
     """
-    highest = 1 + (clip_high or clip)
 
     def summed(cfg: ModelConfig, params: Params, rollouts: Rollouts) -> Array:
         new = -target_losses(cfg, params, rollouts.batch)
         old = jax.lax.stop_gradient(new) if rollouts.old_logprobs is None else rollouts.old_logprobs
         ratio, advantage = jnp.exp(new - old), rollouts.advantage[:, None]
-        loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, highest) * advantage)
+        loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
         if kl_weight:
             log_ratio = rollouts.reference_logprobs - new
             loss = loss + kl_weight * (jnp.exp(log_ratio) - log_ratio - 1)
         mask = rollouts.batch.mask
-        return (jnp.where(mask, loss, 0.0).sum(1) / (length or jnp.maximum(mask.sum(1), 1))).sum()
+        return (jnp.where(mask, loss, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).sum()
 
     return Objective(summed, lambda rollouts: jnp.asarray(rollouts.batch.mask.shape[0]))
 

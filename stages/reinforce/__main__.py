@@ -59,12 +59,6 @@ class UpdateFlags:
     """Steps on each round's completions."""
     clip: Annotated[float, positive(10)] = 0.2
     """How far a token's probability may move within a round before it gains nothing more: 0.2 is from 0.8 to 1.2 times."""
-    clip_high: Annotated[float | None, positive(10), default("as --clip")] = None
-    """How far it may rise, where that is to be further than it may fall (DAPO's 0.28). It matters with --updates 2 or more."""
-    no_scale: Annotated[bool, default("off")] = False
-    """Do not divide advantages by their group's standard deviation (Dr. GRPO)."""
-    equal_tokens: Annotated[bool, default("off")] = False
-    """Weigh all tokens alike, instead of all completions, in which a long one's tokens weigh less (Dr. GRPO)."""
     kl: Annotated[float, parser(number(0, 10), "X")] = 0.1
     """Weight of the KL divergence from the model before training, which keeps answers from becoming unlike its own."""
     fluency: Annotated[float, parser(number(0, 10), "X")] = 0.25

@@ -74,7 +74,6 @@ class ReinforcementLearning(ModelStage):
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
-        self.scale = not update.no_scale
         self.rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
         self.prompts = prompts_for(self.rewards.names, rollout.data, flags.seed)
         super().__init__(flags.model, trainable, options.folder, console)
@@ -88,8 +87,7 @@ class ReinforcementLearning(ModelStage):
             )
         self.max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
         self.temperature, self.capacity = rollout.temperature, self.longest + self.max_tokens
-        self.equal_tokens = update.equal_tokens
-        self.objective = grpo(self.clip, self.kl, update.clip_high, self.max_tokens if self.equal_tokens else None)
+        self.objective = grpo(self.clip, self.kl)
         # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
         optimizer = OptimizerConfig(
             learning_rate=update.learning_rate or (5e-4 if self.lora else 2e-5),
@@ -195,15 +193,15 @@ class ReinforcementLearning(ModelStage):
         differs, self.trained_batch = bool((rewards != rewards[:, :1]).any()), None
         if differs:
             old = self._logprobs(state.trainable, rollout) if self.updates > 1 else None
-            advantages = group_advantages(rewards, -self.fluency * bits_each.reshape(rewards.shape), self.scale)
+            advantages = group_advantages(rewards, -self.fluency * bits_each.reshape(rewards.shape))
             rollouts = Rollouts(rollout.batch, np.asarray(advantages).reshape(-1), old, reference)
             self.trained_batch = rollouts
             progress = np.float32(plan.progress(number, loop_state.seconds))
             for _ in range(self.updates):
                 make_room(self.buffer_bytes)
                 state, metrics = self.program(state, self.frozen, rollouts, progress)
-                # At first new equals old, and the advantages add up to 0, if completions weigh the same.
-                if self.kl and not (refused or self.equal_tokens):
+                # At first new equals old, and the advantages add up to 0.
+                if self.kl and not refused:
                     kl = {"kl": float(metrics.loss) / self.kl}
                 norm = float(metrics.grad_norm)
                 refused.append(bool(metrics.refused))

@@ -3,7 +3,6 @@
 Fine-tuning and reinforcement learning are such stages.
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,11 +23,11 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices, round_while_training
-from engine.storage.adapter import base_digests, build_adapter, save_adapter
+from engine.storage.adapter import base_digest, build_adapter, save_adapter
 from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import adapter_origin, load_model, model_name
-from engine.storage.run_folder import ADAPTER, read_json
+from engine.storage.run_folder import ADAPTER
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import make_optimizer
@@ -130,20 +129,12 @@ class ModelStage(Stage):
             source = f"{self.model.hub_id}@{revision.name}"
         self.metadata = {
             "kind": "adapter" if self.lora else "model",
-            "base": {"model": source, "digest": self._base_digest(params), "name": name},
+            "base": {"model": source, "digest": base_digest(params), "name": name},
             "tokenizer": {"kind": "the model's", "digest": self.model.tokenizer.digest},
             **self.metadata,
         }
         if plan.base == "int8":
             self.model = dataclasses.replace(self.model, params=None)  # frees the float weights
-
-    def _base_digest(self, params: Any) -> str:
-        """Returns the digest of the base; of a run that an earlier version began, as its run.json has it."""
-        digests, recorded = base_digests(params), None
-        own = next(digests)
-        with contextlib.suppress(UserError, AttributeError):  # none, or a damaged one, which is named later
-            recorded = read_json(self.folder / "run.json").get("base", {}).get("digest")
-        return recorded if recorded not in (None, own) and recorded in digests else own
 
     def place(self) -> None:
         if self.on_mesh:  # the host keeps what was loaded
@@ -186,7 +177,7 @@ class ModelStage(Stage):
         if not self.lora:
             return self.folder / "checkpoints" / str(step)
         base, params = self.metadata["base"], self.model.params
-        if params is not None and base["digest"] not in base_digests(params):
+        if params is not None and base["digest"] != base_digest(params):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
         with on_one_device(trainable) as whole:
             if processes.is_first():

@@ -1,7 +1,7 @@
 """The adapters that requests name as their model: read from folders when the server starts, or while it serves."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from stages.serve.errors import ApiError
 class AdapterTable:
     """The adapters by their names, in the stacks of an engine.
 
-    `base`: the digests of the model that they are for. `folder`: from below which clients may add some; none if None.
+    `base`: the digest of the model that they are for. `folder`: from below which clients may add some; none if None.
     """
 
-    def __init__(self, engine: EngineThread, base: Collection[str], folder: Path | None) -> None:
+    def __init__(self, engine: EngineThread, base: str, folder: Path | None) -> None:
         self._engine, self._base, self._folder, self._adding = engine, base, folder, asyncio.Lock()
         self.adapters: dict[str, Adapter] = {}
 
@@ -65,12 +65,12 @@ class AdapterTable:
             raise ApiError(404, f"There is no adapter {name!r:.80} here.", code="model_not_found")
 
 
-def read(cfg: ModelConfig, folder: Path, base: Collection[str], rank: int) -> tuple[Any, Sequence[str]]:
+def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Sequence[str]]:
     """Returns an adapter of at most `rank` as a tree of LoRA leaves, and notes to print.
 
     Raises UserError for one that cannot share a batch, too.
     """
-    adapter, _, notes = read_adapter(cfg, folder, base)
+    adapter, _, notes = read_adapter(cfg, folder, lambda: base)
     for path, leaf in leaf_paths(adapter).items():
         if not isinstance(leaf, LoRA):
             kind = "a DoRA" if hasattr(leaf, "magnitude") else "a weight that was trained whole"

@@ -25,7 +25,7 @@ from engine.model.config import ModelConfig
 from engine.model.ops import kernels_note
 from engine.model.paths import unflatten
 from engine.model.weights.matmul import weight_types
-from engine.storage.adapter import base_digests
+from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -123,7 +123,7 @@ def load_state(
             making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
             on_error.callback(lambda: None if making.exception() else making.result().close())
             dtype = "float32" if model.run else model.cfg.dtype  # of matrices, as `load_model` has them for training
-            base = tuple(base_digests(model.params, dtype)) if engine_config.adapters else ()
+            base = base_digest(model.params, dtype) if engine_config.adapters else ""
             merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
             trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
             engine, notes = _make_engine(model, merged, engine_config)

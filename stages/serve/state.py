@@ -44,7 +44,7 @@ class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
     `names`: by which clients ask for the model; replies have the first. `sampling`: of a request that leaves its fields out.
-    `queue`: requests that may wait. `base_digests`, `adapter_folder`: as of AdapterTable.
+    `queue`: requests that may wait. `base_digest`, `adapter_folder`: as of AdapterTable.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ServerState:
         chat: ChatTokenizer,
         queue: int,
         price: float | None,
-        base_digests: Sequence[str] = (),
+        base_digest: str = "",
         adapter_folder: Path | None = None,
         documents: Documents | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class ServerState:
         self.tokenizer = TokenizerPool(chat, engine.capacity, engine.cfg.vocab, model.eos_ids, documents)
         self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
         self.metrics = Metrics(self.name, self.engine)
-        self.adapters = AdapterTable(self.engine, base_digests, adapter_folder)
+        self.adapters = AdapterTable(self.engine, base_digest, adapter_folder)
         self._hashing: asyncio.Task[str] | None = None
 
     @property

@@ -16,10 +16,9 @@ CFG = tiny_config(vocab=257)
 def test_a_run_that_holds_an_adapter_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(CFG.to_json()))
-    for record in ('{"kind": "adapter"}', '{"learns": "rank=8,alpha=16,targets=all"}'):  # the latter in earlier versions
-        (tmp_path / "run.json").write_text(record)
-        with pytest.raises(UserError, match="holds an adapter for another model"):
-            load(str(tmp_path))
+    (tmp_path / "run.json").write_text('{"kind": "adapter"}')
+    with pytest.raises(UserError, match="holds an adapter for another model"):
+        load(str(tmp_path))
 
 
 def test_a_model_that_reads_is_measured_with_english():

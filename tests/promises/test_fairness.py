@@ -22,7 +22,7 @@ from bench.serving.measure import percentile
 from engine.counting.hardware import clock
 from engine.model.paths import unflatten
 from engine.model.weights.lora import LoRA
-from engine.storage.adapter import base_digests, save_adapter
+from engine.storage.adapter import base_digest, save_adapter
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +40,7 @@ def save_random_adapter(folder: Any, model: Any) -> None:
         for layer in range(model.cfg.layers)
         for name, (rows, columns) in model.cfg.matrices.items()
     }
-    save_adapter(folder, model.cfg, unflatten(leaves), base=next(base_digests(model.params)), base_name="base")
+    save_adapter(folder, model.cfg, unflatten(leaves), base=base_digest(model.params), base_name="base")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from engine.model.native.library import native_problem
 from engine.model.paths import merge, unflatten
 from engine.model.weights.lora import LoRA
 from engine.model.weights.matmul import weight_types
-from engine.storage.adapter import CONFIG, WEIGHTS, base_digests, save_adapter
+from engine.storage.adapter import CONFIG, WEIGHTS, base_digest, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.cli.console import Console
@@ -54,7 +54,7 @@ def adapter(seed: int, rank: int = 2, cfg: ModelConfig | None = None) -> Any:
 
 def save(folder: Path, seed: int, rank: int = 2, base: str = "") -> Path:
     model = tiny_model()
-    return save_adapter(folder, model.cfg, adapter(seed, rank), base=base or next(base_digests(model.params)), base_name="tiny")
+    return save_adapter(folder, model.cfg, adapter(seed, rank), base=base or base_digest(model.params), base_name="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +298,8 @@ def in_blocks(tmp_path_factory):
     save_chat_model(folder / "model", width=64, ff=96, tied=True)
     assert export(["--model", str(folder / "model"), "--out", str(folder / "x.gguf"), "--dtype", "q4_1"]) == 0
     model = load_model(str(folder / "x.gguf"))  # as `stages.finetune` has it
-    for name, seed, base in (("sea", 1, next(base_digests(model.params))), ("rock", 2, ""), ("other", 3, "0" * 64)):
-        base = base or [*base_digests(model.params)][1]  # as an earlier version recorded it
+    own = base_digest(model.params)
+    for name, seed, base in (("sea", 1, own), ("rock", 2, own), ("other", 3, "0" * 64)):
         save_adapter(folder / name, model.cfg, adapter(seed, 2, model.cfg), base=base, base_name="x.gguf")
     return folder
 

@@ -45,7 +45,7 @@ class TinyServer:
         from engine.inference.config import EngineConfig
         from engine.inference.engine import Engine
         from engine.inference.request import SamplingParams
-        from engine.storage.adapter import base_digests
+        from engine.storage.adapter import base_digest
         from engine.storage.digest import digest
         from engine.text.chat_tokenizer import ChatTokenizer
         from stages.serve.state import ServerState
@@ -66,7 +66,7 @@ class TinyServer:
         )
         self.engine = engine = Engine(model.cfg, params, config)
         chat = ChatTokenizer(model.tokenizer)
-        base = tuple(base_digests(model.params)) if adapter_folder else ()
+        base = base_digest(model.params) if adapter_folder else ""
         sampling, sha256 = SamplingParams(), digest(params)
         self.state = ServerState(["tiny"], model, sampling, engine, sha256, chat, QUEUE, 0.25, base, adapter_folder, documents)
         self._started = threading.Event()

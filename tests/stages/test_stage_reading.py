@@ -222,8 +222,8 @@ def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, t
     assert (restored, "manifest" in notes) == (plain, False)
     with pytest.raises(KeyboardInterrupt), updating(run):
         raise KeyboardInterrupt
-    earlier, notes = generated(capsys, run, *flags)  # as a run of an earlier version
-    note = f"{run} has no manifest.json, as those of earlier versions: its config and tokenizer are not checked"
+    earlier, notes = generated(capsys, run, *flags)
+    note = f"{run} has no manifest.json: its config and tokenizer are not checked"
     assert (earlier, notes.splitlines()[0]) == (plain, note)
 
 

@@ -183,7 +183,7 @@ def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text,
     record = read_json(folder / "run.json")
     assert record.pop("order") == ORDER_VERSION
     with updating(folder):
-        write_json(folder / "run.json", record)  # as earlier versions wrote it
+        write_json(folder / "run.json", record)
     for more in (["--steps", "3"], ["--seed", "1"]):
         assert "in the order of another version: it cannot be resumed" in failing(train.main, [*words, *more])
     assert checkpoint.steps(folder)[-1] == 2

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage import hub
-from engine.storage.adapter import base_digests, config_of, load_adapter, save_adapter, without_adapters
+from engine.storage.adapter import base_digest, config_of, load_adapter, save_adapter, without_adapters
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 
@@ -44,13 +44,17 @@ def adapters(alpha: float = 12.0, layers: tuple[int, ...] = (0, 1)) -> Any:
     return unflatten(leaves)
 
 
+def own_base() -> str:
+    return base_digest(BASE_PARAMS)
+
+
 def saved(folder: Path, params: Any = None) -> Path:
     return save_adapter(folder / "mine", CFG, params or adapters(), base=BASE, base_name="tiny")
 
 
 def test_it_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
-    for base in (base_digests(BASE_PARAMS), None):
+    for base in (own_base, None):
         loaded = load_adapter(folder, CFG, base)
         assert jax.tree.structure(loaded) == jax.tree.structure(adapters())  # the scale is in it
         assert digest(loaded) == digest(adapters())
@@ -87,7 +91,7 @@ def test_an_adapter_of_another_library_is_read(tmp_path):
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
     (folder / manifest.NAME).unlink()
-    loaded = load_adapter(folder, CFG, base_digests(BASE_PARAMS))
+    loaded = load_adapter(folder, CFG, own_base)
     for path, leaf in leaf_paths(adapters()).items():
         theirs = leaf_paths(loaded)[path]
         assert theirs.a.dtype == jnp.float32
@@ -99,14 +103,14 @@ def test_ranks_and_scales_that_differ_come_back_to_the_bit(tmp_path):
     leaves = leaf_paths(adapters()) | leaf_paths(adapters(alpha=6.0, layers=(1,)))
     leaves["blocks/0/out"] = make_adapter(jax.random.key(4), CFG.matrices["out"], 5, 7.0)
     folder = saved(tmp_path, unflatten(leaves))
-    loaded = leaf_paths(load_adapter(folder, CFG, base_digests(BASE_PARAMS)))
+    loaded = leaf_paths(load_adapter(folder, CFG, own_base))
     assert {path: (leaf.rank, leaf.scale) for path, leaf in loaded.items()} == {
         path: (leaf.rank, leaf.scale) for path, leaf in leaves.items()
     }
     assert digest(unflatten(loaded)) == digest(unflatten(leaves))
     rewritten(rank_pattern={"o_proj": 5}, alpha_pattern={"q_proj": 3.0, "^model.layers.1.self_attn.q_proj": 9.0})(folder)
     (folder / manifest.NAME).unlink()
-    loaded = leaf_paths(load_adapter(folder, CFG, base_digests(BASE_PARAMS)))
+    loaded = leaf_paths(load_adapter(folder, CFG, own_base))
     assert (loaded["blocks/0/out"].rank, loaded["blocks/1/q"].scale, loaded["blocks/1/v"].scale) == (5, 1.0, 4.0)
 
 
@@ -230,7 +234,7 @@ def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
     (folder / manifest.NAME).unlink()
     change, message = DAMAGE[how]
     change(folder)
-    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, base_digests(BASE_PARAMS))))
+    assert re.search(message, refusal(lambda: load_adapter(folder, CFG, own_base)))
 
 
 def test_a_base_that_an_adapter_names_is_read_where_it_lies(tmp_path, monkeypatch):
@@ -259,19 +263,18 @@ def test_a_base_that_an_adapter_names_is_read_where_it_lies(tmp_path, monkeypatc
 def test_no_changed_byte_is_read(name, tmp_path):
     folder = saved(tmp_path)
     (folder / "README.md").write_text("what others may add")
-    load_adapter(folder, CFG, base_digests(BASE_PARAMS))
+    load_adapter(folder, CFG, own_base)
     of_bytes(name, lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])(folder)
-    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, base_digests(BASE_PARAMS)))
+    assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, own_base))
 
 
-def test_a_base_with_an_adapter_is_known_by_the_digest_of_an_earlier_version(tmp_path):
+def test_a_base_with_an_adapter_on_it_has_a_digest_that_counts_its_scale(tmp_path):
     adapted, _ = with_adapters(CFG, BASE_PARAMS, [saved(tmp_path)])
-    now, *before = base_digests(adapted)
-    assert now == digest(adapted) != digest(with_adapters(CFG, BASE_PARAMS, [saved(tmp_path, adapters(alpha=24.0))])[0])
-    assert digest(adapted, scales=False) in before
-    assert len([*base_digests(BASE_PARAMS)]) == 2
-    folder = save_adapter(tmp_path / "second", CFG, adapters(), base=before[0], base_name="tiny")
+    others, _ = with_adapters(CFG, BASE_PARAMS, [saved(tmp_path, adapters(alpha=24.0))])
+    assert base_digest(adapted) == digest(adapted) != base_digest(others)
+    folder = save_adapter(tmp_path / "second", CFG, adapters(), base=base_digest(adapted), base_name="tiny")
     with_adapters(CFG, adapted, [folder])
+    assert "was trained on another model" in refusal(lambda: with_adapters(CFG, others, [folder]))
 
 
 def test_a_folder_that_nothing_guards_is_noted(tmp_path):

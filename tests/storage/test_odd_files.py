@@ -118,7 +118,7 @@ def test_a_file_of_a_model(models, tmp_path, model, name):
 @pytest.mark.parametrize("record", [{}, {"base": 7}, {"base": {"model": None}}])
 def test_a_run_that_does_not_say_what_it_adapts(models, tmp_path, record):
     run = shutil.copytree(models / "run", tmp_path / "run")
-    write_json(run / "run.json", {"learns": "rank=2"} | record)
+    write_json(run / "run.json", {"kind": "adapter", "learns": "rank=2"} | record)
     (run / "adapter").mkdir()
     with pytest.raises(UserError, match=r"run\.json does not say which model it adapts"):
         load_model(str(run))
