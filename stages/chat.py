@@ -226,7 +226,7 @@ class ChatSession:
 
         A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything is printed.
         """
-        from engine.text.tokenizer import CompletionText
+        from engine.text.detokenizer import CompletionText
 
         prompt, passages = self.prompt(message)
         completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None

@@ -22,7 +22,7 @@ from stages.cli.console import Console
 from stages.cli.flags import CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, choose_sampling, default, integer, parser
 
 if TYPE_CHECKING:
-    from engine.text.tokenizer import CompletionText
+    from engine.text.detokenizer import CompletionText
 
 TEMPERATURE = 0.8  # where neither a flag nor the model says one
 CAPACITY_MULTIPLE = 256  # of a KV cache's capacity, in tokens
@@ -67,7 +67,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.model.ops import has_kernel, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
-    from engine.text.tokenizer import CompletionText
+    from engine.text.detokenizer import CompletionText
 
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()

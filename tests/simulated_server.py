@@ -22,7 +22,7 @@ from simulated import NAN, VOCAB, FakeConstraint, alone, check_slots, draw_reque
 from simulated_loop import SimulatedLoop
 
 from engine.inference.request import Adapter, SamplingParams
-from engine.text.tokenizer import Detokenizer
+from engine.text.detokenizer import Detokenizer
 from stages.serve import engine_thread
 from stages.serve.admission import Admission
 from stages.serve.api import generation, guard

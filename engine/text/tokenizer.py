@@ -1,6 +1,5 @@
-"""BPE tokenizers, byte-level or sentencepiece's: train and save them; text to tokens and back, at once or as they come."""
+"""BPE tokenizers, byte-level or sentencepiece's: train and save them; text to tokens and back."""
 
-import codecs
 import hashlib
 import itertools
 import json
@@ -15,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import UserError
 from engine.files import write_json, write_text
+from engine.text.detokenizer import Detokenizer
 from engine.untrusted import quote
 
 END = "<|endoftext|>"
@@ -44,17 +44,6 @@ TOGETHER = 64  # pieces a call, spread over the cores
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
 SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
-
-
-class Detokenizer:
-    """Decodes tokens one by one into whole characters, which join to `decode(ids)` without the part of one at its end."""
-
-    def __init__(self, table: dict[int, bytes]) -> None:
-        self._table = table
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._table.get(int(token), b""))
 
 
 class Tokenizer:
@@ -262,44 +251,3 @@ def _check_unicode(text: str) -> None:
             f"The text has half a character (the lone surrogate U+{ord(text[error.start]):04X}) at character "
             f"{error.start}, which no UTF-8 file can hold; remove it, or replace it with U+FFFD."
         ) from None
-
-
-class CompletionText:
-    """Turns tokens into text, returned once it is certain not to be part of a stop string.
-
-    Stop strings may begin and end inside tokens; the text ends before the one that is complete first, `stopped`. `tokens`
-    counts those read, the one that completed the stop string included.
-    """
-
-    def __init__(self, stream: Detokenizer, stop: Sequence[str] = ()) -> None:
-        self._stream = stream
-        self._stop = [text for text in stop if text]
-        self._uncertain = ""
-        self.tokens = 0
-        self.stopped: str | None = None
-
-    def push(self, tokens: Sequence[int], last: bool = False) -> str:
-        """Returns the text that is certain now; with the last tokens the rest, without half a character."""
-        certain = []
-        for token in tokens:
-            if self.stopped is not None:
-                break
-            self.tokens += 1
-            certain.append(self._append(self._stream.push(token)))
-        return "".join(certain) + self._uncertain * last
-
-    def _append(self, text: str) -> str:
-        text = self._uncertain + text
-        matches = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text]
-        if matches:
-            end, _, self.stopped = min(matches)
-            self._uncertain = ""
-            return text[: end - len(self.stopped)]
-        certain = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
-        self._uncertain = text[certain:]
-        return text[:certain]
-
-
-def overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of a text may begin a stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from engine.errors import InvalidField
 from engine.inference.constraints import json_grammar, json_rule
-from engine.text.tokenizer import overlap
+from engine.text.detokenizer import overlap
 
 Turn = dict[str, Any]  # a message as templates read it
 MAX_CALLS = 8  # in an answer that must call: a small model repeats its call until the context is full

@@ -17,7 +17,8 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json
 from engine.text.corpus import open_token_file
-from engine.text.tokenizer import CompletionText, byte_tokenizer, save_tokenizer
+from engine.text.detokenizer import CompletionText
+from engine.text.tokenizer import byte_tokenizer, save_tokenizer
 from stages import chat, evaluate, export, generate
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from engine.errors import InvalidField
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from engine.inference.request import LogProb
-from engine.text.tokenizer import Detokenizer
+from engine.text.detokenizer import Detokenizer
 from stages.serve.api.generation import (
     Answer,
     DocumentsUse,

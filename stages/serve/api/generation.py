@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engine.errors import InvalidField
 from engine.inference.constraints import Constraint, ForcedTokens
 from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingParams, check_request
+from engine.text.detokenizer import CompletionText
 from engine.text.documents import Passage
-from engine.text.tokenizer import CompletionText
 from stages.serve.admission import Sender
 from stages.serve.api.requests import INLINE_BYTES, Call, content_length, json_reply
 from stages.serve.errors import ApiError, ClientGone, api_error

@@ -5,7 +5,7 @@ import codecs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.tokenizer import CompletionText, Detokenizer
+from engine.text.detokenizer import CompletionText, Detokenizer
 
 LETTERS = "abé😀"
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]
