@@ -1,4 +1,4 @@
-"""The commands, a file or a package each. Under `python -m` it answers signals from here on, and caches bytecode for the user.
+"""The commands, a file or a package each. Under `python -m` it answers signals from here on.
 
 `python -m stages` lists them. A command parses flags, wires the engine, loops and prints.
 """
@@ -37,13 +37,3 @@ if sys.argv[:1] == ["-m"]:
             signal.signal(number, stop)
     engine.stores_programs = True
     gc.disable()  # imports leave no garbage: `run_command` enables it again once the flags are parsed
-
-    # Where Python was told not to leave bytecode beside its sources (PYTHONDONTWRITEBYTECODE, common in containers), JAX
-    # and what it imports are compiled anew at every start, which takes longer than all else before a first token. So a
-    # command keeps that bytecode in the user's cache folder.
-    if sys.dont_write_bytecode:
-        from engine.files import cache_root, write_problem
-
-        if not write_problem(cache_root() / "bytecode"):
-            sys.pycache_prefix = str(cache_root() / "bytecode")
-            sys.dont_write_bytecode = False

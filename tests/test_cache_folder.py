@@ -1,8 +1,12 @@
 """A cache folder that cannot be written stops nothing: a sentence names the variable, and a temporary one takes its place."""
 
 import errno
+import importlib.util
 import os
+import py_compile
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +18,7 @@ from engine import device, files
 from engine.files import cache_folder
 
 NOWHERE = "/proc/nowhere"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -168,3 +173,35 @@ def test_a_damaged_program_and_one_in_the_place_of_another_are_compiled_again(tm
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("way", ["writable", "owned", "damaged"])
+def test_no_bytecode_is_read_from_the_cache_nor_written_there(monkeypatch, tmp_path, way):
+    """Python checks neither who wrote bytecode nor what is in it: planted code runs, and a bit that is flipped may crash it."""
+    planted, ran = tmp_path / "planted.py", tmp_path / "ran"
+    planted.write_text(f"open({str(ran)!r}, 'w').close()\n")
+    cache = tmp_path / "cache"
+    bytecode = cache / "bytecode"
+    monkeypatch.setattr(sys, "pycache_prefix", str(bytecode))
+    for package in ("engine", "stages"):
+        for source in (ROOT / package).rglob("*.py"):
+            compiled = importlib.util.cache_from_source(source)
+            py_compile.compile(str(planted), compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+            if way == "damaged":
+                Path(compiled).write_bytes(Path(compiled).read_bytes()[:16] + bytes(16))
+    cache.chmod(0o700)
+    if way == "writable":
+        bytecode.chmod(0o777)
+    if way == "owned":
+        if os.geteuid():
+            pytest.skip("only root can give a folder to another user")
+        os.chown(bytecode, 65534, -1)
+    before = {file: file.read_bytes() for file in bytecode.rglob("*.pyc")}
+    environment = os.environ | {"THRICE_CACHE": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("PYTHONPYCACHEPREFIX", None)
+    command = [sys.executable, "-m", "stages.generate", "--help"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--prompt" in result.stdout
+    assert not ran.exists()
+    assert {file: file.read_bytes() for file in bytecode.rglob("*.pyc")} == before
