@@ -160,12 +160,28 @@ def read_checked(path: Path, limit: int) -> bytes:
 
 
 def write_checked(path: Path, data: bytes) -> None:
-    """Writes data for this user alone, and behind it the SHA-256 of the file's name and the data."""
-    if not path.is_file():  # a pipe that somebody has put there
-        path.unlink(missing_ok=True)
+    """Writes data for this user alone, and behind it the SHA-256 of the file's name and the data.
+
+    It replaces whatever is there: see `make_way`.
+    """
+    make_way(path)
     with atomic_file(path) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(data + _digest(path, data))
+
+
+def make_way(path: Path) -> None:
+    """Removes what lies in the cache where a file is to be written, if it is none: a folder, a pipe, a link to nothing."""
+    if not path.is_file():
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a pipe, a link, or a folder with all that is in it, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _digest(path: Path, data: bytes) -> bytes:

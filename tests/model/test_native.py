@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from engine.model.weights.blocks import Blocks
 def kernel():
     if problem := native_problem():
         pytest.skip(f"there is no kernel here: {problem}")
-    return read_library("block_matmul")
+    return read_library("block_matmul").data
 
 
 @pytest.fixture
@@ -59,24 +61,84 @@ def test_without_a_compiler(fresh, tmp_path):
     without_kernel("there is no C compiler; install one, or the extra `native`")
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ('gcc "', """CC='gcc "' is no command (No closing quotation); set it to a C compiler, or unset it"""),
+        ("nosuchcc -O2", "CC='nosuchcc -O2' names no program here; set it to a C compiler, or unset it"),
+        (" ", "CC=' ' names no program here"),
+    ],
+)
+def test_a_compiler_that_cannot_be_called(fresh, value, reason):
+    fresh.setenv("CC", value)
+    fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
+    without_kernel(reason)
+
+
+def make_program(path: Path, script: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+COPY = 'for out; do :; done; exec /bin/cp {} "$out"'  # a compiler that writes a file's bytes
+
+
 def test_a_compiler_that_fails(fresh, tmp_path):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
-    broken.chmod(0o755)
+    broken = make_program(tmp_path / "cc", "echo no room >&2; exit 1")
     fresh.setenv("CC", f"{broken} -x")
     fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
     without_kernel(f"{broken} failed: no room")
     assert not [*(tmp_path / "cache" / "native").iterdir()]
 
 
-def test_a_compiler_that_hangs(fresh, tmp_path):
-    slow = tmp_path / "cc"
-    slow.write_text("#!/bin/sh\nexec sleep 60\n")
-    slow.chmod(0o755)
-    fresh.setenv("CC", str(slow))
-    fresh.setattr(library, "SECONDS", 0.1)
+def test_compilers_that_hang_are_waited_for_together_and_named_together(fresh, tmp_path):
+    first, second = (make_program(tmp_path / "bin" / name, "exec /bin/sleep 60") for name in ("cc", "clang"))
+    (tmp_path / "bin" / "gcc").symlink_to(first)  # the same program, which is tried once
+    fresh.setenv("PATH", str(tmp_path / "bin"))
+    fresh.setattr(library, "SECONDS", 0.4)
     fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
-    without_kernel(f"{slow} failed: timed out after 0.1 seconds")
+    begun = time.monotonic()
+    assert re.fullmatch(
+        rf"{first} failed: it took longer than \S+ s; {second} failed: it took longer than \S+ s", native_problem()
+    )
+    assert time.monotonic() - begun < 30
+    assert not [*(tmp_path / "cache" / "native").iterdir()]
+
+
+def test_a_compiler_that_hangs_is_not_waited_for_again_once_another_has_built(kernel, fresh, tmp_path):
+    (tmp_path / "kernel.so").write_bytes(kernel)
+    make_program(tmp_path / "bin" / "cc", f"echo asked >> {tmp_path}/asked; exec /bin/sleep 60")
+    make_program(tmp_path / "bin" / "gcc", COPY.format(tmp_path / "kernel.so"))
+    fresh.setenv("PATH", str(tmp_path / "bin"))
+    fresh.setattr(library, "SECONDS", 6)
+    for _ in range(2):
+        assert read_library("block_matmul").data == kernel
+    assert (tmp_path / "asked").read_text() == "asked\n"
+
+
+@pytest.mark.parametrize("rubbish", ["nothing", "empty", "text", "cut", "another kernel", "large"])
+def test_a_compiler_that_writes_rubbish(kernel, fresh, tmp_path, rubbish):
+    """With code 0: it is not kept, crashes nothing, and the next compiler is asked."""
+    contents = {
+        "empty": b"",
+        "text": b"no room on the disk",
+        "cut": kernel[: len(kernel) // 2],
+        "another kernel": kernel.replace(b"thrice_block_matmul", b"thrice_other_matmul"),
+        "large": kernel + bytes(library.MAX_BYTES),
+    }
+    written = tmp_path / "written"
+    written.write_bytes(contents.get(rubbish, b""))
+    (tmp_path / "kernel.so").write_bytes(kernel)
+    bad = make_program(tmp_path / "bin" / "cc", "exit 0" if rubbish == "nothing" else COPY.format(written))
+    fresh.setenv("PATH", str(tmp_path / "bin"))
+    fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
+    without_kernel(f"{bad} wrote ")
+    assert not [*(tmp_path / "cache" / "native").iterdir()]
+    make_program(tmp_path / "bin" / "gcc", COPY.format(tmp_path / "kernel.so"))
+    assert read_library("block_matmul").data == kernel
+    assert len([*(tmp_path / "cache" / "native").iterdir()]) == 1
 
 
 def test_another_processor(fresh):
@@ -85,25 +147,23 @@ def test_another_processor(fresh):
 
 
 def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_path):
-    assert read_library("block_matmul") == kernel
+    assert read_library("block_matmul").data == kernel
     fresh.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was built again"))
-    assert read_library("block_matmul") == kernel
+    assert read_library("block_matmul").data == kernel
     flags = library.processor()[1]
     fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
-    fresh.setattr(subprocess, "run", lambda command, **_: open(command[-1], "wb").close())
-    assert read_library("block_matmul") == b""
+    fresh.setattr(subprocess, "run", lambda command, **_: "-o" in command and Path(command[-1]).write_bytes(kernel + b"more"))
+    assert read_library("block_matmul").data == kernel + b"more"
     assert len([*(tmp_path / "cache" / "native").iterdir()]) == 2
 
 
 @pytest.fixture
 def cached(kernel, fresh, tmp_path):
     """The library in the cache, built by a compiler that copies the real one's, so that it is quick to build again."""
-    copy, compiler = tmp_path / "copy.so", tmp_path / "cc"
+    copy = tmp_path / "copy.so"
     copy.write_bytes(kernel)
-    compiler.write_text(f'#!/bin/sh\nfor out; do :; done\nexec cp {copy} "$out"\n')
-    compiler.chmod(0o755)
-    fresh.setenv("CC", str(compiler))
-    assert read_library("block_matmul") == copy.read_bytes()
+    fresh.setenv("CC", str(make_program(tmp_path / "cc", COPY.format(copy))))
+    assert read_library("block_matmul").data == copy.read_bytes()
     (path,) = (tmp_path / "cache" / "native").iterdir()
     return path
 
@@ -118,18 +178,18 @@ def test_a_damaged_library_is_built_again(cached):
         damaged.append(bytes(flipped))
     for data in damaged:
         cached.write_bytes(data)
-        assert read_library("block_matmul") == intact[:-32]
+        assert read_library("block_matmul").data == intact[:-32]
         assert cached.read_bytes() == intact
 
 
 def test_a_library_of_another_processor_in_its_place_is_built_again(cached, fresh, tmp_path):
     ours = cached.read_bytes()
     fresh.setattr(library, "processor", lambda: ("another", "avx2"))
-    built = read_library("block_matmul")
+    built = read_library("block_matmul").data
     (theirs,) = {*(tmp_path / "cache" / "native").iterdir()} - {cached}
     theirs.write_bytes(ours)
-    (tmp_path / "copy.so").write_bytes(b"of that processor")
-    assert (built, read_library("block_matmul")) == (ours[:-32], b"of that processor")
+    (tmp_path / "copy.so").write_bytes(ours[:-32] + b"of that processor")
+    assert (built, read_library("block_matmul").data) == (ours[:-32], ours[:-32] + b"of that processor")
 
 
 def planted(path: Path, data: bytes) -> bytes:
@@ -142,16 +202,20 @@ def test_a_library_that_another_user_can_have_written_is_built_again(cached, fre
     for mode in (0o620, 0o602, 0o666):
         cached.write_bytes(planted(cached, b"evil"))
         cached.chmod(mode)
-        assert read_library("block_matmul") == intact[:-32]
+        assert read_library("block_matmul").data == intact[:-32]
         assert (cached.read_bytes(), cached.stat().st_mode & 0o777) == (intact, 0o600)
     cached.unlink()
     os.mkfifo(cached)
-    assert read_library("block_matmul") == intact[:-32]
+    assert read_library("block_matmul").data == intact[:-32]
+    cached.unlink()
+    (cached / "folder").mkdir(parents=True)
+    assert read_library("block_matmul").data == intact[:-32]
+    assert cached.read_bytes() == intact
     if os.geteuid():  # else another owner can be given
         return
     cached.write_bytes(planted(cached, b"evil"))
     os.chown(cached, 65534, -1)
-    assert read_library("block_matmul") == intact[:-32]
+    assert read_library("block_matmul").data == intact[:-32]
     assert cached.stat().st_uid == 0
 
 
@@ -168,7 +232,7 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
         pytest.skip("only root can give a folder to another user")
     reason = f"others can write to {tmp_path / name}" if way == "writable" else f"{tmp_path / name} belongs to another user"
     with pytest.warns(UserWarning, match=rf"cache is not used \({reason}\).*set THRICE_CACHE") as sentences:
-        assert [read_library("block_matmul"), read_library("block_matmul")] == [intact[:-32]] * 2
+        assert [read_library("block_matmul").data, read_library("block_matmul").data] == [intact[:-32]] * 2
     assert len(sentences) == 1
     assert cached.read_bytes() == planted(cached, b"evil")
     assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)

@@ -3,6 +3,7 @@
 Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
 cache is a digest of all that it depends on, the processor's instructions among them, so that machines may share a folder.
 The file ends in the SHA-256 of its name and the library: one damaged, misplaced, or that others can write is built anew.
+A library is kept only if it loads and holds the kernel's functions.
 """
 
 import contextlib
@@ -18,16 +19,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jaxlib
 
 from engine.device import processor
 from engine.errors import UserError
-from engine.files import cache_folder, read_checked, write_checked
+from engine.files import cache_folder, read_checked, read_limited, write_checked
 
 FOLDER = Path(__file__).parent
 # The files in C, and whether products are fused with sums: not where a row's bits must not depend on how it is compiled.
@@ -45,13 +47,32 @@ FUNCTIONS = {  # of files that hold others than that of their name
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
-MAX_BYTES = 2**22  # that are read of a library in the cache; it has a few thousand
-SECONDS = 300  # that a compiler may take; it takes five on an idle machine
+MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
+# That all compilers together may take, each its share of what is left: one that hangs takes its whole share. The four kernels
+# are 12 s of work and are compiled at once; on two cores with a load of 15 that took 55 s.
+SECONDS = 240
+# Run by another process, which a damaged library may crash: loads the library argv[1] and looks for the functions argv[2:].
+CHECK = """
+import ctypes, sys
+try:
+    library = ctypes.CDLL(sys.argv[1])
+    for name in sys.argv[2:]:
+        getattr(library, name)
+except (OSError, AttributeError) as error:
+    sys.exit(str(error).removeprefix(sys.argv[1] + ": "))
+"""
 _lock = threading.Lock()
 
 
 class _Unavailable(Exception):
     """Why there is no kernel here: the end of a sentence."""
+
+
+class Library(NamedTuple):
+    """A kernel's shared library: its bytes, and as it is loaded."""
+
+    data: bytes
+    loaded: ctypes.CDLL
 
 
 def target(kernel: str) -> str:
@@ -77,57 +98,140 @@ def _load() -> tuple[str, str]:
         with ThreadPoolExecutor() as pool:  # a compiler takes up to four seconds a kernel
             libraries = [*pool.map(read_library, KERNELS)]
         for kernel, library in zip(KERNELS, libraries):
-            # The bytes that were checked, in memory: a file in the cache could be changed or cut while it is mapped, and may
-            # lie where nothing can be executed. Never closed: dlopen takes a later file of the same number for this one.
-            handle = os.memfd_create(kernel)
-            with open(handle, "wb", closefd=False) as file:
-                file.write(library)
-            built = ctypes.CDLL(f"/proc/self/fd/{handle}")
-            for name in FUNCTIONS.get(kernel, (kernel,)):
-                jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(built, target(name))), platform="cpu")
+            for name in _functions(kernel):
+                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library.loaded, name)), platform="cpu")
     except (_Unavailable, UserError, OSError, AttributeError) as error:
         return str(error), ""
-    return "", hashlib.sha256(b"".join(libraries)).hexdigest()
+    return "", hashlib.sha256(b"".join(library.data for library in libraries)).hexdigest()
 
 
-def read_library(kernel: str) -> bytes:
-    """Returns a kernel's shared library for this machine, built if need be. Raises _Unavailable or OSError."""
+def _functions(kernel: str) -> list[str]:
+    """Lists the C functions of a kernel's file."""
+    return [target(name) for name in FUNCTIONS.get(kernel, (kernel,))]
+
+
+def read_library(kernel: str) -> Library:
+    """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or OSError."""
     machine, instructions = platform.machine(), processor()[1]
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
         raise _Unavailable("this processor is not known to multiply int8 fast")
+    flags = (*FLAGS, KERNELS[kernel])
+    sources = {file.name: file.read_bytes() for file in (FOLDER / f"{kernel}.c", *sorted(FOLDER.glob("*.h")))}
+    compilers = _compilers()
+    paths = []
+    for compiler in compilers:
+        key = [*sources.values(), jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
+        paths.append(cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so")
+    for path in paths:
+        if data := read_checked(path, MAX_BYTES):
+            # A machine that shares the folder may have built it for a newer C library.
+            with contextlib.suppress(OSError, AttributeError):
+                return _load_library(kernel, data)
+    end = time.monotonic() + SECONDS
+    problems = []
+    for index, compiler in enumerate(compilers):
+        now = time.monotonic()
+        share = (end - now) / (len(compilers) - index)
+        command = [*compiler, *flags, TUNING[machine], f"-I{jax.ffi.include_dir()}"]
+        try:
+            data = _compile(kernel, command, sources, now + share)
+        except _Unavailable as problem:
+            problems.append(str(problem))
+            continue
+        with contextlib.suppress(OSError):  # then the next start builds it again
+            write_checked(paths[index], data)
+        return _load_library(kernel, data)
+    raise _Unavailable("; ".join(problems))
+
+
+def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadline: float) -> bytes:
+    """Compiles the sources of which the library's name was made, not those that lie there by now, and returns the library.
+
+    Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic), or writes no library that
+    loads.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what is left of a compiler may still write there
+        for name, text in sources.items():
+            Path(folder, name).write_bytes(text)
+        built = Path(folder, "built.so")
+        if problem := _run([*command, f"{folder}/{kernel}.c", "-o", str(built)], deadline):
+            raise _Unavailable(f"{command[0]} failed: {problem}")
+        try:
+            library = read_limited(built, MAX_BYTES)
+        except (OSError, UserError):
+            raise _Unavailable(f"{command[0]} wrote no library of at most {MAX_BYTES:,} bytes") from None
+    handle = _open_in_memory(kernel, library)
+    try:
+        check = [sys.executable, "-I", "-S", "-c", CHECK, f"/proc/self/fd/{handle}", *_functions(kernel)]
+        problem = _run(check, deadline, handle)
+    finally:
+        os.close(handle)
+    if problem:
+        raise _Unavailable(f"{command[0]} wrote a library that does not load: {problem}")
+    return library
+
+
+def _run(command: list[str], deadline: float, *files: int) -> str:
+    """Runs a program that inherits the open `files`, and returns why it failed; empty when it did not."""
+    seconds = max(deadline - time.monotonic(), 0)
+    try:
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, pass_fds=files)
+    except OSError as error:
+        return error.strerror or str(error)
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {seconds:.3g} s"
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return lines[0].rstrip(".") if lines else f"it ended with code {error.returncode}"
+    return ""
+
+
+def _load_library(kernel: str, data: bytes) -> Library:
+    """Loads a library. Raises OSError when it does not load here, and AttributeError when it lacks a function.
+
+    It is loaded from memory, as the bytes that were checked: a file in the cache could be changed or cut while it is mapped,
+    and may lie where nothing can be executed. It stays open: dlopen would take a later file of the same number for it.
+    """
+    handle = _open_in_memory(kernel, data)
+    loaded = ctypes.CDLL(f"/proc/self/fd/{handle}")
+    for name in _functions(kernel):
+        getattr(loaded, name)
+    return Library(data, loaded)
+
+
+def _open_in_memory(kernel: str, data: bytes) -> int:
+    """Returns the number of an open file in memory that holds the data."""
+    handle = os.memfd_create(kernel)
+    with open(handle, "wb", closefd=False) as file:
+        file.write(data)
+    return handle
+
+
+def _compilers() -> list[list[str]]:
+    """Lists the command of each C compiler, one under several names once: the user's alone if `$CC` names one.
+
+    Raises _Unavailable when there is none.
+    """
+    chosen = os.environ.get("CC")
     problem = "there is no C compiler; install one, or the extra `native`"
-    source, flags = FOLDER / f"{kernel}.c", (*FLAGS, KERNELS[kernel])
-    texts = [file.read_text() for file in (source, *sorted(FOLDER.glob("*.h")))]
-    for compiler in _compilers():
-        key = [*texts, jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
-        path = cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so"
-        if library := read_checked(path, MAX_BYTES):
-            return library
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder) / "built.so"
-            arguments = (*flags, TUNING[machine], f"-I{jax.ffi.include_dir()}", str(source), "-o", str(built))
-            try:
-                subprocess.run([*compiler, *arguments], check=True, capture_output=True, timeout=SECONDS)
-            except (OSError, subprocess.SubprocessError) as error:
-                said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-                output = said or str(error).rpartition("]' ")[2]  # without the command, in brackets
-                problem = f"{compiler[0]} failed: {output.splitlines()[0].rstrip('.')}"
-                continue
-            library = built.read_bytes()
-            write_checked(path, library)
-            return library
-    raise _Unavailable(problem)
-
-
-def _compilers() -> Iterator[list[str]]:
-    """Yields the command of each C compiler: the user's alone if `$CC` names one."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    for name in names:
-        words = shlex.split(name)
-        if words and (found := shutil.which(words[0])):
-            yield [found, *words[1:]]
+    names = [["cc"], ["gcc"], ["clang"]]
+    if chosen:
+        problem = f"CC={shlex.quote(chosen)} names no program here; set it to a C compiler, or unset it"
+        try:
+            names = [shlex.split(chosen)]
+        except ValueError as error:
+            problem = f"CC={shlex.quote(chosen)} is no command ({error}); set it to a C compiler, or unset it"
+            names = []
+    commands: dict[str, list[str]] = {}
+    for words in names:
+        found = shutil.which(words[0]) if words else None
+        if found:
+            commands.setdefault(os.path.realpath(found), [found, *words[1:]])
     if importlib.util.find_spec("ziglang"):
-        yield [sys.executable, "-m", "ziglang", "cc"]
+        commands["ziglang"] = [sys.executable, "-m", "ziglang", "cc"]
+    if not commands:
+        raise _Unavailable(problem)
+    return [*commands.values()]
 
 
 def _stamp(file: str) -> tuple[str, int, int]:
