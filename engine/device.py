@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import cache_folder, trust_problem, warn_of_cache, write_problem
+from engine.files import cache_folder, remove, trust_problem, warn_of_cache, write_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +97,18 @@ def _check_entries() -> None:
     digest = lambda key, value: hashlib.sha256(key.encode() + value).digest()
 
     def get_checked(cache: LRUCache, key: str) -> bytes | None:
+        if not (cache.path / f"{key}-cache").is_file():  # a pipe would be waited for
+            return None
         entry = get(cache, key) or b""
         value = entry[:-32]
         return value if entry[-32:] == digest(key, value) else None
 
     def put_anew(cache: LRUCache, key: str, value: bytes) -> None:
-        (cache.path / f"{key}-cache").unlink(missing_ok=True)  # who reads it now reads on
+        path = cache.path / f"{key}-cache"
+        if "://" in str(path):
+            path.unlink(missing_ok=True)
+        else:
+            remove(Path(path))  # who reads it now reads on
         put(cache, key, value + digest(key, value))
 
     LRUCache.get, LRUCache.put = get_checked, put_anew  # type: ignore[method-assign, assignment]

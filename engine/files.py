@@ -226,7 +226,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for root, _, names in os.walk(building):
             for name in (*names, ""):  # the last is the folder itself
                 sync(os.path.join(root, name))
-        if path.exists():
+        if os.path.lexists(path):
             os.replace(path, temporary / "old")
         os.replace(building, path)
     sync(path.parent)
@@ -294,9 +294,11 @@ def discard(temporary: Path, path: Path) -> None:
     if (new := temporary / "new").exists():
         with contextlib.suppress(OSError):  # its writer was faster
             os.replace(new, temporary / "dropped")
-    if (old := temporary / "old").exists():  # first: from here on `path` stays as it is
+    old = temporary / "old"
+    if os.path.lexists(old):  # first: from here on `path` stays as it is
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(old)
         else:
             os.replace(old, path)
     shutil.rmtree(temporary / "dropped", ignore_errors=True)
@@ -323,6 +325,12 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def write_cached_json(path: Path, value: Any) -> None:
+    """Writes a JSON file of the cache, in the place of whatever is there."""
+    make_way(path)
+    write_json(path, value)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import py_compile
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from engine import device, files
 from engine.files import cache_folder
+from engine.manifest import build_once, verify, write_manifest
 
 NOWHERE = "/proc/nowhere"
+NO_FILES = ("folder", "pipe", "link to nothing")
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,6 +35,33 @@ def variables(monkeypatch):
             monkeypatch.setenv("HOME", values["HOME"])
 
     return put
+
+
+@pytest.fixture
+def no_waiting():
+    """Ends a test that waits for a pipe which nobody writes."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def put(path: Path, kind: str) -> None:
+    """Puts in the place of a file or folder what is none."""
+    files.remove(path)
+    if kind == "folder":
+        (path / "inner").mkdir(parents=True)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to nothing":
+        path.symlink_to(path.with_name("nothing"))
+    else:
+        path.write_text("a file")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +203,43 @@ def test_a_damaged_program_and_one_in_the_place_of_another_are_compiled_again(tm
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
+
+
+def test_what_is_no_file_in_the_place_of_a_compiled_program_is_replaced(tmp_path, no_waiting):
+    device.start_jax()
+    before = jax.config.jax_compilation_cache_dir
+    program = jax.jit(lambda x: x + 3)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        for kind in ("", *NO_FILES):
+            for path in tmp_path.iterdir() if kind else ():
+                put(path, kind)
+            compilation_cache.reset_cache()
+            jax.clear_caches()
+            assert int(program(1)) == 4
+            assert [path.is_file() and path.stat().st_size > 1000 for path in tmp_path.iterdir()] == [True], kind
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("kind", ["file", *NO_FILES])
+@pytest.mark.parametrize("part", ["", "manifest.json", "data"])
+def test_what_is_no_folder_or_no_file_in_the_place_of_cached_ones_is_replaced(tmp_path, no_waiting, kind, part):
+    """So it is with tokens, tokenizers and assets."""
+    folder = tmp_path / "cached"
+
+    def build(building: Path) -> None:
+        (building / "data").write_text("built")
+        write_manifest(building)
+
+    build_once(folder, build)
+    put(folder / part, kind)
+    build_once(folder, build)
+    assert verify(folder) == []
+    assert (folder / "data").read_text() == "built"
+    build_once(folder, lambda building: pytest.fail("it was built again"))
+    assert [*tmp_path.iterdir()] == [folder], "nothing is left of what was there"
 
 
 @pytest.mark.parametrize("way", ["writable", "owned", "damaged"])

@@ -69,7 +69,7 @@ def test_a_program_in_the_place_of_another_is_traced_anew(traced):
     assert traces == ["one", "two", "two"]
 
 
-@pytest.mark.parametrize("spoil", ["flip", "cut", "foreign", "pipe"])
+@pytest.mark.parametrize("spoil", ["flip", "cut", "foreign", "pipe", "folder"])
 def test_a_program_that_is_damaged_or_planted_is_traced_anew(traced, spoil):
     start, traces = traced
     expected, _ = start()
@@ -83,6 +83,9 @@ def test_a_program_that_is_damaged_or_planted_is_traced_anew(traced, spoil):
     if spoil == "pipe":
         path.unlink()
         subprocess.run(["mkfifo", path], check=True)
+    if spoil == "folder":
+        path.unlink()
+        (path / "inner").mkdir(parents=True)
     for _ in range(2):
         results, _ = start()
         assert [x.tobytes() for x in results] == [x.tobytes() for x in expected]

@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from bench.cli import Json, Shape, progress
 from engine.counting.accelerators import Accelerator, read_accelerators
 from engine.errors import UserError, did_you_mean
-from engine.files import cache_folder, cache_root, write_json
+from engine.files import cache_folder, read_limited, write_cached_json
 
 HERE = "here"
+MAX_BYTES = 2**16  # that are read of what was measured; it has a thousand
 accelerators = functools.cache(read_accelerators)
 _SHAPES = (Shape(4, 256, 256, 8), Shape(6, 384, 256, 8), Shape(6, 512, 256, 8))  # whose steps are timed
 
@@ -65,16 +67,20 @@ def numbers(device: Accelerator, **others: Any) -> Any:
 
 def read_calibration() -> dict[str, Any]:
     """Returns what `--calibrate` measured. Raises UserError when it has not, or when its file is damaged."""
-    file = cache_root() / "plan" / "calibration.json"
+    file = _calibration_file()
+    if not file.exists():
+        raise UserError("This machine was not measured yet: python -m bench.plan --calibrate does, in about 30 s.")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(read_limited(file, MAX_BYTES))
         if Accelerator(**saved["device"]).bf16_tflops > 0 and len([math.log(share) for share in saved["shares"]]) == 3:
             return saved
         raise ValueError
-    except FileNotFoundError:
-        raise UserError("This machine was not measured yet: python -m bench.plan --calibrate does, in about 30 s.") from None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{file} is damaged: measure again with python -m bench.plan --calibrate.") from None
+
+
+def _calibration_file() -> Path:
+    return cache_folder("plan") / "calibration.json"
 
 
 def calibrate() -> Json:
@@ -114,7 +120,7 @@ def calibrate() -> Json:
     )
     shares = sorted(rate / 1e9 / ceilings.bf16_gflops for rate in rates)
     document = {"device": dataclasses.asdict(device), "shares": shares}
-    write_json(cache_folder("plan") / "calibration.json", document)
+    write_cached_json(_calibration_file(), document)
     print(f"{device.source}: {ceilings.bf16_gflops:,.0f} GFLOP/s in bfloat16, {device.memory_gbs:.0f} GB/s")
     print(f"training steps reach {shares[0]:.0%} to {shares[-1]:.0%} of it; give --watts for energy")
     return document

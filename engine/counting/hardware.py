@@ -24,7 +24,7 @@ import numpy as np
 
 from engine.device import cores, device_name, processor
 from engine.errors import UserError
-from engine.files import cache_folder, write_json
+from engine.files import cache_folder, read_limited, write_cached_json
 from engine.format import format_bytes
 
 _CPU_SIDE = 2048  # of the matrices
@@ -32,6 +32,7 @@ _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 _SECONDS = 2.0  # after which no round begins beyond the fewest
 BUSY = 0.25  # threads that want a core, from which on a measured ceiling may be too low
+MAX_BYTES = 2**16  # that are read of what was measured; it has a few hundred
 PLAUSIBLE = 0.9  # of a ceiling, at most, for a training step
 _RATE_OF_DTYPE = {"bfloat16": "bf16_gflops", "float32": "f32_gflops", "int8": "int8_gflops"}
 RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
@@ -162,8 +163,8 @@ def _load() -> float:
 
 
 def _read_ceilings() -> tuple[Ceilings | None, float]:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        saved = json.loads(_ceilings_file().read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        saved = json.loads(read_limited(_ceilings_file(), MAX_BYTES))
         load = float(saved.pop("load"))
         ceilings = Ceilings(**saved)
         if all(math.isfinite(rate) and rate >= 0 for rate in (load, *(getattr(ceilings, rate) for rate in RATES))):
@@ -173,7 +174,7 @@ def _read_ceilings() -> tuple[Ceilings | None, float]:
 
 def _write_ceilings(ceilings: Ceilings, load: float) -> None:
     with contextlib.suppress(OSError):
-        write_json(_ceilings_file(), dataclasses.asdict(ceilings) | {"load": load})
+        write_cached_json(_ceilings_file(), dataclasses.asdict(ceilings) | {"load": load})
 
 
 def _ceilings_file() -> Path:

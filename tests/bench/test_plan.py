@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,10 @@ def test_a_calibrated_machine_is_planned_for(monkeypatch, tmp_path, capsys):
     assert wide["share of peak"]["high"] == 1
     assert wide["device-hours"]["low"] * 3600 * 121e12 == pytest.approx(wide["FLOPs"]["low"], rel=0.01), "at the peak"
     (tmp_path / "plan" / "calibration.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        find_hardware("here", {})
+    (tmp_path / "plan" / "calibration.json").unlink()
+    os.mkfifo(tmp_path / "plan" / "calibration.json")
     with pytest.raises(UserError, match="damaged"):
         find_hardware("here", {})
 

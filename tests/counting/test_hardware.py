@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from engine.counting.hardware import (
     save_ceilings,
     saved_ceilings,
 )
+from engine.files import remove
 
 FOUND = Ceilings("a chip", "cpu", 2, "0", 400.0, 200.0, 300.0, 26.0, 40.0)
 
@@ -34,6 +36,8 @@ def cache(tmp_path, monkeypatch):
         lambda saved: b"\xff\xfe",
         lambda saved: b"[]",
         lambda saved: b"{}",
+        lambda saved: b"[" * 50_000,
+        lambda saved: json.dumps(saved | {"load": 10**400}).encode(),
         *(
             lambda saved, field=field: json.dumps(saved | field).encode()
             for field in ({"more": 1}, {"read_gbs": float("nan")}, {"read_gbs": -1}, {"bf16_gflops": "fast"}, {"load": None})
@@ -49,6 +53,17 @@ def test_ceilings_are_read_back_equal_and_damaged_ones_are_not_read(cache, damag
     assert saved_ceilings() is None
     save_ceilings(FOUND)
     assert saved_ceilings() == FOUND
+
+
+def test_a_folder_or_a_pipe_in_their_place_is_replaced(cache):
+    save_ceilings(FOUND)
+    [file] = cache.iterdir()
+    for make in (os.mkdir, os.mkfifo):
+        remove(file)
+        make(file)
+        assert saved_ceilings() is None
+        save_ceilings(FOUND)
+        assert saved_ceilings() == FOUND
 
 
 @pytest.mark.parametrize("field", ["processor", "flags", "cores", "backend", "kind", "jax"])
