@@ -19,5 +19,3 @@ Axis letters, used in every einsum, shape comment and docstring:
 A mask is True where a token counts or may be attended to. A path names a parameter, a rule is a pattern on paths, a digest
 is the SHA-256 of weights, a key is JAX's PRNG key.
 """
-
-stores_programs = False  # set by a command: see program_cache.py

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax._src.core import Primitive  # jax.extend.core has it too, and takes 20 ms to import
 from jax.core import ShapedArray
 from jax.interpreters import mlir
 
-import engine
+from engine import sources
 from engine.files import cache_folder, read_checked, write_checked
 from engine.model.ops import has_kernel, platform
 
@@ -43,9 +45,21 @@ mlir.register_lowering(stored_program, _lower)
 
 @functools.cache
 def _versions() -> str:
-    sources = [file.read_bytes() for file in sorted(Path(engine.__file__).parent.rglob("*.py"))]
-    packages = [metadata.version(name) for name in ("jax", "jaxlib", "flax")]
-    return hashlib.sha256(b"".join([repr(packages).encode(), *sources])).hexdigest()
+    """Returns a digest of all code that makes a program; empty if some of the engine's was edited since the command began.
+
+    Modules are imported when they are first needed: after an edit one may be old and another new.
+    """
+    digests = []
+    for path in sorted(sources.at_start):
+        try:
+            data = Path(path).read_bytes()
+        except OSError:
+            return ""
+        digests.append((os.path.relpath(path, os.path.dirname(__file__)), hashlib.sha256(data).hexdigest()))
+    if sources.are_edited():
+        return ""
+    code = repr((jax.__version__, jaxlib.__version__, metadata.version("flax"), digests))
+    return hashlib.sha256(code.encode()).hexdigest()
 
 
 def stored(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -54,19 +68,22 @@ def stored(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *args: Any) -> Any:
-    if not (engine.stores_programs and platform() == "cpu" and jax.sharding.get_abstract_mesh().empty):
+    stores = sources.at_start and platform() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    versions = _versions() if stores else ""
+    if not versions:
         return function(cfg, *args)
     leaves, tree = jax.tree.flatten(args)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    facts = repr((_versions(), jax.config.values, has_kernel(), function.__name__, cfg, tree, shapes))
+    facts = repr((versions, jax.config.values, has_kernel(), function.__name__, cfg, tree, shapes))
     path = cache_folder("programs") / hashlib.sha256(facts.encode()).hexdigest()
     if not (data := read_checked(path, MAX_BYTES)):
         flat = lambda *leaves: jax.tree.leaves(function(cfg, *jax.tree.unflatten(tree, leaves)))
         lowered: Any = jax.jit(flat, keep_unused=True).lower(*shapes)
         types = json.dumps([[result.shape, str(result.dtype)] for result in lowered.out_info]).encode()
         data = types + b"\n" + mlir.module_to_bytecode(lowered.compiler_ir())
-        with contextlib.suppress(OSError):
-            write_checked(path, data)
+        if not sources.are_edited():  # tracing may have imported what was edited meanwhile
+            with contextlib.suppress(OSError):
+                write_checked(path, data)
     types, program = data.split(b"\n", 1)
     results = tuple(ShapedArray(tuple(shape), jnp.dtype(dtype)) for shape, dtype in json.loads(types))
     outputs = stored_program.bind(*leaves, program=program, results=results)

@@ -10,7 +10,7 @@ import os
 import select
 import sys
 
-import engine
+from engine import sources
 
 FULL_SECONDS = 0.5  # that a sentence waits for a full pipe
 phase = "before anything was begun."  # printed after "Stopped" by `stop`
@@ -35,5 +35,5 @@ if sys.argv[:1] == ["-m"]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, stop)
-    engine.stores_programs = True
+    sources.record()
     gc.disable()  # imports leave no garbage: `run_command` enables it again once the flags are parsed

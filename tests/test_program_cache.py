@@ -6,15 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-import engine
+from engine import program_cache, sources
 from engine.files import cache_folder
+from engine.model.ops import has_kernel
 from engine.program_cache import stored
 
 
 @pytest.fixture
 def traced(monkeypatch, tmp_path):
     """A function of (x, others) jitted anew, as in another process, by `start(key)`; the list grows with each trace."""
-    monkeypatch.setattr(engine, "stores_programs", True)
+    monkeypatch.setattr(sources, "at_start", sources.read_stamps())
+    program_cache._versions.cache_clear()  # noqa: SLF001  as in another process
+    has_kernel()  # builds the kernels in C, if need be, in the cache of all tests
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
     traces: list[str] = []
 
@@ -38,7 +41,7 @@ def test_a_stored_program_is_not_traced_and_gives_the_same_bits(traced, monkeypa
     assert len(traces) == 1
     assert donated
     assert donated_again
-    monkeypatch.setattr(engine, "stores_programs", False)
+    monkeypatch.setattr(sources, "at_start", {})
     plain, _ = start()
     assert len(traces) == 2
     for results in (first, again):
@@ -91,3 +94,46 @@ def test_a_program_that_is_damaged_or_planted_is_traced_anew(traced, spoil):
         assert [x.tobytes() for x in results] == [x.tobytes() for x in expected]
     assert len(traces) == 2
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_program_of_sources_that_were_edited_is_neither_stored_nor_found(traced, monkeypatch):
+    start, traces = traced
+    start("stored")
+    at_start = sources.at_start
+    path = program_cache.__file__
+    monkeypatch.setattr(sources, "at_start", at_start | {path: (0, 0, 0, 0)})
+    program_cache._versions.cache_clear()  # noqa: SLF001
+    start("stored")
+    start("new")
+    assert traces == ["stored", "stored", "new"]
+    monkeypatch.setattr(sources, "at_start", at_start)
+    program_cache._versions.cache_clear()  # noqa: SLF001
+    start("stored")
+    start("new")
+    assert traces == ["stored", "stored", "new", "new"]
+
+
+def test_a_program_is_not_stored_when_a_source_is_edited_while_it_is_traced(traced, monkeypatch):
+    start, traces = traced
+    answers = [False, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "are_edited", lambda: answers.pop(0))
+        start()
+    assert answers == []
+    start()
+    start()
+    assert len(traces) == 2
+
+
+def test_code_that_moves_to_the_next_file_makes_another_program(monkeypatch, tmp_path):
+    paths = [tmp_path / "a.py", tmp_path / "b.py"]
+    monkeypatch.setattr(sources, "at_start", dict.fromkeys(map(str, paths), (0, 0, 0, 0)))
+    monkeypatch.setattr(sources, "are_edited", lambda: False)
+    digests = set()
+    for texts in (("one\ntwo\n", "three\n"), ("one\n", "two\nthree\n"), ("one\ntwo\nthree\n", "")):
+        for path, text in zip(paths, texts):
+            path.write_text(text)
+        digests.add(program_cache._versions.__wrapped__())  # noqa: SLF001
+    assert len(digests) == 3
+    paths[0].unlink()
+    assert program_cache._versions.__wrapped__() == "", "a source that is gone by now"  # noqa: SLF001

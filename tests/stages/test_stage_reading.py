@@ -4,14 +4,16 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import command
+from tiny_runs import ROOT, command, typed
 
 from engine.inference.decode import prepare_params
 from engine.inference.runner import ModelRunner
+from engine.model.native.library import native_problem
 from engine.model.ops import has_kernel
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
@@ -98,6 +100,40 @@ def test_a_second_command_finds_the_programs_of_the_first_stored(trained, monkey
     runs = [command("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--count", 3) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout
     assert [b"flax.linen" in run.stderr for run in runs] == [True, False]
+
+
+SOURCE_THAT_EDITS_ITSELF = """
+import os
+import pathlib
+
+if os.environ.get("EDIT"):  # once it is imported: from now on the least likely token is sampled
+    path = pathlib.Path(__file__)
+    path.write_text(path.read_text().replace("logits == logits.max(-1", "logits == logits.min(-1"))
+"""
+
+
+def test_a_source_that_is_edited_while_a_command_starts_leaves_no_program_of_the_old_one_for_the_next(trained, tmp_path):
+    for package in ("engine", "stages"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "page", "serve"))
+    source = tmp_path / "engine" / "inference" / "sampling.py"
+    source.write_text(source.read_text() + SOURCE_THAT_EDITS_ITSELF)
+
+    def generate_text(cache: str, edit: str) -> bytes:
+        # Without bytecode of these sources: Python does not see an edit of the same length within a second.
+        variables = {"THRICE_CACHE": str(tmp_path / cache), "EDIT": edit, "PYTHONDONTWRITEBYTECODE": "1"}
+        words = typed("generate", "--model", trained, "--prompt", "The", "--max-tokens", 8, "--temperature", 0)
+        run = subprocess.run(words, cwd=tmp_path, env=os.environ | variables, capture_output=True, check=True)
+        return run.stdout
+
+    for cache in ("one", "two"):
+        (tmp_path / cache).mkdir(0o700)
+        if not native_problem():  # else each builds the kernels in C
+            shutil.copytree(Path(os.environ["THRICE_CACHE"]) / "native", tmp_path / cache / "native")
+    before = generate_text("one", edit="yes")
+    assert "logits.min(-1" in source.read_text()
+    after = generate_text("one", edit="")
+    assert after != before
+    assert after == generate_text("two", edit="")
 
 
 def test_a_window_is_no_longer_than_the_text(trained, text, capsys):

@@ -1,0 +1,33 @@
+"""Tells whether the engine's sources were edited since a command began: a stored program must be of those that it imported."""
+
+import os
+
+Stamps = dict[str, tuple[int, int, int, int]]
+at_start: Stamps = {}  # of a command that stores programs; empty elsewhere
+
+
+def record() -> None:
+    """Has programs stored by this process, which has imported nothing of the engine yet."""
+    at_start.update(read_stamps())
+
+
+def are_edited() -> bool:
+    return read_stamps() != at_start
+
+
+def read_stamps() -> Stamps:
+    """Returns what an edit changes of each source file, by its path: inode, size, and times of modification and change.
+
+    Not its SHA-256, since every command reads this, also for --help: the stamps take 0.3 ms.
+    """
+    stamps: Stamps = {}
+    for folder, _, names in os.walk(os.path.dirname(__file__)):
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                try:
+                    status = os.stat(path)
+                except OSError:  # removed since the folder was read
+                    continue
+                stamps[path] = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return stamps
