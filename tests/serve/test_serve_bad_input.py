@@ -210,6 +210,40 @@ def test_integers_in_any_spelling(client):
     refused(client.post_bytes("/v1/completions", b'{"prompt":[5.5]}'))
 
 
+def with_nulls(value: Any, names: list[str]) -> Any:
+    """The body with those fields, null, in each of its objects."""
+    if isinstance(value, list):
+        return [with_nulls(inner, names) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: with_nulls(inner, names) for name, inner in value.items()} | dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("names", [["async"], ["caller", "of a newer client", "q`. -"], [f"new_{n}" for n in range(8)]])
+def test_an_unknown_field_that_is_null_asks_for_nothing(client, names):
+    """In every object of the body, as newer clients send their own fields; with any other value it is refused by name."""
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]}]
+    turns += [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "there"}]
+    body = say(messages=turns, stream_options=None, response_format={"type": "text"})
+    plain = good(client.post("/v1/chat/completions", json=body))["choices"]
+    assert good(client.post("/v1/chat/completions", json=with_nulls(body, names)))["choices"] == plain
+    body["messages"][2] |= {names[0]: False}
+    assert refused(client.post("/v1/chat/completions", json=body))["param"] == f"messages[2].{names[0]}"
+
+
+def test_null_within_what_a_client_wrote_stays(client):
+    """A schema's null is a value, and no field of the body."""
+    schema = {"const": {"a": None}}
+    body = ask("Hello", 30, guided_json=schema, of_a_newer_client=None)
+    assert json.loads(good(client.post("/v1/completions", json=body))["choices"][0]["text"]) == {"a": None}
+    assert refused(client.complete(guided_json={"not": {}}, of_a_newer_client=None))["param"] == "guided_json"
+
+
+def test_unknown_null_fields_are_bounded(client):
+    body = ask() | {f"new_{n}": None for n in range(1000)}
+    assert refused(client.post("/v1/completions", json=body))["code"] == "unknown_parameter"
+
+
 def test_context_overflow_names_both_counts(client):
     text = "Hello there " * 100
     count = client.post("/tokenize", json={"prompt": text}).json()["count"]

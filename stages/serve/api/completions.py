@@ -336,8 +336,6 @@ class Message(Fields):
     tool_call_id: str | None = None
     cache_control: JsonObject = None
     parsed: Any = None  # by OpenAI's client, which sends it back
-    function_call: None = None
-    audio: None = None
 
     @property
     def turn(self) -> Turn:

@@ -1,7 +1,8 @@
 """Call: a request on its way, whose body is read within bounds of size and time; the types of fields that dialects share.
 
-An unknown field is refused by name, and so is a value that cannot be granted, for an answer that silently lacks it is worse
-than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields.
+An unknown field is refused by name unless it is null, which asks for nothing; and so is a value that cannot be granted, for an
+answer that silently lacks it is worse than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's
+header X-Ignored-Fields.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ BODY_SECONDS = 20.0  # for a body to come
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
+MAX_NULL_FIELDS = 32  # unknown ones that are left out of a body: the body is checked once more for each
 
 # Fields inside others that change no answer: what is a flag of this server, has no meaning in it, or asks a model to say less.
 IGNORED_INSIDE = {
@@ -218,9 +220,9 @@ def _decode(content: bytearray, kind: Any) -> Any:
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.ValidationError as error:
-            if "got `float`" not in str(error):
+            if "got `float`" not in str(error) and not UNKNOWN_FIELD.fullmatch(str(error)):
                 raise
-        return msgspec.convert(_integral(msgspec.json.decode(content)), kind)
+        return _convert(_integral(msgspec.json.decode(content)), kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except RecursionError:
@@ -232,6 +234,50 @@ def _decode(content: bytearray, kind: Any) -> Any:
         if re.search(rb"\\ud[89a-f]", content, re.I):  # which msgspec takes for text that was cut
             message += " Half of a surrogate pair alone is no text."
     raise ApiError(400, message)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Returns a decoded body as `kind`, without the unknown fields that are null.
+
+    Changes `value`. Clients and routers write as null the fields that nobody set, those of their next version too. Raises
+    msgspec.ValidationError.
+    """
+    for _ in range(MAX_NULL_FIELDS):
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            if not _remove_null(value, str(error)):
+                raise
+    return msgspec.convert(value, kind)
+
+
+# msgspec's sentence: the field, and the path to its object, such as `.messages[1]`.
+UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$(.*?)`)?", re.S)
+
+
+def _remove_null(value: Any, problem: str) -> bool:
+    """Removes the unknown field that msgspec's sentence is about where it is null, from its object and from those beside it in
+    lists. Returns whether there was one."""
+    match = UNKNOWN_FIELD.fullmatch(problem)
+    if not match:
+        return False
+    field, path = match.groups()
+    objects = [value]
+    for name in re.findall(r"\.(\w+)|\[[^\]]*\]", path or ""):
+        objects = [inner for each in objects for inner in _inner(each, name)]
+    found = [each for each in objects if isinstance(each, dict) and each.get(field, "") is None]
+    for each in found:
+        del each[field]
+    return bool(found)
+
+
+def _inner(value: Any, name: str) -> list[Any]:
+    """Returns the field of that name of an object, or without a name all items of a list or an object."""
+    if name:
+        return [value[name]] if isinstance(value, dict) and name in value else []
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _integral(value: Any) -> Any:

@@ -49,11 +49,6 @@ class InputItem(Fields):
     id: str | None = None
     status: str | None = None
     phase: str | None = None
-    # Of newer clients, which send them back as they come: always null.
-    async_: None = None
-    is_async: None = msgspec.field(default=None, name="async")
-    caller: None = None
-    namespace: None = None
 
 
 def _turns(items: list[InputItem]) -> list[Turn]:
