@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from tiny_server import CAPACITY, ask, good, post_head, read_all, refused, say, until
+from tiny_server import CAPACITY, ask, events, good, post_head, read_all, refused, say, until
 
 from stages.serve import server
 from stages.serve.api import requests
@@ -49,6 +49,16 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"min_tokens": 6},
     {"temprature": 1},
     {"stream_options": {"include_usage": True}, "stream": False},
+    {"skip_special_tokens": False},
+    {"use_beam_search": True},
+    {"length_penalty": 0.5},
+    {"bad_words": ["a"]},
+    {"priority": -1},
+    {"include_reasoning": False},
+    {"return_token_ids": True},
+    {"return_hidden_states": True},
+    {"truncate_prompt_tokens": 5},
+    {"cache_salt": ""},
     *({"logit_bias": value} for value in ([], {"x": 1}, {"333333": 1}, {"07": 1}, {"7\n": 1}, {"00": 1})),
 ]
 BAD_COMPLETION = [
@@ -69,6 +79,8 @@ BAD_CHAT: list[dict[str, Any]] = [
     {"reasoning_effort": 1},
     {"max_completion_tokens": 0},
     {"prompt": "a"},
+    {"echo": True},
+    {"add_special_tokens": True},
     {"max_completion_tokens": 3},
     {"metadata": []},
     {"store": "yes"},
@@ -117,6 +129,104 @@ def test_a_field_that_cannot_be_granted_is_named(client, path, change, param):
     assert named.startswith(param)
 
 
+# What vLLM and SGLang take a field for that is left out, and what no field of this server's is.
+USUAL: dict[str, Any] = {
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "bad_words": [],
+    "priority": 0,
+    "include_reasoning": True,
+    "thinking_token_budget": -1,
+    "include_stop_str_in_output": False,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
+    "routed_experts_prompt_start": 0,
+    "return_token_offsets": False,
+    "return_mm_kwargs": True,
+    "truncate_prompt_tokens": None,
+    "prompt_logprobs": None,
+    "allowed_token_ids": None,
+    "vllm_xargs": None,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "return_hidden_states": False,
+    "return_routed_experts": False,
+    "routed_experts_start_len": 0,
+    "return_cached_tokens_details": False,
+    "return_prompt_token_ids": False,
+    "return_meta_info": False,
+    "no_stop_trim": False,
+    "min_tokens": 0,
+    "stop": [],
+    "stop_token_ids": [],
+    "stream_options": {"include_usage": False, "continuous_usage_stats": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        (PATHS[0], {"echo": False, "add_special_tokens": True}),
+        (PATHS[1], {"echo": False, "add_special_tokens": False, "logprobs": False, "top_logprobs": 0, "tools": None}),
+    ],
+)
+def test_fields_of_other_engines_at_their_usual_values_change_nothing(client, path, more):
+    body = (say if path == PATHS[1] else ask)(stream=True)
+    plain, full = (client.post(path, json=body | fields) for fields in ({}, USUAL | more))
+    assert full.status_code == 200, full.text
+    assert "x-ignored-fields" not in full.headers
+    texts = [[chunk["choices"] for chunk in events(reply.text)] for reply in (plain, full)]
+    assert texts[0] == texts[1]
+
+
+def test_a_field_of_another_engine_at_another_value_is_refused_with_the_reason(client):
+    for fields, reason in (
+        ({"skip_special_tokens": False}, "No text shows control tokens"),
+        ({"priority": 3}, "the order in which they came"),
+        ({"bad_words": ["a"]}, "Use logit_bias"),
+        ({"prompt_logprobs": 1}, "Use echo with logprobs"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "Only the last chunk"),
+    ):
+        assert reason in refused(client.complete(**fields))["message"]
+    schema = good(client.get("/openapi.json"))["components"]["schemas"]["ChatRequest"]["properties"]["priority"]
+    assert "order" in schema["description"]
+
+
+def test_fields_of_other_engines_that_are_granted(client, tiny_server, monkeypatch):
+    text = good(client.complete("Hello there", 12))["choices"][0]["text"]
+    stop = text[3:5]
+    for name in ("include_stop_str_in_output", "no_stop_trim"):
+        for stream in (False, True):
+            reply = client.complete("Hello there", 12, stop=[stop], stream=stream, **{name: True})
+            parts = events(reply.text) if stream else [good(reply)]
+            assert "".join(part["choices"][0]["text"] for part in parts) == text[: text.index(stop) + len(stop)]
+    (choice,) = good(client.complete("Hello there", 3, logprobs=1, return_tokens_as_token_ids=True, echo=True))["choices"]
+    prompt = client.tokens("Hello there")
+    names = [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
+    assert (names[: len(prompt)], len(names)) == (prompt, len(prompt) + 3)
+    (choice,) = good(client.chat(logprobs=True, top_logprobs=2, return_tokens_as_token_ids=True))["choices"]
+    assert choice["logprobs"]["content"][0]["top_logprobs"][0]["token"].startswith("token_id:")
+    tokenizer = tiny_server.model.tokenizer
+    monkeypatch.setattr(tokenizer, "bos_ids", (tokenizer.eos_id,))
+    counts = [good(client.complete(add_special_tokens=wish))["usage"]["prompt_tokens"] for wish in (True, False, None)]
+    assert counts == [len(prompt) + 1, len(prompt), len(prompt) + 1]
+
+
+def test_a_cache_salt_keeps_the_prefix_cache_apart(client):
+    """Another salt finds nothing of a prompt in the cache, and the same one all that no salt would."""
+    cached = lambda salt: good(client.complete("salted " * 8, 1, cache_salt=salt))["usage"]["prompt_tokens_details"]
+    assert [cached(salt)["cached_tokens"] > 0 for salt in (None, None, "a", "a", "b", None)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
 def test_special_tokens_of_a_conversation_are_its_templates(client):
     fields = {"messages": say()["messages"]}
     for wish in (True, False):
@@ -136,6 +246,11 @@ def test_fields_that_change_nothing_are_accepted_and_named(client):
         "prediction": {"type": "content", "content": "a"},
         "reasoning_effort": "low",
         "verbosity": "high",
+        "request_id": "a",
+        "rid": "b",
+        "session_id": "c",
+        "stream_interval": 4,
+        "guided_decoding_backend": "outlines",
     }
     granted = {
         "tools": [],

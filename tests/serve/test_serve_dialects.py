@@ -8,7 +8,7 @@ import ollama
 import openai
 import pydantic
 import pytest
-from tiny_server import good, refused, say
+from tiny_server import events, good, refused, say
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
@@ -288,6 +288,28 @@ def test_a_stream_that_fails_ends_with_an_error(client, tiny_server, monkeypatch
     body = {"input": "Hello"} if "responses" in path else {"messages": HELLO} | ({"max_tokens": 5} if "v1" in path else {})
     last = client.post(path, json=body | {"stream": True}).text.strip().split("\n")[-1]
     assert "finite logits" in json.dumps(json.loads(last.removeprefix("data: ")))
+
+
+# The bodies that `vllm-router` 0.1.17 sends to its workers for requests with a model, messages or a prompt, and max_tokens.
+ROUTED_CHAT = (
+    b'{"model":"tiny","messages":[{"role":"user","content":"Hello there"}],"stream":false,"max_tokens":5,"logprobs":false,'
+    b'"no_stop_trim":false,"ignore_eos":false,"continue_final_message":false,"skip_special_tokens":true,'
+    b'"separate_reasoning":true,"stream_reasoning":true,"return_hidden_states":false,"include_reasoning":true}'
+)
+ROUTED_STREAM = ROUTED_CHAT.replace(b'"stream":false', b'"stream":true,"stream_options":{"include_usage":true}')
+ROUTED_COMPLETION = (
+    b'{"model":"tiny","prompt":"Hello there","max_tokens":5,"stream":false,"echo":false,"no_stop_trim":false,'
+    b'"ignore_eos":false,"skip_special_tokens":true,"return_hidden_states":false}'
+)
+
+
+def test_the_bodies_of_vllms_router(client, answer):
+    whole = good(client.post_bytes("/v1/chat/completions", ROUTED_CHAT))["choices"][0]["message"]["content"]
+    parts = events(client.post_bytes("/v1/chat/completions", ROUTED_STREAM).text)
+    streamed = "".join(choice["delta"].get("content", "") for part in parts for choice in part["choices"])
+    assert whole == streamed == answer(5)
+    assert good(client.post_bytes("/v1/completions", ROUTED_COMPLETION))["choices"] == good(client.complete())["choices"]
+    assert good(client.post_bytes("/v1/embeddings", b'{"model":"tiny","input":"Hello"}'))["data"][0]["embedding"]
 
 
 def test_every_dialect_counts_its_tokens_alike(client, gpt, claude, gemma):

@@ -150,8 +150,8 @@ def openapi_document(vocab: int, version: str) -> bytes:
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}
     components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts
-    components["ChatRequest"] |= {  # top_logprobs is a number only where logprobs is true
-        "if": {"properties": {"top_logprobs": {"type": "integer"}}, "required": ["top_logprobs"]},
+    components["ChatRequest"] |= {  # top_logprobs is a number above 0 only where logprobs is true
+        "if": {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]},
         "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
     }
     components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}

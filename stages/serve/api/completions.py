@@ -34,7 +34,6 @@ from stages.serve.api.requests import (
     Conversation,
     EmptyList,
     Fields,
-    GenerationRequest,
     JsonObject,
     LogProbs,
     MaxTokens,
@@ -51,6 +50,7 @@ from stages.serve.api.requests import (
     TokenId,
     TopK,
     TopP,
+    UsualFields,
     in_range,
     join_text,
 )
@@ -73,11 +73,16 @@ class StreamOptions(Fields):
     """`include_usage`: a last chunk has the token counts."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None  # vLLM's
     include_obfuscation: Literal[False] | None = None
 
 
-class CompletionFields(GenerationRequest):
-    """The fields of both kinds of completion. Null means the default."""
+class CompletionFields(UsualFields):
+    """The fields of both kinds of completion. Null means the default.
+
+    `include_stop_str_in_output`, SGLang's `no_stop_trim`: the text ends with the stop string. `return_tokens_as_token_ids`: a
+    token with a log-probability is called `token_id:5`. `cache_salt`: only requests with the same one share the prefix cache.
+    """
 
     max_tokens: MaxTokens | None = None
     min_tokens: Annotated[int, in_range("min_tokens")] | None = None
@@ -94,6 +99,11 @@ class CompletionFields(GenerationRequest):
     stop: Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    add_special_tokens: bool | None = None
     stream_options: StreamOptions | None = None
     guided_json: JsonObject = None
     guided_regex: str | None = None
@@ -112,13 +122,15 @@ class CompletionFields(GenerationRequest):
         if self.stream_options is not None and not self.stream:
             raise InvalidField("stream_options", "stream_options is given without stream being true.")
         bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
-        return await generate(call, prompts, writer, grammars=self.grammars, logit_bias=bias, **options)
+        keeps_stop = bool(self.include_stop_str_in_output or self.no_stop_trim)
+        return await generate(call, prompts, writer, grammars=self.grammars, keeps_stop=keeps_stop, logit_bias=bias, **options)
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
     """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists.
 
-    `echo`: the prompt comes before its completion, its log-probabilities too. `max_tokens` may then be 0.
+    `add_special_tokens`, true by default: a text begins with the model's start tokens. `echo`: the prompt comes before its
+    completion, its log-probabilities too. `max_tokens` may then be 0.
     """
 
     prompt: Texts
@@ -215,6 +227,11 @@ class ChoicesWriter(Writer):
     def choice(self, piece: Piece) -> Any:
         raise NotImplementedError
 
+    def token_text(self, token: int) -> tuple[str, bytes]:
+        """Returns a token with a log-probability as text, or by its id if that is asked for; and its bytes."""
+        text, content = token_text(self.tokenizer, token)
+        return f"token_id:{token}" if self.body.return_tokens_as_token_ids else text, content
+
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         choices = list(map(self.choice, pieces))
         return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage), documents=usage.documents)
@@ -251,7 +268,7 @@ class CompletionWriter(ChoicesWriter):
         for each in logprobs:
             offsets.append(self._offsets[piece.choice])  # part of a character: its offset
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
-        name = lambda token: token_text(self.tokenizer, token)[0]
+        name = lambda token: self.token_text(token)[0]
         top = [{name(token): nats for token, nats in each.top} or None for each in logprobs] if self.body.logprobs else None
         values = [None if each.logprob != each.logprob else each.logprob for each in logprobs]
         return CompletionLogProbs([name(each.token) for each in logprobs], values, top, offsets)
@@ -286,7 +303,7 @@ async def create_completion(call: Call[CompletionRequest]) -> Answer[CompletionR
         raise InvalidField("max_tokens", "max_tokens must be at least 1, or 0 with echo.")
     if body.echo and body.stream:
         raise InvalidField("echo", "echo is answered whole: leave stream out.")
-    prompts = await text_prompts(call, MAX_PROMPTS)
+    prompts = await text_prompts(call, MAX_PROMPTS, body.add_special_tokens is not False)
     writer = EchoWriter(call, prompts.tokens) if body.echo else CompletionWriter(call)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo and body.logprobs is not None)
@@ -372,6 +389,7 @@ class ChatRequest(CompletionFields, kw_only=True):
     messages: Messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    echo: bool | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: LogProbs | None = None
@@ -494,9 +512,12 @@ class ChatWriter(ChoicesWriter):
         return ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self.body.logprobs else None
 
     def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
-        shown = lambda token, nats: ((text := token_text(self.tokenizer, token))[0], nats, list(text[1]))
-        top = [TopLogProb(*shown(token, nats)) for token, nats in logprob.top]
-        return TokenLogProb(*shown(logprob.token, logprob.logprob), top)
+        top = [TopLogProb(*self._shown(token, nats)) for token, nats in logprob.top]
+        return TokenLogProb(*self._shown(logprob.token, logprob.logprob), top)
+
+    def _shown(self, token: int, nats: float) -> tuple[str, float, list[int]]:
+        text, content = self.token_text(token)
+        return text, nats, list(content)
 
 
 async def conversation(call: Call, tools: ToolUse, variables: JsonObject = None) -> Prompts:
@@ -519,7 +540,11 @@ async def conversation(call: Call, tools: ToolUse, variables: JsonObject = None)
 async def create_chat_completion(call: Call[ChatRequest]) -> Answer[ChatReply]:
     """Answers a conversation."""
     body = call.body
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.echo:
+        raise InvalidField("echo", "echo is for /v1/completions: a chat's answer comes without its messages.")
+    if body.add_special_tokens:
+        raise InvalidField("add_special_tokens", "add_special_tokens must be false: the chat template writes them.")
+    if body.top_logprobs and not body.logprobs:
         raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
     if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
         field = "max_completion_tokens"

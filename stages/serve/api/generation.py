@@ -130,7 +130,8 @@ class Generation:
     """The completions of one call in the engine, in its reserved place, and the response: an ASGI application, called once.
 
     They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
-    count once. Responds with the `reply`, or, if it is asked for, the stream of a `writer`.
+    count once. `keeps_stop`: the text ends with the stop string, and not before it. Responds with the `reply`, or, if it is
+    asked for, the stream of a `writer`.
     """
 
     def __init__(
@@ -142,8 +143,10 @@ class Generation:
         repeats: int = 1,
         stops: Sequence[str] = (),
         writer: "Writer | None" = None,
+        keeps_stop: bool = False,
     ) -> None:
         self._state = state = call.state
+        self._keeps_stop = keeps_stop
         self._priority, self._arrived = call.priority, call.http.state.arrived
         self._repeats, self._passages = repeats, prompts.passages
         self._reply, self._writer = reply, writer if getattr(call.body, "stream", False) else None
@@ -288,6 +291,8 @@ class Generation:
         completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
         before = completion.tokens
         text = completion.push(event.tokens, last=event.finish_reason is not None)
+        if self._keeps_stop and completion.stopped is not None:
+            text += completion.stopped
         is_scored = bool(choice.scored_tokens)
         metrics.generated.inc(0 if is_scored else completion.tokens - before)
         if event.tokens and not choice.first_token:
@@ -371,10 +376,13 @@ class EventWriter(Writer):
         return b"event: error\n" + super().error(error)
 
 
-async def text_prompts(call: Call, most: int) -> Prompts:
-    """Returns the prompts of a body, at most so many, of one token or more each. Raises InvalidField."""
+async def text_prompts(call: Call, most: int, special: bool = True) -> Prompts:
+    """Returns the prompts of a body, at most so many, of one token or more each; `special` as of TokenizerPool.encode.
+
+    Raises InvalidField.
+    """
     texts, field, vocab = call.body.texts(most), call.body.prompt_field, call.state.engine.cfg.vocab
-    tokens = await call.state.tokenizer.encode(texts) if isinstance(texts[0], str) else texts
+    tokens = await call.state.tokenizer.encode(texts, special) if isinstance(texts[0], str) else texts
     for number, each in enumerate(tokens):
         name = f"{field}[{number}]" if len(tokens) > 1 else field
         if not each:
@@ -445,7 +453,8 @@ def make_request(
     """Returns the engine's request for a prompt. Raises ApiError if the adapter has been removed, and InvalidField as
     `check_request` does, for the body's field that has the prompt."""
     adapter, engine = call.state.adapter_of(call.model), call.state.engine
-    request = Request(tuple(prompt), sampling, call.http.state.namespace, constraint, embed, adapter)
+    namespace = call.http.state.namespace + (getattr(call.body, "cache_salt", None) or "")
+    request = Request(tuple(prompt), sampling, namespace, constraint, embed, adapter)
     try:
         check_request(request, engine.cfg.vocab, engine.capacity)
     except InvalidField as error:
@@ -476,6 +485,7 @@ async def generate(
     fields: msgspec.Struct | None = None,
     grammars: Sequence[Grammar] = (),
     scores: bool = False,
+    keeps_stop: bool = False,
     **overrides: Any,
 ) -> ASGIApp:
     """Responds with `n` completions of each prompt; those of a prompt follow each other.
@@ -484,7 +494,7 @@ async def generate(
     if it has them; None stands for the default. `overrides` are those of SamplingParams that the dialect has in its own form.
     All keep to the grammar, of which there is one at most. At most `max_tokens` are generated, by default and at most as many
     as fit; with 0 there is no completion. With `scores` the tokens of each prompt but its first come before its completions,
-    if there are others; they need `logprobs`. Raises ApiError and InvalidField.
+    if there are others; they need `logprobs`. `keeps_stop` as of Generation. Raises ApiError and InvalidField.
     """
     state, body = call.state, call.body
     field = lambda name: overrides[name] if name in overrides else getattr(fields or body, name, None)
@@ -514,4 +524,5 @@ async def generate(
             _, *others = first.sampling.per_row(n)  # each with its own seed
             requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
     repeats = n if limit else 1
-    return Generation(call, prompts, requests, writer.reply, repeats, [stop] if isinstance(stop, str) else stop, writer)
+    stops = [stop] if isinstance(stop, str) else stop
+    return Generation(call, prompts, requests, writer.reply, repeats, stops, writer, keeps_stop)

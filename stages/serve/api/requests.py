@@ -9,7 +9,7 @@ import asyncio
 import functools
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -107,6 +107,19 @@ UNSUPPORTED = {
     **dict.fromkeys(("images", "image", "image_url", "input_image"), "The model reads text alone"),
     "truncation": "Nothing is left out of a conversation here: shorten it",
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
+    "prompt_logprobs": "Use echo with logprobs, or /v1/score",
+    "truncate_prompt_tokens": "Nothing is left out of a prompt here: shorten it",
+    "allowed_token_ids": "Use logit_bias, or structured_outputs",
+    "logprob_token_ids": "The most probable tokens have log-probabilities, or given answers by /v1/score",
+    **dict.fromkeys(
+        ("whitespace_pattern", "guided_whitespace_pattern"),
+        "JSON is written on one line here, without free white space",
+    ),
+    "disable_additional_properties": "Say additionalProperties: false in the schema",
+    "chat_template": "Conversations are written by the template that the server was started with",
+    "lora_path": "Name the adapter as the model",
+    "continuous_usage_stats": "Only the last chunk of a stream has token counts",
+    **dict.fromkeys(("kv_transfer_params", "ec_transfer_params"), "No server takes over another's cache here"),
 }
 
 
@@ -133,6 +146,12 @@ class AnswerRequest(ModelRequest):
     reasoning: JsonObject = None
     cache_control: JsonObject = None
     keep_alive: float | str | None = None
+    # vLLM's and SGLang's: what the client calls the request, and in what pieces a stream comes.
+    request_id: str | None = None
+    rid: str | list[str] | None = None
+    session_id: str | None = None
+    stream_interval: int | None = None
+    guided_decoding_backend: str | None = None
 
     @property
     def ignored(self) -> list[str]:
@@ -174,6 +193,49 @@ class GenerationRequest(AnswerRequest):
     """A request for completions, whole or streamed."""
 
     stream: bool | None = None
+
+
+def why(reason: str) -> Meta:
+    """Returns the reason why a field takes no other value, for the OpenAPI document and for whoever sends one."""
+    return Meta(description=reason)
+
+
+class UsualFields(GenerationRequest):
+    """Fields of vLLM and SGLang that their routers and clients send at the value that means "as usual", which is accepted.
+
+    Another value is refused by name, with the reason. Where both values of a field are taken, the answer is the same.
+    """
+
+    # vLLM's.
+    skip_special_tokens: Annotated[Literal[True] | None, why("No text shows control tokens here")] = None
+    spaces_between_special_tokens: bool | None = None  # there are none in a text
+    use_beam_search: Annotated[Literal[False] | None, why("Completions are sampled here, and not searched for: use n")] = None
+    length_penalty: Annotated[Literal[1] | None, why("It belongs to beam search, which there is none of here")] = None
+    bad_words: Annotated[EmptyList | None, why("Use logit_bias, or structured_outputs")] = None
+    priority: Annotated[Literal[0] | None, why("Requests have their turn in the order in which they came")] = None
+    include_reasoning: Annotated[Literal[True] | None, why("Nothing of an answer is told apart as reasoning, and left out")] = (
+        None
+    )
+    thinking_token_budget: Annotated[Literal[-1] | None, why("Use max_tokens: reasoning is a part of the answer here")] = None
+    return_token_ids: Annotated[Literal[False] | None, why("Send the text to /tokenize, or ask for logprobs")] = None
+    routed_experts_prompt_start: Annotated[Literal[0] | None, why("No routing to experts is returned")] = None
+    return_token_offsets: bool | None = None  # of vLLM's routes that render a prompt; its others pass over it
+    return_mm_kwargs: bool | None = None  # so too
+    # SGLang's.
+    separate_reasoning: bool | None = None  # reasoning stays in the answer, as in SGLang without a parser of it
+    stream_reasoning: bool | None = None  # so too
+    return_hidden_states: Annotated[Literal[False] | None, why("Hidden states are only returned as embeddings")] = None
+    return_routed_experts: Annotated[Literal[False] | None, why("No routing to experts is returned")] = None
+    routed_experts_start_len: Annotated[Literal[0] | None, why("No routing to experts is returned")] = None
+    return_cached_tokens_details: Annotated[Literal[False] | None, why("There is one cache: usage counts its tokens")] = None
+    return_prompt_token_ids: Annotated[Literal[False] | None, why("Send the prompt to /tokenize")] = None
+    return_meta_info: Annotated[Literal[False] | None, why("Ask for logprobs, or read usage")] = None
+
+
+for _name, _hint in get_type_hints(UsualFields, include_extras=True).items():
+    _notes = [note for note in get_args(_hint) if isinstance(note, Meta)]
+    if _notes:
+        UNSUPPORTED[_name] = str(_notes[0].description)
 
 
 class Call[Body]:
