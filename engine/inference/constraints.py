@@ -24,6 +24,8 @@ MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced, and a model may write
 # line ends for ever.
+# The formats of texts that are enforced. JSON Schema lets any other be a note for people, as in OpenAPI's `password`.
+FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -171,6 +173,30 @@ def regex_grammar(pattern: str) -> str:
     return f"start: /{regex_to_lark(pattern)}/"
 
 
+def tag_grammar(structures: Sequence[tuple[str, dict[str, Any], str]], triggers: Sequence[str]) -> str:
+    """Returns a grammar of texts with structures in them: a beginning, JSON that satisfies a schema, and an end.
+
+    Text that has come to one of the `triggers`, with which a structure begins, goes on with a structure to its end. Raises
+    UserError for a structure without a trigger, for a trigger without a structure, and as `json_rule`.
+    """
+    rules: dict[str, list[str]] = {trigger: [] for trigger in triggers}
+    for begin, schema, end in structures:
+        matching = [trigger for trigger in rules if begin.startswith(trigger)]
+        if not matching:
+            raise UserError(f"no trigger begins the structure {begin[:80]!r}")
+        trigger = min(matching, key=len)  # the text comes to it first
+        texts = [json.dumps(text) if text else "" for text in (begin.removeprefix(trigger), end)]
+        rules[trigger].append(f"{texts[0]} {json_rule(schema)} {texts[1]}")
+    lines = []
+    for number, (trigger, bodies) in enumerate(rules.items()):
+        if not bodies:
+            raise UserError(f"no structure begins with the trigger {trigger[:80]!r}")
+        lines.append(f"tag_{number}: trigger_{number} ({' | '.join(bodies)})")
+        lines.append(f"trigger_{number}[lazy]: TEXT {json.dumps(trigger)}")
+    names = " | ".join(f"tag_{number}" for number in range(len(rules)))
+    return "\n".join([f"start: ({names})* text", "text: TEXT", "TEXT: /(?s:.*)/", *lines])
+
+
 def lark_grammar(text: str) -> str:
     """Returns a grammar in Lark as it is, and one in llama.cpp's GBNF as Lark. Raises UserError."""
     from llguidance.gbnf_to_lark import any_to_lark
@@ -200,6 +226,8 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
     if not lenient and isinstance(least, int) and least > max(1, names):
         raise UserError(f"minProperties {least} cannot be enforced, for a name that is not required may come twice")
     for name, value in schema.items():
+        if name == "format" and isinstance(value, str) and value not in FORMATS:
+            continue
         if name == "pattern" and isinstance(value, str):
             checked[name] = _rust_pattern(value)
         elif name == "patternProperties" and isinstance(value, dict):

@@ -1,10 +1,13 @@
 """J1: a structured answer parses and validates, or its finish reason says why not, and nobody beside it notices."""
 
+import datetime
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema_rs
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -143,3 +146,124 @@ def test_every_kind_of_grammar_beside_stop_strings_and_log_probabilities(client)
     for ignore_eos in (False, True):
         ended = complete(guided_choice=["yes"], ignore_eos=ignore_eos)
         assert (ended["text"], ended["finish_reason"]) == ("yes", "stop")
+
+
+@pytest.fixture
+def gpt(tiny_server):
+    with openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def structured(gpt):
+    """The answer of a chat with vLLM's `structured_outputs`, sent as people send it: by the client's extra_body."""
+
+    def answer(outputs: dict[str, Any], most: int = 60, **more: Any) -> str:
+        fields: Any = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": most,
+            "temperature": 0,
+        }
+        reply = gpt.chat.completions.create(**fields, extra_body={"structured_outputs": outputs} | more)
+        return reply.choices[0].message.content
+
+    return answer
+
+
+def test_vllms_structured_outputs(structured, client):
+    assert json.loads(structured({"json": SCHEMA}))["color"] in ("red", "blue")
+    assert json.loads(structured({"json": json.dumps(SCHEMA)}))["size"] in (1, 22)
+    assert structured({"regex": "[ab]{3}c"}).strip("ab") == "c"
+    assert structured({"choice": ["yes", "no"]}) in ("yes", "no")
+    assert structured({"grammar": 'root ::= "x" [yz] "!"'}) in ("xy!", "xz!")
+    assert structured({"json_object": True}, 5).startswith("{")
+    usual = {
+        "regex": None,
+        "json_object": False,
+        "structural_tag": None,
+        "disable_any_whitespace": False,
+        "disable_additional_properties": False,
+        "disable_fallback": True,
+        "whitespace_pattern": None,
+        "_backend": None,
+    }
+    assert structured({"choice": ["maybe"]} | usual) == "maybe"
+    outputs = {"choice": ["yes, indeed"]}
+    assert good(client.complete("Hello", 40, structured_outputs=outputs))["choices"][0]["text"] == "yes, indeed"
+
+
+TAG = {
+    "type": "structural_tag",
+    "structures": [
+        {"begin": "<a>", "schema": {"const": 1}, "end": "]"},
+        {"begin": "<b>", "schema": {"const": "x"}, "end": "]"},
+        {"begin": "#", "schema": {"enum": [2, 3]}},
+    ],
+    "triggers": ["<", "#"],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_goes_on_with_a_structure_where_it_has_come_to_a_trigger(client, seed):
+    bias = {str(client.tokens(mark)[-1]): 6 for mark in ("#", "<")}
+    body = ask("Hello", 60, structured_outputs={"structural_tag": json.dumps(TAG)}, temperature=1.3, seed=seed, logit_bias=bias)
+    text = good(client.post("/v1/completions", json=body))["choices"][0]["text"]
+    for trigger, wholes in {"#": ["2", "3"], "<": ["a>1]", 'b>"x"]']}.items():
+        assert trigger in text
+        for match in re.finditer(trigger, text):
+            rest = text[match.end() :]
+            assert any(rest.startswith(whole) or whole.startswith(rest) for whole in wholes)  # the last may be cut
+
+
+def test_the_structures_of_an_object_are_those_of_its_text(structured, gpt):
+    only = {"type": "structural_tag", "structures": [{"begin": "@", "schema": {"const": 7}, "end": "."}], "triggers": ["@"]}
+    texts = [structured({"structural_tag": tag}, 20) for tag in (only, json.dumps(only))]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        ({}, "structured_outputs must have exactly one of json, .* has none"),
+        ({"json_object": False}, "has none"),
+        ({"json": SCHEMA, "regex": "a"}, "has json and regex"),
+        ({"json": "{"}, "structured_outputs.json: it is no JSON schema"),
+        ({"json": {"not": {}}}, "structured_outputs.json: .*not"),
+        ({"regex": "(a"}, "structured_outputs.regex: "),
+        ({"grammar": "b"}, "structured_outputs.grammar: it is neither Lark nor GBNF"),
+        ({"choice": []}, "structured_outputs.choice: "),
+        ({"json": SCHEMA, "whitespace_pattern": " *"}, "structured_outputs.whitespace_pattern: .*one line"),
+        ({"json": SCHEMA, "disable_additional_properties": True}, "Say additionalProperties: false"),
+        ({"structural_tag": "{}"}, "structured_outputs.structural_tag: it is no structural tag: .*`type`"),
+        ({"structural_tag": {"type": "structural_tag"}}, "structured_outputs.structural_tag: it has no structures"),
+        ({"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}}, "structures with triggers"),
+        ({"structural_tag": TAG | {"triggers": ["#"]}}, "no trigger begins the structure '<a>'"),
+        ({"structural_tag": TAG | {"triggers": ["<", "#", "%"]}}, "no structure begins with the trigger '%'"),
+    ],
+)
+def test_structured_outputs_that_cannot_be_granted_are_named(structured, outputs, words):
+    with pytest.raises(openai.BadRequestError, match=words):
+        structured(outputs)
+
+
+def test_only_one_grammar_is_kept_to(structured):
+    fields = {"response_format": {"type": "json_object"}}
+    with pytest.raises(openai.BadRequestError, match=r"response_format is sent beside structured_outputs\.choice"):
+        structured({"choice": ["a"]}, **fields)
+    with pytest.raises(openai.BadRequestError, match=r"guided_regex is sent beside structured_outputs\.choice"):
+        structured({"choice": ["a"]}, guided_regex="a")
+
+
+def test_a_schema_needs_no_name_and_its_unknown_formats_are_notes(client):
+    """As in OpenAPI, whose `password` and `int32` are for people; a format that is known is enforced beside them."""
+    properties = {
+        "note": {"const": "a", "format": "password"},
+        "day": {"type": "string", "format": "date"},
+        "format": {"type": "string", "format": "regex", "pattern": "^b$"},
+    }
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    body = say("A", 100, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+    answer = json.loads(good(client.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"])
+    assert (answer["note"], answer["format"]) == ("a", "b")
+    assert datetime.date.fromisoformat(answer["day"])

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from engine.errors import InvalidField
-from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar
+from engine.errors import InvalidField, UserError
+from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar, tag_grammar
 from engine.inference.request import LogProb
 from engine.text.detokenizer import Detokenizer
 from stages.serve.api.generation import (
@@ -60,6 +60,55 @@ from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar,
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
+Choices = Annotated[list[StopText], Meta(min_length=1)]
+
+
+class TagStructure(Fields):
+    """A part of a text: its beginning, JSON that satisfies the schema, and its end."""
+
+    begin: Annotated[str, Meta(min_length=1, max_length=256)]
+    schema: JsonObject = None
+    end: Annotated[str, Meta(max_length=256)] = ""
+
+
+class StructuralTag(Fields):
+    """A text that goes on with a structure when it has come to a trigger, with which the structure begins."""
+
+    type: Literal["structural_tag"]
+    structures: Several[TagStructure] | None = None
+    triggers: Several[StopText] | None = None
+    format: JsonObject = None
+
+
+def structural_tag_grammar(tag: str | StructuralTag) -> str:
+    """Returns the grammar of a structural tag, or of its JSON text, as vLLM takes it. Raises UserError."""
+    try:
+        tag = msgspec.json.decode(tag, type=StructuralTag) if isinstance(tag, str) else tag
+    except msgspec.DecodeError as error:
+        raise UserError(f"it is no structural tag: {error}") from None
+    if tag.format is not None:
+        raise UserError("only structures with triggers can be enforced, and no format: send json, regex, choice or grammar")
+    if not tag.structures:
+        raise UserError("it has no structures: give at least one, and its trigger")
+    return tag_grammar([(each.begin, each.schema or {}, each.end) for each in tag.structures], tag.triggers or ())
+
+
+def schema_grammar(schema: str | dict[str, Any]) -> str:
+    """Returns the grammar of JSON that satisfies a schema, or its JSON text. Raises UserError."""
+    try:
+        return json_grammar(msgspec.json.decode(schema, type=dict[str, Any]) if isinstance(schema, str) else schema)
+    except msgspec.DecodeError as error:
+        raise UserError(f"it is no JSON schema: {error}") from None
+
+
+STRUCTURED_OUTPUTS: dict[str, Callable[..., str]] = {
+    "json": schema_grammar,
+    "regex": regex_grammar,
+    "choice": choice_grammar,
+    "grammar": lark_grammar,
+    "json_object": lambda _: json_grammar({"type": "object"}),
+    "structural_tag": structural_tag_grammar,
+}
 GRAMMARS: dict[str, Callable[..., str]] = {
     "guided_json": json_grammar,
     "guided_regex": regex_grammar,
@@ -67,6 +116,31 @@ GRAMMARS: dict[str, Callable[..., str]] = {
     "guided_grammar": lark_grammar,
     "grammar": lark_grammar,
 }
+
+
+class StructuredOutputs(Fields):
+    """What an answer keeps to, as vLLM has it, whose 0.12 took the `guided_` fields away: exactly one of the first six."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | StructuralTag | None = None
+    disable_any_whitespace: bool | None = None  # there is none that is free
+    disable_additional_properties: Literal[False] | None = None
+    disable_fallback: bool | None = None  # one library compiles all grammars
+
+    @property
+    def wanted_grammar(self) -> Grammar:
+        """The one that is asked for. Raises InvalidField."""
+        values = {name: getattr(self, name) for name in STRUCTURED_OUTPUTS}
+        wanted = [name for name, value in values.items() if value is not None and value is not False]
+        if len(wanted) != 1:
+            field, found = "structured_outputs", " and ".join(wanted) or "none"
+            raise InvalidField(field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}.")
+        (name,) = wanted
+        return Grammar(f"structured_outputs.{name}", partial(STRUCTURED_OUTPUTS[name], values[name]))
 
 
 class StreamOptions(Fields):
@@ -105,17 +179,23 @@ class CompletionFields(UsualFields):
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     add_special_tokens: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[StopText], Meta(min_length=1)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
 
     @property
     def grammars(self) -> list[Grammar]:
-        """The grammars that the request asks for, under vLLM's names and llama.cpp's `grammar`."""
-        given = {name: getattr(self, name) for name in GRAMMARS}
-        return [Grammar(name, partial(GRAMMARS[name], value)) for name, value in given.items() if value is not None]
+        """The grammars that the request asks for, under vLLM's names, new and old, and llama.cpp's `grammar`. Raises
+        InvalidField."""
+        grammars = [self.structured_outputs.wanted_grammar] if self.structured_outputs else []
+        for name, make in GRAMMARS.items():
+            value = getattr(self, name)
+            if value is not None:
+                grammars.append(Grammar(name, partial(make, value)))
+        return grammars
 
     async def respond(self, call: Call, prompts: Prompts, writer: "ChoicesWriter", **options: Any) -> Answer:
         """Responds with the completions; `options` are those of `generate`."""
@@ -370,7 +450,7 @@ Messages = Conversation[Message]
 class JsonSchema(Fields):
     """A schema that an answer is to satisfy; it is enforced whether or not it is `strict`."""
 
-    name: str
+    name: str | None = None
     schema: JsonObject = None
     description: str | None = None
     strict: bool | None = None
