@@ -10,6 +10,8 @@ import pydantic
 import pytest
 from tiny_server import events, good, refused, say
 
+from stages.serve.api.generation import template_variables
+
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
 
@@ -159,6 +161,56 @@ def test_anthropics_messages_satisfy_a_schema(roomy):
             client.messages.create(**asked, output_config=bad)
 
 
+REASONING: dict[str, Any] = {
+    "type": "reasoning",
+    "id": "rs_1",
+    "summary": [{"type": "summary_text", "text": "I greet."}],
+    "content": [{"type": "reasoning_text", "text": "A greeting."}],
+    "encrypted_content": "gAAAA",
+    "status": "completed",
+}
+
+
+def test_a_response_repeats_how_it_was_sampled(gpt, tiny_server, monkeypatch):
+    monkeypatch.setattr(tiny_server.state, "sampling", tiny_server.state.sampling.__class__(temperature=0.3, top_p=0.8))
+    default = gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=2)
+    assert (default.temperature, default.top_p, default.truncation, default.background) == (0.3, 0.8, "disabled", False)
+    own = gpt.responses.create(
+        model=GPT, input="Hello there", max_output_tokens=2, temperature=0, top_p=0.5, truncation="auto", include=[]
+    )
+    assert (own.temperature, own.top_p, own.truncation, own.top_logprobs) == (0, 0.5, "auto", 0)
+
+
+def test_reasoning_among_the_items_changes_nothing(gpt):
+    plain: Any = {"model": GPT, "max_output_tokens": 6}
+    answer = gpt.responses.create(**plain, input=HELLO).output_text
+    for item in (REASONING, REASONING | {"content": None, "encrypted_content": None}, REASONING | {"content": []}):
+        reply = gpt.responses.with_raw_response.create(**plain, input=[*HELLO, item], include=["reasoning.encrypted_content"])
+        assert (reply.parse().output_text, reply.headers["x-ignored-fields"]) == (answer, "input.reasoning")
+    with pytest.raises(openai.BadRequestError, match=r"input\[0\]\.content has no parts"):
+        gpt.responses.create(**plain, input=[{"role": "user", "content": []}])
+
+
+def test_what_a_response_includes(gpt, client):
+    """Log-probabilities are those of a chat; of tools that there are none of there is nothing to include."""
+    fields: Any = {"model": GPT, "input": "Hello there", "max_output_tokens": 5, "top_logprobs": 2}
+    include = ["message.output_text.logprobs", "file_search_call.results", "web_search_call.action.sources"]
+    chat = good(client.chat(logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
+    reply = gpt.responses.create(**fields, include=include)
+    assert [each.model_dump() for each in reply.output[0].content[0].logprobs] == chat
+    *_, last = events = list(gpt.responses.create(**fields, include=include, stream=True))
+    parts = [each for event in events if event.type == "response.output_text.delta" for each in event.logprobs]
+    assert [part.token for part in parts] == [each["token"] for each in chat]
+    assert last.response.output[0].content[0].logprobs == reply.output[0].content[0].logprobs
+    history = [*HELLO, *reply.output, *HELLO]
+    assert gpt.responses.create(model=GPT, input=history, max_output_tokens=1).usage.input_tokens > reply.usage.input_tokens
+    for more, words in (({}, "top_logprobs is given without"), ({"include": include, "tools": [WEATHER]}, "beside tools")):
+        with pytest.raises(openai.BadRequestError, match=words):
+            gpt.responses.create(**fields, **more)
+    with pytest.raises(openai.BadRequestError, match="include"):
+        gpt.responses.create(**fields, include=["weather"])
+
+
 def test_a_model_that_must_call_ends(roomy):
     """A call is required and several are allowed: one without sense would call until the context is full."""
     with openai.OpenAI(base_url=f"{roomy.url}/v1", api_key="any") as client:
@@ -224,6 +276,102 @@ def test_messages_streamed(claude, answer):
     rest = claude.messages.create(model=CLAUDE, max_tokens=5, messages=cut).content[0].text
     flags = {"add_generation_prompt": False, "continue_final_message": True}
     assert rest == answer(5, **flags, messages=cut)
+
+
+@pytest.mark.parametrize("thinking", [{"type": "adaptive"}, {"type": "enabled", "budget_tokens": 1024}])
+def test_thinking_changes_nothing_and_is_named(claude, thinking):
+    asked: Any = {"model": CLAUDE, "max_tokens": 6}
+    spoken: Any = [{"type": "text", "text": "Hi"}]
+    thoughts = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "redacted_thinking", "data": "d"}]
+    replies = []
+    for content, more in (([*thoughts, *spoken], {"thinking": thinking}), (spoken, {"thinking": {"type": "disabled"}})):
+        messages: Any = [*HELLO, {"role": "assistant", "content": content}, *HELLO]
+        replies.append(claude.messages.with_raw_response.create(**asked, messages=messages, **more))
+        counted = claude.messages.count_tokens(model=CLAUDE, messages=messages, **more)
+        usage = replies[-1].parse().usage
+        assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+    assert [reply.headers.get("x-ignored-fields") for reply in replies] == ["thinking, messages.thinking", None]
+    assert replies[0].parse().content == replies[1].parse().content
+
+
+def test_a_document_of_plain_text_is_read_before_the_question(claude):
+    def tokens(*blocks: Any) -> int:
+        return claude.messages.count_tokens(model=CLAUDE, messages=[{"role": "user", "content": [*blocks]}]).input_tokens
+
+    question = {"type": "text", "text": "Who?"}
+    source = {"type": "text", "media_type": "text/plain", "data": "Ann is here."}
+    document = {"type": "document", "source": source, "title": "Notes", "citations": {"enabled": False}}
+    assert tokens(document, question) == tokens({"type": "text", "text": "Notes\nAnn is here.\n\nWho?"})
+    parts = {"type": "content", "content": [{"type": "text", "text": "Ann is"}, {"type": "text", "text": " here."}]}
+    assert tokens(document | {"source": parts}, question) == tokens(document, question)
+    pdf = {"type": "base64", "media_type": "application/pdf", "data": "aGk="}
+    for block, words in (
+        (document | {"source": pdf}, "reads text alone"),
+        (document | {"citations": {"enabled": True}}, "quotes"),
+    ):
+        with pytest.raises(anthropic.BadRequestError, match=words):
+            tokens(block)
+
+
+def test_models_as_anthropic_describes_them(claude, client, tiny_server):
+    models = list(claude.models.list())
+    assert [model.id for model in models] == ["tiny", CLAUDE, GEMMA, GPT]
+    assert models[0].created_at.timestamp() == tiny_server.state.loaded_at
+    assert claude.models.retrieve(CLAUDE).max_input_tokens == tiny_server.engine.capacity
+    with pytest.raises(anthropic.NotFoundError, match="There is no model"):
+        claude.models.retrieve("claude-none")
+    page = good(client.get("/v1/models", headers={"anthropic-version": "2023-06-01"}))
+    assert (page["first_id"], page["last_id"], page["has_more"]) == ("tiny", GPT, False)
+    assert good(client.get("/v1/models"))["object"] == "list"
+
+
+def test_ids_of_anthropics_are_told_by_their_beginnings(roomy):
+    tool: Any = {"name": "get_weather", "input_schema": WEATHER["parameters"]}
+    asked: Any = {"model": "tiny", "max_tokens": 200, "messages": HELLO, "tools": [tool], "tool_choice": {"type": "any"}}
+    with anthropic.Anthropic(base_url=roomy.url, api_key="any") as client:
+        reply = client.messages.with_raw_response.create(**asked)
+        assert {block.id[:6] for block in reply.parse().content if block.type == "tool_use"} == {"toolu_"}
+        assert reply.headers["request-id"] == reply.headers["x-request-id"]
+        with client.messages.stream(**asked) as stream:
+            assert stream.get_final_message().content[0].id.startswith("toolu_")
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            client.messages.create(**asked | {"model": "none"})
+        assert caught.value.request_id.startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"enable_thinking": False, "messages": []}, "chat_template_kwargs.enable_thinking, chat_template_kwargs.messages"),
+        ({"odd\r\nname": 1, "thinking": 1}, "chat_template_kwargs"),
+        ({f"name_{n}": n for n in range(17)}, "chat_template_kwargs"),
+        ({}, None),
+    ],
+)
+def test_variables_that_the_template_does_not_read_are_named(client, kwargs, named):
+    reply = client.chat(chat_template_kwargs=kwargs)
+    assert reply.headers.get("x-ignored-fields") == named
+    assert good(reply)["choices"] == good(client.chat())["choices"]
+
+
+def test_a_variable_that_the_template_reads_is_not_named(client, tiny_server, monkeypatch):
+    monkeypatch.setattr(tiny_server.state.tokenizer, "template", "{% if enable_thinking %}<think>{% endif %}")
+    assert "x-ignored-fields" not in client.chat(chat_template_kwargs={"enable_thinking": True}).headers
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("{% if enable_thinking %}a{% endif %}{{ x.y }}", {"if", "enable_thinking", "endif", "x"}),
+        ("thinking {{ 'thinking' + messages[0].thinking }}{%- set tools = \"thinking\" -%}", {"set", "0"}),
+    ],
+)
+def test_the_variables_of_a_template(source, names):
+    assert template_variables(source) == names
+
+
+def test_version(client):
+    assert good(client.get("/version")) == {"version": "1.2.3"}
 
 
 def test_an_error_of_a_message_is_its_clients_own(claude, tiny_server):

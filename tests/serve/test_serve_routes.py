@@ -312,6 +312,14 @@ def test_openapi_lists_every_route(client):
     assert listed == {(route.method, route.path) for route in ROUTES}
 
 
+def test_openapi_says_which_fields_a_body_has(client):
+    """An unknown one may only be null."""
+    schemas = good(client.get("/openapi.json"))["components"]["schemas"]
+    for name in ("ChatRequest", "Message", "InputItem", "MessagesRequest", "StructuredOutputs"):
+        assert schemas[name]["additionalProperties"] == {"type": "null"}
+    assert "additionalProperties" not in schemas["ChatReply"]
+
+
 def test_openapi_says_how_each_route_refuses_and_streams(client):
     paths = good(client.get("/openapi.json"))["paths"]
     for route in ROUTES:

@@ -1,5 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens, Anthropic's: answers a conversation, or counts its tokens."""
 
+import datetime
 import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -23,14 +24,34 @@ from stages.serve.api.requests import (
     TopP,
     join_text,
 )
-from stages.serve.tools import Function, Turn, answer_grammar, call_turn, make_turn, parse_arguments, tool_use
+from stages.serve.state import ServerState
+from stages.serve.tools import Function, ToolCall, Turn, answer_grammar, call_turn, make_turn, parse_arguments, tool_use
+
+
+class DocumentSource(Fields):
+    """The text of a document, as it is or in parts."""
+
+    type: Literal["text", "content"]
+    media_type: Literal["text/plain"] | None = None
+    data: str = ""
+    content: TextParts = ""
+
+
+class Citations(Fields):
+    enabled: Literal[False] | None = None
 
 
 class TurnBlock(Fields):
-    """A block of a message: text, a call of a tool, or what it returned."""
+    """A block of a message: text, a document, a call of a tool, what it returned, or a thought, which no template reads."""
 
-    type: Literal["text", "tool_use", "tool_result"]
+    type: Literal["text", "document", "tool_use", "tool_result", "thinking", "redacted_thinking"]
     text: str = ""
+    source: DocumentSource | None = None
+    title: str | None = None
+    context: str | None = None
+    thinking: str = ""
+    signature: str = ""
+    data: str = ""
     id: str = ""
     name: str = ""
     input: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -38,7 +59,19 @@ class TurnBlock(Fields):
     content: TextParts | None = None
     is_error: bool | None = None
     cache_control: JsonObject = None
-    citations: EmptyList | None = None
+    citations: EmptyList | Citations | None = None
+
+    @property
+    def is_thought(self) -> bool:
+        return self.type in ("thinking", "redacted_thinking")
+
+    @property
+    def plain_text(self) -> str:
+        """The text, or a document with what is said of it before it, and an empty line after it."""
+        if not self.source:
+            return self.text
+        parts = [self.title, self.context, self.source.data, join_text(self.source.content)]
+        return "\n".join(filter(None, parts)) + "\n\n"
 
 
 class InputTurn(Fields):
@@ -52,12 +85,14 @@ class InputTurn(Fields):
             return [make_turn(self.role, self.content)]
         turns: list[Turn] = []
         for block in self.content:
+            if block.is_thought:
+                continue
             if block.type == "tool_result":
                 turns.append(make_turn("tool", join_text(block.content), tool_call_id=block.tool_use_id))
                 continue
             if not turns or turns[-1]["role"] != self.role:
                 turns.append(make_turn(self.role, ""))
-            turns[-1]["content"] += block.text
+            turns[-1]["content"] += block.plain_text
             if block.type == "tool_use":
                 turns[-1].setdefault("tool_calls", []).append(call_turn(block.id, block.name, block.input))
         return turns or [make_turn(self.role, "")]
@@ -79,14 +114,35 @@ class ToolChoice(Fields):
     disable_parallel_tool_use: bool | None = None
 
 
+class Thinking(Fields):
+    """How much the model shall think; it changes nothing."""
+
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+    budget_tokens: int | None = None
+    display: str | None = None
+
+
 class CountTokensRequest(AnswerRequest, kw_only=True):
-    """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's."""
+    """POST /v1/messages/count_tokens. An answer goes on with the last message if that is the assistant's.
+
+    `thinking`, and thoughts among the messages, change nothing.
+    """
 
     messages: Conversation[InputTurn]
     system: TextParts | None = None
-    thinking: dict[Literal["type"], Literal["disabled"]] | None = None
+    thinking: Thinking | None = None
     tools: Several[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        names = super().ignored
+        if self.thinking and self.thinking.type != "disabled":
+            names.append("thinking")
+        contents = [turn.content for turn in self.messages if isinstance(turn.content, list)]
+        if any(block.is_thought for content in contents for block in content):
+            names.append("messages.thinking")
+        return names
 
     async def prompts(self, call: Call) -> Prompts:
         turns = [turn for message in self.messages for turn in message.turns]
@@ -166,7 +222,7 @@ class MessageWriter(EventWriter):
         (piece,) = pieces
         blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not piece.calls else []
         for call in piece.calls:
-            blocks.append(ReplyBlock(type="tool_use", id=call.id, name=call.name, input=parse_arguments(call)))
+            blocks.append(ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input=parse_arguments(call)))
         return self._message(usage, content=blocks, **_stop(piece))
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -179,7 +235,7 @@ class MessageWriter(EventWriter):
             yield self._delta("text_delta", text=piece.text)
         for call in piece.calls:
             if call.id:
-                yield from self._open(ReplyBlock(type="tool_use", id=call.id, name=call.name, input={}))
+                yield from self._open(ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input={}))
             if call.arguments:
                 yield self._delta("input_json_delta", partial_json=call.arguments)
         if piece.finish_reason:
@@ -206,6 +262,10 @@ class MessageWriter(EventWriter):
         return {"type": "content_block_delta", "index": self._blocks - 1, "delta": {"type": kind, **fields}}
 
 
+def _tool_use_id(call: ToolCall) -> str:
+    return "toolu_" + call.id.removeprefix("call_")
+
+
 def _usage(usage: Usage) -> dict[str, int]:
     read = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached}
     return {"input_tokens": usage.prompt - usage.cached, "output_tokens": usage.completion, **read}
@@ -228,3 +288,37 @@ async def create_message(call: Call[MessagesRequest]) -> Answer[MessageReply]:
 async def count_tokens(call: Call[CountTokensRequest]) -> CountTokensReply:
     """The tokens of a conversation."""
     return CountTokensReply(len((await call.body.prompts(call)).tokens[0]))
+
+
+class ClaudeModel(msgspec.Struct, kw_only=True):
+    """A served model as Anthropic describes one. Both numbers are the tokens of prompt and completion together."""
+
+    type: Literal["model"] = "model"
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
+    max_tokens: int
+
+
+class ClaudeModels(msgspec.Struct):
+    """All of them, in one page."""
+
+    data: list[ClaudeModel]
+    first_id: str
+    last_id: str
+    has_more: bool = False
+
+
+def claude_model(state: ServerState, name: str) -> ClaudeModel:
+    created_at = datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
+    capacity = state.engine.capacity
+    return ClaudeModel(
+        id=name, display_name=name, created_at=created_at.isoformat(), max_input_tokens=capacity, max_tokens=capacity
+    )
+
+
+def claude_models(state: ServerState) -> ClaudeModels:
+    names = state.served_names
+    return ClaudeModels([claude_model(state, name) for name in names], names[0], names[-1])

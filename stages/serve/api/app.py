@@ -92,6 +92,7 @@ ROUTES = [
     Route("DELETE", "/v1/adapters/{model}", status.remove_adapter, (404,)),
     Route("GET", "/health", status.health, (503,)),
     Route("GET", "/live", status.live),
+    Route("GET", "/version", status.version),
     Route("GET", "/metrics", status.metrics, media="text/plain"),
     Route("GET", "/v1/attestation", status.attest),
     Route("GET", "/openapi.json", status.openapi),
@@ -102,11 +103,12 @@ ROUTES = [
 class Api:
     """The routes as an ASGI application, called with the path as the Guard has it. Raises ApiError, and what a handler does.
 
-    `page` and `openapi`: the documents of those routes.
+    `page` and `openapi`: the documents of those routes. `version`: this server's.
     """
 
     def __init__(self, state: ServerState, version: str) -> None:
         self._state, self.page, self.openapi = state, make_page(), openapi_document(state.engine.cfg.vocab, version)
+        self.version = version
         self._routes: dict[str, dict[str, Route]] = {}
         for route in ROUTES:
             methods = self._routes.setdefault(route.path, {})
@@ -147,6 +149,9 @@ def openapi_document(vocab: int, version: str) -> bytes:
     types = [kind for route in ROUTES for kind in (route.body, route.reply, error_type(route.path)) if kind]
     types = [*dict.fromkeys(types), completions.ChatChunk]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    for component in components.values():
+        if component.get("additionalProperties") is False:  # of a body: an unknown field asks for nothing if it is null
+            component["additionalProperties"] = {"type": "null"}
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}
     components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts

@@ -513,6 +513,17 @@ class TokenLogProb(TopLogProb):
     top_logprobs: list[TopLogProb]
 
 
+def token_logprob(logprob: LogProb, text_of: Callable[[int], tuple[str, bytes]]) -> TokenLogProb:
+    """Returns a sampled token as clients read it; `text_of` returns the text of a token, and its bytes."""
+
+    def fields(token: int, nats: float) -> tuple[str, float, list[int]]:
+        text, content = text_of(token)
+        return text, nats, list(content)
+
+    top = [TopLogProb(*fields(token, nats)) for token, nats in logprob.top]
+    return TokenLogProb(*fields(logprob.token, logprob.logprob), top)
+
+
 class ChatLogProbs(msgspec.Struct):
     """Log-probabilities of the tokens of a chat choice."""
 
@@ -589,15 +600,9 @@ class ChatWriter(ChoicesWriter):
             yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
 
     def _logprobs(self, piece: Piece) -> ChatLogProbs | None:
-        return ChatLogProbs(list(map(self._token_logprob, piece.logprobs))) if self.body.logprobs else None
-
-    def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
-        top = [TopLogProb(*self._shown(token, nats)) for token, nats in logprob.top]
-        return TokenLogProb(*self._shown(logprob.token, logprob.logprob), top)
-
-    def _shown(self, token: int, nats: float) -> tuple[str, float, list[int]]:
-        text, content = self.token_text(token)
-        return text, nats, list(content)
+        if not self.body.logprobs:
+            return None
+        return ChatLogProbs([token_logprob(logprob, self.token_text) for logprob in piece.logprobs])
 
 
 async def conversation(call: Call, tools: ToolUse, variables: JsonObject = None) -> Prompts:

@@ -7,7 +7,9 @@ own: the response.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -33,6 +35,7 @@ MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 WAIT_SECONDS = 0.5  # between looks at what a request waits for
 SEND_SECONDS = 60.0  # for a client to read what it was sent
+MAX_NAMED_VARIABLES = 16  # of a chat template, in a header
 SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 
 Reason = Literal["stop", "length", "tool_calls"]
@@ -42,7 +45,7 @@ class Prompts(NamedTuple):
     """The tokens of one request's prompts, of which `passages` of documents are a part.
 
     Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
-    `tools`: those that a completion may call.
+    `tools`: those that a completion may call. `ignored`: names of fields that changed nothing in the prompts.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -50,6 +53,7 @@ class Prompts(NamedTuple):
     strips_space: bool = False
     tools: ToolUse = NO_TOOLS
     passages: Sequence[Passage] = ()
+    ignored: Sequence[str] = ()
 
 
 class Piece(NamedTuple):
@@ -150,7 +154,8 @@ class Generation:
         self._priority, self._arrived = call.priority, call.http.state.arrived
         self._repeats, self._passages = repeats, prompts.passages
         self._reply, self._writer = reply, writer if getattr(call.body, "stream", False) else None
-        self._headers = {"X-Ignored-Fields": ", ".join(ignored)} if (ignored := call.body.ignored) else {}
+        ignored = [*call.body.ignored, *prompts.ignored]
+        self._headers = {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
         call.http.state.generation = self
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
@@ -406,7 +411,27 @@ async def chat_prompts(
     pool = call.state.tokenizer
     tokens, passages = await pool.encode_chat(turns, answer, variables, tools.tools)
     strips_space = pool.strips_space and not answer
-    return Prompts([tokens], call.state.stop_token_ids | pool.eot_ids, strips_space, tools, passages)
+    ignored = unread_variables(pool.template, variables or ())
+    return Prompts([tokens], call.state.stop_token_ids | pool.eot_ids, strips_space, tools, passages, ignored)
+
+
+def unread_variables(source: str, names: Iterable[str]) -> list[str]:
+    """Returns which variables a chat template does not read, as fields of a body; as one field if a header cannot name them."""
+    unread = [name for name in names if name not in template_variables(source)]
+    if len(unread) > MAX_NAMED_VARIABLES or not all(re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread):
+        return ["chat_template_kwargs"]
+    return [f"chat_template_kwargs.{name}" for name in unread]
+
+
+@functools.cache
+def template_variables(source: str) -> frozenset[str]:
+    """Returns the names that a chat template may read from a request: those in its expressions and statements.
+
+    `messages` and the like are not among them, which a conversation has fields for.
+    """
+    code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL))
+    without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", " ", code)
+    return frozenset(re.findall(r"(?<![.\w])\w+", without_texts)) - {"messages", "tools", "add_generation_prompt"}
 
 
 def check_ready(call: Call) -> None:

@@ -38,7 +38,8 @@ SECURITY_HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-EXPOSED_HEADERS = ("x-request-id", "x-ignored-fields", "retry-after")  # to scripts of listed origins
+ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, and Anthropic's
+EXPOSED_HEADERS = ("x-request-id", "request-id", "x-ignored-fields", "retry-after")  # to scripts of listed origins
 
 
 class Guard:
@@ -87,7 +88,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._count(status)
-                added = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
+                added = [*SECURITY_HEADERS, *((name, request_id.encode()) for name in ID_HEADERS)]
                 message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 

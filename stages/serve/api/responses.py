@@ -3,11 +3,14 @@
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
+from engine.errors import InvalidField
+from stages.serve.api.completions import token_logprob
 from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
     Call,
@@ -16,32 +19,35 @@ from stages.serve.api.requests import (
     Fields,
     GenerationRequest,
     JsonObject,
+    LogProbs,
     MaxTokens,
-    Parts,
     Several,
     Temperature,
     TopP,
     join_text,
 )
 from stages.serve.errors import ApiError
+from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, make_turn, tool_use
 
 
 class InputText(Fields):
     """A text of a message, or of an earlier answer."""
 
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
     text: str
     annotations: EmptyList | None = None
-    logprobs: EmptyList | None = None
+    logprobs: list[JsonObject] | None = None  # as they came
 
 
 class InputItem(Fields):
-    """A message, an answer as it was sent, a call of a function, or what it returned."""
+    """A message, an answer as it was sent, a call of a function, what it returned, or reasoning, which no template reads."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] = "user"
-    content: str | Parts[InputText] = ""
+    content: str | Annotated[list[InputText], Meta(max_length=256)] | None = ""
+    summary: Several[InputText] | None = None
+    encrypted_content: str | None = None
     call_id: str = ""
     name: str = ""
     arguments: str = ""
@@ -52,10 +58,15 @@ class InputItem(Fields):
 
 
 def _turns(items: list[InputItem]) -> list[Turn]:
-    """Returns the items as messages; calls belong to the assistant's message before them."""
+    """Returns the items as messages; calls belong to the assistant's message before them. Raises InvalidField."""
     turns: list[Turn] = []
-    for item in items:
+    for number, item in enumerate(items):
+        if item.type == "reasoning":
+            continue
         if item.type == "message":
+            if not item.content and item.content != "":
+                field = f"input[{number}].content"
+                raise InvalidField(field, f"{field} has no parts: give at least one, or a text.")
             turns.append(make_turn(item.role, join_text(item.content)))
         elif item.type == "function_call_output":
             turns.append(make_turn("tool", join_text(item.output), tool_call_id=item.call_id))
@@ -92,8 +103,24 @@ class TextOptions(Fields):
     verbosity: str | None = None
 
 
+# What a reply may include: log-probabilities, and parts of items that no answer here has.
+Includable = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+]
+
+
 class ResponseRequest(GenerationRequest, kw_only=True):
-    """POST /v1/responses. `input`: a question, or a conversation."""
+    """POST /v1/responses. `input`: a question, or a conversation.
+
+    With `truncation` auto a conversation that is too long may be cut; it is refused all the same.
+    """
 
     input: str | Conversation[InputItem]
     instructions: str | None = None
@@ -105,12 +132,31 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     previous_response_id: None = None
     conversation: None = None
     background: Literal[False] | None = None
-    truncation: Literal["disabled"] | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    include: Several[Includable] | None = None
+    top_logprobs: LogProbs | None = None
     tools: Several[FunctionField] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedField | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        has_reasoning = isinstance(self.input, list) and any(item.type == "reasoning" for item in self.input)
+        return [*super().ignored, *["input.reasoning"] * has_reasoning]
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many of the most probable tokens are told beside each token; None without log-probabilities. Raises
+        InvalidField."""
+        if "message.output_text.logprobs" not in (self.include or ()):
+            if self.top_logprobs:
+                message = "top_logprobs is given without message.output_text.logprobs in include."
+                raise InvalidField("top_logprobs", message)
+            return None
+        if self.tools:
+            raise InvalidField("include", "include: message.output_text.logprobs is not granted beside tools.")
+        return self.top_logprobs or 0
 
     @property
     def format(self) -> TextFormat:
@@ -118,11 +164,15 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
 
 class ResponseReply(msgspec.Struct, kw_only=True):
-    """A whole reply, and what the first and last events of a stream hold. `output`: a message, calls of functions, or both."""
+    """A whole reply, and what the first and last events of a stream hold. `output`: a message, calls of functions, or both.
+
+    The parameters of sampling are those by which it was sampled.
+    """
 
     id: str
     object: Literal["response"] = "response"
     created_at: int
+    completed_at: int | None = None
     status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
     model: str
     output: list[dict[str, Any]] = []
@@ -136,7 +186,14 @@ class ResponseReply(msgspec.Struct, kw_only=True):
     tools: list[FunctionField]
     tool_choice: str | NamedField
     parallel_tool_calls: bool
+    temperature: float
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    top_logprobs: int
+    truncation: Literal["auto", "disabled"]
     previous_response_id: None = None
+    background: bool = False
     store: bool = False
     documents: DocumentsUse | UnsetType = UNSET
 
@@ -146,6 +203,8 @@ class ResponseWriter(EventWriter):
 
     def __init__(self, call: Call[ResponseRequest]) -> None:
         body = call.body
+        sampling = call.state.sampling
+        self._tokenizer = call.state.tokenizer.tokenizer
         self._reply = ResponseReply(
             id=f"resp_{uuid.uuid4().hex}",
             created_at=int(time.time()),
@@ -157,6 +216,12 @@ class ResponseWriter(EventWriter):
             tools=body.tools or [],
             tool_choice=body.tool_choice or "auto",
             parallel_tool_calls=body.parallel_tool_calls is not False,
+            temperature=sampling.temperature if body.temperature is None else body.temperature,
+            top_p=sampling.top_p if body.top_p is None else body.top_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            top_logprobs=body.top_logprobs or 0,
+            truncation=body.truncation or "disabled",
         )
         self._output = self._reply.output
         self._status: Literal["completed", "incomplete"] = "completed"
@@ -173,14 +238,17 @@ class ResponseWriter(EventWriter):
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         self._status = "incomplete" if piece.finish_reason == "length" else "completed"
-        if piece.text or (piece.finish_reason and not piece.calls and not self._output):
+        logprobs = [token_logprob(logprob, partial(token_text, self._tokenizer)) for logprob in piece.logprobs]
+        if piece.text or logprobs or (piece.finish_reason and not piece.calls and not self._output):
             if not self._output or self._output[-1]["type"] != "message":
                 yield from self._open("message", f"msg_{uuid.uuid4().hex}", role="assistant", content=[])
                 yield self._part_event("content_part.added", part=_part(""))
                 self._output[-1]["content"] = [_part("")]
-            if piece.text:
-                self._output[-1]["content"][0]["text"] += piece.text
-                yield self._part_event("output_text.delta", delta=piece.text, logprobs=[])
+            if piece.text or logprobs:
+                (part,) = self._output[-1]["content"]
+                part["text"] += piece.text
+                part["logprobs"] += logprobs
+                yield self._part_event("output_text.delta", delta=piece.text, logprobs=logprobs)
         for call in piece.calls:
             if call.id:
                 yield from self._open("function_call", f"fc_{uuid.uuid4().hex}", call_id=call.id, name=call.name, arguments="")
@@ -191,6 +259,7 @@ class ResponseWriter(EventWriter):
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         yield from self._close()
         self._reply.status, self._reply.documents = self._status, usage.documents
+        self._reply.completed_at = int(time.time()) if self._status == "completed" else None
         self._reply.usage = {
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
@@ -214,7 +283,7 @@ class ResponseWriter(EventWriter):
         item["status"] = self._status
         if item["type"] == "message":
             (part,) = item["content"]
-            yield self._part_event("output_text.done", text=part["text"], logprobs=[])
+            yield self._part_event("output_text.done", text=part["text"], logprobs=part["logprobs"])
             yield self._part_event("content_part.done", part=part)
         else:
             yield self._item_event("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
@@ -247,4 +316,5 @@ async def create_response(call: Call[ResponseRequest]) -> Answer[ResponseReply]:
     named = body.tool_choice.name if isinstance(body.tool_choice, NamedField) else None
     tools = tool_use(body.tools or (), named, body.tool_choice, body.parallel_tool_calls)
     grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
-    return await generate(call, await chat_prompts(call, turns, tools=tools), ResponseWriter(call), grammars=grammars)
+    prompts = await chat_prompts(call, turns, tools=tools)
+    return await generate(call, prompts, ResponseWriter(call), grammars=grammars, logprobs=body.alternatives)

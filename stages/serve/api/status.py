@@ -7,11 +7,14 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
+from stages.serve.api.anthropic import claude_model, claude_models
 from stages.serve.api.completions import DefaultSampling
 from stages.serve.api.generation import Answer
 from stages.serve.api.requests import Call, ModelRequest, json_reply
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status
+
+ANTHROPIC_HEADER = "anthropic-version"  # in each request of Anthropic's clients
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
@@ -63,6 +66,10 @@ class Live(msgspec.Struct):
     status: Literal["ok"] = "ok"
 
 
+class ServerVersion(msgspec.Struct):
+    version: str
+
+
 class Attestation(msgspec.Struct, kw_only=True):
     """One SHA-256 over all weights, at load and now."""
 
@@ -75,14 +82,19 @@ class Attestation(msgspec.Struct, kw_only=True):
     checked_at: int
 
 
-async def list_models(call: Call) -> ModelList:
-    """The model that is served."""
-    return ModelList([model_card(call.state, name) for name in call.state.served_names])
+async def list_models(call: Call) -> Answer[ModelList]:
+    """The models that are served; as Anthropic describes them to a request with the header anthropic-version."""
+    if ANTHROPIC_HEADER in call.http.headers:
+        return json_reply(claude_models(call.state))
+    return json_reply(ModelList([model_card(call.state, name) for name in call.state.served_names]))
 
 
-async def retrieve_model(call: Call) -> ModelCard:
-    """The model of that name."""
-    return model_card(call.state, call.state.find_model(call.http.path_params["model"]).name)
+async def retrieve_model(call: Call) -> Answer[ModelCard]:
+    """The model of that name; as Anthropic describes it to a request with the header anthropic-version."""
+    name = call.state.find_model(call.http.path_params["model"]).name
+    if ANTHROPIC_HEADER in call.http.headers:
+        return json_reply(claude_model(call.state, name))
+    return json_reply(model_card(call.state, name))
 
 
 def model_card(state: ServerState, name: str) -> ModelCard:
@@ -123,6 +135,11 @@ async def health(call: Call) -> Answer[Health]:
 async def live(_: Call) -> Live:
     """Whether the process runs."""
     return Live()
+
+
+async def version(call: Call) -> ServerVersion:
+    """The version of this server, where vLLM tells its own."""
+    return ServerVersion(call.http.app.version)
 
 
 async def metrics(call: Call) -> Response:
