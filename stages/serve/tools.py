@@ -9,7 +9,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -76,6 +76,10 @@ class ToolCall(NamedTuple):
     id: str
     name: str
     arguments: str
+
+
+def make_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class ToolFormat(NamedTuple):
@@ -153,11 +157,11 @@ def call_turn(id: str, name: str, arguments: Any) -> Turn:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def parse_arguments(call: ToolCall) -> dict[str, Any]:
-    """Returns the arguments of a whole call; none where the answer was cut off in them."""
+def parse_arguments(call: ToolCall) -> dict[str, Any] | None:
+    """Returns the arguments of a call, or None where the answer was cut off in them."""
     with contextlib.suppress(msgspec.DecodeError):
         return msgspec.json.decode(call.arguments)
-    return {}
+    return None
 
 
 def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
@@ -219,55 +223,212 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
     return described
 
 
-class CallParser:
-    """Takes the calls out of a completion's text as it comes. The grammar has seen to it that they are whole."""
+class JsonEnd:
+    """Finds the end of a JSON object that comes in parts."""
 
-    def __init__(self, form: ToolFormat) -> None:
-        self._form, self._mark = form, form.begin + '{"name": "'
-        self._tail = "}" + (form.end or "\0")  # of an answer that is a call: its end
-        self._head = re.compile(re.escape(form.begin) + r'\{"name": "([^"]*)", "' + form.key + '": ')
-        self._text, self.calls = "", 0
-        self._begun = self._in_arguments = self._after_call = False
+    def __init__(self) -> None:
+        self.is_reached = False
+        self._depth = 0
+        self._in_string = False
+        self._is_escaped = False
+
+    def take(self, text: str) -> int:
+        """Returns how many characters of the next part belong to the object."""
+        for index, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.is_reached = True
+                    return index + 1
+        return len(text)
+
+
+class BareCall:
+    """A call without its mark, which some models write where their template asks for the mark (Qwen2.5-Coder): an answer that
+    is, but for white space and a fence of ``` or ```json around it, one JSON object of the name of a tool and the arguments.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        # The names and the keys have no white space, so that without any the beginnings of calls are these.
+        self._begins = [
+            f'{fence}{{"name":"{name}","{key}":{{'
+            for fence in ("", "```", "```json")
+            for name in names
+            for key in ("arguments", "parameters")
+        ]
+        choice = "|".join(map(re.escape, names))
+        head = r'\s*(```(?:json)?\s*)?\{\s*"name"\s*:\s*"(%s)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+        self._head = re.compile(head % choice)
+        self._end = JsonEnd()
+        self._rest = ""  # before the name and the arguments are there: of the answer; then, behind its arguments
+        self._closing = ""  # of an answer that is a call, without white space
+        self.name = ""
+        self.arguments = ""
+
+    @property
+    def is_whole(self) -> bool:
+        return self._end.is_reached and "".join(self._rest.split()) == self._closing and self._is_json
+
+    def push(self, text: str) -> bool:
+        """Returns whether the answer, whose next part is `text`, may still be a call."""
+        self._rest += text
+        if not self.name:
+            head = self._head.match(self._rest)
+            if not head:
+                begin = "".join(self._rest.split())
+                return any(each.startswith(begin) for each in self._begins)
+            self.name = head[2]
+            self._closing = "}```" if head[1] else "}"
+            self._rest = self._rest[head.end() :]
+        if not self._end.is_reached:
+            size = self._end.take(self._rest)
+            self.arguments += self._rest[:size]
+            self._rest = self._rest[size:]
+        return not self._rest or self._closing.startswith("".join(self._rest.split()))
+
+    @property
+    def _is_json(self) -> bool:
+        try:
+            return isinstance(msgspec.json.decode(self.arguments), dict)
+        except msgspec.DecodeError:
+            return False
+
+
+class CallParser:
+    """Takes the calls out of a completion's text as it comes. The grammar of the tools has seen to their form.
+
+    `is_free`: the text beside calls has no grammar of its own, so that calls with a mark may stand anywhere in it; else an
+    answer is calls from its beginning on, or none. Of a call that is cut there are its name and its arguments so far, once all
+    that comes before its arguments is there, and else nothing: no part of it is text.
+    """
+
+    def __init__(self, form: ToolFormat, tools: ToolUse, is_free: bool) -> None:
+        self._names = [tool.name for tool in tools.tools]
+        self._openings = tuple(map(form.opening, self._names))
+        self._closing = "}" + form.end
+        self._mark = form.begin.strip() if is_free and not tools.required else ""
+        self._text = ""
+        self._state: Literal["start", "text", "opening", "arguments", "closing"] = "start"
+        if tools.required:
+            self._state = "opening"
+        elif self._mark:
+            self._state = "text"
+        self._arguments = JsonEnd()
+        self._after_call = False
+        self._bare = BareCall(self._names) if self._mark else None
+        self.calls = 0
 
     @property
     def has_whole_calls(self) -> bool:
-        """Whether there are calls, the last of which no stop string has cut."""
-        return self.calls > 0 and not self._in_arguments
+        """Whether there are calls, and the arguments of the last are whole."""
+        return self.calls > 0 and self._state != "arguments"
 
-    def push(self, text: str, last: bool) -> tuple[str, list[ToolCall]]:
-        """Returns what becomes certain to be text, and the calls. `last`: no more text comes."""
+    def push(self, text: str, last: bool, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
+        """Returns what becomes certain to be text, and the calls.
+
+        `last`: no more text comes. `is_cut`: because a limit or a stop string has ended it; what may begin a call is then taken
+        for one.
+        """
         self._text += text
-        content, calls = "", list[ToolCall]()
+        if self._bare:
+            may_be_call = self._bare.push(text)
+            if may_be_call and not last:
+                return "", []
+            bare = self._bare
+            self._bare = None
+            if may_be_call and (is_cut or bare.is_whole):
+                return "", self._take_bare(bare)
+        content = ""
+        calls: list[ToolCall] = []
         while self._text:
-            may_call = bool(self._form.begin) or not self._begun
-            if self._in_arguments:
-                cut = overlap(self._text, self._tail)
-                if last and cut > bool(self._form.end) and self._tail not in self._text:  # a stop string may cut the tail
-                    self._text += self._tail[cut:]
-                if self._text.startswith(self._tail):
-                    self._text = self._text.removeprefix(self._tail)
-                    self._in_arguments, self._after_call = False, True
-                elif part := self._before(self._tail, last):
-                    calls.append(ToolCall(self.calls - 1, "", "", part))
-                else:
-                    break
-            elif may_call and (head := self._head.match(self._text)):
-                self._text = self._text[head.end() :]
-                self.calls, self._in_arguments, self._begun = self.calls + 1, True, True
-                calls.append(ToolCall(self.calls - 1, f"call_{uuid.uuid4().hex[:24]}", head[1], ""))
-            elif part := self._before(self._mark, last or not may_call):
-                part = part.lstrip() if self._after_call else part  # line ends between calls are no text
-                content, self._begun, self._after_call = content + part, True, self._after_call and not part
+            before = self._text, self._state
+            if self._state == "start":
+                self._start(last, is_cut)
+            elif self._state == "text":
+                content += self._take_text(last, is_cut)
+            elif self._state == "opening":
+                calls += self._open(last)
+            elif self._state == "arguments":
+                calls.append(self._take_arguments())
             else:
+                self._close(last)
+            if (self._text, self._state) == before:
                 break
         return content, calls
 
-    def _before(self, mark: str, last: bool) -> str:
-        """Takes out the text before a mark, or before what may begin one; if that is nothing, and no more comes, all of it.
+    def _take_bare(self, call: BareCall) -> list[ToolCall]:
+        """Returns the call that a whole answer is, or its beginning where it is cut."""
+        self._text = ""
+        if not call.name:
+            return []
+        self.calls = 1
+        if not call.is_whole:
+            self._state = "arguments"
+        return [ToolCall(0, make_call_id(), call.name, call.arguments)]
 
-        The JSON of arguments has no line end, with which the mark of their end begins.
-        """
-        at = self._text.find(mark)
-        size = (at if at >= 0 else len(self._text) - overlap(self._text, mark)) or last * len(self._text)
-        part, self._text = self._text[:size], self._text[size:]
+    def _start(self, last: bool, is_cut: bool) -> None:
+        """Tells whether an answer begins with a call."""
+        if self._text.startswith(self._openings):
+            self._state = "opening"
+        elif not any(opening.startswith(self._text) for opening in self._openings) or (last and not is_cut):
+            self._state = "text"
+        elif last:
+            self._text = ""
+
+    def _take_text(self, last: bool, is_cut: bool) -> str:
+        """Takes out the text before the mark of a call, or before what may begin one."""
+        size = self._text.find(self._mark) if self._mark else -1
+        if size >= 0:
+            self._state = "opening"
+        else:
+            size = len(self._text)
+            if self._mark and (is_cut or not last):
+                size -= overlap(self._text, self._mark)
+        part = self._text[:size]
+        self._text = self._text[size:]
+        if last and self._state == "text":
+            self._text = ""
+        if self._after_call:  # line ends between calls are no text
+            part = part.lstrip()
+            self._after_call = not part
         return part
+
+    def _open(self, last: bool) -> list[ToolCall]:
+        """Takes out the opening of a call, once it is whole."""
+        self._text = self._text.lstrip()  # between calls
+        for name, opening in zip(self._names, self._openings):
+            if self._text.startswith(opening):
+                self._text = self._text.removeprefix(opening)
+                self._state = "arguments"
+                self._arguments = JsonEnd()
+                self.calls += 1
+                return [ToolCall(self.calls - 1, make_call_id(), name, "")]
+        if last:
+            self._text = ""
+        return []
+
+    def _take_arguments(self) -> ToolCall:
+        size = self._arguments.take(self._text)
+        part = self._text[:size]
+        self._text = self._text[size:]
+        if self._arguments.is_reached:
+            self._state = "closing"
+        return ToolCall(self.calls - 1, "", "", part)
+
+    def _close(self, last: bool) -> None:
+        """Takes out the end of a call, once it is whole, or what has come of it."""
+        if self._text.startswith(self._closing):
+            self._text = self._text.removeprefix(self._closing)
+            self._state = "text" if self._mark else "opening"
+            self._after_call = True
+        elif last:
+            self._text = ""

@@ -9,11 +9,24 @@ import jsonschema_rs
 import ollama
 import pytest
 from chat_models import chat_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_server import events, good, refused, say
 
 from engine.text.chat_tokenizer import ChatTokenizer
+from stages.serve import tools
 from stages.serve.api import ollama as ollama_route
-from stages.serve.tools import HERMES, CallParser, Function, ToolFormat, describe_tools, join_calls, tool_format, tool_use
+from stages.serve.tools import (
+    HERMES,
+    CallParser,
+    Function,
+    ToolFormat,
+    ToolUse,
+    describe_tools,
+    join_calls,
+    tool_format,
+    tool_use,
+)
 
 PARAMETERS = {
     "type": "object",
@@ -87,7 +100,7 @@ def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):
     named = lambda calls: [call["function"] for call in calls]
     assert named(calls) == named(message.get("tool_calls", []))
     if choice != "auto":
-        assert message["content"] is None or (reason == "length" and "<tool_call>".startswith(message["content"][:11]))
+        assert not message["content"]
         assert reason == "tool_calls" or (reason == "length" and parallel and choice == "required")
         check(calls if reason == "tool_calls" else calls[:-1])
         assert choice == "required" or {call["function"]["name"] for call in calls} == {"get_weather"}
@@ -123,7 +136,10 @@ def test_an_answer_may_have_a_grammar_beside_tools(client, grammar):
 def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client):
     fields = {"tools": TOOLS[:1], "tool_choice": NAMED, "max_tokens": ROOM}
     ended = lambda stop: good(client.chat("Go", **fields, stop=[stop]))["choices"][0]
-    assert ended("city")["finish_reason"] == "stop"
+    for stop, calls in {"city": 1, "name": 0, "call": 0}.items():
+        assert ended(stop)["finish_reason"] == "stop"
+        assert not ended(stop)["message"]["content"]
+        assert len(ended(stop)["message"].get("tool_calls", ())) == calls
     assert ended("</tool")["finish_reason"] == "tool_calls"
     check(ended("</tool")["message"]["tool_calls"])
 
@@ -174,28 +190,218 @@ def test_templates_are_told_of_tools_in_their_own_way():
     chat.close()
 
 
-@pytest.mark.parametrize("form", [HERMES, LLAMA])
-def test_calls_are_found_however_their_text_comes(form):
-    first, second = form.call("get", '{"city": "Ro\\"m}e <tool_call>"}'), form.call("put", '{"n": [1, "]"]}')
-    cases = {
+GET = ("get", '{"city": "Ro\\"m}e <tool_call>"}')
+PUT = ("put", '{"n": [1, "]"], "o": {}}')
+READ = [Function(name="get"), Function(name="put"), Function(name="putty")]
+
+
+def read(text, form=HERMES, required=False, is_free=True, is_cut=False, seed=0):
+    """Returns the text and the calls that a CallParser finds in an answer that comes in random parts, and whether they are
+    whole."""
+    rng = random.Random(seed)
+    parser = CallParser(form, ToolUse(READ, required), is_free)
+    content = ""
+    calls = []
+    while True:
+        size = rng.randint(1, 7)
+        last = len(text) <= size
+        part, found = parser.push(text[:size], last, last and is_cut)
+        content += part
+        calls += found
+        text = text[size:]
+        if last:
+            return content, [(call.name, call.arguments) for call in join_calls(calls)], parser.has_whole_calls
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calls_are_found_however_their_text_comes(seed):
+    first, second = HERMES.call(*GET), HERMES.call(*PUT)
+    for text, expected in {
+        "": ("", []),
         "Hi <tool_ there": ("Hi <tool_ there", []),
-        '{"nam': ('{"nam', []),
+        "Hi <tool": ("Hi <tool", []),
         '{"a": 1}': ('{"a": 1}', []),
-        first: ("", [("get", '{"city": "Ro\\"m}e <tool_call>"}')]),
-        first.removesuffix("</tool_call>"): ("", [("get", '{"city": "Ro\\"m}e <tool_call>"}')]),
-        first[:-22]: ("", [("get", first[first.index('{"city') : -22])]),
+        first: ("", [GET]),
+        f"Well, {first}\n{second}\n": ("Well, ", [GET, PUT]),
+        f"{first}\n\nAnd so on": ("", [GET]),
+    }.items():
+        content, calls, is_whole = read(text, seed=seed)
+        assert (content.removesuffix("And so on"), calls, is_whole) == (*expected, bool(expected[1]))
+    assert read(f"{first}\n{second}", required=True, seed=seed) == ("", [GET, PUT], True)
+    for form in (HERMES, LLAMA):  # an answer with a grammar of its own is a call from its beginning on, or none
+        assert read(form.call(*GET), form, is_free=False, seed=seed) == ("", [GET], True)
+        for answer in ('{"name": "Eve"}', '{"nam', '["<tool_call>"]', "<tool_call> x"):
+            assert read(answer, form, is_free=False, seed=seed) == (answer, [], False)
+    assert read(LLAMA.call(*GET), LLAMA, seed=seed) == ("", [GET], True)
+    assert read(f"Well, {LLAMA.call(*GET)}", LLAMA, seed=seed) == (f"Well, {LLAMA.call(*GET)}", [], False)
+
+
+@given(
+    required=st.booleans(),
+    form=st.sampled_from([HERMES, LLAMA]),
+    is_free=st.booleans(),
+    calls=st.lists(st.sampled_from([GET, PUT, ("putty", "{}")]), min_size=1, max_size=3),
+    text=st.sampled_from(["", "Well, ", "a < b: "]),
+    seed=st.integers(0, 99),
+)
+def test_nothing_of_a_call_that_is_cut_is_text(required, form, is_free, calls, text, seed):
+    """Wherever it is cut: there are the names whose openings are whole, and the arguments so far."""
+    calls = calls if form.begin else calls[:1]
+    text = text if form.begin and is_free and not required else ""
+    answer = text
+    places = []  # of the arguments of each call
+    for name, arguments in calls:
+        answer += "\n" * bool(places) + form.opening(name)
+        places.append((name, len(answer), arguments))
+        answer += arguments + "}" + form.end
+    for size in range(1, len(answer) + 1):
+        content, found, _ = read(answer[:size], form, required, is_free, is_cut=True, seed=seed)
+        assert content == text[: size - (size == 3 and text.startswith("a <"))], "but for what may begin a call"
+        assert found == [(name, arguments[: size - start]) for name, start, arguments in places if size >= start]
+
+
+CITY = '{"city": "Ro\\"m}e {"}'
+BARE = [
+    '{"name": "get", "arguments": %s}',
+    '\n{\n  "name": "get",\n  "arguments": %s\n}\n',
+    '```json\n{"name": "get", "arguments": %s}\n```',
+    '```\n{"name":"get","parameters":%s}```\n',
+]
+
+
+@pytest.mark.parametrize("bare", BARE)
+@pytest.mark.parametrize("seed", range(5))
+def test_an_answer_that_is_one_bare_call_is_read_as_one(bare, seed):
+    """Nothing of it is text where it is cut, and all of it where it turns out to be something else."""
+    answer = bare % CITY
+    assert read(answer, seed=seed) == ("", [("get", CITY)], True)
+    start = answer.index(CITY)
+    for size in range(1, len(answer) + 1):
+        content, calls, is_whole = read(answer[:size], seed=seed, is_cut=True)
+        assert content == ""
+        assert calls == ([("get", CITY[: size - start])] if size > start else [])
+        assert not is_whole or answer[:size].rstrip().endswith(answer.rstrip()[-1])
+    for other in (
+        f"So: {answer}",
+        f"{answer} Good?",
+        f"{answer}{answer}",
+        answer.replace("get", "got"),
+        answer.replace("name", "nam"),
+        answer.replace(CITY, "[1]"),
+        answer.replace(CITY, '{"a": b}'),
+        answer.replace(CITY, '{}, "more": 1'),
+        answer.rstrip()[:-1],
+    ):
+        assert read(other, seed=seed) == (other, [], False)
+    assert read(answer, LLAMA, seed=seed) == (answer, [], False)
+    assert read(answer, is_free=False, seed=seed) == (answer, [], False)
+
+
+def test_what_can_be_no_bare_call_is_not_held_back():
+    parser = CallParser(HERMES, ToolUse(READ), True)
+    pieces = ['{"na', 'me": "p', "u", "b", "lic"]
+    assert [parser.push(piece, False)[0] for piece in pieces] == ["", "", "", '{"name": "pub', "lic"]
+
+
+def chat_answer(reply):
+    (choice,) = reply["choices"]
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"].get("tool_calls", ())]
+    return choice["message"]["content"] or "", calls, choice["finish_reason"] == "length"
+
+
+def chat_stream(text):
+    content, calls, reason = joined(text)
+    return content, [(call["function"]["name"], call["function"]["arguments"]) for call in calls], reason == "length"
+
+
+def response_answer(reply):
+    items = reply["output"]
+    texts = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
+    calls = [(item["name"], item["arguments"]) for item in items if item["type"] == "function_call"]
+    return "".join(texts), calls, reply["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def named_events(text):
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def response_stream(text):
+    events = named_events(text)
+    deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    content, calls, is_cut = response_answer(events[-1]["response"])
+    assert content == "".join(deltas)
+    return content, calls, is_cut
+
+
+def message_answer(reply):
+    texts = [block["text"] for block in reply["content"] if block["type"] == "text"]
+    calls = [(block["name"], json.dumps(block["input"])) for block in reply["content"] if block["type"] == "tool_use"]
+    return "".join(texts), calls, reply["stop_reason"] == "max_tokens"
+
+
+def message_stream(text):
+    content = ""
+    calls = []
+    is_cut = False
+    for event in named_events(text):
+        if event["type"] == "content_block_start" and event["content_block"]["type"] == "tool_use":
+            calls.append((event["content_block"]["name"], ""))
+        delta = event.get("delta", {})
+        content += delta.get("text", "")
+        if "partial_json" in delta:
+            calls[-1] = (calls[-1][0], calls[-1][1] + delta["partial_json"])
+        is_cut = is_cut or delta.get("stop_reason") == "max_tokens"
+    return content, calls, is_cut
+
+
+def ollama_answer(reply):
+    message = reply["message"]
+    calls = [(call["function"]["name"], json.dumps(call["function"]["arguments"])) for call in message.get("tool_calls", ())]
+    return message["content"], calls, reply["done_reason"] == "length"
+
+
+def ollama_stream(text):
+    lines = [json.loads(line) for line in text.splitlines()]
+    calls = [call for line in lines for call in line["message"].get("tool_calls", ())]
+    content = "".join(line["message"]["content"] for line in lines)
+    return ollama_answer({"message": {"content": content, "tool_calls": calls}, "done_reason": lines[-1]["done_reason"]})
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.night)])
+def test_in_no_dialect_does_a_call_that_is_cut_become_text(client, monkeypatch, stride):
+    """Whole or streamed, at every length of a call that must be made, or at one in five."""
+    monkeypatch.setattr(ollama_route, "tool_use", lambda functions: tool_use(functions, None, "required", False))
+    weather = TOOLS[0]["function"]
+    anthropics = {"name": weather["name"], "input_schema": PARAMETERS}
+    asked: dict[str, Any] = {"messages": GO, "temperature": 0}
+    forced = {"tool_choice": "required", "parallel_tool_calls": False}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    responses = {"input": "Go", "temperature": 0, "tools": [weather | {"type": "function"}], **forced}
+    dialects: Any = {
+        "/v1/chat/completions": (asked | {"tools": TOOLS[:1], **forced}, "max_tokens", chat_answer, chat_stream),
+        "/v1/responses": (responses, "max_output_tokens", response_answer, response_stream),
+        "/v1/messages": (asked | {"tools": [anthropics], "tool_choice": choice}, "max_tokens", message_answer, message_stream),
+        "/api/chat": ({"messages": GO, "tools": TOOLS[:1]}, "num_predict", ollama_answer, ollama_stream),
     }
-    if form.begin:
-        cases |= {f"Well, {first}\n{second}\n": ("Well, ", [cases[first][1][0], ("put", '{"n": [1, "]"]}')])}
-    rng = random.Random(0)
-    for text, expected in cases.items():
-        for _ in range(30):
-            parser, content, calls, rest = CallParser(form), "", [], text
-            while rest:
-                size = rng.randint(1, 7)
-                part, found = parser.push(rest[:size], len(rest) <= size)
-                content, calls, rest = content + part, calls + found, rest[size:]
-            assert (content, [(call.name, call.arguments) for call in join_calls(calls)]) == expected
+    for path, (body, limit, read_answer, read_stream) in dialects.items():
+        size = 0
+        is_cut = True
+        lengths = set()
+        while is_cut:
+            size += stride
+            most = {"options": {"num_predict": size, "temperature": 0}} if limit == "num_predict" else {limit: size}
+            content, calls, is_cut = read_answer(good(client.post(path, json=body | most | {"stream": False})))
+            streamed = read_stream(client.post(path, json=body | most | {"stream": True}).text)
+            assert (content, streamed[0], streamed[2]) == ("", "", is_cut), (path, size)
+            for name, arguments in (*calls, *streamed[1]):
+                assert name == "get_weather"
+                assert is_cut or json.loads(arguments).keys() == {"city", "days"}
+                lengths.add(len(arguments))
+            if read_answer in (chat_answer, response_answer) or not is_cut:
+                as_text = lambda calls: [arguments.replace(" ", "") for _, arguments in calls]
+                assert as_text(calls) == as_text(streamed[1])
+        assert size > 30
+        assert len(lengths) > (0 if path == "/api/chat" else 10 // stride), "arguments as far as they came"
 
 
 def test_anthropics_client_calls_tools(client):
@@ -243,6 +449,37 @@ def test_ollamas_client_calls_tools(client, monkeypatch):
     history = [*GO, message, {"role": "tool", "tool_name": "get_weather", "content": "17 degrees"}]
     longer = gemma.chat(model="default", messages=history, options={"num_predict": 3})
     assert longer.prompt_eval_count > gemma.chat(model="default", messages=GO, options={"num_predict": 1}).prompt_eval_count
+
+
+@pytest.mark.parametrize("answer", ["Well, %s", "%s"])
+def test_a_call_that_the_model_chose_to_make_is_no_text_where_it_is_cut(client, monkeypatch, answer):
+    """A model without sense is led to write it by another grammar."""
+    text = answer % HERMES.call("get_weather", '{"city": "Rome", "days": 1}')
+    monkeypatch.setattr(tools, "tool_grammar", lambda *_: f"start: {json.dumps(text)}")
+    for size in range(1, 200, 3):
+        fields = {"tools": TOOLS, "stream": size % 2 == 0}
+        reply = client.chat("Go", size, **fields)
+        content, calls, is_cut = chat_stream(reply.text) if fields["stream"] else chat_answer(good(reply))
+        assert answer.removesuffix("%s").startswith(content)
+        if not is_cut:
+            assert calls == [("get_weather", '{"city": "Rome", "days": 1}')]
+            return
+
+
+@pytest.mark.parametrize("choice", ["auto", None])
+def test_a_bare_call_is_a_call_where_text_was_allowed(client, monkeypatch, choice):
+    """As Qwen2.5-Coder writes it. An answer that was to be JSON is none."""
+    arguments = '{\n    "city": "Rome"\n  }'
+    bare = '```json\n{\n  "name": "get_weather",\n  "arguments": ' + arguments + "\n}\n```"
+    monkeypatch.setattr(tools, "tool_grammar", lambda *_: f"start: {json.dumps(bare)}")
+    fields = {"tools": TOOLS, "tool_choice": choice}
+    (whole,) = good(client.chat("Go", ROOM, **fields))["choices"]
+    assert (whole["message"]["content"], whole["finish_reason"]) == (None, "tool_calls")
+    assert whole["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": arguments}
+    content, calls, reason = joined(client.chat("Go", ROOM, **fields, stream=True).text)
+    assert (content, calls[0]["function"], reason) == ("", whole["message"]["tool_calls"][0]["function"], "tool_calls")
+    (answer,) = good(client.chat("Go", ROOM, **fields, response_format={"type": "json_object"}))["choices"]
+    assert (answer["message"]["content"], answer["finish_reason"]) == (bare, "stop")
 
 
 @pytest.mark.parametrize(

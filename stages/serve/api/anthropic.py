@@ -222,7 +222,8 @@ class MessageWriter(EventWriter):
         (piece,) = pieces
         blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not piece.calls else []
         for call in piece.calls:
-            blocks.append(ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input=parse_arguments(call)))
+            arguments = parse_arguments(call) or {}
+            blocks.append(ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input=arguments))
         return self._message(usage, content=blocks, **_stop(piece))
 
     def begin(self, usage: Usage) -> Iterator[dict[str, Any]]:

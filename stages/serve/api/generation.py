@@ -135,7 +135,7 @@ class Generation:
 
     They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
     count once. `keeps_stop`: the text ends with the stop string, and not before it. Responds with the `reply`, or, if it is
-    asked for, the stream of a `writer`.
+    asked for, the stream of a `writer`. `make_parser`: of the calls in one completion.
     """
 
     def __init__(
@@ -148,6 +148,7 @@ class Generation:
         stops: Sequence[str] = (),
         writer: "Writer | None" = None,
         keeps_stop: bool = False,
+        make_parser: Callable[[], CallParser] | None = None,
     ) -> None:
         self._state = state = call.state
         self._keeps_stop = keeps_stop
@@ -162,7 +163,7 @@ class Generation:
         for index, request in enumerate(requests):
             is_scored = isinstance(request.constraint, ForcedTokens)
             completion = CompletionText(state.tokenizer.tokenizer.stream(), () if is_scored else stops)
-            parser = CallParser(state.tokenizer.tool_format) if prompts.tools.tools else None
+            parser = make_parser() if make_parser else None
             choice = Choice(index, request, completion, prompts.strips_space, parser)
             receive = lambda event, choice=choice: self._events.put_nowait((choice, event))
             self._unfinished[choice] = state.engine.submit(request, self._priority, receive)
@@ -190,14 +191,20 @@ class Generation:
     async def _stream(self, writer: "Writer") -> AsyncIterator[bytes]:
         """Yields the events of a stream but for the last; comments among them say what it waits for."""
         try:
+            sent = time.monotonic()
             for chunk in writer.begin(self.usage):
                 yield writer.frame(chunk)
             async for piece in self._pieces():
                 if isinstance(piece, str):
+                    sent = time.monotonic()
                     yield writer.comment(piece)
                     continue
                 for chunk in writer.chunks(piece):
+                    sent = time.monotonic()
                     yield writer.frame(chunk)
+                if time.monotonic() - sent >= KEEP_ALIVE_SECONDS:  # what may become a call is held back
+                    sent = time.monotonic()
+                    yield writer.comment("writing")
             for chunk in writer.end(self.usage):
                 yield writer.frame(chunk)
         except ClientGone:
@@ -331,7 +338,8 @@ class Generation:
             text, choice.strips_space = text.removeprefix(" "), False
         calls: Sequence[ToolCall] = ()
         if choice.parser:
-            text, calls = choice.parser.push(text, bool(reason))
+            is_cut = reason == "length" or completion.stopped is not None
+            text, calls = choice.parser.push(text, bool(reason), is_cut)
             reason = "tool_calls" if reason == "stop" and choice.parser.has_whole_calls else reason
         logprobs = event.logprobs[: completion.tokens - before]
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
@@ -531,9 +539,11 @@ async def generate(
         message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
         raise InvalidField(grammars[1].field, message)
     grammar = grammars[0] if grammars else None
+    make_parser = None
     if prompts.tools.tools:
         if grammar:  # whose field an error shall name, and not `tools`
             await state.tokenizer.compile(grammar)
+        make_parser = functools.partial(CallParser, state.tokenizer.tool_format, prompts.tools, is_free=grammar is None)
         grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
     constraint = await state.tokenizer.compile(grammar) if grammar else None
     requests: list[Request] = []
@@ -550,4 +560,4 @@ async def generate(
             requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
     repeats = n if limit else 1
     stops = [stop] if isinstance(stop, str) else stop
-    return Generation(call, prompts, requests, writer.reply, repeats, stops, writer, keeps_stop)
+    return Generation(call, prompts, requests, writer.reply, repeats, stops, writer, keeps_stop, make_parser)

@@ -186,7 +186,11 @@ class OllamaWriter(Writer):
         return b""  # a line of JSON has none
 
     def _reply(self, text: str, parts: Sequence[ToolCall] = (), **end: Any) -> OllamaReply:
-        calls = [{"function": {"name": call.name, "arguments": parse_arguments(call)}} for call in join_calls(parts)]
+        calls = []
+        for call in join_calls(parts):
+            arguments = parse_arguments(call)
+            if arguments is not None:  # an object cannot be cut, and a client would call with less
+                calls.append({"function": {"name": call.name, "arguments": arguments}})
         form: dict[str, Any] = {"response": text}
         if self._is_chat:
             form = {"message": make_turn("assistant", text, tool_calls=calls)}
