@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,47 +44,92 @@ class Corpus[T]:
 def read_corpus(path: Path) -> Corpus[Document]:
     """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
 
-    A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped as they are not
-    text. Text is kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or empty path, for
-    a file that is not text, and for a folder that holds none.
+    A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped: those that are not
+    text, and those to which a link leads out of the folder. Text is kept as it is, line ends too; empty documents are left out.
+    Raises UserError for a missing or empty path, for a file that is not text, and for a folder that holds none.
     """
     files, note = find_text_files(path)
     return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)
 
 
-def find_text_files(path: Path) -> tuple[list[Path], str]:
+def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path], str]:
+    """Returns the text files at a path, and a note that says which files of a folder were left out.
+
+    A link that leads out of the folder is not followed: whoever fills a folder may not be allowed to read what it leads to.
+    Raises UserError as `read_corpus` does, and for texts of more than `max_bytes` together, of which no more is read.
+    """
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
     found = [path]
+    links: set[Path] = set()
     if path.is_dir():
         hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and not hidden(file)]
-    ending = lambda file: file.suffix.lower()
+        entries = [entry for entry in sorted(path.rglob("*")) if not hidden(entry)]
+        links = _links_out_of(path, entries)
+        found = [entry for entry in entries if entry.is_file() and entry not in links]
     # A file that was given by its path is read by its ending: the error says at which byte it is no text.
     known = {".parquet"} if path.is_dir() else TEXT_ENDINGS
-    files = [file for file in found if ending(file) in known or is_text(file)]
-    others = [file for file in found if file not in set(files)]
+    files: list[Path] = []
+    total = 0
+    for file in found:
+        size = file.stat().st_size
+        is_too_much = max_bytes is not None and total + size > max_bytes
+        if file.suffix.lower() not in known and not is_text(file, 1 if is_too_much else None):
+            continue
+        if is_too_much:
+            raise UserError(
+                f"{file} has {size:,} bytes, and the texts at {path} more than {max_bytes:,} with it: that is the most that is "
+                "searched. Take texts out."
+            )
+        total += size
+        files.append(file)
+    texts = set(files)
+    others = [file for file in found if file not in texts]
     kinds = collections.Counter(file.suffix or "without an ending" for file in others)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    names = [str(file.relative_to(path)) for file in others if ending(file) in TEXT_ENDINGS][:NAMED]
+    names = [str(file.relative_to(path)) for file in others if file.suffix.lower() in TEXT_ENDINGS][:NAMED]
     convert = f"; {', '.join(names)} should be UTF-8: convert with iconv, for example" * bool(names)
+    links_note = _note_on_links(path, sorted(links))
     if not files and path.is_dir():
-        raise UserError(f"The folder {path} holds no text files{f', only others: {counts}' * bool(counts)}{convert}.")
+        only_others = f", only others: {counts}" * bool(counts)
+        raise UserError(f"The folder {path} holds no text files{only_others}{convert}. {links_note}".rstrip())
     if not files:
         raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
-    if not any(file.stat().st_size for file in files):
+    if not total:
         raise UserError(f"{path} is empty: it holds no text.")
-    return files, f"Skipped {len(others)} of {len(found)} files in {path}: not UTF-8 text ({counts}){convert}." * bool(others)
+    if not others:
+        return files, links_note
+    note = f"Skipped {len(others)} of {len(found)} files in {path}: not UTF-8 text ({counts}){convert}. {links_note}"
+    return files, note.rstrip()
 
 
-def is_text(file: Path) -> bool:
-    """Returns whether all of a file is UTF-8, without a zero byte unless its ending is a text's.
+def _links_out_of(folder: Path, entries: Iterable[Path]) -> set[Path]:
+    """Returns the links among the entries of a folder that lead out of it."""
+    roots = [folder.resolve()]
+    for parent in roots[0].parents:  # the hub's cache has the files of datasets--ORG--NAME/snapshots/REVISION beside it
+        if parent.name == "snapshots" and "--" in parent.parent.name:
+            roots.append(parent.parent / "blobs")
+    links = [entry for entry in entries if entry.is_symlink()]
+    return {link for link in links if not any(link.resolve().is_relative_to(root) for root in roots)}
+
+
+def _note_on_links(folder: Path, links: Sequence[Path]) -> str:
+    if not links:
+        return ""
+    names = [str(link.relative_to(folder)) for link in links[:NAMED]]
+    if len(links) > NAMED:
+        names.append(f"and {len(links) - NAMED} more")
+    return f"Skipped what lies outside of {folder}, to which links lead: {', '.join(names)}. Copy it in to have it read."
+
+
+def is_text(file: Path, parts: int | None = None) -> bool:
+    """Returns whether a file, or so many of its first parts, is UTF-8, without a zero byte unless its ending is a text's.
 
     True for one that cannot be read, which reading explains.
     """
     try:
         with file.open(encoding="utf-8") as opened:
-            blocks = iter(lambda: opened.read(PART), "")
+            blocks = itertools.islice(iter(lambda: opened.read(PART), ""), parts)
             return not any("\0" in block and file.suffix.lower() not in TEXT_ENDINGS for block in blocks)
     except UnicodeDecodeError:
         return False

@@ -39,13 +39,12 @@ class Passage:
 class Documents:
     """The passages of the text files below a folder, or of one file, in an index in memory that threads may share.
 
-    Raises UserError as `read_corpus`, and for files of more than MAX_BYTES.
+    No link is followed out of the folder; `note` names those, and what else was left out. Raises UserError as `read_corpus`,
+    and for files of more than MAX_BYTES, of which no more is read.
     """
 
     def __init__(self, path: Path) -> None:
-        files, self.note = find_text_files(path)
-        if (size := sum(file.stat().st_size for file in files)) > MAX_BYTES:
-            raise UserError(f"The texts at {path} have {size:,} bytes; {MAX_BYTES:,} are the most that is searched.")
+        files, self.note = find_text_files(path, MAX_BYTES)
         self._index = sqlite3.connect(":memory:", check_same_thread=False)
         try:
             self._index.execute("CREATE VIRTUAL TABLE passages USING fts5(file, number UNINDEXED, text, tokenize='porter')")
@@ -53,10 +52,15 @@ class Documents:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
         self.files, self.passages, hashed = len(files), 0, hashlib.sha256()
         last, number = None, 0
+        characters = 0
         for file, document in read_documents(path, files):
             number, last = number * (file == last), file
             name = str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
-            for passage in cut("".join(document())):
+            text = "".join(document())
+            characters += len(text)
+            if characters > MAX_BYTES:  # of a parquet file, which is compressed
+                raise UserError(f"The texts at {path} have more than {MAX_BYTES:,} characters, up to {file}: take texts out.")
+            for passage in cut(text):
                 number += 1
                 self.passages += 1
                 hashed.update(f"{name}\0{passage}\0".encode())

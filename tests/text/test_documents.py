@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from engine.text import documents as module
 from engine.text.chat_tokenizer import ChatTokenizer
+from engine.text.corpus import PART
 from engine.text.documents import PASSAGE_CHARACTERS, Documents, cut, prompt_with
 
 TEXTS = {
@@ -120,10 +121,83 @@ def test_what_cannot_be_searched_is_named(tmp_path, folder, tokenizer, monkeypat
     with pytest.raises(UserError, match="is empty: it holds no text"):
         Documents(tmp_path)
     monkeypatch.setattr(module, "MAX_BYTES", 100)
-    with pytest.raises(UserError, match=r"have \d+ bytes; 100 are the most"):
+    with pytest.raises(UserError, match=r"rows\.jsonl has \d+ bytes, and the texts at .* more than 100 with it"):
         Documents(folder)
     assert Documents(folder / "rows.jsonl").passages == 2  # one file, as a folder
     os.rename(tmp_path / "a.txt", os.fsencode(tmp_path) + b"/\xff.txt")  # a name that is no text
     (odd,) = tmp_path.iterdir()
     odd.write_text("A ferry\0 goes.")
     assert [found.file for found in Documents(tmp_path).find("ferry", tokenizer, 99)] == ["?.txt"]
+
+
+def test_no_link_is_followed_out_of_the_folder(tmp_path, tokenizer):
+    """To a file, to a folder, over another link; within it a link is a file as others. A folder may be named by a link."""
+    folder = tmp_path / "snapshots"  # without the blobs of the hub's cache beside it
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("The tide of secrets.")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "more.txt").write_text("A tide of more secrets.")
+    (folder / "sub" / "own.md").write_text("The tide turns at noon.")
+    (folder / "out.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "sub" / "up.txt").symlink_to("../../secret.txt")
+    (folder / "twice.txt").symlink_to("out.txt")
+    (folder / "system.txt").symlink_to("/etc/passwd")
+    (folder / "away").symlink_to(tmp_path / "elsewhere")
+    (folder / "nothing.txt").symlink_to("none")
+    (folder / "again.txt").symlink_to("sub/own.md")
+    (tmp_path / "named").symlink_to(folder)
+    for path in (folder, tmp_path / "named"):
+        documents = Documents(path)
+        names = "away, out.txt, sub/up.txt, system.txt, twice.txt"
+        assert documents.note.startswith(f"Skipped what lies outside of {path}, to which links lead: {names}. Copy")
+        assert [found.file for found in documents.find("tide", tokenizer, 512)] == ["again.txt", "sub/own.md"]
+    (folder / "sub" / "own.md").unlink()
+    with pytest.raises(UserError, match=r"holds no text files\. Skipped what lies outside of .* lead: away, out\.txt"):
+        Documents(folder)
+
+
+def test_the_files_of_the_hubs_cache_lie_beside_its_folders(tmp_path, tokenizer):
+    revision = tmp_path / "datasets--a--b" / "snapshots" / "123"
+    revision.mkdir(parents=True)
+    (tmp_path / "datasets--a--b" / "blobs").mkdir()
+    (tmp_path / "datasets--a--b" / "blobs" / "f00").write_text("The tide turns at noon.")
+    (revision / "tide.txt").symlink_to("../../blobs/f00")
+    (revision / "out.txt").symlink_to("/etc/passwd")
+    documents = Documents(revision)
+    assert [found.file for found in documents.find("tide", tokenizer, 512)] == ["tide.txt"]
+    assert "lead: out.txt." in documents.note
+
+
+@pytest.mark.parametrize("name", ["large.txt", "large", "large.jsonl"])
+def test_a_file_is_asked_its_size_before_it_is_read(tmp_path, name):
+    """Of 8 GB none is read but what tells whether it is text."""
+    (tmp_path / "a.md").write_text("A tide.")
+    large = tmp_path / name
+    large.write_bytes(b"text\n" * PART)
+    os.truncate(large, 8 * 2**30)
+    begin = time.process_time()
+    with pytest.raises(UserError, match=rf"{name} has 8,589,934,592 bytes, .* more than 20,000,000 with it"):
+        Documents(tmp_path)
+    large.write_bytes(b"\xff\xd8")
+    os.truncate(large, 8 * 2**30)
+    assert Documents(tmp_path).files == 1, "no text, and left out as any other"
+    assert time.process_time() - begin < 2
+
+
+def test_pipes_and_devices_are_left_out(tmp_path):
+    (tmp_path / "a.md").write_text("A tide.")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    assert Documents(tmp_path).files == 1
+    for path in (tmp_path / "pipe.txt", tmp_path / "zero.txt"):
+        with pytest.raises(UserError, match="There is no text at"):
+            Documents(path)
+
+
+def test_a_text_that_grows_as_it_is_read_is_bounded_too(tmp_path, monkeypatch):
+    """As rows of a parquet file do, which is compressed."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{letter}"}}\n' for letter in "abcdef"))
+    monkeypatch.setattr(module, "find_text_files", lambda *_: ([tmp_path / "a.jsonl"], ""))
+    monkeypatch.setattr(module, "MAX_BYTES", 5)
+    with pytest.raises(UserError, match="more than 5 characters"):
+        Documents(tmp_path)
