@@ -25,6 +25,7 @@ from engine.inference.request import Completion, Event, LogProb, Request, Sampli
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
 from engine.inference.sampling import TokenMasks, make_token_masks
 from engine.inference.scheduler import STEPS, Decode, Prefill, Scheduler, Sequence
+from engine.inference.step_times import StepTimes
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from engine.model.transformer import Params
@@ -54,6 +55,7 @@ class Engine:
         self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
         self.few_rows = 0  # of the smaller decoding program, if a row has the same bits there; `warm` finds out
         self.steps_decoded = 0  # so far, each of all rows at once
+        self.step_times = StepTimes()
         self.used_slots: set[int] = set()  # that may hold another text
         self.runner = ModelRunner(cfg, params, self.config)
         self.scheduler = Scheduler(config.slots, config.speculate, self.rows, self.runner.has_kernel)
@@ -108,13 +110,17 @@ class Engine:
     def step(self) -> list[Event]:
         """Admits waiting requests, then prefills or decodes a few tokens for all, alternately. Returns what has happened."""
         with jax.set_mesh(self.runner.mesh):
-            return self._step()
+            events = self._step()
+        self.step_times.end()
+        return events
 
     def _step(self) -> list[Event]:
+        self.step_times.begin("schedule")
         for sequence in self.scheduler.admit():
             request = sequence.request
             sequence.prefix_key = root_key(request.namespace, request.adapter.digest if request.adapter else "")
             if sequence.slot in self.used_slots and not self.runner.has_kernel:  # which reads only the sequence's own positions
+                self.step_times.begin("clear_slot")
                 self.runner.clear(sequence.slot, sequence.max_positions)
             self.used_slots.add(sequence.slot)
             if request.sampling.adjusts_logits:
@@ -223,6 +229,7 @@ class Engine:
         for count in (len(tokens), *self._prefix_lengths(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
+                self.step_times.begin("write_chunk")
                 self.runner.write(chunk, sequence.slot, sequence.prefilled_tokens, count)
                 sequence.cached_tokens += count
                 return count
@@ -239,6 +246,7 @@ class Engine:
     def _prefill_part(self, sequence: Sequence, tokens: tuple[int, ...], size: int) -> Any:
         padded: Any = np.full((1, size), -1, np.int32)
         padded[0, : len(tokens)] = tokens
+        self.step_times.begin("prefill_tail" if size < self.config.chunk else "prefill_chunk")
         return self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, sequence.request.adapter_index)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], start: int) -> None:
@@ -261,10 +269,13 @@ class Engine:
         sequences = batch.sequences
         if batch.copies_are_new:
             self.used_slots.update(batch.copies)
+            self.step_times.begin("copy_slot")
             self.runner.copy(sequences[0].slot, batch.copies, sequences[0].max_positions)
         R = self.rows
+        program = "decode"
         if len(batch.rows) <= self.few_rows:
             R, batch = self.few_rows, batch.renumbered()
+            program = "decode_few"
         token: Any = np.zeros(R, np.int32)
         position: Any = np.full(R, -1, np.int32)
         slot: Any = np.minimum(np.arange(R, dtype=np.int32), self.config.slots - 1)
@@ -274,7 +285,9 @@ class Engine:
             sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
         rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
-        sampled = self.runner.decode(token, rows, sampling, self._masks(batch, R), batch.steps, logprobs, adapters)
+        masks = self._masks(batch, R)
+        self.step_times.begin(program, batch.steps)
+        sampled = self.runner.decode(token, rows, sampling, masks, batch.steps, logprobs, adapters)
         self.steps_decoded += batch.steps
         events = (self._event(sequence, batch, sampled) for sequence in sequences)
         return [event for event in events if event.tokens or event.finish_reason]

@@ -13,12 +13,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from engine.counting.xla import CompileCounter
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 
 IDLE_SECONDS = 0.25  # between ticks without work: signs of life
+# Without a sign of life until the engine is stuck. /health is promised to say so within 5 s, or within three times the longest
+# run of the program that the engine is in, whichever is more.
+STUCK_SECONDS = 4.0
+STUCK_TIMES = 2.8
+FIRST_SECONDS = 60.0  # in place of both for a program's first run, or as long as the start took, whichever is more
 Listener = Callable[[Event], None]
+
+
+class Wait(msgspec.Struct):
+    """What the engine is waited for: the program that it runs, if any, and since how many seconds it has given no sign of life.
+
+    It counts as stuck after `stuck_after` of them, which follow from the longest run of that program so far.
+    """
+
+    program: str | None
+    seconds: float
+    stuck_after: float
 
 
 class EngineThread:
@@ -30,6 +48,7 @@ class EngineThread:
         self.ready = False
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
+        self._start_seconds = 0.0  # that compiling all programs, and running each, has taken
         self.kv_cache_usage = 0.0  # share of the KV cache that is filled
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}  # by request id
@@ -49,6 +68,19 @@ class EngineThread:
     @property
     def seconds_since_tick(self) -> float:
         return time.monotonic() - self.last_tick
+
+    @property
+    def wait(self) -> Wait:
+        times = self.engine.step_times
+        running = times.running
+        if running is None:
+            seconds = time.monotonic() - max(self.last_tick, times.changed)
+            return Wait(None, round(seconds, 3), STUCK_SECONDS)
+        seconds = round(time.monotonic() - running.since, 3)
+        longest = times.longest(running)
+        if longest is None:
+            return Wait(running.name, seconds, max(FIRST_SECONDS, round(self._start_seconds, 3)))
+        return Wait(running.name, seconds, max(STUCK_SECONDS, round(STUCK_TIMES * longest, 3)))
 
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
         """Starts the thread, which compiles the programs and then serves. To be called on the event loop.
@@ -106,9 +138,12 @@ class EngineThread:
 
     def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
         try:
+            begin = time.monotonic()
             self.engine.warm(*warm_arguments)
             self._compiles.reset()
-            self.ready, self.last_tick = True, time.monotonic()
+            self.last_tick = time.monotonic()
+            self._start_seconds = self.last_tick - begin
+            self.ready = True
             self._post(on_change)
             while not self._stopping:
                 self.tick()

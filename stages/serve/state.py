@@ -27,7 +27,6 @@ from stages.serve.errors import ApiError
 from stages.serve.metrics import Metrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
-STUCK_SECONDS = 4.0  # without a tick until the engine is stuck; 503 is promised within 5
 LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
@@ -115,7 +114,8 @@ class ServerState:
     def status(self) -> Status:
         if self.engine.error or not self.engine.ready:
             return "failed" if self.engine.error else "warming"
-        if self.engine.seconds_since_tick > STUCK_SECONDS:
+        wait = self.engine.wait
+        if wait.seconds > wait.stuck_after:
             return "stuck"
         return "draining" if self.admission.draining else "ok"
 

@@ -96,10 +96,50 @@ async def test_a_frozen_engine_is_unhealthy(make_server, rng, tmp_path, expect):
     )
 
 
+# Each run of the decoding program takes so many seconds more, and stands still while a file is there.
+SLOW = """
+import os, time, engine.inference.runner as runner
+whole = runner.ModelRunner.decode
+def slow(self, *arguments):
+    time.sleep({seconds})
+    while os.path.exists({flag!r}): time.sleep(0.01)
+    return whole(self, *arguments)
+runner.ModelRunner.decode = slow
+"""
+SLOW_SECONDS = 6.0
+
+
+@pytest.mark.promises(name="S9")
+async def test_an_engine_of_slow_steps_is_healthy(make_server, rng, tmp_path, expect):
+    """Steps of 6 s are no harm; one that takes three times as long is."""
+    flag = tmp_path / "frozen"
+    async with make_server(preamble=SLOW.format(seconds=SLOW_SECONDS, flag=str(flag))) as server:
+        stream = asyncio.create_task(complete(server.client, _request(20, rng)))
+        probes = unhealthy_probes = 0
+        while not stream.done():
+            probes += 1
+            unhealthy_probes += (await server.client.get("/health", timeout=2)).status != 200
+            await asyncio.sleep(0.1)
+        flag.touch()
+        frozen = asyncio.create_task(complete(server.client, _request(2, rng)))
+        unhealthy = await _seconds_until_health(server, 503)
+        flag.unlink()
+        healthy = await _seconds_until_health(server, 200)
+        completions = [await stream, await frozen]
+    expect(
+        at_most("503 while it works", unhealthy_probes, 0),
+        at_least("probes meanwhile", probes, 50),
+        at_most("503 after", unhealthy, 3 * SLOW_SECONDS + 1, " s"),
+        at_most("200 again after", healthy, 5, " s"),
+        at_least("answers", sum(completion.finished for completion in completions), 2),
+        over=f"each run of the decoding program takes {SLOW_SECONDS:g} s more, by code that runs before the server",
+    )
+
+
 async def _seconds_until_health(server: Server, status: int) -> float:
-    """Seconds until /health has that status; NaN when it does not have it within 15."""
+    """Seconds until /health has that status; NaN when it does not have it within 30."""
     begin = clock()
-    while clock() < begin + 15:
+    while clock() < begin + 30:
         if (await server.client.get("/health", timeout=2)).status == status:
             return clock() - begin
         await asyncio.sleep(0.02)

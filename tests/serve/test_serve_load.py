@@ -6,15 +6,18 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused, until
 
+from engine.inference import step_times
 from engine.inference.scheduler import Sequence
+from engine.inference.step_times import StepTimes
 from engine.storage.digest import digest
-from stages.serve import state
+from stages.serve import engine_thread
 from stages.serve.api import generation
 from stages.serve.api.generation import Generation
 from stages.serve.api.requests import INLINE_BYTES
@@ -152,9 +155,9 @@ def test_scores_and_embeddings_are_what_they_are_alone_and_so_is_a_completion(cl
 
 
 def test_health_tells_that_the_engine_is_stuck(client, tiny_server, held, monkeypatch):
-    assert state.STUCK_SECONDS + 0.5 < 5  # seconds, as promised
+    assert engine_thread.STUCK_SECONDS + 0.5 < 5  # seconds, as promised
     assert client.get("/health").json()["status"] == "ok"
-    monkeypatch.setattr(state, "STUCK_SECONDS", 0.4)
+    monkeypatch.setattr(engine_thread, "STUCK_SECONDS", 0.4)
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(client.complete)
         assert until(lambda: client.get("/health").status_code == 503)
@@ -163,6 +166,77 @@ def test_health_tells_that_the_engine_is_stuck(client, tiny_server, held, monkey
         held.set()
         assert until(lambda: client.get("/health").status_code == 200)
         assert reply.result().status_code == 200
+
+
+def test_health_waits_for_a_program_as_long_as_it_is_known_to_take(client, tiny_server, monkeypatch):
+    """Up to three times its longest run so far, 5 seconds at least, and a minute for a first run: on a clock that goes on while
+    a program runs."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(engine_thread, "time", clock)
+    monkeypatch.setattr(step_times, "time", clock)
+    monkeypatch.setattr(tiny_server.engine, "step_times", StepTimes())
+    monkeypatch.setattr(tiny_server.state.engine, "_start_seconds", 1.0)
+    seconds: dict[str, list[float]] = {}  # of the next run of each program, after which /health is asked
+    seen: list[Any] = []
+
+    def slow_down(name: str) -> None:
+        run = getattr(tiny_server.engine.runner, name)
+
+        def slow_run(*arguments: Any) -> Any:
+            begin = now[0]
+            for second in seconds.pop(name, ()):
+                now[0] = begin + second
+                reply = client.get("/health")
+                assert (reply.status_code == 503) == (reply.json()["status"] == "stuck")
+                assert reply.json()["wait"]["program"].startswith(name)
+                assert reply.json()["wait"]["seconds"] == second
+                seen.append(reply.json()["status"])
+            return run(*arguments)
+
+        monkeypatch.setattr(tiny_server.engine.runner, name, slow_run)
+
+    def statuses(text: str, **of: list[float]) -> list[str]:
+        seen.clear()
+        seconds.update(of)
+        assert good(client.complete(f"{text} says nothing more", 1))
+        assert not seconds
+        return [*seen]
+
+    def step_and_look() -> Any:
+        events = step()
+        between.add(tiny_server.state.status)
+        return events
+
+    slow_down("prefill")
+    slow_down("decode")
+    between = set[str]()
+    step = tiny_server.engine.step
+    monkeypatch.setattr(tiny_server.engine, "step", step_and_look)
+    assert statuses("a", decode=[3, 6]) == ["ok", "ok"]
+    assert statuses("b", decode=[6, 16.7, 18]) == ["ok", "ok", "stuck"]
+    assert statuses("c", decode=[19, 50, 54]) == ["ok", "ok", "stuck"]
+    assert statuses("d", prefill=[3.9, 5]) == ["ok", "stuck"], "its other runs took no time at all"
+    monkeypatch.setattr(tiny_server.engine, "step_times", StepTimes())
+    assert statuses("e", prefill=[59, 61]) == ["ok", "stuck"]
+    monkeypatch.setattr(tiny_server.engine, "step_times", StepTimes())
+    monkeypatch.setattr(tiny_server.state.engine, "_start_seconds", 100.0)
+    assert statuses("f", prefill=[99, 101]) == ["ok", "stuck"], "a model that took long to start"
+    assert client.get("/health").json()["wait"]["program"] is None
+    assert between == {"ok"}, "as soon as a program has ended"
+
+
+def test_a_program_that_does_more_steps_than_ever_may_take_longer(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    times = StepTimes()
+    for steps, seconds in ((4, 8.0), (1, 3.0)):
+        times.begin("decode", steps)
+        now[0] += seconds
+    for steps, longest in ((1, 8.0), (2, 8.0), (8, 24.0)):
+        times.begin("decode", steps)
+        assert times.running
+        assert times.longest(times.running) == longest
 
 
 def test_health_before_and_after_its_time():

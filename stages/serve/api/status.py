@@ -11,6 +11,7 @@ from stages.serve.api.anthropic import claude_model, claude_models
 from stages.serve.api.completions import DefaultSampling
 from stages.serve.api.generation import Answer
 from stages.serve.api.requests import Call, ModelRequest, json_reply
+from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status
 
@@ -53,13 +54,14 @@ class AdapterReply(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """Whether requests are answered, or why not."""
+    """Whether requests are answered, or why not. `wait`: what the engine is waited for."""
 
     status: Status
     running: int
     waiting: int
     compiles_after_ready: int
     seconds_since_tick: float
+    wait: Wait
 
 
 class Live(msgspec.Struct):
@@ -128,7 +130,7 @@ async def health(call: Call) -> Answer[Health]:
     """Whether requests are answered."""
     status, engine = call.state.status, call.state.engine
     since = round(engine.seconds_since_tick, 3)
-    reply = Health(status, engine.engine.running, engine.waiting, engine.compiles_after_ready, since)
+    reply = Health(status, engine.engine.running, engine.waiting, engine.compiles_after_ready, since, engine.wait)
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
