@@ -75,6 +75,18 @@ def test_langchain():
         assert is_visit(model.with_structured_output(Visit, method=method).invoke(ASKED))
 
 
+def test_langchain_over_ollamas_routes():
+    library = install("langchain_ollama")
+    options: Any = {"model": GEMMA, "num_predict": 5, "seed": 1}
+    model = library.ChatOllama(**options, validate_model_on_init=True, reasoning=False, mirostat=0, tfs_z=1.0, keep_alive="5m")
+    assert model.invoke(ASKED).content
+    assert "".join(part.content for part in model.stream(ASKED))
+    model.bind_tools([get_weather]).invoke(ASKED)
+    assert is_visit(library.ChatOllama(model=GEMMA).with_structured_output(Visit).invoke(ASKED))
+    assert library.OllamaLLM(**options).invoke(ASKED)
+    assert len(library.OllamaEmbeddings(model=GEMMA).embed_documents(["Rome", "Oslo"])) == 2
+
+
 def test_instructor():
     library = install("instructor")
     for mode in (library.Mode.TOOLS, library.Mode.TOOLS_STRICT, library.Mode.JSON_SCHEMA):

@@ -1,5 +1,6 @@
 """Dialects beside OpenAI's completions, each through its own client's first example: only the address is another."""
 
+import datetime
 import json
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import pydantic
 import pytest
 from tiny_server import events, good, refused, say
 
+from stages.serve.api.app import ROUTES
 from stages.serve.api.generation import template_variables
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -406,23 +408,114 @@ def test_ollama_lists_and_shows_the_model(gemma, client, tiny_server):
     assert models[0].size > 0
     shown = gemma.show(GEMMA)
     assert (shown.capabilities, shown.modelinfo["llama.context_length"]) == (
-        ["completion", "tools"],
+        ["completion", "tools", "embedding"],
         tiny_server.engine.capacity,
     )
+    loaded = gemma.ps().models[0]
+    assert (loaded.size_vram, loaded.context_length) == (0, tiny_server.engine.capacity)  # on a processor
+    assert loaded.expires_at - datetime.datetime.now(datetime.UTC) > datetime.timedelta(days=365)
     for name, status in ((GEMMA, 200), ("none", 404)):
         assert client.post("/api/show", json={"name": name}).status_code == status
     assert client.get("/api/version").json()["version"].count(".") == 2
 
 
-def test_only_ollamas_routes_take_a_body_without_a_type(client):
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}  # of curl's -d, and of the simple POST of a page
+PLAIN = {"Content-Type": "text/plain"}
+
+
+def test_only_ollamas_routes_take_a_body_without_a_type_or_with_that_of_a_form(client):
     body = b'{"prompt": "a", "options": {"num_predict": 1}}'
-    for headers, status in (({}, 200), ({"Content-Type": "text/plain"}, 415), ({"Origin": "http://evil.example"}, 403)):
+    for headers, status in (({}, 200), (FORM, 200), (PLAIN, 415)):
         assert client.post("/api/generate", headers=headers, content=body).status_code == status
-    assert client.post("/v1/completions", content=body).status_code == 415
+    for headers in ({}, FORM):
+        assert client.post("/v1/completions", headers=headers, content=body).status_code == 415
+
+
+@pytest.mark.parametrize("path", [route.path for route in ROUTES if route.path.startswith("/api/") and route.body])
+def test_a_page_elsewhere_may_send_ollamas_routes_no_form(client, path):
+    """By its Origin, which a browser sends with each POST to another site, or by the site that it names where that is lost."""
+    foreign = [{"Origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1:1")]
+    foreign += [{"Sec-Fetch-Site": site} for site in ("cross-site", "same-site")]
+    for headers in foreign:
+        for kind in ({}, FORM, PLAIN, {"Content-Type": "application/json"}):
+            assert client.post(path, headers=headers | kind, content=b"{}").status_code == 403
+
+
+def test_ollama_loads_a_model_by_an_empty_prompt(gemma, client, tiny_server):
+    """Nothing is loaded or unloaded; the reply says that it is, and holds no place."""
+    for keep_alive, reason in ((None, "load"), ("5m", "load"), (-1, "load"), (0, "unload"), ("0s", "unload")):
+        reply = gemma.generate(model=GEMMA, prompt="", keep_alive=keep_alive)
+        assert (reply.response, reply.done, reply.done_reason) == ("", True, reason)
+        reply = gemma.chat(model=GEMMA, messages=[], keep_alive=keep_alive)
+        assert (reply.message.role, reply.message.content, reply.done, reply.done_reason) == ("assistant", "", True, reason)
+    assert [part.done_reason for part in gemma.generate(model=GEMMA, stream=True)] == ["load"]
+    for path in ("/api/generate", "/api/chat"):
+        assert good(client.post(path, json={"model": GEMMA}))["done_reason"] == "load"
+        refused(client.post(path, json={"model": "none"}), 404)
+    assert tiny_server.load == (0, 0, 0)
+    assert gemma.pull(GEMMA).status == "success"
+    with pytest.raises(ollama.ResponseError, match="There is no model"):
+        gemma.pull("none")
+
+
+def test_ollama_names_the_options_that_it_ignores(client):
+    """Those that the server does not know too, whatever they are called; a known one has its type."""
+    options = {"num_predict": 1, "num_ctx": 64, "typical_p": 0.7, "mirostat": 1, "ü\n,": None} | {f"x{n}": n for n in range(99)}
+    for path, body in (("/api/generate", {"prompt": "a"}), ("/api/chat", {"messages": HELLO}), ("/api/embed", {"input": "a"})):
+        reply = client.post(path, json=body | {"options": options})
+        good(reply) if path == "/api/embed" else reply.raise_for_status()
+        named = reply.headers["x-ignored-fields"].split(", ")
+        assert named[:4] == ["options.num_ctx", "options.typical_p", "options.mirostat", r"options.\xfc\n,"]
+        assert len(named) < 50
+        refused(client.post(path, json=body | {"options": options | {"num_ctx": "large"}}))
+    body = {"prompt": "a", "stream": None, "options": None, "truncate": False, "shift": True, "think": False}
+    reply = client.post("/api/generate", json=body)
+    assert (reply.status_code, reply.headers["x-ignored-fields"]) == (200, "shift")
+    assert reply.text.count("\n") > 1  # null is the default: a stream
+
+
+def test_ollama_returns_logprobs(gemma, client):
+    options = {"num_predict": 4}
+    fields: dict[str, Any] = {"model": GEMMA, "messages": HELLO, "options": options, "logprobs": True, "top_logprobs": 2}
+    scores = gemma.chat(**fields).logprobs
+    wanted = good(client.chat(most=4, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
+    assert [(each.token, each.logprob) for each in scores] == [(each["token"], each["logprob"]) for each in wanted]
+    assert [top.token for top in scores[0].top_logprobs] == [top["token"] for top in wanted[0]["top_logprobs"]]
+    parts = [score for part in gemma.chat(**fields, stream=True) for score in part.logprobs or ()]
+    assert parts == scores
+    assert len(gemma.generate(GEMMA, "Hello there", options=options, logprobs=True).logprobs) == 4
+    assert gemma.chat(model=GEMMA, messages=HELLO, options=options).logprobs is None
+    with pytest.raises(ollama.ResponseError, match="without logprobs"):
+        gemma.chat(**fields | {"logprobs": False})
+
+
+def test_ollama_embeds(gemma, client, tiny_server):
+    texts = ["Hello there", "1234"]
+    wanted = [each["embedding"] for each in good(client.post("/v1/embeddings", json={"input": texts}))["data"]]
+    reply = gemma.embed(GEMMA, texts)
+    assert reply.embeddings == wanted
+    assert reply.prompt_eval_count == sum(len(client.tokens(text)) for text in texts)
+    assert gemma.embed(GEMMA, texts[0]).embeddings == wanted[:1]
+    assert gemma.embeddings(GEMMA, texts[1]).embedding == wanted[1]
+    assert len(gemma.embed(GEMMA, texts, dimensions=3).embeddings[1]) == 3
+    assert (gemma.embed(GEMMA, "").embeddings, gemma.embeddings(GEMMA, "").embedding) == ([], [])
+    long = "Hello " * 400
+    cut = tiny_server.model.tokenizer.decode(client.tokens(long)[: tiny_server.engine.capacity - 1])
+    assert gemma.embed(GEMMA, long).embeddings == gemma.embed(GEMMA, cut, truncate=False).embeddings
+    with pytest.raises(ollama.ResponseError, match="Nothing was left out"):
+        gemma.embed(GEMMA, long, truncate=False)
+    for fields in ({"input": ["a"] * 129}, {"input": 5}, {"input": "a", "dimensions": 10**6}):
+        refused(client.post("/api/embed", json=fields))
+    assert tiny_server.load == (0, 0, 0)
 
 
 def test_an_error_of_ollamas_is_a_sentence(gemma, client):
-    for fields, words in (({"model": "none"}, "There is no model"), ({"options": {"num_predict": 0}}, "num_predict")):
+    thinking = [({"think": value}, f'"{GEMMA}" does not support thinking') for value in (True, "low")]
+    for fields, words in (
+        ({"model": "none"}, "There is no model"),
+        ({"options": {"num_predict": 0}}, "num_predict"),
+        *thinking,
+    ):
         with pytest.raises(ollama.ResponseError, match=words) as caught:
             gemma.chat(**{"model": GEMMA, "messages": HELLO} | fields)
         assert isinstance(caught.value.error, str)

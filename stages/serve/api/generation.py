@@ -155,8 +155,7 @@ class Generation:
         self._priority, self._arrived = call.priority, call.http.state.arrived
         self._repeats, self._passages = repeats, prompts.passages
         self._reply, self._writer = reply, writer if getattr(call.body, "stream", False) else None
-        ignored = [*call.body.ignored, *prompts.ignored]
-        self._headers = {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
+        self._headers = ignored_header([*call.body.ignored, *prompts.ignored])
         call.http.state.generation = self
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
@@ -387,6 +386,11 @@ class EventWriter(Writer):
 
     def error(self, error: ApiError) -> bytes:
         return b"event: error\n" + super().error(error)
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Returns the header that names the fields of a body which change no answer; none without names."""
+    return {"X-Ignored-Fields": ", ".join(names)} if names else {}
 
 
 async def text_prompts(call: Call, most: int, special: bool = True) -> Prompts:

@@ -1,18 +1,22 @@
-"""Ollama's routes: POST /api/chat, /api/generate and /api/show, GET /api/tags, /api/ps and /api/version."""
+"""Ollama's routes: POST /api/chat, /api/generate, /api/embed, /api/show and more, GET /api/tags, /api/ps and /api/version."""
 
 import datetime
+import re
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from starlette.responses import Response
 
 from engine.counting.params import count_params
 from engine.errors import InvalidField
+from engine.inference.request import LogProb
 from engine.model.weights.matmul import weight_types
-from stages.serve.api.completions import Tools
+from stages.serve.api.completions import TokenLogProb, Tools, TopLogProb
 from stages.serve.api.generation import (
+    MAX_COMPLETIONS,
     Answer,
     DocumentsUse,
     Piece,
@@ -22,14 +26,15 @@ from stages.serve.api.generation import (
     Writer,
     chat_prompts,
     generate,
+    ignored_header,
     text_prompts,
 )
 from stages.serve.api.requests import (
+    AnswerRequest,
     Call,
-    Conversation,
     EmptyList,
     Fields,
-    GenerationRequest,
+    LogProbs,
     MinP,
     ModelRequest,
     Penalty,
@@ -40,14 +45,23 @@ from stages.serve.api.requests import (
     TopK,
     TopP,
     in_range,
+    json_reply,
 )
+from stages.serve.api.texts import embed
 from stages.serve.errors import ApiError
-from stages.serve.state import ServedModel, ServerState
+from stages.serve.state import ServerState
+from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import ToolCall, Turn, answer_grammar, call_turn, join_calls, make_turn, parse_arguments, tool_use
 
+LOADED_DAYS = 36_500  # until a model is unloaded, as /api/ps has it: this server never does it
+MAX_NAMED = 32  # unknown options that a header names
 
-class Options(Fields):
-    """`num_predict`: the most tokens, as many as fit if negative. A penalty is for tokens of the whole text."""
+
+class Options(msgspec.Struct):
+    """`num_predict`: the most tokens, as many as fit if negative. A penalty is for tokens of the whole text.
+
+    An option that is not among them is ignored, as Ollama does, and named.
+    """
 
     num_predict: Annotated[int, Meta(ge=-2, le=2**31 - 1)] | None = None
     temperature: Temperature = None
@@ -61,7 +75,6 @@ class Options(Fields):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     stop: Stops | None = None
-    mirostat: Literal[0] | None = None
     # What changes no answer: see IGNORED_INSIDE.
     num_ctx: int | None = None
     num_keep: int | None = None
@@ -73,23 +86,92 @@ class Options(Fields):
     use_mlock: bool | None = None
 
 
-class OllamaRequest(GenerationRequest):
-    """The fields of /api/chat and /api/generate. `format`: json, or a JSON schema that the answer satisfies."""
+KNOWN_OPTIONS = {field.encode_name for field in msgspec.structs.fields(Options)}
 
-    stream: bool = True
-    options: Options = msgspec.field(default_factory=Options)
+
+class OptionNames(msgspec.Struct):
+    """A body of which only the names of its options are read."""
+
+    options: dict[str, msgspec.Raw] | None = None
+
+
+class OllamaFields(AnswerRequest, dict=True):
+    """The fields of all requests for something of a model's.
+
+    `unknown_options`, which is none of the fields: names of options that have no meaning here.
+    """
+
+    unknown_options: ClassVar[Sequence[str]] = ()
+    options: Options | None = None
+    truncate: bool | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        # A name may hold any character, and a header only some.
+        unknown = [f"options.{ascii(name)[1:-1]:.64}" for name in self.unknown_options[:MAX_NAMED]]
+        return [*super().ignored, *unknown]
+
+    def find_unknown_options(self, content: bytearray) -> None:
+        """Sets `unknown_options` from the JSON of the body."""
+        names = msgspec.json.decode(content, type=OptionNames).options or {}
+        vars(self)["unknown_options"] = [name for name in names if name not in KNOWN_OPTIONS]
+
+
+class OllamaRequest(OllamaFields):
+    """The fields of /api/chat and /api/generate. `format`: json, or a JSON schema that the answer satisfies.
+
+    `truncate` and `shift` ask that a text is cut where the context is full; here it is refused, or ends.
+    """
+
+    stream: bool | None = True
     format: Literal["", "json"] | dict[str, Any] | None = None
-    think: Literal[False] | None = None
-    logprobs: Literal[False] | None = None
+    think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: LogProbs | None = None
+    shift: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.stream is None:
+            self.stream = True
+
+    @property
+    def ignored(self) -> list[str]:
+        return [*super().ignored, *(name for name in ("truncate", "shift") if getattr(self, name))]
+
+    def check(self, call: Call) -> None:
+        """Finds the options that are not known. Raises InvalidField for fields that do not go together, and for thinking."""
+        self.find_unknown_options(call.content)
+        if self.think:  # in Ollama's words, by which clients know that they are to ask without
+            raise InvalidField("think", f'"{self.model}" does not support thinking: leave think out, or send false.')
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
+
+    def load(self, call: Call, is_chat: bool) -> Response:
+        """Replies to a request without a prompt, which loads a model in Ollama or, with `keep_alive` 0, unloads it.
+
+        What is served here is loaded, and stays so.
+        """
+        call.state.admission.release()  # of the place that a Generation would hold
+        is_zero = re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)) is not None
+        reply = OllamaWriter(call, is_chat).loaded("unload" if is_zero else "load")
+        return json_reply(reply, headers=ignored_header(self))
 
     async def respond(self, call: Call, prompts: Prompts, is_chat: bool) -> Answer:
-        most, writer = self.options.num_predict, OllamaWriter(call.model, is_chat)
+        options = self.options or Options()
+        most = options.num_predict
         if most == 0:
             message = "num_predict must be at least 1, or negative for as many tokens as fit."
             raise InvalidField("options.num_predict", message)
         grammars = [answer_grammar("format", self.format if isinstance(self.format, dict) else None)] if self.format else []
-        limit = most if most and most > 0 else None
-        return await generate(call, prompts, writer, fields=self.options, grammars=grammars, max_tokens=limit)
+        return await generate(
+            call,
+            prompts,
+            OllamaWriter(call, is_chat),
+            fields=options,
+            grammars=grammars,
+            max_tokens=most if most and most > 0 else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 class OllamaFunction(msgspec.Struct, kw_only=True):
@@ -120,14 +202,14 @@ class OllamaMessage(Fields):
 class OllamaChatRequest(OllamaRequest, kw_only=True):
     """POST /api/chat."""
 
-    messages: Conversation[OllamaMessage]
+    messages: Annotated[list[OllamaMessage], Meta(max_length=4096)] | None = None
     tools: Tools = None
 
 
 class OllamaGenerateRequest(OllamaRequest, kw_only=True):
     """POST /api/generate. With `raw` the prompt is continued, else it is a message of the user's."""
 
-    prompt: Annotated[str, Meta(min_length=1)]
+    prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
     suffix: Literal[""] | None = None
@@ -144,8 +226,10 @@ class OllamaReply(msgspec.Struct, kw_only=True):
     message: dict[str, Any] | UnsetType = UNSET
     response: str | UnsetType = UNSET
     done: bool = False
-    done_reason: Literal["stop", "length"] | UnsetType = UNSET
+    done_reason: Literal["stop", "length", "load", "unload"] | UnsetType = UNSET
+    logprobs: list[TokenLogProb] | UnsetType = UNSET
     total_duration: int | UnsetType = UNSET
+    load_duration: int | UnsetType = UNSET
     prompt_eval_count: int | UnsetType = UNSET
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
@@ -158,19 +242,23 @@ class OllamaWriter(Writer):
 
     media, last = "application/x-ndjson", b""
 
-    def __init__(self, model: ServedModel, is_chat: bool) -> None:
-        self._model, self._is_chat = model.name, is_chat
+    def __init__(self, call: Call, is_chat: bool) -> None:
+        self._model, self._is_chat, self._tokenizer = call.model.name, is_chat, call.state.tokenizer.tokenizer
         self._reason: Reason | None = None
         self._calls: list[ToolCall] = []  # a stream has each whole, at its end
 
+    def loaded(self, reason: Literal["load", "unload"]) -> OllamaReply:
+        """Returns the reply to a request without a prompt."""
+        return self._reply("", done=True, done_reason=reason)
+
     def reply(self, pieces: list[Piece], usage: Usage) -> OllamaReply:
         self.chunks(pieces[0])
-        return self._reply(pieces[0].text, self._calls, **self._end(usage))
+        return self._reply(pieces[0].text, self._calls, **self._logprobs(pieces[0]), **self._end(usage))
 
     def chunks(self, piece: Piece) -> Iterable[OllamaReply]:
         self._reason = piece.finish_reason
         self._calls += piece.calls
-        return [self._reply(piece.text)] if piece.text else []
+        return [self._reply(piece.text, **self._logprobs(piece))] if piece.text or piece.logprobs else []
 
     def end(self, usage: Usage) -> Iterable[OllamaReply]:
         calls = [self._reply("", self._calls)] if self._calls else []
@@ -196,12 +284,24 @@ class OllamaWriter(Writer):
             form = {"message": make_turn("assistant", text, tool_calls=calls)}
         return OllamaReply(model=self._model, created_at=datetime.datetime.now(datetime.UTC), **form, **end)
 
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+        return {"logprobs": list(map(self._token_logprob, piece.logprobs))} if piece.logprobs else {}
+
+    def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
+        top = [TopLogProb(*self._shown(token, nats)) for token, nats in logprob.top]
+        return TokenLogProb(*self._shown(logprob.token, logprob.logprob), top)
+
+    def _shown(self, token: int, nats: float) -> tuple[str, float, list[int]]:
+        text, content = token_text(self._tokenizer, token)
+        return text, nats, list(content)
+
     def _end(self, usage: Usage) -> dict[str, Any]:
         first, total = (round(seconds * 1e9) for seconds in (usage.first_seconds, usage.seconds))
         return {
             "done": True,
             "done_reason": "length" if self._reason == "length" else "stop",
             "total_duration": total,
+            "load_duration": 0,
             "prompt_eval_count": usage.prompt,
             "prompt_eval_duration": first,
             "eval_count": usage.completion,
@@ -212,18 +312,83 @@ class OllamaWriter(Writer):
 
 async def ollama_chat(call: Call[OllamaChatRequest]) -> Answer[OllamaReply]:
     """Answers a conversation, as Ollama has it."""
-    tools = tool_use([tool.function for tool in call.body.tools or ()])
-    prompts = await chat_prompts(call, [message.turn for message in call.body.messages], tools=tools)
-    return await call.body.respond(call, prompts, True)
+    body = call.body
+    body.check(call)
+    if not body.messages:
+        return body.load(call, True)
+    tools = tool_use([tool.function for tool in body.tools or ()])
+    prompts = await chat_prompts(call, [message.turn for message in body.messages], tools=tools)
+    return await body.respond(call, prompts, True)
 
 
 async def ollama_generate(call: Call[OllamaGenerateRequest]) -> Answer[OllamaReply]:
     """Answers or continues a prompt, as Ollama has it."""
     body = call.body
+    body.check(call)
+    if not body.prompt:
+        return body.load(call, False)
     system = [make_turn("system", body.system)] if body.system else []
     turns = [*system, make_turn("user", body.prompt)]
     prompts = await (text_prompts(call, 1) if body.raw else chat_prompts(call, turns))
     return await body.respond(call, prompts, False)
+
+
+class EmbedRequest(OllamaFields, kw_only=True):
+    """POST /api/embed. `truncate`: whether a text's end is left out where it is longer than the context; true by default."""
+
+    input: str | Annotated[list[str], Meta(max_length=MAX_COMPLETIONS)] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def choices(self) -> int:
+        return len(self.input) if isinstance(self.input, list) else 1
+
+
+class EmbedReply(msgspec.Struct, kw_only=True):
+    """The embeddings of the texts, each of length 1. Durations are in nanoseconds."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+
+
+async def ollama_embed(call: Call[EmbedRequest]) -> Answer[EmbedReply]:
+    """Texts as vectors, as Ollama has it."""
+    body, name = call.body, call.model.name
+    body.find_unknown_options(call.content)
+    if not body.input:
+        call.state.admission.release()
+        return json_reply(EmbedReply(model=name, embeddings=[]), headers=ignored_header(body))
+
+    def reply(vectors: list[Any], usage: Usage) -> EmbedReply:
+        embeddings = [vector.tolist() for vector in vectors]
+        duration = round(usage.seconds * 1e9)
+        return EmbedReply(model=name, embeddings=embeddings, total_duration=duration, prompt_eval_count=usage.prompt)
+
+    return await embed(call, reply, body.dimensions, truncate=body.truncate is not False)
+
+
+class EmbeddingsPrompt(OllamaFields, kw_only=True):
+    """POST /api/embeddings, the older form of /api/embed, for one text."""
+
+    prompt: str | None = None
+
+
+class EmbeddingsPromptReply(msgspec.Struct):
+    embedding: list[float]
+
+
+async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> Answer[EmbeddingsPromptReply]:
+    """A text as a vector, as Ollama had it first."""
+    body = call.body
+    body.find_unknown_options(call.content)
+    if not body.prompt:
+        call.state.admission.release()
+        return json_reply(EmbeddingsPromptReply([]), headers=ignored_header(body))
+    reply = lambda vectors, usage: EmbeddingsPromptReply(vectors[0].tolist())
+    return await embed(call, reply, truncate=body.truncate is not False)
 
 
 class Tags(msgspec.Struct):
@@ -238,6 +403,20 @@ class Version(msgspec.Struct):
     version: str = "0.12.0"
 
 
+class PullRequest(ModelRequest):
+    """POST /api/pull. `name`: what older clients call the model."""
+
+    name: str | None = None
+    stream: bool | None = None
+    insecure: bool | None = None
+
+
+class PullReply(msgspec.Struct):
+    """A whole reply, and the last line of a stream, which has no other."""
+
+    status: Literal["success"] = "success"
+
+
 class ShowRequest(ModelRequest):
     """POST /api/show. `name`: what older clients call the model."""
 
@@ -247,29 +426,41 @@ class ShowRequest(ModelRequest):
 
 class Show(msgspec.Struct):
     modified_at: datetime.datetime
-    details: dict[str, str]
+    details: dict[str, Any]
     model_info: dict[str, Any]
     template: str
-    capabilities: tuple[str, ...] = ("completion", "tools")
+    capabilities: tuple[str, ...] = ("completion", "tools", "embedding")
 
 
 async def ollama_tags(call: Call) -> Tags:
     """The model that is served, as Ollama has it."""
-    state = call.state
-    engine, at = state.engine.engine, _loaded_at(state)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
-    model = {"modified_at": at, "size": size, "digest": state.digest, "details": _details(state)}
-    return Tags([{"name": name, "model": name, **model} for name in state.served_names])
+    at = _loaded_at(call.state)
+    return Tags([model | {"modified_at": at} for model in _models(call.state)])
 
 
 async def ollama_ps(call: Call) -> Tags:
     """The model that is served: it is loaded."""
-    return await ollama_tags(call)
+    state = call.state
+    leaves = jax.tree.leaves(state.engine.engine.params)
+    on_devices = sum(leaf.nbytes for leaf in leaves if "cpu" not in {device.platform for device in leaf.devices()})
+    loaded = {
+        "expires_at": _loaded_at(state) + datetime.timedelta(days=LOADED_DAYS),
+        "size_vram": on_devices,
+        "context_length": state.engine.capacity,
+    }
+    return Tags([model | loaded for model in _models(state)])
 
 
 async def ollama_version(_: Call) -> Version:
     """A version of Ollama that has what is here."""
     return Version()
+
+
+async def ollama_pull(call: Call[PullRequest]) -> PullReply:
+    """Whether a model is there: programs ask for it before they use it. Nothing is downloaded."""
+    if call.body.name:
+        call.state.find_model(call.body.name)
+    return PullReply()
 
 
 async def ollama_show(call: Call[ShowRequest]) -> Show:
@@ -291,11 +482,19 @@ def _loaded_at(state: ServerState) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
 
 
-def _details(state: ServerState) -> dict[str, str]:
+def _models(state: ServerState) -> list[dict[str, Any]]:
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.engine.engine.params))
+    model = {"size": size, "digest": state.digest, "details": _details(state)}
+    return [{"name": name, "model": name, **model} for name in state.served_names]
+
+
+def _details(state: ServerState) -> dict[str, Any]:
     engine = state.engine.engine
     return {
+        "parent_model": "",
         "format": "thrice",
         "family": "llama",
+        "families": ["llama"],
         "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
         "quantization_level": weight_types(engine.params),
     }

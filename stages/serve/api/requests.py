@@ -2,7 +2,7 @@
 
 An unknown field is refused by name unless it is null, which asks for nothing; and so is a value that cannot be granted, for an
 answer that silently lacks it is worse than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's
-header X-Ignored-Fields.
+header X-Ignored-Fields; so are unknown options of Ollama's.
 """
 
 import asyncio
@@ -353,11 +353,14 @@ def _integral(value: Any) -> Any:
 
 
 def _check_headers(http: Request) -> None:
-    # litellm sends Ollama's own routes no type. A page of another site could do that too, but its Origin is refused.
-    default = "application/json" if http.scope["state"]["path"].startswith("/api/") else ""
-    kind, _, parameters = http.headers.get("content-type", default).partition(";")
+    kinds = ["application/json"]
+    if http.scope["state"]["path"].startswith("/api/"):
+        # litellm sends Ollama's own routes no type, and curl's -d that of a form. A page of another site can send both too,
+        # but not without its Origin, which the guard refuses.
+        kinds += ["", "application/x-www-form-urlencoded"]
+    kind, _, parameters = http.headers.get("content-type", "").partition(";")
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())
-    if kind.strip().lower() != "application/json" or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
+    if kind.strip().lower() not in kinds or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
         raise ApiError(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")
     if http.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError(415, "The body must not be compressed: send it without a Content-Encoding.")

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -121,24 +121,43 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
 
 async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsReply]:
     """Texts as vectors."""
-    body, model, capacity, width = call.body, call.model.name, call.state.engine.capacity, call.state.engine.cfg.width
-    if body.dimensions and body.dimensions > width:
-        raise InvalidField("dimensions", f"An embedding of this model has {width} dimensions, not more.")
-    prompts = await text_prompts(call, MAX_COMPLETIONS)
-    if (longest := max(map(len, prompts.tokens))) >= capacity:
-        raise context_overflow(longest, capacity, "input")
-    requests = [make_request(call, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in prompts.tokens]
+    model, in_base64 = call.model.name, call.body.encoding_format == "base64"
 
-    def encode(embedding: Any) -> list[float] | str:
-        unit = (embedding / max(np.linalg.norm(embedding), np.finfo(np.float32).tiny)).astype("<f4")
-        return base64.b64encode(unit.tobytes()).decode() if body.encoding_format == "base64" else unit.tolist()
-
-    def reply(pieces: list[Piece], usage: Usage) -> EmbeddingsReply:
-        data = [Embedding(piece.choice, encode(piece.embedding[: body.dimensions])) for piece in pieces]
+    def reply(vectors: list[Any], usage: Usage) -> EmbeddingsReply:
+        written = [base64.b64encode(each.tobytes()).decode() if in_base64 else each.tolist() for each in vectors]
+        data = [Embedding(index, vector) for index, vector in enumerate(written)]
         counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
         return EmbeddingsReply(model=model, data=data, usage=counts)
 
-    return Generation(call, prompts, requests, reply)
+    return await embed(call, reply, call.body.dimensions)
+
+
+async def embed(
+    call: Call,
+    reply: Callable[[list[Any], Usage], msgspec.Struct],
+    dimensions: int | None = None,
+    truncate: bool = False,
+) -> Answer:
+    """Responds with what `reply` makes of the embeddings of the body's texts: vectors of little-endian float32, of length 1.
+
+    `dimensions`: how many of an embedding's first numbers are wanted. With `truncate` the end of a text that is longer than the
+    context is left out, without it one is refused. Raises ApiError and InvalidField.
+    """
+    capacity, width = call.state.engine.capacity, call.state.engine.cfg.width
+    if dimensions and dimensions > width:
+        raise InvalidField("dimensions", f"An embedding of this model has {width} dimensions, not more.")
+    prompts = await text_prompts(call, MAX_COMPLETIONS)
+    if truncate:
+        prompts = prompts._replace(tokens=[tokens[: capacity - 1] for tokens in prompts.tokens])
+    elif (longest := max(map(len, prompts.tokens))) >= capacity:
+        raise context_overflow(longest, capacity, call.body.prompt_field)
+    requests = [make_request(call, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in prompts.tokens]
+
+    def unit(embedding: Any) -> Any:
+        cut = embedding[:dimensions]
+        return (cut / max(np.linalg.norm(cut), np.finfo(np.float32).tiny)).astype("<f4")
+
+    return Generation(call, prompts, requests, lambda pieces, usage: reply([unit(piece.embedding) for piece in pieces], usage))
 
 
 class TokenizeRequest(ModelRequest):
