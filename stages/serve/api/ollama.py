@@ -154,7 +154,7 @@ class OllamaRequest(OllamaFields):
         call.state.admission.release()  # of the place that a Generation would hold
         is_zero = re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)) is not None
         reply = OllamaWriter(call, is_chat).loaded("unload" if is_zero else "load")
-        return json_reply(reply, headers=ignored_header(self))
+        return json_reply(reply, headers=ignored_header(self.ignored))
 
     async def respond(self, call: Call, prompts: Prompts, is_chat: bool) -> Answer:
         options = self.options or Options()
@@ -360,7 +360,7 @@ async def ollama_embed(call: Call[EmbedRequest]) -> Answer[EmbedReply]:
     body.find_unknown_options(call.content)
     if not body.input:
         call.state.admission.release()
-        return json_reply(EmbedReply(model=name, embeddings=[]), headers=ignored_header(body))
+        return json_reply(EmbedReply(model=name, embeddings=[]), headers=ignored_header(body.ignored))
 
     def reply(vectors: list[Any], usage: Usage) -> EmbedReply:
         embeddings = [vector.tolist() for vector in vectors]
@@ -386,7 +386,7 @@ async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> Answer[EmbeddingsPr
     body.find_unknown_options(call.content)
     if not body.prompt:
         call.state.admission.release()
-        return json_reply(EmbeddingsPromptReply([]), headers=ignored_header(body))
+        return json_reply(EmbeddingsPromptReply([]), headers=ignored_header(body.ignored))
     reply = lambda vectors, usage: EmbeddingsPromptReply(vectors[0].tolist())
     return await embed(call, reply, truncate=body.truncate is not False)
 
