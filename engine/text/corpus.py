@@ -273,13 +273,19 @@ def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report:
     """Encodes documents, an EOS between each two; or opens them from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice and each document three times. `report`: bytes of UTF-8 done and in all.
-    Raises UserError for a text that UTF-8 cannot carry.
+    Raises UserError for a text that UTF-8 cannot carry, and for one that changes meanwhile.
     """
-    digest, size = _digest_documents(documents)
+    digest, text = _digest_documents(documents)
+    size = text.size
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens", room=2 * size + 2**20) / key
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
-    build_once(folder, lambda building: _write_tokens(building, documents, tokenizer, dtype, size, report))
+
+    def build(building: Path) -> None:
+        if _write_tokens(building, documents, tokenizer, dtype, size, report) != text.hexdigest():
+            raise UserError("The text was changed while it was read, so its tokens were not kept. Run the command again.")
+
+    build_once(folder, build)
     return TokenFile(np.memmap(folder / "tokens.bin", dtype, "r"), size, folder / "tokens.bin")
 
 
@@ -307,30 +313,52 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
     return TokenFile(tokens, count, path)
 
 
-def _digest_documents(documents: Iterable[Document]) -> tuple[str, int]:
-    """Returns (SHA-256 of the text and where its documents end, bytes of UTF-8)."""
-    digest, size = hashlib.sha256(), 0
+def _digest_documents(documents: Iterable[Document]) -> tuple[str, "_TextDigest"]:
+    """Returns the SHA-256 by which the cache and runs name a text, each document behind its length, and the text's digest."""
+    digest = hashlib.sha256()
+    text = _TextDigest()
     for document in documents:
-        # The tokenizer's error says where half a character is.
-        encoded = lambda document=document: (part.encode("utf-8", "surrogatepass") for part in document())
-        length = sum(map(len, encoded()))
+        length = sum(len(part.encode("utf-8", "surrogatepass")) for part in document())
         digest.update(length.to_bytes(8, "little"))
-        for data in encoded():
-            digest.update(data)
-        size += length
-    return digest.hexdigest(), size
+        for part in text.read(document):
+            digest.update(part.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest(), text
+
+
+class _TextDigest:
+    """The SHA-256 of a text and of where its documents end, and its bytes of UTF-8, taken while each document is read once."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._documents = hashlib.sha256()
+
+    def read(self, document: Document) -> Iterator[str]:
+        """Yields the parts of the next document."""
+        hashed = hashlib.sha256()
+        for part in document():
+            data = part.encode("utf-8", "surrogatepass")  # the tokenizer's error says where half a character is
+            hashed.update(data)
+            self.size += len(data)
+            yield part
+        self._documents.update(hashed.digest())
+
+    def hexdigest(self) -> str:
+        return self._documents.hexdigest()
 
 
 def _write_tokens(
     folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, size: int, report: OnProgress
-) -> None:
+) -> str:
+    """Writes `tokens.bin` and its manifest, and returns the digest of the text that was encoded."""
+    text = _TextDigest()
     done = 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, document in enumerate(documents):
             between = [np.array([tokenizer.eos_id])] if index else []
-            for part in itertools.chain(between, tokenizer.encode_parts(document())):
+            for part in itertools.chain(between, tokenizer.encode_parts(text.read(document))):
                 file.write(part.astype(dtype).tobytes())
                 done += tokenizer.count_bytes(part)
                 if report:
                     report(min(done, size), size)
     write_manifest(folder)
+    return text.hexdigest()

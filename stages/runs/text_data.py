@@ -138,21 +138,30 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
         raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {vocab!r}.")
     if isinstance(source, Path):
         raise UserError(f"{source} holds token ids: give the tokenizer that made them, --tokenizer FOLDER.")
-    digest = hashlib.sha256(f"{SPLIT} {spec}".encode())
-    for document in _beginning(source):
-        hashed = hashlib.sha256()
-        for part in document():
-            hashed.update(part.encode("utf-8", "surrogatepass"))
-        digest.update(hashed.digest())
-    folder = cache_folder("tokenizers") / digest.hexdigest()[:32]
+    digest = _digest_beginning(spec, source)
+    folder = cache_folder("tokenizers") / digest[:32]
 
     def train(building: Path) -> None:
         with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
             train_bpe((part for document in _beginning(source) for part in document()), int(vocab)).save(building)
+        if _digest_beginning(spec, source) != digest:
+            raise UserError(
+                f"{source.name} was changed while it was read, so its tokenizer was not kept. Run the command again."
+            )
         manifest.write_manifest(building)
 
     manifest.build_once(folder, train)
     return load_tokenizer(folder).tokenizer
+
+
+def _digest_beginning(spec: str, corpus: Corpus[Document]) -> str:
+    digest = hashlib.sha256(f"{SPLIT} {spec}".encode())
+    for document in _beginning(corpus):
+        hashed = hashlib.sha256()
+        for part in document():
+            hashed.update(part.encode("utf-8", "surrogatepass"))
+        digest.update(hashed.digest())
+    return digest.hexdigest()
 
 
 def _beginning(corpus: Corpus[Document]) -> Iterator[Document]:

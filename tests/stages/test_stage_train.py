@@ -6,16 +6,20 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny_runs import ROOT, metrics, tiny, typed
 
+from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.storage.run_folder import read_config, read_json
 from engine.text.corpus import read_corpus
+from engine.text.tokenizer import Tokenizer
 from stages.cli.console import Console
+from stages.runs import text_data
 from stages.runs.text_data import make_tokenizer
 from stages.train import __main__ as train
 
@@ -102,3 +106,23 @@ def test_a_tokenizer_in_the_cache_that_was_changed_is_made_anew(text, tmp_path, 
     file.write_text(json.dumps(fields))
     assert learn() == digest
     assert file.read_text() == whole
+
+
+def test_a_tokenizer_of_a_text_that_was_edited_meanwhile_is_not_kept(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
+    edited = tmp_path / "edited.txt"
+    edited.write_bytes(text.read_bytes())
+    learn = lambda: make_tokenizer("bpe:300", read_corpus(edited), Console(io.StringIO())).digest
+    real = text_data.train_bpe
+
+    def edit_and_train(parts: Iterator[str], vocab: int) -> Tokenizer:
+        edited.write_text("another text\n" * 100)
+        return real(parts, vocab)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_data, "train_bpe", edit_and_train)
+        with pytest.raises(UserError, match=r"edited.txt was changed while it was read, so its tokenizer was not kept"):
+            learn()
+    of_another_text = learn()
+    edited.write_bytes(text.read_bytes())
+    assert learn() != of_another_text

@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -304,6 +304,20 @@ def test_an_error_on_the_way_leaves_nothing(cache):
     with pytest.raises(UserError, match="surrogate"):
         open_token_file(documents_of(["a", "b\ud800"]), BPE)
     assert list((cache / "tokens").iterdir()) == []
+
+
+def test_a_text_that_is_changed_before_it_is_encoded_is_not_kept_under_its_first_digest(cache):
+    reads = []
+
+    def read() -> Iterator[str]:
+        reads.append(1)
+        yield "before" if len(reads) < 3 else "after!"
+
+    with pytest.raises(UserError, match="changed while it was read, so its tokens were not kept"):
+        open_token_file([read], byte_tokenizer())
+    assert len(reads) == 3
+    assert list((cache / "tokens").iterdir()) == []
+    assert open_token_file(documents_of(["before"]), byte_tokenizer()).tokens.tolist() == list(b"before")
 
 
 @pytest.mark.parametrize("other", [True, False])
