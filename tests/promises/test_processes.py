@@ -15,7 +15,7 @@ from openai_like import complete
 from bench.serving.client import completion_request, random_text
 from bench.serving.server import Server
 from engine.counting.hardware import clock
-from engine.model.native.library import FOLDER
+from engine.model.native.library import CHECK, KERNELS
 from engine.text.template import WORKER
 
 pytestmark = pytest.mark.anyio
@@ -179,8 +179,9 @@ FORBIDDEN = (
 )
 # The server's own: the address it listens on, and the program it starts, known by all there is to its command: this
 # Python, alone with the one file that renders chat templates (which X2 is about), and nothing of the environment. A first start
-# also runs a C compiler on the server's own file.
+# also runs a C compiler on a copy of the server's own files, and this Python, alone, which loads what the compiler wrote.
 OWN_ADDRESS = ("socket.getaddrinfo", "('127.0.0.1'")
+OWN_CHECK = repr((sys.executable, [sys.executable, "-I", "-S", "-c", CHECK]))[:-2]  # the library and its functions follow
 OWN_PROGRAM = ["subprocess.Popen", repr((sys.executable, [sys.executable, "-I", "-S", "-B", str(WORKER)], None, {}))]
 
 
@@ -193,11 +194,15 @@ def foreign_events(log: Path) -> list[list[str]]:
     """(event, arguments) of what was written and is not the server's own."""
     events = [json.loads(line) for line in log.read_text().splitlines()]
     name, start = OWN_ADDRESS
-    compiles = lambda name, args: name == "subprocess.Popen" and f"{FOLDER}/" in args and ".c', '-o'" in args
+
+    def builds_kernel(name: str, args: str) -> bool:
+        compiles = any(f"/{kernel}.c', '-o'" in args for kernel in KERNELS)
+        return name in ("subprocess.Popen", "os.posix_spawn") and (compiles or args.startswith(OWN_CHECK))
+
     return [
         event
         for event in events
-        if event != OWN_PROGRAM and not compiles(*event) and not (event[0] == name and event[1].startswith(start))
+        if event != OWN_PROGRAM and not builds_kernel(*event) and not (event[0] == name and event[1].startswith(start))
     ]
 
 
