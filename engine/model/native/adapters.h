@@ -28,6 +28,23 @@ static Adapters adapters_of(const float *x, int64_t rows, int64_t width, Buffer 
                     .rank = in[2]->dims[1], .parts = in[4]->dims[0] - 1, .type = type_of(in[1])};
 }
 
+// Whether the arguments from the index on, and what is added, are of `rows` rows of x of that width.
+INLINE int are_adapters(int64_t rows, int64_t width, Buffer **in, const Buffer *added) {
+  const int64_t count = dim(in[1], 0), rank = dim(in[2], 1), out = dim(in[2], 2), parts = dim(in[4], 0) - 1;
+  const XLA_FFI_DataType type = in[1]->dtype;
+  const int is_known = type == F32 || type == BF16 || type == S8;
+  if (!is_known || parts < 1 || !IS(in[0], S32, rows) || !IS(in[1], type, count, parts * rank, width) ||
+      !IS(in[2], type, count, rank, out) || !IS(in[3], F32, count, parts * rank) || !IS(in[4], S32, parts + 1) ||
+      !IS(added, F32, rows, out))
+    return 0;
+  const int32_t *index = in[0]->data, *edges = in[4]->data;
+  FOR(row, rows)
+    if (index[row] < 0 || index[row] >= count) return 0;
+  FOR(part, parts)
+    if (edges[part] > edges[part + 1]) return 0;
+  return edges[0] == 0 && edges[parts] == out;
+}
+
 // The products of x with some rows of a, `stride` bytes apart, which share one reading of it.
 INLINE void dots(const float *x, const char *a, int64_t count, int64_t stride, const int rows, const Type type, float *to) {
   const int64_t bytes = bytes_of(type);

@@ -228,12 +228,20 @@ static void place(Task *t, Memory *memory) {
 
 // Rounds the rows, then multiplies them.
 KERNEL(block_matmul) {
-  const int64_t *x = in[0]->dims, kind = in[1]->dims[2], groups = in[1]->dims[1];
-  Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .gain = in[2]->dims[0] ? in[2]->data : NULL,
-            .eps = *(const float *)in[3]->data, .M = x[0], .in = groups * GROUP, .out = out[0]->dims[1], .groups = groups,
-            .kind = kind, .width = x[1]};
+  const int is_adapted = call->args.size > 4;
+  REQUIRE(call->args.size == (is_adapted ? 9 : 4) && call->rets.size == (is_adapted ? 2 : 1))
+  const int64_t M = dim(in[0], 0), width = dim(in[0], 1), groups = dim(in[1], 1), kind = dim(in[1], 2), gains = dim(in[2], 0);
+  const int64_t inputs = groups * GROUP, columns = dim(out[0], 1);
+  REQUIRE((kind == Q4_0 || kind == Q4_1 || kind == Q8_0) && groups > 0 && columns > 0)
+  REQUIRE(IS(in[1], U8, ceiling(columns, COLUMNS), groups, kind) && IS(in[0], F32, M, width) && IS(out[0], F32, M, columns))
+  REQUIRE((width == inputs && (gains == 0 || gains == inputs)) || (width == 2 * inputs && gains == 0))
+  REQUIRE(IS(in[2], F32, gains) && is_array(in[3], F32, 0, NULL))
+  REQUIRE(!is_adapted || (are_adapters(M, inputs, in + 4, out[1]) && dim(out[1], 1) == columns))
+  Task t = {.x = in[0]->data, .weight = in[1]->data, .y = out[0]->data, .gain = gains ? in[2]->data : NULL,
+            .eps = *(const float *)in[3]->data, .M = M, .in = inputs, .out = columns, .groups = groups, .kind = kind,
+            .width = width};
   WITH_MEMORY(place, t)
-  if (call->args.size > 4) t.adapters = adapters_of(t.prepared ? t.prepared : t.x, t.M, t.in, in + 4, out[1]);
+  if (is_adapted) t.adapters = adapters_of(t.prepared ? t.prepared : t.x, t.M, t.in, in + 4, out[1]);
   const int64_t threads = count_threads(call), strips = ceiling(t.out, COLUMNS);
   t.size = ceiling(ROUNDED, t.in);
   run(call, threads, round_part, &t, ceiling(t.M, t.size));

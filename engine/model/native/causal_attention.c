@@ -444,6 +444,17 @@ static Error *do_heads(Call *call, Task t, int64_t texts) {
   return NULL;
 }
 
+// Whether queries, keys, values, segments, mixed values and sums are of one batch of texts.
+static int are_texts(Buffer **in, const Buffer *mixed, const Buffer *sums) {
+  const int64_t B = dim(in[0], 0), T = dim(in[0], 1), N = dim(in[0], 2), H = dim(in[0], 3), K = dim(in[1], 2);
+  const XLA_FFI_DataType type = in[0]->dtype;
+  const int has_segments = IS(in[3], S32, B, T) || IS(in[3], S32, 0);
+  return (type == F32 || type == BF16) && H > 0 && K > 0 && N % K == 0 && has_segments && IS(in[0], type, B, T, N, H) &&
+         IS(in[1], type, B, T, K, H) && IS(in[2], type, B, T, K, H) && IS(mixed, type, B, T, N * H) && IS(sums, F32, B, N, 2, T);
+}
+
+static int are_alike(const Buffer *a, const Buffer *b) { return is_array(a, b->dtype, b->rank, b->dims); }
+
 static Task task_of(Buffer **in, Buffer **out, float *sums) {
   const int64_t *q = in[0]->dims, T = q[1], K = in[1]->dims[2], H = q[3];
   return (Task){.q = in[0]->data, .k = in[1]->data, .v = in[2]->data, .segments = in[3]->dims[0] ? in[3]->data : NULL,
@@ -451,9 +462,14 @@ static Task task_of(Buffer **in, Buffer **out, float *sums) {
                 .queries = T, .to_text = T * K * H, .to_head = H, .to_row = K * H};
 }
 
-KERNEL(causal_attention) { return do_heads(call, task_of(in, out, out[1]->data), in[0]->dims[0]); }
+KERNEL(causal_attention) {
+  REQUIRE(call->args.size == 4 && call->rets.size == 2 && are_texts(in, out[0], out[1]))
+  return do_heads(call, task_of(in, out, out[1]->data), in[0]->dims[0]);
+}
 
 KERNEL(causal_attention_backward) {
+  REQUIRE(call->args.size == 7 && call->rets.size == 3 && are_texts(in, in[4], in[5]) && are_alike(in[6], in[4]))
+  REQUIRE(are_alike(out[0], in[0]) && are_alike(out[1], in[1]) && are_alike(out[2], in[2]))
   Task t = task_of(in, out, in[5]->data);
   t.mixed = in[4]->data;
   t.gradient = in[6]->data;
@@ -463,10 +479,19 @@ KERNEL(causal_attention_backward) {
 }
 
 KERNEL(prefill_attention) {
-  const int64_t *q = in[0]->dims, *keys = in[3]->dims, K = keys[1], S = keys[2], H = q[3];
-  Task t = {.q = in[0]->data, .positions = in[1]->data, .slots = in[2]->data, .k = in[3]->data, .v = in[4]->data,
-            .to = out[0]->data, .type = type_of(in[3]), .B = keys[0], .T = q[1], .N = q[2], .K = K, .H = H, .S = S,
-            .queries = BLOCK, .to_text = K * S * H, .to_head = S * H, .to_row = H};
-  if (t.type == INT8) t.key_scales = in[4]->data, t.v = in[5]->data, t.value_scales = in[6]->data;
-  return do_heads(call, t, q[0]);
+  REQUIRE(call->args.size == 5 || call->args.size == 7)
+  const int is_int8 = call->args.size == 7;
+  const XLA_FFI_DataType type = in[3]->dtype, numbers = is_int8 ? F32 : type;
+  const Buffer *values = in[is_int8 ? 5 : 4];
+  const int64_t R = dim(in[0], 0), T = dim(in[0], 1), N = dim(in[0], 2), H = dim(in[0], 3);
+  const int64_t B = dim(in[3], 0), K = dim(in[3], 1), S = dim(in[3], 2);
+  REQUIRE((is_int8 ? type == S8 : type == F32 || type == BF16) && H > 0 && K > 0 && N % K == 0 && call->rets.size == 1)
+  REQUIRE(IS(in[0], numbers, R, T, N, H) && IS(in[1], S32, R) && IS(in[2], S32, R) && IS(out[0], numbers, R, T, N * H))
+  REQUIRE(IS(in[3], type, B, K, S, H) && are_alike(values, in[3]))
+  REQUIRE(!is_int8 || (IS(in[4], F32, B, K, S) && IS(in[6], F32, B, K, S)))
+  Task t = {.q = in[0]->data, .positions = in[1]->data, .slots = in[2]->data, .k = in[3]->data, .v = values->data,
+            .to = out[0]->data, .type = type_of(in[3]), .B = B, .T = T, .N = N, .K = K, .H = H, .S = S, .queries = BLOCK,
+            .to_text = K * S * H, .to_head = S * H, .to_row = H};
+  if (is_int8) t.key_scales = in[4]->data, t.value_scales = in[6]->data;
+  return do_heads(call, t, R);
 }

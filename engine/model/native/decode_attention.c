@@ -148,21 +148,35 @@ static void place(Task *t, Memory *memory) {
   t->blocks = claim(memory, t->count * sizeof(Block));
 }
 
+// Whether a side's new numbers, those of the cache, and the scales behind both are of one type and fit each other.
+static int are_rows_of(Buffer **new, Buffer **cache, int64_t R, int64_t K, int64_t H, int64_t B, int64_t S, int is_int8) {
+  const XLA_FFI_DataType type = cache[0]->dtype;
+  return (is_int8 ? type == S8 : type == F32 || type == BF16) && IS(new[0], type, R, K, 1, H) && IS(cache[0], type, B, K, S, H) &&
+         (!is_int8 || (IS(new[1], F32, R, K, 1) && IS(cache[1], F32, B, K, S)));
+}
+
 KERNEL(decode_attention) {
+  REQUIRE((call->rets.size == 3 || call->rets.size == 5) && call->args.size >= 4 + call->rets.size)
   const int32_t *positions = in[1]->data, *slots = in[2]->data;
   const int32_t *source = in[3]->data, *target = in[4]->data;
-  const int64_t *q = in[0]->dims, *keys = out[1]->dims, R = q[0], K = q[1], G = q[2], H = q[3], B = keys[0], S = keys[2];
+  const int arrays = call->rets.size - 1, half = arrays / 2;  // keys and values, of int8 each with its scales
+  const int64_t R = dim(in[0], 0), K = dim(in[0], 1), G = dim(in[0], 2), H = dim(in[0], 3), U = dim(in[3], 0);
+  const int64_t B = dim(out[1], 0), S = dim(out[1], 2);
   Buffer **new = in + 5, **cache = out + 1;
+  REQUIRE(IS(in[0], F32, R, K, G, H) && IS(in[1], S32, R) && IS(in[2], S32, R) && IS(in[3], S32, U) && IS(in[4], S32, U))
+  REQUIRE(IS(out[0], F32, R, K, G, H) && cache[half]->dtype == cache[0]->dtype)
+  REQUIRE(are_rows_of(new, cache, R, K, H, B, S, half == 2) && are_rows_of(new + half, cache + half, R, K, H, B, S, half == 2))
   Task t = {.type = type_of(new[0]), .G = G, .H = H, .C = ceiling(H, W), .rows = R * K * G};
   t.stride = H * bytes_of(t.type);
-  const int arrays = t.type == INT8 ? 4 : 2;  // the numbers, and the scales of int8, of keys and of values
 
-  FOR(u, in[3]->dims[0]) {
-    const int64_t row = source[u], slot = target[u], position = positions[row];
+  FOR(u, U) {
+    const int64_t row = source[u], slot = target[u];
+    REQUIRE(row >= 0 && row < R)
+    const int64_t position = positions[row];
     if (slot < 0 || slot >= B || position < 0 || position >= S) continue;
     FOR(i, arrays)
       FOR(head, K) {
-        const int64_t bytes = i % (arrays / 2) ? (int64_t)sizeof(float) : t.stride;
+        const int64_t bytes = i % half ? (int64_t)sizeof(float) : t.stride;
         memcpy((char *)cache[i]->data + ((slot * K + head) * S + position) * bytes,
                (char *)new[i]->data + (row * K + head) * bytes, bytes);
       }
@@ -171,6 +185,7 @@ KERNEL(decode_attention) {
   int64_t reach[R], positions_read = 0;
   FOR(row, R) {
     reach[row] = smaller(positions[row] + 1, S);
+    REQUIRE(reach[row] <= 0 || (slots[row] >= 0 && slots[row] < B))
     t.count += K * ceiling(reach[row], BLOCK);
     positions_read += K * reach[row];
   }
@@ -183,7 +198,7 @@ KERNEL(decode_attention) {
     for (int64_t at = first; at < end; at += BLOCK, b++) {
       const int64_t n = (b - t.blocks) * G;
       *b = (Block){.q = t.q + i * G * t.C, .keys = (char *)cache[0]->data + at * t.stride,
-                   .values = (char *)cache[arrays / 2]->data + at * t.stride, .count = smaller(end - at, BLOCK),
+                   .values = (char *)cache[half]->data + at * t.stride, .count = smaller(end - at, BLOCK),
                    .best = t.sums + 2 * n, .total = t.sums + 2 * n + G, .mixed = t.mixed + n * t.C};
       if (arrays == 4) b->key_scales = (float *)cache[1]->data + at, b->value_scales = (float *)cache[3]->data + at;
     }

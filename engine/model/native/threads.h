@@ -59,11 +59,33 @@ INLINE void help(void *w) {
   release(w);
 }
 
-INLINE Error *out_of_memory(Call *call) {
-  XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "out of memory",
-                                     XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+INLINE Error *error_of(Call *call, XLA_FFI_Error_Code code, const char *message) {
+  XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message, code};
   return call->api->XLA_FFI_Error_Create(&error);
 }
+INLINE Error *out_of_memory(Call *call) { return error_of(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "out of memory"); }
+
+// Returns an error to XLA unless a condition on the arguments and results holds. Kernels ask before they read what lies there.
+#define REQUIRE(condition) \
+  if (!(condition)) return error_of(call, XLA_FFI_Error_Code_INVALID_ARGUMENT, "the kernel requires " #condition);
+
+// A buffer's size along an axis; -1, which no buffer has, along one that it lacks.
+INLINE int64_t dim(const Buffer *buffer, int64_t axis) { return axis < buffer->rank ? buffer->dims[axis] : -1; }
+
+// Whether a buffer has this type and these dimensions, in order; one without a dimension is of a single number.
+INLINE int is_array(const Buffer *buffer, XLA_FFI_DataType type, int64_t rank, const int64_t *dims) {
+  if (buffer->dtype != type || buffer->rank != rank) return 0;
+  FOR(axis, rank)
+    if (buffer->dims[axis] != dims[axis]) return 0;
+  return 1;
+}
+#define IS(buffer, type, ...) \
+  is_array(buffer, type, sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t), (const int64_t[]){__VA_ARGS__})
+#define F32 XLA_FFI_DataType_F32
+#define BF16 XLA_FFI_DataType_BF16
+#define S8 XLA_FFI_DataType_S8
+#define S32 XLA_FFI_DataType_S32
+#define U8 XLA_FFI_DataType_U8
 
 // Returns 0 after dropping XLA's error.
 INLINE int failed(Call *call, Error *error) {
