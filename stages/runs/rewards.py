@@ -1,5 +1,6 @@
 """Rewards completions by rules, and by functions in the user's own file, each with a weight."""
 
+import contextlib
 import functools
 import json
 import os
@@ -55,23 +56,26 @@ class Rewards:
         return [sum(values) for values in zip(*([weight * value for value in reward(rows)] for weight, reward in self._tasks))]
 
     def _call(self, file: str, function: str, rows: Rows) -> list[float]:
-        """Calls a user's function in a process that ends with it: it can neither stop this one nor change anything in it."""
+        """Calls a user's function in a process that ends with it: it can neither stop this one nor change anything in it.
+
+        Processes that the function starts, and that stay in its session, end with it.
+        """
         command = [sys.executable, "-P", "-B", str(PROCESS), file, function, str(self.seconds)]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
             try:
                 output, _ = process.communicate(json.dumps(rows), self.seconds)
+                reply = json.loads(output)
             except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)  # what the function has started too
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                late = f"did not return within {self.seconds:g} s, for {len(rows)} completions: {self.remedy}"
-                raise UserError(f"{file}: {function} {late}.") from None
-        try:
-            reply = json.loads(output)
-        except ValueError:
-            ended = f"ended its process (exit code {process.returncode}) without a result"
-            raise UserError(f"{file}: {function} {ended}.") from None
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # of a group that has ended
+                    os.killpg(process.pid, signal.SIGKILL)  # what the function has started too
+                if isinstance(error, subprocess.TimeoutExpired):
+                    late = f"did not return within {self.seconds:g} s, for {len(rows)} completions: {self.remedy}"
+                    raise UserError(f"{file}: {function} {late}.") from None
+                if isinstance(error, ValueError):
+                    ended = f"ended its process (exit code {process.returncode}) without a result"
+                    raise UserError(f"{file}: {function} {ended}.") from None
+                raise
         if "error" in reply:
             raise UserError(reply["error"])
         return reply["values"]

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import select
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,19 +64,64 @@ def test_an_error_is_a_sentence_with_its_line(text, sentence, tmp_path):
         Rewards([write(tmp_path / "mine.py", text)], 60)(["p"], ["c"], [None])
 
 
-def test_a_function_that_never_returns_is_ended(tmp_path):
+@pytest.fixture
+def pipe(tmp_path):
+    """A pipe's path, and a test that whoever opened it to write has ended."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    read = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def check() -> None:
+        assert select.select([read], [], [], 10)[0], "something still holds the pipe"
+
+    yield path, check
+    os.close(read)
+
+
+def test_a_function_that_never_returns_is_ended(tmp_path, pipe):
     """With the processes that it started."""
-    os.mkfifo(pipe := tmp_path / "pipe")
-    read = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    start = f"    subprocess.Popen(['sleep', '60'], stdout=open({str(pipe)!r}, 'w'))\n"
+    path, check = pipe
+    start = f"    subprocess.Popen(['sleep', '60'], stdout=open({str(path)!r}, 'w'))\n"
     endless = "        try:\n            while True: pass\n        except BaseException: pass\n"
     stubborn = f"import subprocess\ndef score(completion):\n{start}    while True:\n{endless}"
     rewards = Rewards([write(tmp_path / "mine.py", stubborn)], 60)
     rewards.seconds = 1.0
     with pytest.raises(UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: mend it\."):
         rewards(["p"], ["c"], [None])
-    assert select.select([read], [], [], 10)[0], "something still holds the pipe"
-    os.close(read)
+    check()
+
+
+@pytest.mark.parametrize("end", ["return 3", "1 / 0", "os._exit(3)", "sys.exit()"])
+def test_what_a_function_started_ends_with_it(tmp_path, pipe, end):
+    """Another program, and unless the function ends its process itself, a copy of that: it holds the pipe of the answers."""
+    path, check = pipe
+    fork = "" if "_exit" in end else "    if not os.fork(): time.sleep(60)\n"
+    start = f"    subprocess.Popen(['sleep', '60'], stdout=open({str(path)!r}, 'w'))\n"
+    text = f"import os, subprocess, sys, time\ndef score(completion):\n{start}{fork}    {end}\n"
+    rewards = Rewards([write(tmp_path / "mine.py", text)], 60)
+    if end == "return 3":
+        assert rewards(["p"], ["c"], [None]) == [3]
+    else:
+        with pytest.raises(UserError, match=r"ZeroDivisionError|exit code 3|SystemExit"):
+            rewards(["p"], ["c"], [None])
+    check()
+
+
+def test_an_interrupt_ends_what_a_function_started(tmp_path, pipe):
+    path, check = pipe
+    start = f"    subprocess.Popen(['sh', '-c', 'echo; exec sleep 60'], stdout=open({str(path)!r}, 'w'))\n"
+    text = f"import subprocess, time\ndef score(completion):\n{start}    time.sleep(60)\n"
+    rewards = Rewards([write(tmp_path / "mine.py", text)], 60)
+
+    def interrupt() -> None:
+        with path.open("rb", buffering=0) as started:
+            started.read(1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        rewards(["p"], ["c"], [None])
+    check()
 
 
 @pytest.mark.parametrize(
