@@ -4,10 +4,12 @@ Nothing is loaded before its SHA-256 is checked. Any number of processes loads a
 them.
 """
 
+import contextlib
 import json
 import math
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +62,9 @@ class StoredArray(NamedTuple):
                 safetensors.read_box(stored, within, out[inside] if inside else out)
 
 
+Check = Callable[[Path, Mapping[str, StoredArray]], None]
+
+
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
     """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
 
@@ -84,22 +89,42 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
-def load_params(path: Path) -> LoadedCheckpoint:
+def load_params(path: Path, check: Check) -> LoadedCheckpoint:
     """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or from one checkpoint.
 
-    The optimizer may be damaged or gone. Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings.
+    The optimizer may be damaged or gone. Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings;
+    and what `check(checkpoint, arrays)` raises, which is called before an array is read.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if checkpoints_of(newest).is_dir():
         newest, damaged = _newest_intact(newest, skip="optimizer")
     elif not any((newest / name).is_file() for name in ("state.json", manifest.NAME)):
         raise UserError(f"There is no checkpoint at {path}.")
-    elif lines := manifest.verify(newest, skip="optimizer"):
+    elif lines := find_damage(newest, skip="optimizer"):
         raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
-    record, stored = _read_state(newest), stored_arrays(newest, "params")
+    record = _read_state(newest)
+    stored = stored_arrays(newest, "params")
+    check(newest, stored)
     like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
     params = _read_tree(newest / "params", stored, like)
     return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
+
+
+def peek_arrays(path: Path, check: Check) -> Mapping[str, Any]:
+    """Returns the arrays that `load_params` is about to load, with their shapes and dtypes, before a byte of them is verified.
+
+    They are those of the newest checkpoint that `check` takes. Raises UserError as `load_params` does where it takes none.
+    """
+    newest = Path(path).absolute()
+    checkpoints = [newest]
+    if checkpoints_of(newest).is_dir():
+        checkpoints = [checkpoints_of(newest) / str(step) for step in reversed(steps(newest))]
+    for checkpoint in checkpoints:
+        with contextlib.suppress(UserError, OSError):  # of a damaged one, which `load_params` names
+            arrays = stored_arrays(checkpoint, "params")
+            check(checkpoint, arrays)
+            return arrays
+    return array_paths(load_params(path, check).params)
 
 
 def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
@@ -183,11 +208,23 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
     return moved
 
 
+def find_damage(checkpoint: Path, skip: str | None = None) -> list[str]:
+    """Returns one line per damaged file of a checkpoint, as `manifest.verify`; and one where its files are of another step."""
+    if lines := manifest.verify(checkpoint, skip):
+        return lines
+    try:
+        step = _read_state(checkpoint)["step"]
+    except UserError as error:
+        return [str(error).rstrip(".")]
+    is_other = checkpoint.name.isdecimal() and step != int(checkpoint.name)
+    return [f"{checkpoint} holds the files of step {step:,}"] if is_other else []
+
+
 def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[str]]:
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = checkpoints_of(folder) / str(step)
-        if not (lines := manifest.verify(path, skip)):
+        if not (lines := find_damage(path, skip)):
             return path, damaged
         damaged += lines
     if not damaged:

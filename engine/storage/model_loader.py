@@ -33,6 +33,7 @@ from engine.storage.adapter import (
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
+from engine.storage.run_weights import PACKED, check_arrays, check_factors
 from engine.storage.tensor_layout import StoredModel, block_leaves, read_leaf, read_params
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
@@ -184,14 +185,18 @@ def load_model(
         return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
+    check = functools.partial(check_arrays, cfg, None)
+    arrays = checkpoint_reader.peek_arrays(location.path, check)
+    packed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name.startswith(PACKED)}
+    planned = _with_blocks(cfg, packed)
     if blocks is not None:
-        with contextlib.suppress(UserError):  # all checkpoints have the same shapes; that one is damaged is said below
-            arrays = checkpoint_reader.stored_arrays(next(run.glob("checkpoints/[0-9]*"), run), "params").items()
-            packed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays if name.startswith("packed/")}
-            blocks.update(_with_blocks(cfg, packed))
+        blocks.update(planned)
     prepare(cfg)
-    loaded = checkpoint_reader.load_params(location.path)
+    loaded = checkpoint_reader.load_params(location.path, check)
     leaves = _with_blocks(cfg, leaf_paths(loaded.params))
+    check_factors(loaded.path, leaves)
+    if _kinds(leaves) != _kinds(planned):
+        raise UserError(f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name the one to load.")
     params = unflatten(leaves if blocks is not None else {path: to_dense(leaf) for path, leaf in leaves.items()})
     notes, title = location.notes + _damage(loaded), model_name(str(run))
     return LoadedModel(title, cfg, params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
@@ -200,10 +205,14 @@ def load_model(
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that trained."""
     for path, shape in leaf_shapes(cfg).items():
-        if (packed := leaves.pop(f"packed/{path}", None)) is not None:
+        if (packed := leaves.pop(PACKED + path, None)) is not None:
             weight = Blocks(packed, shape[axis := int(path != "embed")], axis)
             leaves[path] = with_factors(weight, leaves[path]) if path in leaves else weight
     return leaves
+
+
+def _kinds(leaves: dict[str, Any]) -> dict[str, str]:
+    return {path: leaf.kind for path, leaf in leaves.items() if isinstance(leaf, Blocks)}
 
 
 def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:
@@ -326,8 +335,8 @@ def read_adapter(cfg: ModelConfig, folder: Path, base: Callable[[], str]) -> tup
 def _read_adapter(cfg: ModelConfig, location: Location, base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
     if location.run:
         base_name, trained_on, lora = read_adapter_record(location.run)
-        loaded = checkpoint_reader.load_params(location.path)
-        check_base(loaded.path, base, trained_on, base_name)
+        check_base(location.path, base, trained_on, base_name)
+        loaded = checkpoint_reader.load_params(location.path, functools.partial(check_arrays, cfg, lora))
         return build_adapter(lora, loaded.params), loaded.path, _damage(loaded)
     folder = location.path
     note = f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed"

@@ -5,6 +5,7 @@ Fine-tuning and reinforcement learning are such stages.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import adapter_origin, load_model, model_name
 from engine.storage.run_folder import ADAPTER
+from engine.storage.run_weights import check_arrays
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import make_optimizer
@@ -165,7 +167,8 @@ class ModelStage(Stage):
         return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
 
     def load_trained(self, step: int) -> Any:
-        params = load_params(self.folder / "checkpoints" / str(step)).params
+        check = functools.partial(check_arrays, self.plan.cfg, self.lora)
+        params = load_params(self.folder / "checkpoints" / str(step), check).params
         return place(build_adapter(self.lora, params) if self.lora else self.from_saved(params))
 
     def save_trained(self, step: int, trainable: Any) -> Path:

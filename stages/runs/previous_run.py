@@ -1,5 +1,6 @@
 """Finds the previous run in a folder, compares it with the run that would resume it, and restores its newest checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -8,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from engine import manifest
 from engine.errors import UserError
 from engine.format import duration, join_words, quantity
 from engine.mesh import processes
@@ -17,6 +17,7 @@ from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint_reader
 from engine.storage.checkpoint import steps as saved_steps
+from engine.storage.checkpoint_reader import find_damage
 from engine.storage.run_folder import read_config, read_json
 from engine.text.batch import ORDER_VERSION
 from engine.training.step import TrainState
@@ -42,7 +43,7 @@ class PreviousRun:
         if not (is_over and result) or "keep_last" in self.changes:
             return False
         steps = {self.loop_state.step, result.get("kept_step") or self.loop_state.step}
-        return not any(manifest.verify(self.folder / "checkpoints" / str(step)) for step in steps)
+        return not any(find_damage(self.folder / "checkpoints" / str(step)) for step in steps)
 
 
 def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
@@ -159,16 +160,24 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
         console.print(f"changed, which trains nothing: {line}", style="yellow")
 
 
+def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        loop_state = LoopState.from_json(loaded.state)
+        if loop_state.step == loaded.step:
+            return loop_state
+    raise UserError(f"{loaded.path / 'state.json'} is damaged: it does not say the state of a run at step {loaded.step:,}.")
+
+
 def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
     """Returns the states of the newest intact checkpoint; prints what is damaged or changed, and adds changes to `metadata`."""
     like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
     with console.task("loading the checkpoint"):
         loaded = checkpoint_reader.load(previous.folder, *like)
-    loop_state = LoopState.from_json(loaded.state)
+    loop_state = _loop_state(loaded)
     aside = checkpoint_reader.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
     lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
     if (best := loop_state.best_step) not in (None, loop_state.step):
-        faults = manifest.verify(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
+        faults = find_damage(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
         if faults := json.loads(processes.gather_strings(json.dumps(faults))[0]):
             lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
             loop_state.forget_best()

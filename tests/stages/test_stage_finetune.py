@@ -291,7 +291,9 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp
         at_step(patch, 5, interrupt)
         assert finetune.main(args(base, chats, stopped, *options)) == 128 + signal.SIGINT
     assert finetune.main(args(base, chats, stopped, *options)) == 0
-    assert digest(checkpoint_reader.load_params(stopped).params) == digest(checkpoint_reader.load_params(folder).params)
+    assert digest(checkpoint_reader.load_params(stopped, lambda *_: None).params) == digest(
+        checkpoint_reader.load_params(folder, lambda *_: None).params
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT, command, typed
+from safetensors.numpy import load_file, save_file
+from tiny_runs import ROOT, command, tiny, typed
 
+from engine import manifest
 from engine.inference.decode import prepare_params
 from engine.inference.runner import ModelRunner
 from engine.model.native.library import native_problem
@@ -26,6 +28,7 @@ from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce
 from stages.runs.folder import updating
 from stages.serve import __main__ as serve
+from stages.train import __main__ as train
 
 
 def generated(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:
@@ -231,17 +234,43 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
     assert "There is no trained model in runs/" in note(code=2)
 
 
-def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, text, tmp_path, failing, capsys):
-    run, flags = shutil.copytree(trained, tmp_path / "run"), ("--prompt", "The king", "--max-tokens", 9)
-    commands = [
+@pytest.fixture
+def commands(text, tmp_path):
+    """Every command that loads a model, with what else it needs."""
+    return [
         (generate.main, ()),
         (evaluate.main, ()),
         (chat.main, ()),
-        (serve.main, ()),
+        (serve.main, ("--port", 0)),
         (export.main, ("--out", tmp_path / "out")),
         (finetune.main, ("--data", text, "--out-dir", tmp_path / "tuned")),
         (reinforce.main, ("--task", "length:3", "--out-dir", tmp_path / "tuned")),
     ]
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused_by_every_command(trained, commands, text, tmp_path, failing):
+    """Whoever makes a run folder makes its manifests right."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    step = run / "checkpoints" / "20"
+    file = step / "params.safetensors"
+    arrays = load_file(file)
+    save_file(arrays | {"blocks/0/gate": arrays["blocks/0/gate"].astype(np.float16)}, file)
+    (step / manifest.NAME).unlink()
+    manifest.write_manifest(step)
+    sentence = f"{file} does not hold the model that the config describes: blocks/0/gate should be float32 or bfloat16"
+    for main, more in commands:
+        for model in (run, step):
+            assert sentence in failing(main, ["--model", model, *more])
+    resumed = tiny(text, run, "--steps", 30, "--tokenizer", "bpe:300", "--context", 64)
+    error = failing(train.main, resumed)
+    assert (
+        f"{step / 'params'} is of another model: at blocks/0/gate float32 (32, 88) was wanted and float16 (32, 88) came"
+        in error
+    )
+
+
+def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, commands, tmp_path, failing, capsys):
+    run, flags = shutil.copytree(trained, tmp_path / "run"), ("--prompt", "The king", "--max-tokens", 9)
     plain = generated(capsys, trained, *flags)[0]
     files = [run / "config.json", run / "run.json", *(run / "tokenizer").iterdir()]
     assert len(files) == 5

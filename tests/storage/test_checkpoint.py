@@ -20,14 +20,14 @@ import pytest
 from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny_checkpoints import hidden, is_step, load_tiny, same_bits, save, tiny, write_tiny
+from tiny_checkpoints import hidden, is_step, load_params, load_tiny, same_bits, save, tiny, write_tiny
 
 from engine import manifest
 from engine.errors import UserError
 from engine.manifest import verify
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.checkpoint import BackgroundSaver, steps
-from engine.storage.checkpoint_reader import load, load_params
+from engine.storage.checkpoint_reader import load
 from engine.storage.digest import digest
 
 
@@ -276,6 +276,26 @@ def test_no_intact_checkpoint_is_said_and_all_damage_named(tmp_path):
     sentence = refusal(load_tiny, tmp_path)
     assert f"{paths[1]} does not belong there" in sentence
     assert str(paths[0]) in sentence
+
+
+def test_files_of_another_step_in_its_folder_are_damage(tmp_path):
+    """As a checkpoint that was copied over another: 20 with the files of 15 would be taken for the newest."""
+    write_tiny(tmp_path, 10)
+    older = write_tiny(tmp_path, 15)
+    newer = older.rename(older.parent / "20")
+    line = f"{newer} holds the files of step 15"
+    for loaded in (load_tiny(tmp_path), load_params(tmp_path)):
+        assert (loaded.step, loaded.path.name, loaded.damaged) == (10, "10", [line])
+    assert f"Checkpoint {newer} is damaged: {line}. Use another checkpoint of the run." in refusal(load_params, newer)
+    assert is_step(load_tiny(tmp_path), 10)
+    elsewhere = shutil.copytree(newer, tmp_path / "copy")  # whose name tells no step
+    assert load_params(elsewhere).step == 15
+    (newer / "state.json").write_text("{}")
+    (newer / manifest.NAME).unlink()
+    manifest.write_manifest(newer)
+    assert load_tiny(tmp_path).damaged == [
+        f"{newer / 'state.json'} is damaged: it does not say the step and the state of a run"
+    ]
 
 
 # Which are kept

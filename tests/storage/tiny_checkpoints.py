@@ -33,6 +33,11 @@ def load_tiny(folder: Path) -> LoadedCheckpoint:
     return checkpoint_reader.load(folder, *jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, tiny(0))))
 
 
+def load_params(path: Path) -> LoadedCheckpoint:
+    """Loads params of any model."""
+    return checkpoint_reader.load_params(path, lambda *_: None)
+
+
 def same_bits(first: Any, second: Any) -> bool:
     return jax.tree.structure(first) == jax.tree.structure(second) and digest(first) == digest(second)
 

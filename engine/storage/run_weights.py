@@ -1,0 +1,94 @@
+"""Compares the arrays of a run's checkpoint with the model that its config describes, before one is read.
+
+A manifest tells damage, and not who wrote the files: whoever makes a run folder makes its manifest too.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.counting.params import leaf_shapes, lora_only, target_shapes
+from engine.errors import UserError
+from engine.model.config import LoraConfig, ModelConfig
+from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, factors_shape, has_finite_factors
+from engine.untrusted import quote
+
+PACKED = "packed/"  # before the path of a weight in blocks
+FLOAT32 = ("float32",)
+OF_MATRICES = ("float32", "bfloat16")  # the latter where a model was loaded in it, and they stayed frozen
+
+
+class ExpectedArray(NamedTuple):
+    """The shape of an array in a checkpoint, and the dtypes that it may have."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+def expected_arrays(cfg: ModelConfig, lora: LoraConfig | None, arrays: Mapping[str, Any]) -> dict[str, ExpectedArray]:
+    """Returns what the params of a checkpoint should hold, by path.
+
+    Of a LoRA run these are the pairs, else all weights of the model. `arrays`: what is there, each with a shape; it tells which
+    matrices are in blocks, of which kind, and whether their factors trained.
+    """
+    # A config may claim any number of layers. One more than there are arrays is missing an array, and takes no time to list.
+    cfg = dataclasses.replace(cfg, layers=min(cfg.layers, len(arrays) + 1))
+    if lora:
+        return _adapter_arrays(cfg, lora)
+    expected = {}
+    for path, shape in leaf_shapes(cfg).items():
+        packed = arrays.get(PACKED + path)
+        columns, inputs = shape if path == "embed" else shape[::-1] if len(shape) == 2 else (0, 0)
+        if packed is None or not inputs or inputs % GROUP:
+            expected[path] = ExpectedArray(shape, OF_MATRICES if inputs else FLOAT32)
+            continue
+        block_bytes = packed.shape[-1] if packed.shape and packed.shape[-1] in KINDS.values() else KINDS["Q8_0"]
+        blocks = -(-columns // COLUMNS), inputs // GROUP, block_bytes
+        expected[PACKED + path] = ExpectedArray(blocks, ("uint8",))
+        if path in arrays:
+            expected[path] = ExpectedArray(factors_shape(blocks), FLOAT32)
+    return expected
+
+
+def _adapter_arrays(cfg: ModelConfig, lora: LoraConfig) -> dict[str, ExpectedArray]:
+    expected = {}
+    shapes = target_shapes(cfg)
+    for path in sorted(lora_only(cfg, lora).adapted):
+        rows, columns = shapes[path]
+        expected[f"{path}/a"] = ExpectedArray((rows, lora.rank), FLOAT32)
+        expected[f"{path}/b"] = ExpectedArray((lora.rank, columns), FLOAT32)
+    return expected
+
+
+def check_arrays(cfg: ModelConfig, lora: LoraConfig | None, checkpoint: Path, arrays: Mapping[str, Any]) -> None:
+    """Raises UserError unless arrays, each with a shape and a dtype, are by path those of `expected_arrays`."""
+    expected = expected_arrays(cfg, lora, arrays)
+    faults = []
+    for path, (shape, dtypes) in expected.items():
+        array = arrays.get(path)
+        wanted = f"{' or '.join(dtypes)} {list(shape)}"
+        if array is None:
+            faults.append(f"it has no {path}, which should be {wanted}")
+        elif tuple(array.shape) != shape or np.dtype(array.dtype).name not in dtypes:
+            faults.append(f"{path} should be {wanted}, and is {np.dtype(array.dtype).name} {list(array.shape)}")
+    faults += [f"it has an array {quote(path)}, which has no place there" for path in arrays if path not in expected]
+    if faults:
+        of_what = f"an adapter, {lora}, of the model" if lora else "the model"
+        more = f" ({len(faults) - 1} more arrays differ)" if len(faults) > 1 else ""
+        raise UserError(
+            f"{checkpoint / 'params.safetensors'} does not hold {of_what} that the config describes: {faults[0]}{more}. "
+            "Restore the run from a copy, or train anew."
+        )
+
+
+def check_factors(checkpoint: Path, leaves: Mapping[str, Any]) -> None:
+    """Raises UserError for Blocks with a scale or minimum that is not a finite number."""
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Blocks) and not has_finite_factors(leaf):
+            raise UserError(
+                f"{checkpoint / 'params.safetensors'} is damaged: {path} has a block whose scale or minimum is not a finite "
+                "number. Restore the run from a copy, or train anew."
+            )
