@@ -99,6 +99,13 @@ class Engine:
         waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)}
         return sum(other <= priority for other in waiting) if priority in waiting else 0
 
+    def prefill_progress(self, priority: int) -> tuple[int, int]:
+        """Returns how many tokens of a prompt with this priority are prefilled, and of how many; zeros if none is under way."""
+        for sequence in tuple(self.scheduler.prefilling):
+            if sequence.priority == priority:
+                return sequence.prefilled_tokens, len(sequence.request.prompt)
+        return 0, 0
+
     def free_adapter_index(self, in_use: Collection[int]) -> int | None:
         """Returns an index of the stacks that is neither `in_use` nor a request's, waiting or running, or None."""
         held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}

@@ -96,6 +96,6 @@ def test_what_waits_for_documents_says_so(told, told_client, monkeypatch):
     monkeypatch.setattr(told.engine, "step", lambda: time.sleep(0.01) or [] if is_held() else step())
     with told_client.stream("POST", "/v1/chat/completions", json=say(QUESTION, stream=True)) as reply:
         lines = reply.iter_lines()
-        assert any(re.fullmatch(r": reading \d+ tokens of documents", line) for line in lines)
+        assert any(re.fullmatch(r": reading \d+ of \d+ tokens, \d+ of documents", line) for line in lines)
         said.set()
         assert "data: [DONE]" in list(lines)

@@ -3,6 +3,7 @@ the same bits whatever else is asked (S1). Clients that leave or read nothing (S
 
 import asyncio
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -93,8 +94,29 @@ def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, monkeypatch)
                 lines.append(line)
     places = [line for line in lines if line.startswith(":")]
     assert places[:2] == [": place 2 in the queue", ": place 1 in the queue"]
-    assert set(places[2:]) <= {": waiting"}
+    assert all(re.fullmatch(r": (waiting|reading \d+ of \d+ tokens)", line) for line in places[2:])
     assert len([line for line in lines if line.startswith("data: {")]) > 1
+
+
+def test_a_stream_tells_how_much_of_its_prompt_is_read(client, tiny_server, monkeypatch):
+    """In comments too: each chunk is held until the one before has been told of."""
+    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.002)
+    engine, step, lines = tiny_server.engine, tiny_server.engine.step, list[str]()
+    prompt = [7] * 60
+
+    def step_once_told():
+        done = [sequence.prefilled_tokens for sequence in engine.scheduler.prefilling]
+        is_told = not done or f": reading {done[0]} of {len(prompt)} tokens" in lines
+        return step() if is_told else time.sleep(0.002) or []
+
+    monkeypatch.setattr(engine, "step", step_once_told)
+    with client.stream("POST", "/v1/completions", json=ask(stream=True) | {"prompt": prompt}) as reply:
+        for line in reply.iter_lines():
+            lines.append(line)
+    told = [int(match[1]) for match in (re.match(r": reading (\d+) of 60 tokens", line) for line in lines) if match]
+    assert told == sorted(set(told))
+    assert len(told) >= 60 // engine.config.chunk
+    assert "data: [DONE]" in lines
 
 
 def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, held, monkeypatch):

@@ -234,10 +234,16 @@ class Generation:
                 yield self._piece(*item)
 
     def _wait(self) -> str:
-        position = self._state.engine.engine.queue_position(self._priority)
-        tokens = sum(passage.tokens for passage in self._passages)
-        doing = f"reading {tokens} tokens of documents" if tokens else "waiting"
-        return f"place {position} in the queue" if position else doing
+        """Returns what the request waits for: a slot, its prompt, or the next token."""
+        engine = self._state.engine.engine
+        position = engine.queue_position(self._priority)
+        if position:
+            return f"place {position} in the queue"
+        done, tokens = engine.prefill_progress(self._priority)
+        if not tokens:
+            return "waiting"
+        from_documents = sum(passage.tokens for passage in self._passages)
+        return f"reading {done} of {tokens} tokens" + (f", {from_documents} of documents" if from_documents else "")
 
     async def _collect(self) -> list[Piece]:
         """Returns one piece for each completion. Raises as `_pieces`."""
