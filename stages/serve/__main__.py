@@ -45,6 +45,13 @@ def _origin(text: str) -> str:
     return match[1] + (match[2] if match[2] and match[2] != own else "")
 
 
+def _root_path(text: str) -> str:
+    root = text.strip().rstrip("/")
+    if not re.fullmatch(r"(/[\w.~-]+)+", root, re.A):
+        raise ValueError(f"wanted the path below which a proxy shows the server, such as /llm, got {text!r}")
+    return root
+
+
 def _adapter(text: str) -> tuple[str, Path]:
     """Returns the name, empty without one, and the folder."""
     name, _, folder = text.partition("=") if re.match(r"[\w.:-]+=", text, re.A) else ("", "", text)
@@ -82,6 +89,8 @@ class ServeFlags:
     """More names under which clients may call the server."""
     allow_origin: Annotated[tuple[Annotated[str, parser(_origin, "URL")], ...], UseAppendAction, default("its own page")] = ()
     """An origin whose pages may use the server: another site's, or a proxy's in front of it. May be given more than once."""
+    root_path: Annotated[str, parser(_root_path, "PATH"), default("none")] = ""
+    """The path below which a proxy shows the server, such as /llm, whether or not the proxy takes it off."""
     slots: Annotated[int, parser(integer(1, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32

@@ -251,6 +251,39 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(browser, tiny_server):
         browser.execute_script("sessionStorage.clear()")
 
 
+def test_no_key_locks_the_page(browser, tiny_server):
+    """Whatever is typed or was stored: what no header can hold is refused in words, and any other key reaches the server."""
+    until = lambda true: WebDriverWait(browser, 120).until(lambda _: true())
+    find = lambda id: browser.find_element("id", id)
+    stored = lambda: browser.execute_script("return sessionStorage.getItem('thrice key')")
+    send = lambda key: browser.execute_script(
+        "const form = document.getElementById('unlock'); form.elements.key.value = arguments[0]; form.requestSubmit()", key
+    )
+    key = "ké…y 🔑"
+    with locked(tiny_server, key) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        until(lambda: find("lock").is_displayed())
+        for bad in ("a\x01b", "a\x7fb", "a\x85b", "k" * 40_000):
+            send(bad)
+            until(lambda: find("refused").text.startswith("That is no key"))
+            assert (stored(), find("lock").is_displayed()) == (None, True)
+            browser.execute_script("document.getElementById('refused').textContent = ''")
+        for wrong in ("Ā", "…", "é", "k" * 4000):
+            send(wrong)
+            until(lambda: find("lock").is_displayed() and find("refused").text == "The key is wrong.")
+            browser.refresh()  # and the tab that has it stored asks again
+            until(lambda: find("lock").is_displayed() and find("refused").text == "The key is wrong.")
+        for bad in ("a\x01b", "a\nb", "k" * 40_000):
+            browser.execute_script("sessionStorage.setItem('thrice key', arguments[0])", bad)
+            browser.refresh()
+            until(lambda: find("lock").is_displayed())
+        send(key)
+        until(lambda: find("weights").text == "✓ unchanged since start")
+        browser.refresh()
+        until(lambda: find("weights").text == "✓ unchanged since start")
+        browser.execute_script("sessionStorage.clear()")
+
+
 def test_changed_weights_are_loud(visit):
     visit.chrome.execute_script(
         "const real = window.fetch; window.fetch = async (url, how) => `${url}`.endsWith('/attestation')"

@@ -197,6 +197,30 @@ def test_the_place_in_the_queue_is_told(visit, tiny_server, monkeypatch):
     assert visit.texts(".wait") == []
 
 
+def test_the_part_of_a_prompt_that_is_read_is_told(visit, tiny_server, monkeypatch):
+    """Held after its first chunk; it is read aloud once."""
+    monkeypatch.setattr(generation, "WAIT_SECONDS", 0.02)
+    step, go = tiny_server.engine.step, threading.Event()
+
+    def step_until_held():
+        is_held = any(sequence.prefilled_tokens for sequence in tiny_server.engine.scheduler.prefilling)
+        return step() if go.is_set() or not is_held else time.sleep(0.01) or []
+
+    monkeypatch.setattr(tiny_server.engine, "step", step_until_held)
+    visit.type(f"{MORE} " * 5, Keys.ENTER)
+    try:
+        wait = visit.until(lambda: re.fullmatch(r"Reading (\d+) of (\d+) tokens", visit.text(".wait")))
+        assert 0 < int(wait[1]) < int(wait[2])
+        assert visit.text("#status").startswith("Reading ")
+        aloud = visit.text("#status")
+        visit.chrome.execute_script("showWait(turns.at(-1), 'reading 12345 of 67890 tokens')")
+        assert (visit.text(".wait"), visit.text("#status")) == ("Reading 12,345 of 67,890 tokens", aloud)
+    finally:
+        go.set()
+    visit.finished()
+    assert visit.texts(".wait") == []
+
+
 def test_the_focus_is_never_lost(visit):
     press = lambda css: visit.chrome.find_elements("css selector", css)[-1].send_keys(Keys.ENTER)
     visit.line.hold()

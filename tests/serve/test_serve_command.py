@@ -71,8 +71,10 @@ def hold(tmp_path):
 
 
 def test_a_signal_lets_what_is_under_way_end(folder, hold):
-    with Started(folder, "--name", "sea", env={"HOLD": str(hold)}) as server:
+    with Started(folder, "--name", "sea", "--root-path", "/llm/", env={"HOLD": str(hold)}) as server:
         assert f"weights   {INT8}" in server.output
+        assert server.client.get("/llm/live").json() == server.client.get("/live").json()
+        assert server.client.get("/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
         assert re.search(r"compiling \.\.\. \d", server.output)
         replies: list[httpx.Response] = []
         body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {"temperature": 1}

@@ -101,14 +101,14 @@ class TinyServer:
             reply = read_all(connection)
         return int(reply.split()[1]), reply
 
-    async def listen(self, keys: Sequence[str] = ()) -> tuple[Any, int, "asyncio.Task[None]"]:
+    async def listen(self, keys: Sequence[str] = (), root_path: str = "") -> tuple[Any, int, "asyncio.Task[None]"]:
         """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and the task to wait for."""
         from stages.serve import server
         from stages.serve.api.app import Api
         from stages.serve.api.guard import LOCAL_HOSTS, Guard
 
-        api, count = Api(self.state, "1.2.3"), self.state.metrics.count_response
-        app = Guard(api, keys, LOCAL_HOSTS, self._origins, self._log, count)
+        api, count = Api(self.state, "1.2.3", root_path), self.state.metrics.count_response
+        app = Guard(api, keys, LOCAL_HOSTS, self._origins, self._log, count, root_path)
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
         http = server.make_server(app)

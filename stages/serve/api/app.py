@@ -109,9 +109,10 @@ class Api:
     `page` and `openapi`: the documents of those routes. `version`: this server's.
     """
 
-    def __init__(self, state: ServerState, version: str) -> None:
-        self._state, self.page, self.openapi = state, make_page(), openapi_document(state.engine.cfg.vocab, version)
+    def __init__(self, state: ServerState, version: str, root_path: str = "") -> None:
+        self._state, self.page = state, make_page()
         self.version = version
+        self.openapi = openapi_document(state.engine.cfg.vocab, version, root_path)
         self._routes: dict[str, dict[str, Route]] = {}
         for route in ROUTES:
             methods = self._routes.setdefault(route.path, {})
@@ -147,8 +148,8 @@ async def _respond(route: Route, call: Call) -> ASGIApp:
     return json_reply(reply) if isinstance(reply, msgspec.Struct) else reply
 
 
-def openapi_document(vocab: int, version: str) -> bytes:
-    """Returns OpenAPI 3.1 of the ROUTES as JSON, from the types that check the bodies of requests."""
+def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
+    """Returns OpenAPI 3.1 of the ROUTES, below `root_path`, as JSON, from the types that check the bodies of requests."""
     types = [kind for route in ROUTES for kind in (route.body, route.reply, error_type(route.path)) if kind]
     types = [*dict.fromkeys(types), completions.ChatChunk]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
@@ -191,4 +192,6 @@ def openapi_document(vocab: int, version: str) -> bytes:
         "components": {"schemas": components, "securitySchemes": keys},
         "security": [{}, {"key": []}],
     }
+    if root_path:
+        openapi["servers"] = [{"url": root_path}]
     return json.dumps(openapi, ensure_ascii=False).encode()

@@ -50,7 +50,8 @@ class Guard:
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
     other pages that may call it; their preflights are answered, without a key. `log`: off, short or json, a line on stdout
-    after a response, without text or keys. `count(status)` is called for each response.
+    after a response, without text or keys. `count(status)` is called for each response. `root_path`: below which a proxy shows
+    the server, such as /llm. A path may come with it, or without it where the proxy takes it off; `path` has none.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Guard:
         origins: frozenset[str],
         log: str = "off",
         count: Callable[[int], None] = lambda _: None,
+        root_path: str = "",
     ) -> None:
         self._app, self._hosts, self._origins, self._log, self._count = app, hosts, origins, log, count
+        self._root_path = root_path
         self._keys = [_hash(key.encode()) for key in keys]
         self._checked: ASGIApp = self._answer
         if origins:
@@ -80,7 +83,8 @@ class Guard:
             return
         state, status = scope.setdefault("state", {}), CLIENT_CLOSED_REQUEST
         arrived = time.monotonic()
-        request_id, path = f"req_{os.urandom(12).hex()}", scope.get("raw_path", scope["path"].encode()).decode("latin-1")
+        request_id = f"req_{os.urandom(12).hex()}"
+        path = self._below_root(scope.get("raw_path", scope["path"].encode()).decode("latin-1"))
         state |= {"arrived": arrived, "path": path}
 
         async def send_with_headers(message: Message) -> None:
@@ -113,6 +117,11 @@ class Guard:
                 }
                 with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
                     print(json.dumps(entry) if self._log == "json" else _short(entry), flush=True)
+
+    def _below_root(self, path: str) -> str:
+        if self._root_path and f"{path}/".startswith(f"{self._root_path}/"):
+            return path.removeprefix(self._root_path) or "/"
+        return path
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request with a key, or one that needs none; any other, and one that fails, with an error."""

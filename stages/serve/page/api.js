@@ -1,11 +1,17 @@
 'use strict';
 // The server's routes: what is posted, what streams back, and why something was refused.
 
-// The page's own address may hold a name and a key, with which fetch refuses to work; the origin holds none.
+// The page lies at the root of the server, which a proxy may show below a path. Its own address may hold a name and a key,
+// with which fetch refuses to work; the origin holds none.
+const root = location.origin + location.pathname.replace(/\/$/, '');
 let key = null;  // of the server, if it needs one
+// Returns whether a text can be sent as a key: else the server refuses all that comes with it, before it looks at the key.
+const isKey = (text) => text.length < 4096 && !/\p{Cc}/u.test(text);
 const get = async (path, how = {}) => {
-  const headers = {...how.headers, ...(key && {Authorization: `Bearer ${key}`})};
-  const reply = await fetch(new URL(path, location.origin), {...how, headers});
+  // A header holds bytes: those of the key in UTF-8, which the server compares.
+  const bytes = new TextEncoder().encode(key ?? '');
+  const headers = {...how.headers, ...(key && {Authorization: `Bearer ${String.fromCharCode(...bytes)}`})};
+  const reply = await fetch(root + path, {...how, headers});
   if (reply.status === 401) askForKey();
   return reply;
 };

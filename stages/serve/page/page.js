@@ -31,18 +31,17 @@ function setBusy(turn, isBusy) {
   if (isBusy) $('status').textContent = 'Answering';
 }
 
-// Shows what an answer waits for, as the server's comment says it: `place 3 in the queue`, `waiting for ...`; else nothing.
+// Shows what an answer waits for, as the server's comment says it: `place 3 in the queue`, `reading 8 of 9 tokens`; else nothing.
 function showWait(turn, wait = '') {
   turn.node.querySelector('.wait')?.remove();
   const place = Number(/^place (\d+)/.exec(wait)?.[1] ?? 0);
   const text = place > 1 ? `Number ${count(place)} in the queue` : place ? 'Next in the queue'
-    : /^waiting for/.test(wait) ? `W${wait.slice(1)}, which are loaded once after a start`
-      : /^reading/.test(wait) ? `R${wait.slice(1)}` : '';
+    : /^reading/.test(wait) ? `R${wait.slice(1).replace(/\d+/g, (digits) => count(Number(digits)))}` : '';
   if (!text) return;
   const atEnd = isAtEnd();
   turn.body.after(make('p', {className: 'wait'}, text));
   if (atEnd) scrollToEnd();
-  $('status').textContent = text;
+  if (!/^Reading/.test($('status').textContent)) $('status').textContent = text;  // is read aloud once, not at each step
 }
 
 function warn(about, text) {
@@ -156,7 +155,12 @@ $('export').onclick = exportList;
 $('lock').oncancel = () => warn('server', 'This server needs an API key: reload the page to give it.');
 $('unlock').onsubmit = (event) => {
   event.preventDefault();
-  key = $('unlock').elements.key.value;
+  const typed = $('unlock').elements.key.value;
+  if (!isKey(typed)) {
+    $('refused').textContent = 'That is no key: it is too long, or holds a control character.';
+    return;
+  }
+  key = typed;
   try {
     sessionStorage.setItem(`${KEY} key`, key);
   } catch {}  // then a reload asks again

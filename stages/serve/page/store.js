@@ -118,7 +118,8 @@ function restore() {
   let kept = null;
   try {
     kept = parse(localStorage.getItem(KEY));
-    key = sessionStorage.getItem(`${KEY} key`);
+    const stored = sessionStorage.getItem(`${KEY} key`);
+    if (stored && isKey(stored)) key = stored;
     for (const [name, value] of Object.entries(kept?.settings ?? {})) if (settings[name]) settings[name].value = value;
     server.wanted = kept?.settings?.model;
   } catch {}  // turned off, or not ours
