@@ -6,8 +6,9 @@
     python -m bench.peers --of losses                     20 steps of each objective beside TRL's, within 1e-4 in float32
     python -m bench.peers --quick                         a small shape, fewer tokens and rounds
 
-A peer is a process that computes the same from the same weights: the extra `peers` installs them. It and we run in turns, with
-all cores, so that what else this machine does hits both alike. A ratio is our tokens a second over the peer's.
+A peer is a process that computes the same from the same weights; bench/peers/requirements.txt says how to install them. It
+and we run in turns, with all cores, so that what else this machine does hits both alike. A ratio is our tokens a second over
+the peer's.
 """
 
 import dataclasses
@@ -20,8 +21,6 @@ from bench.cli import Json, check_rounds, family, parse_shape, run_bench
 from bench.peers.process import start_peer
 from engine.device import cores, device_name, start_jax
 from engine.errors import UserError
-
-MAKE_TRL_VENV = "python3 -m venv peers && peers/bin/pip install trl torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ def measure_peers(flags: PeersFlags) -> Json:
     if "losses" in flags.of:
         with (
             tempfile.TemporaryDirectory() as folder,
-            start_peer(flags.peer_python, "trl_peer.py", "trl", MAKE_TRL_VENV) as peer,
+            start_peer(flags.peer_python, "trl_peer.py", "trl", "trl torch") as peer,
         ):
             rows += compare_losses(peer, Path(folder)) if peer else []
     if "serving" in flags.of:

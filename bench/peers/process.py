@@ -14,8 +14,7 @@ from bench.cli import Json
 from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-INSTALL_PEERS = "pip install -e '.[peers]'"
-MAKE_VENV = "python3 -m venv peers && peers/bin/pip install torch numpy"
+INSTALL = "pip install -c bench/peers/requirements.txt"  # its versions, and of its packages those that are named
 
 # Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth off its training step.
 KEEP_FREED_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -78,12 +77,13 @@ class Peer:
 
 
 @contextlib.contextmanager
-def start_peer(python: Path | None, script: str, needs: str = "torch", make_venv: str = MAKE_VENV) -> Iterator[Peer | None]:
+def start_peer(python: Path | None, script: str, needs: str = "torch", packages: str = "torch numpy") -> Iterator[Peer | None]:
     """Starts a peer script in `python` (None: this one). Yields None, and says so, where its library is missing.
 
-    `make_venv`: the command for an environment that has the library. Raises UserError when a given `python` cannot be run
-    or lacks `needs`.
+    `packages`: those of requirements.txt that the script imports. Raises UserError when a given `python` cannot be run or
+    lacks `needs`.
     """
+    make_venv = f"python3 -m venv peers && peers/bin/{INSTALL} {packages}"
     try:
         peer = Peer(python or Path(sys.executable), script)
     except OSError as error:
@@ -98,7 +98,8 @@ def start_peer(python: Path | None, script: str, needs: str = "torch", make_venv
         if missing := hello.get("missing"):
             if missing == needs and python:
                 raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}")
-            print_absent(missing, hello["why"], f"{python} -m pip install {missing}" if python else INSTALL_PEERS)
+            into_own = f"{make_venv}, and --peer-python peers/bin/python"
+            print_absent(missing, hello["why"], f"{python} -m {INSTALL} {missing}" if python else into_own)
             yield None
         else:
             print("peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()), flush=True)

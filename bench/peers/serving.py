@@ -72,7 +72,6 @@ REQUIRED = {
     "repeating": (None, bar(1.2, 1.5, 1.5)),
 }
 NEVER_BELOW = 0.97
-MAKE_VENV = "python3 -m venv peers && peers/bin/pip install llama-cpp-python"
 
 
 def measure_streams(
@@ -104,7 +103,7 @@ def measure_streams(
 
     print(model.name, flush=True)
     rows = []
-    with start_peer(peer_python, "llama_cpp_peer.py", "llama_cpp", MAKE_VENV) as peer:
+    with start_peer(peer_python, "llama_cpp_peer.py", "llama_cpp", "llama-cpp-python") as peer:
         for row in ROWS:
             if row.name not in chosen:
                 continue

@@ -3,8 +3,10 @@
 import ast
 import functools
 import json
+import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from bench.peers import process as module
 from bench.peers.process import Peer, PeerError, start_peer
 
 BENCH = Path(module.__file__).parent
+ROOT = BENCH.parents[1]
 THIS = Path(sys.executable)
 main = functools.partial(run_bench, "bench.peers", None, peers.PeersFlags, peers.measure_peers)
 TRAINED = "lambda spec: lambda: {'loss': 1.0}"
@@ -90,10 +93,11 @@ def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure
     document = json.loads(out)
     assert document["rows"] == []
     assert "absent: torch_that_nobody_has (ModuleNotFoundError" in tables
-    assert "to have it: pip install -e '.[peers]'" in tables
+    make_venv = "python3 -m venv peers && peers/bin/pip install -c bench/peers/requirements.txt torch numpy"
+    assert f"to have it: {make_venv}, and --peer-python peers/bin/python" in tables
     with start_peer(THIS, "torch_peer.py") as peer:
         assert peer is None
-    assert f"to have it: {THIS} -m pip install torch_that_nobody_has" in capsys.readouterr().out
+    assert f"to have it: {THIS} -m pip install -c bench/peers/requirements.txt torch_that_nobody_has" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,29 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
 
 
 # What the peers are made of
+
+
+def test_the_peers_are_pinned_and_none_is_a_package_of_the_project():
+    lines = (BENCH / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in pins.values())
+    assert {"torch", "numpy", "trl", "transformers", "datasets", "llama-cpp-python"} == pins.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [package for extra in project["optional-dependencies"].values() for package in extra]
+    ours = {re.match(r"[\w-]+", package)[0] for package in project["dependencies"] + extras}
+    assert ours & pins.keys() == {"numpy"}
+
+
+def test_what_uv_resolves_for_a_clone_are_wheels_alone():
+    """A package without a wheel is built for its metadata by the first `uv run`, whichever extras it asks for."""
+    lock = ROOT / "uv.lock"
+    if not lock.exists():
+        pytest.skip("uv has not resolved the project here")
+    packages = {package["name"]: package for package in tomllib.loads(lock.read_text())["package"]}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    if {*packages.pop("thrice")["metadata"]["provides-extras"]} != extras.keys():
+        pytest.skip("uv.lock is older than pyproject.toml")
+    assert [name for name, package in packages.items() if not package.get("wheels")] == []
 
 
 @pytest.mark.parametrize("script", ["protocol.py", "torch_peer.py"])
