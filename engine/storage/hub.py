@@ -6,6 +6,7 @@ imported only when a model is fetched.
 
 import io
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from engine.text import OnProgress
 # Fetched before the weights, those that there are: where weights are cached, these are too.
 SMALL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_REASON = 200  # characters
+MAX_LISTED = 6  # files that a sentence names
+MAX_NAME = 96  # characters of one of them
+LISTING_SECONDS = 10.0
 
 
 def is_hub_id(text: object) -> bool:
@@ -33,6 +37,75 @@ def is_hub_name(name: str) -> bool:
     hub_id, at, revision = name.partition("@")
     is_revision = bool(re.fullmatch(r"\w[\w./-]{,99}", revision, re.ASCII)) and ".." not in revision
     return is_hub_id(hub_id) and not name.endswith(".gguf") and (is_revision or not at)
+
+
+def split_gguf_name(name: str) -> tuple[str, str] | None:
+    """Returns (ORG/NAME, FILE.gguf) or (ORG/NAME, QUANTISATION) for a file on the hub, named as llama.cpp and Ollama do:
+    ORG/NAME/FILE.gguf, ORG/NAME:QUANTISATION. None for any other name.
+    """
+    match = re.fullmatch(r"([^/:]+/[^/:]+)(?::([\w.-]+)|/(.+\.gguf))", name, re.ASCII)
+    if match is None or not is_hub_id(match[1]):
+        return None
+    return match[1], match[2] or match[3]
+
+
+def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
+    """Returns why `name`, of `split_gguf_name`, is not loaded: says what the repository holds and how to fetch the file."""
+    from huggingface_hub import errors
+
+    takes = f"{name} names a file on the hub, and --model takes a .gguf that lies here"
+    try:
+        files = _list_gguf_files(hub_id)
+    except errors.RepositoryNotFoundError:
+        return f"There is no {name} here, and no model {hub_id} on the hub that you may read; set HF_TOKEN for a private one."
+    if files is None:
+        pattern = wanted if wanted.endswith(".gguf") else f"*{wanted}*.gguf"
+        command = f"hf download {hub_id} --include {shlex.quote(pattern)} --local-dir ."
+        return f"{takes}: fetch it by `uv run {command}`. The hub did not say what {hub_id} holds."
+    if not files:
+        return (
+            f"The hub's {hub_id} holds no .gguf file; --model {hub_id} reads its config.json and safetensors, if it has them."
+        )
+    # A quantisation ends with the name or before another word of it: Q4_K is none of Q4_K_M.
+    is_wanted = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
+    matches = [file for file in files if file == wanted or is_wanted.search(file.removesuffix(".gguf"))]
+    if not matches:
+        return f"The hub's {hub_id} has no {wanted}. {_how_to_fetch(hub_id, files)}"
+    others = [file for file in files if file != matches[0]]
+    holds = f" The repository also holds {_list_names(others)}." if others else ""
+    return f"{takes}. {_how_to_fetch(hub_id, matches[:1])}{holds}"
+
+
+def _list_gguf_files(hub_id: str) -> list[str] | None:
+    """Returns the .gguf files of a repository, the shortest names first; None where the hub cannot be asked or does not say.
+
+    Raises RepositoryNotFoundError.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        siblings = HfApi().model_info(hub_id, timeout=LISTING_SECONDS).siblings or []
+    except errors.RepositoryNotFoundError:
+        raise
+    except (OSError, errors.HTTPError, ValueError, TypeError, KeyError):  # the last three for a reply that is no list of files
+        return None
+    names = [sibling.rfilename for sibling in siblings]
+    files = [name for name in names if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME]
+    return sorted(files, key=lambda name: (len(name), name))
+
+
+def _how_to_fetch(hub_id: str, files: list[str]) -> str:
+    """Names the files of a repository and the command that fetches the first."""
+    file = shlex.quote(files[0])
+    holds = f"It holds {_list_names(files)}: fetch one" if len(files) > 1 else "Fetch it"
+    return f"{holds} by `uv run hf download {hub_id} {file} --local-dir .`, and give --model {file}."
+
+
+def _list_names(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def cached_id(folder: Path) -> str:
@@ -93,9 +166,9 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
         fault = f"There is no {name} here, and no model {hub_id} on the hub that you may read; set HF_TOKEN for a private one."
     except errors.RemoteEntryNotFoundError as error:
         file = str(error.response.url).rpartition("/")[2]
-        fault = (
-            f"The hub's {name} has no {file}, and models are read from config.json and safetensors; name a .gguf by its path."
-        )
+        fault = f"The hub's {name} has no {file}, and models are read from config.json and safetensors."
+        if files := _list_gguf_files(hub_id):
+            fault += f" {_how_to_fetch(hub_id, files)}"
     except (OSError, errors.HTTPError) as error:
         if is_offline:
             why = "HF_HUB_OFFLINE is set" if not cached_only else "only a model that --model names is fetched"

@@ -111,6 +111,9 @@ def locate(
         return Location("hugging face", hub.fetch(name, cached_only, check_config, report))
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
+    gguf_name = hub.split_gguf_name(str(name))
+    if gguf_name and not cached_only and path.parts[0] != str(run_folder.ROOT) and not Path(path.parts[0]).exists():
+        raise UserError(hub.explain_gguf_name(str(name), *gguf_name))
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
         return Location("hugging face", path)
     if is_adapter(path) and not (path / "run.json").exists():

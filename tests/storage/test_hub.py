@@ -67,6 +67,10 @@ class Route(http.server.BaseHTTPRequestHandler):
         hub.asked.append((self.command, path))
         if hub.is_down or (hub.broken and path.endswith(hub.broken)):
             return self.answer(503)
+        if path == f"/api/models/{ID}" and not hub.error:
+            names = sorted(str(file.relative_to(hub.folder)) for file in hub.folder.rglob("*") if file.is_file())
+            listing = {"id": ID, "siblings": [{"rfilename": name} for name in names]}
+            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
         if hub.error or not (path.startswith((f"/{ID}/", f"/api/models/{ID}/"))):
             return self.answer(403 if hub.error else 404, {"X-Error-Code": hub.error or "RepoNotFound"})
         match = re.fullmatch(rf"/{ID}/resolve/([^/]+)/(.+)", path)
@@ -199,10 +203,52 @@ def test_a_repository_without_weights_or_a_config(hub):
     assert "pytorch_model.bin" not in hub.files()
 
 
+def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monkeypatch):
+    command = f"`uv run hf download {ID} {{}} --local-dir .`"
+    fetch = command + ", and give --model {}."
+    assert f"The hub's {ID} holds no .gguf file" in refusal(load_model, f"{ID}:Q4_K_M")
+    (hub.folder / "sub").mkdir()
+    for name in ("tiny-Q4_K_M.gguf", "tiny-Q4_K_S.gguf", "tiny.q8_0.gguf", "sub/tiny-Q4_K_M.gguf", "an odd \n name.gguf"):
+        (hub.folder / name).write_bytes(b"must not be fetched")
+    for name, file in (
+        ("Q4_K_M", "tiny-Q4_K_M.gguf"),
+        ("q4_k_s", "tiny-Q4_K_S.gguf"),
+        ("Q8_0", "tiny.q8_0.gguf"),
+    ):
+        said = refusal(load_model, f"{ID}:{name}")
+        assert said.startswith(f"{ID}:{name} names a file on the hub, and --model takes a .gguf that lies here. Fetch it by ")
+        assert fetch.format(file, file) in said
+        assert "also holds" in said
+        assert "odd" not in said
+    said = refusal(load_model, f"{ID}/sub/tiny-Q4_K_M.gguf")
+    assert fetch.format("sub/tiny-Q4_K_M.gguf", "sub/tiny-Q4_K_M.gguf") in said
+    all_files = "tiny.q8_0.gguf, tiny-Q4_K_M.gguf, tiny-Q4_K_S.gguf, sub/tiny-Q4_K_M.gguf"
+    for missing in (":Q4_K", ":Q6_K", "/other.gguf"):  # Q4_K is none of Q4_K_M
+        said = refusal(load_model, f"{ID}{missing}")
+        assert (
+            f"The hub's {ID} has no {missing[1:]}. It holds {all_files}: fetch one by {command.format('tiny.q8_0.gguf')}"
+            in said
+        )
+    assert f"no model {ID}x on the hub" in refusal(load_model, f"{ID}x:Q4_K_M")
+    (hub.folder / "config.json").unlink()
+    assert f"no config.json, and models are read from config.json and safetensors. It holds {all_files}" in refusal(
+        load_model, ID
+    )
+    assert not hub.files() - {"config.json"}
+    hub.is_down = True
+    said = refusal(load_model, f"{ID}:Q4_K_M")
+    assert f"`uv run hf download {ID} --include '*Q4_K_M*.gguf' --local-dir .`. The hub did not say" in said
+    asked = len(hub.asked)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "--include tiny.gguf" in refusal(load_model, f"{ID}/tiny.gguf")
+    assert len(hub.asked) == asked
+
+
 def test_a_path_comes_first_and_nothing_else_is_asked_of_the_hub(hub):
     shutil.copytree(hub.folder, ID, ignore=shutil.ignore_patterns("consolidated*"))
     assert load_model(ID).checkpoint == Path(ID)
-    for name in ("runs/tiny", "./org/other", "org/other/third", "org/model.gguf", "/org/other", "org/other@", "org/a@../b"):
+    here = ("runs/tiny", "./org/other", "/org/other", "org/model.gguf", "org/other/third.gguf", "runs/no/x.gguf")
+    for name in (*here, "org/other/third", "org/other@", "org/a@../b"):
         assert "There is no model at" in refusal(load_model, name)
     assert not hub.asked
 
