@@ -79,6 +79,7 @@ def chat(flags: ChatFlags) -> int:
     from engine.model.ops import has_kernel, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters
+    from engine.storage.tensor_layout import describe_kinds
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.documents import Documents
     from engine.text.template import read_template
@@ -104,6 +105,7 @@ def chat(flags: ChatFlags) -> int:
         notes.print_rows(
             [
                 ("model", f"{model}{adapters}"),
+                ("file", describe_kinds(model.kinds, params)),
                 ("device", f"{device}{kernels_note()}"),
                 ("template", tokenizer.template_name),
                 ("documents", documents.summary if documents else ""),

@@ -72,6 +72,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from engine.storage.tensor_layout import describe_kinds
     from engine.text.conversations import SHIPPED
     from stages.runs.answers import Metrics
     from stages.runs.mesh import device_with_mesh, make_mesh_here
@@ -95,8 +96,6 @@ def evaluate(flags: EvaluateFlags) -> None:
             blocks: dict[str, Any] | None = {} if flags.weights in ("file", "q4") else None
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
         console.print_notes(*model.notes)
-        by = f"attention {attention_path(model.cfg, model.cfg.context)}"
-        console.print_rows([("device", f"{device_with_mesh(device, shape) if shape else device}; {by}"), ("model", str(model))])
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
@@ -105,6 +104,14 @@ def evaluate(flags: EvaluateFlags) -> None:
             config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
             cfg = config.model_config(model.cfg)
             model = dataclasses.replace(model, cfg=cfg, params=config.prepare_params(cfg, model.params))
+        by = f"attention {attention_path(model.cfg, model.cfg.context)}"
+        console.print_rows(
+            [
+                ("device", f"{device_with_mesh(device, shape) if shape else device}; {by}"),
+                ("model", str(model)),
+                ("file", describe_kinds(model.kinds, model.params)),
+            ]
+        )
         before = digest_in_memory(model.params)
         record = run_folder.read_json(model.run / "run.json") if model.run else {}
         if data or (flags.data is None and record.get("stage") == "finetune"):

@@ -87,6 +87,7 @@ def export(flags: ExportFlags) -> int:
     from engine.model.weights.lora import to_dense
     from engine.storage import run_folder
     from engine.storage.model_loader import load_model
+    from engine.storage.tensor_layout import describe_kinds
     from engine.text.corpus import Corpus
     from stages.runs.text_data import TEXTS, evaluation_source
 
@@ -123,7 +124,7 @@ def export(flags: ExportFlags) -> int:
             model = dataclasses.replace(model, params=params)
             text = record.get("text", {}).get("data")
             source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
-        console.print_rows([*rows, ("writes", f"{out}, {dtype}")])
+        console.print_rows([*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")])
         with console.task("writing", always=True) as report:
             note = _write(out, model, dtype, base_name, report)
         console.print_notes(note)

@@ -67,6 +67,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.model.ops import has_kernel, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
+    from engine.storage.tensor_layout import describe_kinds
     from engine.text.detokenizer import CompletionText
 
     notes = Console(sys.stderr)
@@ -83,7 +84,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""
-    settings = [("sampling", source)]
+    settings = [("file", describe_kinds(model.kinds, params)), ("sampling", source)]
     if before:
         settings += [("device", f"{device}{kernels_note()}"), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
     notes.print_rows(settings)

@@ -77,11 +77,7 @@ def open_model(path: Path) -> StoredModel:
     architecture = header.metadata["general.architecture"]
     paired = {leaf.name for leaf in leaves if leaf.paired and architecture == "llama"}
 
-    kinds = {
-        name: tensor.kind.name
-        for name, tensor in header.tensors.items()
-        if tensor.kind.name in KINDS and len(tensor.shape) == 2
-    }
+    kinds = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
 
     def rows(name: str, start: int, stop: int) -> np.ndarray:
         tensor = header.tensors[name]

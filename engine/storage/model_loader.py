@@ -34,7 +34,7 @@ from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING,
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
 from engine.storage.run_weights import PACKED, check_arrays, check_factors
-from engine.storage.tensor_layout import StoredModel, block_leaves, read_leaf, read_params
+from engine.storage.tensor_layout import StoredModel, block_leaves, file_kinds, read_leaf, read_params
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class LoadedModel:
     tokenizer's own first. checkpoint: the file or folder that was read; run: its run folder; bases: of the models below an
     adapter. hub_id: of the model, or of an adapter's base; empty when unknown. notes: lines to print. sampling: recommended, by
     the names of SamplingParams, unchecked. merged: paths of weights that PEFT's layout would not give back, with a DoRA in them
-    or trained whole.
+    or trained whole. kinds: of a GGUF file's matrices as they lie there, by path, for `describe_kinds`.
     """
 
     name: str
@@ -70,6 +70,7 @@ class LoadedModel:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bases: tuple[Path, ...] = ()
     merged: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.checkpoint})"
@@ -185,7 +186,8 @@ def load_model(
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes = stored.notes + ((cut,) if cfg.context < stored.context else ())
         sampling = RECOMMENDED_SAMPLING.get(name or "", sampling)
-        return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling)
+        kinds = file_kinds(stored)
+        return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling, kinds=kinds)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     check = functools.partial(check_arrays, cfg, None)

@@ -6,6 +6,7 @@ few million numbers exist beside the tree.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ import numpy as np
 
 from engine.counting.params import leaf_shapes
 from engine.errors import UserError, did_you_mean
-from engine.model.config import ModelConfig
+from engine.model.config import JOINED, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, unpack_blocks
-from engine.model.weights.lora import to_dense
+from engine.model.weights.int8 import Int8
+from engine.model.weights.lora import innermost_base, to_dense
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer
 from engine.untrusted import quote
@@ -114,8 +116,8 @@ class StoredModel(NamedTuple):
     """An opened GGUF or Hugging Face model, weights unread.
 
     rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. context: what the file
-    claims; `cfg` has less where attention is in windows. hub_id: empty when unknown. notes: on unknown fields. kinds: of the
-    tensors in blocks that are multiplied as they are, by name; packed: one of them -> the array of Blocks.
+    claims; `cfg` has less where attention is in windows. hub_id: empty when unknown. notes: on unknown fields. kinds: of a GGUF
+    file's matrices, by name; packed: the name of one whose kind is in KINDS -> the array of Blocks.
     """
 
     name: str
@@ -130,11 +132,51 @@ class StoredModel(NamedTuple):
     packed: Callable[[str], np.ndarray] | None = None
 
 
+def file_kinds(model: StoredModel) -> dict[str, str]:
+    """Returns the kinds of a GGUF file's matrices by path, such as Q6_K and F16; none of another model."""
+    return {leaf.path: model.kinds[leaf.name] for leaf in model.leaves if leaf.name in model.kinds}
+
+
+def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
+    """Returns what became of a GGUF file's matrices, of `file_kinds`: which stay as they are, and which are widened or rounded.
+
+    params: the weights in use, in which some of a block may lie side by side. Returns an empty text without kinds.
+    """
+    leaves = leaf_paths(params)
+    groups: dict[str, Counter[str]] = {}
+    for path, kind in kinds.items():
+        block, _, part = path.rpartition("/")
+        joined = next((name for name, parts in JOINED.items() if part in parts), "")
+        leaf = innermost_base(leaves[path] if path in leaves else leaves[f"{block}/{joined}"])
+        groups.setdefault(_change_of(kind, leaf), Counter())[kind] += 1
+    parts = []
+    for change, counts in sorted(groups.items()):
+        count = sum(counts.values())
+        stays, is_changed = ("stays as it is", "is") if count == 1 else ("stay as they are", "are")
+        phrase = f"{is_changed} {change}" if change else stays
+        parts.append(f"{count:,} {phrase} ({', '.join(kind for kind, _ in counts.most_common())})")
+    return f"of {len(kinds):,} matrices " + ", ".join(parts) if parts else ""
+
+
+def _change_of(kind: str, leaf: Any) -> str:
+    """Returns what became of a matrix of a file's `kind`, now a leaf that is no LoRA; an empty text where it stays."""
+    if isinstance(leaf, Blocks):
+        return "" if leaf.kind == kind else f"rounded to {leaf.kind}"
+    if isinstance(leaf, Int8):
+        return "rounded to int8"
+    dtype = str(leaf.dtype)
+    if DTYPE_NAMES[dtype] == kind:
+        return ""
+    is_wider = dtype == "float32" or kind not in ("F32", "F16")
+    return f"{'widened' if is_wider else 'rounded'} to {dtype}"
+
+
 def block_leaves(model: StoredModel) -> dict[str, Blocks]:
     """Returns the leaves that a file holds in blocks, by path: shapes in place of arrays."""
     leaves = {}
     for leaf in model.leaves:
-        if kind := model.kinds.get(leaf.name):
+        kind = model.kinds.get(leaf.name)
+        if kind in KINDS:
             shape = -(-leaf.stored[0] // COLUMNS), leaf.stored[1] // GROUP, KINDS[kind]
             packed: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
             leaves[leaf.path] = Blocks(packed, leaf.stored[0], int(leaf.transposed))

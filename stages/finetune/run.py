@@ -168,7 +168,7 @@ class FineTuning(ModelStage, BatchStage):
         rows, *problems = dataset.summary
         examples = "answer" if self.is_rating else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
         return [
-            self.model_row(),
+            *self.model_rows(),
             *self.matches,
             ("predicted", plan.cost_relative_to_full()),
             ("memory", memory_estimate(plan, plan.memory.total)),

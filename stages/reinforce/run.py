@@ -125,7 +125,7 @@ class ReinforcementLearning(ModelStage):
         inference, training = self._flops()
         steps = f"{quantity(updates, 'step')} on them: up to {format_count(training)}FLOPs"
         return [
-            self.model_row(),
+            *self.model_rows(),
             *self.matches,
             ("task", f"{self.rewards.name} ({self.rewards.describe()})"),
             ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),

@@ -22,7 +22,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import init_lora, merge_lora
+from engine.model.weights.lora import init_lora, innermost_base, merge_lora
 from engine.model.weights.matmul import cast_matrices, round_while_training
 from engine.storage.adapter import base_digest, build_adapter, save_adapter
 from engine.storage.checkpoint_reader import load_params
@@ -30,6 +30,7 @@ from engine.storage.digest import digest
 from engine.storage.model_loader import adapter_origin, load_model, model_name
 from engine.storage.run_folder import ADAPTER
 from engine.storage.run_weights import check_arrays
+from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import make_optimizer
@@ -72,6 +73,8 @@ class ModelStage(Stage):
         with console.task(f"loading {name}") as report, host_memory(on_mesh):
             dtype, blocks = None if self.lora else "float32", self.blocks if self.in_blocks else None
             self.model = load_model(name, dtype=dtype, report=report, on_config=choose_adapter, blocks=blocks)
+        without_adapters = lambda params: map_paths(lambda _, leaf: innermost_base(leaf), params)
+        self.loaded = jax.eval_shape(without_adapters, self.model.params)  # shapes, for the banner
         checkpoint = self.model.checkpoint
         for path in (checkpoint, *self.model.bases):
             if path.resolve().is_relative_to(folder.resolve()):
@@ -158,13 +161,17 @@ class ModelStage(Stage):
         """Copies `trainable`: steps donate the state, and the report compares with the start."""
         return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, trainable))
 
-    def model_row(self) -> tuple[str, str]:
+    def model_rows(self) -> list[tuple[str, str]]:
         plan, cfg = self.plan, self.plan.cfg
         size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
         if self.in_blocks:
             numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))  # 0 in a dry run
             size += ", in 4 bits as served" + f", of which {numbers:,} numbers train" * bool(numbers)
-        return "model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"
+        params = jax.eval_shape(lambda params: quantize(params, "full"), self.loaded) if plan.base == "int8" else self.loaded
+        return [
+            ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"),
+            ("file", describe_kinds(self.model.kinds, params)),
+        ]
 
     def load_trained(self, step: int) -> Any:
         check = functools.partial(check_arrays, self.plan.cfg, self.lora)

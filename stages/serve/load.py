@@ -28,6 +28,7 @@ from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
+from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.documents import Documents
 from engine.text.template import read_template
@@ -141,6 +142,7 @@ def load_state(
             ("adapters", f"{own or 'none yet'}; {bounds} {engine_config.adapter_rank}" if engine_config.adapters else ""),
             ("device", f"{device}{along}{kernels_note()}"),
             ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
+            ("file", describe_kinds(model.kinds, engine.params)),
             (
                 "slots",
                 f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_runs import ROOT, command, tiny, typed
+from tiny_runs import ROOT, WORDS, command, tiny, typed
 
 from engine import manifest
+from engine.device import start_jax
+from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.runner import ModelRunner
 from engine.model.native.library import native_problem
@@ -24,10 +26,12 @@ from engine.text.corpus import open_token_file
 from engine.text.detokenizer import CompletionText
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer
 from stages import chat, evaluate, export, generate
+from stages.cli.console import Console
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce
 from stages.runs.folder import updating
 from stages.serve import __main__ as serve
+from stages.serve.load import load_state
 from stages.train import __main__ as train
 
 
@@ -55,6 +59,40 @@ def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
     sha256 = f"SHA-256 {digest(prepare_params(model.cfg, model.params))[:16]}"
     assert sha256 in generated(capsys, file, "--prompt", "the", "--max-tokens", 4, "--verbose")[1]
     assert sha256 in talk(b"the\n", file, "--max-tokens", 4, "--verbose")[2]
+
+
+def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, capsys, talk):
+    """The tiny model's `down` has no whole blocks, and lies in the file in float16."""
+    rows = [{"prompt": f"the {word}", "completion": "red sails."} for word in WORDS.split()]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(map(json.dumps, rows)))
+    file, again = tmp_path / "file.gguf", tmp_path / "again.gguf"
+    assert export.main(["--model", str(trained), "--out", str(file), "--dtype", "q8_0"]) == 0
+    widened = re.compile(r"file +of 15 matrices 2 are rounded to bfloat16 \(F16\), 13 are widened to bfloat16 \(Q8_0\)\n")
+    stays = re.compile(r"file +of 15 matrices 13 stay as they are \(Q8_0\), 2 are rounded to bfloat16 \(F16\)\n")
+    in_blocks = stays if has_kernel() else widened
+    float32 = re.compile(r"file +of 15 matrices 15 are widened to float32 \(Q8_0, F16\)\n")
+    assert in_blocks.search(generated(capsys, file, "--prompt", "the", "--max-tokens", 1)[1])
+    assert in_blocks.search(talk(b"the\n", file, "--max-tokens", 1, "--verbose")[2])
+    assert evaluate.main(["--model", str(file), "--data", str(chats)]) == 0
+    assert widened.search(capsys.readouterr().out)
+    assert export.main(["--model", str(file), "--out", str(again)]) == 0
+    assert float32.search(capsys.readouterr().out)
+    tuning = ["--model", str(file), "--data", str(chats), "--general", "none", "--dry-run"]
+    assert finetune.main(tuning) == 0
+    assert widened.search(capsys.readouterr().out)
+    assert finetune.main([*tuning, "--train", "all"]) == 0
+    assert float32.search(capsys.readouterr().out)
+    assert finetune.main([*tuning, "--base", "int8"]) == 0
+    assert re.search(r"file +of 15 matrices 15 are rounded to int8 \(Q8_0, F16\)\n", capsys.readouterr().out)
+    assert reinforce.main(["--model", str(file), "--task", "length:4", "--dry-run", "--max-tokens", "4"]) == 0
+    assert widened.search(capsys.readouterr().out)
+    device = start_jax(one_arena=False)
+    state, _ = load_state(str(file), EngineConfig(1, 64, weights="file"), device, Console())
+    state.tokenizer.close()
+    printed = capsys.readouterr().out
+    served = "2 are rounded to int8 (F16)" if has_kernel() else "15 are rounded to int8 (Q8_0, F16)"
+    assert re.search(rf"file +of 15 matrices .*{re.escape(served)}\n", printed), printed
 
 
 def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tmp_path, capsys):

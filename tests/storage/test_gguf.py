@@ -22,6 +22,7 @@ from engine.model.weights.int8 import Int8
 from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
+from engine.storage.tensor_layout import describe_kinds
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
@@ -197,6 +198,34 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     plain = load_model(path, dtype="float32")
     expected = forward(plain.cfg, plain.params, tokens, positions)[0]
     assert np.sqrt(((ours - expected) ** 2).mean() / (expected**2).mean()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("weights", "blocks", "words"),
+    [
+        (None, None, "of 15 matrices 2 are rounded to bfloat16 (F32), 13 are widened to bfloat16 (Q5_0, Q8_0)"),
+        (
+            None,
+            {},
+            "of 15 matrices 3 stay as they are (Q8_0), 2 are rounded to bfloat16 (F32), 10 are widened to bfloat16 (Q5_0)",
+        ),
+        ("float32", {}, "of 15 matrices 5 stay as they are (Q8_0, F32), 10 are widened to float32 (Q5_0)"),
+        ("q4", {}, "of 15 matrices 3 stay as they are (Q8_0), 10 are rounded to Q4_0 (Q5_0), 2 are rounded to int8 (F32)"),
+    ],
+)
+def test_what_becomes_of_a_files_kinds_is_said(weights, blocks, words, tmp_path):
+    """Of the weights as they are in use, of which some lie side by side."""
+    names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_up.weight")
+    path = tiny_gguf(tmp_path / "model.gguf", kind="Q5_0", kinds=dict.fromkeys(names, "Q8_0"))
+    model = load_model(str(path), blocks=blocks)
+    config = EngineConfig(weights=weights)
+    cfg = config.model_config(model.cfg)
+    assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params)) == words
+    assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params, whole=False)) == words
+    assert describe_kinds({"norm": "Q6_K"}, {"norm": np.zeros(3, "float32")}) == (
+        "of 1 matrices 1 is widened to float32 (Q6_K)"
+    )
+    assert describe_kinds({}, model.params) == ""
 
 
 def test_a_named_models_recommended_sampling_is_known_here(tmp_path, monkeypatch):
