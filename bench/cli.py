@@ -29,7 +29,7 @@ from engine.files import write_problem, write_text
 Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
 LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind in ("css", "js")]  # of pages that have some
-REPORT_SECONDS = 5.0  # between two lines on a process's progress
+REPORT_SECONDS, PIPED_REPORT_SECONDS = 5.0, 30.0  # between two lines on a process's progress: on a terminal, where they stay
 PIPED_WIDTH = 160  # of a pipe: the widest table fits
 UNTIMED = ("bench compare", "bench.plan")
 # What README's figures are held to; printed by each measurement with a bar.
@@ -135,11 +135,12 @@ def write_page(source: Path, page: str, *parts: Path) -> Path:
 
 
 def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None) -> str:
-    """Runs `python -m command`, calls `report` every REPORT_SECONDS, and returns what it printed.
+    """Runs `python -m command`, calls `report` every few seconds, and returns what it printed.
 
     The process ends when this one is interrupted. Raises UserError with the process's own error when it fails.
     """
     words, environment = [sys.executable, "-m", *command], os.environ | {"PYTHONPATH": str(ROOT)}
+    interval = REPORT_SECONDS if sys.stderr.isatty() else PIPED_REPORT_SECONDS
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
         subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment) as process,
@@ -147,7 +148,7 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
         try:
             while process.returncode is None:
                 try:
-                    process.wait(REPORT_SECONDS)
+                    process.wait(interval)
                 except subprocess.TimeoutExpired:
                     report()
         finally:

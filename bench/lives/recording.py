@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +62,27 @@ def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict
         recording, command = folder / f"{name}.jsonl", [*command, "--out-dir", str(folder / name)]
         shown = shlex.join(["python", "-m", *command]).replace(f"{folder}/", "runs/")
         progress(shown)
-        run_module([*command, "--record", str(recording)], functools.partial(_report, recording))
+        run_module([*command, "--record", str(recording)], step_reporter(recording))
         lives[name] = read_life(recording) | {"command": shown}
     return lives
 
 
-def _report(recording: Path) -> None:
-    if events := _events(recording):
-        progress(f"  step {events[-1]['step']:,}", replace=True)
+def step_reporter(recording: Path) -> Callable[[], None]:
+    """Returns a function that prints how far a run is by its recording, if that has changed since it was last called."""
+    printed = ""
+
+    def report() -> None:
+        nonlocal printed
+        events = _events(recording)
+        if not events:
+            return
+        is_measured = events[-1]["event"] == "measure"
+        line = f"  step {events[-1]['step']:,}" + ", the last; its result is measured" * is_measured
+        if line != printed:
+            progress(line, replace=True)
+        printed = line
+
+    return report
 
 
 def _events(recording: Path) -> list[Json]:

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench.cli import run_bench
+from bench.cli import run_bench, run_module
 from bench.lives.__main__ import LivesFlags, measure_lives
-from bench.lives.recording import answer_requests, read_life
+from bench.lives.recording import answer_requests, read_life, step_reporter
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.storage.digest import digest
@@ -81,6 +81,25 @@ def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
 def test_answering_changes_no_bit_and_no_request_knows_of_another(document):
     train = document["lives"]["train"]
     check_answers(document["answer"], train["begin"]["params"], train["end"]["digest"])
+
+
+def test_a_runs_progress_is_a_line_a_change(tmp_path, capsys, monkeypatch):
+    """In a pipe, where lines stay, they are further apart than on a terminal."""
+    recording = tmp_path / "run.jsonl"
+    report = step_reporter(recording)
+    report()
+    for event in ({"event": "begin", "step": 0}, {"event": "step", "step": 1200}, {"event": "measure", "step": 1300}):
+        with recording.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        report()
+        report()
+    lines = ["  step 0", "  step 1,200", "  step 1,300, the last; its result is measured"]
+    assert capsys.readouterr().err.splitlines() == lines
+    calls = []
+    monkeypatch.setattr("bench.cli.REPORT_SECONDS", 300)
+    monkeypatch.setattr("bench.cli.PIPED_REPORT_SECONDS", 0.01)
+    run_module(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(0.2)"], lambda: calls.append(1))
+    assert calls
 
 
 def test_a_tiny_model_answers_so_too():
