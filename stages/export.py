@@ -21,7 +21,7 @@ from engine.files import atomic_file, atomic_folder
 from engine.format import format_bytes
 from stages.cli import signals
 from stages.cli.command import command_line, leave, run_command
-from stages.cli.console import Console, ReportProgress
+from stages.cli.console import Console
 from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, choose_sampling, default, one_of, parser, path
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def export(flags: ExportFlags) -> int:
             text = record.get("text", {}).get("data")
             source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
         console.print_rows([*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")])
-        with console.task("writing", always=True) as report:
-            note = _write(out, model, dtype, base_name, report)
+        note = _write(out, model, dtype, base_name, console)
         console.print_notes(note)
         files = [out] if to_gguf else out.iterdir()
         console.print_rows([("written", f"{out}, {format_bytes(sum(file.stat().st_size for file in files))}")])
@@ -181,7 +180,7 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
 
 
-def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: ReportProgress) -> str:
+def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console: Console) -> str:
     """Writes the model, or with a `base_name` its adapter; returns a note to print, if any.
 
     Raises UserError, and leaves nothing, when it could not be loaded again.
@@ -197,8 +196,10 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
     if out.suffix == ".gguf":
         metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab) | sampling_metadata(model.sampling)
         with atomic_file(out) as file:
-            save_gguf(Path(file.name), cfg, params, metadata, name=model.name, dtype=dtype, report=report)
-            check_loads(Path(file.name), out)
+            with console.task("writing", always=True) as report:
+                save_gguf(Path(file.name), cfg, params, metadata, name=model.name, dtype=dtype, report=report)
+            with console.task("reading it again", always=True) as report:
+                check_loads(Path(file.name), out, report)
         if "tokenizer.huggingface.json" not in metadata:
             return ""
         return (
@@ -207,12 +208,15 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, report: 
         )
     with atomic_folder(out) as building:
         if base_name:
-            save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
-            tokenizer.save(building)
+            with console.task("writing", always=True):
+                save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
+                tokenizer.save(building)
             return ""
         written = ModelTokenizer(tokenizer, model.eos_ids, dict(model.sampling))
-        save_folder(building, cfg, params, written, dtype=dtype, report=report)
-        check_loads(building, out)
+        with console.task("writing", always=True) as report:
+            save_folder(building, cfg, params, written, dtype=dtype, report=report)
+        with console.task("reading it again", always=True) as report:
+            check_loads(building, out, report)
     return ""
 
 

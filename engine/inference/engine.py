@@ -335,8 +335,12 @@ def complete(
     prompts: Iterable[Collection[int]],
     sampling: Iterable[SamplingParams],
     capacity: int | None = None,
+    report: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Completion]:
-    """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own."""
+    """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own.
+
+    `report`: completions that have ended, and all.
+    """
     texts = [*map(tuple, prompts)]
     engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, texts, capacity))
     tokens: dict[int, list[int]] = {}
@@ -344,6 +348,7 @@ def complete(
     for prompt, options in zip(texts, sampling, strict=True):
         tokens[engine.submit(Request(prompt, options.within(engine.capacity - len(prompt))))] = []
     while engine.busy:
+        report(sum(event.finish_reason is not None for event in ends.values()), len(texts))
         for event in engine.step():
             tokens[event.id] += event.tokens
             ends[event.id] = event

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os.path
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -232,16 +233,24 @@ def _reader(path: Path) -> ModuleType:
     return gguf
 
 
-def check_loads(written: Path, path: Path) -> None:
-    """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises UserError as `load_model`."""
+def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
+    """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises UserError as `load_model`.
+
+    `report`: numbers read and in all.
+    """
     to_gguf = path.suffix == ".gguf"
     remedy = "A Hugging Face folder may hold it." * to_gguf
     try:
         stored: StoredModel = _reader(written).open_model(written)
         stored.tokenizer()
         remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."  # of weights, which are rounded
+        done = 0
+        total = sum(math.prod(leaf.stored) for leaf in stored.leaves)
         for leaf in stored.leaves:
             read_leaf(stored, leaf, stored.cfg.dtype)
+            done += math.prod(leaf.stored)
+            if report:
+                report(done, total)
     except UserError as error:
         sentence = str(error).replace(str(written), str(path))
         raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()) from None

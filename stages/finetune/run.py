@@ -261,8 +261,8 @@ class FineTuning(ModelStage, BatchStage):
         if self.objective is NEXT_TOKEN:
             return MeshBatches(self.packed.order, self.packed.at)
         order = EpochOrder(len(pairs), self.batch, plan.seed)
-        with self.console.task("computing reference log-probabilities", always=self.has_reference):
-            logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, self.batch)
+        with self.console.task("computing reference log-probabilities", always=self.has_reference) as report:
+            logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, self.batch, report)
         items = lambda step, rows: [index for _, index in order.at(step, rows)]
         return MeshBatches(order, lambda step, rows: preference_batch(pairs, items(step, rows), seq, logprobs))
 
@@ -289,11 +289,11 @@ class FineTuning(ModelStage, BatchStage):
             self.fits_device = fits_one_device(params)
         if not self.fits_device:
             return Scores(held_out, general, ())
-        with self.console.task("answering held-out questions"), on_one_device(params) as whole:
-            answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids)
+        with self.console.task("answering held-out questions") as report, on_one_device(params) as whole:
+            answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids, report)
             references, metrics = self.dataset.references[:QUICK_EXAMPLES], dict[str, float]()
             if processes.is_first():
-                metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids)
+                metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids, report)
         return Scores(held_out, general, answers, metrics)
 
 

@@ -46,9 +46,10 @@ def ask(
     chat: ChatTokenizer,
     questions: Sequence[Sequence[Message]],
     stop_token_ids: Collection[int],
+    report: ReportProgress = lambda *_: None,
 ) -> tuple[Answer, ...]:
     """Returns the greedy answers to conversations that end with a question; leaves out one that fills the model's context."""
-    completions = _complete(cfg, params, chat, questions, MAX_TOKENS, stop_token_ids)
+    completions = _complete(cfg, params, chat, questions, MAX_TOKENS, stop_token_ids, report)
     pairs = [(question[-1]["content"], end) for question, end in zip(questions, completions) if end]
     texts = [chat.tokenizer.decode(end.tokens).strip() for _, end in pairs]
     return tuple(
@@ -73,7 +74,9 @@ def _complete(
         prompts = [chat.prompt(messages).tolist() for messages in batch]
         fitting = [prompt for prompt in prompts if len(prompt) < cfg.context]
         capacity = min(cfg.context, max(map(len, fitting), default=0) + max_tokens)
-        ends = iter(complete(cfg, params, fitting, [sampling] * len(fitting), capacity) if fitting else ())
+        before = len(completions)
+        report_batch = lambda done, _, before=before: report(before + done, len(conversations))
+        ends = iter(complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch) if fitting else ())
         completions += [next(ends) if len(prompt) < cfg.context else None for prompt in prompts]
         report(len(completions), len(conversations))
     return completions

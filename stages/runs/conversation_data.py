@@ -183,11 +183,11 @@ def reference_logprobs(
     """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without `params`."""
     logprobs = np.zeros((len(pairs), 2), np.float32)
     for first in range(0, len(pairs) if params else 0, rows):
+        if report:  # first, because the first batch may compile for a minute
+            report(first, len(pairs))
         batch = preference_batch(pairs, range(first, first + rows), seq, logprobs)
         both = process_allgather(pair_logprobs(cfg, params, batch), tiled=True)
         logprobs[first : first + rows] = both[: len(pairs) - first]
-        if report:
-            report(min(first + rows, len(pairs)), len(pairs))
     return logprobs
 
 

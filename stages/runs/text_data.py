@@ -209,12 +209,12 @@ def score_text(
     rows *= row_shards()
     count = count_windows(len(tokens), seq, stride)
     for number, batch in enumerate(evaluation_windows(tokens, seq, stride, rows)):
+        if report:  # first, because the first batch may compile for a minute
+            report(min(number * rows, count), count)
         # One batch ahead: the next is cut while the device works.
         nats = score(cfg, params, batch)
         total += float(waiting)
         waiting = nats
-        if report:
-            report(min(number * rows, count), count)
     return total + float(waiting)
 
 
@@ -246,6 +246,7 @@ class Evaluator:
     ) -> float | None:
         """Returns the mean; None when it was `stopped` in between."""
         total = 0.0
+        report(0, len(self.batches))  # the first batch may compile for a minute
         for number, batch in enumerate(self.batches, 1):
             if stopped():
                 return None

@@ -76,7 +76,11 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
         count_compiles.clear()
         for start in range(0, 7, count):
             part = slice(start, start + count)
-            assert complete_all(cfg, params, prompts[part], rows[part], CAPACITY) == expected[part]
+            reports = []
+            report = lambda *counts, reports=reports: reports.append(counts)
+            assert complete_all(cfg, params, prompts[part], rows[part], CAPACITY, report) == expected[part]
+            assert reports[0] == (0, count)
+            assert reports == sorted(reports)
         assert count_compiles == []
 
 

@@ -1,11 +1,15 @@
 """Answers before and after training: a text that goes round in circles is said to, one that does not is not."""
 
 import re
+from types import SimpleNamespace
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.inference.request import Completion
 from engine.text.conversations import VOICE, read_conversations
+from stages.runs import answers
 from stages.runs.answers import Answer, compare, describe_faults, repeats_itself
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), max_size=60)
@@ -26,10 +30,29 @@ def test_words_that_all_differ_are_none(words):
     assert repeats_itself("天地玄黄" * 4)
 
 
+def test_answers_are_counted_from_the_first_on(monkeypatch):
+    """Over all the batches that are answered together."""
+
+    def complete(cfg, params, prompts, sampling, capacity, report):
+        for done in range(len(prompts)):
+            report(done, len(prompts))
+        return [Completion([1], "stop", None)] * len(prompts)
+
+    monkeypatch.setattr(answers, "complete", complete)
+    monkeypatch.setattr(answers, "prepare_params", lambda cfg, params: params)
+    chat = SimpleNamespace(prompt=lambda messages: np.zeros(3), tokenizer=SimpleNamespace(decode=lambda tokens: "yes"))
+    reports: list[tuple[int, int]] = []
+    count = answers.ANSWERED_TOGETHER + 2
+    questions = [[{"role": "user", "content": "Why?"}]] * count
+    asked = answers.ask(SimpleNamespace(context=99), {}, chat, questions, (), lambda *counts: reports.append(counts))
+    assert len(asked) == count
+    assert [*dict.fromkeys(reports)] == [(done, count) for done in range(count + 1)]
+
+
 def test_nothing_in_the_house_voice_is_a_repetition():
-    answers = [row.messages[-1]["content"] for name in ("voice", "voice-held-out") for row in read_conversations(name)]
-    assert len(answers) > 300
-    assert not any(map(repeats_itself, answers)), VOICE
+    texts = [row.messages[-1]["content"] for name in ("voice", "voice-held-out") for row in read_conversations(name)]
+    assert len(texts) > 300
+    assert not any(map(repeats_itself, texts)), VOICE
 
 
 def test_faults_are_said_below_the_answer_and_counted():

@@ -21,7 +21,7 @@ from engine.model.weights.lora import LoRA, init_lora
 from engine.model.weights.matmul import cast_matrices, weight_types
 from engine.storage.digest import digest
 from engine.storage.gguf import save_gguf, tokenizer_metadata
-from engine.storage.model_loader import LoadedModel, load_model
+from engine.storage.model_loader import LoadedModel, check_loads, load_model
 from engine.text.corpus import Corpus
 from stages import evaluate, export
 from stages.export import compare, compare_adapter
@@ -68,8 +68,13 @@ def test_a_folder_holds_what_others_look_for(trained, tmp_path):
 def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
     out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
     output = capsys.readouterr().out
-    for words in ("writing ... ", "file.gguf, ", "llama.cpp has no name", f"--model {out}", "by at most 0.0e+00 of the"):
+    said = ("file.gguf, ", "llama.cpp has no name", f"--model {out}", "by at most 0.0e+00 of the")
+    for words in ("writing ... ", "reading it again ... ", *said):
         assert words in output
+    reports: list[tuple[int, int]] = []
+    check_loads(out, out, lambda *counts: reports.append(counts))
+    assert len(reports) > 10
+    assert reports[-1][0] == reports[-1][1] > 0
     assert re.search(r"loss +-?0\.00\d+ bits per byte by rounding .* on 1,025 tokens of python, held out\)", output)
     assert out.stat().st_size < 204_096
 

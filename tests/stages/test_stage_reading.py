@@ -342,7 +342,9 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
             assert bytes(row.tolist()) in text.read_bytes()
-    assert quick.evaluate(None) == pytest.approx(1 / np.log(2))
+    reports: list[tuple[int, int]] = []
+    assert quick.evaluate(None, lambda *counts: reports.append(counts)) == pytest.approx(1 / np.log(2))
+    assert reports == [(number, len(quick.batches)) for number in range(len(quick.batches) + 1)]  # 0 before it compiles
     windows = np.concatenate([batch.tokens for batch in quick.batches])
     for shards in (2, 7, 64):
         monkeypatch.setattr(text_data, "row_shards", lambda shards=shards: shards)
