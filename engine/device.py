@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import UserError
 from engine.files import cache_folder, remove, trust_problem, warn_of_cache, write_problem
@@ -116,6 +116,37 @@ def _check_entries() -> None:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CoreTime(NamedTuple):
+    """Seconds of the cores that this process may use, added up since the machine started: all, and those that others had."""
+
+    total: float
+    others: float
+
+
+def core_time() -> CoreTime | None:
+    """Returns the time of this process's cores so far, by /proc/stat; None where the system has none, as all but Linux.
+
+    Others are all other processes, and other virtual machines on the same processor (steal). A child counts as this process
+    once it has been waited for.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    ours, total, busy = {f"cpu{core}" for core in os.sched_getaffinity(0)}, 0, 0
+    own = sum(os.times()[:4])
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *fields = line.split()
+            if name in ours:
+                user, nice, system, idle, iowait, irq, softirq, steal = map(int, fields[:8])
+                used = user + nice + system + irq + softirq + steal
+                busy += used
+                total += used + idle + iowait
+    if not total:
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")  # a second
+    return CoreTime(total / ticks, busy / ticks - own)
 
 
 def device_name() -> str:

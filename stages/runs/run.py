@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 
 from engine.counting.hardware import peak_rss_bytes
-from engine.device import Device, return_freed_memory
+from engine.device import CoreTime, Device, core_time, return_freed_memory
 from engine.errors import UserError
 from engine.files import write_json
 from engine.format import clock_time, duration, format_bytes, quantity
@@ -50,6 +50,7 @@ RECENT = 20  # steps over which speed is averaged
 PREDICTS_AFTER = 5.0  # seconds, and as many steps: before that a step's time says little of the run's
 EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
+BUSY = 0.1  # the share of the cores that others may take without a word
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
 
     # Train.
     loop = Loop(stage, options, loop_state, console, recorder)
+    busy_note = ""
     if not options.is_over(plan, loop_state):
         saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
@@ -170,6 +172,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
         if recorder and options.shows_weights:
             recorder.begin(stage, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=str(folder))
         state, code = loop.run(state)
+        busy_note = loop.busy_note()
         console.close_live()
         if code:
             console.print(
@@ -180,6 +183,8 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
 
     # Measure, and say what came of it.
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
+    if recorder:
+        recorder.event("measure", step=loop_state.step, seconds=loop_state.seconds)
     report, peak = stage.finish(state, loop.loop_state, loop.timer.warm_rate(), before), peak_rss_bytes()
     result = report.result | {
         f"{plan.step_name}s": loop_state.step,
@@ -193,7 +198,7 @@ def _execute(options: RunOptions, stage: Stage, console: Console, recorder: "Rec
             write_json(folder / "run.json", metadata | {"result": result})
     if recorder:
         recorder.end(loop_state.step, loop_state.seconds, result)
-    _print_summary(report, plan.step_name, loop_state, peak, folder, metadata["text"]["data"], console)
+    _print_summary(report, plan.step_name, loop_state, peak, folder, metadata["text"]["data"], console, busy_note)
     return 0
 
 
@@ -227,7 +232,14 @@ def _print_plan(options: RunOptions, stage: Stage, console: Console) -> None:
 
 
 def _print_summary(
-    report: RunReport, step_name: str, loop_state: LoopState, peak: int, folder: Path, data: str, console: Console
+    report: RunReport,
+    step_name: str,
+    loop_state: LoopState,
+    peak: int,
+    folder: Path,
+    data: str,
+    console: Console,
+    busy_note: str,
 ) -> None:
     """Prints the report of a run of steps or rounds (`step_name`), and `peak`, the most bytes that it took."""
     for heading, text in report.texts:
@@ -238,6 +250,7 @@ def _print_summary(
     if loop_state.predicted:
         steps, seconds = loop_state.predicted
         trained += f" ({steps:,} in {duration(seconds)} predicted)"
+    trained += busy_note
     if loop_state.refused:
         trained += f"; {quantity(loop_state.refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
     rows = [*report.rows, ("trained", trained)]
@@ -291,6 +304,7 @@ class Loop:
         self.failure: OSError | None = None  # of a line that could not be written, which ends the run once it is saved
         for name in ("line", "log", "evaluate", "save"):  # an older checkpoint's begin with the resumed run
             loop_state.intervals.setdefault(name, (loop_state.step, loop_state.seconds))
+        self.core_time: CoreTime | None = None  # when `run` was called
         self.last_finite, self.refused_whole = loop_state, False  # before the refused steps that no other follows
 
     def run(self, state: TrainState) -> tuple[TrainState, int]:
@@ -299,6 +313,7 @@ class Loop:
         Raises UserError, with the run saved, after too many refused updates in a row or when metrics.jsonl cannot be written.
         """
         loop_state, stage, plan = self.loop_state, self.stage, self.plan
+        self.core_time = core_time()
         answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
         with signals.defer_signals(answer, self.console.print) as self.deferral, self.saver:
             self._evaluate_and_save(state)  # what a signal prevented
@@ -400,7 +415,15 @@ class Loop:
         now.predicted = now.step + round(left / step_seconds), now.seconds + left
         predicted = f"{quantity(now.predicted[0], self.plan.step_name)} in {duration(now.predicted[1])}"
         with self._noting_failure():
-            self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went")])
+            self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went{self.busy_note()}")])
+
+    def busy_note(self) -> str:
+        """Says which share of the cores others have had since `run` was called; nothing for BUSY or less, or off a CPU."""
+        begin, now = self.core_time, core_time()
+        if begin is None or now is None or self.options.device.backend != "cpu" or processes.process_count() > 1:
+            return ""
+        share = (now.others - begin.others) / max(now.total - begin.total, 1.0)
+        return f"; this machine is busy: others took {share:.0%} of its cores" if share > BUSY else ""
 
     def _show(self, important: bool) -> None:
         with self._noting_failure():

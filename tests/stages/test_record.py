@@ -96,6 +96,8 @@ def test_a_recorded_training_run(text, tmp_path):
         {**line, "seconds": 0, "tokens_per_second": 0} for line in lines
     ]
     assert [event["step"] for event in events(file, "validation")] == [20, 40]
+    assert [event["event"] for event in events(file)][-2:] == ["measure", "end"]  # what is measured may take minutes
+    assert events(file, "measure")[0]["step"] == STEPS
     norms = {step["step"]: step["grad_norm"] for step in steps}
     for frame in frames[1:]:  # the gradients are those of the step's own batch
         assert math.hypot(*frame["gradient_norms"].values()) == pytest.approx(norms[frame["step"]], rel=1e-3)

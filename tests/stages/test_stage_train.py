@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_runs import ROOT, metrics, tiny, typed
 
+from engine.device import CoreTime
 from engine.errors import UserError
 from engine.storage import checkpoint
 from engine.storage.run_folder import read_config, read_json
@@ -74,6 +75,23 @@ def test_time_boxed_run_counts_training_only(text, tmp_path, monkeypatch, capsys
     steps = [line for line in metrics(tmp_path / "run") if "learning_rate_factor" in line]  # others are of evaluations
     assert steps[-1]["learning_rate_factor"] < 0.1  # the schedule follows the time
     assert "epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("others", "is_said"), [(0.4, True), (0.1, False), (None, False)])
+def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(others, is_said, text, tmp_path, monkeypatch, capsys):
+    seconds = itertools.count(100)
+
+    def core_time() -> CoreTime | None:
+        now = 10.0 * next(seconds)
+        return None if others is None else CoreTime(now, others * now)
+
+    monkeypatch.setattr("stages.runs.run.core_time", core_time)
+    monkeypatch.setattr("stages.runs.run.PREDICTS_AFTER", 0)
+    assert train.main(tiny(text, tmp_path / "run", "--steps", 3)) == 0
+    note = "; this machine is busy: others took 40% of its cores" * is_said
+    printed = capsys.readouterr().out
+    assert re.search(rf"\npredicted +3 steps in \S+ s, as the first 2 went{note}\n", printed), printed
+    assert re.search(rf"\ntrained +3 steps in \S+ s \(3 in \S+ s predicted\){note}\n", printed), printed
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(text, tmp_path, capsys):

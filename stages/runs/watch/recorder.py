@@ -8,6 +8,7 @@ A sink takes one event, a dict that JSON can hold, whose numbers are finite or N
     frame       the weights at the start, after each of FIRST steps, after each PARTS-th of the run, and at the end: `digest` of
                 what a checkpoint holds; `changed`, elements of which a bit changed since the frame before (`changed_in` each
                 tensor), and `frozen_changed` since the start; `gradient_norms` of the step's batch; `sample`
+    measure     the last step is over, and the result is measured: no frame follows
     end         the run's `result`, and the last frame's `digest`. A run that was stopped has none
 
 A run that is watched makes frames between these too, for all sinks. A frame's `mosaic` has for each tensor, in base64, an
