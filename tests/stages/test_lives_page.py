@@ -311,11 +311,33 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
     recorded = document["lives"]["train"]
     with Watch(0) as served:
         browser.get(served.url)
+        seen = lambda: browser.find_element("tag name", "body").text
+        WebDriverWait(browser, 300, 0.05).until(lambda _: "It is seen here when it begins." in seen())
+        shown = browser.find_elements("css selector", "#bar, main")
+        assert [part.is_displayed() for part in shown] == [False, False]
+        served(recorded["begin"])
+        WebDriverWait(browser, 300, 0.05).until(lambda _: [part.is_displayed() for part in shown] == [True, True])
         assert texts(browser, "#changed-of") == ["The first frame is on its way."]
-        for event in (recorded["begin"], *recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]):
+        assert "How all figures were recorded" not in seen()
+        for event in (*recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]):
             served(event)
         WebDriverWait(browser, 300, 0.05).until(lambda _: see() == whole)
         assert "Nothing was asked" not in browser.find_element("tag name", "body").text
+
+
+def test_a_page_that_is_opened_after_the_last_step_waits_for_no_frame(browser, document):
+    """Nobody watched, and so no frame was made; the last measurement goes on."""
+    recorded, body = document["lives"]["train"], lambda: browser.find_element("tag name", "body").text
+    with Watch(0) as served:
+        for event in (recorded["begin"], *recorded["steps"], {"event": "measure", "step": 12, "seconds": 1.5}):
+            served(event)
+        browser.get(served.url)
+        WebDriverWait(browser, 300, 0.05).until(lambda _: "Step 12 was the last. The run now measures" in body())
+        assert "No frame was made: that is done while somebody watches" in body()
+        assert "on its way" not in body()
+        served(recorded["end"])
+        WebDriverWait(browser, 300, 0.05).until(lambda _: "and no longer serves this page" in body())
+        assert "on its way" not in body()
 
 
 def test_a_page_of_reinforcement_speaks_of_no_fine_tuning(browser, document):

@@ -16,9 +16,11 @@ function fill(id, lack, ...contents) {
   $(id).closest('section').hidden = !contents.length && Boolean(state.recording.live);
   $(id).replaceChildren(...(contents.length ? contents : [make('p', {className: 'absent'}, lack)]));
 }
-const lack = () => (state.recording.live ? 'The first frame is on its way.'
-  : isAnswering() ? 'Nothing was asked in this recording.'
-  : `This recording has no frame of this life: ${LIVES[chosen()].name}.`);
+function lack() {
+  if (state.recording.live) return life()?.measure || life()?.end ? SAY.unseen : 'The first frame is on its way.';
+  if (isAnswering()) return 'Nothing was asked in this recording.';
+  return `This recording has no frame of this life: ${LIVES[chosen()].name}.`;
+}
 
 // What changed, in numbers: the count, what it is of, and more.
 function counter(begin, frame) {
@@ -203,9 +205,10 @@ function drawRequests() {
 }
 
 function drawMade() {
-  const {machine, commit, date, load, versions, lives} = state.recording;
+  const {machine, commit, date, load, versions, lives, live} = state.recording;
   $('questions').replaceChildren(...questions().map(([question, answer]) =>
     make('div', {}, make('dt', {}, question), make('dd', {}, rich(answer)))));
+  if (live) return fill('made', ''); // its command is above
   fill('made', '', make('pre', {}, Object.values(lives).map((each) => each?.command ?? each?.begin?.command).filter(Boolean).join('\n')),
     make('p', {className: 'quiet'}, inline({machine, commit, date, load, versions})));
 }

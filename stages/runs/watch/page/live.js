@@ -9,6 +9,7 @@ let isOther = false; // whether more than the curves is to be drawn
 // Takes an event of the run. The page follows the newest frame unless an earlier one was chosen.
 function receive(event) {
   const {lives} = state.recording;
+  showSections();
   const list = {step: 'steps', validation: 'validation', frame: 'frames'}[event.event];
   if (event.event === 'begin') {
     const {life, stage, name, command} = event;
@@ -18,6 +19,8 @@ function receive(event) {
     document.title = `${name}, live`;
     document.querySelector('h1').textContent = `${{finetune: 'Fine-tuning', reinforce: 'Reinforcement of'}[stage] ?? 'Training'} ${name}`;
     $('about').textContent = command;
+  } else if (event.event === 'measure') {
+    $('about').textContent = `Step ${count(event.step)} was the last. The run now measures what came of it; no frame follows.`;
   } else if (event.event === 'end') {
     $('about').textContent = `The run ended at step ${count(event.step)}, at ${clock()}, and no longer serves this page. `
       + 'It shows the run until it is closed; --record FILE keeps what is seen here.';
@@ -37,11 +40,16 @@ function receive(event) {
   });
 }
 
+// Before the first event there is nothing to show below the line that says so.
+function showSections(areShown = true) {
+  $('bar').hidden = document.querySelector('main').hidden = !areShown;
+}
+
 function listen() {
   const source = new EventSource('events');
   source.onopen = () => {
     $('alert').hidden = true;
-    if (!life()?.begin) $('about').textContent = 'The run reads its data, or its program is compiled. It is seen here when it begins.';
+    if (!life()?.begin) $('about').textContent = 'The run reads its data, measures the model, or compiles its program. It is seen here when it begins.';
   };
   source.onmessage = ({data}) => {
     const event = JSON.parse(data);
@@ -61,5 +69,7 @@ function listen() {
 if (state.recording.live) {
   $('lives').hidden = $('questions').closest('section').hidden = true;
   document.querySelector('main').prepend($('curves').closest('section'));
+  document.querySelector('h1').textContent = 'A run that has not begun';
+  showSections(false);
   listen();
 }

@@ -45,6 +45,7 @@ const REINFORCEMENT = {
 };
 // Under each picture a sentence or two.
 const SAY = {
+  unseen: 'No frame was made: that is done while somebody watches, and the last step was over before this page was opened. With --record FILE a run makes frames in any case.',
   text: 'The model is given the grey words and writes on, always with the token that it finds most likely: the weights alone differ.',
   curves: 'The steps go from left to right; the dot is at the frame that is shown. Other text is never trained on; the error there, or the bits per byte (a byte is about a letter), should fall too.',
   step: 'In training, what each layer computes piles up on the way forward and is eaten in reverse order on the way back; answering keeps none of it. Both pictures have one scale. A step computes with copies of the weights with fewer digits (answering holds these alone), and the update makes new values beside the old ones: so weights and optimizer state swell within a step, and end it as large as they began.',
