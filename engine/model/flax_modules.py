@@ -58,6 +58,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        # In a scan XLA would cut what the backward pass keeps along all axes, and then gather it whole: twice the traffic.
+        x = layout.shard_rows(x)
         with jax.named_scope("attention"):
             queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
             q, k, v = self.norm_and_project(x, "attn_norm", "qkv", {"q": queries, "k": keys, "v": keys})

@@ -26,8 +26,8 @@ MESHED = pytest.mark.parametrize(("case", "mesh"), MESHES)
 PLAIN = 1_570_816  # bytes that a plain step with AdamW exchanges on all three axes
 # Of a step: its name, the case of one device with its losses, and bytes it exchanges at most, in those of a plain step.
 VARIANTS = [
-    ("adamw in pieces", "adamw", 3.1),
-    ("int8 in pieces", "int8", 3.0),
+    ("adamw in pieces", "adamw", 1.9),
+    ("int8 in pieces", "int8", 0.9),
     ("preference", "preference", 3.1),
     ("splash", "splash", 1.5),
 ]
@@ -56,11 +56,13 @@ def trained(request):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
+        "TF_CPP_MIN_LOG_LEVEL": "1",  # XLA's warnings, such as one on what it must gather whole to cut it otherwise
     }
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("mesh_cases.py"), *night], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "rematerialization" not in done.stderr, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -71,7 +73,7 @@ def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
 
 @pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
 def test_variants_are_those_of_one_device(trained, name, alone, times):
-    """On all three axes: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, a TPU's kernel."""
+    """On all three axes, and on two: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, a TPU's kernel."""
     check_as_one_device(trained, name, alone, times)
 
 
