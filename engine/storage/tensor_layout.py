@@ -154,8 +154,11 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
         count = sum(counts.values())
         stays, is_changed = ("stays as it is", "is") if count == 1 else ("stay as they are", "are")
         phrase = f"{is_changed} {change}" if change else stays
-        parts.append(f"{count:,} {phrase} ({', '.join(kind for kind, _ in counts.most_common())})")
-    return f"of {len(kinds):,} matrices " + ", ".join(parts) if parts else ""
+        phrase += f" ({', '.join(kind for kind, _ in counts.most_common())})"
+        if len(groups) == 1:
+            return f"all {count:,} matrices {phrase}"
+        parts.append(f"{count:,} {phrase}")
+    return f"of {len(kinds):,} matrices {', '.join(parts)}" if parts else ""
 
 
 def _change_of(kind: str, leaf: Any) -> str:

@@ -222,9 +222,11 @@ def test_what_becomes_of_a_files_kinds_is_said(weights, blocks, words, tmp_path)
     cfg = config.model_config(model.cfg)
     assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params)) == words
     assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params, whole=False)) == words
-    assert describe_kinds({"norm": "Q6_K"}, {"norm": np.zeros(3, "float32")}) == (
-        "of 1 matrices 1 is widened to float32 (Q6_K)"
+    two = {"a": np.zeros((3, 2), "float32"), "b": np.zeros((3, 2), "float32")}
+    assert (
+        describe_kinds({"a": "Q6_K", "b": "F32"}, two) == "of 2 matrices 1 stays as it is (F32), 1 is widened to float32 (Q6_K)"
     )
+    assert describe_kinds(dict.fromkeys(two, "F16"), two) == "all 2 matrices are widened to float32 (F16)"
     assert describe_kinds({}, model.params) == ""
 
 
