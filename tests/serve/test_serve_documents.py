@@ -94,7 +94,8 @@ def test_what_waits_for_documents_says_so(told, told_client, monkeypatch):
     step, said = told.engine.step, threading.Event()
     is_held = lambda: told.engine.running and not told.engine.waiting and not said.is_set()
     monkeypatch.setattr(told.engine, "step", lambda: time.sleep(0.01) or [] if is_held() else step())
-    with told_client.stream("POST", "/v1/chat/completions", json=say(QUESTION, stream=True)) as reply:
+    question = f"{QUESTION} {'Please. ' * 20}"  # longer than what the prefix cache and one chunk give
+    with told_client.stream("POST", "/v1/chat/completions", json=say(question, stream=True)) as reply:
         lines = reply.iter_lines()
         assert any(re.fullmatch(r": reading \d+ of \d+ tokens, \d+ of documents", line) for line in lines)
         said.set()
