@@ -23,7 +23,7 @@ from engine.counting.hardware import (
 )
 from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
 from engine.counting.params import TrainablePaths, all_trainable, count_params
-from engine.format import duration, format_bytes, quantity
+from engine.format import duration, format_bytes, format_count, quantity
 from engine.mesh import processes
 from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
@@ -219,5 +219,5 @@ def memory_estimate(plan: RunPlan, needed: int) -> str:
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )
     if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
-        phrase += f"; {format_bytes(needed + saved + plan.process_bytes)} in all with Python and JAX"
+        phrase += f"; {format_count(needed + saved + plan.process_bytes)}B in all with Python and JAX"
     return phrase

@@ -97,6 +97,15 @@ def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
         assert error in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("total", [1_057_000_000, 949_600_000, 9_944_000_000])
+def test_the_memory_in_all_is_printed_to_three_figures(total):
+    """Promise T14 holds a run's peak to what is printed: 1.057 GB as `1.1 GB` would be 4% of its 15."""
+    plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
+    phrase = estimate.memory_estimate(plan, total - plan.memory.saved - plan.process_bytes)
+    printed, unit = re.search(r"([\d.]+) ([MG]B) in all with Python", phrase).groups()
+    assert float(printed) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(total, rel=0.005)
+
+
 def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
     mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
