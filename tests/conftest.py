@@ -14,7 +14,7 @@ from tiny import lively_params, tiny_config
 hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
 hypothesis.settings.load_profile("thrice")
 
-pytest_plugins = ["workers"]
+pytest_plugins = ["interrupts", "workers"]
 
 LONGEST = (
     "test_many_processes.py",
