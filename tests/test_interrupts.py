@@ -36,16 +36,19 @@ def test_a_run_in_the_background_ends_with_all_it_started(workers, wait, tmp_pat
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTEST_PLUGINS": "xdist",
     }
+    started: list[int] = []
     with subprocess.Popen([*map(str, words)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
         try:
             until(lambda: (tmp_path / "waiting").exists() or run.poll() is not None)
-            started = [int(number) for number in (tmp_path / "waiting").read_text().split()]
+            started += [int(number) for number in (tmp_path / "waiting").read_text().split()]
             run.send_signal(signal.SIGINT)
             printed = run.communicate(timeout=PATIENCE)[0].decode()
+            assert run.returncode == pytest.ExitCode.INTERRUPTED, printed
+            until(lambda: not any(is_running(pid) for pid in started))
         finally:
             run.kill()
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, printed
-    until(lambda: not any(is_running(pid) for pid in started))
+            for pid in filter(is_running, started):
+                os.kill(pid, signal.SIGKILL)
 
 
 def until(happened):
