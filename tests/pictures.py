@@ -40,7 +40,7 @@ def chat(chrome, _: Path) -> None:
         while "Ctrl-C" not in output:
             output += server.stdout.readline()
         chrome.get(re.findall(r"page +(\S+)", output)[0])
-        until = WebDriverWait(chrome, 120).until
+        until = WebDriverWait(chrome, 300).until
         until(lambda _: chrome.find_element("id", "ask")).send_keys(QUESTION + "\n")
         until(lambda _: "tokens/s" in chrome.find_element("css selector", "main").text)
         save(chrome, "chat")

@@ -21,7 +21,7 @@ def test_waits():
     WAIT
 """
 IGNORES_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-PATIENCE = 120  # seconds: without the handler it would be fifteen minutes
+PATIENCE = 300  # seconds: without the handler it would be fifteen minutes
 
 
 @pytest.mark.parametrize(

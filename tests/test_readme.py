@@ -186,7 +186,7 @@ def serve(words: list[str], folder: Path) -> None:
             assert line, output
         url = re.findall(r"page +(\S+)", output)[0]
         headers = {"content-type": "application/json"}
-        replies = [httpx.post(url + path, content=body, headers=headers, timeout=120) for path, body in CURLS]
+        replies = [httpx.post(url + path, content=body, headers=headers, timeout=300) for path, body in CURLS]
         server.send_signal(signal.SIGTERM)
         server.communicate()
     assert server.returncode == 0

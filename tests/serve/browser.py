@@ -38,7 +38,7 @@ class Visit:
             " ? '' : it.id || it.textContent"
         )
 
-    def until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
+    def until(self, true: Callable[[], Any], seconds: float = 300) -> Any:
         return WebDriverWait(self.chrome, seconds, 0.02).until(lambda _: true())
 
     def text(self, css: str) -> str:

@@ -62,7 +62,7 @@ class Started:
         return re.findall(r"page +(\S+)", self.output)[0]
 
     def ends(self):
-        self.output += self.process.communicate(timeout=120)[0]
+        self.output += self.process.communicate(timeout=300)[0]
         return self.process.returncode
 
     def __enter__(self) -> Self:

@@ -22,7 +22,7 @@ def locked(tiny: TinyServer, key: str) -> Iterator[int]:
     http, port, serving = asyncio.run_coroutine_threadsafe(tiny.listen((key,)), tiny.loop).result(30)
     yield port
     http.should_exit = True
-    asyncio.run_coroutine_threadsafe(asyncio.wait_for(serving, 30), tiny.loop).result(30)
+    asyncio.run_coroutine_threadsafe(asyncio.wait_for(serving, 300), tiny.loop).result(300)
 
 
 def test_an_answer_streams_and_says_what_it_cost(visit):
@@ -234,7 +234,7 @@ def test_the_keyboard_is_enough(visit):
 
 
 def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(browser, tiny_server):
-    until = lambda true: WebDriverWait(browser, 120).until(lambda _: true())
+    until = lambda true: WebDriverWait(browser, 300).until(lambda _: true())
     find = lambda id: browser.find_element("id", id)
     with locked(tiny_server, "secret") as port:
         browser.get(f"http://127.0.0.1:{port}/")

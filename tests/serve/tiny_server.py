@@ -74,7 +74,7 @@ class TinyServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._started.wait(120)
+        assert self._started.wait(300)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,7 +92,7 @@ class TinyServer:
         return Client(**{"base_url": self.url, "timeout": 300, "verify": False, **options})
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), 120)
+        return socket.create_connection(("127.0.0.1", self.port), 300)
 
     def raw(self, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
         """The status and all of the reply to a request written by hand."""
@@ -191,7 +191,7 @@ def read_all(connection: socket.socket) -> bytes:
     return content
 
 
-def until(true: Callable[[], Any], seconds: float = 120.0) -> bool:
+def until(true: Callable[[], Any], seconds: float = 300.0) -> bool:
     """Waits until it is true, and says whether it came to be. The limit is for what never comes, not for what is slow."""
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:

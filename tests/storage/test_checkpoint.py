@@ -331,7 +331,7 @@ def test_only_folders_named_by_a_number_are_checkpoints(tmp_path, monkeypatch):
 def held(monkeypatch):
     """An event that each write of files waits for."""
     event, write = threading.Event(), checkpoint.write_files
-    monkeypatch.setattr(checkpoint, "write_files", lambda *args: (event.wait(60), write(*args)))
+    monkeypatch.setattr(checkpoint, "write_files", lambda *args: (event.wait(300), write(*args)))
     yield event
     event.set()
 
@@ -341,7 +341,7 @@ def begin(saver: BackgroundSaver, step: int) -> None:
 
 
 def until_written(saver: BackgroundSaver) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while saver.poll():
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -391,7 +391,7 @@ def test_a_failure_is_raised_at_the_next_step_or_at_the_end(tmp_path, monkeypatc
     held = threading.Event()
 
     def refuse(*_):
-        held.wait(60)
+        held.wait(300)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "write_files", refuse)

@@ -181,7 +181,7 @@ def test_a_worker_left_alone_ends():
     start = {"path": [p for p in sys.path if p], "source": "ok", "variables": {}, "now": "2026-01-01T00:00:00"}
     process.stdin.write(json.dumps(start).encode() + b"\n")
     process.stdin.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stdout is not None
     process.stdout.close()
 
