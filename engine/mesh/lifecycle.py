@@ -3,8 +3,9 @@
 JAX's coordination service, in process 0, holds their heartbeats and a key-value store. A process that ends says why under a key
 that all others wait for, so they end within a second, with its exit code. One that is killed says nothing. Its peers'
 collectives fail, which becomes one sentence and the code RESTART; or JAX aborts them first (134): at once where process 0 is
-gone, and after HEARTBEAT seconds where another is. JAX's `missed_heartbeat_callback`, which would come before the abort, aborts
-too: it gets an argument that has no type in Python (seen in jaxlib 0.12). So whoever starts a run again treats both codes alike.
+gone, and after HEARTBEAT seconds where another is. JAX's `missed_heartbeat_callback`, which would come before the abort,
+aborts too: it gets an argument that has no type in Python (seen in jaxlib 0.12). So whoever starts a run again treats both
+codes alike.
 
 This file loads without JAX, whose key-value store has no public name.
 """
