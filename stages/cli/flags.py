@@ -16,6 +16,8 @@ from engine.mesh import lifecycle, processes
 from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli.console import Console
 
+# A name that can be a segment of a URL. Clients fold `.` and `..` away, so what has such a name could not be asked for.
+PLAIN_NAME = r"(?!\.{1,2}$)[A-Za-z0-9_.:-]+"
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -60,6 +62,21 @@ def interval(text: str) -> int | float:
         return seconds(text)
     except ValueError:
         raise ValueError(f"wanted steps, such as 200, or a duration, such as 30s or 5m, got {text!r}") from None
+
+
+def plain_name(text: str) -> str:
+    """Parses a name that can be a segment of a URL."""
+    if not re.fullmatch(PLAIN_NAME, text):
+        raise ValueError(f"wanted a name of letters, digits, and _ . : -, and not . or .. alone, got {text!r}")
+    return text
+
+
+def model_names(text: str) -> str:
+    """Checks names with commas between them, as of --name; each may have slashes between plain names, as ORG/NAME."""
+    for name in text.split(","):
+        for part in name.strip().split("/") if name.strip() else ():
+            plain_name(part)
+    return text
 
 
 def parser(parse: Callable[[str], Any], metavar: str) -> Any:

@@ -28,10 +28,12 @@ from stages.cli.flags import (
     VerboseFlag,
     default,
     integer,
+    model_names,
     number,
     one_of,
     parser,
     path,
+    plain_name,
 )
 
 DTYPES = ("bfloat16", "float32", "int8")
@@ -54,8 +56,10 @@ def _root_path(text: str) -> str:
 
 def _adapter(text: str) -> tuple[str, Path]:
     """Returns the name, empty without one, and the folder."""
-    name, _, folder = text.partition("=") if re.match(r"[\w.:-]+=", text, re.A) else ("", "", text)
-    return name, path(folder)
+    if not re.match(r"[\w.:-]+=", text, re.A):
+        return "", path(text)
+    name, _, folder = text.partition("=")
+    return plain_name(name), path(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ class ServeFlags:
     template: TemplateFlag = None
     documents: DocumentsFlag = None
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)
-    name: Annotated[str | None, parser(str, "NAME,..."), default("the model's")] = None
+    name: Annotated[str | None, parser(model_names, "NAME,..."), default("the model's")] = None
     """Names by which clients ask for the model; `default` always works too."""
     host: Annotated[str, parser(str, "ADDRESS")] = "127.0.0.1"
     """The address to listen on. One that others can reach needs an API key."""

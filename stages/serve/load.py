@@ -33,7 +33,7 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.documents import Documents
 from engine.text.template import read_template
 from stages.cli.console import Console
-from stages.cli.flags import choose_sampling
+from stages.cli.flags import PLAIN_NAME, choose_sampling
 from stages.serve.adapters import read
 from stages.serve.state import ServerState
 
@@ -116,7 +116,7 @@ def load_state(
             model = load_model(model_name, report=report, on_config=on_config, blocks=blocks)
         console.print_notes(*model.notes)
         own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
-        names = names or [own_name or "model"]
+        names = names or [own_name if re.fullmatch(PLAIN_NAME, own_name) else "model"]
         if taken := [name for name, _ in adapters if name in names]:
             raise UserError(f"{taken[0]} is the model's own name: give the adapter another, or the model by --name.")
         now = datetime.datetime.now().isoformat(timespec="seconds")

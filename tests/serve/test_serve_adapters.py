@@ -32,6 +32,7 @@ from engine.storage.adapter import CONFIG, WEIGHTS, base_digest, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.cli.console import Console
+from stages.cli.flags import model_names, plain_name
 from stages.export import main as export
 from stages.serve.__main__ import ServeFlags
 from stages.serve.load import CompileAhead, load_state
@@ -257,8 +258,12 @@ def test_names_and_keys_are_checked(client, server):
     assert "already" in refused(add(client, "sea", "sea"), 409)["message"]
     for name in ("tiny", "default"):
         assert "model itself" in refused(add(client, name, "sea"), 409)["message"]
-    for name in ("", "a b", "a/b", "a" * 65):
+    for name in ("", "a b", "a/b", "a" * 65, ".", "..", "../sea", "a\n", "..\n", "a\0", "a?b", "a%2fb", "é"):
         assert refused(add(client, name, "sea"))["param"] == "name"
+    for name in ("...", ".a", "a..", "a" * 64):  # which a client asks for as they are written
+        good(add(client, name, "sea"))
+        assert good(client.get(f"/v1/models/{name}"))["id"] == name
+        good(client.delete(f"/v1/adapters/{name}"))
     refused(client.delete("/v1/adapters/tiny"), 404)
     refused(client.delete("/v1/models/sea"), 405)
     with server.client() as stranger:
@@ -270,6 +275,20 @@ def test_a_server_without_a_folder_for_adapters_takes_none(tiny_server):
     with tiny_server.client() as client:
         assert "--adapter-folder" in refused(add(client, "sea", "sea"), 403)["message"]
         refused(client.delete("/v1/adapters/sea"), 404)
+
+
+def test_names_by_flags_can_be_segments_of_a_url():
+    """A model's may have several: /v1/models/ORG/NAME."""
+    for name in ("a.b", "...", "a:1", "-"):
+        assert plain_name(name) == name
+    for name in ("", ".", "..", "a/b", "a b", "a\n", "..\n", "\0", "é"):
+        with pytest.raises(ValueError, match="wanted a name of letters, digits"):
+            plain_name(name)
+    for names in ("gpt-5, anthropic/claude:1", "a,,b,", ""):
+        assert model_names(names) == names
+    for names in ("a,..", "a/../b", "a//b", "/a", "a/", "a b", "a\nb", "a?b", "a#b", "a%20b", "a\\b"):
+        with pytest.raises(ValueError, match="wanted a name of letters, digits"):
+            model_names(names)
 
 
 @pytest.mark.parametrize(

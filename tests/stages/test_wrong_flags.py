@@ -173,6 +173,8 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--price -1", "--price"),
         ("--queue -1", "--queue"),
         ("--log loud", "--log"),
+        ("--adapter ..=short.txt", r"--adapter: wanted a name of letters, .*not \. or \.\. alone, got '\.\.'"),
+        ("--name a,b/../c", r"--name: wanted a name of letters, .* got '\.\.'"),
         *((f"--allow-origin {origin}", "--allow-origin") for origin in ("*", "null", "app.example", "https://app.example/x")),
     ],
 }

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
+from stages.cli.flags import PLAIN_NAME
 from stages.serve.api.anthropic import claude_model, claude_models
 from stages.serve.api.completions import DefaultSampling
 from stages.serve.api.generation import Answer
@@ -43,7 +44,7 @@ class ModelList(msgspec.Struct):
 class AdapterRequest(ModelRequest, kw_only=True):
     """POST /v1/adapters. `folder`: the adapter's, from the server's folder for them. `name`: by which requests ask for it."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$(?!\n)")]
+    name: Annotated[str, Meta(pattern=rf"^{PLAIN_NAME}$(?!\n)", max_length=64)]
     folder: Annotated[str, Meta(min_length=1, max_length=512)]
 
 
