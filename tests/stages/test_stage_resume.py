@@ -176,6 +176,18 @@ def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, t
     assert ("\nchanged: what is in the validation data\n" in printed) == (why != "damage")
 
 
+@pytest.mark.parametrize("state", [{}, {"step": 7, "seconds": 1.0}, {"step": "20", "seconds": None}, None])
+def test_a_state_that_is_not_that_of_its_step_is_refused(trained, text, tmp_path, failing, state):
+    """Whoever makes a run folder makes its manifests right."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    file = run / "checkpoints" / "20" / "state.json"
+    write_json(file, read_json(file) | {"state": state})
+    (file.parent / manifest.NAME).unlink()
+    manifest.write_manifest(file.parent)
+    error = failing(train.main, tiny(text, run, "--steps", 30, "--tokenizer", "bpe:300", "--context", 64))
+    assert f"{file} is damaged: it does not say the state of a run at step 20." in error
+
+
 def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text, tmp_path, failing, capsys):
     folder = tmp_path / "run"
     words = tiny(text, folder, "--steps", 2)
