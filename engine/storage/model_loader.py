@@ -34,7 +34,7 @@ from engine.storage.adapter import (
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
-from engine.storage.run_weights import PACKED, check_arrays, check_factors
+from engine.storage.run_weights import PACKED, TRAINED_BLOCKS, check_arrays, check_factors
 from engine.storage.tensor_layout import StoredModel, block_leaves, file_kinds, read_leaf, read_params
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
@@ -191,7 +191,8 @@ def load_model(
         return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling, kinds=kinds)
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
-    check = functools.partial(check_arrays, cfg, None)
+    trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
+    check = functools.partial(check_arrays, cfg, trained_blocks=trained_blocks if isinstance(trained_blocks, list) else None)
     arrays = checkpoint_reader.peek_arrays(location.path, check)
     packed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name.startswith(PACKED)}
     planned = _with_blocks(cfg, packed)
@@ -350,7 +351,7 @@ def _read_adapter(cfg: ModelConfig, location: Location, base: Callable[[], str])
     if location.run:
         base_name, trained_on, lora = read_adapter_record(location.run)
         check_base(location.path, base, trained_on, base_name)
-        loaded = checkpoint_reader.load_params(location.path, functools.partial(check_arrays, cfg, lora))
+        loaded = checkpoint_reader.load_params(location.path, functools.partial(check_arrays, cfg, lora=lora))
         return build_adapter(lora, loaded.params), loaded.path, _damage(loaded)
     folder = location.path
     note = f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed"

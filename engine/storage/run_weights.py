@@ -4,7 +4,7 @@ A manifest tells damage, and not who wrote the files: whoever makes a run folder
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, factors_shape, has_finite_factors
 from engine.untrusted import quote
 
+TRAINED_BLOCKS = "trained_blocks"  # in run.json: the paths of weights in blocks whose factors trained
 PACKED = "packed/"  # before the path of a weight in blocks
 FLOAT32 = ("float32",)
 OF_MATRICES = ("float32", "bfloat16")  # the latter where a model was loaded in it, and they stayed frozen
@@ -28,11 +29,14 @@ class ExpectedArray(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-def expected_arrays(cfg: ModelConfig, lora: LoraConfig | None, arrays: Mapping[str, Any]) -> dict[str, ExpectedArray]:
+def expected_arrays(
+    cfg: ModelConfig, arrays: Mapping[str, Any], lora: LoraConfig | None, trained_blocks: Collection[str] | None
+) -> dict[str, ExpectedArray]:
     """Returns what the params of a checkpoint should hold, by path.
 
     Of a LoRA run these are the pairs, else all weights of the model. `arrays`: what is there, each with a shape; it tells which
-    matrices are in blocks, of which kind, and whether their factors trained.
+    matrices are in blocks, and of which kind. `trained_blocks`: the paths of those whose factors trained; None where the run
+    does not tell, as those of earlier versions.
     """
     # A config may claim any number of layers. One more than there are arrays is missing an array, and takes no time to list.
     cfg = dataclasses.replace(cfg, layers=min(cfg.layers, len(arrays) + 1))
@@ -48,7 +52,7 @@ def expected_arrays(cfg: ModelConfig, lora: LoraConfig | None, arrays: Mapping[s
         block_bytes = packed.shape[-1] if packed.shape and packed.shape[-1] in KINDS.values() else KINDS["Q8_0"]
         blocks = -(-columns // COLUMNS), inputs // GROUP, block_bytes
         expected[PACKED + path] = ExpectedArray(blocks, ("uint8",))
-        if path in arrays:
+        if path in (arrays if trained_blocks is None else trained_blocks):
             expected[path] = ExpectedArray(factors_shape(blocks), FLOAT32)
     return expected
 
@@ -63,9 +67,16 @@ def _adapter_arrays(cfg: ModelConfig, lora: LoraConfig) -> dict[str, ExpectedArr
     return expected
 
 
-def check_arrays(cfg: ModelConfig, lora: LoraConfig | None, checkpoint: Path, arrays: Mapping[str, Any]) -> None:
+def check_arrays(
+    cfg: ModelConfig,
+    checkpoint: Path,
+    arrays: Mapping[str, Any],
+    *,
+    lora: LoraConfig | None = None,
+    trained_blocks: Collection[str] | None = None,
+) -> None:
     """Raises UserError unless arrays, each with a shape and a dtype, are by path those of `expected_arrays`."""
-    expected = expected_arrays(cfg, lora, arrays)
+    expected = expected_arrays(cfg, arrays, lora, trained_blocks)
     faults = []
     for path, (shape, dtypes) in expected.items():
         array = arrays.get(path)

@@ -29,7 +29,7 @@ from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import adapter_origin, load_model, model_name
 from engine.storage.run_folder import ADAPTER
-from engine.storage.run_weights import check_arrays
+from engine.storage.run_weights import TRAINED_BLOCKS, check_arrays
 from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.freeze import select_trainable
@@ -121,6 +121,8 @@ class ModelStage(Stage):
                 others = {at: leaf for at, leaf in leaf_paths(frozen).items() if not isinstance(leaf, Blocks)}
                 self.frozen_as_loaded = unflatten(others | packed)
                 if self.in_blocks:
+                    in_blocks = [path for path, leaf in leaf_paths(trainable).items() if isinstance(leaf, Blocks)]
+                    self.metadata[TRAINED_BLOCKS] = in_blocks
                     trainable, frozen = round_while_training(trainable, frozen)
                 self.trainable, self.frozen = cast_matrices(trainable, "float32"), cast_matrices(frozen, plan.cfg.dtype)
         source, name, revision = self.name, self.model.name, self.model.checkpoint
@@ -174,7 +176,8 @@ class ModelStage(Stage):
         ]
 
     def load_trained(self, step: int) -> Any:
-        check = functools.partial(check_arrays, self.plan.cfg, self.lora)
+        trained_blocks = self.metadata.get(TRAINED_BLOCKS)
+        check = functools.partial(check_arrays, self.plan.cfg, lora=self.lora, trained_blocks=trained_blocks)
         params = load_params(self.folder / "checkpoints" / str(step), check).params
         return place(build_adapter(self.lora, params) if self.lora else self.from_saved(params))
 

@@ -13,6 +13,7 @@ from engine.model.native.library import native_problem, target
 A, B, G, H, K, N, P, R, S, T, U = 3, 2, 2, 4, 3, 6, 6, 3, 9, 8, 5
 COLUMNS, GROUPS, ROWS, WIDTH = 32, 2, 3, 64  # of a weight in blocks: 2 strips of 16 columns, and 2 groups of 32 inputs
 
+REFUSAL = (ValueError, jax.errors.JaxRuntimeError)  # of JAX's quick way to a program, and of its other
 Shape = tuple[str, tuple[int, ...]]
 
 
@@ -93,7 +94,7 @@ def test_no_buffer_may_be_of_other_dimensions(kernel_name):
     for at, shape in enumerate(buffers):
         for changed in changes(shape):
             others = (*buffers[:at], changed, *buffers[at + 1 :])
-            with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*the kernel requires"):
+            with pytest.raises(REFUSAL, match=r"INVALID_ARGUMENT.*the kernel requires"):
                 call(name, [*map(zeros, others[: len(arguments)])], others[len(arguments) :])
 
 
@@ -101,7 +102,7 @@ def test_no_buffer_may_be_of_other_dimensions(kernel_name):
 def test_no_buffer_may_be_missing(kernel_name):
     name, arguments, results = KERNELS[kernel_name]
     for count in range(len(arguments)):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*the kernel requires"):
+        with pytest.raises(REFUSAL, match=r"INVALID_ARGUMENT.*the kernel requires"):
             call(name, [*map(zeros, arguments[:count])], results)
 
 
@@ -124,5 +125,5 @@ def test_no_index_may_lie_outside_of_a_buffer(kernel_name, at, values):
     name, arguments, results = KERNELS[kernel_name]
     arrays = [*map(zeros, arguments)]
     arrays[at] = np.array(values, np.int32)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*the kernel requires"):
+    with pytest.raises(REFUSAL, match=r"INVALID_ARGUMENT.*the kernel requires"):
         call(name, arrays, results)

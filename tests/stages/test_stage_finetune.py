@@ -272,6 +272,8 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp
         assert shapes[path].packed.shape == leaf.packed.shape
         assert (leaf.packed[..., :end] == former[..., :end]).all()
         assert (leaf.packed[..., end:] != former[..., end:]).any() == (not choice or path.startswith("blocks/1/")), path
+    trained_blocks = [path for path in leaves if not choice or path.startswith("blocks/1/")]
+    assert sorted(json.loads((folder / "run.json").read_text())["trained_blocks"]) == sorted(trained_blocks)
     examples = prepare_conversations(str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()).held_out
     evaluator = held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, 32)
     for params, measured in ((before.params, losses["before"]), (model.params, losses["after"])):
