@@ -22,10 +22,10 @@ MAX_DEPTH = 100  # of a schema
 MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile it grows with the square
 # Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them ends it.
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
+# The formats of strings that are enforced. JSON Schema lets any other be a note for people, as OpenAPI's `password` is.
+FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
 # JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced, and a model may write
 # line ends for ever.
-# The formats of texts that are enforced. JSON Schema lets any other be a note for people, as in OpenAPI's `password`.
-FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 

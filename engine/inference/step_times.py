@@ -13,7 +13,9 @@ class RunningProgram(NamedTuple):
 
 
 class StepTimes:
-    """The times of an engine's programs, compilation not counted. The engine's thread writes them, and any may read.
+    """The times of an engine's programs. The engine's thread writes them, and any thread may read them.
+
+    A program that `Engine.warm` has not compiled is compiled in its first run, which counts.
 
     `running`: None between two steps of the engine. `changed`: when a program last began or ended, by time.monotonic.
     """
@@ -41,8 +43,10 @@ class StepTimes:
         self._longest_step[running.name] = max(seconds / running.steps, self._longest_step.get(running.name, 0.0))
 
     def longest(self, running: RunningProgram) -> float | None:
-        """Returns the seconds of the longest run of a program so far, or of as many of its longest steps if they are more; None
-        for one that has not run yet."""
+        """Returns the seconds that a run has taken at most so far; None for a program that has not run yet.
+
+        Of runs of fewer steps the longest step counts, times the steps of the run that is asked about.
+        """
         seconds = self._longest.get(running.name)
         if seconds is None:
             return None
