@@ -29,9 +29,9 @@ Listener = Callable[[Event], None]
 
 
 class Wait(msgspec.Struct):
-    """What the engine is waited for: the program that it runs, if any, and since how many seconds it has given no sign of life.
+    """The program that the engine runs, if any, and for how many seconds the engine has given no sign of life.
 
-    It counts as stuck after `stuck_after` of them, which follow from the longest run of that program so far.
+    It counts as stuck after `stuck_after` seconds, which follow from the longest run of that program so far.
     """
 
     program: str | None

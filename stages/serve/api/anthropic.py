@@ -67,7 +67,7 @@ class TurnBlock(Fields):
 
     @property
     def plain_text(self) -> str:
-        """The text, or a document with what is said of it before it, and an empty line after it."""
+        """The text; or a document, with its title and context before it and an empty line after it."""
         if not self.source:
             return self.text
         parts = [self.title, self.context, self.source.data, join_text(self.source.content)]
@@ -77,6 +77,10 @@ class TurnBlock(Fields):
 class InputTurn(Fields):
     role: Literal["user", "assistant"]
     content: str | Annotated[list[TurnBlock], Meta(max_length=256)]
+
+    @property
+    def has_thoughts(self) -> bool:
+        return not isinstance(self.content, str) and any(block.is_thought for block in self.content)
 
     @property
     def turns(self) -> list[Turn]:
@@ -115,7 +119,7 @@ class ToolChoice(Fields):
 
 
 class Thinking(Fields):
-    """How much the model shall think; it changes nothing."""
+    """How much the model is to think, which changes no answer here."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = None
@@ -139,8 +143,7 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
         names = super().ignored
         if self.thinking and self.thinking.type != "disabled":
             names.append("thinking")
-        contents = [turn.content for turn in self.messages if isinstance(turn.content, list)]
-        if any(block.is_thought for content in contents for block in content):
+        if any(turn.has_thoughts for turn in self.messages):
             names.append("messages.thinking")
         return names
 
@@ -291,8 +294,8 @@ async def count_tokens(call: Call[CountTokensRequest]) -> CountTokensReply:
     return CountTokensReply(len((await call.body.prompts(call)).tokens[0]))
 
 
-class ClaudeModel(msgspec.Struct, kw_only=True):
-    """A served model as Anthropic describes one. Both numbers are the tokens of prompt and completion together."""
+class AnthropicModel(msgspec.Struct, kw_only=True):
+    """A served model as Anthropic describes one. Both maxima are those of the prompt and its completion together."""
 
     type: Literal["model"] = "model"
     id: str
@@ -303,23 +306,23 @@ class ClaudeModel(msgspec.Struct, kw_only=True):
     max_tokens: int
 
 
-class ClaudeModels(msgspec.Struct):
-    """All of them, in one page."""
+class AnthropicModels(msgspec.Struct):
+    """All served models, in one page."""
 
-    data: list[ClaudeModel]
+    data: list[AnthropicModel]
     first_id: str
     last_id: str
     has_more: bool = False
 
 
-def claude_model(state: ServerState, name: str) -> ClaudeModel:
+def anthropic_model(state: ServerState, name: str) -> AnthropicModel:
     created_at = datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
     capacity = state.engine.capacity
-    return ClaudeModel(
+    return AnthropicModel(
         id=name, display_name=name, created_at=created_at.isoformat(), max_input_tokens=capacity, max_tokens=capacity
     )
 
 
-def claude_models(state: ServerState) -> ClaudeModels:
+def anthropic_models(state: ServerState) -> AnthropicModels:
     names = state.served_names
-    return ClaudeModels([claude_model(state, name) for name in names], names[0], names[-1])
+    return AnthropicModels([anthropic_model(state, name) for name in names], names[0], names[-1])

@@ -8,7 +8,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from stages.cli.flags import PLAIN_NAME
-from stages.serve.api.anthropic import claude_model, claude_models
+from stages.serve.api.anthropic import anthropic_model, anthropic_models
 from stages.serve.api.completions import DefaultSampling
 from stages.serve.api.generation import Answer
 from stages.serve.api.requests import Call, ModelRequest, json_reply
@@ -55,7 +55,7 @@ class AdapterReply(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """Whether requests are answered, or why not. `wait`: what the engine is waited for."""
+    """Whether requests are answered, or why not. `wait`: for what the engine is waited, and how long."""
 
     status: Status
     running: int
@@ -88,7 +88,7 @@ class Attestation(msgspec.Struct, kw_only=True):
 async def list_models(call: Call) -> Answer[ModelList]:
     """The models that are served; as Anthropic describes them to a request with the header anthropic-version."""
     if ANTHROPIC_HEADER in call.http.headers:
-        return json_reply(claude_models(call.state))
+        return json_reply(anthropic_models(call.state))
     return json_reply(ModelList([model_card(call.state, name) for name in call.state.served_names]))
 
 
@@ -96,7 +96,7 @@ async def retrieve_model(call: Call) -> Answer[ModelCard]:
     """The model of that name; as Anthropic describes it to a request with the header anthropic-version."""
     name = call.state.find_model(call.http.path_params["model"]).name
     if ANTHROPIC_HEADER in call.http.headers:
-        return json_reply(claude_model(call.state, name))
+        return json_reply(anthropic_model(call.state, name))
     return json_reply(model_card(call.state, name))
 
 
