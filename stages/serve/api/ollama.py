@@ -3,6 +3,7 @@
 import datetime
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -12,9 +13,8 @@ from starlette.responses import Response
 
 from engine.counting.params import count_params
 from engine.errors import InvalidField
-from engine.inference.request import LogProb
 from engine.model.weights.matmul import weight_types
-from stages.serve.api.completions import TokenLogProb, Tools, TopLogProb
+from stages.serve.api.completions import TokenLogProb, Tools, token_logprob
 from stages.serve.api.generation import (
     MAX_COMPLETIONS,
     Answer,
@@ -96,9 +96,9 @@ class OptionNames(msgspec.Struct):
 
 
 class OllamaFields(AnswerRequest, dict=True):
-    """The fields of all requests for something of a model's.
+    """The fields that requests for an answer and for embeddings share.
 
-    `unknown_options`, which is none of the fields: names of options that have no meaning here.
+    `unknown_options`: names of options that have no meaning here. It is not a field of the body.
     """
 
     unknown_options: ClassVar[Sequence[str]] = ()
@@ -120,7 +120,8 @@ class OllamaFields(AnswerRequest, dict=True):
 class OllamaRequest(OllamaFields):
     """The fields of /api/chat and /api/generate. `format`: json, or a JSON schema that the answer satisfies.
 
-    `truncate` and `shift` ask that a text is cut where the context is full; here it is refused, or ends.
+    `truncate` allows that a prompt longer than the context is cut, and `shift` that an answer goes on when the context is full.
+    Neither is done here: the prompt is refused, and the answer ends.
     """
 
     stream: bool | None = True
@@ -139,9 +140,9 @@ class OllamaRequest(OllamaFields):
         return [*super().ignored, *(name for name in ("truncate", "shift") if getattr(self, name))]
 
     def check(self, call: Call) -> None:
-        """Finds the options that are not known. Raises InvalidField for fields that do not go together, and for thinking."""
+        """Sets `unknown_options`. Raises InvalidField for fields that do not go together, and for thinking."""
         self.find_unknown_options(call.content)
-        if self.think:  # in Ollama's words, by which clients know that they are to ask without
+        if self.think:  # in Ollama's words, by which clients know that they are to ask again without it
             raise InvalidField("think", f'"{self.model}" does not support thinking: leave think out, or send false.')
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
@@ -151,7 +152,7 @@ class OllamaRequest(OllamaFields):
 
         What is served here is loaded, and stays so.
         """
-        call.state.admission.release()  # of the place that a Generation would hold
+        call.state.admission.release()  # the place that a Generation would hold
         is_zero = re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)) is not None
         reply = OllamaWriter(call, is_chat).loaded("unload" if is_zero else "load")
         return json_reply(reply, headers=ignored_header(self.ignored))
@@ -243,7 +244,9 @@ class OllamaWriter(Writer):
     media, last = "application/x-ndjson", b""
 
     def __init__(self, call: Call, is_chat: bool) -> None:
-        self._model, self._is_chat, self._tokenizer = call.model.name, is_chat, call.state.tokenizer.tokenizer
+        self._model = call.model.name
+        self._is_chat = is_chat
+        self._tokenizer = call.state.tokenizer.tokenizer
         self._reason: Reason | None = None
         self._calls: list[ToolCall] = []  # a stream has each whole, at its end
 
@@ -285,15 +288,10 @@ class OllamaWriter(Writer):
         return OllamaReply(model=self._model, created_at=datetime.datetime.now(datetime.UTC), **form, **end)
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        return {"logprobs": list(map(self._token_logprob, piece.logprobs))} if piece.logprobs else {}
-
-    def _token_logprob(self, logprob: LogProb) -> TokenLogProb:
-        top = [TopLogProb(*self._shown(token, nats)) for token, nats in logprob.top]
-        return TokenLogProb(*self._shown(logprob.token, logprob.logprob), top)
-
-    def _shown(self, token: int, nats: float) -> tuple[str, float, list[int]]:
-        text, content = token_text(self._tokenizer, token)
-        return text, nats, list(content)
+        if not piece.logprobs:
+            return {}
+        text_of = partial(token_text, self._tokenizer)
+        return {"logprobs": [token_logprob(logprob, text_of) for logprob in piece.logprobs]}
 
     def _end(self, usage: Usage) -> dict[str, Any]:
         first, total = (round(seconds * 1e9) for seconds in (usage.first_seconds, usage.seconds))
@@ -334,7 +332,7 @@ async def ollama_generate(call: Call[OllamaGenerateRequest]) -> Answer[OllamaRep
 
 
 class EmbedRequest(OllamaFields, kw_only=True):
-    """POST /api/embed. `truncate`: whether a text's end is left out where it is longer than the context; true by default."""
+    """POST /api/embed. `truncate`, true by default: the end of a text that is longer than the context is left out."""
 
     input: str | Annotated[list[str], Meta(max_length=MAX_COMPLETIONS)] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
@@ -356,7 +354,8 @@ class EmbedReply(msgspec.Struct, kw_only=True):
 
 async def ollama_embed(call: Call[EmbedRequest]) -> Answer[EmbedReply]:
     """Texts as vectors, as Ollama has it."""
-    body, name = call.body, call.model.name
+    body = call.body
+    name = call.model.name
     body.find_unknown_options(call.content)
     if not body.input:
         call.state.admission.release()
@@ -387,7 +386,10 @@ async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> Answer[EmbeddingsPr
     if not body.prompt:
         call.state.admission.release()
         return json_reply(EmbeddingsPromptReply([]), headers=ignored_header(body.ignored))
-    reply = lambda vectors, usage: EmbeddingsPromptReply(vectors[0].tolist())
+
+    def reply(vectors: list[Any], _: Usage) -> EmbeddingsPromptReply:
+        return EmbeddingsPromptReply(vectors[0].tolist())
+
     return await embed(call, reply, truncate=body.truncate is not False)
 
 
@@ -441,8 +443,10 @@ async def ollama_tags(call: Call) -> Tags:
 async def ollama_ps(call: Call) -> Tags:
     """The model that is served: it is loaded."""
     state = call.state
-    leaves = jax.tree.leaves(state.engine.engine.params)
-    on_devices = sum(leaf.nbytes for leaf in leaves if "cpu" not in {device.platform for device in leaf.devices()})
+    on_devices = 0
+    for leaf in jax.tree.leaves(state.engine.engine.params):
+        if all(device.platform != "cpu" for device in leaf.devices()):
+            on_devices += leaf.nbytes
     loaded = {
         "expires_at": _loaded_at(state) + datetime.timedelta(days=LOADED_DAYS),
         "size_vram": on_devices,
