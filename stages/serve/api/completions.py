@@ -60,7 +60,7 @@ from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar,
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
-Choices = Annotated[list[StopText], Meta(min_length=1)]
+AllowedTexts = Annotated[list[StopText], Meta(min_length=1)]  # of which a completion is to be one
 
 
 class TagStructure(Fields):
@@ -82,10 +82,11 @@ class StructuralTag(Fields):
 
 def structural_tag_grammar(tag: str | StructuralTag) -> str:
     """Returns the grammar of a structural tag, or of its JSON text, as vLLM takes it. Raises UserError."""
-    try:
-        tag = msgspec.json.decode(tag, type=StructuralTag) if isinstance(tag, str) else tag
-    except msgspec.DecodeError as error:
-        raise UserError(f"it is no structural tag: {error}") from None
+    if isinstance(tag, str):
+        try:
+            tag = msgspec.json.decode(tag, type=StructuralTag)
+        except msgspec.DecodeError as error:
+            raise UserError(f"it is no structural tag: {error}") from None
     if tag.format is not None:
         raise UserError("only structures with triggers can be enforced, and no format: send json, regex, choice or grammar")
     if not tag.structures:
@@ -95,10 +96,12 @@ def structural_tag_grammar(tag: str | StructuralTag) -> str:
 
 def schema_grammar(schema: str | dict[str, Any]) -> str:
     """Returns the grammar of JSON that satisfies a schema, or its JSON text. Raises UserError."""
-    try:
-        return json_grammar(msgspec.json.decode(schema, type=dict[str, Any]) if isinstance(schema, str) else schema)
-    except msgspec.DecodeError as error:
-        raise UserError(f"it is no JSON schema: {error}") from None
+    if isinstance(schema, str):
+        try:
+            schema = msgspec.json.decode(schema, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise UserError(f"it is no JSON schema: {error}") from None
+    return json_grammar(schema)
 
 
 STRUCTURED_OUTPUTS: dict[str, Callable[..., str]] = {
@@ -119,15 +122,15 @@ GRAMMARS: dict[str, Callable[..., str]] = {
 
 
 class StructuredOutputs(Fields):
-    """What an answer keeps to, as vLLM has it, whose 0.12 took the `guided_` fields away: exactly one of the first six."""
+    """The grammar that an answer keeps to, in vLLM's words since 0.12 removed `guided_*`: exactly one of the first six."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
-    choice: Choices | None = None
+    choice: AllowedTexts | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | StructuralTag | None = None
-    disable_any_whitespace: bool | None = None  # there is none that is free
+    disable_any_whitespace: bool | None = None  # JSON is written without free white space either way
     disable_additional_properties: Literal[False] | None = None
     disable_fallback: bool | None = None  # one library compiles all grammars
 
@@ -137,7 +140,8 @@ class StructuredOutputs(Fields):
         values = {name: getattr(self, name) for name in STRUCTURED_OUTPUTS}
         wanted = [name for name, value in values.items() if value is not None and value is not False]
         if len(wanted) != 1:
-            field, found = "structured_outputs", " and ".join(wanted) or "none"
+            field = "structured_outputs"
+            found = " and ".join(wanted) or "none"
             raise InvalidField(field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}.")
         (name,) = wanted
         return Grammar(f"structured_outputs.{name}", partial(STRUCTURED_OUTPUTS[name], values[name]))
@@ -182,14 +186,16 @@ class CompletionFields(UsualFields):
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject = None
     guided_regex: str | None = None
-    guided_choice: Choices | None = None
+    guided_choice: AllowedTexts | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
 
     @property
     def grammars(self) -> list[Grammar]:
-        """The grammars that the request asks for, under vLLM's names, new and old, and llama.cpp's `grammar`. Raises
-        InvalidField."""
+        """The grammars that the request asks for, under vLLM's names, new and old, and llama.cpp's `grammar`.
+
+        Raises InvalidField.
+        """
         grammars = [self.structured_outputs.wanted_grammar] if self.structured_outputs else []
         for name, make in GRAMMARS.items():
             value = getattr(self, name)
@@ -308,7 +314,7 @@ class ChoicesWriter(Writer):
         raise NotImplementedError
 
     def token_text(self, token: int) -> tuple[str, bytes]:
-        """Returns a token with a log-probability as text, or by its id if that is asked for; and its bytes."""
+        """Returns the text of a token, or `token_id:` and its id if the body asks for that; and its bytes."""
         text, content = token_text(self.tokenizer, token)
         return f"token_id:{token}" if self.body.return_tokens_as_token_ids else text, content
 
@@ -514,7 +520,7 @@ class TokenLogProb(TopLogProb):
 
 
 def token_logprob(logprob: LogProb, text_of: Callable[[int], tuple[str, bytes]]) -> TokenLogProb:
-    """Returns a sampled token as clients read it; `text_of` returns the text of a token, and its bytes."""
+    """Returns a sampled token and its log-probability as clients read them; `text_of`: a token's id -> its text, its bytes."""
 
     def fields(token: int, nats: float) -> tuple[str, float, list[int]]:
         text, content = text_of(token)

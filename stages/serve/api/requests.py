@@ -7,6 +7,7 @@ header X-Ignored-Fields; so are unknown options of Ollama's.
 
 import asyncio
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -28,7 +29,7 @@ BODY_SECONDS = 20.0  # for a body to come
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
-MAX_NULL_FIELDS = 32  # unknown ones that are left out of a body: the body is checked once more for each
+MAX_NULL_FIELDS = 32  # unknown fields that are removed from a body: the body is checked once more for each
 
 # Fields inside others that change no answer: what is a flag of this server, has no meaning in it, or asks a model to say less.
 IGNORED_INSIDE = {
@@ -196,41 +197,39 @@ class GenerationRequest(AnswerRequest):
     stream: bool | None = None
 
 
-def why(reason: str) -> Meta:
-    """Returns the reason why a field takes no other value, for the OpenAPI document and for whoever sends one."""
+def explain(reason: str) -> Meta:
+    """Has a field say why it takes no other value: in the OpenAPI document, and in the error for one who sends it."""
     return Meta(description=reason)
 
 
 class UsualFields(GenerationRequest):
-    """Fields of vLLM and SGLang that their routers and clients send at the value that means "as usual", which is accepted.
+    """Fields of vLLM and SGLang that their routers and clients send at their usual values, which are accepted.
 
-    Another value is refused by name, with the reason. Where both values of a field are taken, the answer is the same.
+    Another value is refused by name, with the reason. A `bool` is accepted either way, and changes no answer.
     """
 
     # vLLM's.
-    skip_special_tokens: Annotated[Literal[True] | None, why("No text shows control tokens here")] = None
+    skip_special_tokens: Annotated[Literal[True] | None, explain("No text shows control tokens here")] = None
     spaces_between_special_tokens: bool | None = None  # there are none in a text
-    use_beam_search: Annotated[Literal[False] | None, why("Completions are sampled here, and not searched for: use n")] = None
-    length_penalty: Annotated[Literal[1] | None, why("It belongs to beam search, which there is none of here")] = None
-    bad_words: Annotated[EmptyList | None, why("Use logit_bias, or structured_outputs")] = None
-    priority: Annotated[Literal[0] | None, why("Requests have their turn in the order in which they came")] = None
-    include_reasoning: Annotated[Literal[True] | None, why("Nothing of an answer is told apart as reasoning, and left out")] = (
-        None
-    )
-    thinking_token_budget: Annotated[Literal[-1] | None, why("Use max_tokens: reasoning is a part of the answer here")] = None
-    return_token_ids: Annotated[Literal[False] | None, why("Send the text to /tokenize, or ask for logprobs")] = None
-    routed_experts_prompt_start: Annotated[Literal[0] | None, why("No routing to experts is returned")] = None
-    return_token_offsets: bool | None = None  # of vLLM's routes that render a prompt; its others pass over it
-    return_mm_kwargs: bool | None = None  # so too
+    use_beam_search: Annotated[Literal[False] | None, explain("Completions are sampled here, not searched for: use n")] = None
+    length_penalty: Annotated[Literal[1] | None, explain("It belongs to beam search, which there is none of here")] = None
+    bad_words: Annotated[EmptyList | None, explain("Use logit_bias, or structured_outputs")] = None
+    priority: Annotated[Literal[0] | None, explain("Requests have their turn in the order in which they came")] = None
+    include_reasoning: Annotated[Literal[True] | None, explain("Reasoning is part of the answer here")] = None
+    thinking_token_budget: Annotated[Literal[-1] | None, explain("Use max_tokens: reasoning is part of the answer here")] = None
+    return_token_ids: Annotated[Literal[False] | None, explain("Send the text to /tokenize, or ask for logprobs")] = None
+    routed_experts_prompt_start: Annotated[Literal[0] | None, explain("No routing to experts is returned")] = None
+    return_token_offsets: bool | None = None  # read by vLLM's routes that render a prompt, and by no other
+    return_mm_kwargs: bool | None = None  # likewise
     # SGLang's.
     separate_reasoning: bool | None = None  # reasoning stays in the answer, as in SGLang without a parser of it
-    stream_reasoning: bool | None = None  # so too
-    return_hidden_states: Annotated[Literal[False] | None, why("Hidden states are only returned as embeddings")] = None
-    return_routed_experts: Annotated[Literal[False] | None, why("No routing to experts is returned")] = None
-    routed_experts_start_len: Annotated[Literal[0] | None, why("No routing to experts is returned")] = None
-    return_cached_tokens_details: Annotated[Literal[False] | None, why("There is one cache: usage counts its tokens")] = None
-    return_prompt_token_ids: Annotated[Literal[False] | None, why("Send the prompt to /tokenize")] = None
-    return_meta_info: Annotated[Literal[False] | None, why("Ask for logprobs, or read usage")] = None
+    stream_reasoning: bool | None = None  # likewise
+    return_hidden_states: Annotated[Literal[False] | None, explain("Hidden states are only returned as embeddings")] = None
+    return_routed_experts: Annotated[Literal[False] | None, explain("No routing to experts is returned")] = None
+    routed_experts_start_len: Annotated[Literal[0] | None, explain("No routing to experts is returned")] = None
+    return_cached_tokens_details: Annotated[Literal[False] | None, explain("There is one cache, counted in usage")] = None
+    return_prompt_token_ids: Annotated[Literal[False] | None, explain("Send the prompt to /tokenize")] = None
+    return_meta_info: Annotated[Literal[False] | None, explain("Ask for logprobs, or read usage")] = None
 
 
 for _name, _hint in get_type_hints(UsualFields, include_extras=True).items():
@@ -319,15 +318,17 @@ UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$(.
 
 
 def _remove_null(value: Any, problem: str) -> bool:
-    """Removes the unknown field that msgspec's sentence is about where it is null, from its object and from those beside it in
-    lists. Returns whether there was one."""
+    """Removes the unknown field that msgspec's sentence names, where it is null, and returns whether it was there.
+
+    It is removed from all items of a list at once, since the body is checked once more after each removal.
+    """
     match = UNKNOWN_FIELD.fullmatch(problem)
     if not match:
         return False
     field, path = match.groups()
     objects = [value]
     for name in re.findall(r"\.(\w+)|\[[^\]]*\]", path or ""):
-        objects = [inner for each in objects for inner in _inner(each, name)]
+        objects = list(itertools.chain.from_iterable(_inner(each, name) for each in objects))
     found = [each for each in objects if isinstance(each, dict) and each.get(field, "") is None]
     for each in found:
         del each[field]
@@ -355,8 +356,8 @@ def _integral(value: Any) -> Any:
 def _check_headers(http: Request) -> None:
     kinds = ["application/json"]
     if http.scope["state"]["path"].startswith("/api/"):
-        # litellm sends Ollama's own routes no type, and curl's -d that of a form. A page of another site can send both too,
-        # but not without its Origin, which the guard refuses.
+        # To Ollama's routes litellm sends no type, and `curl -d` that of a form. A page of another site can do the same, but
+        # its Origin comes along, which the guard refuses.
         kinds += ["", "application/x-www-form-urlencoded"]
     kind, _, parameters = http.headers.get("content-type", "").partition(";")
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())

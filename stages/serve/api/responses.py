@@ -103,7 +103,7 @@ class TextOptions(Fields):
     verbosity: str | None = None
 
 
-# What a reply may include: log-probabilities, and parts of items that no answer here has.
+# A reply may include log-probabilities. The others are parts of items that no answer here has.
 Includable = Literal[
     "file_search_call.results",
     "web_search_call.results",
@@ -119,7 +119,7 @@ Includable = Literal[
 class ResponseRequest(GenerationRequest, kw_only=True):
     """POST /v1/responses. `input`: a question, or a conversation.
 
-    With `truncation` auto a conversation that is too long may be cut; it is refused all the same.
+    `truncation` auto allows that a conversation is cut which is too long. It is refused all the same.
     """
 
     input: str | Conversation[InputItem]
@@ -146,9 +146,11 @@ class ResponseRequest(GenerationRequest, kw_only=True):
         return [*super().ignored, *["input.reasoning"] * has_reasoning]
 
     @property
-    def alternatives(self) -> int | None:
-        """How many of the most probable tokens are told beside each token; None without log-probabilities. Raises
-        InvalidField."""
+    def logprobs(self) -> int | None:
+        """As of SamplingParams: how many of the most probable tokens come beside each token; None for no log-probabilities.
+
+        Raises InvalidField.
+        """
         if "message.output_text.logprobs" not in (self.include or ()):
             if self.top_logprobs:
                 message = "top_logprobs is given without message.output_text.logprobs in include."
@@ -166,7 +168,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 class ResponseReply(msgspec.Struct, kw_only=True):
     """A whole reply, and what the first and last events of a stream hold. `output`: a message, calls of functions, or both.
 
-    The parameters of sampling are those by which it was sampled.
+    The sampling parameters are those that were used, the model's where the request has none.
     """
 
     id: str
@@ -317,4 +319,4 @@ async def create_response(call: Call[ResponseRequest]) -> Answer[ResponseReply]:
     tools = tool_use(body.tools or (), named, body.tool_choice, body.parallel_tool_calls)
     grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
     prompts = await chat_prompts(call, turns, tools=tools)
-    return await generate(call, prompts, ResponseWriter(call), grammars=grammars, logprobs=body.alternatives)
+    return await generate(call, prompts, ResponseWriter(call), grammars=grammars, logprobs=body.logprobs)
