@@ -91,9 +91,9 @@ def run(flags: "ServeFlags") -> int:
         gc.set_threshold(2_000)  # as Python has it
         if hosts is not None:
             hosts |= {f"[{address}]" if ":" in address else address}
-        origins, root_path = frozenset(flags.allow_origin), flags.root_path
-        api = Api(state, importlib.metadata.version("thrice"), root_path)
-        app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response, root_path)
+        origins = frozenset(flags.allow_origin)
+        api = Api(state, importlib.metadata.version("thrice"), flags.root_path)
+        app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response, flags.root_path)
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
         finally:

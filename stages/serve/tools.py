@@ -158,7 +158,7 @@ def call_turn(id: str, name: str, arguments: Any) -> Turn:
 
 
 def parse_arguments(call: ToolCall) -> dict[str, Any] | None:
-    """Returns the arguments of a call, or None where the answer was cut off in them."""
+    """Returns the arguments of a call; None where they are cut."""
     with contextlib.suppress(msgspec.DecodeError):
         return msgspec.json.decode(call.arguments)
     return None
@@ -224,7 +224,7 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
 
 
 class JsonEnd:
-    """Finds the end of a JSON object that comes in parts."""
+    """Finds the end of a JSON object whose text comes in parts."""
 
     def __init__(self) -> None:
         self.is_reached = False
@@ -253,29 +253,32 @@ class JsonEnd:
 
 
 class BareCall:
-    """A call without its mark, which some models write where their template asks for the mark (Qwen2.5-Coder): an answer that
-    is, but for white space and a fence of ``` or ```json around it, one JSON object of the name of a tool and the arguments.
+    """A call without its mark, which some models write although their template asks for the mark (Qwen2.5-Coder).
+
+    It is all of an answer: one JSON object of the name of a tool and the arguments. White space and a fence of ``` or ```json
+    may be around it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        # The names and the keys have no white space, so that without any the beginnings of calls are these.
+        # How a call may begin, without white space, of which the names and the keys have none.
         self._begins = [
             f'{fence}{{"name":"{name}","{key}":{{'
             for fence in ("", "```", "```json")
             for name in names
             for key in ("arguments", "parameters")
         ]
-        choice = "|".join(map(re.escape, names))
+        any_name = "|".join(map(re.escape, names))
         head = r'\s*(```(?:json)?\s*)?\{\s*"name"\s*:\s*"(%s)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
-        self._head = re.compile(head % choice)
+        self._head = re.compile(head % any_name)
         self._end = JsonEnd()
-        self._rest = ""  # before the name and the arguments are there: of the answer; then, behind its arguments
-        self._closing = ""  # of an answer that is a call, without white space
+        self._rest = ""  # text not yet read: the answer's beginning until its arguments begin, and then what follows them
+        self._closing = ""  # what must follow the arguments, without white space
         self.name = ""
         self.arguments = ""
 
     @property
     def is_whole(self) -> bool:
+        """Whether the answer so far is a call with nothing missing."""
         return self._end.is_reached and "".join(self._rest.split()) == self._closing and self._is_json
 
     def push(self, text: str) -> bool:
@@ -285,7 +288,7 @@ class BareCall:
             head = self._head.match(self._rest)
             if not head:
                 begin = "".join(self._rest.split())
-                return any(each.startswith(begin) for each in self._begins)
+                return any(call.startswith(begin) for call in self._begins)
             self.name = head[2]
             self._closing = "}```" if head[1] else "}"
             self._rest = self._rest[head.end() :]
@@ -307,8 +310,8 @@ class CallParser:
     """Takes the calls out of a completion's text as it comes. The grammar of the tools has seen to their form.
 
     `is_free`: the text beside calls has no grammar of its own, so that calls with a mark may stand anywhere in it; else an
-    answer is calls from its beginning on, or none. Of a call that is cut there are its name and its arguments so far, once all
-    that comes before its arguments is there, and else nothing: no part of it is text.
+    answer is calls from its beginning on, or none. A call that is cut has its name and its arguments so far. One that is cut
+    before its arguments begin is left out. No part of a call is text.
     """
 
     def __init__(self, form: ToolFormat, tools: ToolUse, is_free: bool) -> None:
@@ -335,8 +338,8 @@ class CallParser:
     def push(self, text: str, last: bool, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
         """Returns what becomes certain to be text, and the calls.
 
-        `last`: no more text comes. `is_cut`: because a limit or a stop string has ended it; what may begin a call is then taken
-        for one.
+        `last`: no more text comes. `is_cut`: a limit or a stop string has ended the text, so that an end which may begin a call
+        is left out as a call that is cut.
         """
         self._text += text
         if self._bare:
@@ -366,7 +369,7 @@ class CallParser:
         return content, calls
 
     def _take_bare(self, call: BareCall) -> list[ToolCall]:
-        """Returns the call that a whole answer is, or its beginning where it is cut."""
+        """Returns the call without a mark that is all of the answer, as far as it goes where it is cut."""
         self._text = ""
         if not call.name:
             return []
@@ -376,7 +379,7 @@ class CallParser:
         return [ToolCall(0, make_call_id(), call.name, call.arguments)]
 
     def _start(self, last: bool, is_cut: bool) -> None:
-        """Tells whether an answer begins with a call."""
+        """Decides whether an answer begins with a call, once enough of its text is there."""
         if self._text.startswith(self._openings):
             self._state = "opening"
         elif not any(opening.startswith(self._text) for opening in self._openings) or (last and not is_cut):
@@ -425,7 +428,7 @@ class CallParser:
         return ToolCall(self.calls - 1, "", "", part)
 
     def _close(self, last: bool) -> None:
-        """Takes out the end of a call, once it is whole, or what has come of it."""
+        """Takes out the closing of a call, once it is whole; or what there is of it, if no more text comes."""
         if self._text.startswith(self._closing):
             self._text = self._text.removeprefix(self._closing)
             self._state = "text" if self._mark else "opening"

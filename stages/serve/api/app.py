@@ -110,7 +110,8 @@ class Api:
     """
 
     def __init__(self, state: ServerState, version: str, root_path: str = "") -> None:
-        self._state, self.page = state, make_page()
+        self._state = state
+        self.page = make_page()
         self.version = version
         self.openapi = openapi_document(state.engine.cfg.vocab, version, root_path)
         self._routes: dict[str, dict[str, Route]] = {}
@@ -149,12 +150,12 @@ async def _respond(route: Route, call: Call) -> ASGIApp:
 
 
 def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
-    """Returns OpenAPI 3.1 of the ROUTES, below `root_path`, as JSON, from the types that check the bodies of requests."""
+    """Returns OpenAPI 3.1 of the ROUTES below `root_path`, as JSON. It follows from the types that check requests' bodies."""
     types = [kind for route in ROUTES for kind in (route.body, route.reply, error_type(route.path)) if kind]
     types = [*dict.fromkeys(types), completions.ChatChunk]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for component in components.values():
-        if component.get("additionalProperties") is False:  # of a body: an unknown field asks for nothing if it is null
+        if component.get("additionalProperties") is False:  # of a body, where an unknown field may be null
             component["additionalProperties"] = {"type": "null"}
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
     texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}

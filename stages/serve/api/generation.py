@@ -45,7 +45,7 @@ class Prompts(NamedTuple):
     """The tokens of one request's prompts, of which `passages` of documents are a part.
 
     Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
-    `tools`: those that a completion may call. `ignored`: names of fields that changed nothing in the prompts.
+    `tools`: those that a completion may call. `ignored`: names of the body's fields that change no prompt.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -135,7 +135,7 @@ class Generation:
 
     They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
     count once. `keeps_stop`: the text ends with the stop string, and not before it. Responds with the `reply`, or, if it is
-    asked for, the stream of a `writer`. `make_parser`: of the calls in one completion.
+    asked for, the stream of a `writer`. `make_parser`: makes the parser of the calls in one completion.
     """
 
     def __init__(
@@ -395,7 +395,7 @@ class EventWriter(Writer):
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """Returns the header that names the fields of a body which change no answer; none without names."""
+    """Returns the header that names the fields of a body that change no answer; no header without names."""
     return {"X-Ignored-Fields": ", ".join(names)} if names else {}
 
 
@@ -434,7 +434,7 @@ async def chat_prompts(
 
 
 def unread_variables(source: str, names: Iterable[str]) -> list[str]:
-    """Returns which variables a chat template does not read, as fields of a body; as one field if a header cannot name them."""
+    """Returns the variables that a chat template does not read, as fields of a body; one field if a header cannot name them."""
     unread = [name for name in names if name not in template_variables(source)]
     if len(unread) > MAX_NAMED_VARIABLES or not all(re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread):
         return ["chat_template_kwargs"]
@@ -445,7 +445,7 @@ def unread_variables(source: str, names: Iterable[str]) -> list[str]:
 def template_variables(source: str) -> frozenset[str]:
     """Returns the names that a chat template may read from a request: those in its expressions and statements.
 
-    `messages` and the like are not among them, which a conversation has fields for.
+    Those that fields of the conversation fill, such as `messages`, are left out.
     """
     code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL))
     without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", " ", code)

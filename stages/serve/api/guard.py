@@ -45,13 +45,13 @@ EXPOSED_HEADERS = ("x-request-id", "request-id", "x-ignored-fields", "retry-afte
 class Guard:
     """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS.
 
-    Sets in the request's state `arrived`, by time.monotonic, `path`, as it was written, and `namespace`, that of its key, or
-    empty without keys.
+    Sets in the request's state `arrived`, by time.monotonic, `path`, as it was written below `root_path`, and `namespace`,
+    that of its key, or empty without keys.
 
     `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
     other pages that may call it; their preflights are answered, without a key. `log`: off, short or json, a line on stdout
-    after a response, without text or keys. `count(status)` is called for each response. `root_path`: below which a proxy shows
-    the server, such as /llm. A path may come with it, or without it where the proxy takes it off; `path` has none.
+    after a response, without text or keys. `count(status)` is called for each response. `root_path`: the path below which a
+    proxy shows the server, such as /llm. Requests may come with it, or without where the proxy takes it off.
     """
 
     def __init__(

@@ -121,11 +121,14 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
 
 async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsReply]:
     """Texts as vectors."""
-    model, in_base64 = call.model.name, call.body.encoding_format == "base64"
+    model = call.model.name
+    in_base64 = call.body.encoding_format == "base64"
+
+    def encode(vector: Any) -> list[float] | str:
+        return base64.b64encode(vector.tobytes()).decode() if in_base64 else vector.tolist()
 
     def reply(vectors: list[Any], usage: Usage) -> EmbeddingsReply:
-        written = [base64.b64encode(each.tobytes()).decode() if in_base64 else each.tolist() for each in vectors]
-        data = [Embedding(index, vector) for index, vector in enumerate(written)]
+        data = [Embedding(index, encode(vector)) for index, vector in enumerate(vectors)]
         counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
         return EmbeddingsReply(model=model, data=data, usage=counts)
 
@@ -141,15 +144,17 @@ async def embed(
     """Responds with what `reply` makes of the embeddings of the body's texts: vectors of little-endian float32, of length 1.
 
     `dimensions`: how many of an embedding's first numbers are wanted. With `truncate` the end of a text that is longer than the
-    context is left out, without it one is refused. Raises ApiError and InvalidField.
+    context is left out; without it such a text is refused. Raises ApiError and InvalidField.
     """
-    capacity, width = call.state.engine.capacity, call.state.engine.cfg.width
+    capacity = call.state.engine.capacity
+    width = call.state.engine.cfg.width
     if dimensions and dimensions > width:
         raise InvalidField("dimensions", f"An embedding of this model has {width} dimensions, not more.")
     prompts = await text_prompts(call, MAX_COMPLETIONS)
     if truncate:
         prompts = prompts._replace(tokens=[tokens[: capacity - 1] for tokens in prompts.tokens])
-    elif (longest := max(map(len, prompts.tokens))) >= capacity:
+    longest = max(map(len, prompts.tokens))
+    if longest >= capacity:
         raise context_overflow(longest, capacity, call.body.prompt_field)
     requests = [make_request(call, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in prompts.tokens]
 
@@ -157,7 +162,10 @@ async def embed(
         cut = embedding[:dimensions]
         return (cut / max(np.linalg.norm(cut), np.finfo(np.float32).tiny)).astype("<f4")
 
-    return Generation(call, prompts, requests, lambda pieces, usage: reply([unit(piece.embedding) for piece in pieces], usage))
+    def reply_to(pieces: list[Piece], usage: Usage) -> msgspec.Struct:
+        return reply([unit(piece.embedding) for piece in pieces], usage)
+
+    return Generation(call, prompts, requests, reply_to)
 
 
 class TokenizeRequest(ModelRequest):
