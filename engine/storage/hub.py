@@ -40,8 +40,9 @@ def is_hub_name(name: str) -> bool:
 
 
 def split_gguf_name(name: str) -> tuple[str, str] | None:
-    """Returns (ORG/NAME, FILE.gguf) or (ORG/NAME, QUANTISATION) for a file on the hub, named as llama.cpp and Ollama do:
-    ORG/NAME/FILE.gguf, ORG/NAME:QUANTISATION. None for any other name.
+    """Splits the name of a file on the hub, as llama.cpp and Ollama write it; returns None for any other name.
+
+    ORG/NAME/FILE.gguf gives (ORG/NAME, FILE.gguf), and ORG/NAME:QUANTISATION gives (ORG/NAME, QUANTISATION).
     """
     match = re.fullmatch(r"([^/:]+/[^/:]+)(?::([\w.-]+)|/(.+\.gguf))", name, re.ASCII)
     if match is None or not is_hub_id(match[1]):
@@ -57,7 +58,7 @@ def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
     try:
         files = _list_gguf_files(hub_id)
     except errors.RepositoryNotFoundError:
-        return f"There is no {name} here, and no model {hub_id} on the hub that you may read; set HF_TOKEN for a private one."
+        return _explain_missing(name, hub_id)
     if files is None:
         pattern = wanted if wanted.endswith(".gguf") else f"*{wanted}*.gguf"
         command = f"hf download {hub_id} --include {shlex.quote(pattern)} --local-dir ."
@@ -66,7 +67,7 @@ def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
         return (
             f"The hub's {hub_id} holds no .gguf file; --model {hub_id} reads its config.json and safetensors, if it has them."
         )
-    # A quantisation ends with the name or before another word of it: Q4_K is none of Q4_K_M.
+    # A quantisation is a whole word of a file's name: Q4_K is not found in Q4_K_M.
     is_wanted = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
     matches = [file for file in files if file == wanted or is_wanted.search(file.removesuffix(".gguf"))]
     if not matches:
@@ -74,6 +75,10 @@ def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
     others = [file for file in files if file != matches[0]]
     holds = f" The repository also holds {_list_names(others)}." if others else ""
     return f"{takes}. {_how_to_fetch(hub_id, matches[:1])}{holds}"
+
+
+def _explain_missing(name: str, hub_id: str) -> str:
+    return f"There is no {name} here, and no model {hub_id} on the hub that you may read; set HF_TOKEN for a private one."
 
 
 def _list_gguf_files(hub_id: str) -> list[str] | None:
@@ -163,11 +168,12 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
     except errors.GatedRepoError:
         fault = f"{hub_id} is given to those who accept its terms: do so at {constants.ENDPOINT}/{hub_id}, and set HF_TOKEN."
     except errors.RepositoryNotFoundError:
-        fault = f"There is no {name} here, and no model {hub_id} on the hub that you may read; set HF_TOKEN for a private one."
+        fault = _explain_missing(name, hub_id)
     except errors.RemoteEntryNotFoundError as error:
         file = str(error.response.url).rpartition("/")[2]
         fault = f"The hub's {name} has no {file}, and models are read from config.json and safetensors."
-        if files := _list_gguf_files(hub_id):
+        files = _list_gguf_files(hub_id)
+        if files:
             fault += f" {_how_to_fetch(hub_id, files)}"
     except (OSError, errors.HTTPError) as error:
         if is_offline:
