@@ -136,9 +136,11 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     return leaves
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, base: Callable[[], str] | None = None) -> dict[str, Any]:
-    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base. `base`: returns the digest of the model it is for,
-    and is called where the adapter names the digest of the model that it was trained on.
+def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
+    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base.
+
+    `digest_base` returns the digest of the model that the adapter is to go on. It may take seconds, and is called only where
+    the adapter names the digest of the model that it was trained on.
 
     Raises UserError, too, when its metadata name other weights, or it does not fit the model.
     """
@@ -152,8 +154,9 @@ def load_adapter(folder: Path, cfg: ModelConfig, base: Callable[[], str] | None 
     fields, path = Fields(read_json_object(folder / CONFIG), folder / CONFIG), folder / WEIGHTS
     fields.check(ONLY)
     tensors, metadata = safetensors.read_header(path)
-    if base is not None and (trained_on := metadata.get(BASE)) is not None:
-        check_base(folder, base, trained_on, base_name(folder))
+    trained_on = metadata.get(BASE)
+    if digest_base is not None and trained_on is not None:
+        check_base(folder, digest_base, trained_on, base_name(folder))
     arrays = {name: _read(path, name, tensor) for name, tensor in tensors.items()}
     leaves: dict[str, Any] = {}
     for leaf in layout_of(cfg, HUGGING_FACE_NAMES):
@@ -257,12 +260,16 @@ def base_digest(params: dict[str, Any], dtype: str = "float32") -> str:
 
     `dtype`: that of matrices in Blocks, where an adapter was trained on them.
     """
-    return digest(map_paths(lambda _, leaf: _Widened(leaf, dtype) if isinstance(leaf, Blocks) else leaf, params))
+
+    def widen(_: str, leaf: Any) -> Any:
+        return _Widened(leaf, dtype) if isinstance(leaf, Blocks) else leaf
+
+    return digest(map_paths(widen, params))
 
 
-def check_base(folder: Path, base: Callable[[], str], trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless `trained_on`, the digest of an adapter's base, is that of this one."""
-    own = base()
+def check_base(folder: Path, digest_base: Callable[[], str], trained_on: str, base_name: Any) -> None:
+    """Raises UserError unless `trained_on`, the digest of the model that an adapter was trained on, is `digest_base()`."""
+    own = digest_base()
     if trained_on != own:
         raise UserError(
             f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "

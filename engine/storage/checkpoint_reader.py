@@ -62,7 +62,7 @@ class StoredArray(NamedTuple):
                 safetensors.read_box(stored, within, out[inside] if inside else out)
 
 
-Check = Callable[[Path, Mapping[str, StoredArray]], None]
+CheckArrays = Callable[[Path, Mapping[str, StoredArray]], None]  # of a checkpoint; raises UserError
 
 
 def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
@@ -89,19 +89,21 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
 
-def load_params(path: Path, check: Check) -> LoadedCheckpoint:
+def load_params(path: Path, check: CheckArrays) -> LoadedCheckpoint:
     """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or from one checkpoint.
 
-    The optimizer may be damaged or gone. Changes nothing on disk. Raises UserError as `load` does, but not for PRNG settings;
-    and what `check(checkpoint, arrays)` raises, which is called before an array is read.
+    The optimizer may be damaged or gone. Changes nothing on disk. Calls `check(checkpoint, arrays)` before an array is read.
+    Raises UserError as `load` does, except for PRNG settings, and as `check` does.
     """
     newest, damaged = Path(path).absolute(), list[str]()
     if checkpoints_of(newest).is_dir():
         newest, damaged = _newest_intact(newest, skip="optimizer")
     elif not any((newest / name).is_file() for name in ("state.json", manifest.NAME)):
         raise UserError(f"There is no checkpoint at {path}.")
-    elif lines := find_damage(newest, skip="optimizer"):
-        raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
+    else:
+        lines = find_damage(newest, skip="optimizer")
+        if lines:
+            raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
     record = _read_state(newest)
     stored = stored_arrays(newest, "params")
     check(newest, stored)
@@ -110,10 +112,10 @@ def load_params(path: Path, check: Check) -> LoadedCheckpoint:
     return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
 
 
-def peek_arrays(path: Path, check: Check) -> Mapping[str, Any]:
-    """Returns the arrays that `load_params` is about to load, with their shapes and dtypes, before a byte of them is verified.
+def peek_arrays(path: Path, check: CheckArrays) -> Mapping[str, Any]:
+    """Returns the arrays that `load_params` is about to load, with shapes and dtypes, before a byte of them is verified.
 
-    They are those of the newest checkpoint that `check` takes. Raises UserError as `load_params` does where it takes none.
+    They are those of the newest checkpoint that passes `check`. Raises UserError as `load_params` does where none passes.
     """
     newest = Path(path).absolute()
     checkpoints = [newest]
@@ -209,8 +211,9 @@ def rename_newer(folder: Path, after: int) -> list[Path]:
 
 
 def find_damage(checkpoint: Path, skip: str | None = None) -> list[str]:
-    """Returns one line per damaged file of a checkpoint, as `manifest.verify`; and one where its files are of another step."""
-    if lines := manifest.verify(checkpoint, skip):
+    """Returns one line per damaged file of a checkpoint, as `manifest.verify`; or one line if it holds another step's files."""
+    lines = manifest.verify(checkpoint, skip)
+    if lines:
         return lines
     try:
         step = _read_state(checkpoint)["step"]
@@ -224,7 +227,8 @@ def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[st
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = checkpoints_of(folder) / str(step)
-        if not (lines := find_damage(path, skip)):
+        lines = find_damage(path, skip)
+        if not lines:
             return path, damaged
         damaged += lines
     if not damaged:

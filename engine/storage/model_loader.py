@@ -194,8 +194,11 @@ def load_model(
     trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
     check = functools.partial(check_arrays, cfg, trained_blocks=trained_blocks if isinstance(trained_blocks, list) else None)
     arrays = checkpoint_reader.peek_arrays(location.path, check)
-    packed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name.startswith(PACKED)}
-    planned = _with_blocks(cfg, packed)
+    packed_shapes = {}
+    for path, array in arrays.items():
+        if path.startswith(PACKED):
+            packed_shapes[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    planned = _with_blocks(cfg, packed_shapes)
     if blocks is not None:
         blocks.update(planned)
     prepare(cfg)
@@ -212,8 +215,10 @@ def load_model(
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that trained."""
     for path, shape in leaf_shapes(cfg).items():
-        if (packed := leaves.pop(PACKED + path, None)) is not None:
-            weight = Blocks(packed, shape[axis := int(path != "embed")], axis)
+        packed = leaves.pop(PACKED + path, None)
+        if packed is not None:
+            axis = int(path != "embed")
+            weight = Blocks(packed, shape[axis], axis)
             leaves[path] = with_factors(weight, leaves[path]) if path in leaves else weight
     return leaves
 
@@ -338,24 +343,24 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     return adapted, notes
 
 
-def read_adapter(cfg: ModelConfig, folder: Path, base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
+def read_adapter(cfg: ModelConfig, folder: Path, digest_base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
     """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and notes to print."""
     location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
     if not location or location.format != "adapter":
         location = Location("adapter", folder)
-    adapter, path, notes = _read_adapter(cfg, location, base)
+    adapter, path, notes = _read_adapter(cfg, location, digest_base)
     return adapter, path, location.notes + notes
 
 
-def _read_adapter(cfg: ModelConfig, location: Location, base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
+def _read_adapter(cfg: ModelConfig, location: Location, digest_base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
     if location.run:
         base_name, trained_on, lora = read_adapter_record(location.run)
-        check_base(location.path, base, trained_on, base_name)
+        check_base(location.path, digest_base, trained_on, base_name)
         loaded = checkpoint_reader.load_params(location.path, functools.partial(check_arrays, cfg, lora=lora))
         return build_adapter(lora, loaded.params), loaded.path, _damage(loaded)
     folder = location.path
     note = f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed"
-    return load_adapter(folder, cfg, base), folder, () if (folder / manifest.NAME).exists() else (note,)
+    return load_adapter(folder, cfg, digest_base), folder, () if (folder / manifest.NAME).exists() else (note,)
 
 
 def _put_on(params: Any, adapter: Any, path: Path) -> Any:

@@ -1,6 +1,6 @@
 """Compares the arrays of a run's checkpoint with the model that its config describes, before one is read.
 
-A manifest tells damage, and not who wrote the files: whoever makes a run folder makes its manifest too.
+A manifest shows damage, but proves nothing of who wrote the files: whoever makes a run folder makes its manifest too.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from engine.untrusted import quote
 TRAINED_BLOCKS = "trained_blocks"  # in run.json: the paths of weights in blocks whose factors trained
 PACKED = "packed/"  # before the path of a weight in blocks
 FLOAT32 = ("float32",)
-OF_MATRICES = ("float32", "bfloat16")  # the latter where a model was loaded in it, and they stayed frozen
+OF_MATRICES = ("float32", "bfloat16")  # bfloat16 where a model was loaded in it and the matrix stayed frozen
 
 
 class ExpectedArray(NamedTuple):
@@ -38,18 +38,24 @@ def expected_arrays(
     matrices are in blocks, and of which kind. `trained_blocks`: the paths of those whose factors trained; None where the run
     does not tell, as those of earlier versions.
     """
-    # A config may claim any number of layers. One more than there are arrays is missing an array, and takes no time to list.
+    # A config may claim any number of layers, which would take for ever to list. With one layer more than there are arrays one
+    # array is missing already.
     cfg = dataclasses.replace(cfg, layers=min(cfg.layers, len(arrays) + 1))
     if lora:
         return _adapter_arrays(cfg, lora)
     expected = {}
     for path, shape in leaf_shapes(cfg).items():
         packed = arrays.get(PACKED + path)
-        columns, inputs = shape if path == "embed" else shape[::-1] if len(shape) == 2 else (0, 0)
-        if packed is None or not inputs or inputs % GROUP:
-            expected[path] = ExpectedArray(shape, OF_MATRICES if inputs else FLOAT32)
+        if len(shape) != 2:
+            expected[path] = ExpectedArray(shape, FLOAT32)
             continue
-        block_bytes = packed.shape[-1] if packed.shape and packed.shape[-1] in KINDS.values() else KINDS["Q8_0"]
+        columns, inputs = shape if path == "embed" else shape[::-1]
+        if packed is None or inputs % GROUP:
+            expected[path] = ExpectedArray(shape, OF_MATRICES)
+            continue
+        block_bytes = KINDS["Q8_0"]
+        if packed.shape and packed.shape[-1] in KINDS.values():
+            block_bytes = packed.shape[-1]
         blocks = -(-columns // COLUMNS), inputs // GROUP, block_bytes
         expected[PACKED + path] = ExpectedArray(blocks, ("uint8",))
         if path in (arrays if trained_blocks is None else trained_blocks):

@@ -140,7 +140,7 @@ def file_kinds(model: StoredModel) -> dict[str, str]:
 def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
     """Returns what became of a GGUF file's matrices, of `file_kinds`: which stay as they are, and which are widened or rounded.
 
-    params: the weights in use, in which some of a block may lie side by side. Returns an empty text without kinds.
+    params: the weights in use, where q, k and v, or gate and up, may lie side by side. Returns an empty text without kinds.
     """
     leaves = leaf_paths(params)
     groups: dict[str, Counter[str]] = {}
@@ -152,8 +152,10 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
     parts = []
     for change, counts in sorted(groups.items()):
         count = sum(counts.values())
-        stays, is_changed = ("stays as it is", "is") if count == 1 else ("stay as they are", "are")
-        phrase = f"{is_changed} {change}" if change else stays
+        if change:
+            phrase = f"{'is' if count == 1 else 'are'} {change}"
+        else:
+            phrase = "stays as it is" if count == 1 else "stay as they are"
         phrase += f" ({', '.join(kind for kind, _ in counts.most_common())})"
         if len(groups) == 1:
             return f"all {count:,} matrices {phrase}"
