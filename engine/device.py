@@ -105,7 +105,7 @@ def _check_entries() -> None:
 
     def put_anew(cache: LRUCache, key: str, value: bytes) -> None:
         path = cache.path / f"{key}-cache"
-        if "://" in str(path):
+        if "://" in str(path):  # of a bucket, which has no folders or pipes
             path.unlink(missing_ok=True)
         else:
             remove(Path(path))  # who reads it now reads on
@@ -119,21 +119,23 @@ def cores() -> int:
 
 
 class CoreTime(NamedTuple):
-    """Seconds of the cores that this process may use, added up since the machine started: all, and those that others had."""
+    """Seconds of the cores that this process may use, summed since the machine started. `others`: those that others took."""
 
     total: float
     others: float
 
 
 def core_time() -> CoreTime | None:
-    """Returns the time of this process's cores so far, by /proc/stat; None where the system has none, as all but Linux.
+    """Returns the time of this process's cores so far, from /proc/stat; None where there is none, as on all but Linux.
 
-    Others are all other processes, and other virtual machines on the same processor (steal). A child counts as this process
-    once it has been waited for.
+    Others are other processes, and other virtual machines on the same processor (steal). A child of this process counts among
+    the others until it has been waited for.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
-    ours, total, busy = {f"cpu{core}" for core in os.sched_getaffinity(0)}, 0, 0
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    total = 0
+    busy = 0
     own = sum(os.times()[:4])
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/stat").read_text().splitlines():

@@ -162,16 +162,16 @@ def read_checked(path: Path, limit: int) -> bytes:
 def write_checked(path: Path, data: bytes) -> None:
     """Writes data for this user alone, and behind it the SHA-256 of the file's name and the data.
 
-    It replaces whatever is there: see `make_way`.
+    It replaces whatever is there: see `remove_unless_file`.
     """
-    make_way(path)
+    remove_unless_file(path)
     with atomic_file(path) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(data + _digest(path, data))
 
 
-def make_way(path: Path) -> None:
-    """Removes what lies in the cache where a file is to be written, if it is none: a folder, a pipe, a link to nothing."""
+def remove_unless_file(path: Path) -> None:
+    """Removes what lies where a file of the cache is to be written, such as a folder, a pipe or a link to nothing."""
     if not path.is_file():
         remove(path)
 
@@ -329,7 +329,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_cached_json(path: Path, value: Any) -> None:
     """Writes a JSON file of the cache, in the place of whatever is there."""
-    make_way(path)
+    remove_unless_file(path)
     write_json(path, value)
 
 

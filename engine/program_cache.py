@@ -81,7 +81,7 @@ def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *arg
         lowered: Any = jax.jit(flat, keep_unused=True).lower(*shapes)
         types = json.dumps([[result.shape, str(result.dtype)] for result in lowered.out_info]).encode()
         data = types + b"\n" + mlir.module_to_bytecode(lowered.compiler_ir())
-        if not sources.are_edited():  # tracing may have imported what was edited meanwhile
+        if not sources.are_edited():  # tracing imports modules, and may have imported an edited one
             with contextlib.suppress(OSError):
                 write_checked(path, data)
     types, program = data.split(b"\n", 1)

@@ -56,7 +56,7 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
     """Returns the text files at a path, and a note that says which files of a folder were left out.
 
     A link that leads out of the folder is not followed: whoever fills a folder may not be allowed to read what it leads to.
-    Raises UserError as `read_corpus` does, and for texts of more than `max_bytes` together, of which no more is read.
+    Raises UserError as `read_corpus` does; and for texts of more than `max_bytes` together, of which it reads no more.
     """
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
@@ -123,7 +123,7 @@ def _note_on_links(folder: Path, links: Sequence[Path]) -> str:
 
 
 def is_text(file: Path, parts: int | None = None) -> bool:
-    """Returns whether a file, or so many of its first parts, is UTF-8, without a zero byte unless its ending is a text's.
+    """Returns whether a file is UTF-8, without a zero byte unless its ending is a text's. `parts`: how many to read, or all.
 
     True for one that cannot be read, which reading explains.
     """
@@ -273,7 +273,7 @@ def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report:
     """Encodes documents, an EOS between each two; or opens them from the cache when text and tokenizer are unchanged.
 
     `documents` is read twice and each document three times. `report`: bytes of UTF-8 done and in all.
-    Raises UserError for a text that UTF-8 cannot carry, and for one that changes meanwhile.
+    Raises UserError for a text that UTF-8 cannot carry, and for one that is changed while it is read.
     """
     digest, text = _digest_documents(documents)
     size = text.size
@@ -314,7 +314,10 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
 
 
 def _digest_documents(documents: Iterable[Document]) -> tuple[str, "_TextDigest"]:
-    """Returns the SHA-256 by which the cache and runs name a text, each document behind its length, and the text's digest."""
+    """Returns the SHA-256 by which the cache and runs name a text, and the text's _TextDigest from the same reading.
+
+    The first needs each document's length before the document, and so a reading of its own; the second does not.
+    """
     digest = hashlib.sha256()
     text = _TextDigest()
     for document in documents:
@@ -326,7 +329,7 @@ def _digest_documents(documents: Iterable[Document]) -> tuple[str, "_TextDigest"
 
 
 class _TextDigest:
-    """The SHA-256 of a text and of where its documents end, and its bytes of UTF-8, taken while each document is read once."""
+    """The SHA-256 of a text and of where its documents end, and its size in bytes of UTF-8. It reads each document once."""
 
     def __init__(self) -> None:
         self.size = 0

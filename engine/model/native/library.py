@@ -48,10 +48,10 @@ FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trappin
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
-# That all compilers together may take, each its share of what is left: one that hangs takes its whole share. The four kernels
-# are 12 s of work and are compiled at once; on two cores with a load of 15 that took 55 s.
+# The time that all compilers together may take. One that hangs takes its share of what is left, and the next has its own. The
+# four kernels are 12 s of work and are compiled at once; on two cores with a load of 15 that took 55 s.
 SECONDS = 240
-# Run by another process, which a damaged library may crash: loads the library argv[1] and looks for the functions argv[2:].
+# Loads the library argv[1] and looks for the functions argv[2:]: in a process of its own, which a damaged library may crash.
 CHECK = """
 import ctypes, sys
 try:
@@ -123,7 +123,8 @@ def read_library(kernel: str) -> Library:
         key = [*sources.values(), jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
         paths.append(cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so")
     for path in paths:
-        if data := read_checked(path, MAX_BYTES):
+        data = read_checked(path, MAX_BYTES)
+        if data:
             # A machine that shares the folder may have built it for a newer C library.
             with contextlib.suppress(OSError, AttributeError):
                 return _load_library(kernel, data)
@@ -145,7 +146,7 @@ def read_library(kernel: str) -> Library:
 
 
 def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadline: float) -> bytes:
-    """Compiles the sources of which the library's name was made, not those that lie there by now, and returns the library.
+    """Compiles the sources and returns the library. They are those whose digest names it: a file may have been edited since.
 
     Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic), or writes no library that
     loads.
@@ -154,7 +155,8 @@ def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadlin
         for name, text in sources.items():
             Path(folder, name).write_bytes(text)
         built = Path(folder, "built.so")
-        if problem := _run([*command, f"{folder}/{kernel}.c", "-o", str(built)], deadline):
+        problem = _run([*command, f"{folder}/{kernel}.c", "-o", str(built)], deadline)
+        if problem:
             raise _Unavailable(f"{command[0]} failed: {problem}")
         try:
             library = read_limited(built, MAX_BYTES)
@@ -190,7 +192,8 @@ def _load_library(kernel: str, data: bytes) -> Library:
     """Loads a library. Raises OSError when it does not load here, and AttributeError when it lacks a function.
 
     It is loaded from memory, as the bytes that were checked: a file in the cache could be changed or cut while it is mapped,
-    and may lie where nothing can be executed. It stays open: dlopen would take a later file of the same number for it.
+    and may lie where nothing can be executed. The file in memory stays open, because dlopen would take a later one with its
+    number for the same library.
     """
     handle = _open_in_memory(kernel, data)
     loaded = ctypes.CDLL(f"/proc/self/fd/{handle}")
@@ -208,7 +211,7 @@ def _open_in_memory(kernel: str, data: bytes) -> int:
 
 
 def _compilers() -> list[list[str]]:
-    """Lists the command of each C compiler, one under several names once: the user's alone if `$CC` names one.
+    """Lists the command of each C compiler, once: `$CC` if it is set, else cc, gcc and clang; then that of the extra `native`.
 
     Raises _Unavailable when there is none.
     """
