@@ -29,7 +29,8 @@ from engine.files import write_problem, write_text
 Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
 LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind in ("css", "js")]  # of pages that have some
-REPORT_SECONDS, PIPED_REPORT_SECONDS = 5.0, 30.0  # between two lines on a process's progress: on a terminal, where they stay
+REPORT_SECONDS = 5.0  # between two lines on a process's progress, on a terminal
+PIPED_REPORT_SECONDS = 30.0  # elsewhere, where a line does not replace the one before
 PIPED_WIDTH = 160  # of a pipe: the widest table fits
 UNTIMED = ("bench compare", "bench.plan")
 # What README's figures are held to; printed by each measurement with a bar.
@@ -135,7 +136,7 @@ def write_page(source: Path, page: str, *parts: Path) -> Path:
 
 
 def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None) -> str:
-    """Runs `python -m command`, calls `report` every few seconds, and returns what it printed.
+    """Runs `python -m command`, calls `report` every REPORT_SECONDS or PIPED_REPORT_SECONDS, and returns what it printed.
 
     The process ends when this one is interrupted. Raises UserError with the process's own error when it fails.
     """

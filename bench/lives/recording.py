@@ -68,7 +68,7 @@ def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict
 
 
 def step_reporter(recording: Path) -> Callable[[], None]:
-    """Returns a function that prints how far a run is by its recording, if that has changed since it was last called."""
+    """Returns a function that prints the step that a run's recording has reached, if it is another than at the last call."""
     printed = ""
 
     def report() -> None:
@@ -76,8 +76,9 @@ def step_reporter(recording: Path) -> Callable[[], None]:
         events = _events(recording)
         if not events:
             return
-        is_measured = events[-1]["event"] == "measure"
-        line = f"  step {events[-1]['step']:,}" + ", the last; its result is measured" * is_measured
+        line = f"  step {events[-1]['step']:,}"
+        if events[-1]["event"] == "measure":
+            line += ", the last; its result is measured"
         if line != printed:
             progress(line, replace=True)
         printed = line

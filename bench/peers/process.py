@@ -14,7 +14,7 @@ from bench.cli import Json
 from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-INSTALL = "pip install -c bench/peers/requirements.txt"  # its versions, and of its packages those that are named
+INSTALL = "pip install -c bench/peers/requirements.txt"  # -c: the packages that follow, in the file's versions
 
 # Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth off its training step.
 KEEP_FREED_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -98,8 +98,10 @@ def start_peer(python: Path | None, script: str, needs: str = "torch", packages:
         if missing := hello.get("missing"):
             if missing == needs and python:
                 raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}")
-            into_own = f"{make_venv}, and --peer-python peers/bin/python"
-            print_absent(missing, hello["why"], f"{python} -m {INSTALL} {missing}" if python else into_own)
+            remedy = f"{make_venv}, and --peer-python peers/bin/python"
+            if python:
+                remedy = f"{python} -m {INSTALL} {missing}"
+            print_absent(missing, hello["why"], remedy)
             yield None
         else:
             print("peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()), flush=True)

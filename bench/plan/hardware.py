@@ -14,7 +14,7 @@ from engine.errors import UserError, did_you_mean
 from engine.files import cache_folder, read_limited, write_cached_json
 
 HERE = "here"
-MAX_BYTES = 2**16  # that are read of what was measured; it has a thousand
+MAX_BYTES = 2**16  # that are read of a calibration, which has about a thousand
 accelerators = functools.cache(read_accelerators)
 _SHAPES = (Shape(4, 256, 256, 8), Shape(6, 384, 256, 8), Shape(6, 512, 256, 8))  # whose steps are timed
 

@@ -75,7 +75,10 @@ def _complete(
         fitting = [prompt for prompt in prompts if len(prompt) < cfg.context]
         capacity = min(cfg.context, max(map(len, fitting), default=0) + max_tokens)
         before = len(completions)
-        report_batch = lambda done, _, before=before: report(before + done, len(conversations))
+
+        def report_batch(done: int, _: int, before: int = before) -> None:
+            report(before + done, len(conversations))
+
         ends = iter(complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch) if fitting else ())
         completions += [next(ends) if len(prompt) < cfg.context else None for prompt in prompts]
         report(len(completions), len(conversations))

@@ -74,7 +74,7 @@ class ModelStage(Stage):
             dtype, blocks = None if self.lora else "float32", self.blocks if self.in_blocks else None
             self.model = load_model(name, dtype=dtype, report=report, on_config=choose_adapter, blocks=blocks)
         without_adapters = lambda params: map_paths(lambda _, leaf: innermost_base(leaf), params)
-        self.loaded = jax.eval_shape(without_adapters, self.model.params)  # shapes, for the banner
+        self.loaded_shapes = jax.eval_shape(without_adapters, self.model.params)  # for the banner, when the weights are gone
         checkpoint = self.model.checkpoint
         for path in (checkpoint, *self.model.bases):
             if path.resolve().is_relative_to(folder.resolve()):
@@ -169,10 +169,12 @@ class ModelStage(Stage):
         if self.in_blocks:
             numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))  # 0 in a dry run
             size += ", in 4 bits as served" + f", of which {numbers:,} numbers train" * bool(numbers)
-        params = jax.eval_shape(lambda params: quantize(params, "full"), self.loaded) if plan.base == "int8" else self.loaded
+        shapes = self.loaded_shapes
+        if plan.base == "int8":
+            shapes = jax.eval_shape(lambda params: quantize(params, "full"), shapes)
         return [
             ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"),
-            ("file", describe_kinds(self.model.kinds, params)),
+            ("file", describe_kinds(self.model.kinds, shapes)),
         ]
 
     def load_trained(self, step: int) -> Any:

@@ -28,7 +28,7 @@ def main(file: str, name: str, seconds: str) -> None:
         reply = {"error": _describe(file, error)}
     json.dump(reply, answers)
     answers.flush()
-    if os.getpgrp() == os.getpid():  # as `rewards.py` starts it, and perhaps nobody else does
+    if os.getpgrp() == os.getpid():  # as `rewards.py` starts it; in another's group this would end that other too
         os.killpg(0, signal.SIGKILL)  # this process, and those that the function has started
     os._exit(0)  # whatever threads the file has started
 

@@ -161,6 +161,7 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
 
 
 def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
+    """Returns the loop's state in a checkpoint. Raises UserError for one that is damaged, or of another step."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
         loop_state = LoopState.from_json(loaded.state)
         if loop_state.step == loaded.step:

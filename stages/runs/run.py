@@ -50,7 +50,7 @@ RECENT = 20  # steps over which speed is averaged
 PREDICTS_AFTER = 5.0  # seconds, and as many steps: before that a step's time says little of the run's
 EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
-BUSY = 0.1  # the share of the cores that others may take without a word
+BUSY = 0.1  # share of the cores that others take, above which a run says so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -418,12 +418,18 @@ class Loop:
             self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went{self.busy_note()}")])
 
     def busy_note(self) -> str:
-        """Says which share of the cores others have had since `run` was called; nothing for BUSY or less, or off a CPU."""
-        begin, now = self.core_time, core_time()
+        """Returns a phrase with the share of the cores that others have had since `run` was called.
+
+        It is empty for BUSY or less, for a run on other devices than a CPU, and for one of several processes.
+        """
+        begin = self.core_time
+        now = core_time()
         if begin is None or now is None or self.options.device.backend != "cpu" or processes.process_count() > 1:
             return ""
         share = (now.others - begin.others) / max(now.total - begin.total, 1.0)
-        return f"; this machine is busy: others took {share:.0%} of its cores" if share > BUSY else ""
+        if share <= BUSY:
+            return ""
+        return f"; this machine is busy: others took {share:.0%} of its cores"
 
     def _show(self, important: bool) -> None:
         with self._noting_failure():
