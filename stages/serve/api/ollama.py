@@ -111,7 +111,7 @@ class OllamaFields(AnswerRequest, dict=True):
         unknown = [f"options.{ascii(name)[1:-1]:.64}" for name in self.unknown_options[:MAX_NAMED]]
         return [*super().ignored, *unknown]
 
-    def find_unknown_options(self, content: bytearray) -> None:
+    def set_unknown_options(self, content: bytearray) -> None:
         """Sets `unknown_options` from the JSON of the body."""
         names = msgspec.json.decode(content, type=OptionNames).options or {}
         vars(self)["unknown_options"] = [name for name in names if name not in KNOWN_OPTIONS]
@@ -141,7 +141,7 @@ class OllamaRequest(OllamaFields):
 
     def check(self, call: Call) -> None:
         """Sets `unknown_options`. Raises InvalidField for fields that do not go together, and for thinking."""
-        self.find_unknown_options(call.content)
+        self.set_unknown_options(call.content)
         if self.think:  # in Ollama's words, by which clients know that they are to ask again without it
             raise InvalidField("think", f'"{self.model}" does not support thinking: leave think out, or send false.')
         if self.top_logprobs and not self.logprobs:
@@ -152,10 +152,9 @@ class OllamaRequest(OllamaFields):
 
         What is served here is loaded, and stays so.
         """
-        call.state.admission.release()  # the place that a Generation would hold
         is_zero = re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)) is not None
         reply = OllamaWriter(call, is_chat).loaded("unload" if is_zero else "load")
-        return json_reply(reply, headers=ignored_header(self.ignored))
+        return _reply_at_once(call, reply)
 
     async def respond(self, call: Call, prompts: Prompts, is_chat: bool) -> Answer:
         options = self.options or Options()
@@ -173,6 +172,12 @@ class OllamaRequest(OllamaFields):
             max_tokens=most if most and most > 0 else None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+
+def _reply_at_once(call: Call, reply: msgspec.Struct) -> Response:
+    """Replies to a request for which nothing is computed, and releases the place that a Generation would hold."""
+    call.state.admission.release()
+    return json_reply(reply, headers=ignored_header(call.body.ignored))
 
 
 class OllamaFunction(msgspec.Struct, kw_only=True):
@@ -356,10 +361,9 @@ async def ollama_embed(call: Call[EmbedRequest]) -> Answer[EmbedReply]:
     """Texts as vectors, as Ollama has it."""
     body = call.body
     name = call.model.name
-    body.find_unknown_options(call.content)
+    body.set_unknown_options(call.content)
     if not body.input:
-        call.state.admission.release()
-        return json_reply(EmbedReply(model=name, embeddings=[]), headers=ignored_header(body.ignored))
+        return _reply_at_once(call, EmbedReply(model=name, embeddings=[]))
 
     def reply(vectors: list[Any], usage: Usage) -> EmbedReply:
         embeddings = [vector.tolist() for vector in vectors]
@@ -382,10 +386,9 @@ class EmbeddingsPromptReply(msgspec.Struct):
 async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> Answer[EmbeddingsPromptReply]:
     """A text as a vector, as Ollama had it first."""
     body = call.body
-    body.find_unknown_options(call.content)
+    body.set_unknown_options(call.content)
     if not body.prompt:
-        call.state.admission.release()
-        return json_reply(EmbeddingsPromptReply([]), headers=ignored_header(body.ignored))
+        return _reply_at_once(call, EmbeddingsPromptReply([]))
 
     def reply(vectors: list[Any], _: Usage) -> EmbeddingsPromptReply:
         return EmbeddingsPromptReply(vectors[0].tolist())
