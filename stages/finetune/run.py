@@ -1,7 +1,6 @@
 """The Stage that fine-tunes a model, its run from flags, and its batches of preferences."""
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,23 +14,28 @@ from engine.mesh import processes
 from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import ModelConfig
 from engine.model.paths import merge
+from engine.storage import checkpoint
 from engine.storage.model_loader import model_name
+from engine.storage.run_folder import read_json
 from engine.text.batch import EpochOrder
+from engine.text.chat_tokenizer import Example
 from engine.text.examples import PackedBatches, Pair, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
-from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults
+from stages.finetune.general_examples import choose_demonstrations, general_examples, write_general_answers
+from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults, known_questions
 from stages.runs.conversation_data import (
     held_out_evaluator,
     open_conversations,
     prepare_conversations,
     reference_logprobs,
 )
-from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings, run_fraction
+from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings
 from stages.runs.folder import default_folder
+from stages.runs.general_questions import compare_known, tells_enough
 from stages.runs.mesh import fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage, choose_trainable
 from stages.runs.run import RunOptions, execute
@@ -41,35 +45,54 @@ from stages.runs.text_data import check_text_name, general_bits_per_byte
 if TYPE_CHECKING:  # else the command would be imported a second time, by its name
     from stages.finetune.__main__ import FinetuneFlags
 
-SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length
+SECONDS, LEAST_STEPS = 180.0, 100  # of a run when nobody asks for a length, if READINGS of its data take as many steps
+READINGS = 3  # of its data, after which a run ends when nobody asks for a length
+MANY_READINGS = 6  # that somebody asks for, from which on the plan says what they do
+MANY_READINGS_NOTE = f"By default it would be {READINGS} times: read more often, a small file is learned by heart."
+EVALUATIONS = 5
 CONTEXT = 256  # tokens of a row when nobody asks for a context
 EXPECTED_MFU = 0.4
 QUICK_EXAMPLES = 64  # of a quick evaluation
 
 
 def run(flags: "FinetuneFlags", device: Device) -> int:
-    seconds = flags.length.max_time or (None if flags.length.steps else SECONDS)
     options = RunOptions(
         **dataclasses.asdict(flags.folder),
         stage="finetune",
         device=device,
         folder=flags.folder.out_dir or default_folder(model_name(flags.model), flags.examples.data),
         dry_run=flags.dry_run,
-        eval_every=flags.tuning.eval_every or run_fraction(5, flags.length.steps, seconds),
+        eval_every=flags.tuning.eval_every,
+        evaluations=EVALUATIONS,
         mesh=flags.mesh.shape(),
         patience=flags.tuning.patience,
     )
-    return execute(options, lambda console: FineTuning(flags, seconds, options, console))
+    return execute(options, lambda console: FineTuning(flags, options, console))
+
+
+def choose_length(steps_a_reading: float) -> tuple[int, float | None, int]:
+    """Returns the steps, the seconds and the least steps of a run when nobody asks for a length.
+
+    It ends after READINGS readings of its data, or earlier after SECONDS, but makes LEAST_STEPS, if the readings have as many.
+    """
+    steps = max(1, round(READINGS * steps_a_reading))
+    if steps <= LEAST_STEPS:
+        return steps, None, 0
+    return steps, SECONDS, LEAST_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """A model's score on the held-out set and on general text (bits per byte, None without one); its answers."""
+    """A model's score on the held-out set and on general text (bits per byte, None without one); its answers.
+
+    `known`: the general questions that it answers right, None where they were not asked.
+    """
 
     held_out: float
     general: float | None
     answers: tuple[Answer, ...]
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    known: tuple[str, ...] | None = None
 
 
 class FineTuning(ModelStage, BatchStage):
@@ -79,11 +102,13 @@ class FineTuning(ModelStage, BatchStage):
 
     fits_device: bool | None = None  # whether one device holds the model, to answer; known after the first measurement
 
-    def __init__(self, flags: "FinetuneFlags", seconds: float | None, options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: "FinetuneFlags", options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         self.answer_metrics = Metrics(examples.metric)
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
         self.keep_last = tuning.keep_last
+        self.overwrites = options.overwrite
+        self.general_examples: list[Example] = []
         is_preference = tuning.objective == "preference"
         self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
         self.has_reference, self.is_rating = is_preference and LOSSES[tuning.loss].has_reference, tuning.examples == "kto"
@@ -96,8 +121,8 @@ class FineTuning(ModelStage, BatchStage):
             clip=tuning.clip,
         )
         rows = tuning.rows * (2 if is_preference else 1)  # of tokens
-        mesh, steps = options.mesh or ONE_DEVICE, flags.length.steps
-        least_steps = 0 if flags.length.max_time or steps else LEAST_STEPS
+        mesh, steps, seconds = options.mesh or ONE_DEVICE, flags.length.steps, flags.length.max_time
+        self.length_is_asked = bool(steps or seconds)
 
         def make_plan(cfg: ModelConfig) -> None:
             """Plans the run by the architecture. Raises UserError for one that cannot be."""
@@ -108,7 +133,7 @@ class FineTuning(ModelStage, BatchStage):
             cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
             paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
             run = flags.seed, steps, seconds, paths, trainable.base
-            self.plan = RunPlan(flags.model, cfg, recipe, *run, least_steps=least_steps, mesh=mesh, blocks=self.blocks)
+            self.plan = RunPlan(flags.model, cfg, recipe, *run, mesh=mesh, blocks=self.blocks)
             check_mesh(mesh, cfg, tuning.rows, flags.microbatches)
             parts = tuning.rows // mesh.row_shards
             lighter = "--base int8" if self.lora else "a LoRA (no --train, no --freeze)"
@@ -140,6 +165,8 @@ class FineTuning(ModelStage, BatchStage):
             holds = f"an adapter that can hold {lora_bits(self.model.cfg, self.lora):,} bits, for data of about {bits:,}"
             self.matches += (("rank", f"{self.lora.rank}, chosen: {holds}"),)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
+        self.mixes_general = not (examples.no_mix or is_preference or on_mesh) and self.dataset.kind != "text"
+        self.pack_examples()
         self.metadata = {
             "learns": trainable.describe(self.lora),
             "objective": tuning.objective,
@@ -160,10 +187,41 @@ class FineTuning(ModelStage, BatchStage):
         }
         self.peak_flops = mesh_ceilings(find_ceilings(console), self.plan.mesh).peak_flops(self.plan.cfg.dtype)
 
+    def pack_examples(self) -> None:
+        """Packs the examples that are trained on, and sets the length of the run by them where nobody asked for one."""
+        examples = [*self.dataset.train, *self.general_examples]
+        self.packed = PackedBatches(examples, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
+        if not self.length_is_asked:
+            steps, seconds, least_steps = choose_length(self._steps_a_reading())
+            self.plan = dataclasses.replace(self.plan, steps=steps, seconds=seconds, least_steps=least_steps)
+
+    def load_weights(self) -> None:
+        super().load_weights()
+        if not self.mixes_general:
+            return
+        answers = self._saved_general_answers()
+        if answers is None:
+            cfg, demonstrations = self.plan.cfg, choose_demonstrations(self.chat, self.dataset.train_references)
+            with self.console.task("answering general questions to mix in") as report:
+                params = self.initial_params()
+                answers = write_general_answers(cfg, params, self.chat, demonstrations, self.stop_token_ids, report)
+            _clear_programs()
+        self.general_examples = general_examples(self.chat, answers, self.plan.recipe.context)
+        self.metadata["general_answers"] = answers
+        self.metadata["mixed_in"] = len(self.general_examples) or None
+        self.pack_examples()
+
+    def _saved_general_answers(self) -> list[tuple[str, str]] | None:
+        """Returns the answers that the run in the folder has mixed in, to go on with the same; None where there is none."""
+        if self.overwrites or not checkpoint.steps(self.folder):
+            return None
+        answers = read_json(self.folder / "run.json").get("general_answers") or []  # [] of an earlier version's run
+        return [(str(question), str(answer)) for question, answer in answers]
+
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
         steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
-        epochs = self.packed.order.epoch(steps) if self.objective is NEXT_TOKEN else steps * self.batch / len(dataset.train)
+        readings = steps / self._steps_a_reading()
         counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
         rows, *problems = dataset.summary
         examples = "answer" if self.is_rating else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
@@ -176,11 +234,28 @@ class FineTuning(ModelStage, BatchStage):
             *(("", line) for line in problems),
             ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), examples)}"),
             ("", dataset.overlap),
+            ("mixed in", self._describe_mix()),
             ("template", self.chat.template_name),
             ("packing", self.packed.describe() if self.objective is NEXT_TOKEN else ""),
             ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {counted}{long}, {epochs:,.1f} times the data"),
+            ("length", f"{plan.length()}; about {counted}{long}, {readings:,.1f} times the data"),
+            ("", MANY_READINGS_NOTE if readings >= MANY_READINGS else ""),
         ]
+
+    def _describe_mix(self) -> str:
+        if not self.mixes_general:
+            return ""
+        if "general_answers" not in self.metadata:  # a dry run
+            return "general questions, answered in the tone of the data before training (not with --no-mix)"
+        count = len(self.general_examples)
+        if not count:
+            return "nothing: too few general questions were answered right in the tone of the data"
+        return f"{quantity(count, 'general question')}, answered in the tone of the data before training (not with --no-mix)"
+
+    def _steps_a_reading(self) -> float:
+        """Returns how many steps read all of the data once."""
+        count = self.packed.order.count if self.objective is NEXT_TOKEN else len(self.dataset.train)
+        return count / self.batch
 
     def print_example(self) -> None:
         """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
@@ -215,7 +290,7 @@ class FineTuning(ModelStage, BatchStage):
             step = loop_state.best_step
             trainable = self.load_trained(step)
         try:
-            after = self.measure(trainable)
+            after = self.measure(trainable, before)
         except UserError as error:
             raise UserError(f"{error} The trained model is in {self.folder}, and the same command measures it.") from error
         path = self.save_trained(step, trainable)
@@ -234,27 +309,27 @@ class FineTuning(ModelStage, BatchStage):
             "general": self.general,
             "kept_step": step if step != loop_state.step else None,
         }
-        kept = f"step {step:,}, the best evaluated; the last, {loop_state.step:,}, is still there to train on from"
+        chosen = f"step {step:,}, the best evaluated; the last, {loop_state.step:,}, is still there to train on from"
         forgotten = "not measured"
         if before.general is not None:
             forgotten = f"{before.general:.3f} -> {after.general:.3f} bits per byte on {self.general}"
         scored = f"of {quantity(len(self.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
+        kept_answers = None if before.known is None else compare_known(before.known, after.known)
+        if kept_answers:
+            result["kept_answers"] = dataclasses.asdict(kept_answers)
         rows = [
             ("held out", f"{before.held_out:.3f} -> {after.held_out:.3f} {unit} on {self.dataset.held_out_name}"),
             *((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}") for name, value in after.metrics.items()),
             ("forgotten", forgotten),
+            *(kept_answers.rows() if kept_answers else ()),
             ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
             ("answers", describe_faults(after.answers) if after.answers else ""),
-            ("kept", kept if step != loop_state.step else ""),
+            ("chosen", chosen if step != loop_state.step else ""),
         ]
         noted = ([(answer.text, answer.faults) for answer in scores.answers] for scores in (before, after))
         texts = compare([answer.question for answer in after.answers], *noted)
         saved, as_trained = f"{path} ({trained_count:,} parameters)", " --weights q4" * self.in_blocks
         return RunReport(result, texts, rows, saved, ["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"])
-
-    @functools.cached_property
-    def packed(self) -> PackedBatches:
-        return PackedBatches(self.dataset.train, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
 
     def _batches(self) -> MeshBatches:
         pairs, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
@@ -274,7 +349,8 @@ class FineTuning(ModelStage, BatchStage):
         """Returns the params before training where the loss compares with them, else None."""
         return self.initial_params() if self.has_reference else None
 
-    def measure(self, trainable: Any) -> Scores:
+    def measure(self, trainable: Any, before: Scores | None = None) -> Scores:
+        """Measures the model. `before`: what was measured before training, when this is after it."""
         return_freed_memory()
         cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
         self.unit = evaluator.unit
@@ -289,12 +365,16 @@ class FineTuning(ModelStage, BatchStage):
             self.fits_device = fits_one_device(params)
         if not self.fits_device:
             return Scores(held_out, general, ())
+        known = None
+        asks_general = self.general != "none" and (before is None or tells_enough(before.known or ()))
         with self.console.task("answering held-out questions") as report, on_one_device(params) as whole:
             answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids, report)
             references, metrics = self.dataset.references[:QUICK_EXAMPLES], dict[str, float]()
             if processes.is_first():
                 metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids, report)
-        return Scores(held_out, general, answers, metrics)
+            if asks_general and processes.is_first():
+                known = known_questions(cfg, whole, self.chat, self.stop_token_ids)
+        return Scores(held_out, general, answers, metrics, known)
 
 
 def _clear_programs() -> None:

@@ -15,6 +15,7 @@ from engine.model.transformer import Params
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.template import Message
 from stages.cli.console import ReportProgress
+from stages.runs import general_questions
 from stages.runs.rewards import Rewards
 
 MAX_TOKENS = 120  # of an answer
@@ -56,6 +57,24 @@ def ask(
         Answer(question, text, len(end.tokens), end.finish_reason == "stop", repeats_itself(text))
         for (question, end), text in zip(pairs, texts)
     )
+
+
+def known_questions(
+    cfg: ModelConfig,
+    params: Params,
+    chat: ChatTokenizer,
+    stop_token_ids: Collection[int],
+    report: ReportProgress = lambda *_: None,
+) -> tuple[str, ...]:
+    """Returns those of the general questions that a model answers right, greedily."""
+    questions = general_questions.QUESTIONS
+    conversations = [[{"role": "user", "content": question}] for question, _ in questions]
+    completions = _complete(cfg, params, chat, conversations, general_questions.MAX_TOKENS, stop_token_ids, report)
+    known = []
+    for (question, expected), end in zip(questions, completions, strict=True):
+        if end and general_questions.is_right(chat.tokenizer.decode(end.tokens), expected):
+            known.append(question)
+    return tuple(known)
 
 
 def _complete(

@@ -47,7 +47,8 @@ class ConversationData:
     """Training and held-out examples (or pairs), their names, and lines on the rows used and left out.
 
     No held-out row copies a training row, or has its prompt if a preference; `overlap` says what was left out. `questions`:
-    QUESTIONS conversations of the held-out set, each up to the assistant's first answer. `references`: as of `references_of`.
+    QUESTIONS conversations of the held-out set, each up to the assistant's first answer. `references`: as of `references_of`;
+    `train_references`: those of the training rows.
     """
 
     train: list[Any]
@@ -61,6 +62,7 @@ class ConversationData:
     overlap: str
     questions: Sequence[Sequence[Message]]
     references: Sequence[Sequence[Message]]
+    train_references: Sequence[Sequence[Message]]
 
 
 def digest_examples(items: Sequence[Example | Pair]) -> str:
@@ -105,7 +107,9 @@ def prepare_conversations(
     if objective == "kto":
         train, held_out = mismatch(train, seq), mismatch(held_out, seq)
     lines, questions, references = dataset.describe(), _questions(rows), references_of(rows)
-    return ConversationData(train, held_out, *digests, lines, kind, data, validation, overlap, questions, references)
+    names = kind, data, validation, overlap
+    train_references = references_of(row for row, _ in used)
+    return ConversationData(train, held_out, *digests, lines, *names, questions, references, train_references)
 
 
 def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -> tuple[UsedRows, str]:

@@ -94,6 +94,7 @@ FIXED = ALWAYS_THERE | {
     "pack": "packing",
     "stage": "stage",
     "continues": "adapter to continue",
+    "mixed_in": "number of general questions mixed in",
 }
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 BY_FLAG = re.compile(
@@ -101,7 +102,7 @@ BY_FLAG = re.compile(
 )
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}  # a best by others is beaten never, or always
-NOT_COMPARED = re.compile("(command|changes|result)(/.*)?")  # the flags in the command are compared one by one
+NOT_COMPARED = re.compile("(command|changes|result|general_answers)(/.*)?")  # the flags in the command are compared one by one
 
 
 def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:

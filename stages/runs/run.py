@@ -57,8 +57,9 @@ BUSY = 0.1  # share of the cores that others take, above which a run says so
 class RunOptions(FolderFlags):
     """Where and how a run is carried out. `stage`: the command's name.
 
-    Intervals are steps (int) or seconds (float). `eval_every` None: a tenth of the run, or more where evaluating takes longer
-    than EVALUATION_SHARE of the time. `patience`: evaluations in a row without a best that end the run.
+    Intervals are steps (int) or seconds (float). `eval_every` None: by `evaluations`, evenly over the run, or without these a
+    tenth of the run, or more where evaluating takes longer than EVALUATION_SHARE of the time. `patience`: evaluations in a
+    row without a best that end the run.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class RunOptions(FolderFlags):
     folder: Path
     dry_run: bool
     eval_every: int | float | None = None
+    evaluations: int | None = None
     patience: int | None = None
     mesh: MeshShape | None = None
 
@@ -472,7 +474,7 @@ class Loop:
         loop_state = self.loop_state
         # Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
         finite, is_done, evaluator = not loop_state.refused_in_a_row, self._is_done(), self.stage.evaluator
-        evaluates = finite and evaluator and (is_done or loop_state.is_due("evaluate", self._evaluation_interval()))
+        evaluates = finite and evaluator and (is_done or self._is_evaluation_due())
         if evaluator and evaluates:
             with _returning_freed_memory(self.stage.buffer_bytes):
                 self._evaluate(evaluator, state, is_done)
@@ -484,6 +486,14 @@ class Loop:
         if unsaved:
             self.save(state)
         return bool(evaluates or saves)
+
+    def _is_evaluation_due(self) -> bool:
+        loop_state, evaluations = self.loop_state, self.options.evaluations
+        if self.options.eval_every or not evaluations:
+            return loop_state.is_due("evaluate", self._evaluation_interval())
+        last_progress = self.plan.progress(*loop_state.intervals["evaluate"])
+        share = self.plan.progress(loop_state.step, loop_state.seconds) - last_progress
+        return share >= 1 / evaluations - 1e-9  # a fifth of five steps is not less than a fifth, whatever its rounding
 
     def _evaluation_interval(self) -> int | float:
         loop_state, plan = self.loop_state, self.plan

@@ -11,6 +11,7 @@ from engine.inference.request import Completion
 from engine.text.conversations import VOICE, read_conversations
 from stages.runs import answers
 from stages.runs.answers import Answer, compare, describe_faults, repeats_itself
+from stages.runs.general_questions import LEAST_RIGHT, QUESTIONS, QUESTIONS_TO_TRAIN_ON, compare_known, is_right
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), max_size=60)
 
@@ -66,3 +67,37 @@ def test_faults_are_said_below_the_answer_and_counted():
     )
     assert describe_faults([good, good]) == "all 2 stop and none repeats itself"
     assert describe_faults([good, endless]) == "1 of 2 do not stop, 1 repeat themselves"
+
+
+@given(st.sampled_from(QUESTIONS), st.sampled_from(["{}", "It's {}!", "ahoy,\n{}... arr", "**{}**", "(i.e. {})"]), st.booleans())
+def test_an_answer_is_right_where_it_holds_the_expected_words(pair, frame, is_loud):
+    """Whatever stands around them; a longer word that begins with them is another."""
+    for expected in pair[1].split("|"):
+        answer = frame.format(expected.upper() if is_loud else expected)
+        assert is_right(answer, pair[1])
+        assert not is_right(f"{expected}ish", pair[1])
+        assert not is_right(f"x{expected}", pair[1])
+    assert not is_right("", pair[1])
+
+
+def test_what_is_measured_is_not_trained_on():
+    measured, trained = ({question for question, _ in pairs} for pairs in (QUESTIONS, QUESTIONS_TO_TRAIN_ON))
+    assert (len(QUESTIONS), len(measured)) == (40, 40)
+    assert len(trained) == len(QUESTIONS_TO_TRAIN_ON)
+    assert not measured & trained
+    for question, expected in (*QUESTIONS, *QUESTIONS_TO_TRAIN_ON):
+        assert not is_right(question, expected), "or to repeat the question would be an answer"
+
+
+def test_kept_answers_are_those_that_were_right_before():
+    """What is learned anew makes up for nothing, and of a model that knows too little no share is told."""
+    before = [question for question, _ in QUESTIONS[:20]]
+    others = [question for question, _ in QUESTIONS[20:]]
+    for count, warns in ((20, False), (17, False), (16, True), (0, True)):
+        rows = compare_known(before, before[:count] + others).rows()
+        assert rows[0] == ("kept", f"{count} of 20 answers to general questions")
+        assert ["less than 85%" in text for _, text in rows[1:]] == [True] * warns
+    for known in ([], before[: LEAST_RIGHT - 1]):
+        [(label, text)] = compare_known(known, None).rows()
+        assert label == "kept"
+        assert text.startswith(f"too few to tell: {len(known)} of 40 general questions")

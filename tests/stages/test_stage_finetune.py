@@ -446,7 +446,7 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     best, kept = measured["best_step"], measured["kept_step"]
     assert measured["steps"] == best + 4 < STEPS
     assert kept == best
-    said = f"kept step {best}, the best evaluated; the last, {best + 4}, is still there"
+    said = f"chosen step {best}, the best evaluated; the last, {best + 4}, is still there"
     assert said in " ".join(capsys.readouterr().out.split())
     model = load_model(str(folder))
     assert model.checkpoint == folder.absolute() / "checkpoints" / str(best)
