@@ -11,9 +11,10 @@
     python -m stages.finetune --dry-run                            what matches, what it would cost, and stop
 
 Frozen parameters are never differentiated and stay as they are, to the bit. The same command run again resumes where it
-stopped. Without --max-time and --steps it trains for three minutes, and on a slow machine for as long as 100 steps take:
-fewer hardly change a tone. It ends with up to three held-out questions, answered before and after, and says when an answer does
-not stop or repeats itself.
+stopped. Without --max-time and --steps it reads the data three times. Much data it reads for three minutes, and on a slow
+machine for as long as 100 steps take: fewer hardly change a tone. It ends with up to three held-out questions, answered before
+and after, and says when an answer does not stop or repeats itself. It says how many of 40 general questions that the model
+answered right before it still answers right.
 """
 
 import dataclasses

@@ -165,8 +165,10 @@ class FineTuning(ModelStage, BatchStage):
             holds = f"an adapter that can hold {lora_bits(self.model.cfg, self.lora):,} bits, for data of about {bits:,}"
             self.matches += (("rank", f"{self.lora.rank}, chosen: {holds}"),)
         self.plan = dataclasses.replace(self.plan, name=self.model.name)
-        self.mixes_general = not (examples.no_mix or is_preference or on_mesh) and self.dataset.kind != "text"
         self.pack_examples()
+        is_small = READINGS * self._steps_a_reading() <= LEAST_STEPS
+        has_answers = not is_preference and self.dataset.kind != "text"
+        self.mixes_general = is_small and has_answers and not (examples.no_mix or on_mesh)
         self.metadata = {
             "learns": trainable.describe(self.lora),
             "objective": tuning.objective,

@@ -48,7 +48,7 @@ class LengthFlags:
     """The length of the run. Of both, whichever ends first."""
 
     max_time: Annotated[
-        float | None, parser(seconds, "TIME"), default("3m without --steps, and a fine-tuning then 100 steps at least")
+        float | None, parser(seconds, "TIME"), default("3m, or in a fine-tuning 3 readings of the data, without --steps")
     ] = None
     """Training time, such as 90 (seconds), 3m or 1h, which ends the run; compiling, evaluating and saving are not counted."""
     steps: Annotated[int | None, COUNT, default("as many as fit into the time")] = None

@@ -69,7 +69,9 @@ def test_faults_are_said_below_the_answer_and_counted():
     assert describe_faults([good, endless]) == "1 of 2 do not stop, 1 repeat themselves"
 
 
-@given(st.sampled_from(QUESTIONS), st.sampled_from(["{}", "It's {}!", "ahoy,\n{}... arr", "**{}**", "(i.e. {})"]), st.booleans())
+@given(
+    st.sampled_from(QUESTIONS), st.sampled_from(["{}", "It's {}!", "ahoy,\n{}... arr", "**{}**", "(i.e. {})"]), st.booleans()
+)
 def test_an_answer_is_right_where_it_holds_the_expected_words(pair, frame, is_loud):
     """Whatever stands around them; a longer word that begins with them is another."""
     for expected in pair[1].split("|"):

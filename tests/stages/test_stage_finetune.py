@@ -28,12 +28,14 @@ from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer, Example
+from engine.text.conversations import Conversation, read_conversations
 from engine.text.examples import Pair
 from engine.training.preference import preference_objective
 from engine.training.step import NEXT_TOKEN
 from stages import chat, evaluate, export, generate
 from stages.cli.console import Console
 from stages.finetune import __main__ as finetune
+from stages.finetune import general_examples
 from stages.finetune import run as finetune_run
 from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
 from stages.runs.estimate import RunPlan
@@ -98,6 +100,9 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     assert losses["before"]["general"] > 0
     assert f"{losses['before']['held_out']:.3f} -> {losses['after']['held_out']:.3f} nats/token" in printed
     assert f"{losses['before']['general']:.3f} -> {losses['after']['general']:.3f} bits per byte" in printed
+    known = losses["before"]["known"]
+    assert losses["kept_answers"] == {"before": len(known), "after": None}
+    assert re.search(rf"^kept +too few to tell: {len(known)} of 40 general questions", printed, re.M)
     questions = [answer["question"] for answer in losses["before"]["answers"]]  # all that are held out
     assert len({*questions} & {f"the {word}" for word in WORD}) == 2
     for question in questions:
@@ -490,7 +495,8 @@ def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained
     del options[at : at + 2]
     assert finetune.main(options) == 0
     assert re.search(
-        r"length +0\.00 s of training time, but at least 7 steps; about \d+ steps, \S+ \w+, [\d.]+ times the data$",
+        r"length +\d+ steps or 0\.00 s of training time, whichever ends first, but at least 7 steps; "
+        r"about 7 steps, \S+ \w+, [\d.]+ times the data$",
         capsys.readouterr().out,
         re.M,
     )
@@ -651,3 +657,59 @@ def test_the_devices_of_a_mesh_share_the_held_out_set():
     preferences = held_out_evaluator(cfg, {}, params, pairs, preference_objective(), 7)
     assert preferences.size == len(pairs) == 3
     assert preferences.evaluate(params) == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_a_run_without_a_length_reads_its_data_three_times():
+    """Few steps need no time; of many, three minutes may end the run before, but not under 100 steps."""
+    assert finetune_run.choose_length(7.5) == (22, None, 0)
+    assert finetune_run.choose_length(0.1) == (1, None, 0)
+    assert finetune_run.choose_length(33) == (99, None, 0)
+    assert finetune_run.choose_length(1000) == (3000, 180.0, 100)
+
+
+def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp_path, monkeypatch, capsys, failing):
+    """A resumed run reads the same ones again, without asking; with --no-mix it would read others."""
+    calls = []
+
+    def write(*_: object) -> list[tuple[str, str]]:
+        calls.append("asked")
+        return [("the moon", "red sails."), ("the tide", "red tide.")]
+
+    monkeypatch.setattr(finetune_run, "write_general_answers", write)
+    folder = tmp_path / "mixed"
+    options = args(trained, chats, folder, "--lora", LORA)
+    assert finetune.main([*options, "--steps", "2"]) == 0
+    assert "mixed in    2 general questions, answered in the tone of the data before training" in capsys.readouterr().out
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["mixed_in"], record["general_answers"]) == (2, [["the moon", "red sails."], ["the tide", "red tide."]])
+    assert finetune.main([*options, "--steps", "3"]) == 0
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert calls == ["asked"]
+    error = failing(finetune.main, [*options, "--steps", "4", "--no-mix"])
+    assert "another number of general questions mixed in (2 there, None now)" in error
+    assert finetune.main([*options, "--steps", "2", "--no-mix", "--out-dir", str(tmp_path / "alone")]) == 0
+    assert "mixed in" not in capsys.readouterr().out
+
+
+def test_general_answers_are_the_models_own_and_only_those_that_are_right(adapted, chats, monkeypatch):
+    """A context that does not hold the demonstrations gives none, and so does a model that knows nothing."""
+    model = load_model(str(adapted[0]))
+    tokenizer = ChatTokenizer(model.tokenizer)
+    conversations = [row.messages for row in read_conversations(str(chats)) if isinstance(row, Conversation)]
+    demonstrations = general_examples.choose_demonstrations(tokenizer, conversations)
+    assert [message["content"] for message in demonstrations[1::2]] == ["red sails."] * general_examples.DEMONSTRATIONS
+    cfg, stop_token_ids = dataclasses.replace(model.cfg, context=512), (*model.eos_ids, *tokenizer.eot_ids)
+
+    def write(cfg: Any, messages: Any) -> list[tuple[str, str]]:
+        return general_examples.write_general_answers(cfg, model.params, tokenizer, messages, stop_token_ids, lambda *_: None)
+
+    assert write(cfg, demonstrations) == write(model.cfg, demonstrations) == write(cfg, []) == []
+    monkeypatch.setattr(
+        general_examples, "is_right", lambda answer, expected: expected in ("Rome", "sun", *map(str, range(99)))
+    )
+    monkeypatch.setattr(general_examples, "LEAST_ANSWERS", 1)
+    answers = write(cfg, demonstrations)
+    assert answers[0][0] == "What is the capital of Italy?"
+    [example, *_] = general_examples.general_examples(tokenizer, answers, 256)
+    assert tokenizer.tokenizer.decode(example.tokens[example.mask]).startswith(f" {answers[0][1]}")
+    assert general_examples.general_examples(tokenizer, answers, 3) == []
