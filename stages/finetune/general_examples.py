@@ -1,12 +1,15 @@
 """Examples of general knowledge in the style of the data, which the model itself writes before it is trained on both.
 
 A model that reads nothing but a small file in a tone learns, beside the tone, that answers are about what the file is about. So
-it is shown a few conversations of the file and asked general questions after them, each with its answer in brackets. What it
-says is in the tone by their example, and is trained on without them, if it holds the answer and ends. That is context
-distillation (Askell et al. 2021, 2112.00861), with the answer as a hint as in STaR (Zelikman et al. 2022, 2203.14465).
+it is shown a few conversations of the file and asked general questions after them, each with a sentence that answers it, in
+brackets. What it says is in the tone by their example. It is trained on without them, if it is right and ends as they do.
+That is context distillation (Askell et al. 2021, 2112.00861), with a hint as in STaR (Zelikman et al. 2022, 2203.14465).
 """
 
+import collections
 import dataclasses
+import itertools
+import re
 from collections.abc import Collection, Sequence
 
 from engine.inference.config import EngineConfig
@@ -26,64 +29,128 @@ MAX_TOKENS = 32  # of an answer
 ANSWERED_TOGETHER = 16
 LEAST_ANSWERS = 8  # right ones: of a model that gives fewer nothing is mixed in
 
+# An opening or a closing belongs to the tone if each is that of a large share of the answers, and together of nearly all.
+OPENING_WORDS = 8  # at most
+OPENING_SHARE = 0.2
+CLOSING_SHARE = 0.1
+COVERED_SHARE = 0.8
+
 
 def choose_demonstrations(chat: ChatTokenizer, conversations: Sequence[Sequence[Message]]) -> list[Message]:
-    """Returns the messages of up to DEMONSTRATIONS short conversations of one question and one answer, spread over all."""
-    fitting = []
-    for messages in conversations:
-        roles = [message["role"] for message in messages]
-        if roles == ["user", "assistant"] and len(chat.prompt(messages)) <= DEMONSTRATION_TOKENS:
-            fitting.append(messages)
-    chosen = dict.fromkeys(at * len(fitting) // DEMONSTRATIONS for at in range(DEMONSTRATIONS)) if fitting else ()
-    return [message for at in chosen for message in fitting[at]]
+    """Returns the first question and answer of up to DEMONSTRATIONS conversations, spread over all.
+
+    Those that are long, or begin with anything but a question of the user's, are passed over for the next.
+    """
+    chosen: list[Message] = []
+    edges = [at * len(conversations) // DEMONSTRATIONS for at in range(DEMONSTRATIONS + 1)]
+    for first, last in itertools.pairwise(edges):
+        for messages in conversations[first:last]:
+            turn = messages[:2]
+            roles = [message["role"] for message in turn]
+            if roles == ["user", "assistant"] and len(chat.prompt(turn)) <= DEMONSTRATION_TOKENS:
+                chosen += turn
+                break
+    return chosen
+
+
+def shared_openings(answers: Sequence[str]) -> list[str]:
+    """Returns the first words of each answer that many others begin with too, such as "Certainly, sir."; [] where few do."""
+    counts: collections.Counter[tuple[str, ...]] = collections.Counter()
+    beginnings = []
+    for answer in answers:
+        words = answer.split()[:OPENING_WORDS]
+        beginnings.append([tuple(words[:size]) for size in range(1, len(words) + 1)])
+        counts.update(beginnings[-1])
+    openings = []
+    for sizes in beginnings:
+        shared = [words for words in sizes if counts[words] >= OPENING_SHARE * len(answers)]
+        if shared:
+            openings.append(" ".join(shared[-1]))
+    return openings if len(openings) >= COVERED_SHARE * len(answers) else []
+
+
+def shared_closings(answers: Sequence[str]) -> set[str]:
+    """Returns the last words, in lower case, that many answers end with; the empty set where few end with such a word."""
+    counts = collections.Counter(map(_last_word, answers))
+    closings = {word for word, count in counts.items() if word and count >= CLOSING_SHARE * len(answers)}
+    covered = sum(counts[word] for word in closings)
+    return closings if covered >= COVERED_SHARE * len(answers) else set()
+
+
+def _last_word(answer: str) -> str:
+    words = re.findall(r"\w+", answer.casefold())
+    return words[-1] if words else ""
 
 
 def write_general_answers(
     cfg: ModelConfig,
     params: Params,
     chat: ChatTokenizer,
-    demonstrations: Sequence[Message],
+    conversations: Sequence[Sequence[Message]],
     stop_token_ids: Collection[int],
     report: ReportProgress,
 ) -> list[tuple[str, str]]:
-    """Returns general questions and a model's answers in the style of `demonstrations`; [] where too few are right.
+    """Returns general questions and a model's greedy answers in the style of conversations that end with an answer.
 
-    The answers are greedy. [] too for a context that does not hold the demonstrations, a question and its answer.
+    An answer begins and ends as those of the conversations do, where they share it. Returns [] where too few answers are
+    right, and for a context that does not hold the demonstrations, a question and its answer.
     """
-    prompts = []
-    for question, expected in QUESTIONS_TO_TRAIN_ON:
-        hinted = f"{question} ({expected.partition('|')[0]})"
-        prompts.append(tuple(chat.prompt([*demonstrations, {"role": "user", "content": hinted}]).tolist()))
-    capacity = max(map(len, prompts)) + MAX_TOKENS
-    if not demonstrations or capacity > cfg.context:
+    demonstrations = choose_demonstrations(chat, conversations)
+    if not demonstrations or len(chat.prompt(demonstrations)) + MAX_TOKENS > cfg.context:
         return []
+    answers = [messages[-1]["content"] for messages in conversations]
+    openings = shared_openings(answers) or [""]
+    closings = shared_closings(answers)
+    asked = []  # a question, what its answer holds, and the answer's beginning
+    prompts = []
+    for number, (question, expected, sentence) in enumerate(QUESTIONS_TO_TRAIN_ON):
+        opening = openings[number * len(openings) // len(QUESTIONS_TO_TRAIN_ON)]
+        hinted: Message = {"role": "user", "content": f"{question} ({sentence})"}
+        asked.append((question, expected, opening))
+        prompts.append(tuple(chat.prompt([*demonstrations, hinted], opening).tolist()))
+    if max(map(len, prompts)) + MAX_TOKENS > cfg.context:
+        return []
+    pairs = []
+    completions = _complete(cfg, params, prompts, stop_token_ids, report)
+    for (question, expected, opening), completion in zip(asked, completions, strict=True):
+        if completion is None:
+            continue
+        answer = (opening + chat.tokenizer.decode(completion)).strip()
+        if is_right(answer, expected) and (not closings or _last_word(answer) in closings):
+            pairs.append((question, answer))
+    return pairs if len(pairs) >= LEAST_ANSWERS else []
+
+
+def _complete(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[tuple[int, ...]],
+    stop_token_ids: Collection[int],
+    report: ReportProgress,
+) -> list[list[int] | None]:
+    """Completes prompts greedily in MAX_TOKENS; None for one that does not end by then."""
+    capacity = max(map(len, prompts)) + MAX_TOKENS
     config = EngineConfig.for_prompts(cfg, prompts[:ANSWERED_TOGETHER], capacity)
     # The demonstrations are computed once, and found again for each question.
     config = dataclasses.replace(config, prefix_cache_bytes=2 * config.slot_bytes(cfg, capacity))
     engine = Engine(cfg, prepare_params(cfg, params), config)
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop_token_ids=stop_token_ids)
-    numbers = {engine.submit(Request(prompt, sampling)): number for number, prompt in enumerate(prompts)}
-    tokens = [list[int]() for _ in prompts]
-    ends = ["" for _ in prompts]
+    tokens = {engine.submit(Request(prompt, sampling)): list[int]() for prompt in prompts}
+    reasons = dict[int, str]()
     while engine.busy:
         for event in engine.step():
-            number = numbers[event.id]
-            tokens[number] += event.tokens
-            ends[number] = event.finish_reason or ""
-        report(sum(map(bool, ends)), len(prompts))
-    pairs = []
-    for (question, expected), answer, end in zip(QUESTIONS_TO_TRAIN_ON, tokens, ends, strict=True):
-        text = chat.tokenizer.decode(answer).strip()
-        if end == "stop" and is_right(text, expected):
-            pairs.append((question, text))
-    return pairs if len(pairs) >= LEAST_ANSWERS else []
+            tokens[event.id] += event.tokens
+            if event.finish_reason:
+                reasons[event.id] = event.finish_reason
+        report(len(reasons), len(prompts))
+    return [completion if reasons[id] == "stop" else None for id, completion in tokens.items()]
 
 
 def general_examples(chat: ChatTokenizer, answers: Sequence[tuple[str, str]], seq: int) -> list[Example]:
     """Returns the training examples, of at most `seq` + 1 tokens, of general questions and their answers."""
     examples = []
     for question, answer in answers:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         example = chat.answer_example(messages, "a general question")
         if len(example.tokens) <= seq + 1:
             examples.append(example)

@@ -25,7 +25,7 @@ from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
-from stages.finetune.general_examples import choose_demonstrations, general_examples, write_general_answers
+from stages.finetune.general_examples import general_examples, write_general_answers
 from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults, known_questions
 from stages.runs.conversation_data import (
     held_out_evaluator,
@@ -203,10 +203,10 @@ class FineTuning(ModelStage, BatchStage):
             return
         answers = self._saved_general_answers()
         if answers is None:
-            cfg, demonstrations = self.plan.cfg, choose_demonstrations(self.chat, self.dataset.train_references)
+            cfg, conversations = self.plan.cfg, self.dataset.train_references
             with self.console.task("answering general questions to mix in") as report:
                 params = self.initial_params()
-                answers = write_general_answers(cfg, params, self.chat, demonstrations, self.stop_token_ids, report)
+                answers = write_general_answers(cfg, params, self.chat, conversations, self.stop_token_ids, report)
             _clear_programs()
         self.general_examples = general_examples(self.chat, answers, self.plan.recipe.context)
         self.metadata["general_answers"] = answers

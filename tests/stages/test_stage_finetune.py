@@ -698,18 +698,36 @@ def test_general_answers_are_the_models_own_and_only_those_that_are_right(adapte
     conversations = [row.messages for row in read_conversations(str(chats)) if isinstance(row, Conversation)]
     demonstrations = general_examples.choose_demonstrations(tokenizer, conversations)
     assert [message["content"] for message in demonstrations[1::2]] == ["red sails."] * general_examples.DEMONSTRATIONS
+    long_one = [{"role": "user", "content": "the " * 300}, conversations[0][1]]
+    assert general_examples.choose_demonstrations(tokenizer, [long_one, long_one[1:], *conversations[:1]]) == [
+        *conversations[0]
+    ]
     cfg, stop_token_ids = dataclasses.replace(model.cfg, context=512), (*model.eos_ids, *tokenizer.eot_ids)
 
-    def write(cfg: Any, messages: Any) -> list[tuple[str, str]]:
-        return general_examples.write_general_answers(cfg, model.params, tokenizer, messages, stop_token_ids, lambda *_: None)
+    def write(cfg: Any, rows: Any) -> list[tuple[str, str]]:
+        return general_examples.write_general_answers(cfg, model.params, tokenizer, rows, stop_token_ids, lambda *_: None)
 
-    assert write(cfg, demonstrations) == write(model.cfg, demonstrations) == write(cfg, []) == []
-    monkeypatch.setattr(
-        general_examples, "is_right", lambda answer, expected: expected in ("Rome", "sun", *map(str, range(99)))
-    )
+    assert write(cfg, conversations) == write(model.cfg, conversations) == write(cfg, []) == []
+    monkeypatch.setattr(general_examples, "is_right", lambda answer, expected: expected in ("Rome", "sun"))
     monkeypatch.setattr(general_examples, "LEAST_ANSWERS", 1)
-    answers = write(cfg, demonstrations)
-    assert answers[0][0] == "What is the capital of Italy?"
+    answers = write(cfg, conversations)
+    assert answers[0] == ("What is the capital of Italy?", "red sails."), "which begins and ends as all the others"
     [example, *_] = general_examples.general_examples(tokenizer, answers, 256)
-    assert tokenizer.tokenizer.decode(example.tokens[example.mask]).startswith(f" {answers[0][1]}")
+    assert tokenizer.tokenizer.decode(example.tokens[example.mask]).startswith(" red sails.")
     assert general_examples.general_examples(tokenizer, answers, 3) == []
+    others = [[question, {"role": "assistant", "content": "red sail"}] for question, _ in conversations]
+    assert write(cfg, others) == [], "for no answer ends as these do"
+
+
+def test_what_answers_share_at_their_ends_is_found():
+    """Of a letter's opening and closing, each in several forms; of answers that share nothing, none."""
+    bodies = [f"{chr(97 + at)} {WORD[at % len(WORD)]}." for at in range(20)]
+    openings, closings = ("Certainly, sir.", "Very good."), ("At your service.", "Is that all?", "Farewell!")
+    letters = [f"{openings[at % 2]} {body} {closings[at % 3]}" for at, body in enumerate(bodies)]
+    assert general_examples.shared_openings(letters) == [openings[at % 2] for at in range(20)]
+    assert general_examples.shared_closings(letters) == {"service", "all", "farewell"}
+    unlike = [f"{at} and {at}" for at in range(20)]
+    assert general_examples.shared_openings([*letters[:12], *unlike]) == []
+    assert general_examples.shared_closings([*letters[:12], *unlike]) == set()
+    assert general_examples.shared_openings([]) == []
+    assert general_examples.shared_closings(["...", ""]) == set()
