@@ -43,6 +43,7 @@ FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, an adapter's folder "
     "in PEFT's layout, ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
 )
+MAX_STEP = 10**18  # which no run reaches; a longer number is no name of a folder
 
 
 OnConfig = Callable[[ModelConfig], None]
@@ -123,9 +124,21 @@ def locate(
     run = _run_of(path, name or str(path))
     notes += run_folder.verify(run)
     record = run_folder.read_json(run / "run.json")
-    if path == run and isinstance(kept := (record.get("result") or {}).get("kept_step"), int):
-        path, notes = run / "checkpoints" / str(kept), (*notes, f"its step {kept:,} is loaded, the best by its validation")
+    kept = _kept_step(run, record) if path == run else None
+    if kept is not None:
+        path = run / "checkpoints" / str(kept)
+        notes += (f"its step {kept:,} is loaded, the best by its validation",)
     return Location("adapter" if record.get("kind") == "adapter" else "run", path, run, notes)
+
+
+def _kept_step(run: Path, record: dict[str, Any]) -> int | None:
+    """Returns the step that a finished run's record names as the best; None where it names none."""
+    result = record.get("result") or {}
+    kept = result.get("kept_step") if isinstance(result, dict) else -1
+    if kept is None or (type(kept) is int and 0 <= kept < MAX_STEP):
+        return kept
+    record_path = run / "run.json"
+    raise UserError(f"{record_path} does not say which step of the run is its best: restore it from a copy, or train anew.")
 
 
 def _run_of(path: Path, name: str) -> Path:

@@ -236,3 +236,14 @@ def test_the_architecture_is_known_before_weights_are_read(runs, arrays, monkeyp
     assert "it has no embed" in refusal(lambda: load_model(str(runs["plain"]), on_config=stop))
     write_step(runs["plain"], arrays["plain"])
     assert refusal(lambda: load_model(str(runs["plain"]), on_config=stop)) == "2 layers"
+
+
+@pytest.mark.parametrize("result", [[1], "7", *({"kept_step": step} for step in (10**400, -1, True, "7"))])
+def test_a_record_that_names_no_step_as_its_best_is_refused(runs, arrays, result):
+    file = runs["plain"] / "run.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"result": result}))
+    write_step(runs["plain"], arrays["plain"])
+    assert f"{file} does not say which step of the run is its best" in refusal(load_model, str(runs["plain"]))
+    file.write_text(before)
+    write_step(runs["plain"], arrays["plain"])
