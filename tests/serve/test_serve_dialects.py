@@ -420,14 +420,16 @@ def test_ollama_lists_and_shows_the_model(gemma, client, tiny_server):
 
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}  # of curl's -d, and of the simple POST of a page
-PLAIN = {"Content-Type": "text/plain"}
+PLAIN = {"Content-Type": "text/plain;charset=UTF-8"}  # of a text that fetch sends
+BYTES = {"Content-Type": "application/octet-stream"}  # of litellm's proxy
+UTF_16 = {"Content-Type": "text/plain; charset=utf-16"}
 
 
-def test_only_ollamas_routes_take_a_body_without_a_type_or_with_that_of_a_form(client):
+def test_only_ollamas_routes_take_a_body_without_a_type_or_with_any(client):
     body = b'{"prompt": "a", "options": {"num_predict": 1}}'
-    for headers, status in (({}, 200), (FORM, 200), (PLAIN, 415)):
+    for headers, status in (({}, 200), (FORM, 200), (PLAIN, 200), (BYTES, 200), (UTF_16, 415)):
         assert client.post("/api/generate", headers=headers, content=body).status_code == status
-    for headers in ({}, FORM):
+    for headers in ({}, FORM, PLAIN, BYTES):
         assert client.post("/v1/completions", headers=headers, content=body).status_code == 415
 
 
@@ -437,7 +439,7 @@ def test_a_page_elsewhere_may_send_ollamas_routes_no_form(client, path):
     foreign = [{"Origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1:1")]
     foreign += [{"Sec-Fetch-Site": site} for site in ("cross-site", "same-site")]
     for headers in foreign:
-        for kind in ({}, FORM, PLAIN, {"Content-Type": "application/json"}):
+        for kind in ({}, FORM, PLAIN, BYTES, {"Content-Type": "application/json"}):
             assert client.post(path, headers=headers | kind, content=b"{}").status_code == 403
 
 

@@ -354,14 +354,13 @@ def _integral(value: Any) -> Any:
 
 
 def _check_headers(http: Request) -> None:
-    kinds = ["application/json"]
-    if http.scope["state"]["path"].startswith("/api/"):
-        # To Ollama's routes litellm sends no type, and `curl -d` that of a form. A page of another site can do the same, but
-        # its Origin comes along, which the guard refuses.
-        kinds += ["", "application/x-www-form-urlencoded"]
+    # Ollama asks for no type, and its clients send any: curl's -d that of a form, litellm's proxy `application/octet-stream`,
+    # fetch `text/plain`. A page of another site can send some of them too, but not without its Origin, which the guard refuses.
+    takes_any = http.scope["state"]["path"].startswith("/api/")
     kind, _, parameters = http.headers.get("content-type", "").partition(";")
+    is_json = takes_any or kind.strip().lower() == "application/json"
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())
-    if kind.strip().lower() not in kinds or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
+    if not is_json or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
         raise ApiError(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")
     if http.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError(415, "The body must not be compressed: send it without a Content-Encoding.")
