@@ -296,6 +296,17 @@ def test_thinking_changes_nothing_and_is_named(claude, thinking):
     assert replies[0].parse().content == replies[1].parse().content
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_earlier_thoughts_change_nothing_and_are_named(client, name):
+    """They come from clients of vLLM, and from litellm's proxy in place of Anthropic's thinking blocks."""
+    spoken = {"role": "assistant", "content": "Hi"}
+    thought = spoken | {name: "Hm."}
+    replies = [client.chat(messages=[*HELLO, turn, *HELLO], max_tokens=5) for turn in (spoken, thought, spoken | {name: None})]
+    answers = [good(reply)["choices"][0]["message"] for reply in replies]
+    assert answers[0] == answers[1] == answers[2]
+    assert [reply.headers.get("x-ignored-fields") for reply in replies] == [None, f"messages.{name}", None]
+
+
 def test_a_document_of_plain_text_is_read_before_the_question(claude):
     def tokens(*blocks: Any) -> int:
         return claude.messages.count_tokens(model=CLAUDE, messages=[{"role": "user", "content": [*blocks]}]).input_tokens

@@ -428,7 +428,7 @@ Tools = Several[ToolField] | None
 
 
 class Message(Fields):
-    """A message of a conversation. An assistant's that calls tools needs no content."""
+    """A message of a conversation. An assistant's that calls tools needs no content. Earlier thoughts change nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts[TextPart] | None = None
@@ -439,6 +439,13 @@ class Message(Fields):
     tool_call_id: str | None = None
     cache_control: JsonObject = None
     parsed: Any = None  # by OpenAI's client, which sends it back
+    reasoning_content: str | None = None  # as DeepSeek and SGLang call the thoughts of an answer
+    reasoning: str | None = None  # as vLLM calls them
+
+    @property
+    def thoughts(self) -> list[str]:
+        """The names of the fields that hold any."""
+        return [name for name in ("reasoning_content", "reasoning") if getattr(self, name)]
 
     @property
     def turn(self) -> Turn:
@@ -485,6 +492,11 @@ class ChatRequest(CompletionFields, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | ToolField | None = None
     chat_template_kwargs: JsonObject = None
     parallel_tool_calls: bool | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        thoughts = [f"messages.{name}" for message in self.messages for name in message.thoughts]
+        return [*super().ignored, *dict.fromkeys(thoughts)]
 
     @property
     def tool_use(self) -> ToolUse:
