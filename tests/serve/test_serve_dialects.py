@@ -326,6 +326,20 @@ def test_a_document_of_plain_text_is_read_before_the_question(claude):
             tokens(block)
 
 
+def test_a_tool_may_return_documents(claude):
+    def tokens(content: Any) -> int:
+        call: Any = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}}
+        result: Any = {"type": "tool_result", "tool_use_id": "toolu_1", "content": content}
+        messages: Any = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        return claude.messages.count_tokens(model=CLAUDE, messages=messages).input_tokens
+
+    source = {"type": "text", "media_type": "text/plain", "data": "Ann is here."}
+    document = {"type": "document", "source": source, "title": "Notes"}
+    assert tokens([{"type": "text", "text": "One:\n"}, document]) == tokens("One:\nNotes\nAnn is here.\n\n")
+    with pytest.raises(anthropic.BadRequestError, match=r"content\[0\]\.type: Invalid enum value 'tool_use'"):
+        tokens([{"type": "tool_use"}])
+
+
 def test_models_as_anthropic_describes_them(claude, client, tiny_server):
     models = list(claude.models.list())
     assert [model.id for model in models] == ["tiny", CLAUDE, GEMMA, GPT]

@@ -41,29 +41,16 @@ class Citations(Fields):
     enabled: Literal[False] | None = None
 
 
-class TurnBlock(Fields):
-    """A block of a message: text, a document, a call of a tool, what it returned, or a thought, which no template reads."""
+class TextBlock(Fields, kw_only=True):
+    """A text or a document: a block of a message, or a part of what a tool returned."""
 
-    type: Literal["text", "document", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+    type: Literal["text", "document"]
     text: str = ""
     source: DocumentSource | None = None
     title: str | None = None
     context: str | None = None
-    thinking: str = ""
-    signature: str = ""
-    data: str = ""
-    id: str = ""
-    name: str = ""
-    input: dict[str, Any] = msgspec.field(default_factory=dict)
-    tool_use_id: str = ""
-    content: TextParts | None = None
-    is_error: bool | None = None
     cache_control: JsonObject = None
     citations: EmptyList | Citations | None = None
-
-    @property
-    def is_thought(self) -> bool:
-        return self.type in ("thinking", "redacted_thinking")
 
     @property
     def plain_text(self) -> str:
@@ -72,6 +59,32 @@ class TurnBlock(Fields):
             return self.text
         parts = [self.title, self.context, self.source.data, join_text(self.source.content)]
         return "\n".join(filter(None, parts)) + "\n\n"
+
+
+class TurnBlock(TextBlock, kw_only=True):
+    """A block of a message: text, a document, a call of a tool, what it returned, or a thought, which no template reads."""
+
+    type: Literal["text", "document", "tool_use", "tool_result", "thinking", "redacted_thinking"]  # type: ignore[assignment]
+    thinking: str = ""
+    signature: str = ""
+    data: str = ""
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = msgspec.field(default_factory=dict)
+    tool_use_id: str = ""
+    content: str | Annotated[list[TextBlock], Meta(max_length=256)] | None = None
+    is_error: bool | None = None
+
+    @property
+    def is_thought(self) -> bool:
+        return self.type in ("thinking", "redacted_thinking")
+
+    @property
+    def result(self) -> str:
+        """The text of what a tool returned."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.plain_text for part in self.content or ())
 
 
 class InputTurn(Fields):
@@ -92,7 +105,7 @@ class InputTurn(Fields):
             if block.is_thought:
                 continue
             if block.type == "tool_result":
-                turns.append(make_turn("tool", join_text(block.content), tool_call_id=block.tool_use_id))
+                turns.append(make_turn("tool", block.result, tool_call_id=block.tool_use_id))
                 continue
             if not turns or turns[-1]["role"] != self.role:
                 turns.append(make_turn(self.role, ""))
