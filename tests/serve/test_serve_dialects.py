@@ -176,6 +176,9 @@ REASONING: dict[str, Any] = {
 def test_a_response_repeats_how_it_was_sampled(gpt, tiny_server, monkeypatch):
     monkeypatch.setattr(tiny_server.state, "sampling", tiny_server.state.sampling.__class__(temperature=0.3, top_p=0.8))
     default = gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=2)
+    options: Any = {"include_obfuscation": False}
+    events = gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=2, stream=True, stream_options=options)
+    assert [event.type for event in events][-1] == "response.incomplete"
     assert (default.temperature, default.top_p, default.truncation, default.background) == (0.3, 0.8, "disabled", False)
     own = gpt.responses.create(
         model=GPT, input="Hello there", max_output_tokens=2, temperature=0, top_p=0.5, truncation="auto", include=[]

@@ -103,6 +103,10 @@ class TextOptions(Fields):
     verbosity: str | None = None
 
 
+class EventOptions(Fields):
+    include_obfuscation: Literal[False] | None = None
+
+
 # A reply may include log-probabilities. The others are parts of items that no answer here has.
 Includable = Literal[
     "file_search_call.results",
@@ -133,6 +137,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     conversation: None = None
     background: Literal[False] | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    stream_options: EventOptions | None = None
     include: Several[Includable] | None = None
     top_logprobs: LogProbs | None = None
     tools: Several[FunctionField] | None = None
