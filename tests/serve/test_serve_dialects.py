@@ -356,7 +356,7 @@ def test_models_as_anthropic_describes_them(claude, client, tiny_server):
 
 
 def test_ids_of_anthropics_are_told_by_their_beginnings(roomy):
-    tool: Any = {"name": "get_weather", "input_schema": WEATHER["parameters"]}
+    tool: Any = {"name": "get_weather", "input_schema": WEATHER["parameters"], "eager_input_streaming": True}
     asked: Any = {"model": "tiny", "max_tokens": 200, "messages": HELLO, "tools": [tool], "tool_choice": {"type": "any"}}
     with anthropic.Anthropic(base_url=roomy.url, api_key="any") as client:
         reply = client.messages.with_raw_response.create(**asked)

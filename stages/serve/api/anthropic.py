@@ -121,6 +121,7 @@ class ToolDefinition(Function, kw_only=True):
     parameters: dict[str, Any] = msgspec.field(name="input_schema")
     type: Literal["custom"] | None = None
     cache_control: JsonObject = None
+    eager_input_streaming: bool | None = None  # a stream has the input as it comes in any case
 
 
 class ToolChoice(Fields):
