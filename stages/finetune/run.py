@@ -191,8 +191,9 @@ class FineTuning(ModelStage, BatchStage):
 
     def pack_examples(self) -> None:
         """Packs the examples that are trained on, and sets the length of the run by them where nobody asked for one."""
-        examples = [*self.dataset.train, *self.general_examples]
-        self.packed = PackedBatches(examples, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
+        if self.objective is NEXT_TOKEN:
+            examples = [*self.dataset.train, *self.general_examples]
+            self.packed = PackedBatches(examples, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
         if not self.length_is_asked:
             steps, seconds, least_steps = choose_length(self._steps_a_reading())
             self.plan = dataclasses.replace(self.plan, steps=steps, seconds=seconds, least_steps=least_steps)
