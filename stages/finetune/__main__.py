@@ -57,8 +57,8 @@ class ExampleFlags:
     """Conversations that are never trained on; those that are in --data too are left out."""
     metric: MetricFlag = ()
     general: Annotated[str, parser(str, "TEXT")] = "python"
-    """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none, which asks no
-    general questions either."""
+    """A text to measure before and after, to see what was forgotten: shakespeare, python, a file, or none.
+    With none no general questions are asked either."""
     no_mix: Annotated[bool, default("off")] = False
     """Train on the data alone. Else general questions, which the model answers in its tone before, are mixed in."""
     template: TemplateFlag = None

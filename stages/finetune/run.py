@@ -179,6 +179,7 @@ class FineTuning(ModelStage, BatchStage):
             "pack": None if is_preference else self.pack,
             "keep_last": self.keep_last,
             "general": examples.general,
+            "no_mix": examples.no_mix,
             "template": self.chat.template_name,
             "text": {
                 "data": examples.data,

@@ -98,7 +98,7 @@ FIXED = ALWAYS_THERE | {
 }
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
 BY_FLAG = re.compile(
-    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|template|text/(data|validation)"
+    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|no_mix|template|text/(data|validation)"
 )
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
 MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}  # a best by others is beaten never, or always

@@ -488,7 +488,7 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
 
 def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained, chats, tmp_path, monkeypatch, capsys):
     """And a time that is given ends it before; both are said at the start."""
-    monkeypatch.setattr(finetune_run, "SECONDS", 0.001)
+    monkeypatch.setattr(finetune_run, "SECONDS", 1e-9)
     monkeypatch.setattr(finetune_run, "LEAST_STEPS", 7)
     options = args(trained, chats, tmp_path / "least", "--lora", LORA)
     at = options.index("--steps")

@@ -364,8 +364,8 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     if stage == "train":
         kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), Training
     else:
-        kind, words = FinetuneFlags, ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
-        make = lambda flags, *more: FineTuning(flags, flags.length.max_time, *more)
+        words = ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
+        kind, make = FinetuneFlags, FineTuning
         model, chat = load_model(str(trained), dtype=None), functools.cache(ChatTokenizer)
         monkeypatch.setattr(model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model)
         monkeypatch.setattr(model_stage, "ChatTokenizer", chat)

@@ -51,15 +51,15 @@ MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
 # The time that all compilers together may take. One that hangs takes its share of what is left, and the next has its own. The
 # four kernels are 12 s of work and are compiled at once; on two cores with a load of 15 that took 55 s.
 SECONDS = 240
-# Loads the library argv[1] and looks for the functions argv[2:]: in a process of its own, which a damaged library may crash.
+# Loads the library at `path` and looks for its `functions`: in a process of its own, which a damaged library may crash.
 CHECK = """
-import ctypes, sys
+import ctypes
 try:
-    library = ctypes.CDLL(sys.argv[1])
-    for name in sys.argv[2:]:
+    library = ctypes.CDLL({path!r})
+    for name in {functions!r}:
         getattr(library, name)
 except (OSError, AttributeError) as error:
-    sys.exit(str(error).removeprefix(sys.argv[1] + ": "))
+    raise SystemExit(str(error).removeprefix({path!r} + ": "))
 """
 _lock = threading.Lock()
 
@@ -164,8 +164,8 @@ def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadlin
             raise _Unavailable(f"{command[0]} wrote no library of at most {MAX_BYTES:,} bytes") from None
     handle = _open_in_memory(kernel, library)
     try:
-        check = [sys.executable, "-I", "-S", "-c", CHECK, f"/proc/self/fd/{handle}", *_functions(kernel)]
-        problem = _run(check, deadline, handle)
+        check = CHECK.format(path=f"/proc/self/fd/{handle}", functions=_functions(kernel))
+        problem = _run([sys.executable, "-I", "-S", "-c", check], deadline, handle)
     finally:
         os.close(handle)
     if problem:
