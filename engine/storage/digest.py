@@ -15,9 +15,8 @@ def digest(params: Any, scales: bool = True) -> str:
     """Returns the SHA-256, in hex, over every leaf's path, dtype, shape and bytes, in path order.
 
     params: any pytree of arrays. The scale of a LoRA counts as one, in float32, unless `scales` is False: checkpoints hold
-    none, and earlier versions counted none. Two trees have one digest exactly when they hold the same bits under the same
-    names: -0.0 differs from 0.0, one NaN from another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf
-    that is not an array of numbers.
+    none. Two trees have one digest exactly when they hold the same bits under the same names: -0.0 differs from 0.0, one NaN
+    from another, float32 from bfloat16, (2, 3) from (3, 2). Raises TypeError for a leaf that is not an array of numbers.
     """
     hasher = hashlib.sha256()
     leaves = {tuple(path.split("/")): leaf for path, leaf in array_paths(_with_scales(params) if scales else params).items()}

@@ -377,7 +377,7 @@ class FineTuning(ModelStage, BatchStage):
             if processes.is_first():
                 metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids, report)
             if asks_general and processes.is_first():
-                known = known_questions(cfg, whole, self.chat, self.stop_token_ids)
+                known = known_questions(cfg, whole, self.chat, self.stop_token_ids, report)
         return Scores(held_out, general, answers, metrics, known)
 
 

@@ -64,7 +64,7 @@ def known_questions(
     params: Params,
     chat: ChatTokenizer,
     stop_token_ids: Collection[int],
-    report: ReportProgress = lambda *_: None,
+    report: ReportProgress,
 ) -> tuple[str, ...]:
     """Returns those of the general questions that a model answers right, greedily."""
     questions = general_questions.QUESTIONS
