@@ -101,18 +101,18 @@ def write_general_answers(
     answers = [messages[-1]["content"] for messages in conversations]
     openings = shared_openings(answers) or [""]
     closings = shared_closings(answers)
-    asked = []  # a question, what its answer holds, and the answer's beginning
+    cases = []  # a question, what its answer holds, and the answer's beginning
     prompts = []
     for number, (question, expected, sentence) in enumerate(QUESTIONS_TO_TRAIN_ON):
         opening = openings[number * len(openings) // len(QUESTIONS_TO_TRAIN_ON)]
         hinted: Message = {"role": "user", "content": f"{question} ({sentence})"}
-        asked.append((question, expected, opening))
+        cases.append((question, expected, opening))
         prompts.append(tuple(chat.prompt([*demonstrations, hinted], opening).tolist()))
     if max(map(len, prompts)) + MAX_TOKENS > cfg.context:
         return []
     pairs = []
     completions = _complete(cfg, params, prompts, stop_token_ids, report)
-    for (question, expected, opening), completion in zip(asked, completions, strict=True):
+    for (question, expected, opening), completion in zip(cases, completions, strict=True):
         if completion is None:
             continue
         answer = (opening + chat.tokenizer.decode(completion)).strip()

@@ -122,7 +122,7 @@ class FineTuning(ModelStage, BatchStage):
         )
         rows = tuning.rows * (2 if is_preference else 1)  # of tokens
         mesh, steps, seconds = options.mesh or ONE_DEVICE, flags.length.steps, flags.length.max_time
-        self.length_is_asked = bool(steps or seconds)
+        self.has_chosen_length = bool(steps or seconds)
 
         def make_plan(cfg: ModelConfig) -> None:
             """Plans the run by the architecture. Raises UserError for one that cannot be."""
@@ -195,7 +195,7 @@ class FineTuning(ModelStage, BatchStage):
         if self.objective is NEXT_TOKEN:
             examples = [*self.dataset.train, *self.general_examples]
             self.packed = PackedBatches(examples, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
-        if not self.length_is_asked:
+        if not self.has_chosen_length:
             steps, seconds, least_steps = choose_length(self._steps_a_reading())
             self.plan = dataclasses.replace(self.plan, steps=steps, seconds=seconds, least_steps=least_steps)
 
@@ -370,13 +370,13 @@ class FineTuning(ModelStage, BatchStage):
         if not self.fits_device:
             return Scores(held_out, general, ())
         known = None
-        asks_general = self.general != "none" and (before is None or tells_enough(before.known or ()))
+        measures_general = self.general != "none" and (before is None or tells_enough(before.known or ()))
         with self.console.task("answering held-out questions") as report, on_one_device(params) as whole:
             answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids, report)
             references, metrics = self.dataset.references[:QUICK_EXAMPLES], dict[str, float]()
             if processes.is_first():
                 metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids, report)
-            if asks_general and processes.is_first():
+            if measures_general and processes.is_first():
                 known = known_questions(cfg, whole, self.chat, self.stop_token_ids, report)
         return Scores(held_out, general, answers, metrics, known)
 
