@@ -129,10 +129,10 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, h
     admitted: list[Sequence] = []
     admit, encode, encodes = scheduler.admit, state.tokenizer.encode, threading.Event()
 
-    async def encode_late(texts):
+    async def encode_late(texts, *options):
         while texts == ["first"] and not encodes.is_set():
             await asyncio.sleep(0.01)
-        return await encode(texts)
+        return await encode(texts, *options)
 
     with tiny_server.client(limits=httpx.Limits(max_connections=60)) as client, ThreadPoolExecutor(60) as pool:
         monkeypatch.setattr(scheduler, "admit", lambda: admitted.extend(new := admit()) or new)
