@@ -58,7 +58,7 @@ EXCERPT = (
 CHAT = "ordinary_speculative"  # the row that the README shows
 PRINTED, SAMPLED = ("predicted", "validation", "trained"), 3  # lines of a training run and of its sample that the README shows
 TUNED = {  # and of the commands after it
-    "stages.finetune": ("held out", "forgotten", "trained"),
+    "stages.finetune": ("held out", "forgotten", "kept", "trained"),
     "stages.evaluate": ("nats per token",),
     "stages.export": ("loss",),
     "stages.serve": ("ready after",),

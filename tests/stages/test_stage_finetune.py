@@ -668,7 +668,7 @@ def test_a_run_without_a_length_reads_its_data_three_times():
 
 
 def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp_path, monkeypatch, capsys, failing):
-    """A resumed run reads the same ones again, without asking; with --no-mix it would read others."""
+    """A resumed run reads the same ones again, without asking; with --no-mix it would read others. Much data have none."""
     calls = []
 
     def write(*_: object) -> list[tuple[str, str]]:
@@ -689,6 +689,10 @@ def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp
     assert "another number of general questions mixed in (2 there, None now)" in error
     assert finetune.main([*options, "--steps", "2", "--no-mix", "--out-dir", str(tmp_path / "alone")]) == 0
     assert "mixed in" not in capsys.readouterr().out
+    monkeypatch.setattr(finetune_run, "MOST_STEPS_TO_MIX", 1)
+    assert finetune.main([*options, "--steps", "2", "--out-dir", str(tmp_path / "large")]) == 0
+    assert "mixed in" not in capsys.readouterr().out
+    assert calls == ["asked"]
 
 
 def test_general_answers_are_the_models_own_and_only_those_that_are_right(adapted, chats, monkeypatch):
