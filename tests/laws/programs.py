@@ -199,9 +199,12 @@ def initial_state(kind: Any) -> Make:
     return lambda cfg: Program(jax.jit(make, static_argnums=0), (cfg,))
 
 
-def adapter_loss(cfg: ModelConfig) -> Program:
-    adapters, frozen = adapter_and_base(cfg, "plain")
-    return Program(score, (cfg, merge(adapters, frozen), batch_shapes()))
+def adapter_loss(base: str) -> Make:
+    def make(cfg: ModelConfig) -> Program:
+        adapters, frozen = adapter_and_base(cfg, base)
+        return Program(score, (cfg, merge(adapters, frozen), batch_shapes()))
+
+    return make
 
 
 TRAINING: dict[str, Make] = {
@@ -229,7 +232,8 @@ TRAINING: dict[str, Make] = {
     "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())),
     "pair log-probabilities": lambda cfg: Program(pair_logprobs, (cfg, serving_params(cfg), preference_shapes())),
     "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, serving_params(cfg), batch_shapes())),
-    "loss with an adapter": adapter_loss,
+    "loss with an adapter": adapter_loss("plain"),
+    "loss with an adapter on int8": adapter_loss("int8"),
 }
 
 

@@ -38,6 +38,16 @@ CASES = [  # a program, its model, and the functions whose barriers it would mis
         dataclasses.replace(CFG, width=768, ff=2048, layers=2),
         (("widened_backward", "temporaries", 1.2),),
     ),
+    (
+        "loss with an adapter on int8",
+        dataclasses.replace(CFG, width=768, ff=2048, layers=3),
+        (("_after", "temporaries", 1.5),),
+    ),
+    (
+        "prefill, int8 widened",
+        dataclasses.replace(CFG, width=768, ff=2048, layers=3),
+        (("_multiply_widened", "temporaries", 2),),
+    ),
     ("train step, LoRA", dataclasses.replace(CFG, width=512, ff=1408, layers=4), (("_after", "temporaries", 1.1),)),
     ("decode_slots", CFG, (("_threshold", "sorts", 0),)),
 ]

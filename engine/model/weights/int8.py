@@ -199,8 +199,13 @@ _multiply_integers.defvjp(lambda *arguments: (_multiply_integers(*arguments), No
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after."""
-    product = _contract(x, _gather(weight).astype(x.dtype), weight.contracting_axis, preferred_element_type=jnp.float32)
+    """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after.
+
+    Without the barrier a forward pass would first widen the weights of all layers: held by tests/laws/test_barriers.py.
+    """
+    values, x = jax.lax.optimization_barrier((weight.values, x))
+    widened = _gather(dataclasses.replace(weight, values=values)).astype(x.dtype)
+    product = _contract(x, widened, weight.contracting_axis, preferred_element_type=jnp.float32)
     return (product * weight.scale).astype(dtype)
 
 

@@ -240,7 +240,14 @@ def _after(weight: Weight, other: Array) -> tuple[Weight, Array]:
 
 
 def _forward(x: Array, weights: tuple[Weight, ...], dtype: DTypeLike):
-    return tuple(_dot(x, _merge(weight, x.dtype), dtype) for weight in weights), (x, weights)
+    products = []
+    for weight in weights:
+        rows = x
+        merged = weight
+        if isinstance(weight, LoRA | Int8):  # else XLA would first merge the weights of all layers
+            merged, rows = _after(weight, x)
+        products.append(_dot(rows, _merge(merged, x.dtype), dtype))
+    return tuple(products), (x, weights)
 
 
 def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Weight, ...]], gs: tuple[Array, ...]):
