@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
+from stages.serve.api.generation import Answer, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
     AnswerRequest,
     Call,
@@ -225,7 +225,6 @@ class MessageReply(msgspec.Struct, kw_only=True):
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None = None
     stop_sequence: str | None = None
     usage: dict[str, int]
-    documents: DocumentsUse | UnsetType = UNSET
 
 
 class MessageWriter(EventWriter):
@@ -265,7 +264,7 @@ class MessageWriter(EventWriter):
         yield {"type": "message_stop"}
 
     def _message(self, usage: Usage, **fields: Any) -> MessageReply:
-        return MessageReply(**self._head, usage=_usage(usage), documents=usage.documents, **fields)
+        return MessageReply(**self._head, usage=_usage(usage), **fields)
 
     def _open(self, block: ReplyBlock) -> Iterator[dict[str, Any]]:
         yield from self._close()

@@ -15,9 +15,9 @@ from engine.errors import InvalidField, UserError
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar, tag_grammar
 from engine.inference.request import LogProb
 from engine.text.detokenizer import Detokenizer
+from engine.text.documents import Passage
 from stages.serve.api.generation import (
     Answer,
-    DocumentsUse,
     Piece,
     Prompts,
     Reason,
@@ -238,7 +238,6 @@ class ReplyFields(msgspec.Struct, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
-    documents: DocumentsUse | UnsetType = UNSET
 
 
 class CachedTokens(msgspec.Struct):
@@ -320,14 +319,13 @@ class ChoicesWriter(Writer):
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         choices = list(map(self.choice, pieces))
-        return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage), documents=usage.documents)
+        return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage))
 
-    def chunk(self, *choices: Any, usage: ReplyUsage | None = None, documents: DocumentsUse | UnsetType = UNSET) -> Any:
-        usage_field = usage if self._wants_usage else UNSET
-        return self.chunk_type(**self._head, choices=list(choices), usage=usage_field, documents=documents)
+    def chunk(self, *choices: Any, usage: ReplyUsage | None = None) -> Any:
+        return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
 
     def end(self, usage: Usage) -> Iterable[Any]:
-        return [self.chunk(usage=reply_usage(usage), documents=usage.documents)] if self._wants_usage else []
+        return [self.chunk(usage=reply_usage(usage))] if self._wants_usage else []
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
@@ -563,7 +561,30 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogProbs | None = None
 
 
-class ChatReply(ReplyFields, kw_only=True):
+class DocumentsUse(msgspec.Struct):
+    """The passages of documents in a prompt, their tokens, and about the seconds that reading them took."""
+
+    tokens: int
+    seconds: float
+    passages: Sequence[Passage]
+
+
+class ChatFields(ReplyFields, kw_only=True):
+    """The fields of chats' replies and chunks. `documents` is this server's own: absent without passages."""
+
+    documents: DocumentsUse | UnsetType = UNSET
+
+
+def documents_use(usage: Usage) -> DocumentsUse | UnsetType:
+    """Returns the field `documents` of a reply. Its seconds are the passages' share of those until the first token."""
+    if not usage.passages:
+        return UNSET
+    tokens = sum(passage.tokens for passage in usage.passages)
+    share = min(tokens / max(usage.prompt - usage.cached, 1), 1)
+    return DocumentsUse(tokens, round(usage.first_seconds * share, 4), usage.passages)
+
+
+class ChatReply(ChatFields, kw_only=True):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: ReplyUsage
@@ -584,7 +605,7 @@ class ChatChunkChoice(msgspec.Struct):
     logprobs: ChatLogProbs | None = None
 
 
-class ChatChunk(ReplyFields, kw_only=True):
+class ChatChunk(ChatFields, kw_only=True):
     """One `data:` of a stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -602,8 +623,8 @@ class ChatWriter(ChoicesWriter):
         return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
-        begin = lambda index: ChatChunkChoice(index, Delta("assistant", ""))
-        return [self.chunk(begin(index), documents=usage.documents) for index in range(self.body.choices)]
+        chunks = [self.chunk(ChatChunkChoice(index, Delta("assistant", ""))) for index in range(self.body.choices)]
+        return self._with_documents(chunks, usage)
 
     def chunks(self, piece: Piece) -> Iterator[Any]:
         if piece.text or piece.logprobs:
@@ -616,6 +637,18 @@ class ChatWriter(ChoicesWriter):
             yield self.chunk(ChatChunkChoice(piece.choice, delta))
         if piece.finish_reason:
             yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
+
+    def end(self, usage: Usage) -> Iterable[ChatChunk]:
+        return self._with_documents(super().end(usage), usage)
+
+    def reply(self, pieces: list[Piece], usage: Usage) -> ChatReply:
+        reply: ChatReply = super().reply(pieces, usage)
+        reply.documents = documents_use(usage)
+        return reply
+
+    def _with_documents(self, chunks: Iterable[ChatChunk], usage: Usage) -> list[ChatChunk]:
+        """Returns the first chunks of a stream, or its last, with the passages."""
+        return [msgspec.structs.replace(chunk, documents=documents_use(usage)) for chunk in chunks]
 
     def _logprobs(self, piece: Piece) -> ChatLogProbs | None:
         if not self.body.logprobs:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import UNSET, UnsetType
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -72,14 +71,6 @@ class Piece(NamedTuple):
     embedding: Any = None
 
 
-class DocumentsUse(msgspec.Struct):
-    """The passages of documents in a prompt, their tokens, and about the seconds that reading them took."""
-
-    tokens: int
-    seconds: float
-    passages: Sequence[Passage]
-
-
 class Usage(NamedTuple):
     """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
 
@@ -92,13 +83,6 @@ class Usage(NamedTuple):
     first_seconds: float
     seconds: float
     passages: Sequence[Passage] = ()
-
-    @property
-    def documents(self) -> DocumentsUse | UnsetType:
-        """This server's own field of a reply, absent without passages; its seconds are their share of the tokens."""
-        tokens = sum(passage.tokens for passage in self.passages)
-        share = min(tokens / max(self.prompt - self.cached, 1), 1)
-        return DocumentsUse(tokens, round(self.first_seconds * share, 4), self.passages) if self.passages else UNSET
 
 
 type Answer[T] = ASGIApp  # that responds with a T, or a stream

@@ -18,7 +18,6 @@ from stages.serve.api.completions import TokenLogProb, Tools, token_logprob
 from stages.serve.api.generation import (
     MAX_COMPLETIONS,
     Answer,
-    DocumentsUse,
     Piece,
     Prompts,
     Reason,
@@ -240,7 +239,6 @@ class OllamaReply(msgspec.Struct, kw_only=True):
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
-    documents: DocumentsUse | UnsetType = UNSET
 
 
 class OllamaWriter(Writer):
@@ -309,7 +307,6 @@ class OllamaWriter(Writer):
             "prompt_eval_duration": first,
             "eval_count": usage.completion,
             "eval_duration": total - first,
-            "documents": usage.documents,
         }
 
 

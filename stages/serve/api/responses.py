@@ -7,11 +7,11 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from engine.errors import InvalidField
 from stages.serve.api.completions import token_logprob
-from stages.serve.api.generation import Answer, DocumentsUse, EventWriter, Piece, Usage, chat_prompts, generate
+from stages.serve.api.generation import Answer, EventWriter, Piece, Usage, chat_prompts, generate
 from stages.serve.api.requests import (
     Call,
     Conversation,
@@ -202,7 +202,6 @@ class ResponseReply(msgspec.Struct, kw_only=True):
     previous_response_id: None = None
     background: bool = False
     store: bool = False
-    documents: DocumentsUse | UnsetType = UNSET
 
 
 class ResponseWriter(EventWriter):
@@ -265,7 +264,7 @@ class ResponseWriter(EventWriter):
 
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         yield from self._close()
-        self._reply.status, self._reply.documents = self._status, usage.documents
+        self._reply.status = self._status
         self._reply.completed_at = int(time.time()) if self._status == "completed" else None
         self._reply.usage = {
             "input_tokens": usage.prompt,
