@@ -200,7 +200,7 @@ def evaluate_conversations(
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
     from engine.mesh import layout
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair, make_examples
+    from engine.text.examples import Pair, RatedPair, make_examples, make_pairs
     from engine.training.step import NEXT_TOKEN
     from stages.runs import conversation_data as conversations
     from stages.runs.text_data import EVALUATION_ROWS
@@ -210,7 +210,8 @@ def evaluate_conversations(
     seq, objective = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context), ""
     full = not data and record.get("full_loss", False)
     if data:
-        dataset = make_examples(data, chat, seq)
+        make = make_pairs if data.kind == "preference" else make_examples
+        dataset = make(data, chat, seq)
         name, lines, examples = f"{data.name} ({data.kind})", dataset.describe(), dataset.examples
         references, digest = conversations.references_of(data), conversations.digest_examples(examples)
     else:
@@ -228,10 +229,10 @@ def evaluate_conversations(
     processes.refuse_differences({"data": digest})
     begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
     with console.task("evaluating", always=True) as report:
-        if isinstance(examples[0], Pair):
+        if isinstance(examples[0], Pair | RatedPair):
             logprobs = conversations.reference_logprobs(model.cfg, model.params, examples, seq, together, report)
-        if objective == "kto":
-            is_good = [pair.answer.weight > 0 for pair in examples]
+        if isinstance(examples[0], RatedPair):
+            is_good = [pair.is_good for pair in examples]
             sides = {side: -logprobs[[good == (side == "good") for good in is_good], 0] for side in ("good", "bad")}
             rows = [("answers", f"{len(sides['good']):,} good ones and {len(sides['bad']):,} bad ones")]
             rows += [(f"{side} ones", f"{each.mean():.3f} nats each on average") for side, each in sides.items() if len(each)]

@@ -1,6 +1,7 @@
 """Trains one model by each objective, ours and TRL's, on the same tokens in the same order, and compares the losses."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.model.config import ModelConfig
 from engine.storage import huggingface
 from engine.text.chat_tokenizer import Example
 from engine.text.conversations import Conversation, read_conversations
-from engine.text.examples import Pair, example_rows, mismatch
+from engine.text.examples import Pair, RatedPair, Rating, example_rows, mismatch
 from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.preference import LOSSES, answer_logprobs, pair_logprobs, preference_batch, preference_objective
@@ -68,7 +69,7 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
     return rows
 
 
-def _pairs(step: int, objective: str) -> list[Pair]:
+def _pairs(step: int, objective: str) -> list[Pair] | list[RatedPair]:
     """Returns the ROWS pairs of a step; for KTO of an answer, chosen and rejected in turns, and a mismatched one.
 
     TRL's ORPO has the prompt in the chosen answer's loss, and takes the mean over all tokens of the batch; the paper, and ours,
@@ -85,7 +86,8 @@ def _pairs(step: int, objective: str) -> list[Pair]:
         pairs.append(Pair(*(_example(prompt, answer) for answer in answers)))
     if objective != "kto":
         return pairs
-    return mismatch([pair[row % 2]._replace(weight=(1.0, -1.0)[row % 2]) for row, pair in enumerate(pairs)], TOKENS)
+    ratings = [Rating(pair[row % 2], row % 2 == 0) for row, pair in enumerate(pairs)]
+    return mismatch(ratings, TOKENS)
 
 
 def _example(prompt: np.ndarray, answer: np.ndarray) -> Example:
@@ -93,7 +95,7 @@ def _example(prompt: np.ndarray, answer: np.ndarray) -> Example:
     return Example(tokens, np.arange(len(tokens)) >= len(prompt), "")
 
 
-def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
+def _peer_rows(objective: str, pairs: Sequence[Any]) -> list[Json]:
     """Returns the rows of a batch as the collator of TRL's trainer takes them."""
     prompt, answer = (lambda example, side=side: example.tokens[example.mask == side].tolist() for side in (False, True))
     labels = lambda example: np.where(example.mask, example.tokens, -100).tolist()
@@ -102,7 +104,7 @@ def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
         return [whole(chosen) for chosen, _ in pairs]
     if objective == "kto":
         fields = "prompt_ids", "completion_ids", "KL_completion_ids", "label"
-        return [dict(zip(fields, (prompt(own), answer(own), answer(other), own.weight > 0))) for own, other in pairs]
+        return [dict(zip(fields, (prompt(own), answer(own), answer(other), is_good))) for own, other, is_good in pairs]
     if objective == "dpo":
         names = "prompt_ids", "chosen_ids", "rejected_ids"
         return [dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs]
@@ -115,7 +117,7 @@ def _peer_rows(objective: str, pairs: list[Pair]) -> list[Json]:
     return rows
 
 
-def _train(objective: str, params: Json, steps: list[list[Pair]]) -> tuple[list[float], Json]:
+def _train(objective: str, params: Json, steps: Sequence[Sequence[Any]]) -> tuple[list[float], Json]:
     """Returns our loss at each step, and the log-probabilities of which a loss of LOSSES makes the last."""
     tx, losses, inputs = make_optimizer(OPTIMIZER), list[float](), Json()
     state = init_state(tx, jax.tree.map(jnp.copy, params))

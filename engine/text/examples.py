@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,27 +20,62 @@ SILENT = "the assistant says nothing in one of its turns"
 
 
 class Pair(NamedTuple):
-    """An answer and another to compare it with, each with its prompt: the one it is preferred to, or as of `mismatch`."""
+    """An answer, and another to the same prompt that it is preferred to, each with that prompt."""
 
     answer: Example
     other: Example
 
+    @property
+    def value(self) -> float:
+        """The weight of the pair's loss."""
+        return self.answer.weight
 
-def mismatch(answers: Sequence[Example], seq: int) -> list[Pair]:
+
+class Rating(NamedTuple):
+    """An answer with its prompt, which is a good or a bad one: a row of KTO's data."""
+
+    answer: Example
+    is_good: bool
+
+    @property
+    def value(self) -> float:
+        """The weight of the answer's loss, negative for a bad one."""
+        return self.answer.weight if self.is_good else -self.answer.weight
+
+
+class RatedPair(NamedTuple):
+    """A Rating, and its prompt with an answer to another one (`mismatch`): by these KTO estimates how far a model moved."""
+
+    answer: Example
+    other: Example
+    is_good: bool
+
+    @property
+    def value(self) -> float:
+        """As of Rating."""
+        return Rating(self.answer, self.is_good).value
+
+
+def mismatch(ratings: Sequence[Rating], seq: int) -> list[RatedPair]:
     """Pairs each answer with its prompt and the answer of the next row that has another prompt, or of the next row.
 
     That is cut to `seq` + 1 tokens.
     """
-    starts = [int(example.mask.argmax()) for example in answers]
-    prompts = [example.tokens[:start] for example, start in zip(answers, starts)]
+    answers = [rating.answer for rating in ratings]
+    starts = [int(answer.mask.argmax()) for answer in answers]
+    prompts = [answer.tokens[:start] for answer, start in zip(answers, starts)]
     # Rows with another prompt than the row before; the first is behind the last.
     others = [at for at, prompt in enumerate(prompts) if not np.array_equal(prompts[at - 1], prompt)]
     pairs = []
-    for at, (example, prompt) in enumerate(zip(answers, prompts)):
-        other = others[bisect.bisect(others, at) % len(others)] if others else (at + 1) % len(answers)
-        tokens, mask = (part[starts[other] :] for part in answers[other][:2])
-        tokens, mask = np.concatenate([prompt, tokens]), np.concatenate([np.zeros(len(prompt), bool), mask])
-        pairs.append(Pair(example, Example(tokens[: seq + 1], mask[: seq + 1], example.where)))
+    for at, (rating, prompt) in enumerate(zip(ratings, prompts)):
+        if others:
+            other = others[bisect.bisect(others, at) % len(others)]
+        else:
+            other = (at + 1) % len(answers)
+        tokens = np.concatenate([prompt, answers[other].tokens[starts[other] :]])
+        mask = np.concatenate([np.zeros(len(prompt), bool), answers[other].mask[starts[other] :]])
+        mismatched = Example(tokens[: seq + 1], mask[: seq + 1], rating.answer.where)
+        pairs.append(RatedPair(rating.answer, mismatched, rating.is_good))
     return pairs
 
 
@@ -66,39 +101,54 @@ class Dataset:
         return lines
 
 
-def make_examples(
-    rows: Iterable[Record],
-    chat: ChatTokenizer,
-    seq: int,
-    report: OnProgress = None,
-    rate: bool = False,
-    full: bool = False,
-) -> Dataset:
-    """Makes examples of at most seq + 1 tokens (seq inputs, and the target after each), or pairs of preferences.
+def make_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
+    """Makes an Example of each of the assistant's turns, and of each piece of a plain text, all of which is in the loss.
 
-    `rate`: makes an example of each answer with a label, and two of a preference; a bad one's weight is negative. `full`: all
-    of a conversation is in the loss. Cuts the end off a longer conversation, and a plain text into pieces, all in the loss from
-    BOS to EOS. A conversation is dropped when no answer begins early enough or the template refuses it, and a preference when
-    it is longer. Raises UserError, with file:line, when the template fails, and when nothing is left.
+    An example has at most seq + 1 tokens: seq inputs, and the target after each. The end of a longer conversation is cut off,
+    and a plain text is cut into pieces, from BOS to EOS. A conversation is dropped when no answer begins early enough or the
+    template refuses it. Raises UserError, with file:line, when the template fails, and when nothing is left.
     """
-    dataset, rows, parts = Dataset(), list(rows), list[Any]()
+    return _make_dataset(rows, seq, report, lambda row: _answers_or_pieces(row, chat, seq))
+
+
+def make_whole_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
+    """Makes an Example of each conversation, all of which is in the loss; else as `make_examples`."""
+    return _make_dataset(rows, seq, report, lambda row: _whole_conversation_or_pieces(row, chat, seq))
+
+
+def make_pairs(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
+    """Makes a Pair of each preference, of at most seq + 1 tokens an answer; a longer one is dropped, as in `make_examples`."""
+
+    def pair(row: Record) -> tuple[list[Pair], bool]:
+        chosen, rejected = _preference(row, chat, seq)
+        return [Pair(chosen, rejected)], False
+
+    return _make_dataset(rows, seq, report, pair)
+
+
+def make_ratings(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
+    """Makes a Rating of each answer with a label, and two of a preference; a longer one is dropped, as in `make_pairs`."""
+    return _make_dataset(rows, seq, report, lambda row: (_ratings(row, chat, seq), False))
+
+
+def _make_dataset(
+    rows: Iterable[Record], seq: int, report: OnProgress, make_row: Callable[[Record], tuple[list[Any], bool]]
+) -> Dataset:
+    """Returns the dataset of all that `make_row` makes: a row's examples, and whether its end was cut off."""
+    dataset = Dataset()
+    rows = list(rows)
     for number, row in enumerate(rows, 1):
         try:
             if row.weight == 0:
                 raise InvalidConversation("its weight is 0")
-            if rate and not isinstance(row, Text):
-                parts, cut = _rated_answers(row, chat, seq), False
-            elif isinstance(row, Conversation) and row.rejected is not None:
-                parts, cut = [Pair(*_preference(row, chat, seq))], False
-            else:
-                parts, cut = _examples(row, chat, seq, full)
+            examples, is_cut = make_row(row)
         except InvalidConversation as refusal:
             dataset.dropped.append((row.where, str(refusal)))
             continue
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        dataset.used.append((row, parts))
-        if cut:
+        dataset.used.append((row, examples))
+        if is_cut:
             dataset.truncated.append((row.where, f"longer than {seq} tokens, so its end is cut off"))
         if report:
             report(number, len(rows))
@@ -110,30 +160,46 @@ def make_examples(
     return dataset
 
 
-def _examples(row: Conversation | Text, chat: ChatTokenizer, seq: int, full: bool) -> tuple[list[Example], bool]:
-    """Returns the examples of a row, and whether its end was cut off."""
+def _answers_or_pieces(row: Record, chat: ChatTokenizer, seq: int) -> tuple[list[Example], bool]:
+    examples = _pieces(row, chat, seq) if isinstance(row, Text) else _answers(row, chat)
+    return _fit(examples, row, seq)
+
+
+def _whole_conversation_or_pieces(row: Record, chat: ChatTokenizer, seq: int) -> tuple[list[Example], bool]:
     if isinstance(row, Text):
-        ids = (chat.tokenizer.bos_ids, chat.tokenizer.encode(row.text), [chat.tokenizer.eos_id])
-        tokens = np.concatenate(ids, dtype=np.int32, casting="unsafe")
-        pieces = (tokens[at : at + seq + 1] for at in range(0, max(1, len(tokens) - 1), seq))
-        examples = [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
-    else:
-        if row.label is False:
-            raise UserError(
-                "`label` is false, an answer not to give, which this objective would train: leave the row out, or train with "
-                "--objective preference --loss kto."
-            )
-        for index, message in enumerate(row.messages):
-            if message["role"] == "assistant" and not message["content"].strip() and index not in row.context:
-                raise InvalidConversation(SILENT)
-        examples = chat.examples(row.messages, row.where, row.context)
-        if full:
-            examples = [each._replace(mask=np.ones(len(each.mask), bool)) for each in examples[-1:]]
-    fitted = [Example(each.tokens[: seq + 1], each.mask[: seq + 1], each.where, row.weight) for each in examples]
-    fitted = [example for example in fitted if example.mask[1:].any()]  # a target with a token before it
-    if not fitted:
+        return _fit(_pieces(row, chat, seq), row, seq)
+    whole = _answers(row, chat)[-1]
+    return _fit([whole._replace(mask=np.ones(len(whole.mask), bool))], row, seq)
+
+
+def _pieces(row: Text, chat: ChatTokenizer, seq: int) -> list[Example]:
+    tokenizer = chat.tokenizer
+    ids = (tokenizer.bos_ids, tokenizer.encode(row.text), [tokenizer.eos_id])
+    tokens = np.concatenate(ids, dtype=np.int32, casting="unsafe")
+    starts = range(0, max(1, len(tokens) - 1), seq)
+    pieces = [tokens[start : start + seq + 1] for start in starts]
+    return [Example(piece, np.ones(len(piece), bool), row.where) for piece in pieces]
+
+
+def _answers(row: Conversation, chat: ChatTokenizer) -> list[Example]:
+    if row.label is False:
+        raise UserError(
+            "`label` is false, an answer not to give, which this objective would train: leave the row out, or train with "
+            "--objective preference --loss kto."
+        )
+    for index, message in enumerate(row.messages):
+        if message["role"] == "assistant" and not message["content"].strip() and index not in row.context:
+            raise InvalidConversation(SILENT)
+    return chat.examples(row.messages, row.where, row.context)
+
+
+def _fit(examples: Sequence[Example], row: Record, seq: int) -> tuple[list[Example], bool]:
+    """Cuts examples to seq + 1 tokens; returns those with a target left, and whether any target was cut off."""
+    cut = [Example(each.tokens[: seq + 1], each.mask[: seq + 1], each.where, row.weight) for each in examples]
+    fitting = [example for example in cut if example.mask[1:].any()]  # a target with a token before it
+    if not fitting:
         raise InvalidConversation(f"its first {seq} tokens hold nothing to train on")
-    return fitted, count_targets(fitted) < count_targets(examples)
+    return fitting, count_targets(fitting) < count_targets(examples)
 
 
 def count_targets(examples: Sequence[Example]) -> int:
@@ -150,22 +216,26 @@ def _answer(messages: Sequence[Message], where: str, chat: ChatTokenizer, seq: i
     return example
 
 
-def _preference(row: Conversation, chat: ChatTokenizer, seq: int) -> tuple[Example, Example]:
+def _preference(row: Record, chat: ChatTokenizer, seq: int) -> tuple[Example, Example]:
     """Returns the examples of a preference: of the answer at the end, and of the rejected one."""
-    rejected = (*row.messages[:-1], assistant_message(row.rejected or ""))
-    chosen, other = (_answer(messages, row.where, chat, seq) for messages in (row.messages, rejected))
-    if np.array_equal(chosen.tokens, other.tokens):  # templates may strip what texts differ by
+    assert isinstance(row, Conversation)
+    assert row.rejected is not None
+    chosen = _answer(row.messages, row.where, chat, seq)
+    rejected = _answer((*row.messages[:-1], assistant_message(row.rejected)), row.where, chat, seq)
+    if np.array_equal(chosen.tokens, rejected.tokens):  # templates may strip what texts differ by
         raise InvalidConversation("both answers are the same")
-    return chosen, other
+    return chosen, rejected
 
 
-def _rated_answers(row: Conversation, chat: ChatTokenizer, seq: int) -> list[Example]:
+def _ratings(row: Record, chat: ChatTokenizer, seq: int) -> list[Rating]:
+    assert isinstance(row, Conversation)
     if row.rejected is not None:
         good, bad = _preference(row, chat, seq)
-        return [good, bad._replace(weight=-1.0)]
+        return [Rating(good, True), Rating(bad, False)]
     if row.label is None:
         raise UserError("`label` should be true for a good answer, or false for a bad one.")
-    return [_answer(row.messages, row.where, chat, seq)._replace(weight=row.weight if row.label else -row.weight)]
+    answer = _answer(row.messages, row.where, chat, seq)
+    return [Rating(answer._replace(weight=row.weight), row.label)]
 
 
 @dataclasses.dataclass

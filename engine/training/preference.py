@@ -23,7 +23,7 @@ from engine.model.config import ModelConfig
 from engine.model.loss import target_losses
 from engine.model.transformer import Params
 from engine.text.batch import Batch
-from engine.text.examples import Pair, example_rows
+from engine.text.examples import Pair, RatedPair, example_rows
 from engine.training.step import Objective
 
 
@@ -41,14 +41,15 @@ class Preferences(NamedTuple):
     value: Any = None
 
 
-def preference_batch(pairs: Sequence[Pair], index: Sequence[int], seq: int, logprobs: np.ndarray) -> Preferences:
+def preference_batch(pairs: Sequence[Pair | RatedPair], index: Sequence[int], seq: int, logprobs: np.ndarray) -> Preferences:
     """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of padding.
 
     `logprobs` (pairs, 2): those of both their answers by the reference.
     """
     rows = [pairs[at] if at < len(pairs) else None for at in index]
-    answer, other = (example_rows([pair and pair[side] for pair in rows], seq) for side in (0, 1))
-    value = np.array([pair.answer.weight if pair else 0 for pair in rows], np.float32)
+    answer = example_rows([row and row.answer for row in rows], seq)
+    other = example_rows([row and row.other for row in rows], seq)
+    value = np.array([row.value if row else 0 for row in rows], np.float32)
     return Preferences(answer, other, logprobs[np.minimum(index, len(pairs) - 1)], value)
 
 

@@ -19,7 +19,7 @@ from engine.storage.model_loader import model_name
 from engine.storage.run_folder import read_json
 from engine.text.batch import EpochOrder
 from engine.text.chat_tokenizer import Example
-from engine.text.examples import PackedBatches, Pair, count_targets
+from engine.text.examples import PackedBatches, Pair, RatedPair, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, preference_batch, preference_objective
@@ -267,8 +267,8 @@ class FineTuning(ModelStage, BatchStage):
         """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
         first = self.dataset.train[0]
         answers = {"the first example": first}
-        if self.is_rating:
-            answers = {f"the first answer, a {'good' if first.answer.weight > 0 else 'bad'} one": first.answer}
+        if isinstance(first, RatedPair):
+            answers = {f"the first answer, a {'good' if first.is_good else 'bad'} one": first.answer}
         elif isinstance(first, Pair):
             answers = {"the chosen answer": first.answer, "the rejected answer": first.other}
         for name, example in answers.items():

@@ -22,7 +22,18 @@ from engine.text import OnProgress
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import KINDS, SHIPPED, Conversation, Conversations, Record, Text, read_conversations
 from engine.text.corpus import normalize
-from engine.text.examples import Dataset, Pair, evaluation_batches, make_examples, mismatch
+from engine.text.examples import (
+    Dataset,
+    Pair,
+    RatedPair,
+    Rating,
+    evaluation_batches,
+    make_examples,
+    make_pairs,
+    make_ratings,
+    make_whole_examples,
+    mismatch,
+)
 from engine.text.template import Message
 from engine.training.preference import pair_logprobs, preference_batch
 from engine.training.step import NEXT_TOKEN, Objective
@@ -65,14 +76,25 @@ class ConversationData:
     train_references: Sequence[Sequence[Message]]
 
 
-def digest_examples(items: Sequence[Example | Pair]) -> str:
+def digest_examples(items: Sequence[Example | Pair | Rating]) -> str:
     hasher = hashlib.sha256()
     for item in items:
-        for example in item if isinstance(item, Pair) else (item,):
-            hasher.update(len(example.tokens).to_bytes(8, "little"))
-            hasher.update(np.asarray(example.tokens, "<i4").tobytes() + np.asarray(example.mask, bool).tobytes())
-            hasher.update(f"{example.weight}".encode() if example.weight != 1 else b"")  # without weights as ever
+        if isinstance(item, Pair):
+            _digest_example(hasher, item.answer, item.answer.weight)
+            _digest_example(hasher, item.other, item.other.weight)
+        elif isinstance(item, Rating):
+            _digest_example(hasher, item.answer, item.value)
+        else:
+            _digest_example(hasher, item, item.weight)
     return hasher.hexdigest()
+
+
+def _digest_example(hasher: Any, example: Example, weight: float) -> None:
+    hasher.update(len(example.tokens).to_bytes(8, "little"))
+    hasher.update(np.asarray(example.tokens, "<i4").tobytes())
+    hasher.update(np.asarray(example.mask, bool).tobytes())
+    if weight != 1:  # data without weights have the digest that they always had
+        hasher.update(f"{weight}".encode())
 
 
 def prepare_conversations(
@@ -87,14 +109,16 @@ def prepare_conversations(
 ) -> ConversationData:
     """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
 
-    `objective`: one of WANTED; kto has pairs as of `mismatch`. `full`: as in `make_examples`. Without `validation` a tenth of
-    the rows, chosen by `seed`, is held out.
+    `objective`: one of WANTED; kto has pairs as of `mismatch`. `full`: all of a conversation is in the loss. Without
+    `validation` a tenth of the rows, chosen by `seed`, is held out.
     """
+
+    make = {"answers": make_whole_examples if full else make_examples, "preference": make_pairs, "kto": make_ratings}[objective]
 
     def read(name: str) -> tuple[str, Dataset]:
         source = open_conversations(name, objective)
         with console.task(f"reading {name}") as report:
-            return source.kind, make_examples(source, chat, seq, report, objective == "kto", full)
+            return source.kind, make(source, chat, seq, report)
 
     kind, dataset = read(data)
     used, validation = dataset.used, validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
@@ -182,7 +206,7 @@ def open_conversations(data: str, objective: str) -> Conversations:
 
 
 def reference_logprobs(
-    cfg: ModelConfig, params: Any, pairs: Sequence[Pair], seq: int, rows: int, report: OnProgress = None
+    cfg: ModelConfig, params: Any, pairs: Sequence[Pair | RatedPair], seq: int, rows: int, report: OnProgress = None
 ) -> np.ndarray:
     """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without `params`."""
     logprobs = np.zeros((len(pairs), 2), np.float32)

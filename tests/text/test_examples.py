@@ -14,8 +14,11 @@ from engine.text.conversations import Conversation, Text
 from engine.text.examples import (
     PackedBatches,
     Pair,
+    RatedPair,
     evaluation_batches,
     make_examples,
+    make_pairs,
+    make_ratings,
     mismatch,
     pack_rows,
 )
@@ -100,7 +103,7 @@ def test_pairs(chat):
         preference(talk("a"), "b", "how are you? " * 20, "f:3"),
         preference(talk("a"), "b", "", "f:4"),
     ]
-    dataset = make_examples(rows, chat, 60)
+    dataset = make_pairs(rows, chat, 60)
     pairs = dataset.examples
     assert [row for row, _ in dataset.used] == rows[:1]
     assert len(pairs) == 1
@@ -111,8 +114,8 @@ def test_pairs(chat):
     trimming = ChatTokenizer(TOKENIZER, CHATML.replace("message.content", "message.content | trim"))
     spaced = preference(talk("a"), "b", "b ", "f:5")
     with pytest.raises(UserError, match="f:5: both answers are the same"):
-        make_examples([spaced], trimming, 60)
-    assert [row for row, _ in make_examples([spaced], chat, 60).used] == [spaced]
+        make_pairs([spaced], trimming, 60)
+    assert [row for row, _ in make_pairs([spaced], chat, 60).used] == [spaced]
 
 
 def test_ratings_and_other_prompts_answers(chat):
@@ -126,9 +129,9 @@ def test_ratings_and_other_prompts_answers(chat):
         rated("r", "f", True, weight=0.0),
         rated("r", "how are you? " * 20, True),
     ]
-    dataset = make_examples(rows, chat, 60, rate=True)
+    dataset = make_ratings(rows, chat, 60)
     ratings = dataset.examples
-    assert [rating.weight for rating in ratings] == [1, -2, 1, -1, 1]
+    assert [rating.value for rating in ratings] == [1, -2, 1, -1, 1]
     assert [reason for _, reason in dataset.dropped] == ["its weight is 0", "longer than 60 tokens"]
     matched = mismatch(ratings, 60)
     texts = lambda side: [TOKENIZER.decode(rating[side].tokens[rating[side].mask]) for rating in matched]
@@ -137,12 +140,12 @@ def test_ratings_and_other_prompts_answers(chat):
     for rating in matched:
         prompt = ~rating.answer.mask.cumsum().astype(bool)
         assert np.array_equal(rating.other.tokens[: prompt.sum()], rating.answer.tokens[prompt])
-    short = mismatch(ratings, len(ratings[0].tokens) - 2)
-    assert {len(rating.other.tokens) for rating in short} == {len(ratings[0].tokens) - 1}
+    short = mismatch(ratings, len(ratings[0].answer.tokens) - 2)
+    assert {len(rating.other.tokens) for rating in short} == {len(ratings[0].answer.tokens) - 1}
     assert texts(1) == ["c", "c", "e", "e", "a"]
     assert mismatch(ratings[:1], 60)[0].other.mask.any()
     with pytest.raises(UserError, match="f:1: `label` should be true for a good answer"):
-        make_examples([Conversation(talk("a", "b"), "f:1")], chat, 60, rate=True)
+        make_ratings([Conversation(talk("a", "b"), "f:1")], chat, 60)
     with pytest.raises(UserError, match="f:b: `label` is false, an answer not to give"):
         make_examples(rows[:2], chat, 60)
 
@@ -252,7 +255,7 @@ def test_preferences_stand_row_by_row():
     """Of pairs and of ratings; what is behind the last is padding, with a value of 0."""
     pairs = [Pair(example(n, n + 1, n + 2), example(n, n + 3)) for n in range(1, 8)]
     logprobs = np.arange(14, dtype=np.float32).reshape(7, 2)
-    for items in (pairs, [pair._replace(answer=pair.answer._replace(weight=-1.0)) for pair in pairs]):
+    for items in (pairs, [RatedPair(*pair, is_good=False) for pair in pairs]):
         batch = preference_batch(items, [5, 0, 7], 4, logprobs)
         assert batch[0].tokens.tolist() == [[6, 7, 0, 0], [1, 2, 0, 0], [0] * 4]
         assert batch[1].tokens.tolist() == [[6, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
