@@ -253,7 +253,8 @@ def test_trees_and_tables_are_those_of_the_code_and_the_results(readme):
 def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
     from engine.mesh.processes import RESTART
     from engine.mesh.shape import check_mesh, parse_mesh
-    from stages.train.__main__ import TrainFlags, preset
+    from engine.model.config import preset
+    from stages.train.flags import TrainFlags
     from stages.train.run import chosen_recipe
 
     text = (ROOT / "stages" / "cluster" / name).read_text()

@@ -1,7 +1,7 @@
 """The Stage that fine-tunes a model, its run from flags, and its batches of preferences."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -25,6 +25,7 @@ from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, TrainState
 from stages.cli.console import Console
+from stages.finetune.flags import FinetuneFlags
 from stages.finetune.general_examples import general_examples, write_general_answers
 from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults, known_questions
 from stages.runs.conversation_data import (
@@ -33,17 +34,15 @@ from stages.runs.conversation_data import (
     prepare_conversations,
     reference_logprobs,
 )
-from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings
+from stages.runs.estimate import find_ceilings, memory_estimate, mesh_ceilings, require_room
 from stages.runs.folder import default_folder
 from stages.runs.general_questions import compare_known, tells_enough
 from stages.runs.mesh import fits_one_device, on_one_device
 from stages.runs.model_stage import ModelStage, choose_trainable
+from stages.runs.plan import Recipe, RunPlan
 from stages.runs.run import RunOptions, execute
 from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step, temporary_bytes
 from stages.runs.text_data import check_text_name, general_bits_per_byte
-
-if TYPE_CHECKING:  # else the command would be imported a second time, by its name
-    from stages.finetune.__main__ import FinetuneFlags
 
 READINGS = 3  # of its data, after which a run ends when nobody asks for a length
 SECONDS = 180.0  # after which such a run ends earlier
@@ -57,7 +56,7 @@ EXPECTED_MFU = 0.4
 QUICK_EXAMPLES = 64  # of a quick evaluation
 
 
-def run(flags: "FinetuneFlags", device: Device) -> int:
+def run(flags: FinetuneFlags, device: Device) -> int:
     options = RunOptions(
         **dataclasses.asdict(flags.folder),
         stage="finetune",
@@ -104,7 +103,7 @@ class FineTuning(ModelStage, BatchStage):
 
     fits_device: bool | None = None  # whether one device holds the model, to answer; known after the first measurement
 
-    def __init__(self, flags: "FinetuneFlags", options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: FinetuneFlags, options: RunOptions, console: Console) -> None:
         examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
         self.answer_metrics = Metrics(examples.metric)
         self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
@@ -140,7 +139,7 @@ class FineTuning(ModelStage, BatchStage):
             parts = tuning.rows // mesh.row_shards
             lighter = "--base int8" if self.lora else "a LoRA (no --train, no --freeze)"
             remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
-            self.plan.require(self.plan.memory.total, "A step would need about", remedy)
+            require_room(self.plan, self.plan.memory.total, "A step would need about", remedy)
 
         if examples.general != "none":
             check_text_name(examples.general)

@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,17 +27,16 @@ from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import Rollouts, group_advantages, grpo
 from engine.training.step import TrainState
 from stages.cli.console import Console, ReportProgress
+from stages.reinforce.flags import ReinforceFlags
 from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, prompts_for, rollout_batch, score_batch
 from stages.runs.answers import compare
-from stages.runs.estimate import Recipe, RunPlan, memory_estimate
+from stages.runs.estimate import memory_estimate, require_room
 from stages.runs.folder import clear_run, default_folder
 from stages.runs.model_stage import ModelStage, choose_trainable
+from stages.runs.plan import Recipe, RunPlan
 from stages.runs.rewards import Rewards
 from stages.runs.run import RunOptions, execute
 from stages.runs.stage import LoopState, RunReport, compile_step, temporary_bytes
-
-if TYPE_CHECKING:  # else the command would be imported a second time, by its name
-    from stages.reinforce.__main__ import ReinforceFlags
 
 SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
 TOKENS = 48  # of a completion, where the context has room for them
@@ -50,7 +49,7 @@ ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in rew
 TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a round and, in a checkpoint, of all rounds
 
 
-def run(flags: "ReinforceFlags", device: Device) -> int:
+def run(flags: ReinforceFlags, device: Device) -> int:
     task = Path(flags.rollout.task[0].rpartition("*")[2].partition(":")[0]).stem
     folder = flags.folder.out_dir or default_folder(model_name(flags.model), task)
     options = RunOptions(
@@ -70,7 +69,7 @@ class ReinforcementLearning(ModelStage):
 
     advice, lines_stay = "--learning-rate", True
 
-    def __init__(self, flags: "ReinforceFlags", options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
         rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
         self.group, self.prompts_each = rollout.group, rollout.prompts
         self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
@@ -118,7 +117,7 @@ class ReinforcementLearning(ModelStage):
         inference = inference_memory(cfg, rows, self.capacity)
         self.memory = self.plan.memory.total + inference.params + inference.cache
         remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
-        self.plan.require(self.memory, "A round would need about", remedy)
+        require_room(self.plan, self.memory, "A round would need about", remedy)
 
     def plan_rows(self) -> list[tuple[str, str]]:
         plan, updates, prompts = self.plan, self.updates, self.prompts

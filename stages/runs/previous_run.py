@@ -22,7 +22,7 @@ from engine.storage.run_folder import read_config, read_json
 from engine.text.batch import ORDER_VERSION
 from engine.training.step import TrainState
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan
+from stages.runs.plan import RunPlan
 from stages.runs.stage import LoopState, Stage
 
 Changes = dict[str, tuple[Any, Any]]  # path in run.json -> (before, now)

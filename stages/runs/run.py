@@ -36,9 +36,9 @@ from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import command_line, explain_error, process_start, resume_command
 from stages.cli.console import Console
-from stages.runs.estimate import RunPlan, run_fraction
 from stages.runs.flags import FolderFlags
 from stages.runs.folder import RUN_FILES, JsonLines, clear_run, holds_run, lock_run, replace_nonfinite, updating
+from stages.runs.plan import RunPlan, run_fraction
 from stages.runs.stage import LoopState, RunReport, Stage
 from stages.runs.text_data import Evaluator
 

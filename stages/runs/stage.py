@@ -14,7 +14,7 @@ from engine.text.batch import EpochOrder
 from engine.text.tokenizer import Tokenizer
 from engine.training.optimizer import make_optimizer, make_schedule
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
-from stages.runs.estimate import RunPlan
+from stages.runs.plan import RunPlan
 from stages.runs.text_data import Evaluator
 
 LARGE_BUFFER = 2**27  # bytes; moving a larger one costs page faults

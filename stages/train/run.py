@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -28,14 +28,13 @@ from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
-from stages.runs.estimate import Recipe, RunPlan, find_ceilings, memory_estimate, mesh_ceilings
+from stages.runs.estimate import find_ceilings, memory_estimate, memory_limit, mesh_ceilings, require_room
 from stages.runs.folder import default_folder, recorded_batch
+from stages.runs.plan import Recipe, RunPlan
 from stages.runs.run import RunOptions, execute
 from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step, temporary_bytes
 from stages.runs.text_data import bits_per_byte, prepare_text, quick_evaluator, rows_in_memory, score_text
-
-if TYPE_CHECKING:  # else the command would be imported a second time, by its name
-    from stages.train.__main__ import TrainFlags
+from stages.train.flags import TrainFlags
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
@@ -74,7 +73,7 @@ def recipe(preset: str, vocab: int) -> Recipe:
     )
 
 
-def run(flags: "TrainFlags", device: Device) -> int:
+def run(flags: TrainFlags, device: Device) -> int:
     folder = flags.folder.out_dir or default_folder(flags.preset, flags.text.data)
     options = RunOptions(
         **dataclasses.asdict(flags.folder),
@@ -87,7 +86,7 @@ def run(flags: "TrainFlags", device: Device) -> int:
     return execute(options, lambda console: Training(flags, options, console))
 
 
-def chosen_recipe(flags: "TrainFlags", backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
+def chosen_recipe(flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
     The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to a multiple of the devices
@@ -120,7 +119,7 @@ class Training(BatchStage):
 
     advice = "--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32"
 
-    def __init__(self, flags: "TrainFlags", options: RunOptions, console: Console) -> None:
+    def __init__(self, flags: TrainFlags, options: RunOptions, console: Console) -> None:
         text, length, mesh = flags.text, flags.length, options.mesh or ONE_DEVICE
         resumed_batch = recorded_batch(options.folder, options.overwrite)
         recipe = chosen_recipe(flags, options.device.backend, mesh, resumed_batch)
@@ -165,8 +164,12 @@ class Training(BatchStage):
         """Raises UserError when weights, gradients and optimizer state alone do not fit; weights begin random."""
         plan, (_, fsdp, tensor) = self.plan, self.plan.mesh
         least = count_params(plan.cfg).total * (16 if plan.recipe.optimizer.kind == "adamw" else 12) // (fsdp * tensor)
-        plan.require(
-            least, f"Training {plan.name} needs at least", "choose a smaller preset.", " for weights, gradients and optimizer"
+        require_room(
+            plan,
+            least,
+            f"Training {plan.name} needs at least",
+            "choose a smaller preset.",
+            " for weights, gradients and optimizer",
         )
 
     def plan_rows(self) -> list[tuple[str, str]]:
@@ -194,7 +197,7 @@ class Training(BatchStage):
             ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
             ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
             ("step", f"{recipe.batch} x {recipe.context} tokens{accumulated}, {optimizer}"),
-            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > plan.memory_limit)}"),
+            ("memory", f"{memory_estimate(plan, needed)}{too_much * (needed > memory_limit(plan))}"),
             ("length", f"{plan.length()}{default}"),
             (
                 "predicted",

@@ -16,12 +16,12 @@ from stages.chat import ChatFlags
 from stages.cli.command import explain_error, run_command
 from stages.evaluate import EvaluateFlags
 from stages.export import ExportFlags
-from stages.finetune.__main__ import FinetuneFlags
+from stages.finetune.flags import FinetuneFlags
 from stages.generate import GenerateFlags
-from stages.reinforce.__main__ import ReinforceFlags
+from stages.reinforce.flags import ReinforceFlags
 from stages.serve.__main__ import ServeFlags
 from stages.train import __main__ as train
-from stages.train.__main__ import TrainFlags
+from stages.train.flags import TrainFlags
 
 
 def test_a_plan_reads_no_batch(text, tmp_path):

@@ -37,8 +37,8 @@ from stages.cli.console import Console
 from stages.finetune import __main__ as finetune
 from stages.finetune import general_examples
 from stages.finetune import run as finetune_run
+from stages.runs import estimate
 from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
-from stages.runs.estimate import RunPlan
 from stages.runs.folder import updating
 from stages.runs.text_data import EVALUATION_ROWS
 
@@ -632,7 +632,7 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
         raise AssertionError("weights were read before it was known whether there is room")
 
     monkeypatch.setattr(checkpoint_reader, "load_params", read)
-    monkeypatch.setattr(RunPlan, "memory_limit", 600_000)
+    monkeypatch.setattr(estimate, "memory_limit", lambda plan: 600_000)
     lora = "a LoRA (no --train, no --freeze)"
     for remedy, flags in (("--base int8", ()), (lora, ("--train", "all"))):
         error = failing(finetune.main, args(trained, chats, tmp_path / "run", "--batch", 16, *flags))

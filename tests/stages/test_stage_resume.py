@@ -36,7 +36,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages import evaluate
 from stages.cli.console import Console
-from stages.finetune.__main__ import FinetuneFlags
+from stages.finetune.flags import FinetuneFlags
 from stages.finetune.run import FineTuning
 from stages.runs import model_stage
 from stages.runs import run as loop
@@ -45,7 +45,7 @@ from stages.runs.previous_run import FIXED, describe_changes, differences, refus
 from stages.runs.run import RunOptions, run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
-from stages.train.__main__ import TrainFlags
+from stages.train.flags import TrainFlags
 from stages.train.run import Training
 
 

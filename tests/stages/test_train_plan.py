@@ -29,6 +29,7 @@ from engine.training.step import init_state, train_step
 from stages.cli.console import Console
 from stages.runs import estimate
 from stages.runs.estimate import find_ceilings
+from stages.runs.plan import RunPlan
 from stages.train import __main__ as train
 from stages.train import mesh_plan
 from stages.train import run as train_run
@@ -100,17 +101,17 @@ def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
 @pytest.mark.parametrize("total", [1_057_000_000, 949_600_000, 9_944_000_000])
 def test_the_memory_in_all_is_printed_to_three_figures(total):
     """Promise T14 holds a run's peak to what is printed: 1.057 GB as `1.1 GB` would be 4% of its 15."""
-    plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
-    phrase = estimate.memory_estimate(plan, total - plan.memory.saved - plan.process_bytes)
+    plan = RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
+    phrase = estimate.memory_estimate(plan, total - plan.memory.saved - estimate.process_bytes(plan.cfg))
     printed, unit = re.search(r"([\d.]+) ([MG]B) in all with Python", phrase).groups()
     assert float(printed) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(total, rel=0.005)
 
 
 def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
-    plan = estimate.RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
+    plan = RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
     mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
-    need = lambda plan: plan.require(plan.memory.total, "A step needs", "buy more.")
-    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: plan.process_bytes + plan.memory.total // 2)
+    need = lambda plan: estimate.require_room(plan, plan.memory.total, "A step needs", "buy more.")
+    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: estimate.process_bytes(plan.cfg) + plan.memory.total // 2)
     need(mesh)  # on four machines like this one
     with pytest.raises(UserError, match=r"A step needs \S+ .B, and"):
         need(plan)
