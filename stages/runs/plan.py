@@ -75,6 +75,13 @@ class RunPlan:
         return step_memory(self.cfg, self.recipe, self.mesh, self.trainable, self.base, self.blocks)
 
     @property
+    def answering_bytes(self) -> int:
+        """The predicted memory of answering questions between two steps: of the state, and of the weights as served."""
+        memory = self.memory
+        served = dtype_bytes(self.cfg) * count_params(self.cfg).total  # an adapter is merged for it
+        return memory.params + memory.optimizer + served
+
+    @property
     def compiler_options(self) -> dict[str, Any] | None:
         return LORA_COMPILER_OPTIONS if self.trainable and self.trainable.adapted else None
 

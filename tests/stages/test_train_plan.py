@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from engine.counting import accelerators
 from engine.counting.accelerators import find_accelerator
 from engine.counting.hardware import Ceilings
-from engine.counting.params import leaf_shapes
+from engine.counting.params import count_params, leaf_shapes, lora_only
 from engine.counting.xla import Collective
 from engine.errors import UserError
-from engine.format import format_bytes
+from engine.format import format_bytes, format_count
 from engine.mesh import processes
 from engine.mesh.shape import MeshShape
-from engine.model.config import PRESETS, preset
+from engine.model.config import PRESETS, LoraConfig, preset
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_optimizer
 from engine.training.step import init_state, train_step
@@ -105,6 +105,18 @@ def test_the_memory_in_all_is_printed_to_three_figures(total):
     phrase = estimate.memory_estimate(plan, total - plan.memory.saved - estimate.process_bytes(plan.cfg))
     printed, unit = re.search(r"([\d.]+) ([MG]B) in all with Python", phrase).groups()
     assert float(printed) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(total, rel=0.005)
+
+
+def test_the_memory_in_all_holds_the_weights_that_answer_between_steps():
+    """An adapter on int8 is merged into a copy in the compute type, twice the base: more than a small step takes."""
+    cfg = preset("smollm2-135m")
+    lora = lora_only(cfg, LoraConfig(rank=8))
+    plan = RunPlan("small", cfg, recipe("demo", 2048).resize(1, 128), 0, 5, None, trainable=lora, base="int8")
+    served = 2 * count_params(cfg).total
+    assert plan.answering_bytes == plan.memory.params + plan.memory.optimizer + served
+    assert plan.answering_bytes > plan.memory.total + plan.memory.saved
+    in_all = format_count(plan.answering_bytes + estimate.process_bytes(cfg))
+    assert estimate.memory_estimate(plan, plan.memory.total).endswith(f"; {in_all}B in all with Python and JAX")
 
 
 def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
