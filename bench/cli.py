@@ -22,11 +22,11 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
-from engine.device import cores, device_name, processor
+from bench.machine import Json, Watch, describe_machine
+from engine.device import cores, device_name
 from engine.errors import UserError
 from engine.files import write_problem, write_text
 
-Json = dict[str, Any]  # a JSON object
 ROOT = Path(__file__).parent.parent
 LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind in ("css", "js")]  # of pages that have some
 REPORT_SECONDS = 5.0  # between two lines on a process's progress, on a terminal
@@ -35,19 +35,6 @@ PIPED_WIDTH = 160  # of a pipe: the widest table fits
 UNTIMED = ("bench compare", "bench.plan")
 # What README's figures are held to; printed by each measurement with a bar.
 BARS_HOLD = "The bars hold on two quiet cores of a Zen 4 (AVX-512). On another processor a bar that is not met says little."
-FAMILIES = ("AVX2", "AVX-512", "AMX")  # of processors, which have bars of their own
-INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
-
-
-def family() -> str:
-    """Returns which of FAMILIES this processor is of."""
-    instructions = processor()[1].split()
-    return "AMX" if "amx_int8" in instructions else "AVX-512" if "avx512_vnni" in instructions else "AVX2"
-
-
-def bar(*by_family: float | None) -> float | None:
-    """Returns the bar of this processor's family, of those of all FAMILIES."""
-    return by_family[FAMILIES.index(family())]
 
 
 class Shape(NamedTuple):
@@ -91,13 +78,18 @@ def run_bench[Flags](
             if options.out and (problem := write_problem(options.out)):
                 raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
             beside = circumstances([*name.split(), *(sys.argv[1:] if args is None else args)], options)
+            watch = None
             if name not in UNTIMED and not getattr(options, "list", False):
                 beside["load"] = busy_cores()
                 if beside["load"] > cores() / 4:
                     print(f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True)
+                if options.out:
+                    watch = Watch()
             result = measure(options)
             if "jax" in sys.modules:
                 beside["machine"]["device"] = device_name()
+            if watch:
+                beside["machine"] |= watch.finish()
             beside["machine"] |= result.pop("machine", {})
             document = json.dumps(beside | result, default=str)
         if options.out:
@@ -164,7 +156,6 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
 
 def circumstances(command: Sequence[str], flags: Any) -> Json:
     """Returns what each document says of its measurement: the machine, the commit, date, versions, load and flags."""
-    model, instructions = processor()
     commit = ""
     if (ROOT / ".git").exists():
         with contextlib.suppress(OSError):
@@ -172,12 +163,7 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
             commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     program = command[0] if command[0].endswith(".py") else f"-m {command[0]}"
     return {
-        "machine": {
-            "processor": model,
-            "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
-            "cores": cores(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        },
+        "machine": describe_machine(),
         "commit": commit or None,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load": os.getloadavg()[0],

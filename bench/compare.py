@@ -19,7 +19,7 @@ from bench.cli import Json, print_table
 from engine.errors import UserError
 from engine.format import join_words
 
-MACHINE = "processor", "instructions", "cores", "device"
+MACHINE = "processor", "model_numbers", "instructions", "cores", "device"
 ROW_KEYS = "name", "part", "model", "shape", "peer"  # that together tell a row from the others of its list
 
 SAID = "out", "json", "peer_python"  # flags that change nothing that is measured

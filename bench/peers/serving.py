@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.cli import Json, bar, progress
+from bench.cli import Json, progress
+from bench.machine import bar
 from bench.peers.process import Peer, PeerError, start_peer
 from bench.timing import Ratio, held_to, measure, ratio
 from engine.counting.hardware import clock

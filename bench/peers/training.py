@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import Json, Shape, bar, progress
+from bench.cli import Json, Shape, progress
+from bench.machine import bar
 from bench.models import PROGRESS, make_step, make_step_inputs
 from bench.peers.process import Peer, PeerError, print_absent
 from bench.timing import describe_noise, held_to, measure, ratio

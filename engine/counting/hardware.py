@@ -12,6 +12,7 @@ import math
 import os
 import re
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +37,11 @@ MAX_BYTES = 2**16  # that are read of the saved ceilings, which have a few hundr
 PLAUSIBLE = 0.9  # of a ceiling, at most, for a training step
 _RATE_OF_DTYPE = {"bfloat16": "bf16_gflops", "float32": "f32_gflops", "int8": "int8_gflops"}
 RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
+
+MEASURE_PROGRAM = (
+    "from engine.device import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
+    "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
+)
 
 clock = time.perf_counter
 
@@ -101,6 +107,15 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
             break
     rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
     return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
+
+
+def measure_apart() -> Ceilings | None:
+    """Measures the rates in a process of its own, whose arrays are not this one's memory. Returns None where that fails."""
+    command = [sys.executable, "-c", MEASURE_PROGRAM]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    with contextlib.suppress(ValueError, TypeError):
+        return Ceilings(**json.loads(result.stdout))
+    return None
 
 
 def square_product(dtype: str) -> tuple[Callable[[], Any], float]:

@@ -1,10 +1,6 @@
 """Estimates what a run takes of this machine, before it starts: finds its ceilings, and the memory there is for a step."""
 
-import contextlib
 import dataclasses
-import json
-import subprocess
-import sys
 
 import jax
 
@@ -12,6 +8,7 @@ from engine.counting.hardware import (
     RATES,
     Ceilings,
     device_memory_bytes,
+    measure_apart,
     measure_ceilings,
     require_memory,
     save_ceilings,
@@ -24,10 +21,6 @@ from engine.model.config import ModelConfig
 from stages.cli.console import Console
 from stages.runs.plan import RunPlan
 
-MEASURE_PROGRAM = (
-    "from engine.device import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
-    "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
-)
 PROCESS_BYTES = 475_000_000  # of Python and JAX
 LAYER_BYTES = 8_000_000  # of a layer's programs, and of compiling them
 
@@ -62,18 +55,10 @@ def find_ceilings(console: Console) -> Ceilings:
     if saved:
         return saved
     with console.task("measuring this machine's ceilings, once", always=True) as report:
-        ceilings = measure_in_subprocess() if jax.default_backend() == "cpu" else None
+        ceilings = measure_apart() if jax.default_backend() == "cpu" else None
         if ceilings is None:
             ceilings = measure_ceilings(report)
     return save_ceilings(ceilings)
-
-
-def measure_in_subprocess() -> Ceilings | None:
-    command = [sys.executable, "-c", MEASURE_PROGRAM]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    with contextlib.suppress(ValueError, TypeError):
-        return Ceilings(**json.loads(result.stdout))
-    return None
 
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:

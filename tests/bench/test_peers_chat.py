@@ -3,7 +3,7 @@
 import pytest
 from tiny import lively_params, tiny_config
 
-from bench import cli
+from bench import machine
 from bench.peers.serving import PROMPTS, chat_calls, measure_calls
 from engine.inference.decode import prepare_params
 from engine.text.conversations import SHIPPED, read_conversations
@@ -21,8 +21,8 @@ def test_the_prompts_are_two_sets_and_nobody_trains_on_them():
     ("instructions", "expected"), [("avx2 avx512f", 1), ("avx2 avx512_vnni", 2), ("avx512_vnni amx_int8", 3)]
 )
 def test_each_family_of_processors_has_its_bar(instructions, expected, monkeypatch):
-    monkeypatch.setattr(cli, "processor", lambda: ("any", instructions))
-    assert cli.bar(1, 2, 3) == expected
+    monkeypatch.setattr(machine, "processor", lambda: ("any", instructions))
+    assert machine.bar(1, 2, 3) == expected
 
 
 def test_chats_are_answered_with_and_without_speculation_by_the_same_tokens(capsys):

@@ -32,10 +32,10 @@ def trained(text, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def cheap_runs():
     """A machine is measured on small matrices. Fine-tuning drops compiled programs, for they take memory; here they stay."""
-    from stages.runs import estimate  # JAX comes with it, and tests/conftest.py first says where compiled programs go
+    from engine.counting import hardware  # JAX comes with it, and tests/conftest.py first says where compiled programs go
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "MEASURE_PROGRAM", SMALL_MATRICES + estimate.MEASURE_PROGRAM)
+        patch.setattr(hardware, "MEASURE_PROGRAM", SMALL_MATRICES + hardware.MEASURE_PROGRAM)
         patch.setattr("stages.finetune.run._clear_programs", lambda: None)
         yield
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.counting import accelerators
+from engine.counting import accelerators, hardware
 from engine.counting.accelerators import find_accelerator
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params, leaf_shapes, lora_only
@@ -58,7 +58,7 @@ def measurements(tmp_path, monkeypatch):
     """An empty cache; a measurement takes one of these from the list."""
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path / "cache"))
     left = [HERE]
-    monkeypatch.setattr(estimate, "measure_in_subprocess", lambda: left.pop(0))
+    monkeypatch.setattr(estimate, "measure_apart", lambda: left.pop(0))
     return left
 
 
@@ -73,8 +73,8 @@ def test_ceilings_are_measured_once(measurements):
 
 def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
     for code in ("print('no JSON')", "print('{}')", "1 / 0"):
-        monkeypatch.setattr(estimate, "MEASURE_PROGRAM", code)
-        assert estimate.measure_in_subprocess() is None
+        monkeypatch.setattr(hardware, "MEASURE_PROGRAM", code)
+        assert hardware.measure_apart() is None
 
 
 def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):

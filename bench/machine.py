@@ -1,0 +1,89 @@
+"""Describes the machine of a measurement: what it is, what it reaches before and after, and what others took of it meanwhile.
+
+Two machines may share one name: of one cloud's "AMD EPYC" the products of two days differed by a factor of two. So a document
+that is kept holds the processor's model numbers, which tell its generation and its microcode, and the rates that it reached.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.device import CoreTime, core_time, cores, processor
+
+Json = dict[str, Any]  # a JSON object
+
+FAMILIES = ("AVX2", "AVX-512", "AMX")  # of processors, which have bars of their own
+INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
+MODEL_NUMBERS = ("vendor_id", "cpu family", "model", "stepping", "microcode")  # as /proc/cpuinfo calls them
+
+
+def family() -> str:
+    """Returns which of FAMILIES this processor is of."""
+    instructions = processor()[1].split()
+    if "amx_int8" in instructions:
+        return "AMX"
+    return "AVX-512" if "avx512_vnni" in instructions else "AVX2"
+
+
+def bar(*by_family: float | None) -> float | None:
+    """Returns the bar of this processor's family, of those of all FAMILIES."""
+    return by_family[FAMILIES.index(family())]
+
+
+def describe_machine() -> Json:
+    """Returns the processor's name, model numbers ({} where the system has none) and instructions; cores and memory."""
+    name, instructions = processor()
+    return {
+        "processor": name,
+        "model_numbers": read_model_numbers(),
+        "instructions": " ".join(each for each in INSTRUCTIONS.split() if each in instructions.split()),
+        "cores": cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def read_model_numbers(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """Returns those of MODEL_NUMBERS that the system names for its first processor."""
+    found: dict[str, str] = {}
+    if not cpuinfo.exists():
+        return found
+    for line in cpuinfo.read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in MODEL_NUMBERS:
+            found.setdefault(name.strip(), value.strip())
+    return found
+
+
+class Watch:
+    """Watches the machine over a measurement: the rates it reaches before and after, and the core time that others take."""
+
+    def __init__(self) -> None:
+        """Takes five seconds."""
+        self.before = _measure_rates()
+        self.start = core_time()
+
+    def finish(self) -> Json:
+        """Returns `reached_before` and `reached_after`, each None where they cannot be measured apart, and `taken_by_others`, a
+        share of the cores' time, None where the system does not count it. Takes five seconds.
+        """
+        taken = share_of_others(self.start, core_time())
+        return {"reached_before": self.before, "reached_after": _measure_rates(), "taken_by_others": taken}
+
+
+def share_of_others(start: CoreTime | None, end: CoreTime | None) -> float | None:
+    """Returns the share of the cores' time between two readings that others took."""
+    if start is None or end is None or end.total <= start.total:
+        return None
+    return max(0.0, (end.others - start.others) / (end.total - start.total))
+
+
+def _measure_rates() -> Json | None:
+    # In a process of its own, for its arrays would be this one's memory.
+    from engine.counting.hardware import RATES, measure_apart
+
+    ceilings = measure_apart()
+    if ceilings is None:
+        return None
+    rates = dataclasses.asdict(ceilings)
+    return {name: rates[name] for name in RATES}
