@@ -25,7 +25,7 @@ from engine.inference.request import Adapter, SamplingParams
 from engine.text.detokenizer import Detokenizer
 from stages.serve import engine_thread
 from stages.serve.admission import Admission
-from stages.serve.api import generation, guard
+from stages.serve.api import app, generation, guard
 from stages.serve.api.app import Api
 from stages.serve.state import ServerState
 
@@ -238,7 +238,7 @@ class Schedule:
             wait = int(headers[b"retry-after"])
             assert 1 <= wait <= 60
             tries += ask.obedient
-            assert self.loop.now < at + MOST_CLIENTS * (generation.SEND_SECONDS + 20), "a client is never let in"
+            assert self.loop.now < at + MOST_CLIENTS * (app.SEND_SECONDS + 20), "a client is never let in"
             await asyncio.sleep(wait + self.rng.random() / 2 if ask.obedient else self.rng.random())
         if status == 404:
             assert adapter, "the base is not found"
@@ -248,7 +248,7 @@ class Schedule:
 
     async def send(self, ask: Ask, content: bytes, tries: int) -> tuple[int, dict[bytes, bytes], bytes, bool]:
         """Sends a request. Returns the status, headers and body of its reply, and whether the client read it to its end."""
-        parts, status, headers, is_whole = list[bytes](), 0, {}, False
+        parts, status, headers, is_whole, is_stuck = list[bytes](), 0, {}, False, False
         sent, leaves, rng, reserved = iter([content]), self.loop.now + ask.leaves, self.rng, list[Any]()
         names = {"host": "localhost", "content-type": "application/json", "content-length": str(len(content))}
         if ask.counts and ask.obedient:
@@ -270,25 +270,30 @@ class Schedule:
             return {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:
-            nonlocal status, headers, is_whole
+            nonlocal status, headers, is_whole, is_stuck
             if message["type"] == "http.response.start":
                 status, headers = message["status"], dict(message["headers"])
                 is_full = self.state.admission.reserved >= self.thread.engine.config.slots
                 assert status != 429 or is_full, "somebody is refused while a slot is empty"
+                if ask.reads == "nothing" and not ask.is_stream and status == 200:
+                    is_stuck = True
+                    await asyncio.sleep(app.SEND_SECONDS + 1)
+                    raise AssertionError("a reply waits for somebody who reads nothing")
                 return
             parts.append(message["body"])
             is_whole = not message.get("more_body")
             if ask.reads == "slowly":
                 await asyncio.sleep(rng.expovariate(5))
             elif ask.reads == "nothing" and ask.is_stream and status == 200 and len(parts) > 2:
-                await asyncio.sleep(generation.SEND_SECONDS + 1)
+                await asyncio.sleep(app.SEND_SECONDS + 1)
                 raise AssertionError("a stream waits for somebody who reads nothing")
 
         await self.app(scope, receive, send)
         for each in reserved:
             assert not each._unfinished, "a request ends before its completions"
             self.live.remove(each)
-        return status, headers, b"".join(parts), is_whole and not (ask.leaves and self.loop.now > leaves - 1e-6)
+        is_gone = is_stuck or (ask.leaves and self.loop.now > leaves - 1e-6)
+        return status, headers, b"".join(parts), is_whole and not is_gone
 
     def log(self, line: str, flush: bool) -> None:
         """Prints to a disk that is full now and then."""
@@ -330,7 +335,7 @@ def simulate_server(seed: int) -> None:
     """Runs the schedule of a seed to its end. Raises AssertionError where a promise is broken."""
     loop = SimulatedLoop()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (generation, guard, engine_thread):
+        for module in (app, generation, guard, engine_thread):
             patch.setattr(module, "time", SimpleNamespace(monotonic=loop.time))
         patch.setattr(engine_thread, "CompileCounter", Ignored)
         patch.setattr(engine_thread, "IDLE_SECONDS", 0)

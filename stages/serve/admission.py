@@ -1,6 +1,8 @@
 """Admission control: replies 429 when slots and queue are full, and holds places for clients that come again in time."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from stages.serve.errors import ApiError
@@ -93,6 +95,15 @@ class Admission:
 
     def release(self) -> None:
         self.reserved -= 1
+
+    @contextlib.contextmanager
+    def place(self, sender: Sender, now: float, tries: int | None = None) -> Iterator[int]:
+        """Holds a place within the block, and yields its priority. Raises ApiError as `check`."""
+        priority = self.reserve(sender, now, tries)
+        try:
+            yield priority
+        finally:
+            self.release()
 
     def record(self, seconds: float) -> None:
         """Records the time from a request's arrival to its end, while it is reserved; Retry-After is estimated from it.

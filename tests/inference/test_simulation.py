@@ -13,7 +13,7 @@ from engine.inference.request import Request
 from engine.inference.sampling import make_token_masks
 from engine.inference.scheduler import Decode, Scheduler, Sequence
 from stages.serve.admission import Admission
-from stages.serve.api import generation, guard
+from stages.serve.api import app, guard
 from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
 
@@ -53,7 +53,7 @@ SERVER_FAULTS = {
     "a slot stays empty": (Admission, "__init__", lambda self, slots, queue: admission(self, max(1, slots - 1), queue)),
     "the bytes of a body count for ever": (Admission, "remove_bytes", lambda *_: None),
     "who has left is answered": (EngineThread, "submit", lambda *each: submit(*each) and (lambda: None)),
-    "who reads nothing is waited for": (generation, "SEND_SECONDS", 10_000.0),
+    "who reads nothing is waited for": (app, "SEND_SECONDS", 10_000.0),
     "a log that is full ends a request": (guard, "contextlib", SimpleNamespace(suppress=lambda *_: contextlib.nullcontext())),
     "an adapter that is gone is still used": (ServerState, "adapter_of", lambda _, model: model.adapter),
     "an adapter's index is free at once": (

@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from starlette.types import ASGIApp
 
-from stages.serve.api.generation import Answer, EventWriter, Piece, Prompts, Usage, chat_prompts, generate
+from engine.inference.request import SamplingParams
+from stages.serve.api.generation import EventWriter, Piece, Usage, run
+from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
 from stages.serve.api.requests import (
     AnswerRequest,
     Call,
@@ -25,7 +28,17 @@ from stages.serve.api.requests import (
     join_text,
 )
 from stages.serve.state import ServerState
-from stages.serve.tools import Function, ToolCall, Turn, answer_grammar, call_turn, make_turn, parse_arguments, tool_use
+from stages.serve.tools import (
+    Function,
+    Grammar,
+    ToolCall,
+    Turn,
+    answer_grammar,
+    call_turn,
+    make_turn,
+    parse_arguments,
+    tool_use,
+)
 
 
 class DocumentSource(Fields):
@@ -153,24 +166,32 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
     tool_choice: ToolChoice | None = None
 
     @property
-    def ignored(self) -> list[str]:
-        names = super().ignored
+    def thoughts(self) -> list[str]:
+        """The names of the fields about thoughts that are given."""
+        names = []
         if self.thinking and self.thinking.type != "disabled":
             names.append("thinking")
         if any(turn.has_thoughts for turn in self.messages):
             names.append("messages.thinking")
         return names
 
-    async def prompts(self, call: Call) -> Prompts:
-        turns = [turn for message in self.messages for turn in message.turns]
-        if system := join_text(self.system):
-            turns.insert(0, make_turn("system", system))
-        goes_on = len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
+    @property
+    def prompt(self) -> ChatPrompt:
+        """The conversation. Raises InvalidField."""
+        turns: list[Turn] = []
+        system = join_text(self.system)
+        if system:
+            turns.append(make_turn("system", system))
+        for message in self.messages:
+            turns += message.turns
+        answer = ""
+        if len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]:
+            answer = turns.pop()["content"]
         choice = self.tool_choice or ToolChoice(type="auto")
         named = (choice.name or "") if choice.type == "tool" else None
         kind = "required" if choice.type == "any" else choice.type
         tools = tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
-        return await chat_prompts(call, turns, turns.pop()["content"] if goes_on else "", tools)
+        return ChatPrompt("messages", turns, answer, tools)
 
 
 class OutputFormat(Fields):
@@ -198,6 +219,39 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     stop: StopTexts | None = msgspec.field(default=None, name="stop_sequences")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called at first
+
+    @property
+    def ignored(self) -> list[str]:
+        names = super().ignored
+        if self.output_config and self.output_config.effort is not None:
+            names.append("output_config.effort")
+        return [*names, *self.thoughts]
+
+    @property
+    def grammars(self) -> list[Grammar]:
+        """The grammars that the request asks for."""
+        formats = {
+            "output_config.format": self.output_config and self.output_config.format,
+            "output_format": self.output_format,
+        }
+        return [answer_grammar(f"{field}.schema", value.schema) for field, value in formats.items() if value]
+
+    def job(self, defaults: SamplingParams) -> Job:
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        return Job(
+            prompt=self.prompt,
+            sampling=sampling_of(
+                defaults,
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+            ),
+            stops=self.stop or (),
+            grammar=only_grammar(self.grammars),
+            streams=bool(self.stream),
+            ignored=self.ignored,
+        )
 
 
 class CountTokensReply(msgspec.Struct):
@@ -294,17 +348,15 @@ def _stop(piece: Piece) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 
-async def create_message(call: Call[MessagesRequest]) -> Answer[MessageReply]:
+async def create_message(call: Call[MessagesRequest]) -> ASGIApp:
     """Answers a conversation, as Anthropic has it."""
-    body = call.body
-    wanted = {"output_config.format": body.output_config and body.output_config.format, "output_format": body.output_format}
-    grammars = [answer_grammar(f"{field}.schema", value.schema) for field, value in wanted.items() if value]
-    return await generate(call, await body.prompts(call), MessageWriter(call), grammars=grammars)
+    return await run(call, call.body.job(call.state.sampling), MessageWriter(call))
 
 
 async def count_tokens(call: Call[CountTokensRequest]) -> CountTokensReply:
     """The tokens of a conversation."""
-    return CountTokensReply(len((await call.body.prompts(call)).tokens[0]))
+    prompts = await call.body.prompt.encode(call.state)
+    return CountTokensReply(len(prompts.tokens[0]))
 
 
 class AnthropicModel(msgspec.Struct, kw_only=True):

@@ -1,22 +1,35 @@
 """Api: the ROUTES as an ASGI application, and as an OpenAPI document."""
 
+import asyncio
+import contextlib
 import dataclasses
-import functools
 import json
-from collections.abc import Callable
-from typing import Any, get_args, get_origin, get_type_hints
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.errors import InvalidField
+from stages.serve.admission import Sender
 from stages.serve.api import anthropic, completions, ollama, responses, status, texts
-from stages.serve.api.generation import Answer, answer_reserved, check_ready
-from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID, Call, json_reply
-from stages.serve.errors import ApiError, error_type
+from stages.serve.api.generation import MAX_COMPLETIONS
+from stages.serve.api.requests import (
+    INLINE_BYTES,
+    MAX_PROMPTS,
+    TOKEN_ID,
+    Call,
+    ModelRequest,
+    content_length,
+    json_reply,
+)
+from stages.serve.errors import ApiError, ClientGone, error_type
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 
+SEND_SECONDS = 60.0  # for a client to read what it was sent
 PREFIXES = ("/v1/models/", "/v1/adapters/")  # before a model's name
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
@@ -34,70 +47,109 @@ STATUSES = {
     503: "Requests are not answered at the moment.",
 }
 TEXT = {"type": "string", "minLength": 1}
-array = lambda items, **bounds: {"type": "array", "minItems": 1, "items": items, **bounds}
-json_body = lambda kind: {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+EVENTS = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
+LINES = ollama.OllamaWriter.media  # of JSON alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """One route. `handler` takes a Call; its signature has the types of body, if there is one, and of reply; its name, and the
-    first line of its docstring, are those of the operation in the OpenAPI document.
-
-    `errors`: statuses besides those that every route has, or every one with a body.
-    """
+    """One route: what it takes, what answers it, and what the OpenAPI document says of it."""
 
     method: str
     path: str
-    handler: Callable[..., Any]
+    # Returns the reply, or a response. Its name and the first line of its docstring are those of the operation.
+    handler: Callable[[Call[Any]], Awaitable[msgspec.Struct | ASGIApp]]
+    # The types of the JSON body and of the JSON reply, where there are such.
+    body: type[ModelRequest] | None = None
+    reply: type[msgspec.Struct] | None = None
+    # Whether a call asks something of the model, and takes a place for it; the body is an AnswerRequest then.
+    reserves: bool = False
+    # The media type of the stream for which a body may ask.
+    stream: str = ""
+    # Statuses besides those that every route has, or every one with a body.
     errors: tuple[int, ...] = ()
+    # The media type of the reply.
     media: str = "application/json"
-
-    @functools.cached_property
-    def body(self) -> Any:
-        return next(iter(get_args(get_type_hints(self.handler).get("call"))), None)
-
-    @property
-    def reply(self) -> Any:
-        """The type of a JSON reply, or None."""
-        hint = get_type_hints(self.handler)["return"]
-        (kind,) = get_args(hint) or (hint,)
-        return kind if issubclass(kind, msgspec.Struct) else None
-
-    @functools.cached_property
-    def generates(self) -> bool:
-        """Whether a place is reserved for each call, which asks something of the model."""
-        return bool(self.body) and get_origin(get_type_hints(self.handler)["return"]) is Answer
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", completions.create_chat_completion),
-    Route("POST", "/v1/completions", completions.create_completion),
-    Route("POST", "/v1/responses", responses.create_response),
-    Route("POST", "/v1/messages", anthropic.create_message),
-    Route("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
-    Route("POST", "/api/chat", ollama.ollama_chat),
-    Route("POST", "/api/generate", ollama.ollama_generate),
-    Route("GET", "/api/tags", ollama.ollama_tags),
-    Route("GET", "/api/ps", ollama.ollama_ps),
-    Route("GET", "/api/version", ollama.ollama_version),
-    Route("POST", "/api/show", ollama.ollama_show),
-    Route("POST", "/api/pull", ollama.ollama_pull),
-    Route("POST", "/api/embed", ollama.ollama_embed),
-    Route("POST", "/api/embeddings", ollama.ollama_embeddings),
-    Route("POST", "/v1/embeddings", texts.create_embedding),
-    Route("POST", "/v1/score", texts.score),
-    Route("POST", "/tokenize", texts.tokenize),
-    Route("POST", "/detokenize", texts.detokenize),
-    Route("GET", "/tokenizer_info", texts.tokenizer_info),
-    Route("GET", "/v1/models", status.list_models),
-    Route("GET", "/v1/models/{model}", status.retrieve_model, (404,)),
-    Route("POST", "/v1/adapters", status.add_adapter, (409,)),
-    Route("DELETE", "/v1/adapters/{model}", status.remove_adapter, (404,)),
-    Route("GET", "/health", status.health, (503,)),
-    Route("GET", "/live", status.live),
-    Route("GET", "/version", status.version),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        completions.create_chat_completion,
+        completions.ChatRequest,
+        completions.ChatReply,
+        reserves=True,
+        stream=EVENTS,
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        completions.create_completion,
+        completions.CompletionRequest,
+        completions.CompletionReply,
+        reserves=True,
+        stream=EVENTS,
+    ),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses.create_response,
+        responses.ResponseRequest,
+        responses.ResponseReply,
+        reserves=True,
+        stream=EVENTS,
+    ),
+    Route(
+        "POST",
+        "/v1/messages",
+        anthropic.create_message,
+        anthropic.MessagesRequest,
+        anthropic.MessageReply,
+        reserves=True,
+        stream=EVENTS,
+    ),
+    Route(
+        "POST", "/v1/messages/count_tokens", anthropic.count_tokens, anthropic.CountTokensRequest, anthropic.CountTokensReply
+    ),
+    Route("POST", "/api/chat", ollama.ollama_chat, ollama.OllamaChatRequest, ollama.OllamaReply, reserves=True, stream=LINES),
+    Route(
+        "POST",
+        "/api/generate",
+        ollama.ollama_generate,
+        ollama.OllamaGenerateRequest,
+        ollama.OllamaReply,
+        reserves=True,
+        stream=LINES,
+    ),
+    Route("GET", "/api/tags", ollama.ollama_tags, reply=ollama.Tags),
+    Route("GET", "/api/ps", ollama.ollama_ps, reply=ollama.Tags),
+    Route("GET", "/api/version", ollama.ollama_version, reply=ollama.Version),
+    Route("POST", "/api/show", ollama.ollama_show, ollama.ShowRequest, ollama.Show),
+    Route("POST", "/api/pull", ollama.ollama_pull, ollama.PullRequest, ollama.PullReply, stream=LINES),
+    Route("POST", "/api/embed", ollama.ollama_embed, ollama.EmbedRequest, ollama.EmbedReply, reserves=True),
+    Route(
+        "POST",
+        "/api/embeddings",
+        ollama.ollama_embeddings,
+        ollama.EmbeddingsPrompt,
+        ollama.EmbeddingsPromptReply,
+        reserves=True,
+    ),
+    Route("POST", "/v1/embeddings", texts.create_embedding, texts.EmbeddingsRequest, texts.EmbeddingsReply, reserves=True),
+    Route("POST", "/v1/score", texts.score, texts.ScoreRequest, texts.ScoreReply, reserves=True),
+    Route("POST", "/tokenize", texts.tokenize, texts.TokenizeRequest, texts.TokenizeReply),
+    Route("POST", "/detokenize", texts.detokenize, texts.DetokenizeRequest, texts.DetokenizeReply),
+    Route("GET", "/tokenizer_info", texts.tokenizer_info, reply=texts.TokenizerInfo),
+    Route("GET", "/v1/models", status.list_models, reply=status.ModelList),
+    Route("GET", "/v1/models/{model}", status.retrieve_model, reply=status.ModelCard, errors=(404,)),
+    Route("POST", "/v1/adapters", status.add_adapter, status.AdapterRequest, status.ModelCard, errors=(409,)),
+    Route("DELETE", "/v1/adapters/{model}", status.remove_adapter, reply=status.AdapterReply, errors=(404,)),
+    Route("GET", "/health", status.health, reply=status.Health, errors=(503,)),
+    Route("GET", "/live", status.live, reply=status.Live),
+    Route("GET", "/version", status.version, reply=status.ServerVersion),
     Route("GET", "/metrics", status.metrics, media="text/plain"),
-    Route("GET", "/v1/attestation", status.attest),
+    Route("GET", "/v1/attestation", status.attest, reply=status.Attestation),
     Route("GET", "/openapi.json", status.openapi),
     Route("GET", "/", status.page, media="text/html"),
 ]
@@ -120,10 +172,31 @@ class Api:
             methods |= dict.fromkeys(("GET", "HEAD") if route.method == "GET" else (route.method,), route)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"], path, method = self, scope["state"]["path"], scope["method"]
+        scope["app"] = self
+        route = self._find(scope)
+        call: Call[Any] = Call(self._state, Request(scope, receive))
+        if route.body is None:
+            response = _response(await route.handler(call))
+            await response(scope, receive, send)
+            return
+        self._check_open(route, call)
+        with contextlib.ExitStack() as until_tokens:
+            until_tokens.callback(call.uncount_bytes)
+            await call.read(route.body)
+            with self._place(route, call):
+                response = _response(await route.handler(call))
+                until_tokens.close()
+                del call.body, call.content  # their text has become tokens: the response needs them no more
+                await response(scope, receive, _in_time(send))
+
+    def _find(self, scope: Scope) -> Route:
+        """Returns the route of a request, and takes a model's name out of its path. Raises ApiError."""
+        path = scope["state"]["path"]
+        method = scope["method"]
         for prefix in PREFIXES:
             if path.startswith(prefix):
-                scope["path_params"], path = {"model": path.removeprefix(prefix)}, prefix + "{model}"
+                scope["path_params"] = {"model": path.removeprefix(prefix)}
+                path = prefix + "{model}"
         methods = self._routes.get(path)
         if methods is None:
             raise ApiError(404, f"There is no route {path!r:.80} here; /openapi.json lists them all.", code="not_found")
@@ -131,22 +204,73 @@ class Api:
             allowed = ", ".join(methods)
             message = f"{scope['path']} is not asked for with {method}, but with {allowed}."
             raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
-        response = await _respond(methods[method], Call(self._state, Request(scope, receive)))
-        await response(scope, receive, send)
+        return methods[method]
+
+    def _check_open(self, route: Route, call: Call) -> None:
+        """Raises ApiError for a call that can get no place, before its body is read: 503 when not ready, 429 for a large body.
+
+        A small body is read first: it says how many completions are asked for, by which a request is told from others.
+        """
+        if not route.reserves:
+            self._state.admission.check_open()
+            return
+        self._state.check_ready()
+        if content_length(call.http) > INLINE_BYTES:
+            self._state.admission.check(_sender(call, 0), time.monotonic(), _tries(call))
+
+    @contextlib.contextmanager
+    def _place(self, route: Route, call: Call) -> Iterator[None]:
+        """Holds a place for the call, if its route reserves one. Raises ApiError without one, and InvalidField."""
+        if not route.reserves:
+            yield
+            return
+        choices = call.body.choices
+        if choices > MAX_COMPLETIONS:
+            message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+            raise InvalidField("n", message)
+        admission = self._state.admission
+        with admission.place(_sender(call, choices), time.monotonic(), _tries(call)) as priority:
+            call.priority = priority
+            yield
 
 
-async def _respond(route: Route, call: Call) -> ASGIApp:
-    if not route.body:
-        reply = await route.handler(call)
-    else:
-        admission = call.state.admission
-        check_ready(call) if route.generates else admission.check_open()
-        try:
-            await call.read(route.body)
-            reply = await (answer_reserved(route.handler, call) if route.generates else route.handler(call))
-        finally:
-            admission.remove_bytes(len(call.content))
+def _response(reply: msgspec.Struct | ASGIApp) -> ASGIApp:
     return json_reply(reply) if isinstance(reply, msgspec.Struct) else reply
+
+
+def _in_time(send: Send) -> Send:
+    """Returns `send`, which raises ClientGone when a client reads nothing for SEND_SECONDS: it would keep its place."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+        except TimeoutError:
+            raise ClientGone from None
+
+    return send_in_time
+
+
+def _sender(call: Call, choices: int) -> Sender:
+    """Returns who sends a request, and how large it is: by its bytes if they are many, else by its completions."""
+    address, port = call.http.client or ("", 0)
+    length = content_length(call.http)
+    size = length if length > INLINE_BYTES else choices
+    return Sender(port, (address, call.http.state.namespace, size))
+
+
+def _tries(call: Call) -> int | None:
+    """Returns how often the clients of OpenAI and Anthropic say that they have sent a request before."""
+    count = call.http.headers.get("x-stainless-retry-count", "")
+    return int(count) if count.isdecimal() and len(count) < 4 else None
+
+
+def json_body(kind: type) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+
+
+def some(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items, **bounds}
 
 
 def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
@@ -158,8 +282,10 @@ def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
         if component.get("additionalProperties") is False:  # of a body, where an unknown field may be null
             component["additionalProperties"] = {"type": "null"}
     components["TokenId"] = {"type": "integer", "minimum": 0, "exclusiveMaximum": vocab}
-    texts = {"anyOf": [TEXT, array(TEXT, maxItems=MAX_PROMPTS), array(TOKEN_ID), array(array(TOKEN_ID), maxItems=MAX_PROMPTS)]}
-    components["CompletionRequest"]["properties"]["prompt"] = components["EmbeddingsRequest"]["properties"]["input"] = texts
+    several = [some(TEXT, maxItems=MAX_PROMPTS), some(TOKEN_ID), some(some(TOKEN_ID), maxItems=MAX_PROMPTS)]
+    prompts = {"anyOf": [TEXT, *several]}
+    components["CompletionRequest"]["properties"]["prompt"] = prompts
+    components["EmbeddingsRequest"]["properties"]["input"] = prompts
     components["ChatRequest"] |= {  # top_logprobs is a number above 0 only where logprobs is true
         "if": {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]},
         "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
@@ -169,11 +295,10 @@ def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
     for route in ROUTES:
         kind = "object" if route.media == "application/json" else "string"
         success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
-        if streams := hasattr(route.body, "stream"):
-            # `data:` lines of JSON, the last one `[DONE]`; Ollama's are JSON alone.
-            success[ollama.OllamaWriter.media if route.path.startswith("/api/") else "text/event-stream"] = {}
+        if route.stream:
+            success[route.stream] = {}
         replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
-        for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if streams else ()), 401, 403):
+        for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if route.stream else ()), 401, 403):
             content = success if (route.path, code) == ("/health", 503) else json_body(error_type(route.path))
             replies[str(code)] = {"description": STATUSES[code], "content": content}
         summary = route.handler.__doc__ and route.handler.__doc__.partition("\n")[0]

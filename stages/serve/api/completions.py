@@ -1,32 +1,23 @@
 """POST /v1/chat/completions and /v1/completions, OpenAI's: answers a conversation, or continues texts."""
 
+import dataclasses
 import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from starlette.types import ASGIApp
 
-from engine.errors import InvalidField, UserError
-from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar, tag_grammar
-from engine.inference.request import LogProb
+from engine.errors import InvalidField
+from engine.inference.request import LogProb, SamplingParams
 from engine.text.detokenizer import Detokenizer
 from engine.text.documents import Passage
-from stages.serve.api.generation import (
-    Answer,
-    Piece,
-    Prompts,
-    Reason,
-    Usage,
-    Writer,
-    chat_prompts,
-    generate,
-    text_prompts,
-)
+from stages.serve.api.generation import Piece, Reason, Usage, Writer, run
+from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, only_grammar, sampling_of
 from stages.serve.api.requests import (
     MAX_PROMPTS,
     MAX_STOPS,
@@ -43,7 +34,6 @@ from stages.serve.api.requests import (
     Seed,
     Several,
     Stops,
-    StopText,
     Temperature,
     TextPart,
     Texts,
@@ -53,98 +43,26 @@ from stages.serve.api.requests import (
     UsualFields,
     in_range,
     join_text,
+    prompt_texts,
+    stop_texts,
 )
+from stages.serve.api.structured_outputs import AllowedTexts, StructuredOutputs, structured_grammars
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import Function, Grammar, ToolUse, Turn, answer_grammar, call_turn, make_turn, tool_use
+from stages.serve.tools import (
+    NO_TOOLS,
+    Function,
+    Grammar,
+    ToolUse,
+    Turn,
+    answer_grammar,
+    call_turn,
+    make_turn,
+    tool_use,
+)
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
-AllowedTexts = Annotated[list[StopText], Meta(min_length=1)]  # of which a completion is to be one
-
-
-class TagStructure(Fields):
-    """A part of a text: its beginning, JSON that satisfies the schema, and its end."""
-
-    begin: Annotated[str, Meta(min_length=1, max_length=256)]
-    schema: JsonObject = None
-    end: Annotated[str, Meta(max_length=256)] = ""
-
-
-class StructuralTag(Fields):
-    """A text that goes on with a structure when it has come to a trigger, with which the structure begins."""
-
-    type: Literal["structural_tag"]
-    structures: Several[TagStructure] | None = None
-    triggers: Several[StopText] | None = None
-    format: JsonObject = None
-
-
-def structural_tag_grammar(tag: str | StructuralTag) -> str:
-    """Returns the grammar of a structural tag, or of its JSON text, as vLLM takes it. Raises UserError."""
-    if isinstance(tag, str):
-        try:
-            tag = msgspec.json.decode(tag, type=StructuralTag)
-        except msgspec.DecodeError as error:
-            raise UserError(f"it is no structural tag: {error}") from None
-    if tag.format is not None:
-        raise UserError("only structures with triggers can be enforced, and no format: send json, regex, choice or grammar")
-    if not tag.structures:
-        raise UserError("it has no structures: give at least one, and its trigger")
-    return tag_grammar([(each.begin, each.schema or {}, each.end) for each in tag.structures], tag.triggers or ())
-
-
-def schema_grammar(schema: str | dict[str, Any]) -> str:
-    """Returns the grammar of JSON that satisfies a schema, or its JSON text. Raises UserError."""
-    if isinstance(schema, str):
-        try:
-            schema = msgspec.json.decode(schema, type=dict[str, Any])
-        except msgspec.DecodeError as error:
-            raise UserError(f"it is no JSON schema: {error}") from None
-    return json_grammar(schema)
-
-
-STRUCTURED_OUTPUTS: dict[str, Callable[..., str]] = {
-    "json": schema_grammar,
-    "regex": regex_grammar,
-    "choice": choice_grammar,
-    "grammar": lark_grammar,
-    "json_object": lambda _: json_grammar({"type": "object"}),
-    "structural_tag": structural_tag_grammar,
-}
-GRAMMARS: dict[str, Callable[..., str]] = {
-    "guided_json": json_grammar,
-    "guided_regex": regex_grammar,
-    "guided_choice": choice_grammar,
-    "guided_grammar": lark_grammar,
-    "grammar": lark_grammar,
-}
-
-
-class StructuredOutputs(Fields):
-    """The grammar that an answer keeps to, in vLLM's words since 0.12 removed `guided_*`: exactly one of the first six."""
-
-    json: str | dict[str, Any] | None = None
-    regex: str | None = None
-    choice: AllowedTexts | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: str | StructuralTag | None = None
-    disable_any_whitespace: bool | None = None  # JSON is written without free white space either way
-    disable_additional_properties: Literal[False] | None = None
-    disable_fallback: bool | None = None  # one library compiles all grammars
-
-    @property
-    def wanted_grammar(self) -> Grammar:
-        """The one that is asked for. Raises InvalidField."""
-        values = {name: getattr(self, name) for name in STRUCTURED_OUTPUTS}
-        wanted = [name for name, value in values.items() if value is not None and value is not False]
-        if len(wanted) != 1:
-            field = "structured_outputs"
-            found = " and ".join(wanted) or "none"
-            raise InvalidField(field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}.")
-        (name,) = wanted
-        return Grammar(f"structured_outputs.{name}", partial(STRUCTURED_OUTPUTS[name], values[name]))
 
 
 class StreamOptions(Fields):
@@ -192,24 +110,51 @@ class CompletionFields(UsualFields):
 
     @property
     def grammars(self) -> list[Grammar]:
-        """The grammars that the request asks for, under vLLM's names, new and old, and llama.cpp's `grammar`.
+        """The grammars that the request asks for. Raises InvalidField."""
+        return structured_grammars(
+            self.structured_outputs,
+            guided_json=self.guided_json,
+            guided_regex=self.guided_regex,
+            guided_choice=self.guided_choice,
+            guided_grammar=self.guided_grammar,
+            grammar=self.grammar,
+        )
 
-        Raises InvalidField.
-        """
-        grammars = [self.structured_outputs.wanted_grammar] if self.structured_outputs else []
-        for name, make in GRAMMARS.items():
-            value = getattr(self, name)
-            if value is not None:
-                grammars.append(Grammar(name, partial(make, value)))
-        return grammars
+    def sampling(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Returns the defaults with what the request gives. Raises InvalidField."""
+        return sampling_of(
+            defaults,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={int(token): value for token, value in (self.logit_bias or {}).items() if value},
+            logprobs=logprobs,
+            stop_token_ids=self.stop_token_ids,
+            seed=self.seed,
+        )
 
-    async def respond(self, call: Call, prompts: Prompts, writer: "ChoicesWriter", **options: Any) -> Answer:
-        """Responds with the completions; `options` are those of `generate`."""
+    def make_job(self, prompt: ChatPrompt | TextPrompts, sampling: SamplingParams) -> Job:
+        """Returns the job, of what both kinds of completion share. Raises InvalidField."""
         if self.stream_options is not None and not self.stream:
             raise InvalidField("stream_options", "stream_options is given without stream being true.")
-        bias = {int(token): value for token, value in (self.logit_bias or {}).items() if value}
-        keeps_stop = bool(self.include_stop_str_in_output or self.no_stop_trim)
-        return await generate(call, prompts, writer, grammars=self.grammars, keeps_stop=keeps_stop, logit_bias=bias, **options)
+        return Job(
+            prompt=prompt,
+            sampling=sampling,
+            n=self.n or 1,
+            stops=stop_texts(self.stop),
+            keeps_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
+            ignores_eos=bool(self.ignore_eos),
+            grammar=only_grammar(self.grammars),
+            cache_salt=self.cache_salt or "",
+            streams=bool(self.stream),
+            ignored=self.ignored,
+        )
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
@@ -228,7 +173,20 @@ class CompletionRequest(CompletionFields, kw_only=True):
 
     @property
     def choices(self) -> int:
-        return (self.n or 1) * len(self.texts(MAX_PROMPTS))
+        return (self.n or 1) * len(prompt_texts("prompt", self.prompt, MAX_PROMPTS))
+
+    def job(self, defaults: SamplingParams) -> Job:
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidField("max_tokens", "max_tokens must be at least 1, or 0 with echo.")
+        if self.echo and self.stream:
+            raise InvalidField("echo", "echo is answered whole: leave stream out.")
+        texts = prompt_texts("prompt", self.prompt, MAX_PROMPTS)
+        prompt = TextPrompts("prompt", texts, special=self.add_special_tokens is not False)
+        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        job = self.make_job(prompt, self.sampling(defaults, max_tokens or None, self.logprobs))
+        scores = bool(self.echo and self.logprobs is not None)
+        return dataclasses.replace(job, n=job.n if max_tokens else 0, scores=scores)
 
 
 class ReplyFields(msgspec.Struct, kw_only=True):
@@ -377,21 +335,17 @@ class EchoWriter(CompletionWriter):
         return super().reply(echoed, usage._replace(prompt=sum(map(len, self._prompts))))
 
 
-async def create_completion(call: Call[CompletionRequest]) -> Answer[CompletionReply]:
+async def create_completion(call: Call[CompletionRequest]) -> ASGIApp:
     """Continues texts.
 
     Each prompt `n` times; the choices of a prompt follow each other.
     """
-    body = call.body
-    if body.max_tokens == 0 and not body.echo:
-        raise InvalidField("max_tokens", "max_tokens must be at least 1, or 0 with echo.")
-    if body.echo and body.stream:
-        raise InvalidField("echo", "echo is answered whole: leave stream out.")
-    prompts = await text_prompts(call, MAX_PROMPTS, body.add_special_tokens is not False)
-    writer = EchoWriter(call, prompts.tokens) if body.echo else CompletionWriter(call)
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    scores = bool(body.echo and body.logprobs is not None)
-    return await body.respond(call, prompts, writer, max_tokens=max_tokens, logprobs=body.logprobs, scores=scores)
+    job = call.body.job(call.state.sampling)
+    if not call.body.echo:
+        return await run(call, job, CompletionWriter(call))
+    tokens = (await job.prompt.encode(call.state)).tokens
+    job = dataclasses.replace(job, prompt=TextPrompts("prompt", tokens))
+    return await run(call, job, EchoWriter(call, tokens))
 
 
 class FunctionCall(msgspec.Struct):
@@ -492,6 +446,10 @@ class ChatRequest(CompletionFields, kw_only=True):
     parallel_tool_calls: bool | None = None
 
     @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
     def ignored(self) -> list[str]:
         thoughts = [f"messages.{name}" for message in self.messages for name in message.thoughts]
         return [*super().ignored, *dict.fromkeys(thoughts)]
@@ -513,6 +471,28 @@ class ChatRequest(CompletionFields, kw_only=True):
                 raise InvalidField(field, f"{field} belongs to the type json_schema, and only to it.")
             grammars.append(answer_grammar(field, wanted.json_schema.schema if wanted.json_schema else None))
         return grammars
+
+    def job(self, defaults: SamplingParams) -> Job:
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        if self.echo:
+            raise InvalidField("echo", "echo is for /v1/completions: a chat's answer comes without its messages.")
+        if self.add_special_tokens:
+            raise InvalidField("add_special_tokens", "add_special_tokens must be false: the chat template writes them.")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        if self.max_tokens and self.max_tokens != max_tokens:
+            field = "max_completion_tokens"
+            raise InvalidField(field, f"{field} is sent beside max_tokens, its older name, with another value.")
+        prompt = chat_prompt(
+            self.messages,
+            self.tool_use,
+            self.chat_template_kwargs,
+            begins=self.add_generation_prompt,
+            goes_on=self.continue_final_message,
+        )
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.make_job(prompt, self.sampling(defaults, max_tokens, logprobs))
 
 
 class TopLogProb(msgspec.Struct):
@@ -656,39 +636,32 @@ class ChatWriter(ChoicesWriter):
         return ChatLogProbs([token_logprob(logprob, self.token_text) for logprob in piece.logprobs])
 
 
-async def conversation(call: Call, tools: ToolUse, variables: JsonObject = None) -> Prompts:
-    """Returns the prompt of the messages of the body; `tools` and `variables` as of `chat_prompts`.
+def chat_prompt(
+    messages: Sequence[Message],
+    tools: ToolUse = NO_TOOLS,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    begins: bool | None = None,
+    goes_on: bool | None = None,
+) -> ChatPrompt:
+    """Returns the prompt of a body's `messages`; `tools` and `variables` as of ChatPrompt.
 
-    It goes up to the assistant's next turn, which begins with `add_generation_prompt`, or to the end of its last one with
-    `continue_final_message`, as in vLLM. Raises InvalidField.
+    It goes up to the assistant's next turn, which begins with `add_generation_prompt` (`begins`), or to the end of its last one
+    with `continue_final_message` (`goes_on`), as in vLLM. Raises InvalidField.
     """
-    body = call.body
-    turns, goes_on = [message.turn for message in body.messages], body.continue_final_message is True
-    if goes_on == (body.add_generation_prompt is not False):
+    turns = [message.turn for message in messages]
+    answer = ""
+    if bool(goes_on) == (begins is not False):
         field = "add_generation_prompt"
         raise InvalidField(field, f"{field} must be false with continue_final_message true, and true without.")
-    if goes_on and (len(turns) < 2 or turns[-1]["role"] != "assistant"):
-        message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
-        raise InvalidField("messages", message)
-    return await chat_prompts(call, turns, turns.pop()["content"] if goes_on else "", tools, variables)
+    if goes_on:
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
+            raise InvalidField("messages", message)
+        answer = turns.pop()["content"]
+    return ChatPrompt("messages", turns, answer, tools, variables or {})
 
 
-async def create_chat_completion(call: Call[ChatRequest]) -> Answer[ChatReply]:
+async def create_chat_completion(call: Call[ChatRequest]) -> ASGIApp:
     """Answers a conversation."""
-    body = call.body
-    if body.echo:
-        raise InvalidField("echo", "echo is for /v1/completions: a chat's answer comes without its messages.")
-    if body.add_special_tokens:
-        raise InvalidField("add_special_tokens", "add_special_tokens must be false: the chat template writes them.")
-    if body.top_logprobs and not body.logprobs:
-        raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
-    if body.max_completion_tokens not in (None, body.max_tokens or body.max_completion_tokens):
-        field = "max_completion_tokens"
-        raise InvalidField(field, f"{field} is sent beside max_tokens, its older name, with another value.")
-    return await body.respond(
-        call,
-        await conversation(call, body.tool_use, body.chat_template_kwargs),
-        ChatWriter(call),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+    return await run(call, call.body.job(call.state.sampling), ChatWriter(call))

@@ -1,110 +1,89 @@
-"""Generation: the completions of one HTTP request, from prompts over events to what the Writer of a dialect makes of them.
+"""Generation: the completions of one HTTP request, from a Job over events to what the Writer of a dialect makes of them.
 
-A handler, called by `answer_reserved`, makes Prompts, and returns what `generate` returns, or a Generation of requests of its
-own: the response.
+A handler returns what `run` returns, or a Generation of choices of its own: the response.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import functools
-import os
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.requests import Request as HttpRequest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from engine.errors import InvalidField
-from engine.inference.constraints import Constraint, ForcedTokens
-from engine.inference.request import SEEDS, Event, LogProb, Request, SamplingParams, check_request
+from engine.inference.constraints import ForcedTokens
+from engine.inference.request import Event, LogProb, Request
 from engine.text.detokenizer import CompletionText
 from engine.text.documents import Passage
-from stages.serve.admission import Sender
-from stages.serve.api.requests import INLINE_BYTES, Call, content_length, json_reply
+from stages.serve.api.jobs import Job, compile_grammar, make_requests
+from stages.serve.api.requests import Call, json_reply
 from stages.serve.errors import ApiError, ClientGone, api_error
-from stages.serve.tokenizer_pool import context_overflow
-from stages.serve.tools import NO_TOOLS, CallParser, Grammar, ToolCall, ToolUse, Turn, join_calls
+from stages.serve.tools import CallParser, ToolCall, join_calls
 
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 WAIT_SECONDS = 0.5  # between looks at what a request waits for
-SEND_SECONDS = 60.0  # for a client to read what it was sent
-MAX_NAMED_VARIABLES = 16  # of a chat template, in a header
-SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 
 Reason = Literal["stop", "length", "tool_calls"]
 
 
-class Prompts(NamedTuple):
-    """The tokens of one request's prompts, of which `passages` of documents are a part.
-
-    Each of `stop_token_ids` ends a completion. `strips_space`: whether a completion begins with a space that is none of it.
-    `tools`: those that a completion may call. `ignored`: names of the body's fields that change no prompt.
-    """
-
-    tokens: Sequence[Sequence[int]]
-    stop_token_ids: frozenset[int]
-    strips_space: bool = False
-    tools: ToolUse = NO_TOOLS
-    passages: Sequence[Passage] = ()
-    ignored: Sequence[str] = ()
-
-
 class Piece(NamedTuple):
-    """New text of choice number `choice`, its log-probabilities, and why the choice ended, or None.
+    """What is new of one choice."""
 
-    `stop`: the stop string that ended it. `calls` of tools, or their next parts, are none of the text. `embedding`: of the
-    prompt, if that is asked for.
-    """
-
+    # The index of the choice.
     choice: int
     text: str
     logprobs: Sequence[LogProb]
+    # Why the choice ended, or None.
     finish_reason: Reason | None
+    # The stop string that ended it.
     stop: str | None = None
+    # Calls of tools, or their next parts, which are none of the text.
     calls: Sequence[ToolCall] = ()
+    # Of the prompt, if that is asked for.
     embedding: Any = None
 
 
 class Usage(NamedTuple):
-    """Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
+    """The tokens and the seconds of a generation, until now."""
 
-    `first_seconds`: from the request's arrival to the first token, 0 before it; `seconds`: until now. `passages`: see Prompts.
-    """
-
+    # Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
     prompt: int
     completion: int
     cached: int
+    # From the request's arrival to the first token, 0 before it.
     first_seconds: float
+    # From the request's arrival until now.
     seconds: float
+    # Of documents, which are a part of the prompts.
     passages: Sequence[Passage] = ()
 
 
-type Answer[T] = ASGIApp  # that responds with a T, or a stream
 Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole completions
 
 
 @dataclasses.dataclass(eq=False)
 class Choice:
-    """One completion. `first_token`: when it came, by time.monotonic. `cached`: tokens of the prompt from the prefix cache,
-    None before the first event.
-
-    `end`: stop, length, error, or abort when the client left or another one failed. `strips_space`: whether the space that may
-    begin it is left out.
-    """
+    """One completion: the engine's request, and what has come of it."""
 
     index: int
     request: Request
     completion: CompletionText
-    strips_space: bool
-    parser: CallParser | None
+    # Whether the space that may begin the text is left out.
+    strips_space: bool = False
+    # Whether the text ends with the stop string, and not before it.
+    keeps_stop: bool = False
+    # Of the calls in the text, if there may be any.
+    parser: CallParser | None = None
+    # When the first token came, by time.monotonic.
     first_token: float = 0.0
+    # Tokens of the prompt from the prefix cache, None before the first event.
     cached: int | None = None
+    # Why it ended: stop, length, error, or abort when the client left or another one failed.
     end: str = "abort"
 
     @property
@@ -115,61 +94,56 @@ class Choice:
 
 
 class Generation:
-    """The completions of one call in the engine, in its reserved place, and the response: an ASGI application, called once.
+    """The completions of one call in the engine, and the response: an ASGI application, called once, in the call's place.
 
-    They get slots one by one, in the order of priorities. `repeats`: how many requests in a row share a prompt, whose tokens
-    count once. `keeps_stop`: the text ends with the stop string, and not before it. Responds with the `reply`, or, if it is
-    asked for, the stream of a `writer`. `make_parser`: makes the parser of the calls in one completion.
+    They get slots one by one, in the order of priorities. Responds with the `reply`, or with the stream of a `writer`, if there
+    is one. `repeats`: how many choices in a row share a prompt, whose tokens count once. `passages`: as of PromptTokens.
+    `ignored`: names of the body's fields that change no answer.
     """
 
     def __init__(
         self,
         call: Call,
-        prompts: Prompts,
-        requests: Sequence[Request],
+        choices: Sequence[Choice],
         reply: Reply,
-        repeats: int = 1,
-        stops: Sequence[str] = (),
+        *,
         writer: "Writer | None" = None,
-        keeps_stop: bool = False,
-        make_parser: Callable[[], CallParser] | None = None,
+        repeats: int = 1,
+        passages: Sequence[Passage] = (),
+        ignored: Sequence[str] = (),
     ) -> None:
-        self._state = state = call.state
-        self._keeps_stop = keeps_stop
-        self._priority, self._arrived = call.priority, call.http.state.arrived
-        self._repeats, self._passages = repeats, prompts.passages
-        self._reply, self._writer = reply, writer if getattr(call.body, "stream", False) else None
-        self._headers = ignored_header([*call.body.ignored, *prompts.ignored])
-        call.http.state.generation = self
+        self._state = call.state
+        self._priority = call.priority
+        self._arrived = call.http.state.arrived
+        self._choices = choices
+        self._reply = reply
+        self._writer = writer
+        self._repeats = repeats
+        self._passages = passages
+        self._headers = ignored_header(ignored)
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
-        for index, request in enumerate(requests):
-            is_scored = isinstance(request.constraint, ForcedTokens)
-            completion = CompletionText(state.tokenizer.tokenizer.stream(), () if is_scored else stops)
-            parser = make_parser() if make_parser else None
-            choice = Choice(index, request, completion, prompts.strips_space, parser)
-            receive = lambda event, choice=choice: self._events.put_nowait((choice, event))
-            self._unfinished[choice] = state.engine.submit(request, self._priority, receive)
-        self._choices = [*self._unfinished]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._writer:
-            async with self._watch_disconnect(receive):
-                response = json_reply(self._reply(await self._collect(), self.usage), headers=self._headers)
-            return await response(scope, receive, send)
-
-        async def write(event: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": event, "more_body": more})
-
-        headers = {"content-type": self._writer.media, "cache-control": "no-cache", "x-accel-buffering": "no", **self._headers}
-        with contextlib.suppress(ClientGone, OSError):  # nobody reads it; a TimeoutError is an OSError
-            async with self._watch_disconnect(receive):
+        scope["state"]["generation"] = self  # for the log
+        if self._writer is None:
+            async with self._submitted(receive):
+                pieces = await self._collect()
+                response = json_reply(self._reply(pieces, self.usage), headers=self._headers)
+            await response(scope, receive, send)
+            return
+        headers = {
+            "content-type": self._writer.media,
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **self._headers,
+        }
+        with contextlib.suppress(ClientGone, OSError):  # nobody reads it
+            async with self._submitted(receive):
                 await send({"type": "http.response.start", "status": 200, "headers": Headers(headers).raw})
                 async for event in self._stream(self._writer):
-                    await write(event)
-                await write(self._writer.last, more=False)
-        return None
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": self._writer.last, "more_body": False})
 
     async def _stream(self, writer: "Writer") -> AsyncIterator[bytes]:
         """Yields the events of a stream but for the last; comments among them say what it waits for."""
@@ -201,21 +175,28 @@ class Generation:
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
-        wait, last, seconds = "waiting", time.monotonic(), WAIT_SECONDS
+        wait = "waiting"
+        last = time.monotonic()
+        seconds = WAIT_SECONDS if self._writer else None
         while self._unfinished:
             try:
-                item = await asyncio.wait_for(self._events.get(), seconds if self._writer else None)
+                item = await asyncio.wait_for(self._events.get(), seconds)
             except TimeoutError:
-                before, wait = wait, self._wait()
+                before = wait
+                wait = self._wait()
                 if wait != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
                     last = time.monotonic()
                     yield wait
                 continue
             if item is None:
                 raise ClientGone
-            wait, last, seconds = "waiting", time.monotonic(), KEEP_ALIVE_SECONDS
-            if item[0] in self._unfinished:
-                yield self._piece(*item)
+            wait = "waiting"
+            last = time.monotonic()
+            if self._writer:
+                seconds = KEEP_ALIVE_SECONDS
+            choice, event = item
+            if choice in self._unfinished:
+                yield self._piece(choice, event)
 
     def _wait(self) -> str:
         """Returns what the request waits for: a slot, its prompt, or the next token."""
@@ -226,8 +207,11 @@ class Generation:
         done, tokens = engine.prefill_progress(self._priority)
         if not tokens:
             return "waiting"
+        progress = f"reading {done} of {tokens} tokens"
         from_documents = sum(passage.tokens for passage in self._passages)
-        return f"reading {done} of {tokens} tokens" + (f", {from_documents} of documents" if from_documents else "")
+        if from_documents:
+            progress += f", {from_documents} of documents"
+        return progress
 
     async def _collect(self) -> list[Piece]:
         """Returns one piece for each completion. Raises as `_pieces`."""
@@ -235,16 +219,14 @@ class Generation:
         async for piece in self._pieces():
             if isinstance(piece, Piece):
                 parts[piece.choice].append(piece)
-        together = lambda own: own[-1]._replace(
-            text="".join(part.text for part in own),
-            logprobs=[each for part in own for each in part.logprobs],
-            calls=join_calls(call for part in own for call in part.calls),
-        )
-        return list(map(together, parts))
+        return list(map(join_pieces, parts))
 
     @contextlib.asynccontextmanager
-    async def _watch_disconnect(self, receive: Receive) -> AsyncIterator[None]:
-        """Within the block, `_pieces` notices a client that leaves. Its end cancels what is unfinished and frees the place."""
+    async def _submitted(self, receive: Receive) -> AsyncIterator[None]:
+        """Holds the requests in the engine within the block, where `_pieces` notices a client that leaves.
+
+        Its end cancels what is unfinished.
+        """
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -253,6 +235,9 @@ class Generation:
 
         watching = asyncio.create_task(watch())
         try:
+            for choice in self._choices:  # before anything is awaited: an adapter may be removed meanwhile
+                listener = functools.partial(self._take, choice)
+                self._unfinished[choice] = self._state.engine.submit(choice.request, self._priority, listener)
             yield
         finally:
             watching.cancel()
@@ -261,7 +246,9 @@ class Generation:
             self._unfinished.clear()
             for choice in self._choices:
                 self._state.metrics.count_end(choice.end)
-            self._state.admission.release()
+
+    def _take(self, choice: Choice, event: Event) -> None:
+        self._events.put_nowait((choice, event))
 
     @property
     def usage(self) -> Usage:
@@ -269,13 +256,14 @@ class Generation:
         scored = [] if completions else self._choices  # else they are of the completions' prompts
         prompts = (completions or scored)[:: self._repeats]
         first = min((choice.first_token for choice in self._choices if choice.first_token), default=self._arrived)
+        prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
         return Usage(
-            sum(len(choice.request.prompt) for choice in prompts) + sum(len(choice.scored_tokens) for choice in scored),
-            sum(choice.completion.tokens for choice in completions),
-            sum(choice.cached or 0 for choice in prompts),
-            first - self._arrived,
-            time.monotonic() - self._arrived,
-            self._passages,
+            prompt=prompt_tokens + sum(len(choice.scored_tokens) for choice in scored),
+            completion=sum(choice.completion.tokens for choice in completions),
+            cached=sum(choice.cached or 0 for choice in prompts),
+            first_seconds=first - self._arrived,
+            seconds=time.monotonic() - self._arrived,
+            passages=self._passages,
         )
 
     def log_fields(self) -> dict[str, int | float | str | None]:
@@ -289,49 +277,78 @@ class Generation:
         }
 
     def _piece(self, choice: Choice, event: Event) -> Piece:
-        completion, now, metrics = choice.completion, time.monotonic(), self._state.metrics
+        """Returns what an event brings, and counts it. Raises ApiError for one that is no part of a completion."""
+        now = time.monotonic()
+        completion = choice.completion
         before = completion.tokens
         text = completion.push(event.tokens, last=event.finish_reason is not None)
-        if self._keeps_stop and completion.stopped is not None:
+        if choice.keeps_stop and completion.stopped is not None:
             text += completion.stopped
-        is_scored = bool(choice.scored_tokens)
-        metrics.generated.inc(0 if is_scored else completion.tokens - before)
-        if event.tokens and not choice.first_token:
-            choice.first_token = now
-            if not is_scored:
-                metrics.ttft.observe(now - self._arrived)
-        if choice.cached is None:
-            choice.cached, prompt = event.cached_tokens, len(choice.request.prompt)
-            looks_up = not choice.request.embed and self._state.engine.engine.prefix_cache.limit > 0
-            metrics.count_prompt(prompt, prompt * looks_up, choice.cached)
+        if not choice.scored_tokens:
+            self._state.metrics.generated.inc(completion.tokens - before)
+        self._count_first(choice, event, now)
         if event.finish_reason == "error" or event.finish_reason == "grammar":
             choice.end = "error"
             del self._unfinished[choice]
-            if event.finish_reason == "grammar":
-                raise ApiError(400, "The grammar became too complex to be followed any further: give a simpler one.")
-            if self._state.engine.error:
-                raise ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
-            raise ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
+            raise self._error(event)
         reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
         if reason:
-            choice.end = reason
-            cancel = self._unfinished.pop(choice)
-            if not event.finish_reason:
-                cancel()
-            seconds = now - self._arrived
-            generated = 0 if is_scored else completion.tokens
-            metrics.count_completion(len(choice.request.prompt), generated, seconds, now - choice.first_token)
-            if not self._unfinished:
-                self._state.admission.record(seconds)
+            self._finish(choice, event, reason, now)
         if choice.strips_space and text:
-            text, choice.strips_space = text.removeprefix(" "), False
+            text = text.removeprefix(" ")
+            choice.strips_space = False
         calls: Sequence[ToolCall] = ()
         if choice.parser:
             is_cut = reason == "length" or completion.stopped is not None
             text, calls = choice.parser.push(text, bool(reason), is_cut)
-            reason = "tool_calls" if reason == "stop" and choice.parser.has_whole_calls else reason
+            if reason == "stop" and choice.parser.has_whole_calls:
+                reason = "tool_calls"
         logprobs = event.logprobs[: completion.tokens - before]
         return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
+
+    def _count_first(self, choice: Choice, event: Event, now: float) -> None:
+        """Counts the prompt with the first event, and the time to the first token."""
+        metrics = self._state.metrics
+        if event.tokens and not choice.first_token:
+            choice.first_token = now
+            if not choice.scored_tokens:
+                metrics.ttft.observe(now - self._arrived)
+        if choice.cached is None:
+            choice.cached = event.cached_tokens
+            tokens = len(choice.request.prompt)
+            looks_up = not choice.request.embed and self._state.engine.engine.prefix_cache.limit > 0
+            metrics.count_prompt(tokens, tokens if looks_up else 0, choice.cached)
+
+    def _error(self, event: Event) -> ApiError:
+        if event.finish_reason == "grammar":
+            return ApiError(400, "The grammar became too complex to be followed any further: give a simpler one.")
+        if self._state.engine.error:
+            return ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
+        return ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
+
+    def _finish(self, choice: Choice, event: Event, reason: Reason, now: float) -> None:
+        """Counts a completion that has ended, and cancels it in the engine where a stop string ended it."""
+        choice.end = reason
+        cancel = self._unfinished.pop(choice)
+        if not event.finish_reason:
+            cancel()
+        seconds = now - self._arrived
+        generated = 0 if choice.scored_tokens else choice.completion.tokens
+        decoding = now - choice.first_token
+        self._state.metrics.count_completion(len(choice.request.prompt), generated, seconds, decoding)
+        if not self._unfinished:
+            self._state.admission.record(seconds)
+
+
+def join_pieces(parts: Sequence[Piece]) -> Piece:
+    """Returns the pieces of one choice as one."""
+    logprobs: list[LogProb] = []
+    calls: list[ToolCall] = []
+    for part in parts:
+        logprobs += part.logprobs
+        calls += part.calls
+    text = "".join(part.text for part in parts)
+    return parts[-1]._replace(text=text, logprobs=logprobs, calls=join_calls(calls))
 
 
 class Writer:
@@ -383,175 +400,29 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
     return {"X-Ignored-Fields": ", ".join(names)} if names else {}
 
 
-async def text_prompts(call: Call, most: int, special: bool = True) -> Prompts:
-    """Returns the prompts of a body, at most so many, of one token or more each; `special` as of TokenizerPool.encode.
-
-    Raises InvalidField.
-    """
-    texts, field, vocab = call.body.texts(most), call.body.prompt_field, call.state.engine.cfg.vocab
-    tokens = await call.state.tokenizer.encode(texts, special) if isinstance(texts[0], str) else texts
-    for number, each in enumerate(tokens):
-        name = f"{field}[{number}]" if len(tokens) > 1 else field
-        if not each:
-            raise InvalidField(field, f"{name} has no tokens; give at least one.")
-        if max(each) >= vocab:
-            raise InvalidField(field, f"{name} holds an id outside the vocabulary of {vocab:,}.")
-    return Prompts(tokens, call.state.stop_token_ids)
-
-
-async def chat_prompts(
-    call: Call,
-    turns: Sequence[Turn],
-    answer: str = "",
-    tools: ToolUse = NO_TOOLS,
-    variables: Mapping[str, Any] | None = None,
-) -> Prompts:
-    """Returns the prompt of a conversation. `answer`: the beginning of the assistant's turn, which the completion continues.
-
-    `variables`: what else the template reads. Raises ApiError and InvalidField.
-    """
-    pool = call.state.tokenizer
-    tokens, passages = await pool.encode_chat(turns, answer, variables, tools.tools)
-    strips_space = pool.strips_space and not answer
-    ignored = unread_variables(pool.template, variables or ())
-    return Prompts([tokens], call.state.stop_token_ids | pool.eot_ids, strips_space, tools, passages, ignored)
-
-
-def unread_variables(source: str, names: Iterable[str]) -> list[str]:
-    """Returns the variables that a chat template does not read, as fields of a body; one field if a header cannot name them."""
-    unread = [name for name in names if name not in template_variables(source)]
-    if len(unread) > MAX_NAMED_VARIABLES or not all(re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread):
-        return ["chat_template_kwargs"]
-    return [f"chat_template_kwargs.{name}" for name in unread]
-
-
-@functools.cache
-def template_variables(source: str) -> frozenset[str]:
-    """Returns the names that a chat template may read from a request: those in its expressions and statements.
-
-    Those that fields of the conversation fill, such as `messages`, are left out.
-    """
-    code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL))
-    without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", " ", code)
-    return frozenset(re.findall(r"(?<![.\w])\w+", without_texts)) - {"messages", "tools", "add_generation_prompt"}
-
-
-def check_ready(call: Call) -> None:
-    """Raises ApiError while no completion can be admitted: 503 when not ready, 429 for a large body when places are taken.
-
-    That of a small one waits until its number of completions is known.
-    """
-    call.state.check_ready()
-    if content_length(call.http) > INLINE_BYTES:
-        call.state.admission.check(*_arrival(call.http, 0))
-
-
-async def answer_reserved(handler: Callable[[Call], Awaitable[ASGIApp]], call: Call) -> ASGIApp:
-    """Reserves a place before the prompts become tokens. The Generation that the handler returns frees it, or its error.
-
-    Raises ApiError, InvalidField, and what the handler raises.
-    """
-    if (choices := call.body.choices) > MAX_COMPLETIONS:
-        message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
-        raise InvalidField("n", message)
-    call.priority = call.state.admission.reserve(*_arrival(call.http, choices))
-    try:
-        return await handler(call)
-    except BaseException:
-        call.state.admission.release()
-        raise
-
-
-def _arrival(http: HttpRequest, choices: int) -> tuple[Sender, float, int | None]:
-    """Returns who sends a request, now, and how often the clients of OpenAI and Anthropic say that they have sent it before."""
-    (address, port), length = http.client or ("", 0), content_length(http)
-    count = http.headers.get("x-stainless-retry-count", "")
-    sender = Sender(port, (address, http.state.namespace, length if length > INLINE_BYTES else choices))
-    return sender, time.monotonic(), int(count) if count.isdecimal() and len(count) < 4 else None
-
-
-def make_request(
-    call: Call,
-    prompt: Sequence[int],
-    sampling: SamplingParams,
-    constraint: Constraint | None = None,
-    embed: bool = False,
-) -> Request:
-    """Returns the engine's request for a prompt. Raises ApiError if the adapter has been removed, and InvalidField as
-    `check_request` does, for the body's field that has the prompt."""
-    adapter, engine = call.state.adapter_of(call.model), call.state.engine
-    namespace = call.http.state.namespace + (getattr(call.body, "cache_salt", None) or "")
-    request = Request(tuple(prompt), sampling, namespace, constraint, embed, adapter)
-    try:
-        check_request(request, engine.cfg.vocab, engine.capacity)
-    except InvalidField as error:
-        raise InvalidField(call.body.prompt_field if error.field == "prompt" else error.field, str(error)) from None
-    return request
-
-
-def make_scored(call: Call, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int = 0) -> Request:
-    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt.
+async def run(call: Call, job: Job, writer: Writer) -> Generation:
+    """Responds with a job's completions, as the writer has them; those of a prompt follow each other.
 
     Raises ApiError and InvalidField.
     """
-    count, capacity, vocab = len(prompt) + len(tokens), call.state.engine.capacity, call.state.engine.cfg.vocab
-    if count > capacity:
-        raise context_overflow(count, capacity, field, "prompt and answer have")
-    if max(tokens) >= vocab:  # a mask has no bit for it
-        raise InvalidField(field, f"{field} holds an id outside the vocabulary of {vocab:,}.")
-    # As those of a completion's own tokens are, in the same program.
-    sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
-    return make_request(call, prompt, sampling, ForcedTokens(tokens))
-
-
-async def generate(
-    call: Call,
-    prompts: Prompts,
-    writer: Writer,
-    *,
-    fields: msgspec.Struct | None = None,
-    grammars: Sequence[Grammar] = (),
-    scores: bool = False,
-    keeps_stop: bool = False,
-    **overrides: Any,
-) -> ASGIApp:
-    """Responds with `n` completions of each prompt; those of a prompt follow each other.
-
-    `fields`, by default the body, has `n`, the strings that `stop` a completion, `ignore_eos`, and fields of SamplingParams,
-    if it has them; None stands for the default. `overrides` are those of SamplingParams that the dialect has in its own form.
-    All keep to the grammar, of which there is one at most. At most `max_tokens` are generated, by default and at most as many
-    as fit; with 0 there is no completion. With `scores` the tokens of each prompt but its first come before its completions,
-    if there are others; they need `logprobs`. `keeps_stop` as of Generation. Raises ApiError and InvalidField.
-    """
-    state, body = call.state, call.body
-    field = lambda name: overrides[name] if name in overrides else getattr(fields or body, name, None)
-    options = {name: value for name in SAMPLING_FIELDS if (value := field(name)) is not None}
-    capacity, n, stop = state.engine.capacity, field("n") or 1, field("stop") or ()
-    limit, seed = options.get("max_tokens", capacity), options.get("seed", int.from_bytes(os.urandom(4)))
-    ends = frozenset(options.get("stop_token_ids", ())) | (frozenset() if field("ignore_eos") else prompts.stop_token_ids)
-    if len(grammars) > 1:
-        message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
-        raise InvalidField(grammars[1].field, message)
-    grammar = grammars[0] if grammars else None
-    make_parser = None
-    if prompts.tools.tools:
-        if grammar:  # whose field an error shall name, and not `tools`
-            await state.tokenizer.compile(grammar)
-        make_parser = functools.partial(CallParser, state.tokenizer.tool_format, prompts.tools, is_free=grammar is None)
-        grammar = prompts.tools.grammar(state.tokenizer.tool_format, grammar)
-    constraint = await state.tokenizer.compile(grammar) if grammar else None
-    requests: list[Request] = []
-    for number, prompt in enumerate(prompts.tokens):
-        room = capacity - len(prompt)
-        if room < bool(limit):
-            raise context_overflow(len(prompt), capacity, body.prompt_field)
-        if scores and len(prompt) > 1:
-            requests.append(make_scored(call, prompt[:1], prompt[1:], body.prompt_field, options["logprobs"]))
-        if limit:
-            options.update(max_tokens=min(limit, room), seed=(seed + number * n) % SEEDS, stop_token_ids=ends)
-            first = make_request(call, prompt, dataclasses.replace(state.sampling, **options), constraint)
-            _, *others = first.sampling.per_row(n)  # each with its own seed
-            requests += [first, *(dataclasses.replace(first, sampling=row) for row in others)]
-    repeats = n if limit else 1
-    stops = [stop] if isinstance(stop, str) else stop
-    return Generation(call, prompts, requests, writer.reply, repeats, stops, writer, keeps_stop, make_parser)
+    pool = call.state.tokenizer
+    prompts = await job.prompt.encode(call.state)
+    constraint = await compile_grammar(call.state, job)
+    tools = job.prompt.tools
+    choices: list[Choice] = []
+    for index, request in enumerate(make_requests(call, job, prompts, constraint)):
+        is_scored = isinstance(request.constraint, ForcedTokens)
+        completion = CompletionText(pool.tokenizer.stream(), () if is_scored else job.stops)
+        choice = Choice(index, request, completion, prompts.strips_space, job.keeps_stop)
+        if tools.tools:
+            choice.parser = CallParser(pool.tool_format, tools, is_free=job.grammar is None)
+        choices.append(choice)
+    return Generation(
+        call,
+        choices,
+        writer.reply,
+        writer=writer if job.streams else None,
+        repeats=max(job.n, 1),
+        passages=prompts.passages,
+        ignored=[*job.ignored, *prompts.ignored],
+    )

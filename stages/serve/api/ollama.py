@@ -4,30 +4,19 @@ import datetime
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
 from engine.errors import InvalidField
 from engine.model.weights.matmul import weight_types
 from stages.serve.api.completions import TokenLogProb, Tools, token_logprob
-from stages.serve.api.generation import (
-    MAX_COMPLETIONS,
-    Answer,
-    Piece,
-    Prompts,
-    Reason,
-    Usage,
-    Writer,
-    chat_prompts,
-    generate,
-    ignored_header,
-    text_prompts,
-)
+from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Reason, Usage, Writer, ignored_header, run
+from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
 from stages.serve.api.requests import (
     AnswerRequest,
     Call,
@@ -43,8 +32,11 @@ from stages.serve.api.requests import (
     Temperature,
     TopK,
     TopP,
+    given_names,
     in_range,
     json_reply,
+    prompt_texts,
+    stop_texts,
 )
 from stages.serve.api.texts import embed
 from stages.serve.errors import ApiError
@@ -74,7 +66,7 @@ class Options(msgspec.Struct):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     stop: Stops | None = None
-    # What changes no answer: see IGNORED_INSIDE.
+    # What changes no answer: see IGNORED_OPTIONS.
     num_ctx: int | None = None
     num_keep: int | None = None
     num_batch: int | None = None
@@ -85,6 +77,16 @@ class Options(msgspec.Struct):
     use_mlock: bool | None = None
 
 
+IGNORED_OPTIONS = (
+    "num_ctx",
+    "num_keep",
+    "num_batch",
+    "num_gpu",
+    "num_thread",
+    "repeat_last_n",
+    "use_mmap",
+    "use_mlock",
+)
 KNOWN_OPTIONS = {field.encode_name for field in msgspec.structs.fields(Options)}
 
 
@@ -94,26 +96,26 @@ class OptionNames(msgspec.Struct):
     options: dict[str, msgspec.Raw] | None = None
 
 
-class OllamaFields(AnswerRequest, dict=True):
-    """The fields that requests for an answer and for embeddings share.
+class OllamaFields(AnswerRequest):
+    """The fields that requests for an answer and for embeddings share."""
 
-    `unknown_options`: names of options that have no meaning here. It is not a field of the body.
-    """
-
-    unknown_options: ClassVar[Sequence[str]] = ()
     options: Options | None = None
     truncate: bool | None = None
 
-    @property
-    def ignored(self) -> list[str]:
-        # A name may hold any character, and a header only some.
-        unknown = [f"options.{ascii(name)[1:-1]:.64}" for name in self.unknown_options[:MAX_NAMED]]
-        return [*super().ignored, *unknown]
+    def ignored_in(self, content: bytearray) -> list[str]:
+        """Returns `ignored`, and the options in the JSON of the body that have no meaning here."""
+        names = self.ignored
+        if self.options:
+            names += [f"options.{name}" for name in given_names(self.options, IGNORED_OPTIONS)]
+        return names + unknown_options(content)
 
-    def set_unknown_options(self, content: bytearray) -> None:
-        """Sets `unknown_options` from the JSON of the body."""
-        names = msgspec.json.decode(content, type=OptionNames).options or {}
-        vars(self)["unknown_options"] = [name for name in names if name not in KNOWN_OPTIONS]
+
+def unknown_options(content: bytearray) -> list[str]:
+    """Returns the first names of options, in the JSON of a body, that are not among Options, as a header can have them."""
+    names = msgspec.json.decode(content, type=OptionNames).options or {}
+    unknown = [name for name in names if name not in KNOWN_OPTIONS]
+    # A name may hold any character, and a header only some.
+    return [f"options.{ascii(name)[1:-1]:.64}" for name in unknown[:MAX_NAMED]]
 
 
 class OllamaRequest(OllamaFields):
@@ -134,19 +136,22 @@ class OllamaRequest(OllamaFields):
         if self.stream is None:
             self.stream = True
 
-    @property
-    def ignored(self) -> list[str]:
-        return [*super().ignored, *(name for name in ("truncate", "shift") if getattr(self, name))]
+    def ignored_in(self, content: bytearray) -> list[str]:
+        names = super().ignored_in(content)
+        if self.truncate:
+            names.append("truncate")
+        if self.shift:
+            names.append("shift")
+        return names
 
-    def check(self, call: Call) -> None:
-        """Sets `unknown_options`. Raises InvalidField for fields that do not go together, and for thinking."""
-        self.set_unknown_options(call.content)
+    def check(self) -> None:
+        """Raises InvalidField for fields that do not go together, and for thinking."""
         if self.think:  # in Ollama's words, by which clients know that they are to ask again without it
             raise InvalidField("think", f'"{self.model}" does not support thinking: leave think out, or send false.')
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
 
-    def load(self, call: Call, is_chat: bool) -> Response:
+    def load(self, call: Call, is_chat: bool) -> ASGIApp:
         """Replies to a request without a prompt, which loads a model in Ollama or, with `keep_alive` 0, unloads it.
 
         What is served here is loaded, and stays so.
@@ -155,28 +160,42 @@ class OllamaRequest(OllamaFields):
         reply = OllamaWriter(call, is_chat).loaded("unload" if is_zero else "load")
         return _reply_at_once(call, reply)
 
-    async def respond(self, call: Call, prompts: Prompts, is_chat: bool) -> Answer:
+    def make_job(self, prompt: ChatPrompt | TextPrompts, call: Call) -> Job:
+        """Returns what the request asks for, of what /api/chat and /api/generate share. Raises InvalidField."""
         options = self.options or Options()
         most = options.num_predict
         if most == 0:
             message = "num_predict must be at least 1, or negative for as many tokens as fit."
             raise InvalidField("options.num_predict", message)
-        grammars = [answer_grammar("format", self.format if isinstance(self.format, dict) else None)] if self.format else []
-        return await generate(
-            call,
-            prompts,
-            OllamaWriter(call, is_chat),
-            fields=options,
-            grammars=grammars,
+        grammar = None
+        if self.format:
+            grammar = answer_grammar("format", self.format if isinstance(self.format, dict) else None)
+        sampling = sampling_of(
+            call.state.sampling,
             max_tokens=most if most and most > 0 else None,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+        return Job(
+            prompt=prompt,
+            sampling=sampling,
+            stops=stop_texts(options.stop),
+            grammar=grammar,
+            streams=bool(self.stream),
+            ignored=self.ignored_in(call.content),
         )
 
 
-def _reply_at_once(call: Call, reply: msgspec.Struct) -> Response:
-    """Replies to a request for which nothing is computed, and releases the place that a Generation would hold."""
-    call.state.admission.release()
-    return json_reply(reply, headers=ignored_header(call.body.ignored))
+def _reply_at_once(call: Call[Any], reply: msgspec.Struct) -> ASGIApp:
+    """Replies to a request for which nothing is computed."""
+    return json_reply(reply, headers=ignored_header(call.body.ignored_in(call.content)))
 
 
 class OllamaFunction(msgspec.Struct, kw_only=True):
@@ -310,27 +329,29 @@ class OllamaWriter(Writer):
         }
 
 
-async def ollama_chat(call: Call[OllamaChatRequest]) -> Answer[OllamaReply]:
+async def ollama_chat(call: Call[OllamaChatRequest]) -> ASGIApp:
     """Answers a conversation, as Ollama has it."""
     body = call.body
-    body.check(call)
+    body.check()
     if not body.messages:
         return body.load(call, True)
+    turns = [message.turn for message in body.messages]
     tools = tool_use([tool.function for tool in body.tools or ()])
-    prompts = await chat_prompts(call, [message.turn for message in body.messages], tools=tools)
-    return await body.respond(call, prompts, True)
+    job = body.make_job(ChatPrompt("messages", turns, tools=tools), call)
+    return await run(call, job, OllamaWriter(call, True))
 
 
-async def ollama_generate(call: Call[OllamaGenerateRequest]) -> Answer[OllamaReply]:
+async def ollama_generate(call: Call[OllamaGenerateRequest]) -> ASGIApp:
     """Answers or continues a prompt, as Ollama has it."""
     body = call.body
-    body.check(call)
+    body.check()
     if not body.prompt:
         return body.load(call, False)
-    system = [make_turn("system", body.system)] if body.system else []
-    turns = [*system, make_turn("user", body.prompt)]
-    prompts = await (text_prompts(call, 1) if body.raw else chat_prompts(call, turns))
-    return await body.respond(call, prompts, False)
+    prompt: ChatPrompt | TextPrompts = TextPrompts("prompt", [body.prompt])
+    if not body.raw:
+        system = [make_turn("system", body.system)] if body.system else []
+        prompt = ChatPrompt("prompt", [*system, make_turn("user", body.prompt)])
+    return await run(call, body.make_job(prompt, call), OllamaWriter(call, False))
 
 
 class EmbedRequest(OllamaFields, kw_only=True):
@@ -354,11 +375,10 @@ class EmbedReply(msgspec.Struct, kw_only=True):
     prompt_eval_count: int = 0
 
 
-async def ollama_embed(call: Call[EmbedRequest]) -> Answer[EmbedReply]:
+async def ollama_embed(call: Call[EmbedRequest]) -> ASGIApp:
     """Texts as vectors, as Ollama has it."""
     body = call.body
     name = call.model.name
-    body.set_unknown_options(call.content)
     if not body.input:
         return _reply_at_once(call, EmbedReply(model=name, embeddings=[]))
 
@@ -367,7 +387,9 @@ async def ollama_embed(call: Call[EmbedRequest]) -> Answer[EmbedReply]:
         duration = round(usage.seconds * 1e9)
         return EmbedReply(model=name, embeddings=embeddings, total_duration=duration, prompt_eval_count=usage.prompt)
 
-    return await embed(call, reply, body.dimensions, truncate=body.truncate is not False)
+    prompts = TextPrompts("input", prompt_texts("input", body.input, MAX_COMPLETIONS))
+    ignored = body.ignored_in(call.content)
+    return await embed(call, prompts, reply, ignored, body.dimensions, truncate=body.truncate is not False)
 
 
 class EmbeddingsPrompt(OllamaFields, kw_only=True):
@@ -380,17 +402,18 @@ class EmbeddingsPromptReply(msgspec.Struct):
     embedding: list[float]
 
 
-async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> Answer[EmbeddingsPromptReply]:
+async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> ASGIApp:
     """A text as a vector, as Ollama had it first."""
     body = call.body
-    body.set_unknown_options(call.content)
     if not body.prompt:
         return _reply_at_once(call, EmbeddingsPromptReply([]))
 
     def reply(vectors: list[Any], _: Usage) -> EmbeddingsPromptReply:
         return EmbeddingsPromptReply(vectors[0].tolist())
 
-    return await embed(call, reply, truncate=body.truncate is not False)
+    prompts = TextPrompts("prompt", [body.prompt])
+    ignored = body.ignored_in(call.content)
+    return await embed(call, prompts, reply, ignored, truncate=body.truncate is not False)
 
 
 class Tags(msgspec.Struct):

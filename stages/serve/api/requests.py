@@ -9,7 +9,7 @@ import asyncio
 import functools
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
@@ -30,13 +30,6 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_IDS = 2**18  # more than any context holds
 MAX_NULL_FIELDS = 32  # unknown fields that are removed from a body: the body is checked once more for each
-
-# Fields inside others that change no answer: what is a flag of this server, has no meaning in it, or asks a model to say less.
-IGNORED_INSIDE = {
-    "options": ("num_ctx", "num_keep", "num_batch", "num_gpu", "num_thread", "repeat_last_n", "use_mmap", "use_mlock"),
-    "output_config": ("effort",),
-    "text": ("verbosity",),
-}
 
 
 TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}  # in the OpenAPI document, which has the size of the vocabulary
@@ -157,38 +150,39 @@ class AnswerRequest(ModelRequest):
 
     @property
     def ignored(self) -> list[str]:
-        given = [name for name in IGNORED if getattr(self, name, None) is not None]
-        for name, fields in IGNORED_INSIDE.items():
-            values = getattr(self, name, None)
-            given += [f"{name}.{inner}" for inner in fields if getattr(values, inner, None) is not None]
-        return given
+        """The names of the fields that are given and change no answer."""
+        return given_names(self, IGNORED)
 
     @property
     def choices(self) -> int:
         """How many completions are asked for, or scores or embeddings."""
-        return getattr(self, "n", None) or 1
-
-    @property
-    def prompt_field(self) -> str:
-        """The name of the field that has the prompt."""
-        return next(name for name in ("messages", "input", "prompt") if getattr(self, name, None) is not None)
-
-    def texts(self, most: int) -> list[str] | list[list[int]]:
-        """Returns the prompts, at most so many, all of one kind. Raises InvalidField."""
-        field = self.prompt_field
-        value = getattr(self, field)
-        texts = value if isinstance(value, list) else [value]
-        kinds = {*map(type, texts)}
-        if len(kinds) > 1:
-            raise InvalidField(field, f"{field} must hold only texts, only token ids, or only lists of token ids.")
-        if kinds == {int}:
-            texts = [texts]
-        if len(texts) > most:
-            raise InvalidField(field, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.")
-        return texts
+        return 1
 
 
 IGNORED = AnswerRequest.__struct_fields__[1:]
+
+
+def given_names(fields: Any, names: Iterable[str]) -> list[str]:
+    """Returns which of these fields are given, and not null."""
+    return [name for name in names if getattr(fields, name) is not None]
+
+
+def stop_texts(stop: str | Sequence[str] | None) -> Sequence[str]:
+    """Returns the strings that end a completion, of which a body has one, several, or none."""
+    return [stop] if isinstance(stop, str) else stop or ()
+
+
+def prompt_texts(field: str, value: Any, most: int) -> list[str] | list[list[int]]:
+    """Returns the prompts in a field of the body, at most so many, all of one kind. Raises InvalidField."""
+    texts = value if isinstance(value, list) else [value]
+    kinds = {*map(type, texts)}
+    if len(kinds) > 1:
+        raise InvalidField(field, f"{field} must hold only texts, only token ids, or only lists of token ids.")
+    if kinds == {int}:
+        texts = [texts]
+    if len(texts) > most:
+        raise InvalidField(field, f"{field} holds {len(texts)} prompts; at most {most} are taken at once.")
+    return texts
 
 
 class GenerationRequest(AnswerRequest):
@@ -250,6 +244,10 @@ class Call[Body]:
 
     def __init__(self, state: ServerState, http: Request) -> None:
         self.state, self.http, self.content = state, http, bytearray()
+
+    def uncount_bytes(self) -> None:
+        """No longer counts the bytes of the body."""
+        self.state.admission.remove_bytes(len(self.content))
 
     async def read(self, kind: type[Body]) -> None:
         """Reads the JSON body as `kind`. Raises ApiError, which names the field at fault, and ClientGone."""

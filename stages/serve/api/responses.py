@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
+from engine.inference.request import SamplingParams
 from stages.serve.api.completions import token_logprob
-from stages.serve.api.generation import Answer, EventWriter, Piece, Usage, chat_prompts, generate
+from stages.serve.api.generation import EventWriter, Piece, Usage, run
+from stages.serve.api.jobs import ChatPrompt, Job, sampling_of
 from stages.serve.api.requests import (
     Call,
     Conversation,
@@ -147,8 +150,12 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
     @property
     def ignored(self) -> list[str]:
-        has_reasoning = isinstance(self.input, list) and any(item.type == "reasoning" for item in self.input)
-        return [*super().ignored, *["input.reasoning"] * has_reasoning]
+        names = super().ignored
+        if self.text and self.text.verbosity is not None:
+            names.append("text.verbosity")
+        if isinstance(self.input, list) and any(item.type == "reasoning" for item in self.input):
+            names.append("input.reasoning")
+        return names
 
     @property
     def logprobs(self) -> int | None:
@@ -168,6 +175,35 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     @property
     def format(self) -> TextFormat:
         return (self.text and self.text.format) or TextFormat("text")
+
+    @property
+    def prompt(self) -> ChatPrompt:
+        """The conversation. Raises InvalidField."""
+        turns = [make_turn("system", self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            turns.append(make_turn("user", self.input))
+        else:
+            turns += _turns(self.input)
+        named = self.tool_choice.name if isinstance(self.tool_choice, NamedField) else None
+        tools = tool_use(self.tools or (), named, self.tool_choice, self.parallel_tool_calls)
+        return ChatPrompt("input", turns, tools=tools)
+
+    def job(self, defaults: SamplingParams) -> Job:
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        wants_json = self.format.type != "text"
+        return Job(
+            prompt=self.prompt,
+            sampling=sampling_of(
+                defaults,
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                logprobs=self.logprobs,
+            ),
+            grammar=answer_grammar("text.format.schema", self.format.schema) if wants_json else None,
+            streams=bool(self.stream),
+            ignored=self.ignored,
+        )
 
 
 class ResponseReply(msgspec.Struct, kw_only=True):
@@ -314,13 +350,6 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-async def create_response(call: Call[ResponseRequest]) -> Answer[ResponseReply]:
+async def create_response(call: Call[ResponseRequest]) -> ASGIApp:
     """Answers a conversation, as events or whole."""
-    body = call.body
-    system = [make_turn("system", body.instructions)] if body.instructions else []
-    turns = [*system, *([make_turn("user", body.input)] if isinstance(body.input, str) else _turns(body.input))]
-    named = body.tool_choice.name if isinstance(body.tool_choice, NamedField) else None
-    tools = tool_use(body.tools or (), named, body.tool_choice, body.parallel_tool_calls)
-    grammars = [answer_grammar("text.format.schema", body.format.schema)] if body.format.type != "text" else []
-    prompts = await chat_prompts(call, turns, tools=tools)
-    return await generate(call, prompts, ResponseWriter(call), grammars=grammars, logprobs=body.logprobs)
+    return await run(call, call.body.job(call.state.sampling), ResponseWriter(call))

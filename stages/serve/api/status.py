@@ -10,7 +10,6 @@ from starlette.responses import Response
 from stages.cli.flags import PLAIN_NAME
 from stages.serve.api.anthropic import anthropic_model, anthropic_models
 from stages.serve.api.completions import DefaultSampling
-from stages.serve.api.generation import Answer
 from stages.serve.api.requests import Call, ModelRequest, json_reply
 from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
@@ -85,14 +84,14 @@ class Attestation(msgspec.Struct, kw_only=True):
     checked_at: int
 
 
-async def list_models(call: Call) -> Answer[ModelList]:
+async def list_models(call: Call) -> Response:
     """The models that are served; as Anthropic describes them to a request with the header anthropic-version."""
     if ANTHROPIC_HEADER in call.http.headers:
         return json_reply(anthropic_models(call.state))
     return json_reply(ModelList([model_card(call.state, name) for name in call.state.served_names]))
 
 
-async def retrieve_model(call: Call) -> Answer[ModelCard]:
+async def retrieve_model(call: Call) -> Response:
     """The model of that name; as Anthropic describes it to a request with the header anthropic-version."""
     name = call.state.find_model(call.http.path_params["model"]).name
     if ANTHROPIC_HEADER in call.http.headers:
@@ -127,7 +126,7 @@ async def remove_adapter(call: Call) -> AdapterReply:
     return AdapterReply(name)
 
 
-async def health(call: Call) -> Answer[Health]:
+async def health(call: Call) -> Response:
     """Whether requests are answered."""
     status, engine = call.state.status, call.state.engine
     since = round(engine.seconds_since_tick, 3)

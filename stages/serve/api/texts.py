@@ -8,22 +8,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, UnsetType
+from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
-from engine.inference.request import SamplingParams
-from stages.serve.api.completions import Messages, ReplyUsage, Tools, conversation, reply_usage
-from stages.serve.api.generation import (
-    MAX_COMPLETIONS,
-    Answer,
-    Generation,
-    Piece,
-    Usage,
-    chat_prompts,
-    make_request,
-    make_scored,
-    text_prompts,
-)
-from stages.serve.api.requests import MAX_IDS, AnswerRequest, Call, ModelRequest, Texts, TokenId, TokenIds
+from engine.inference.request import Request, SamplingParams
+from engine.text.detokenizer import CompletionText
+from stages.serve.api.completions import Messages, ReplyUsage, Tools, chat_prompt, reply_usage
+from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
+from stages.serve.api.jobs import ChatPrompt, TextPrompts, make_request, make_scored
+from stages.serve.api.requests import MAX_IDS, AnswerRequest, Call, ModelRequest, Texts, TokenId, TokenIds, prompt_texts
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import tool_use
 
@@ -40,6 +33,15 @@ class ScoreRequest(AnswerRequest, kw_only=True):
     @property
     def choices(self) -> int:
         return len(self.candidates)
+
+    @property
+    def context(self) -> ChatPrompt | TextPrompts:
+        """The conversation, or the text, that a candidate goes on with. Raises InvalidField."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidField("prompt", "Either prompt or messages is to be given.")
+        if self.messages is not None:
+            return ChatPrompt("messages", [message.turn for message in self.messages])
+        return TextPrompts("prompt", prompt_texts("prompt", self.prompt, 1))
 
 
 class Score(msgspec.Struct, kw_only=True):
@@ -59,34 +61,61 @@ class ScoreReply(msgspec.Struct, kw_only=True):
     usage: ReplyUsage
 
 
-async def score(call: Call[ScoreRequest]) -> Answer[ScoreReply]:
+async def score(call: Call[ScoreRequest]) -> ASGIApp:
     """How probable given answers are.
 
     The prefix cache holds the prompt for all but the first.
     """
-    body, tokenizer = call.body, call.state.tokenizer
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidField("prompt", "Either prompt or messages is to be given.")
-    turns = [each.turn for each in body.messages or ()]
-    prompts = await (chat_prompts(call, turns) if turns else text_prompts(call, 1))
+    body = call.body
+    context = body.context
+    prompts = await context.encode(call.state)
+    candidates = await _candidate_tokens(call)
+    requests = []
+    for tokens in candidates:
+        requests.append(make_scored(call, context.field, prompts.tokens[0], tokens, "candidates"))
+    # Not the call in the reply, which would keep it and its bytes until all is collected.
+    name = call.model.name
+    fingerprint = call.model.fingerprint
+
+    def reply(pieces: list[Piece], usage: Usage) -> ScoreReply:
+        data = _scores(pieces)
+        return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
+
+    return Generation(
+        call,
+        _choices(call, requests),
+        reply,
+        repeats=len(requests),
+        passages=prompts.passages,
+        ignored=body.ignored,
+    )
+
+
+async def _candidate_tokens(call: Call[ScoreRequest]) -> list[Sequence[int]]:
+    """Returns the tokens of the candidates, as they go on with the prompt. Raises InvalidField."""
+    body = call.body
+    tokenizer = call.state.tokenizer
     space = " " if body.messages and tokenizer.strips_space else ""
     texts = [space + each for each in body.candidates if isinstance(each, str)]
     encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
-    tokens = (next(encoded) if isinstance(each, str) else each for each in body.candidates)
-    requests = [make_scored(call, prompts.tokens[0], candidate, "candidates") for candidate in tokens]
-    name, fingerprint, _ = call.model  # and not in the reply, which would keep the call and its bytes until all is collected
+    return [next(encoded) if isinstance(each, str) else each for each in body.candidates]
 
-    def reply(pieces: list[Piece], usage: Usage) -> ScoreReply:
-        each = [[logprob.logprob for logprob in piece.logprobs] for piece in pieces]
-        sums = list(map(math.fsum, each))
-        weights = [math.exp(logprob - max(sums)) for logprob in sums]
-        data = [
-            Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own)
-            for index, (logprob, weight, own) in enumerate(zip(sums, weights, each))
-        ]
-        return ScoreReply(model=name, system_fingerprint=fingerprint, data=data, usage=reply_usage(usage))
 
-    return Generation(call, prompts, requests, reply, len(requests))
+def _scores(pieces: list[Piece]) -> list[Score]:
+    """Returns the scores of all candidates, a piece each."""
+    token_logprobs = [[each.logprob for each in piece.logprobs] for piece in pieces]
+    sums = list(map(math.fsum, token_logprobs))
+    weights = [math.exp(logprob - max(sums)) for logprob in sums]
+    scores = []
+    for index, (logprob, weight, own) in enumerate(zip(sums, weights, token_logprobs)):
+        scores.append(Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own))
+    return scores
+
+
+def _choices(call: Call, requests: Sequence[Request]) -> list[Choice]:
+    """Returns the choices of requests that are not asked for a text."""
+    tokenizer = call.state.tokenizer.tokenizer
+    return [Choice(index, request, CompletionText(tokenizer.stream())) for index, request in enumerate(requests)]
 
 
 class EmbeddingsRequest(AnswerRequest, kw_only=True):
@@ -101,7 +130,7 @@ class EmbeddingsRequest(AnswerRequest, kw_only=True):
 
     @property
     def choices(self) -> int:
-        return len(self.texts(MAX_COMPLETIONS))
+        return len(prompt_texts("input", self.input, MAX_COMPLETIONS))
 
 
 class Embedding(msgspec.Struct):
@@ -119,10 +148,11 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
     usage: dict[str, int]
 
 
-async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsReply]:
+async def create_embedding(call: Call[EmbeddingsRequest]) -> ASGIApp:
     """Texts as vectors."""
+    body = call.body
     model = call.model.name
-    in_base64 = call.body.encoding_format == "base64"
+    in_base64 = body.encoding_format == "base64"
 
     def encode(vector: Any) -> list[float] | str:
         return base64.b64encode(vector.tobytes()).decode() if in_base64 else vector.tolist()
@@ -132,31 +162,37 @@ async def create_embedding(call: Call[EmbeddingsRequest]) -> Answer[EmbeddingsRe
         counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
         return EmbeddingsReply(model=model, data=data, usage=counts)
 
-    return await embed(call, reply, call.body.dimensions)
+    prompts = TextPrompts("input", prompt_texts("input", body.input, MAX_COMPLETIONS))
+    return await embed(call, prompts, reply, body.ignored, body.dimensions)
 
 
 async def embed(
     call: Call,
+    prompts: TextPrompts,
     reply: Callable[[list[Any], Usage], msgspec.Struct],
+    ignored: Sequence[str],
     dimensions: int | None = None,
+    *,
     truncate: bool = False,
-) -> Answer:
-    """Responds with what `reply` makes of the embeddings of the body's texts: vectors of little-endian float32, of length 1.
+) -> Generation:
+    """Responds with what `reply` makes of the embeddings of texts: vectors of little-endian float32, of length 1.
 
-    `dimensions`: how many of an embedding's first numbers are wanted. With `truncate` the end of a text that is longer than the
-    context is left out; without it such a text is refused. Raises ApiError and InvalidField.
+    `ignored`: names of the body's fields that change nothing. `dimensions`: how many of an embedding's first numbers are
+    wanted. With `truncate` the end of a text that is longer than the context is left out; without it such a text is refused.
+    Raises ApiError and InvalidField.
     """
     capacity = call.state.engine.capacity
     width = call.state.engine.cfg.width
     if dimensions and dimensions > width:
         raise InvalidField("dimensions", f"An embedding of this model has {width} dimensions, not more.")
-    prompts = await text_prompts(call, MAX_COMPLETIONS)
+    texts = (await prompts.encode(call.state)).tokens
     if truncate:
-        prompts = prompts._replace(tokens=[tokens[: capacity - 1] for tokens in prompts.tokens])
-    longest = max(map(len, prompts.tokens))
+        texts = [tokens[: capacity - 1] for tokens in texts]
+    longest = max(map(len, texts))
     if longest >= capacity:
-        raise context_overflow(longest, capacity, call.body.prompt_field)
-    requests = [make_request(call, tokens, SamplingParams(max_tokens=1), embed=True) for tokens in prompts.tokens]
+        raise context_overflow(longest, capacity, prompts.field)
+    sampling = SamplingParams(max_tokens=1)
+    requests = [make_request(call, prompts.field, tokens, sampling, embed=True) for tokens in texts]
 
     def unit(embedding: Any) -> Any:
         cut = embedding[:dimensions]
@@ -165,7 +201,7 @@ async def embed(
     def reply_to(pieces: list[Piece], usage: Usage) -> msgspec.Struct:
         return reply([unit(piece.embedding) for piece in pieces], usage)
 
-    return Generation(call, prompts, requests, reply_to)
+    return Generation(call, _choices(call, requests), reply_to, ignored=ignored)
 
 
 class TokenizeRequest(ModelRequest):
@@ -220,7 +256,13 @@ async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
         if body.add_special_tokens is not UNSET:
             message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
             raise InvalidField("add_special_tokens", message)
-        (tokens,) = (await conversation(call, tool_use([tool.function for tool in body.tools or ()]))).tokens
+        prompt = chat_prompt(
+            body.messages,
+            tool_use([tool.function for tool in body.tools or ()]),
+            begins=body.add_generation_prompt,
+            goes_on=body.continue_final_message,
+        )
+        (tokens,) = (await prompt.encode(state)).tokens
     else:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."

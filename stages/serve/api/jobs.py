@@ -1,0 +1,235 @@
+"""Job: what a request for completions asks for, in no dialect's words; the tokens and the engine's requests that it becomes."""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from engine.errors import InvalidField
+from engine.inference.constraints import Constraint, ForcedTokens
+from engine.inference.request import SEEDS, Request, SamplingParams, check_request
+from engine.text.documents import Passage
+from stages.serve.api.requests import Call
+from stages.serve.state import ServerState
+from stages.serve.tokenizer_pool import context_overflow
+from stages.serve.tools import NO_TOOLS, Grammar, ToolUse, Turn
+
+MAX_NAMED_VARIABLES = 16  # of a chat template, in a header
+AS_MANY_AS_FIT = 2**31 - 1  # tokens of a completion
+
+
+class PromptTokens(NamedTuple):
+    """The tokens of one request's prompts, and what follows from them for its completions."""
+
+    tokens: Sequence[Sequence[int]]
+    # Each ends a completion.
+    stop_token_ids: frozenset[int]
+    # Whether a completion begins with a space that is none of it.
+    strips_space: bool = False
+    # Of documents, which are a part of the tokens.
+    passages: Sequence[Passage] = ()
+    # Names of the body's fields that change no prompt.
+    ignored: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation, up to the assistant's next turn, and what else its template reads."""
+
+    # The name of the body's field that has it.
+    field: str
+    turns: Sequence[Turn]
+    # The beginning of the assistant's turn, which the completion continues.
+    answer: str = ""
+    # Those that a completion may call.
+    tools: ToolUse = NO_TOOLS
+    # What the template reads beside the turns and the tools.
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    async def encode(self, state: ServerState) -> PromptTokens:
+        """Returns the tokens, as the chat template has them. Raises ApiError and InvalidField."""
+        pool = state.tokenizer
+        tokens, passages = await pool.encode_chat(self.turns, self.answer, self.variables, self.tools.tools)
+        return PromptTokens(
+            [tokens],
+            state.stop_token_ids | pool.eot_ids,
+            strips_space=pool.strips_space and not self.answer,
+            passages=passages,
+            ignored=unread_variables(pool.template, self.variables),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPrompts:
+    """Texts to be continued, each a string, or each a list of token ids."""
+
+    tools: ClassVar[ToolUse] = NO_TOOLS
+    # The name of the body's field that has them.
+    field: str
+    texts: Sequence[str] | Sequence[Sequence[int]]
+    # Whether a string begins with the model's start tokens.
+    special: bool = True
+
+    async def encode(self, state: ServerState) -> PromptTokens:
+        """Returns the tokens of the texts, of one token or more each. Raises InvalidField."""
+        vocab = state.engine.cfg.vocab
+        tokens: Sequence[Any] = self.texts
+        if isinstance(self.texts[0], str):
+            tokens = await state.tokenizer.encode(tokens, self.special)
+        for number, each in enumerate(tokens):
+            name = f"{self.field}[{number}]" if len(tokens) > 1 else self.field
+            if not each:
+                raise InvalidField(self.field, f"{name} has no tokens; give at least one.")
+            if max(each) >= vocab:
+                raise InvalidField(self.field, f"{name} holds an id outside the vocabulary of {vocab:,}.")
+        return PromptTokens(tokens, state.stop_token_ids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a request for completions asks for."""
+
+    prompt: ChatPrompt | TextPrompts
+    # Of a completion of the first prompt; the others have the seeds after its own. At most `max_tokens` are generated, and as
+    # many as fit.
+    sampling: SamplingParams
+    # Completions of each prompt; 0 where only the prompts' scores are asked for.
+    n: int = 1
+    # Strings that end a completion.
+    stops: Sequence[str] = ()
+    # Whether the text ends with the stop string, and not before it.
+    keeps_stop: bool = False
+    # Whether a completion goes on after the tokens by which the model ends a text.
+    ignores_eos: bool = False
+    # To which every completion keeps.
+    grammar: Grammar | None = None
+    # Whether the log-probabilities of each prompt's tokens but its first come before its completions.
+    scores: bool = False
+    # Only requests with the same one share the prefix cache.
+    cache_salt: str = ""
+    # Whether the reply is a stream.
+    streams: bool = False
+    # Names of the body's fields that change no answer.
+    ignored: Sequence[str] = ()
+
+
+def sampling_of(defaults: SamplingParams, **fields: Any) -> SamplingParams:
+    """Returns the defaults with the fields that a request gives: None stands for a field that it leaves out.
+
+    Without `max_tokens` a completion goes on as long as it fits, without `seed` it has a random one. Raises InvalidField.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    most = given.pop("max_tokens", AS_MANY_AS_FIT)
+    seed = given.pop("seed", int.from_bytes(os.urandom(4)))
+    return dataclasses.replace(defaults, max_tokens=most, seed=seed % SEEDS, **given)
+
+
+def only_grammar(grammars: Sequence[Grammar]) -> Grammar | None:
+    """Returns the grammar for which a request asks, if it does. Raises InvalidField for more than one."""
+    if len(grammars) > 1:
+        message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
+        raise InvalidField(grammars[1].field, message)
+    return grammars[0] if grammars else None
+
+
+async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
+    """Returns what the completions of a job keep to: its grammar, that of calls to its tools, or both. Raises InvalidField."""
+    pool = state.tokenizer
+    grammar = job.grammar
+    tools = job.prompt.tools
+    if tools.tools:
+        if grammar:  # whose field an error shall name, and not `tools`
+            await pool.compile(grammar)
+        grammar = tools.grammar(pool.tool_format, grammar)
+    return await pool.compile(grammar) if grammar else None
+
+
+def make_requests(call: Call, job: Job, prompts: PromptTokens, constraint: Constraint | None) -> list[Request]:
+    """Returns the engine's requests of a job: for each prompt its scores, if they are asked for, and its completions.
+
+    Raises ApiError and InvalidField.
+    """
+    capacity = call.state.engine.capacity
+    field = job.prompt.field
+    ends = frozenset(job.sampling.stop_token_ids)
+    if not job.ignores_eos:
+        ends |= prompts.stop_token_ids
+    requests: list[Request] = []
+    for number, prompt in enumerate(prompts.tokens):
+        room = capacity - len(prompt)
+        if room < 0 or (room == 0 and job.n):
+            raise context_overflow(len(prompt), capacity, field)
+        if job.scores and len(prompt) > 1:
+            requests.append(make_scored(call, field, prompt[:1], prompt[1:], field, job.sampling.logprobs))
+        if job.n:
+            most = min(job.sampling.max_tokens, room)
+            seed = (job.sampling.seed + number * job.n) % SEEDS
+            sampling = dataclasses.replace(job.sampling, max_tokens=most, seed=seed, stop_token_ids=ends)
+            first = make_request(call, field, prompt, sampling, constraint, cache_salt=job.cache_salt)
+            requests += [dataclasses.replace(first, sampling=row) for row in sampling.per_row(job.n)]
+    return requests
+
+
+def make_request(
+    call: Call,
+    field: str,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    constraint: Constraint | None = None,
+    *,
+    embed: bool = False,
+    cache_salt: str = "",
+) -> Request:
+    """Returns the engine's request for a prompt, in a field of the body.
+
+    Raises ApiError if the adapter has been removed, and InvalidField as `check_request` does.
+    """
+    adapter = call.state.adapter_of(call.model)
+    engine = call.state.engine
+    namespace = call.http.state.namespace + cache_salt
+    request = Request(tuple(prompt), sampling, namespace, constraint, embed, adapter)
+    try:
+        check_request(request, engine.cfg.vocab, engine.capacity)
+    except InvalidField as error:
+        raise InvalidField(field if error.field == "prompt" else error.field, str(error)) from None
+    return request
+
+
+def make_scored(
+    call: Call, prompt_field: str, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int | None = 0
+) -> Request:
+    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt in another.
+
+    Raises ApiError and InvalidField.
+    """
+    count = len(prompt) + len(tokens)
+    capacity = call.state.engine.capacity
+    vocab = call.state.engine.cfg.vocab
+    if count > capacity:
+        raise context_overflow(count, capacity, field, "prompt and answer have")
+    if max(tokens) >= vocab:  # a mask has no bit for it
+        raise InvalidField(field, f"{field} holds an id outside the vocabulary of {vocab:,}.")
+    # As those of a completion's own tokens are, in the same program.
+    sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
+    return make_request(call, prompt_field, prompt, sampling, ForcedTokens(tokens))
+
+
+def unread_variables(source: str, names: Iterable[str]) -> list[str]:
+    """Returns the variables that a chat template does not read, as fields of a body; one field if a header cannot name them."""
+    unread = [name for name in names if name not in template_variables(source)]
+    if len(unread) > MAX_NAMED_VARIABLES or not all(re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread):
+        return ["chat_template_kwargs"]
+    return [f"chat_template_kwargs.{name}" for name in unread]
+
+
+@functools.cache
+def template_variables(source: str) -> frozenset[str]:
+    """Returns the names that a chat template may read from a request: those in its expressions and statements.
+
+    Those that fields of the conversation fill, such as `messages`, are left out.
+    """
+    code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL))
+    without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", " ", code)
+    return frozenset(re.findall(r"(?<![.\w])\w+", without_texts)) - {"messages", "tools", "add_generation_prompt"}
