@@ -4,12 +4,12 @@
     python -m bench compare before/step.json after/step.json
 
 A result of another hour is not paired with this one, so seconds are not compared. What is compared are ratios of calls that
-ran in the same rounds of one result. The interval of a ratio over another is that of the quotient of both intervals; a row has
-moved where it does not hold 1.
+ran in the same rounds of one result: those of all its rounds with those of all the other's. A row has moved where the interval
+of one over the other does not hold 1. The exit code is 1 where a row has moved.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ MACHINE = "processor", "model_numbers", "instructions", "cores", "device"
 ROW_KEYS = "name", "part", "model", "shape", "peer"  # that together tell a row from the others of its list
 
 SAID = "out", "json", "peer_python"  # flags that change nothing that is measured
-
-Interval = tuple[float, float, float]  # a ratio, and the ends of its interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +73,11 @@ def read_result(path: Path) -> Json:
     return document
 
 
-def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Interval]]:
-    """Yields (name, (ratio, low, high)) of each ratio in a document that has an interval; a name says where it stands there."""
+def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[float]]]:
+    """Yields the name and the rounds' ratios of each ratio in a document that has them; a name says where it stands there."""
     if isinstance(value, dict):
-        low, high = value.get("time_ratio_interval") or (value.get("low"), value.get("high"))
-        ratio = value.get("ratio", value.get("time_ratio_to_forward", value.get("time_ratio")))
-        if ratio and low and high:
-            yield name, (ratio, low, high)
+        if value.get("round_ratios"):
+            yield name, value["round_ratios"]
         for key, each in value.items():
             if key == "claims":  # judge ratios of the rows once more
                 continue
@@ -93,17 +89,21 @@ def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Interval]]:
             yield from find_ratios(each, f"{name}, {own}".removeprefix(", "))
 
 
-def compare_ratios(name: str, before: Interval, after: Interval) -> Json:
-    """Returns the row of one ratio before and after: their quotient, and whether it has moved."""
-    from bench.timing import Ratio  # imports JAX, as --help need not
+def compare_ratios(name: str, before: Sequence[float], after: Sequence[float]) -> Json:
+    """Returns the row of one ratio before and after: how many times larger it is, and whether it has moved."""
+    from bench.timing import compare_rounds, median_ratio  # imports JAX, as --help need not
 
-    over = Ratio(after[0] / before[0], after[1] / before[2], after[2] / before[1])
-    verdict = {True: "larger", False: "smaller", None: "undecided"}[over.exceeds(1)]
+    over = compare_rounds(before, after)
+    moved = over.exceeds(1)
+    verdict = "undecided"
+    if moved is not None:
+        verdict = "larger" if moved else "smaller"
     return {
         "name": name,
         **over._asdict(),
-        "before": str(Ratio(*before)),
-        "after": str(Ratio(*after)),
+        "before": str(median_ratio(before)),
+        "after": str(median_ratio(after)),
         "words": str(over),
         "verdict": verdict,
+        "met": moved is None,
     }

@@ -8,9 +8,10 @@ fair coins gives k (David and Nagaraja, Order Statistics, 2003, section 7.1). A 
 """
 
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ MIN_ROUNDS = 6  # with fewer, not even the lowest and the highest ratio enclose 
 
 
 class Ratio(NamedTuple):
-    """The median of the ratios of `rounds` and its 95% interval, which is None with fewer than MIN_ROUNDS rounds.
+    """The median of the ratios of rounds and its 95% interval, which is None with fewer than MIN_ROUNDS rounds.
 
     All are None where a call was too short for the clock, or was not measured.
     """
@@ -53,6 +54,7 @@ class Ratio(NamedTuple):
     low: float | None = None
     high: float | None = None
     rounds: int | None = None
+    round_ratios: Sequence[float] = ()  # that of each round, in the order in which they ran
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> "Ratio":
@@ -68,7 +70,7 @@ class Ratio(NamedTuple):
     def scaled(self, factor: float) -> "Ratio":
         """Returns the ratio times a factor above 0."""
         ratio, low, high = (None if number is None else number * factor for number in self[:3])
-        return Ratio(ratio, low, high, self.rounds)
+        return Ratio(ratio, low, high, self.rounds, tuple(number * factor for number in self.round_ratios))
 
     def format(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
         """Formats the ratio and its interval, each number by `write`: `1.14 (1.10 to 1.18)`."""
@@ -117,17 +119,64 @@ def ratio(a: Timing, b: Timing) -> Ratio:
 
     The interval is None below MIN_ROUNDS rounds. Raises ValueError when the timings are not of the same rounds.
     """
-    from scipy.stats import binom  # here: it takes a second to import
-
-    rounds, pairs = len(a.seconds), [*zip(a.seconds, b.seconds, strict=True)]
+    pairs = [*zip(a.seconds, b.seconds, strict=True)]
     if min(*a.seconds, *b.seconds) <= 0:
         return Ratio(None)
-    ratios = sorted(x / y for x, y in pairs)
-    middle = math.exp(statistics.median(map(math.log, ratios)))
+    return median_ratio([x / y for x, y in pairs])
+
+
+def median_ratio(each: Sequence[float]) -> Ratio:
+    """Returns the median of the ratios of rounds, above 0, and its 95% interval, None below MIN_ROUNDS rounds."""
+    from scipy.stats import binom  # here: it takes a second to import
+
+    rounds = len(each)
+    middle = math.exp(statistics.median(map(math.log, each)))
     if rounds < MIN_ROUNDS:
-        return Ratio(middle, rounds=rounds)
+        return Ratio(middle, rounds=rounds, round_ratios=tuple(each))
     rank = int(binom.ppf(0.025, rounds, 0.5))  # at most 2.5% of medians lie below the ratio of this rank, counted from 1
-    return Ratio(middle, ratios[rank - 1], ratios[-rank], rounds)
+    ordered = sorted(each)
+    return Ratio(middle, ordered[rank - 1], ordered[-rank], rounds, tuple(each))
+
+
+def compare_rounds(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    """Returns how many times larger the ratios of one run's rounds are than those of another's, above 0, with its 95% interval.
+
+    It is the median of all quotients of a round after by a round before (Hodges and Lehmann 1963, Annals of Mathematical
+    Statistics 34). The interval ends at two of these quotients, by the distribution of Mann and Whitney's U (Bauer 1972,
+    Journal of the American Statistical Association 67); it is None where the rounds are too few to have one.
+    """
+    quotients = sorted(y / x for x in before for y in after)
+    middle = math.exp(statistics.median(map(math.log, quotients)))
+    rounds = min(len(before), len(after))
+    rank = _least_rank(len(before), len(after))
+    if rank == 0:
+        return Ratio(middle, rounds=rounds)
+    return Ratio(middle, quotients[rank - 1], quotients[-rank], rounds)
+
+
+def _least_rank(first: int, second: int) -> int:
+    """Returns the largest rank, counted from 1, at or below which U, of samples of these sizes, falls in 2.5% of cases at most.
+
+    0 where even the first rank is reached more often.
+    """
+    total = math.comb(first + second, first)
+    reached = 0
+    rank = 0
+    while True:
+        reached += _orders(first, second, rank)
+        if reached > 0.025 * total:
+            return rank
+        rank += 1
+
+
+@functools.cache
+def _orders(first: int, second: int, u: int) -> int:
+    """Returns in how many orders of two samples so many pairs stand with the second sample's before the first's."""
+    if u < 0:
+        return 0
+    if first == 0 or second == 0:
+        return int(u == 0)
+    return _orders(first - 1, second, u - second) + _orders(first, second - 1, u)
 
 
 def held_to(over: Ratio, least: float | None) -> str:

@@ -191,6 +191,7 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
                 "seconds_per_token": timings[life].median / row.tokens,
                 "time_ratio": times.ratio,
                 "time_ratio_interval": [times.low, times.high],
+                "round_ratios": times.round_ratios,
                 "bytes": row.peak_bytes,
             }
         )

@@ -256,6 +256,7 @@ def measure_calls(
                 "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
                 **peer._asdict(),
                 "bar": least,
+                "met": peer.exceeds(least) if least else None,
             }
         )
         line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"

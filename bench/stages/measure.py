@@ -275,6 +275,7 @@ def row_document(
         "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
         "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
+        "round_ratios": [] if row is forward else times.round_ratios,
         "peak_bytes": row.peak_bytes,
         "predicted_peak_bytes": row.predicted_bytes,
         "bytes_per_token": per_token(row.traffic),

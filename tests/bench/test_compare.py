@@ -11,14 +11,19 @@ from bench.compare import CompareFlags, compare
 main = functools.partial(run_bench, "bench compare", None, CompareFlags, compare)
 
 
-def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip", peers=()):
+def rounds(ratio):
+    """The ratios of nine rounds that lie about one."""
+    return [ratio * (1 + 0.01 * offset) for offset in range(-4, 5)]
+
+
+def result(path, *, share=0.5, muon=1.2, processor="a chip", peers=()):
     """Writes a made result with a row of the stage table and a nested ratio."""
     rows = [
-        {"name": "decode alone", "seconds_per_token": 1.0, "time_ratio_to_forward": share, "time_ratio_interval": [0.48, high]},
-        {"name": "evaluation forward", "time_ratio_to_forward": 1.0, "time_ratio_interval": None},
+        {"name": "decode alone", "seconds_per_token": 1.0, "time_ratio_to_forward": share, "round_ratios": rounds(share)},
+        {"name": "evaluation forward", "time_ratio_to_forward": 1.0, "round_ratios": []},
     ]
-    shapes = [{"shape": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "low": muon - 0.01, "high": muon + 0.01}}]
-    over = {"ratio": 1.0, "low": 0.9, "high": 1.1}
+    shapes = [{"shape": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "round_ratios": rounds(muon)}}]
+    over = {"ratio": 1.0, "round_ratios": rounds(1.0)}
     shapes += [{"name": "train", "peer": peer} | over for peer in peers]
     models = [{"model": peer, "rows": [{"name": "full", "over_full": over}]} for peer in peers]
     machine = {"processor": processor, "instructions": "avx2", "cores": 2}
@@ -26,18 +31,21 @@ def result(path, *, share=0.5, high=0.52, muon=1.2, processor="a chip", peers=()
     return str(path)
 
 
-def test_a_ratio_has_moved_where_the_intervals_of_both_results_say_so(tmp_path, capsys):
-    before, after = result(tmp_path / "a.json"), result(tmp_path / "b.json", share=0.51, high=0.55, muon=1.1)
-    assert main([before, after, "--json", "--out", str(tmp_path / "kept")]) == 0
+def test_a_ratio_has_moved_where_the_rounds_of_both_results_say_so(tmp_path, capsys):
+    """The exit code says so too."""
+    before, after = result(tmp_path / "a.json"), result(tmp_path / "b.json", share=0.501, muon=1.1)
+    assert main([before, after, "--json", "--out", str(tmp_path / "kept")]) == 1
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows.keys() == {"decode alone", "shapes, 4x256x256x16, muon_over_adamw"}
     assert rows["decode alone"]["verdict"] == "undecided"
     muon = rows["shapes, 4x256x256x16, muon_over_adamw"]
     assert muon["verdict"] == "smaller"
-    assert (muon["ratio"], muon["low"], muon["high"]) == pytest.approx((1.1 / 1.2, 1.09 / 1.21, 1.11 / 1.19))
+    assert muon["ratio"] == pytest.approx(1.1 / 1.2)
+    assert muon["low"] < muon["ratio"] < muon["high"] < 1
     assert json.loads((tmp_path / "kept" / "compare.json").read_text())["rows"] == [*rows.values()]
-    assert main([after, before]) == 0
+    assert main([after, before]) == 1
     assert "larger" in capsys.readouterr().out
+    assert main([before, before]) == 0
 
 
 def test_rows_of_one_name_are_told_apart_by_what_else_they_are_of(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,8 @@ class Flags:
 def test_a_kept_document_says_what_the_machine_reached_before_and_after(tmp_path, monkeypatch):
     """One that is printed and not kept measures no rates, which take ten seconds."""
     monkeypatch.setattr(hardware, "MEASURE_PROGRAM", SMALL_MATRICES + hardware.MEASURE_PROGRAM)
-    assert run_bench("bench.nothing", "", Flags, lambda _: {"rows": []}, ["--out", str(tmp_path)]) == 0
+    measure = lambda _: time.sleep(0.1) or {"rows": []}
+    assert run_bench("bench.nothing", "", Flags, measure, ["--out", str(tmp_path)]) == 0
     machine = json.loads((tmp_path / "nothing.json").read_text())["machine"]
     for moment in ("before", "after"):
         rates = machine[f"reached_{moment}"]

@@ -133,6 +133,13 @@ def test_flags_that_cannot_be_measured_are_refused_before_anything_starts(flags,
 # The table
 
 
+@pytest.fixture
+def no_bar(monkeypatch):
+    """A pretended peer is faster or not, as the machine is busy, which the exit code would say."""
+    monkeypatch.setattr("bench.peers.training.OVER_TORCH", {"float32": None})
+
+
+@pytest.mark.usefixtures("no_bar")
 def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
     scripts("torch_peer.py", make=TRAINED)
     flags = ["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6"]
@@ -151,6 +158,7 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
     assert tables.count("** not the same computation **") == 2
 
 
+@pytest.mark.usefixtures("no_bar")
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
     assert main(["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"]) == 0

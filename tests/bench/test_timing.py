@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bench.commands import CommandsFlags, measure_commands
 from bench.step.__main__ import StepFlags, measure_step
-from bench.timing import Timing, describe_noise, measure, ratio
+from bench.timing import Timing, compare_rounds, describe_noise, measure, ratio
 from engine.errors import UserError
 
 ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=6, max_size=15)
@@ -86,6 +86,43 @@ def test_without_a_difference_at_most_one_run_in_twenty_decides(rounds):
 
 def test_fifteen_rounds_find_a_difference_of_five_percent():
     assert simulated(15, 0.05) >= 0.85
+
+
+@given(st.lists(st.floats(0.5, 2), min_size=6, max_size=9), st.lists(st.floats(0.5, 2), min_size=6, max_size=9))
+def test_two_runs_compare_alike_either_way_round(before, after):
+    over, back = compare_rounds(before, after), compare_rounds(after, before)
+    assert over.low <= over.ratio <= over.high
+    assert (1 / over.ratio, 1 / over.high, 1 / over.low) == pytest.approx(back[:3])
+
+
+def compared(difference, *, rounds=9, processes=1, effect=0.0, runs=2000, noise=0.03):
+    """The share of pairs of runs with a verdict, where the second's ratio is larger by `difference`.
+
+    Each of `processes` makes its share of the rounds, and has an effect of its own on their ratio, of deviation `effect`.
+    """
+    rng = np.random.default_rng(rounds)
+    own = rng.lognormal(0, effect, (runs, 2, processes)) if effect else np.ones((runs, 2, processes))
+    each = np.repeat(own, rounds // processes, axis=2) * rng.lognormal(0, noise, (runs, 2, rounds))
+    verdicts = [compare_rounds(before, after * (1 + difference)).exceeds(1) is not None for before, after in each]
+    return np.mean(verdicts)
+
+
+def test_two_runs_of_nine_rounds_find_five_percent_and_are_seldom_wrong():
+    assert compared(0.05) >= 0.4
+    assert compared(0.0) <= 0.05
+
+
+def test_few_rounds_have_no_interval():
+    assert compare_rounds([1.0, 1.1], [2.0, 2.1])[:3] == (pytest.approx(1.95, abs=0.1), None, None)
+    assert compare_rounds([1.0] * 4, [2.0] * 4).exceeds(1) is True
+
+
+def test_rounds_of_many_processes_are_seldom_wrong_where_processes_differ():
+    """Each process is 2% faster or slower than the next. Rounds of one process cannot tell that from a change."""
+    alone, three, nine = (compared(0.0, processes=processes, effect=0.02) for processes in (1, 3, 9))
+    assert alone >= 0.25
+    assert three <= 0.15
+    assert nine <= 0.05
 
 
 def test_too_few_rounds_give_a_ratio_without_an_interval_and_a_call_too_short_for_the_clock_none():
