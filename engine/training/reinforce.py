@@ -26,7 +26,7 @@ from engine.text.batch import Batch
 from engine.training.step import Objective
 
 
-class Rollouts(NamedTuple):
+class PolicyBatch(NamedTuple):
     """B completions as a batch whose mask counts the sampled tokens, and each one's advantage (B,) float32.
 
     `old_logprobs` (B, T) float32: those of sampling, where more than one step is made. `reference_logprobs` (B, T): those
@@ -68,7 +68,7 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
     Schulman 2020, "Approximating KL Divergence"). A kl_weight above 0 needs reference_logprobs.
     """
 
-    def summed(cfg: ModelConfig, params: Params, rollouts: Rollouts) -> Array:
+    def summed(cfg: ModelConfig, params: Params, rollouts: PolicyBatch) -> Array:
         new = -target_losses(cfg, params, rollouts.batch)
         old = jax.lax.stop_gradient(new) if rollouts.old_logprobs is None else rollouts.old_logprobs
         ratio, advantage = jnp.exp(new - old), rollouts.advantage[:, None]

@@ -24,7 +24,7 @@ from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
 from engine.text.examples import example_rows
 from engine.training.optimizer import OptimizerConfig
-from engine.training.reinforce import Rollouts, group_advantages, grpo
+from engine.training.reinforce import PolicyBatch, group_advantages, grpo
 from engine.training.step import TrainState
 from stages.cli.console import Console, ReportProgress
 from stages.reinforce.flags import ReinforceFlags
@@ -164,7 +164,7 @@ class ReinforcementLearning(ModelStage):
         self.exhausted = len(loop_state.stage["alike"]) >= ALIKE_ROUNDS
         batch = example_rows([None] * rows, plan.recipe.context)
         empty = np.zeros(batch.tokens.shape, np.float32)
-        rollouts = Rollouts(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
+        rollouts = PolicyBatch(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
         with self.console.task("compiling training", always=True):
             self.program = compile_step(plan, state, self.frozen, rollouts, self.objective)
         self.buffer_bytes = temporary_bytes(self.program)
@@ -193,7 +193,7 @@ class ReinforcementLearning(ModelStage):
         if differs:
             old = self._logprobs(state.trainable, rollout) if self.updates > 1 else None
             advantages = group_advantages(rewards, -self.fluency * bits_each.reshape(rewards.shape))
-            rollouts = Rollouts(rollout.batch, np.asarray(advantages).reshape(-1), old, reference)
+            rollouts = PolicyBatch(rollout.batch, np.asarray(advantages).reshape(-1), old, reference)
             self.trained_batch = rollouts
             progress = np.float32(plan.progress(number, loop_state.seconds))
             for _ in range(self.updates):

@@ -50,7 +50,7 @@ from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, pair_logprobs, preference_objective
-from engine.training.reinforce import Rollouts, grpo, log_probabilities
+from engine.training.reinforce import PolicyBatch, grpo, log_probabilities
 from engine.training.step import (
     LORA_COMPILER_OPTIONS,
     NEXT_TOKEN,
@@ -189,8 +189,8 @@ def preference_shapes() -> Preferences:
     return Preferences(batch_shapes(), batch_shapes(), shape_of(jnp.float32, B, 2), shape_of(jnp.float32, B))
 
 
-def rollout_shapes() -> Rollouts:
-    return Rollouts(batch_shapes(), shape_of(jnp.float32, B), *[shape_of(jnp.float32, B, T)] * 2)
+def rollout_shapes() -> PolicyBatch:
+    return PolicyBatch(batch_shapes(), shape_of(jnp.float32, B), *[shape_of(jnp.float32, B, T)] * 2)
 
 
 def initial_state(kind: Any) -> Make:

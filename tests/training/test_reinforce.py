@@ -16,7 +16,7 @@ from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.reinforce import (
     LONGEST,
-    Rollouts,
+    PolicyBatch,
     group_advantages,
     grpo,
     log_probabilities,
@@ -34,7 +34,7 @@ def random_batch(seed: int) -> Batch:
     return text_batch(seed, B, T, np.arange(T) >= np.array([[2], [3], [2], [5]]))  # prompts of different lengths
 
 
-def formula(cfg, params, rollouts: Rollouts, clip: float, pull: float) -> jax.Array:
+def formula(cfg, params, rollouts: PolicyBatch, clip: float, pull: float) -> jax.Array:
     """Token by token, as it is written."""
     batch = rollouts.batch
     table = jax.nn.log_softmax(forward(cfg, params, batch.tokens, batch.positions)[0])
@@ -72,9 +72,9 @@ def test_a_second_reward_counts_only_where_the_first_differs():
 
 def test_without_an_advantage_there_is_no_gradient(cfg, params):
     advantage = group_advantages(np.ones((1, B), np.float32))[0]
-    _, gradient = differentiate(cfg, params, {}, Rollouts(random_batch(0), advantage), 1, grpo())
+    _, gradient = differentiate(cfg, params, {}, PolicyBatch(random_batch(0), advantage), 1, grpo())
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
-    _, gradient = differentiate(cfg, params, {}, Rollouts(random_batch(0), ADVANTAGE), 1, grpo())
+    _, gradient = differentiate(cfg, params, {}, PolicyBatch(random_batch(0), ADVANTAGE), 1, grpo())
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_the_papers(cfg, params):
     assert (own[~batch.mask] == 0).all()
     rng = np.random.default_rng(1)
     noise = lambda size: (size * rng.standard_normal((B, T))).astype(np.float32)
-    rollouts = Rollouts(batch, ADVANTAGE, own + noise(0.3), own + noise(0.5))
+    rollouts = PolicyBatch(batch, ADVANTAGE, own + noise(0.3), own + noise(0.5))
     ratio = np.exp(own - rollouts.old_logprobs)[batch.mask]
     assert (ratio < 0.8).any()
     assert (ratio > 1.2).any()
@@ -99,8 +99,8 @@ def test_loss_and_gradient_are_the_papers(cfg, params):
 def test_on_its_own_samples_the_first_step_is_the_plain_policy_gradient(cfg, params):
     batch = random_batch(0)
     old = log_probabilities(cfg, params, batch)
-    gradient = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE), 1, grpo())[1]
-    other = differentiate(cfg, params, {}, Rollouts(batch, ADVANTAGE, old), 1, grpo())[1]
+    gradient = differentiate(cfg, params, {}, PolicyBatch(batch, ADVANTAGE), 1, grpo())[1]
+    other = differentiate(cfg, params, {}, PolicyBatch(batch, ADVANTAGE, old), 1, grpo())[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), gradient, other)
 
 
@@ -120,7 +120,7 @@ def test_rewarded_tokens_are_sampled_more_often():
         rewarded = (targets < 10) & batch.mask
         shares.append(rewarded.sum() / batch.mask.sum())
         rewards = rewarded.sum(1) / batch.mask.sum(1)
-        rollouts = Rollouts(batch._replace(targets=targets), group_advantages(rewards[None])[0])
+        rollouts = PolicyBatch(batch._replace(targets=targets), group_advantages(rewards[None])[0])
         state, metrics = train_step(cfg, tx, state, {}, rollouts, jnp.float32(0.2), 1, grpo())
     assert int(metrics.tokens) == B
     assert np.mean(shares[:5]) < 0.45
@@ -130,7 +130,7 @@ def test_rewarded_tokens_are_sampled_more_often():
 def test_a_token_gains_nothing_beyond_the_clip(cfg, params):
     batch = random_batch(0)
     new = log_probabilities(cfg, params, batch)
-    rollouts = Rollouts(batch, np.abs(ADVANTAGE), np.asarray(new) - np.log(1.25).astype(np.float32))
+    rollouts = PolicyBatch(batch, np.abs(ADVANTAGE), np.asarray(new) - np.log(1.25).astype(np.float32))
     loss = lambda clip: float(loss_and_gradient(cfg, params, {}, rollouts, 1, grpo(clip))[0])
     advantage = np.abs(ADVANTAGE).mean()
     assert loss(0.2) == pytest.approx(-1.2 * advantage, rel=1e-5)
