@@ -60,7 +60,6 @@ class SimulatedState(ServerState):
     def __init__(self, engine: Any, queue: int) -> None:
         tokenizer: Any = SimpleNamespace(controls={}, bytes_of=LETTERS.get, stream=lambda: Detokenizer(LETTERS))
         self.name, self.names = "base", ["base"]
-        self._fingerprint: Any = lambda **_: "fp"
         self.engine, self.admission = engine_thread.EngineThread(engine), Admission(engine.config.slots, queue)
         self.tokenizer: Any = SimpleNamespace(
             tokenizer=tokenizer, tool_format=None, compile=compile_grammar, encode=encode_texts
@@ -68,6 +67,9 @@ class SimulatedState(ServerState):
         self.sampling, self.stop_token_ids = SamplingParams(), frozenset()
         self.metrics: Any = Ignored()
         self.adapters: Any = SimpleNamespace(adapters={})
+
+    def fingerprint(self, _: Adapter | None) -> str:
+        return "fp"
 
 
 @dataclasses.dataclass

@@ -1,7 +1,7 @@
 """The adapters that requests name as their model: read from folders when the server starts, or while it serves."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,20 @@ from stages.serve.errors import ApiError
 class AdapterTable:
     """The adapters by their names, in the stacks of an engine.
 
-    `base`: the digest of the model that they are for. `folder`: from below which clients may add some; none if None.
+    `base`: the digest of the model that they are for. `folder`: from below which clients may add some; none if None. `trees`:
+    those that are there from the start, as `read` returns them.
     """
 
-    def __init__(self, engine: EngineThread, base: str, folder: Path | None) -> None:
-        self._engine, self._base, self._folder, self._adding = engine, base, folder, asyncio.Lock()
+    def __init__(self, engine: EngineThread, base: str, folder: Path | None, trees: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._base = base
+        self._folder = folder
+        self._adding = asyncio.Lock()
         self.adapters: dict[str, Adapter] = {}
+        for index, (name, tree) in enumerate(trees.items(), 1):
+            self.adapters[name] = self._put(index, tree)
 
-    def put(self, index: int, adapter: Any) -> Adapter:
+    def _put(self, index: int, adapter: Any) -> Adapter:
         """Puts the tree of an adapter, of `read`, into new stacks; returns the adapter as requests have it."""
         self._engine.engine.runner.put_adapter(index, adapter)
         return Adapter(digest(adapter), index)
@@ -45,19 +51,24 @@ class AdapterTable:
                 raise ApiError(409, f"There is an adapter {name!r} already: remove it first.", param="name")
             live = [adapter.index for adapter in self.adapters.values()]
             # In the engine's thread, behind every request that has looked its adapter up.
-            if (index := await self._engine.call(lambda: self._engine.engine.free_adapter_index(live))) is None:
+            index = await self._engine.call(lambda: self._engine.engine.free_adapter_index(live))
+            if index is None:
                 message = (
                     f"At most {config.adapters} adapters are held at once (--max-adapters), those that were removed as long as "
                     "requests with them are under way. Remove one, or try again."
                 )
                 raise ApiError(409, message, code="too_many_adapters", headers={"Retry-After": "1"})
-            root, cfg = self._folder, self._engine.cfg
+            root = self._folder
             try:
-                adapter, _ = await asyncio.to_thread(lambda: read(cfg, below(root, folder), self._base, config.adapter_rank))
+                tree = await asyncio.to_thread(self._read, root, folder)
             except UserError as error:
                 message = str(error).replace(f"{root}/", "")
                 raise InvalidField("folder", message) from None
-            self.adapters[name] = await asyncio.to_thread(self.put, index, adapter)
+            self.adapters[name] = await asyncio.to_thread(self._put, index, tree)
+
+    def _read(self, root: Path, name: str) -> Any:
+        tree, _ = read(self._engine.cfg, below(root, name), self._base, self._engine.engine.config.adapter_rank)
+        return tree
 
     def remove(self, name: str) -> None:
         """Lets no more requests name an adapter; those under way go on with it. Raises ApiError."""

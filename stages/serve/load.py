@@ -1,17 +1,18 @@
-"""Loads what is served: weights, adapter, tokenizer and template, while the programs are compiled beside the reading."""
+"""Loads what is served: weights, adapters, tokenizer and template, while the programs are compiled beside the reading."""
 
 import contextlib
+import dataclasses
 import datetime
 import queue
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from engine.counting.hardware import free_memory_bytes, require_memory
+from engine.counting import hardware
 from engine.counting.params import leaf_shapes
 from engine.device import Device, host_memory
 from engine.errors import UserError
@@ -37,19 +38,80 @@ from stages.cli.flags import PLAIN_NAME, choose_sampling
 from stages.serve.adapters import read
 from stages.serve.state import ServerState
 
+DEFAULT_SAMPLING = {"temperature": 1.0}  # as OpenAI has it, where neither a flag nor the model says it
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """What a server is told beside its model and its engine."""
+
+    # By which clients ask for the model; its own without any.
+    names: Sequence[str] = ()
+    # Names and folders of adapters; those without a name become part of the model.
+    adapters: Sequence[tuple[str, Path]] = ()
+    # From below which clients may add adapters; none if None.
+    adapter_folder: Path | None = None
+    # A chat template's file, in place of the model's.
+    template: Path | None = None
+    documents: Documents | None = None
+    # Requests that may wait.
+    queue: int = 32
+    # Of the machine, dollars an hour.
+    price: float | None = None
+    # Fields of SamplingParams by flags, for requests that leave them out.
+    sampling: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in its engine, and what came with it."""
+
+    model: LoadedModel
+    engine: Engine
+    chat: ChatTokenizer
+    # By which clients ask for the model.
+    names: Sequence[str]
+    # SHA-256 of the weights as served.
+    digest: str
+    # Of the model that adapters are for; empty where none are served by name.
+    base_digest: str
+    # The folders of the adapters that are part of the model.
+    merged: Sequence[Path]
+    # The trees of the adapters that have a name.
+    adapters: Mapping[str, Any]
+    # To print below the banner, of the adapters that are part of the model, and of those that have a name.
+    merge_notes: Sequence[str]
+    adapter_notes: Sequence[str]
+
 
 class CompileAhead:
-    """Compiles the serving programs in a thread while the weights are read.
+    """Plans the engine as soon as the architecture is known, and compiles its programs in a thread while the weights are read.
 
-    Iterating it, once, yields what `compile_ahead` yields. A failure is silent: a missing program is compiled when needed.
+    Iterating it, once, yields what `compile_ahead` yields. A failure to compile is silent: a missing program is compiled when
+    needed.
     """
 
-    def __init__(self) -> None:
-        self._thread, self._stopping = ThreadPoolExecutor(1, "ahead"), False
+    def __init__(self, config: EngineConfig, device: Device, *, keeps_blocks: bool) -> None:
+        # As planned once `begin` has been called.
+        self.config = config
+        # Gets the leaves of a file's blocks, which stay so; None where none does.
+        self.blocks: dict[str, Any] | None = {} if keeps_blocks else None
+        self._device = device
+        self._mesh = layout.current_mesh()
+        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._stopping = False
         self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
 
-    def begin(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any]) -> None:
-        self._thread.submit(self._run, config, config.model_config(cfg), blocks, layout.current_mesh())
+    def begin(self, cfg: ModelConfig) -> None:
+        """Plans and begins to compile, on the mesh of the constructor. Raises UserError as `plan_engine`."""
+        with jax.set_mesh(self._mesh):
+            layout.check_inference(cfg, self._mesh)
+            on_cpu = self._device.backend == "cpu"
+            devices = 1 if on_cpu else layout.column_shards()  # virtual devices share one memory
+            limit = hardware.memory_limit_bytes() if on_cpu else None
+            self.config = plan_engine(self.config, cfg, devices * hardware.free_memory_bytes(), limit)
+        if (self.config.capacity or 0) <= cfg.context:  # `Engine` refuses a larger one
+            self._thread.submit(self._run, self.config, self.config.model_config(cfg), self.blocks or {})
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self._compiled.get, None)
@@ -58,10 +120,9 @@ class CompileAhead:
         self._stopping = True
         self._thread.shutdown()
 
-    def _run(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any], mesh: Any) -> None:
-        with contextlib.suppress(Exception), jax.set_mesh(mesh):
-            loaded: dict[str, Any] = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-            shapes = jax.eval_shape(lambda params: config.prepare_params(cfg, params, mesh is None), unflatten(loaded | blocks))
+    def _run(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception), jax.set_mesh(self._mesh):
+            shapes = _served_shapes(config, cfg, blocks, whole=self._mesh is None)
             for program in compile_ahead(cfg, shapes, config):
                 self._compiled.put(program)
                 if self._stopping:
@@ -69,101 +130,148 @@ class CompileAhead:
         self._compiled.put(None)
 
 
+def plan_engine(config: EngineConfig, cfg: ModelConfig, free: int, limit: int | None) -> EngineConfig:
+    """Returns the config with a capacity for a model, as `with_capacity` has it for so many free bytes.
+
+    Raises UserError when weights and slots take more bytes than `limit`, if there is one.
+    """
+    config = config.with_capacity(cfg, free)
+    capacity = config.capacity or 0
+    if limit is not None and capacity <= cfg.context:
+        what = f"The weights and {config.slots:,} slots of {capacity:,} tokens take"
+        remedy = "give fewer --slots, a smaller --capacity, or --keys-values int8."
+        hardware.require_memory(config.bytes(cfg, capacity), what, remedy, limit=limit)
+    return config
+
+
 def load_state(
     model_name: str | None,
     engine_config: EngineConfig,
     device: Device,
     console: Console,
-    *,
-    names: Sequence[str] = (),
-    adapters: Sequence[tuple[str, Path]] = (),
-    adapter_folder: Path | None = None,
-    template: Path | None = None,
-    documents: Documents | None = None,
-    queue: int = 32,
-    price: float | None = None,
-    sampling: Mapping[str, float | None] | None = None,
+    options: ServerOptions = ServerOptions(),
 ) -> tuple[ServerState, CompileAhead]:
-    """Loads a model, with the adapters in folders and the template in a file, and prints the banner.
-
-    Adapters without a name become part of the model. `sampling`: by flags. Returns the state, and the compilation that goes on.
-    Raises UserError.
-    """
-    source = read_template(template)
-    ahead, mesh = CompileAhead(), layout.current_mesh()
-    # What an adapter is merged into is a block no more.
-    blocks: dict[str, Any] | None = {} if engine_config.keeps_blocks and all(name for name, _ in adapters) else None
-
-    def on_config(cfg: ModelConfig) -> None:
-        nonlocal engine_config
-        with jax.set_mesh(mesh):
-            layout.check_inference(cfg, mesh)
-            devices = layout.column_shards() if device.backend != "cpu" else 1  # virtual devices share one memory
-            engine_config = engine_config.with_capacity(cfg, devices * free_memory_bytes())
-            capacity = engine_config.capacity or 0
-            if capacity > cfg.context:
-                return  # `Engine` refuses it
-            if device.backend == "cpu":
-                what = f"The weights and {engine_config.slots:,} slots of {capacity:,} tokens take"
-                remedy = "give fewer --slots, a smaller --capacity, or --keys-values int8."
-                require_memory(engine_config.bytes(cfg, capacity), what, remedy)
-            ahead.begin(engine_config, cfg, blocks or {})
-
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(ahead.stop)
-        loading = console.task(f"loading {model_name or 'the newest finished run'}")
-        with loading as report, host_memory(mesh is not None):
-            model = load_model(model_name, report=report, on_config=on_config, blocks=blocks)
-        console.print_notes(*model.notes)
-        own_name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")  # as a path may spell it: /v1/models/NAME
-        names = names or [own_name if re.fullmatch(PLAIN_NAME, own_name) else "model"]
-        if taken := [name for name, _ in adapters if name in names]:
-            raise UserError(f"{taken[0]} is the model's own name: give the adapter another, or the model by --name.")
-        now = datetime.datetime.now().isoformat(timespec="seconds")
-        with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
-            making = beside.submit(ChatTokenizer, model.tokenizer, source, now)
-            on_error.callback(lambda: None if making.exception() else making.result().close())
-            dtype = "float32" if model.run else model.cfg.dtype  # of matrices, as `load_model` has them for training
-            base = base_digest(model.params, dtype) if engine_config.adapters else ""
-            merged, named = ([folder for name, folder in adapters if bool(name) == is_named] for is_named in (False, True))
-            trees = [read(model.cfg, folder, base, engine_config.adapter_rank) for folder in named]
-            engine, notes = _make_engine(model, merged, engine_config)
-            sha256, chat = digest(engine.params), making.result()
-        on_error.pop_all()
-    less = "" if engine.capacity == model.cfg.context else f" (the model's context is {model.cfg.context:,})"
-    default = {"temperature": 1.0}  # as OpenAI has it
-    fields, origins = choose_sampling(model.sampling, sampling or {}, default, console, penalties=True)
-    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
-    along = f"; {engine.devices} of them along tensor" if engine.devices > 1 else ""
-    own, bounds = ", ".join(name for name, _ in adapters), f"at most {engine_config.adapters} at once, of rank"
-    console.print_rows(
-        [
-            ("model", f"{', '.join(names)}: {model.checkpoint}" + "".join(f" with {folder}" for folder in merged)),
-            ("adapters", f"{own or 'none yet'}; {bounds} {engine_config.adapter_rank}" if engine_config.adapters else ""),
-            ("device", f"{device}{along}{kernels_note()}"),
-            ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {sha256[:16]}"),
-            ("file", describe_kinds(model.kinds, engine.params)),
-            (
-                "slots",
-                f"{engine_config.slots} of {engine.capacity:,} tokens{less}, KV cache in {engine_config.kv_dtype}, "
-                f"{format_bytes(engine.runner.cache_bytes)}",
-            ),
-            ("queue", f"{queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
-            ("template", chat.template_name),
-            ("documents", documents.summary if documents else ""),
-            ("sampling", f"{origins}; what a request says wins"),
-        ]
-    )
-    console.print_notes(*notes, documents.note if documents else None, *(note for _, more in trees for note in more))
+    """Loads a model, and prints the banner. Returns the state, and the compilation that goes on. Raises UserError."""
+    loaded, ahead = load(model_name, engine_config, device, console, options)
+    sampling, origins = choose_sampling(loaded.model.sampling, options.sampling, DEFAULT_SAMPLING, console, penalties=True)
+    print_banner(loaded, device, console, options, origins)
     state = ServerState(
-        names, model, SamplingParams(**fields), engine, sha256, chat, queue, price, base, adapter_folder, documents
+        loaded.names,
+        loaded.model,
+        SamplingParams(**sampling),
+        loaded.engine,
+        loaded.digest,
+        loaded.chat,
+        options.queue,
+        options.price,
+        loaded.base_digest,
+        options.adapter_folder,
+        options.documents,
+        loaded.adapters,
     )
-    for index, ((name, _), (tree, _)) in enumerate(zip(adapters, trees), 1):
-        state.adapters.adapters[name] = state.adapters.put(index, tree)
     return state, ahead
 
 
+def load(
+    model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, options: ServerOptions
+) -> tuple[Loaded, CompileAhead]:
+    """Loads a model with its adapters and template. Returns it, and the compilation that goes on. Raises UserError."""
+    template = read_template(options.template)
+    merged = [folder for name, folder in options.adapters if not name]
+    named = {name: folder for name, folder in options.adapters if name}
+    on_mesh = layout.current_mesh() is not None
+    # What an adapter is merged into is a block no more.
+    ahead = CompileAhead(engine_config, device, keeps_blocks=engine_config.keeps_blocks and not merged)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(ahead.stop)
+        loading = console.task(f"loading {model_name or 'the newest finished run'}")
+        with loading as report, host_memory(on_mesh):
+            model = load_model(model_name, report=report, on_config=ahead.begin, blocks=ahead.blocks)
+        console.print_notes(*model.notes)
+        names = options.names or [_own_name(model)]
+        _check_names(names, named)
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
+            making = beside.submit(ChatTokenizer, model.tokenizer, template, now)
+            on_error.callback(_close_chat, making)
+            base = _base_digest(model) if ahead.config.adapters else ""
+            trees = {}
+            adapter_notes: list[str] = []
+            for name, folder in named.items():
+                trees[name], notes = read(model.cfg, folder, base, ahead.config.adapter_rank)
+                adapter_notes += notes
+            engine, merge_notes = _make_engine(model, merged, ahead.config)
+            sha256 = digest(engine.params)
+            chat = making.result()
+        on_error.pop_all()
+    return Loaded(model, engine, chat, names, sha256, base, merged, trees, merge_notes, adapter_notes), ahead
+
+
+def print_banner(loaded: Loaded, device: Device, console: Console, options: ServerOptions, sampling_origins: str) -> None:
+    """Prints what is served, and how. `sampling_origins`: as of `choose_sampling`."""
+    engine = loaded.engine
+    config = engine.config
+    context = loaded.model.cfg.context
+    less = "" if engine.capacity == context else f" (the model's context is {context:,})"
+    along = f"; {engine.devices} of them along tensor" if engine.devices > 1 else ""
+    merged = "".join(f" with {folder}" for folder in loaded.merged)
+    adapters = ""
+    if config.adapters:
+        own = ", ".join(loaded.adapters) or "none yet"
+        adapters = f"{own}; at most {config.adapters} at once, of rank {config.adapter_rank}"
+    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
+    slots = f"{config.slots} of {engine.capacity:,} tokens{less}"
+    console.print_rows(
+        [
+            ("model", f"{', '.join(loaded.names)}: {loaded.model.checkpoint}{merged}"),
+            ("adapters", adapters),
+            ("device", f"{device}{along}{kernels_note()}"),
+            ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {loaded.digest[:16]}"),
+            ("file", describe_kinds(loaded.model.kinds, engine.params)),
+            ("slots", f"{slots}, KV cache in {config.kv_dtype}, {format_bytes(engine.runner.cache_bytes)}"),
+            ("queue", f"{options.queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
+            ("template", loaded.chat.template_name),
+            ("documents", options.documents.summary if options.documents else ""),
+            ("sampling", f"{sampling_origins}; what a request says wins"),
+        ]
+    )
+    documents_note = options.documents.note if options.documents else None
+    console.print_notes(*loaded.merge_notes, documents_note, *loaded.adapter_notes)
+
+
+def _own_name(model: LoadedModel) -> str:
+    """Returns the model's name as a path may spell it: /v1/models/NAME."""
+    name = re.sub(r"[^A-Za-z0-9_.:-]+", "-", model.name).strip("-")
+    return name if re.fullmatch(PLAIN_NAME, name) else "model"
+
+
+def _check_names(names: Sequence[str], adapters: Iterable[str]) -> None:
+    for name in adapters:
+        if name in names:
+            raise UserError(f"{name} is the model's own name: give the adapter another, or the model by --name.")
+
+
+def _close_chat(making: Future[ChatTokenizer]) -> None:
+    """Ends a chat tokenizer's process, once there is one."""
+    if making.exception() is None:
+        making.result().close()
+
+
+def _base_digest(model: LoadedModel) -> str:
+    dtype = "float32" if model.run else model.cfg.dtype  # of matrices, as `load_model` has them for training
+    return base_digest(model.params, dtype)
+
+
+def _served_shapes(config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any], *, whole: bool) -> Any:
+    """Returns the shapes of a model's weights as the engine has them, `whole` on one device; `blocks`: those of its file."""
+    shapes: dict[str, Any] = {}
+    for path, shape in leaf_shapes(cfg).items():
+        shapes[path] = jax.ShapeDtypeStruct(shape, "float32")
+    return jax.eval_shape(lambda params: config.prepare_params(cfg, params, whole), unflatten(shapes | blocks))
+
+
 def _make_engine(model: LoadedModel, adapters: Sequence[Path], engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:
+    """Returns the engine of a model that adapters are merged into, and notes to print."""
     cfg = engine_config.model_config(model.cfg)
     is_whole = layout.current_mesh() is None
     with host_memory(not is_whole):

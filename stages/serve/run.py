@@ -53,7 +53,7 @@ def run(flags: "ServeFlags") -> int:
         from engine.mesh.layout import make_inference_mesh
         from engine.text.documents import Documents
         from stages.serve.api.app import Api
-        from stages.serve.load import load_state
+        from stages.serve.load import ServerOptions, load_state
 
         documents = Documents(flags.documents) if flags.documents else None
 
@@ -71,21 +71,18 @@ def run(flags: "ServeFlags") -> int:
             adapters=count,
             adapter_rank=flags.max_rank,
         )
+        options = ServerOptions(
+            names=_split(flags.name),
+            adapters=flags.adapter,
+            adapter_folder=flags.adapter_folder,
+            template=flags.template,
+            documents=documents,
+            queue=flags.queue,
+            price=flags.price,
+            sampling=flags.sampling.overrides,
+        )
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
-            state, ahead = load_state(
-                flags.model,
-                engine_config,
-                device,
-                console,
-                adapters=flags.adapter,
-                adapter_folder=flags.adapter_folder,
-                template=flags.template,
-                documents=documents,
-                names=_split(flags.name),
-                queue=flags.queue,
-                price=flags.price,
-                sampling=flags.sampling.overrides,
-            )
+            state, ahead = load_state(flags.model, engine_config, device, console, options)
         sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
         gc.set_threshold(2_000)  # as Python has it

@@ -2,13 +2,12 @@
 
 import asyncio
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +42,7 @@ class ServerState:
     """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
 
     `names`: by which clients ask for the model; replies have the first. `sampling`: of a request that leaves its fields out.
-    `queue`: requests that may wait. `base_digest`, `adapter_folder`: as of AdapterTable.
+    `queue`: requests that may wait. `base_digest`, `adapter_folder`, `adapters`: as of AdapterTable.
     """
 
     def __init__(
@@ -59,29 +58,38 @@ class ServerState:
         base_digest: str = "",
         adapter_folder: Path | None = None,
         documents: Documents | None = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name, self.names = names[0], names
-        self.digest, self.price, self.loaded_at = digest, price, int(time.time())
-        now = chat.now if "strftime_now" in chat.source else ""
-        self._fingerprint = functools.cache(
-            lambda **adapter: system_fingerprint(
-                digest,
-                engine,
-                tokenizer=model.tokenizer.digest,
-                template=chat.source,
-                now=now,
-                eos=sorted(model.eos_ids),
-                sampling=repr(sampling),
-                documents=documents and documents.digest,
-                **adapter,
-            )
-        )
-        self.engine, self.admission = EngineThread(engine), Admission(engine.config.slots, queue)
+        self.name = names[0]
+        self.names = names
+        self.digest = digest
+        self.price = price
+        self.loaded_at = int(time.time())
+        self.engine = EngineThread(engine)
+        self.admission = Admission(engine.config.slots, queue)
         self.tokenizer = TokenizerPool(chat, engine.capacity, engine.cfg.vocab, model.eos_ids, documents)
-        self.sampling, self.stop_token_ids = sampling, frozenset(model.eos_ids)
+        self.sampling = sampling
+        self.stop_token_ids = frozenset(model.eos_ids)
         self.metrics = Metrics(self.name, self.engine)
-        self.adapters = AdapterTable(self.engine, base_digest, adapter_folder)
+        self.adapters = AdapterTable(self.engine, base_digest, adapter_folder, adapters or {})
         self._hashing: asyncio.Task[str] | None = None
+        self._text_facts = {  # by which the base's fingerprint and those of its adapters differ from other models'
+            "tokenizer": model.tokenizer.digest,
+            "template": chat.source,
+            "now": chat.now if "strftime_now" in chat.source else "",
+            "eos": sorted(model.eos_ids),
+            "sampling": repr(sampling),
+            "documents": documents and documents.digest,
+        }
+        self._fingerprints: dict[str, str] = {}  # by the adapter's digest, empty for the base's
+
+    def fingerprint(self, adapter: Adapter | None) -> str:
+        """Returns the system_fingerprint of completions with an adapter, or of the base's. It is computed once."""
+        digest = adapter.digest if adapter else ""
+        if digest not in self._fingerprints:
+            facts = self._text_facts | ({"adapter": digest} if adapter else {})
+            self._fingerprints[digest] = system_fingerprint(self.digest, self.engine.engine, **facts)
+        return self._fingerprints[digest]
 
     @property
     def served_names(self) -> list[str]:
@@ -90,10 +98,11 @@ class ServerState:
     def find_model(self, name: str) -> ServedModel:
         """Returns the model of this name, or `default`. Ollama's clients may add `:latest`. Raises ApiError for any other."""
         for plain in (name, name.removesuffix(":latest")):
-            if adapter := self.adapters.adapters.get(plain):
-                return ServedModel(plain, self._fingerprint(adapter=adapter.digest), adapter)
+            adapter = self.adapters.adapters.get(plain)
+            if adapter:
+                return ServedModel(plain, self.fingerprint(adapter), adapter)
             if plain in (*self.names, "default"):
-                return ServedModel(self.name, self._fingerprint())
+                return ServedModel(self.name, self.fingerprint(None))
         names = ", ".join(map(repr, self.served_names[:20]))
         message = f"There is no model {name[:100]!r} here; {names} is served, also as 'default': ask for that, or see --name."
         raise ApiError(404, message, param="model", code="model_not_found")
@@ -106,14 +115,18 @@ class ServerState:
 
     def check_ready(self) -> None:
         messages = {"warming": "The server is not ready yet.", "failed": "The engine has failed."}
-        if message := messages.get(status := self.status):
+        status = self.status
+        message = messages.get(status)
+        if message:
             raise ApiError(503, message, code=status, headers={"Retry-After": "2"})
         self.admission.check_open()
 
     @property
     def status(self) -> Status:
-        if self.engine.error or not self.engine.ready:
-            return "failed" if self.engine.error else "warming"
+        if self.engine.error:
+            return "failed"
+        if not self.engine.ready:
+            return "warming"
         wait = self.engine.wait
         if wait.seconds > wait.stuck_after:
             return "stuck"

@@ -35,7 +35,7 @@ from stages.cli.console import Console
 from stages.cli.flags import model_names, plain_name
 from stages.export import main as export
 from stages.serve.__main__ import ServeFlags
-from stages.serve.load import CompileAhead, load_state
+from stages.serve.load import CompileAhead, ServerOptions, load_state
 from stages.serve.run import check_adapters
 from stages.serve.state import ServerState
 
@@ -331,7 +331,7 @@ def test_adapters_are_served_over_a_files_blocks(in_blocks, weights, count_compi
         config = EngineConfig(2, weights=weights, prefix_cache_bytes=10**6, adapters=2, adapter_rank=2)
         folders = [(name, in_blocks / name) for name in names]
         device = start_jax(one_arena=False)
-        return load_state(str(in_blocks / "x.gguf"), config, device, Console(), adapters=folders)
+        return load_state(str(in_blocks / "x.gguf"), config, device, Console(), ServerOptions(adapters=folders))
 
     with pytest.raises(UserError, match="was trained on another model"):
         load("sea", "other")

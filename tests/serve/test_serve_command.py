@@ -214,7 +214,8 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
 
 
 def load_state(folder: Path, sampling: Any = None, **options: Any) -> tuple[ServerState, CompileAhead]:
-    return load.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console(), sampling=sampling)
+    told = load.ServerOptions(sampling=sampling or {})
+    return load.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console(), told)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(
     for context, size in ((100, 64 * 10**6), (10**6, 96_006_144)):  # 7,813 chunks of 128 tokens of 96 bytes
         unsized = dataclasses.replace(config, prefix_cache_bytes=None)
         assert unsized.with_capacity(tiny_config(context=context), 10**12).prefix_cache_bytes == size
-    monkeypatch.setattr(load, "free_memory_bytes", lambda: 0)
+    monkeypatch.setattr(hardware, "free_memory_bytes", lambda: 0)
     monkeypatch.setattr(engine_config, "SMALL_CAPACITY", 64)
     state, ahead = load_state(folder, weights="int8", slots=2)
     state.tokenizer.close()
