@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
@@ -19,25 +20,22 @@ from stages.cli.command import process_start
 from stages.cli.console import Console
 from stages.serve import server
 from stages.serve.api.guard import HOST, LOCAL_HOSTS, Guard
+from stages.serve.flags import ServeFlags
 
-if TYPE_CHECKING:  # the command would else be imported a second time, by its name
-    from stages.serve.__main__ import ServeFlags
+if TYPE_CHECKING:  # these import JAX, which must be started first
+    from engine.inference.config import EngineConfig
     from stages.serve.load import CompileAhead
     from stages.serve.state import ServerState
 
 
-def run(flags: "ServeFlags") -> int:
+def run(flags: ServeFlags) -> int:
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
-    local = server.is_local(flags.host)
-    if not keys and not local:
+    if not keys and not server.is_local(flags.host):
         raise UserError(
             f"{flags.host} can be reached by others: give --api-key (or THRICE_API_KEY), or listen on 127.0.0.1 alone."
         )
-    hosts = None  # any, where a key protects it
-    if local or flags.allow_host:
-        proxies = [name[1] for origin in flags.allow_origin if (name := HOST.fullmatch(origin.partition("://")[2]))]
-        hosts = LOCAL_HOSTS | {host.lower() for host in (*_split(flags.allow_host), *proxies, flags.host)}
-    count = check_adapters(flags, bool(keys))
+    hosts = allowed_hosts(flags)
+    adapters = check_adapters(flags, bool(keys))
     if flags.mesh and flags.weights == "q4":
         raise UserError("--weights q4 is for one device; leave --mesh out.")
     with server.bind(flags.host, flags.port) as sock, Console() as console:
@@ -49,7 +47,6 @@ def run(flags: "ServeFlags") -> int:
         # These import JAX, which must be started first.
         import jax
 
-        from engine.inference.config import EngineConfig, default_weights
         from engine.mesh.layout import make_inference_mesh
         from engine.text.documents import Documents
         from stages.serve.api.app import Api
@@ -57,20 +54,6 @@ def run(flags: "ServeFlags") -> int:
 
         documents = Documents(flags.documents) if flags.documents else None
 
-        weights: Any = flags.weights or default_weights(device.backend)
-        kv_dtype: Any = flags.keys_values
-        prefix_cache_bytes = None if flags.prefix_cache is None else flags.prefix_cache * 10**6
-        engine_config = EngineConfig(
-            flags.slots,
-            flags.capacity,
-            weights,
-            kv_dtype,
-            prefix_cache_bytes,
-            not flags.no_speculative_decoding,
-            embeds=True,
-            adapters=count,
-            adapter_rank=flags.max_rank,
-        )
         options = ServerOptions(
             names=_split(flags.name),
             adapters=flags.adapter,
@@ -82,12 +65,13 @@ def run(flags: "ServeFlags") -> int:
             sampling=flags.sampling.overrides,
         )
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
-            state, ahead = load_state(flags.model, engine_config, device, console, options)
+            config = engine_config(flags, device.backend, adapters)
+            state, ahead = load_state(flags.model, config, device, console, options)
         sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
         gc.set_threshold(2_000)  # as Python has it
         if hosts is not None:
-            hosts |= {f"[{address}]" if ":" in address else address}
+            hosts |= {_url_host(address)}
         origins = frozenset(flags.allow_origin)
         api = Api(state, importlib.metadata.version("thrice"), flags.root_path)
         app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response, flags.root_path)
@@ -97,10 +81,48 @@ def run(flags: "ServeFlags") -> int:
             state.tokenizer.close()
 
 
-def check_adapters(flags: "ServeFlags", has_keys: bool) -> int:
+def allowed_hosts(flags: ServeFlags) -> frozenset[str] | None:
+    """Returns the names under which clients may call the server; None for any, where a key protects it."""
+    if not server.is_local(flags.host) and not flags.allow_host:
+        return None
+    names = [*_split(flags.allow_host), *proxy_hosts(flags.allow_origin), flags.host]
+    return LOCAL_HOSTS | {name.lower() for name in names}
+
+
+def engine_config(flags: ServeFlags, backend: str, adapters: int) -> "EngineConfig":
+    """Returns the engine's options, with so many adapters at once."""
+    from engine.inference.config import EngineConfig, default_weights
+
+    weights: Any = flags.weights or default_weights(backend)
+    kv_dtype: Any = flags.keys_values
+    prefix_cache_bytes = None
+    if flags.prefix_cache is not None:
+        prefix_cache_bytes = flags.prefix_cache * 10**6
+    return EngineConfig(
+        flags.slots,
+        flags.capacity,
+        weights,
+        kv_dtype,
+        prefix_cache_bytes,
+        not flags.no_speculative_decoding,
+        embeds=True,
+        adapters=adapters,
+        adapter_rank=flags.max_rank,
+    )
+
+
+def proxy_hosts(origins: Sequence[str]) -> list[str]:
+    """Returns the hosts of origins, without their ports: a proxy may pass on its own Host."""
+    matches = [HOST.fullmatch(origin.partition("://")[2]) for origin in origins]
+    return [match[1] for match in matches if match]
+
+
+def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
     """Returns how many adapters requests may name at once. Raises UserError for flags that do not go together."""
     named = [name for name, _ in flags.adapter if name]
-    count = (flags.max_adapters or max(len(named), 8 * bool(flags.adapter_folder))) * bool(named or flags.adapter_folder)
+    count = 0
+    if named or flags.adapter_folder:
+        count = flags.max_adapters or max(len(named), 8 if flags.adapter_folder else 0)
     names = {"default", *_split(flags.name)}
     if flags.adapter_folder and not has_keys:
         raise UserError("--adapter-folder lets clients add adapters: give --api-key (or THRICE_API_KEY) too.")
@@ -113,8 +135,9 @@ def check_adapters(flags: "ServeFlags", has_keys: bool) -> int:
             "An adapter without a name is part of the model, and those with a name are for the model as it is: "
             "give each a name, --adapter NAME=FOLDER."
         )
-    if taken := [name for name in named if named.count(name) > 1 or name in names]:
-        raise UserError(f"The name {taken[0]} is given twice: each adapter has one of its own, and none is the model's.")
+    for name in named:
+        if named.count(name) > 1 or name in names:
+            raise UserError(f"The name {name} is given twice: each adapter has one of its own, and none is the model's.")
     if len(named) > count:
         raise UserError(f"--max-adapters is {count}, and {len(named)} adapters are named.")
     if count and flags.mesh:
@@ -123,10 +146,15 @@ def check_adapters(flags: "ServeFlags", has_keys: bool) -> int:
 
 
 def _ready(host: str, port: int, keys: int) -> str:
-    host = f"[{host}]" if ":" in host else host
-    url = f"http://{'localhost' if host in ('0.0.0.0', '[::]') else host}:{port}"
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    url = f"http://{_url_host(host)}:{port}"
     locked = f"; {quantity(keys, 'API key')}, one of which every request needs" if keys else ""
     return f"{locked}\n\npage    {url}\nclients {url}/v1\n\nCtrl-C ends it."
+
+
+def _url_host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def _split(text: str | None) -> list[str]:
@@ -141,7 +169,9 @@ async def serve(
     Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0, or 1 when a weight changed.
     Raises the error with which the engine failed.
     """
-    loop, engine, changed = asyncio.get_running_loop(), state.engine, asyncio.Event()
+    loop = asyncio.get_running_loop()
+    engine = state.engine
+    changed = asyncio.Event()
     server.listen(sock)
     http = server.make_server(app)
     serving = asyncio.create_task(http.serve([sock]))
@@ -183,6 +213,6 @@ async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asy
     with console.task("compiling", always=True) as report:
         state.engine.start(changed.set, report, ahead)
         await changed.wait()
-    if error := state.engine.error:
+    if state.engine.error:
         await asyncio.to_thread(ahead.stop)
-        raise error
+        raise state.engine.error

@@ -120,6 +120,6 @@ class TestCompanyByXla(CompanyAsServed.TestCase):
 
 def test_the_defaults_of_a_server_are_those_of_the_machine_as_served():
     from engine.inference.config import default_weights
-    from stages.serve.__main__ import ServeFlags
+    from stages.serve.flags import ServeFlags
 
     assert f"{default_weights('cpu')}/{ServeFlags().keys_values}" == AS_SERVED

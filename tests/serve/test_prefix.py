@@ -13,8 +13,8 @@ from browser import Visit
 from line import Line
 from tiny_server import TinyServer, ask, good, refused
 
-from stages.serve.__main__ import _root_path
 from stages.serve.api.app import ROUTES
+from stages.serve.flags import _root_path
 
 ROOT, KEY = "/llm", "secret"
 OPEN = ("/", "/live", "/health")

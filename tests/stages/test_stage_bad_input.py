@@ -19,7 +19,7 @@ from stages.export import ExportFlags
 from stages.finetune.flags import FinetuneFlags
 from stages.generate import GenerateFlags
 from stages.reinforce.flags import ReinforceFlags
-from stages.serve.__main__ import ServeFlags
+from stages.serve.flags import ServeFlags
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
 
