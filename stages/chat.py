@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +84,8 @@ def chat(flags: ChatFlags) -> int:
     from engine.text.documents import Documents
     from engine.text.template import read_template
 
-    notes, terminal = Console(sys.stderr), sys.stdin.isatty()
+    notes = Console(sys.stderr)
+    terminal = sys.stdin.isatty()
     chatty = terminal or flags.verbose
     template = read_template(flags.template)
     documents = Documents(flags.documents) if flags.documents else None
@@ -93,54 +94,70 @@ def chat(flags: ChatFlags) -> int:
         model = load_model(flags.model, report=report, blocks={} if has_kernel() and not flags.adapter else None)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
-    params, model = prepare_params(model.cfg, params), dataclasses.replace(model, params=None)  # weights once
+    params = prepare_params(model.cfg, params)
+    model = dataclasses.replace(model, params=None)  # weights once
     tokenizer = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
     session = ChatSession(model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "", documents)
-    notes.print_notes(documents.note if documents else None)
+    if documents:
+        notes.print_notes(documents.note)
     if chatty:
         before = digest(params)
-        adapters = f" with {join_words([*map(str, flags.adapter)])}" if flags.adapter else ""
-        notes.print_rows(
-            [
-                ("model", f"{model}{adapters}"),
-                ("file", describe_kinds(model.kinds, params)),
-                ("device", f"{device}{kernels_note()}"),
-                ("template", tokenizer.template_name),
-                ("documents", documents.summary if documents else ""),
-                ("sampling", source),
-                ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
-            ]
-        )
+        served = str(model)
+        if flags.adapter:
+            served += f" with {join_words([*map(str, flags.adapter)])}"
+        rows = [
+            ("model", served),
+            ("file", describe_kinds(model.kinds, params)),
+            ("device", f"{device}{kernels_note()}"),
+            ("template", tokenizer.template_name),
+        ]
+        if documents:
+            rows.append(("documents", documents.summary))
+        rows += [
+            ("sampling", source),
+            ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
+        ]
+        notes.print_rows(rows)
     with notes.task("compiling", always=terminal):
         session.warm()
     if terminal:
         notes.print("Type to talk. /clear begins anew, /system TEXT says how to answer, /quit or Ctrl-D leaves.\n", "dim")
     try:
-        for line in _typed_lines(notes) if terminal else _piped_lines():
-            if line.strip() == "/quit":
-                break
-            try:
-                if line.startswith("/") and not line.startswith("//"):
-                    notes.print(f"[{session.execute(line)}]", "dim")
-                elif line.strip():
-                    message = line.removeprefix("/")
-                    if not terminal:  # nobody typed it on this screen
-                        print(f"> {message}", flush=True)
-                    session.reply(message, notes, chatty)
-                    if not terminal:
-                        print(flush=True)
-            except UserError as error:
-                notes.print(f"error: {error}", "red")
-                if not terminal:
-                    return MISTAKE
+        is_whole = _talk(session, notes, terminal, chatty)
     finally:
         tokenizer.close()
+    if not is_whole:
+        return MISTAKE
     if chatty:
         after = digest(params)
-        notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
+        state = "unchanged" if before == after else "CHANGED"
+        notes.print(f"weights {state}: SHA-256 {after[:16]} before and after")
     return 0
+
+
+def _talk(session: "ChatSession", notes: Console, terminal: bool, chatty: bool) -> bool:
+    """Replies to lines until they end, or a turn from a pipe fails. Returns whether none did."""
+    lines = _typed_lines(notes) if terminal else _piped_lines()
+    for line in lines:
+        if line.strip() == "/quit":
+            break
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                notes.print(f"[{session.execute(line)}]", "dim")
+            elif line.strip():
+                message = line.removeprefix("/")
+                if not terminal:  # nobody typed it on this screen
+                    print(f"> {message}", flush=True)
+                session.reply(message, notes, chatty)
+                if not terminal:
+                    print(flush=True)
+        except UserError as error:
+            notes.print(f"error: {error}", "red")
+            if not terminal:
+                return False
+    return True
 
 
 def _typed_lines(notes: Console) -> Iterator[str]:
@@ -152,9 +169,10 @@ def _typed_lines(notes: Console) -> Iterator[str]:
             readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one message; Python turns it off
     begun = ""
     while True:
+        prompt = "... " if begun else "> "
         try:
             with signals.defer_signals("", print, [signal.SIGINT], interrupts=True):
-                line = input("... " if begun else "> ")
+                line = input(prompt)
         except EOFError:
             notes.print()
             return
@@ -180,8 +198,21 @@ def _piped_lines() -> Iterator[str]:
 
 
 @dataclasses.dataclass
+class PrintedAnswer:
+    """A completion as it was printed, and what it took."""
+
+    text: str = ""
+    tokens: int = 0
+    # Why it ended; None if Ctrl-C did.
+    finish_reason: str | None = None
+    # Until the first token, and from it to the end.
+    first_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
 class ChatSession:
-    """A model and the messages so far, as text: no KV cache is kept between turns, each of which prefills all of them again."""
+    """A model and the messages so far, as text: no KV cache is kept between turns, each of which prefills them all."""
 
     cfg: "ModelConfig"
     params: Any
@@ -198,7 +229,8 @@ class ChatSession:
         """Carries out `/clear` or `/system TEXT`, and returns what it did. Raises UserError for another command."""
         name, _, text = command.partition(" ")
         if name == "/clear":
-            self.messages, self.last_tokens = [], 0
+            self.messages = []
+            self.last_tokens = 0
             return "the conversation is forgotten"
         if name == "/system":
             self.system = text.strip()
@@ -212,65 +244,96 @@ class ChatSession:
         """
         from engine.text.documents import prompt_with
 
-        context, ends = self.cfg.context, [{"role": "user", "content": message}]
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        tokenize = lambda turns: self.chat.prompt(turns).tolist()
-        prompt, passages = prompt_with(self.documents, [*system, *self.messages, *ends], self.chat.tokenizer, context, tokenize)
+        def tokenize(turns: Sequence[Any]) -> list[int]:
+            return self.chat.prompt(turns).tolist()
+
+        context = self.cfg.context
+        system = []
+        if self.system:
+            system.append({"role": "system", "content": self.system})
+        question = {"role": "user", "content": message}
+        turns = [*system, *self.messages, question]
+        prompt, passages = prompt_with(self.documents, turns, self.chat.tokenizer, context, tokenize)
         if len(prompt) < context:
             return prompt, passages
         holds = f"tokens and the model's context holds {context:,}"
-        if (alone := len(self.chat.prompt([*system, *ends]))) >= context:
+        alone = len(tokenize([*system, question]))
+        if alone >= context:
             raise UserError(f"This message alone makes {alone:,} {holds}; say it in fewer words.")
         raise UserError(f"The conversation has {len(prompt):,} {holds}: /clear begins a new one.")
 
     def reply(self, message: str, notes: Console, chatty: bool = False) -> None:
         """Prints the completion as it comes, and on `notes` why it ended early, or if `chatty` its cost; adds the turn.
 
-        A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything is printed.
+        A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything
+        is printed.
         """
-        from engine.text.detokenizer import CompletionText
-
         prompt, passages = self.prompt(message)
-        completion, reply, reason = CompletionText(self.chat.tokenizer.stream()), "", None
-        sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
-        begin = first = time.perf_counter()
         signals.set_phase("while an answer was written.")
-        with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
-            for events in self._generate(prompt, sampling):
-                for _, tokens, reason, *_ in events:
-                    first = time.perf_counter() if first == begin else first
-                    text = completion.push(tokens, last=reason is not None)
-                    text = text if reply else text.lstrip()  # a space follows the name that ends a plain template
-                    reply += text
-                    print(text, end="", flush=True)
-                if deferral.received:
-                    break
+        answer = self._print_answer(prompt)
         signals.set_phase("between two turns.")
-        seconds, count = time.perf_counter() - first, completion.tokens
         print(flush=True)
-        if not (reply := reply.rstrip()):
+        reply = answer.text.rstrip()
+        if not reply:
             notes.print("(no answer)", "dim")
             return
         self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
         if passages:
             size = sum(passage.tokens for passage in passages)
             places = join_words([f"{passage.file} ({passage.number})" for passage in passages])
-            cost = duration((first - begin) * size / len(prompt))
-            notes.print(f"[from documents: {places}; {size:,} of the {len(prompt):,} tokens read, about {cost}]", "dim")
+            cost = duration(answer.first_seconds * size / len(prompt))
+            read = f"{size:,} of the {len(prompt):,} tokens read, about {cost}"
+            notes.print(f"[from documents: {places}; {read}]", "dim")
         elif self.documents:
             notes.print("[nothing of the documents fits this question, or the room that is left in the context]", "dim")
-        again = f", {min(self.last_tokens, len(prompt)):,} of them again" if self.last_tokens else ""
-        self.last_tokens = len(prompt) + count
         if chatty:
-            speed = f", {(count - 1) / seconds:,.0f} tokens/s" if count > 1 and seconds > 0 else ""
-            read = f"turn {len(self.messages) // 2}: {len(prompt):,} tokens read{again}"
-            notes.print(f"[{read}; {count:,} written, the first after {duration(first - begin)}{speed}]", "dim")
-        if reason is None:
+            notes.print(f"[{self._cost(len(prompt), answer)}]", "dim")
+        self.last_tokens = len(prompt) + answer.tokens
+        if answer.finish_reason is None:
             notes.print("[stopped]", "dim")
-        if reason == "length":
-            full = self.last_tokens >= self.cfg.context
-            why = "the context is full" if full else f"--max-tokens is {self.sampling.max_tokens:,}"
+        if answer.finish_reason == "length":
+            why = f"--max-tokens is {self.sampling.max_tokens:,}"
+            if self.last_tokens >= self.cfg.context:
+                why = "the context is full"
             notes.print(f"[cut off: {why}]", "yellow")
+
+    def _print_answer(self, prompt: list[int]) -> "PrintedAnswer":
+        """Prints the completion of a prompt as it comes, until Ctrl-C."""
+        from engine.text.detokenizer import CompletionText
+
+        completion = CompletionText(self.chat.tokenizer.stream())
+        sampling = dataclasses.replace(self.sampling, stop_token_ids={*self.eos_ids, *self.chat.eot_ids})
+        answer = PrintedAnswer()
+        begin = time.perf_counter()
+        first = begin
+        with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
+            for events in self._generate(prompt, sampling):
+                for event in events:
+                    if first == begin:
+                        first = time.perf_counter()
+                    answer.finish_reason = event.finish_reason
+                    text = completion.push(event.tokens, last=event.finish_reason is not None)
+                    if not answer.text:
+                        text = text.lstrip()  # a space follows the name that ends a plain template
+                    answer.text += text
+                    print(text, end="", flush=True)
+                if deferral.received:
+                    break
+        answer.tokens = completion.tokens
+        answer.first_seconds = first - begin
+        answer.seconds = time.perf_counter() - first
+        return answer
+
+    def _cost(self, prompt_tokens: int, answer: "PrintedAnswer") -> str:
+        """Returns what a turn has taken, where `last_tokens` is still of the turn before."""
+        again = ""
+        if self.last_tokens:
+            again = f", {min(self.last_tokens, prompt_tokens):,} of them again"
+        speed = ""
+        if answer.tokens > 1 and answer.seconds > 0:
+            speed = f", {(answer.tokens - 1) / answer.seconds:,.0f} tokens/s"
+        read = f"turn {len(self.messages) // 2}: {prompt_tokens:,} tokens read{again}"
+        return f"{read}; {answer.tokens:,} written, the first after {duration(answer.first_seconds)}{speed}"
 
     def warm(self) -> None:
         with contextlib.suppress(UserError):  # the system message fills the context: each turn says so

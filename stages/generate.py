@@ -9,6 +9,7 @@ Text goes to standard output, everything else to standard error.
 
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -74,54 +75,73 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     mesh = layout.current_mesh()
     with host_memory(mesh is not None):
         blocks: dict[str, Any] | None = {} if has_kernel() else None  # of a file, which stay as they are
-        model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
+        check = functools.partial(layout.check_inference, mesh=mesh)
+        model = load_model(flags.model, on_config=check, blocks=blocks)
     notes.print_notes(*model.notes)
-    text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input") if flags.prompt == "-" else flags.prompt
+    text = flags.prompt
+    if text == "-":
+        text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input")
     prompt = (*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist())
     with host_memory(mesh is not None):
         params = prepare_params(model.cfg, model.params, mesh is None)
-    params, model = layout.place(params), dataclasses.replace(model, params=None)  # weights once
+    params = layout.place(params)
+    model = dataclasses.replace(model, params=None)  # weights once
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
     before = digest(params) if flags.verbose else ""
     settings = [("file", describe_kinds(model.kinds, params)), ("sampling", source)]
     if before:
-        settings += [("device", f"{device}{kernels_note()}"), ("model", str(model)), ("weights", f"SHA-256 {before[:16]}")]
+        settings += [
+            ("device", f"{device}{kernels_note()}"),
+            ("model", str(model)),
+            ("weights", f"SHA-256 {before[:16]}"),
+        ]
     notes.print_rows(settings)
 
     begin = time.perf_counter()
     compiles = CompileCounter()
     printer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
     # The capacity is one of few, so that another prompt compiles nothing.
-    capacity = min(model.cfg.context, -(-(len(prompt) + sampling.max_tokens) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
+    multiples = math.ceil((len(prompt) + sampling.max_tokens) / CAPACITY_MULTIPLE)
+    capacity = min(model.cfg.context, multiples * CAPACITY_MULTIPLE)
     engine = Engine(model.cfg, params, EngineConfig.for_prompts(model.cfg, [prompt] * flags.count, capacity))
     engine.runner.begin_compiling()
     requests = [Request(prompt, row.within(capacity - len(prompt))) for row in sampling.per_row(flags.count)]
     rows = {engine.submit(request): index for index, request in enumerate(requests)}
-    first = settled = last = begin
-    early = total = 0
-    cut, begun = "", set[int]()
+    first = begin  # when the first token came
+    last = begin  # when the last one did
+    total = 0  # tokens
+    settled = begin  # when each program had run
+    early = 0  # tokens until then
+    cut = ""
+    begun: set[int] = set()
     while engine.busy:
         is_settled = len(begun) == flags.count  # each program has run: nothing may compile any more
-        for id, tokens, finish_reason, *_ in engine.step():
+        for event in engine.step():
             last = time.perf_counter()
-            first = last if first == begin else first
-            begun.add(id)
-            length = printer.write(rows[id], tokens, finish_reason)
-            total += len(tokens)
-            if finish_reason == "length" and length < sampling.max_tokens and len(prompt) + length >= model.cfg.context:
+            if first == begin:
+                first = last
+            begun.add(event.id)
+            length = printer.write(rows[event.id], event.tokens, event.finish_reason)
+            total += len(event.tokens)
+            is_cut = event.finish_reason == "length" and length < sampling.max_tokens
+            if is_cut and len(prompt) + length >= model.cfg.context:
                 cut = f"; the context of {model.cfg.context} tokens is full"
         if not is_settled:
-            settled, early = last, total
+            settled = last
+            early = total
             compiles.reset()
-    speed = f"{(total - early) / (last - settled):,.0f} tokens/s, " if last > settled else ""
+    speed = ""
+    if last > settled:
+        speed = f"{(total - early) / (last - settled):,.0f} tokens/s, "
     notes.print(
         f"\n{total:,} tokens, the first {duration(first - begin)} after the prompt and "
         f"{duration(first - command.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
     )
     if before:
         after = digest(params)
-        notes.print(f"weights {'unchanged' if before == after else 'CHANGED'}: SHA-256 {after[:16]} before and after")
+        state = "unchanged" if before == after else "CHANGED"
+        notes.print(f"weights {state}: SHA-256 {after[:16]} before and after")
 
 
 class ContinuationPrinter:
@@ -135,7 +155,8 @@ class ContinuationPrinter:
 
     def write(self, index: int, tokens: Sequence[int], finish_reason: str | None) -> int:
         """Prints the text that is next, and returns how many tokens this continuation has."""
-        completion, count = self.completions[index], len(self.completions)
+        completion = self.completions[index]
+        count = len(self.completions)
         self.waiting[index] += completion.push(tokens, last=finish_reason is not None)
         self.is_complete[index] = finish_reason is not None
         text = ""
@@ -145,7 +166,9 @@ class ContinuationPrinter:
             if not self.is_complete[self.current]:
                 break
             self.current += 1
-            text += "\n" if self.current == count else f"\n\n--- {self.current + 1} of {count}\n"
+            text += "\n"
+            if self.current < count:
+                text += f"\n--- {self.current + 1} of {count}\n"
         print(text, end="", flush=True)
         return completion.tokens
 
