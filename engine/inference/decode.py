@@ -22,9 +22,9 @@ from engine.model.config import ModelConfig
 from engine.model.ops import platform
 from engine.model.paths import map_paths
 from engine.model.transformer import KVCache, Params, forward, hidden_states, logits_of, make_cache
-from engine.model.weights.int8 import Int8, store_transposed
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import cast_matrices, join_projections
+from engine.model.weights.plain import as_weight
 
 CHUNK = 64  # prompt tokens a prefill call
 
@@ -42,8 +42,8 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
         return np.asarray(leaf) if is_here and leaf.ndim == 2 and leaf.dtype != cfg.dtype else leaf
 
     def lay_out(_: str, leaf: Any) -> Any:
-        if transposes and isinstance(leaf, Int8) and leaf.activations != "full":
-            return store_transposed(leaf)
+        if transposes:
+            leaf = as_weight(leaf).for_cpu()
         return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     def prepare(tree: Params, joins: bool = False) -> Params:

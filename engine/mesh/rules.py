@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from engine.mesh.shape import AXES
+
 # A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
 LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|packed|scale|a|b))?")
 
@@ -36,6 +38,12 @@ def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
         raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
     thin = {"a": P(("tensor", "fsdp"), None), "b": P(None, ("tensor", "fsdp"))}  # their long axis over all that cut the matrix
     return fitting_spec(thin.get(match["part"], spec), shape, sizes)
+
+
+def tensor_axes(path: str) -> tuple[str | None, ...]:
+    """Returns the axes that still cut a parameter, of all its axes, once it is gathered along `fsdp`: `tensor`, or none."""
+    spec = leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
+    return tuple("tensor" if axis == "tensor" else None for axis in spec)
 
 
 def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:

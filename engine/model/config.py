@@ -87,6 +87,11 @@ class ModelConfig:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
+    def head_path(self) -> str:
+        """The path of the matrix that makes logits: (D, V), or the embedding (V, D) where the two are tied."""
+        return "embed" if self.tied else "head"
+
+    @property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """The shape (in, out) of each matrix of a block, in the order of the forward pass."""
         D, F, queries, keys = self.width, self.ff, self.heads * self.head_dim, self.kv_heads * self.head_dim

@@ -10,8 +10,7 @@ from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
-from engine.model.weights.blocks import Blocks
-from engine.model.weights.int8 import Int8
+from engine.model.weights.plain import as_weight
 
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
 ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
@@ -34,7 +33,7 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | Non
         losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
     else:
         rows = layout.spread_rows(layout.spread_rows(hidden).reshape(-1, cfg.width)), targets.reshape(-1)
-        head = layout.replicate(head_weight(cfg, params))
+        head = layout.replicate(params[cfg.head_path])
         with jax.named_scope("head"):
             losses = row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
@@ -62,13 +61,7 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
 
 def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
     """Whether the head is frozen, by its type: trained weights are float32."""
-    matrix = head_weight(cfg, params)
-    return isinstance(matrix, Int8 | Blocks) or matrix.dtype != jnp.float32
-
-
-def head_weight(cfg: ModelConfig, params: Params) -> Array | Int8 | Blocks:
-    """Returns the matrix of the head: (D, V), or the embedding (V, D) where the two are tied."""
-    return params["embed" if cfg.tied else "head"]
+    return as_weight(params[cfg.head_path]).kind != "float32"
 
 
 def token_losses(logits: Array, targets: Array) -> Array:

@@ -16,15 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.mesh import layout
-from engine.model import backward
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED
 from engine.model.paths import Params
-from engine.model.weights import int8
-from engine.model.weights.blocks import Blocks, block_matmul
-from engine.model.weights.int8 import Int8
-from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import project
+from engine.model.weights.plain import as_weight
 
 COLUMNS = 8192  # of an int8 head that are widened at once
 CHUNK = 4096  # columns of the vocabulary a chunk
@@ -38,11 +34,12 @@ class _Columns(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def row_losses(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
+def row_losses(weight: Any, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
     """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time on a device."""
+    head = as_weight(weight, axis=int(not tied))
     losses = []
     for rows, labels in _parts(size, hidden, targets):
-        pieces = _logits(weight, rows, tied)
+        pieces = _logits(head, rows)
         losses.append(_normalizer(pieces) - _picked(pieces, labels))
     return layout.join(losses, layout.spread_shards(len(hidden)))
 
@@ -66,17 +63,16 @@ def _picked(pieces: list[_Columns], targets: Array) -> Array:
     return picked
 
 
-def _logits(weight: Any, x: Array, tied: bool) -> list[_Columns]:
-    if isinstance(weight, Blocks):
-        return [_Columns(0, block_matmul(x, weight, jnp.float32))]
-    if not isinstance(weight, Int8):
-        return [_Columns(0, (backward.matmul_rows if tied else backward.matmul)(x, weight, jnp.float32))]
+def _logits(head: Any, x: Array) -> list[_Columns]:
+    starts = head.column_starts(COLUMNS)
+    if not starts:
+        return [_Columns(0, head.times(x, jnp.float32))]
     pieces: list[_Columns] = []
-    for start in range(0, len(weight.scale), COLUMNS):
+    for start in starts:
         # One after the other: held by tests/laws/test_barriers.py, as are the barriers of `_head_backward` and `_forward`.
-        weight, x, _ = jax.lax.optimization_barrier((weight, x, pieces[-1:]))
-        part = int8.slice_columns(weight, start, start + COLUMNS)
-        pieces.append(_Columns(start, int8.int8_matmul(x, part, jnp.float32)))
+        head, x, _ = jax.lax.optimization_barrier((head, x, pieces[-1:]))
+        part = head.column_piece(start, start + COLUMNS)
+        pieces.append(_Columns(start, part.times(x, jnp.float32)))
     return pieces
 
 
@@ -87,39 +83,39 @@ def _slope(pieces: list[_Columns], targets: Array) -> list[_Columns]:
     return [_Columns(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
 
 
-def _head_backward(weight: Any, rows: Array, slopes: list[_Columns], tied: bool) -> tuple[Array, Array | None]:
-    """Returns the gradients of rows and weight for the gradient of the logits."""
-    if not isinstance(weight, Int8):
-        rule = backward.matmul_rows_backward if tied else backward.matmul_backward
-        return rule(jnp.float32, (rows, weight), slopes[0].values)
+def _head_backward(head: Any, rows: Array, slopes: list[_Columns]) -> tuple[Array, Array | None]:
+    """Returns the gradients of rows and head for the gradient of the logits."""
+    if not head.column_starts(COLUMNS):
+        return head.gradients(rows, slopes[0].values)
     total = jnp.zeros(rows.shape)
     for start, g in slopes:
-        weight, total = jax.lax.optimization_barrier((weight, total))
-        part = int8.slice_columns(weight, start, start + COLUMNS)
-        total = total + int8.widened_backward(jnp.float32, (part, jnp.zeros((), rows.dtype)), g)[0]
+        head, total = jax.lax.optimization_barrier((head, total))
+        total = total + head.column_piece(start, start + COLUMNS).gradients(rows, g)[0]
     return total.astype(rows.dtype), None
 
 
-def _forward(weight: Array | Int8, hidden: Array, targets: Array, tied: bool, size: int):
+def _forward(weight: Any, hidden: Array, targets: Array, tied: bool, size: int):
+    head = as_weight(weight, axis=int(not tied))
     losses: list[Array] = []
     slopes: list[Array] = []
     for rows, labels in _parts(size, hidden, targets):
         if slopes:  # one part after another, or all logits might exist at once
             rows = jax.lax.optimization_barrier((rows, slopes[-1]))[0]
-        pieces = _logits(weight, rows, tied)
+        pieces = _logits(head, rows)
         losses.append(_normalizer(pieces) - _picked(pieces, labels))
-        slopes.append(_head_backward(weight, rows, _slope(pieces, labels), tied)[0])
+        slopes.append(_head_backward(head, rows, _slope(pieces, labels))[0])
     groups = layout.spread_shards(len(hidden))
     return layout.join(losses, groups), (weight, hidden, targets, layout.join(slopes, groups))
 
 
-def _backward(tied: bool, size: int, residuals: tuple[Array | Int8, Array, Array, Array], g: Array):
+def _backward(tied: bool, size: int, residuals: tuple[Any, Array, Array, Array], g: Array):
     weight, hidden, targets, slope = residuals
+    head = as_weight(weight, axis=int(not tied))
     # XLA drops this loop unless the head trains.
     dweight: Array | None = None
     for rows, labels, count in _parts(size, hidden, targets, g):
-        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(weight, rows, tied), labels)]
-        part = _head_backward(weight, rows, counted, tied)[1]
+        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(head, rows), labels)]
+        part = _head_backward(head, rows, counted)[1]
         dweight = part if dweight is None or part is None else dweight + part
     return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
 
@@ -135,7 +131,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     """
     B, T, D = hidden.shape
     hidden, targets = layout.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
-    columns = to_dense(params["embed"]).T if cfg.tied else to_dense(params["head"])
+    columns = as_weight(params["embed"]).dense().T if cfg.tied else as_weight(params["head"]).dense()
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
     chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)

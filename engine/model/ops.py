@@ -152,3 +152,13 @@ def transpose(x: Array) -> Array:
         return x.swapaxes(-1, -2)
     x = jax.lax.optimization_barrier(x).swapaxes(-1, -2)
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def over_rows(x: Array, multiply: Callable[[Array], Array]) -> Array:
+    """Returns multiply(rows (M, in)) for x (..., in), as (..., out); a lone row is doubled where a product needs that."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) == 1 and ops().pads_lone_row:
+        out = multiply(jnp.concatenate([rows, rows]))[:1]
+    else:
+        out = multiply(rows)
+    return out.reshape(*x.shape[:-1], out.shape[-1])

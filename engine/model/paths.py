@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 
-Params = dict[str, Any]  # nested; a leaf is an Array, Int8, Blocks or LoRA
+from engine.model.weights.weight import TrainingForm, Weight
+
+Params = dict[str, Any]  # nested; a leaf is an Array, or a Weight of another kind
 
 
 def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -58,21 +60,30 @@ def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
 
 
 def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
-    part = lambda inside: unflatten({path: leaf for path, leaf in leaf_paths(params).items() if (path in chosen) == inside})
-    return part(True), part(False)
+    """Returns the leaves at the chosen paths, and all others."""
+    inside: dict[str, Any] = {}
+    outside: dict[str, Any] = {}
+    for path, leaf in leaf_paths(params).items():
+        part = inside if path in chosen else outside
+        part[path] = leaf
+    return unflatten(inside), unflatten(outside)
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """Merges two trees into one. A trainable adapter goes on the frozen weight of its path; a `Rounding` there rounds the
-    weight, and Blocks take it as their factors.
+    """Merges two trees into one: the inverse of `split`.
 
-    Raises ValueError for two weights at one path.
+    Where both have a leaf, an adapter that trains goes on the frozen weight, and numbers that train become the weight that the
+    frozen TrainingForm makes of them. Raises ValueError for two weights at one path.
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():
-        if hasattr(leaves.get(path), "of") and not hasattr(leaf, "on"):
-            leaf = leaves.pop(path).of(leaf)
-        if path in leaves and not hasattr(leaf, "on"):
-            raise ValueError(f"Both trees hold a weight at {path!r}.")
-        leaves[path] = leaf.on(leaves[path]) if path in leaves else leaf
+        leaves[path] = _over(path, leaf, leaves[path]) if path in leaves else leaf
     return unflatten(leaves)
+
+
+def _over(path: str, trained: Any, frozen: Any) -> Any:
+    if isinstance(trained, Weight):
+        return trained.on(frozen)
+    if isinstance(frozen, TrainingForm):
+        return frozen.weight_of(trained)
+    raise ValueError(f"Both trees hold a weight at {path!r}.")

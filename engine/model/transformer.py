@@ -10,8 +10,7 @@ from jax import Array
 from engine.model import backward
 from engine.model.config import ModelConfig
 from engine.model.paths import Params
-from engine.model.weights.matmul import multiply_by_kernel, project, unembed
-from engine.model.weights.stacked_lora import fuses_norm_or_swiglu
+from engine.model.weights.plain import as_weight
 
 
 class KVCache(NamedTuple):
@@ -58,10 +57,7 @@ def forward(
     `length` does not change.
     """
     x, cache = _apply(cfg, params, tokens, positions, cache, segments)
-    head = params["embed" if cfg.tied else "head"]
-    if fuses_norm_or_swiglu(x, head):
-        return multiply_by_kernel(x, head, jnp.float32, gain=params["norm"], eps=cfg.eps), cache
-    return logits_of(cfg, params, _normalise(cfg, params, x)), cache
+    return _norm_and_logits(cfg, params, x), cache
 
 
 def hidden_states(
@@ -82,9 +78,18 @@ def _normalise(cfg: ModelConfig, params: Params, x: Array) -> Array:
     return backward.rms_norm(x, params["norm"], cfg.eps, jnp.dtype(cfg.dtype))
 
 
+def _norm_and_logits(cfg: ModelConfig, params: Params, x: Array) -> Array:
+    head = _head(cfg, params)
+    if head.fuses(x):
+        return head.times_fused(x, jnp.float32, params["norm"], cfg.eps)
+    return logits_of(cfg, params, _normalise(cfg, params, x))
+
+
+def _head(cfg: ModelConfig, params: Params) -> Any:
+    return as_weight(params[cfg.head_path], axis=int(not cfg.tied))
+
+
 def logits_of(cfg: ModelConfig, params: Params, hidden: Array) -> Array:
     """hidden (..., D) -> logits (..., V) float32, by the head, tied or not."""
     with jax.named_scope("head"):
-        if cfg.tied:
-            return unembed(hidden, params["embed"], jnp.float32)
-        return project(hidden, params["head"], jnp.float32)
+        return _head(cfg, params).times(hidden, jnp.float32)

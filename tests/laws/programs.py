@@ -296,8 +296,8 @@ WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
     "round to blocks": lambda cfg: Program(round_to_blocks, (shape_of(jnp.float32, GROUP, cfg.ff), "Q4_1")),
     "factors to train": lambda cfg: Program(factors_to_train, (blocks_shape(cfg),)),
     "with factors": lambda cfg: Program(with_factors, (blocks_shape(cfg), factors_shape(cfg))),
-    "Blocks.of": lambda cfg: Program(Blocks.of, (blocks_shape(cfg), factors_shape(cfg))),
-    "Rounding.of": lambda cfg: Program(Rounding.of, (Rounding("Q4_0", 1), shape_of(jnp.float32, GROUP, cfg.ff))),
+    "Blocks.weight_of": lambda cfg: Program(Blocks.weight_of, (blocks_shape(cfg), factors_shape(cfg))),
+    "Rounding.weight_of": lambda cfg: Program(Rounding.weight_of, (Rounding("Q4_0", 1), shape_of(jnp.float32, GROUP, cfg.ff))),
     "scatter": lambda cfg: Program(
         segmented._scatter,  # noqa: SLF001
         (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2)),

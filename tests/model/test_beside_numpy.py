@@ -18,7 +18,8 @@ from engine.model.config import LoraConfig, ModelConfig, RopeScaling
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.weights.int8 import Int8, dequantize, quantize
 from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import project, project_each, unembed
+from engine.model.weights.matmul import project, project_each
+from engine.model.weights.plain import Plain
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
 
@@ -89,9 +90,15 @@ def test_project_each(dtype):
     compare(lambda x, *weights: list(project_each(x, weights, dtype)), each, gradients, arguments, dtype)
 
 
+def by_tied_head(x, embed, dtype):
+    return Plain(embed, axis=0).times(x, dtype)
+
+
 @DTYPES
 @pytest.mark.parametrize("rows", [1, B * T])
-@pytest.mark.parametrize("multiply", [layers.matmul_rows, backward.matmul_rows, unembed], ids=["layers", "backward", "any"])
+@pytest.mark.parametrize(
+    "multiply", [layers.matmul_rows, backward.matmul_rows, by_tied_head], ids=["layers", "backward", "any"]
+)
 def test_matmul_rows(multiply, dtype, rows):
     def gradients(dy, x, embed):
         dx, dweight = by_hand.project_backward(dy, x, embed.T)

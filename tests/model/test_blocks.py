@@ -27,7 +27,7 @@ from engine.model.weights.blocks import (
     with_factors,
 )
 from engine.model.weights.lora import to_dense
-from engine.model.weights.matmul import lookup, norm_and_project, swiglu_and_project, unembed
+from engine.model.weights.matmul import lookup, norm_and_project, swiglu_and_project
 
 WIDTHS = [(32, 5), (64, 16), (160, 70), (576, 701)]  # one block and several; whole strips of columns and others; several parts
 F32 = jnp.dtype("float32")
@@ -199,7 +199,7 @@ def test_a_weight_is_rounded_to_the_nearest_of_its_blocks(kind, axis):
     again = round_to_blocks(dense_blocks(leaf), kind, axis)
     np.testing.assert_array_equal(again.packed, leaf.packed)
     weight = jnp.asarray(rows.T if axis else rows, jnp.float32)
-    in_training, backward = jax.vjp(Rounding(kind, axis).of, weight)
+    in_training, backward = jax.vjp(Rounding(kind, axis).weight_of, weight)
     np.testing.assert_array_equal(in_training, dense_blocks(leaf))
     np.testing.assert_array_equal(backward(weight)[0], weight)
 
@@ -211,18 +211,18 @@ def test_factors_train_and_integers_stay(kind, axis):
     leaf = round_to_blocks(normal(0, *((96, 70) if axis else (70, 96))), kind, axis)
     begun = factors_to_train(leaf)
     assert begun.shape == (5, 3, 2 if kind == "Q4_1" else 1, 16)
-    np.testing.assert_array_equal(leaf.of(begun), dense_blocks(leaf))
+    np.testing.assert_array_equal(leaf.weight_of(begun), dense_blocks(leaf))
     np.testing.assert_array_equal(with_factors(leaf, begun).packed, leaf.packed)
     trained = begun + 0.01 * normal(1, *begun.shape)
-    served, values, end = with_factors(leaf, trained), leaf.of(trained), -32 * begun.shape[2]
+    served, values, end = with_factors(leaf, trained), leaf.weight_of(trained), -32 * begun.shape[2]
     np.testing.assert_array_equal(values, dense_blocks(served))
     np.testing.assert_array_equal(served.packed[..., :end], leaf.packed[..., :end])
     assert (served.packed[..., end:] != leaf.packed[..., end:]).any()
     # A number of Q4_1 is 2 (quarter (n - 8) / 4 / 2 + half the center): without the rounding it is linear in both.
     g = normal(2, *values.shape)
-    linear = jax.vjp(leaf.of, trained)[1](g)[0]
+    linear = jax.vjp(leaf.weight_of, trained)[1](g)[0]
     step = jnp.zeros_like(trained).at[2, 1, :, 5].set(0.5)  # of the second block of output 37
-    moved = leaf.of(trained + step) - values
+    moved = leaf.weight_of(trained + step) - values
     assert jnp.sum(moved * g) == pytest.approx(float(jnp.sum(linear * step)), rel=2e-2)
 
 
@@ -234,5 +234,5 @@ def test_a_tied_head_looks_up_the_rows_that_it_multiplies_by(kind):
     np.testing.assert_array_equal(to_dense(leaf), matrix)
     np.testing.assert_array_equal(lookup(leaf, rows), matrix[np.asarray(rows)])
     x = normal(0, 3, 64)
-    assert_near(unembed(x, leaf, F32), np.asarray(round_groups(x)) @ matrix.T, 1e-5)
+    assert_near(leaf.times(x, F32), np.asarray(round_groups(x)) @ matrix.T, 1e-5)
     np.testing.assert_array_equal(dense_blocks(weight(2, kind, (64, 53))), matrix.T)

@@ -17,8 +17,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model.native.library import target
-from engine.model.ops import has_kernel
+from engine.model.ops import has_kernel, over_rows
 from engine.model.paths import leaf_paths
+from engine.model.weights.weight import TrainingForm, Weight
 
 COLUMNS, GROUP = 16, 32  # that lie side by side, and inputs of a block
 KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
@@ -31,7 +32,7 @@ UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's ran
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class Blocks(Weight, TrainingForm):
     """packed (out / 16, in / 32, bytes of 16 blocks) uint8, as native/block_matmul.c reads it: a weight with `columns` outputs.
 
     `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose a tied head multiplies.
@@ -50,10 +51,34 @@ class Blocks:
     def kind(self) -> str:
         return next(kind for kind, size in KINDS.items() if size == self.packed.shape[2])
 
+    def dense(self, dtype: DTypeLike | None = None) -> Array:
+        return dense_blocks(self)
+
+    def times(self, x: Array, dtype: DTypeLike) -> Array:
+        return over_rows(x, lambda rows: block_matmul(rows, self, dtype))
+
+    def cast(self, dtype: DTypeLike) -> "Blocks":
+        return self
+
+    def rows(self, tokens: Array) -> Array:
+        return lookup_blocks(self, tokens)
+
     @jax.jit
-    def of(self, trained: Array) -> Array:
+    def weight_of(self, trained: Array) -> Array:
         """Returns the matrix, float32, with what `factors_to_train` gave, trained since, for its own factors."""
         return dense_blocks(self, _round_factors(trained, self.kind))
+
+    def fuses(self, x: Array) -> bool:
+        return has_kernel()
+
+    def times_fused(
+        self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
+    ) -> Array:
+        out = block_matmul(x.reshape(-1, x.shape[-1]), self, dtype, pairs, gain, eps)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def beside(self, others: Sequence["Blocks"]) -> "Blocks | None":
+        return join_blocks([self, *others])
 
 
 def has_only_blocks(params: Any) -> bool:
@@ -131,18 +156,21 @@ def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["kind", "axis"])
 @dataclasses.dataclass(frozen=True)
-class Rounding:
+class Rounding(TrainingForm):
     """Stands among the frozen weights where a weight trains that will be served in blocks: `paths.merge` rounds it."""
 
     kind: str
     axis: int
 
     @jax.jit
-    def of(self, weight: Array) -> Array:
+    def weight_of(self, trained: Array) -> Array:
         """Returns the numbers of a weight's Blocks, float32."""
-        numbers, (scale, *minimum) = nearest(weight, self.kind, self.axis)
+        numbers, (scale, *minimum) = nearest(trained, self.kind, self.axis)
         values = sum((least.astype(jnp.float32) for least in minimum), numbers * scale.astype(jnp.float32))
-        return _straight_through(values.reshape(weight.shape), weight)
+        return _straight_through(values.reshape(trained.shape), trained)
+
+    def cast(self, dtype: DTypeLike) -> "Rounding":
+        return self
 
 
 def _straight_through(values: Array, x: Array) -> Array:

@@ -12,6 +12,7 @@ It is a frozen base in training, and what inference has where no kernel in C mul
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,9 +22,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from engine.errors import UserError
+from engine.mesh import layout
+from engine.mesh.rules import tensor_axes
 from engine.model.config import JOINED, MATRICES
+from engine.model.ops import over_rows
 from engine.model.paths import Params, map_paths
 from engine.model.weights.blocks import Blocks
+from engine.model.weights.weight import Weight
 
 Activations = Literal["int8", "int16", "full"]
 FINE = 254  # steps of x's second digit in one of the first
@@ -38,7 +43,7 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
     meta_fields=["activations", "axis", "transposed", "gathered"],
 )
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(Weight):
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
     The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied head
@@ -53,6 +58,8 @@ class Int8:
     transposed: bool = False
     gathered: P | None = None
 
+    merges_late = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape[::-1] if self.transposed else self.values.shape
@@ -61,6 +68,50 @@ class Int8:
     def contracting_axis(self) -> int:
         """The axis of `values` that a product sums over; it has no scale."""
         return self.axis if self.transposed else 1 - self.axis
+
+    @property
+    def kind(self) -> str:
+        return "int8"
+
+    def dense(self, dtype: DTypeLike | None = None) -> Array:
+        return dequantize(self)
+
+    def times(self, x: Array, dtype: DTypeLike) -> Array:
+        return over_rows(x, lambda rows: int8_matmul(rows, self, dtype))
+
+    def cast(self, dtype: DTypeLike) -> "Int8":
+        return self
+
+    def rows(self, tokens: Array) -> Array:
+        return lookup_rows(self, tokens)
+
+    def column_starts(self, size: int) -> list[int]:
+        """Of "full" all columns, once widened, are larger than their logits."""
+        return list(range(0, len(self.scale), size))
+
+    def column_piece(self, start: int, stop: int) -> "Int8":
+        return slice_columns(self, start, stop)
+
+    def gradients(self, x: Array, g: Array) -> tuple[Array, None]:
+        return widened_backward(jnp.float32, (self, jnp.zeros((), x.dtype)), g)
+
+    @property
+    def can_be_merged(self) -> bool:
+        return self.activations == "full"
+
+    def on_mesh(self, path: str) -> "Int8":
+        """Integers are cut until a product reads them, or a loop would hold what forward gathered for backward."""
+        values = layout.pin({path: self.values})[path]
+        return dataclasses.replace(self, values=values, gathered=P(*tensor_axes(path)))
+
+    def beside(self, others: Sequence["Int8"]) -> "Int8 | None":
+        if len({jax.tree.structure(weight) for weight in (self, *others)}) > 1:
+            return None
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), self, *others)
+
+    def for_cpu(self) -> "Int8":
+        """Widened integers stay as they are."""
+        return self if self.activations == "full" else store_transposed(self)
 
 
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:

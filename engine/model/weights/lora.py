@@ -19,27 +19,27 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from engine.errors import UserError
-from engine.mesh import layout
-from engine.mesh.rules import leaf_spec
-from engine.mesh.shape import AXES
+from engine.mesh.rules import tensor_axes
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import Params, map_paths, unflatten
-from engine.model.weights.blocks import Blocks, dense_blocks
-from engine.model.weights.int8 import Int8, dequantize
+from engine.model.weights.plain import Plain, as_weight
+from engine.model.weights.weight import Weight
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"])
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Weight):
     """The weight base + scale * a b, with a (in, R) and b (R, out).
 
-    base (in, out): an Array, an Int8, another LoRA (adapters add up), or None for an adapter as it is trained and saved.
+    base (in, out): an Array, another weight, a LoRA too (adapters add up), or None for an adapter as it is trained and saved.
     """
 
     base: Any
     a: Array
     b: Array
     scale: float
+
+    merges_late = True
 
     def on(self, base: Any) -> "LoRA":
         """Returns this adapter on a base. Raises ValueError when it has one, or shapes do not fit."""
@@ -54,6 +54,46 @@ class LoRA:
     @property
     def rank(self) -> int:
         return self.b.shape[0]
+
+    @property
+    def kind(self) -> str:
+        return as_weight(self.base).kind
+
+    def dense(self, dtype: DTypeLike | None = None) -> Array:
+        """Returns base and adapter merged in `dtype` or that of the base."""
+        base = as_weight(self.base).dense(dtype)
+        b = self.b.astype(jnp.float32) * -self.scale
+        # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0 changes nothing.
+        less = jnp.dot(self.a.astype(jnp.float32), b, precision=jax.lax.Precision.HIGHEST)
+        return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
+
+    def times(self, x: Array, dtype: DTypeLike) -> Array:
+        """The base gets no gradient. Many rows are multiplied by the merged weight: `matmul.project`."""
+        whole = as_weight(jax.lax.stop_gradient(self.base)).times(x, dtype)
+        inner = Plain(self.a).times(x, x.dtype)
+        return whole - Plain(self.b * -self.scale).times(inner, dtype)  # subtracted as in `dense`
+
+    def cast(self, dtype: DTypeLike) -> "LoRA":
+        base = None if self.base is None else as_weight(self.base).cast(dtype)
+        return dataclasses.replace(self, base=base, a=self.a.astype(dtype), b=self.b.astype(dtype))
+
+    @property
+    def can_be_merged(self) -> bool:
+        return as_weight(self.base).can_be_merged
+
+    def merged(self, dtype: DTypeLike) -> Array:
+        """Returns base + scale a b, added up in float32, in `dtype`; the pair is multiplied in `dtype`."""
+        base = as_weight(self.base).dense()
+        b = (self.b * -self.scale).astype(dtype)
+        less = jnp.dot(self.a.astype(dtype), b, preferred_element_type=dtype)  # subtracted as in `dense`
+        return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
+
+    def on_mesh(self, path: str) -> "LoRA":
+        """If each product gathered its pair, XLA would exchange slices of it with the merged weights."""
+        rows, columns = tensor_axes(path)
+        a = jax.lax.with_sharding_constraint(self.a, P(rows, None))
+        b = jax.lax.with_sharding_constraint(self.b, P(None, columns))
+        return dataclasses.replace(self, a=a, b=b, base=as_weight(self.base).on_mesh(path))
 
 
 def make_adapter(key: Array, shape: tuple[int, int], rank: int, alpha: float) -> LoRA:
@@ -82,17 +122,8 @@ def innermost_base(weight: Any) -> Any:
 
 
 def to_dense(weight: Any, dtype: DTypeLike | None = None) -> Array:
-    """Returns a weight as one Array: Int8 and Blocks dequantized to float32, adapters merged in `dtype` or their base's."""
-    if isinstance(weight, Int8):
-        return dequantize(weight)
-    if isinstance(weight, Blocks):
-        return dense_blocks(weight)
-    if not isinstance(weight, LoRA):
-        return weight
-    base, b = to_dense(weight.base, dtype), weight.b.astype(jnp.float32) * -weight.scale
-    # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0 changes nothing.
-    less = jnp.dot(weight.a.astype(jnp.float32), b, precision=jax.lax.Precision.HIGHEST)
-    return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
+    """Returns a weight as one Array: an Array as it is, and of others what `Weight.dense` returns."""
+    return as_weight(weight).dense(dtype)
 
 
 def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
@@ -104,7 +135,7 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
     def merge(_: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoRA):
             return leaf
-        merged = to_dense(leaf)
+        merged = leaf.dense()
         # Cast at once: over int8 the matrices are float32, together four times the base.
         return merged if dtype is None else merged.astype(dtype)
 
@@ -112,22 +143,10 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
 
 
 def gather_frozen(params: Params) -> Params:
-    """Gathers LoRA pairs (once) and Int8 bases (once a product) along `fsdp` before XLA widens them; `tensor` still cuts them.
+    """Gathers LoRA pairs (once) and Int8 bases (once a product) along `fsdp` before XLA widens them; `tensor` cuts them still.
 
-    If each product gathered its pair, XLA would exchange slices of it with the merged weights.
+    Without a mesh it returns params.
     """
-
-    def gather(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, LoRA | Int8):
-            return leaf
-        spec = leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
-        rows, columns = (axis if axis == "tensor" else None for axis in spec)
-        if isinstance(leaf, Int8):  # cut until then, or a loop would hold what forward gathered for backward
-            values = layout.pin({path: leaf.values})[path]
-            return dataclasses.replace(leaf, values=values, gathered=P(rows, columns))
-        pin = jax.lax.with_sharding_constraint
-        return dataclasses.replace(
-            leaf, a=pin(leaf.a, P(rows, None)), b=pin(leaf.b, P(None, columns)), base=gather(path, leaf.base)
-        )
-
-    return params if jax.sharding.get_abstract_mesh().empty else map_paths(gather, params)
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    return map_paths(lambda path, leaf: as_weight(leaf).on_mesh(path), params)

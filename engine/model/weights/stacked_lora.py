@@ -17,24 +17,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from engine.model.config import JOINED, MATRICES, ModelConfig
 from engine.model.layers import einsum32
 from engine.model.native.library import target
 from engine.model.ops import has_kernel
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
-from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import LARGEST
+from engine.model.weights.plain import as_weight
+from engine.model.weights.weight import Weight
 
 PARTS = {name: (name,) for name in MATRICES} | JOINED  # a block's weights, alone or side by side for inference: their matrices
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "scale", "index"], meta_fields=["columns"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "scale", "index"], meta_fields=["widths"])
 @dataclasses.dataclass(frozen=True)
-class StackedLoRA:
+class StackedLoRA(Weight):
     """The weight base (in, out), to which row n of a batch adds scale a b of adapter index[n] unless that is 0; index (B,).
 
-    a (A + 1, P R, in), b (A + 1, R, out) and scale (A + 1, P R): the base is P matrices of so many `columns` side by side, each
+    a (A + 1, P R, in), b (A + 1, R, out) and scale (A + 1, P R): the base is P matrices of these `widths` side by side, each
     with a pair of rank R, and a scale for each of the R. A scale of 0 is of a rank that an adapter does not have.
     """
 
@@ -43,26 +45,47 @@ class StackedLoRA:
     b: Array
     scale: Array
     index: Array
-    columns: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    rows_differ = True
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
     @property
+    def kind(self) -> str:
+        return as_weight(self.base).kind
+
+    def dense(self, dtype: DTypeLike | None = None) -> Array:
+        raise TypeError("The rows of a batch have adapters of their own, and no matrix is that of all.")
+
+    def times(self, x: Array, dtype: DTypeLike) -> Array:
+        """x (B, T, in) -> (B, T, out)."""
+        if self.fuses(x):
+            return self.times_fused(x, dtype)
+        return (as_weight(self.base).times(x, jnp.float32) + adapter_product(x, self)).astype(dtype)
+
+    def cast(self, dtype: DTypeLike) -> "StackedLoRA":
+        return dataclasses.replace(self, base=as_weight(self.base).cast(dtype))
+
+    def fuses(self, x: Array) -> bool:
+        """A kernel adds the adapters' products where each row has one token."""
+        return x.shape[1] == 1 and as_weight(self.base).fuses(x)
+
+    def times_fused(
+        self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
+    ) -> Array:
+        return self.base.times_fused(x, dtype, gain, eps, self.pairs)
+
+    @property
     def edges(self) -> np.ndarray:
-        return np.cumsum([0, *self.columns], dtype=np.int32)
+        return np.cumsum([0, *self.widths], dtype=np.int32)
 
     @property
     def pairs(self) -> tuple[Any, ...]:
         """Arguments of a kernel that adds the adapters' products: native/adapters.h."""
         return self.index, self.a, self.b, self.scale, self.edges
-
-
-def fuses_norm_or_swiglu(x: Array, weight: Any) -> bool:
-    """Returns whether a kernel multiplies x (B, T, in) in one call with the norm or SwiGLU before it, and rows' adapters."""
-    one_token_each = isinstance(weight, StackedLoRA) and x.shape[1] == 1
-    return isinstance(weight.base if one_token_each else weight, Blocks) and has_kernel()
 
 
 def adapter_product(x: Array, weight: StackedLoRA) -> Array:
