@@ -183,6 +183,17 @@ def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] 
     return unflatten(leaves)
 
 
+def put_on(params: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """Returns params with an adapter of `load_adapter` on them; a DoRA is merged, and what trained whole stands for its weight.
+
+    Raises ValueError when a LoRA does not fit.
+    """
+    leaves = leaf_paths(params)
+    for path, part in leaf_paths(adapter).items():
+        leaves[path] = part.on(leaves[path])
+    return unflatten(leaves)
+
+
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 

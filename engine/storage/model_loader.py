@@ -17,7 +17,7 @@ from engine.counting.hardware import require_memory
 from engine.counting.params import count_params, leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
-from engine.model.paths import leaf_paths, merge, unflatten
+from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.blocks import Blocks, with_factors
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder
@@ -30,6 +30,7 @@ from engine.storage.adapter import (
     config_of,
     is_adapter,
     load_adapter,
+    put_on,
 )
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
@@ -378,6 +379,6 @@ def _read_adapter(cfg: ModelConfig, location: Location, digest_base: Callable[[]
 
 def _put_on(params: Any, adapter: Any, path: Path) -> Any:
     try:
-        return merge(adapter, params)
+        return put_on(params, adapter)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
