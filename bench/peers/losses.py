@@ -128,7 +128,7 @@ def _train(objective: str, params: Json, steps: Sequence[Sequence[Any]]) -> tupl
         else:
             batch = preference_batch(pairs, range(ROWS), TOKENS, np.zeros((ROWS, 2)))
             batch = batch._replace(reference=pair_logprobs(CONFIG, params, batch))
-            inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, batch)._asdict()
+            inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, batch, head_trains=False)._asdict()
         state, metrics = train_step(CONFIG, tx, state, {}, batch, jnp.float32(PROGRESS), 1, loss)
         losses.append(float(metrics.loss))
     names = ("chosen", "rejected", "chosen_mean", "rejected_mean", "reference", "value")

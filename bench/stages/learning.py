@@ -92,7 +92,7 @@ def _letters(text: str) -> np.ndarray:
 
 @jax.jit(static_argnames="cfg")
 def _row_losses(cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
-    return target_losses(cfg, params, batch).mean(1)
+    return target_losses(cfg, params, batch, head_trains=False).mean(1)
 
 
 def _errors(cfg: ModelConfig, params: Any, letters: np.ndarray) -> np.ndarray:

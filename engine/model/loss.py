@@ -10,21 +10,20 @@ from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
-from engine.model.weights.plain import as_weight
 
 LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
 ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
 SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes at once
 
 
-def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | None = None) -> Array:
+def target_losses(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool, limit: int | None = None) -> Array:
     """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
 
-    Makes at most `limit` bytes of logits at a time on a device, a few rows of them. None: as training does, ROWS_LIMIT for a
-    frozen head; a trained one makes a chunk of the vocabulary at a time beyond LOGITS_LIMIT.
+    Makes at most `limit` bytes of logits at a time on a device, by default LOGITS_LIMIT for a head that trains, and ROWS_LIMIT
+    for a frozen one. Where there are more it takes a chunk of the vocabulary at a time for a head that trains, else a few rows.
     """
-    head_trains = limit is None and not head_is_frozen(cfg, params)
-    limit = limit or (LOGITS_LIMIT if head_trains else ROWS_LIMIT)
+    if limit is None:
+        limit = LOGITS_LIMIT if head_trains else ROWS_LIMIT
     targets = jnp.where(batch.mask, batch.targets, 0)
     hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
     if 4 * targets.size * cfg.vocab <= limit * layout.spread_shards(len(targets)):
@@ -39,29 +38,24 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, limit: int | Non
     return jnp.where(batch.mask, losses, 0.0)
 
 
-def summed_loss(cfg: ModelConfig, params: Params, batch: Any) -> Array:
+def summed_loss(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool = True) -> Array:
     """Returns the summed nats of the batch's masked-in targets, each times its weight where the mask has weights."""
-    losses = target_losses(cfg, params, batch)
+    losses = target_losses(cfg, params, batch, head_trains)
     return (losses if batch.mask.dtype == bool else losses * batch.mask).sum()
 
 
 @jax.jit(static_argnames="cfg")
 def score(cfg: ModelConfig, params: Params, batch: Any) -> Array:
     """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
-    return target_losses(cfg, params, batch, SCORED_LIMIT).sum()
+    return target_losses(cfg, params, batch, head_trains=False, limit=SCORED_LIMIT).sum()
 
 
-def loss_chunks(cfg: ModelConfig, rows: int, head_is_frozen: bool) -> int:
+def loss_chunks(cfg: ModelConfig, rows: int, head_trains: bool) -> int:
     """Returns the number of pieces of `target_losses`' logits for `rows` tokens on a device."""
     size = 4 * rows * cfg.vocab
-    if head_is_frozen:
+    if not head_trains:
         return -(-size // ROWS_LIMIT)
     return 1 if size <= LOGITS_LIMIT else -(-cfg.vocab // CHUNK)
-
-
-def head_is_frozen(cfg: ModelConfig, params: Params) -> bool:
-    """Whether the head is frozen, by its type: trained weights are float32."""
-    return as_weight(params[cfg.head_path]).kind != "float32"
 
 
 def token_losses(logits: Array, targets: Array) -> Array:

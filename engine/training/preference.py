@@ -62,10 +62,10 @@ class AnswerLogProbs(NamedTuple):
     rejected_mean: Array
 
 
-def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> AnswerLogProbs:
+def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool) -> AnswerLogProbs:
     """Returns both answers' log-probabilities, in one forward pass over all 2 B rows."""
     both = jax.tree.map(lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.answer, pairs.other)
-    summed = -target_losses(cfg, params, both).sum(-1)
+    summed = -target_losses(cfg, params, both, head_trains).sum(-1)
     mean = summed / jnp.maximum(jnp.count_nonzero(both.mask, axis=-1), 1)
     return AnswerLogProbs(*layout.stack_rows(summed, 2), *layout.stack_rows(mean, 2))
 
@@ -73,7 +73,7 @@ def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Ans
 @functools.partial(jax.jit, static_argnums=0)
 def pair_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
     """Returns (B, 2) float32 nats: log p(chosen), log p(rejected)."""
-    return jnp.stack(answer_logprobs(cfg, params, pairs)[:2], axis=1)
+    return jnp.stack(answer_logprobs(cfg, params, pairs, head_trains=False)[:2], axis=1)
 
 
 def _dpo(logprobs: AnswerLogProbs, pairs: Preferences, beta: float) -> Array:
@@ -148,12 +148,13 @@ def preference_objective(name: str = "dpo", beta: float | None = None) -> Object
     loss = LOSSES[name]
     beta = loss.beta if beta is None else beta
 
-    def summed(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
+    def summed(cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool = True) -> Array:
         if loss.is_rating:
             sides = (params, pairs.answer), (jax.lax.stop_gradient(params), pairs.other)
-            logprobs: Sequence[Array] = [-target_losses(cfg, weights, side).sum(-1) for weights, side in sides]
+            losses = [target_losses(cfg, weights, side, head_trains) for weights, side in sides]
+            logprobs: Sequence[Array] = [-each.sum(-1) for each in losses]
         else:
-            logprobs = answer_logprobs(cfg, params, pairs)
+            logprobs = answer_logprobs(cfg, params, pairs, head_trains)
         return jnp.where(pairs.answer.mask.any(-1), loss.of_rows(logprobs, pairs, beta), 0).sum()
 
     return Objective(summed, lambda pairs: jnp.asarray(len(pairs.answer.mask)))

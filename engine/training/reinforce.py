@@ -55,7 +55,7 @@ def group_advantages(rewards: ArrayLike, second: ArrayLike = 0.0) -> Array:
 @jax.jit(static_argnames="cfg")
 def log_probabilities(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
     """Returns the log-probability of each target, (B, T) float32, 0 where the mask is False."""
-    return -target_losses(cfg, params, batch)
+    return -target_losses(cfg, params, batch, head_trains=False)
 
 
 @functools.cache
@@ -68,8 +68,8 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
     Schulman 2020, "Approximating KL Divergence"). A kl_weight above 0 needs reference_logprobs.
     """
 
-    def summed(cfg: ModelConfig, params: Params, rollouts: PolicyBatch) -> Array:
-        new = -target_losses(cfg, params, rollouts.batch)
+    def summed(cfg: ModelConfig, params: Params, rollouts: PolicyBatch, head_trains: bool = True) -> Array:
+        new = -target_losses(cfg, params, rollouts.batch, head_trains)
         old = jax.lax.stop_gradient(new) if rollouts.old_logprobs is None else rollouts.old_logprobs
         ratio, advantage = jnp.exp(new - old), rollouts.advantage[:, None]
         loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)

@@ -29,11 +29,13 @@ class TrainState(NamedTuple):
 class Objective:
     """A training objective: the summed loss of a batch, () float32, and the count, (), it is divided by.
 
+    `summed_loss(cfg, params, batch, head_trains)`: `head_trains` says how logits that do not fit into memory are made.
+
     The leaves of a batch have a leading axis of rows; its sum and count are the sums of its parts'. One objective is one
     object, or its step is compiled anew.
     """
 
-    summed_loss: Callable[[ModelConfig, Params, Any], Array]
+    summed_loss: Callable[[ModelConfig, Params, Any, bool], Array]
     count: Callable[[Any], Array]
 
 
@@ -74,7 +76,8 @@ def loss_and_gradient(
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
     def share(trainable: Params, frozen: Params, part: Any) -> Array:
-        return objective.summed_loss(cfg, gather_frozen(merge(trainable, frozen)), part) / total
+        params = gather_frozen(merge(trainable, frozen))
+        return objective.summed_loss(cfg, params, part, cfg.head_path in trainable) / total
 
     differentiate = jax.value_and_grad(share)
     if microbatches == 1:

@@ -221,7 +221,7 @@ def reference_logprobs(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
-    return objective.summed_loss(cfg, params, batch)
+    return objective.summed_loss(cfg, params, batch, False)  # nothing trains while it is evaluated
 
 
 def held_out_evaluator(

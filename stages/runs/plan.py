@@ -150,7 +150,7 @@ def step_memory(
         recipe.context,
         optimizer=recipe.optimizer.kind,
         trainable=counted,
-        loss_chunks=loss_chunks(own_cfg, rows * recipe.context, _head_is_narrow(cfg, trainable, base)),
+        loss_chunks=loss_chunks(own_cfg, rows * recipe.context, _head_trains(cfg, trainable)),
         microbatches=recipe.accumulate,
         base=base,
     )
@@ -167,11 +167,8 @@ def step_memory(
     return dataclasses.replace(memory, **shares)
 
 
-def _head_is_narrow(cfg: ModelConfig, trainable: TrainablePaths | None, base: str) -> bool:
-    head = "embed" if cfg.tied else "head"
-    if trainable is None or head in trainable.weights:
-        return False
-    return base == "int8" or cfg.dtype != "float32"
+def _head_trains(cfg: ModelConfig, trainable: TrainablePaths | None) -> bool:
+    return trainable is None or cfg.head_path in trainable.weights
 
 
 def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | float:

@@ -55,6 +55,24 @@ def test_a_loss_is_the_mean_over_all_that_counts(cfg, params):
     assert (int(metrics.tokens), int(metrics.refused), int(state.step)) == (count, 0, 1)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_trainable_paths_say_whether_the_head_trains(tied):
+    """Not its type: a frozen head of a float32 model is float32 too."""
+    cfg = tiny_config(tied=tied)
+    params = init_params(cfg, jax.random.key(0))
+    told = []
+
+    def summed(cfg, params, batch, head_trains):
+        told.append(head_trains)
+        return module.summed_loss(cfg, params, batch, head_trains)
+
+    objective = module.Objective(summed, lambda batch: batch.mask.sum())
+    for rules in ((r"blocks/.*", cfg.head_path), (r"blocks/.*", "norm")):
+        trainable, frozen = partition(params, *rules)
+        jax.eval_shape(lambda *trees: loss_and_gradient(cfg, *trees, batch_of(0), objective=objective), trainable, frozen)
+    assert told == [True, False]
+
+
 @pytest.mark.parametrize(("packed", "microbatches", "remat"), [(True, 4, "none"), (False, 2, "block")])
 def test_accumulation_and_a_second_forward_pass_change_no_number(cfg, params, packed, microbatches, remat):
     """Also when the parts count different numbers of targets: the mean is of the whole."""
@@ -91,11 +109,11 @@ def poisoned(cfg, params):
     """
     true_loss = module.summed_loss
 
-    def with_poison(cfg, params, batch):
+    def with_poison(cfg, params, batch, head_trains):
         params = dict(params)
         root, steep = params.pop("poison")
         x = params["head"].sum()
-        return true_loss(cfg, params, batch) + jnp.sqrt(root * x**2) + steep * (x - jax.lax.stop_gradient(x))
+        return true_loss(cfg, params, batch, head_trains) + jnp.sqrt(root * x**2) + steep * (x - jax.lax.stop_gradient(x))
 
     objective = module.Objective(with_poison, lambda batch: batch.mask.sum())
     adamw = make_optimizer(ADAMW)
