@@ -20,7 +20,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.model.weights.blocks import GROUP, KINDS, Blocks, pack_blocks, round_to_blocks, served_kind, unpack_blocks
+from engine.model.weights.blocks import GROUP, KINDS, pack_blocks, round_to_blocks, served_kind, unpack_blocks
+from engine.model.weights.plain import as_weight
 from engine.storage.architectures import (
     FREQUENCIES,
     architecture_of,
@@ -152,8 +153,9 @@ def save_gguf(
         writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
     for leaf in leaves:
         kind = wanted if len(leaf.stored) == 2 else F32
-        if isinstance(own := values[leaf.path], Blocks):
-            kind = GGMLQuantizationType[own.kind]
+        own = as_weight(values[leaf.path]).kind
+        if own in KINDS:
+            kind = GGMLQuantizationType[own]
         elif kind.name in KINDS:
             kind = F16 if leaf.stored[1] % GROUP else GGMLQuantizationType[served_kind(leaf.path, kind.name)]
         kinds[leaf.name] = kind

@@ -20,8 +20,8 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import JOINED, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, unpack_blocks
-from engine.model.weights.int8 import Int8
-from engine.model.weights.lora import innermost_base, to_dense
+from engine.model.weights.lora import innermost_base
+from engine.model.weights.plain import as_weight
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer
 from engine.untrusted import quote
@@ -165,15 +165,11 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
 
 def _change_of(kind: str, leaf: Any) -> str:
     """Returns what became of a matrix of a file's `kind`, now a leaf that is no LoRA; an empty text where it stays."""
-    if isinstance(leaf, Blocks):
-        return "" if leaf.kind == kind else f"rounded to {leaf.kind}"
-    if isinstance(leaf, Int8):
-        return "rounded to int8"
-    dtype = str(leaf.dtype)
-    if DTYPE_NAMES[dtype] == kind:
+    own = as_weight(leaf).kind
+    if DTYPE_NAMES.get(own, own) == kind:
         return ""
-    is_wider = dtype == "float32" or kind not in ("F32", "F16")
-    return f"{'widened' if is_wider else 'rounded'} to {dtype}"
+    is_wider = own == "float32" or (own == "bfloat16" and kind not in ("F32", "F16"))
+    return f"{'widened' if is_wider else 'rounded'} to {own}"
 
 
 def block_leaves(model: StoredModel) -> dict[str, Blocks]:
@@ -241,10 +237,12 @@ def file_tensors(leaves: list[Leaf], params: dict[str, Any], report: OnProgress)
     values = leaf_paths(params)
     total, done = sum(math.prod(leaf.stored) for leaf in leaves), 0
     for leaf in leaves:
-        if isinstance(value := values[leaf.path], Blocks):
-            yield leaf, unpack_blocks(value)
+        weight = as_weight(values[leaf.path])
+        if weight.kind in KINDS:
+            yield leaf, unpack_blocks(weight)
         else:
-            yield leaf, np.asarray(to_dense(value)).T if leaf.transposed else np.asarray(to_dense(value))
+            matrix = np.asarray(weight.dense())
+            yield leaf, matrix.T if leaf.transposed else matrix
         done += math.prod(leaf.stored)
         if report:
             report(done, total)

@@ -1,1 +1,1 @@
-"""The kinds of weights (Array, Int8, Blocks, LoRA), and the product with any of them."""
+"""The kinds of weights (Array, Int8, Blocks, LoRA), each a class that multiplies by itself, and products of several."""
