@@ -12,23 +12,22 @@ MAX_REFUSALS = 256  # that are remembered, each for at most 62 seconds
 
 
 class Sender(NamedTuple):
-    """Tells a request that comes again from others, by nothing of its text.
+    """Tells a request that comes again from others, by nothing of its text."""
 
-    `port`: of the client's connection, which it may keep. `group`: its address, the namespace of its key, and its size.
-    """
-
+    # Of the client's connection, which it may keep.
     port: int
+    # The client's address, the namespace of its key, and the size of its request.
     group: tuple[str, str, int]
 
 
 class Refusal(NamedTuple):
-    """When a refused request may come again, and whether it stands in line: not if it came sooner than it was told.
+    """What a refused request was told, and whether it heeds it."""
 
-    `returned`: it came again, or its client does not count its tries, so nobody knows.
-    """
-
+    # When it may come again.
     due: float
+    # Whether it stands in line: not if it came sooner than it was told.
     in_line: bool
+    # Whether it came again, or its client does not count its tries, so that nobody knows.
     returned: bool
 
 
@@ -42,11 +41,13 @@ class Admission:
     """
 
     def __init__(self, slots: int, queue: int) -> None:
-        self.limit, self.held_places = slots + queue, (queue + 1) // 2
+        self.limit = slots + queue
+        self.held_places = (queue + 1) // 2
         self.reserved = 0
         self.refusals: dict[Sender, Refusal] = {}
         self.draining = False
-        self.body_bytes, self.max_body_bytes = 0, 64 * 2**20
+        self.body_bytes = 0
+        self.max_body_bytes = 64 * 2**20
         self._priorities = itertools.count(1)
         self._seconds = 1.0 / slots  # between the ends of two requests, as a moving average
 
@@ -61,23 +62,25 @@ class Admission:
         the request was sent before, by the client's own count; such a client may send many requests over one connection.
         """
         self.check_open()
-        refusals = self.refusals = {each: last for each, last in self.refusals.items() if now <= last.due + LATE_SECONDS}
-        if tries is not None:
-            group = [each for each, last in refusals.items() if tries and last.in_line and each.group == sender.group]
-            new = sender._replace(port=-next(self._priorities))
-            sender = min(group, key=lambda each: refusals[each].due, default=new)
+        refusals = {each: last for each, last in self.refusals.items() if now <= last.due + LATE_SECONDS}
+        self.refusals = refusals
         line = [each for each, last in refusals.items() if last.in_line]
+        if tries is not None:
+            sender = self._counted_sender(sender, line, tries)
         early = sender in refusals and now < refusals[sender].due
         again = [each for each in line if tries != 0 and each.group == sender.group and refusals[each].due <= now]
         if early and not refusals[sender].in_line:
             again = []  # those are others' places
-        own = again[0] if again and sender not in again else sender
+        own = sender
+        if again and sender not in again:
+            own = again[0]
         if again and tries:  # before those that may never come again
             line = [each for each in line if each == own or refusals[each].returned]
-        ahead, free = line.index(own) if again else len(line), self.limit - self.reserved
+        ahead = line.index(own) if again else len(line)
+        free = self.limit - self.reserved
         if free > min(ahead, self.held_places):
             return own
-        wait = min(60, max(1 + ahead // max(1, self.held_places), round(self._seconds * (ahead + 1 - free))))
+        wait = self._wait(ahead, free)
         if not again and not early:
             refusals.pop(own, None)  # to the end of the line
         mates = sum(each.group == own.group for each in line)
@@ -85,6 +88,18 @@ class Admission:
             refusals[own] = Refusal(now + wait, bool(again) or not early, tries != 0)
         message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
         raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
+
+    def _counted_sender(self, sender: Sender, line: list[Sender], tries: int) -> Sender:
+        """Returns who in the line comes again, by its count of tries: the first of its group that is due; or a new sender."""
+        new = sender._replace(port=-next(self._priorities))
+        group = [each for each in line if tries and each.group == sender.group]
+        return min(group, key=lambda each: self.refusals[each].due, default=new)
+
+    def _wait(self, ahead: int, free: int) -> int:
+        """Returns the whole seconds until a place is likely to be free behind so many in line."""
+        rounds = 1 + ahead // max(1, self.held_places)
+        seconds = round(self._seconds * (ahead + 1 - free))
+        return min(60, max(rounds, seconds))
 
     def reserve(self, sender: Sender, now: float, tries: int | None = None) -> int:
         """Takes a place, until `release`. Returns its priority: the lowest is served first. Raises ApiError as `check`."""

@@ -43,8 +43,10 @@ class EngineThread:
     """The thread of one engine. `ready` once its programs are loaded; `error`: of which it died, so that it answers no more."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self._compiles = engine, CompileCounter()
-        self.cfg, self.capacity = engine.cfg, engine.capacity
+        self.engine = engine
+        self.cfg = engine.cfg
+        self.capacity = engine.capacity
+        self._compiles = CompileCounter()
         self.ready = False
         self.error: BaseException | None = None
         self.last_tick = time.monotonic()
@@ -54,7 +56,8 @@ class EngineThread:
         self._listeners: dict[int, Listener] = {}  # by request id
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._submitted = self._received = 0  # requests, by the event loop and by the thread
+        self._submitted = 0  # requests, by the event loop
+        self._received = 0  # requests, by the thread
 
     @property
     def compiles_after_ready(self) -> int:

@@ -60,13 +60,17 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
+        self.status = status
+        self.code = code
+        self.headers = headers
         self.error = ErrorObject(message, ERROR_TYPES.get(status, "invalid_request_error"), param, code)
         self.body = msgspec.json.encode(ErrorReply(self.error))
 
     def reply(self, path: str) -> Response:
         """Returns the reply to a request for that path."""
-        body = self.body if error_type(path) is ErrorReply else msgspec.json.encode(SentenceReply(self.error.message))
+        body = self.body
+        if error_type(path) is SentenceReply:
+            body = msgspec.json.encode(SentenceReply(self.error.message))
         return Response(body, self.status, self.headers, media_type="application/json")
 
 

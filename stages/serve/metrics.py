@@ -1,6 +1,7 @@
 """Counts Prometheus metrics under vLLM's names, and the number of programs compiled since the server was ready."""
 
 import collections
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import prometheus_client as prometheus
@@ -25,8 +26,16 @@ class Metrics(Collector):
         self._engine = engine
         self._registry = registry = prometheus.CollectorRegistry()
         of_model: dict[str, Any] = {"labelnames": ["model_name"], "registry": registry}
-        counter = lambda name, about: prometheus.Counter(name, about, **of_model).labels(model)
-        histogram = lambda name, about, buckets: prometheus.Histogram(name, about, buckets=buckets, **of_model).labels(model)
+
+        def counter(name: str, about: str) -> prometheus.Counter:
+            return prometheus.Counter(name, about, **of_model).labels(model)
+
+        def histogram(name: str, about: str, buckets: Sequence[float]) -> prometheus.Histogram:
+            return prometheus.Histogram(name, about, buckets=buckets, **of_model).labels(model)
+
+        def gauge(name: str, about: str, value: Callable[[], float]) -> None:
+            prometheus.Gauge(name, about, **of_model).labels(model).set_function(value)
+
         self.generated = counter("vllm:generation_tokens", "Tokens that were generated.")
         self._counters = (
             counter("vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."),
@@ -45,15 +54,12 @@ class Metrics(Collector):
         )
         self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
         self._responses = collections.Counter[int]()
-        usage = "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage
-        for name, about, value in (
-            ("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.engine.running),
-            ("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
-            ("vllm:kv_cache_usage_perc", *usage),
-            ("vllm:gpu_cache_usage_perc", *usage),  # its older name
-            ("thrice_seconds_since_engine_tick", "Since the engine thread's last tick.", lambda: engine.seconds_since_tick),
-        ):
-            prometheus.Gauge(name, about, **of_model).labels(model).set_function(value)
+        gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.engine.running)
+        gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting)
+        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second is its older name
+            gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage)
+        about = "Since the engine thread's last tick."
+        gauge("thrice_seconds_since_engine_tick", about, lambda: engine.seconds_since_tick)
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
 

@@ -140,7 +140,8 @@ class HttpProtocol(H11Protocol):
         """
         is_head = self.conn.our_state is h11.IDLE
         if is_head or self.conn.our_state is h11.SEND_RESPONSE:
-            status, message = HTTPStatus.BAD_REQUEST, "This is no HTTP request."
+            status = HTTPStatus.BAD_REQUEST
+            message = "This is no HTTP request."
             if getattr(sys.exception(), "error_status_hint", 400) == 431:
                 status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 message = f"The head of a request, its first line and headers, may have at most {MAX_HEAD_BYTES:,} bytes."

@@ -32,12 +32,19 @@ class TokenizerPool:
     def __init__(
         self, chat: ChatTokenizer, capacity: int, vocab: int, eos_ids: Collection[int], documents: Documents | None = None
     ) -> None:
-        self.tokenizer, self._chat, self._capacity, self._documents = chat.tokenizer, chat, capacity, documents
-        self.eot_ids, self.template = frozenset(chat.eot_ids), chat.source
-        self.tool_format, self._knows_tools = tool_format(chat.source)
+        self.tokenizer = chat.tokenizer
+        self.template = chat.source
+        self.eot_ids = frozenset(chat.eot_ids)
         self.strips_space = chat.source == PLAIN  # replies then follow a name, and begin with a space
-        self._short, self._long = (ThreadPoolExecutor(1, thread_name_prefix="tokenize") for _ in range(2))
-        self._grammars, self._vocab, self._end_ids = ThreadPoolExecutor(1, "grammar"), vocab, self.eot_ids.union(eos_ids)
+        self.tool_format, self._knows_tools = tool_format(chat.source)
+        self._chat = chat
+        self._capacity = capacity
+        self._vocab = vocab
+        self._end_ids = self.eot_ids.union(eos_ids)
+        self._documents = documents
+        self._short = ThreadPoolExecutor(1, "tokenize")
+        self._long = ThreadPoolExecutor(1, "tokenize")
+        self._grammars = ThreadPoolExecutor(1, "grammar")
 
     @functools.cached_property
     def _long_chat(self) -> ChatTokenizer:
@@ -48,7 +55,9 @@ class TokenizerPool:
 
         Raises InvalidField.
         """
-        start = self.tokenizer.bos_ids if special and not continued else ()
+        start: Sequence[int] = ()
+        if special and not continued:
+            start = self.tokenizer.bos_ids
 
         def encode(_: ChatTokenizer) -> list[list[int]]:
             return [[*start, *self.tokenizer.encode(text, continued).tolist()] for text in texts]
@@ -75,26 +84,38 @@ class TokenizerPool:
                 count = sum(len(self.tokenizer.encode(message["content"])) for message in messages)
                 if count >= self._capacity:
                     raise context_overflow(count, self._capacity, "messages")
-            described = lambda turns: turns if self._knows_tools else describe_tools(turns, tools)
-            tokenize = lambda turns: chat.prompt(described(turns), answer, more).tolist()
+
+            def tokenize(turns: Sequence[Any]) -> list[int]:
+                if not self._knows_tools:
+                    turns = describe_tools(turns, tools)
+                return chat.prompt(turns, answer, more).tolist()
+
             return prompt_with(self._documents, messages, self.tokenizer, self._capacity, tokenize)
 
         return await self._run(size, "messages", encode)
 
     async def decode(self, tokens: list[int]) -> str:
-        return await self._run(len(tokens), "tokens", lambda _: self.tokenizer.decode(tokens))
+        def decode(_: ChatTokenizer) -> str:
+            return self.tokenizer.decode(tokens)
+
+        return await self._run(len(tokens), "tokens", decode)
 
     async def compile(self, grammar: Grammar) -> Constraint:
-        """Raises InvalidField for a grammar that cannot be followed."""
+        """Returns a grammar as a constraint. Raises InvalidField for one that cannot be followed."""
+
+        def make() -> Constraint:
+            return self._compile(grammar.make())
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._grammars, lambda: self._compile(grammar.make()))
+            return await asyncio.get_running_loop().run_in_executor(self._grammars, make)
         except UserError as error:
             raise InvalidField(grammar.field, f"{grammar.field}: {error}.") from None
 
     @functools.cached_property
     def _compile(self) -> Callable[[str], Constraint]:
         """Sorts the tokens for the compiler when the first grammar comes."""
-        return functools.lru_cache(CACHED_GRAMMARS)(GrammarCompiler(self.tokenizer, self._vocab, self._end_ids).compile)
+        compiler = GrammarCompiler(self.tokenizer, self._vocab, self._end_ids)
+        return functools.lru_cache(CACHED_GRAMMARS)(compiler.compile)
 
     def close(self) -> None:
         for thread in (self._short, self._long, self._grammars):

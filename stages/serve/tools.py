@@ -5,10 +5,12 @@ that is one JSON object (Llama 3). A template that knows no tools gets Hermes' o
 """
 
 import contextlib
+import itertools
 import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -45,7 +47,7 @@ class Grammar(NamedTuple):
 
 
 def answer_grammar(field: str, schema: dict[str, Any] | None) -> Grammar:
-    return Grammar(field, lambda: json_grammar(schema or {"type": "object"}))
+    return Grammar(field, partial(json_grammar, schema or {"type": "object"}))
 
 
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
@@ -105,7 +107,8 @@ def tool_format(template: str) -> tuple[ToolFormat, bool]:
         return HERMES, False
     if "<tool_call>" in template:
         return HERMES, True
-    return ToolFormat("", "parameters" if '"parameters"' in template else "arguments", ""), True
+    key = "parameters" if '"parameters"' in template else "arguments"
+    return ToolFormat("", key, ""), True
 
 
 class ToolUse(NamedTuple):
@@ -120,8 +123,14 @@ class ToolUse(NamedTuple):
         """Returns the grammar of calls and text, or of an answer that has a grammar of its own."""
         tools = [tool for tool in self.tools if self.name in (None, tool.name)]
         several = self.parallel and self.name is None and bool(form.begin)
-        text = None if self.required else answer.make if answer else lambda: ""
-        return Grammar("tools", lambda: tool_grammar(form, tools, several, text and text()))
+
+        def make() -> str:
+            text = None
+            if not self.required:
+                text = answer.make() if answer else ""
+            return tool_grammar(form, tools, several, text)
+
+        return Grammar("tools", make)
 
 
 NO_TOOLS = ToolUse()
@@ -140,13 +149,17 @@ def tool_use(
         raise InvalidField("tool_choice", "tool_choice asks for a call, and there are no tools.")
     if named not in (None, *(function.name for function in functions)):
         raise InvalidField("tool_choice", f"tool_choice: there is no tool {named!r:.80} in tools.")
-    return ToolUse(() if choice == "none" else functions, required, named, parallel is not False)
+    if choice == "none":
+        functions = ()
+    return ToolUse(functions, required, named, parallel is not False)
 
 
 def make_turn(role: str, content: str, **more: Any) -> Turn:
     """Returns a message as templates read it, with what there is of `more`; the role `developer` becomes `system`."""
+    if role == "developer":
+        role = "system"
     present = {name: value for name, value in more.items() if value}
-    return {"role": "system" if role == "developer" else role, "content": content, **present}
+    return {"role": role, "content": content, **present}
 
 
 def call_turn(id: str, name: str, arguments: Any) -> Turn:
@@ -180,22 +193,32 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, tex
     In place of a call there may be text: None for no text, "" for any, or the grammar of a text. Raises UserError for
     parameters that cannot be enforced.
     """
-    end = json.dumps("}" + form.end)
-    # Where an answer may be JSON too, both are read in the same parts.
-    parts = lambda name: [form.opening(name)] if form.begin else ["{", '"name"', ": ", f'"{name}"', ", ", f'"{form.key}"', ": "]
-    opening = lambda tool: " ".join(map(json.dumps, parts(tool.name)))
-    calls = [f"{opening(tool)} {json_rule(tool.schema, not tool.strict)} {end}" for tool in tools]
+    calls = [call_rule(form, tool) for tool in tools]
     if text == "" and form.begin:  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
         mark = form.begin.strip()
         rest = " | ".join(call.replace(json.dumps(mark)[:-1], '"', 1) for call in calls)
         start = "(mark call)* text" if several else "mark call | text"
         return f"start: {start}\nmark[lazy]: TEXT {json.dumps(mark)}\ntext: TEXT\nTEXT: /(?s:.*)/\ncall: {rest}"
-    start = f'call ("\\n" call){{0,{MAX_CALLS - 1}}}' if several else "call"
-    other = "" if text is None else " | text"
-    if text and not text.startswith("start: %json"):  # its rules may have the names of those here
+    start = "call"
+    if several:
+        start = f'call ("\\n" call){{0,{MAX_CALLS - 1}}}'
+    rules = f"call: {' | '.join(calls)}"
+    if text is None:
+        return f"start: {start}\n{rules}"
+    if not text:
+        return f"start: {start} | text\n{rules}\ntext: | /[^\\{{](?s:.*)/"
+    if not text.startswith("start: %json"):  # its rules may have the names of those here
         text = f"%lark {{\n{text}\n}}"
-    rule = "" if text is None else f"\ntext: {text.removeprefix('start: ')}" if text else "\ntext: | /[^\\{](?s:.*)/"
-    return f"start: {start}{other}\ncall: {' | '.join(calls)}{rule}"
+    return f"start: {start} | text\n{rules}\ntext: {text.removeprefix('start: ')}"
+
+
+def call_rule(form: ToolFormat, tool: Function) -> str:
+    """Returns the grammar's rule of a call of one tool. Raises UserError for parameters that cannot be enforced."""
+    parts = [form.opening(tool.name)]
+    if not form.begin:  # where an answer may be JSON too, both are read in the same parts
+        parts = ["{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{form.key}"', ": "]
+    opening = " ".join(map(json.dumps, parts))
+    return f"{opening} {json_rule(tool.schema, not tool.strict)} {json.dumps('}' + form.end)}"
 
 
 def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Turn]:
@@ -261,12 +284,9 @@ class BareCall:
 
     def __init__(self, names: Sequence[str]) -> None:
         # How a call may begin, without white space, of which the names and the keys have none.
-        self._begins = [
-            f'{fence}{{"name":"{name}","{key}":{{'
-            for fence in ("", "```", "```json")
-            for name in names
-            for key in ("arguments", "parameters")
-        ]
+        self._begins = []
+        for fence, name, key in itertools.product(("", "```", "```json"), names, ("arguments", "parameters")):
+            self._begins.append(f'{fence}{{"name":"{name}","{key}":{{')
         any_name = "|".join(map(re.escape, names))
         head = r'\s*(```(?:json)?\s*)?\{\s*"name"\s*:\s*"(%s)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
         self._head = re.compile(head % any_name)
@@ -318,7 +338,9 @@ class CallParser:
         self._names = [tool.name for tool in tools.tools]
         self._openings = tuple(map(form.opening, self._names))
         self._closing = "}" + form.end
-        self._mark = form.begin.strip() if is_free and not tools.required else ""
+        self._mark = ""
+        if is_free and not tools.required:
+            self._mark = form.begin.strip()
         self._text = ""
         self._state: Literal["start", "text", "opening", "arguments", "closing"] = "start"
         if tools.required:
@@ -389,7 +411,9 @@ class CallParser:
 
     def _take_text(self, last: bool, is_cut: bool) -> str:
         """Takes out the text before the mark of a call, or before what may begin one."""
-        size = self._text.find(self._mark) if self._mark else -1
+        size = -1
+        if self._mark:
+            size = self._text.find(self._mark)
         if size >= 0:
             self._state = "opening"
         else:

@@ -32,6 +32,7 @@ from stages.serve.tools import (
     Function,
     Grammar,
     ToolCall,
+    ToolUse,
     Turn,
     answer_grammar,
     call_turn,
@@ -187,11 +188,19 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
         answer = ""
         if len(turns) > 1 and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]:
             answer = turns.pop()["content"]
+        return ChatPrompt("messages", turns, answer, self.tool_use)
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """The tools that an answer may call. Raises InvalidField."""
         choice = self.tool_choice or ToolChoice(type="auto")
-        named = (choice.name or "") if choice.type == "tool" else None
-        kind = "required" if choice.type == "any" else choice.type
-        tools = tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
-        return ChatPrompt("messages", turns, answer, tools)
+        kind: str = choice.type
+        named = None
+        if choice.type == "any":
+            kind = "required"
+        elif choice.type == "tool":
+            named = choice.name or ""
+        return tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
 
 
 class OutputFormat(Fields):
@@ -290,7 +299,9 @@ class MessageWriter(EventWriter):
 
     def reply(self, pieces: list[Piece], usage: Usage) -> MessageReply:
         (piece,) = pieces
-        blocks = [ReplyBlock(type="text", text=piece.text)] if piece.text or not piece.calls else []
+        blocks = []
+        if piece.text or not piece.calls:
+            blocks.append(ReplyBlock(type="text", text=piece.text))
         for call in piece.calls:
             arguments = parse_arguments(call) or {}
             blocks.append(ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input=arguments))
@@ -322,7 +333,8 @@ class MessageWriter(EventWriter):
 
     def _open(self, block: ReplyBlock) -> Iterator[dict[str, Any]]:
         yield from self._close()
-        self._blocks, self._in_text = self._blocks + 1, block.type == "text"
+        self._blocks += 1
+        self._in_text = block.type == "text"
         yield {"type": "content_block_start", "index": self._blocks - 1, "content_block": block}
 
     def _close(self) -> Iterator[dict[str, Any]]:
@@ -343,8 +355,13 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _stop(piece: Piece) -> dict[str, Any]:
-    reason = "end_turn" if piece.stop is None else "stop_sequence"
-    reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(piece.finish_reason or "", reason)
+    reason = "end_turn"
+    if piece.finish_reason == "length":
+        reason = "max_tokens"
+    elif piece.finish_reason == "tool_calls":
+        reason = "tool_use"
+    elif piece.stop is not None:
+        reason = "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 

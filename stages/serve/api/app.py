@@ -169,7 +169,9 @@ class Api:
         self._routes: dict[str, dict[str, Route]] = {}
         for route in ROUTES:
             methods = self._routes.setdefault(route.path, {})
-            methods |= dict.fromkeys(("GET", "HEAD") if route.method == "GET" else (route.method,), route)
+            methods[route.method] = route
+            if route.method == "GET":
+                methods["HEAD"] = route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
@@ -255,7 +257,9 @@ def _sender(call: Call, choices: int) -> Sender:
     """Returns who sends a request, and how large it is: by its bytes if they are many, else by its completions."""
     address, port = call.http.client or ("", 0)
     length = content_length(call.http)
-    size = length if length > INLINE_BYTES else choices
+    size = choices
+    if length > INLINE_BYTES:
+        size = length
     return Sender(port, (address, call.http.state.namespace, size))
 
 
@@ -275,8 +279,10 @@ def some(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
 
 def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
     """Returns OpenAPI 3.1 of the ROUTES below `root_path`, as JSON. It follows from the types that check requests' bodies."""
-    types = [kind for route in ROUTES for kind in (route.body, route.reply, error_type(route.path)) if kind]
-    types = [*dict.fromkeys(types), completions.ChatChunk]
+    types: list[Any] = []
+    for route in ROUTES:
+        types += [route.body, route.reply, error_type(route.path)]
+    types = [*dict.fromkeys(filter(None, types)), completions.ChatChunk]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for component in components.values():
         if component.get("additionalProperties") is False:  # of a body, where an unknown field may be null
@@ -293,23 +299,7 @@ def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
     components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        kind = "object" if route.media == "application/json" else "string"
-        success = json_body(route.reply) if route.reply else {route.media: {"schema": {"type": kind}}}
-        if route.stream:
-            success[route.stream] = {}
-        replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
-        for code in (*route.errors, *(BODY_ERRORS if route.body else ()), *((500,) if route.stream else ()), 401, 403):
-            content = success if (route.path, code) == ("/health", 503) else json_body(error_type(route.path))
-            replies[str(code)] = {"description": STATUSES[code], "content": content}
-        summary = route.handler.__doc__ and route.handler.__doc__.partition("\n")[0]
-        first, *others = route.handler.__name__.split("_")
-        name = first + "".join(map(str.capitalize, others))  # as operations are named: createCompletion
-        operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": replies}
-        if route.body:
-            operation["requestBody"] = {"required": True, "content": json_body(route.body)}
-        if "{model" in route.path:
-            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": TEXT}]
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     keys = {"key": {"type": "http", "scheme": "bearer"}}
     openapi = {
         "openapi": "3.1.0",
@@ -321,3 +311,41 @@ def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
     if root_path:
         openapi["servers"] = [{"url": root_path}]
     return json.dumps(openapi, ensure_ascii=False).encode()
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    """Returns what the OpenAPI document says of a route."""
+    summary = route.handler.__doc__ and route.handler.__doc__.partition("\n")[0]
+    first, *others = route.handler.__name__.split("_")
+    name = first + "".join(map(str.capitalize, others))  # as operations are named: createCompletion
+    operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": _replies(route)}
+    if route.body:
+        operation["requestBody"] = {"required": True, "content": json_body(route.body)}
+    if "{model" in route.path:
+        operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": TEXT}]
+    return operation
+
+
+def _replies(route: Route) -> dict[str, Any]:
+    """Returns the replies to a route's requests, by their status."""
+    success: dict[str, Any] = {}
+    if route.reply:
+        success = json_body(route.reply)
+    elif route.media == "application/json":
+        success[route.media] = {"schema": {"type": "object"}}
+    else:
+        success[route.media] = {"schema": {"type": "string"}}
+    if route.stream:
+        success[route.stream] = {}
+    codes = [*route.errors]
+    if route.body:
+        codes += BODY_ERRORS
+    if route.stream:
+        codes.append(500)
+    replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
+    for code in (*codes, 401, 403):
+        content = json_body(error_type(route.path))
+        if route.path == "/health" and code == 503:
+            content = success
+        replies[str(code)] = {"description": STATUSES[code], "content": content}
+    return replies

@@ -258,7 +258,8 @@ class ChoicesWriter(Writer):
     chunk_type: ClassVar[Any]
 
     def __init__(self, call: Call) -> None:
-        self.tokenizer, self.body = call.state.tokenizer.tokenizer, call.body
+        self.tokenizer = call.state.tokenizer.tokenizer
+        self.body = call.body
         self._wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -273,17 +274,21 @@ class ChoicesWriter(Writer):
     def token_text(self, token: int) -> tuple[str, bytes]:
         """Returns the text of a token, or `token_id:` and its id if the body asks for that; and its bytes."""
         text, content = token_text(self.tokenizer, token)
-        return f"token_id:{token}" if self.body.return_tokens_as_token_ids else text, content
+        if self.body.return_tokens_as_token_ids:
+            text = f"token_id:{token}"
+        return text, content
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
         choices = list(map(self.choice, pieces))
         return self.reply_type(**self._head, choices=choices, usage=reply_usage(usage))
 
-    def chunk(self, *choices: Any, usage: ReplyUsage | None = None) -> Any:
-        return self.chunk_type(**self._head, choices=list(choices), usage=usage if self._wants_usage else UNSET)
+    def chunk(self, choices: list[Any], usage: ReplyUsage | None = None) -> Any:
+        usage_field = usage if self._wants_usage else UNSET
+        return self.chunk_type(**self._head, choices=choices, usage=usage_field)
 
     def end(self, usage: Usage) -> Iterable[Any]:
-        return [self.chunk(usage=reply_usage(usage))] if self._wants_usage else []
+        if self._wants_usage:
+            yield self.chunk([], reply_usage(usage))
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
@@ -291,29 +296,41 @@ def reply_usage(usage: Usage) -> ReplyUsage:
 
 
 class CompletionWriter(ChoicesWriter):
-    id_prefix, reply_type, chunk_type = "cmpl", CompletionReply, CompletionReply
+    id_prefix = "cmpl"
+    reply_type = CompletionReply
+    chunk_type = CompletionReply
 
     def __init__(self, call: Call[CompletionRequest]) -> None:
         super().__init__(call)
-        self._offsets, self._streams = defaultdict[int, int](int), defaultdict[int, Detokenizer](self.tokenizer.stream)
+        # Of each choice: where the next token begins in its text, and the tokens so far.
+        self._offsets = defaultdict[int, int](int)
+        self._streams = defaultdict[int, Detokenizer](self.tokenizer.stream)
 
     def choice(self, piece: Piece) -> CompletionChoice:
         return CompletionChoice(piece.choice, piece.text, piece.finish_reason, self._logprobs(piece))
 
-    def chunks(self, piece: Piece) -> list[Any]:
-        return [self.chunk(self.choice(piece))] if piece.text or piece.logprobs or piece.finish_reason else []
+    def chunks(self, piece: Piece) -> Iterable[Any]:
+        if piece.text or piece.logprobs or piece.finish_reason:
+            yield self.chunk([self.choice(piece)])
 
     def _logprobs(self, piece: Piece) -> CompletionLogProbs | None:
         if self.body.logprobs is None:
             return None
-        offsets, logprobs = [], piece.logprobs
-        for each in logprobs:
-            offsets.append(self._offsets[piece.choice])  # part of a character: its offset
-            self._offsets[piece.choice] += len(self._streams[piece.choice].push(each.token))
-        name = lambda token: self.token_text(token)[0]
-        top = [{name(token): nats for token, nats in each.top} or None for each in logprobs] if self.body.logprobs else None
-        values = [None if each.logprob != each.logprob else each.logprob for each in logprobs]
-        return CompletionLogProbs([name(each.token) for each in logprobs], values, top, offsets)
+        columns = CompletionLogProbs([], [], [] if self.body.logprobs else None, [])
+        for logprob in piece.logprobs:
+            columns.tokens.append(self._name(logprob.token))
+            value = None if math.isnan(logprob.logprob) else logprob.logprob
+            columns.token_logprobs.append(value)
+            if columns.top_logprobs is not None:
+                top = {self._name(token): nats for token, nats in logprob.top}
+                columns.top_logprobs.append(top or None)
+            columns.text_offset.append(self._offsets[piece.choice])  # part of a character: its offset
+            self._offsets[piece.choice] += len(self._streams[piece.choice].push(logprob.token))
+        return columns
+
+    def _name(self, token: int) -> str:
+        text, _ = self.token_text(token)
+        return text
 
 
 class EchoWriter(CompletionWriter):
@@ -324,11 +341,16 @@ class EchoWriter(CompletionWriter):
         self._prompts = prompts
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
-        rest, echoed = iter(pieces), list[Piece]()
+        rest = iter(pieces)
+        echoed: list[Piece] = []
         for prompt in self._prompts:
-            scores = next(rest).logprobs if self.body.logprobs is not None and len(prompt) > 1 else []
+            scores: Sequence[LogProb] = ()
+            if self.body.logprobs is not None and len(prompt) > 1:
+                scores = next(rest).logprobs
             for _ in range(self.body.n or 1):
-                piece = next(rest) if self.body.max_tokens != 0 else Piece(0, "", [], "length")
+                piece = Piece(0, "", [], "length")
+                if self.body.max_tokens != 0:
+                    piece = next(rest)
                 logprobs = [LogProb(prompt[0], math.nan, ()), *scores, *piece.logprobs]
                 text = self.tokenizer.decode(prompt) + piece.text
                 echoed.append(piece._replace(choice=len(echoed), text=text, logprobs=logprobs))
@@ -451,8 +473,10 @@ class ChatRequest(CompletionFields, kw_only=True):
 
     @property
     def ignored(self) -> list[str]:
-        thoughts = [f"messages.{name}" for message in self.messages for name in message.thoughts]
-        return [*super().ignored, *dict.fromkeys(thoughts)]
+        thoughts: list[str] = []
+        for message in self.messages:
+            thoughts += message.thoughts
+        return [*super().ignored, *(f"messages.{name}" for name in dict.fromkeys(thoughts))]
 
     @property
     def tool_use(self) -> ToolUse:
@@ -463,14 +487,16 @@ class ChatRequest(CompletionFields, kw_only=True):
 
     @property
     def grammars(self) -> list[Grammar]:
-        grammars, wanted = super().grammars, self.response_format
-        if wanted and wanted.type != "text":
-            field = "response_format" if wanted.type == "json_object" else "response_format.json_schema.schema"
-            if (wanted.json_schema is None) != (wanted.type == "json_object"):
-                field = "response_format.json_schema"
-                raise InvalidField(field, f"{field} belongs to the type json_schema, and only to it.")
-            grammars.append(answer_grammar(field, wanted.json_schema.schema if wanted.json_schema else None))
-        return grammars
+        grammars = super().grammars
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return grammars
+        if (wanted.json_schema is None) != (wanted.type == "json_object"):
+            field = "response_format.json_schema"
+            raise InvalidField(field, f"{field} belongs to the type json_schema, and only to it.")
+        if wanted.json_schema is None:
+            return [*grammars, answer_grammar("response_format", None)]
+        return [*grammars, answer_grammar("response_format.json_schema.schema", wanted.json_schema.schema)]
 
     def job(self, defaults: SamplingParams) -> Job:
         """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
@@ -594,29 +620,34 @@ class ChatChunk(ChatFields, kw_only=True):
 
 
 class ChatWriter(ChoicesWriter):
-    id_prefix, reply_type, chunk_type = "chatcmpl", ChatReply, ChatChunk
+    id_prefix = "chatcmpl"
+    reply_type = ChatReply
+    chunk_type = ChatChunk
 
     def choice(self, piece: Piece) -> ChatChoice:
         calls = [MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls]
-        message = ReplyMessage(piece.text or (None if calls else ""), tool_calls=calls or UNSET)
+        content = None if calls and not piece.text else piece.text
+        message = ReplyMessage(content, tool_calls=calls or UNSET)
         assert piece.finish_reason
         return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
-        chunks = [self.chunk(ChatChunkChoice(index, Delta("assistant", ""))) for index in range(self.body.choices)]
+        chunks = [self.chunk([ChatChunkChoice(index, Delta("assistant", ""))]) for index in range(self.body.choices)]
         return self._with_documents(chunks, usage)
 
     def chunks(self, piece: Piece) -> Iterator[Any]:
         if piece.text or piece.logprobs:
-            delta = Delta(content=piece.text) if piece.text else Delta()
-            yield self.chunk(ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece)))
+            delta = Delta(content=piece.text or UNSET)
+            yield self.chunk([ChatChunkChoice(piece.choice, delta, None, self._logprobs(piece))])
         for call in piece.calls:
-            begins = {"id": call.id, "type": "function"} if call.id else {"id": UNSET, "type": UNSET}
             function = FunctionCall(call.name or UNSET, call.arguments)
-            delta = Delta(tool_calls=[MessageCall(index=call.number, function=function, **begins)])
-            yield self.chunk(ChatChunkChoice(piece.choice, delta))
+            part = MessageCall(index=call.number, type=UNSET, function=function)
+            if call.id:  # it begins
+                part.id = call.id
+                part.type = "function"
+            yield self.chunk([ChatChunkChoice(piece.choice, Delta(tool_calls=[part]))])
         if piece.finish_reason:
-            yield self.chunk(ChatChunkChoice(piece.choice, Delta(), piece.finish_reason))
+            yield self.chunk([ChatChunkChoice(piece.choice, Delta(), piece.finish_reason)])
 
     def end(self, usage: Usage) -> Iterable[ChatChunk]:
         return self._with_documents(super().end(usage), usage)

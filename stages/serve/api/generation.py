@@ -253,12 +253,13 @@ class Generation:
     @property
     def usage(self) -> Usage:
         completions = [choice for choice in self._choices if not choice.scored_tokens]
-        scored = [] if completions else self._choices  # else they are of the completions' prompts
-        prompts = (completions or scored)[:: self._repeats]
+        prompts = (completions or self._choices)[:: self._repeats]
         first = min((choice.first_token for choice in self._choices if choice.first_token), default=self._arrived)
         prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
+        if not completions:  # else the scored tokens are of their prompts
+            prompt_tokens += sum(len(choice.scored_tokens) for choice in self._choices)
         return Usage(
-            prompt=prompt_tokens + sum(len(choice.scored_tokens) for choice in scored),
+            prompt=prompt_tokens,
             completion=sum(choice.completion.tokens for choice in completions),
             cached=sum(choice.cached or 0 for choice in prompts),
             first_seconds=first - self._arrived,
@@ -291,7 +292,9 @@ class Generation:
             choice.end = "error"
             del self._unfinished[choice]
             raise self._error(event)
-        reason: Reason | None = "stop" if completion.stopped is not None else event.finish_reason
+        reason: Reason | None = event.finish_reason
+        if completion.stopped is not None:
+            reason = "stop"
         if reason:
             self._finish(choice, event, reason, now)
         if choice.strips_space and text:
@@ -316,8 +319,10 @@ class Generation:
         if choice.cached is None:
             choice.cached = event.cached_tokens
             tokens = len(choice.request.prompt)
-            looks_up = not choice.request.embed and self._state.engine.engine.prefix_cache.limit > 0
-            metrics.count_prompt(tokens, tokens if looks_up else 0, choice.cached)
+            looked_up = 0
+            if not choice.request.embed and self._state.engine.engine.prefix_cache.limit > 0:
+                looked_up = tokens
+            metrics.count_prompt(tokens, looked_up, choice.cached)
 
     def _error(self, event: Event) -> ApiError:
         if event.finish_reason == "grammar":
@@ -397,7 +402,9 @@ class EventWriter(Writer):
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
     """Returns the header that names the fields of a body that change no answer; no header without names."""
-    return {"X-Ignored-Fields": ", ".join(names)} if names else {}
+    if not names:
+        return {}
+    return {"X-Ignored-Fields": ", ".join(names)}
 
 
 async def run(call: Call, job: Job, writer: Writer) -> Generation:

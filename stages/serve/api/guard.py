@@ -61,10 +61,14 @@ class Guard:
         hosts: frozenset[str] | None,
         origins: frozenset[str],
         log: str = "off",
-        count: Callable[[int], None] = lambda _: None,
+        count: Callable[[int], None] | None = None,
         root_path: str = "",
     ) -> None:
-        self._app, self._hosts, self._origins, self._log, self._count = app, hosts, origins, log, count
+        self._app = app
+        self._hosts = hosts
+        self._origins = origins
+        self._log = log
+        self._count = count
         self._root_path = root_path
         self._keys = [_hash(key.encode()) for key in keys]
         self._checked: ASGIApp = self._answer
@@ -81,17 +85,18 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no web sockets
             return
-        state, status = scope.setdefault("state", {}), CLIENT_CLOSED_REQUEST
-        arrived = time.monotonic()
+        state = scope.setdefault("state", {})
+        status = CLIENT_CLOSED_REQUEST
         request_id = f"req_{os.urandom(12).hex()}"
         path = self._below_root(scope.get("raw_path", scope["path"].encode()).decode("latin-1"))
-        state |= {"arrived": arrived, "path": path}
+        state |= {"arrived": time.monotonic(), "path": path}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._count(status)
+                if self._count:
+                    self._count(status)
                 added = [*SECURITY_HEADERS, *((name, request_id.encode()) for name in ID_HEADERS)]
                 message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
@@ -103,20 +108,26 @@ class Guard:
             await error.reply(path)(scope, receive, send_with_headers)
         finally:
             if self._log != "off":
-                seconds = time.monotonic() - arrived
-                arrived_at = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
-                entry = {
-                    "time": arrived_at.isoformat(timespec="milliseconds"),
-                    "id": request_id,
-                    "client": (scope["client"] or ("-",))[0],
-                    "method": scope["method"],
-                    "path": path[:200],
-                    "status": status,
-                    "seconds": round(seconds, 4),
-                    **(state["generation"].log_fields() if "generation" in state else {}),
-                }
-                with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
-                    print(json.dumps(entry) if self._log == "json" else _short(entry), flush=True)
+                self._write_log(scope, request_id, status)
+
+    def _write_log(self, scope: Scope, request_id: str, status: int) -> None:
+        state = scope["state"]
+        seconds = time.monotonic() - state["arrived"]
+        arrived_at = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+        entry = {
+            "time": arrived_at.isoformat(timespec="milliseconds"),
+            "id": request_id,
+            "client": (scope["client"] or ("-",))[0],
+            "method": scope["method"],
+            "path": state["path"][:200],
+            "status": status,
+            "seconds": round(seconds, 4),
+        }
+        if "generation" in state:
+            entry |= state["generation"].log_fields()
+        line = json.dumps(entry) if self._log == "json" else _short(entry)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
+            print(line, flush=True)
 
     def _below_root(self, path: str) -> str:
         if self._root_path and f"{path}/".startswith(f"{self._root_path}/"):
@@ -127,8 +138,9 @@ class Guard:
         """Answers a request with a key, or one that needs none; any other, and one that fails, with an error."""
         state = scope["state"]
         try:
-            needs_key = self._keys and state["path"] not in KEYLESS_PATHS
-            state["namespace"] = self._check_key(Headers(scope=scope)) if needs_key else ""
+            state["namespace"] = ""
+            if self._keys and state["path"] not in KEYLESS_PATHS:
+                state["namespace"] = self._check_key(Headers(scope=scope))
             await self._app(scope, receive, send)
         except Exception as error:
             await error_reply(error, state["path"])(scope, receive, send)
@@ -160,20 +172,27 @@ class Guard:
         Compares with every key, each in constant time, so that timing gives none away.
         """
         sent = [*headers.getlist("authorization"), *(f"Bearer {key}" for key in headers.getlist("x-api-key"))]
-        scheme, _, value = (sent[0] if len(sent) == 1 else "").partition(" ")
-        key = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        key = b""
+        if len(sent) == 1:
+            scheme, _, value = sent[0].partition(" ")
+            if scheme.lower() == "bearer":
+                key = value.strip().encode("latin-1")
         hashed = _hash(key)
         matches = [hmac.compare_digest(hashed, known) for known in self._keys]
         if not any(matches):
-            count = "One" if sent else "An"
-            needed = f"{count} API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
-            message = "The API key is wrong." if key else needed
+            message = "The API key is wrong."
+            if not key:
+                count = "One" if sent else "An"
+                message = f"{count} API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return hashed.hex()
 
 
 def _short(entry: dict[str, Any]) -> str:
-    return " ".join(f"{value}" if n < 6 else f"{field}={value}" for n, (field, value) in enumerate(entry.items()))
+    """Returns a line of the values of an entry, from the seventh on with their names."""
+    values = [str(value) for value in entry.values()]
+    named = [f"{name}={value}" for name, value in entry.items()]
+    return " ".join(values[:6] + named[6:])
 
 
 def _hash(key: bytes) -> bytes:

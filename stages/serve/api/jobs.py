@@ -79,7 +79,9 @@ class TextPrompts:
         if isinstance(self.texts[0], str):
             tokens = await state.tokenizer.encode(tokens, self.special)
         for number, each in enumerate(tokens):
-            name = f"{self.field}[{number}]" if len(tokens) > 1 else self.field
+            name = self.field
+            if len(tokens) > 1:
+                name += f"[{number}]"
             if not each:
                 raise InvalidField(self.field, f"{name} has no tokens; give at least one.")
             if max(each) >= vocab:
@@ -143,7 +145,9 @@ async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
         if grammar:  # whose field an error shall name, and not `tools`
             await pool.compile(grammar)
         grammar = tools.grammar(pool.tool_format, grammar)
-    return await pool.compile(grammar) if grammar else None
+    if grammar is None:
+        return None
+    return await pool.compile(grammar)
 
 
 def make_requests(call: Call, job: Job, prompts: PromptTokens, constraint: Constraint | None) -> list[Request]:
@@ -193,7 +197,9 @@ def make_request(
     try:
         check_request(request, engine.cfg.vocab, engine.capacity)
     except InvalidField as error:
-        raise InvalidField(field if error.field == "prompt" else error.field, str(error)) from None
+        if error.field == "prompt":
+            raise InvalidField(field, str(error)) from None
+        raise
     return request
 
 

@@ -156,23 +156,28 @@ class OllamaRequest(OllamaFields):
 
         What is served here is loaded, and stays so.
         """
-        is_zero = re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)) is not None
-        reply = OllamaWriter(call, is_chat).loaded("unload" if is_zero else "load")
-        return _reply_at_once(call, reply)
+        writer = OllamaWriter(call, is_chat)
+        if re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)):
+            return _reply_at_once(call, writer.loaded("unload"))
+        return _reply_at_once(call, writer.loaded("load"))
 
     def make_job(self, prompt: ChatPrompt | TextPrompts, call: Call) -> Job:
         """Returns what the request asks for, of what /api/chat and /api/generate share. Raises InvalidField."""
         options = self.options or Options()
-        most = options.num_predict
-        if most == 0:
+        max_tokens = options.num_predict
+        if max_tokens == 0:
             message = "num_predict must be at least 1, or negative for as many tokens as fit."
             raise InvalidField("options.num_predict", message)
+        if max_tokens and max_tokens < 0:
+            max_tokens = None
         grammar = None
-        if self.format:
-            grammar = answer_grammar("format", self.format if isinstance(self.format, dict) else None)
+        if isinstance(self.format, dict):
+            grammar = answer_grammar("format", self.format)
+        elif self.format:
+            grammar = answer_grammar("format", None)
         sampling = sampling_of(
             call.state.sampling,
-            max_tokens=most if most and most > 0 else None,
+            max_tokens=max_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -263,7 +268,8 @@ class OllamaReply(msgspec.Struct, kw_only=True):
 class OllamaWriter(Writer):
     """Writes the replies of /api/chat, or of /api/generate, a stream as a line of JSON for each piece."""
 
-    media, last = "application/x-ndjson", b""
+    media = "application/x-ndjson"
+    last = b""
 
     def __init__(self, call: Call, is_chat: bool) -> None:
         self._model = call.model.name
@@ -283,11 +289,14 @@ class OllamaWriter(Writer):
     def chunks(self, piece: Piece) -> Iterable[OllamaReply]:
         self._reason = piece.finish_reason
         self._calls += piece.calls
-        return [self._reply(piece.text, **self._logprobs(piece))] if piece.text or piece.logprobs else []
+        if not piece.text and not piece.logprobs:
+            return []
+        return [self._reply(piece.text, **self._logprobs(piece))]
 
     def end(self, usage: Usage) -> Iterable[OllamaReply]:
-        calls = [self._reply("", self._calls)] if self._calls else []
-        return [*calls, self._reply("", **self._end(usage))]
+        if self._calls:
+            yield self._reply("", self._calls)
+        yield self._reply("", **self._end(usage))
 
     def frame(self, chunk: Any) -> bytes:
         return msgspec.json.encode(chunk) + b"\n"
@@ -316,7 +325,8 @@ class OllamaWriter(Writer):
         return {"logprobs": [token_logprob(logprob, text_of) for logprob in piece.logprobs]}
 
     def _end(self, usage: Usage) -> dict[str, Any]:
-        first, total = (round(seconds * 1e9) for seconds in (usage.first_seconds, usage.seconds))
+        first = round(usage.first_seconds * 1e9)
+        total = round(usage.seconds * 1e9)
         return {
             "done": True,
             "done_reason": "length" if self._reason == "length" else "stop",
@@ -347,10 +357,14 @@ async def ollama_generate(call: Call[OllamaGenerateRequest]) -> ASGIApp:
     body.check()
     if not body.prompt:
         return body.load(call, False)
-    prompt: ChatPrompt | TextPrompts = TextPrompts("prompt", [body.prompt])
-    if not body.raw:
-        system = [make_turn("system", body.system)] if body.system else []
-        prompt = ChatPrompt("prompt", [*system, make_turn("user", body.prompt)])
+    prompt: ChatPrompt | TextPrompts
+    if body.raw:
+        prompt = TextPrompts("prompt", [body.prompt])
+    else:
+        turns = [make_turn("user", body.prompt)]
+        if body.system:
+            turns.insert(0, make_turn("system", body.system))
+        prompt = ChatPrompt("prompt", turns)
     return await run(call, body.make_job(prompt, call), OllamaWriter(call, False))
 
 

@@ -6,7 +6,6 @@ header X-Ignored-Fields; so are unknown options of Ollama's.
 """
 
 import asyncio
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +79,9 @@ TextParts = str | Annotated[list[TextPart], Meta(max_length=256)]
 
 def join_text(parts: Any) -> str:
     """Returns the text of a message: a string, parts with a `text` each, or None."""
-    return parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
+    if isinstance(parts, str):
+        return parts
+    return "".join(part.text for part in parts or ())
 
 
 # Why this server does not grant a field.
@@ -169,7 +170,9 @@ def given_names(fields: Any, names: Iterable[str]) -> list[str]:
 
 def stop_texts(stop: str | Sequence[str] | None) -> Sequence[str]:
     """Returns the strings that end a completion, of which a body has one, several, or none."""
-    return [stop] if isinstance(stop, str) else stop or ()
+    if isinstance(stop, str):
+        return [stop]
+    return stop or ()
 
 
 def prompt_texts(field: str, value: Any, most: int) -> list[str] | list[list[int]]:
@@ -243,7 +246,9 @@ class Call[Body]:
     priority: int
 
     def __init__(self, state: ServerState, http: Request) -> None:
-        self.state, self.http, self.content = state, http, bytearray()
+        self.state = state
+        self.http = http
+        self.content = bytearray()
 
     def uncount_bytes(self) -> None:
         """No longer counts the bytes of the body."""
@@ -253,8 +258,12 @@ class Call[Body]:
         """Reads the JSON body as `kind`. Raises ApiError, which names the field at fault, and ClientGone."""
         _check_headers(self.http)
         await self._receive()
-        decode = functools.partial(_decode, self.content, kind)
-        self.body = body = decode() if len(self.content) <= INLINE_BYTES else await asyncio.to_thread(decode)
+        body: Any
+        if len(self.content) <= INLINE_BYTES:
+            body = _decode(self.content, kind)
+        else:
+            body = await asyncio.to_thread(_decode, self.content, kind)
+        self.body = body
         self.model = self.state.find_model(body.model)
 
     async def _receive(self) -> None:
@@ -265,7 +274,8 @@ class Call[Body]:
                     part = await self.http.receive()
                     if part["type"] == "http.disconnect":
                         raise ClientGone
-                    data, more = part.get("body", b""), part.get("more_body", False)
+                    data = part.get("body", b"")
+                    more = part.get("more_body", False)
                     if len(self.content) + len(data) > MAX_BYTES:  # counted: Content-Length is only a promise
                         raise _too_large()
                     self.state.admission.add_bytes(len(data))
@@ -335,11 +345,13 @@ def _remove_null(value: Any, problem: str) -> bool:
 
 def _inner(value: Any, name: str) -> list[Any]:
     """Returns the field of that name of an object, or without a name all items of a list or an object."""
-    if name:
-        return [value[name]] if isinstance(value, dict) and name in value else []
     if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+        if not name:
+            return list(value.values())
+        return [value[name]] if name in value else []
+    if isinstance(value, list) and not name:
+        return value
+    return []
 
 
 def _integral(value: Any) -> Any:
@@ -348,7 +360,9 @@ def _integral(value: Any) -> Any:
         return {name: _integral(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_integral(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _check_headers(http: Request) -> None:
@@ -378,7 +392,11 @@ def _too_large() -> ApiError:
 def _invalid(text: str) -> ApiError:
     """Returns the error for msgspec's sentence, such as "Expected `int`, got `str` - at `$.n`", which is about the field n."""
     match = re.search(r" - at (?:`key` in )?`\$(.*?)`$", text)
-    problem, where = (text[: match.start()], match[1].lstrip(".")) if match else (text, "")
+    problem = text
+    where = ""
+    if match:
+        problem = text[: match.start()]
+        where = match[1].lstrip(".")
     field = re.fullmatch(r"Object (?:contains unknown|missing required) field `(.*)`", problem, re.S)
     param = ".".join(filter(None, (where, field and field[1])))
     code = "invalid_value"
@@ -386,7 +404,9 @@ def _invalid(text: str) -> ApiError:
         code = "unknown_parameter" if "unknown" in problem else "missing_required_parameter"
     named = [*re.findall(r"\w+", param), *re.findall(r"enum value '(\w+)'", problem)]
     why = next((f" {UNSUPPORTED[name]}." for name in named if name in UNSUPPORTED), "")
-    return ApiError(400, f"{_short(param) or 'The body'}: {_short(problem, 300)}.{why}", param=_short(param) or None, code=code)
+    shown = _short(param)
+    message = f"{shown or 'The body'}: {_short(problem, 300)}.{why}"
+    return ApiError(400, message, param=shown or None, code=code)
 
 
 def _short(text: str, length: int = 80) -> str:

@@ -179,7 +179,9 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     @property
     def prompt(self) -> ChatPrompt:
         """The conversation. Raises InvalidField."""
-        turns = [make_turn("system", self.instructions)] if self.instructions else []
+        turns: list[Turn] = []
+        if self.instructions:
+            turns.append(make_turn("system", self.instructions))
         if isinstance(self.input, str):
             turns.append(make_turn("user", self.input))
         else:
@@ -190,7 +192,9 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
     def job(self, defaults: SamplingParams) -> Job:
         """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
-        wants_json = self.format.type != "text"
+        grammar = None
+        if self.format.type != "text":
+            grammar = answer_grammar("text.format.schema", self.format.schema)
         return Job(
             prompt=self.prompt,
             sampling=sampling_of(
@@ -200,7 +204,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
                 top_p=self.top_p,
                 logprobs=self.logprobs,
             ),
-            grammar=answer_grammar("text.format.schema", self.format.schema) if wants_json else None,
+            grammar=grammar,
             streams=bool(self.stream),
             ignored=self.ignored,
         )
@@ -301,7 +305,6 @@ class ResponseWriter(EventWriter):
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         yield from self._close()
         self._reply.status = self._status
-        self._reply.completed_at = int(time.time()) if self._status == "completed" else None
         self._reply.usage = {
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
@@ -309,7 +312,9 @@ class ResponseWriter(EventWriter):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt + usage.completion,
         }
-        if self._status == "incomplete":
+        if self._status == "completed":
+            self._reply.completed_at = int(time.time())
+        else:
             self._reply.incomplete_details = {"reason": "max_output_tokens"}
         yield self._event(self._status, response=self._reply)
 

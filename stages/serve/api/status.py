@@ -100,11 +100,12 @@ async def retrieve_model(call: Call) -> Response:
 
 
 def model_card(state: ServerState, name: str) -> ModelCard:
+    adapter = state.adapters.adapters.get(name)
     return ModelCard(
         id=name,
         created=state.loaded_at,
         root=state.name,
-        adapter=adapter.digest if (adapter := state.adapters.adapters.get(name)) else None,
+        adapter=adapter.digest if adapter else None,
         max_model_len=state.engine.capacity,
         price_per_hour=state.price,
         default_sampling=msgspec.convert(state.sampling, DefaultSampling, from_attributes=True),
@@ -113,7 +114,8 @@ def model_card(state: ServerState, name: str) -> ModelCard:
 
 async def add_adapter(call: Call[AdapterRequest]) -> ModelCard:
     """Adds an adapter, which requests may then name as their model."""
-    state, body = call.state, call.body
+    state = call.state
+    body = call.body
     if body.name in (*state.names, "default"):
         raise ApiError(409, f"{body.name} is the name of the model itself.", param="name")
     await state.adapters.add(body.name, body.folder)
@@ -122,13 +124,15 @@ async def add_adapter(call: Call[AdapterRequest]) -> ModelCard:
 
 async def remove_adapter(call: Call) -> AdapterReply:
     """Removes an adapter; requests under way go on with it."""
-    call.state.adapters.remove(name := call.http.path_params["model"])
+    name = call.http.path_params["model"]
+    call.state.adapters.remove(name)
     return AdapterReply(name)
 
 
 async def health(call: Call) -> Response:
     """Whether requests are answered."""
-    status, engine = call.state.status, call.state.engine
+    status = call.state.status
+    engine = call.state.engine
     since = round(engine.seconds_since_tick, 3)
     reply = Health(status, engine.engine.running, engine.waiting, engine.compiles_after_ready, since, engine.wait)
     return json_reply(reply, 200 if status == "ok" else 503)
@@ -152,9 +156,13 @@ async def metrics(call: Call) -> Response:
 async def attest(call: Call) -> Attestation:
     """The digest of the weights, at load and now."""
     state = call.state
-    now, then = await state.hash_weights(), state.digest
+    now = await state.hash_weights()
     return Attestation(
-        digest=now, digest_at_load=then, unchanged=now == then, loaded_at=state.loaded_at, checked_at=int(time.time())
+        digest=now,
+        digest_at_load=state.digest,
+        unchanged=now == state.digest,
+        loaded_at=state.loaded_at,
+        checked_at=int(time.time()),
     )
 
 

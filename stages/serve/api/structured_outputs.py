@@ -56,12 +56,16 @@ def schema_grammar(schema: str | dict[str, Any]) -> str:
     return json_grammar(schema)
 
 
+def object_grammar(_: bool) -> str:
+    return json_grammar({"type": "object"})
+
+
 STRUCTURED_OUTPUTS: dict[str, Callable[..., str]] = {
     "json": schema_grammar,
     "regex": regex_grammar,
     "choice": choice_grammar,
     "grammar": lark_grammar,
-    "json_object": lambda _: json_grammar({"type": "object"}),
+    "json_object": object_grammar,
     "structural_tag": structural_tag_grammar,
 }
 GRAMMARS: dict[str, Callable[..., str]] = {
@@ -104,7 +108,9 @@ def structured_grammars(structured_outputs: StructuredOutputs | None, **values: 
 
     Raises InvalidField.
     """
-    grammars = [structured_outputs.wanted_grammar] if structured_outputs else []
+    grammars: list[Grammar] = []
+    if structured_outputs:
+        grammars.append(structured_outputs.wanted_grammar)
     for name, value in values.items():
         if value is not None:
             grammars.append(Grammar(name, partial(GRAMMARS[name], value)))

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -97,8 +97,13 @@ async def _candidate_tokens(call: Call[ScoreRequest]) -> list[Sequence[int]]:
     tokenizer = call.state.tokenizer
     space = " " if body.messages and tokenizer.strips_space else ""
     texts = [space + each for each in body.candidates if isinstance(each, str)]
-    encoded = iter(await tokenizer.encode(texts, continued=True) if texts else ())
-    return [next(encoded) if isinstance(each, str) else each for each in body.candidates]
+    encoded: Iterator[list[int]] = iter(())
+    if texts:
+        encoded = iter(await tokenizer.encode(texts, continued=True))
+    tokens: list[Sequence[int]] = []
+    for each in body.candidates:
+        tokens.append(next(encoded) if isinstance(each, str) else each)
+    return tokens
 
 
 def _scores(pieces: list[Piece]) -> list[Score]:
@@ -249,7 +254,8 @@ async def tokenizer_info(call: Call) -> TokenizerInfo:
 
 async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
     """The tokens of a text, or of a conversation."""
-    state, body = call.state, call.body
+    state = call.state
+    body = call.body
     if (body.prompt is UNSET) == (body.messages is UNSET):
         raise InvalidField("prompt", "Either prompt or messages is to be given.")
     if isinstance(body.messages, list):
@@ -273,7 +279,8 @@ async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
 
 async def detokenize(call: Call[DetokenizeRequest]) -> DetokenizeReply:
     """The text of tokens."""
-    tokens, vocab = call.body.tokens, call.state.engine.cfg.vocab
+    tokens = call.body.tokens
+    vocab = call.state.engine.cfg.vocab
     if tokens and max(tokens) >= vocab:
         raise InvalidField("tokens", f"tokens holds an id outside the vocabulary of {vocab:,}.")
     return DetokenizeReply(await call.state.tokenizer.decode(tokens))
