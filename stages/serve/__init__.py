@@ -1,1 +1,1 @@
-"""The server: one thread that alone steps the engine, one event loop that never waits for it, and OpenAI's routes between."""
+"""The server: the routes of several APIs on an event loop, and a thread behind it that steps the engine."""

@@ -19,7 +19,7 @@ LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
-class Metrics(Collector):
+class ServerMetrics(Collector):
     """The metrics, in a registry of their own: two servers in one process share none."""
 
     def __init__(self, model: str, engine: EngineThread) -> None:

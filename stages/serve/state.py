@@ -23,7 +23,7 @@ from stages.serve.adapters import AdapterTable
 from stages.serve.admission import Admission
 from stages.serve.engine_thread import EngineThread
 from stages.serve.errors import ApiError
-from stages.serve.metrics import Metrics
+from stages.serve.metrics import ServerMetrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
 LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
@@ -70,7 +70,7 @@ class ServerState:
         self.tokenizer = TokenizerPool(chat, engine.capacity, engine.cfg.vocab, model.eos_ids, documents)
         self.sampling = sampling
         self.stop_token_ids = frozenset(model.eos_ids)
-        self.metrics = Metrics(self.name, self.engine)
+        self.metrics = ServerMetrics(self.name, self.engine)
         self.adapters = AdapterTable(self.engine, base_digest, adapter_folder, adapters or {})
         self._hashing: asyncio.Task[str] | None = None
         self._text_facts = {  # by which the base's fingerprint and those of its adapters differ from other models'

@@ -319,7 +319,7 @@ def test_openapi_lists_every_route(client):
 def test_openapi_says_which_fields_a_body_has(client):
     """An unknown one may only be null."""
     schemas = good(client.get("/openapi.json"))["components"]["schemas"]
-    for name in ("ChatRequest", "Message", "InputItem", "MessagesRequest", "StructuredOutputs"):
+    for name in ("ChatRequest", "ChatMessage", "InputItem", "MessagesRequest", "StructuredOutputs"):
         assert schemas[name]["additionalProperties"] == {"type": "null"}
     assert "additionalProperties" not in schemas["ChatReply"]
 

@@ -4,7 +4,7 @@ The path of one chat request, from the socket to the compiled program and back:
 
 1. server.HttpProtocol          bytes -> ASGI (uvicorn and h11; ours are the time limits)
 2. guard.Guard                  Host, Origin, key -> namespace; an id, and a line in the log; an error -> its reply
-3. app.Api                      path and method -> Route; a Call reads bytes as ChatRequest; its place is held to the end
+3. app.Api                      path and method -> Route; an ApiCall reads a ChatRequest; its place is held
 4. create_chat_completion       ChatRequest.job -> a Job, which holds a ChatPrompt; and a ChatWriter
 5. generation.run               Job, Writer -> a Generation of Choices, by way of 6 and 7
 6. tokenizer_pool.TokenizerPool ChatPrompt -> PromptTokens, in a worker thread

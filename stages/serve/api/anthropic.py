@@ -14,14 +14,14 @@ from stages.serve.api.generation import EventWriter, Piece, Usage, run
 from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
 from stages.serve.api.requests import (
     AnswerRequest,
-    Call,
-    Conversation,
+    ApiCall,
     EmptyList,
-    Fields,
     JsonObject,
     MaxTokens,
+    MessageList,
     Several,
     StopTexts,
+    StrictFields,
     TextParts,
     TopK,
     TopP,
@@ -42,7 +42,7 @@ from stages.serve.tools import (
 )
 
 
-class DocumentSource(Fields):
+class DocumentSource(StrictFields):
     """The text of a document, as it is or in parts."""
 
     type: Literal["text", "content"]
@@ -51,11 +51,11 @@ class DocumentSource(Fields):
     content: TextParts = ""
 
 
-class Citations(Fields):
+class Citations(StrictFields):
     enabled: Literal[False] | None = None
 
 
-class TextBlock(Fields, kw_only=True):
+class TextBlock(StrictFields, kw_only=True):
     """A text or a document: a block of a message, or a part of what a tool returned."""
 
     type: Literal["text", "document"]
@@ -101,7 +101,7 @@ class TurnBlock(TextBlock, kw_only=True):
         return "".join(part.plain_text for part in self.content or ())
 
 
-class InputTurn(Fields):
+class InputTurn(StrictFields):
     role: Literal["user", "assistant"]
     content: str | Annotated[list[TurnBlock], Meta(max_length=256)]
 
@@ -138,7 +138,7 @@ class ToolDefinition(Function, kw_only=True):
     eager_input_streaming: bool | None = None  # a stream has the input as it comes in any case
 
 
-class ToolChoice(Fields):
+class ToolChoice(StrictFields):
     """Whether a tool is called: as the model likes, any, the one of this name, or none."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -146,7 +146,7 @@ class ToolChoice(Fields):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Fields):
+class Thinking(StrictFields):
     """How much the model is to think, which changes no answer here."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
@@ -160,7 +160,7 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
     `thinking`, and thoughts among the messages, change nothing.
     """
 
-    messages: Conversation[InputTurn]
+    messages: MessageList[InputTurn]
     system: TextParts | None = None
     thinking: Thinking | None = None
     tools: Several[ToolDefinition] | None = None
@@ -203,14 +203,14 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
         return tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
 
 
-class OutputFormat(Fields):
+class OutputFormat(StrictFields):
     """The JSON schema that an answer is to satisfy."""
 
     type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
-class OutputConfig(Fields):
+class OutputConfig(StrictFields):
     """`effort` changes nothing."""
 
     format: OutputFormat | None = None
@@ -291,7 +291,7 @@ class MessageReply(msgspec.Struct, kw_only=True):
 
 
 class MessageWriter(EventWriter):
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ApiCall) -> None:
         self._head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "model": call.model.name}
         self._stop: dict[str, Any] = {}
         self._blocks = 0
@@ -365,12 +365,12 @@ def _stop(piece: Piece) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 
-async def create_message(call: Call[MessagesRequest]) -> ASGIApp:
+async def create_message(call: ApiCall[MessagesRequest]) -> ASGIApp:
     """Answers a conversation, as Anthropic has it."""
     return await run(call, call.body.job(call.state.sampling), MessageWriter(call))
 
 
-async def count_tokens(call: Call[CountTokensRequest]) -> CountTokensReply:
+async def count_tokens(call: ApiCall[CountTokensRequest]) -> CountTokensReply:
     """The tokens of a conversation."""
     prompts = await call.body.prompt.encode(call.state)
     return CountTokensReply(len(prompts.tokens[0]))

@@ -20,7 +20,7 @@ from stages.serve.api.requests import (
     INLINE_BYTES,
     MAX_PROMPTS,
     TOKEN_ID,
-    Call,
+    ApiCall,
     ModelRequest,
     content_length,
     json_reply,
@@ -47,8 +47,8 @@ STATUSES = {
     503: "Requests are not answered at the moment.",
 }
 TEXT = {"type": "string", "minLength": 1}
-EVENTS = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
-LINES = ollama.OllamaWriter.media  # of JSON alone
+EVENT_STREAM = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
+JSON_LINES = ollama.OllamaWriter.media  # of JSON alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Route:
     method: str
     path: str
     # Returns the reply, or a response. Its name and the first line of its docstring are those of the operation.
-    handler: Callable[[Call[Any]], Awaitable[msgspec.Struct | ASGIApp]]
+    handler: Callable[[ApiCall[Any]], Awaitable[msgspec.Struct | ASGIApp]]
     # The types of the JSON body and of the JSON reply, where there are such.
     body: type[ModelRequest] | None = None
     reply: type[msgspec.Struct] | None = None
@@ -80,7 +80,7 @@ ROUTES = [
         completions.ChatRequest,
         completions.ChatReply,
         reserves=True,
-        stream=EVENTS,
+        stream=EVENT_STREAM,
     ),
     Route(
         "POST",
@@ -89,7 +89,7 @@ ROUTES = [
         completions.CompletionRequest,
         completions.CompletionReply,
         reserves=True,
-        stream=EVENTS,
+        stream=EVENT_STREAM,
     ),
     Route(
         "POST",
@@ -98,7 +98,7 @@ ROUTES = [
         responses.ResponseRequest,
         responses.ResponseReply,
         reserves=True,
-        stream=EVENTS,
+        stream=EVENT_STREAM,
     ),
     Route(
         "POST",
@@ -107,12 +107,14 @@ ROUTES = [
         anthropic.MessagesRequest,
         anthropic.MessageReply,
         reserves=True,
-        stream=EVENTS,
+        stream=EVENT_STREAM,
     ),
     Route(
         "POST", "/v1/messages/count_tokens", anthropic.count_tokens, anthropic.CountTokensRequest, anthropic.CountTokensReply
     ),
-    Route("POST", "/api/chat", ollama.ollama_chat, ollama.OllamaChatRequest, ollama.OllamaReply, reserves=True, stream=LINES),
+    Route(
+        "POST", "/api/chat", ollama.ollama_chat, ollama.OllamaChatRequest, ollama.OllamaReply, reserves=True, stream=JSON_LINES
+    ),
     Route(
         "POST",
         "/api/generate",
@@ -120,13 +122,13 @@ ROUTES = [
         ollama.OllamaGenerateRequest,
         ollama.OllamaReply,
         reserves=True,
-        stream=LINES,
+        stream=JSON_LINES,
     ),
     Route("GET", "/api/tags", ollama.ollama_tags, reply=ollama.Tags),
     Route("GET", "/api/ps", ollama.ollama_ps, reply=ollama.Tags),
     Route("GET", "/api/version", ollama.ollama_version, reply=ollama.Version),
     Route("POST", "/api/show", ollama.ollama_show, ollama.ShowRequest, ollama.Show),
-    Route("POST", "/api/pull", ollama.ollama_pull, ollama.PullRequest, ollama.PullReply, stream=LINES),
+    Route("POST", "/api/pull", ollama.ollama_pull, ollama.PullRequest, ollama.PullReply, stream=JSON_LINES),
     Route("POST", "/api/embed", ollama.ollama_embed, ollama.EmbedRequest, ollama.EmbedReply, reserves=True),
     Route(
         "POST",
@@ -176,7 +178,7 @@ class Api:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
         route = self._find(scope)
-        call: Call[Any] = Call(self._state, Request(scope, receive))
+        call: ApiCall[Any] = ApiCall(self._state, Request(scope, receive))
         if route.body is None:
             response = _response(await route.handler(call))
             await response(scope, receive, send)
@@ -208,7 +210,7 @@ class Api:
             raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
         return methods[method]
 
-    def _check_open(self, route: Route, call: Call) -> None:
+    def _check_open(self, route: Route, call: ApiCall) -> None:
         """Raises ApiError for a call that can get no place, before its body is read: 503 when not ready, 429 for a large body.
 
         A small body is read first: it says how many completions are asked for, by which a request is told from others.
@@ -221,7 +223,7 @@ class Api:
             self._state.admission.check(_sender(call, 0), time.monotonic(), _tries(call))
 
     @contextlib.contextmanager
-    def _place(self, route: Route, call: Call) -> Iterator[None]:
+    def _place(self, route: Route, call: ApiCall) -> Iterator[None]:
         """Holds a place for the call, if its route reserves one. Raises ApiError without one, and InvalidField."""
         if not route.reserves:
             yield
@@ -253,7 +255,7 @@ def _in_time(send: Send) -> Send:
     return send_in_time
 
 
-def _sender(call: Call, choices: int) -> Sender:
+def _sender(call: ApiCall, choices: int) -> Sender:
     """Returns who sends a request, and how large it is: by its bytes if they are many, else by its completions."""
     address, port = call.http.client or ("", 0)
     length = content_length(call.http)
@@ -263,7 +265,7 @@ def _sender(call: Call, choices: int) -> Sender:
     return Sender(port, (address, call.http.state.namespace, size))
 
 
-def _tries(call: Call) -> int | None:
+def _tries(call: ApiCall) -> int | None:
     """Returns how often the clients of OpenAI and Anthropic say that they have sent a request before."""
     count = call.http.headers.get("x-stainless-retry-count", "")
     return int(count) if count.isdecimal() and len(count) < 4 else None

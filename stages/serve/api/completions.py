@@ -21,19 +21,19 @@ from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, only_grammar, sa
 from stages.serve.api.requests import (
     MAX_PROMPTS,
     MAX_STOPS,
-    Call,
-    Conversation,
+    ApiCall,
     EmptyList,
-    Fields,
     JsonObject,
     LogProbs,
     MaxTokens,
+    MessageList,
     MinP,
     Parts,
     Penalty,
     Seed,
     Several,
     Stops,
+    StrictFields,
     Temperature,
     TextPart,
     Texts,
@@ -65,7 +65,7 @@ DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
 
 
-class StreamOptions(Fields):
+class StreamOptions(StrictFields):
     """`include_usage`: a last chunk has the token counts."""
 
     include_usage: bool | None = None
@@ -257,7 +257,7 @@ class ChoicesWriter(Writer):
     reply_type: ClassVar[Any]
     chunk_type: ClassVar[Any]
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ApiCall) -> None:
         self.tokenizer = call.state.tokenizer.tokenizer
         self.body = call.body
         self._wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
@@ -300,7 +300,7 @@ class CompletionWriter(ChoicesWriter):
     reply_type = CompletionReply
     chunk_type = CompletionReply
 
-    def __init__(self, call: Call[CompletionRequest]) -> None:
+    def __init__(self, call: ApiCall[CompletionRequest]) -> None:
         super().__init__(call)
         # Of each choice: where the next token begins in its text, and the tokens so far.
         self._offsets = defaultdict[int, int](int)
@@ -336,7 +336,7 @@ class CompletionWriter(ChoicesWriter):
 class EchoWriter(CompletionWriter):
     """Writes replies in which each completion comes behind its prompt, of tokens."""
 
-    def __init__(self, call: Call[CompletionRequest], prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, call: ApiCall[CompletionRequest], prompts: Sequence[Sequence[int]]) -> None:
         super().__init__(call)
         self._prompts = prompts
 
@@ -357,7 +357,7 @@ class EchoWriter(CompletionWriter):
         return super().reply(echoed, usage._replace(prompt=sum(map(len, self._prompts))))
 
 
-async def create_completion(call: Call[CompletionRequest]) -> ASGIApp:
+async def create_completion(call: ApiCall[CompletionRequest]) -> ASGIApp:
     """Continues texts.
 
     Each prompt `n` times; the choices of a prompt follow each other.
@@ -390,7 +390,7 @@ class MessageCall(msgspec.Struct, kw_only=True):
         return call_turn(self.id or "", str(self.function.name), self.function.arguments)
 
 
-class ToolField(Fields):
+class ToolField(StrictFields):
     """A tool, or in `tool_choice` the name of one."""
 
     type: Literal["function"]
@@ -401,7 +401,7 @@ class ToolField(Fields):
 Tools = Several[ToolField] | None
 
 
-class Message(Fields):
+class ChatMessage(StrictFields):
     """A message of a conversation. An assistant's that calls tools needs no content. Earlier thoughts change nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -431,10 +431,10 @@ class Message(Fields):
         return make_turn(self.role, join_text(self.content), tool_calls=calls, **names)
 
 
-Messages = Conversation[Message]
+Messages = MessageList[ChatMessage]
 
 
-class JsonSchema(Fields):
+class JsonSchema(StrictFields):
     """A schema that an answer is to satisfy; it is enforced whether or not it is `strict`."""
 
     name: str | None = None
@@ -443,7 +443,7 @@ class JsonSchema(Fields):
     strict: bool | None = None
 
 
-class ResponseFormat(Fields):
+class ResponseFormat(StrictFields):
     """The format of answers: text, a JSON object, or JSON that satisfies a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -668,7 +668,7 @@ class ChatWriter(ChoicesWriter):
 
 
 def chat_prompt(
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     tools: ToolUse = NO_TOOLS,
     variables: Mapping[str, Any] | None = None,
     *,
@@ -693,6 +693,6 @@ def chat_prompt(
     return ChatPrompt("messages", turns, answer, tools, variables or {})
 
 
-async def create_chat_completion(call: Call[ChatRequest]) -> ASGIApp:
+async def create_chat_completion(call: ApiCall[ChatRequest]) -> ASGIApp:
     """Answers a conversation."""
     return await run(call, call.body.job(call.state.sampling), ChatWriter(call))

@@ -20,7 +20,7 @@ from engine.inference.request import Event, LogProb, Request
 from engine.text.detokenizer import CompletionText
 from engine.text.documents import Passage
 from stages.serve.api.jobs import Job, compile_grammar, make_requests
-from stages.serve.api.requests import Call, json_reply
+from stages.serve.api.requests import ApiCall, json_reply
 from stages.serve.errors import ApiError, ClientGone, api_error
 from stages.serve.tools import CallParser, ToolCall, join_calls
 
@@ -103,7 +103,7 @@ class Generation:
 
     def __init__(
         self,
-        call: Call,
+        call: ApiCall,
         choices: Sequence[Choice],
         reply: Reply,
         *,
@@ -407,7 +407,7 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
     return {"X-Ignored-Fields": ", ".join(names)}
 
 
-async def run(call: Call, job: Job, writer: Writer) -> Generation:
+async def run(call: ApiCall, job: Job, writer: Writer) -> Generation:
     """Responds with a job's completions, as the writer has them; those of a prompt follow each other.
 
     Raises ApiError and InvalidField.

@@ -11,7 +11,7 @@ from engine.errors import InvalidField
 from engine.inference.constraints import Constraint, ForcedTokens
 from engine.inference.request import SEEDS, Request, SamplingParams, check_request
 from engine.text.documents import Passage
-from stages.serve.api.requests import Call
+from stages.serve.api.requests import ApiCall
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import NO_TOOLS, Grammar, ToolUse, Turn
@@ -150,7 +150,7 @@ async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
     return await pool.compile(grammar)
 
 
-def make_requests(call: Call, job: Job, prompts: PromptTokens, constraint: Constraint | None) -> list[Request]:
+def make_requests(call: ApiCall, job: Job, prompts: PromptTokens, constraint: Constraint | None) -> list[Request]:
     """Returns the engine's requests of a job: for each prompt its scores, if they are asked for, and its completions.
 
     Raises ApiError and InvalidField.
@@ -177,7 +177,7 @@ def make_requests(call: Call, job: Job, prompts: PromptTokens, constraint: Const
 
 
 def make_request(
-    call: Call,
+    call: ApiCall,
     field: str,
     prompt: Sequence[int],
     sampling: SamplingParams,
@@ -204,7 +204,7 @@ def make_request(
 
 
 def make_scored(
-    call: Call, prompt_field: str, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int | None = 0
+    call: ApiCall, prompt_field: str, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int | None = 0
 ) -> Request:
     """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt in another.
 

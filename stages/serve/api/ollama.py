@@ -19,9 +19,8 @@ from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Reason, Usage, W
 from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
 from stages.serve.api.requests import (
     AnswerRequest,
-    Call,
+    ApiCall,
     EmptyList,
-    Fields,
     LogProbs,
     MinP,
     ModelRequest,
@@ -29,6 +28,7 @@ from stages.serve.api.requests import (
     Seed,
     Several,
     Stops,
+    StrictFields,
     Temperature,
     TopK,
     TopP,
@@ -151,7 +151,7 @@ class OllamaRequest(OllamaFields):
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
 
-    def load(self, call: Call, is_chat: bool) -> ASGIApp:
+    def load(self, call: ApiCall, is_chat: bool) -> ASGIApp:
         """Replies to a request without a prompt, which loads a model in Ollama or, with `keep_alive` 0, unloads it.
 
         What is served here is loaded, and stays so.
@@ -161,7 +161,7 @@ class OllamaRequest(OllamaFields):
             return _reply_at_once(call, writer.loaded("unload"))
         return _reply_at_once(call, writer.loaded("load"))
 
-    def make_job(self, prompt: ChatPrompt | TextPrompts, call: Call) -> Job:
+    def make_job(self, prompt: ChatPrompt | TextPrompts, call: ApiCall) -> Job:
         """Returns what the request asks for, of what /api/chat and /api/generate share. Raises InvalidField."""
         options = self.options or Options()
         max_tokens = options.num_predict
@@ -198,7 +198,7 @@ class OllamaRequest(OllamaFields):
         )
 
 
-def _reply_at_once(call: Call[Any], reply: msgspec.Struct) -> ASGIApp:
+def _reply_at_once(call: ApiCall[Any], reply: msgspec.Struct) -> ASGIApp:
     """Replies to a request for which nothing is computed."""
     return json_reply(reply, headers=ignored_header(call.body.ignored_in(call.content)))
 
@@ -213,7 +213,7 @@ class OllamaCall(msgspec.Struct, kw_only=True):
     id: str = ""
 
 
-class OllamaMessage(Fields):
+class OllamaMessage(StrictFields):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
@@ -271,7 +271,7 @@ class OllamaWriter(Writer):
     media = "application/x-ndjson"
     last = b""
 
-    def __init__(self, call: Call, is_chat: bool) -> None:
+    def __init__(self, call: ApiCall, is_chat: bool) -> None:
         self._model = call.model.name
         self._is_chat = is_chat
         self._tokenizer = call.state.tokenizer.tokenizer
@@ -339,7 +339,7 @@ class OllamaWriter(Writer):
         }
 
 
-async def ollama_chat(call: Call[OllamaChatRequest]) -> ASGIApp:
+async def ollama_chat(call: ApiCall[OllamaChatRequest]) -> ASGIApp:
     """Answers a conversation, as Ollama has it."""
     body = call.body
     body.check()
@@ -351,7 +351,7 @@ async def ollama_chat(call: Call[OllamaChatRequest]) -> ASGIApp:
     return await run(call, job, OllamaWriter(call, True))
 
 
-async def ollama_generate(call: Call[OllamaGenerateRequest]) -> ASGIApp:
+async def ollama_generate(call: ApiCall[OllamaGenerateRequest]) -> ASGIApp:
     """Answers or continues a prompt, as Ollama has it."""
     body = call.body
     body.check()
@@ -389,7 +389,7 @@ class EmbedReply(msgspec.Struct, kw_only=True):
     prompt_eval_count: int = 0
 
 
-async def ollama_embed(call: Call[EmbedRequest]) -> ASGIApp:
+async def ollama_embed(call: ApiCall[EmbedRequest]) -> ASGIApp:
     """Texts as vectors, as Ollama has it."""
     body = call.body
     name = call.model.name
@@ -416,7 +416,7 @@ class EmbeddingsPromptReply(msgspec.Struct):
     embedding: list[float]
 
 
-async def ollama_embeddings(call: Call[EmbeddingsPrompt]) -> ASGIApp:
+async def ollama_embeddings(call: ApiCall[EmbeddingsPrompt]) -> ASGIApp:
     """A text as a vector, as Ollama had it first."""
     body = call.body
     if not body.prompt:
@@ -471,13 +471,13 @@ class Show(msgspec.Struct):
     capabilities: tuple[str, ...] = ("completion", "tools", "embedding")
 
 
-async def ollama_tags(call: Call) -> Tags:
+async def ollama_tags(call: ApiCall) -> Tags:
     """The model that is served, as Ollama has it."""
     at = _loaded_at(call.state)
     return Tags([model | {"modified_at": at} for model in _models(call.state)])
 
 
-async def ollama_ps(call: Call) -> Tags:
+async def ollama_ps(call: ApiCall) -> Tags:
     """The model that is served: it is loaded."""
     state = call.state
     on_devices = 0
@@ -492,19 +492,19 @@ async def ollama_ps(call: Call) -> Tags:
     return Tags([model | loaded for model in _models(state)])
 
 
-async def ollama_version(_: Call) -> Version:
+async def ollama_version(_: ApiCall) -> Version:
     """A version of Ollama that has what is here."""
     return Version()
 
 
-async def ollama_pull(call: Call[PullRequest]) -> PullReply:
+async def ollama_pull(call: ApiCall[PullRequest]) -> PullReply:
     """Whether a model is there: programs ask for it before they use it. Nothing is downloaded."""
     if call.body.name:
         call.state.find_model(call.body.name)
     return PullReply()
 
 
-async def ollama_show(call: Call[ShowRequest]) -> Show:
+async def ollama_show(call: ApiCall[ShowRequest]) -> Show:
     """What a model is and can do."""
     state = call.state
     if call.body.name:

@@ -1,4 +1,4 @@
-"""Call: a request on its way, whose body is read within bounds of size and time; the types of fields that dialects share.
+"""ApiCall: a request whose body is read within bounds of size and time; field types that dialects share.
 
 An unknown field is refused by name unless it is null, which asks for nothing; and so is a value that cannot be granted, for an
 answer that silently lacks it is worse than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's
@@ -50,7 +50,7 @@ Stops = StopText | StopTexts
 EmptyList = Annotated[list[None], Meta(max_length=0)]
 JsonObject = dict[str, Any] | None
 Item = TypeVar("Item")
-Conversation = Annotated[list[Item], Meta(min_length=1, max_length=4096)]
+MessageList = Annotated[list[Item], Meta(min_length=1, max_length=4096)]
 Parts = Annotated[list[Item], Meta(min_length=1, max_length=256)]
 Several = Annotated[list[Item], Meta(max_length=128)]  # tools, or calls of them
 Temperature = Annotated[float, in_range("temperature")] | None
@@ -61,11 +61,11 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)] | None  # as OpenAI has it; the en
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
 
 
-class Fields(msgspec.Struct, forbid_unknown_fields=True):
+class StrictFields(msgspec.Struct, forbid_unknown_fields=True):
     """Fields of a body; one that is not among them is refused."""
 
 
-class TextPart(Fields):
+class TextPart(StrictFields):
     """A part of a message. Only text is supported; `cache_control` changes nothing, for the prefix cache holds every prompt."""
 
     type: Literal["text"]
@@ -119,7 +119,7 @@ UNSUPPORTED = {
 }
 
 
-class ModelRequest(Fields):
+class ModelRequest(StrictFields):
     """A request that names a model."""
 
     model: str = "default"
@@ -235,7 +235,7 @@ for _name, _hint in get_type_hints(UsualFields, include_extras=True).items():
         UNSUPPORTED[_name] = str(_notes[0].description)
 
 
-class Call[Body]:
+class ApiCall[Body]:
     """One request on its way: the server's state, the HTTP request, its body as `read` finds it, and the model that it names.
 
     `priority`: that of its reserved place. `content`: the bytes of its body, which count while its text becomes tokens.

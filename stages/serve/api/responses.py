@@ -16,15 +16,15 @@ from stages.serve.api.completions import token_logprob
 from stages.serve.api.generation import EventWriter, Piece, Usage, run
 from stages.serve.api.jobs import ChatPrompt, Job, sampling_of
 from stages.serve.api.requests import (
-    Call,
-    Conversation,
+    ApiCall,
     EmptyList,
-    Fields,
     GenerationRequest,
     JsonObject,
     LogProbs,
     MaxTokens,
+    MessageList,
     Several,
+    StrictFields,
     Temperature,
     TopP,
     join_text,
@@ -34,7 +34,7 @@ from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import Function, Turn, answer_grammar, call_turn, make_turn, tool_use
 
 
-class InputText(Fields):
+class InputText(StrictFields):
     """A text of a message, or of an earlier answer."""
 
     type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
@@ -43,7 +43,7 @@ class InputText(Fields):
     logprobs: list[JsonObject] | None = None  # as they came
 
 
-class InputItem(Fields):
+class InputItem(StrictFields):
     """A message, an answer as it was sent, a call of a function, what it returned, or reasoning, which no template reads."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
@@ -84,14 +84,14 @@ class FunctionField(Function, kw_only=True):
     type: Literal["function"]
 
 
-class NamedField(Fields):
+class NamedField(StrictFields):
     """The tool that is to be called."""
 
     type: Literal["function"]
     name: str
 
 
-class TextFormat(Fields, omit_defaults=True):
+class TextFormat(StrictFields, omit_defaults=True):
     """The format of an answer: text, a JSON object, or JSON that satisfies a schema, `strict` or not."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -101,12 +101,12 @@ class TextFormat(Fields, omit_defaults=True):
     strict: bool | None = None
 
 
-class TextOptions(Fields):
+class TextOptions(StrictFields):
     format: TextFormat | None = None
     verbosity: str | None = None
 
 
-class EventOptions(Fields):
+class EventOptions(StrictFields):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -129,7 +129,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     `truncation` auto allows that a conversation is cut which is too long. It is refused all the same.
     """
 
-    input: str | Conversation[InputItem]
+    input: str | MessageList[InputItem]
     instructions: str | None = None
     max_tokens: MaxTokens | None = msgspec.field(default=None, name="max_output_tokens")
     temperature: Temperature = None
@@ -247,7 +247,7 @@ class ResponseReply(msgspec.Struct, kw_only=True):
 class ResponseWriter(EventWriter):
     """Fills one ResponseReply, of which the first and last events of a stream are states."""
 
-    def __init__(self, call: Call[ResponseRequest]) -> None:
+    def __init__(self, call: ApiCall[ResponseRequest]) -> None:
         body = call.body
         sampling = call.state.sampling
         self._tokenizer = call.state.tokenizer.tokenizer
@@ -355,6 +355,6 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-async def create_response(call: Call[ResponseRequest]) -> ASGIApp:
+async def create_response(call: ApiCall[ResponseRequest]) -> ASGIApp:
     """Answers a conversation, as events or whole."""
     return await run(call, call.body.job(call.state.sampling), ResponseWriter(call))

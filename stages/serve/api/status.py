@@ -10,7 +10,7 @@ from starlette.responses import Response
 from stages.cli.flags import PLAIN_NAME
 from stages.serve.api.anthropic import anthropic_model, anthropic_models
 from stages.serve.api.completions import DefaultSampling
-from stages.serve.api.requests import Call, ModelRequest, json_reply
+from stages.serve.api.requests import ApiCall, ModelRequest, json_reply
 from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status
@@ -84,14 +84,14 @@ class Attestation(msgspec.Struct, kw_only=True):
     checked_at: int
 
 
-async def list_models(call: Call) -> Response:
+async def list_models(call: ApiCall) -> Response:
     """The models that are served; as Anthropic describes them to a request with the header anthropic-version."""
     if ANTHROPIC_HEADER in call.http.headers:
         return json_reply(anthropic_models(call.state))
     return json_reply(ModelList([model_card(call.state, name) for name in call.state.served_names]))
 
 
-async def retrieve_model(call: Call) -> Response:
+async def retrieve_model(call: ApiCall) -> Response:
     """The model of that name; as Anthropic describes it to a request with the header anthropic-version."""
     name = call.state.find_model(call.http.path_params["model"]).name
     if ANTHROPIC_HEADER in call.http.headers:
@@ -112,7 +112,7 @@ def model_card(state: ServerState, name: str) -> ModelCard:
     )
 
 
-async def add_adapter(call: Call[AdapterRequest]) -> ModelCard:
+async def add_adapter(call: ApiCall[AdapterRequest]) -> ModelCard:
     """Adds an adapter, which requests may then name as their model."""
     state = call.state
     body = call.body
@@ -122,14 +122,14 @@ async def add_adapter(call: Call[AdapterRequest]) -> ModelCard:
     return model_card(state, body.name)
 
 
-async def remove_adapter(call: Call) -> AdapterReply:
+async def remove_adapter(call: ApiCall) -> AdapterReply:
     """Removes an adapter; requests under way go on with it."""
     name = call.http.path_params["model"]
     call.state.adapters.remove(name)
     return AdapterReply(name)
 
 
-async def health(call: Call) -> Response:
+async def health(call: ApiCall) -> Response:
     """Whether requests are answered."""
     status = call.state.status
     engine = call.state.engine
@@ -138,22 +138,22 @@ async def health(call: Call) -> Response:
     return json_reply(reply, 200 if status == "ok" else 503)
 
 
-async def live(_: Call) -> Live:
+async def live(_: ApiCall) -> Live:
     """Whether the process runs."""
     return Live()
 
 
-async def version(call: Call) -> ServerVersion:
+async def version(call: ApiCall) -> ServerVersion:
     """The version of this server, where vLLM tells its own."""
     return ServerVersion(call.http.app.version)
 
 
-async def metrics(call: Call) -> Response:
+async def metrics(call: ApiCall) -> Response:
     """Counts and times, for Prometheus."""
     return Response(call.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def attest(call: Call) -> Attestation:
+async def attest(call: ApiCall) -> Attestation:
     """The digest of the weights, at load and now."""
     state = call.state
     now = await state.hash_weights()
@@ -166,12 +166,12 @@ async def attest(call: Call) -> Attestation:
     )
 
 
-async def openapi(call: Call) -> Response:
+async def openapi(call: ApiCall) -> Response:
     """This document."""
     return Response(call.http.app.openapi, media_type="application/json")
 
 
-async def page(call: Call) -> Response:
+async def page(call: ApiCall) -> Response:
     """A page to talk to the model."""
     html, policy = call.http.app.page
     return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})

@@ -9,13 +9,13 @@ from msgspec import Meta
 
 from engine.errors import InvalidField, UserError
 from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar, tag_grammar
-from stages.serve.api.requests import Fields, JsonObject, Several, StopText
+from stages.serve.api.requests import JsonObject, Several, StopText, StrictFields
 from stages.serve.tools import Grammar
 
 AllowedTexts = Annotated[list[StopText], Meta(min_length=1)]  # of which a completion is to be one
 
 
-class TagStructure(Fields):
+class TagStructure(StrictFields):
     """A part of a text: its beginning, JSON that satisfies the schema, and its end."""
 
     begin: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -23,7 +23,7 @@ class TagStructure(Fields):
     end: Annotated[str, Meta(max_length=256)] = ""
 
 
-class StructuralTag(Fields):
+class StructuralTag(StrictFields):
     """A text that goes on with a structure when it has come to a trigger, with which the structure begins."""
 
     type: Literal["structural_tag"]
@@ -77,7 +77,7 @@ GRAMMARS: dict[str, Callable[..., str]] = {
 }
 
 
-class StructuredOutputs(Fields):
+class StructuredOutputs(StrictFields):
     """The grammar that an answer keeps to, in vLLM's words since 0.12 removed `guided_*`: exactly one of the first six."""
 
     json: str | dict[str, Any] | None = None

@@ -16,18 +16,18 @@ from engine.text.detokenizer import CompletionText
 from stages.serve.api.completions import Messages, ReplyUsage, Tools, chat_prompt, reply_usage
 from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
 from stages.serve.api.jobs import ChatPrompt, TextPrompts, make_request, make_scored
-from stages.serve.api.requests import MAX_IDS, AnswerRequest, Call, ModelRequest, Texts, TokenId, TokenIds, prompt_texts
+from stages.serve.api.requests import MAX_IDS, AnswerRequest, ApiCall, ModelRequest, Texts, TokenId, TokenIds, prompt_texts
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import tool_use
 
-Text = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
+TextOrTokens = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
 
 
 class ScoreRequest(AnswerRequest, kw_only=True):
     """POST /v1/score. Each candidate goes on with the prompt, or is the assistant's answer to the messages."""
 
-    candidates: Annotated[list[Text], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
-    prompt: Text | None = None
+    candidates: Annotated[list[TextOrTokens], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
+    prompt: TextOrTokens | None = None
     messages: Messages | None = None
 
     @property
@@ -61,7 +61,7 @@ class ScoreReply(msgspec.Struct, kw_only=True):
     usage: ReplyUsage
 
 
-async def score(call: Call[ScoreRequest]) -> ASGIApp:
+async def score(call: ApiCall[ScoreRequest]) -> ASGIApp:
     """How probable given answers are.
 
     The prefix cache holds the prompt for all but the first.
@@ -91,7 +91,7 @@ async def score(call: Call[ScoreRequest]) -> ASGIApp:
     )
 
 
-async def _candidate_tokens(call: Call[ScoreRequest]) -> list[Sequence[int]]:
+async def _candidate_tokens(call: ApiCall[ScoreRequest]) -> list[Sequence[int]]:
     """Returns the tokens of the candidates, as they go on with the prompt. Raises InvalidField."""
     body = call.body
     tokenizer = call.state.tokenizer
@@ -117,7 +117,7 @@ def _scores(pieces: list[Piece]) -> list[Score]:
     return scores
 
 
-def _choices(call: Call, requests: Sequence[Request]) -> list[Choice]:
+def _choices(call: ApiCall, requests: Sequence[Request]) -> list[Choice]:
     """Returns the choices of requests that are not asked for a text."""
     tokenizer = call.state.tokenizer.tokenizer
     return [Choice(index, request, CompletionText(tokenizer.stream())) for index, request in enumerate(requests)]
@@ -153,7 +153,7 @@ class EmbeddingsReply(msgspec.Struct, kw_only=True):
     usage: dict[str, int]
 
 
-async def create_embedding(call: Call[EmbeddingsRequest]) -> ASGIApp:
+async def create_embedding(call: ApiCall[EmbeddingsRequest]) -> ASGIApp:
     """Texts as vectors."""
     body = call.body
     model = call.model.name
@@ -172,7 +172,7 @@ async def create_embedding(call: Call[EmbeddingsRequest]) -> ASGIApp:
 
 
 async def embed(
-    call: Call,
+    call: ApiCall,
     prompts: TextPrompts,
     reply: Callable[[list[Any], Usage], msgspec.Struct],
     ignored: Sequence[str],
@@ -245,14 +245,14 @@ class TokenizerInfo(msgspec.Struct):
     chat_template: str
 
 
-async def tokenizer_info(call: Call) -> TokenizerInfo:
+async def tokenizer_info(call: ApiCall) -> TokenizerInfo:
     """The names of special tokens, and the chat template."""
     pool = call.state.tokenizer
     names = pool.tokenizer.special_names
     return TokenizerInfo(names["eos_token"], names.get("bos_token"), pool.template)
 
 
-async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
+async def tokenize(call: ApiCall[TokenizeRequest]) -> TokenizeReply:
     """The tokens of a text, or of a conversation."""
     state = call.state
     body = call.body
@@ -277,7 +277,7 @@ async def tokenize(call: Call[TokenizeRequest]) -> TokenizeReply:
     return TokenizeReply(len(tokens), state.engine.capacity, tokens)
 
 
-async def detokenize(call: Call[DetokenizeRequest]) -> DetokenizeReply:
+async def detokenize(call: ApiCall[DetokenizeRequest]) -> DetokenizeReply:
     """The text of tokens."""
     tokens = call.body.tokens
     vocab = call.state.engine.cfg.vocab
