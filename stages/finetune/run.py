@@ -1,7 +1,9 @@
-"""The Stage that fine-tunes a model, its run from flags, and its batches of preferences."""
+"""Fine-tuning: its plan from flags and data, what it begins with, its steps, and its report."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,7 +14,7 @@ from engine.errors import UserError
 from engine.format import quantity
 from engine.mesh import processes
 from engine.mesh.shape import ONE_DEVICE, check_mesh
-from engine.model.config import ModelConfig
+from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import merge
 from engine.storage import checkpoint
 from engine.storage.model_loader import model_name
@@ -22,13 +24,15 @@ from engine.text.chat_tokenizer import Example
 from engine.text.examples import PackedBatches, Pair, RatedPair, count_targets
 from engine.text.template import read_template
 from engine.training.optimizer import OptimizerConfig
-from engine.training.preference import LOSSES, preference_batch, preference_objective
-from engine.training.step import NEXT_TOKEN, TrainState
+from engine.training.preference import LOSSES, Preferences, preference_batch, preference_objective
+from engine.training.step import NEXT_TOKEN, Objective, TrainState
 from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.general_examples import general_examples, write_general_answers
 from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults, known_questions
+from stages.runs.batch_steps import BatchSteps, MeshBatches, temporary_bytes
 from stages.runs.conversation_data import (
+    ConversationData,
     held_out_evaluator,
     open_conversations,
     prepare_conversations,
@@ -38,11 +42,20 @@ from stages.runs.estimate import find_ceilings, memory_estimate, mesh_ceilings, 
 from stages.runs.folder import default_folder
 from stages.runs.general_questions import compare_known, tells_enough
 from stages.runs.mesh import fits_one_device, on_one_device
-from stages.runs.model_stage import ModelStage, choose_trainable
+from stages.runs.model_stage import (
+    OpenedModel,
+    PreparedModel,
+    Rows,
+    choose_trainable,
+    load_weights,
+    model_rows,
+    open_model,
+)
+from stages.runs.options import RunOptions
 from stages.runs.plan import Recipe, RunPlan
-from stages.runs.run import RunOptions, execute
-from stages.runs.stage import BatchStage, LoopState, MeshBatches, RunReport, compile_step, temporary_bytes
-from stages.runs.text_data import check_text_name, general_bits_per_byte
+from stages.runs.run import execute
+from stages.runs.stage import Finished, LoopState, RunReport, compile_step
+from stages.runs.text_data import Evaluator, check_text_name, general_bits_per_byte
 
 READINGS = 3  # of its data, after which a run ends when nobody asks for a length
 SECONDS = 180.0  # after which such a run ends earlier
@@ -68,7 +81,223 @@ def run(flags: FinetuneFlags, device: Device) -> int:
         mesh=flags.mesh.shape(),
         patience=flags.tuning.patience,
     )
-    return execute(options, lambda console: FineTuning(flags, options, console))
+    return execute(options, lambda console: plan_tuning(flags, options, console))
+
+
+# The plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningPlan:
+    """What a fine-tuning will do: the opened model, the data, and how it is trained on."""
+
+    plan: RunPlan
+    opened: OpenedModel
+    dataset: ConversationData
+    metadata: dict[str, Any]  # of run.json, but for what the weights tell
+    matches: Rows  # what each rule of --train and --freeze matched
+    objective: Objective
+    has_reference: bool  # whether the loss compares with the model before training
+    packed: PackedBatches | None  # the examples in rows; None for preferences
+    rows_a_step: int  # or pairs
+    has_chosen_length: bool  # by --steps or --max-time
+    mixes_general: bool  # whether general questions are mixed in
+    keep_last: bool
+    overwrites: bool  # a run in the folder
+    general: str  # the text that shows what was forgotten, or none
+    answer_metrics: Metrics
+    peak_flops: float
+
+    def rows(self, console: Console) -> Rows:
+        mix = "general questions, answered in the tone of the data before training (not with --no-mix)"
+        return tuning_rows(self, mix if self.mixes_general else "")
+
+    def print_example(self, console: Console) -> None:
+        print_first_example(self, console)
+
+    def steps_a_reading(self) -> float:
+        """Returns how many steps read all of the data once."""
+        count = self.packed.order.count if self.packed else len(self.dataset.train)
+        return count / self.rows_a_step
+
+    def prepare(self, console: Console) -> "PreparedTuning":
+        weights = load_weights(self.opened, self.plan)
+        prepared = PreparedTuning(
+            plan=self.plan,
+            metadata={**weights.metadata, **self.metadata},
+            advice="--learning-rate, or warm up longer with --warmup",
+            tokenizer=self.opened.tokenizer,
+            stop_token_ids=self.opened.stop_token_ids,
+            sampling=self.opened.model.sampling,
+            trainable=weights.trainable,
+            frozen=weights.frozen,
+            frozen_as_loaded=weights.frozen_as_loaded,
+            objective=self.objective,
+            opened=self.opened,
+            params=weights.params,
+            tuning=self,
+        )
+        return mix_general_answers(prepared, console) if self.mixes_general else prepared
+
+
+def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> TuningPlan:
+    """Plans a fine-tuning, of which only this reads the flags. Raises UserError for flags, data and a model that do not fit."""
+    examples = flags.examples
+    tuning = flags.tuning
+    answer_metrics = Metrics(examples.metric)
+    if examples.general != "none":
+        check_text_name(examples.general)
+    for data in filter(None, (examples.data, examples.validation)):
+        open_conversations(data, tuning.examples)  # raises before a model is loaded
+
+    def check_room(cfg: ModelConfig, lora: LoraConfig | None, blocks: Any) -> None:
+        plan, _ = plan_for_model(flags, options, cfg, lora, blocks)
+        require_room_for_step(plan, flags, is_adapter=lora is not None)
+
+    template = read_template(examples.template)
+    on_mesh = options.mesh is not None
+    opened = open_model(flags.model, flags.trainable, options.folder, console, template, check_room, on_mesh)
+    context = choose_context(flags, opened.model.cfg)
+    dataset = prepare_conversations(
+        examples.data,
+        examples.validation,
+        tuning.examples,
+        context,
+        flags.seed,
+        opened.chat,
+        console,
+        examples.full_loss,
+    )
+    answer_metrics.check(dataset.references)
+    is_preference = tuning.objective == "preference"
+    rank_rows: Rows = []
+    if opened.lora and not opened.continued_base and not flags.trainable.lora:
+        lora, rank_rows = choose_adapter(opened.model.cfg, opened.lora, dataset, is_preference)
+        opened = dataclasses.replace(opened, lora=lora)
+    plan, matches = plan_for_model(flags, options, opened.model.cfg, opened.lora, opened.blocks)
+    require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
+    plan = dataclasses.replace(plan, name=opened.model.name)
+    packed = None
+    if not is_preference:
+        packed = PackedBatches(dataset.train, context, tuning.rows, flags.seed, not examples.no_pack)
+    planned = TuningPlan(
+        plan=plan,
+        opened=opened,
+        dataset=dataset,
+        metadata=tuning_metadata(flags, opened, dataset),
+        matches=[*matches, *rank_rows],
+        objective=preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN,
+        has_reference=is_preference and LOSSES[tuning.loss].has_reference,
+        packed=packed,
+        rows_a_step=tuning.rows,
+        has_chosen_length=bool(flags.length.steps or flags.length.max_time),
+        mixes_general=False,
+        keep_last=tuning.keep_last,
+        overwrites=options.overwrite,
+        general=examples.general,
+        answer_metrics=answer_metrics,
+        peak_flops=mesh_ceilings(find_ceilings(console), plan.mesh).peak_flops(plan.cfg.dtype),
+    )
+    is_small = READINGS * planned.steps_a_reading() <= MOST_STEPS_TO_MIX
+    has_answers = not is_preference and dataset.kind != "text"
+    mixes_general = is_small and has_answers and not (examples.no_mix or on_mesh)
+    return with_length(dataclasses.replace(planned, mixes_general=mixes_general))
+
+
+def choose_context(flags: FinetuneFlags, cfg: ModelConfig) -> int:
+    return flags.tuning.context or min(CONTEXT, cfg.context)
+
+
+def plan_for_model(
+    flags: FinetuneFlags, options: RunOptions, cfg: ModelConfig, lora: LoraConfig | None, blocks: Any
+) -> tuple[RunPlan, Rows]:
+    """Plans the run by a model's architecture; returns also what each rule matched. Raises UserError for one that cannot be."""
+    tuning = flags.tuning
+    trainable = flags.trainable
+    is_preference = tuning.objective == "preference"
+    context = choose_context(flags, cfg)
+    if context > cfg.context:
+        raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
+    rate = 2e-3 if trainable.adapter else 2e-4
+    if is_preference:
+        rate /= 10
+    optimizer = OptimizerConfig(
+        learning_rate=tuning.learning_rate or rate,
+        warmup=tuning.warmup,
+        beta2=0.99,
+        weight_decay=tuning.weight_decay,
+        clip=tuning.clip,
+    )
+    recipe = Recipe(
+        tokenizer="the model's",
+        context=context,
+        batch=tuning.rows * (2 if is_preference else 1),  # rows of tokens
+        optimizer=optimizer,
+        accumulate=flags.microbatches,
+        scan=tuning.scan,
+        remat=tuning.remat,
+    )
+    cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
+    paths, matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
+    plan = RunPlan(
+        name=flags.model,
+        cfg=cfg,
+        recipe=recipe,
+        seed=flags.seed,
+        steps=flags.length.steps,
+        seconds=flags.length.max_time,
+        trainable=paths,
+        base=trainable.base,
+        mesh=options.mesh or ONE_DEVICE,
+        blocks=blocks,
+    )
+    return plan, matches
+
+
+def require_room_for_step(plan: RunPlan, flags: FinetuneFlags, is_adapter: bool) -> None:
+    check_mesh(plan.mesh, plan.cfg, flags.tuning.rows, flags.microbatches)
+    parts = flags.tuning.rows // plan.mesh.row_shards
+    lighter = "--base int8" if is_adapter else "a LoRA (no --train, no --freeze)"
+    remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
+    require_room(plan, plan.memory.total, "A step would need about", remedy)
+
+
+def choose_adapter(
+    cfg: ModelConfig, lora: LoraConfig, dataset: ConversationData, is_preference: bool
+) -> tuple[LoraConfig, Rows]:
+    """Returns the adapter that can hold what the data teach, and a row that says so.
+
+    A token teaches a bit, and so does a preference, which says no more than yes or no.
+    """
+    bits = len(dataset.train) if is_preference else count_targets(dataset.train)
+    chosen = choose_rank(cfg, lora, bits)
+    holds = f"an adapter that can hold {lora_bits(cfg, chosen):,} bits, for data of about {bits:,}"
+    return chosen, [("rank", f"{chosen.rank}, chosen: {holds}")]
+
+
+def tuning_metadata(flags: FinetuneFlags, opened: OpenedModel, dataset: ConversationData) -> dict[str, Any]:
+    examples = flags.examples
+    tuning = flags.tuning
+    is_preference = tuning.objective == "preference"
+    return {
+        "learns": flags.trainable.describe(opened.lora),
+        "objective": tuning.objective,
+        "full_loss": examples.full_loss,
+        "metric": examples.metric,
+        "loss": tuning.loss,
+        "beta": tuning.beta or LOSSES[tuning.loss].beta,
+        "pack": None if is_preference else not examples.no_pack,
+        "keep_last": tuning.keep_last,
+        "general": examples.general,
+        "no_mix": examples.no_mix,
+        "template": opened.chat.template_name,
+        "text": {
+            "data": examples.data,
+            "validation": examples.validation,
+            "digest": dataset.digest,
+            "validation_digest": dataset.held_out_digest,
+        },
+    }
 
 
 def choose_length(steps_a_reading: float) -> tuple[int, float | None, int]:
@@ -82,304 +311,278 @@ def choose_length(steps_a_reading: float) -> tuple[int, float | None, int]:
     return steps, SECONDS, LEAST_STEPS
 
 
+def with_length(planned: TuningPlan) -> TuningPlan:
+    """Returns a plan with the length that its data give, where nobody asked for one."""
+    if planned.has_chosen_length:
+        return planned
+    steps, seconds, least_steps = choose_length(planned.steps_a_reading())
+    plan = dataclasses.replace(planned.plan, steps=steps, seconds=seconds, least_steps=least_steps)
+    return dataclasses.replace(planned, plan=plan)
+
+
+def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows:
+    """Returns the banner's rows. `mix`: what is said of general questions; `trained_numbers`: see `model_rows`."""
+    plan = planned.plan
+    recipe = plan.recipe
+    dataset = planned.dataset
+    steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * planned.peak_flops))
+    readings = steps / planned.steps_a_reading()
+    counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
+    rows, *problems = dataset.summary
+    unit = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
+    if isinstance(dataset.train[0], RatedPair):
+        unit = "answer"
+    return [
+        *model_rows(planned.opened, plan, trained_numbers),
+        *planned.matches,
+        ("predicted", plan.cost_relative_to_full()),
+        ("memory", memory_estimate(plan, plan.memory.total)),
+        ("data", f"{dataset.name} ({dataset.kind}): {rows}; {quantity(len(dataset.train), unit)} to train on"),
+        *(("", line) for line in problems),
+        ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), unit)}"),
+        ("", dataset.overlap),
+        ("mixed in", mix),
+        ("template", planned.opened.chat.template_name),
+        ("packing", planned.packed.describe() if planned.packed else ""),
+        ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
+        ("length", f"{plan.length()}; about {counted}{long}, {readings:,.1f} times the data"),
+        ("", MANY_READINGS_NOTE if readings >= MANY_READINGS else ""),
+    ]
+
+
+def print_first_example(planned: TuningPlan, console: Console) -> None:
+    """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
+    first = planned.dataset.train[0]
+    if isinstance(first, RatedPair):
+        kind = "good" if first.is_good else "bad"
+        answers = {f"the first answer, a {kind} one": first.answer}
+    elif isinstance(first, Pair):
+        answers = {"the chosen answer": first.answer, "the rejected answer": first.other}
+    else:
+        answers = {"the first example": first}
+    for name, example in answers.items():
+        console.print(f"\n{name}; what is trained on is marked", style="bold")
+        console.print_marked(list(planned.opened.chat.marked_pieces(example)))
+    console.print()
+
+
+# What it begins with, and its steps
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """A model's score on the held-out set and on general text (bits per byte, None without one); its answers.
-
-    `known`: the general questions that it answers right, None where they were not asked.
-    """
+    """A model's scores before or after training."""
 
     held_out: float
-    general: float | None
-    answers: tuple[Answer, ...]
+    general: float | None  # bits per byte of a general text
+    answers: tuple[Answer, ...]  # to held-out questions
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    known: tuple[str, ...] | None = None
+    known: tuple[str, ...] | None = None  # general questions that it answers right, None where they were not asked
 
 
-class FineTuning(ModelStage, BatchStage):
-    """Fine-tunes a model. Only the constructor reads the flags."""
+class Measured(NamedTuple):
+    """Scores, the unit of `held_out`, and whether one device holds the model, to answer."""
 
-    advice = "--learning-rate, or warm up longer with --warmup"
+    scores: Scores
+    unit: str
+    fits_device: bool
 
-    fits_device: bool | None = None  # whether one device holds the model, to answer; known after the first measurement
 
-    def __init__(self, flags: FinetuneFlags, options: RunOptions, console: Console) -> None:
-        examples, tuning, trainable = flags.examples, flags.tuning, flags.trainable
-        self.answer_metrics = Metrics(examples.metric)
-        self.general, self.pack, self.batch = examples.general, not examples.no_pack, tuning.rows
-        self.keep_last = tuning.keep_last
-        self.overwrites = options.overwrite
-        self.general_examples: list[Example] = []
-        is_preference = tuning.objective == "preference"
-        self.objective = preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN
-        self.has_reference, self.is_rating = is_preference and LOSSES[tuning.loss].has_reference, tuning.examples == "kto"
-        rate = (2e-3 if trainable.adapter else 2e-4) / (10 if is_preference else 1)
-        optimizer = OptimizerConfig(
-            learning_rate=tuning.learning_rate or rate,
-            warmup=tuning.warmup,
-            beta2=0.99,
-            weight_decay=tuning.weight_decay,
-            clip=tuning.clip,
-        )
-        rows = tuning.rows * (2 if is_preference else 1)  # of tokens
-        mesh, steps, seconds = options.mesh or ONE_DEVICE, flags.length.steps, flags.length.max_time
-        self.has_chosen_length = bool(steps or seconds)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedTuning(PreparedModel):
+    """What a fine-tuning begins with. `mixed_in`: how many general questions were, None where none was to be."""
 
-        def make_plan(cfg: ModelConfig) -> None:
-            """Plans the run by the architecture. Raises UserError for one that cannot be."""
-            context = tuning.context or min(CONTEXT, cfg.context)
-            if context > cfg.context:
-                raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
-            recipe = Recipe("the model's", context, rows, optimizer, flags.microbatches, tuning.scan, tuning.remat)
-            cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
-            paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
-            run = flags.seed, steps, seconds, paths, trainable.base
-            self.plan = RunPlan(flags.model, cfg, recipe, *run, mesh=mesh, blocks=self.blocks)
-            check_mesh(mesh, cfg, tuning.rows, flags.microbatches)
-            parts = tuning.rows // mesh.row_shards
-            lighter = "--base int8" if self.lora else "a LoRA (no --train, no --freeze)"
-            remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
-            require_room(self.plan, self.plan.memory.total, "A step would need about", remedy)
+    tuning: TuningPlan
+    mixed_in: int | None = None
 
-        if examples.general != "none":
-            check_text_name(examples.general)
-        for data in filter(None, (examples.data, examples.validation)):
-            open_conversations(data, tuning.examples)  # raises before a model is loaded
-        template, on_mesh = read_template(examples.template), options.mesh is not None
-        super().__init__(flags.model, trainable, options.folder, console, template, make_plan, on_mesh)  # plans before it reads
-        self.dataset = prepare_conversations(
-            examples.data,
-            examples.validation,
-            tuning.examples,
-            self.plan.recipe.context,
-            flags.seed,
-            self.chat,
-            console,
-            examples.full_loss,
-        )
-        self.answer_metrics.check(self.dataset.references)
-        if self.lora and not (self.continued_base or trainable.lora):
-            # A bit for each token, or for each preference, which says no more than yes or no.
-            bits = len(self.dataset.train) if is_preference else count_targets(self.dataset.train)
-            self.lora = choose_rank(self.model.cfg, self.lora, bits)
-            make_plan(self.model.cfg)
-            holds = f"an adapter that can hold {lora_bits(self.model.cfg, self.lora):,} bits, for data of about {bits:,}"
-            self.matches += (("rank", f"{self.lora.rank}, chosen: {holds}"),)
-        self.plan = dataclasses.replace(self.plan, name=self.model.name)
-        self.pack_examples()
-        is_small = READINGS * self._steps_a_reading() <= MOST_STEPS_TO_MIX
-        has_answers = not is_preference and self.dataset.kind != "text"
-        self.mixes_general = is_small and has_answers and not (examples.no_mix or on_mesh)
-        self.metadata = {
-            "learns": trainable.describe(self.lora),
-            "objective": tuning.objective,
-            "full_loss": examples.full_loss,
-            "metric": examples.metric,
-            "loss": tuning.loss,
-            "beta": tuning.beta or LOSSES[tuning.loss].beta,
-            "pack": None if is_preference else self.pack,
-            "keep_last": self.keep_last,
-            "general": examples.general,
-            "no_mix": examples.no_mix,
-            "template": self.chat.template_name,
-            "text": {
-                "data": examples.data,
-                "validation": examples.validation,
-                "digest": self.dataset.digest,
-                "validation_digest": self.dataset.held_out_digest,
-            },
-        }
-        self.peak_flops = mesh_ceilings(find_ceilings(console), self.plan.mesh).peak_flops(self.plan.cfg.dtype)
-
-    def pack_examples(self) -> None:
-        """Packs the examples that are trained on, and sets the length of the run by them where nobody asked for one."""
-        if self.objective is NEXT_TOKEN:
-            examples = [*self.dataset.train, *self.general_examples]
-            self.packed = PackedBatches(examples, self.plan.recipe.context, self.batch, self.plan.seed, self.pack)
-        if not self.has_chosen_length:
-            steps, seconds, least_steps = choose_length(self._steps_a_reading())
-            self.plan = dataclasses.replace(self.plan, steps=steps, seconds=seconds, least_steps=least_steps)
-
-    def load_weights(self) -> None:
-        super().load_weights()
-        if not self.mixes_general:
-            return
-        answers = self._saved_general_answers()
-        if answers is None:
-            cfg, conversations = self.plan.cfg, self.dataset.train_references
-            with self.console.task("answering general questions to mix in") as report:
-                params = self.initial_params()
-                answers = write_general_answers(cfg, params, self.chat, conversations, self.stop_token_ids, report)
-            _clear_programs()
-        self.general_examples = general_examples(self.chat, answers, self.plan.recipe.context)
-        self.metadata["general_answers"] = answers
-        self.metadata["mixed_in"] = len(self.general_examples) or None
-        self.pack_examples()
-
-    def _saved_general_answers(self) -> list[tuple[str, str]] | None:
-        """Returns the answers that the run in the folder has mixed in, to go on with the same; None where there is none."""
-        if self.overwrites or not checkpoint.steps(self.folder):
-            return None
-        answers = read_json(self.folder / "run.json").get("general_answers") or []  # [] of an earlier version's run
-        return [(str(question), str(answer)) for question, answer in answers]
-
-    def plan_rows(self) -> list[tuple[str, str]]:
-        plan, recipe, dataset = self.plan, self.plan.recipe, self.dataset
-        steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * self.peak_flops))
-        readings = steps / self._steps_a_reading()
-        counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
-        rows, *problems = dataset.summary
-        examples = "answer" if self.is_rating else {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
-        return [
-            *self.model_rows(),
-            *self.matches,
-            ("predicted", plan.cost_relative_to_full()),
-            ("memory", memory_estimate(plan, plan.memory.total)),
-            ("data", f"{dataset.name} ({dataset.kind}): {rows}; {quantity(len(dataset.train), examples)} to train on"),
-            *(("", line) for line in problems),
-            ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), examples)}"),
-            ("", dataset.overlap),
-            ("mixed in", self._describe_mix()),
-            ("template", self.chat.template_name),
-            ("packing", self.packed.describe() if self.objective is NEXT_TOKEN else ""),
-            ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
-            ("length", f"{plan.length()}; about {counted}{long}, {readings:,.1f} times the data"),
-            ("", MANY_READINGS_NOTE if readings >= MANY_READINGS else ""),
-        ]
+    def rows(self, console: Console) -> Rows:
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        return tuning_rows(self.tuning, self._describe_mix(), numbers)
 
     def _describe_mix(self) -> str:
-        if not self.mixes_general:
+        if self.mixed_in is None:
             return ""
-        if "general_answers" not in self.metadata:  # a dry run
-            return "general questions, answered in the tone of the data before training (not with --no-mix)"
-        count = len(self.general_examples)
-        if not count:
+        if not self.mixed_in:
             return "nothing: too few general questions were answered right in the tone of the data"
-        return f"{quantity(count, 'general question')}, answered in the tone of the data before training (not with --no-mix)"
+        count = quantity(self.mixed_in, "general question")
+        return f"{count}, answered in the tone of the data before training (not with --no-mix)"
 
-    def _steps_a_reading(self) -> float:
-        """Returns how many steps read all of the data once."""
-        count = self.packed.order.count if self.objective is NEXT_TOKEN else len(self.dataset.train)
-        return count / self.batch
-
-    def print_example(self) -> None:
-        """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
-        first = self.dataset.train[0]
-        answers = {"the first example": first}
-        if isinstance(first, RatedPair):
-            answers = {f"the first answer, a {'good' if first.is_good else 'bad'} one": first.answer}
-        elif isinstance(first, Pair):
-            answers = {"the chosen answer": first.answer, "the rejected answer": first.other}
-        for name, example in answers.items():
-            self.console.print(f"\n{name}; what is trained on is marked", style="bold")
-            self.console.print_marked(list(self.chat.marked_pieces(example)))
-        self.console.print()
+    def print_example(self, console: Console) -> None:
+        print_first_example(self.tuning, console)
 
     def prompt(self) -> tuple[str, list[int]]:
-        question = self.dataset.questions[0]
-        return question[-1]["content"], self.chat.prompt(question).tolist()
+        question = self.tuning.dataset.questions[0]
+        return question[-1]["content"], self.opened.chat.prompt(question).tolist()
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
-        plan, frozen = self.plan, self.frozen
+    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> BatchSteps:
         # Programs that measured are read from the cache when they run again; the step needs their memory.
         _clear_programs()
-        batches = self._batches()
-        with self.console.task("compiling", always=True):
-            program = compile_step(plan, state, frozen, batches.at(0), self.objective)
+        batches = self._batches(console)
+        with console.task("compiling", always=True):
+            program = compile_step(self.plan, state, self.frozen, batches.at(0), self.objective)
         _clear_programs()
-        self.begin_steps(program, temporary_bytes(program), batches, self._evaluator(QUICK_EXAMPLES), loop_state.step)
+        evaluator = self._evaluator(QUICK_EXAMPLES)
+        buffer_bytes = temporary_bytes(program)
+        peak_flops = self.tuning.peak_flops
+        return BatchSteps(self.plan, program, buffer_bytes, self.frozen, batches, evaluator, loop_state.step, peak_flops)
 
-    def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Scores) -> RunReport:
-        trainable, step, plan, seconds = state.trainable, loop_state.step, self.plan, loop_state.seconds
-        if not self.keep_last and loop_state.best_step is not None and loop_state.best_step != step:
-            step = loop_state.best_step
-            trainable = self.load_trained(step)
-        try:
-            after = self.measure(trainable, before)
-        except UserError as error:
-            raise UserError(f"{error} The trained model is in {self.folder}, and the same command measures it.") from error
-        path = self.save_trained(step, trainable)
-        rate = loop_state.step / max(seconds, 1e-9)
-        speed, share_of_ceiling = rate * plan.step_tokens, (warm_rate or rate) * plan.step_flops / self.peak_flops
-        doubt_ceilings(share_of_ceiling)
-        trained_count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-        unit = self.unit
-        result = {
-            "before": dataclasses.asdict(before),
-            "after": dataclasses.asdict(after),
-            "unit": unit,
-            "train_seconds": seconds,
-            "tokens_per_second": speed,
-            "flops_share_of_ceiling": share_of_ceiling,
-            "general": self.general,
-            "kept_step": step if step != loop_state.step else None,
-        }
-        chosen = f"step {step:,}, the best evaluated; the last, {loop_state.step:,}, is still there to train on from"
-        forgotten = "not measured"
-        if before.general is not None:
-            forgotten = f"{before.general:.3f} -> {after.general:.3f} bits per byte on {self.general}"
-        scored = f"of {quantity(len(self.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
-        kept_answers = None if before.known is None else compare_known(before.known, after.known)
-        if kept_answers:
-            result["kept_answers"] = dataclasses.asdict(kept_answers)
-        rows = [
-            ("held out", f"{before.held_out:.3f} -> {after.held_out:.3f} {unit} on {self.dataset.held_out_name}"),
-            *((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}") for name, value in after.metrics.items()),
-            ("forgotten", forgotten),
-            *(kept_answers.rows() if kept_answers else ()),
-            ("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"),
-            ("answers", describe_faults(after.answers) if after.answers else ""),
-            ("chosen", chosen if step != loop_state.step else ""),
-        ]
-        noted = ([(answer.text, answer.faults) for answer in scores.answers] for scores in (before, after))
-        texts = compare([answer.question for answer in after.answers], *noted)
-        saved, as_trained = f"{path} ({trained_count:,} parameters)", " --weights q4" * self.in_blocks
-        return RunReport(result, texts, rows, saved, ["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"])
+    def _batches(self, console: Console) -> MeshBatches:
+        packed = self.tuning.packed
+        if packed:
+            return MeshBatches(packed.order, packed.at)
+        pairs = self.tuning.dataset.train
+        plan = self.plan
+        seq = plan.recipe.context
+        rows = self.tuning.rows_a_step
+        order = EpochOrder(len(pairs), rows, plan.seed)
+        with console.task("computing reference log-probabilities", always=self.tuning.has_reference) as report:
+            logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, rows, report)
 
-    def _batches(self) -> MeshBatches:
-        pairs, plan, seq = self.dataset.train, self.plan, self.plan.recipe.context
-        if self.objective is NEXT_TOKEN:
-            return MeshBatches(self.packed.order, self.packed.at)
-        order = EpochOrder(len(pairs), self.batch, plan.seed)
-        with self.console.task("computing reference log-probabilities", always=self.has_reference) as report:
-            logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, self.batch, report)
-        items = lambda step, rows: [index for _, index in order.at(step, rows)]
-        return MeshBatches(order, lambda step, rows: preference_batch(pairs, items(step, rows), seq, logprobs))
+        def read(step: int, part: slice) -> Preferences:
+            items = [index for _, index in order.at(step, part)]
+            return preference_batch(pairs, items, seq, logprobs)
 
-    def _evaluator(self, limit: int | None = None) -> Any:
-        plan, examples = self.plan, self.dataset.held_out[:limit]
-        return held_out_evaluator(plan.cfg, self.frozen, self._reference(), examples, self.objective, plan.recipe.context)
+        return MeshBatches(order, read)
+
+    def _evaluator(self, limit: int | None = None) -> Evaluator:
+        examples = self.tuning.dataset.held_out[:limit]
+        seq = self.plan.recipe.context
+        return held_out_evaluator(self.plan.cfg, self.frozen, self._reference(), examples, self.objective, seq)
 
     def _reference(self) -> Any:
         """Returns the params before training where the loss compares with them, else None."""
-        return self.initial_params() if self.has_reference else None
+        return self.initial_params() if self.tuning.has_reference else None
 
-    def measure(self, trainable: Any, before: Scores | None = None) -> Scores:
+    def measure(self, trainable: Any, console: Console, before: Measured | None = None) -> Measured:
         """Measures the model. `before`: what was measured before training, when this is after it."""
         return_freed_memory()
-        cfg, seq, general, evaluator = self.plan.cfg, self.plan.recipe.context, None, self._evaluator()
-        self.unit = evaluator.unit
-        with self.console.task("evaluating", always=True) as report:
+        cfg = self.plan.cfg
+        tuning = self.tuning
+        evaluator = self._evaluator()
+        with console.task("evaluating", always=True) as report:
             held_out = evaluator.evaluate(trainable, report)
+        assert held_out is not None
         params = merge(trainable, self.frozen)
-        if self.general != "none":
-            general = general_bits_per_byte(cfg, params, self.tokenizer, self.general, seq, self.console)
+        general = None
+        if tuning.general != "none":
+            general = general_bits_per_byte(cfg, params, self.tokenizer, tuning.general, self.plan.recipe.context, console)
         _clear_programs()  # as large as a small model, and not run again soon
-        questions = self.dataset.questions if processes.is_first() else ()
-        if self.fits_device is None:
-            self.fits_device = fits_one_device(params)
-        if not self.fits_device:
-            return Scores(held_out, general, ())
+        fits_device = before.fits_device if before else fits_one_device(params)
+        if not fits_device:
+            return Measured(Scores(held_out, general, ()), evaluator.unit, fits_device)
+        asks_general = tuning.general != "none" and (before is None or tells_enough(before.scores.known or ()))
+        questions = tuning.dataset.questions if processes.is_first() else ()
+        references = tuning.dataset.references[:QUICK_EXAMPLES]
+        chat = self.opened.chat
+        stops = self.stop_token_ids
+        metrics: dict[str, float] = {}
         known = None
-        measures_general = self.general != "none" and (before is None or tells_enough(before.known or ()))
-        with self.console.task("answering held-out questions") as report, on_one_device(params) as whole:
-            answers = ask(cfg, whole, self.chat, questions, self.stop_token_ids, report)
-            references, metrics = self.dataset.references[:QUICK_EXAMPLES], dict[str, float]()
+        with console.task("answering held-out questions") as report, on_one_device(params) as whole:
+            answers = ask(cfg, whole, chat, questions, stops, report)
             if processes.is_first():
-                metrics = self.answer_metrics.score(cfg, whole, self.chat, references, self.stop_token_ids, report)
-            if measures_general and processes.is_first():
-                known = known_questions(cfg, whole, self.chat, self.stop_token_ids, report)
-        return Scores(held_out, general, answers, metrics, known)
+                metrics = tuning.answer_metrics.score(cfg, whole, chat, references, stops, report)
+            if asks_general and processes.is_first():
+                known = known_questions(cfg, whole, chat, stops, report)
+        return Measured(Scores(held_out, general, answers, metrics, known), evaluator.unit, fits_device)
+
+    def report(self, finished: Finished, console: Console) -> RunReport:
+        step = finished.loop_state.step
+        best_step = finished.loop_state.best_step
+        trainable = finished.state.trainable
+        if not self.tuning.keep_last and best_step is not None and best_step != step:
+            step = best_step
+            trainable = self.load_trained(step)
+        try:
+            after = self.measure(trainable, console, finished.before)
+        except UserError as error:
+            folder = self.opened.folder
+            raise UserError(f"{error} The trained model is in {folder}, and the same command measures it.") from error
+        path = self.save_trained(step, trainable)
+        return tuning_report(self, finished, after, step, path)
+
+
+def mix_general_answers(prepared: PreparedTuning, console: Console) -> PreparedTuning:
+    """Returns it with general questions among its examples, which the model answers in the tone of the data."""
+    tuning = prepared.tuning
+    chat = prepared.opened.chat
+    answers = saved_general_answers(prepared.opened.folder, tuning.overwrites)
+    if answers is None:
+        conversations = tuning.dataset.train_references
+        with console.task("answering general questions to mix in") as report:
+            params = prepared.initial_params()
+            answers = write_general_answers(prepared.plan.cfg, params, chat, conversations, prepared.stop_token_ids, report)
+        _clear_programs()
+    examples = general_examples(chat, answers, prepared.plan.recipe.context)
+    tuning = with_length(dataclasses.replace(tuning, packed=pack_more(tuning.packed, examples)))
+    more = {"general_answers": answers, "mixed_in": len(examples) or None}
+    return dataclasses.replace(
+        prepared, plan=tuning.plan, metadata=prepared.metadata | more, tuning=tuning, mixed_in=len(examples)
+    )
+
+
+def pack_more(packed: PackedBatches | None, examples: Sequence[Example]) -> PackedBatches:
+    assert packed is not None
+    return dataclasses.replace(packed, examples=[*packed.examples, *examples])
+
+
+def saved_general_answers(folder: Path, overwrites: bool) -> list[tuple[str, str]] | None:
+    """Returns the answers that the run in the folder has mixed in, to go on with the same; None where there is none."""
+    if overwrites or not checkpoint.steps(folder):
+        return None
+    answers = read_json(folder / "run.json").get("general_answers") or []  # [] of an earlier version's run
+    return [(str(question), str(answer)) for question, answer in answers]
+
+
+# The report
+
+
+def tuning_report(prepared: PreparedTuning, finished: Finished, after: Measured, step: int, path: Path) -> RunReport:
+    """Reports scores before and after. `step`: the checkpoint that the run stands for; `path`: where it was saved."""
+    tuning = prepared.tuning
+    plan = prepared.plan
+    before: Scores = finished.before.scores
+    now = after.scores
+    last_step = finished.loop_state.step
+    seconds = finished.loop_state.seconds
+    rate = last_step / max(seconds, 1e-9)
+    speed = rate * plan.step_tokens
+    share_of_ceiling = (finished.warm_rate or rate) * plan.step_flops / tuning.peak_flops
+    doubt_ceilings(share_of_ceiling)
+    result = {
+        "before": dataclasses.asdict(before),
+        "after": dataclasses.asdict(now),
+        "unit": after.unit,
+        "train_seconds": seconds,
+        "tokens_per_second": speed,
+        "flops_share_of_ceiling": share_of_ceiling,
+        "general": tuning.general,
+        "kept_step": step if step != last_step else None,
+    }
+    rows = [("held out", f"{before.held_out:.3f} -> {now.held_out:.3f} {after.unit} on {tuning.dataset.held_out_name}")]
+    scored = f"of {quantity(len(tuning.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
+    for name, value in now.metrics.items():
+        rows.append((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}"))
+    forgotten = "not measured"
+    if before.general is not None:
+        forgotten = f"{before.general:.3f} -> {now.general:.3f} bits per byte on {tuning.general}"
+    rows.append(("forgotten", forgotten))
+    if before.known is not None:
+        kept_answers = compare_known(before.known, now.known)
+        result["kept_answers"] = dataclasses.asdict(kept_answers)
+        rows += kept_answers.rows()
+    rows.append(("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"))
+    rows.append(("answers", describe_faults(now.answers) if now.answers else ""))
+    chosen = f"step {step:,}, the best evaluated; the last, {last_step:,}, is still there to train on from"
+    rows.append(("chosen", chosen if step != last_step else ""))
+    texts = compare(
+        [answer.question for answer in now.answers],
+        [(answer.text, answer.faults) for answer in before.answers],
+        [(answer.text, answer.faults) for answer in now.answers],
+    )
+    trained_count = sum(leaf.size for leaf in jax.tree.leaves(finished.state.trainable))
+    as_trained = " --weights q4" if prepared.opened.in_blocks else ""
+    next_stages = ["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"]
+    return RunReport(result, texts, rows, f"{path} ({trained_count:,} parameters)", next_stages)
 
 
 def _clear_programs() -> None:

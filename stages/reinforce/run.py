@@ -5,9 +5,11 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.stages import Compiled
 
 from engine.counting.flops import forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
@@ -17,6 +19,7 @@ from engine.format import duration, format_count, quantity
 from engine.inference.decode import prepare_params
 from engine.inference.engine import complete
 from engine.inference.request import Completion, SamplingParams
+from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
 from engine.storage.digest import digest
@@ -25,20 +28,32 @@ from engine.text.batch import EpochOrder
 from engine.text.examples import example_rows
 from engine.training.optimizer import OptimizerConfig
 from engine.training.reinforce import PolicyBatch, group_advantages, grpo
-from engine.training.step import TrainState
+from engine.training.step import Objective, TrainState
 from stages.cli.console import Console, ReportProgress
-from stages.reinforce.flags import ReinforceFlags
-from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, prompts_for, rollout_batch, score_batch
+from stages.reinforce.flags import ReinforceFlags, RolloutFlags
+from stages.reinforce.rollouts import Prompt, Prompts, Rollout, prompt_tokens, prompts_for, rollout_batch, score_batch
 from stages.runs.answers import compare
+from stages.runs.batch_steps import temporary_bytes
 from stages.runs.estimate import memory_estimate, require_room
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.model_stage import ModelStage, choose_trainable
+from stages.runs.model_stage import (
+    OpenedModel,
+    PreparedModel,
+    Rows,
+    choose_trainable,
+    load_weights,
+    model_rows,
+    open_model,
+)
+from stages.runs.options import RunOptions
 from stages.runs.plan import Recipe, RunPlan
 from stages.runs.rewards import Rewards
-from stages.runs.run import RunOptions, execute
-from stages.runs.stage import LoopState, RunReport, compile_step, temporary_bytes
+from stages.runs.run import execute
+from stages.runs.stage import Finished, LoopState, RunReport, StepResult, compile_step
+from stages.runs.text_data import Evaluator
 
-SECONDS, LEAST_ROUNDS = 120.0, 20  # of a run when nobody asks for a length
+SECONDS = 120.0  # of a run when nobody asks for a length
+LEAST_ROUNDS = 20  # that such a run makes however long they take
 TOKENS = 48  # of a completion, where the context has room for them
 MULTIPLE = 32  # tokens that a row's length is rounded up to
 EVALUATED = 32  # held-out completions sampled before and after training, at least
@@ -55,272 +70,468 @@ def run(flags: ReinforceFlags, device: Device) -> int:
     options = RunOptions(
         **dataclasses.asdict(flags.folder), stage="reinforce", device=device, folder=folder, dry_run=flags.dry_run
     )
-    return execute(options, lambda console: ReinforcementLearning(flags, options, console))
+    return execute(options, lambda console: plan_reinforcement(flags, options, console))
 
 
-class ReinforcementLearning(ModelStage):
-    """Trains a model on its own completions. Only the constructor reads the flags.
+# The plan
 
-    A step is a round: it samples completions of a few prompts, has the model before training score them, and takes `updates`
-    optimizer steps on them. `kl`: the weight of the divergence from that model. `fluency`: the weight of a second reward, the
-    negative bits per byte by that model. `LoopState.stage` holds the sums of TOTALS, and in `alike` the mean rewards of the
-    newest rounds in a row in which no prompt's completions differed in reward.
-    """
 
-    advice, lines_stay = "--learning-rate", True
+@dataclasses.dataclass(frozen=True)
+class RoundConfig:
+    """What a round does, beside what its RunPlan says."""
 
-    def __init__(self, flags: ReinforceFlags, options: RunOptions, console: Console) -> None:
-        rollout, update, trainable, length = flags.rollout, flags.update, flags.trainable, flags.length
-        self.group, self.prompts_each = rollout.group, rollout.prompts
-        self.updates, self.clip, self.kl, self.fluency = update.updates, update.clip, update.kl, update.fluency
-        self.rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
-        self.prompts = prompts_for(self.rewards.names, rollout.data, flags.seed)
-        super().__init__(flags.model, trainable, options.folder, console)
-        cfg = self.model.cfg
-        self.longest = max(len(prompt_tokens(self.chat, prompt)) for prompt in (*self.prompts.train, *self.prompts.held_out))
-        room = cfg.context - self.longest
-        if room < (rollout.max_tokens or 1):
-            raise UserError(
-                f"The longest prompt has {self.longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
-                f"{cfg.context:,} for an answer; give {'a lower --max-tokens or ' if room > 0 else ''}shorter prompts."
-            )
-        self.max_tokens, rows = rollout.max_tokens or min(TOKENS, room), rollout.prompts * rollout.group
-        self.temperature, self.capacity = rollout.temperature, self.longest + self.max_tokens
-        self.objective = grpo(self.clip, self.kl)
-        # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
-        optimizer = OptimizerConfig(
-            learning_rate=update.learning_rate or (5e-4 if self.lora else 2e-5),
-            schedule="wsd",
-            warmup=0,
-            decay=0.5,
-            beta2=0.99,
-            weight_decay=0,
+    prompts: int
+    group: int  # completions of each prompt
+    temperature: float
+    longest: int  # tokens of the longest prompt
+    max_tokens: int  # of a completion
+    updates: int  # optimizer steps on the completions
+    clip: float
+    kl: float  # the weight of the divergence from the model before training
+    fluency: float  # the weight of a second reward, the negative bits per byte by that model
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a prompt with its completion, at most."""
+        return self.longest + self.max_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReinforcePlan:
+    """What a reinforcement learning will do: the opened model, the task with its prompts, and a round."""
+
+    plan: RunPlan
+    opened: OpenedModel
+    prompts: Prompts
+    rewards: Rewards
+    round: RoundConfig
+    metadata: dict[str, Any]  # of run.json, but for what the weights tell
+    matches: Rows  # what each rule of --train and --freeze matched
+    memory: int  # bytes of a round
+    objective: Objective
+
+    def rows(self, console: Console) -> Rows:
+        return reinforce_rows(self)
+
+    def print_example(self, console: Console) -> None:
+        """Prints nothing: the first completions are sampled later."""
+
+    def prepare(self, console: Console) -> "PreparedReinforcement":
+        weights = load_weights(self.opened, self.plan)
+        return PreparedReinforcement(
+            plan=self.plan,
+            metadata={**weights.metadata, **self.metadata},
+            advice="--learning-rate",
+            tokenizer=self.opened.tokenizer,
+            stop_token_ids=self.opened.stop_token_ids,
+            sampling=self.opened.model.sampling,
+            trainable=weights.trainable,
+            frozen=weights.frozen,
+            frozen_as_loaded=weights.frozen_as_loaded,
+            objective=self.objective,
+            opened=self.opened,
+            params=weights.params,
+            reinforce=self,
         )
-        seq = -(-(self.capacity - 1) // MULTIPLE) * MULTIPLE
-        microbatches = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq <= max(MICROBATCH_TOKENS, seq))
-        paths, self.matches = choose_trainable(cfg, self.lora, trainable.train, trainable.freeze)
-        seconds = length.max_time or (None if length.rounds else SECONDS)
-        recipe = Recipe("the model's", seq, rows, optimizer, microbatches)
-        least_rounds = 0 if length.max_time or length.rounds else LEAST_ROUNDS
-        run = flags.seed, length.rounds, seconds, paths, trainable.base
-        self.plan = RunPlan(self.model.name, cfg, recipe, *run, "round", least_rounds, blocks=self.blocks)
-        self.metadata = {
-            "learns": trainable.describe(self.lora),
-            "text": {
-                "data": f"{self.rewards.name} on {self.prompts.name}",
-                "digest": f"{self.rewards.name} {self.prompts.digest}",
-            },
-            "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
-            "update": dataclasses.asdict(update),
-        }
-        # A step, beside the weights that sample and their cache.
-        inference = inference_memory(cfg, rows, self.capacity)
-        self.memory = self.plan.memory.total + inference.params + inference.cache
-        remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
-        require_room(self.plan, self.memory, "A round would need about", remedy)
 
-    def plan_rows(self) -> list[tuple[str, str]]:
-        plan, updates, prompts = self.plan, self.updates, self.prompts
-        inference, training = self._flops()
-        steps = f"{quantity(updates, 'step')} on them: up to {format_count(training)}FLOPs"
-        return [
-            *self.model_rows(),
-            *self.matches,
-            ("task", f"{self.rewards.name} ({self.rewards.describe()})"),
-            ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
-            ("template", self.chat.template_name),
-            (
-                "a round",
-                f"{self.prompts_each} prompts, {self.group} completions each, of at most {self.max_tokens} tokens, "
-                f"at temperature {self.temperature:g}",
-            ),
-            ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
-            (
-                "training",
-                f"{steps}; clip {self.clip:g}, KL {self.kl:g}, fluency {self.fluency:g}, "
-                f"adamw {plan.recipe.optimizer.learning_rate:g}",
-            ),
-            ("memory", memory_estimate(plan, self.memory)),
-            ("length", plan.length()),
-        ]
 
-    def _flops(self) -> tuple[int, int]:
-        """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
-        plan, cfg, new = self.plan, self.plan.cfg, self.max_tokens
-        prefill = prefill_flops(cfg, self.longest, attention="causal").total
-        decode = (new - 1) * forward_flops(cfg, self.longest + new // 2, attention="full").total
-        passes = (self.updates > 1) + 1  # that give log-probabilities
-        scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
-        return plan.recipe.batch * (prefill + decode), self.updates * plan.step_flops + scoring
+def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Console) -> ReinforcePlan:
+    """Plans a reinforcement learning, of which only this reads the flags. Raises UserError for what does not fit together."""
+    rollout = flags.rollout
+    update = flags.update
+    rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
+    prompts = prompts_for(rewards.names, rollout.data, flags.seed)
+    opened = open_model(flags.model, flags.trainable, options.folder, console)
+    cfg = opened.model.cfg
+    longest = max(len(prompt_tokens(opened.chat, prompt)) for prompt in (*prompts.train, *prompts.held_out))
+    config = RoundConfig(
+        prompts=rollout.prompts,
+        group=rollout.group,
+        temperature=rollout.temperature,
+        longest=longest,
+        max_tokens=choose_max_tokens(rollout, cfg, longest),
+        updates=update.updates,
+        clip=update.clip,
+        kl=update.kl,
+        fluency=update.fluency,
+    )
+    paths, matches = choose_trainable(cfg, opened.lora, flags.trainable.train, flags.trainable.freeze)
+    has_length = bool(flags.length.max_time or flags.length.rounds)
+    plan = RunPlan(
+        name=opened.model.name,
+        cfg=cfg,
+        recipe=round_recipe(config, update.learning_rate or (5e-4 if opened.lora else 2e-5)),
+        seed=flags.seed,
+        steps=flags.length.rounds,
+        seconds=flags.length.max_time if has_length else SECONDS,
+        trainable=paths,
+        base=flags.trainable.base,
+        step_name="round",
+        least_steps=0 if has_length else LEAST_ROUNDS,
+        blocks=opened.blocks,
+    )
+    # A step, beside the weights that sample and their cache.
+    inference = inference_memory(cfg, plan.recipe.batch, config.capacity)
+    memory = plan.memory.total + inference.params + inference.cache
+    remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
+    require_room(plan, memory, "A round would need about", remedy)
+    metadata = {
+        "learns": flags.trainable.describe(opened.lora),
+        "text": {"data": f"{rewards.name} on {prompts.name}", "digest": f"{rewards.name} {prompts.digest}"},
+        "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
+        "update": dataclasses.asdict(update),
+    }
+    return ReinforcePlan(
+        plan=plan,
+        opened=opened,
+        prompts=prompts,
+        rewards=rewards,
+        round=config,
+        metadata=metadata,
+        matches=matches,
+        memory=memory,
+        objective=grpo(config.clip, config.kl),
+    )
+
+
+def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> int:
+    """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves no room for them."""
+    room = cfg.context - longest
+    if room >= (rollout.max_tokens or 1):
+        return rollout.max_tokens or min(TOKENS, room)
+    advice = "a lower --max-tokens or shorter prompts" if room > 0 else "shorter prompts"
+    raise UserError(
+        f"The longest prompt has {longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
+        f"{cfg.context:,} for an answer; give {advice}."
+    )
+
+
+def round_recipe(config: RoundConfig, learning_rate: float) -> Recipe:
+    # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
+    optimizer = OptimizerConfig(learning_rate=learning_rate, schedule="wsd", warmup=0, decay=0.5, beta2=0.99, weight_decay=0)
+    rows = config.prompts * config.group
+    seq = -(-(config.capacity - 1) // MULTIPLE) * MULTIPLE
+    microbatches = 1
+    while rows % microbatches or rows // microbatches * seq > max(MICROBATCH_TOKENS, seq):
+        microbatches += 1
+    return Recipe(tokenizer="the model's", context=seq, batch=rows, optimizer=optimizer, accumulate=microbatches)
+
+
+def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
+    """Returns the banner's rows. `trained_numbers`: see `model_rows`."""
+    plan = planned.plan
+    config = planned.round
+    prompts = planned.prompts
+    rewards = planned.rewards
+    inference, training = round_flops(plan, config)
+    return [
+        *model_rows(planned.opened, plan, trained_numbers),
+        *planned.matches,
+        ("task", f"{rewards.name} ({rewards.describe()})"),
+        ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
+        ("template", planned.opened.chat.template_name),
+        (
+            "a round",
+            f"{config.prompts} prompts, {config.group} completions each, of at most {config.max_tokens} tokens, "
+            f"at temperature {config.temperature:g}",
+        ),
+        ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
+        (
+            "training",
+            f"{quantity(config.updates, 'step')} on them: up to {format_count(training)}FLOPs; "
+            f"clip {config.clip:g}, KL {config.kl:g}, fluency {config.fluency:g}, "
+            f"adamw {plan.recipe.optimizer.learning_rate:g}",
+        ),
+        ("memory", memory_estimate(plan, planned.memory)),
+        ("length", plan.length()),
+    ]
+
+
+def round_flops(plan: RunPlan, config: RoundConfig) -> tuple[int, int]:
+    """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
+    cfg = plan.cfg
+    new = config.max_tokens
+    prefill = prefill_flops(cfg, config.longest, attention="causal").total
+    decode = (new - 1) * forward_flops(cfg, config.longest + new // 2, attention="full").total
+    passes = (config.updates > 1) + 1  # that give log-probabilities
+    scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
+    return plan.recipe.batch * (prefill + decode), config.updates * plan.step_flops + scoring
+
+
+# What it begins with, and its rounds
+
+
+class Sampled(NamedTuple):
+    """Completions of held-out prompts, and their bits per byte under the model before training."""
+
+    rollout: Rollout
+    bits: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedReinforcement(PreparedModel):
+    """What a reinforcement learning begins with."""
+
+    reinforce: ReinforcePlan
+
+    def rows(self, console: Console) -> Rows:
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        return reinforce_rows(self.reinforce, numbers)
 
     def prompt(self) -> tuple[str, list[int]]:
-        prompt = self.prompts.held_out[0]
-        return prompt.text, prompt_tokens(self.chat, prompt)
+        prompt = self.reinforce.prompts.held_out[0]
+        return prompt.text, prompt_tokens(self.opened.chat, prompt)
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
-        plan, rows = self.plan, self.plan.recipe.batch
-        self.order = EpochOrder(len(self.prompts.train), self.prompts_each, plan.seed)
-        loop_state.stage = dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage
-        self.exhausted = len(loop_state.stage["alike"]) >= ALIKE_ROUNDS
-        batch = example_rows([None] * rows, plan.recipe.context)
+    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> "Rounds":
+        plan = self.plan
+        batch = example_rows([None] * plan.recipe.batch, plan.recipe.context)
         empty = np.zeros(batch.tokens.shape, np.float32)
-        rollouts = PolicyBatch(batch, np.zeros(rows, np.float32), empty if self.updates > 1 else None, empty)
-        with self.console.task("compiling training", always=True):
-            self.program = compile_step(plan, state, self.frozen, rollouts, self.objective)
-        self.buffer_bytes = temporary_bytes(self.program)
-        self._prepare_inference(state.trainable)
+        advantage = np.zeros(plan.recipe.batch, np.float32)
+        like = PolicyBatch(batch, advantage, empty if self.reinforce.round.updates > 1 else None, empty)
+        with console.task("compiling training", always=True):
+            program = compile_step(plan, state, self.frozen, like, self.objective)
+        return Rounds(self, program, state.trainable)
 
-    def _prepare_inference(self, trainable: Any) -> None:
-        self.params: Any = None  # first: two copies would be held
-        self.params = prepare_params(self.plan.cfg, merge(trainable, self.frozen))
-        self.digest = digest(self.params)
-
-    def step(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Runs a round; makes no updates when the completions of each prompt have equal rewards.
-
-        `exhausted` after ALIKE_ROUNDS such rounds in a row.
-        """
-        plan, before, number, refused = self.plan, self.digest, loop_state.step, list[bool]()
-        prompts = [self.prompts.train[index] for _, index in self.order.at(number) for _ in range(self.group)]
-        rollout = self.rollout(self.params, prompts, first_seed(plan.seed, number, len(prompts)))
-        if digest(self.params) != before:
-            raise RuntimeError("Inference changed the weights.")
-        begin, reward = time.perf_counter(), rollout.mean_reward
-        reference = self._logprobs(self.trainable, rollout)
-        bits_each, bits = rollout.bits(reference)
-        rewards, norm, kl = np.reshape(rollout.rewards, (-1, self.group)), 0.0, {}
-        differs, self.trained_batch = bool((rewards != rewards[:, :1]).any()), None
-        if differs:
-            old = self._logprobs(state.trainable, rollout) if self.updates > 1 else None
-            advantages = group_advantages(rewards, -self.fluency * bits_each.reshape(rewards.shape))
-            rollouts = PolicyBatch(rollout.batch, np.asarray(advantages).reshape(-1), old, reference)
-            self.trained_batch = rollouts
-            progress = np.float32(plan.progress(number, loop_state.seconds))
-            for _ in range(self.updates):
-                make_room(self.buffer_bytes)
-                state, metrics = self.program(state, self.frozen, rollouts, progress)
-                # At first new equals old, and the advantages add up to 0.
-                if self.kl and not refused:
-                    kl = {"kl": float(metrics.loss) / self.kl}
-                norm = float(metrics.grad_norm)
-                refused.append(bool(metrics.refused))
-            self._prepare_inference(state.trainable)
-        training = time.perf_counter() - begin
-        self.last = {
-            "reward": reward,
-            "base_bits_per_byte": bits,
-            "answer_tokens": rollout.tokens,
-            "inference_seconds": rollout.seconds,
-            "training_seconds": training,
-            "grad_norm": norm,
-            "differs": differs,
-            **kl,
-        }
-        changed = f"weights {before[:8]} -> {self.digest[:8]}" if differs else "all alike, nothing to train on"
-        self.line = [
-            f"reward {reward:.3f}",
-            f"base {bits:.2f} bits/byte",
-            f"| inference {rollout.seconds:.2f} s, {rollout.tokens:,} tokens, weights {before[:8]} unchanged",
-            f"| training {training:.2f} s, {changed}" + (f", KL {kl['kl']:.4f} |" if kl else " |"),
-        ]
-        alike = [] if differs else [*loop_state.stage["alike"], reward]
-        self.exhausted = len(alike) >= ALIKE_ROUNDS
-        loop_state.stage = {name: loop_state.stage[name] + self.last[name] for name in TOTALS} | {"alike": alike}
-        ends_refused = refused[-1] if refused else loop_state.refused_in_a_row  # then it is not saved
-        if not ends_refused and (loop_state.best is None or reward > loop_state.best):
-            loop_state.best = reward  # of the weights before this round's updates, which no checkpoint holds: no `best_step`
-        return state, refused
-
-    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        return self.last
-
-    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        return self.line
-
-    def finish(
-        self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: tuple[Rollout, float]
-    ) -> RunReport:
-        """Raises UserError, and saves nothing, when the rounds taught nothing."""
-        (start, bits_before), (after, bits_after) = before, self.measure(state.trainable)
-        alike = loop_state.stage.get("alike", [])
-        exhausted, untrained = len(alike) >= ALIKE_ROUNDS, len(alike) == loop_state.step
-        if untrained or (exhausted and after.mean_reward <= start.mean_reward):
-            if untrained:
-                clear_run(self.folder)
-            raise UserError(_nothing_to_learn(alike))
-        path = self.save_trained(loop_state.step, state.trainable)
-        totals = {name: loop_state.stage.get(name, 0) for name in TOTALS}
-        result = {
-            "held_out_reward_before": start.mean_reward,
-            "held_out_reward_after": after.mean_reward,
-            "base_bits_per_byte_before": bits_before,
-            "base_bits_per_byte_after": bits_after,
-            "best_round": loop_state.best,
-            "seconds": loop_state.seconds,
-            **totals,
-        }
-        noted = ([(text, f"reward {reward:.2f}") for text, reward in zip(each.texts, each.rewards)] for each in (start, after))
-        texts = compare([prompt.text for prompt in self.prompts.held_out[:SHOWN_PROMPTS]], *noted)
-        reward = f"{start.mean_reward:.3f} -> {after.mean_reward:.3f} on held-out prompts"
-        if after.mean_reward <= start.mean_reward:
-            reward += "; it did not rise: give more --rounds, a larger --group, or easier prompts"
-        bits = f"{bits_before:.2f} -> {bits_after:.2f} bits per byte under the model before training"
-        if bits_after > bits_before + TOLERATED_BITS:
-            bits += f"; worse by more than {TOLERATED_BITS:g}: give a higher --kl or --fluency"
-        inference, training = duration(totals["inference_seconds"]), duration(totals["training_seconds"])
-        rows = [
-            ("reward", reward),
-            ("answers", bits),
-            ("time", f"{inference} of inference, {training} of training"),
-            ("ended", f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward" * exhausted),
-        ]
-        return RunReport(result, texts, rows, str(path), ["chat", "serve", "export"])
-
-    def measure(self, trainable: Any) -> tuple[Rollout, float]:
-        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds.
-
-        Returns them, and their bits per byte under the model before training.
-        """
-        plan, rows = self.plan, self.plan.recipe.batch
+    def measure(self, trainable: Any, console: Console) -> Sampled:
+        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds."""
+        plan = self.plan
+        rows = plan.recipe.batch
         parts = -(-EVALUATED // rows)
-        prompts = [*itertools.islice(itertools.cycle(self.prompts.held_out), parts * rows)]
-        with self.console.task("evaluating on held-out prompts", always=True) as report:
+        prompts = [*itertools.islice(itertools.cycle(self.reinforce.prompts.held_out), parts * rows)]
+        with console.task("evaluating on held-out prompts", always=True) as report:
             params = prepare_params(plan.cfg, merge(trainable, self.frozen))
-            rollout = self.rollout(params, prompts, first_seed(plan.seed, -parts, rows), report)
-            return rollout, rollout.bits(self._logprobs(self.trainable, rollout))[1]
+            rollout = self.sample(params, prompts, first_seed(plan.seed, -parts, rows), report)
+            _, bits = rollout.bits(self.logprobs(self.trainable, rollout))
+        return Sampled(rollout, bits)
 
-    def rollout(
-        self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
-    ) -> Rollout:
+    def sample(self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None) -> Rollout:
         """Samples and rewards a completion of each prompt, a round's at once, with seeds seed, seed + 1, ...
 
         Raises UserError as `complete` and Rewards.
         """
-        tokens = [prompt_tokens(self.chat, prompt) for prompt in prompts]
-        sampling = SamplingParams(self.max_tokens, self.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
-        each, ends, rows = sampling.per_row(len(prompts)), list[Completion](), self.plan.recipe.batch
+        config = self.reinforce.round
+        chat = self.opened.chat
+        tokens = [prompt_tokens(chat, prompt) for prompt in prompts]
+        sampling = SamplingParams(config.max_tokens, config.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
+        each = sampling.per_row(len(prompts))
+        rows = self.plan.recipe.batch
+        ends: list[Completion] = []
         begin = time.perf_counter()
         for start in range(0, len(prompts), rows):
             part = slice(start, start + rows)
-            ends += complete(self.plan.cfg, params, tokens[part], each[part], self.capacity)
+            ends += complete(self.plan.cfg, params, tokens[part], each[part], config.capacity)
             report(start + rows, len(prompts))
-        seconds, tokenizer = time.perf_counter() - begin, self.chat.tokenizer
-        texts = [tokenizer.decode(end.tokens).strip() for end in ends]
+        seconds = time.perf_counter() - begin
+        texts = [chat.tokenizer.decode(end.tokens).strip() for end in ends]
         completions = [end.tokens if end.stop_token is None else [*end.tokens, end.stop_token] for end in ends]
-        rewards = self.rewards([prompt.text for prompt in prompts], texts, [prompt.answer for prompt in prompts])
+        questions = [prompt.text for prompt in prompts]
+        answers = [prompt.answer for prompt in prompts]
+        rewards = self.reinforce.rewards(questions, texts, answers)
         batch = rollout_batch(tokens, completions, self.plan.recipe.context)
-        return Rollout(batch, texts, [*map(tokenizer.count_bytes, completions)], rewards, seconds)
+        sizes = [chat.tokenizer.count_bytes(completion) for completion in completions]
+        return Rollout(batch, texts, sizes, rewards, seconds)
 
-    def _logprobs(self, trainable: Any, rollout: Rollout) -> np.ndarray:
+    def logprobs(self, trainable: Any, rollout: Rollout) -> np.ndarray:
         """Returns the log-probabilities (B, T) of completions. With the untrained adapter, which changes nothing to the bit,
         they are those of the model before training, by the program of a trained one."""
-        plan, params = self.plan, merge(trainable, self.frozen)
-        return score_batch(plan.cfg, params, rollout.batch, plan.recipe.batch // plan.recipe.accumulate)
+        rows = self.plan.recipe.batch // self.plan.recipe.accumulate
+        return score_batch(self.plan.cfg, merge(trainable, self.frozen), rollout.batch, rows)
+
+    def report(self, finished: Finished, console: Console) -> RunReport:
+        """Raises UserError, and saves nothing, when the rounds taught nothing."""
+        before: Sampled = finished.before
+        after = self.measure(finished.state.trainable, console)
+        alike = own_state(finished.loop_state)["alike"]
+        is_untrained = len(alike) == finished.loop_state.step
+        has_risen = after.rollout.mean_reward > before.rollout.mean_reward
+        if is_untrained or (len(alike) >= ALIKE_ROUNDS and not has_risen):
+            if is_untrained:
+                clear_run(self.opened.folder)
+            raise UserError(_nothing_to_learn(alike))
+        path = self.save_trained(finished.loop_state.step, finished.state.trainable)
+        return reinforce_report(self.reinforce, finished.loop_state, before, after, path)
+
+
+class Round(NamedTuple):
+    """What a round is told of by: a line of metrics.jsonl, and the fields of the live line."""
+
+    metrics: dict[str, Any]
+    line: list[str]
+
+
+class Updated(NamedTuple):
+    """What the updates on a round's completions came to."""
+
+    state: TrainState
+    refused: list[bool]  # of each update
+    grad_norm: float  # of the last one
+    kl: float | None  # mean divergence from the model before training, before the first update
+
+
+class Rounds:
+    """The steps of a reinforcement learning. A round samples completions of a few prompts, has the model before training
+    score them, and takes optimizer steps on them.
+
+    `LoopState.stage` holds the sums of TOTALS, and in `alike` the mean rewards of the newest rounds in a row in which no
+    prompt's completions differed in reward.
+    """
+
+    evaluator: Evaluator | None = None
+    lines_stay = True
+
+    def __init__(self, prepared: PreparedReinforcement, program: Compiled, trainable: Any) -> None:
+        self.prepared = prepared
+        self.plan = prepared.plan
+        self.config = prepared.reinforce.round
+        self.program = program
+        self.buffer_bytes = temporary_bytes(program)
+        self.order = EpochOrder(len(prepared.reinforce.prompts.train), self.config.prompts, prepared.plan.seed)
+        self.params: Any = None  # the weights that sample
+        self.digest = ""
+        self._prepare_inference(trainable)
+
+    def _prepare_inference(self, trainable: Any) -> None:
+        self.params = None  # first: two copies would be held
+        self.params = prepare_params(self.plan.cfg, merge(trainable, self.prepared.frozen))
+        self.digest = digest(self.params)
+
+    def is_exhausted(self, loop_state: LoopState) -> bool:
+        return len(own_state(loop_state)["alike"]) >= ALIKE_ROUNDS
+
+    def step(self, state: TrainState, loop_state: LoopState) -> StepResult:
+        """Runs a round; makes no updates when the completions of each prompt have equal rewards."""
+        digest_before = self.digest
+        rollout = self._sample_round(loop_state.step)
+        if digest(self.params) != digest_before:
+            raise RuntimeError("Inference changed the weights.")
+        begin = time.perf_counter()
+        reference = self.prepared.logprobs(self.prepared.trainable, rollout)
+        bits_each, bits = rollout.bits(reference)
+        rewards = np.reshape(rollout.rewards, (-1, self.config.group))
+        differs = bool((rewards != rewards[:, :1]).any())
+        batch = None
+        updated = Updated(state, [], 0.0, None)
+        if differs:
+            batch = self._policy_batch(state, rollout, rewards, bits_each, reference)
+            updated = self._update(state, batch, np.float32(self.plan.progress(loop_state.step, loop_state.seconds)))
+            self._prepare_inference(updated.state.trainable)
+        training_seconds = time.perf_counter() - begin
+        reward = rollout.mean_reward
+        metrics = {
+            "reward": reward,
+            "base_bits_per_byte": bits,
+            "answer_tokens": rollout.tokens,
+            "inference_seconds": rollout.seconds,
+            "training_seconds": training_seconds,
+            "grad_norm": updated.grad_norm,
+            "differs": differs,
+        }
+        if updated.kl is not None:
+            metrics["kl"] = updated.kl
+        before = own_state(loop_state)
+        totals = {name: before[name] + metrics[name] for name in TOTALS}
+        alike = [] if differs else [*before["alike"], reward]
+        told = Round(metrics, self._describe(metrics, digest_before))
+        return StepResult(updated.state, updated.refused, told, batch, totals | {"alike": alike}, reward)
+
+    def _sample_round(self, number: int) -> Rollout:
+        train = self.prepared.reinforce.prompts.train
+        prompts = []
+        for _, index in self.order.at(number):
+            prompts += [train[index]] * self.config.group
+        return self.prepared.sample(self.params, prompts, first_seed(self.plan.seed, number, len(prompts)))
+
+    def _policy_batch(
+        self, state: TrainState, rollout: Rollout, rewards: np.ndarray, bits: np.ndarray, reference: np.ndarray
+    ) -> PolicyBatch:
+        fluency = -self.config.fluency * bits.reshape(rewards.shape)
+        advantages = np.asarray(group_advantages(rewards, fluency)).reshape(-1)
+        old = self.prepared.logprobs(state.trainable, rollout) if self.config.updates > 1 else None
+        return PolicyBatch(rollout.batch, advantages, old, reference)
+
+    def _update(self, state: TrainState, batch: PolicyBatch, progress: np.float32) -> Updated:
+        refused = []
+        grad_norm = 0.0
+        kl = None
+        for number in range(self.config.updates):
+            make_room(self.buffer_bytes)
+            state, metrics = self.program(state, self.prepared.frozen, batch, progress)
+            if self.config.kl and number == 0:  # at first new equals old, and the advantages add up to 0
+                kl = float(metrics.loss) / self.config.kl
+            grad_norm = float(metrics.grad_norm)
+            refused.append(bool(metrics.refused))
+        return Updated(state, refused, grad_norm, kl)
+
+    def _describe(self, metrics: dict[str, Any], digest_before: str) -> list[str]:
+        before = digest_before[:8]
+        changed = f"weights {before} -> {self.digest[:8]}" if metrics["differs"] else "all alike, nothing to train on"
+        divergence = f", KL {metrics['kl']:.4f} |" if "kl" in metrics else " |"
+        return [
+            f"reward {metrics['reward']:.3f}",
+            f"base {metrics['base_bits_per_byte']:.2f} bits/byte",
+            f"| inference {metrics['inference_seconds']:.2f} s, {metrics['answer_tokens']:,} tokens, "
+            f"weights {before} unchanged",
+            f"| training {metrics['training_seconds']:.2f} s, {changed}{divergence}",
+        ]
+
+    def log_fields(self, metrics: list[Round], loop_state: LoopState, step_seconds: float) -> dict[str, Any]:
+        return metrics[-1].metrics
+
+    def live_fields(self, metrics: Round, loop_state: LoopState, step_seconds: float) -> list[str]:
+        return metrics.line
+
+
+def own_state(loop_state: LoopState) -> dict[str, Any]:
+    """Returns LoopState.stage, of a new run too: `alike` and the TOTALS of all its rounds."""
+    return dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage
 
 
 def first_seed(seed: int, round_number: int, rows: int) -> int:
     """Returns the seed of a round's first row of `rows`; no two rows of a run share one. Below 0: held-out prompts."""
     return (seed * 1_000_003 + (round_number + 1) * rows) % 2**32
+
+
+# The report
+
+
+def reinforce_report(planned: ReinforcePlan, loop_state: LoopState, before: Sampled, after: Sampled, path: Path) -> RunReport:
+    start = before.rollout
+    end = after.rollout
+    own = own_state(loop_state)
+    totals = {name: own[name] for name in TOTALS}
+    result = {
+        "held_out_reward_before": start.mean_reward,
+        "held_out_reward_after": end.mean_reward,
+        "base_bits_per_byte_before": before.bits,
+        "base_bits_per_byte_after": after.bits,
+        "best_round": loop_state.best,
+        "seconds": loop_state.seconds,
+        **totals,
+    }
+    reward = f"{start.mean_reward:.3f} -> {end.mean_reward:.3f} on held-out prompts"
+    if end.mean_reward <= start.mean_reward:
+        reward += "; it did not rise: give more --rounds, a larger --group, or easier prompts"
+    bits = f"{before.bits:.2f} -> {after.bits:.2f} bits per byte under the model before training"
+    if after.bits > before.bits + TOLERATED_BITS:
+        bits += f"; worse by more than {TOLERATED_BITS:g}: give a higher --kl or --fluency"
+    inference = duration(totals["inference_seconds"])
+    training = duration(totals["training_seconds"])
+    ended = ""
+    if len(own["alike"]) >= ALIKE_ROUNDS:
+        ended = f"early: {ALIKE_ROUNDS} rounds in a row without a difference in reward"
+    rows = [
+        ("reward", reward),
+        ("answers", bits),
+        ("time", f"{inference} of inference, {training} of training"),
+        ("ended", ended),
+    ]
+    shown = [prompt.text for prompt in planned.prompts.held_out[:SHOWN_PROMPTS]]
+    texts = compare(shown, _with_rewards(start), _with_rewards(end))
+    return RunReport(result, texts, rows, str(path), ["chat", "serve", "export"])
+
+
+def _with_rewards(rollout: Rollout) -> list[tuple[str, str]]:
+    return [(text, f"reward {reward:.2f}") for text, reward in zip(rollout.texts, rollout.rewards)]
 
 
 def _nothing_to_learn(rewards: list[float]) -> str:

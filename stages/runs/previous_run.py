@@ -23,7 +23,7 @@ from engine.text.batch import ORDER_VERSION
 from engine.training.step import TrainState
 from stages.cli.console import Console
 from stages.runs.plan import RunPlan
-from stages.runs.stage import LoopState, Stage
+from stages.runs.stage import LoopState, Prepared
 
 Changes = dict[str, tuple[Any, Any]]  # path in run.json -> (before, now)
 
@@ -170,18 +170,30 @@ def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
     raise UserError(f"{loaded.path / 'state.json'} is damaged: it does not say the state of a run at step {loaded.step:,}.")
 
 
-def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], console: Console) -> tuple[TrainState, LoopState]:
+def resume(
+    previous: PreviousRun, prepared: Prepared, metadata: dict[str, Any], console: Console
+) -> tuple[TrainState, LoopState]:
     """Returns the states of the newest intact checkpoint; prints what is damaged or changed, and adds changes to `metadata`."""
-    like = sharded_shapes(lambda: (stage.to_saved((new := stage.initial_state(stage.trainable)).trainable), new.opt_state))
+
+    def saved_parts() -> tuple[Any, Any]:
+        state = prepared.initial_state(prepared.trainable)
+        return prepared.to_saved(state.trainable), state.opt_state
+
+    like = sharded_shapes(saved_parts)
     with console.task("loading the checkpoint"):
         loaded = checkpoint_reader.load(previous.folder, *like)
     loop_state = _loop_state(loaded)
-    aside = checkpoint_reader.rename_newer(previous.folder, loop_state.step) if loaded.damaged else []
-    lines = [f"damaged: {line}" for line in loaded.damaged] + [f"set aside: {path}" for path in aside]
-    if (best := loop_state.best_step) not in (None, loop_state.step):
-        faults = find_damage(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
-        if faults := json.loads(processes.gather_strings(json.dumps(faults))[0]):
-            lines += [*(f"damaged: {line}" for line in faults), f"forgotten: step {best:,} was the best; the next best is kept"]
+    lines = [f"damaged: {line}" for line in loaded.damaged]
+    if loaded.damaged:
+        aside = checkpoint_reader.rename_newer(previous.folder, loop_state.step)
+        lines += [f"set aside: {path}" for path in aside]
+    best = loop_state.best_step
+    if best is not None and best != loop_state.step:
+        own = find_damage(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
+        faults = json.loads(processes.gather_strings(json.dumps(own))[0])  # process 0's
+        if faults:
+            lines += [f"damaged: {line}" for line in faults]
+            lines.append(f"forgotten: step {best:,} was the best; the next best is kept")
             loop_state.forget_best()
     for line in lines:
         console.print(line, style="yellow")
@@ -191,6 +203,8 @@ def resume(previous: PreviousRun, stage: Stage, metadata: dict[str, Any], consol
         console.print(f"changed: {line}", style="yellow")
     if previous.changes.keys() & MEASURES:
         loop_state.forget_best()
-    noted = [{"step": loop_state.step, "fields": previous.changes}] if previous.changes else []
-    metadata["changes"] = previous.record.get("changes", []) + noted
-    return TrainState(place(jnp.int32(loop_state.step)), stage.from_saved(loaded.params), loaded.optimizer), loop_state
+    metadata["changes"] = [*previous.record.get("changes", [])]
+    if previous.changes:
+        metadata["changes"].append({"step": loop_state.step, "fields": previous.changes})
+    state = TrainState(place(jnp.int32(loop_state.step)), prepared.from_saved(loaded.params), loaded.optimizer)
+    return state, loop_state

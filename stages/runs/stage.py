@@ -1,23 +1,25 @@
-"""Stage, the interface of a way to train; BatchStage, whose steps are batches of data; and LoopState, the progress of a run."""
+"""The four values of a run: Plan -> Prepared -> Steps -> RunReport, the first three with a method that gives the next.
+
+A stage writes a class for each of Plan, Prepared and Steps. `runs/run.py` carries a run from one to the next, and
+`runs/loop.py` takes the steps. LoopState is how far a run has come.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
-import jax
 import numpy as np
 from jax.stages import Compiled
 
-from engine.device import make_room
-from engine.mesh.layout import batch_share, global_batch
-from engine.text.batch import EpochOrder
 from engine.text.tokenizer import Tokenizer
-from engine.training.optimizer import make_optimizer, make_schedule
+from engine.training.optimizer import make_optimizer
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
+from stages.cli.console import Console
 from stages.runs.plan import RunPlan
 from stages.runs.text_data import Evaluator
 
-LARGE_BUFFER = 2**27  # bytes; moving a larger one costs page faults
+INTERVALS = ("line", "log", "evaluate", "save")
 
 
 @dataclasses.dataclass
@@ -47,19 +49,41 @@ class LoopState:
     def from_json(cls, record: dict[str, Any]) -> "LoopState":
         """Returns the state of a checkpoint's state.json. Raises KeyError, TypeError or ValueError for a damaged one."""
         known = {field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}
-        state = cls(**known | {"step": int(record["step"]), "seconds": float(record["seconds"])})
+        known["step"] = int(record["step"])
+        known["seconds"] = float(record["seconds"])
+        state = cls(**known)
         state.intervals = {name: (step, seconds) for name, (step, seconds) in state.intervals.items()}
         return state
 
+    def begin_intervals(self) -> None:
+        """Begins now the intervals that an older checkpoint lacks."""
+        for name in INTERVALS:
+            self.intervals.setdefault(name, (self.step, self.seconds))
+
     def is_due(self, name: str, length: int | float) -> bool:
         step, seconds = self.intervals[name]
-        return (self.step - step if isinstance(length, int) else self.seconds - seconds) >= length
+        passed = self.step - step if isinstance(length, int) else self.seconds - seconds
+        return passed >= length
 
     def begin(self, name: str) -> None:
         self.intervals = self.intervals | {name: (self.step, self.seconds)}
 
+    def note_validation(self, value: float) -> None:
+        """Notes a quick validation, and whether it is the best."""
+        self.since_best += 1
+        if not math.isfinite(value):
+            self.validation = None  # JSON has no other
+            return
+        self.validation = value
+        if self.best is None or value < self.best:
+            self.best = value
+            self.best_step = self.step
+            self.since_best = 0
+
     def forget_best(self) -> None:
-        self.best, self.best_step, self.since_best = None, None, 0
+        self.best = None
+        self.best_step = None
+        self.since_best = 0
 
 
 class RunReport(NamedTuple):
@@ -72,47 +96,101 @@ class RunReport(NamedTuple):
     next_stages: list[str]  # that take the model
 
 
-class Stage(Protocol):
-    """One way to train: from random weights, fine-tuning, or reinforcement learning. Its methods are called in this order."""
+class Plan(Protocol):
+    """What a run will do, by its flags, its data and a model's architecture. No array of the run exists yet."""
 
-    plan: RunPlan
-    metadata: dict[str, Any]  # the stage's own entries of run.json; valid after `load_weights`
-    tokenizer: Tokenizer
-    stop_token_ids: tuple[int, ...]  # ids that end a completion
-    sampling: Mapping[str, Any] = {}  # recommended for the trained model
-    trainable: Any = None  # the parameters that steps change, as loaded; None where they begin random
-    frozen: Any  # those beside them, as steps read them; valid after `load_weights`
-    frozen_as_loaded: Any = None  # those that a checkpoint holds beside them
-    objective: Objective = NEXT_TOKEN
-    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
-    lines_stay: bool = False  # whether every few seconds a line stays on a terminal
+    @property
+    def plan(self) -> RunPlan: ...
 
-    # Valid after `prepare_steps`.
-    evaluator: Evaluator | None = None
-    buffer_bytes: int = 0  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
-    exhausted: bool = False  # whether there is nothing more to learn, which ends the loop
-    trained_batch: Any = None  # that of the last step's first update; None where it made none
-
-    def load_weights(self) -> None:
-        """Sets `trainable`, `frozen_as_loaded` and `metadata`. Raises UserError when memory is too small."""
-
-    def place(self) -> None:
-        """Spreads what was loaded over the mesh, if there is one."""
-        return
-
-    def plan_rows(self) -> list[tuple[str, str]]:
+    def rows(self, console: Console) -> list[tuple[str, str]]:
         """Returns the banner's rows between device and folder."""
 
-    def print_example(self) -> None:
+    def print_example(self, console: Console) -> None:
         """Prints an example of the data below the banner, if the stage has any."""
-        return
 
-    def begin_compiling(self, beside_reading: bool) -> None:
-        """Begins to compile the step, where that needs no state. `beside_reading`: whether a checkpoint is read next."""
-        return
+    def prepare(self, console: Console) -> "Prepared":
+        """Makes what the run begins with. Raises UserError when memory is too small."""
+
+
+class StepResult(NamedTuple):
+    """What a step comes to."""
+
+    state: TrainState  # may take the memory of the state before
+    refused: list[bool]  # whether each update was
+    metrics: Any = None  # the stage's own, of which its Steps make a line of metrics.jsonl and the live line
+    trained_batch: Any = None  # that of the first update; None where there was none
+    stage_state: dict[str, Any] | None = None  # the next LoopState.stage, where it changes
+    reward: float | None = None  # the mean of a round
+
+    def is_refused_whole(self) -> bool:
+        return bool(self.refused) and all(self.refused)
+
+
+class Steps(Protocol):
+    """The compiled program of a run, and its data: state -> state, metrics."""
+
+    evaluator: Evaluator | None
+    buffer_bytes: int  # a step's temporary buffer, which must not be held twice; 0 where that does not matter
+    lines_stay: bool  # whether every few seconds a line stays on a terminal
+
+    def step(self, state: TrainState, loop_state: LoopState) -> StepResult:
+        """Runs a step: a batch through a compiled program, or a round of rollouts and updates. Leaves `loop_state` as it is."""
+
+    def is_exhausted(self, loop_state: LoopState) -> bool:
+        """Whether there is nothing more to learn, which ends the loop."""
+
+    def log_fields(self, metrics: list[Any], loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+        """Returns the fields of a line of metrics.jsonl, by the metrics of all steps since the last line."""
+
+    def live_fields(self, metrics: Any, loop_state: LoopState, step_seconds: float) -> list[str]:
+        """Returns this stage's own fields of the live line, by the metrics of the last step, None before the first."""
+
+
+class Finished(NamedTuple):
+    """What a run has come to, of which its stage makes the report."""
+
+    state: TrainState
+    loop_state: LoopState
+    warm_rate: float | None  # steps a second after the first, if there were any
+    before: Any  # what `measure` returned before training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run begins with: weights, tokenizer, data. A stage adds fields of its own, and writes the methods that raise."""
+
+    plan: RunPlan
+    metadata: dict[str, Any]  # the stage's own entries of run.json
+    advice: str  # the end of "Lower --learning-rate ...", for updates that are not finite
+    tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]  # ids that end a completion
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # recommended for the trained model
+    trainable: Any = None  # the parameters that steps change, as loaded; None where they begin random
+    frozen: Any  # those beside them, as steps read them
+    frozen_as_loaded: Any = None  # those that a checkpoint holds beside them
+    objective: Objective = NEXT_TOKEN
+
+    def placed(self) -> Self:
+        """Returns it spread over the mesh, if there is one."""
+        return self
+
+    def rows(self, console: Console) -> list[tuple[str, str]]:
+        """Returns the banner's rows between device and folder, of what is now known."""
+        raise NotImplementedError
+
+    def print_example(self, console: Console) -> None:
+        """Prints an example of the data below the banner, if the stage has any."""
+
+    def begin_compiling(self, beside_reading: bool) -> Any:
+        """Begins to compile the step, where that needs no state, and returns what `begin_steps` gets of it.
+
+        `beside_reading`: whether a checkpoint is read next.
+        """
+        return None
 
     def initial_state(self, trainable: Any) -> TrainState:
         """Returns the state before the first step, of `trainable`; can be traced."""
+        raise NotImplementedError
 
     def to_saved(self, trainable: Any) -> Any:
         """Returns the params of a checkpoint."""
@@ -122,46 +200,21 @@ class Stage(Protocol):
         """Returns the trainable parameters among those of a checkpoint."""
         return params
 
-    def measure(self, trainable: Any) -> Any:
+    def prompt(self) -> tuple[str, list[int]]:
+        """Returns a prompt, as text and as tokens, that shows what the model has learned; only a recording asks for it."""
+        raise NotImplementedError
+
+    def measure(self, trainable: Any, console: Console) -> Any:
         """Measures the model, if the stage compares it before and after training."""
         return None
 
-    def prepare_steps(self, state: TrainState, loop_state: LoopState) -> None:
-        """Compiles the step of the loop."""
+    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> Steps:
+        """Compiles the step, and returns what the loop takes."""
+        raise NotImplementedError
 
-    def step(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        """Runs a step: a batch through a compiled program, or a round of rollouts and updates.
-
-        Returns the next state, which may take `state`'s memory, and for each update whether it was refused.
-        """
-
-    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        """Returns the fields of a line of metrics.jsonl."""
-
-    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        """Returns this stage's own fields of the live line."""
-
-    def prompt(self) -> tuple[str, list[int]]:
-        """Returns a prompt, as text and as tokens, that shows what the model has learned; only a recording asks for it."""
-
-    def finish(self, state: TrainState, loop_state: LoopState, warm_rate: float | None, before: Any) -> RunReport:
-        """Measures at the end, saves what no checkpoint holds, and returns the report.
-
-        `warm_rate`: steps a second after the first, if there were any; `before`: what `measure` returned before training.
-        """
-
-
-class MeshBatches:
-    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows, by `read(step, rows)`, alone."""
-
-    def __init__(self, order: EpochOrder, read: Callable[[int, slice], Any]) -> None:
-        self.read, self.epoch = read, order.epoch
-        shares, share = batch_share(order.batch)
-        rows = order.batch // shares
-        self.rows = slice(share * rows, (share + 1) * rows)
-
-    def at(self, step: int) -> Any:
-        return global_batch(self.read(step, self.rows))
+    def report(self, finished: Finished, console: Console) -> RunReport:
+        """Measures at the end, saves what no checkpoint holds, and returns the report."""
+        raise NotImplementedError
 
 
 def compile_step(
@@ -176,71 +229,10 @@ def compile_step(
 
     Calls `on_traced` before XLA begins.
     """
-    tx, microbatches = make_optimizer(plan.recipe.optimizer), plan.recipe.accumulate
+    tx = make_optimizer(plan.recipe.optimizer)
+    microbatches = plan.recipe.accumulate
     lowered = train_step.lower(
         plan.cfg, tx, state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
     )
     on_traced()
     return lowered.compile(plan.compiler_options)
-
-
-def temporary_bytes(compiled: Compiled) -> int:
-    """Returns the bytes of a step's temporary buffer in the host's memory, 0 for a small one."""
-    analysis = compiled.memory_analysis() if jax.default_backend() == "cpu" else None
-    return size if analysis and (size := analysis.temp_size_in_bytes) >= LARGE_BUFFER else 0
-
-
-class BatchStage(Stage):
-    """A Stage whose step runs a program on one batch after another. `peak_flops`: this machine's, a second."""
-
-    peak_flops: float
-
-    def begin_steps(self, program: Compiled, buffer_bytes: int, batches: MeshBatches, evaluator: Evaluator, step: int) -> None:
-        """Sets the program, (state, frozen, batch, progress) -> (state, metrics), its `temporary_bytes`, and the data to read
-        from `step` on.
-        """
-        self.program, self.mesh_batches, self.evaluator = program, batches, evaluator
-        self.buffer_bytes = buffer_bytes
-        self.schedule = jax.jit(make_schedule(self.plan.recipe.optimizer))
-        self.next_batch = batches.at(step)
-        self.losses: list[float] = []
-        self.loss = self.grad_norm = float("nan")
-
-    def step(self, state: TrainState, loop_state: LoopState) -> tuple[TrainState, list[bool]]:
-        step, progress = loop_state.step, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
-        # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
-        following = self.mesh_batches.at(step + 1) if self.buffer_bytes else None
-        make_room(self.buffer_bytes)  # the last step's, in whose place a save's buffers may lie
-        state, metrics = self.program(state, self.frozen, self.next_batch, progress)
-        self.trained_batch = self.next_batch
-        self.next_batch = following or self.mesh_batches.at(step + 1)
-        # Wait before the next dispatch: two steps in flight would take twice the memory.
-        metrics = jax.device_get(metrics)
-        self.loss, self.grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        self.losses.append(self.loss)
-        return state, [bool(metrics.refused)]
-
-    def metrics(self, loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        loss = sum(self.losses) / len(self.losses)  # the mean since the last line
-        self.losses = []
-        return {
-            "loss": loss,
-            "grad_norm": self.grad_norm,
-            "learning_rate_factor": self._factor(loop_state),
-            "tokens_per_second": self.plan.step_tokens / step_seconds,
-            "refused": loop_state.refused,
-        }
-
-    def fields(self, loop_state: LoopState, step_seconds: float) -> list[str]:
-        plan, epoch = self.plan, self.mesh_batches.epoch(loop_state.step)
-        return [
-            f"loss {self.loss:.3f}",
-            f"lr {self._factor(loop_state):.0%}",
-            f"grad {self.grad_norm:.2f}",
-            f"{plan.step_tokens / step_seconds:,.0f} tokens/s",
-            f"MFU {plan.step_flops / step_seconds / self.peak_flops:.0%}",
-            f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
-        ]
-
-    def _factor(self, loop_state: LoopState) -> float:
-        return float(self.schedule(np.float32(self.plan.progress(loop_state.step, loop_state.seconds))))

@@ -106,8 +106,8 @@ def test_a_recorded_training_run(text, tmp_path):
 def test_the_last_frame_of_a_run_by_the_clock_is_a_part_behind_the_one_before(text, tmp_path, monkeypatch):
     """Though steps may turn out to be faster than the one that was to be the last."""
     ticks = itertools.count()
-    monkeypatch.setattr("stages.runs.run.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
-    monkeypatch.setattr("stages.runs.run.StepTimer.mean", lambda _: 0.05)
+    monkeypatch.setattr("stages.runs.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
+    monkeypatch.setattr("stages.runs.progress.StepTimer.mean", lambda _: 0.05)
     file = tmp_path / "run.jsonl"
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--record", file)) == 0
     *_, before, last = events(file, "frame")

@@ -19,7 +19,7 @@ from engine.storage.model_loader import load_model
 from stages.reinforce import __main__ as reinforce
 from stages.reinforce import run as reinforce_run
 from stages.reinforce.rollouts import Rollout, prompts_for, rollout_batch, score_batch
-from stages.reinforce.run import ALIKE_ROUNDS, ReinforcementLearning
+from stages.reinforce.run import ALIKE_ROUNDS, Rounds
 from stages.runs import rewards
 
 
@@ -71,13 +71,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
 
 
 def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, monkeypatch):
-    step = ReinforcementLearning.step
+    step = Rounds.step
 
     def refused_first(self, state, loop_state):
-        state, refused = step(self, state, loop_state)
-        return state, [loop_state.step == 0] * len(refused)
+        result = step(self, state, loop_state)
+        return result._replace(refused=[loop_state.step == 0] * len(result.refused))
 
-    monkeypatch.setattr(ReinforcementLearning, "step", refused_first)
+    monkeypatch.setattr(Rounds, "step", refused_first)
     assert reinforce.main(args(trained, tmp_path / "run")) == 0
     assert ["reward" in line for line in metrics(tmp_path / "run")] == [False, True, True]
 
@@ -107,9 +107,9 @@ def test_a_stopped_run_still_knows_that_nothing_differed(trained, tmp_path, monk
     endless = args(trained, folder, "--task", "regex:^", "--rounds", 100)
     stop_after_a_round(endless, monkeypatch)
     with monkeypatch.context() as count:
-        rounds, step = [], ReinforcementLearning.step
+        rounds, step = [], Rounds.step
         counting = lambda self, state, now: rounds.append(len(now.stage["alike"])) or step(self, state, now)
-        count.setattr(ReinforcementLearning, "step", counting)
+        count.setattr(Rounds, "step", counting)
         assert f"In {ALIKE_ROUNDS} rounds in a row" in failing(reinforce.main, endless)
     assert rounds == [*range(1, ALIKE_ROUNDS)]
 

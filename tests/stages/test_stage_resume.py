@@ -37,16 +37,17 @@ from engine.training.step import init_state
 from stages import evaluate
 from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
-from stages.finetune.run import FineTuning
-from stages.runs import model_stage
-from stages.runs import run as loop
+from stages.finetune.run import plan_tuning
+from stages.runs import loop, model_stage
+from stages.runs.batch_steps import BatchSteps
 from stages.runs.folder import JsonLines, updating
+from stages.runs.options import RunOptions
 from stages.runs.previous_run import FIXED, describe_changes, differences, refusals, settings
-from stages.runs.run import RunOptions, run_metadata
+from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
-from stages.train.run import Training
+from stages.train.run import PreparedTraining, plan_training
 
 
 def state_digest(folder: Path) -> str:
@@ -130,18 +131,19 @@ def test_ctrl_c_while_the_last_checkpoint_is_written_leaves_the_last_measurement
 def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
     """Steps on these batches of the data have an update that is not finite."""
     bad: set[bytes] = set()
-    prepare_steps = Training.prepare_steps
+    begin_steps = PreparedTraining.begin_steps
 
-    def prepare(self: Training, *args: Any) -> None:
-        prepare_steps(self, *args)
-        order = TextBatches(self.data.train.tokens, 32, 4, 0)
+    def begin(self: PreparedTraining, *args: Any) -> BatchSteps:
+        steps = begin_steps(self, *args)
+        order = TextBatches(self.training.data.train.tokens, 32, 4, 0)
         bad.update(order.at(number).tokens.tobytes() for number in batches)
-        program, is_bad = self.program, lambda batch: batch.tokens.tobytes() in bad
-        self.program = lambda state, frozen, batch, progress: program(
+        program, is_bad = steps.program, lambda batch: batch.tokens.tobytes() in bad
+        steps.program = lambda state, frozen, batch, progress: program(
             state, frozen, batch, math.nan if is_bad(batch) else progress
         )
+        return steps
 
-    monkeypatch.setattr(Training, "prepare_steps", prepare)
+    monkeypatch.setattr(PreparedTraining, "begin_steps", begin)
 
 
 def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(text, tmp_path, monkeypatch):
@@ -219,7 +221,7 @@ def test_the_stop_after_refusals_saves_and_says_which_batches_they_were(text, tm
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
     """What all processes do together, as saving, process 0 does too though it could not write its line."""
     folder = tmp_path / "run"
-    evaluate_and_save, together = loop.Loop._evaluate_and_save, []  # noqa: SLF001
+    evaluate_and_save, together = loop.evaluate_and_save, []
 
     def fill_the_disk() -> None:
         (folder / "metrics.jsonl").unlink()
@@ -228,8 +230,8 @@ def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp
     words = tiny(text, folder, "--steps", 5, "--log-every", 1, "--save-every", 100, "--eval-every", 100)
     with monkeypatch.context() as patch:
         at_step(patch, 3, fill_the_disk)
-        noted = lambda self, *args: together.append(self.loop_state.step) or evaluate_and_save(self, *args)
-        patch.setattr(loop.Loop, "_evaluate_and_save", noted)
+        noted = lambda run, *args: together.append(run.loop_state.step) or evaluate_and_save(run, *args)
+        patch.setattr(loop, "evaluate_and_save", noted)
         error = failing(train.main, words)
     assert together == [0, 1, 2, 3]
     assert f"{folder / 'metrics.jsonl'}: the disk is full" in error
@@ -362,10 +364,10 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     values = OTHER | {"data": str(other), "validation": other if stage == "train" else str(other), "template": template}
     if stage == "train":
-        kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), Training
+        kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), plan_training
     else:
         words = ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
-        kind, make = FinetuneFlags, FineTuning
+        kind, make = FinetuneFlags, plan_tuning
         model, chat = load_model(str(trained), dtype=None), functools.cache(ChatTokenizer)
         monkeypatch.setattr(model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model)
         monkeypatch.setattr(model_stage, "ChatTokenizer", chat)
@@ -373,10 +375,9 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
 
     def described(flags: Any) -> Any:
         options = RunOptions(stage=stage, device=Device("cpu", "a chip", 1, "here"), folder=tmp_path, dry_run=True)
-        made = make(flags, options, Console(io.StringIO()))
-        if stage == "finetune":
-            made.load_weights()
-        return run_metadata(options, made.plan, made.metadata), made.plan.cfg
+        console = Console(io.StringIO())
+        prepared = make(flags, options, console).prepare(console)
+        return run_metadata(options, prepared.plan, prepared.metadata), prepared.plan.cfg
 
     before, unnoticed = described(flags), []
     assert not is_noticed(before, before)

@@ -51,7 +51,8 @@ def test_a_signal_before_training_ends_promptly(started, text, tmp_path):
     # Minutes in a library that does not let Python's handlers run, as compiling does.
     program = (
         "import hashlib, sys, stages.train.run as t; from stages.train import __main__ as train; "
-        "t.Training.prepare_steps = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
+        "busy = lambda *_: print('busy', flush=True) or hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9); "
+        "t.PreparedTraining.begin_steps = busy; "
         "sys.exit(train.main(sys.argv[1:]))"
     )
     process = start(started, [sys.executable, "-c", program, *tiny(text, tmp_path / "run", "--steps", 5)])

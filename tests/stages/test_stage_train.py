@@ -67,7 +67,7 @@ def test_memory_stays_within_the_plan(text, tmp_path):
 def test_time_boxed_run_counts_training_only(text, tmp_path, monkeypatch, capsys):
     """By a clock that moves 0.01 s when it is read: once in a step, and more often in an evaluation."""
     ticks = itertools.count()
-    monkeypatch.setattr("stages.runs.run.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
+    monkeypatch.setattr("stages.runs.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
     assert 1 <= result["train_seconds"] < 1.02
@@ -85,8 +85,8 @@ def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(others
         now = 10.0 * next(seconds)
         return None if others is None else CoreTime(now, others * now)
 
-    monkeypatch.setattr("stages.runs.run.core_time", core_time)
-    monkeypatch.setattr("stages.runs.run.PREDICTS_AFTER", 0)
+    monkeypatch.setattr("stages.runs.progress.core_time", core_time)
+    monkeypatch.setattr("stages.runs.progress.PREDICTS_AFTER", 0)
     assert train.main(tiny(text, tmp_path / "run", "--steps", 3)) == 0
     note = "; this machine is busy: others took 40% of its cores" * is_said
     printed = capsys.readouterr().out

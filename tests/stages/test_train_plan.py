@@ -33,7 +33,7 @@ from stages.runs.plan import RunPlan
 from stages.train import __main__ as train
 from stages.train import mesh_plan
 from stages.train import run as train_run
-from stages.train.run import Training, recipe
+from stages.train.run import TrainingPlan, recipe
 
 HERE = Ceilings("a chip", "cpu", 2, "0", bf16_gflops=400.0, f32_gflops=200.0, int8_gflops=300.0, read_gbs=26.0, update_gbs=20.0)
 
@@ -180,19 +180,19 @@ ODD_FLAGS = {
     st.fixed_dictionaries({}, optional={flag: st.sampled_from(ODD_FLAGS[flag]) for flag in ODD_FLAGS}),
 )
 def test_any_flags_give_a_plan_that_can_be_traced_or_one_sentence(text, preset, values):
-    planned: list[Training] = []
+    planned: list[TrainingPlan] = []
+    plan_training = train_run.plan_training
 
-    class Planned(Training):
-        def __init__(self, *args):
-            super().__init__(*args)
-            planned.append(self)
+    def plan_and_note(*args: object) -> TrainingPlan:
+        planned.append(plan_training(*args))
+        return planned[-1]
 
     words = [preset, "--data", text, "--dry-run", *([] if "--tokenizer" in values else ["--tokenizer", "bytes"])]
     words += [word for flag, value in values.items() for word in ([flag] if value == () else [flag, value])]
     error = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(error), redirect_stdout(io.StringIO()):
         patch.setattr(train_run, "find_ceilings", lambda console: HERE)
-        patch.setattr(train_run, "Training", Planned)
+        patch.setattr(train_run, "plan_training", plan_and_note)
         code = train.main([*map(str, words)])
     assert (code, len(planned)) in ((0, 1), (2, 0))
     assert bool(code) == bool(error.getvalue())

@@ -63,13 +63,13 @@ def interrupt(number: int = signal.SIGINT) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Calls `act` in the middle of the loop, once a run has made so many steps."""
-    from stages.runs.run import Loop
+    from stages.runs import loop as run_loop
 
-    count = Loop._count  # noqa: SLF001
+    count = run_loop.count_step
 
-    def counting(self: Loop, *args: Any) -> None:
-        count(self, *args)
-        if self.loop_state.step == step:
+    def counting(loop: run_loop.Loop, *args: Any) -> None:
+        count(loop, *args)
+        if loop.loop_state.step == step:
             act()
 
-    monkeypatch.setattr(Loop, "_count", counting)
+    monkeypatch.setattr(run_loop, "count_step", counting)

@@ -41,7 +41,7 @@ from engine.training.step import gradient_norms
 from stages.cli.command import command_line, explain_error
 from stages.cli.console import Console
 from stages.runs.folder import JsonLines, replace_nonfinite
-from stages.runs.stage import Stage
+from stages.runs.stage import Prepared
 
 SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a sample at most
 FIRST, PARTS = 4, 16
@@ -135,7 +135,7 @@ class Recorder:
         self.frames, self.rests_until = 0, 0.0
         self.before: Any = None  # the trainable weights before a step whose frame is due
 
-    def begin(self, run: Stage, trainable: Any, step: int, **header: Any) -> None:
+    def begin(self, run: Prepared, trainable: Any, step: int, **header: Any) -> None:
         """Begins with the weights before the first step. `header`: fields of the event that `run` does not tell."""
         with self._going_on():
             self.run, self.frozen, plan, cfg = run, run.frozen, run.plan, run.plan.cfg

@@ -28,9 +28,9 @@ from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
 
 SLOW = """
-import time, stages.runs.run as loop
-count = loop.Loop._count
-loop.Loop._count = lambda *arguments: (time.sleep(0.2), count(*arguments))[1]
+import time, stages.runs.loop as loop
+count = loop.count_step
+loop.count_step = lambda *arguments: (time.sleep(0.2), count(*arguments))[1]
 """
 ENDLESS_SAVES = """
 from engine.storage import checkpoint
@@ -38,12 +38,12 @@ write, saves = checkpoint.write_files, []
 checkpoint.write_files = lambda *arguments: (saves.append(1), time.sleep(600 * (len(saves) > 1)), write(*arguments))
 """
 WAITS_FOR_A_SIGNAL = """
-go_on = loop.Loop._count
-def wait(self, *arguments):
-    go_on(self, *arguments)
-    while self.loop_state.step == 20 and not self.deferral.received:
+go_on = loop.count_step
+def wait(run, *arguments):
+    go_on(run, *arguments)
+    while run.loop_state.step == 20 and not run.stop.deferral.received:
         time.sleep(0.01)
-loop.Loop._count = wait
+loop.count_step = wait
 """
 
 
@@ -111,12 +111,12 @@ import json, time
 from engine.mesh import processes
 from stages.finetune import run
 from stages.runs import mesh
-connected, connect, finish = [], mesh.connect_devices, run.FineTuning.finish
+connected, connect, report = [], mesh.connect_devices, run.PreparedTuning.report
 def note(path=FILE):
     connected.append(sorted(key for key, _ in processes.group.client.key_value_dir_get_bytes("cpu:gloo/")))
     open(path, "w").write(json.dumps(connected))
 mesh.connect_devices = lambda devices: (time.sleep(2), note(), connect(devices), note())[2]
-run.FineTuning.finish = lambda *arguments: (finish(*arguments), note())[0]
+run.PreparedTuning.report = lambda *arguments: (report(*arguments), note())[0]
 """
 
 

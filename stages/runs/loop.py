@@ -1,0 +1,291 @@
+"""The loop of a run: `run_steps` takes a step, then does what is due of log, evaluate, save, record."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from engine.device import return_freed_memory
+from engine.errors import UserError
+from engine.mesh import processes
+from engine.storage import checkpoint
+from engine.storage.checkpoint import BackgroundSaver
+from engine.training.step import TrainState
+from stages.cli import signals
+from stages.cli.command import explain_error, process_start
+from stages.cli.console import Console
+from stages.runs.options import RunOptions
+from stages.runs.plan import RunPlan, run_fraction
+from stages.runs.progress import ProgressLog, Stop
+from stages.runs.stage import LoopState, Prepared, StepResult, Steps
+from stages.runs.text_data import Evaluator
+
+if TYPE_CHECKING:  # a run that nobody watches or records does without
+    from stages.runs.watch.recorder import Recorder
+
+REFUSED_IN_A_ROW = 10
+EVALUATION_SHARE = 0.04  # of the time at most, unless --eval-every says otherwise
+
+
+class LoopEnd(NamedTuple):
+    """How a loop ended. Its last state is saved."""
+
+    state: TrainState
+    stop_code: int  # 128 + the signal that ended it, or 0
+    warm_rate: float | None  # steps a second after the first, if there were any
+    busy_note: str  # how busy others kept this machine, if they did
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What a loop works with. `loop_state`, the log, the checkpoints and `stop` change with its steps."""
+
+    options: RunOptions
+    plan: RunPlan
+    steps: Steps
+    console: Console
+    recorder: "Recorder | None"
+    loop_state: LoopState
+    stop: Stop
+    log: ProgressLog
+    checkpoints: "Checkpoints"
+
+    def is_done(self) -> bool:
+        return self.steps.is_exhausted(self.loop_state) or self.options.is_over(self.plan, self.loop_state)
+
+
+def run_steps(
+    options: RunOptions,
+    prepared: Prepared,
+    steps: Steps,
+    state: TrainState,
+    loop_state: LoopState,
+    console: Console,
+    recorder: "Recorder | None",
+) -> LoopEnd:
+    """Takes steps until the plan is done or a signal comes, and saves the last state. Changes `loop_state`.
+
+    Raises UserError, with the run saved, after too many refused updates in a row or when metrics.jsonl cannot be written.
+    """
+    plan = prepared.plan
+    checkpoints = Checkpoints(options, prepared.frozen_as_loaded)
+    loop_state.begin_intervals()
+    answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
+    with signals.defer_signals(answer, console.print) as deferral, checkpoints.saver:
+        stop = Stop(deferral)
+        log = ProgressLog(options, plan, steps, console, recorder, stop, loop_state)
+        loop = Loop(options, plan, steps, console, recorder, loop_state, stop, log, checkpoints)
+        result = StepResult(state, refused=[])
+        evaluate_and_save(loop, state)  # what a signal prevented
+        record(loop, result)
+        begin = time.perf_counter()
+        while not loop.is_done() and not stop.is_set():
+            checkpoints.saver.poll()
+            if not result.is_refused_whole():
+                resumable = dataclasses.replace(loop_state)  # no refused step before it is without another that follows
+            progress = plan.progress(loop_state.step + 1, loop_state.seconds + log.timer.mean())
+            is_recorded = recorder is not None and recorder.before_step(state.trainable, loop_state.step + 1, progress)
+            if is_recorded:
+                begin = time.perf_counter()
+            result = take_step(loop, state)
+            state = result.state
+            end = time.perf_counter()
+            count_step(loop, result, stop.agree_on(end - begin))
+            begin = end
+            log.report_step(result, loop.is_done())
+            if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
+                stop_after_refusals(loop, state, resumable, prepared.advice)
+            has_paused = evaluate_and_save(loop, state)
+            if is_recorded and progress < 1:  # else it may be the last, which is recorded below
+                record(loop, result)
+            if has_paused or is_recorded:
+                begin = time.perf_counter()
+        if log.logged_step != loop_state.step:
+            log.write_step()
+        if stop.failure:
+            stop_after_failure(loop, state, stop.failure)
+        if checkpoints.step != loop_state.step:
+            checkpoints.save(state, loop_state)
+        if not stop.code:
+            record(loop, result)
+    if not stop.code:  # a signal may have come in the last step, or while it was saved
+        stop.agree_on(0.0)
+    return LoopEnd(state, stop.code, log.timer.warm_rate(), log.busy_note())
+
+
+# A step
+
+
+def take_step(loop: Loop, state: TrainState) -> StepResult:
+    try:
+        return loop.steps.step(state, loop.loop_state)
+    except UserError as error:  # from a reward, before the state was changed
+        if not loop.loop_state.step:
+            raise
+        stop_after_failure(loop, state, error)
+
+
+def count_step(loop: Loop, result: StepResult, seconds: float) -> None:
+    loop_state = loop.loop_state
+    loop_state.step += 1
+    loop_state.seconds += seconds
+    loop.log.timer.add(seconds)
+    if loop_state.first_step_seconds is None:
+        loop_state.first_step_seconds = time.perf_counter() - process_start()
+    for is_refused in result.refused:
+        loop_state.refused += is_refused
+        loop_state.refused_in_a_row = loop_state.refused_in_a_row + 1 if is_refused else 0
+    if any(result.refused):
+        loop_state.refused_batch = loop_state.step - 1
+    if result.stage_state is not None:
+        loop_state.stage = result.stage_state
+    # A round's reward is of the weights before its updates, which no checkpoint holds: there is no `best_step`.
+    if result.reward is not None and not loop_state.refused_in_a_row:
+        loop_state.best = result.reward if loop_state.best is None else max(loop_state.best, result.reward)
+    if loop.log.timer.count == 1:  # not before: touching gigabytes would hold up the first step
+        loop.checkpoints.saver.reserve(result.state.trainable, result.state.opt_state)
+
+
+# Evaluate, save, record
+
+
+def evaluate_and_save(loop: Loop, state: TrainState) -> bool:
+    """Evaluates and saves, where due, and evaluates at the end. Returns whether either was due.
+
+    Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
+    """
+    if loop.loop_state.refused_in_a_row:
+        return False
+    evaluator = loop.steps.evaluator
+    is_done = loop.is_done()
+    evaluates = evaluator is not None and (is_done or is_evaluation_due(loop.options, loop.plan, loop.loop_state))
+    if evaluator and evaluates:
+        with _returning_freed_memory(loop.steps.buffer_bytes):
+            evaluate(loop, evaluator, state, is_done)
+    saves = save_if_due(loop, state, evaluates)
+    return evaluates or saves
+
+
+def save_if_due(loop: Loop, state: TrainState, has_evaluated: bool) -> bool:
+    """Saves where that is due. Returns whether it was."""
+    loop_state = loop.loop_state
+    is_due = loop_state.is_due("save", loop.options.save_every) or loop_state.best_step == loop_state.step
+    if is_due:
+        loop_state.begin("save")
+    is_saved = loop.checkpoints.step == loop_state.step  # perhaps by a stop before the restart, without this evaluation
+    needs_saving = has_evaluated if is_saved else is_due
+    if needs_saving:
+        loop.checkpoints.save(state, loop_state)
+    return is_due
+
+
+def evaluate(loop: Loop, evaluator: Evaluator, state: TrainState, is_done: bool) -> None:
+    """Evaluates; a signal in between leaves it due, unless the run is done, which is not resumed."""
+    loop_state = loop.loop_state
+    begin = time.perf_counter()
+
+    def stopped() -> bool:
+        return not is_done and loop.stop.is_set()
+
+    with loop.console.task("evaluating") as report:
+        value = evaluator.evaluate(state.trainable, report, stopped)
+    if value is None:
+        return
+    loop_state.begin("evaluate")
+    loop_state.note_validation(value)
+    if loop.log.validations:  # the first one also compiled
+        seconds = processes.gather_numbers(time.perf_counter() - begin)[0][0]
+        loop_state.evaluation_seconds = max(loop_state.evaluation_seconds, seconds)
+    loop.log.report_validation({evaluator.key: value})
+
+
+def is_evaluation_due(options: RunOptions, plan: RunPlan, loop_state: LoopState) -> bool:
+    if options.eval_every:
+        return loop_state.is_due("evaluate", options.eval_every)
+    if not options.evaluations:
+        return loop_state.is_due("evaluate", evaluation_interval(plan, loop_state))
+    last_progress = plan.progress(*loop_state.intervals["evaluate"])
+    share = plan.progress(loop_state.step, loop_state.seconds) - last_progress
+    return share >= 1 / options.evaluations - 1e-9  # a fifth of five steps is not less than a fifth, whatever its rounding
+
+
+def evaluation_interval(plan: RunPlan, loop_state: LoopState) -> int | float:
+    """Returns a tenth of the run, or what leaves evaluations EVALUATION_SHARE of the time: steps (int) or seconds (float)."""
+    length = run_fraction(10, plan.steps, plan.seconds)
+    least_seconds = loop_state.evaluation_seconds / EVALUATION_SHARE
+    if isinstance(length, int) and least_seconds:
+        step_seconds = max(loop_state.seconds / loop_state.step, 1e-9)
+        return max(length, math.ceil(least_seconds / step_seconds))
+    return max(length, least_seconds)
+
+
+class Checkpoints:
+    """Saves a run's checkpoints beside the steps that follow. `step`: of the newest one, perhaps of an earlier start."""
+
+    def __init__(self, options: RunOptions, frozen: Any) -> None:
+        self.saver = BackgroundSaver(options.folder, options.keep, frozen)
+        saved = json.loads(processes.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
+        self.step: int | None = max(saved, default=None)
+
+    def save(self, state: TrainState, loop_state: LoopState) -> None:
+        """Begins to save; `saver.wait` waits until it is on the disk."""
+        record = dataclasses.asdict(loop_state)
+        self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
+        self.step = loop_state.step
+
+
+def record(loop: Loop, result: StepResult) -> None:
+    loop_state = loop.loop_state
+    if loop.recorder is None or not loop.recorder.wants_frame(loop_state.step):
+        return
+    with _returning_freed_memory(loop.steps.buffer_bytes):
+        loop.recorder.frame(result.state.trainable, loop_state.step, loop_state.seconds, result.trained_batch)
+
+
+@contextlib.contextmanager
+def _returning_freed_memory(buffer_bytes: int) -> Iterator[None]:
+    """Keeps work between two steps from lying beside a step's freed buffer, or in its place."""
+    if buffer_bytes:
+        return_freed_memory()
+    yield
+    if buffer_bytes:
+        return_freed_memory()
+
+
+# Ends that nobody wants
+
+
+def stop_after_refusals(loop: Loop, state: TrainState, resumable: LoopState, advice: str) -> NoReturn:
+    """Raises UserError, with the run saved as it was before the refused steps, which will run again."""
+    stopped = loop.loop_state
+    step_name = loop.plan.step_name
+    if loop.checkpoints.step is None or loop.checkpoints.step < resumable.step:
+        loop.checkpoints.save(state, resumable)
+    loop.checkpoints.saver.wait()
+    if step_name == "step":
+        first = resumable.step - resumable.refused_in_a_row
+        refused = f"{REFUSED_IN_A_ROW} steps in a row"
+        where = f", in batches {first} to {stopped.step - 1} of the data,"
+    else:  # several updates a round
+        refused = f"{stopped.refused_in_a_row} updates in a row, up to {step_name} {stopped.step:,},"
+        where = ""
+    raise UserError(
+        f"{refused} had a loss or gradient that is not a number{where} and changed no weight; the run is saved at "
+        f"{step_name} {loop.checkpoints.step:,} in {loop.options.folder}. Lower {advice}."
+    )
+
+
+def stop_after_failure(loop: Loop, state: TrainState, error: OSError | UserError) -> NoReturn:
+    at = f"{loop.plan.step_name} {loop.loop_state.step:,}"
+    try:
+        if loop.checkpoints.step != loop.loop_state.step:
+            loop.checkpoints.save(state, loop.loop_state)
+        loop.checkpoints.saver.wait()
+    except UserError as failure:
+        raise UserError(f"{explain_error(error)} {at} could not be saved either: {failure}") from error
+    if isinstance(error, BrokenPipeError):
+        raise error
+    raise UserError(f"{explain_error(error)} The run was saved at {at} before it ended.") from error

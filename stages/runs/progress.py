@@ -1,0 +1,199 @@
+"""The progress of a run as it is told: its live line, metrics.jsonl, the recorder's events, and how long it will take."""
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from engine.counting.hardware import peak_rss_bytes
+from engine.device import CoreTime, Device, core_time
+from engine.format import clock_time, duration, format_bytes, quantity
+from engine.mesh import processes
+from stages.cli import signals
+from stages.cli.console import Console
+from stages.runs.folder import JsonLines
+from stages.runs.options import RunOptions
+from stages.runs.plan import RunPlan
+from stages.runs.stage import LoopState, StepResult, Steps
+
+if TYPE_CHECKING:  # a run that nobody watches or records does without
+    from stages.runs.watch.recorder import Recorder
+
+RECENT = 20  # steps over which speed is averaged
+PREDICTS_AFTER = 5.0  # seconds, and as many steps: before that a step's time says little of the run's
+LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
+BUSY = 0.1  # share of the cores that others take, above which a run says so
+
+
+class StepTimer:
+    """Measures the seconds of recent steps, and of all but the first, which touches its memory for the first time."""
+
+    def __init__(self) -> None:
+        self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self.count = 0
+        self.warm_seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        if self.count == 2:
+            self.recent.clear()
+        if self.count > 1:
+            self.warm_seconds += seconds
+        self.recent.append(seconds)
+
+    def mean(self) -> float:
+        return max(sum(self.recent) / max(len(self.recent), 1), 1e-9)
+
+    def warm_rate(self) -> float | None:
+        """Returns the steps a second after the first, if there were any."""
+        return (self.count - 1) / self.warm_seconds if self.count > 1 else None
+
+
+class Stop:
+    """Whether a loop ends early: for a signal, or a line that cannot be written. `code`: the exit code it ends with, or 0."""
+
+    def __init__(self, deferral: signals.Deferral) -> None:
+        self.deferral = deferral
+        self.failure: OSError | None = None  # of the first line that could not be written
+        self.code = 0
+
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Has the run end, saved, when a line cannot be written: the other processes must hear of it."""
+        try:
+            yield
+        except OSError as error:
+            if self.failure is None:
+                self.failure = error
+
+    def is_set(self) -> bool:
+        """Whether the loop ends early; of several processes, once all know of it."""
+        if processes.process_count() == 1:
+            self.code = self._own_code()
+        return bool(self.code)
+
+    def agree_on(self, seconds: float) -> float:
+        """Returns process 0's `seconds`, and sets `code` to anyone's, so that all decide alike."""
+        rows = processes.gather_numbers(seconds, self._own_code())
+        self.code = int(max(code for _, code in rows))
+        return rows[0][0]
+
+    def _own_code(self) -> int:
+        if self.failure:
+            return 141 if isinstance(self.failure, BrokenPipeError) else processes.MISTAKE
+        if self.deferral.received:
+            return 128 + self.deferral.received
+        return 0
+
+
+class ProgressLog:
+    """Tells the progress of a loop: `loop_state`, which the loop changes, and the metrics of its steps."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        plan: RunPlan,
+        steps: Steps,
+        console: Console,
+        recorder: "Recorder | None",
+        stop: Stop,
+        loop_state: LoopState,
+    ) -> None:
+        self.options = options
+        self.plan = plan
+        self.steps = steps
+        self.console = console
+        self.recorder = recorder
+        self.stop = stop
+        self.loop_state = loop_state
+        self.timer = StepTimer()
+        self.started = core_time()
+        self.lines = JsonLines(options.folder / "metrics.jsonl", loop_state.step)
+        self.logged_step = loop_state.step
+        self.metrics: list[Any] = []  # of the steps since the last line
+        self.latest: Any = None  # metrics of the last step
+        self.validations = 0  # that were told of
+
+    def report_step(self, result: StepResult, is_done: bool) -> None:
+        loop_state = self.loop_state
+        self.latest = result.metrics
+        self.metrics.append(result.metrics)
+        if loop_state.predicted is None and min(self.timer.warm_seconds, self.timer.count) > PREDICTS_AFTER:
+            self._predict()
+        is_due = loop_state.is_due("line", LINE_INTERVAL) or self.timer.count == 1 or is_done
+        stays = self.steps.lines_stay and is_due
+        if stays:
+            loop_state.begin("line")
+        self.show(stays)
+        if any(result.refused):
+            self.write({"refused_batch": loop_state.refused_batch})
+        if loop_state.is_due("log", self.options.log_every):
+            loop_state.begin("log")
+            self.write_step()
+
+    def write_step(self) -> None:
+        """Writes a line with the metrics of the steps since the last one."""
+        self.logged_step = self.loop_state.step
+        fields = self.steps.log_fields(self.metrics, self.loop_state, self.timer.mean())
+        self.metrics = []
+        self.write(fields)
+
+    def report_validation(self, fields: dict[str, float]) -> None:
+        self.validations += 1
+        self.write(fields, "validation")
+        self.show(important=True)
+
+    def write(self, fields: dict[str, Any], event: str = "step") -> None:
+        line = {"step": self.loop_state.step, "seconds": self.loop_state.seconds, **fields}
+        with self.stop.noting_failure():
+            self.lines.add(**line)
+        if self.recorder:
+            self.recorder.event(event, **line)
+
+    def show(self, important: bool) -> None:
+        with self.stop.noting_failure():
+            self.console.show_live(self._live_line, important)
+
+    def busy_note(self) -> str:
+        return busy_note(self.started, self.options.device)
+
+    def _predict(self) -> None:
+        now = self.loop_state
+        step_seconds = 1 / (self.timer.warm_rate() or 1)
+        left = self.plan.seconds_left(now.step, now.seconds, step_seconds)
+        steps = now.step + round(left / step_seconds)
+        seconds = now.seconds + left
+        now.predicted = (steps, seconds)
+        predicted = f"{quantity(steps, self.plan.step_name)} in {duration(seconds)}"
+        with self.stop.noting_failure():
+            self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went{self.busy_note()}")])
+
+    def _live_line(self) -> list[str]:
+        plan = self.plan
+        now = self.loop_state
+        step_seconds = self.timer.mean()
+        left = plan.seconds_left(now.step, now.seconds, step_seconds)
+        of_all = f"/{plan.steps:,}" if plan.steps else ""
+        line = [f"{plan.step_name} {now.step:,}{of_all}", *self.steps.live_fields(self.latest, now, step_seconds)]
+        if self.steps.evaluator:
+            unit = self.steps.evaluator.unit
+            line.append("val -" if now.validation is None else f"val {now.validation:.3f} {unit}")
+        line.append(format_bytes(peak_rss_bytes()))
+        line.append(f"{clock_time(now.seconds)} done, {clock_time(left)} left")
+        if now.refused:
+            line.append(f"{quantity(now.refused, 'step')} refused, last batch {now.refused_batch}")
+        return line
+
+
+def busy_note(begin: CoreTime | None, device: Device) -> str:
+    """Returns a phrase with the share of the cores that others have had since `begin`.
+
+    It is empty for BUSY or less, for a run on other devices than a CPU, and for one of several processes.
+    """
+    now = core_time()
+    if begin is None or now is None or device.backend != "cpu" or processes.process_count() > 1:
+        return ""
+    share = (now.others - begin.others) / max(now.total - begin.total, 1.0)
+    if share <= BUSY:
+        return ""
+    return f"; this machine is busy: others took {share:.0%} of its cores"
