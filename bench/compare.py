@@ -49,6 +49,9 @@ def compare(flags: CompareFlags) -> Json:
     if others and not flags.any_flags:
         raise UserError(f"{flags.before} and {flags.after} were measured with another {join_words(others)}. Give --any-flags.")
     before, after = (dict(find_ratios(document)) for document in documents)
+    for path, ratios in ((flags.before, before), (flags.after, after)):
+        if not ratios:
+            raise UserError(f"{path} keeps no ratios of single rounds, by which results are compared: measure it again.")
     rows = [compare_ratios(name, before[name], after[name]) for name in before if name in after]
     alone = [name for name in (*before, *after) if (name in before) != (name in after)]
     if alone:

@@ -19,6 +19,7 @@ from tiny import SMALL
 
 from bench.stages.report import write_pictures
 
+COMPARED = ROOT / "tests" / "bench" / "kept" / "step.json"  # of a small step, as `--out` keeps it
 READMES = [
     path for path in sorted(ROOT.rglob("README.md")) if not re.search(r"/(\.|vendor/)", str(path.relative_to(ROOT.parent)))
 ]
@@ -74,7 +75,7 @@ def short(command: tuple[str, ...], text: Path) -> list[str]:
     if {"--list", "recipes"} & {*words}:
         return words
     if "compare" in words:
-        return [str(PICTURED) if word in ("A", "B") else word for word in words]
+        return [str(COMPARED) if word in ("A", "B") else word for word in words]
     if "saving" in words:
         return [*words, "--preset", "tiny", "--steps", "1", "--rounds", "6"]
     words += SHORT.get(name, [])
