@@ -5,10 +5,11 @@ r"""Chat with a model in the terminal, turn by turn.
     python -m stages.chat --model smollm2-135m-instruct --documents notes
     printf 'Hello\nWhat is a tide?\n' | python -m stages.chat --model smollm2-135m-instruct
 
-A model remembers nothing between turns: each time it reads the whole conversation again, and what that costs is printed.
-`/clear` begins a new conversation, `/system TEXT` changes the system message, `/quit` leaves; a message that begins with a
-slash begins with two. Without a terminal, every line that comes in is a turn. The conversation, each question above its
-answer, goes to standard output, everything else to standard error.
+A model remembers nothing between turns: each time it reads the whole conversation again, and what
+that costs is printed. `/clear` begins a new conversation, `/system TEXT` changes the system
+message, `/quit` leaves; a message that begins with a slash begins with two. Without a terminal,
+every line that comes in is a turn. The conversation, each question above its answer, goes to
+standard output, everything else to standard error.
 """
 
 import contextlib
@@ -123,7 +124,10 @@ def chat(flags: ChatFlags) -> int:
     with notes.task("compiling", always=terminal):
         session.warm()
     if terminal:
-        notes.print("Type to talk. /clear begins anew, /system TEXT says how to answer, /quit or Ctrl-D leaves.\n", "dim")
+        notes.print(
+            "Type to talk. /clear begins anew, /system TEXT says how to answer, /quit or Ctrl-D leaves.\n",
+            "dim",
+        )
     try:
         is_whole = _talk(session, notes, terminal, chatty)
     finally:
@@ -161,7 +165,10 @@ def _talk(session: "ChatSession", notes: Console, terminal: bool, chatty: bool) 
 
 
 def _typed_lines(notes: Console) -> Iterator[str]:
-    """Yields lines from a person. Ctrl-C drops a line, Ctrl-D ends; after a backslash a line goes on in the next."""
+    """Yields lines from a person.
+
+    Ctrl-C drops a line, Ctrl-D ends; after a backslash a line goes on in the next.
+    """
     with contextlib.suppress(ImportError):
         import readline  # gives input() editing and history
 
@@ -212,7 +219,7 @@ class PrintedAnswer:
 
 @dataclasses.dataclass
 class ChatSession:
-    """A model and the messages so far, as text: no KV cache is kept between turns, each of which prefills them all."""
+    """A model and the messages so far, as text: no KV cache is kept, and each turn prefills them all."""
 
     cfg: "ModelConfig"
     params: Any
@@ -226,7 +233,10 @@ class ChatSession:
     _engine: "Engine | None" = None
 
     def execute(self, command: str) -> str:
-        """Carries out `/clear` or `/system TEXT`, and returns what it did. Raises UserError for another command."""
+        """Carries out `/clear` or `/system TEXT`, and returns what it did.
+
+        Raises UserError for another command.
+        """
         name, _, text = command.partition(" ")
         if name == "/clear":
             self.messages = []
@@ -263,10 +273,10 @@ class ChatSession:
         raise UserError(f"The conversation has {len(prompt):,} {holds}: /clear begins a new one.")
 
     def reply(self, message: str, notes: Console, chatty: bool = False) -> None:
-        """Prints the completion as it comes, and on `notes` why it ended early, or if `chatty` its cost; adds the turn.
+        """Prints the completion as it comes, and on `notes` why it ended early, or its cost; adds the turn.
 
-        A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`, before anything
-        is printed.
+        A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`,
+        before anything is printed.
         """
         prompt, passages = self.prompt(message)
         signals.set_phase("while an answer was written.")
@@ -285,7 +295,10 @@ class ChatSession:
             read = f"{size:,} of the {len(prompt):,} tokens read, about {cost}"
             notes.print(f"[from documents: {places}; {read}]", "dim")
         elif self.documents:
-            notes.print("[nothing of the documents fits this question, or the room that is left in the context]", "dim")
+            notes.print(
+                "[nothing of the documents fits this question, or the room that is left in the context]",
+                "dim",
+            )
         if chatty:
             notes.print(f"[{self._cost(len(prompt), answer)}]", "dim")
         self.last_tokens = len(prompt) + answer.tokens

@@ -20,7 +20,16 @@ from engine.format import duration
 from stages.cli import command, signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import CompletionFlags, DeviceFlag, MeshFlag, ModelFlag, choose_sampling, default, integer, parser
+from stages.cli.flags import (
+    CompletionFlags,
+    DeviceFlag,
+    MeshFlag,
+    ModelFlag,
+    choose_sampling,
+    default,
+    integer,
+    parser,
+)
 
 if TYPE_CHECKING:
     from engine.text.detokenizer import CompletionText
@@ -136,7 +145,8 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
         speed = f"{(total - early) / (last - settled):,.0f} tokens/s, "
     notes.print(
         f"\n{total:,} tokens, the first {duration(first - begin)} after the prompt and "
-        f"{duration(first - command.process_start())} after the command, {speed}{compiles.count} recompiles{cut}"
+        f"{duration(first - command.process_start())} after the command, "
+        f"{speed}{compiles.count} recompiles{cut}"
     )
     if before:
         after = digest(params)

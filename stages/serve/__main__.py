@@ -3,9 +3,10 @@
     python -m stages.serve --model smollm2-135m-instruct
     THRICE_API_KEY=... python -m stages.serve --model smollm2-135m-instruct --host 0.0.0.0
 
-Then open http://127.0.0.1:8000, or point a client at http://127.0.0.1:8000/v1 (Anthropic's and Ollama's without the /v1).
-Answers are the same to the bit whatever else is asked meanwhile; weights are only read, and GET /v1/attestation shows it.
-Ctrl-C or SIGTERM lets what is under way end; a second one ends at once.
+Then open http://127.0.0.1:8000, or point a client at http://127.0.0.1:8000/v1 (Anthropic's and
+Ollama's without the /v1). Answers are the same to the bit whatever else is asked meanwhile; weights
+are only read, and GET /v1/attestation shows it. Ctrl-C or SIGTERM lets what is under way end; a
+second one ends at once.
 """
 
 from collections.abc import Sequence

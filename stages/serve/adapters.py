@@ -1,7 +1,8 @@
-"""The adapters that requests name as their model: read from folders when the server starts, or while it serves."""
+"""The adapters that requests name as their model: read when the server starts, or while it serves."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from stages.serve.errors import ApiError
 class AdapterTable:
     """The adapters by their names, in the stacks of an engine.
 
-    `base`: the digest of the model that they are for. `folder`: from below which clients may add some; none if None. `trees`:
-    those that are there from the start, as `read` returns them.
+    `base`: the digest of the model that they are for. `folder`: from below which clients may add
+    some; none if None. `trees`: those that are there from the start, as `read` returns them.
     """
 
     def __init__(self, engine: EngineThread, base: str, folder: Path | None, trees: Mapping[str, Any]) -> None:
@@ -33,7 +34,7 @@ class AdapterTable:
             self.adapters[name] = self._put(index, tree)
 
     def _put(self, index: int, adapter: Any) -> Adapter:
-        """Puts the tree of an adapter, of `read`, into new stacks; returns the adapter as requests have it."""
+        """Puts the tree of an adapter into new stacks; returns the adapter as requests have it."""
         self._engine.engine.runner.put_adapter(index, adapter)
         return Adapter(digest(adapter), index)
 
@@ -43,7 +44,8 @@ class AdapterTable:
         Raises ApiError, and InvalidField for a folder that cannot be served.
         """
         if self._folder is None:
-            message = "No adapters are taken in here; --adapter-folder names the folder from below which they may come."
+            remedy = "--adapter-folder names the folder from below which they may come"
+            message = f"No adapters are taken in here; {remedy}."
             raise ApiError(403, message, code="no_adapters")
         config = self._engine.engine.config
         async with self._adding:
@@ -51,10 +53,11 @@ class AdapterTable:
                 raise ApiError(409, f"There is an adapter {name!r} already: remove it first.", param="name")
             live = [adapter.index for adapter in self.adapters.values()]
             # In the engine's thread, behind every request that has looked its adapter up.
-            index = await self._engine.call(lambda: self._engine.engine.free_adapter_index(live))
+            index = await self._engine.call(partial(self._engine.engine.free_adapter_index, live))
             if index is None:
                 message = (
-                    f"At most {config.adapters} adapters are held at once (--max-adapters), those that were removed as long as "
+                    f"At most {config.adapters} adapters are held at once (--max-adapters), "
+                    "those that were removed as long as "
                     "requests with them are under way. Remove one, or try again."
                 )
                 raise ApiError(409, message, code="too_many_adapters", headers={"Retry-After": "1"})
@@ -86,7 +89,8 @@ def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Seq
         if not isinstance(leaf, LoRA):
             kind = "a DoRA" if hasattr(leaf, "magnitude") else "a weight that was trained whole"
             raise UserError(
-                f"The adapter {folder} has {kind}, {path}, which can share no batch with other adapters. Merge it by "
+                f"The adapter {folder} has {kind}, {path}, which can share no batch with other adapters. "
+                "Merge it by "
                 f"`python -m stages.export --model {folder} --out FOLDER`, and serve that."
             )
         if leaf.shape != cfg.matrices.get(path.rpartition("/")[2]):
@@ -97,13 +101,15 @@ def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Seq
 
 
 def below(root: Path, name: str) -> Path:
-    """Returns the folder of this name below root. Raises UserError for one that lies elsewhere, is a link or holds one."""
+    """Returns the folder of this name below root.
+
+    Raises UserError for one that lies elsewhere, is a link or holds one.
+    """
     parts = name.split("/")
     folder = root.joinpath(*parts)
     if not set(parts).isdisjoint(("", ".", "..")) or "\\" in name or not name.isprintable():
-        raise UserError(
-            f"{name!r:.80} is no folder below the one for adapters: name it from there, such as voice or ours/voice."
-        )
+        remedy = "name it from there, such as voice or ours/voice"
+        raise UserError(f"{name!r:.80} is no folder below the one for adapters: {remedy}.")
     if not folder.is_dir():
         raise UserError(f"There is no folder {name!r:.80} below the one for adapters.")
     if folder.resolve() != root.resolve().joinpath(*parts) or any(path.is_symlink() for path in folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""Admission control: replies 429 when slots and queue are full, and holds places for clients that come again in time."""
+"""Admission control: replies 429 when slots and queue are full, and holds places for who comes again."""
 
 import contextlib
 import itertools
@@ -34,10 +34,11 @@ class Refusal(NamedTuple):
 class Admission:
     """Counts the requests in slots and in the queue, and refuses all once `draining` is set.
 
-    A request takes one place, however many completions it asks for: a large one is let in as easily as a small one. Refused
-    requests stand in line, in the order of their first refusal, and places are held for the first of them: half the queue's,
-    so that slots are never empty for it; none without a queue. Also counts the bytes of all request bodies whose text has not
-    become tokens yet.
+    A request takes one place, however many completions it asks for: a large one is let in as easily
+    as a small one. Refused requests stand in line, in the order of their first refusal, and places
+    are held for the first of them: half the queue's, so that slots are never empty for it; none
+    without a queue. Also counts the bytes of all request bodies whose text has not become tokens
+    yet.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
@@ -56,10 +57,13 @@ class Admission:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 
     def check(self, sender: Sender, now: float, tries: int | None = None) -> Sender:
-        """Raises ApiError unless a place is free beside those held for others. Returns who in the line comes again.
+        """Raises ApiError unless a place is free beside those held for others.
 
-        That is the sender itself on the same connection, else the first of its group whose time has come. `tries`: how often
-        the request was sent before, by the client's own count; such a client may send many requests over one connection.
+        Returns who in the line comes again.
+
+        That is the sender itself on the same connection, else the first of its group whose time has
+        come. `tries`: how often the request was sent before, by the client's own count; such a
+        client may send many requests over one connection.
         """
         self.check_open()
         refusals = {each: last for each, last in self.refusals.items() if now <= last.due + LATE_SECONDS}
@@ -86,11 +90,12 @@ class Admission:
         mates = sum(each.group == own.group for each in line)
         if own in refusals or (len(refusals) < MAX_REFUSALS and mates < max(1, self.held_places)):
             refusals[own] = Refusal(now + wait, bool(again) or not early, tries != 0)
-        message = f"{self.reserved} requests are being answered or wait, and no more are taken in. Try again in {wait} s."
+        busy = f"{self.reserved} requests are being answered or wait, and no more are taken in."
+        message = f"{busy} Try again in {wait} s."
         raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
     def _counted_sender(self, sender: Sender, line: list[Sender], tries: int) -> Sender:
-        """Returns who in the line comes again, by its count of tries: the first of its group that is due; or a new sender."""
+        """Returns who in the line comes again by its tries: the first due of its group, or a new one."""
         new = sender._replace(port=-next(self._priorities))
         group = [each for each in line if tries and each.group == sender.group]
         return min(group, key=lambda each: self.refusals[each].due, default=new)
@@ -102,7 +107,10 @@ class Admission:
         return min(60, max(rounds, seconds))
 
     def reserve(self, sender: Sender, now: float, tries: int | None = None) -> int:
-        """Takes a place, until `release`. Returns its priority: the lowest is served first. Raises ApiError as `check`."""
+        """Takes a place, until `release`. Returns its priority: the lowest is served first.
+
+        Raises ApiError as `check`.
+        """
         own = self.check(sender, now, tries)
         self.refusals.pop(own, None)
         self.reserved += 1
@@ -121,16 +129,21 @@ class Admission:
             self.release()
 
     def record(self, seconds: float) -> None:
-        """Records the time from a request's arrival to its end, while it is reserved; Retry-After is estimated from it.
+        """Records the time from a request's arrival to its end, from which Retry-After is estimated.
 
-        Divided by the requests under way it is the mean time between two ends (Little 1961, L = lambda W).
+        Divided by the requests under way it is the mean time between two ends (Little 1961, L =
+        lambda W).
         """
         self._seconds = 0.9 * self._seconds + 0.1 * seconds / self.reserved
 
     def add_bytes(self, count: int) -> None:
-        """Adds received bytes to `body_bytes`, until `remove_bytes`. Raises ApiError, and adds none, for too many."""
+        """Adds received bytes to `body_bytes`, until `remove_bytes`.
+
+        Raises ApiError, and adds none, for too many.
+        """
         if self.body_bytes + count > self.max_body_bytes:
-            message = f"Bodies of {self.body_bytes:,} bytes are being read, and no more are taken in at once. Try again in 1 s."
+            busy = f"Bodies of {self.body_bytes:,} bytes are being read, and no more are taken in at once."
+            message = f"{busy} Try again in 1 s."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
         self.body_bytes += count
 

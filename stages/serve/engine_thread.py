@@ -1,12 +1,13 @@
-"""Runs an `Engine` in a thread that alone steps it: requests come through a queue, events go out on the event loop.
+"""Runs an `Engine` in a thread that alone steps it: requests come by a queue, events go to the event loop.
 
-The event loop may read the engine's counts meanwhile; they may then be one step old. New stacks of adapters may come from any
-thread.
+The event loop may read the engine's counts meanwhile; they may then be one step old. New stacks of
+adapters may come from any thread.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -20,8 +21,8 @@ from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 
 IDLE_SECONDS = 0.25  # between ticks without work: signs of life
-# Without a sign of life until the engine is stuck. /health is promised to say so within 5 s, or within three times the longest
-# run of the program that the engine is in, whichever is more.
+# Without a sign of life until the engine is stuck. /health is promised to say so within 5 s, or
+# within three times the longest run of the program that the engine is in, whichever is more.
 STUCK_SECONDS = 4.0
 STUCK_TIMES = 2.8
 FIRST_SECONDS = 60.0  # in place of both for a program's first run, or as long as the start took, whichever is more
@@ -29,9 +30,10 @@ Listener = Callable[[Event], None]
 
 
 class Wait(msgspec.Struct):
-    """The program that the engine runs, if any, and for how many seconds the engine has given no sign of life.
+    """The program that the engine runs, if any, and for how long the engine has given no sign of life.
 
-    It counts as stuck after `stuck_after` seconds, which follow from the longest run of that program so far.
+    It counts as stuck after `stuck_after` seconds, which follow from the longest run of that
+    program so far.
     """
 
     program: str | None
@@ -40,7 +42,10 @@ class Wait(msgspec.Struct):
 
 
 class EngineThread:
-    """The thread of one engine. `ready` once its programs are loaded; `error`: of which it died, so that it answers no more."""
+    """The thread of one engine.
+
+    `ready` once its programs are loaded; `error`: of which it died, so that it answers no more.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -88,14 +93,17 @@ class EngineThread:
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
         """Starts the thread, which compiles the programs and then serves. To be called on the event loop.
 
-        `on_change` is called on it once the engine is `ready` and if it has an `error`. `warm_arguments`: of `Engine.warm`.
+        `on_change` is called on it once the engine is `ready` and if it has an `error`.
+        `warm_arguments`: of `Engine.warm`.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
         self._thread.start()
 
     def submit(self, request: Request, priority: int, listener: Listener) -> Callable[[], None]:
-        """Submits a request that passes `check_request`, and returns what cancels it. `priority`: as of `Engine.submit`.
+        """Submits a request that passes `check_request`, and returns what cancels it.
+
+        `priority`: as of `Engine.submit`.
 
         `listener` gets its events on the event loop, perhaps a few more after it was cancelled.
         """
@@ -116,10 +124,10 @@ class EngineThread:
 
         self._submitted += 1
         self._work.put(receive)
-        return lambda: self._work.put(drop)
+        return functools.partial(self._work.put, drop)
 
     async def call[T](self, function: Callable[[], T]) -> T:
-        """Returns or raises what a function does in the engine's thread, between two steps, behind all submitted before."""
+        """Returns or raises what a function does in the engine's thread, behind all submitted before."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run() -> None:

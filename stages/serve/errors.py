@@ -85,7 +85,10 @@ def error_reply(error: Exception, path: str) -> Response:
 
 
 def api_error(error: Exception) -> ApiError:
-    """Returns an error as clients read it: an InvalidField with status 400. Prints one that is the server's own."""
+    """Returns an error as clients read it: an InvalidField with status 400.
+
+    Prints one that is the server's own.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidField):

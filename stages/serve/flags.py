@@ -1,4 +1,4 @@
-"""Flags of the server: the model and its adapters, the address, who may use it, and how many requests at once."""
+"""Flags of the server: the model and its adapters, the address, who may use it, and its slots."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Loads what is served: weights, adapters, tokenizer and template, while the programs are compiled beside the reading."""
+"""Loads what is served: weights, adapters, tokenizer and template, while the programs are compiled."""
 
 import contextlib
 import dataclasses
@@ -79,16 +79,17 @@ class Loaded:
     merged: Sequence[Path]
     # The trees of the adapters that have a name.
     adapters: Mapping[str, Any]
-    # To print below the banner, of the adapters that are part of the model, and of those that have a name.
+    # To print below the banner, of the adapters that are part of the model, and of those that have
+    # a name.
     merge_notes: Sequence[str]
     adapter_notes: Sequence[str]
 
 
 class CompileAhead:
-    """Plans the engine as soon as the architecture is known, and compiles its programs in a thread while the weights are read.
+    """Plans the engine as soon as the architecture is known, and compiles its programs in a thread.
 
-    Iterating it, once, yields what `compile_ahead` yields. A failure to compile is silent: a missing program is compiled when
-    needed.
+    The weights are read meanwhile. Iterating it, once, yields what `compile_ahead` yields. A failure
+    to compile is silent: a missing program is compiled when needed.
     """
 
     def __init__(self, config: EngineConfig, device: Device, *, keeps_blocks: bool) -> None:
@@ -106,10 +107,13 @@ class CompileAhead:
         """Plans and begins to compile, on the mesh of the constructor. Raises UserError as `plan_engine`."""
         with jax.set_mesh(self._mesh):
             layout.check_inference(cfg, self._mesh)
-            on_cpu = self._device.backend == "cpu"
-            devices = 1 if on_cpu else layout.column_shards()  # virtual devices share one memory
-            limit = hardware.memory_limit_bytes() if on_cpu else None
-            self.config = plan_engine(self.config, cfg, devices * hardware.free_memory_bytes(), limit)
+            free = hardware.free_memory_bytes()
+            limit = None
+            if self._device.backend == "cpu":
+                limit = hardware.memory_limit_bytes()
+            else:  # where devices are virtual they share one memory
+                free *= layout.column_shards()
+            self.config = plan_engine(self.config, cfg, free, limit)
         if (self.config.capacity or 0) <= cfg.context:  # `Engine` refuses a larger one
             self._thread.submit(self._run, self.config, self.config.model_config(cfg), self.blocks or {})
 
@@ -151,7 +155,10 @@ def load_state(
     console: Console,
     options: ServerOptions = ServerOptions(),
 ) -> tuple[ServerState, CompileAhead]:
-    """Loads a model, and prints the banner. Returns the state, and the compilation that goes on. Raises UserError."""
+    """Loads a model, and prints the banner. Returns the state, and the compilation that goes on.
+
+    Raises UserError.
+    """
     loaded, ahead = load(model_name, engine_config, device, console, options)
     sampling, origins = choose_sampling(loaded.model.sampling, options.sampling, DEFAULT_SAMPLING, console, penalties=True)
     print_banner(loaded, device, console, options, origins)
@@ -173,9 +180,16 @@ def load_state(
 
 
 def load(
-    model_name: str | None, engine_config: EngineConfig, device: Device, console: Console, options: ServerOptions
+    model_name: str | None,
+    engine_config: EngineConfig,
+    device: Device,
+    console: Console,
+    options: ServerOptions,
 ) -> tuple[Loaded, CompileAhead]:
-    """Loads a model with its adapters and template. Returns it, and the compilation that goes on. Raises UserError."""
+    """Loads a model with its adapters and template. Returns it, and the compilation that goes on.
+
+    Raises UserError.
+    """
     template = read_template(options.template)
     merged = [folder for name, folder in options.adapters if not name]
     named = {name: folder for name, folder in options.adapters if name}
@@ -219,6 +233,11 @@ def print_banner(loaded: Loaded, device: Device, console: Console, options: Serv
     if config.adapters:
         own = ", ".join(loaded.adapters) or "none yet"
         adapters = f"{own}; at most {config.adapters} at once, of rank {config.adapter_rank}"
+    documents_summary = ""
+    documents_note = None
+    if options.documents:
+        documents_summary = options.documents.summary
+        documents_note = options.documents.note
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
     slots = f"{config.slots} of {engine.capacity:,} tokens{less}"
     console.print_rows(
@@ -231,11 +250,10 @@ def print_banner(loaded: Loaded, device: Device, console: Console, options: Serv
             ("slots", f"{slots}, KV cache in {config.kv_dtype}, {format_bytes(engine.runner.cache_bytes)}"),
             ("queue", f"{options.queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
             ("template", loaded.chat.template_name),
-            ("documents", options.documents.summary if options.documents else ""),
+            ("documents", documents_summary),
             ("sampling", f"{sampling_origins}; what a request says wins"),
         ]
     )
-    documents_note = options.documents.note if options.documents else None
     console.print_notes(*loaded.merge_notes, documents_note, *loaded.adapter_notes)
 
 
@@ -263,7 +281,10 @@ def _base_digest(model: LoadedModel) -> str:
 
 
 def _served_shapes(config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any], *, whole: bool) -> Any:
-    """Returns the shapes of a model's weights as the engine has them, `whole` on one device; `blocks`: those of its file."""
+    """Returns the shapes of a model's weights as the engine has them, `whole` on one device.
+
+    `blocks`: those of its file.
+    """
     shapes: dict[str, Any] = {}
     for path, shape in leaf_shapes(cfg).items():
         shapes[path] = jax.ShapeDtypeStruct(shape, "float32")

@@ -1,4 +1,4 @@
-"""Counts Prometheus metrics under vLLM's names, and the number of programs compiled since the server was ready."""
+"""Counts Prometheus metrics under vLLM's names, and the programs compiled since the server was ready."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -13,7 +13,27 @@ from stages.serve.engine_thread import EngineThread
 prometheus.disable_created_metrics()  # no series of creation times
 
 # Upper bounds of the histograms' buckets, as in vLLM: seconds, and tokens.
-TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
 TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -50,7 +70,10 @@ class ServerMetrics(Collector):
         self.ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS)
         self._per_token = histogram("vllm:time_per_output_token_seconds", "Mean between tokens of a request.", TPOT_BUCKETS)
         success = prometheus.Counter(
-            "vllm:request_success", "Completions by why they ended.", ["model_name", "finished_reason"], registry=registry
+            "vllm:request_success",
+            "Completions by why they ended.",
+            ["model_name", "finished_reason"],
+            registry=registry,
         )
         self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
         self._responses = collections.Counter[int]()

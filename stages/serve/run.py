@@ -1,4 +1,4 @@
-"""Runs one server from its flags to its end: binds, loads, answers, drains at a signal, checks that no weight changed."""
+"""Runs one server from its flags to its end: binds, loads, serves, drains at a signal, checks the weights."""
 
 import asyncio
 import gc
@@ -31,9 +31,8 @@ if TYPE_CHECKING:  # these import JAX, which must be started first
 def run(flags: ServeFlags) -> int:
     keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
     if not keys and not server.is_local(flags.host):
-        raise UserError(
-            f"{flags.host} can be reached by others: give --api-key (or THRICE_API_KEY), or listen on 127.0.0.1 alone."
-        )
+        remedy = "give --api-key (or THRICE_API_KEY), or listen on 127.0.0.1 alone"
+        raise UserError(f"{flags.host} can be reached by others: {remedy}.")
     hosts = allowed_hosts(flags)
     adapters = check_adapters(flags, bool(keys))
     if flags.mesh and flags.weights == "q4":
@@ -118,11 +117,16 @@ def proxy_hosts(origins: Sequence[str]) -> list[str]:
 
 
 def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
-    """Returns how many adapters requests may name at once. Raises UserError for flags that do not go together."""
+    """Returns how many adapters requests may name at once.
+
+    Raises UserError for flags that do not go together.
+    """
     named = [name for name, _ in flags.adapter if name]
     count = 0
     if named or flags.adapter_folder:
-        count = flags.max_adapters or max(len(named), 8 if flags.adapter_folder else 0)
+        count = flags.max_adapters or len(named)
+        if flags.adapter_folder and not flags.max_adapters:
+            count = max(count, 8)
     names = {"default", *_split(flags.name)}
     if flags.adapter_folder and not has_keys:
         raise UserError("--adapter-folder lets clients add adapters: give --api-key (or THRICE_API_KEY) too.")
@@ -132,7 +136,8 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
         raise UserError("--max-adapters is about adapters with a name: give --adapter NAME=FOLDER, or --adapter-folder.")
     if count and len(named) < len(flags.adapter):
         raise UserError(
-            "An adapter without a name is part of the model, and those with a name are for the model as it is: "
+            "An adapter without a name is part of the model, "
+            "and those with a name are for the model as it is: "
             "give each a name, --adapter NAME=FOLDER."
         )
     for name in named:
@@ -162,12 +167,17 @@ def _split(text: str | None) -> list[str]:
 
 
 async def serve(
-    state: "ServerState", app: ASGIApp, sock: socket.socket, console: Console, ahead: "CompileAhead", ready: str
+    state: "ServerState",
+    app: ASGIApp,
+    sock: socket.socket,
+    console: Console,
+    ahead: "CompileAhead",
+    ready: str,
 ) -> int:
-    """Serves on the socket until a signal, then until every request under way has its reply, or a second signal.
+    """Serves on the socket until a signal, and then until requests under way are answered or a second signal.
 
-    Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0, or 1 when a weight changed.
-    Raises the error with which the engine failed.
+    Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0, or 1
+    when a weight changed. Raises the error with which the engine failed.
     """
     loop = asyncio.get_running_loop()
     engine = state.engine

@@ -1,4 +1,4 @@
-"""Binds the socket and sets up uvicorn: hangs up on clients that send no request, and refuses non-HTTP in JSON."""
+"""Binds the socket and sets up uvicorn: hangs up on clients that send nothing, refuses non-HTTP in JSON."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(numbers, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise UserError(f"There is no address {host!r} to listen on: {error}.") from None
-    # asyncio turns Nagle's delay off where it reads that this is TCP; else a reply's body waits 40 ms behind its head.
+    # asyncio turns Nagle's delay off where it reads that this is TCP; else a reply's body waits 40
+    # ms behind its head.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with _explained(sock, host, port):
@@ -107,7 +108,7 @@ class Connection(h11.Connection):
 
 
 class HttpProtocol(H11Protocol):
-    """Adds to uvicorn's protocol limits of time and size for a request's head, and the refusal of non-HTTP in JSON."""
+    """Adds to uvicorn's protocol limits for a request's head, and the refusal of non-HTTP in JSON."""
 
     _waiting: asyncio.TimerHandle | None = None
 
@@ -121,7 +122,10 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Passes the data on, and starts the time limit when it begins a later head. Drops what a refused client sends."""
+        """Passes the data on, and starts the time limit when it begins a later head.
+
+        Drops what a refused client sends.
+        """
         if self.conn.our_state is h11.MUST_CLOSE:
             return  # refused
         super().data_received(data)
@@ -134,9 +138,12 @@ class HttpProtocol(H11Protocol):
             self._stop_waiting()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses in JSON a head that is too large and what h11 cannot read, such as TLS. The client hangs up, within a limit.
+        """Refuses in JSON a head that is too large and what h11 cannot read, such as TLS.
 
-        A socket closed while data comes is reset, and a reset discards the refusal that the client has not read.
+        The client hangs up, within a limit.
+
+        A socket closed while data comes is reset, and a reset discards the refusal that the client
+        has not read.
         """
         is_head = self.conn.our_state is h11.IDLE
         if is_head or self.conn.our_state is h11.SEND_RESPONSE:
@@ -144,9 +151,14 @@ class HttpProtocol(H11Protocol):
             message = "This is no HTTP request."
             if getattr(sys.exception(), "error_status_hint", 400) == 431:
                 status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                message = f"The head of a request, its first line and headers, may have at most {MAX_HEAD_BYTES:,} bytes."
+                limit = f"may have at most {MAX_HEAD_BYTES:,} bytes"
+                message = f"The head of a request, its first line and headers, {limit}."
             body = ApiError(status, message, code="bad_request").body
-            head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            head = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
             response = h11.Response(status_code=status, headers=head, reason=status.phrase.encode())
             with contextlib.suppress(h11.LocalProtocolError):
                 for event in (response, h11.Data(data=body), h11.EndOfMessage()):

@@ -26,12 +26,19 @@ from stages.serve.errors import ApiError
 from stages.serve.metrics import ServerMetrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
-LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2")  # `machine_identity` has JAX's version
+LIBRARIES = (
+    "thrice",
+    "jaxlib",
+    "llguidance",
+    "numpy",
+    "tokenizers",
+    "jinja2",
+)  # `machine_identity` has JAX's version
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
 class ServedModel(NamedTuple):
-    """A model that a request may name: the base, or it with an adapter; `name` and `fingerprint` as replies have them."""
+    """A model that a request may name: the base, or it with an adapter; its names are as in replies."""
 
     name: str
     fingerprint: str
@@ -39,10 +46,13 @@ class ServedModel(NamedTuple):
 
 
 class ServerState:
-    """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load. `price`: dollars an hour.
+    """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load.
 
-    `names`: by which clients ask for the model; replies have the first. `sampling`: of a request that leaves its fields out.
-    `queue`: requests that may wait. `base_digest`, `adapter_folder`, `adapters`: as of AdapterTable.
+    `price`: dollars an hour.
+
+    `names`: by which clients ask for the model; replies have the first. `sampling`: of a request
+    that leaves its fields out. `queue`: requests that may wait. `base_digest`, `adapter_folder`,
+    `adapters`: as of AdapterTable.
     """
 
     def __init__(
@@ -73,7 +83,8 @@ class ServerState:
         self.metrics = ServerMetrics(self.name, self.engine)
         self.adapters = AdapterTable(self.engine, base_digest, adapter_folder, adapters or {})
         self._hashing: asyncio.Task[str] | None = None
-        self._text_facts = {  # by which the base's fingerprint and those of its adapters differ from other models'
+        # What of a text's way is in every fingerprint.
+        self._text_facts: dict[str, Any] = {
             "tokenizer": model.tokenizer.digest,
             "template": chat.source,
             "now": chat.now if "strftime_now" in chat.source else "",
@@ -84,19 +95,27 @@ class ServerState:
         self._fingerprints: dict[str, str] = {}  # by the adapter's digest, empty for the base's
 
     def fingerprint(self, adapter: Adapter | None) -> str:
-        """Returns the system_fingerprint of completions with an adapter, or of the base's. It is computed once."""
-        digest = adapter.digest if adapter else ""
-        if digest not in self._fingerprints:
-            facts = self._text_facts | ({"adapter": digest} if adapter else {})
-            self._fingerprints[digest] = system_fingerprint(self.digest, self.engine.engine, **facts)
-        return self._fingerprints[digest]
+        """Returns the system_fingerprint of completions with an adapter, or of the base's.
+
+        It is computed once.
+        """
+        facts = dict(self._text_facts)
+        if adapter:
+            facts["adapter"] = adapter.digest
+        key = facts.get("adapter", "")
+        if key not in self._fingerprints:
+            self._fingerprints[key] = system_fingerprint(self.digest, self.engine.engine, **facts)
+        return self._fingerprints[key]
 
     @property
     def served_names(self) -> list[str]:
         return [*self.names, *self.adapters.adapters]
 
     def find_model(self, name: str) -> ServedModel:
-        """Returns the model of this name, or `default`. Ollama's clients may add `:latest`. Raises ApiError for any other."""
+        """Returns the model of this name, or `default`. Ollama's clients may add `:latest`.
+
+        Raises ApiError for any other.
+        """
         for plain in (name, name.removesuffix(":latest")):
             adapter = self.adapters.adapters.get(plain)
             if adapter:
@@ -104,11 +123,15 @@ class ServerState:
             if plain in (*self.names, "default"):
                 return ServedModel(self.name, self.fingerprint(None))
         names = ", ".join(map(repr, self.served_names[:20]))
-        message = f"There is no model {name[:100]!r} here; {names} is served, also as 'default': ask for that, or see --name."
+        served = f"{names} is served, also as 'default': ask for that, or see --name"
+        message = f"There is no model {name[:100]!r} here; {served}."
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def adapter_of(self, model: ServedModel) -> Adapter | None:
-        """Returns a model's adapter, for requests that are submitted at once. Raises ApiError if it has been removed since."""
+        """Returns a model's adapter, for requests that are submitted at once.
+
+        Raises ApiError if it has been removed since.
+        """
         if model.adapter and self.adapters.adapters.get(model.name) != model.adapter:
             raise ApiError(404, f"The adapter {model.name!r} has been removed.", param="model", code="model_not_found")
         return model.adapter
@@ -130,7 +153,9 @@ class ServerState:
         wait = self.engine.wait
         if wait.seconds > wait.stuck_after:
             return "stuck"
-        return "draining" if self.admission.draining else "ok"
+        if self.admission.draining:
+            return "draining"
+        return "ok"
 
     async def hash_weights(self) -> str:
         """Returns a new digest of all weights; requests that come meanwhile share it."""
@@ -142,8 +167,9 @@ class ServerState:
 def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     """Returns one name for all that can change a completion, beside the request: OpenAI's system_fingerprint.
 
-    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and ends; the adapter's digest.
-    The prefix cache, speculative decoding and the number of adapters are not in it: they change no bit.
+    `digest`: of the weights as served. `text`: how text becomes tokens, is sampled by default, and
+    ends; the adapter's digest. The prefix cache, speculative decoding and the number of adapters
+    are not in it: they change no bit.
     """
     options = dataclasses.asdict(engine.config)
     for name in ("speculate", "prefix_cache_bytes", "embeds", "adapters"):

@@ -1,7 +1,7 @@
-"""Turns texts and conversations into tokens and back, off the event loop, on two workers: short texts wait for no long one.
+"""Turns texts and conversations into tokens and back, off the event loop; short ones wait for no long one.
 
-Each worker is a thread with its own chat template process. A third compiles grammars. The tokenizer and the compiler are native
-code that releases Python's lock, so the event loop goes on meanwhile.
+Each worker is a thread with its own chat template process. A third compiles grammars. The tokenizer
+and the compiler are native code that releases Python's lock, so the event loop goes on meanwhile.
 """
 
 import asyncio
@@ -25,12 +25,19 @@ CACHED_GRAMMARS = 32  # the last ones, for agents ask again and again
 
 
 class TokenizerPool:
-    """The tokenizer and chat template of a model of `vocab` ids, on workers. `capacity`: tokens of a slot. `eos_ids`: tokens
-    that end a text, as do those of the template. `documents`: see `prompt_with`.
+    """The tokenizer and chat template of a model of `vocab` ids, on workers.
+
+    `capacity`: tokens of a slot. `eos_ids`: tokens that end a text, as do those of the template.
+    `documents`: as of `prompt_with`.
     """
 
     def __init__(
-        self, chat: ChatTokenizer, capacity: int, vocab: int, eos_ids: Collection[int], documents: Documents | None = None
+        self,
+        chat: ChatTokenizer,
+        capacity: int,
+        vocab: int,
+        eos_ids: Collection[int],
+        documents: Documents | None = None,
     ) -> None:
         self.tokenizer = chat.tokenizer
         self.template = chat.source
@@ -51,7 +58,7 @@ class TokenizerPool:
         return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
     async def encode(self, texts: Sequence[str], special: bool = True, continued: bool = False) -> list[list[int]]:
-        """Returns the tokens of each text, with the model's start tokens if `special`, or as one that is `continued`.
+        """Returns the tokens of each text: after the model's start tokens if `special`, or `continued`.
 
         Raises InvalidField.
         """
@@ -65,11 +72,16 @@ class TokenizerPool:
         return await self._run(sum(map(len, texts)), "prompt", encode)
 
     async def encode_chat(
-        self, messages: Sequence[Turn], answer: str = "", more: Mapping[str, Any] | None = None, tools: Sequence[Function] = ()
+        self,
+        messages: Sequence[Turn],
+        answer: str = "",
+        more: Mapping[str, Any] | None = None,
+        tools: Sequence[Function] = (),
     ) -> tuple[list[int], list[Passage]]:
         """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there.
 
-        Passages of the documents are in them, and returned. `more`: what else the template reads. Raises ApiError.
+        Passages of the documents are in them, and returned. `more`: what else the template reads.
+        Raises ApiError.
         """
         more = {**(more or {}), "tools": [tool.definition for tool in tools] or None}
         if answer and self.strips_space:
@@ -125,12 +137,19 @@ class TokenizerPool:
             self._long_chat.close()
 
     async def _run[T](self, size: int, param: str, work: Callable[[ChatTokenizer], T]) -> T:
-        """Returns the result of `work` on a text of that size. A UserError becomes an InvalidField of `param`."""
+        """Returns the result of `work` on a text of that size.
+
+        A UserError becomes an InvalidField of `param`.
+        """
         run = asyncio.get_running_loop().run_in_executor
+
+        def work_long() -> T:
+            return work(self._long_chat)  # which is made when the first long text comes
+
         try:
             if size <= SHORT_CHARACTERS:
                 return await run(self._short, work, self._chat)
-            return await run(self._long, lambda: work(self._long_chat))
+            return await run(self._long, work_long)
         except UserError as error:
             message = str(error)
             raise InvalidField(param, message[0].upper() + message[1:].rstrip(".") + ".") from None
@@ -142,7 +161,7 @@ def context_overflow(count: int, capacity: int, param: str, what: str = "the pro
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
-    """Returns a token as text, and its bytes: a control token by its name, half a character as `bytes:\\xe2`."""
+    """Returns a token as text, and its bytes: a control token by name, half a character as `bytes:\\xe2`."""
     if token in tokenizer.controls:
         name = tokenizer.controls[token].content
         return name, name.encode()

@@ -1,7 +1,8 @@
-"""Tools: their definitions in a prompt, the grammar of calls to them, and the calls in the text of a completion.
+"""Tools: their definitions in a prompt, the grammar of calls to them, and the calls in a completion.
 
-A model calls a tool as its chat template shows it: between `<tool_call>` and `</tool_call>` (Hermes, Qwen), or with an answer
-that is one JSON object (Llama 3). A template that knows no tools gets Hermes' own description of them as a system message.
+A model calls a tool as its chat template shows it: between `<tool_call>` and `</tool_call>`
+(Hermes, Qwen), or with an answer that is one JSON object (Llama 3). A template that knows no tools
+gets Hermes' own description of them as a system message.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ You are provided with function signatures within <tools></tools> XML tags:
 {tools}
 </tools>
 
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> \
+XML tags:
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
@@ -54,7 +56,10 @@ ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
 
 
 class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A function that the model may call. `strict`: what of the schema cannot be enforced is refused, not ignored."""
+    """A function that the model may call.
+
+    `strict`: what of the schema cannot be enforced is refused, not ignored.
+    """
 
     name: ToolName
     description: str | None = None
@@ -85,7 +90,10 @@ def make_call_id() -> str:
 
 
 class ToolFormat(NamedTuple):
-    """How a model writes a call: `begin` {"name": ..., `key`: ...} `end`. Without a `begin` it is all of an answer."""
+    """How a model writes a call: `begin` {"name": ..., `key`: ...} `end`.
+
+    Without a `begin` it is all of an answer.
+    """
 
     begin: str
     key: str
@@ -102,7 +110,7 @@ HERMES = ToolFormat("<tool_call>\n", "arguments", "\n</tool_call>")
 
 
 def tool_format(template: str) -> tuple[ToolFormat, bool]:
-    """Returns the format in which a chat template shows calls, and whether the template knows tools at all."""
+    """Returns the format in which a chat template shows calls, and whether it knows tools at all."""
     if not re.search(r"\btools\b", template):
         return HERMES, False
     if "<tool_call>" in template:
@@ -112,7 +120,10 @@ def tool_format(template: str) -> tuple[ToolFormat, bool]:
 
 
 class ToolUse(NamedTuple):
-    """The tools that an answer may call, or must if `required`: only the one of `name` if given, and several if `parallel`."""
+    """The tools that an answer may call, or must if `required`; several if `parallel`.
+
+    `name`: of the only one that it may call, if given.
+    """
 
     tools: Sequence[Function] = ()
     required: bool = False
@@ -139,7 +150,10 @@ NO_TOOLS = ToolUse()
 def tool_use(
     functions: Sequence[Function], named: str | None = None, choice: Any = None, parallel: bool | None = True
 ) -> ToolUse:
-    """Returns the use of functions as tools. `named`: the one to be called, in place of the choice. Raises InvalidField."""
+    """Returns the use of functions as tools. `named`: the one to be called, in place of the choice.
+
+    Raises InvalidField.
+    """
     for function in functions:
         if function.schema["type"] != "object":
             field = "tools[...].function.parameters"
@@ -155,7 +169,7 @@ def tool_use(
 
 
 def make_turn(role: str, content: str, **more: Any) -> Turn:
-    """Returns a message as templates read it, with what there is of `more`; the role `developer` becomes `system`."""
+    """Returns a message as templates read it, with what there is of `more`; `developer` becomes `system`."""
     if role == "developer":
         role = "system"
     present = {name: value for name, value in more.items() if value}
@@ -190,8 +204,8 @@ def join_calls(parts: Iterable[ToolCall]) -> list[ToolCall]:
 def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, text: str | None) -> str:
     """Returns the grammar of an answer that calls a tool, or `several`.
 
-    In place of a call there may be text: None for no text, "" for any, or the grammar of a text. Raises UserError for
-    parameters that cannot be enforced.
+    In place of a call there may be text: None for no text, "" for any, or the grammar of a text.
+    Raises UserError for parameters that cannot be enforced.
     """
     calls = [call_rule(form, tool) for tool in tools]
     if text == "" and form.begin:  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
@@ -213,7 +227,10 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, tex
 
 
 def call_rule(form: ToolFormat, tool: Function) -> str:
-    """Returns the grammar's rule of a call of one tool. Raises UserError for parameters that cannot be enforced."""
+    """Returns the grammar's rule of a call of one tool.
+
+    Raises UserError for parameters that cannot be enforced.
+    """
     parts = [form.opening(tool.name)]
     if not form.begin:  # where an answer may be JSON too, both are read in the same parts
         parts = ["{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{form.key}"', ": "]
@@ -222,7 +239,10 @@ def call_rule(form: ToolFormat, tool: Function) -> str:
 
 
 def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Turn]:
-    """Returns turns for a template that knows no tools: described in the system message, calls and results as text."""
+    """Returns turns for a template that knows no tools: the system message describes them.
+
+    Calls and their results become text.
+    """
     described: list[Turn] = []
     has_calls = False
     for turn in turns:
@@ -276,10 +296,10 @@ class JsonEnd:
 
 
 class BareCall:
-    """A call without its mark, which some models write although their template asks for the mark (Qwen2.5-Coder).
+    """A call without its mark, which some models write although their template has it (Qwen2.5-Coder).
 
-    It is all of an answer: one JSON object of the name of a tool and the arguments. White space and a fence of ``` or ```json
-    may be around it.
+    It is all of an answer: one JSON object of the name of a tool and the arguments. White space and
+    a fence of ``` or ```json may be around it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -291,7 +311,9 @@ class BareCall:
         head = r'\s*(```(?:json)?\s*)?\{\s*"name"\s*:\s*"(%s)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
         self._head = re.compile(head % any_name)
         self._end = JsonEnd()
-        self._rest = ""  # text not yet read: the answer's beginning until its arguments begin, and then what follows them
+        # Text not yet read: the answer's beginning until its arguments begin, and then what follows
+        # them.
+        self._rest = ""
         self._closing = ""  # what must follow the arguments, without white space
         self.name = ""
         self.arguments = ""
@@ -327,11 +349,14 @@ class BareCall:
 
 
 class CallParser:
-    """Takes the calls out of a completion's text as it comes. The grammar of the tools has seen to their form.
+    """Takes the calls out of a completion's text as it comes.
 
-    `is_free`: the text beside calls has no grammar of its own, so that calls with a mark may stand anywhere in it; else an
-    answer is calls from its beginning on, or none. A call that is cut has its name and its arguments so far. One that is cut
-    before its arguments begin is left out. No part of a call is text.
+    The grammar of the tools has seen to their form.
+
+    `is_free`: the text beside calls has no grammar of its own, so that calls with a mark may stand
+    anywhere in it; else an answer is calls from its beginning on, or none. A call that is cut has
+    its name and its arguments so far. One that is cut before its arguments begin is left out. No
+    part of a call is text.
     """
 
     def __init__(self, form: ToolFormat, tools: ToolUse, is_free: bool) -> None:
@@ -349,7 +374,9 @@ class CallParser:
             self._state = "text"
         self._arguments = JsonEnd()
         self._after_call = False
-        self._bare = BareCall(self._names) if self._mark else None
+        self._bare: BareCall | None = None
+        if self._mark:
+            self._bare = BareCall(self._names)
         self.calls = 0
 
     @property
@@ -360,8 +387,8 @@ class CallParser:
     def push(self, text: str, last: bool, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
         """Returns what becomes certain to be text, and the calls.
 
-        `last`: no more text comes. `is_cut`: a limit or a stop string has ended the text, so that an end which may begin a call
-        is left out as a call that is cut.
+        `last`: no more text comes. `is_cut`: a limit or a stop string has ended the text, so that
+        an end which may begin a call is left out as a call that is cut.
         """
         self._text += text
         if self._bare:
@@ -452,7 +479,7 @@ class CallParser:
         return ToolCall(self.calls - 1, "", "", part)
 
     def _close(self, last: bool) -> None:
-        """Takes out the closing of a call, once it is whole; or what there is of it, if no more text comes."""
+        """Takes out the closing of a call, once it is whole; or what there is of it, if no more comes."""
         if self._text.startswith(self._closing):
             self._text = self._text.removeprefix(self._closing)
             self._state = "text" if self._mark else "opening"

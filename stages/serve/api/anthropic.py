@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens, Anthropic's: answers a conversation, or counts its tokens."""
+"""POST /v1/messages and /v1/messages/count_tokens, Anthropic's: answers messages, or counts their tokens."""
 
 import datetime
 import uuid
@@ -76,7 +76,10 @@ class TextBlock(StrictFields, kw_only=True):
 
 
 class TurnBlock(TextBlock, kw_only=True):
-    """A block of a message: text, a document, a call of a tool, what it returned, or a thought, which no template reads."""
+    """A block of a message: text, a document, a call of a tool, what it returned, or a thought.
+
+    No template reads a thought.
+    """
 
     type: Literal["text", "document", "tool_use", "tool_result", "thinking", "redacted_thinking"]  # type: ignore[assignment]
     thinking: str = ""
@@ -246,7 +249,10 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
         return [answer_grammar(f"{field}.schema", value.schema) for field, value in formats.items() if value]
 
     def job(self, defaults: SamplingParams) -> Job:
-        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out.
+
+        Raises InvalidField.
+        """
         return Job(
             prompt=self.prompt,
             sampling=sampling_of(
@@ -268,7 +274,10 @@ class CountTokensReply(msgspec.Struct):
 
 
 class ReplyBlock(msgspec.Struct, kw_only=True):
-    """A block of a reply: text, or a call of a tool with its `input`, which a stream sends in parts after it."""
+    """A block of a reply: text, or a call of a tool.
+
+    A stream sends the `input` of a call in parts after it.
+    """
 
     type: Literal["text", "tool_use"]
     text: str | UnsetType = UNSET
@@ -377,7 +386,10 @@ async def count_tokens(call: ApiCall[CountTokensRequest]) -> CountTokensReply:
 
 
 class AnthropicModel(msgspec.Struct, kw_only=True):
-    """A served model as Anthropic describes one. Both maxima are those of the prompt and its completion together."""
+    """A served model as Anthropic describes one.
+
+    Both maxima are those of the prompt and its completion together.
+    """
 
     type: Literal["model"] = "model"
     id: str
@@ -401,7 +413,11 @@ def anthropic_model(state: ServerState, name: str) -> AnthropicModel:
     created_at = datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
     capacity = state.engine.capacity
     return AnthropicModel(
-        id=name, display_name=name, created_at=created_at.isoformat(), max_input_tokens=capacity, max_tokens=capacity
+        id=name,
+        display_name=name,
+        created_at=created_at.isoformat(),
+        max_input_tokens=capacity,
+        max_tokens=capacity,
     )
 
 

@@ -57,12 +57,14 @@ class Route:
 
     method: str
     path: str
-    # Returns the reply, or a response. Its name and the first line of its docstring are those of the operation.
+    # Returns the reply, or a response. Its name and the first line of its docstring are those of
+    # the operation.
     handler: Callable[[ApiCall[Any]], Awaitable[msgspec.Struct | ASGIApp]]
     # The types of the JSON body and of the JSON reply, where there are such.
     body: type[ModelRequest] | None = None
     reply: type[msgspec.Struct] | None = None
-    # Whether a call asks something of the model, and takes a place for it; the body is an AnswerRequest then.
+    # Whether a call asks something of the model, and takes a place for it; the body is an
+    # AnswerRequest then.
     reserves: bool = False
     # The media type of the stream for which a body may ask.
     stream: str = ""
@@ -110,10 +112,20 @@ ROUTES = [
         stream=EVENT_STREAM,
     ),
     Route(
-        "POST", "/v1/messages/count_tokens", anthropic.count_tokens, anthropic.CountTokensRequest, anthropic.CountTokensReply
+        "POST",
+        "/v1/messages/count_tokens",
+        anthropic.count_tokens,
+        anthropic.CountTokensRequest,
+        anthropic.CountTokensReply,
     ),
     Route(
-        "POST", "/api/chat", ollama.ollama_chat, ollama.OllamaChatRequest, ollama.OllamaReply, reserves=True, stream=JSON_LINES
+        "POST",
+        "/api/chat",
+        ollama.ollama_chat,
+        ollama.OllamaChatRequest,
+        ollama.OllamaReply,
+        reserves=True,
+        stream=JSON_LINES,
     ),
     Route(
         "POST",
@@ -138,7 +150,14 @@ ROUTES = [
         ollama.EmbeddingsPromptReply,
         reserves=True,
     ),
-    Route("POST", "/v1/embeddings", texts.create_embedding, texts.EmbeddingsRequest, texts.EmbeddingsReply, reserves=True),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        texts.create_embedding,
+        texts.EmbeddingsRequest,
+        texts.EmbeddingsReply,
+        reserves=True,
+    ),
     Route("POST", "/v1/score", texts.score, texts.ScoreRequest, texts.ScoreReply, reserves=True),
     Route("POST", "/tokenize", texts.tokenize, texts.TokenizeRequest, texts.TokenizeReply),
     Route("POST", "/detokenize", texts.detokenize, texts.DetokenizeRequest, texts.DetokenizeReply),
@@ -158,7 +177,9 @@ ROUTES = [
 
 
 class Api:
-    """The routes as an ASGI application, called with the path as the Guard has it. Raises ApiError, and what a handler does.
+    """The routes as an ASGI application, called with the path as the Guard has it.
+
+    Raises ApiError, and what a handler does.
 
     `page` and `openapi`: the documents of those routes. `version`: this server's.
     """
@@ -211,9 +232,10 @@ class Api:
         return methods[method]
 
     def _check_open(self, route: Route, call: ApiCall) -> None:
-        """Raises ApiError for a call that can get no place, before its body is read: 503 when not ready, 429 for a large body.
+        """Raises ApiError for a call that can get no place: 503 when not ready, 429 for a large body.
 
-        A small body is read first: it says how many completions are asked for, by which a request is told from others.
+        A small body is read first: it says how many completions are asked for, by which a request
+        is told from others.
         """
         if not route.reserves:
             self._state.admission.check_open()
@@ -224,13 +246,17 @@ class Api:
 
     @contextlib.contextmanager
     def _place(self, route: Route, call: ApiCall) -> Iterator[None]:
-        """Holds a place for the call, if its route reserves one. Raises ApiError without one, and InvalidField."""
+        """Holds a place for the call, if its route reserves one.
+
+        Raises ApiError without one, and InvalidField.
+        """
         if not route.reserves:
             yield
             return
         choices = call.body.choices
         if choices > MAX_COMPLETIONS:
-            message = f"prompts times n are {choices:,} completions; at most {MAX_COMPLETIONS} are made for one request."
+            limit = f"at most {MAX_COMPLETIONS} are made for one request"
+            message = f"prompts times n are {choices:,} completions; {limit}."
             raise InvalidField("n", message)
         admission = self._state.admission
         with admission.place(_sender(call, choices), time.monotonic(), _tries(call)) as priority:
@@ -243,7 +269,7 @@ def _response(reply: msgspec.Struct | ASGIApp) -> ASGIApp:
 
 
 def _in_time(send: Send) -> Send:
-    """Returns `send`, which raises ClientGone when a client reads nothing for SEND_SECONDS: it would keep its place."""
+    """Returns `send`, which raises ClientGone for a client that reads nothing: it would keep its place."""
 
     async def send_in_time(message: Message) -> None:
         try:
@@ -256,7 +282,7 @@ def _in_time(send: Send) -> Send:
 
 
 def _sender(call: ApiCall, choices: int) -> Sender:
-    """Returns who sends a request, and how large it is: by its bytes if they are many, else by its completions."""
+    """Returns who sends a request, and its size: its bytes if they are many, else its completions."""
     address, port = call.http.client or ("", 0)
     length = content_length(call.http)
     size = choices
@@ -280,7 +306,10 @@ def some(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
 
 
 def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
-    """Returns OpenAPI 3.1 of the ROUTES below `root_path`, as JSON. It follows from the types that check requests' bodies."""
+    """Returns OpenAPI 3.1 of the ROUTES below `root_path`, as JSON.
+
+    It follows from the types that check requests' bodies.
+    """
     types: list[Any] = []
     for route in ROUTES:
         types += [route.body, route.reply, error_type(route.path)]
@@ -295,7 +324,10 @@ def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
     components["CompletionRequest"]["properties"]["prompt"] = prompts
     components["EmbeddingsRequest"]["properties"]["input"] = prompts
     components["ChatRequest"] |= {  # top_logprobs is a number above 0 only where logprobs is true
-        "if": {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]},
+        "if": {
+            "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
+            "required": ["top_logprobs"],
+        },
         "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
     }
     components["TokenizeRequest"] |= {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}

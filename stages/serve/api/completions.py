@@ -76,8 +76,9 @@ class StreamOptions(StrictFields):
 class CompletionFields(UsualFields):
     """The fields of both kinds of completion. Null means the default.
 
-    `include_stop_str_in_output`, SGLang's `no_stop_trim`: the text ends with the stop string. `return_tokens_as_token_ids`: a
-    token with a log-probability is called `token_id:5`. `cache_salt`: only requests with the same one share the prefix cache.
+    `include_stop_str_in_output`, SGLang's `no_stop_trim`: the text ends with the stop string.
+    `return_tokens_as_token_ids`: a token with a log-probability is called `token_id:5`.
+    `cache_salt`: only requests with the same one share the prefix cache.
     """
 
     max_tokens: MaxTokens | None = None
@@ -160,8 +161,8 @@ class CompletionFields(UsualFields):
 class CompletionRequest(CompletionFields, kw_only=True):
     """POST /v1/completions. `prompt`: a text, several, a list of token ids, or several such lists.
 
-    `add_special_tokens`, true by default: a text begins with the model's start tokens. `echo`: the prompt comes before its
-    completion, its log-probabilities too. `max_tokens` may then be 0.
+    `add_special_tokens`, true by default: a text begins with the model's start tokens. `echo`: the
+    prompt comes before its completion, its log-probabilities too. `max_tokens` may then be 0.
     """
 
     prompt: Texts
@@ -176,7 +177,10 @@ class CompletionRequest(CompletionFields, kw_only=True):
         return (self.n or 1) * len(prompt_texts("prompt", self.prompt, MAX_PROMPTS))
 
     def job(self, defaults: SamplingParams) -> Job:
-        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out.
+
+        Raises InvalidField.
+        """
         if self.max_tokens == 0 and not self.echo:
             raise InvalidField("max_tokens", "max_tokens must be at least 1, or 0 with echo.")
         if self.echo and self.stream:
@@ -212,7 +216,7 @@ class ReplyUsage(msgspec.Struct):
 
 
 class CompletionLogProbs(msgspec.Struct):
-    """Lists of one length: tokens, log-probabilities, the most probable in their place, and the offsets in the text.
+    """Lists of one length: tokens, log-probabilities, the most probable ones, and the offsets in the text.
 
     The first token of a prompt has none.
     """
@@ -239,7 +243,10 @@ class CompletionReply(ReplyFields, kw_only=True):
 
 
 class DefaultSampling(msgspec.Struct):
-    """The sampling of a request that leaves these fields out. They have the same name and meaning in SamplingParams."""
+    """The sampling of a request that leaves these fields out.
+
+    They have the same name and meaning in SamplingParams.
+    """
 
     temperature: float
     top_p: float
@@ -402,7 +409,10 @@ Tools = Several[ToolField] | None
 
 
 class ChatMessage(StrictFields):
-    """A message of a conversation. An assistant's that calls tools needs no content. Earlier thoughts change nothing."""
+    """A message of a conversation. An assistant's that calls tools needs no content.
+
+    Earlier thoughts change nothing.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts[TextPart] | None = None
@@ -419,7 +429,12 @@ class ChatMessage(StrictFields):
     @property
     def thoughts(self) -> list[str]:
         """The names of the fields that hold any."""
-        return [name for name in ("reasoning_content", "reasoning") if getattr(self, name)]
+        names = []
+        if self.reasoning_content:
+            names.append("reasoning_content")
+        if self.reasoning:
+            names.append("reasoning")
+        return names
 
     @property
     def turn(self) -> Turn:
@@ -451,7 +466,10 @@ class ResponseFormat(StrictFields):
 
 
 class ChatRequest(CompletionFields, kw_only=True):
-    """POST /v1/chat/completions. `continue_final_message`, without `add_generation_prompt`: goes on with the last message."""
+    """POST /v1/chat/completions.
+
+    `continue_final_message`, without `add_generation_prompt`: goes on with the last message.
+    """
 
     messages: Messages
     add_generation_prompt: bool | None = None
@@ -499,7 +517,10 @@ class ChatRequest(CompletionFields, kw_only=True):
         return [*grammars, answer_grammar("response_format.json_schema.schema", wanted.json_schema.schema)]
 
     def job(self, defaults: SamplingParams) -> Job:
-        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out.
+
+        Raises InvalidField.
+        """
         if self.echo:
             raise InvalidField("echo", "echo is for /v1/completions: a chat's answer comes without its messages.")
         if self.add_special_tokens:
@@ -536,7 +557,10 @@ class TokenLogProb(TopLogProb):
 
 
 def token_logprob(logprob: LogProb, text_of: Callable[[int], tuple[str, bytes]]) -> TokenLogProb:
-    """Returns a sampled token and its log-probability as clients read them; `text_of`: a token's id -> its text, its bytes."""
+    """Returns a sampled token and its log-probability as clients read them.
+
+    `text_of`: a token's id -> its text, its bytes.
+    """
 
     def fields(token: int, nats: float) -> tuple[str, float, list[int]]:
         text, content = text_of(token)
@@ -582,7 +606,10 @@ class ChatFields(ReplyFields, kw_only=True):
 
 
 def documents_use(usage: Usage) -> DocumentsUse | UnsetType:
-    """Returns the field `documents` of a reply. Its seconds are the passages' share of those until the first token."""
+    """Returns the field `documents` of a reply.
+
+    Its seconds are the passages' share of those until the first token.
+    """
     if not usage.passages:
         return UNSET
     tokens = sum(passage.tokens for passage in usage.passages)
@@ -677,8 +704,9 @@ def chat_prompt(
 ) -> ChatPrompt:
     """Returns the prompt of a body's `messages`; `tools` and `variables` as of ChatPrompt.
 
-    It goes up to the assistant's next turn, which begins with `add_generation_prompt` (`begins`), or to the end of its last one
-    with `continue_final_message` (`goes_on`), as in vLLM. Raises InvalidField.
+    It goes up to the assistant's next turn, which begins with `add_generation_prompt` (`begins`),
+    or to the end of its last one with `continue_final_message` (`goes_on`), as in vLLM. Raises
+    InvalidField.
     """
     turns = [message.turn for message in messages]
     answer = ""
@@ -687,7 +715,8 @@ def chat_prompt(
         raise InvalidField(field, f"{field} must be false with continue_final_message true, and true without.")
     if goes_on:
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            message = "continue_final_message goes on with an answer: the last message must be the assistant's, after another."
+            needed = "the last message must be the assistant's, after another"
+            message = f"continue_final_message goes on with an answer: {needed}."
             raise InvalidField("messages", message)
         answer = turns.pop()["content"]
     return ChatPrompt("messages", turns, answer, tools, variables or {})

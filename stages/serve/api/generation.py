@@ -1,4 +1,4 @@
-"""Generation: the completions of one HTTP request, from a Job over events to what the Writer of a dialect makes of them.
+"""Generation: the completions of one HTTP request, from a Job over events to what a Writer makes of them.
 
 A handler returns what `run` returns, or a Generation of choices of its own: the response.
 """
@@ -51,7 +51,8 @@ class Piece(NamedTuple):
 class Usage(NamedTuple):
     """The tokens and the seconds of a generation, until now."""
 
-    # Tokens of the prompts, of the completions, and those of the prompts that the prefix cache held.
+    # Tokens of the prompts, of the completions, and those of the prompts that the prefix cache
+    # held.
     prompt: int
     completion: int
     cached: int
@@ -94,11 +95,12 @@ class Choice:
 
 
 class Generation:
-    """The completions of one call in the engine, and the response: an ASGI application, called once, in the call's place.
+    """The completions of one call in the engine, and the response: an ASGI application, called once.
 
-    They get slots one by one, in the order of priorities. Responds with the `reply`, or with the stream of a `writer`, if there
-    is one. `repeats`: how many choices in a row share a prompt, whose tokens count once. `passages`: as of PromptTokens.
-    `ignored`: names of the body's fields that change no answer.
+    They get slots one by one, in the order of priorities. Responds with the `reply`, or with the
+    stream of a `writer`, if there is one. `repeats`: how many choices in a row share a prompt,
+    whose tokens count once. `passages`: as of PromptTokens. `ignored`: names of the body's fields
+    that change no answer.
     """
 
     def __init__(
@@ -170,8 +172,10 @@ class Generation:
             yield writer.error(api_error(error))
 
     async def _pieces(self) -> AsyncIterator[Piece | str]:
-        """Yields the pieces of all completions as they come, in a stream in between what the request waits for: before the
-        first piece whenever that changes, and after KEEP_ALIVE_SECONDS of silence.
+        """Yields the pieces of all completions as they come; in a stream also what the request waits for.
+
+        That is said before the first piece whenever it changes, and after KEEP_ALIVE_SECONDS of
+        silence.
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
@@ -278,7 +282,10 @@ class Generation:
         }
 
     def _piece(self, choice: Choice, event: Event) -> Piece:
-        """Returns what an event brings, and counts it. Raises ApiError for one that is no part of a completion."""
+        """Returns what an event brings, and counts it.
+
+        Raises ApiError for one that is no part of a completion.
+        """
         now = time.monotonic()
         completion = choice.completion
         before = completion.tokens
@@ -329,7 +336,10 @@ class Generation:
             return ApiError(400, "The grammar became too complex to be followed any further: give a simpler one.")
         if self._state.engine.error:
             return ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
-        return ApiError(500, "The model gave no finite logits to sample a token from: its weights are damaged or overflow.")
+        return ApiError(
+            500,
+            "The model gave no finite logits to sample a token from: its weights are damaged or overflow.",
+        )
 
     def _finish(self, choice: Choice, event: Event, reason: Reason, now: float) -> None:
         """Counts a completion that has ended, and cancels it in the engine where a stop string ended it."""
@@ -357,10 +367,11 @@ def join_pieces(parts: Sequence[Piece]) -> Piece:
 
 
 class Writer:
-    """Writes the pieces of a generation in one dialect, as a reply of one Struct or as the chunks of a stream.
+    """Writes the pieces of a generation in one dialect, as a reply of one Struct or as chunks of a stream.
 
-    A stream is what `begin`, `chunks`, for each piece, and `end` return, each chunk as `frame` has it, and then `last`: by
-    default server-sent events as OpenAI has them. `comment` is a line that clients pass over.
+    A stream is what `begin`, `chunks`, for each piece, and `end` return, each chunk as `frame` has
+    it, and then `last`: by default server-sent events as OpenAI has them. `comment` is a line that
+    clients pass over.
     """
 
     media = "text/event-stream; charset=utf-8"

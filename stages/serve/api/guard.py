@@ -1,12 +1,13 @@
 """The outermost layer of the application: checks the framing, Host, Origin and API key of each request.
 
-It gives each request an id, adds headers to its response, counts it and may log it. An error becomes the reply here.
+It gives each request an id, adds headers to its response, counts it and may log it. An error
+becomes the reply here.
 
-A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to 127.0.0.1 even
-read the replies. So the Host must be one of ours, and an Origin, where there is one, that of our page or a listed one, which
-gets CORS headers. The path is taken as it was written, without decoding or folding: none has a second spelling that a check
-could miss. starlette's TrustedHostMiddleware reads only the first of two Hosts, and its CORSMiddleware refuses nobody:
-it alone would let a simple POST through.
+A page of another site can send requests to 127.0.0.1 from a person's browser, and by rebinding its name to
+127.0.0.1 even read the replies. So the Host must be one of ours, and an Origin, where there is one, that of
+our page or a listed one, which gets CORS headers. The path is taken as it was written, without decoding or
+folding: none has a second spelling that a check could miss. starlette's TrustedHostMiddleware reads only the
+first of two Hosts, and its CORSMiddleware refuses nobody: it alone would let a simple POST through.
 """
 
 import contextlib
@@ -39,19 +40,25 @@ SECURITY_HEADERS = [
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
 ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, and Anthropic's
-EXPOSED_HEADERS = ("x-request-id", "request-id", "x-ignored-fields", "retry-after")  # to scripts of listed origins
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "request-id",
+    "x-ignored-fields",
+    "retry-after",
+)  # to scripts of listed origins
 
 
 class Guard:
     """ASGI middleware: refuses a foreign Host or Origin, and a missing key except on KEYLESS_PATHS.
 
-    Sets in the request's state `arrived`, by time.monotonic, `path`, as it was written below `root_path`, and `namespace`,
-    that of its key, or empty without keys.
+    Sets in the request's state `arrived`, by time.monotonic, `path`, as it was written below
+    `root_path`, and `namespace`, that of its key, or empty without keys.
 
-    `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when None. `origins`: those of
-    other pages that may call it; their preflights are answered, without a key. `log`: off, short or json, a line on stdout
-    after a response, without text or keys. `count(status)` is called for each response. `root_path`: the path below which a
-    proxy shows the server, such as /llm. Requests may come with it, or without where the proxy takes it off.
+    `keys`: a request needs one of them, if there are any. `hosts`: names of the server, any when
+    None. `origins`: those of other pages that may call it; their preflights are answered, without a
+    key. `log`: off, short or json, a line on stdout after a response, without text or keys.
+    `count(status)` is called for each response. `root_path`: the path below which a proxy shows the
+    server, such as /llm. Requests may come with it, or without where the proxy takes it off.
     """
 
     def __init__(
@@ -135,7 +142,7 @@ class Guard:
         return path
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request with a key, or one that needs none; any other, and one that fails, with an error."""
+        """Answers a request with a key, or one that needs none; any other, or one that fails, by an error."""
         state = scope["state"]
         try:
             state["namespace"] = ""
@@ -146,7 +153,7 @@ class Guard:
             await error_reply(error, state["path"])(scope, receive, send)
 
     def _check_sender(self, scope: Scope, headers: Headers, path: str) -> None:
-        """Raises ApiError for a body of two declared lengths, a Host that is not ours, or a page that is not allowed."""
+        """Raises ApiError for a body of two lengths, a Host that is not ours, or a page not allowed."""
         if "transfer-encoding" in headers and "content-length" in headers:  # request smuggling: RFC 9112, 6.3
             message = "Send Content-Length or Transfer-Encoding, not both."
             raise ApiError(400, message, code="bad_request", headers={"Connection": "close"})
@@ -167,7 +174,9 @@ class Guard:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
     def _check_key(self, headers: Headers) -> str:
-        """Returns the namespace of a valid key: its hash in hex. Raises ApiError (401) for a wrong or missing one.
+        """Returns the namespace of a valid key: its hash in hex.
+
+        Raises ApiError (401) for a wrong or missing one.
 
         Compares with every key, each in constant time, so that timing gives none away.
         """

@@ -1,4 +1,4 @@
-"""Job: what a request for completions asks for, in no dialect's words; the tokens and the engine's requests that it becomes."""
+"""Job: what a request for completions asks for, in no dialect's words; the engine's requests it becomes."""
 
 import dataclasses
 import functools
@@ -94,8 +94,8 @@ class Job:
     """What a request for completions asks for."""
 
     prompt: ChatPrompt | TextPrompts
-    # Of a completion of the first prompt; the others have the seeds after its own. At most `max_tokens` are generated, and as
-    # many as fit.
+    # Of a completion of the first prompt; the others have the seeds after its own. At most
+    # `max_tokens` are generated, and as many as fit.
     sampling: SamplingParams
     # Completions of each prompt; 0 where only the prompts' scores are asked for.
     n: int = 1
@@ -107,7 +107,8 @@ class Job:
     ignores_eos: bool = False
     # To which every completion keeps.
     grammar: Grammar | None = None
-    # Whether the log-probabilities of each prompt's tokens but its first come before its completions.
+    # Whether the log-probabilities of each prompt's tokens but its first come before its
+    # completions.
     scores: bool = False
     # Only requests with the same one share the prefix cache.
     cache_salt: str = ""
@@ -120,7 +121,8 @@ class Job:
 def sampling_of(defaults: SamplingParams, **fields: Any) -> SamplingParams:
     """Returns the defaults with the fields that a request gives: None stands for a field that it leaves out.
 
-    Without `max_tokens` a completion goes on as long as it fits, without `seed` it has a random one. Raises InvalidField.
+    Without `max_tokens` a completion goes on as long as it fits, without `seed` it has a random
+    one. Raises InvalidField.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     most = given.pop("max_tokens", AS_MANY_AS_FIT)
@@ -137,7 +139,10 @@ def only_grammar(grammars: Sequence[Grammar]) -> Grammar | None:
 
 
 async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
-    """Returns what the completions of a job keep to: its grammar, that of calls to its tools, or both. Raises InvalidField."""
+    """Returns what the completions of a job keep to: its grammar, that of calls to its tools, or both.
+
+    Raises InvalidField.
+    """
     pool = state.tokenizer
     grammar = job.grammar
     tools = job.prompt.tools
@@ -151,7 +156,7 @@ async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
 
 
 def make_requests(call: ApiCall, job: Job, prompts: PromptTokens, constraint: Constraint | None) -> list[Request]:
-    """Returns the engine's requests of a job: for each prompt its scores, if they are asked for, and its completions.
+    """Returns the engine's requests of a job: for each prompt its scores, if asked for, and its completions.
 
     Raises ApiError and InvalidField.
     """
@@ -172,7 +177,9 @@ def make_requests(call: ApiCall, job: Job, prompts: PromptTokens, constraint: Co
             seed = (job.sampling.seed + number * job.n) % SEEDS
             sampling = dataclasses.replace(job.sampling, max_tokens=most, seed=seed, stop_token_ids=ends)
             first = make_request(call, field, prompt, sampling, constraint, cache_salt=job.cache_salt)
-            requests += [dataclasses.replace(first, sampling=row) for row in sampling.per_row(job.n)]
+            requests.append(first)
+            for row in sampling.per_row(job.n)[1:]:  # each with its own seed
+                requests.append(dataclasses.replace(first, sampling=row))
     return requests
 
 
@@ -204,9 +211,14 @@ def make_request(
 
 
 def make_scored(
-    call: ApiCall, prompt_field: str, prompt: Sequence[int], tokens: Sequence[int], field: str, top: int | None = 0
+    call: ApiCall,
+    prompt_field: str,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    field: str,
+    top: int | None = 0,
 ) -> Request:
-    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt in another.
+    """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt.
 
     Raises ApiError and InvalidField.
     """
@@ -223,7 +235,10 @@ def make_scored(
 
 
 def unread_variables(source: str, names: Iterable[str]) -> list[str]:
-    """Returns the variables that a chat template does not read, as fields of a body; one field if a header cannot name them."""
+    """Returns the variables that a chat template does not read, as fields of a body.
+
+    It is one field if a header cannot name them.
+    """
     unread = [name for name in names if name not in template_variables(source)]
     if len(unread) > MAX_NAMED_VARIABLES or not all(re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread):
         return ["chat_template_kwargs"]
@@ -232,10 +247,14 @@ def unread_variables(source: str, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def template_variables(source: str) -> frozenset[str]:
-    """Returns the names that a chat template may read from a request: those in its expressions and statements.
+    """Returns the names that a chat template may read from a request, in its expressions and statements.
 
     Those that fields of the conversation fill, such as `messages`, are left out.
     """
     code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL))
     without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", " ", code)
-    return frozenset(re.findall(r"(?<![.\w])\w+", without_texts)) - {"messages", "tools", "add_generation_prompt"}
+    return frozenset(re.findall(r"(?<![.\w])\w+", without_texts)) - {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+    }

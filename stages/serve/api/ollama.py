@@ -1,4 +1,4 @@
-"""Ollama's routes: POST /api/chat, /api/generate, /api/embed, /api/show and more, GET /api/tags, /api/ps and /api/version."""
+"""Ollama's routes: POST /api/chat, /api/generate, /api/embed, /api/show and more, GET /api/tags, /api/ps."""
 
 import datetime
 import re
@@ -42,7 +42,16 @@ from stages.serve.api.texts import embed
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import ToolCall, Turn, answer_grammar, call_turn, join_calls, make_turn, parse_arguments, tool_use
+from stages.serve.tools import (
+    ToolCall,
+    Turn,
+    answer_grammar,
+    call_turn,
+    join_calls,
+    make_turn,
+    parse_arguments,
+    tool_use,
+)
 
 LOADED_DAYS = 36_500  # until a model is unloaded, as /api/ps has it: this server never does it
 MAX_NAMED = 32  # unknown options that a header names
@@ -111,7 +120,7 @@ class OllamaFields(AnswerRequest):
 
 
 def unknown_options(content: bytearray) -> list[str]:
-    """Returns the first names of options, in the JSON of a body, that are not among Options, as a header can have them."""
+    """Returns the first names of a body's options that are not among Options, as a header can have them."""
     names = msgspec.json.decode(content, type=OptionNames).options or {}
     unknown = [name for name in names if name not in KNOWN_OPTIONS]
     # A name may hold any character, and a header only some.
@@ -121,8 +130,8 @@ def unknown_options(content: bytearray) -> list[str]:
 class OllamaRequest(OllamaFields):
     """The fields of /api/chat and /api/generate. `format`: json, or a JSON schema that the answer satisfies.
 
-    `truncate` allows that a prompt longer than the context is cut, and `shift` that an answer goes on when the context is full.
-    Neither is done here: the prompt is refused, and the answer ends.
+    `truncate` allows that a prompt longer than the context is cut, and `shift` that an answer goes
+    on when the context is full. Neither is done here: the prompt is refused, and the answer ends.
     """
 
     stream: bool | None = True
@@ -152,7 +161,7 @@ class OllamaRequest(OllamaFields):
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
 
     def load(self, call: ApiCall, is_chat: bool) -> ASGIApp:
-        """Replies to a request without a prompt, which loads a model in Ollama or, with `keep_alive` 0, unloads it.
+        """Replies to a request without a prompt, by which Ollama loads or unloads a model.
 
         What is served here is loaded, and stays so.
         """
@@ -162,7 +171,7 @@ class OllamaRequest(OllamaFields):
         return _reply_at_once(call, writer.loaded("load"))
 
     def make_job(self, prompt: ChatPrompt | TextPrompts, call: ApiCall) -> Job:
-        """Returns what the request asks for, of what /api/chat and /api/generate share. Raises InvalidField."""
+        """Returns what a request of /api/chat or /api/generate asks for. Raises InvalidField."""
         options = self.options or Options()
         max_tokens = options.num_predict
         if max_tokens == 0:
@@ -248,7 +257,10 @@ class OllamaGenerateRequest(OllamaRequest, kw_only=True):
 
 
 class OllamaReply(msgspec.Struct, kw_only=True):
-    """A whole reply, and one line of a stream. Durations are in nanoseconds, the prompt's from the request's arrival."""
+    """A whole reply, and one line of a stream.
+
+    Durations are in nanoseconds, the prompt's from the request's arrival.
+    """
 
     model: str
     created_at: datetime.datetime
@@ -369,7 +381,10 @@ async def ollama_generate(call: ApiCall[OllamaGenerateRequest]) -> ASGIApp:
 
 
 class EmbedRequest(OllamaFields, kw_only=True):
-    """POST /api/embed. `truncate`, true by default: the end of a text that is longer than the context is left out."""
+    """POST /api/embed.
+
+    `truncate`, true by default: the end of a text that is longer than the context is left out.
+    """
 
     input: str | Annotated[list[str], Meta(max_length=MAX_COMPLETIONS)] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None

@@ -1,8 +1,9 @@
 """ApiCall: a request whose body is read within bounds of size and time; field types that dialects share.
 
-An unknown field is refused by name unless it is null, which asks for nothing; and so is a value that cannot be granted, for an
-answer that silently lacks it is worse than none. Fields that change no answer (IGNORED) are accepted, and named in the reply's
-header X-Ignored-Fields; so are unknown options of Ollama's.
+An unknown field is refused by name unless it is null, which asks for nothing; and so is a value
+that cannot be granted, for an answer that silently lacks it is worse than none. Fields that change
+no answer (IGNORED) are accepted, and named in the reply's header X-Ignored-Fields; so are unknown
+options of Ollama's.
 """
 
 import asyncio
@@ -66,7 +67,11 @@ class StrictFields(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TextPart(StrictFields):
-    """A part of a message. Only text is supported; `cache_control` changes nothing, for the prefix cache holds every prompt."""
+    """A part of a message.
+
+    Only text is supported; `cache_control` changes nothing, for the prefix cache holds every
+    prompt.
+    """
 
     type: Literal["text"]
     text: str
@@ -126,9 +131,10 @@ class ModelRequest(StrictFields):
 
 
 class AnswerRequest(ModelRequest):
-    """A request for something of a model's, with the fields of several dialects that change no answer (IGNORED)."""
+    """A request for something of a model's, with fields of several dialects that change nothing (IGNORED)."""
 
-    # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a reasoning model should say.
+    # Who asks, what the request is filed under, how it is billed, cached or sped up; how much a
+    # reasoning model should say.
     user: str | None = None
     metadata: JsonObject = None
     store: bool | None = None
@@ -195,14 +201,15 @@ class GenerationRequest(AnswerRequest):
 
 
 def explain(reason: str) -> Meta:
-    """Has a field say why it takes no other value: in the OpenAPI document, and in the error for one who sends it."""
+    """Has a field say why it takes no other value: in the OpenAPI document, and in the error for another."""
     return Meta(description=reason)
 
 
 class UsualFields(GenerationRequest):
-    """Fields of vLLM and SGLang that their routers and clients send at their usual values, which are accepted.
+    """Fields of vLLM and SGLang that their routers and clients send at usual values, which are accepted.
 
-    Another value is refused by name, with the reason. A `bool` is accepted either way, and changes no answer.
+    Another value is refused by name, with the reason. A `bool` is accepted either way, and changes
+    no answer.
     """
 
     # vLLM's.
@@ -236,9 +243,10 @@ for _name, _hint in get_type_hints(UsualFields, include_extras=True).items():
 
 
 class ApiCall[Body]:
-    """One request on its way: the server's state, the HTTP request, its body as `read` finds it, and the model that it names.
+    """One request on its way: the server's state, the HTTP request, its body, and the model that it names.
 
-    `priority`: that of its reserved place. `content`: the bytes of its body, which count while its text becomes tokens.
+    `priority`: that of its reserved place. `content`: the bytes of its body, which count while its
+    text becomes tokens.
     """
 
     body: Body
@@ -309,8 +317,8 @@ def _decode(content: bytearray, kind: Any) -> Any:
 def _convert(value: Any, kind: Any) -> Any:
     """Returns a decoded body as `kind`, without the unknown fields that are null.
 
-    Changes `value`. Clients and routers write as null the fields that nobody set, those of their next version too. Raises
-    msgspec.ValidationError.
+    Changes `value`. Clients and routers write as null the fields that nobody set, those of their
+    next version too. Raises msgspec.ValidationError.
     """
     for _ in range(MAX_NULL_FIELDS):
         try:
@@ -326,9 +334,10 @@ UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$(.
 
 
 def _remove_null(value: Any, problem: str) -> bool:
-    """Removes the unknown field that msgspec's sentence names, where it is null, and returns whether it was there.
+    """Removes the unknown field that msgspec's sentence names, where it is null; returns whether it was so.
 
-    It is removed from all items of a list at once, since the body is checked once more after each removal.
+    It is removed from all items of a list at once, since the body is checked once more after each
+    removal.
     """
     match = UNKNOWN_FIELD.fullmatch(problem)
     if not match:
@@ -366,8 +375,9 @@ def _integral(value: Any) -> Any:
 
 
 def _check_headers(http: Request) -> None:
-    # Ollama asks for no type, and its clients send any: curl's -d that of a form, litellm's proxy `application/octet-stream`,
-    # fetch `text/plain`. A page of another site can send some of them too, but not without its Origin, which the guard refuses.
+    # Ollama asks for no type, and its clients send any: curl's -d that of a form, litellm's proxy
+    # `application/octet-stream`, fetch `text/plain`. A page of another site can send some of them
+    # too, but not without its Origin, which the guard refuses.
     takes_any = http.scope["state"]["path"].startswith("/api/")
     kind, _, parameters = http.headers.get("content-type", "").partition(";")
     is_json = takes_any or kind.strip().lower() == "application/json"
@@ -381,7 +391,7 @@ def _check_headers(http: Request) -> None:
 
 
 def content_length(http: Request) -> int:
-    """Returns the announced bytes of the body, of which h11 has seen that it is a number; 0 when they are not."""
+    """Returns the announced bytes of the body, 0 without; h11 has seen that it is a number."""
     return int(http.headers.get("content-length", 0))
 
 
@@ -390,7 +400,7 @@ def _too_large() -> ApiError:
 
 
 def _invalid(text: str) -> ApiError:
-    """Returns the error for msgspec's sentence, such as "Expected `int`, got `str` - at `$.n`", which is about the field n."""
+    """Returns the error for msgspec's sentence, as "Expected `int`, got `str` - at `$.n`" of a field n."""
     match = re.search(r" - at (?:`key` in )?`\$(.*?)`$", text)
     problem = text
     where = ""

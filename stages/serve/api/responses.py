@@ -44,7 +44,10 @@ class InputText(StrictFields):
 
 
 class InputItem(StrictFields):
-    """A message, an answer as it was sent, a call of a function, what it returned, or reasoning, which no template reads."""
+    """A message, an answer as it was sent, a call of a function, what it returned, or reasoning.
+
+    No template reads reasoning.
+    """
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] = "user"
@@ -61,7 +64,10 @@ class InputItem(StrictFields):
 
 
 def _turns(items: list[InputItem]) -> list[Turn]:
-    """Returns the items as messages; calls belong to the assistant's message before them. Raises InvalidField."""
+    """Returns the items as messages; calls belong to the assistant's message before them.
+
+    Raises InvalidField.
+    """
     turns: list[Turn] = []
     for number, item in enumerate(items):
         if item.type == "reasoning":
@@ -126,7 +132,8 @@ Includable = Literal[
 class ResponseRequest(GenerationRequest, kw_only=True):
     """POST /v1/responses. `input`: a question, or a conversation.
 
-    `truncation` auto allows that a conversation is cut which is too long. It is refused all the same.
+    `truncation` auto allows that a conversation is cut which is too long. It is refused all the
+    same.
     """
 
     input: str | MessageList[InputItem]
@@ -159,7 +166,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
     @property
     def logprobs(self) -> int | None:
-        """As of SamplingParams: how many of the most probable tokens come beside each token; None for no log-probabilities.
+        """As of SamplingParams: how many probable tokens come beside each one; None for no log-probabilities.
 
         Raises InvalidField.
         """
@@ -191,7 +198,10 @@ class ResponseRequest(GenerationRequest, kw_only=True):
         return ChatPrompt("input", turns, tools=tools)
 
     def job(self, defaults: SamplingParams) -> Job:
-        """Returns what the request asks for, where the `defaults` stand for what it leaves out. Raises InvalidField."""
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out.
+
+        Raises InvalidField.
+        """
         grammar = None
         if self.format.type != "text":
             grammar = answer_grammar("text.format.schema", self.format.schema)
@@ -211,7 +221,9 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
 
 class ResponseReply(msgspec.Struct, kw_only=True):
-    """A whole reply, and what the first and last events of a stream hold. `output`: a message, calls of functions, or both.
+    """A whole reply, and what the first and last events of a stream hold.
+
+    `output`: a message, calls of functions, or both.
 
     The sampling parameters are those that were used, the model's where the request has none.
     """

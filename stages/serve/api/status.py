@@ -1,4 +1,4 @@
-"""What the server says of itself: its models, health, metrics, weights, routes and page; and adapters, which come and go."""
+"""The server's models, health, metrics, weights, routes and page; and adapters, which come and go."""
 
 import time
 from typing import Annotated, Literal
@@ -41,7 +41,10 @@ class ModelList(msgspec.Struct):
 
 
 class AdapterRequest(ModelRequest, kw_only=True):
-    """POST /v1/adapters. `folder`: the adapter's, from the server's folder for them. `name`: by which requests ask for it."""
+    """POST /v1/adapters. `folder`: the adapter's, from the server's folder for them.
+
+    `name`: by which requests ask for it.
+    """
 
     name: Annotated[str, Meta(pattern=rf"^{PLAIN_NAME}$(?!\n)", max_length=64)]
     folder: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -85,7 +88,7 @@ class Attestation(msgspec.Struct, kw_only=True):
 
 
 async def list_models(call: ApiCall) -> Response:
-    """The models that are served; as Anthropic describes them to a request with the header anthropic-version."""
+    """The models that are served; as Anthropic has them for a request with the header anthropic-version."""
     if ANTHROPIC_HEADER in call.http.headers:
         return json_reply(anthropic_models(call.state))
     return json_reply(ModelList([model_card(call.state, name) for name in call.state.served_names]))

@@ -1,4 +1,4 @@
-"""Structured outputs: the grammars that a body asks for in vLLM's words, new and old, and by llama.cpp's `grammar`."""
+"""Structured outputs: the grammars that a body asks for in vLLM's words, or by llama.cpp's `grammar`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,13 @@ import msgspec
 from msgspec import Meta
 
 from engine.errors import InvalidField, UserError
-from engine.inference.constraints import choice_grammar, json_grammar, lark_grammar, regex_grammar, tag_grammar
+from engine.inference.constraints import (
+    choice_grammar,
+    json_grammar,
+    lark_grammar,
+    regex_grammar,
+    tag_grammar,
+)
 from stages.serve.api.requests import JsonObject, Several, StopText, StrictFields
 from stages.serve.tools import Grammar
 
@@ -40,7 +46,8 @@ def structural_tag_grammar(tag: str | StructuralTag) -> str:
         except msgspec.DecodeError as error:
             raise UserError(f"it is no structural tag: {error}") from None
     if tag.format is not None:
-        raise UserError("only structures with triggers can be enforced, and no format: send json, regex, choice or grammar")
+        remedy = "send json, regex, choice or grammar"
+        raise UserError(f"only structures with triggers can be enforced, and no format: {remedy}")
     if not tag.structures:
         raise UserError("it has no structures: give at least one, and its trigger")
     return tag_grammar([(each.begin, each.schema or {}, each.end) for each in tag.structures], tag.triggers or ())
@@ -78,7 +85,7 @@ GRAMMARS: dict[str, Callable[..., str]] = {
 
 
 class StructuredOutputs(StrictFields):
-    """The grammar that an answer keeps to, in vLLM's words since 0.12 removed `guided_*`: exactly one of the first six."""
+    """The grammar that an answer keeps to, in vLLM's words since 0.12: exactly one of the first six."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -104,7 +111,9 @@ class StructuredOutputs(StrictFields):
 
 
 def structured_grammars(structured_outputs: StructuredOutputs | None, **values: Any) -> list[Grammar]:
-    """Returns the grammars for which a request asks. `values`: those of its fields that GRAMMARS names, or None.
+    """Returns the grammars for which a request asks.
+
+    `values`: those of its fields that GRAMMARS names, or None.
 
     Raises InvalidField.
     """

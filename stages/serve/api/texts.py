@@ -1,4 +1,4 @@
-"""Routes that read texts and write none: POST /v1/score, /v1/embeddings (OpenAI's), and /tokenize, /detokenize (vLLM's)."""
+"""Routes that read texts and write none: POST /v1/score, /v1/embeddings, /tokenize and /detokenize."""
 
 import base64
 import math
@@ -16,7 +16,16 @@ from engine.text.detokenizer import CompletionText
 from stages.serve.api.completions import Messages, ReplyUsage, Tools, chat_prompt, reply_usage
 from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
 from stages.serve.api.jobs import ChatPrompt, TextPrompts, make_request, make_scored
-from stages.serve.api.requests import MAX_IDS, AnswerRequest, ApiCall, ModelRequest, Texts, TokenId, TokenIds, prompt_texts
+from stages.serve.api.requests import (
+    MAX_IDS,
+    AnswerRequest,
+    ApiCall,
+    ModelRequest,
+    Texts,
+    TokenId,
+    TokenIds,
+    prompt_texts,
+)
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import tool_use
 
@@ -24,7 +33,7 @@ TextOrTokens = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Met
 
 
 class ScoreRequest(AnswerRequest, kw_only=True):
-    """POST /v1/score. Each candidate goes on with the prompt, or is the assistant's answer to the messages."""
+    """POST /v1/score. Each candidate goes on with the prompt, or is the answer to the messages."""
 
     candidates: Annotated[list[TextOrTokens], Meta(min_length=1, max_length=MAX_COMPLETIONS)]
     prompt: TextOrTokens | None = None
@@ -45,7 +54,10 @@ class ScoreRequest(AnswerRequest, kw_only=True):
 
 
 class Score(msgspec.Struct, kw_only=True):
-    """A candidate's log-probability, nats, the sum of its tokens'; `share`: its probability among the candidates."""
+    """A candidate's log-probability, nats, the sum of its tokens'.
+
+    `share`: its probability among the candidates.
+    """
 
     index: int
     logprob: float
@@ -126,7 +138,8 @@ def _choices(call: ApiCall, requests: Sequence[Request]) -> list[Choice]:
 class EmbeddingsRequest(AnswerRequest, kw_only=True):
     """POST /v1/embeddings. `input`: a text, several, a list of token ids, or several such lists.
 
-    `dimensions`: how many of an embedding's first numbers are wanted; they are scaled to length 1 again.
+    `dimensions`: how many of an embedding's first numbers are wanted; they are scaled to length 1
+    again.
     """
 
     input: Texts
@@ -180,11 +193,11 @@ async def embed(
     *,
     truncate: bool = False,
 ) -> Generation:
-    """Responds with what `reply` makes of the embeddings of texts: vectors of little-endian float32, of length 1.
+    """Responds with what `reply` makes of the embeddings of texts: vectors of float32, of length 1.
 
-    `ignored`: names of the body's fields that change nothing. `dimensions`: how many of an embedding's first numbers are
-    wanted. With `truncate` the end of a text that is longer than the context is left out; without it such a text is refused.
-    Raises ApiError and InvalidField.
+    `ignored`: names of the body's fields that change nothing. `dimensions`: how many of an
+    embedding's first numbers are wanted. With `truncate` the end of a text that is longer than the
+    context is left out; without it such a text is refused. Raises ApiError and InvalidField.
     """
     capacity = call.state.engine.capacity
     width = call.state.engine.cfg.width
@@ -212,7 +225,8 @@ async def embed(
 class TokenizeRequest(ModelRequest):
     """POST /tokenize: a text as /v1/completions reads it, or messages as /v1/chat/completions does.
 
-    `add_special_tokens`, true by default, is about a text; those of a conversation are its template's.
+    `add_special_tokens`, true by default, is about a text; those of a conversation are its
+    template's.
     """
 
     prompt: str | UnsetType = UNSET
@@ -260,7 +274,8 @@ async def tokenize(call: ApiCall[TokenizeRequest]) -> TokenizeReply:
         raise InvalidField("prompt", "Either prompt or messages is to be given.")
     if isinstance(body.messages, list):
         if body.add_special_tokens is not UNSET:
-            message = "add_special_tokens is about a prompt; the special tokens of messages are those of the chat template."
+            others = "the special tokens of messages are those of the chat template"
+            message = f"add_special_tokens is about a prompt; {others}."
             raise InvalidField("add_special_tokens", message)
         prompt = chat_prompt(
             body.messages,

@@ -1,7 +1,7 @@
-"""Builds the chat page: one document with its style and scripts inside, and a policy under which nothing else can run.
+"""Builds the chat page: one document with style and scripts inside, and a policy against others.
 
-Its parts lie beside this file, but for the style of all pages, and are joined when the server starts. The page asks for nothing
-but this server's routes.
+Its parts lie beside this file, but for the style of all pages, and are joined when the server
+starts. The page asks for nothing but this server's routes.
 """
 
 import base64
@@ -12,7 +12,7 @@ from stages.runs.page import whole_page
 
 
 def page() -> tuple[bytes, str]:
-    """Reads and joins the parts; returns the page, UTF-8, and a Content-Security-Policy that allows each by its SHA-256."""
+    """Reads and joins the parts; returns the page, UTF-8, and a policy that allows each by its SHA-256."""
     folder = Path(__file__).parent
     allowed: dict[str, list[str]] = {"style": [], "script": []}
 
