@@ -32,8 +32,10 @@ LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind
 REPORT_SECONDS = 5.0  # between two lines on a process's progress, on a terminal
 PIPED_REPORT_SECONDS = 30.0  # elsewhere, where a line does not replace the one before
 PIPED_WIDTH = 160  # of a pipe: the widest table fits
+# What measurements write in this checkout, as git excludes it.
+WRITTEN = (":(exclude)bench/results", ":(exclude)bench/pictures", ":(exclude,glob)**/README.md")
 VERDICTS = ("met", "ready_met", "holds")  # keys of a document: whether a bar is met, None where that is undecided
-UNTIMED = ("bench compare", "bench.plan")
+UNTIMED = ("bench compare", "bench.plan", "bench.everything")
 # What README's figures are held to; printed by each measurement with a bar.
 BARS_HOLD = "The bars hold on two quiet cores of a Zen 4 (AVX-512). On another processor a bar that is not met says little."
 
@@ -165,21 +167,29 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
 
 def circumstances(command: Sequence[str], flags: Any) -> Json:
     """Returns what each document says of its measurement: the machine, the commit, date, versions, load and flags."""
-    commit = ""
-    if (ROOT / ".git").exists():
-        with contextlib.suppress(OSError):
-            words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     program = command[0] if command[0].endswith(".py") else f"-m {command[0]}"
     return {
         "machine": describe_machine(),
-        "commit": commit or None,
+        "commit": commit_of_sources(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
         "command": f"python {program} {shlex.join(command[1:])}".strip(),
         "flags": dataclasses.asdict(flags),
     }
+
+
+def commit_of_sources() -> str | None:
+    """Returns the commit of this checkout, with `-dirty` where a file differs that no measurement writes; None without git."""
+    if not (ROOT / ".git").exists():
+        return None
+    git = ["git", "-C", str(ROOT)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+        return f"{commit}-dirty" if changed else commit
+    return None
 
 
 def busy_cores() -> float:
@@ -225,9 +235,9 @@ def parse_shape(flag: str, text: str) -> Shape:
 
 
 def check_rounds(rounds: int) -> None:
-    """Raises UserError for fewer rounds than give a ratio its interval."""
-    if rounds < 6:
-        raise UserError(f"--rounds must be at least 6, not {rounds}.")
+    """Raises UserError for no round. With fewer than six a ratio has no interval, which it says."""
+    if rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {rounds}.")
 
 
 def progress(text: str, replace: bool = False) -> None:

@@ -75,7 +75,8 @@ def share_of_others(start: CoreTime | None, end: CoreTime | None) -> float | Non
     """Returns the share of the cores' time between two readings that others took."""
     if start is None or end is None or end.total <= start.total:
         return None
-    return max(0.0, (end.others - start.others) / (end.total - start.total))
+    share = (end.others - start.others) / (end.total - start.total)
+    return min(1.0, max(0.0, share))  # a tick more or less on either side
 
 
 def _measure_rates() -> Json | None:

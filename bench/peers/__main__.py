@@ -42,7 +42,7 @@ class PeersFlags:
     rows: tuple[str, ...] = ()
     """Of serving: these alone, such as decode_8_after_2048 or repeating; by default all."""
     rounds: int = 9
-    """Interleaved rounds, at least 6; the median counts."""
+    """Interleaved rounds; the median counts, and from 6 on it has an interval."""
     quick: bool = False
     """A small shape in bfloat16, 33 tokens and 6 rounds; fewer rows of serving."""
 

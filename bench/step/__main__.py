@@ -57,7 +57,7 @@ class StepFlags:
     context: int = 128
     """Tokens of such a row."""
     rounds: int = 9
-    """Interleaved rounds, at least 6; the median counts."""
+    """Interleaved rounds; the median counts, and from 6 on it has an interval."""
 
 
 def measure_step(flags: StepFlags) -> Json:

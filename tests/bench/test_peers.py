@@ -117,7 +117,7 @@ def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
     [
         (["--shape", "6x100x256x16"], "--shape is LAYERSxWIDTHxTOKENSxBATCH"),
         (["--shape", "six"], "not 'six'"),
-        (["--rounds", "2"], "--rounds must be at least 6, not 2"),
+        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["--of", "serving", "--new", "1"], "--new must lie between 2 and"),
         (["--dtypes"], "--dtypes needs"),
         (["--dtypes", "int8"], "int8"),

@@ -1,0 +1,166 @@
+"""Measures all documents of a machine in one sitting, of one commit; goes on where it was stopped.
+
+    python -m bench.everything --out bench/results/zen4 --peer-python peers/bin/python    about two quiet hours
+
+A document of this commit and these versions that is there already is kept. READMEs and their pictures are written last.
+
+A process is a few hundredths faster or slower than the next of the same program, in all of its rounds. So each round of a ratio
+to a peer, or of a training step, is of a process of its own: of nine rounds of one process, where processes differ by 2%, every
+third says of two equal programs that they differ, of nine processes one in twenty-five (tests/bench/test_timing.py).
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from bench.cli import ROOT, Json, circumstances, progress, run_bench
+from bench.machine import Watch
+from engine.errors import UserError
+from engine.files import write_text
+
+PROCESSES = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A document by its name in the folder, and the command that makes it."""
+
+    name: str
+    words: tuple[str, ...]  # after `python -m`
+    processes: int = 1  # whose rounds are taken together
+    has_peer: bool = False  # whether --peer-python is for it
+
+
+ONE_ROUND = ("--rounds", "1")
+MEASUREMENTS = (
+    Measurement("documents", ("bench.documents",)),  # before `bench`, which repeats its claim
+    Measurement("bench", ("bench",)),
+    Measurement("step", ("bench.step", *ONE_ROUND), PROCESSES),
+    Measurement("step-finetuning", ("bench.step", "--of", "finetuning", "--shapes", "8x768x256x1", *ONE_ROUND), PROCESSES),
+    Measurement("step-saving", ("bench.step", "--of", "saving")),
+    Measurement("peers", ("bench.peers", *ONE_ROUND), PROCESSES, has_peer=True),
+    Measurement("peers-serving", ("bench.peers", "--of", "serving", *ONE_ROUND), PROCESSES, has_peer=True),
+    Measurement("peers-losses", ("bench.peers", "--of", "losses"), has_peer=True),
+    Measurement("serving", ("bench.serving",)),
+    Measurement("commands", ("bench.commands",)),
+    Measurement("commands-resuming", ("bench.commands", "--of", "resuming")),
+)
+LAST = ("tests/transcript.py", "tests/readmes.py")  # what the README's commands print, and READMEs with their pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class EverythingFlags:
+    """Where the documents lie, and where the peers live."""
+
+    out: Path
+    """The machine's folder, such as bench/results/zen4."""
+    peer_python: Path | None = None
+    """The Python that has the peers, when it is not this one."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = ()
+    """Measure these documents alone, such as `step`, and write no README."""
+
+
+def measure_everything(flags: EverythingFlags) -> Json:
+    """Measures what the folder lacks, and returns each document's name and command.
+
+    Raises UserError for sources that are of no commit, and for a name that is no document's.
+    """
+    about = circumstances(["bench.everything"], flags)
+    if not about["commit"] or about["commit"].endswith("-dirty"):
+        raise UserError("The sources are not those of a commit, which all documents name: commit or stash what has changed.")
+    names = [measurement.name for measurement in MEASUREMENTS]
+    unknown = [name for name in flags.only if name not in names]
+    if unknown:
+        raise UserError(f"--only {unknown[0]} is no document's name: {', '.join(names)}.")
+    wanted = [measurement for measurement in MEASUREMENTS if not flags.only or measurement.name in flags.only]
+    failed = []
+    for measurement in wanted:
+        path = flags.out / f"{measurement.name}.json"
+        if is_current(path, about):
+            progress(f"kept: {path}")
+            continue
+        progress(f"measuring: python -m {' '.join(measurement.words)}")
+        try:
+            measure_document(measurement, path, flags.peer_python)
+        except UserError as error:
+            progress(f"failed: {error}")
+            failed.append(measurement.name)
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, for the reasons above; the same command goes on with them.")
+    if not flags.only:
+        for script in LAST:
+            progress(f"writing: python {script}")
+            subprocess.run([sys.executable, script, str(flags.out)], cwd=ROOT, check=True)
+    return {"documents": [dataclasses.asdict(measurement) for measurement in wanted]}
+
+
+def is_current(path: Path, about: Json) -> bool:
+    """Whether a document is there, and of the same commit and versions."""
+    from engine.untrusted import read_json_object
+
+    if not path.exists():
+        return False
+    document = read_json_object(path)
+    return all(document.get(key) == about[key] for key in ("commit", "versions"))
+
+
+def measure_document(measurement: Measurement, path: Path, peer_python: Path | None) -> None:
+    """Measures a document by its processes, one after the other, and writes it. Raises UserError when one fails."""
+    words = [*measurement.words, "--json"]
+    if measurement.has_peer and peer_python:
+        words += ["--peer-python", str(peer_python)]
+    watch = Watch()
+    documents = []
+    for number in range(measurement.processes):
+        if measurement.processes > 1:
+            progress(f"process {number + 1} of {measurement.processes}")
+        documents.append(_run(words, path.parent))
+    document = pool(documents)
+    document["machine"] |= watch.finish()
+    document["processes"] = measurement.processes
+    write_text(path, f"{json.dumps(document)}\n")
+
+
+def _run(words: Sequence[str], folder: Path) -> Json:
+    """Runs a measurement and returns its document. A missed bar is no failure."""
+    if words[0] == "bench":  # takes the claim of the documents beside it, and writes its page there
+        words = [*words, "--out", str(folder)]
+    command = [sys.executable, "-m", *words]
+    result = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode not in (0, 1) or not result.stdout.strip():
+        raise UserError(f"python -m {' '.join(words)} ended with {result.returncode}.")
+    return json.loads(result.stdout)
+
+
+def pool(documents: Sequence[Any]) -> Any:
+    """Returns one document of several of the same measurement.
+
+    A ratio is of the rounds of all, with its interval and verdict; another number is the median, and anything else the first's.
+    """
+    from bench.timing import Ratio, median_ratio
+
+    first = documents[0]
+    if isinstance(first, dict):
+        pooled = {key: pool([document[key] for document in documents if key in document]) for key in first}
+        rounds = [ratio for document in documents for ratio in document.get("round_ratios") or ()]
+        if rounds:
+            pooled |= median_ratio(rounds)._asdict()
+            if pooled.get("bar"):
+                pooled["met"] = Ratio.of(pooled).exceeds(pooled["bar"])
+        return pooled
+    if isinstance(first, list) and all(len(each) == len(first) for each in documents):
+        return [pool(each) for each in zip(*documents, strict=True)]
+    if all(isinstance(each, float) for each in documents):
+        return statistics.median(documents)
+    return first
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.everything", __doc__, EverythingFlags, measure_everything))
